@@ -1,0 +1,30 @@
+"""mmkd distils large language and vision-language models into small ones."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mmkd.trainers.kd import KDConfig as KDConfig
+    from mmkd.trainers.kd import KDTrainer as KDTrainer
+    from mmkd.trainers.sft import SFTBaselineConfig as SFTBaselineConfig
+    from mmkd.trainers.sft import SFTBaselineTrainer as SFTBaselineTrainer
+    from mmkd.trainers.taid import TAIDConfig as TAIDConfig
+    from mmkd.trainers.taid import TAIDTrainer as TAIDTrainer
+
+_MODULES = {
+    "KDConfig": "mmkd.trainers.kd",
+    "KDTrainer": "mmkd.trainers.kd",
+    "SFTBaselineConfig": "mmkd.trainers.sft",
+    "SFTBaselineTrainer": "mmkd.trainers.sft",
+    "TAIDConfig": "mmkd.trainers.taid",
+    "TAIDTrainer": "mmkd.trainers.taid",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Trainers pull in torch and trl, seconds that `mmkd recipes ls` need not wait for.
+    if name not in _MODULES:
+        raise AttributeError(f"module 'mmkd' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,0 +1,112 @@
+"""mmkd-train and mmkd: parse, call, nothing else."""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmkd import __version__, recipes
+
+
+def train_main() -> None:
+    """Entry point of mmkd-train."""
+    sys.exit(main(["train", *sys.argv[1:]]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return options.run(options, rest)
+    except ValueError as error:
+        print(f"mmkd: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mmkd", description="Distil large language models into small ones.")
+    parser.add_argument("--version", action="version", version=f"mmkd {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser(
+        "train",
+        help="run a recipe",
+        description="Runs a recipe: mmkd train RECIPE.yaml [--key value ...]. Every key of the recipe is a flag, and "
+        "flags win. `mmkd train RECIPE --help_keys` lists the keys of its method.",
+    )
+    train.add_argument("recipe", help="path of a YAML file, or name of a shipped recipe (`mmkd recipes ls`)")
+    train.add_argument("--accelerate_config", help="single_gpu, ddp, fsdp2, zero2, zero3 or the path of a config file")
+    train.add_argument("--help_keys", action="store_true", help="list all keys and flags of the recipe's method")
+    train.set_defaults(run=_train)
+    shipped = commands.add_parser("recipes", help="list, show or copy the shipped recipes")
+    actions = shipped.add_subparsers(dest="action", required=True)
+    listing = actions.add_parser("ls", help="list them")
+    listing.set_defaults(run=_list_recipes)
+    show = actions.add_parser("show", help="print one")
+    show.add_argument("name")
+    show.set_defaults(run=_show_recipe)
+    copy = actions.add_parser("cp", help="copy one to edit")
+    copy.add_argument("name")
+    copy.add_argument("destination", nargs="?", default=".")
+    copy.set_defaults(run=_copy_recipe)
+    commands.add_parser("env", help="print versions for a bug report").set_defaults(run=_environment)
+    return parser
+
+
+def _train(options: argparse.Namespace, flags: list[str]) -> int:
+    from mmkd import launch
+
+    if options.help_keys:
+        return launch.print_keys(options.recipe, flags)
+    return launch.train(options.recipe, flags, options.accelerate_config)
+
+
+def _list_recipes(options: argparse.Namespace, rest: list[str]) -> int:
+    for kind in recipes.KINDS:
+        for name in recipes.list_recipes(kind):
+            print(f"{kind}/{name}")
+    return 0
+
+
+def _show_recipe(options: argparse.Namespace, rest: list[str]) -> int:
+    print(_find(options.name).read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _copy_recipe(options: argparse.Namespace, rest: list[str]) -> int:
+    print(recipes.copy_recipe(_find(options.name), options.destination))
+    return 0
+
+
+def _find(name: str) -> Path:
+    kind = next((kind for kind in recipes.KINDS if name.startswith(f"{kind}/")), "trainers")
+    return recipes.find_recipe(name, kind)
+
+
+def _environment(options: argparse.Namespace, rest: list[str]) -> int:
+    import torch
+
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    print(f"mmkd {__version__}\nPython {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
+    print(f"devices: {', '.join(devices) or 'cpu'}")
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "flash-attn", "vllm")
+    for package in (*packages, "lm-eval", "deepspeed", "huggingface_hub", "safetensors", "pyarrow"):
+        print(f"{package} {_version(package)}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

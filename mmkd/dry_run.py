@@ -1,0 +1,135 @@
+"""What a run would do: parameters, tokens, memory and the first batch, before anything is spent."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from mmkd.models.backbone import head_of
+from mmkd.models.load import tokenizer_of
+from mmkd.teachers.local import LocalTeacher
+from mmkd.trainers.base import DistillationTrainer
+
+# Bytes of optimizer state per trainable parameter, by the start of the optimizer's name.
+_OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0.1, "sgd": 0, "lion": 4}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device while training, without what a framework reserves for itself."""
+
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def estimate_memory(trainer: DistillationTrainer) -> Memory:
+    """A lower estimate: weights, gradients, optimizer, one chunk of logits per model, and activations.
+
+    Activations are counted as 34 bytes x hidden size per token and layer without gradient checkpointing (Korthikanti
+    et al. 2022, attention scores not kept) and as 2 bytes with it.
+    """
+    args, model = trainer.args, trainer.model
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    bytes_each = next((size for name, size in _OPTIMIZER_BYTES.items() if optimizer.startswith(name)), 8)
+    text = model.config.get_text_config()
+    tokens = args.per_device_train_batch_size * (args.max_length or 1024)
+    per_layer = tokens * text.hidden_size * (2 if args.gradient_checkpointing else 34)
+    parts = {
+        "student weights": _bytes(model),
+        "gradients": sum(parameter.numel() * parameter.element_size() for parameter in trainable),
+        f"optimizer ({optimizer})": bytes_each * sum(parameter.numel() for parameter in trainable),
+        "logits of one chunk": 2 * args.chunk_size * trainer.vocab_size * (4 if args.precise_logits else 2),
+        "activations": per_layer * text.num_hidden_layers,
+    }
+    if isinstance(trainer.teacher, LocalTeacher):
+        parts["teacher weights"] = _bytes(trainer.teacher.model)
+    return Memory(parts)
+
+
+def report(trainer: DistillationTrainer, console: Console) -> None:
+    """Prints the plan of a run: models, data, steps, memory, first batch."""
+    table = Table(title=f"mmkd {trainer.method}: dry run", show_header=False)
+    for name, value in [*_models(trainer), *_data(trainer)]:
+        table.add_row(name, value)
+    memory = estimate_memory(trainer)
+    for name, size in memory.parts.items():
+        table.add_row(f"memory: {name}", _size(size))
+    table.add_row("memory: at least", _size(memory.total))
+    console.print(table)
+    console.print(render_first_batch(trainer))
+
+
+def render_first_batch(trainer: DistillationTrainer, rows: int = 2, width: int = 1200) -> Text:
+    """The text of the first batch, supervised tokens in green between [ and ]."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    tokenizer, text = tokenizer_of(trainer.processing_class), Text()
+    for number, (ids, labels) in enumerate(zip(batch["input_ids"][:rows], batch["labels"][:rows], strict=True)):
+        text.append(f"\nfirst batch, row {number + 1} of {len(batch['input_ids'])}: ", style="bold")
+        start = len(text)
+        for token_ids, supervised in _runs(ids.tolist(), (labels != -100).tolist()):
+            piece = tokenizer.decode(token_ids)
+            text.append(f"[{piece}]" if supervised else piece, style="green" if supervised else "dim")
+            if len(text) - start > width:
+                text.append(" ...")
+                break
+    return text
+
+
+def _models(trainer: DistillationTrainer) -> list[tuple[str, str]]:
+    parameters = list(trainer.model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    head = head_of(trainer.model)
+    rows = [("student", f"{_count(sum(p.numel() for p in parameters))} parameters, {_count(trainable)} trainable")]
+    if isinstance(trainer.teacher, LocalTeacher):
+        teacher = sum(p.numel() for p in trainer.teacher.model.parameters())
+        rows.append(("teacher", f"{_count(teacher)} parameters, {next(trainer.teacher.model.parameters()).dtype}"))
+    vocabulary = f"{trainer.vocab_size:,} tokens compared"
+    padding = len(head.weight) - trainer.vocab_size
+    return [*rows, ("vocabulary", vocabulary + (f", {padding:,} padding rows left out" if padding else ""))]
+
+
+def _data(trainer: DistillationTrainer) -> list[tuple[str, str]]:
+    data, args = trainer.train_dataset, trainer.args
+    if not isinstance(data, Dataset) or "labels" not in data.column_names:
+        return [("data", "streamed or prepared on the fly; not counted")]
+    labels = data.with_format("numpy")["labels"]
+    tokens = sum(len(row) for row in labels)
+    supervised = sum(int((row[1:] != -100).sum()) for row in labels)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / batch) * args.num_train_epochs)
+    return [
+        ("data", f"{len(data):,} rows, {tokens:,} tokens, {supervised:,} supervised ({supervised / tokens:.0%})"),
+        ("steps", f"{steps:,} optimizer steps of {batch} rows, about {steps * batch * supervised // len(data):,} tokens"),
+    ]
+
+
+def _runs(ids: list[int], supervised: list[bool]) -> list[tuple[list[int], bool]]:
+    runs: list[tuple[list[int], bool]] = []
+    for token, flag in zip(ids, supervised, strict=True):
+        if not runs or runs[-1][1] != flag:
+            runs.append(([], flag))
+        runs[-1][0].append(token)
+    return runs
+
+
+def _bytes(model: nn.Module) -> float:
+    tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,104 @@
+"""Runs a recipe: in this process, or through accelerate in as many as its configuration says."""
+
+import importlib.resources
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+from rich.console import Console
+
+from mmkd import dry_run
+from mmkd.recipes import find_recipe
+from mmkd.run import Run, build_trainer, method_of, parse_run, parser_of, read_recipe, resume_point
+
+PRESETS = {"single_gpu": "single_gpu", "ddp": "multi_gpu", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
+"""Our names of the accelerate configurations that trl ships."""
+
+_LAUNCHED = "MMKD_LAUNCHED"
+
+
+def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = None) -> int:
+    """Trains what a recipe describes; returns the exit status.
+
+    With `accelerate_config` (an argument or a key of the recipe) this process only launches the run; keys and flags
+    that `accelerate launch` knows and the recipe does not, such as num_processes, go to it.
+    """
+    keys = read_recipe(find_recipe(recipe))
+    config = accelerate_config or keys.get("accelerate_config")
+    launch_keys = _launch_keys(method_of(keys, flags)) if config is not None else []
+    launch_flags, flags = _split(flags, launch_keys)
+    run = parse_run(recipe, flags, ["accelerate_config", *launch_keys])
+    if config is not None and _LAUNCHED not in os.environ:
+        for key in launch_keys:
+            if key in keys and f"--{key}" not in launch_flags:
+                launch_flags = [*launch_flags, f"--{key}", str(keys[key])]
+        return _launch([recipe, *flags], _config_file(config), launch_flags)
+    if run.arguments.dry_run:
+        return _dry_run(run)
+    checkpoint = resume_point(run.training)
+    trainer = build_trainer(run)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        print(
+            f"\nInterrupted at step {trainer.state.global_step}. Go on from the last checkpoint with: "
+            f"mmkd-train {recipe} --resume_from_checkpoint true",
+            file=sys.stderr,
+        )
+        return 130
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.eval_dataset is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    if run.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=run.arguments.data)
+    return 0
+
+
+def print_keys(recipe: str, flags: Sequence[str]) -> int:
+    """Prints every key that a recipe of this method may set, with its meaning."""
+    parser_of(method_of(read_recipe(find_recipe(recipe)), flags)).print_help()
+    return 0
+
+
+def _dry_run(run: Run) -> int:
+    run.training.push_to_hub = False
+    with tempfile.TemporaryDirectory() as folder:
+        run.training.output_dir = folder
+        dry_run.report(build_trainer(run), Console())
+    return 0
+
+
+def _launch(arguments: list[str], config_file: str, launch_flags: list[str]) -> int:
+    options = ["--config_file", config_file, *launch_flags, "--module", "mmkd.cli", "train", *arguments]
+    os.environ[_LAUNCHED] = "1"
+    launch_command(launch_command_parser().parse_args(options))
+    return 0
+
+
+def _config_file(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    if name not in PRESETS:
+        raise ValueError(f"accelerate_config {name!r} is neither a file nor one of {', '.join(PRESETS)}.")
+    return str(importlib.resources.files("trl.accelerate_configs").joinpath(f"{PRESETS[name]}.yaml"))
+
+
+def _launch_keys(method: str) -> list[str]:
+    """What accelerate launch reads and a recipe of this method does not."""
+    ours = {action.dest for action in parser_of(method)._actions}
+    return [action.dest for action in launch_command_parser()._actions if action.dest not in {*ours, "module", "m"}]
+
+
+def _split(flags: Sequence[str], keys: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flags named in `keys`, with their values, and the others."""
+    chosen: tuple[list[str], list[str]] = ([], [])
+    target = 1
+    for flag in flags:
+        if flag.startswith("--"):
+            target = 0 if flag[2:].partition("=")[0].replace("-", "_") in keys else 1
+        chosen[target].append(flag)
+    return chosen

@@ -1,0 +1,155 @@
+"""Divergences between two distributions: per-item nats from log-probabilities, whatever the outcomes are.
+
+Every function takes student and teacher log-probabilities whose last axis holds the outcomes and returns one value per
+item. None of them shifts, masks, tempers or reduces. Outcomes of probability zero (`-inf`) on both sides add nothing.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+"""(student log-probs, teacher log-probs) -> nats per item."""
+
+# exp() of it is 0 in every dtype while 0 * it is still 0, so that p log p is 0 and not NaN where p is 0.
+_LOG_ZERO = -1e4
+
+
+def forward_kl(
+    student_log_probs: Float[Tensor, "*item outcome"], teacher_log_probs: Float[Tensor, "*item outcome"]
+) -> Float[Tensor, "*item"]:
+    """KL(teacher || student) in nats: the student covers everything the teacher does (Hinton et al. 2015)."""
+    log_p, log_q = _finite(teacher_log_probs), _finite(student_log_probs)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl(
+    student_log_probs: Float[Tensor, "*item outcome"], teacher_log_probs: Float[Tensor, "*item outcome"]
+) -> Float[Tensor, "*item"]:
+    """KL(student || teacher) in nats: the student avoids what the teacher would not say (MiniLLM, 2306.08543)."""
+    return forward_kl(teacher_log_probs, student_log_probs)
+
+
+def jsd(
+    student_log_probs: Float[Tensor, "*item outcome"],
+    teacher_log_probs: Float[Tensor, "*item outcome"],
+    beta: float = 0.5,
+) -> Float[Tensor, "*item"]:
+    """Generalised Jensen-Shannon divergence in nats (GKD, 2306.13649, eq. 1).
+
+    beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student. As in TRL, beta = 0
+    is the forward KL and beta = 1 the reverse KL. Raises ValueError when beta is outside [0, 1].
+    """
+    _check_weight("beta", beta)
+    if beta == 0:
+        return forward_kl(student_log_probs, teacher_log_probs)
+    if beta == 1:
+        return reverse_kl(student_log_probs, teacher_log_probs)
+    log_p, log_q = _finite(teacher_log_probs), _finite(student_log_probs)
+    p, q = log_p.exp(), log_q.exp()
+    # The entropy of the mixture less the mean entropy: one logarithm for both halves.
+    mixture = _positive(torch.lerp(q, p, beta))
+    return (torch.lerp(q * log_q, p * log_p, beta) - mixture * mixture.log()).sum(-1)
+
+
+def skew_kl(
+    student_log_probs: Float[Tensor, "*item outcome"],
+    teacher_log_probs: Float[Tensor, "*item outcome"],
+    skew: float = 0.1,
+) -> Float[Tensor, "*item"]:
+    """KL(teacher || skew teacher + (1 - skew) student) in nats (DistiLLM, 2402.03898, eq. 4).
+
+    Raises ValueError when skew is outside [0, 1].
+    """
+    _check_weight("skew", skew)
+    log_p, log_q = _finite(teacher_log_probs), _finite(student_log_probs)
+    p = log_p.exp()
+    return (p * (log_p - _positive(torch.lerp(log_q.exp(), p, skew)).log())).sum(-1)
+
+
+def skew_reverse_kl(
+    student_log_probs: Float[Tensor, "*item outcome"],
+    teacher_log_probs: Float[Tensor, "*item outcome"],
+    skew: float = 0.1,
+) -> Float[Tensor, "*item"]:
+    """KL(student || skew student + (1 - skew) teacher) in nats (DistiLLM, 2402.03898, eq. 5).
+
+    Raises ValueError when skew is outside [0, 1].
+    """
+    return skew_kl(teacher_log_probs, student_log_probs, skew)
+
+
+def tvd(
+    student_log_probs: Float[Tensor, "*item outcome"], teacher_log_probs: Float[Tensor, "*item outcome"]
+) -> Float[Tensor, "*item"]:
+    """Total variation distance, half the L1 distance of the probabilities, in [0, 1]."""
+    return (teacher_log_probs.exp() - student_log_probs.exp()).abs().sum(-1) / 2
+
+
+def adaptive_kl(
+    student_log_probs: Float[Tensor, "*item outcome"],
+    teacher_log_probs: Float[Tensor, "*item outcome"],
+    mu: float = 0.5,
+    *,
+    taid_parity: bool = False,
+) -> Float[Tensor, "*item"]:
+    """Forward and reverse KL weighted by where the two distributions differ, in nats (AKL, 2404.02657).
+
+    The head is the smallest set of the teacher's most likely outcomes with a mass of at least `mu`, the tail is the
+    rest; forward KL has the head's share of the L1 gap, reverse KL the tail's. The shares carry no gradient.
+
+    `taid_parity` repeats the defects of the TAID repository, for golden tests only: the head's mask is applied to the
+    gaps in vocabulary order, the shares carry gradient and the forward part lacks the teacher's entropy. Raises
+    ValueError when mu is outside [0, 1].
+    """
+    _check_weight("mu", mu)
+    log_p, log_q = _finite(teacher_log_probs), _finite(student_log_probs)
+    p, q = log_p.exp(), log_q.exp()
+    gap = (p - q).abs()
+    sorted_p, order = p.sort(-1, descending=True)
+    head = sorted_p.cumsum(-1) - sorted_p < mu
+    forward, reverse = forward_kl(log_q, log_p), reverse_kl(log_q, log_p)
+    if taid_parity:
+        head = head.flip(-1)
+        forward = forward - (p * log_p).sum(-1)
+    else:
+        gap = gap.detach().gather(-1, order)
+    head_gap, total_gap = (gap * head).sum(-1), gap.sum(-1)
+    head_share = head_gap / total_gap.clamp(min=torch.finfo(gap.dtype).tiny)
+    return head_share * forward + (1 - head_share) * reverse
+
+
+def interpolated_log_probs(
+    student_log_probs: Float[Tensor, "*item outcome"], teacher_log_probs: Float[Tensor, "*item outcome"], t: float
+) -> Float[Tensor, "*item outcome"]:
+    """log softmax((1 - t) student + t teacher), the intermediate teacher of TAID (2501.16937, eq. 3), without gradient.
+
+    Log-probs in place of logits change nothing: they differ by a constant per item, which softmax ignores.
+    """
+    if t == 0:
+        return student_log_probs.detach()
+    if t == 1:
+        return teacher_log_probs
+    return torch.lerp(_finite(student_log_probs.detach()), _finite(teacher_log_probs), t).log_softmax(-1)
+
+
+def entropy(log_probs: Float[Tensor, "*item outcome"]) -> Float[Tensor, "*item"]:
+    """-sum p log p in nats."""
+    return -(log_probs.exp() * _finite(log_probs)).sum(-1)
+
+
+def _finite(log_probs: Tensor) -> Tensor:
+    # Looking for -inf first: differentiating a clamp costs more than the divergence, and is almost never needed.
+    needed = log_probs.numel() > 0 and not log_probs.detach().amin() > -torch.inf
+    return log_probs.clamp(min=_LOG_ZERO) if needed else log_probs
+
+
+def _positive(probs: Tensor) -> Tensor:
+    return probs + torch.finfo(probs.dtype).tiny
+
+
+def _check_weight(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; it weighs two distributions and must lie between 0 and 1.")

@@ -1,0 +1,260 @@
+"""lm_head and divergence in one pass over chunks of tokens, with the gradients computed in the forward pass.
+
+The logits of a language model are its largest tensor: 4,096 tokens of a 152k vocabulary are 1.2 GB in bf16, for the
+student, again for the teacher, and as much for their gradients. Here they exist for one chunk of tokens at a time:
+project, compare, differentiate, multiply back into the gradients of hidden states and head, forget.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .divergences import entropy, forward_kl
+
+Objective = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, dict[str, Tensor]]]
+"""(student log-probs, teacher log-probs) -> nats per token, optionally with further values per token to sum and report."""
+
+
+# fp32 logits compared at a time on a CPU: they stay in its cache. Larger tiles are read from memory by every operation.
+CPU_TILE_ELEMENTS = 1 << 19
+
+
+class Head(Protocol):
+    """What turns hidden states into logits; `mmkd.models.heads.LMHead` is one."""
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def frozen(self, dtype: torch.dtype) -> "Head": ...
+    def project(self, hidden: Tensor, out: Tensor) -> Tensor: ...
+    def finish(self, logits: Tensor) -> Tensor: ...
+
+
+class Outcomes(Protocol):
+    """What the teacher says about one chunk of tokens."""
+
+    def compare(self, logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
+        """Student and teacher log-probs of the outcomes the teacher speaks of, for some rows of the chunk."""
+        ...
+
+    def top1(self, rows: slice) -> Tensor:
+        """The teacher's most likely token of some rows of the chunk."""
+        ...
+
+
+class Targets(Protocol):
+    """What the teacher says about all tokens; the token signals of `mmkd.teachers.signals` are such targets."""
+
+    def chunks(self, size: int) -> Iterator[Outcomes]:
+        """The outcomes of `size` tokens at a time; a chunk is dead once the next one is asked for."""
+        ...
+
+
+@dataclass
+class FusedLoss:
+    """Sums over the tokens, in nats unless named otherwise: `total` carries the gradient, `sums` are for reporting."""
+
+    total: Float[Tensor, ""]
+    sums: dict[str, Float[Tensor, ""]]
+
+
+def fused_loss(
+    hidden: Float[Tensor, "token width"],
+    head: Head,
+    labels: Int[Tensor, "token"],
+    targets: Targets | None = None,
+    objective: Objective = forward_kl,
+    *,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    chunk_size: int = 512,
+    precise: bool = False,
+    diagnostics: bool = False,
+) -> FusedLoss:
+    """Sum over tokens of `(1 - ce_weight) * temperature**2 * objective + ce_weight * cross-entropy`.
+
+    Row i of `hidden` predicts `labels[i]`: shift and mask before the call. Memory is the gradient of the head plus one
+    chunk of logits per model, whatever the number of tokens. Without `targets` the cross-entropy is the whole loss.
+
+    Matrix products run in the autocast type or else in that of the head; `precise` computes logits in fp32 (bf16
+    logits are off by up to 0.06 nats at a magnitude of 16) and sums the gradient of the head in fp32. The comparison is
+    in fp32 either way. `diagnostics` adds the sums "ce", "token_accuracy" (tokens), "student_entropy" and, with
+    targets, "kl" to the teacher at temperature 1, "top1_agreement" (tokens) and "teacher_entropy".
+
+    The gradient is ready when the call returns and can be used by one backward pass. Raises ValueError for a label
+    outside the head's vocabulary.
+    """
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < head.vocab_size:
+        raise ValueError(
+            f"Labels run from {int(labels.min())} to {int(labels.max())} but the head has {head.vocab_size} tokens; "
+            "the text was tokenised with another vocabulary."
+        )
+    ce_weight = ce_weight if targets is not None else 1.0
+    job = _Job(head, labels, targets, objective, temperature, ce_weight, chunk_size, precise, diagnostics)
+    if torch.is_grad_enabled():
+        total = _FusedLoss.apply(hidden, head.weight, head.bias, job)
+        assert isinstance(total, Tensor)
+    else:
+        total = job.run(hidden, head.weight, head.bias, (False, False, False))[0]
+    return FusedLoss(total, job.sums)
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, job):
+        total, *ctx.gradients = job.run(hidden, weight, bias, ctx.needs_input_grad[:3])
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.gradients is None:
+            raise RuntimeError("The fused loss scales its gradients in place and can be backpropagated only once.")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if gradient is None else gradient.mul_(grad_total) for gradient in gradients), None
+
+
+@dataclass
+class _Gradients:
+    """Where one call accumulates its gradients; None where nobody asks for one."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def accumulate(self, grad_logits: Tensor, states: Tensor, projection: Tensor, rows: slice) -> None:
+        if self.bias is not None:
+            self.bias[: grad_logits.shape[1]] += grad_logits.sum(0, dtype=self.bias.dtype)
+        grad_logits = grad_logits.to(states.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = grad_logits @ projection
+        if self.weight is not None:
+            _accumulate_product(self.weight[: len(projection)], grad_logits.T, states)
+
+
+@dataclass
+class _Job:
+    """One call of `fused_loss`: walks the chunks, sums losses, and writes gradients over the logits they came from."""
+
+    head: Head
+    labels: Tensor
+    targets: Targets | None
+    objective: Objective
+    temperature: float
+    ce_weight: float
+    chunk_size: int
+    precise: bool
+    diagnostics: bool
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The total and its gradients for hidden, weight and bias, each None where `needs` has no use for it."""
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        gradients = _Gradients(
+            torch.zeros_like(hidden) if needs[0] else None,
+            torch.zeros_like(weight, dtype=wide if self.precise else None) if needs[1] else None,
+            torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None,
+        )
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        head = self.head.frozen(dtype)
+        buffer = hidden.new_empty(
+            min(self.chunk_size, len(hidden)), head.vocab_size, dtype=wide if self.precise else dtype
+        )
+        chunks = iter(()) if self.targets is None else self.targets.chunks(self.chunk_size)
+        with torch.autocast(kind, enabled=False):
+            for start in range(0, len(hidden), self.chunk_size):
+                rows = slice(start, min(start + self.chunk_size, len(hidden)))
+                states = hidden.detach()[rows].to(dtype)
+                logits = head.project(states, buffer[: len(states)])
+                total += self._compare_chunk(logits, self.labels[rows], next(chunks, None), any(needs))
+                if any(needs):
+                    gradients.accumulate(logits, states, head.weight, rows)
+        grad_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
+        grad_bias = None if bias is None or gradients.bias is None else gradients.bias.to(bias.dtype)
+        return total, gradients.hidden, grad_weight, grad_bias
+
+    def _compare_chunk(self, logits: Tensor, labels: Tensor, outcomes: Outcomes | None, differentiate: bool) -> Tensor:
+        """The chunk's loss; with `differentiate`, its gradient replaces the logits."""
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=logits.device)
+        tile = max(1, CPU_TILE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+        for start in range(0, len(logits), tile):
+            rows = slice(start, min(start + tile, len(logits)))
+            # A copy where the types are equal, too: the gradient is written over the logits it was computed from.
+            leaf = logits[rows].to(wide, copy=True).requires_grad_(differentiate)
+            with torch.set_grad_enabled(differentiate):
+                loss = self._compare(leaf, labels[rows], outcomes, rows)
+            if differentiate:
+                logits[rows] = torch.autograd.grad(loss, leaf)[0]
+            total += loss.detach()
+        return total
+
+    def _compare(self, leaf: Tensor, labels: Tensor, outcomes: Outcomes | None, rows: slice) -> Tensor:
+        logits = self.head.finish(leaf)
+        loss = logits.new_zeros(())
+        # At temperature 1 and on the whole vocabulary, the compared log-probs serve cross-entropy and diagnostics too.
+        log_probs = teacher = None
+        if outcomes is not None and self.ce_weight < 1:
+            student, target = outcomes.compare(logits, rows, self.temperature)
+            if self.temperature == 1 and student.shape == logits.shape:
+                log_probs, teacher = student, target
+            result = self.objective(student, target)
+            divergence, extra = result if isinstance(result, tuple) else (result, {})
+            divergence = self.temperature**2 * divergence.sum()
+            self._add(divergence=divergence, **{name: values.sum() for name, values in extra.items()})
+            loss = loss + (1 - self.ce_weight) * divergence
+        if log_probs is None and (self.ce_weight or self.diagnostics):
+            log_probs = logits.log_softmax(-1)
+        if self.ce_weight and log_probs is not None:
+            cross_entropy = -log_probs.gather(-1, labels[:, None]).sum()
+            self._add(ce=cross_entropy)
+            loss = loss + self.ce_weight * cross_entropy
+        if self.diagnostics and log_probs is not None:
+            self._diagnose(logits.detach(), log_probs.detach(), teacher, labels, outcomes, rows)
+        return loss
+
+    @torch.no_grad()
+    def _diagnose(
+        self,
+        logits: Tensor,
+        log_probs: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor,
+        outcomes: Outcomes | None,
+        rows: slice,
+    ) -> None:
+        best = logits.argmax(-1)
+        self._add(student_entropy=entropy(log_probs).sum(), token_accuracy=(best == labels).sum())
+        if not self.ce_weight:
+            self._add(ce=-log_probs.gather(-1, labels[:, None]).sum())
+        if outcomes is not None:
+            student, teacher = (log_probs, teacher) if teacher is not None else outcomes.compare(logits, rows, 1.0)
+            self._add(
+                kl=forward_kl(student, teacher).sum(),
+                teacher_entropy=entropy(teacher).sum(),
+                top1_agreement=(best == outcomes.top1(rows)).sum(),
+            )
+
+    def _add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach()
+
+
+def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`; where the types differ, in blocks of rows, so that the product is never held whole."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+        return
+    for start in range(0, len(left), 4096):
+        block = slice(start, start + 4096)
+        total[block] += left[block] @ right

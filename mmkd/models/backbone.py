@@ -1,0 +1,116 @@
+"""The last hidden state of any causal LM or VLM and what its head does with it, without forming logits."""
+
+import functools
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from .heads import LMHead
+
+Consumer = Callable[[Tensor, LMHead], Any]
+"""(last hidden state [batch, position, width], head) -> what the model's forward returns instead of its output."""
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model under PEFT's wrapper."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def allow_consumers(model: PreTrainedModel | PeftModel) -> None:
+    """Lets `model(**inputs, consumer=f)` return `f(last_hidden_state, head)`, computed inside the model's forward.
+
+    A loss must run there: only then do the hooks of DDP, FSDP and DeepSpeed see it. Without `consumer` the model's
+    forward is what it was. Call it before the model is wrapped.
+    """
+    base = base_of(model)
+    original = base.forward
+
+    @functools.wraps(type(base).forward)
+    def forward(self: PreTrainedModel, *args: Any, consumer: Consumer | None = None, **kwargs: Any) -> Any:
+        if consumer is None:
+            return original(*args, **kwargs)
+        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        with _gathered(self.get_output_embeddings()):
+            return consumer(hidden, head_of(self))
+
+    base.forward = types.MethodType(forward, base)
+
+
+def head_of(model: PreTrainedModel | PeftModel) -> LMHead:
+    """The head as it is now: weights are read on each call, since FSDP and PEFT replace them.
+
+    Raises ValueError for a head that is not a plain matrix: one with an adapter, or a quantised one.
+    """
+    base = base_of(model)
+    module = base.get_output_embeddings()
+    if module is None:
+        raise ValueError(f"{type(base).__name__} has no output embeddings; distillation needs a model with an lm_head.")
+    if isinstance(module, BaseTunerLayer):
+        raise ValueError(
+            "The lm_head carries a PEFT adapter. The fused loss multiplies with lm_head.weight itself, so the adapter "
+            "would never be trained. Remove 'lm_head' from target_modules; train it whole with modules_to_save."
+        )
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"The lm_head of {type(base).__name__} is quantised to {weight.dtype}. Keep it out of quantisation: "
+            "llm_int8_skip_modules=['lm_head'] in the BitsAndBytesConfig."
+        )
+    if isinstance(weight, DTensor):
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    config = base.config.get_text_config()
+    return LMHead(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+
+def _logit_scale(config: Any) -> float:
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is None:
+        return 1.0
+    # Granite and MiniCPM3 divide by it; HyperCLOVA X multiplies.
+    return divisor if config.model_type == "hyperclovax" else 1 / divisor
+
+
+def full_head(model: PreTrainedModel) -> LMHead:
+    """The head of a frozen model, whole on every rank: a copy where ZeRO-3 partitions it, else the weight itself."""
+    module = model.get_output_embeddings()
+    with _gathered(module):
+        head = head_of(model)
+        if not _is_partitioned(head.weight):
+            return head
+        bias = None if head.bias is None else head.bias.detach().clone()
+        return replace(head, weight=head.weight.detach().clone(), bias=bias)
+
+
+def devices_of(model: PreTrainedModel) -> set[torch.device]:
+    """The devices that hold the model's parameters."""
+    return {parameter.device for parameter in model.parameters()}
+
+
+def _is_partitioned(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def _gathered(module: torch.nn.Module | None) -> AbstractContextManager:
+    """ZeRO-3 gathers a partitioned parameter in its module's own forward, which reading `lm_head.weight` never runs."""
+    parameters = [] if module is None else [p for p in module.parameters(recurse=False) if _is_partitioned(p)]
+    if not parameters:
+        return nullcontext()
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+
+    # A tied embedding is gathered already; gathering it again would partition it on exit while it is in use.
+    absent = [p for p in parameters if p.ds_status != ZeroParamStatus.AVAILABLE]
+    return GatheredParameters(absent) if absent else nullcontext()

@@ -1,0 +1,76 @@
+"""Models and tokenizers from recipe fields: type, quantisation, text or vision auto class, safetensors only."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+_UNREADABLE = (OSError, ValueError, KeyError, SafetensorError)
+
+
+def load_model(name: str, role: str = "model", **kwargs: Any) -> PreTrainedModel:
+    """The causal LM or VLM of a Hub id or a local folder, from safetensors; `kwargs` go to `from_pretrained`.
+
+    `dtype` may be a name such as "bfloat16"; `trust_remote_code` is off unless passed. `role` names the model in
+    errors. Raises ValueError when nothing loadable is there.
+    """
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] != "auto":
+        kwargs["dtype"] = _dtype(kwargs["dtype"], role)
+    hub = {key: kwargs[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in kwargs}
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+        vision = hasattr(config, "vision_config")
+        auto_class = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        return auto_class.from_pretrained(name, use_safetensors=True, **kwargs)
+    except _UNREADABLE as error:
+        raise ValueError(f"The {role} {name!r} cannot be loaded: {_hint(name)} ({_first_line(error)})") from error
+
+
+def load_processing_class(name: str, role: str = "model", **kwargs: Any) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The processor of a VLM, else the tokenizer. Raises ValueError when there is none."""
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    try:
+        config = AutoConfig.from_pretrained(name, **kwargs)
+        auto_class = AutoProcessor if hasattr(config, "vision_config") else AutoTokenizer
+        return auto_class.from_pretrained(name, **kwargs)
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"The {role} {name!r} has no loadable tokenizer: {_hint(name)} ({_first_line(error)})"
+        ) from error
+
+
+def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer of a processor, or the tokenizer itself."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def _dtype(name: str, role: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"The {role}'s dtype {name!r} is none of torch's; use auto, float32, bfloat16 or float16.")
+    return dtype
+
+
+def _hint(name: str) -> str:
+    folder = Path(name)
+    if folder.is_dir():
+        return f"the folder holds {', '.join(sorted(p.name for p in folder.iterdir())[:5]) or 'nothing'};"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return "there is no such folder;"
+    return "it is neither a local folder nor reachable as a Hub id (check the spelling, the network and your login);"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,32 @@
+"""Teacher[Signal]: who speaks, and in which kind of signal."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeVar
+
+from accelerate import Accelerator
+from jaxtyping import Bool
+from torch import Tensor
+
+Signal = TypeVar("Signal", covariant=True)
+
+
+class Teacher(ABC, Generic[Signal]):
+    """Something that answers a batch with a signal about its supervised tokens.
+
+    A method names the signals it accepts; a teacher whose `signal_type` is none of them is refused when the trainer is
+    built.
+    """
+
+    signal_type: type
+
+    @abstractmethod
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Takes its place on the accelerator's device; called once, before the first question."""
+
+    @abstractmethod
+    def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> Signal:
+        """The signal about the tokens predicted at the `supervised` positions, in row-major order, without gradient.
+
+        `inputs` are the student's model inputs; `supervised` has one position less than they do, since the last
+        position predicts nothing.
+        """

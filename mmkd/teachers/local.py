@@ -1,0 +1,59 @@
+"""A teacher in this process: a frozen transformers model."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.models.utils import prepare_deepspeed
+
+from mmkd.models.backbone import allow_consumers, devices_of, full_head
+
+from .base import Teacher
+from .signals import DenseSignal
+
+
+class LocalTeacher(Teacher[DenseSignal]):
+    """Answers with hidden states and head, so that its logits exist one chunk at a time, next to the student's."""
+
+    signal_type = DenseSignal
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int | None = None):
+        """`vocab_size` trims the padding rows of the teacher's vocabulary: the number of tokens both sides know."""
+        self.model = model.eval().requires_grad_(False)
+        self.head = full_head(self.model)
+        if vocab_size is not None:
+            self.head = self.head.trimmed(vocab_size)
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Moves to the accelerator's device; under DeepSpeed ZeRO-3 the teacher is sharded like the student.
+
+        Raises ValueError when it cannot move: its weights are on the meta device, or were placed by `device_map`.
+        """
+        devices = devices_of(self.model)
+        placed = getattr(self.model, "hf_device_map", None) is not None
+        if torch.device("meta") in devices or (placed and devices != {accelerator.device}):
+            raise ValueError(
+                f"The teacher is on {', '.join(sorted(map(str, devices)))} and cannot be moved to the student's device "
+                f"{accelerator.device}. Load it without device_map, or with device_map={{'': '{accelerator.device}'}}."
+            )
+        allow_consumers(self.model)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.wrapped = prepare_deepspeed(self.model, accelerator)
+        else:
+            self.wrapped = accelerator.prepare_model(self.model, evaluation_mode=True)
+            self.head = full_head(self.model).trimmed(self.head.vocab_size)
+
+    @torch.no_grad()
+    def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> DenseSignal:
+        """Raises ValueError when the teacher answers with NaN or infinity."""
+        hidden = self.wrapped(**inputs, consumer=lambda hidden, head: hidden[:, :-1][supervised])
+        if not hidden.isfinite().all():
+            raise ValueError(
+                "The teacher's last hidden state is not finite. In fp16 its activations probably overflow: load it in "
+                "bfloat16 or float32. Otherwise its weights are damaged."
+            )
+        return DenseSignal(hidden, self.head)

@@ -1,0 +1,80 @@
+"""What a teacher says about a batch: frozen values that know how to put the student on their own support."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmkd.models.heads import LMHead
+
+
+@dataclass(frozen=True)
+class DenseSignal:
+    """The teacher's last hidden states and head: its whole distribution, formed one chunk of tokens at a time."""
+
+    hidden: Float[Tensor, "token width"]
+    head: LMHead
+
+    def chunks(self, size: int) -> Iterator["_DenseChunk"]:
+        """The teacher's logits of `size` tokens at a time, in one buffer that the next chunk overwrites."""
+        head = self.head.frozen()
+        states = self.hidden.detach().to(head.weight.dtype)
+        buffer = states.new_empty(min(size, len(states)), head.vocab_size)
+        for start in range(0, len(states), size):
+            chunk = states[start : start + size]
+            yield _DenseChunk(head.project(chunk, buffer[: len(chunk)]), head)
+
+
+@dataclass(frozen=True)
+class _DenseChunk:
+    logits: Float[Tensor, "token vocab"]
+    head: LMHead
+
+    def compare(self, logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
+        teacher = self.head.finish(self.logits[rows].to(logits.dtype))
+        if temperature != 1:
+            logits, teacher = logits / temperature, teacher / temperature
+        return logits.log_softmax(-1), teacher.log_softmax(-1)
+
+    def top1(self, rows: slice) -> Tensor:
+        return self.logits[rows].argmax(-1)
+
+
+@dataclass(frozen=True)
+class TopKSignal:
+    """The teacher's k most likely tokens, most likely first, their log-probs and the rest as one outcome, the tail.
+
+    With `tail_log_prob` the k + 1 outcomes are the teacher's distribution seen through "one of these, or none"; the
+    student is compared on the same outcomes (a bucket, which PERFORMANCE.md measures as the best use of a top-k). The
+    probabilities are the teacher's at temperature 1 and cannot be tempered: the shape of the tail is not known.
+    """
+
+    ids: Int[Tensor, "token k"]
+    log_probs: Float[Tensor, "token k"]
+    tail_log_prob: Float[Tensor, "token"]
+
+    def chunks(self, size: int) -> Iterator["TopKSignal"]:
+        """This signal, `size` tokens at a time."""
+        for start in range(0, len(self.ids), size):
+            yield self._rows(slice(start, start + size))
+
+    def compare(self, logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
+        if temperature != 1:
+            raise ValueError(f"A top-k signal is known at temperature 1 only, not at {temperature}; set temperature: 1.")
+        signal = self._rows(rows)
+        inside = logits.gather(-1, signal.ids) - logits.logsumexp(-1, keepdim=True)
+        teacher = torch.cat([signal.log_probs, signal.tail_log_prob[:, None]], dim=-1)
+        return torch.cat([inside, log_one_minus_exp(inside.logsumexp(-1, keepdim=True))], dim=-1), teacher.to(inside)
+
+    def top1(self, rows: slice) -> Tensor:
+        return self.ids[rows, 0]
+
+    def _rows(self, rows: slice) -> "TopKSignal":
+        return TopKSignal(self.ids[rows], self.log_probs[rows], self.tail_log_prob[rows])
+
+
+def log_one_minus_exp(log_probs: Tensor) -> Tensor:
+    """log(1 - p) from log p <= 0, finite down to a remainder of one unit in the last place of p."""
+    return torch.log(-torch.expm1(log_probs.clamp(max=-torch.finfo(log_probs.dtype).eps)))

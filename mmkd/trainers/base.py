@@ -1,0 +1,359 @@
+"""The distillation step, owned once: shift, mask, ask the teacher, sum, normalise, log. A method adds its item losses."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset, IterableDataset
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.losses.divergences import forward_kl
+from mmkd.losses.fused import FusedLoss, Objective, fused_loss
+from mmkd.models.backbone import allow_consumers, base_of, head_of
+from mmkd.models.heads import LMHead
+from mmkd.models.load import load_model, load_processing_class, tokenizer_of
+from mmkd.teachers.base import Teacher
+from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.signals import DenseSignal, TopKSignal
+
+from .checks import check_supervision, check_training_data
+from .progress import DistillationProgress
+
+
+@dataclass
+class DistillationConfig(SFTConfig):
+    """What every method reads, besides everything of trl's SFTConfig."""
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    ce_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the cross-entropy with the data's own tokens, between 0 and 1; the divergence gets the "
+            "rest. 0 (default) is pure distillation; try 0.1 to 0.5 when the data is better than the teacher."
+        },
+    )
+    chunk_size: int = field(
+        default=512,
+        metadata={
+            "help": "Supervised tokens whose logits exist at a time. Larger is slightly faster on a GPU and costs "
+            "chunk_size x vocabulary x 2 bytes (bf16) per model."
+        },
+    )
+    precise_logits: bool = field(
+        default=False,
+        metadata={
+            "help": "Form the student's logits in fp32 from bf16 weights, and sum the head's gradient in fp32. Lowers "
+            "the gradient's rounding error from about 3 % to below 1 %; costs little on a GPU and much on a CPU."
+        },
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of from_pretrained for a teacher given by name, such as dtype."},
+    )
+
+    def __post_init__(self) -> None:
+        # transformers wants this said before it allows bf16 on a machine without an accelerator.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+        if not 0 <= self.ce_weight <= 1:
+            raise ValueError(f"ce_weight is {self.ce_weight}; it is a share and must lie between 0 and 1.")
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size is {self.chunk_size}; at least one token must be compared at a time.")
+        if self.loss_type != "nll" or self.label_smoothing_factor:
+            raise ValueError(
+                "loss_type and label_smoothing_factor change SFT's own loss, which distillation replaces. Remove them."
+            )
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The student at the positions that predict a supervised token; row i predicts `labels[i]`."""
+
+    hidden: Float[Tensor, "token width"]
+    head: LMHead
+    labels: Int[Tensor, "token"]
+
+
+@dataclass
+class ItemLosses:
+    """What one micro-batch adds up to."""
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    """Kind of item -> sum of the losses of its items, with gradient. Each is divided by its own global count."""
+    reports: dict[str, tuple[Tensor, Tensor | int]] = field(default_factory=dict)
+    """Name in the logs -> (sum, number of items), without gradient."""
+
+
+class DistillationTrainer(SFTTrainer):
+    """trl's SFTTrainer with a teacher. A method subclasses it and implements `item_losses`.
+
+    Args:
+        model: student: a Hub id, a local folder, or a (PEFT) model.
+        teacher: a Hub id, a local folder, a model, or a `Teacher`. Frozen; quantise and place it as you like.
+        teacher_processing_class: the teacher's tokenizer, to compare vocabularies; found by the teacher's name if absent.
+        args, train_dataset, eval_dataset, processing_class, peft_config, ...: as in SFTTrainer.
+
+    Raises ValueError when student, teacher, data and settings cannot work together, before any step is taken.
+    """
+
+    method: ClassVar[str]
+    config_class: ClassVar[type[DistillationConfig]] = DistillationConfig
+    accepts: ClassVar[tuple[type, ...]] = (DenseSignal, TopKSignal)
+    needs_teacher: ClassVar[bool] = True
+    # `compute_loss` divides by counts of the whole accumulated batch, so the Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    args: DistillationConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        teacher: str | PreTrainedModel | Teacher | None = None,
+        args: DistillationConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        **kwargs: Any,
+    ):
+        self._tag_names = ["mmkd", self.method]
+        self._name = type(self).__name__.removesuffix("Trainer")
+        if teacher is None and self.needs_teacher:
+            raise ValueError(f"Method {self.method} needs a teacher: pass a Hub id, a folder, a model or a Teacher.")
+        if isinstance(teacher, Teacher) and not issubclass(teacher.signal_type, self.accepts):
+            accepted = " or ".join(signal.__name__ for signal in self.accepts)
+            raise ValueError(
+                f"{type(teacher).__name__} answers with {teacher.signal_type.__name__}, method {self.method} needs "
+                f"{accepted}. Use another teacher or another method."
+            )
+        if args is None:
+            name = model if isinstance(model, str) else base_of(model).config.name_or_path
+            args = self.config_class(f"{name.rstrip('/').split('/')[-1] or 'student'}-{self.method}")
+        if not isinstance(args, self.config_class):
+            raise ValueError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}."
+            )
+        if isinstance(model, str):
+            model, processing_class = self._load_student(model, args, processing_class, kwargs)
+        if processing_class is None:
+            processing_class = load_processing_class(base_of(model).config.name_or_path, "student")
+        check_training_data(train_dataset, eval_dataset, args, tokenizer_of(processing_class))
+        self._sums: dict[str, dict[str, Float[Tensor, "2"]]] = {"train": {}, "eval": {}}
+        self._step_sums: dict[str, Float[Tensor, "2"]] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._logged_at = (time.monotonic(), 0)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[*self.method_callbacks(args), *(kwargs.pop("callbacks", None) or [])],
+            **kwargs,
+        )
+        if self.aux_loss_enabled:
+            raise ValueError(
+                "The student is a mixture of experts with a load-balancing loss, which distillation does not add. Set "
+                "router_aux_loss_coef: 0 to train it without."
+            )
+        head = head_of(self.model)
+        self.vocab_size = head.vocab_size
+        allow_consumers(self.model)
+        self.teacher = self._build_teacher(teacher, teacher_processing_class)
+        if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(DistillationProgress)
+
+    # What a method implements
+
+    def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
+        """The losses of one micro-batch; runs inside the student's forward. `signal` is None without a teacher."""
+        raise NotImplementedError
+
+    def method_callbacks(self, args: Any) -> list[TrainerCallback]:
+        """Callbacks of the method; those that are ExportableState are saved in and restored from the trainer state."""
+        return []
+
+    def step_ended(self, means: dict[str, float]) -> None:
+        """Called once per optimizer step with this step's mean over all ranks of the reports named in `step_means`."""
+
+    step_means: ClassVar[tuple[str, ...]] = ()
+    """Reports that `step_ended` needs. Empty: it is not called and nothing is reduced."""
+
+    def count_items(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """How many items of each kind a micro-batch of this rank has."""
+        return {"token": (inputs["labels"][:, 1:] != -100).sum()}
+
+    # What methods share
+
+    def fused(
+        self, student: Supervised, signal: Any, objective: Objective = forward_kl, temperature: float = 1.0
+    ) -> ItemLosses:
+        """The item losses of a token-level divergence mixed with cross-entropy, with all reports."""
+        args = self.args
+        loss: FusedLoss = fused_loss(
+            student.hidden,
+            student.head,
+            student.labels,
+            signal,
+            objective,
+            temperature=temperature,
+            ce_weight=args.ce_weight,
+            chunk_size=args.chunk_size,
+            precise=args.precise_logits,
+            diagnostics=self._reports_now(),
+        )
+        tokens = len(student.labels)
+        return ItemLosses({"token": loss.total}, {name: (total, tokens) for name, total in loss.sums.items()})
+
+    # Construction
+
+    def _load_student(self, name: str, args: DistillationConfig, processing_class: Any, kwargs: dict[str, Any]):
+        init = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        args.model_init_kwargs = None
+        init["quantization_config"] = kwargs.pop("quantization_config", init.get("quantization_config"))
+        if processing_class is None:
+            hub = {key: init.get(key) for key in ("revision", "trust_remote_code")}
+            processing_class = load_processing_class(name, "student", **hub)
+        return load_model(name, "student", **init), processing_class
+
+    def _build_teacher(self, teacher: Any, processing_class: Any) -> Teacher | None:
+        if teacher is None:
+            return None
+        if not isinstance(teacher, Teacher):
+            if isinstance(teacher, str):
+                name = teacher
+                init = {"dtype": "auto", "trust_remote_code": self.args.trust_remote_code}
+                teacher = load_model(name, "teacher", **{**init, **(self.args.teacher_model_init_kwargs or {})})
+            else:
+                name = teacher.config.name_or_path
+            if processing_class is None:
+                processing_class = load_processing_class(name, "teacher", trust_remote_code=self.args.trust_remote_code)
+            self.vocab_size = self._shared_vocabulary(tokenizer_of(processing_class), head_of(teacher).vocab_size)
+            teacher = LocalTeacher(teacher, self.vocab_size)
+        teacher.prepare(self.accelerator)
+        self._ask_once(teacher)
+        return teacher
+
+    def _shared_vocabulary(self, teacher_tokenizer: PreTrainedTokenizerBase, teacher_rows: int) -> int:
+        tokens = shared_vocabulary(self._tokenizer.get_vocab(), teacher_tokenizer.get_vocab())
+        return min(tokens, self.vocab_size, teacher_rows)
+
+    def _ask_once(self, teacher: Teacher) -> None:
+        """Asks about the start of the first row, so that a teacher that cannot answer fails before training."""
+        row = next(iter(self.train_dataset))
+        if "input_ids" not in row:
+            return
+        ids = torch.tensor([row["input_ids"][:32]], device=self.accelerator.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        teacher.ask(inputs, torch.ones_like(ids[:, 1:], dtype=torch.bool))
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
+        check_supervision(dataset, prepared, args.max_length)
+        return prepared
+
+    # The step
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Collects one accumulated batch and counts its items of each kind over all ranks."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts: dict[str, Tensor] = {}
+        for batch in batches:
+            for kind, count in self.count_items(batch).items():
+                counts[kind] = counts.get(kind, torch.zeros((), dtype=torch.long, device=device)) + count.to(device)
+        self._counts = {kind: self.accelerator.reduce(counts[kind], reduction="sum") for kind in sorted(counts)}
+        return batches, num_items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; after the last one of an optimizer step, `step_ended`."""
+        loss = super().training_step(*args, **kwargs)
+        if self.step_means and self.accelerator.sync_gradients:
+            self.step_ended(self._means(self._step_sums))
+            self._step_sums = {}
+        return loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The micro-batch's share of the loss of the accumulated batch, over the items of all ranks."""
+        training = self.model.training
+        counts = self._counts if training else self.count_items(inputs)
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")[:, 1:]
+        supervised = labels != -100
+        asks = self.teacher is not None and (self.needs_teacher or self._reports_now())
+        signal = self.teacher.ask(inputs, supervised) if self.teacher is not None and asks else None
+
+        def consumer(hidden: Tensor, head: LMHead) -> tuple[dict, dict]:
+            student = Supervised(hidden[:, :-1][supervised], head.trimmed(self.vocab_size), labels[supervised])
+            losses = self.item_losses(student, signal)
+            # Plain containers: wrappers look for tensors in the output, and do not look into our dataclasses.
+            return losses.totals, losses.reports
+
+        totals, reports = model(**inputs, consumer=consumer)
+        reports["supervised_tokens"] = (supervised.sum(), 1)
+        reports |= {f"loss/{kind}": (total, counts[kind]) for kind, total in totals.items() if not training}
+        self._record(reports)
+        loss = torch.stack([total / counts[kind].clamp(min=1) for kind, total in totals.items()]).sum()
+        if training:
+            # Gradients are averaged over ranks, while the counts are already those of all ranks.
+            loss = loss * self.accelerator.num_processes
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**inputs)
+
+    # Reports
+
+    def _reports_now(self) -> bool:
+        """Whether this micro-batch computes the diagnostics: always in evaluation, else in the steps that are logged."""
+        if not self.model.training or self.args.logging_strategy != "steps":
+            return True
+        step = self.state.global_step + 1
+        return step % max(1, int(self.state.logging_steps)) == 0 or (step == 1 and self.args.logging_first_step)
+
+    def _record(self, reports: dict[str, tuple[Tensor, Tensor | int]]) -> None:
+        sums = self._sums["train" if self.model.training else "eval"]
+        for name, (total, count) in reports.items():
+            entry = torch.stack([total.detach().double(), torch.as_tensor(count, device=total.device).double()])
+            for store in (sums, self._step_sums) if name in self.step_means and self.model.training else (sums,):
+                store[name] = store[name] + entry if name in store else entry
+
+    def _means(self, sums: dict[str, Float[Tensor, "2"]]) -> dict[str, float]:
+        """Sum over count of every report, over all ranks."""
+        names = sorted(sums)
+        if not names:
+            return {}
+        totals = self.accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
+        return {name: total / count if count else 0.0 for name, (total, count) in zip(names, totals, strict=True)}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the reports since the last log: averages over their items, speed and time left."""
+        training = self.model.training
+        mode = "train" if training else "eval"
+        tokens = self._sums[mode].pop("supervised_tokens", None)
+        means = self._means(self._sums[mode])
+        self._sums[mode] = {}
+        if training and tokens is not None:
+            tokens_seen = self.accelerator.reduce(tokens[0], reduction="sum").item()
+            (then, step), self._logged_at = self._logged_at, (time.monotonic(), self.state.global_step)
+            elapsed = self._logged_at[0] - then
+            steps_left = self.state.max_steps - self.state.global_step
+            logs["supervised_tokens_per_second"] = tokens_seen / elapsed
+            logs["eta_minutes"] = elapsed / max(1, self.state.global_step - step) * steps_left / 60
+        if not training and means:
+            means["loss"] = sum(means.pop(name) for name in list(means) if name.startswith("loss/"))
+            means["perplexity"] = math.exp(min(means["ce"], 700.0))
+        logs.update(means if training else {f"eval_{name}": value for name, value in means.items()})
+        super().log(logs, start_time)

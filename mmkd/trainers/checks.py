@@ -1,0 +1,44 @@
+"""What is wrong with the data, said before a step is taken."""
+
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import is_conversational, is_conversational_from_value
+from trl.trainer.sft_config import SFTConfig
+
+
+def check_training_data(train: Any, evaluation: Any, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for missing or empty data and for messages without a chat template to render them."""
+    if train is None:
+        raise ValueError("There is no train_dataset; distillation needs text for the teacher to judge.")
+    parts = {"train": train, **(evaluation if isinstance(evaluation, dict) else {"eval": evaluation})}
+    for name, dataset in parts.items():
+        if dataset is None:
+            continue
+        row = next(iter(dataset), None)
+        if row is None:
+            raise ValueError(f"The {name} data set is empty; check the data recipe's splits and filters.")
+        templated = is_conversational(row) or is_conversational_from_value(row)
+        if templated and tokenizer.chat_template is None and args.chat_template_path is None:
+            raise ValueError(
+                f"The {name} data set holds messages but the student's tokenizer has no chat template. Set "
+                "chat_template_path to a Jinja file or to a model whose template the student should use (the teacher)."
+            )
+
+
+def check_supervision(raw: Dataset | IterableDataset, prepared: Dataset | IterableDataset, max_length: int | None) -> None:
+    """Raises ValueError when preparation left no token to learn from."""
+    if not isinstance(prepared, Dataset) or not isinstance(raw, Dataset):
+        return
+    if len(prepared) == 0:
+        raise ValueError(
+            f"None of the {len(raw)} rows has a supervised token within max_length {max_length}: the prompts fill it, "
+            "or every label is -100. Raise max_length or shorten the prompts."
+        )
+    column = prepared.with_format("arrow")[:]["labels"]
+    if not any(pc.any(pc.not_equal(chunk.flatten(), -100)).as_py() for chunk in column.chunks):
+        raise ValueError(
+            "No row has a supervised token: every label is -100. Check the completion or assistant masks of the data."
+        )

@@ -1,0 +1,76 @@
+"""Knowledge distillation on the whole vocabulary: one divergence per token (Hinton et al. 2015, and its successors)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from mmkd.losses import divergences
+from mmkd.losses.divergences import Divergence
+
+from .base import DistillationConfig, DistillationTrainer, ItemLosses, Supervised
+
+DIVERGENCES: dict[str, Callable[["KDConfig"], Divergence]] = {
+    "forward_kl": lambda config: divergences.forward_kl,
+    "reverse_kl": lambda config: divergences.reverse_kl,
+    "jsd": lambda config: partial(divergences.jsd, beta=config.beta),
+    "skew_kl": lambda config: partial(divergences.skew_kl, skew=config.skew),
+    "skew_reverse_kl": lambda config: partial(divergences.skew_reverse_kl, skew=config.skew),
+    "tvd": lambda config: divergences.tvd,
+    "adaptive_kl": lambda config: partial(divergences.adaptive_kl, mu=config.mu),
+}
+
+
+@dataclass
+class KDConfig(DistillationConfig):
+    """Settings of method kd."""
+
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "What is minimised per token: forward_kl (covers the teacher; the default, and the safest for small "
+            "students), reverse_kl (seeks its modes), jsd, skew_kl, skew_reverse_kl, tvd or adaptive_kl.",
+            "choices": list(DIVERGENCES),
+        },
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Divides both logits; the divergence is multiplied by its square, so that the balance with "
+            "ce_weight stays. 1 (default) matches the distributions that will be sampled from; 2 stresses the tail."
+        },
+    )
+    beta: float = field(
+        default=0.5,
+        metadata={"help": "The teacher's weight in jsd's mixture: 0 is forward_kl, 1 is reverse_kl (TRL's convention)."},
+    )
+    skew: float = field(
+        default=0.1,
+        metadata={"help": "Share of the first distribution in skew_kl and skew_reverse_kl (DistiLLM's lambda, 0.1)."},
+    )
+    mu: float = field(
+        default=0.5, metadata={"help": "Teacher mass that counts as the head in adaptive_kl (0.5 in its paper)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; logits are divided by it, so it must be positive.")
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence {self.divergence!r} is unknown; choose one of {', '.join(DIVERGENCES)}.")
+        for name in ("beta", "skew", "mu"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a share and must lie between 0 and 1.")
+
+
+class KDTrainer(DistillationTrainer):
+    """Minimises `(1 - ce_weight) * temperature**2 * divergence(teacher, student) + ce_weight * cross-entropy`."""
+
+    method = "kd"
+    config_class = KDConfig
+    args: KDConfig
+
+    def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
+        """One divergence per supervised token."""
+        objective = DIVERGENCES[self.args.divergence](self.args)
+        return self.fused(student, signal, objective, self.args.temperature)

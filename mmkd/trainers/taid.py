@@ -1,0 +1,135 @@
+"""TAID: the student follows an intermediate teacher that moves from itself to the teacher (2501.16937)."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers.trainer_callback import ExportableState, TrainerCallback
+
+from mmkd.losses.divergences import entropy, forward_kl, interpolated_log_probs
+
+from .base import DistillationConfig, DistillationTrainer, ItemLosses, Supervised
+
+
+@dataclass
+class TAIDConfig(DistillationConfig):
+    """Settings of method taid."""
+
+    t_start: float = field(
+        default=0.4,
+        metadata={"help": "Where the interpolation starts: 0 is the student, 1 the teacher. The paper uses 0.4 or 0.2."},
+    )
+    t_end: float = field(default=1.0, metadata={"help": "Where the interpolation ends; 1 (default) is the teacher."})
+    taid_alpha: float = field(
+        default=5e-4,
+        metadata={
+            "help": "Step size of the adaptive part. With t_end 1 and fewer than 1 / taid_alpha optimizer steps the "
+            "schedule is the linear one, whatever the loss does: set about 8 / steps to let progress matter."
+        },
+    )
+    taid_beta: float = field(default=0.99, metadata={"help": "Momentum of the relative progress that drives t."})
+    adaptive: bool = field(
+        default=True, metadata={"help": "Let progress speed t up; False follows the linear schedule from t_start to t_end."}
+    )
+    progress_measure: str = field(
+        default="cross_entropy",
+        metadata={
+            "help": "Loss whose relative decrease is progress: cross_entropy (default: the authors' code, hence the "
+            "published numbers) or kl (the paper's text; larger relative changes).",
+            "choices": ["cross_entropy", "kl"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.t_start <= self.t_end <= 1:
+            raise ValueError(
+                f"t_start is {self.t_start} and t_end {self.t_end}; t moves up from t_start to t_end within [0, 1]."
+            )
+        if self.taid_alpha < 0 or not 0 <= self.taid_beta < 1:
+            raise ValueError(
+                f"taid_alpha is {self.taid_alpha} (must not be negative) and taid_beta {self.taid_beta} (must lie in [0, 1))."
+            )
+        if self.progress_measure not in ("cross_entropy", "kl"):
+            raise ValueError(f"progress_measure {self.progress_measure!r} is unknown; choose cross_entropy or kl.")
+
+
+class TAIDSchedule(TrainerCallback, ExportableState):
+    """The interpolation parameter t, kept in the trainer's state, so that a resumed run goes on where it was.
+
+    `t <- min(t_end, max(linear, t + alpha * sigmoid(m) * (1 - t)))`, with m the momentum of the relative decrease of the
+    loss and linear the straight line from t_start to t_end (2501.16937, algorithm 1).
+    """
+
+    _ATTRIBUTES = ("t", "momentum", "delta", "previous_loss")
+
+    def __init__(self, t_start: float, t_end: float, alpha: float, beta: float, adaptive: bool = True):
+        self.t_start, self.t_end, self.alpha, self.beta, self.adaptive = t_start, t_end, alpha, beta, adaptive
+        self._restore({"t": t_start, "momentum": 0.0, "delta": 0.0, "previous_loss": None})
+
+    def update(self, loss: float, step: int, total_steps: int) -> None:
+        """Moves t once, after the optimizer step number `step` (from 0) whose mean loss over all ranks was `loss`."""
+        if self.previous_loss is not None:
+            progress = (self.previous_loss - loss) / (self.previous_loss + 1e-15)
+            self.momentum = self.beta * self.momentum + (1 - self.beta) * progress
+            self.delta = self.alpha / (1 + math.exp(-self.momentum)) * (1 - self.t)
+            linear = self.t_start + (self.t_end - self.t_start) * step / total_steps
+            self.t = min(self.t_end, max(linear, self.t + self.delta)) if self.adaptive else linear
+        self.previous_loss = loss
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into trainer_state.json."""
+        arguments = ("t_start", "t_end", "alpha", "beta", "adaptive")
+        return {
+            "args": {name: getattr(self, name) for name in arguments},
+            "attributes": {name: getattr(self, name) for name in self._ATTRIBUTES},
+        }
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes up the checkpoint's t; the Trainer itself restores callbacks only when asked to restore all of them."""
+        self._restore(state.stateful_callbacks[type(self).__name__]["attributes"])
+
+    def _restore(self, attributes: dict[str, Any]) -> None:
+        self.t: float = attributes["t"]
+        self.momentum: float = attributes["momentum"]
+        self.delta: float = attributes["delta"]
+        self.previous_loss: float | None = attributes["previous_loss"]
+
+
+class TAIDTrainer(DistillationTrainer):
+    """Minimises KL(p_t || student) with p_t = softmax((1 - t) student + t teacher), the student there without gradient."""
+
+    method = "taid"
+    config_class = TAIDConfig
+    step_means = ("progress",)
+    args: TAIDConfig
+    _paper = {
+        "title": "TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer in Language Models",
+        "id": "2501.16937",
+    }
+
+    def method_callbacks(self, args: TAIDConfig) -> list[TrainerCallback]:
+        """The schedule, which the Trainer saves and restores with its state."""
+        self.schedule = TAIDSchedule(args.t_start, args.t_end, args.taid_alpha, args.taid_beta, args.adaptive)
+        return [self.schedule]
+
+    def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
+        """One KL to the intermediate teacher per supervised token."""
+        return self.fused(student, signal, self._objective)
+
+    def _objective(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        target = interpolated_log_probs(student, teacher, self.schedule.t)
+        divergence = forward_kl(student, target)
+        progress = divergence if self.args.progress_measure == "kl" else divergence + entropy(target)
+        return divergence, {"progress": progress.detach()}
+
+    def step_ended(self, means: dict[str, float]) -> None:
+        """Moves t by this step's mean loss; evaluation never comes here."""
+        self.schedule.update(means["progress"], self.state.global_step, self.state.max_steps)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds t, its momentum and its last adaptive increment."""
+        schedule = self.schedule
+        logs |= {"taid_t": schedule.t, "taid_momentum": schedule.momentum, "taid_delta": schedule.delta}
+        super().log(logs, start_time)

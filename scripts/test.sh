@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Everything CI checks: style, types, tests, packaging. With arguments, only pytest, with those arguments.
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+
+# One thread per process. Tests start further processes (torchrun, the CLI); when two of them with two threads each
+# share two cores, OpenMP's barriers wait for threads that are not scheduled and everything runs 5 to 30 times slower.
+export OMP_NUM_THREADS=1
+# Tokenizers' own threads compete in the same way, and warn when a process forks after they were used.
+export TOKENIZERS_PARALLELISM=false
+# Tests bring their own models and data: one that asks a hub must fail at once, not hang or pass on some machines only.
+export HF_HUB_OFFLINE=1
+export HF_HUB_DISABLE_TELEMETRY=1
+# pyright would ask the network for a newer version of itself, which constraints.txt rules out anyway.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
+
+if (($#)); then
+    exec .venv/bin/python -m pytest "$@"
+fi
+
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/pyright
+.venv/bin/python -m pytest
+.venv/bin/python scripts/check_wheel.py
