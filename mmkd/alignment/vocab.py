@@ -1,25 +1,30 @@
 """Whether two tokenizers are one, and how many tokens they share."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 
-def shared_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int]) -> int:
+def shared_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int], added: Collection[str] = ()) -> int:
     """The number of leading token ids that mean the same to student and teacher.
 
-    One vocabulary may have more tokens at its end (a padding token, say): what comes after the last shared id has no
-    counterpart and is left out of every comparison. Raises ValueError where the tokenizers really differ.
+    A vocabulary may end with `added` tokens that the other one lacks (a padding token, say); no text splits into them,
+    and they are left out of every comparison. Raises ValueError where the tokenizers really differ.
     """
-    differing = [token for token, index in student.items() if token in teacher and teacher[token] != index]
-    shared = {index for token, index in student.items() if token in teacher}
-    end = max(shared, default=-1) + 1
-    missing = [token for token, index in student.items() if index < end and token not in teacher]
-    missing += [token for token, index in teacher.items() if index < end and token not in student]
-    if differing or missing or not shared:
-        examples = ", ".join(repr(token) for token in (differing + missing)[:3])
+    common = {token for token, index in student.items() if teacher.get(token) == index}
+    end = max((student[token] for token in common), default=-1) + 1
+    different = [token for token in (*student, *teacher) if token not in common]
+    unrelated = [
+        token for token in different if token not in added or min(_ids(token, student, teacher), default=end) < end
+    ]
+    if unrelated or not common:
+        examples = ", ".join(repr(token) for token in unrelated[:3])
         raise ValueError(
             f"Student ({len(student)} tokens) and teacher ({len(teacher)} tokens) have different vocabularies: "
-            f"{len(differing)} tokens have another id and {len(missing)} exist on one side only ({examples}, ...). A "
-            "token-by-token divergence would compare unrelated tokens. Use a teacher of the same family, or method "
-            "alm, which distils across tokenizers."
+            f"{len(unrelated)} tokens are missing or have another id on one side ({examples}, ...). A token-by-token "
+            "divergence would compare unrelated tokens. Use a teacher of the same family, or method alm, which distils "
+            "across tokenizers."
         )
     return end
+
+
+def _ids(token: str, *vocabularies: Mapping[str, int]) -> list[int]:
+    return [vocabulary[token] for vocabulary in vocabularies if token in vocabulary]

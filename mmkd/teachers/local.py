@@ -49,11 +49,25 @@ class LocalTeacher(Teacher[DenseSignal]):
 
     @torch.no_grad()
     def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> DenseSignal:
-        """Raises ValueError when the teacher answers with NaN or infinity."""
-        hidden = self.wrapped(**inputs, consumer=lambda hidden, head: hidden[:, :-1][supervised])
+        """Raises ValueError when a token is unknown to the teacher, or when it answers with NaN or infinity."""
+        hidden = self.wrapped(**self._readable(inputs), consumer=lambda hidden, head: hidden[:, :-1][supervised])
         if not hidden.isfinite().all():
             raise ValueError(
                 "The teacher's last hidden state is not finite. In fp16 its activations probably overflow: load it in "
                 "bfloat16 or float32. Otherwise its weights are damaged."
             )
         return DenseSignal(hidden, self.head)
+
+    def _readable(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs without padding tokens that only the student's vocabulary has."""
+        ids, rows = inputs["input_ids"], self.model.get_input_embeddings().num_embeddings
+        unknown = ids >= rows
+        if not unknown.any():
+            return inputs
+        padding = inputs["attention_mask"] == 0 if "attention_mask" in inputs else torch.zeros_like(unknown)
+        if (unknown & ~padding).any():
+            raise ValueError(
+                f"The text holds token {int(ids[unknown & ~padding][0])}, but the teacher has {rows} tokens. Remove the "
+                "tokens that only the student knows from the text or its chat template."
+            )
+        return {**inputs, "input_ids": ids.masked_fill(unknown, 0)}

@@ -246,7 +246,8 @@ class DistillationTrainer(SFTTrainer):
         return teacher
 
     def _shared_vocabulary(self, teacher_tokenizer: PreTrainedTokenizerBase, teacher_rows: int) -> int:
-        tokens = shared_vocabulary(self._tokenizer.get_vocab(), teacher_tokenizer.get_vocab())
+        added = {*self._tokenizer.get_added_vocab(), *teacher_tokenizer.get_added_vocab()}
+        tokens = shared_vocabulary(self._tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), added)
         return min(tokens, self.vocab_size, teacher_rows)
 
     def _ask_once(self, teacher: Teacher) -> None:

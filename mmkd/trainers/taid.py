@@ -88,7 +88,10 @@ class TAIDSchedule(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes up the checkpoint's t; the Trainer itself restores callbacks only when asked to restore all of them."""
-        self._restore(state.stateful_callbacks[type(self).__name__]["attributes"])
+        if state.global_step == 0:
+            self._restore({"t": self.t_start, "momentum": 0.0, "delta": 0.0, "previous_loss": None})
+        else:
+            self._restore(state.stateful_callbacks[type(self).__name__]["attributes"])
 
     def _restore(self, attributes: dict[str, Any]) -> None:
         self.t: float = attributes["t"]
@@ -102,7 +105,7 @@ class TAIDTrainer(DistillationTrainer):
 
     method = "taid"
     config_class = TAIDConfig
-    step_means = ("progress",)
+    step_means = ("progress_loss",)
     args: TAIDConfig
     _paper = {
         "title": "TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer in Language Models",
@@ -122,11 +125,11 @@ class TAIDTrainer(DistillationTrainer):
         target = interpolated_log_probs(student, teacher, self.schedule.t)
         divergence = forward_kl(student, target)
         progress = divergence if self.args.progress_measure == "kl" else divergence + entropy(target)
-        return divergence, {"progress": progress.detach()}
+        return divergence, {"progress_loss": progress.detach()}
 
     def step_ended(self, means: dict[str, float]) -> None:
         """Moves t by this step's mean loss; evaluation never comes here."""
-        self.schedule.update(means["progress"], self.state.global_step, self.state.max_steps)
+        self.schedule.update(means["progress_loss"], self.state.global_step, self.state.max_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds t, its momentum and its last adaptive increment."""

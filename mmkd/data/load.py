@@ -1,0 +1,235 @@
+"""Rows from a data recipe: load the source, map its columns, filter, hold rows out, mix."""
+
+import glob
+import logging
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, DatasetDict
+
+from mmkd.data.mapping import Sieve, check_columns, map_rows, read_rows, row_key
+from mmkd.data.recipe import BUILDERS, DataRecipe, nearest
+
+logger = logging.getLogger(__name__)
+
+# Rows tried at least when only some are wanted.
+_BLOCK = 1000
+
+
+def load_data(
+    name_or_path: str | Path,
+    *,
+    max_train_rows: int | None = None,
+    max_eval_rows: int | None = None,
+    root: Path | None = None,
+) -> DatasetDict:
+    """The rows of a data recipe in TRL's columns: "train" and, where the recipe has one, "eval".
+
+    Args:
+        name_or_path: a recipe's name under `root` (default: those that ship with mmkd), or the path of a YAML.
+        max_train_rows: at most this many training rows; which rows are held out for eval does not depend on it.
+        max_eval_rows: at most this many eval rows.
+
+    Raises ValueError where the recipe cannot be read, a file or column is missing, or no row is left.
+    """
+    return load_rows(
+        DataRecipe.load(name_or_path, root=root), max_train_rows=max_train_rows, max_eval_rows=max_eval_rows
+    )
+
+
+def load_rows(
+    recipe: DataRecipe, *, max_train_rows: int | None = None, max_eval_rows: int | None = None
+) -> DatasetDict:
+    """The same for a recipe that is at hand."""
+    for name, rows in (("max_train_rows", max_train_rows), ("max_eval_rows", max_eval_rows)):
+        if rows is not None and rows < 1:
+            raise ValueError(f"{name} is {rows}; give 1 or more, or leave it out for all rows.")
+    caps = [cap for cap in (recipe.max_rows, max_train_rows) if cap is not None]
+    rows = (_mixture_rows if recipe.mixture else _source_rows)(recipe, min(caps, default=None), max_eval_rows)
+    for split, dataset in rows.items():
+        logger.info("%s: %d %s rows", recipe.name, len(dataset), split)
+    return rows
+
+
+def _source_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None) -> DatasetDict:
+    raw = {ours: _load_split(recipe, theirs) for ours, theirs in recipe.splits.items()}
+    for ours, dataset in raw.items():
+        check_columns(recipe, dataset)
+        raw[ours] = dataset if recipe.shuffle_seed is None else dataset.shuffle(seed=recipe.shuffle_seed)
+    if not recipe.has_eval:
+        return DatasetDict({"train": _sift(raw["train"], recipe, Sieve(recipe, "train"), train_cap)[0]})
+    held_out, train = _hold_out(raw, recipe)
+    # Rows held out of train must not be trained on under another index. An eval split of the source's own is its
+    # authors' choice, unless the recipe asks for dedupe.
+    apart = "eval" not in raw or recipe.filters.dedupe
+    keys = {row_key(row) for row in read_rows(held_out, held_out.column_names)} if apart else set()
+    kept, _ = _sift(train, recipe, Sieve(recipe, "train", keys), train_cap)
+    return DatasetDict({"train": kept, "eval": _cap(held_out, eval_cap)})
+
+
+def _hold_out(raw: dict[str, Dataset], recipe: DataRecipe) -> tuple[Dataset, Dataset]:
+    """The eval rows, and the source's rows that remain to train on. Raises ValueError when none remain."""
+    sieve, train = Sieve(recipe, "eval"), raw["train"]
+    if "eval" in raw:
+        return _sift(raw["eval"], recipe, sieve, limit=None)[0], train
+    if recipe.eval_rows is not None:
+        held_out, used = _sift(train, recipe, sieve, limit=recipe.eval_rows)
+    else:
+        assert recipe.eval_fraction is not None
+        used = min(len(train), max(1, round(recipe.eval_fraction * len(train))))
+        held_out, _ = _sift(train.select(range(used)), recipe, sieve, limit=None)
+    if used == len(train):
+        raise ValueError(
+            f"{recipe.name}: holding out {len(held_out)} rows for eval leaves none of {used} to train on; "
+            "lower eval_rows or eval_fraction."
+        )
+    return held_out, train.select(range(used, len(train)))
+
+
+def _mixture_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None) -> DatasetDict:
+    """The parts in their shares, with no row drawn twice, shuffled. The scarcest part decides how many rows there are.
+
+    Rows that two parts share stay twice. Raises ValueError when a part has fewer rows than asked for.
+    """
+    exact = recipe.mixture[0].rows is not None
+    weights = [Fraction(str(part.rows if exact else part.weight)) for part in recipe.mixture]
+    shares = [weight / sum(weights) for weight in weights]
+    asked = train_cap
+    if exact:
+        asked = min(int(sum(weights)), train_cap or int(sum(weights)))
+    # No part needs to read more rows than its share of the cap.
+    needs = [(_ceil(share, asked), _ceil(share, eval_cap)) for share in shares]
+    parts = [
+        load_rows(part.recipe, max_train_rows=train, max_eval_rows=held_out)
+        for part, (train, held_out) in zip(recipe.mixture, needs, strict=True)
+    ]
+    for part, rows, (need, _) in zip(recipe.mixture, parts, needs, strict=True):
+        if exact and need is not None and len(rows["train"]) < need:
+            raise ValueError(
+                f"{recipe.name}: {need} rows of {part.data!r} are asked for, but it has {len(rows['train'])}, and no "
+                "row is used twice; lower its rows, or give weights."
+            )
+    mixed = DatasetDict()
+    mixed["train"] = _mix([rows["train"] for rows in parts], shares, asked, recipe.shuffle_seed)
+    if recipe.has_eval:
+        mixed["eval"] = _mix([rows["eval"] for rows in parts], shares, eval_cap, recipe.shuffle_seed)
+    return mixed
+
+
+def mixture_counts(sizes: Sequence[int], shares: Sequence[Fraction], cap: int | None = None) -> list[int]:
+    """How many rows each part gives: the most rows in these shares (to within one row) that the sizes allow."""
+    total = min(math.floor(size / share) for size, share in zip(sizes, shares, strict=True))
+    total = total if cap is None else min(total, cap)
+    quotas = [share * total for share in shares]
+    counts = [math.floor(quota) for quota in quotas]
+    largest_remainder = sorted(range(len(quotas)), key=lambda i: counts[i] - quotas[i])
+    for i in largest_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _mix(parts: list[Dataset], shares: list[Fraction], cap: int | None, seed: int | None) -> Dataset:
+    counts = mixture_counts([len(part) for part in parts], shares, cap)
+    first = parts[0].features
+    parts = [part if part.features == first else part.cast(first) for part in parts]
+    taken = [part.select(range(count)) for part, count in zip(parts, counts, strict=True)]
+    return datasets.concatenate_datasets(taken).shuffle(seed=seed)
+
+
+def _ceil(share: Fraction, total: int | None) -> int | None:
+    return None if total is None else math.ceil(share * total)
+
+
+def _cap(dataset: Dataset, rows: int | None) -> Dataset:
+    return dataset if rows is None else dataset.select(range(min(rows, len(dataset))))
+
+
+def _load_split(recipe: DataRecipe, split: str) -> Dataset:
+    """The source's own rows of one of its splits. Raises ValueError for a file, folder or split that is not there."""
+    if recipe.source in BUILDERS:
+        files = [file for pattern in recipe.data_files[split] for file in _local_files(recipe, pattern)]
+        return datasets.load_dataset(recipe.source, data_files={split: files}, split=split)
+    folder = _saved_folder(recipe)
+    if folder is not None:
+        saved = datasets.load_from_disk(str(folder))
+        saved = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
+        if split not in saved:
+            names = [str(name) for name in saved]
+            raise ValueError(
+                f"{recipe.name}: {folder} has no split {split!r}; did you mean {nearest(split, names)!r}? "
+                f"It has {', '.join(names)}; name it under splits."
+            )
+        return saved[split]
+    files = {split: list(recipe.data_files[split])} if recipe.data_files else None
+    return datasets.load_dataset(
+        recipe.source, name=recipe.config, revision=recipe.revision, data_files=files, split=split
+    )
+
+
+def _places(recipe: DataRecipe, path: str) -> list[Path]:
+    # What a user's script has just written lies in the current folder; what travels with a YAML lies beside it.
+    return [folder / Path(path).expanduser() for folder in (Path.cwd(), recipe.folder) if folder is not None]
+
+
+def _local_files(recipe: DataRecipe, pattern: str) -> list[str]:
+    if "://" in pattern:
+        return [pattern]
+    for place in _places(recipe, pattern):
+        files = [str(place)] if place.is_file() else sorted(glob.glob(str(place), recursive=True))
+        if files:
+            return files
+    hint = f"make it with `{recipe.prepare}`" if recipe.prepare else "check the path under data_files"
+    looked = " or ".join(str(place) for place in dict.fromkeys(_places(recipe, pattern)))
+    raise ValueError(f"{recipe.name}: there is no file {looked}; {hint}.")
+
+
+def _saved_folder(recipe: DataRecipe) -> Path | None:
+    """The folder `save_to_disk` wrote, or None when the source is on the Hub. Raises ValueError when it is neither."""
+    folder = next((place for place in _places(recipe, recipe.source) if place.is_dir()), None)
+    if folder is None:
+        looks_like_path = recipe.source.startswith((".", "/", "~")) or recipe.source.count("/") != 1
+        if looks_like_path:
+            hint = f"did you mean {nearest(recipe.source, BUILDERS)!r}? " if "/" not in recipe.source else ""
+            raise ValueError(
+                f"{recipe.name}: source {recipe.source!r} is no folder here; {hint}A source is owner/name on the Hub, "
+                f"one of {', '.join(BUILDERS)}, or a folder that save_to_disk wrote."
+            )
+        return None
+    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        raise ValueError(
+            f"{recipe.name}: {folder} was not written by save_to_disk; for the files in it write "
+            f"`source: parquet` (or {', '.join(BUILDERS)}) and `data_files:`."
+        )
+    unused = [key for key in ("config", "revision", "data_files") if getattr(recipe, key)]
+    if unused:
+        raise ValueError(f"{recipe.name}: {', '.join(unused)} cannot apply to the saved folder {folder}; remove it.")
+    return folder
+
+
+def _sift(raw: Dataset, recipe: DataRecipe, sieve: Sieve, limit: int | None) -> tuple[Dataset, int]:
+    """The first `limit` rows that stay, in our columns, and how many source rows that took.
+
+    Reads in blocks, so that a few rows of a large set cost a few rows. Raises ValueError when none stays.
+    """
+    block = max(1, len(raw)) if limit is None else max(4 * limit, _BLOCK)
+    parts: list[Dataset] = []
+    used, missing = 0, limit
+    while used < len(raw) and missing != 0:
+        span = raw.select(range(used, min(used + block, len(raw))))
+        equal = sieve.equal(span)
+        rows = map_rows(span.select(equal), recipe)
+        kept = sieve.keep(rows, missing)
+        parts.append(rows.select(kept))
+        missing = None if missing is None else missing - len(kept)
+        used += equal[kept[-1]] + 1 if missing == 0 else len(span)
+    if not any(len(part) for part in parts):
+        raise ValueError(
+            f"{recipe.name}: no {sieve.split} row is left of {len(raw)} ({sieve.report()}); loosen filters, or check "
+            "that columns reads the right ones."
+        )
+    if sieve.removed.total():
+        logger.info("%s: %s: %s of the %d rows read", recipe.name, sieve.split, sieve.report(), used)
+    return datasets.concatenate_datasets(parts), used

@@ -1,0 +1,302 @@
+"""A source's rows in our columns, and the filters that decide which of them stay."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, Features, Image, Json, List, Value
+
+from mmkd.data.recipe import (
+    CONVERSION,
+    ROLES,
+    DataRecipe,
+    MessagesColumn,
+    is_template,
+    nearest,
+    template_columns,
+)
+
+# Rows read at a time: enough to hide the cost of a batch, few enough for rows with images.
+_BATCH = 1000
+
+
+def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
+    """Raises ValueError for a column the source lacks, or that holds something else than the recipe needs."""
+    named = [(f"columns.{ours}", column) for ours, theirs in recipe.columns.items() for column in _reads(theirs)]
+    for where, column in [*named, *(("filters.equals", column) for column in recipe.filters.equals)]:
+        if column not in raw.column_names:
+            raise ValueError(
+                f"{recipe.name}: {where} reads {column!r}, which the source does not have; did you mean "
+                f"{nearest(column, raw.column_names)!r}? Its columns are {', '.join(raw.column_names)}."
+            )
+    for ours, theirs in recipe.columns.items():
+        if isinstance(theirs, MessagesColumn):
+            _check_messages(recipe, ours, theirs, raw.features[theirs.column])
+        elif ours == "images":
+            feature = raw.features[theirs]
+            one = feature.feature if isinstance(feature, List) else feature
+            if not isinstance(one, Image) and getattr(one, "dtype", None) not in ("string", "large_string"):
+                raise ValueError(
+                    f"{recipe.name}: columns.images reads {theirs!r}, which holds {feature}; it must hold images or "
+                    "their paths, one a row or a list of them."
+                )
+        elif ours in ("text", "prompt", "completion") and not is_template(theirs):
+            feature = raw.features[theirs]
+            chat = ours != "text" and _is_struct_list(feature)
+            if getattr(feature, "dtype", None) not in ("string", "large_string") and not chat:
+                raise ValueError(
+                    f"{recipe.name}: columns.{ours} reads {theirs!r}, which holds {feature} and not text; "
+                    f"write a template, {ours}: '{{{theirs}}}', to turn it into text."
+                )
+
+
+def _check_messages(recipe: DataRecipe, ours: str, theirs: MessagesColumn, feature: Any) -> None:
+    if _is_struct_list(feature):
+        for option in ("role_key", "content_key"):
+            _check_key(theirs, option, list(feature.feature))
+    elif not isinstance(getattr(feature, "feature", feature), Json):
+        raise ValueError(
+            f"{recipe.name}: columns.{ours} reads {theirs.column!r}, which holds {feature} and no list of messages; "
+            "map it to text, prompt or completion."
+        )
+
+
+def _check_key(theirs: MessagesColumn, option: str, keys: list[str]) -> None:
+    key = getattr(theirs, option)
+    if key not in keys:
+        raise ValueError(
+            f"the messages in {theirs.column!r} have no {key!r}; set {option} to one of their keys: {', '.join(keys)}."
+        )
+
+
+def _reads(theirs: str | MessagesColumn) -> list[str]:
+    if isinstance(theirs, MessagesColumn):
+        return [theirs.column]
+    return template_columns(theirs) if is_template(theirs) else [theirs]
+
+
+class Sieve:
+    """The filters of a recipe on one split: which rows stay, and how many each filter removed."""
+
+    def __init__(self, recipe: DataRecipe, split: str, held_out: set[bytes] | None = None) -> None:
+        self.split = split
+        self.filters = recipe.filters
+        self.held_out = held_out or set()
+        self.seen: set[bytes] = set()
+        self.removed: Counter[str] = Counter()
+
+    def equal(self, raw: Dataset) -> Sequence[int]:
+        """The indices of the rows with the values that `equals` asks for."""
+        if not self.filters.equals:
+            return range(len(raw))
+        rows = read_rows(raw, list(self.filters.equals))
+        kept = [i for i, row in enumerate(rows) if all(row[k] == v for k, v in self.filters.equals.items())]
+        if len(kept) < len(raw):
+            self.removed["equals"] += len(raw) - len(kept)
+        return kept
+
+    def keep(self, rows: Dataset, limit: int | None) -> list[int]:
+        """The indices of the first `limit` rows that no filter removes."""
+        compared = self.filters.dedupe or self.held_out
+        columns = [name for name in rows.column_names if compared or name != "images"]
+        kept: list[int] = []
+        for i, row in enumerate(read_rows(rows, columns)):
+            if limit is not None and len(kept) == limit:
+                break
+            reason = self._reason(row)
+            if reason is None:
+                kept.append(i)
+            else:
+                self.removed[reason] += 1
+        return kept
+
+    def _reason(self, row: Mapping[str, Any]) -> str | None:
+        filters, said = self.filters, _answer(row)
+        if filters.drop_empty and not said.strip():
+            return "drop_empty"
+        if filters.min_chars is not None and len(said) < filters.min_chars:
+            return "min_chars"
+        if filters.max_chars is not None and len(said) > filters.max_chars:
+            return "max_chars"
+        if not (filters.dedupe or self.held_out):
+            return None
+        key = row_key(row)
+        if key in self.held_out:
+            return "equal to an eval row"
+        if not filters.dedupe:
+            return None
+        if key in self.seen:
+            return "dedupe"
+        self.seen.add(key)
+        return None
+
+    def report(self) -> str:
+        """How many rows each filter removed, in words."""
+        counts = [f"{name} removed {count}" for name, count in sorted(self.removed.items())]
+        return ", ".join(counts) or "no filter removed any"
+
+
+def map_rows(raw: Dataset, recipe: DataRecipe) -> Dataset:
+    """The rows in our columns and no others."""
+    columns = {ours: recipe.columns[ours] for ours in recipe.output_columns}
+    features = Features({ours: _feature(ours, theirs, raw.features) for ours, theirs in columns.items()})
+    renamed = {theirs: ours for ours, theirs in columns.items() if isinstance(theirs, str)}
+    if len(renamed) == len(columns) and all(features[b] == raw.features.get(a) for a, b in renamed.items()):
+        # Only names change: no row is copied, which matters for tens of gigabytes of text.
+        return raw.select_columns(list(renamed)).rename_columns(renamed)
+    return (
+        raw.with_format("arrow")
+        .map(
+            _convert,
+            batched=True,
+            batch_size=_BATCH,
+            fn_kwargs={"columns": columns, "source": raw.features, "features": features, "conversion": CONVERSION},
+            remove_columns=raw.column_names,
+            features=features,
+            desc=f"Mapping {recipe.name}",
+        )
+        .with_format(None)
+    )
+
+
+def _feature(ours: str, theirs: str | MessagesColumn, source: Features) -> Any:
+    if isinstance(theirs, MessagesColumn):
+        keys = getattr(source[theirs.column], "feature", None)
+        content = keys[theirs.content_key] if isinstance(keys, dict) else Value("string")
+        return List({"role": Value("string"), "content": content})
+    if ours == "images":
+        return List(Image())
+    return Value("string") if is_template(theirs) else source[theirs]
+
+
+def _convert(
+    table: pa.Table,
+    columns: Mapping[str, str | MessagesColumn],
+    source: Features,
+    features: Features,
+    conversion: int,
+) -> pa.Table:
+    """A batch in our columns. It stays in Arrow, so that no image is decoded on the way.
+
+    `conversion` is read by nothing but the cache key of `map`, which else would not notice that this function changed.
+    """
+    arrays = {}
+    for ours, theirs in columns.items():
+        if ours == "images":
+            arrays[ours] = _images(table.column(theirs))
+        elif isinstance(theirs, MessagesColumn):
+            rows = table.column(theirs.column).to_pylist()
+            ragged = not _is_struct_list(source[theirs.column])
+            if ragged:
+                rows = [_decoded(row, source[theirs.column]) for row in rows]
+            type_ = _storage(features.arrow_schema.field(ours).type)
+            arrays[ours] = pa.array([_messages(row, theirs, ragged) for row in rows], type=type_)
+        elif is_template(theirs):
+            names = template_columns(theirs)
+            rows = _plain_rows(table.select(list(dict.fromkeys(names))), source)
+            arrays[ours] = pa.array([_filled(theirs, row) for row in rows], type=pa.string())
+        else:
+            arrays[ours] = table.column(theirs)
+    return pa.table(arrays)
+
+
+def _filled(template: str, row: Mapping[str, Any]) -> str:
+    # Optional columns such as Alpaca's `input` are null where there is none, and "None" is no text.
+    return template.format(**{name: "" if value is None else value for name, value in row.items()})
+
+
+def _messages(row: list[dict[str, Any]] | None, theirs: MessagesColumn, ragged: bool) -> list[dict[str, Any]]:
+    """Messages with the keys `role` and `content`.
+
+    Raises ValueError for a missing key, a role that chat templates do not know, and content without a type of its own.
+    """
+    messages = []
+    for message in row or []:
+        for option in ("role_key", "content_key"):
+            _check_key(theirs, option, list(message))
+        if ragged and not isinstance(message[theirs.content_key], str | None):
+            raise ValueError(
+                f"the messages in {theirs.column!r} differ in their keys ({', '.join(message)}, ...) and hold more "
+                "than text; give all of them the same keys in the file."
+            )
+        role = theirs.role_map.get(message[theirs.role_key], message[theirs.role_key])
+        if role not in ROLES:
+            raise ValueError(
+                f"the messages in {theirs.column!r} have the role {role!r}; map it to one of {', '.join(ROLES)} "
+                f"with role_map: {{{role}: {nearest(role, ROLES)}}}."
+            )
+        messages.append({"role": role, "content": message[theirs.content_key]})
+    return messages
+
+
+def _is_struct_list(feature: Any) -> bool:
+    return isinstance(feature, List) and isinstance(feature.feature, dict)
+
+
+def _storage(type_: pa.DataType) -> pa.DataType:
+    """The type with JSON as the text it is stored as: Arrow cannot build extension types from Python values."""
+    if isinstance(type_, pa.BaseExtensionType):
+        return type_.storage_type
+    if pa.types.is_list(type_):
+        return pa.list_(_storage(type_.value_type))
+    if pa.types.is_struct(type_):
+        return pa.struct([(field.name, _storage(field.type)) for field in type_])
+    return type_
+
+
+def _decoded(value: Any, feature: Any) -> Any:
+    """The value with its JSON read: `datasets` stores objects whose keys differ from row to row as JSON text."""
+    if value is None:
+        return None
+    if isinstance(feature, Json):
+        return json.loads(value)
+    if isinstance(feature, List):
+        return [_decoded(item, feature.feature) for item in value]
+    if isinstance(feature, dict):
+        return {key: _decoded(item, feature[key]) for key, item in value.items()}
+    return value
+
+
+def _plain_rows(table: pa.Table, features: Features) -> list[dict[str, Any]]:
+    columns = {
+        name: [_decoded(v, features[name]) for v in table.column(name).to_pylist()] for name in table.column_names
+    }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _images(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Lists of images: a column that has one image a row gets lists of one. Paths may be strings."""
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return column
+    chunks = [pa.ListArray.from_arrays(range(len(chunk) + 1), chunk) for chunk in column.chunks]
+    return pa.chunked_array(chunks, type=pa.list_(column.type))
+
+
+def read_rows(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows as plain Python values, images undecoded."""
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH):
+        yield from _plain_rows(table, dataset.features)
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    """What the student learns to say in a row: the text, the completion, or all that the assistant says."""
+    if "text" in row:
+        return row["text"] or ""
+    said = row["completion"] if "completion" in row else row["messages"]
+    if isinstance(said, str) or said is None:
+        return said or ""
+    return "\n".join(_spoken(message["content"]) for message in said if message["role"] == "assistant")
+
+
+def _spoken(content: str | list[dict[str, Any]] | None) -> str:
+    # Vision-language sets write content as parts, of which only those of text are said.
+    if isinstance(content, list):
+        return "\n".join(part.get("text") or "" for part in content)
+    return content or ""
+
+
+def row_key(row: Mapping[str, Any]) -> bytes:
+    return hashlib.blake2b(repr(sorted(row.items())).encode(), digest_size=16).digest()

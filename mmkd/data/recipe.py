@@ -1,0 +1,367 @@
+"""What a data recipe is: where its rows come from, how they become TRL's columns, and which of them are kept.
+
+One YAML under `data_recipes/` is one data set or one mixture of recipes. `mmkd.data.load` turns it into rows.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BUILDERS = ("json", "csv", "parquet", "text")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+LAYOUTS = (("text",), ("messages",), ("prompt", "completion"))
+OUTPUT_COLUMNS = ("text", "messages", "prompt", "completion", "images")
+
+# Raise it when the same recipe starts to give other rows: caches are keyed by it, and `datasets` knows a function of
+# ours by its name only, so neither would notice.
+CONVERSION = 1
+
+# The fields that decide which rows come out. The others only describe, so that mending a typo keeps every cache.
+IDENTITY = ("source", "config", "revision", "data_files", "splits", "columns", "filters")
+IDENTITY += ("eval_rows", "eval_fraction", "max_rows", "shuffle_seed")
+_MIXTURE_FIELDS = (
+    "name",
+    "description",
+    "license",
+    "homepage",
+    "rows",
+    "max_rows",
+    "shuffle_seed",
+    "mixture",
+    "folder",
+)
+
+
+def nearest(word: object, choices: Sequence[str]) -> str:
+    """The choice spelled most like `word`; `choices` must not be empty."""
+    return difflib.get_close_matches(str(word), choices, n=1, cutoff=0.0)[0]
+
+
+@dataclass(frozen=True)
+class MessagesColumn:
+    """A column that holds a list of messages, and how its roles and contents are called there."""
+
+    column: str = field(metadata={"help": "The source's column: a list of objects, one per message.", "yaml": str})
+    role_key: str = field(
+        default="role", metadata={"help": "The key of the speaker; 'from' in ShareGPT.", "yaml": str}
+    )
+    content_key: str = field(
+        default="content", metadata={"help": "The key of what is said; 'value' in ShareGPT.", "yaml": str}
+    )
+    role_map: Mapping[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "The source's role -> ours, such as {human: user, gpt: assistant}.", "yaml": dict},
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a role that chat templates do not know."""
+        for role in self.role_map.values():
+            if role not in ROLES:
+                raise ValueError(
+                    f"role_map: {role!r} is no role; did you mean {nearest(role, ROLES)!r}? "
+                    f"The roles are {', '.join(ROLES)}."
+                )
+
+
+@dataclass(frozen=True)
+class DataFilters:
+    """Which rows stay. Lengths are in characters of the answer: the text, the completion, or all assistant turns."""
+
+    min_chars: int | None = field(default=None, metadata={"help": "Drop shorter answers.", "yaml": int})
+    max_chars: int | None = field(default=None, metadata={"help": "Drop longer answers.", "yaml": int})
+    equals: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "{source column: value}; rows with another value are dropped.", "yaml": dict},
+    )
+    drop_empty: bool = field(
+        default=True,
+        metadata={"help": "Drop rows whose answer is empty: nothing can be learnt from them.", "yaml": bool},
+    )
+    dedupe: bool = field(
+        default=False,
+        metadata={
+            "help": "Drop rows equal to an earlier row or to a held-out one; off since it reads all.",
+            "yaml": bool,
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for lengths that no answer has."""
+        for key in ("min_chars", "max_chars"):
+            if (getattr(self, key) or 0) < 0:
+                raise ValueError(f"filters.{key} is {getattr(self, key)}; a length is 0 or more.")
+        if self.min_chars is not None and self.max_chars is not None and self.min_chars > self.max_chars:
+            raise ValueError(
+                f"filters: min_chars {self.min_chars} is above max_chars {self.max_chars}, so no row stays; swap them."
+            )
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """One recipe of a mixture, with its share of the mixture (`weight`) or its number of training rows (`rows`)."""
+
+    data: str
+    recipe: "DataRecipe"
+    weight: float | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """One data set or mixture: everything that decides its rows, and what a reader should know about them."""
+
+    name: str = field(metadata={"help": "The name a run recipe uses; the file's name unless given.", "yaml": str})
+    description: str = field(default="", metadata={"help": "What the rows are, in a sentence or two.", "yaml": str})
+    license: str | None = field(default=None, metadata={"help": "SPDX id, or what its authors say.", "yaml": str})
+    homepage: str | None = field(default=None, metadata={"help": "Where to read about the data.", "yaml": str})
+    prepare: str | None = field(
+        default=None,
+        metadata={"help": "The command that writes data_files, quoted when they are missing.", "yaml": str},
+    )
+    rows: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "{train: ..., eval: ...} as the source documents them; shown, not checked.", "yaml": dict},
+    )
+    source: str = field(
+        default="",
+        metadata={"help": "owner/name on the Hub, json|csv|parquet|text, or a folder of save_to_disk.", "yaml": str},
+    )
+    config: str | None = field(default=None, metadata={"help": "The Hub data set's config (subset).", "yaml": str})
+    revision: str | None = field(
+        default=None,
+        metadata={"help": "The Hub commit; pin one, or your rows change when its authors push.", "yaml": str},
+    )
+    data_files: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict,
+        metadata={"help": "{source split: path(s) or globs}, from the current folder, then the YAML's.", "yaml": dict},
+    )
+    splits: Mapping[str, str] = field(
+        default_factory=lambda: {"train": "train"},
+        metadata={"help": "{train: source split, eval: source split}; eval may be left out.", "yaml": dict},
+    )
+    columns: Mapping[str, str | MessagesColumn] = field(
+        default_factory=dict,
+        metadata={
+            "help": "{our column: source column, '{a} {b}' template or messages}; others are dropped.",
+            "yaml": dict,
+        },
+    )
+    filters: DataFilters = field(default_factory=DataFilters, metadata={"help": "Which rows stay.", "yaml": dict})
+    eval_rows: int | None = field(
+        default=None, metadata={"help": "Rows to hold out of train when there is no eval split.", "yaml": int}
+    )
+    eval_fraction: float | None = field(
+        default=None, metadata={"help": "The same, as a share of the source's rows.", "yaml": float}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "At most this many training rows.", "yaml": int})
+    shuffle_seed: int | None = field(
+        default=0,
+        metadata={
+            "help": "Seed of the shuffle before rows are held out, capped or mixed; null: no shuffle.",
+            "yaml": int,
+        },
+    )
+    mixture: tuple[MixturePart, ...] = field(
+        default=(), metadata={"help": "[{data: name or path, weight: share} or {data: ..., rows: ...}].", "yaml": list}
+    )
+    folder: Path | None = field(default=None, compare=False, metadata={"help": "The YAML's folder."})
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where fields contradict each other or leave the rows undecided."""
+        for split, count in self.rows.items():
+            if not isinstance(count, int):
+                raise ValueError(f"{self.name}: rows has {split}: {count!r}, but a number of rows is a whole number.")
+        for key in ("eval_rows", "max_rows"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{self.name}: {key} is {getattr(self, key)}; give 1 or more, or leave it out.")
+        if self.mixture:
+            _check_mixture(self)
+        else:
+            _check_source(self)
+            _check_columns(self)
+            _check_held_out(self)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, *, root: Path | None = None) -> "DataRecipe":
+        """The recipe of that name under `root` (default: the shipped `data_recipes/`), or at that path.
+
+        Anything with a slash or a suffix is a path. Raises ValueError when there is none, when the YAML cannot be
+        read, and when it asks for something that cannot be.
+        """
+        from mmkd.data.recipe_yaml import read_recipe
+
+        return read_recipe(str(name_or_path), root=root)
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether this recipe gives eval rows too."""
+        if self.mixture:
+            return self.mixture[0].recipe.has_eval
+        return "eval" in self.splits or self.eval_rows is not None or self.eval_fraction is not None
+
+    @property
+    def output_columns(self) -> tuple[str, ...]:
+        """The columns of this recipe's rows."""
+        if self.mixture:
+            return self.mixture[0].recipe.output_columns
+        return tuple(column for column in OUTPUT_COLUMNS if column in self.columns)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over what decides the rows, mixtures included; not over the files behind `data_files`."""
+        content: dict[str, Any] = {key: getattr(self, key) for key in IDENTITY}
+        content["mixture"] = [[part.recipe.fingerprint, part.weight, part.rows] for part in self.mixture]
+        content["conversion"] = CONVERSION
+        text = json.dumps(content, sort_keys=True, default=_plain)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def describe(self) -> str:
+        """A few lines for a reader: what it is, where from, under which licence, and which rows and columns."""
+        if self.mixture:
+            origin = " + ".join(
+                part.data + (f" {part.rows:,} rows" if part.rows else f" {part.weight:g}") for part in self.mixture
+            )
+        else:
+            origin = f"{self.source}@{self.revision}" if self.revision else f"{self.source}"
+            origin += f" ({self.config})" if self.config else ""
+        rows = [f"{split} {count:,}" for split, count in self.rows.items()] or ["not stated"]
+        rows += [f"{self.eval_rows:,} held out for eval"] if self.eval_rows else []
+        rows += [f"{self.eval_fraction:.0%} held out for eval"] if self.eval_fraction else []
+        rows += [f"at most {self.max_rows:,} for train"] if self.max_rows else []
+        lines = {
+            "mixture" if self.mixture else "source": origin,
+            "licence": self.license or "not stated",
+            "homepage": self.homepage,
+            "rows": ", ".join(rows),
+            "columns": ", ".join(self.output_columns),
+            "made by": self.prepare,
+        }
+        title = f"{self.name}: {' '.join(self.description.split())}" if self.description else self.name
+        return "\n".join([title, *(f"  {key:<9} {value}" for key, value in lines.items() if value)])
+
+
+def is_template(mapping: str) -> bool:
+    """Whether a column's mapping is a `{column}` template rather than the name of a column."""
+    return "{" in mapping
+
+
+def template_columns(template: str) -> list[str]:
+    """The source columns a template reads. Raises ValueError for one that str.format cannot read or fill by name."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error}; write {{{{ and }}}} for braces that are text.") from error
+    for name in names:
+        if not name or name.isdigit() or "." in name or "[" in name:
+            raise ValueError(
+                f"template {template!r}: {{{name}}} is no plain column name; use {{column}}, one pair of braces each."
+            )
+    return names
+
+
+def _plain(value: Any) -> Any:
+    # YAML reads 2024-01-31 as a date, which json cannot write.
+    return dataclasses.asdict(value) if isinstance(value, (DataFilters, MessagesColumn)) else str(value)
+
+
+def _check_source(recipe: DataRecipe) -> None:
+    if not recipe.source:
+        raise ValueError(
+            f"{recipe.name}: no source and no mixture; give `source:` (owner/name on the Hub, one of "
+            f"{', '.join(BUILDERS)}, or a folder), or a `mixture:` of other recipes."
+        )
+    if recipe.source in BUILDERS and not recipe.data_files:
+        raise ValueError(f"{recipe.name}: source {recipe.source!r} needs data_files: {{train: path/to/file}}.")
+    for split, theirs in recipe.splits.items():
+        if split not in ("train", "eval") or not isinstance(theirs, str):
+            raise ValueError(
+                f"{recipe.name}: splits has {split!r}: {theirs!r}; write {{train: their split, eval: their split}} "
+                f"(the nearest of the two is {nearest(split, ('train', 'eval'))!r})."
+            )
+    if "train" not in recipe.splits:
+        raise ValueError(f"{recipe.name}: splits names no train split; write splits: {{train: their split}}.")
+    if len(set(recipe.splits.values())) < len(recipe.splits):
+        raise ValueError(
+            f"{recipe.name}: splits reads train and eval from the same rows ({recipe.splits['train']!r}); hold some "
+            "out with eval_rows or eval_fraction instead."
+        )
+    for theirs in recipe.splits.values():
+        if recipe.data_files and theirs not in recipe.data_files:
+            raise ValueError(
+                f"{recipe.name}: splits asks for {theirs!r}, which data_files does not list; "
+                f"did you mean {nearest(theirs, list(recipe.data_files))!r}?"
+            )
+
+
+def _check_columns(recipe: DataRecipe) -> None:
+    for ours, mapping in recipe.columns.items():
+        if ours not in OUTPUT_COLUMNS:
+            raise ValueError(
+                f"{recipe.name}: columns has {ours!r}; did you mean {nearest(ours, OUTPUT_COLUMNS)!r}? "
+                f"Our columns are {', '.join(OUTPUT_COLUMNS)}, and the source's stand on the right."
+            )
+        if isinstance(mapping, MessagesColumn) and ours in ("text", "images"):
+            raise ValueError(f"{recipe.name}: columns.{ours} cannot be a list of messages; map it to `messages`.")
+        if isinstance(mapping, str) and is_template(mapping):
+            template_columns(mapping)
+            if ours in ("messages", "images"):
+                raise ValueError(f"{recipe.name}: columns.{ours} cannot be a template; name the source's column.")
+    layout = tuple(column for column in recipe.output_columns if column != "images")
+    if layout not in LAYOUTS:
+        raise ValueError(
+            f"{recipe.name}: columns gives {', '.join(layout) or 'no text'}; TRL reads `text`, or `messages`, or "
+            "`prompt` with `completion`, each optionally with `images`."
+        )
+
+
+def _check_held_out(recipe: DataRecipe) -> None:
+    asked = [key for key in ("eval_rows", "eval_fraction") if getattr(recipe, key) is not None]
+    if recipe.eval_fraction is not None and not 0 < recipe.eval_fraction < 1:
+        raise ValueError(f"{recipe.name}: eval_fraction is {recipe.eval_fraction}; it is a share between 0 and 1.")
+    if len(asked) == 2:
+        raise ValueError(f"{recipe.name}: eval_rows and eval_fraction both say how many rows to hold out; keep one.")
+    if asked and "eval" in recipe.splits:
+        raise ValueError(
+            f"{recipe.name}: {asked[0]} holds rows out of train, but splits has an eval split already; remove one."
+        )
+    if asked and recipe.shuffle_seed is None:
+        raise ValueError(
+            f"{recipe.name}: {asked[0]} needs a shuffle_seed, or it would hold out the source's first rows."
+        )
+
+
+def _check_mixture(recipe: DataRecipe) -> None:
+    for f in dataclasses.fields(recipe):
+        key, default = f.name, f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if key not in _MIXTURE_FIELDS and getattr(recipe, key) != default:
+            raise ValueError(
+                f"{recipe.name}: a mixture takes its rows from other recipes, so it has no {key}; set {key} in those."
+            )
+    if recipe.shuffle_seed is None:
+        raise ValueError(f"{recipe.name}: a mixture needs a shuffle_seed, or its parts would follow one another.")
+    if len({part.weight is None for part in recipe.mixture}) > 1:
+        raise ValueError(
+            f"{recipe.name}: give every part of the mixture a weight, or every part rows; not both kinds."
+        )
+    for part in recipe.mixture:
+        if (part.weight is None) == (part.rows is None):
+            raise ValueError(f"{recipe.name}: the part {part.data!r} needs either a weight or rows, and not both.")
+        if not 0 < (part.rows or part.weight or 0) < float("inf"):
+            raise ValueError(f"{recipe.name}: the share of {part.data!r} must be above 0; leave the part out instead.")
+        if part.recipe.output_columns != recipe.output_columns:
+            raise ValueError(
+                f"{recipe.name}: {part.data!r} gives {', '.join(part.recipe.output_columns)} but "
+                f"{recipe.mixture[0].data!r} gives {', '.join(recipe.output_columns)}; parts must share their columns."
+            )
+        if part.recipe.has_eval != recipe.has_eval:
+            without = part if recipe.has_eval else recipe.mixture[0]
+            raise ValueError(
+                f"{recipe.name}: some parts have eval rows, but {without.data!r} has none; give it an eval split, "
+                "eval_rows or eval_fraction."
+            )

@@ -1,0 +1,127 @@
+"""Reading a data recipe: find its YAML, check every key, and load the recipes it mixes."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmkd.data.recipe import DataFilters, DataRecipe, MessagesColumn, MixturePart, is_template, nearest
+
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_KINDS |= {dict: "{key: value}", list: "a list"}
+
+
+def read_recipe(name_or_path: str, *, root: Path | None = None) -> DataRecipe:
+    """What `DataRecipe.load` returns and raises."""
+    return _load(name_or_path, root=root, base=None, parents=())
+
+
+def _find(name_or_path: str, root: Path | None, base: Path | None) -> Path:
+    """The YAML's path. Raises ValueError when there is none, or the file is no YAML."""
+    if "/" in name_or_path or Path(name_or_path).suffix:
+        tried = [folder / Path(name_or_path).expanduser() for folder in (Path.cwd(), base) if folder is not None]
+        found = next((path for path in tried if path.exists()), None)
+        if found is None:
+            raise ValueError(f"no data recipe at {' or '.join(map(str, tried))}; check the path.")
+        if found.suffix not in (".yaml", ".yml"):
+            raise ValueError(
+                f"{found} is no YAML; a data recipe for it says `source:`, `data_files:` and `columns:` "
+                "(data_recipes/teacher_answers.yaml is one to copy)."
+            )
+        return found.resolve()
+    if root is None:
+        from mmkd.recipes import recipe_root
+
+        root = recipe_root("data_recipes")
+    shipped = sorted(path.stem for path in root.glob("*.yaml"))
+    if name_or_path not in shipped:
+        hint = f"did you mean {nearest(name_or_path, shipped)!r}? " if shipped else ""
+        raise ValueError(
+            f"unknown data recipe {name_or_path!r}; {hint}Those in {root}: {', '.join(shipped) or 'none'}. "
+            "For a recipe of your own give its path, such as ./my_data.yaml."
+        )
+    return (root / f"{name_or_path}.yaml").resolve()
+
+
+def _load(name_or_path: str, *, root: Path | None, base: Path | None, parents: tuple[Path, ...]) -> DataRecipe:
+    path = _find(name_or_path, root, base)
+    if path in parents:
+        chain = " -> ".join(p.stem for p in (*parents, path))
+        raise ValueError(f"the mixture is cyclic: {chain}; a recipe cannot be a part of itself.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(
+            f"{path} holds {type(raw).__name__}, not keys and values; start with `source:` or `mixture:`."
+        )
+    raw = {"name": path.stem, **raw}
+    values = _values(raw, DataRecipe, path.name)
+    if "columns" in values:
+        values["columns"] = {ours: _column(ours, theirs, path.name) for ours, theirs in raw["columns"].items()}
+    if "data_files" in values:
+        values["data_files"] = {split: _paths(split, files, path.name) for split, files in raw["data_files"].items()}
+    if "filters" in values:
+        values["filters"] = DataFilters(**_values(raw["filters"], DataFilters, f"{path.name}: filters"))
+    if "mixture" in values:
+        values["mixture"] = tuple(_part(part, path, root, (*parents, path)) for part in raw["mixture"])
+        if not values["mixture"]:
+            raise ValueError(f"{path.name}: mixture is empty; list at least one {{data: ..., weight: ...}}.")
+    return DataRecipe(**values, folder=path.parent)
+
+
+def _values(raw: Mapping[str, Any], cls: type, what: str) -> dict[str, Any]:
+    """What a YAML mapping gives for a dataclass. Raises ValueError for unknown keys, wrong types and missing ones."""
+    fields = {f.name: f for f in dataclasses.fields(cls) if "yaml" in f.metadata}
+    _known(raw, tuple(fields), what)
+    for key, value in raw.items():
+        kind = fields[key].metadata["yaml"]
+        if value is None and (kind is int or fields[key].default is None):
+            continue
+        number = kind is float and isinstance(value, int)
+        if not (isinstance(value, kind) or number) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{what}: {key} is {value!r}, but must be {_KINDS[kind]}. {fields[key].metadata['help']}")
+    return dict(raw)
+
+
+def _known(raw: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
+    for key in raw:
+        if key not in keys:
+            raise ValueError(
+                f"{what}: unknown key {key!r}; did you mean {nearest(key, keys)!r}? The keys are {', '.join(keys)}."
+            )
+
+
+def _column(ours: str, theirs: Any, what: str) -> str | MessagesColumn:
+    if isinstance(theirs, str):
+        # `messages: column` is short for one whose keys are role and content already.
+        return MessagesColumn(theirs) if ours == "messages" and not is_template(theirs) else theirs
+    if not isinstance(theirs, dict) or "column" not in theirs:
+        raise ValueError(
+            f"{what}: columns.{ours} is {theirs!r}; give the source's column, a '{{column}}' template, or "
+            "{column: ..., role_key: ..., content_key: ..., role_map: ...}."
+        )
+    return MessagesColumn(**_values(theirs, MessagesColumn, f"{what}: columns.{ours}"))
+
+
+def _paths(split: str, files: Any, what: str) -> tuple[str, ...]:
+    paths = (files,) if isinstance(files, str) else tuple(files) if isinstance(files, list) else ()
+    if not paths or not all(isinstance(path, str) for path in paths):
+        raise ValueError(f"{what}: data_files.{split} is {files!r}; give a path or a list of paths.")
+    return paths
+
+
+def _part(raw: Any, path: Path, root: Path | None, parents: tuple[Path, ...]) -> MixturePart:
+    what = f"{path.name}: mixture"
+    if not isinstance(raw, dict) or not isinstance(raw.get("data"), str):
+        raise ValueError(f"{what} has {raw!r}; write each part as {{data: name or path, weight: share}}.")
+    _known(raw, ("data", "weight", "rows"), what)
+    for key, kind in (("weight", (int, float)), ("rows", int)):
+        if key in raw and (not isinstance(raw[key], kind) or isinstance(raw[key], bool)):
+            raise ValueError(f"{what}: {key} of {raw['data']!r} is {raw[key]!r}, but must be a number.")
+    recipe = _load(raw["data"], root=root, base=path.parent, parents=parents)
+    weight = None if raw.get("weight") is None else float(raw["weight"])
+    return MixturePart(data=raw["data"], recipe=recipe, weight=weight, rows=raw.get("rows"))

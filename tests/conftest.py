@@ -1,0 +1,76 @@
+"""Tiny models, tokenizers and data that many tests share."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from mmkd.trainers.base import DistillationConfig, DistillationTrainer
+from tests.helpers import Build
+from scripts.make_tiny_models import make_tiny_models, make_tokenizer, sentences
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a tiny teacher and student with one vocabulary."""
+    return make_tiny_models(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def texts() -> Dataset:
+    return Dataset.from_dict({"text": sentences(24)})
+
+
+@pytest.fixture
+def chats() -> Dataset:
+    pairs = zip(sentences(24, seed=1), sentences(24, seed=2), strict=True)
+    return Dataset.from_list(
+        [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in pairs]
+    )
+
+
+@pytest.fixture
+def completions() -> Dataset:
+    return Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": [f" {s}" for s in sentences(24, seed=4)]})
+
+
+@pytest.fixture
+def build(tiny: dict[str, Path], tmp_path: Path) -> Build:
+    """`build(TrainerClass, data, key=value, ...)`: a trainer of the tiny models; keys are fields of its config.
+
+    `model`, `teacher` and other arguments of the constructor go in `trainer={...}`.
+    """
+
+    def build(
+        cls: type[DistillationTrainer], data: Dataset, trainer: dict[str, Any] | None = None, **settings: Any
+    ) -> DistillationTrainer:
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 4,
+            "learning_rate": 1e-2,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "bf16": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "max_length": 64,
+        }
+        config: DistillationConfig = cls.config_class(**{**defaults, **settings})
+        arguments = {"model": str(tiny["student"]), "teacher": str(tiny["teacher"]), **(trainer or {})}
+        return cls(args=config, train_dataset=data, **arguments)
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,202 @@
+"""mmkd-train and mmkd from the outside: what a user types and what comes back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmkd.cli import main
+from scripts.make_tiny_models import sentences
+
+ROOT = Path(__file__).parents[1]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def workplace(tiny: dict[str, Path], tmp_path: Path) -> Path:
+    """A folder with a text corpus, a data recipe and `recipe.yaml`, a KD run of the tiny models."""
+    for split, seed in (("train", 0), ("eval", 1)):
+        rows = [json.dumps({"text": text}) for text in sentences(32, seed=seed)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    data: dict[str, Any] = {"name": "words", "license": "CC0-1.0", "source": "json", "columns": {"text": "text"}}
+    data |= {"data_files": {"train": "train.jsonl", "eval": "eval.jsonl"}, "splits": {"train": "train", "eval": "eval"}}
+    (tmp_path / "words.yaml").write_text(yaml.safe_dump(data))
+    write_recipe(tmp_path, method="kd", student=str(tiny["student"]), teacher=str(tiny["teacher"]))
+    return tmp_path
+
+
+def write_recipe(folder: Path, name: str = "recipe.yaml", **keys: Any) -> None:
+    common = {
+        "data": "words.yaml",
+        "output_dir": "run",
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    (folder / name).write_text(yaml.safe_dump({**common, **keys}))
+
+
+def environment() -> dict[str, str]:
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+@pytest.fixture
+def mmkd(workplace: Path) -> Run:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mmkd.cli", *arguments]
+        return subprocess.run(
+            command, cwd=workplace, env=environment(), capture_output=True, text=True, timeout=240
+        )
+
+    return run
+
+
+def logged(folder: Path, name: str = "loss") -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in history if name in entry]
+
+
+def test_train_writes_a_model_that_transformers_loads(mmkd: Run, workplace: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = mmkd("train", "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "kl=" in done.stderr
+    assert "tok/s=" in done.stderr
+    AutoModelForCausalLM.from_pretrained(workplace / "run")
+    assert AutoTokenizer.from_pretrained(workplace / "run").chat_template
+    results = json.loads((workplace / "run" / "eval_results.json").read_text())
+    assert {"eval_kl", "eval_perplexity", "eval_top1_agreement"} <= set(results)
+
+
+@pytest.mark.parametrize("method", ["sft", "taid"])
+def test_the_other_methods_train(mmkd: Run, workplace: Path, tiny: dict[str, Path], method: str) -> None:
+    write_recipe(
+        workplace, "other.yaml", method=method, student_init="prune", student_layers=2, teacher=str(tiny["teacher"])
+    )
+    done = mmkd("train", "other.yaml", "--output_dir", "other")
+    assert done.returncode == 0, done.stderr
+    assert len(logged(workplace / "other")) == 4
+    assert json.loads((workplace / "other" / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+def test_flags_win_over_the_recipe(mmkd: Run, workplace: Path) -> None:
+    done = mmkd("train", "recipe.yaml", "--max_steps", "2", "--divergence", "jsd", "--output_dir", "short")
+    assert done.returncode == 0, done.stderr
+    assert len(logged(workplace / "short")) == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "flags", "reason"),
+    [
+        ({"temprature": 2}, [], "sets 'temprature', which method kd does not know. Did you mean 'temperature'?"),
+        ({}, ["--divergense", "jsd"], "--divergense is no flag of method kd. Did you mean 'divergence'?"),
+        ({"method": "taidd"}, [], "Did you mean 'taid'?"),
+        ({"student": None}, [], "There is no student"),
+        ({"teacher": None}, [], "Method kd needs a teacher"),
+        ({"student_layers": 2}, [], "go together"),
+        ({"temperature": 0}, [], "temperature is 0"),
+        ({"data": "no_such_data"}, [], "no_such_data"),
+        ({"student": "nowhere/at/all"}, [], "there is no such folder"),
+        ({}, ["--accelerate_config", "zero9"], "zero9"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    workplace: Path, keys: dict[str, Any], flags: list[str], reason: str, capsys: Any, monkeypatch: Any
+) -> None:
+    recipe = yaml.safe_load((workplace / "recipe.yaml").read_text()) | keys
+    recipe = {key: value for key, value in recipe.items() if value is not None}
+    (workplace / "bad.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(workplace)
+    assert main(["train", "bad.yaml", *flags]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("mmkd: ")
+    assert reason in last
+    assert not (workplace / "run").exists()
+
+
+def test_a_missing_recipe_names_what_there_is(mmkd: Run) -> None:
+    done = mmkd("train", "kd/quikstart.yaml")
+    assert done.returncode == 2
+    assert "kd/quickstart.yaml" in done.stderr
+
+
+def test_dry_run_reports_and_trains_nothing(mmkd: Run, workplace: Path) -> None:
+    done = mmkd("train", "recipe.yaml", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    for word in ("student", "teacher", "supervised", "optimizer steps", "memory: at least", "first batch, row 1"):
+        assert word in done.stdout
+    assert not (workplace / "run").exists()
+
+
+def test_recipes_and_env(mmkd: Run, workplace: Path) -> None:
+    names = mmkd("recipes", "ls").stdout.split()
+    assert "trainers/taid/quickstart.yaml" in names
+    assert "data_recipes/python_docs.yaml" in names
+    assert "method: kd" in mmkd("recipes", "show", "kd/quickstart").stdout
+    assert mmkd("recipes", "cp", "kd/quickstart", "mine.yaml").returncode == 0
+    assert "method: kd" in (workplace / "mine.yaml").read_text()
+    assert mmkd("recipes", "cp", "kd/quickstart", "mine.yaml").returncode == 2
+    versions = mmkd("env").stdout
+    assert "transformers 5" in versions
+    assert "torch 2" in versions
+
+
+def test_a_killed_run_resumes_with_the_same_losses(mmkd: Run, workplace: Path) -> None:
+    """kill -9 after a checkpoint, and a checkpoint that was being written when the end came."""
+    flags = ["--method", "taid", "--max_steps", "12"]
+    whole = mmkd("train", "recipe.yaml", *flags, "--output_dir", "whole")
+    assert whole.returncode == 0, whole.stderr
+    saving = [*flags, "--save_strategy", "steps", "--save_steps", "3"]
+    command = [sys.executable, "-m", "mmkd.cli", "train", "recipe.yaml", *saving]
+    process = subprocess.Popen(command, cwd=workplace, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    state = workplace / "run" / "checkpoint-3" / "trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not state.is_file() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    newest = workplace / "run" / "checkpoint-99"
+    newest.mkdir()
+    (newest / "trainer_state.json").write_text('{"global_step": 9')
+    fresh = mmkd("train", "recipe.yaml", *saving)
+    assert fresh.returncode == 2
+    assert "--resume_from_checkpoint true" in fresh.stderr
+    resumed = mmkd("train", "recipe.yaml", *saving, "--resume_from_checkpoint", "true")
+    assert resumed.returncode == 0, resumed.stderr
+    assert logged(workplace / "run") == logged(workplace / "whole")
+    assert logged(workplace / "run", "taid_t") == logged(workplace / "whole", "taid_t")
+
+
+def test_interrupting_says_how_to_go_on(workplace: Path) -> None:
+    command = [sys.executable, "-m", "mmkd.cli", "train", "recipe.yaml", "--max_steps", "100000"]
+    saving = ["--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "1", "--logging_steps", "1000"]
+    process = subprocess.Popen([*command, *saving], cwd=workplace, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((workplace / "run").glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume_from_checkpoint true" in errors
+
+
+def test_launching_through_accelerate(mmkd: Run, workplace: Path) -> None:
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "use_cpu": True, "num_processes": 1}
+    (workplace / "accelerate.yaml").write_text(yaml.safe_dump(config))
+    done = mmkd("train", "recipe.yaml", "--accelerate_config", "accelerate.yaml", "--num_processes", "1")
+    assert done.returncode == 0, done.stderr
+    assert len(logged(workplace / "run")) == 4

@@ -1,0 +1,350 @@
+"""The step that all methods share: what SFTTrainer gives is kept, and nothing depends on how a batch is cut."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mmkd.losses.divergences import forward_kl
+from mmkd.teachers.base import Teacher
+from mmkd.teachers.local import LocalTeacher
+from mmkd.trainers.kd import KDTrainer
+from mmkd.trainers.sft import SFTBaselineTrainer
+from mmkd.trainers.taid import TAIDTrainer
+from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
+from tests.helpers import Build, losses_of
+
+
+def dense_kl(trainer: KDTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The mean forward KL over supervised tokens, from the models' own logits."""
+    labels = batch["labels"][:, 1:]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    student = trainer.model(**inputs).logits[:, :-1].log_softmax(-1)
+    assert isinstance(trainer.teacher, LocalTeacher)
+    teacher = trainer.teacher.model(**inputs).logits[:, :-1].log_softmax(-1)
+    return forward_kl(student, teacher)[labels != -100].mean()
+
+
+def test_loss_is_the_mean_divergence_of_the_models_own_logits(build: Build, completions: Dataset) -> None:
+    trainer = build(KDTrainer, completions, max_steps=1, lr_scheduler_type="constant", learning_rate=0.0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = dense_kl(trainer, batch).item()  # pyright: ignore[reportArgumentType]
+    trainer.train()
+    assert losses_of(trainer)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_is_that_of_the_dense_loss(build: Build, completions: Dataset) -> None:
+    trainer = build(KDTrainer, completions)
+    batch = next(iter(trainer.get_train_dataloader()))
+    dense_kl(trainer, batch).backward()  # pyright: ignore[reportArgumentType]
+    expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad()
+    trainer.model.train()
+    trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    trainer.compute_loss(trainer.model, batch).backward()
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_completion_token_is_supervised(build: Build, completions: Dataset) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Spy(KDTrainer):
+        def item_losses(self, student: Any, signal: Any) -> Any:
+            seen.append(student.labels)
+            return super().item_losses(student, signal)
+
+    trainer = build(Spy, completions, max_steps=1, per_device_train_batch_size=1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    first = batch["labels"][0][batch["labels"][0] != -100]
+    trainer.train()
+    assert torch.equal(seen[0], first)
+    assert batch["labels"][0][0] == -100
+
+
+def steps(trainer: Any) -> list[tuple[float, float]]:
+    trainer.train()
+    return list(zip(losses_of(trainer), losses_of(trainer, "grad_norm"), strict=True))
+
+
+@pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer, SFTBaselineTrainer])
+def test_losses_do_not_depend_on_gradient_accumulation(build: Build, completions: Dataset, cls: Any) -> None:
+    whole = steps(build(cls, completions, per_device_train_batch_size=4))
+    halves = steps(build(cls, completions, per_device_train_batch_size=2, gradient_accumulation_steps=2))
+    single = steps(build(cls, completions, per_device_train_batch_size=1, gradient_accumulation_steps=4))
+    assert halves == [pytest.approx(pair, rel=1e-4) for pair in whole]
+    assert single == [pytest.approx(pair, rel=1e-4) for pair in whole]
+
+
+@pytest.mark.parametrize("method", ["kd", "taid"])
+def test_losses_do_not_depend_on_ranks(build: Build, tiny: dict[str, Path], tmp_path: Path, method: str) -> None:
+    """Two gloo ranks of two rows are one rank of four; TAID's t moves identically on both."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "--module", "tests.trainers.two_ranks", method, str(tiny["teacher"].parent), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=240, cwd=Path(__file__).parents[2])
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    data = Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": [f" {s}" for s in sentences(24, seed=4)]})
+    alone: Any = build({"kd": KDTrainer, "taid": TAIDTrainer}[method], data, per_device_train_batch_size=4)
+    expected = steps(alone)
+    for rank in ranks:
+        assert rank["steps"] == [pytest.approx(pair, rel=1e-4) for pair in expected]
+        assert rank["kl"] == pytest.approx(losses_of(alone, "kl"), rel=1e-4)
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    if isinstance(alone, TAIDTrainer):
+        assert ranks[0]["t"] == ranks[1]["t"] == pytest.approx(losses_of(alone, "taid_t")[:4], rel=1e-6)
+
+
+@pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer])
+def test_a_student_that_is_the_teacher_has_no_loss(build: Build, texts: Dataset, tiny: Any, cls: Any) -> None:
+    trainer = build(cls, texts, trainer={"model": str(tiny["teacher"])}, max_steps=1)
+    trainer.train()
+    assert losses_of(trainer)[0] == pytest.approx(0, abs=1e-6)
+    assert losses_of(trainer, "grad_norm")[0] == pytest.approx(0, abs=1e-4)
+    assert losses_of(trainer, "top1_agreement")[0] == 1
+
+
+def test_the_student_moves_towards_the_teacher(build: Build, texts: Dataset) -> None:
+    trainer = build(KDTrainer, texts, max_steps=30)
+    trainer.train()
+    kl = losses_of(trainer, "kl")
+    assert kl[-1] < kl[0] / 2
+
+
+def test_a_batch_without_supervised_tokens_is_a_zero(build: Build, completions: Dataset) -> None:
+    trainer = build(KDTrainer, completions)
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    trainer.model.train()
+    trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
+
+
+def test_packing_and_padding_free_see_the_same_tokens(build: Build, texts: Dataset) -> None:
+    padded = steps(build(KDTrainer, texts, max_steps=1, per_device_train_batch_size=24))
+    flat = steps(build(KDTrainer, texts, max_steps=1, per_device_train_batch_size=24, padding_free=True, max_length=None))
+    packed = steps(build(KDTrainer, texts, max_steps=1, per_device_train_batch_size=24, packing=True))
+    assert flat == [pytest.approx(pair, rel=1e-4) for pair in padded]
+    assert packed == [pytest.approx(pair, rel=1e-4) for pair in padded]
+
+
+def test_assistant_only_loss_supervises_the_assistant(build: Build, chats: Dataset, tokenizer: Any) -> None:
+    trainer = build(KDTrainer, chats, assistant_only_loss=True, max_steps=1)
+    row = trainer.train_dataset[0]
+    answer = [label for label in row["labels"] if label != -100]
+    assert tokenizer.decode(answer).endswith("<|end|>")
+    assert tokenizer.decode(answer).removesuffix("<|end|>") == chats[0]["messages"][1]["content"]
+    trainer.train()
+
+
+def test_conversational_prompt_completion(build: Build) -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": a}], "completion": [{"role": "assistant", "content": b}]}
+        for a, b in zip(sentences(8), sentences(8, seed=5), strict=True)
+    ]
+    trainer = build(KDTrainer, Dataset.from_list(rows), max_steps=1)
+    trainer.train()
+    assert losses_of(trainer)[0] > 0
+
+
+def test_gradient_checkpointing_changes_nothing(build: Build, texts: Dataset) -> None:
+    plain = steps(build(KDTrainer, texts, activation_checkpointing=False))
+    checkpointed = steps(build(KDTrainer, texts, activation_checkpointing=True))
+    assert checkpointed == [pytest.approx(pair, rel=1e-5) for pair in plain]
+
+
+def test_lora_trains_adapters_and_saves_them(build: Build, texts: Dataset, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = build(KDTrainer, texts, trainer={"peft_config": config}, max_steps=20)
+    frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer.train()
+    kl = losses_of(trainer, "kl")
+    assert kl[-1] < kl[0]
+    assert all(torch.equal(p, frozen[name]) for name, p in trainer.model.named_parameters() if name in frozen)
+    trainer.save_model()
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_lora_on_the_head_is_refused(build: Build, texts: Dataset) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="lm_head"):
+        build(KDTrainer, texts, trainer={"peft_config": config})
+
+
+def test_qlora_student_and_4bit_teacher(build: Build, texts: Dataset, tokenizer: Any, tmp_path: Path) -> None:
+    # bitsandbytes' 4-bit kernel wants widths that its blocks of 64 divide.
+    wide = save(make_model(width=128, rows=len(tokenizer)), tokenizer, tmp_path / "wide")
+    wider = save(make_model(width=128, layers=3, rows=len(tokenizer), seed=1), tokenizer, tmp_path / "wider")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(wider, quantization_config=four_bits)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    arguments = {"model": str(wide), "teacher": teacher, "peft_config": config, "quantization_config": four_bits}
+    trainer = build(KDTrainer, texts, trainer=arguments, max_steps=10)
+    assert trainer.model.is_loaded_in_4bit
+    trainer.train()
+    kl = losses_of(trainer, "kl")
+    assert kl[-1] < kl[0]
+
+
+def test_an_8bit_teacher_of_a_full_student(build: Build, texts: Dataset, tiny: dict[str, Path]) -> None:
+    init = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    trainer = build(KDTrainer, texts, teacher_model_init_kwargs=init, max_steps=10)
+    assert isinstance(trainer.teacher, LocalTeacher)
+    assert trainer.teacher.model.is_loaded_in_8bit
+    trainer.train()
+    assert losses_of(trainer, "kl")[-1] < losses_of(trainer, "kl")[0]
+
+
+def test_vocabularies_padded_differently_are_trimmed(build: Build, texts: Dataset, tokenizer: Any, tmp_path: Path) -> None:
+    tokens = len(tokenizer)
+    student = save(make_model(rows=tokens + 20, seed=2), tokenizer, tmp_path / "student")
+    teacher = save(make_model(layers=3, rows=tokens + 84, seed=1), tokenizer, tmp_path / "teacher")
+    padded = build(KDTrainer, texts, trainer={"model": str(student), "teacher": str(teacher)})
+    assert padded.vocab_size == tokens
+    # Padding rows carry mass until they are cut off: the loss must be that of models without them.
+    for name, path in (("s", student), ("t", teacher)):
+        model = LlamaForCausalLM.from_pretrained(path)
+        model.resize_token_embeddings(tokens)
+        save(model, tokenizer, tmp_path / name)
+    exact = build(KDTrainer, texts, trainer={"model": str(tmp_path / "s"), "teacher": str(tmp_path / "t")})
+    assert steps(padded)[0] == pytest.approx(steps(exact)[0], rel=1e-4)
+
+
+def test_different_tokenizers_are_refused_with_a_way_out(build: Build, texts: Dataset, tmp_path: Path) -> None:
+    shorter = save(make_model(rows=280), make_tokenizer(280), tmp_path / "shorter")
+    with pytest.raises(ValueError, match="method alm"):
+        build(KDTrainer, texts, trainer={"teacher": str(shorter)})
+
+
+def test_a_special_token_that_the_teacher_lacks_is_left_out(build: Build, texts: Dataset, tiny: Any, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<|student pad|>"})
+    student = save(make_model(rows=len(tokenizer), seed=2), tokenizer, tmp_path / "padded")
+    trainer = build(KDTrainer, texts, trainer={"model": str(student)})
+    assert trainer.vocab_size == len(tokenizer) - 1
+    trainer.train()
+    assert losses_of(trainer)[0] > 0
+
+
+class Mute(Teacher[str]):
+    signal_type = str
+
+    def prepare(self, accelerator: Any) -> None: ...
+
+    def ask(self, inputs: Any, supervised: Any) -> str:
+        return ""
+
+
+def test_a_teacher_with_the_wrong_signal_is_refused(build: Build, texts: Dataset) -> None:
+    with pytest.raises(ValueError, match="answers with str, method kd needs DenseSignal or TopKSignal"):
+        build(KDTrainer, texts, trainer={"teacher": Mute()})
+
+
+def test_nan_in_the_teacher_is_found_before_training(build: Build, texts: Dataset, tiny: dict[str, Path]) -> None:
+    teacher = LlamaForCausalLM.from_pretrained(tiny["teacher"])
+    teacher.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        build(KDTrainer, texts, trainer={"teacher": teacher})
+
+
+def test_a_teacher_that_cannot_come_to_the_device_is_refused(build: Build, texts: Dataset, tiny: Any) -> None:
+    with torch.device("meta"):
+        teacher = make_model(layers=3, width=48)
+    teacher.config.name_or_path = str(tiny["teacher"])
+    with pytest.raises(ValueError, match="on meta and cannot be moved"):
+        build(KDTrainer, texts, trainer={"teacher": teacher})
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"ce_weight": 1.5}, "ce_weight is 1.5"),
+        ({"ce_weight": -0.1}, "ce_weight is -0.1"),
+        ({"temperature": 0}, "temperature is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"divergence": "kl"}, "divergence 'kl' is unknown"),
+        ({"beta": 2.0}, "beta is 2.0"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"loss_type": "dft"}, "loss_type"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+    ],
+)
+def test_settings_that_cannot_be(build: Build, texts: Dataset, settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        build(KDTrainer, texts, **settings)
+
+
+def test_missing_models(build: Build, texts: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs a teacher"):
+        build(KDTrainer, texts, trainer={"teacher": None})
+    with pytest.raises(ValueError, match="student .* cannot be loaded|student .* no loadable tokenizer"):
+        build(KDTrainer, texts, trainer={"model": str(tmp_path / "nowhere")})
+    with pytest.raises(ValueError, match="teacher .* cannot be loaded"):
+        build(KDTrainer, texts, trainer={"teacher": str(tmp_path / "nowhere")})
+
+
+def test_data_without_anything_to_learn(build: Build, chats: Dataset, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="no train_dataset"):
+        build(KDTrainer, None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="train data set is empty"):
+        build(KDTrainer, Dataset.from_dict({"text": []}))
+    ids = {"input_ids": [[5, 6, 7]] * 4}
+    with pytest.raises(ValueError, match="every label is -100"):
+        build(KDTrainer, Dataset.from_dict({**ids, "labels": [[-100] * 3] * 4}), max_length=None)
+    with pytest.raises(ValueError, match="within max_length 4: the prompts fill it"):
+        build(KDTrainer, Dataset.from_dict({"prompt": ["the cat sat on a mat"] * 4, "completion": [" dog"] * 4}), max_length=4)
+    bare = make_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        build(KDTrainer, chats, trainer={"processing_class": bare})
+
+
+def test_evaluation_is_exact_whatever_the_batch(build: Build, texts: Dataset) -> None:
+    results = [
+        build(KDTrainer, texts, trainer={"eval_dataset": texts}, per_device_eval_batch_size=size).evaluate()
+        for size in (1, 5, 24)
+    ]
+    names = ("eval_loss", "eval_kl", "eval_ce", "eval_perplexity", "eval_top1_agreement", "eval_teacher_entropy")
+    for name in names:
+        assert [result[name] for result in results] == pytest.approx([results[0][name]] * 3, rel=1e-5)
+    assert results[0]["eval_loss"] == pytest.approx(results[0]["eval_kl"])
+
+
+def test_logs_say_what_users_watch(build: Build, texts: Dataset) -> None:
+    trainer = build(KDTrainer, texts, ce_weight=0.3, logging_steps=2)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    names = {"loss", "divergence", "ce", "kl", "top1_agreement", "teacher_entropy", "student_entropy", "token_accuracy"}
+    assert names | {"supervised_tokens_per_second", "eta_minutes"} <= set(logs[0])
+    assert logs[1]["eta_minutes"] == 0
+
+
+def test_resume_gives_the_losses_of_an_uninterrupted_run(build: Build, texts: Dataset, tmp_path: Path) -> None:
+    whole = build(TAIDTrainer, texts, max_steps=6, taid_alpha=0.5, taid_beta=0.5)
+    whole.train()
+    settings = {"taid_alpha": 0.5, "taid_beta": 0.5, "output_dir": str(tmp_path / "cut")}
+    build(TAIDTrainer, texts, max_steps=6, save_strategy="steps", save_steps=3, **settings).train()
+    resumed = build(TAIDTrainer, texts, max_steps=6, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    for name in ("loss", "kl", "taid_t", "taid_momentum", "taid_delta", "grad_norm"):
+        assert losses_of(resumed, name)[-3:] == losses_of(whole, name)[-3:], name
+
+
+def test_mixture_of_experts_with_a_balancing_loss_is_refused(build: Build, texts: Dataset, tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=1, num_local_experts=2, **sizes)
+    save(MixtralForCausalLM(config), tokenizer, tmp_path / "moe")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="router_aux_loss_coef"):
+        build(KDTrainer, texts, trainer={"model": str(tmp_path / "moe")})

@@ -1,0 +1,47 @@
+"""Started by torchrun in test_base.py: trains the tiny models on two gloo ranks and writes what each rank saw."""
+
+import json
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from mmkd.trainers import METHODS
+from scripts.make_tiny_models import sentences
+
+
+def main(method: str, models: str, output: str) -> None:
+    cls = METHODS[method]
+    data = Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": [f" {s}" for s in sentences(24, seed=4)]})
+    config = cls.config_class(
+        output_dir=f"{output}/run",
+        max_steps=4,
+        learning_rate=1e-2,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        max_length=64,
+    )
+    trainer = cls(
+        model=f"{models}/student",
+        teacher=AutoModelForCausalLM.from_pretrained(f"{models}/teacher"),
+        args=config,
+        train_dataset=data,
+    )
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    result = {
+        "steps": [[entry["loss"], entry["grad_norm"]] for entry in history],
+        "kl": [entry["kl"] for entry in history],
+        "t": [entry.get("taid_t") for entry in history],
+        "weights": sum(float(parameter.double().sum()) for parameter in trainer.model.parameters()),
+    }
+    Path(output, f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
