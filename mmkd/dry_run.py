@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -43,7 +42,7 @@ def estimate_memory(trainer: DistillationTrainer) -> Memory:
     bytes_each = next((size for name, size in _OPTIMIZER_BYTES.items() if optimizer.startswith(name)), 8)
     text = model.config.get_text_config()
     tokens = args.per_device_train_batch_size * (args.max_length or 1024)
-    per_layer = tokens * text.hidden_size * (2 if args.gradient_checkpointing else 34)
+    per_layer = tokens * text.hidden_size * (2 if args.activation_checkpointing else 34)
     parts = {
         "student weights": _bytes(model),
         "gradients": sum(parameter.numel() * parameter.element_size() for parameter in trainable),
@@ -77,7 +76,7 @@ def render_first_batch(trainer: DistillationTrainer, rows: int = 2, width: int =
         text.append(f"\nfirst batch, row {number + 1} of {len(batch['input_ids'])}: ", style="bold")
         start = len(text)
         for token_ids, supervised in _runs(ids.tolist(), (labels != -100).tolist()):
-            piece = tokenizer.decode(token_ids)
+            piece = str(tokenizer.decode(token_ids))
             text.append(f"[{piece}]" if supervised else piece, style="green" if supervised else "dim")
             if len(text) - start > width:
                 text.append(" ...")
@@ -109,7 +108,10 @@ def _data(trainer: DistillationTrainer) -> list[tuple[str, str]]:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / batch) * args.num_train_epochs)
     return [
         ("data", f"{len(data):,} rows, {tokens:,} tokens, {supervised:,} supervised ({supervised / tokens:.0%})"),
-        ("steps", f"{steps:,} optimizer steps of {batch} rows, about {steps * batch * supervised // len(data):,} tokens"),
+        (
+            "steps",
+            f"{steps:,} optimizer steps of {batch} rows, about {steps * batch * supervised // len(data):,} tokens",
+        ),
     ]
 
 

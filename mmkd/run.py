@@ -56,17 +56,21 @@ class RunArguments:
         default="auto", metadata={"help": "The teacher's type; auto (default) is the one it was saved in."}
     )
     teacher_attn_implementation: str | None = field(
-        default=None, metadata={"help": "The teacher's attention, e.g. flash_attention_2; default: transformers' choice."}
+        default=None,
+        metadata={"help": "The teacher's attention, e.g. flash_attention_2; default: transformers' choice."},
     )
     teacher_load_in_4bit: bool = field(
-        default=False, metadata={"help": "Quantise the teacher to 4 bits (nf4) with bitsandbytes, whatever the student is."}
+        default=False,
+        metadata={"help": "Quantise the teacher to 4 bits (nf4) with bitsandbytes, whatever the student is."},
     )
     teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the teacher to 8 bits."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Use at most so many rows to train."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Use at most so many rows to evaluate."})
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Load everything, report parameters, tokens, memory and the first batch, and train nothing."},
+        metadata={
+            "help": "Load everything, report parameters, tokens, memory and the first batch, and train nothing."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -74,7 +78,9 @@ class RunArguments:
             self.student_layers = [self.student_layers]
         pruned = [self.student_layers, self.student_intermediate_size, self.student_num_attention_heads]
         if self.student is None and (self.student_init != "prune" or self.teacher is None):
-            raise ValueError("There is no student: set `student`, or `student_init: prune` to make one of the teacher.")
+            raise ValueError(
+                "There is no student: set `student`, or `student_init: prune` to make one of the teacher."
+            )
         if (self.student_init == "prune") != any(part is not None for part in pruned):
             raise ValueError(
                 "student_init: prune and the sizes to keep (student_layers, student_intermediate_size, "
@@ -127,7 +133,8 @@ def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = (
 
 def parser_of(method: str) -> TrlParser:
     """The parser of every key that a recipe of this method may set."""
-    return TrlParser((RunArguments, METHODS[method].config_class, StudentArguments), prog=f"mmkd-train ({method})")
+    types: list[Any] = [RunArguments, METHODS[method].config_class, StudentArguments]
+    return TrlParser(types, prog=f"mmkd-train ({method})")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -214,7 +221,8 @@ def _load_teacher(run: Run, name: str) -> PreTrainedModel:
 
 def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
     arguments, student = run.arguments, run.student
-    init = dict(run.training.model_init_kwargs or {})
+    init = run.training.model_init_kwargs or {}
+    assert isinstance(init, dict)
     run.training.model_init_kwargs = None
     settings = {
         "dtype": student.dtype,
@@ -256,7 +264,9 @@ def method_of(keys: dict[str, Any], flags: Sequence[str]) -> str:
         elif flag.startswith("--method="):
             method = flag.partition("=")[2]
     if method not in METHODS:
-        raise ValueError(f"method is {method!r}; set it to one of {', '.join(METHODS)}.{_nearest(str(method), METHODS)}")
+        raise ValueError(
+            f"method is {method!r}; set it to one of {', '.join(METHODS)}.{_nearest(str(method), METHODS)}"
+        )
     return method
 
 

@@ -12,18 +12,21 @@ import json
 import os
 import platform
 import statistics
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmkd.dry_run import parameter_count
 from mmkd.recipes import find_recipe
 from mmkd.run import build_trainer, parse_run
 
-COLUMNS = {"eval_perplexity": "perplexity", "eval_kl": "KL to teacher (nats)", "eval_top1_agreement": "top-1 agreement"}
+COLUMNS = {
+    "eval_perplexity": "perplexity",
+    "eval_kl": "KL to teacher (nats)",
+    "eval_top1_agreement": "top-1 agreement",
+}
 
 
 def main() -> None:
@@ -34,13 +37,9 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     results = Results(options.output / "results.json")
     first = options.recipes[0]
-    # A student whose weights are the teacher's, and one that has not been trained.
-    teacher = parse_run(first, flags).arguments.teacher
-    assert teacher is not None
-    as_teacher = ["--method", "sft", "--student", teacher, "--student_init", "pretrained"]
     rows: list[tuple[str, list[dict[str, float]]]] = [
-        ("teacher", [results.get(first, _without_pruning(first, options.output, [*flags, *as_teacher]), train=False)]),
-        ("student, untrained", [results.get(first, flags, train=False)]),
+        ("teacher", [results.get(first, flags, stage="teacher")]),
+        ("student, untrained", [results.get(first, flags, stage="untrained")]),
     ]
     for recipe in options.recipes:
         runs = [results.get(recipe, [*flags, "--seed", str(seed)]) for seed in options.seeds]
@@ -55,12 +54,12 @@ class Results:
         self.path = path
         self.known: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
 
-    def get(self, recipe: str | Path, flags: list[str], train: bool = True) -> dict[str, float]:
+    def get(self, recipe: str, flags: list[str], stage: str = "trained") -> dict[str, float]:
         """The measurements of one run, from the file or by running it."""
         text = find_recipe(recipe).read_text(encoding="utf-8")
-        key = hashlib.sha256(json.dumps([text, flags, train]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([text, flags, stage]).encode()).hexdigest()[:16]
         if key not in self.known:
-            self.known[key] = measure(str(recipe), flags, train, self.path.parent / key)
+            self.known[key] = measure(recipe, flags, stage, self.path.parent)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".tmp")
             partial.write_text(json.dumps(self.known, indent=1))
@@ -68,21 +67,23 @@ class Results:
         return self.known[key]
 
 
-def measure(recipe: str, flags: list[str], train: bool, output: Path) -> dict[str, float]:
-    """Trains if asked to, evaluates, and says how long it took."""
-    trainer = build_trainer(parse_run(recipe, [*flags, "--output_dir", str(output), "--save_strategy", "no"]))
-    seconds = 0.0
-    if train:
+def measure(recipe: str, flags: list[str], stage: str, folder: Path) -> dict[str, float]:
+    """Evaluates the recipe's teacher ("teacher") or its student, "untrained" or "trained"."""
+    run = parse_run(recipe, [*flags, "--save_strategy", "no"])
+    run.training.output_dir = str(folder / f"{run.arguments.method}-{run.training.seed}")
+    if stage == "teacher":
+        whole = {"student": run.arguments.teacher, "student_init": "pretrained", "student_layers": None}
+        narrow = {"student_intermediate_size": None, "student_num_attention_heads": None}
+        run = replace(run, arguments=replace(run.arguments, **whole, **narrow))
+    trainer = build_trainer(run)
+    result: dict[str, float] = {"parameters": trainer.model.num_parameters()}
+    if stage == "trained":
         seconds = trainer.train().metrics["train_runtime"]
+        tokens = next(entry for entry in reversed(trainer.state.log_history) if "supervised_tokens" in entry)
+        result["tokens"] = tokens["supervised_tokens"]
+        result["tokens_per_second"] = result["tokens"] / seconds
         trainer.save_model()
-    result: dict[str, Any] = trainer.evaluate()
-    tokens = trainer.tokens_seen
-    speed = tokens / seconds if train else float("nan")
-    return {**result, "parameters": parameter_count(trainer.model), "tokens": tokens, "tokens_per_second": speed}
-
-
-def _without_pruning(recipe: str, folder: Path, flags: list[str]) -> list[str]:
-    return flags
+    return {**result, **trainer.evaluate()}
 
 
 def show(rows: list[tuple[str, list[dict[str, float]]]], seeds: list[int]) -> None:
@@ -90,13 +91,14 @@ def show(rows: list[tuple[str, list[dict[str, float]]]], seeds: list[int]) -> No
     table = Table(*["", "parameters", "tokens seen", *COLUMNS.values(), "tokens/s"])
     for name, runs in rows:
         cells = [_spread([run[column] for run in runs]) for column in COLUMNS]
-        tokens, speed = runs[0]["tokens"], statistics.fmean(run["tokens_per_second"] for run in runs)
-        parameters = f"{runs[0]['parameters'] / 1e6:.1f} M"
-        table.add_row(name, parameters, f"{tokens:,.0f}" if tokens else "", *cells, f"{speed:.0f}" if tokens else "")
+        trained = "tokens" in runs[0]
+        tokens = f"{runs[0]['tokens']:,.0f}" if trained else ""
+        speed = f"{statistics.fmean(run['tokens_per_second'] for run in runs):.0f}" if trained else ""
+        table.add_row(name, f"{runs[0]['parameters'] / 1e6:.1f} M", tokens, *cells, speed)
     console = Console(width=120)
     console.print(table)
-    console.print(f"seeds {seeds}; mean ± standard deviation; torch {torch.__version__}, {torch.get_num_threads()} threads,")
-    console.print(f"{platform.machine()}, {os.cpu_count()} cores")
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    console.print(f"seeds {seeds}{', mean ± standard deviation' if len(seeds) > 1 else ''}; {machine}")
 
 
 def _spread(values: list[float]) -> str:

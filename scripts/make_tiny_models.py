@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "the cat sat on a mat and saw that one dog ran from two birds to some red house near an old green tree".split()
+WORDS = "the cat sat on a mat and saw one dog run from two birds to some red house near an old green tree"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
@@ -24,7 +24,8 @@ def sentences(count: int, seed: int = 0, low: int = 4, high: int = 12) -> list[s
     """Random word sequences of different lengths, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(low, high, (count,), generator=generator).tolist()
-    return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=generator)) for n in lengths]
+    words = WORDS.split()
+    return [" ".join(words[i] for i in torch.randint(len(words), (n,), generator=generator)) for n in lengths]
 
 
 def make_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
@@ -40,7 +41,9 @@ def make_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(layers: int = 2, width: int = 32, rows: int = 300, seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
+def make_model(
+    layers: int = 2, width: int = 32, rows: int = 300, seed: int = 0, tied: bool = True
+) -> LlamaForCausalLM:
     """A random Llama with two query heads per key-value head and `rows` rows of vocabulary."""
     torch.manual_seed(seed)
     config = LlamaConfig(

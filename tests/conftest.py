@@ -9,8 +9,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from mmkd.trainers.base import DistillationConfig, DistillationTrainer
-from tests.helpers import Build
 from scripts.make_tiny_models import make_tiny_models, make_tokenizer, sentences
+from tests.helpers import Build
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,10 @@ def workplace(tiny: dict[str, Path], tmp_path: Path) -> Path:
         rows = [json.dumps({"text": text}) for text in sentences(32, seed=seed)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
     data: dict[str, Any] = {"name": "words", "license": "CC0-1.0", "source": "json", "columns": {"text": "text"}}
-    data |= {"data_files": {"train": "train.jsonl", "eval": "eval.jsonl"}, "splits": {"train": "train", "eval": "eval"}}
+    data |= {
+        "data_files": {"train": "train.jsonl", "eval": "eval.jsonl"},
+        "splits": {"train": "train", "eval": "eval"},
+    }
     (tmp_path / "words.yaml").write_text(yaml.safe_dump(data))
     write_recipe(tmp_path, method="kd", student=str(tiny["student"]), teacher=str(tiny["teacher"]))
     return tmp_path
@@ -57,9 +60,7 @@ def environment() -> dict[str, str]:
 def mmkd(workplace: Path) -> Run:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "mmkd.cli", *arguments]
-        return subprocess.run(
-            command, cwd=workplace, env=environment(), capture_output=True, text=True, timeout=240
-        )
+        return subprocess.run(command, cwd=workplace, env=environment(), capture_output=True, text=True, timeout=240)
 
     return run
 
@@ -162,7 +163,9 @@ def test_a_killed_run_resumes_with_the_same_losses(mmkd: Run, workplace: Path) -
     assert whole.returncode == 0, whole.stderr
     saving = [*flags, "--save_strategy", "steps", "--save_steps", "3"]
     command = [sys.executable, "-m", "mmkd.cli", "train", "recipe.yaml", *saving]
-    process = subprocess.Popen(command, cwd=workplace, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=workplace, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     state = workplace / "run" / "checkpoint-3" / "trainer_state.json"
     deadline = time.monotonic() + 120
     while not state.is_file() and time.monotonic() < deadline:
@@ -184,7 +187,9 @@ def test_a_killed_run_resumes_with_the_same_losses(mmkd: Run, workplace: Path) -
 def test_interrupting_says_how_to_go_on(workplace: Path) -> None:
     command = [sys.executable, "-m", "mmkd.cli", "train", "recipe.yaml", "--max_steps", "100000"]
     saving = ["--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "1", "--logging_steps", "1000"]
-    process = subprocess.Popen([*command, *saving], cwd=workplace, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *saving], cwd=workplace, env=environment(), stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while not list((workplace / "run").glob("checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -29,7 +29,9 @@ def test_trainer_and_config_are_public(method: str) -> None:
     assert issubclass(trainer.config_class, DistillationConfig)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "trainers").glob("*/*.yaml")), ids=lambda path: "/".join(path.parts[-2:]))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "trainers").glob("*/*.yaml")), ids=lambda path: "/".join(path.parts[-2:])
+)
 def test_every_shipped_recipe_parses(path: Path) -> None:
     run = parse_run(str(path), [])
     assert run.arguments.method == path.parent.name

@@ -19,8 +19,8 @@ def shared_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int], ad
         examples = ", ".join(repr(token) for token in unrelated[:3])
         raise ValueError(
             f"Student ({len(student)} tokens) and teacher ({len(teacher)} tokens) have different vocabularies: "
-            f"{len(unrelated)} tokens are missing or have another id on one side ({examples}, ...). A token-by-token "
-            "divergence would compare unrelated tokens. Use a teacher of the same family, or method alm, which distils "
+            f"{len(unrelated)} tokens are missing or have another id on one side ({examples}, ...). A divergence per "
+            "token would compare unrelated tokens. Use a teacher of the same family, or method alm, which distils "
             "across tokenizers."
         )
     return end

@@ -124,7 +124,7 @@ def adaptive_kl(
 def interpolated_log_probs(
     student_log_probs: Float[Tensor, "*item outcome"], teacher_log_probs: Float[Tensor, "*item outcome"], t: float
 ) -> Float[Tensor, "*item outcome"]:
-    """log softmax((1 - t) student + t teacher), the intermediate teacher of TAID (2501.16937, eq. 3), without gradient.
+    """log softmax((1 - t) student + t teacher), the intermediate teacher of TAID (2501.16937, eq. 3), no gradient.
 
     Log-probs in place of logits change nothing: they differ by a constant per item, which softmax ignores.
     """

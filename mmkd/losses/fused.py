@@ -16,10 +16,10 @@ from torch import Tensor
 from .divergences import entropy, forward_kl
 
 Objective = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, dict[str, Tensor]]]
-"""(student log-probs, teacher log-probs) -> nats per token, optionally with further values per token to sum and report."""
+"""(student log-probs, teacher log-probs) -> nats per token, optionally with more values per token to report."""
 
 
-# fp32 logits compared at a time on a CPU: they stay in its cache. Larger tiles are read from memory by every operation.
+# fp32 logits compared at a time on a CPU: they stay in its cache, while larger tiles are read anew by every operation.
 CPU_TILE_ELEMENTS = 1 << 19
 
 
@@ -84,8 +84,8 @@ def fused_loss(
     chunk of logits per model, whatever the number of tokens. Without `targets` the cross-entropy is the whole loss.
 
     Matrix products run in the autocast type or else in that of the head; `precise` computes logits in fp32 (bf16
-    logits are off by up to 0.06 nats at a magnitude of 16) and sums the gradient of the head in fp32. The comparison is
-    in fp32 either way. `diagnostics` adds the sums "ce", "token_accuracy" (tokens), "student_entropy" and, with
+    logits are off by up to 0.06 nats at a magnitude of 16) and sums the gradient of the head in fp32. The comparison
+    is in fp32 either way. `diagnostics` adds the sums "ce", "token_accuracy" (tokens), "student_entropy" and, with
     targets, "kl" to the teacher at temperature 1, "top1_agreement" (tokens) and "teacher_entropy".
 
     The gradient is ready when the call returns and can be used by one backward pass. Raises ValueError for a label

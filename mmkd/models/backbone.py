@@ -27,6 +27,11 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return base
 
 
+def name_of(model: PreTrainedModel | PeftModel) -> str:
+    """The Hub id or folder that the model came from, empty when it was built from a config."""
+    return base_of(model).config.name_or_path or ""
+
+
 def allow_consumers(model: PreTrainedModel | PeftModel) -> None:
     """Lets `model(**inputs, consumer=f)` return `f(last_hidden_state, head)`, computed inside the model's forward.
 
@@ -55,7 +60,9 @@ def head_of(model: PreTrainedModel | PeftModel) -> LMHead:
     base = base_of(model)
     module = base.get_output_embeddings()
     if module is None:
-        raise ValueError(f"{type(base).__name__} has no output embeddings; distillation needs a model with an lm_head.")
+        raise ValueError(
+            f"{type(base).__name__} has no output embeddings; distillation needs a model with an lm_head."
+        )
     if isinstance(module, BaseTunerLayer):
         raise ValueError(
             "The lm_head carries a PEFT adapter. The fused loss multiplies with lm_head.weight itself, so the adapter "
@@ -85,7 +92,7 @@ def _logit_scale(config: Any) -> float:
 
 
 def full_head(model: PreTrainedModel) -> LMHead:
-    """The head of a frozen model, whole on every rank: a copy where ZeRO-3 partitions it, else the weight itself."""
+    """The head of a frozen model, whole on every rank: a copy where ZeRO-3 partitions it."""
     module = model.get_output_embeddings()
     with _gathered(module):
         head = head_of(model)
@@ -105,12 +112,15 @@ def _is_partitioned(parameter: Tensor) -> bool:
 
 
 def _gathered(module: torch.nn.Module | None) -> AbstractContextManager:
-    """ZeRO-3 gathers a partitioned parameter in its module's own forward, which reading `lm_head.weight` never runs."""
+    """ZeRO-3 gathers a parameter in its module's own forward, which reading `lm_head.weight` never runs."""
     parameters = [] if module is None else [p for p in module.parameters(recurse=False) if _is_partitioned(p)]
     if not parameters:
         return nullcontext()
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+    from deepspeed.runtime.zero.partition_parameters import (  # pyright: ignore[reportMissingImports]
+        GatheredParameters,
+        ZeroParamStatus,
+    )
 
     # A tied embedding is gathered already; gathering it again would partition it on exit while it is in use.
-    absent = [p for p in parameters if p.ds_status != ZeroParamStatus.AVAILABLE]
+    absent = [p for p in parameters if getattr(p, "ds_status", None) != ZeroParamStatus.AVAILABLE]
     return GatheredParameters(absent) if absent else nullcontext()

@@ -64,6 +64,8 @@ def _dtype(name: str, role: str) -> torch.dtype:
 
 
 def _hint(name: str) -> str:
+    if not name:
+        return "it was not loaded from anywhere, so name it: pass its tokenizer as an argument;"
     folder = Path(name)
     if folder.is_dir():
         return f"the folder holds {', '.join(sorted(p.name for p in folder.iterdir())[:5]) or 'nothing'};"

@@ -37,8 +37,9 @@ class LocalTeacher(Teacher[DenseSignal]):
         placed = getattr(self.model, "hf_device_map", None) is not None
         if torch.device("meta") in devices or (placed and devices != {accelerator.device}):
             raise ValueError(
-                f"The teacher is on {', '.join(sorted(map(str, devices)))} and cannot be moved to the student's device "
-                f"{accelerator.device}. Load it without device_map, or with device_map={{'': '{accelerator.device}'}}."
+                f"The teacher is on {', '.join(sorted(map(str, devices)))} and cannot be moved to the student's "
+                f"device {accelerator.device}. Load it without device_map, or with device_map="
+                f"{{'': '{accelerator.device}'}}."
             )
         allow_consumers(self.model)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -67,7 +68,7 @@ class LocalTeacher(Teacher[DenseSignal]):
         padding = inputs["attention_mask"] == 0 if "attention_mask" in inputs else torch.zeros_like(unknown)
         if (unknown & ~padding).any():
             raise ValueError(
-                f"The text holds token {int(ids[unknown & ~padding][0])}, but the teacher has {rows} tokens. Remove the "
-                "tokens that only the student knows from the text or its chat template."
+                f"The text holds token {int(ids[unknown & ~padding][0])}, but the teacher has {rows} tokens. Remove "
+                "the tokens that only the student knows from the text or its chat template."
             )
         return {**inputs, "input_ids": ids.masked_fill(unknown, 0)}

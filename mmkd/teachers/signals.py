@@ -62,7 +62,9 @@ class TopKSignal:
 
     def compare(self, logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
         if temperature != 1:
-            raise ValueError(f"A top-k signal is known at temperature 1 only, not at {temperature}; set temperature: 1.")
+            raise ValueError(
+                f"A top-k signal is known at temperature 1 only, not at {temperature}; set temperature: 1."
+            )
         signal = self._rows(rows)
         inside = logits.gather(-1, signal.ids) - logits.logsumexp(-1, keepdim=True)
         teacher = torch.cat([signal.log_probs, signal.tail_log_prob[:, None]], dim=-1)

@@ -1,4 +1,4 @@
-"""The distillation step, owned once: shift, mask, ask the teacher, sum, normalise, log. A method adds its item losses."""
+"""The distillation step, owned once: shift, mask, ask the teacher, sum, normalise, log. A method adds item losses."""
 
 import math
 import time
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset, IterableDataset
 from jaxtyping import Float, Int
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
@@ -18,7 +19,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import FusedLoss, Objective, fused_loss
-from mmkd.models.backbone import allow_consumers, base_of, head_of
+from mmkd.models.backbone import allow_consumers, head_of, name_of
 from mmkd.models.heads import LMHead
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.teachers.base import Teacher
@@ -33,7 +34,7 @@ from .progress import DistillationProgress
 class DistillationConfig(SFTConfig):
     """What every method reads, besides everything of trl's SFTConfig."""
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     ce_weight: float = field(
         default=0.0,
@@ -100,7 +101,7 @@ class DistillationTrainer(SFTTrainer):
     Args:
         model: student: a Hub id, a local folder, or a (PEFT) model.
         teacher: a Hub id, a local folder, a model, or a `Teacher`. Frozen; quantise and place it as you like.
-        teacher_processing_class: the teacher's tokenizer, to compare vocabularies; found by the teacher's name if absent.
+        teacher_processing_class: the teacher's tokenizer, to compare vocabularies; by default found by its name.
         args, train_dataset, eval_dataset, processing_class, peft_config, ...: as in SFTTrainer.
 
     Raises ValueError when student, teacher, data and settings cannot work together, before any step is taken.
@@ -114,6 +115,10 @@ class DistillationTrainer(SFTTrainer):
     loss_is_scaled_for_ga = True
 
     args: DistillationConfig
+    # transformers types these as unions with None, for trainers that are still without them.
+    model: Any
+    train_dataset: Any
+    processing_class: Any
 
     def __init__(
         self,
@@ -137,8 +142,8 @@ class DistillationTrainer(SFTTrainer):
                 f"{accepted}. Use another teacher or another method."
             )
         if args is None:
-            name = model if isinstance(model, str) else base_of(model).config.name_or_path
-            args = self.config_class(f"{name.rstrip('/').split('/')[-1] or 'student'}-{self.method}")
+            name = (model if isinstance(model, str) else name_of(model)).rstrip("/").split("/")[-1]
+            args = self.config_class(f"{name or 'student'}-{self.method}")
         if not isinstance(args, self.config_class):
             raise ValueError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}."
@@ -146,10 +151,10 @@ class DistillationTrainer(SFTTrainer):
         if isinstance(model, str):
             model, processing_class = self._load_student(model, args, processing_class, kwargs)
         if processing_class is None:
-            processing_class = load_processing_class(base_of(model).config.name_or_path, "student")
+            processing_class = load_processing_class(name_of(model), "student")
         check_training_data(train_dataset, eval_dataset, args, tokenizer_of(processing_class))
-        self._sums: dict[str, dict[str, Float[Tensor, "2"]]] = {"train": {}, "eval": {}}
-        self._step_sums: dict[str, Float[Tensor, "2"]] = {}
+        self._sums: dict[str, dict[str, Float[Tensor, 2]]] = {"train": {}, "eval": {}}
+        self._step_sums: dict[str, Float[Tensor, 2]] = {}
         self._counts: dict[str, Tensor] = {}
         self._logged_at = (time.monotonic(), 0)
         super().__init__(
@@ -166,8 +171,14 @@ class DistillationTrainer(SFTTrainer):
                 "The student is a mixture of experts with a load-balancing loss, which distillation does not add. Set "
                 "router_aux_loss_coef: 0 to train it without."
             )
-        head = head_of(self.model)
-        self.vocab_size = head.vocab_size
+        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+            raise ValueError("Prompt learning adds positions that the teacher does not have. Use LoRA instead.")
+        if self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError(
+                "Context and sequence parallelism cut a sequence between ranks; the teacher would see fragments. Set "
+                "their sizes to 1 and shard with FSDP or ZeRO-3."
+            )
+        self.vocab_size = head_of(self.model).vocab_size
         allow_consumers(self.model)
         self.teacher = self._build_teacher(teacher, teacher_processing_class)
         if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
@@ -218,8 +229,12 @@ class DistillationTrainer(SFTTrainer):
 
     # Construction
 
-    def _load_student(self, name: str, args: DistillationConfig, processing_class: Any, kwargs: dict[str, Any]):
-        init = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    def _load_student(
+        self, name: str, args: DistillationConfig, processing_class: Any, kwargs: dict[str, Any]
+    ) -> tuple[PreTrainedModel, Any]:
+        given = args.model_init_kwargs or {}
+        assert isinstance(given, dict)
+        init: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **given}
         args.model_init_kwargs = None
         init["quantization_config"] = kwargs.pop("quantization_config", init.get("quantization_config"))
         if processing_class is None:
@@ -231,23 +246,24 @@ class DistillationTrainer(SFTTrainer):
         if teacher is None:
             return None
         if not isinstance(teacher, Teacher):
+            trust = self.args.trust_remote_code
+            name = teacher if isinstance(teacher, str) else name_of(teacher)
             if isinstance(teacher, str):
-                name = teacher
-                init = {"dtype": "auto", "trust_remote_code": self.args.trust_remote_code}
-                teacher = load_model(name, "teacher", **{**init, **(self.args.teacher_model_init_kwargs or {})})
-            else:
-                name = teacher.config.name_or_path
+                given = self.args.teacher_model_init_kwargs or {}
+                assert isinstance(given, dict)
+                teacher = load_model(name, "teacher", **{"dtype": "auto", "trust_remote_code": trust, **given})
             if processing_class is None:
-                processing_class = load_processing_class(name, "teacher", trust_remote_code=self.args.trust_remote_code)
+                processing_class = load_processing_class(name, "teacher", trust_remote_code=trust)
             self.vocab_size = self._shared_vocabulary(tokenizer_of(processing_class), head_of(teacher).vocab_size)
             teacher = LocalTeacher(teacher, self.vocab_size)
         teacher.prepare(self.accelerator)
         self._ask_once(teacher)
         return teacher
 
-    def _shared_vocabulary(self, teacher_tokenizer: PreTrainedTokenizerBase, teacher_rows: int) -> int:
-        added = {*self._tokenizer.get_added_vocab(), *teacher_tokenizer.get_added_vocab()}
-        tokens = shared_vocabulary(self._tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), added)
+    def _shared_vocabulary(self, teacher_tokenizer: Any, teacher_rows: int) -> int:
+        tokenizer: Any = tokenizer_of(self.processing_class)
+        added = {*tokenizer.get_added_vocab(), *teacher_tokenizer.get_added_vocab()}
+        tokens = shared_vocabulary(tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), added)
         return min(tokens, self.vocab_size, teacher_rows)
 
     def _ask_once(self, teacher: Teacher) -> None:
@@ -273,7 +289,7 @@ class DistillationTrainer(SFTTrainer):
         for batch in batches:
             for kind, count in self.count_items(batch).items():
                 counts[kind] = counts.get(kind, torch.zeros((), dtype=torch.long, device=device)) + count.to(device)
-        self._counts = {kind: self.accelerator.reduce(counts[kind], reduction="sum") for kind in sorted(counts)}
+        self._counts = {kind: self._summed(counts[kind]) for kind in sorted(counts)}
         return batches, num_items
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -318,7 +334,7 @@ class DistillationTrainer(SFTTrainer):
     # Reports
 
     def _reports_now(self) -> bool:
-        """Whether this micro-batch computes the diagnostics: always in evaluation, else in the steps that are logged."""
+        """Whether this micro-batch computes diagnostics: always in evaluation, else in the steps that are logged."""
         if not self.model.training or self.args.logging_strategy != "steps":
             return True
         step = self.state.global_step + 1
@@ -336,8 +352,13 @@ class DistillationTrainer(SFTTrainer):
         names = sorted(sums)
         if not names:
             return {}
-        totals = self.accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
+        totals = self._summed(torch.stack([sums[name] for name in names])).tolist()
         return {name: total / count if count else 0.0 for name, (total, count) in zip(names, totals, strict=True)}
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        total = self.accelerator.reduce(tensor, reduction="sum")
+        assert isinstance(total, Tensor)
+        return total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the reports since the last log: averages over their items, speed and time left."""
@@ -347,10 +368,12 @@ class DistillationTrainer(SFTTrainer):
         means = self._means(self._sums[mode])
         self._sums[mode] = {}
         if training and tokens is not None:
-            tokens_seen = self.accelerator.reduce(tokens[0], reduction="sum").item()
+            tokens_seen = self._summed(tokens[0]).item()
             (then, step), self._logged_at = self._logged_at, (time.monotonic(), self.state.global_step)
             elapsed = self._logged_at[0] - then
             steps_left = self.state.max_steps - self.state.global_step
+            before = next((entry for entry in reversed(self.state.log_history) if "supervised_tokens" in entry), {})
+            logs["supervised_tokens"] = before.get("supervised_tokens", 0) + int(tokens_seen)
             logs["supervised_tokens_per_second"] = tokens_seen / elapsed
             logs["eta_minutes"] = elapsed / max(1, self.state.global_step - step) * steps_left / 60
         if not training and means:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational, is_conversational_from_value
@@ -28,7 +27,9 @@ def check_training_data(train: Any, evaluation: Any, args: SFTConfig, tokenizer:
             )
 
 
-def check_supervision(raw: Dataset | IterableDataset, prepared: Dataset | IterableDataset, max_length: int | None) -> None:
+def check_supervision(
+    raw: Dataset | IterableDataset, prepared: Dataset | IterableDataset, max_length: int | None
+) -> None:
     """Raises ValueError when preparation left no token to learn from."""
     if not isinstance(prepared, Dataset) or not isinstance(raw, Dataset):
         return
@@ -37,8 +38,8 @@ def check_supervision(raw: Dataset | IterableDataset, prepared: Dataset | Iterab
             f"None of the {len(raw)} rows has a supervised token within max_length {max_length}: the prompts fill it, "
             "or every label is -100. Raise max_length or shorten the prompts."
         )
-    column = prepared.with_format("arrow")[:]["labels"]
-    if not any(pc.any(pc.not_equal(chunk.flatten(), -100)).as_py() for chunk in column.chunks):
+    rows: Any = prepared.with_format("numpy").select_columns("labels")
+    if not any((row["labels"] != -100).any() for row in rows):
         raise ValueError(
             "No row has a supervised token: every label is -100. Check the completion or assistant masks of the data."
         )

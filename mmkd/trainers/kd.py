@@ -1,4 +1,4 @@
-"""Knowledge distillation on the whole vocabulary: one divergence per token (Hinton et al. 2015, and its successors)."""
+"""Knowledge distillation on the whole vocabulary: one divergence per token (Hinton et al. 2015 and successors)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class KDConfig(DistillationConfig):
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": "What is minimised per token: forward_kl (covers the teacher; the default, and the safest for small "
+            "help": "What is minimised per token: forward_kl (covers the teacher; the default, and safest for small "
             "students), reverse_kl (seeks its modes), jsd, skew_kl, skew_reverse_kl, tvd or adaptive_kl.",
             "choices": list(DIVERGENCES),
         },
@@ -42,7 +42,9 @@ class KDConfig(DistillationConfig):
     )
     beta: float = field(
         default=0.5,
-        metadata={"help": "The teacher's weight in jsd's mixture: 0 is forward_kl, 1 is reverse_kl (TRL's convention)."},
+        metadata={
+            "help": "The teacher's weight in jsd's mixture: 0 is forward_kl, 1 is reverse_kl (TRL's convention)."
+        },
     )
     skew: float = field(
         default=0.1,

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers.trainer_callback import ExportableState, TrainerCallback
@@ -18,7 +18,9 @@ class TAIDConfig(DistillationConfig):
 
     t_start: float = field(
         default=0.4,
-        metadata={"help": "Where the interpolation starts: 0 is the student, 1 the teacher. The paper uses 0.4 or 0.2."},
+        metadata={
+            "help": "Where the interpolation starts: 0 is the student, 1 the teacher. The paper uses 0.4 or 0.2."
+        },
     )
     t_end: float = field(default=1.0, metadata={"help": "Where the interpolation ends; 1 (default) is the teacher."})
     taid_alpha: float = field(
@@ -30,7 +32,8 @@ class TAIDConfig(DistillationConfig):
     )
     taid_beta: float = field(default=0.99, metadata={"help": "Momentum of the relative progress that drives t."})
     adaptive: bool = field(
-        default=True, metadata={"help": "Let progress speed t up; False follows the linear schedule from t_start to t_end."}
+        default=True,
+        metadata={"help": "Let progress speed t up; False follows the linear schedule from t_start to t_end."},
     )
     progress_measure: str = field(
         default="cross_entropy",
@@ -49,7 +52,8 @@ class TAIDConfig(DistillationConfig):
             )
         if self.taid_alpha < 0 or not 0 <= self.taid_beta < 1:
             raise ValueError(
-                f"taid_alpha is {self.taid_alpha} (must not be negative) and taid_beta {self.taid_beta} (must lie in [0, 1))."
+                f"taid_alpha is {self.taid_alpha} and taid_beta {self.taid_beta}; the first must not be negative and "
+                "the second must lie in [0, 1)."
             )
         if self.progress_measure not in ("cross_entropy", "kl"):
             raise ValueError(f"progress_measure {self.progress_measure!r} is unknown; choose cross_entropy or kl.")
@@ -58,8 +62,8 @@ class TAIDConfig(DistillationConfig):
 class TAIDSchedule(TrainerCallback, ExportableState):
     """The interpolation parameter t, kept in the trainer's state, so that a resumed run goes on where it was.
 
-    `t <- min(t_end, max(linear, t + alpha * sigmoid(m) * (1 - t)))`, with m the momentum of the relative decrease of the
-    loss and linear the straight line from t_start to t_end (2501.16937, algorithm 1).
+    `t <- min(t_end, max(linear, t + alpha * sigmoid(m) * (1 - t)))`, with m the momentum of the relative decrease of
+    the loss and linear the straight line from t_start to t_end (2501.16937, algorithm 1).
     """
 
     _ATTRIBUTES = ("t", "momentum", "delta", "previous_loss")
@@ -87,7 +91,7 @@ class TAIDSchedule(TrainerCallback, ExportableState):
         }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes up the checkpoint's t; the Trainer itself restores callbacks only when asked to restore all of them."""
+        """Takes up the checkpoint's t: the Trainer itself restores callbacks only when asked to restore all."""
         if state.global_step == 0:
             self._restore({"t": self.t_start, "momentum": 0.0, "delta": 0.0, "previous_loss": None})
         else:
@@ -101,14 +105,15 @@ class TAIDSchedule(TrainerCallback, ExportableState):
 
 
 class TAIDTrainer(DistillationTrainer):
-    """Minimises KL(p_t || student) with p_t = softmax((1 - t) student + t teacher), the student there without gradient."""
+    """Minimises KL(p_t || student), p_t = softmax((1 - t) student + t teacher) with the student there detached."""
 
     method = "taid"
     config_class = TAIDConfig
     step_means = ("progress_loss",)
     args: TAIDConfig
-    _paper = {
-        "title": "TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer in Language Models",
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer in Language "
+        "Models",
         "id": "2501.16937",
     }
 

@@ -40,13 +40,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """The flags that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads; more than 1 makes ratios less reproducible"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; ratios are steadiest with 1")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each variant, of which the fastest counts")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes: shows that everything runs, measures nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: everything runs, nothing is measured")
     parser.add_argument("--no_memory", dest="memory", action="store_false", help="times only")
     return parser
 
@@ -103,7 +99,7 @@ def timed(step: Step, device: str) -> Run:
 
 
 def interleaved(steps: Mapping[str, Step], repeats: Mapping[str, int], device: str) -> dict[str, Run]:
-    """The fastest run of each variant, in the order A B, B A, A B, so that a drift of the machine meets all of them."""
+    """The fastest run of each variant, in the order A B, B A, A B, so that all of them meet the machine's drift."""
     best: dict[str, Run] = {}
     if device == "cuda":
         for step in steps.values():
@@ -123,7 +119,7 @@ def faster(one: Run | None, other: Run) -> Run:
 
 
 def alone(build: Build, case: Any, device: str) -> Run:
-    """One run with its peak memory over what exists before it: allocated on the device, or resident in a new process."""
+    """One run and its peak memory over what exists before it: of the device, or resident in a new process."""
     if device == "cuda":
         warm_up, step = build(case)
         warm_up()
@@ -200,12 +196,9 @@ def _print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         return
     lines = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        cells = [
-            cell.ljust(width) if not i else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        print("  ".join(cells))
+    for first, *others in lines:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        print("  ".join([first.ljust(widths[0]), *cells]))
     print(flush=True)
 
 

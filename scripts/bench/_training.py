@@ -1,4 +1,4 @@
-"""What the benchmarks of whole training steps share: models, one batch, trainers and a teacher that knows the answer."""
+"""What the benchmarks of whole training steps share: models, one batch, trainers, a teacher whose answer is ready."""
 
 import argparse
 import tempfile
@@ -65,6 +65,10 @@ class Training:
     device: str = "cpu"
 
     @property
+    def vocab(self) -> int:
+        return (QUICK_STUDENT if self.quick else SMOLLM2_135M).vocab
+
+    @property
     def name(self) -> str:
         return f"{self.trainer} {self.loss}".strip() + ", a logged step" * self.logged
 
@@ -123,13 +127,11 @@ def llama(shape: Shape, seed: int) -> LlamaForCausalLM:
     return model
 
 
-def student_of(case: Training) -> tuple[Any, int]:
-    """SmolLM2-135M, the real one where scripts/get_teacher.py has made it, and its vocabulary."""
-    if case.quick:
-        return llama(QUICK_STUDENT, 0), QUICK_STUDENT.vocab
-    if REAL_STUDENT.is_dir():
-        return AutoModelForCausalLM.from_pretrained(REAL_STUDENT, dtype=torch.bfloat16), SMOLLM2_135M.vocab
-    return llama(SMOLLM2_135M, 0), SMOLLM2_135M.vocab
+def student_of(case: Training) -> Any:
+    """SmolLM2-135M, the real one where scripts/get_teacher.py has made it."""
+    if REAL_STUDENT.is_dir() and not case.quick:
+        return AutoModelForCausalLM.from_pretrained(REAL_STUDENT, dtype=torch.bfloat16)
+    return llama(QUICK_STUDENT if case.quick else SMOLLM2_135M, 0)
 
 
 def title_of(case: Training) -> str:
@@ -146,9 +148,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def make_batch(case: Training, vocab: int) -> dict[str, torch.Tensor]:
+def make_batch(case: Training) -> dict[str, torch.Tensor]:
     """Random tokens without padding; the last `supervised` share of each row is supervised."""
-    ids = torch.randint(3, vocab, (case.batch, case.length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, case.vocab, (case.batch, case.length), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, : round((1 - case.supervised) * case.length)] = -100
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -158,7 +160,7 @@ def make_batch(case: Training, vocab: int) -> dict[str, torch.Tensor]:
 def make_trainer(case: Training, folder: str) -> Trainer:
     """The real trainer of a variant. Weights are bf16 already, so none of them uses autocast or checkpointing."""
     disable_progress_bars()
-    student, vocab = student_of(case)
+    student = student_of(case)
     settings: dict[str, Any] = {
         "output_dir": folder,
         "bf16": False,
@@ -181,7 +183,7 @@ def make_trainer(case: Training, folder: str) -> Trainer:
     if case.trainer == "mmkd sft":
         return SFTBaselineTrainer(student, None, SFTBaselineConfig(**settings), **common)
     if case.trainer == "mmkd cached":
-        teacher = CachedTeacher(vocab, case.batch * case.length, case.k)
+        teacher = CachedTeacher(case.vocab, case.batch * case.length, case.k)
         return KDTrainer(student, teacher, KDConfig(**settings), **common)
     model = llama(QUICK_TEACHER if case.quick else SMOLLM2_360M, 1)
     if case.trainer == "mmkd online":
@@ -192,15 +194,17 @@ def make_trainer(case: Training, folder: str) -> Trainer:
 
 
 def make_step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> Step:
-    """`get_batch_samples` and `training_step` as `train()` calls them, and no optimizer: every variant has the same."""
-    trainer.model.train()
+    """`get_batch_samples` and `training_step` as `train()` calls them; no optimizer, which all variants share."""
+    model = trainer.model
+    assert isinstance(model, torch.nn.Module)
+    model.train()
     # train() sets it from the arguments: mmkd computes its diagnostics in the steps that are logged, SFT in all.
     trainer.state.logging_steps = int(trainer.args.logging_steps)
 
     def step() -> float:
-        trainer.model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         batches, items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-        return float(trainer.training_step(trainer.model, dict(batches[0]), items))
+        return float(trainer.training_step(model, dict(batches[0]), items))
 
     return step
 
@@ -209,22 +213,23 @@ def build(case: Training) -> tuple[Step, Step]:
     """A step on 32 tokens and the step of one variant, by the same trainer; the gradients of the first are dropped."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(case, folder)
-    vocab = trainer.model.config.vocab_size
-    small = make_step(trainer, make_batch(replace(case, batch=1, length=32), vocab))
+    model = trainer.model
+    small = make_step(trainer, make_batch(replace(case, batch=1, length=32)))
 
     def warm_up() -> float:
         value = small()
-        trainer.model.zero_grad(set_to_none=True)
+        assert isinstance(model, torch.nn.Module)
+        model.zero_grad(set_to_none=True)
         return value
 
-    return warm_up, make_step(trainer, make_batch(case, vocab))
+    return warm_up, make_step(trainer, make_batch(case))
 
 
 def measure_steps(cases: list[Training], args: argparse.Namespace) -> dict[str, Run]:
     """Time and peak memory of a step of each variant."""
     steps = {case.name: build(case)[1] for case in cases}
     # The run that measures memory is one of the repeats.
-    runs = interleaved(steps, dict.fromkeys(steps, args.repeats - args.memory), args.device)
+    runs = interleaved(steps, {name: args.repeats - args.memory for name in steps}, args.device)
     del steps
     if args.memory:
         runs = {case.name: faster(runs.get(case.name), alone(build, case, args.device)) for case in cases}

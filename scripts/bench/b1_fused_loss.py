@@ -315,21 +315,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.peer_repeats = args.peer_repeats or args.repeats
     tables, verdicts = {}, []
-    for column in (number - 1 for number in args.columns):
+    for place, column in enumerate(number - 1 for number in args.columns):
         sizes = (QUICK if args.quick else COLUMNS)[column]
         sizes = replace(sizes, tokens=args.tokens) if args.tokens else sizes
-        shares = () if args.no_shares or number_of_first(args) != column else (0.5, 0.25)
+        # What changes with the supervised share is the same in every column.
+        shares = (0.5, 0.25) if place == 0 and not args.no_shares else ()
         rows = measure_column(cases_of(sizes, args, shares), args)
         tables[sizes.title] = rows
         if not args.quick:
             verdicts += judge(rows, column, shares)
     settings = {**vars(args), "sizes": [asdict(sizes) for sizes in COLUMNS]}
     report("b1_fused_loss", args.device, tables, verdicts, settings)
-
-
-def number_of_first(args: argparse.Namespace) -> int:
-    """The column that is also measured with fewer supervised tokens."""
-    return args.columns[0] - 1
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ and gets a tokenised batch, so that its chat collator, which reads messages, is 
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from _measure import Run, ratio, report, verdict
@@ -28,7 +29,7 @@ def main() -> None:
         own, peer = runs[f"mmkd online {loss}"], runs[f"TRL GKD {loss}"]
         return own.seconds / peer.seconds, ratio(own.megabytes, peer.megabytes)
 
-    def row(name: str, run: Run) -> dict[str, object]:
+    def row(name: str, run: Run) -> dict[str, Any]:
         time, memory = against_gkd(name.split()[-1]) if name.startswith("mmkd") else (None, None)
         cells = {"": name, "s/step": run.seconds, "peak MB": run.megabytes, "loss": run.value}
         return cells | {"time over GKD": time, "memory over GKD": memory}

@@ -5,14 +5,14 @@ gradients of head and hidden states, and one chunk of logits per model) should b
 """
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from _measure import MEGABYTE, Run, alone, arguments, exponent, faster, interleaved, report, verdict
 from b1_fused_loss import Case, Sizes, build, make_inputs, make_step
 
-# Longer runs need fewer repeats; all of it stays within about five minutes of one core.
+# Runs of more tokens are repeated less; all of it stays within about five minutes of one core.
 LONG = 8192
 
 
@@ -24,33 +24,45 @@ def necessary_megabytes(case: Case) -> float:
     return 2 * (sizes.student_width * (sizes.vocab + sizes.tokens) + chunk) / MEGABYTE
 
 
+def repeats_of(case: Case, args: argparse.Namespace) -> int:
+    """Two runs of long cases and one of the longest; the run that measures memory is among them."""
+    return min(args.repeats, 1 if case.sizes.tokens > LONG else 2 if case.sizes.tokens == LONG else args.repeats)
+
+
 def measure(cases: list[Case], args: argparse.Namespace) -> list[Run]:
-    """Each case with inputs of its own, in one order and then in the other; long ones once, with their memory."""
+    """Each case with inputs of its own, in one order and then in the other."""
     best: dict[Case, Run] = {}
-    for turn in range(args.repeats - args.memory):
+    for turn in range(args.repeats):
         for case in cases if turn % 2 == 0 else reversed(cases):
-            if (turn and case.sizes.tokens >= LONG) or (args.memory and case.sizes.tokens > LONG):
-                continue
-            step = make_step(case, make_inputs(case.sizes, case.device))
-            best[case] = faster(best.get(case), interleaved({"": step}, {"": 1}, case.device)[""])
+            if turn < repeats_of(case, args) - args.memory:
+                step = make_step(case, make_inputs(case.sizes, case.device))
+                best[case] = faster(best.get(case), interleaved({"": step}, {"": 1}, case.device)[""])
     if args.memory:
         best = {case: faster(best.get(case), alone(build, case, case.device)) for case in cases}
     return [best[case] for case in cases]
 
 
-def sweep(
-    name: str, values: list[int], cases: list[Case], args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], float, float | None]:
-    """Rows of one table, the exponent of the time, and how much the memory beyond the necessary grows, in MB."""
+@dataclass(frozen=True)
+class Sweep:
+    """Rows of one table, the a of `time ~ size^a`, and how much the memory beyond the necessary grows, in MB."""
+
+    rows: list[dict[str, Any]]
+    power: float
+    growth: float | None
+
+
+def sweep(name: str, values: list[int], cases: list[Case], args: argparse.Namespace) -> Sweep:
+    """Measures the cases, one for each value of what is called `name`."""
     runs = measure(cases, args)
     rows, beyond = [], []
     for value, case, run in zip(values, cases, runs, strict=True):
-        work = case.sizes.tokens * case.sizes.vocab
-        row = {name: value, "s": run.seconds, "ns per logit": run.seconds / work * 1e9, "peak MB": run.megabytes}
+        work, necessary = case.sizes.tokens * case.sizes.vocab, necessary_megabytes(case)
         if run.megabytes is not None:
-            beyond.append(run.megabytes - necessary_megabytes(case))
-        rows.append(row | {"necessary MB": necessary_megabytes(case), "beyond MB": beyond[-1] if beyond else None})
-    return rows, exponent(values, [run.seconds for run in runs]), max(beyond) - beyond[0] if beyond else None
+            beyond.append(run.megabytes - necessary)
+        row = {name: value, "s": run.seconds, "ns per logit": run.seconds / work * 1e9, "peak MB": run.megabytes}
+        rows.append(row | {"necessary MB": necessary, "beyond MB": beyond[-1] if beyond else None})
+    growth = max(beyond) - beyond[0] if beyond else None
+    return Sweep(rows, exponent(values, [run.seconds for run in runs]), growth)
 
 
 def main() -> None:
@@ -75,11 +87,11 @@ def main() -> None:
     }
     tables, verdicts = {}, []
     for name, (values, cases) in sweeps.items():
-        rows, power, growth = sweep(name, values, cases, args)
-        tables[f"{args.divergence if name != 'k' else 'top-k'}, time ~ {name}^{power:.2f}"] = rows
+        result = sweep(name, values, cases, args)
+        tables[f"{args.divergence if name != 'k' else 'top-k'}, time ~ {name}^{result.power:.2f}"] = result.rows
         # 5 % over linear is noise; the number of outcomes of a top-k signal should not matter.
-        verdicts.append(verdict(f"exponent of time over {name}", power, 0.1 if name == "k" else 1.05))
-        verdicts.append(verdict(f"growth of memory beyond the necessary over {name}, MB", growth, 32))
+        verdicts.append(verdict(f"exponent of time over {name}", result.power, 0.1 if name == "k" else 1.05))
+        verdicts.append(verdict(f"growth of memory beyond the necessary over {name}, MB", result.growth, 32))
     report("b7_scaling", args.device, tables, [] if args.quick else verdicts, {**vars(args), "sizes": sizes})
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkd.losses import fused
-from mmkd.losses.divergences import entropy, forward_kl, interpolated_log_probs, reverse_kl
+from mmkd.losses.divergences import entropy, forward_kl, reverse_kl
 from mmkd.losses.fused import FusedLoss, Objective, fused_loss
 from mmkd.models.heads import LMHead
 from mmkd.teachers.signals import DenseSignal, TopKSignal, log_one_minus_exp
@@ -190,12 +190,16 @@ def test_gradient_is_that_of_finite_differences(objective, temperature, ce_weigh
 
 
 def test_extra_values_of_an_objective_are_summed_over_the_tokens():
+    def with_extra(student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return forward_kl(student, teacher), {"cross_entropy": forward_kl(student, teacher) + entropy(teacher)}
+
     case = make_case()
     student, teacher = dense_logits(case.hidden, case.head), dense_logits(case.teacher.hidden, case.teacher.head)
-    student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
-    target = interpolated_log_probs(student, teacher, 0.4)
-    progress = (forward_kl(student, target) + entropy(target)).sum().detach()
-    torch.testing.assert_close(run(case, taid, chunk_size=3).sums["progress"], progress)
+    loss = run(case, with_extra, chunk_size=3)
+    expected = -(teacher.softmax(-1) * student.log_softmax(-1)).sum()
+    torch.testing.assert_close(loss.sums["cross_entropy"], expected.detach())
+    assert not loss.sums["cross_entropy"].requires_grad
+    assert_same(loss.total, dense_loss(case, forward_kl), case.leaves)
 
 
 def test_student_equal_to_teacher_has_no_loss_and_no_gradient():

@@ -239,9 +239,8 @@ def test_fused_loss_in_a_consumer_trains_the_whole_model(family):
         rows, labels = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         return fused_loss(rows, head, labels, chunk_size=5).total / len(labels)
 
-    torch.testing.assert_close(
-        gradients(model, model(**inputs, consumer=cross_entropy)), expected, rtol=1e-4, atol=1e-6
-    )
+    actual = gradients(model, model(**inputs, consumer=cross_entropy))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_whatever_a_consumer_returns_comes_back():
@@ -311,12 +310,10 @@ def test_copy_of_a_model_runs_with_its_own_weights():
         assert (twin(**inputs).logits == 0).all()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(checkpointing):
+def test_gradient_checkpointing_changes_no_gradient():
     model, inputs = text_model().train(), text_inputs()
     expected = gradients(model, mean_cross_entropy(model(**inputs).logits.log_softmax(-1), inputs["input_ids"]))
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     allow_consumers(model)
     loss = mean_cross_entropy(model(**inputs, consumer=all_log_probs), inputs["input_ids"])
     torch.testing.assert_close(gradients(model, loss), expected, rtol=1e-4, atol=1e-6)
@@ -327,9 +324,8 @@ def test_gradient_checkpointing_changes_no_gradient(checkpointing):
 
 def with_lora(**settings: Any) -> Model:
     torch.manual_seed(0)
-    config = LoraConfig(
-        target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False, **settings
-    )
+    # Fresh adapters change nothing, hence random ones.
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False, **settings)
     return get_peft_model(text_model(), config).eval()
 
 

@@ -14,9 +14,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def make_head(**changes) -> LMHead:
-    return LMHead(
-        **{"weight": normal(ROWS, WIDTH), "bias": normal(ROWS, seed=1), "scale": 0.3, "softcap": 2.0} | changes
-    )
+    fields = {"weight": normal(ROWS, WIDTH), "bias": normal(ROWS, seed=1), "scale": 0.3, "softcap": 2.0}
+    return LMHead(**fields | changes)
 
 
 def test_log_probs_are_those_of_the_documented_logits():

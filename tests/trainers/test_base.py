@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 from mmkd.losses.divergences import forward_kl
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.local import LocalTeacher
+from mmkd.trainers.base import DistillationTrainer
 from mmkd.trainers.kd import KDTrainer
 from mmkd.trainers.sft import SFTBaselineTrainer
 from mmkd.trainers.taid import TAIDTrainer
@@ -22,7 +23,7 @@ from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.helpers import Build, losses_of
 
 
-def dense_kl(trainer: KDTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def dense_kl(trainer: DistillationTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The mean forward KL over supervised tokens, from the models' own logits."""
     labels = batch["labels"][:, 1:]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -35,7 +36,7 @@ def dense_kl(trainer: KDTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor
 def test_loss_is_the_mean_divergence_of_the_models_own_logits(build: Build, completions: Dataset) -> None:
     trainer = build(KDTrainer, completions, max_steps=1, lr_scheduler_type="constant", learning_rate=0.0)
     batch = next(iter(trainer.get_train_dataloader()))
-    expected = dense_kl(trainer, batch).item()  # pyright: ignore[reportArgumentType]
+    expected = dense_kl(trainer, batch).item()
     trainer.train()
     assert losses_of(trainer)[0] == pytest.approx(expected, rel=1e-5)
 
@@ -43,7 +44,7 @@ def test_loss_is_the_mean_divergence_of_the_models_own_logits(build: Build, comp
 def test_gradient_is_that_of_the_dense_loss(build: Build, completions: Dataset) -> None:
     trainer = build(KDTrainer, completions)
     batch = next(iter(trainer.get_train_dataloader()))
-    dense_kl(trainer, batch).backward()  # pyright: ignore[reportArgumentType]
+    dense_kl(trainer, batch).backward()
     expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
     trainer.model.train()
@@ -131,7 +132,9 @@ def test_a_batch_without_supervised_tokens_is_a_zero(build: Build, completions: 
 
 def test_packing_and_padding_free_see_the_same_tokens(build: Build, texts: Dataset) -> None:
     padded = steps(build(KDTrainer, texts, max_steps=1, per_device_train_batch_size=24))
-    flat = steps(build(KDTrainer, texts, max_steps=1, per_device_train_batch_size=24, padding_free=True, max_length=None))
+    flat = steps(
+        build(KDTrainer, texts, max_steps=1, per_device_train_batch_size=24, padding_free=True, max_length=None)
+    )
     packed = steps(build(KDTrainer, texts, max_steps=1, per_device_train_batch_size=24, packing=True))
     assert flat == [pytest.approx(pair, rel=1e-4) for pair in padded]
     assert packed == [pytest.approx(pair, rel=1e-4) for pair in padded]
@@ -204,7 +207,9 @@ def test_an_8bit_teacher_of_a_full_student(build: Build, texts: Dataset, tiny: d
     assert losses_of(trainer, "kl")[-1] < losses_of(trainer, "kl")[0]
 
 
-def test_vocabularies_padded_differently_are_trimmed(build: Build, texts: Dataset, tokenizer: Any, tmp_path: Path) -> None:
+def test_vocabularies_padded_differently_are_trimmed(
+    build: Build, texts: Dataset, tokenizer: Any, tmp_path: Path
+) -> None:
     tokens = len(tokenizer)
     student = save(make_model(rows=tokens + 20, seed=2), tokenizer, tmp_path / "student")
     teacher = save(make_model(layers=3, rows=tokens + 84, seed=1), tokenizer, tmp_path / "teacher")
@@ -225,7 +230,9 @@ def test_different_tokenizers_are_refused_with_a_way_out(build: Build, texts: Da
         build(KDTrainer, texts, trainer={"teacher": str(shorter)})
 
 
-def test_a_special_token_that_the_teacher_lacks_is_left_out(build: Build, texts: Dataset, tiny: Any, tmp_path: Path) -> None:
+def test_a_special_token_that_the_teacher_lacks_is_left_out(
+    build: Build, texts: Dataset, tiny: Any, tmp_path: Path
+) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<|student pad|>"})
     student = save(make_model(rows=len(tokenizer), seed=2), tokenizer, tmp_path / "padded")
@@ -250,7 +257,7 @@ def test_a_teacher_with_the_wrong_signal_is_refused(build: Build, texts: Dataset
 
 
 def test_nan_in_the_teacher_is_found_before_training(build: Build, texts: Dataset, tiny: dict[str, Path]) -> None:
-    teacher = LlamaForCausalLM.from_pretrained(tiny["teacher"])
+    teacher: Any = LlamaForCausalLM.from_pretrained(tiny["teacher"])
     teacher.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         build(KDTrainer, texts, trainer={"teacher": teacher})
@@ -286,9 +293,9 @@ def test_settings_that_cannot_be(build: Build, texts: Dataset, settings: dict[st
 def test_missing_models(build: Build, texts: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a teacher"):
         build(KDTrainer, texts, trainer={"teacher": None})
-    with pytest.raises(ValueError, match="student .* cannot be loaded|student .* no loadable tokenizer"):
+    with pytest.raises(ValueError, match=r"student .* (cannot be loaded|has no loadable tokenizer)"):
         build(KDTrainer, texts, trainer={"model": str(tmp_path / "nowhere")})
-    with pytest.raises(ValueError, match="teacher .* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"teacher .* cannot be loaded"):
         build(KDTrainer, texts, trainer={"teacher": str(tmp_path / "nowhere")})
 
 
@@ -301,7 +308,11 @@ def test_data_without_anything_to_learn(build: Build, chats: Dataset, tokenizer:
     with pytest.raises(ValueError, match="every label is -100"):
         build(KDTrainer, Dataset.from_dict({**ids, "labels": [[-100] * 3] * 4}), max_length=None)
     with pytest.raises(ValueError, match="within max_length 4: the prompts fill it"):
-        build(KDTrainer, Dataset.from_dict({"prompt": ["the cat sat on a mat"] * 4, "completion": [" dog"] * 4}), max_length=4)
+        build(
+            KDTrainer,
+            Dataset.from_dict({"prompt": ["the cat sat on a mat"] * 4, "completion": [" dog"] * 4}),
+            max_length=4,
+        )
     bare = make_tokenizer()
     bare.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
@@ -324,7 +335,16 @@ def test_logs_say_what_users_watch(build: Build, texts: Dataset) -> None:
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 2
-    names = {"loss", "divergence", "ce", "kl", "top1_agreement", "teacher_entropy", "student_entropy", "token_accuracy"}
+    names = {
+        "loss",
+        "divergence",
+        "ce",
+        "kl",
+        "top1_agreement",
+        "teacher_entropy",
+        "student_entropy",
+        "token_accuracy",
+    }
     assert names | {"supervised_tokens_per_second", "eta_minutes"} <= set(logs[0])
     assert logs[1]["eta_minutes"] == 0
 
@@ -340,10 +360,17 @@ def test_resume_gives_the_losses_of_an_uninterrupted_run(build: Build, texts: Da
         assert losses_of(resumed, name)[-3:] == losses_of(whole, name)[-3:], name
 
 
-def test_mixture_of_experts_with_a_balancing_loss_is_refused(build: Build, texts: Dataset, tokenizer: Any, tmp_path: Path) -> None:
+def test_mixture_of_experts_with_a_balancing_loss_is_refused(
+    build: Build, texts: Dataset, tokenizer: Any, tmp_path: Path
+) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=1, num_local_experts=2, **sizes)
     save(MixtralForCausalLM(config), tokenizer, tmp_path / "moe")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="router_aux_loss_coef"):
