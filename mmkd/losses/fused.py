@@ -172,7 +172,7 @@ class _Job:
         )
         chunks = iter(()) if self.targets is None else self.targets.chunks(self.chunk_size)
         with torch.autocast(kind, enabled=False):
-            for start in range(0, len(hidden), self.chunk_size):
+            for start in starts(len(hidden), self.chunk_size):
                 rows = slice(start, min(start + self.chunk_size, len(hidden)))
                 states = hidden.detach()[rows].to(dtype)
                 logits = head.project(states, buffer[: len(states)])
@@ -188,7 +188,7 @@ class _Job:
         wide = torch.promote_types(logits.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=logits.device)
         tile = max(1, CPU_TILE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-        for start in range(0, len(logits), tile):
+        for start in starts(len(logits), tile):
             rows = slice(start, min(start + tile, len(logits)))
             # A copy where the types are equal, too: the gradient is written over the logits it was computed from.
             leaf = logits[rows].to(wide, copy=True).requires_grad_(differentiate)
@@ -248,6 +248,11 @@ class _Job:
     def _add(self, **values: Tensor) -> None:
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach()
+
+
+def starts(length: int, step: int) -> range:
+    """Where the pieces of a batch begin. An empty batch is one empty piece: its sums are zeros and not missing."""
+    return range(0, max(length, 1), step)
 
 
 def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmkd.losses.fused import starts
 from mmkd.models.heads import LMHead
 
 
@@ -22,7 +23,7 @@ class DenseSignal:
         head = self.head.frozen()
         states = self.hidden.detach().to(head.weight.dtype)
         buffer = states.new_empty(min(size, len(states)), head.vocab_size)
-        for start in range(0, len(states), size):
+        for start in starts(len(states), size):
             chunk = states[start : start + size]
             yield _DenseChunk(head.project(chunk, buffer[: len(chunk)]), head)
 
@@ -57,7 +58,7 @@ class TopKSignal:
 
     def chunks(self, size: int) -> Iterator["TopKSignal"]:
         """This signal, `size` tokens at a time."""
-        for start in range(0, len(self.ids), size):
+        for start in starts(len(self.ids), size):
             yield self._rows(slice(start, start + size))
 
     def compare(self, logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:

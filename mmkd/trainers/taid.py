@@ -55,6 +55,8 @@ class TAIDConfig(DistillationConfig):
                 f"taid_alpha is {self.taid_alpha} and taid_beta {self.taid_beta}; the first must not be negative and "
                 "the second must lie in [0, 1)."
             )
+        if self.ce_weight == 1:
+            raise ValueError("ce_weight is 1, which leaves TAID nothing to do; use method sft for plain fine-tuning.")
         if self.progress_measure not in ("cross_entropy", "kl"):
             raise ValueError(f"progress_measure {self.progress_measure!r} is unknown; choose cross_entropy or kl.")
 

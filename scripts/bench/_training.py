@@ -26,6 +26,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import TopKSignal
+from mmkd.trainers.base import ItemLosses, Supervised
 from mmkd.trainers.kd import KDConfig, KDTrainer
 from mmkd.trainers.sft import SFTBaselineConfig, SFTBaselineTrainer
 
@@ -109,6 +110,14 @@ class CachedTeacher(Teacher[TopKSignal]):
         return next(self.signal.chunks(int(supervised.sum())))
 
 
+class ModelsOnlyTrainer(KDTrainer):
+    """Both models without their heads, forward and backward: what no loss can save."""
+
+    def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
+        """The sum of the hidden states, whose gradient costs nothing."""
+        return ItemLosses({"token": student.hidden.sum()})
+
+
 def llama(shape: Shape, seed: int) -> LlamaForCausalLM:
     """A bf16 Llama with random weights and a tied head."""
     config = LlamaConfig(
@@ -188,6 +197,8 @@ def make_trainer(case: Training, folder: str) -> Trainer:
     model = llama(QUICK_TEACHER if case.quick else SMOLLM2_360M, 1)
     if case.trainer == "mmkd online":
         return KDTrainer(student, LocalTeacher(model), KDConfig(**settings, divergence=case.loss), **common)
+    if case.trainer == "models only":
+        return ModelsOnlyTrainer(student, LocalTeacher(model), KDConfig(**settings), **common)
     assert case.trainer == "TRL GKD", case
     beta = {"forward_kl": 0.0, "jsd": 0.5}[case.loss]
     return GKDTrainer(student, model, GKDConfig(**settings, lmbda=0.0, beta=beta), **common)

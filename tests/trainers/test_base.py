@@ -84,6 +84,19 @@ def test_losses_do_not_depend_on_gradient_accumulation(build: Build, completions
     assert single == [pytest.approx(pair, rel=1e-4) for pair in whole]
 
 
+def test_a_rank_without_tokens_reports_what_the_others_do(build: Build, completions: Dataset) -> None:
+    """Ranks reduce their reports together: a missing name on one of them would hang the others."""
+    names: list[set[str]] = []
+    for labels in ([5, 6, 7], [-100, -100, -100]):
+        trainer = build(TAIDTrainer, completions, ce_weight=0.5)
+        batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([labels])}
+        trainer.model.train()
+        trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+        trainer.compute_loss(trainer.model, batch)
+        names.append(set(trainer._sums["train"]))
+    assert names[0] == names[1] >= {"divergence", "ce", "progress_loss"}
+
+
 @pytest.mark.parametrize("method", ["kd", "taid"])
 def test_losses_do_not_depend_on_ranks(build: Build, tiny: dict[str, Path], tmp_path: Path, method: str) -> None:
     """Two gloo ranks of two rows are one rank of four; TAID's t moves identically on both."""

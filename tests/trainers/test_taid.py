@@ -122,6 +122,7 @@ def test_a_second_training_starts_its_schedule_anew(build: Build, texts: Dataset
         ({"t_end": 1.2}, "t_end 1.2"),
         ({"taid_alpha": -1.0}, "taid_alpha is -1.0"),
         ({"taid_beta": 1.0}, "taid_beta 1.0"),
+        ({"ce_weight": 1.0}, "ce_weight is 1"),
         ({"progress_measure": "loss"}, "progress_measure 'loss'"),
     ],
 )
