@@ -46,10 +46,23 @@ def allow_consumers(model: PreTrainedModel | PeftModel) -> None:
         if consumer is None:
             return original(*args, **kwargs)
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-        with _gathered(self.get_output_embeddings()):
-            return consumer(hidden, head_of(self))
+        return _inside(self.get_output_embeddings(), lambda hidden: consumer(hidden, head_of(self)), hidden)
 
     base.forward = types.MethodType(forward, base)
+
+
+def _inside(module: torch.nn.Module | None, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """Calls the function as the forward of the head's module, whose hooks gather sharded weights and gradients."""
+    if module is None:
+        return function(hidden)
+    own = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        return module(hidden)
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def head_of(model: PreTrainedModel | PeftModel) -> LMHead:
@@ -91,10 +104,9 @@ def _logit_scale(config: Any) -> float:
     return divisor if config.model_type == "hyperclovax" else 1 / divisor
 
 
-def full_head(model: PreTrainedModel) -> LMHead:
-    """The head of a frozen model, whole on every rank: a copy where ZeRO-3 partitions it."""
-    module = model.get_output_embeddings()
-    with _gathered(module):
+def full_head(model: PreTrainedModel | PeftModel) -> LMHead:
+    """The head outside of the model's forward, whole on every rank: a copy where ZeRO-3 partitions it."""
+    with _gathered(base_of(model).get_output_embeddings()):
         head = head_of(model)
         if not _is_partitioned(head.weight):
             return head

@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import FusedLoss, Objective, fused_loss
-from mmkd.models.backbone import allow_consumers, head_of, name_of
+from mmkd.models.backbone import allow_consumers, full_head, name_of
 from mmkd.models.heads import LMHead
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.teachers.base import Teacher
@@ -178,7 +178,7 @@ class DistillationTrainer(SFTTrainer):
                 "Context and sequence parallelism cut a sequence between ranks; the teacher would see fragments. Set "
                 "their sizes to 1 and shard with FSDP or ZeRO-3."
             )
-        self.vocab_size = head_of(self.model).vocab_size
+        self.vocab_size = full_head(self.model).vocab_size
         allow_consumers(self.model)
         self.teacher = self._build_teacher(teacher, teacher_processing_class)
         if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
@@ -254,7 +254,7 @@ class DistillationTrainer(SFTTrainer):
                 teacher = load_model(name, "teacher", **{"dtype": "auto", "trust_remote_code": trust, **given})
             if processing_class is None:
                 processing_class = load_processing_class(name, "teacher", trust_remote_code=trust)
-            self.vocab_size = self._shared_vocabulary(tokenizer_of(processing_class), head_of(teacher).vocab_size)
+            self.vocab_size = self._shared_vocabulary(tokenizer_of(processing_class), full_head(teacher).vocab_size)
             teacher = LocalTeacher(teacher, self.vocab_size)
         teacher.prepare(self.accelerator)
         self._ask_once(teacher)

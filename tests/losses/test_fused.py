@@ -391,14 +391,16 @@ def test_bf16_gradient_is_near_that_of_fp32(objective, precise, limit):
     assert max(relative_errors(case, loss, reference, expected)) < limit
 
 
-def test_precise_halves_the_error_of_bf16_logits():
+@pytest.mark.parametrize("chunk_size", [16, 1])
+def test_precise_halves_the_error_of_bf16_however_many_chunks_are_summed(chunk_size):
     case, reference = rounded_case(torch.bfloat16)
 
-    def worst_error(precise: bool) -> float:
-        loss = run(case, chunk_size=16, precise=precise).total
-        return max(relative_errors(case, loss, reference, dense_loss(reference, forward_kl)))
+    def errors(precise: bool) -> list[float]:
+        loss = run(case, chunk_size=chunk_size, precise=precise).total
+        return relative_errors(case, loss, reference, dense_loss(reference, forward_kl))
 
-    assert worst_error(precise=True) < worst_error(precise=False) / 2
+    assert max(errors(precise=True)) < 0.005
+    assert max(errors(precise=True)) < max(errors(precise=False)) / 2
 
 
 @pytest.mark.parametrize("precise, limit", [(False, 0.05), (True, 0.01)])
@@ -465,7 +467,8 @@ def expected_diagnostics(case: Case) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
-def test_diagnostics_are_sums_at_temperature_one(temperature, ce_weight):
+def test_diagnostics_are_sums_at_temperature_one(temperature, ce_weight, monkeypatch):
+    monkeypatch.setattr(fused, "CPU_TILE_ELEMENTS", 2 * VOCAB)
     case = make_case(bias=True, softcap=5.0)
     case.labels[:4] = dense_logits(case.hidden, case.head).argmax(-1)[:4]
     case.teacher.hidden[0] = 0.0
@@ -476,7 +479,8 @@ def test_diagnostics_are_sums_at_temperature_one(temperature, ce_weight):
     assert_same(loss.total, dense_loss(case, reverse_kl, temperature, ce_weight), case.leaves)
 
 
-def test_agreement_counts_every_token_when_student_is_teacher():
+def test_agreement_counts_every_token_when_student_is_teacher(monkeypatch):
+    monkeypatch.setattr(fused, "CPU_TILE_ELEMENTS", 2 * VOCAB)
     case = make_case()
     case.teacher = DenseSignal(case.hidden.detach().clone(), case.head)
     assert run(case, diagnostics=True).sums["top1_agreement"] == TOKENS
@@ -542,7 +546,8 @@ def test_top_k_of_the_whole_vocabulary_is_dense(objective, nothing):
 
 
 @pytest.mark.parametrize("k", [1, 4, VOCAB - 1])
-def test_top_k_diagnostics_are_those_of_the_bucketed_distributions(k):
+def test_top_k_diagnostics_are_those_of_the_bucketed_distributions(k, monkeypatch):
+    monkeypatch.setattr(fused, "CPU_TILE_ELEMENTS", 2 * VOCAB)
     case = make_case()
     case.labels[:4] = dense_logits(case.hidden, case.head).argmax(-1)[:4]
     signal = top_k(case, k)

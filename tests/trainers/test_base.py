@@ -1,6 +1,7 @@
 """The step that all methods share: what SFTTrainer gives is kept, and nothing depends on how a batch is cut."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,13 +98,35 @@ def test_a_rank_without_tokens_reports_what_the_others_do(build: Build, completi
     assert names[0] == names[1] >= {"divergence", "ce", "progress_loss"}
 
 
+def two_ranks(models: Path, output: Path, method: str, stage: str = "", **environment: str) -> list[dict[str, Any]]:
+    """What each of two gloo ranks saw; with a ZeRO stage, under DeepSpeed."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "--module", "tests.trainers.two_ranks", method, str(models), str(output), stage]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        command, timeout=240, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", ["kd", "taid"])
+def test_sharding_by_zero3_changes_nothing(tmp_path: Path, tokenizer: Any, method: str, tied: bool) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not among mmkd's dependencies")
+    for name, layers, seed in (("teacher", 3, 1), ("student", 2, 2)):
+        save(make_model(layers=layers, seed=seed, rows=len(tokenizer), tied=tied), tokenizer, tmp_path / name)
+    whole, sharded = (two_ranks(tmp_path, tmp_path, method, stage, DS_ACCELERATOR="cpu") for stage in ("2", "3"))
+    for rank in range(2):
+        assert sharded[rank]["steps"] == [pytest.approx(pair, rel=1e-4) for pair in whole[rank]["steps"]]
+        assert sharded[rank]["t"] == pytest.approx(whole[rank]["t"])
+
+
 @pytest.mark.parametrize("method", ["kd", "taid"])
 def test_losses_do_not_depend_on_ranks(build: Build, tiny: dict[str, Path], tmp_path: Path, method: str) -> None:
     """Two gloo ranks of two rows are one rank of four; TAID's t moves identically on both."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, "--module", "tests.trainers.two_ranks", method, str(tiny["teacher"].parent), str(tmp_path)]
-    subprocess.run(command, check=True, timeout=240, cwd=Path(__file__).parents[2])
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    ranks = two_ranks(tiny["teacher"].parent, tmp_path, method)
     data = Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": [f" {s}" for s in sentences(24, seed=4)]})
     alone: Any = build({"kd": KDTrainer, "taid": TAIDTrainer}[method], data, per_device_train_batch_size=4)
     expected = steps(alone)

@@ -3,15 +3,31 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
 
 from mmkd.trainers import METHODS
 from scripts.make_tiny_models import sentences
 
 
-def main(method: str, models: str, output: str) -> None:
+def zero(stage: int) -> dict[str, Any]:
+    """A DeepSpeed configuration that runs without a GPU."""
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    deepspeed.init_distributed("gloo")
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+    automatic = dict.fromkeys(sizes, "auto")
+    return {
+        "zero_optimization": {"stage": stage},
+        "optimizer": optimizer,
+        "zero_force_ds_cpu_optimizer": False,
+        **automatic,
+    }
+
+
+def main(method: str, models: str, output: str, stage: str = "") -> None:
     cls = METHODS[method]
     data = Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": [f" {s}" for s in sentences(24, seed=4)]})
     config = cls.config_class(
@@ -25,10 +41,11 @@ def main(method: str, models: str, output: str) -> None:
         save_strategy="no",
         disable_tqdm=True,
         max_length=64,
+        deepspeed=zero(int(stage)) if stage else None,
     )
     trainer = cls(
         model=f"{models}/student",
-        teacher=AutoModelForCausalLM.from_pretrained(f"{models}/teacher"),
+        teacher=f"{models}/teacher",
         args=config,
         train_dataset=data,
     )
