@@ -156,7 +156,8 @@ class DistillationTrainer(SFTTrainer):
         self._sums: dict[str, dict[str, Float[Tensor, 2]]] = {"train": {}, "eval": {}}
         self._step_sums: dict[str, Float[Tensor, 2]] = {}
         self._counts: dict[str, Tensor] = {}
-        self._logged_at = (time.monotonic(), 0)
+        # Seconds and optimizer steps of training since the last log, evaluation and saving left out.
+        self._spent = (0.0, 0)
         super().__init__(
             model=model,
             args=args,
@@ -294,10 +295,13 @@ class DistillationTrainer(SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; after the last one of an optimizer step, `step_ended`."""
+        start = time.monotonic()
         loss = super().training_step(*args, **kwargs)
-        if self.step_means and self.accelerator.sync_gradients:
+        last = self.accelerator.sync_gradients
+        if self.step_means and last:
             self.step_ended(self._means(self._step_sums))
             self._step_sums = {}
+        self._spent = (self._spent[0] + time.monotonic() - start, self._spent[1] + last)
         return loss
 
     def compute_loss(
@@ -369,13 +373,11 @@ class DistillationTrainer(SFTTrainer):
         self._sums[mode] = {}
         if training and tokens is not None:
             tokens_seen = self._summed(tokens[0]).item()
-            (then, step), self._logged_at = self._logged_at, (time.monotonic(), self.state.global_step)
-            elapsed = self._logged_at[0] - then
-            steps_left = self.state.max_steps - self.state.global_step
+            (seconds, steps), self._spent = self._spent, (0.0, 0)
             before = next((entry for entry in reversed(self.state.log_history) if "supervised_tokens" in entry), {})
             logs["supervised_tokens"] = before.get("supervised_tokens", 0) + int(tokens_seen)
-            logs["supervised_tokens_per_second"] = tokens_seen / elapsed
-            logs["eta_minutes"] = elapsed / max(1, self.state.global_step - step) * steps_left / 60
+            logs["supervised_tokens_per_second"] = tokens_seen / seconds
+            logs["eta_minutes"] = seconds / max(1, steps) * (self.state.max_steps - self.state.global_step) / 60
         if not training and means:
             means["loss"] = sum(means.pop(name) for name in list(means) if name.startswith("loss/"))
             means["perplexity"] = math.exp(min(means["ce"], 700.0))

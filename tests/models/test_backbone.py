@@ -259,6 +259,25 @@ def test_consumer_runs_inside_the_forward_that_wrappers_hook():
     assert events == ["before", "consumer", "after"]
 
 
+def test_consumer_runs_inside_the_heads_module_that_shards_are_gathered_for():
+    model, inputs, events = text_model(), text_inputs(), []
+    allow_consumers(model)
+    model.lm_head.register_forward_pre_hook(lambda *_: events.append("before"))
+    model.lm_head.register_forward_hook(lambda *_: events.append("after"))
+    model(**inputs, consumer=lambda hidden, head: events.append("consumer"))
+    assert events == ["before", "consumer", "after"]
+
+
+def test_head_works_as_before_after_a_consumer_that_fails():
+    model, inputs = text_model(), text_inputs()
+    expected = model(**inputs).logits
+    allow_consumers(model)
+    with pytest.raises(ZeroDivisionError):
+        model(**inputs, consumer=lambda hidden, head: 1 / 0)
+    assert torch.equal(model(**inputs).logits, expected)
+    assert "forward" not in vars(model.lm_head)
+
+
 def test_consumer_keeps_no_cache():
     model, inputs, seen = text_model(), text_inputs(), []
     allow_consumers(model)
