@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,8 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options, rest)
     except ValueError as error:
+        if not _is_ours(error):
+            raise
         print(f"mmkd: {error}", file=sys.stderr)
         return 2
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether mmkd raised it, to tell the user what to change; what others raise needs its traceback."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(__file__).parent)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
     that `accelerate launch` knows and the recipe does not, such as num_processes, go to it.
     """
     keys = read_recipe(find_recipe(recipe))
-    config = accelerate_config or keys.get("accelerate_config")
+    config = accelerate_config or keys.get("accelerate_config") or os.environ.get(_LAUNCHED)
     launch_keys = _launch_keys(method_of(keys, flags)) if config is not None else []
     launch_flags, flags = _split(flags, launch_keys)
     run = parse_run(recipe, flags, ["accelerate_config", *launch_keys])
@@ -35,7 +35,7 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
         for key in launch_keys:
             if key in keys and f"--{key}" not in launch_flags:
                 launch_flags = [*launch_flags, f"--{key}", str(keys[key])]
-        return _launch([recipe, *flags], _config_file(config), launch_flags)
+        return _launch([recipe, *flags], config, launch_flags)
     if run.arguments.dry_run:
         return _dry_run(run)
     checkpoint = resume_point(run.training)
@@ -72,9 +72,9 @@ def _dry_run(run: Run) -> int:
     return 0
 
 
-def _launch(arguments: list[str], config_file: str, launch_flags: list[str]) -> int:
-    options = ["--config_file", config_file, *launch_flags, "--module", "mmkd.cli", "train", *arguments]
-    os.environ[_LAUNCHED] = "1"
+def _launch(arguments: list[str], config: str, launch_flags: list[str]) -> int:
+    options = ["--config_file", _config_file(config), *launch_flags, "--module", "mmkd.cli", "train", *arguments]
+    os.environ[_LAUNCHED] = config
     launch_command(launch_command_parser().parse_args(options))
     return 0
 

@@ -202,6 +202,8 @@ def test_interrupting_says_how_to_go_on(workplace: Path) -> None:
 def test_launching_through_accelerate(mmkd: Run, workplace: Path) -> None:
     config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "use_cpu": True, "num_processes": 1}
     (workplace / "accelerate.yaml").write_text(yaml.safe_dump(config))
+    recipe = yaml.safe_load((workplace / "recipe.yaml").read_text()) | {"num_processes": 1, "mixed_precision": "no"}
+    (workplace / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = mmkd("train", "recipe.yaml", "--accelerate_config", "accelerate.yaml", "--num_processes", "1")
     assert done.returncode == 0, done.stderr
     assert len(logged(workplace / "run")) == 4

@@ -64,6 +64,8 @@ def skew_kl(
     Raises ValueError when skew is outside [0, 1].
     """
     _check_weight("skew", skew)
+    if skew == 0:
+        return forward_kl(student_log_probs, teacher_log_probs)
     log_p, log_q = _finite(teacher_log_probs), _finite(student_log_probs)
     p = log_p.exp()
     return (p * (log_p - _positive(torch.lerp(log_q.exp(), p, skew)).log())).sum(-1)

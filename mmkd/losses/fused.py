@@ -7,7 +7,7 @@ project, compare, differentiate, multiply back into the gradients of hidden stat
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +39,9 @@ class Head(Protocol):
 
 class Outcomes(Protocol):
     """What the teacher says about one chunk of tokens."""
+
+    whole_vocabulary: ClassVar[bool]
+    """Whether the compared outcomes are the tokens of the vocabulary, in its order."""
 
     def compare(self, logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
         """Student and teacher log-probs of the outcomes the teacher speaks of, for some rows of the chunk."""
@@ -190,8 +193,7 @@ class _Job:
         tile = max(1, CPU_TILE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
         for start in starts(len(logits), tile):
             rows = slice(start, min(start + tile, len(logits)))
-            # A copy where the types are equal, too: the gradient is written over the logits it was computed from.
-            leaf = logits[rows].to(wide, copy=True).requires_grad_(differentiate)
+            leaf = logits[rows].to(wide).requires_grad_(differentiate)
             with torch.set_grad_enabled(differentiate):
                 loss = self._compare(leaf, labels[rows], outcomes, rows)
             if differentiate:
@@ -206,7 +208,7 @@ class _Job:
         log_probs = teacher = None
         if outcomes is not None and self.ce_weight < 1:
             student, target = outcomes.compare(logits, rows, self.temperature)
-            if self.temperature == 1 and student.shape == logits.shape:
+            if self.temperature == 1 and outcomes.whole_vocabulary:
                 log_probs, teacher = student, target
             result = self.objective(student, target)
             divergence, extra = result if isinstance(result, tuple) else (result, {})

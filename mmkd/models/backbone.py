@@ -36,19 +36,44 @@ def allow_consumers(model: PreTrainedModel | PeftModel) -> None:
     """Lets `model(**inputs, consumer=f)` return `f(last_hidden_state, head)`, computed inside the model's forward.
 
     A loss must run there: only then do the hooks of DDP, FSDP and DeepSpeed see it. Without `consumer` the model's
-    forward is what it was. Call it before the model is wrapped.
+    forward is what it was. Call it before the model is wrapped. Raises ValueError for a model whose logits are not its
+    head applied to its last hidden state.
     """
     base = base_of(model)
-    original = base.forward
+    # Unbound, so that a deep copy of the model runs its own weights.
+    original = base.forward.__func__
 
     @functools.wraps(type(base).forward)
     def forward(self: PreTrainedModel, *args: Any, consumer: Consumer | None = None, **kwargs: Any) -> Any:
         if consumer is None:
-            return original(*args, **kwargs)
+            return original(self, *args, **kwargs)
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         return _inside(self.get_output_embeddings(), lambda hidden: consumer(hidden, head_of(self)), hidden)
 
     base.forward = types.MethodType(forward, base)
+    _require_plain_head(base)
+
+
+@torch.no_grad()
+def _require_plain_head(model: PreTrainedModel) -> None:
+    """Compares both ways to the log-probs of two tokens: some families do more than a matrix product at the end."""
+    if model.base_model is model:
+        raise ValueError(
+            f"{type(model).__name__} has no backbone apart from its head, so its logits cannot be chunked."
+        )
+    if any(_is_partitioned(parameter) or parameter.is_meta for parameter in model.parameters()):
+        return
+    ids, training = torch.tensor([[0, 1]], device=model.device), model.training
+    model.eval()
+    expected = model(input_ids=ids).logits.float()
+    ours = model(input_ids=ids, consumer=lambda hidden, head: head.log_probs(hidden))
+    model.train(training)
+    if (ours - expected.log_softmax(-1)).abs().max() > 0.02 * expected.abs().max():
+        raise ValueError(
+            f"The logits of {type(model).__name__} are not its output embeddings applied to its last hidden state "
+            "(times a scale, softcapped). The fused loss would train another model than the one you run. Please open "
+            "an issue that names the model."
+        )
 
 
 def _inside(module: torch.nn.Module | None, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:

@@ -16,7 +16,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-_UNREADABLE = (OSError, ValueError, KeyError, SafetensorError)
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def load_model(name: str, role: str = "model", **kwargs: Any) -> PreTrainedModel:
@@ -32,10 +32,17 @@ def load_model(name: str, role: str = "model", **kwargs: Any) -> PreTrainedModel
     try:
         config = AutoConfig.from_pretrained(name, **hub)
         vision = hasattr(config, "vision_config")
-        auto_class = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-        return auto_class.from_pretrained(name, use_safetensors=True, **kwargs)
+        auto_class: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        model, info = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **kwargs)
     except _UNREADABLE as error:
         raise ValueError(f"The {role} {name!r} cannot be loaded: {_hint(name)} ({_first_line(error)})") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"The {role} {name!r} lacks {len(missing)} of the weights that its config promises ({missing[0]}, ...); "
+            "they would be random. Its weight files are incomplete, or its config belongs to another model."
+        )
+    return model
 
 
 def load_processing_class(name: str, role: str = "model", **kwargs: Any) -> PreTrainedTokenizerBase | ProcessorMixin:

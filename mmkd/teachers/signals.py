@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +31,7 @@ class DenseSignal:
 
 @dataclass(frozen=True)
 class _DenseChunk:
+    whole_vocabulary: ClassVar[bool] = True
     logits: Float[Tensor, "token vocab"]
     head: LMHead
 
@@ -52,6 +54,7 @@ class TopKSignal:
     probabilities are the teacher's at temperature 1 and cannot be tempered: the shape of the tail is not known.
     """
 
+    whole_vocabulary: ClassVar[bool] = False
     ids: Int[Tensor, "token k"]
     log_probs: Float[Tensor, "token k"]
     tail_log_prob: Float[Tensor, "token"]

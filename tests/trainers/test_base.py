@@ -148,7 +148,7 @@ def test_a_student_that_is_the_teacher_has_no_loss(build: Build, texts: Dataset,
 
 
 def test_the_student_moves_towards_the_teacher(build: Build, texts: Dataset) -> None:
-    trainer = build(KDTrainer, texts, max_steps=30)
+    trainer = build(KDTrainer, texts, max_steps=60)
     trainer.train()
     kl = losses_of(trainer, "kl")
     assert kl[-1] < kl[0] / 2
