@@ -20,7 +20,7 @@ Objective = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, dict[str, Tensor]]
 
 
 # fp32 logits compared at a time on a CPU: they stay in its cache, while larger tiles are read anew by every operation.
-CPU_TILE_ELEMENTS = 1 << 19
+CPU_TILE_ELEMENTS = 1 << 17
 
 
 class Head(Protocol):

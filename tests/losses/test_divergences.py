@@ -427,3 +427,18 @@ def test_weight_outside_zero_and_one_is_refused_by_name(divergence, name, weight
     student, teacher = random_log_probs(2, 3)
     with pytest.raises(ValueError, match=rf"{name} is {weight}.*between 0 and 1"):
         divergence(student, teacher, **{name: weight})
+
+
+@pytest.mark.parametrize(
+    "sharpness", [6.0, 0.1], ids=["the head is among the likeliest", "the whole vocabulary is sorted"]
+)
+def test_adaptive_kl_of_a_large_vocabulary_is_that_of_a_full_sort(sharpness: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (sharpness * torch.randn(3, 9000, generator=generator)).log_softmax(-1), torch.zeros(3, 9000)
+    student = student.log_softmax(-1)
+    p, q = teacher.exp(), student.exp()
+    sorted_p, order = p.sort(-1, descending=True)
+    gap = (p - q).abs().gather(-1, order)
+    head = (gap * (sorted_p.cumsum(-1) - sorted_p < 0.5)).sum(-1) / gap.sum(-1)
+    expected = head * forward_kl(student, teacher) + (1 - head) * reverse_kl(student, teacher)
+    torch.testing.assert_close(adaptive_kl(student, teacher), expected)
