@@ -134,7 +134,7 @@ def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = (
 def parser_of(method: str) -> TrlParser:
     """The parser of every key that a recipe of this method may set."""
     types: list[Any] = [RunArguments, METHODS[method].config_class, StudentArguments]
-    return TrlParser(types, prog=f"mmkd-train ({method})")
+    return TrlParser(types, prog=f"mmkd-train ({method})", allow_abbrev=False)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class DistillationConfig(SFTConfig):
         default=False,
         metadata={
             "help": "Form the student's logits in fp32 from bf16 weights, and sum the head's gradient in fp32. Lowers "
-            "the gradient's rounding error from about 3 % to below 1 %; costs little on a GPU and much on a CPU."
+            "the gradient's rounding error several times; costs little on a GPU and much on a CPU."
         },
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
