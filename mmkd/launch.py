@@ -2,6 +2,7 @@
 
 import importlib.resources
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from mmkd import dry_run
 from mmkd.recipes import find_recipe
-from mmkd.run import Run, build_trainer, method_of, parse_run, parser_of, read_recipe, resume_point
+from mmkd.run import Run, build_trainer, last_checkpoint, method_of, parse_run, parser_of, read_recipe, resume_point
 
 PRESETS = {"single_gpu": "single_gpu", "ddp": "multi_gpu", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
 """Our names of the accelerate configurations that trl ships."""
@@ -39,15 +40,13 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
     if run.arguments.dry_run:
         return _dry_run(run)
     checkpoint = resume_point(run.training)
+    if checkpoint is None and run.training.resume_from_checkpoint:
+        print(f"No checkpoint in {run.training.output_dir}: starting from the beginning.", file=sys.stderr)
     trainer = build_trainer(run)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        print(
-            f"\nInterrupted at step {trainer.state.global_step}. Go on from the last checkpoint with: "
-            f"mmkd-train {recipe} --resume_from_checkpoint true",
-            file=sys.stderr,
-        )
+        print(f"\nInterrupted at step {trainer.state.global_step}. {_way_on(run, recipe, flags)}", file=sys.stderr)
         return 130
     trainer.save_model()
     trainer.save_state()
@@ -62,6 +61,13 @@ def print_keys(recipe: str, flags: Sequence[str]) -> int:
     """Prints every key that a recipe of this method may set, with its meaning."""
     parser_of(method_of(read_recipe(find_recipe(recipe)), flags)).print_help()
     return 0
+
+
+def _way_on(run: Run, recipe: str, flags: Sequence[str]) -> str:
+    newest = last_checkpoint(run.training.output_dir or "")
+    if newest is None:
+        return "Nothing was saved yet: set save_strategy and save_steps to be able to go on from a checkpoint."
+    return f"Go on from {newest.name} with: mmkd-train {shlex.join([recipe, *flags])} --resume_from_checkpoint true"
 
 
 def _dry_run(run: Run) -> int:

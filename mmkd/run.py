@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 from trl.scripts.utils import TrlParser
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
@@ -76,6 +76,8 @@ class RunArguments:
     def __post_init__(self) -> None:
         if isinstance(self.student_layers, int):
             self.student_layers = [self.student_layers]
+        if self.student_init not in ("pretrained", "prune", "random"):
+            raise ValueError(f"student_init is {self.student_init!r}; choose pretrained, prune or random.")
         pruned = [self.student_layers, self.student_intermediate_size, self.student_num_attention_heads]
         if self.student is None and (self.student_init != "prune" or self.teacher is None):
             raise ValueError(
@@ -125,9 +127,12 @@ def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = (
     arguments, training, student, unknown = parser.parse_args_and_config(
         ["--config", str(path), *flags], return_remaining_strings=True
     )
-    unknown = [flag for flag in unknown if flag.lstrip("-") not in ignored and flag.startswith("--")]
+    # Keys that somebody else reads come back as flags, with their values.
+    skipped = {text for key in ignored if key in keys for text in (f"--{key}", str(keys[key]))}
     for flag in unknown:
-        raise ValueError(f"{flag} is no flag of method {method}.{_nearest(flag.lstrip('-'), known)}")
+        if flag not in skipped:
+            word = flag.lstrip("-").partition("=")[0]
+            raise ValueError(f"{flag} is no flag of method {method}; write --key value.{_nearest(word, known)}")
     return Run(arguments, training, student)
 
 
@@ -221,6 +226,11 @@ def _load_teacher(run: Run, name: str) -> PreTrainedModel:
 
 def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
     arguments, student = run.arguments, run.student
+    # Before anything random; the Trainer sets it again when it has its model.
+    set_seed(run.training.seed)
+    quantization = get_quantization_config(student)
+    if quantization is not None and arguments.student_init != "pretrained":
+        raise ValueError(f"student_init: {arguments.student_init} makes new weights, which cannot be quantised yet.")
     init = run.training.model_init_kwargs or {}
     assert isinstance(init, dict)
     run.training.model_init_kwargs = None
@@ -233,22 +243,30 @@ def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
     if arguments.student_init == "random":
         assert arguments.student is not None
         config = AutoConfig.from_pretrained(arguments.student, **_hub(run, student.model_revision))
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, student.dtype or "float32"))
+        attention = {"attn_implementation": student.attn_implementation} if student.attn_implementation else {}
+        return AutoModelForCausalLM.from_config(config, dtype=_dtype(student, torch.float32), **attention)
     if arguments.student_init == "pretrained":
         assert arguments.student is not None
-        return load_model(
-            arguments.student, "student", quantization_config=get_quantization_config(student), **settings
-        )
+        return load_model(arguments.student, "student", quantization_config=quantization, **settings)
     source = teacher if arguments.student is None else load_model(arguments.student, "student", **settings)
     assert source is not None
     layers = arguments.student_layers
-    pruned = prune(
+    pruned: Any = prune(
         source,
         layers=layers[0] if layers is not None and len(layers) == 1 else layers,
         intermediate_size=arguments.student_intermediate_size,
         num_attention_heads=arguments.student_num_attention_heads,
     )
-    return pruned.to(getattr(torch, student.dtype or "float32"))
+    if student.attn_implementation is not None:
+        pruned.set_attn_implementation(student.attn_implementation)
+    return pruned.to(_dtype(student, source.dtype))
+
+
+def _dtype(student: StudentArguments, source: torch.dtype) -> torch.dtype:
+    """The type of a student that is made here: that of its source for auto."""
+    if student.dtype == "auto":
+        return source
+    return getattr(torch, student.dtype or "float32")
 
 
 def _hub(run: Run, revision: str | None) -> dict[str, Any]:

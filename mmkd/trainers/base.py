@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import FusedLoss, Objective, fused_loss
-from mmkd.models.backbone import allow_consumers, full_head, name_of
+from mmkd.models.backbone import allow_consumers, devices_of, full_head, name_of
 from mmkd.models.heads import LMHead
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.teachers.base import Teacher
@@ -156,6 +156,7 @@ class DistillationTrainer(SFTTrainer):
         self._sums: dict[str, dict[str, Float[Tensor, 2]]] = {"train": {}, "eval": {}}
         self._step_sums: dict[str, Float[Tensor, 2]] = {}
         self._counts: dict[str, Tensor] = {}
+        self._prefix = "eval"
         # Seconds and optimizer steps of training since the last log, evaluation and saving left out.
         self._spent = (0.0, 0)
         super().__init__(
@@ -178,6 +179,11 @@ class DistillationTrainer(SFTTrainer):
             raise ValueError(
                 "Context and sequence parallelism cut a sequence between ranks; the teacher would see fragments. Set "
                 "their sizes to 1 and shard with FSDP or ZeRO-3."
+            )
+        if len(devices_of(self.model)) > 1:
+            raise ValueError(
+                "The student is spread over several devices by device_map. Load it without device_map and shard it "
+                "with accelerate_config zero3 or fsdp2."
             )
         self.vocab_size = full_head(self.model).vocab_size
         allow_consumers(self.model)
@@ -299,8 +305,11 @@ class DistillationTrainer(SFTTrainer):
         loss = super().training_step(*args, **kwargs)
         last = self.accelerator.sync_gradients
         if self.step_means and last:
-            self.step_ended(self._means(self._step_sums))
+            means = self._means(self._step_sums)
             self._step_sums = {}
+            # A step without a single item has no mean to learn from.
+            if means:
+                self.step_ended(means)
         self._spent = (self._spent[0] + time.monotonic() - start, self._spent[1] + last)
         return loss
 
@@ -309,8 +318,10 @@ class DistillationTrainer(SFTTrainer):
     ) -> Any:
         """The micro-batch's share of the loss of the accumulated batch, over the items of all ranks."""
         training = self.model.training
-        counts = self._counts if training else self.count_items(inputs)
         inputs = dict(inputs)
+        if not training:
+            inputs["labels"] = self._without_repeated_rows(inputs["labels"])
+        counts = self._counts if training else self.count_items(inputs)
         labels = inputs.pop("labels")[:, 1:]
         supervised = labels != -100
         asks = self.teacher is not None and (self.needs_teacher or self._reports_now())
@@ -335,6 +346,19 @@ class DistillationTrainer(SFTTrainer):
         with torch.no_grad():
             return loss, model(**inputs)
 
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's loop; the reports of this evaluation alone are logged, under its prefix."""
+        self._sums["eval"], self._prefix = {}, metric_key_prefix
+        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    def _without_repeated_rows(self, labels: Tensor) -> Tensor:
+        """The labels without those of rows that ranks repeat to make the last batch of an evaluation even."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        real = max(0, state.remainder - self.accelerator.process_index * len(labels))
+        return torch.cat([labels[:real], torch.full_like(labels[real:], -100)])
+
     # Reports
 
     def _reports_now(self) -> bool:
@@ -347,17 +371,18 @@ class DistillationTrainer(SFTTrainer):
     def _record(self, reports: dict[str, tuple[Tensor, Tensor | int]]) -> None:
         sums = self._sums["train" if self.model.training else "eval"]
         for name, (total, count) in reports.items():
-            entry = torch.stack([total.detach().double(), torch.as_tensor(count, device=total.device).double()])
+            dtype = torch.float32 if total.device.type == "mps" else torch.float64
+            entry = torch.stack([total.detach().to(dtype), torch.as_tensor(count, dtype=dtype, device=total.device)])
             for store in (sums, self._step_sums) if name in self.step_means and self.model.training else (sums,):
                 store[name] = store[name] + entry if name in store else entry
 
     def _means(self, sums: dict[str, Float[Tensor, "2"]]) -> dict[str, float]:
-        """Sum over count of every report, over all ranks."""
+        """Sum over count, over all ranks, of every report that has items."""
         names = sorted(sums)
         if not names:
             return {}
         totals = self._summed(torch.stack([sums[name] for name in names])).tolist()
-        return {name: total / count if count else 0.0 for name, (total, count) in zip(names, totals, strict=True)}
+        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
 
     def _summed(self, tensor: Tensor) -> Tensor:
         total = self.accelerator.reduce(tensor, reduction="sum")
@@ -381,5 +406,5 @@ class DistillationTrainer(SFTTrainer):
         if not training and means:
             means["loss"] = sum(means.pop(name) for name in list(means) if name.startswith("loss/"))
             means["perplexity"] = math.exp(min(means["ce"], 700.0))
-        logs.update(means if training else {f"eval_{name}": value for name, value in means.items()})
+        logs.update(means if training else {f"{self._prefix}_{name}": value for name, value in means.items()})
         super().log(logs, start_time)

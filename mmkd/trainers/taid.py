@@ -79,7 +79,7 @@ class TAIDSchedule(TrainerCallback, ExportableState):
         if self.previous_loss is not None:
             progress = (self.previous_loss - loss) / (self.previous_loss + 1e-15)
             self.momentum = self.beta * self.momentum + (1 - self.beta) * progress
-            self.delta = self.alpha / (1 + math.exp(-self.momentum)) * (1 - self.t)
+            self.delta = self.alpha * _sigmoid(self.momentum) * (1 - self.t)
             linear = self.t_start + (self.t_end - self.t_start) * step / total_steps
             self.t = min(self.t_end, max(linear, self.t + self.delta)) if self.adaptive else linear
         self.previous_loss = loss
@@ -104,6 +104,11 @@ class TAIDSchedule(TrainerCallback, ExportableState):
         self.momentum: float = attributes["momentum"]
         self.delta: float = attributes["delta"]
         self.previous_loss: float | None = attributes["previous_loss"]
+
+
+def _sigmoid(value: float) -> float:
+    # By tanh, which saturates where exp would overflow.
+    return (1 + math.tanh(value / 2)) / 2
 
 
 class TAIDTrainer(DistillationTrainer):

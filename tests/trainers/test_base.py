@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,6 +135,10 @@ def test_losses_do_not_depend_on_ranks(build: Build, tiny: dict[str, Path], tmp_
         assert rank["steps"] == [pytest.approx(pair, rel=1e-4) for pair in expected]
         assert rank["kl"] == pytest.approx(losses_of(alone, "kl"), rel=1e-4)
     assert ranks[0]["weights"] == ranks[1]["weights"]
+    # Five rows on two ranks of two: some are repeated to make the batches even, and must not count twice.
+    evaluated = alone.evaluate(eval_dataset=data.select(range(5)))
+    for rank in ranks:
+        assert rank["evaluated"] == pytest.approx({name: evaluated[name] for name in rank["evaluated"]}, rel=1e-4)
     if isinstance(alone, TAIDTrainer):
         assert ranks[0]["t"] == ranks[1]["t"] == pytest.approx(losses_of(alone, "taid_t")[:4], rel=1e-6)
 
@@ -364,6 +369,33 @@ def test_evaluation_is_exact_whatever_the_batch(build: Build, texts: Dataset) ->
     for name in names:
         assert [result[name] for result in results] == pytest.approx([results[0][name]] * 3, rel=1e-5)
     assert results[0]["eval_loss"] == pytest.approx(results[0]["eval_kl"])
+
+
+def test_each_evaluation_reports_under_its_own_name(build: Build, texts: Dataset) -> None:
+    parts = {"first": texts.select(range(6)), "second": texts.select(range(6, 24))}
+    trainer = build(KDTrainer, texts, trainer={"eval_dataset": parts})
+    results = trainer.evaluate()
+    for name, part in parts.items():
+        alone = trainer.evaluate(eval_dataset=part, metric_key_prefix="alone")
+        assert results[f"eval_{name}_kl"] == results[f"eval_{name}_loss"] == pytest.approx(alone["alone_kl"])
+    prepared: Any = trainer.eval_dataset
+    trainer.predict(prepared["first"])
+    assert trainer.evaluate(eval_dataset=parts["second"])["eval_kl"] == pytest.approx(results["eval_second_kl"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_teacher_placed_where_the_student_is_stays(tiny: Any, monkeypatch: Any, device: str) -> None:
+    """The accelerator says `cuda` where parameters say `cuda:0`; on a machine without a GPU both are pretended."""
+    here = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+    monkeypatch.setattr("mmkd.teachers.local.devices_of", lambda model: {here})
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("mmkd.teachers.local._with_index", lambda device: here)
+    model: Any = LlamaForCausalLM.from_pretrained(tiny["teacher"])
+    model.hf_device_map = {"": 0}
+    accelerator: Any = SimpleNamespace(
+        device=torch.device(device), distributed_type="NO", prepare_model=lambda model, evaluation_mode: model
+    )
+    LocalTeacher(model).prepare(accelerator)
 
 
 def test_logs_say_what_users_watch(build: Build, texts: Dataset) -> None:

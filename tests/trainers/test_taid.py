@@ -98,6 +98,23 @@ def test_t_moves_once_per_optimizer_step(build: Build, texts: Dataset) -> None:
     assert [loss for _, loss in single] == pytest.approx([loss for _, loss in calls], rel=1e-4)
 
 
+def test_a_step_without_tokens_leaves_t_alone(build: Build) -> None:
+    empty, row = {"input_ids": [5, 6, 7], "labels": [-100] * 3}, {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+    data = Dataset.from_list([row, empty, row, empty])
+    settings: dict[str, Any] = {"max_length": None, "max_steps": 4, "per_device_train_batch_size": 1}
+    trainer: Any = build(TAIDTrainer, data, train_sampling_strategy="sequential", t_start=0.2, **settings)
+    trainer.train()
+    assert losses_of(trainer)[1] == losses_of(trainer)[3] == 0
+    assert trainer.schedule.t == pytest.approx(0.2 + 0.8 * 2 / 4)
+
+
+def test_progress_that_overflows_is_still_a_step() -> None:
+    schedule = TAIDSchedule(0.2, 1.0, 0.1, 0.5)
+    for step, loss in enumerate((3.0, 0.0, 3.0)):
+        schedule.update(loss, step, 3)
+    assert 0.2 <= schedule.t <= 1
+
+
 def test_progress_by_kl_or_cross_entropy(build: Build, texts: Dataset) -> None:
     kl = build(TAIDTrainer, texts, progress_measure="kl", max_steps=1)
     kl.train()

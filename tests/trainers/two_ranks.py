@@ -35,6 +35,7 @@ def main(method: str, models: str, output: str, stage: str = "") -> None:
         max_steps=4,
         learning_rate=1e-2,
         per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
         logging_steps=1,
         bf16=False,
         report_to="none",
@@ -50,11 +51,13 @@ def main(method: str, models: str, output: str, stage: str = "") -> None:
         train_dataset=data,
     )
     trainer.train()
+    evaluated = trainer.evaluate(eval_dataset=data.select(range(5)))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     result = {
         "steps": [[entry["loss"], entry["grad_norm"]] for entry in history],
         "kl": [entry["kl"] for entry in history],
         "t": [entry.get("taid_t") for entry in history],
+        "evaluated": {name: evaluated[name] for name in ("eval_loss", "eval_kl", "eval_ce")},
         "weights": sum(float(parameter.double().sum()) for parameter in trainer.model.parameters()),
     }
     Path(output, f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))
