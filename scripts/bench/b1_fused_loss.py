@@ -185,7 +185,7 @@ def make_objective(name: str) -> Objective:
 
 
 def _liger(case: Case, inputs: Inputs, labels: Tensor) -> Callable[[], Tensor]:
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
 
     compiled = case.kind == "Liger compiled"
     loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=PEER_BETA[case.divergence], compiled=compiled)
