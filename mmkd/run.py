@@ -132,7 +132,8 @@ def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = (
     for flag in unknown:
         if flag not in skipped:
             word = flag.lstrip("-").partition("=")[0]
-            raise ValueError(f"{flag} is no flag of method {method}; write --key value.{_nearest(word, known)}")
+            advice = "." if flag.startswith("--") else "; write --key value."
+            raise ValueError(f"{flag} is no flag of method {method}{advice}{_nearest(word, known)}")
     return Run(arguments, training, student)
 
 
