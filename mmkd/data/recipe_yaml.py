@@ -28,7 +28,7 @@ def _find(name_or_path: str, root: Path | None, base: Path | None) -> Path:
         if found.suffix not in (".yaml", ".yml"):
             raise ValueError(
                 f"{found} is no YAML; a data recipe for it says `source:`, `data_files:` and `columns:` "
-                "(data_recipes/teacher_answers.yaml is one to copy)."
+                "(data_recipes/python_docs.yaml is one to copy)."
             )
         return found.resolve()
     if root is None:
