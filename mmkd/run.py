@@ -177,8 +177,7 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint: its trainer_state.json, written last, can be read. None if there is none."""
     complete: list[tuple[int, Path]] = []
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        state = folder / "trainer_state.json"
-        if state.is_file() and _is_json(state.read_text(encoding="utf-8")):
+        if _is_complete(folder):
             complete.append((int(folder.name.rpartition("-")[2]), folder))
     return max(complete, default=(0, None))[1]
 
@@ -200,7 +199,7 @@ def resume_point(training: DistillationConfig) -> str | None:
         return None
     if str(wanted).lower() == "true":
         return None if newest is None else str(newest)
-    if last_checkpoint(Path(wanted).parent) is None or not (Path(wanted) / "trainer_state.json").is_file():
+    if not _is_complete(Path(wanted)):
         raise ValueError(f"{wanted} is no complete checkpoint: it has no readable trainer_state.json.")
     return str(wanted)
 
@@ -294,9 +293,9 @@ def _nearest(word: str, choices: Any) -> str:
     return f" Did you mean {close[0]!r}?" if close else " `mmkd-train --help` lists all."
 
 
-def _is_json(text: str) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
+    state = checkpoint / "trainer_state.json"
     try:
-        json.loads(text)
+        return state.is_file() and isinstance(json.loads(state.read_text(encoding="utf-8")), dict)
     except json.JSONDecodeError:
         return False
-    return True

@@ -1,11 +1,23 @@
 """What tests import from one another."""
 
 from collections.abc import Callable
+from typing import Any
 
 from mmkd.trainers.base import DistillationTrainer
 
 Build = Callable[..., DistillationTrainer]
 """The `build` fixture: (trainer class, data, trainer={...}, key=value, ...) -> a trainer of the tiny models."""
+
+
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+"""Sizes of a tiny CLIP vision tower."""
 
 
 def losses_of(trainer: DistillationTrainer, name: str = "loss") -> list[float]:

@@ -72,7 +72,7 @@ class TAIDSchedule(TrainerCallback, ExportableState):
 
     def __init__(self, t_start: float, t_end: float, alpha: float, beta: float, adaptive: bool = True):
         self.t_start, self.t_end, self.alpha, self.beta, self.adaptive = t_start, t_end, alpha, beta, adaptive
-        self._restore({"t": t_start, "momentum": 0.0, "delta": 0.0, "previous_loss": None})
+        self._reset()
 
     def update(self, loss: float, step: int, total_steps: int) -> None:
         """Moves t once, after the optimizer step number `step` (from 0) whose mean loss over all ranks was `loss`."""
@@ -95,9 +95,12 @@ class TAIDSchedule(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes up the checkpoint's t: the Trainer itself restores callbacks only when asked to restore all."""
         if state.global_step == 0:
-            self._restore({"t": self.t_start, "momentum": 0.0, "delta": 0.0, "previous_loss": None})
+            self._reset()
         else:
             self._restore(state.stateful_callbacks[type(self).__name__]["attributes"])
+
+    def _reset(self) -> None:
+        self._restore({"t": self.t_start, "momentum": 0.0, "delta": 0.0, "previous_loss": None})
 
     def _restore(self, attributes: dict[str, Any]) -> None:
         self.t: float = attributes["t"]

@@ -33,6 +33,7 @@ from transformers import (
 from mmkd.losses.fused import fused_loss
 from mmkd.models.backbone import allow_consumers, base_of, devices_of, full_head, head_of
 from mmkd.models.heads import LMHead
+from tests.helpers import VISION
 
 # Tests reach into models by attribute, and nn.Module types none of those.
 Model = Any
@@ -48,14 +49,6 @@ SHAPE: dict[str, Any] = {
     "head_dim": 4,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
-}
-VISION: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
 }
 FAMILIES = {
     "llama": lambda: LlamaConfig(**SHAPE),

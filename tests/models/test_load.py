@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
+from tests.helpers import VISION
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,
@@ -28,14 +29,6 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "pad_token_id": 0,
-}
-VISION: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
 }
 loaders = pytest.mark.parametrize("loader", [load_model, load_processing_class])
 
