@@ -6,6 +6,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -14,6 +15,8 @@ from rich.console import Console
 from mmkd import dry_run
 from mmkd.recipes import find_recipe
 from mmkd.run import Run, build_trainer, last_checkpoint, method_of, parse_run, parser_of, read_recipe, resume_point
+from mmkd.trainers.base import DistillationTrainer
+from mmkd.trainers.interrupt import InterruptCallback
 
 PRESETS = {"single_gpu": "single_gpu", "ddp": "multi_gpu", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
 """Our names of the accelerate configurations that trl ships."""
@@ -43,9 +46,7 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
     if checkpoint is None and run.training.resume_from_checkpoint:
         print(f"No checkpoint in {run.training.output_dir}: starting from the beginning.", file=sys.stderr)
     trainer = build_trainer(run)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyboardInterrupt:
+    if not _train(trainer, checkpoint):
         print(f"\nInterrupted at step {trainer.state.global_step}. {_way_on(run, recipe, flags)}", file=sys.stderr)
         return 130
     trainer.save_model()
@@ -55,6 +56,20 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
     if run.training.push_to_hub:
         trainer.push_to_hub(dataset_name=run.arguments.data)
     return 0
+
+
+def _train(trainer: DistillationTrainer, checkpoint: str | None) -> bool:
+    """Trains to the end: True. False when interrupted."""
+    interrupt = InterruptCallback()
+    trainer.add_callback(interrupt)
+    # Ranks would leave at different steps and wait for each other: several of them stop at once.
+    listening = interrupt.listening() if trainer.args.world_size == 1 else nullcontext()
+    try:
+        with listening:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        return False
+    return not interrupt.asked
 
 
 def print_keys(recipe: str, flags: Sequence[str]) -> int:

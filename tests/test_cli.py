@@ -187,19 +187,31 @@ def test_a_killed_run_resumes_with_the_same_losses(mmkd: Run, workplace: Path) -
     assert logged(workplace / "run", "taid_t") == logged(workplace / "whole", "taid_t")
 
 
-def test_interrupting_says_how_to_go_on(workplace: Path) -> None:
-    command = [sys.executable, "-m", "mmkd.cli", "train", "recipe.yaml", "--max_steps", "100000"]
-    saving = ["--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "1", "--logging_steps", "1000"]
-    process = subprocess.Popen(
-        [*command, *saving], cwd=workplace, env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not list((workplace / "run").glob("checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+def interrupt(workplace: Path, *flags: str) -> tuple[int, str]:
+    """Starts a long run, interrupts it once it trains, and gives its exit status and errors."""
+    command = [sys.executable, "-m", "mmkd.cli", "train", "recipe.yaml", "--max_steps", "100000", *flags]
+    process = subprocess.Popen(command, cwd=workplace, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "/100000" in line:
+            break
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    return process.returncode, errors
+
+
+def test_interrupting_saves_a_checkpoint_and_says_how_to_go_on(workplace: Path) -> None:
+    status, errors = interrupt(workplace, "--save_strategy", "steps", "--save_steps", "100000")
+    assert status == 130
     assert "--resume_from_checkpoint true" in errors
+    (checkpoint,) = (workplace / "run").glob("checkpoint-*")
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] > 0
+
+
+def test_interrupting_a_run_that_saves_nothing(workplace: Path) -> None:
+    status, errors = interrupt(workplace)
+    assert status == 130
+    assert "Nothing was saved yet" in errors
 
 
 def test_launching_through_accelerate(mmkd: Run, workplace: Path) -> None:
