@@ -18,6 +18,8 @@ class Teacher(ABC, Generic[Signal]):
     """
 
     signal_type: type
+    can_temper: bool = True
+    """Whether its probabilities are known at temperatures other than 1."""
 
     @abstractmethod
     def prepare(self, accelerator: Accelerator) -> None:

@@ -1,8 +1,8 @@
 """What a teacher says about a batch: frozen values that know how to put the student on their own support."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -46,39 +46,58 @@ class _DenseChunk:
 
 
 @dataclass(frozen=True)
-class TopKSignal:
-    """The teacher's k most likely tokens, most likely first, their log-probs and the rest as one outcome, the tail.
+class SparseSignal:
+    """The teacher's probabilities of some tokens per position, every other token having none.
 
-    With `tail_log_prob` the k + 1 outcomes are the teacher's distribution seen through "one of these, or none"; the
-    student is compared on the same outcomes (a bucket, which PERFORMANCE.md measures as the best use of a top-k). The
-    probabilities are the teacher's at temperature 1 and cannot be tempered: the shape of the tail is not known.
+    Either its top-k renormalised, or its top-k and draws that stand for the tail (-inf for a draw counted elsewhere).
+    The student is compared by its log-probs on the whole vocabulary, which do not sum to 1 over these tokens: only the
+    forward KL, which is linear in the teacher's probabilities, has a right gradient (RS-KD, 2503.16870).
     """
 
     whole_vocabulary: ClassVar[bool] = False
-    ids: Int[Tensor, "token k"]
-    log_probs: Float[Tensor, "token k"]
-    tail_log_prob: Float[Tensor, "token"]
+    ids: Int[Tensor, "token outcome"]
+    log_probs: Float[Tensor, "token outcome"]
 
-    def chunks(self, size: int) -> Iterator["TopKSignal"]:
+    def chunks(self, size: int) -> Iterator["SparseSignal"]:
         """This signal, `size` tokens at a time."""
         for start in starts(len(self.ids), size):
-            yield self._rows(slice(start, start + size))
+            yield self[slice(start, start + size)]
+
+    def compare(self, logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
+        signal = self[rows]
+        teacher = signal.log_probs.to(logits)
+        if temperature != 1:
+            # Exact for a renormalised top-k; teachers of other sparse signals do not let themselves be tempered.
+            logits, teacher = logits / temperature, (teacher / temperature).log_softmax(-1)
+        return logits.gather(-1, signal.ids.long()) - logits.logsumexp(-1, keepdim=True), teacher
+
+    def top1(self, rows: slice) -> Tensor:
+        signal = self[rows]
+        return signal.ids.gather(-1, signal.log_probs.argmax(-1, keepdim=True))[:, 0]
+
+    def __getitem__(self, rows: slice) -> Self:
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class TopKSignal(SparseSignal):
+    """The teacher's k most likely tokens, most likely first, their log-probs and the rest as one outcome, the tail.
+
+    The k + 1 outcomes are the teacher's distribution seen through "one of these, or none"; the student is compared on
+    the same outcomes, so that every divergence is one. The probabilities are the teacher's at temperature 1 and cannot
+    be tempered: the shape of the tail is not known.
+    """
+
+    tail_log_prob: Float[Tensor, "token"]
 
     def compare(self, logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
         if temperature != 1:
             raise ValueError(
                 f"A top-k signal is known at temperature 1 only, not at {temperature}; set temperature: 1."
             )
-        signal = self._rows(rows)
-        inside = logits.gather(-1, signal.ids) - logits.logsumexp(-1, keepdim=True)
-        teacher = torch.cat([signal.log_probs, signal.tail_log_prob[:, None]], dim=-1)
-        return torch.cat([inside, log_one_minus_exp(inside.logsumexp(-1, keepdim=True))], dim=-1), teacher.to(inside)
-
-    def top1(self, rows: slice) -> Tensor:
-        return self.ids[rows, 0]
-
-    def _rows(self, rows: slice) -> "TopKSignal":
-        return TopKSignal(self.ids[rows], self.log_probs[rows], self.tail_log_prob[rows])
+        inside, teacher = super().compare(logits, rows, 1)
+        student = torch.cat([inside, log_one_minus_exp(inside.logsumexp(-1, keepdim=True))], dim=-1)
+        return student, torch.cat([teacher, self.tail_log_prob[rows, None].to(teacher)], dim=-1)
 
 
 def log_one_minus_exp(log_probs: Tensor) -> Tensor:

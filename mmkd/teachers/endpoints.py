@@ -1,0 +1,173 @@
+"""HTTP to servers that answer alike: the least busy one is asked, failures are retried, answers keep their order."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+# Seconds without new questions for a server that failed, as long as another one has not.
+REST = 30.0
+CONNECT_TIMEOUT = 10.0
+# Seconds before another try: 0.5, 1, 2, ... with jitter, so that rows that failed together do not come back together.
+BACK_OFF = wait_exponential(multiplier=0.5, max=20) + wait_random(0, 0.5)
+
+
+class Refusal(Exception):
+    """A server understood the request and said no (HTTP 4xx): asking again would not change it."""
+
+    def __init__(self, url: str, status: int, message: str, parameter: str | None):
+        super().__init__(f"{url} answered HTTP {status}: {message}")
+        self.url, self.status, self.message, self.parameter = url, status, message, parameter
+
+
+class _Failure(Exception):
+    """No answer, or one that asking again may change: refused connection, time-out, HTTP 408, 429 or 5xx."""
+
+
+@dataclass
+class _Endpoint:
+    url: str
+    in_flight: int = 0
+    rests_until: float = 0.0
+
+
+class Endpoints:
+    """Base URLs of servers that answer alike, asked from synchronous code through an event loop in a thread.
+
+    At most `concurrency` requests are under way at a time, over all URLs; each may take `timeout` seconds and is tried
+    `1 + retries` times, waiting 0.5 s, 1 s, 2 s, ... up to 20 s with jitter in between, each time at the server that
+    is least busy and has not failed lately. Raises ValueError when nobody answers, and `Refusal`.
+    """
+
+    def __init__(self, urls: Iterable[str], api_key: str | None, concurrency: int, timeout: float, retries: int):
+        self.urls = tuple(_root(url) for url in urls)
+        if not self.urls or len(set(self.urls)) < len(self.urls):
+            raise ValueError(f"Servers must be one or more different URLs, not {list(self.urls)}.")
+        if concurrency < 1 or timeout <= 0 or retries < 0:
+            raise ValueError(
+                f"concurrency must be at least 1, timeout positive and retries not negative, but they are "
+                f"{concurrency}, {timeout} and {retries}."
+            )
+        self._endpoints = [_Endpoint(url) for url in self.urls]
+        self._concurrency, self._timeout, self._retries = concurrency, timeout, retries
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT), pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
+            # A proxy from the environment cannot reach the loopback interface of this machine.
+            mounts={"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None},
+        )
+        self._slots = asyncio.Semaphore(concurrency)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="mmkd-http", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Closes the connections; a second call does nothing."""
+        if self._loop.is_closed():
+            return
+        self.run(self._client.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def run(self, coroutine: Coroutine[Any, Any, Answer]) -> Answer:
+        """What the coroutine returns, run in the event loop of these endpoints."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def map(self, ask: Callable[[Item], Coroutine[Any, Any, Answer]], items: Iterable[Item]) -> Iterator[Answer]:
+        """The answers in the order of the items, of which at most twice the concurrency are held at a time."""
+        pending = deque()
+        try:
+            for item in items:
+                # Twice, so that one slow answer at the head of the queue does not leave the servers idle.
+                if len(pending) >= 2 * self._concurrency:
+                    yield pending.popleft().result()
+                pending.append(asyncio.run_coroutine_threadsafe(ask(item), self._loop))
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    async def request(self, path: str, body: bytes | None = None, url: str | None = None, retry: bool = True) -> bytes:
+        """The body of the answer to a GET, or to a POST of a JSON body, by one URL or the least busy one."""
+        started = time.monotonic()
+        attempts = AsyncRetrying(
+            retry=retry_if_exception_type(_Failure),
+            stop=stop_after_attempt(1 + self._retries if retry else 1),
+            wait=BACK_OFF,
+            reraise=True,
+        )
+        try:
+            return await attempts(self._request_once, path, body, url)
+        except _Failure as failure:
+            tried = f" ({1 + self._retries} tries in {time.monotonic() - started:.0f} s)" if retry else ""
+            raise ValueError(
+                f"The teacher's server does not answer: {failure}{tried}. See that it runs and read its log; "
+                "scripts/serve_teacher.sh MODEL starts one."
+            ) from failure
+
+    async def _request_once(self, path: str, body: bytes | None, url: str | None) -> bytes:
+        async with self._slots:
+            endpoint = next(e for e in self._endpoints if e.url == url) if url else self._least_busy()
+            endpoint.in_flight += 1
+            try:
+                response = await self._client.request(
+                    "GET" if body is None else "POST",
+                    endpoint.url + path,
+                    content=body,
+                    headers={"Content-Type": "application/json"} if body else None,
+                )
+            except httpx.TransportError as error:
+                endpoint.rests_until = time.monotonic() + REST
+                raise _Failure(self._describe(error, endpoint.url)) from error
+            finally:
+                endpoint.in_flight -= 1
+        if response.is_success:
+            endpoint.rests_until = 0.0
+            return response.content
+        message, parameter = _error_of(response)
+        if response.status_code in (408, 429) or response.is_server_error:
+            endpoint.rests_until = time.monotonic() + REST
+            raise _Failure(f"{endpoint.url} answered HTTP {response.status_code}: {message}")
+        raise Refusal(endpoint.url, response.status_code, message, parameter)
+
+    def _least_busy(self) -> _Endpoint:
+        now = time.monotonic()
+        return min(self._endpoints, key=lambda endpoint: (endpoint.rests_until > now, endpoint.in_flight))
+
+    def _describe(self, error: httpx.TransportError, url: str) -> str:
+        if isinstance(error, httpx.ConnectTimeout | httpx.ConnectError):
+            return f"no connection to {url} ({error or 'timed out'})"
+        if isinstance(error, httpx.TimeoutException):
+            return f"no answer from {url} within {self._timeout:g} s (lower the concurrency or raise the timeout)"
+        return f"{url} broke off ({type(error).__name__}: {error})"
+
+
+def _root(url: str) -> str:
+    """The base URL without the `/v1` that OpenAI's clients want at its end."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError(f"The server URL {url!r} is not of the form http://HOST:PORT.")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _error_of(response: httpx.Response) -> tuple[str, str | None]:
+    """vLLM's message and the parameter it blames, or the text that a proxy in between answered."""
+    body = response.json() if "json" in response.headers.get("content-type", "") else None
+    # Since 0.10 under "error"; FastAPI's own refusals are a "detail".
+    error = body.get("error", body) if isinstance(body, dict) else None
+    if isinstance(error, dict):
+        return str(error.get("message", error.get("detail", error))), error.get("param")
+    return str(error or response.text[:300] or response.reason_phrase), None

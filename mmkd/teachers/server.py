@@ -1,0 +1,107 @@
+"""A teacher that is served by vLLM and asked while the student trains."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .base import Teacher
+from .signals import TopKSignal, log_one_minus_exp
+from .vllm_client import Answer as Answer
+from .vllm_client import Prompt as Prompt
+from .vllm_client import Question as Question
+from .vllm_client import RowError as RowError
+from .vllm_client import ServerFacts as ServerFacts
+from .vllm_client import TopK as TopK
+from .vllm_client import VLLMClient as VLLMClient
+
+IMAGE_INPUTS = ("pixel_values", "pixel_values_videos", "image_grid_thw", "pixel_attention_mask")
+
+
+class ServerTeacher(Teacher[TopKSignal]):
+    """Answers with the k most likely tokens and the tail's mass, from one or several vLLM servers of one model.
+
+    `teacher` is the folder or Hub name that must be behind the URLs, `model` the served name where a server offers
+    several, and `tokenizer` the teacher's, all checked by `prepare`. `vocab_size`, the number of tokens that teacher
+    and student share, keeps padding rows of the teacher's vocabulary out of the k; their probability goes to the tail.
+    Further settings are `VLLMClient`'s.
+    """
+
+    signal_type = TopKSignal
+    can_temper = False
+
+    def __init__(
+        self,
+        base_urls: str | Sequence[str],
+        k: int = 64,
+        model: str | None = None,
+        vocab_size: int | None = None,
+        *,
+        teacher: str | None = None,
+        max_length: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **client: Any,
+    ):
+        if k < 1 or (vocab_size is not None and k > vocab_size):
+            raise ValueError(f"k={k} must be at least 1 and at most the {vocab_size or 'number of'} shared tokens.")
+        self.k, self.vocab_size, self.teacher = k, vocab_size, teacher
+        self.max_length, self.tokenizer = max_length, tokenizer
+        self.client = VLLMClient(base_urls, model, **client)
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Checks the servers; raises ValueError when one is down or not what is wanted (`VLLMClient.check`)."""
+        self.facts = self.client.check(self.teacher, self.k, self.max_length, self.tokenizer)
+
+    @torch.no_grad()
+    def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> TopKSignal:
+        """Asks for every sequence of the batch, padded or packed (`position_ids` that start again at 0).
+
+        Raises ValueError when the batch has images, or when the server refuses a sequence.
+        """
+        images = [name for name in IMAGE_INPUTS if inputs.get(name) is not None]
+        if images:
+            raise ValueError(
+                f"A served teacher cannot be asked from {', '.join(images)}: a vLLM server takes images, not the "
+                "student's pixels. Build a cache of this teacher first (mmkd cache build), or use a local teacher."
+            )
+        signals = list(self.client.score(questions_of(inputs, supervised), self.k, self.vocab_size))
+        for signal in signals:
+            if isinstance(signal, RowError):
+                raise ValueError(f"The teacher's server refused a sequence of the batch: {signal.reason}")
+        top = [signal for signal in signals if isinstance(signal, TopK)]
+        device = inputs["input_ids"].device
+        ids = np.concatenate([signal.ids for signal in top] or [np.empty((0, self.k), np.int32)])
+        log_probs = np.concatenate([signal.log_probs for signal in top] or [np.empty((0, self.k), np.float32)])
+        on_device = torch.from_numpy(log_probs).to(device)
+        tail = log_one_minus_exp(on_device.logsumexp(-1))
+        return TopKSignal(torch.from_numpy(ids).to(device, torch.int64), on_device, tail)
+
+
+def questions_of(inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> list[Question]:
+    """One question per sequence of a batch that has a supervised token, in row-major order."""
+    ids = inputs["input_ids"].cpu().numpy()
+    wanted = np.zeros(ids.shape, bool)
+    # Position i predicts token i + 1.
+    wanted[:, 1:] = supervised.cpu().numpy()
+    real = np.ones(ids.shape, bool)
+    if inputs.get("attention_mask") is not None:
+        real = inputs["attention_mask"].cpu().numpy().astype(bool)
+    begins = np.zeros(ids.shape, bool)
+    if inputs.get("position_ids") is not None:
+        begins = inputs["position_ids"].expand(ids.shape).cpu().numpy() == 0
+    questions = []
+    for row in range(len(ids)):
+        sequence = np.cumsum(begins[row][real[row]])
+        cuts = np.flatnonzero(np.diff(sequence)) + 1
+        for tokens, flags in zip(
+            np.split(ids[row][real[row]], cuts), np.split(wanted[row][real[row]], cuts), strict=True
+        ):
+            if flags.any():
+                questions.append(Question(tokens, flags))
+    assert sum(int(q.supervised.sum()) for q in questions) == int(wanted.sum()), "padding is never supervised"
+    return questions

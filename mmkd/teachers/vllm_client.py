@@ -1,0 +1,386 @@
+"""A client of vLLM servers: scores given tokens and generates, over HTTP, with what concerns one row kept to that row.
+
+Tokens travel as ids, never as text to be tokenised again, so that the teacher scores the very tokens the student
+trains on. Only a row with images must travel as messages, since the server itself puts the image tokens in; what it
+made of them is compared with the row's ids.
+"""
+
+import asyncio
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from . import vllm_wire as wire
+from .endpoints import Endpoints, Refusal
+
+Kind = TypeVar("Kind")
+Ids = Sequence[int] | Int[np.ndarray, "token"]
+
+# Sampling parameters that a request always states: the server would otherwise take its model's generation_config.json.
+NEUTRAL_SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+SAMPLING = {*NEUTRAL_SAMPLING, "max_tokens", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos"} | {
+    "allowed_token_ids",
+    "bad_words",
+    "include_stop_str_in_output",
+    "logit_bias",
+    "skip_special_tokens",
+}
+# Text of several scripts and kinds, on which different tokenizers hardly ever agree.
+PROBE = "The naïve fox — 12345 × 0.5 — says: 你好, привет 🙂\n\tdef f(x):\n        return x['y']  # ok"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens to continue. With images also the messages they stand in, whose rendering must give these ids.
+
+    `messages` are in the form of transformers and TRL: a content is a string, or a list of `{"type": "image"}` and
+    `{"type": "text", "text": ...}`, and the images fill their places in order.
+    """
+
+    ids: Ids
+    messages: list[dict[str, Any]] | None = None
+    images: Sequence[Image.Image] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """Tokens to score: wanted are the teacher's log-probs of token t given the tokens before it, where supervised[t].
+
+    Token 0 is never supervised. `messages` and `images` as in `Prompt`.
+    """
+
+    ids: Ids
+    supervised: Bool[np.ndarray, "token"]
+    messages: list[dict[str, Any]] | None = None
+    images: Sequence[Image.Image] = ()
+
+    def __post_init__(self):
+        assert len(self.supervised) == len(self.ids), "one flag per token"
+        assert not self.supervised[:1].any(), "nothing comes before token 0"
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k most likely tokens at each supervised token of a row, most likely first, their log-probs, and its own."""
+
+    ids: Int[np.ndarray, "token k"]
+    log_probs: Float[np.ndarray, "token k"]
+    label_log_probs: Float[np.ndarray, "token"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One continuation of a prompt; `finish_reason` is "stop" at the end of sequence and "length" at max_tokens."""
+
+    text: str
+    ids: list[int]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class RowError:
+    """Stands in the place of a row's answer when the server refuses this row, and says why; other rows go on."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What runs behind the URLs: `root` is the folder or Hub name that was loaded, `max_model_len` in tokens."""
+
+    urls: tuple[str, ...]
+    model: str
+    root: str
+    max_model_len: int
+    vllm_version: str
+
+
+class VLLMClient:
+    """Asks one or several vLLM servers of the same model; a context manager that closes its connections.
+
+    `model` is the served name, needed only where a server offers several. `concurrency` requests are under way at a
+    time over all URLs. The key is `api_key`, or the environment's VLLM_API_KEY or OPENAI_API_KEY. `image_token_id`
+    makes complaints about image tokens more precise. Raises ValueError for what concerns the server (no answer after
+    `retries`, no permission, unknown model, k above its cap, an answer that is not one); what concerns one row only is
+    handed out as a `RowError` in its place.
+    """
+
+    def __init__(
+        self,
+        base_urls: str | Sequence[str],
+        model: str | None = None,
+        *,
+        concurrency: int = 16,
+        timeout: float = 600,
+        retries: int = 6,
+        api_key: str | None = None,
+        image_token_id: int | None = None,
+    ):
+        key = api_key or os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+        urls = [base_urls] if isinstance(base_urls, str) else base_urls
+        self._endpoints = Endpoints(urls, key, concurrency, timeout, retries)
+        self._wanted_model, self._image_token_id = model, image_token_id
+        self._facts: ServerFacts | None = None
+
+    def __enter__(self) -> "VLLMClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections; a second call does nothing."""
+        self._endpoints.close()
+
+    # Before anything is spent
+
+    def check(
+        self,
+        teacher: str | None = None,
+        k: int = 0,
+        max_length: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> ServerFacts:
+        """Asks every URL once, without retries, what it serves, and compares it with what is wanted of it.
+
+        Raises ValueError when a server is down, serves another model than `teacher` (a folder or Hub name) or than the
+        other URLs, lacks room for `max_length` tokens, gives fewer than `k` log-probs or tokenises unlike `tokenizer`.
+        """
+        if tokenizer is not None and k > len(tokenizer):
+            raise ValueError(f"k={k} is more than the teacher's {len(tokenizer)} tokens; choose a smaller k.")
+        facts = [self._facts_of(url) for url in self._endpoints.urls]
+        for other in facts[1:]:
+            if (other.model, other.root) != (facts[0].model, facts[0].root):
+                raise ValueError(
+                    f"{facts[0].urls[0]} serves {_named(facts[0])}, but {other.urls[0]} serves {_named(other)}. One "
+                    "teacher must answer at all URLs: start the servers with the same model and --served-model-name."
+                )
+        for fact in facts:
+            self._check_one(fact, teacher, k, max_length, tokenizer)
+        shortest = min(fact.max_model_len for fact in facts)
+        versions = ", ".join(sorted({fact.vllm_version for fact in facts}))
+        first = facts[0]
+        self._facts = ServerFacts(self._endpoints.urls, first.model, first.root, shortest, versions)
+        return self._facts
+
+    def _facts_of(self, url: str) -> ServerFacts:
+        models = self._get(url, "/v1/models", wire.Models).data
+        version = self._get(url, "/version", wire.Version).version
+        # An adapter has the model it belongs to as its parent.
+        wanted = self._wanted_model
+        found = [m for m in models if m.id == wanted] if wanted else [m for m in models if m.parent is None]
+        if len(found) != 1:
+            names = ", ".join(repr(model.id) for model in models)
+            raise ValueError(
+                f"{url} serves {names}" + (f", not {wanted!r}." if wanted else ".") + " Name one of them as the model."
+            )
+        (model,) = found
+        if model.max_model_len is None:
+            raise ValueError(f"{url} does not state max_model_len for {model.id!r}: this is no vLLM server.")
+        return ServerFacts((url,), model.id, model.root or model.id, model.max_model_len, version)
+
+    def _check_one(
+        self,
+        facts: ServerFacts,
+        teacher: str | None,
+        k: int,
+        max_length: int | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        (url,) = facts.urls
+        if teacher is not None and not _serves(facts, teacher):
+            raise ValueError(
+                f"The teacher is {teacher!r}, but {url} serves {_named(facts)}. Start it with that model, or with "
+                f"--served-model-name {teacher} if the same model lies under another path there."
+            )
+        # The request generates one token, which vLLM wants room for.
+        if max_length is not None and facts.max_model_len <= max_length:
+            raise ValueError(
+                f"{url} has room for {facts.max_model_len} tokens, but scoring texts of up to {max_length} takes "
+                f"{max_length + 1}. Start it with --max-model-len {max_length + 1}, or lower max_length."
+            )
+        if tokenizer is not None:
+            text = PROBE + "".join(tokenizer.all_special_tokens)
+            ours = tokenizer(text, add_special_tokens=False)["input_ids"]
+            body = {"model": facts.model, "prompt": text, "add_special_tokens": False}
+            theirs = wire.decoded(self._endpoints.run(self._post("/tokenize", body, url)), wire.Tokens, url).tokens
+            if list(ours) != theirs:
+                raise ValueError(
+                    f"{url} tokenises unlike the tokenizer that the teacher should have: "
+                    f"{wire.difference(ours, theirs)}. Serve the model with that tokenizer (--tokenizer)."
+                )
+        if k:
+            body = {"model": facts.model, "prompt": [0, 0], **wire.scoring(k)}
+            answer = wire.decoded(self._endpoints.run(self._post("/v1/completions", body, url)), wire.Answers, url)
+            wire.top_k(wire.positions(answer.choices[0].prompt_logprobs, 2)[1:], k)
+
+    # Work
+
+    def score(self, questions: Iterable[Question], k: int, vocab_size: int | None = None) -> Iterator[TopK | RowError]:
+        """The teacher's k most likely tokens at every supervised token, question by question in their order.
+
+        With `vocab_size`, ids from there on (padding rows of the served vocabulary) are passed over, and their
+        probability stays with all that is not listed.
+        """
+        if k < 1 or (vocab_size is not None and k > vocab_size):
+            raise ValueError(f"k={k} must be at least 1 and at most the {vocab_size or 'number of'} tokens.")
+        model = (self._facts or self.check()).model
+        return self._endpoints.map(lambda question: self._score(question, k, vocab_size, model), questions)
+
+    def generate(
+        self, prompts: Iterable[Prompt | Ids], sampling: Mapping[str, Any], n: int = 1
+    ) -> Iterator[list[Answer] | RowError]:
+        """`n` continuations of every prompt, prompt by prompt in their order.
+
+        `sampling` holds vLLM's sampling parameters, of which max_tokens is required. Those that are left out are
+        neutral (temperature 1, no filter, no penalty), whatever the model's generation_config.json says.
+        """
+        unknown = sorted(set(sampling) - SAMPLING)
+        if unknown or "max_tokens" not in sampling or n < 1:
+            raise ValueError(
+                f"Sampling {dict(sampling)} with n={n}"
+                + (f" holds {', '.join(unknown)}, which vLLM would ignore here" if unknown else " is incomplete")
+                + f". Give max_tokens, n of at least 1, and any of {', '.join(sorted(SAMPLING))}."
+            )
+        if n > 1 and sampling.get("temperature") == 0:
+            raise ValueError(f"temperature 0 gives n={n} times the same answer; set n: 1, or a temperature above 0.")
+        body = {**NEUTRAL_SAMPLING, **sampling, "n": n, "model": (self._facts or self.check()).model}
+        return self._endpoints.map(lambda prompt: self._generate(prompt, body), prompts)
+
+    async def _score(self, question: Question, k: int, vocab_size: int | None, model: str) -> TopK | RowError:
+        wanted = np.flatnonzero(question.supervised).tolist()
+        if not wanted:
+            return TopK(np.empty((0, k), np.int32), np.empty((0, k), np.float32), np.empty(0, np.float32))
+        asked = k
+        while True:
+            answer = await self._ask(question, {"model": model, **wire.scoring(asked)}, generation=False)
+            if isinstance(answer, RowError):
+                return answer
+            found = answer.prompt_logprobs or answer.choices[0].prompt_logprobs
+            positions = wire.positions(found, _scored_length(question))
+            entries = [positions[t] for t in wanted]
+            ids, log_probs = wire.top_k(entries, asked)
+            labels = wire.log_probs_of(entries, [int(question.ids[t]) for t in wanted])
+            known = np.ones_like(ids, bool) if vocab_size is None else ids < vocab_size
+            missing = k - int(known.sum(-1).min())
+            if missing <= 0:
+                # Stable: what is known first, each still most likely first.
+                order = np.argsort(~known, axis=-1, kind="stable")[:, :k]
+                return TopK(np.take_along_axis(ids, order, -1), np.take_along_axis(log_probs, order, -1), labels)
+            # Each further token is known or was missing, so that this never asks for more tokens than there are.
+            asked += missing
+
+    async def _generate(self, prompt: Prompt | Ids, body: dict[str, Any]) -> list[Answer] | RowError:
+        prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+        answer = await self._ask(prompt, body, generation=True)
+        if isinstance(answer, RowError):
+            return answer
+        answers = []
+        for choice in sorted(answer.choices, key=lambda choice: choice.index):
+            if choice.token_ids is None or choice.finish_reason is None:
+                raise ValueError("The server gave no token ids with its answer; vLLM does since 0.10.2: update it.")
+            text = choice.message.content if choice.message else choice.text
+            answers.append(Answer(text or "", choice.token_ids, choice.finish_reason))
+        if len(answers) != body["n"]:
+            raise ValueError(f"The server gave {len(answers)} answers where n={body['n']} were asked for.")
+        return answers
+
+    async def _ask(self, row: Question | Prompt, body: dict[str, Any], generation: bool) -> wire.Answers | RowError:
+        """The answer to a row that is known to hold the row's own tokens."""
+        assert self._facts is not None, "checked before any row is asked"
+        ids = np.asarray(row.ids).tolist()
+        if not row.images:
+            ids = ids if isinstance(row, Prompt) else ids[: _scored_length(row)]
+        if len(ids) >= self._facts.max_model_len:
+            return RowError(
+                f"The row's {len(ids)} tokens and the one that is generated do not fit into the server's "
+                f"{self._facts.max_model_len}; start it with a larger --max-model-len."
+            )
+        if not row.images:
+            return await self._row("/v1/completions", {**body, "prompt": ids, "return_token_ids": generation})
+        # Encoding a large image takes as long as many small requests, which must not wait for it.
+        try:
+            messages = await asyncio.to_thread(wire.openai_messages, row.messages or [], row.images)
+        except (OSError, ValueError) as error:
+            return RowError(f"The row's images cannot be sent: {error}")
+        chat = {"messages": messages, "add_generation_prompt": generation, "return_token_ids": True}
+        answer = await self._row("/v1/chat/completions", {**body, **chat})
+        if isinstance(answer, wire.Answers) and answer.prompt_token_ids != ids:
+            return RowError(
+                "The server's tokens for these messages and images are not the row's: "
+                + wire.difference(ids, answer.prompt_token_ids or [], self._image_token_id)
+                + ". Serve the teacher with the chat template and the processor settings of the training data."
+            )
+        return answer
+
+    async def _row(self, path: str, body: dict[str, Any]) -> wire.Answers | RowError:
+        try:
+            return wire.decoded(await self._endpoints.request(path, msgspec.json.encode(body)), wire.Answers, path)
+        except Refusal as refusal:
+            return RowError(_refused(refusal, body))
+
+    async def _post(self, path: str, body: dict[str, Any], url: str) -> bytes:
+        """A request of `check`, of which any refusal concerns the server."""
+        try:
+            return await self._endpoints.request(path, msgspec.json.encode(body), url, retry=False)
+        except Refusal as refusal:
+            raise ValueError(f"{url} refused a request of two tokens: {_refused(refusal, body)}") from refusal
+
+    def _get(self, url: str, path: str, kind: type[Kind]) -> Kind:
+        try:
+            return wire.decoded(self._endpoints.run(self._endpoints.request(path, None, url, retry=False)), kind, url)
+        except Refusal as refusal:
+            raise ValueError(f"{url}{path} is not a vLLM server's: {_refused(refusal, {})}") from refusal
+
+
+def _scored_length(row: Question) -> int:
+    """How many tokens the server must read: nothing after the last supervised token changes what it says."""
+    return len(row.ids) if row.images else int(np.flatnonzero(row.supervised)[-1]) + 1
+
+
+def _refused(refusal: Refusal, body: Mapping[str, Any]) -> str:
+    """Why the server refused this row, where that concerns the row alone; raises ValueError for all else."""
+    if refusal.parameter == "prompt_logprobs" or "prompt logprobs" in refusal.message:
+        k = body.get("prompt_logprobs")
+        raise ValueError(
+            f"{refusal.url} does not give the top {k} log-probs of a token: {refusal.message}. Start it with "
+            f"--max-logprobs {k} or more, or choose a smaller k."
+        ) from refusal
+    if refusal.status in (401, 403):
+        raise ValueError(f"{refusal}. Give the server's key as api_key, or in VLLM_API_KEY.") from refusal
+    # max_tokens is what vLLM blames for a prompt that leaves no room.
+    if refusal.parameter in SAMPLING - {"max_tokens"}:
+        raise ValueError(f"The server refuses the sampling parameters: {refusal.message}") from refusal
+    if refusal.status in (400, 413, 422):
+        return refusal.message
+    raise ValueError(f"{refusal}. See that the URL is a vLLM server's and the model the one it serves.") from refusal
+
+
+def _serves(facts: ServerFacts, teacher: str) -> bool:
+    """Whether a folder or Hub name is what a server loaded, under its own name, by path or from the Hub's cache."""
+    if teacher in (facts.model, facts.root):
+        return True
+    ours, theirs = Path(teacher), Path(facts.root)
+    if ours.is_dir():
+        return ours.resolve() == theirs.resolve()
+    return f"models--{teacher.replace('/', '--')}" in theirs.parts
+
+
+def _named(facts: ServerFacts) -> str:
+    return repr(facts.model) if facts.model == facts.root else f"{facts.model!r} (loaded from {facts.root!r})"

