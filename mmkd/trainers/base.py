@@ -23,10 +23,12 @@ from mmkd.models.backbone import allow_consumers, devices_of, full_head, name_of
 from mmkd.models.heads import LMHead
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.teachers.base import Teacher
+from mmkd.teachers.cached import BATCH_KEY, CacheCollator, CachedTeacher
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal, TopKSignal
 
 from .checks import check_supervision, check_training_data
+from .preparation import preparation_of, sequences_of
 from .progress import DistillationProgress
 
 
@@ -135,12 +137,6 @@ class DistillationTrainer(SFTTrainer):
         self._name = type(self).__name__.removesuffix("Trainer")
         if teacher is None and self.needs_teacher:
             raise ValueError(f"Method {self.method} needs a teacher: pass a Hub id, a folder, a model or a Teacher.")
-        if isinstance(teacher, Teacher) and not issubclass(teacher.signal_type, self.accepts):
-            accepted = " or ".join(signal.__name__ for signal in self.accepts)
-            raise ValueError(
-                f"{type(teacher).__name__} answers with {teacher.signal_type.__name__}, method {self.method} needs "
-                f"{accepted}. Use another teacher or another method."
-            )
         if args is None:
             name = (model if isinstance(model, str) else name_of(model)).rstrip("/").split("/")[-1]
             args = self.config_class(f"{name or 'student'}-{self.method}")
@@ -148,6 +144,8 @@ class DistillationTrainer(SFTTrainer):
             raise ValueError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}."
             )
+        if isinstance(teacher, Teacher):
+            self.check_teacher(teacher, args)
         if isinstance(model, str):
             model, processing_class = self._load_student(model, args, processing_class, kwargs)
         if processing_class is None:
@@ -197,6 +195,16 @@ class DistillationTrainer(SFTTrainer):
     def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
         """The losses of one micro-batch; runs inside the student's forward. `signal` is None without a teacher."""
         raise NotImplementedError
+
+    @classmethod
+    def check_teacher(cls, teacher: Teacher, args: Any) -> None:
+        """Raises ValueError when the teacher does not answer with a signal that this method can learn from."""
+        if not issubclass(teacher.signal_type, cls.accepts):
+            accepted = " or ".join(signal.__name__ for signal in cls.accepts)
+            raise ValueError(
+                f"{type(teacher).__name__} answers with {teacher.signal_type.__name__}, method {cls.method} needs "
+                f"{accepted}. Use another teacher or another method."
+            )
 
     def method_callbacks(self, args: Any) -> list[TrainerCallback]:
         """Callbacks of the method; those that are ExportableState are saved in and restored from the trainer state."""
@@ -252,7 +260,9 @@ class DistillationTrainer(SFTTrainer):
     def _build_teacher(self, teacher: Any, processing_class: Any) -> Teacher | None:
         if teacher is None:
             return None
-        if not isinstance(teacher, Teacher):
+        if isinstance(teacher, CachedTeacher):
+            self._use_cache(teacher)
+        elif not isinstance(teacher, Teacher):
             trust = self.args.trust_remote_code
             name = teacher if isinstance(teacher, str) else name_of(teacher)
             if isinstance(teacher, str):
@@ -267,6 +277,20 @@ class DistillationTrainer(SFTTrainer):
         self._ask_once(teacher)
         return teacher
 
+    def _use_cache(self, teacher: CachedTeacher) -> None:
+        if teacher.vocab_size > self.vocab_size:
+            raise ValueError(
+                f"The cache {teacher.cache.folder} speaks of {teacher.vocab_size} tokens, the student has "
+                f"{self.vocab_size}. Build it again with this student."
+            )
+        self.vocab_size = teacher.vocab_size
+        teacher.check(preparation_of(self.processing_class, self.args, self.chat_template))
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in {"train": self.train_dataset, **evaluation}.items():
+            if isinstance(dataset, Dataset) and "labels" in dataset.column_names:
+                teacher.check_sequences(((one.ids, one.supervised) for one in sequences_of(dataset)), name)
+        self.data_collator = CacheCollator(self.data_collator, teacher)
+
     def _shared_vocabulary(self, teacher_tokenizer: Any, teacher_rows: int) -> int:
         tokenizer: Any = tokenizer_of(self.processing_class)
         added = {*tokenizer.get_added_vocab(), *teacher_tokenizer.get_added_vocab()}
@@ -274,13 +298,9 @@ class DistillationTrainer(SFTTrainer):
         return min(tokens, self.vocab_size, teacher_rows)
 
     def _ask_once(self, teacher: Teacher) -> None:
-        """Asks about the start of the first row, so that a teacher that cannot answer fails before training."""
-        row = next(iter(self.train_dataset))
-        if "input_ids" not in row:
-            return
-        ids = torch.tensor([row["input_ids"][:32]], device=self.accelerator.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        teacher.ask(inputs, torch.ones_like(ids[:, 1:], dtype=torch.bool))
+        """Asks about the first row, so that a teacher that cannot answer fails before training."""
+        inputs: Any = self._prepare_inputs(self.data_collator([dict(next(iter(self.train_dataset)))]))
+        teacher.ask(inputs, inputs.pop("labels")[:, 1:] != -100)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
@@ -326,6 +346,7 @@ class DistillationTrainer(SFTTrainer):
         supervised = labels != -100
         asks = self.teacher is not None and (self.needs_teacher or self._reports_now())
         signal = self.teacher.ask(inputs, supervised) if self.teacher is not None and asks else None
+        inputs.pop(BATCH_KEY, None)
 
         def consumer(hidden: Tensor, head: LMHead) -> tuple[dict, dict]:
             student = Supervised(hidden[:, :-1][supervised], head.trimmed(self.vocab_size), labels[supervised])

@@ -7,6 +7,8 @@ from typing import Any
 
 from mmkd.losses import divergences
 from mmkd.losses.divergences import Divergence
+from mmkd.teachers.base import Teacher
+from mmkd.teachers.signals import DenseSignal, SparseSignal, TopKSignal
 
 from .base import DistillationConfig, DistillationTrainer, ItemLosses, Supervised
 
@@ -70,7 +72,24 @@ class KDTrainer(DistillationTrainer):
 
     method = "kd"
     config_class = KDConfig
+    accepts = (DenseSignal, TopKSignal, SparseSignal)
     args: KDConfig
+
+    @classmethod
+    def check_teacher(cls, teacher: Teacher, args: KDConfig) -> None:
+        """Raises ValueError too when the divergence or the temperature asks for more than the teacher tells."""
+        super().check_teacher(teacher, args)
+        partial_signal = not issubclass(teacher.signal_type, (DenseSignal, TopKSignal))
+        if partial_signal and args.divergence != "forward_kl":
+            raise ValueError(
+                f"{args.divergence} compares with the whole distribution, which a teacher without its tail does not "
+                "give. Set teacher_tail: bucket, or divergence: forward_kl."
+            )
+        if args.temperature != 1 and not teacher.can_temper:
+            raise ValueError(
+                f"temperature is {args.temperature}, but this teacher is known at temperature 1 only: the shape of "
+                "its tail was not kept. Set temperature: 1, or teacher_tail: renormalise."
+            )
 
     def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
         """One divergence per supervised token."""

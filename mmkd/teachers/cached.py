@@ -1,0 +1,189 @@
+"""A teacher on disk: what it said about each sequence was written down by `mmkd cache build`."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Bool
+from torch import Tensor
+
+from .base import Teacher
+from .codec import TokenScores
+from .keys import image_hash, segments, sequence_key
+from .manifest import differences
+from .signals import SparseSignal, TopKSignal
+from .store import Cache
+
+TAILS = ("bucket", "unbiased", "renormalise")
+
+BATCH_KEY = "teacher_scores"
+"""Where `CacheCollator` puts its tensors into a batch."""
+
+
+class CachedTeacher(Teacher[SparseSignal]):
+    """Answers from a cache, found by the very tokens (and images) that the student sees.
+
+    Args:
+        cache: a folder that `mmkd cache build` wrote.
+        tail: what stands for the tokens outside of the top-k. bucket: one outcome with the tail's mass, good with any
+            divergence. unbiased: the draws from the tail that the cache holds, for the forward KL: its expected
+            gradient is that of the whole distribution. renormalise: nothing, the top-k counts as all; as in other
+            libraries, and the only one that can be tempered.
+
+    Raises ValueError when the cache is incomplete or damaged, or lacks what `tail` needs.
+    """
+
+    def __init__(self, cache: Any, tail: str = "bucket"):
+        self.cache = cache if isinstance(cache, Cache) else Cache(cache)
+        self.tail, codec = tail, self.cache.codec
+        if tail not in TAILS:
+            raise ValueError(f"teacher_tail is {tail!r}; choose one of {', '.join(TAILS)}.")
+        if codec.kind != "top_k":
+            raise ValueError(
+                f"{self.cache.folder} holds one log-prob per token, for method alm; this method needs a top-k. Build "
+                "one with cache_signal: top_k."
+            )
+        if tail == "unbiased" and not codec.m:
+            raise ValueError(
+                f"{self.cache.folder} has no draws from the tail, which teacher_tail: unbiased needs. Use bucket, or "
+                "build a cache with cache_tail_draws."
+            )
+        if tail != "unbiased" and not codec.k:
+            raise ValueError(f"{self.cache.folder} has draws only (top-k of 0): set teacher_tail: unbiased.")
+        self.signal_type = TopKSignal if tail == "bucket" else SparseSignal
+        self.can_temper = tail == "renormalise"
+
+    @property
+    def vocab_size(self) -> int:
+        """The tokens its distributions are over."""
+        return len(self.cache.codec.order.ids)
+
+    def check(self, preparation: Mapping[str, Any]) -> None:
+        """Raises ValueError, naming the field, when sequences are prepared in another way than the cached ones."""
+        different = differences(preparation, self.cache.manifest.identity["preparation"])
+        if different:
+            raise ValueError(
+                f"The cache {self.cache.folder} was built for other sequences than this run trains on: "
+                f"{'; '.join(different)}. Set these as in the cache, or build a cache with this recipe."
+            )
+
+    def check_sequences(self, sequences: Iterable[tuple[np.ndarray, np.ndarray]], name: str) -> None:
+        """Raises ValueError when the cache does not know all of these (ids, supervised) pairs."""
+        missing = [
+            number
+            for number, (ids, supervised) in enumerate(sequences)
+            if supervised[1:].any() and not self._knows(sequence_key(ids, supervised))
+        ]
+        if missing:
+            raise ValueError(
+                f"The cache {self.cache.folder} does not know {len(missing):,} sequences of the {name} data, "
+                f"the first of them number {missing[0]}: the data differs from what the cache was built on. Build it "
+                "again with this recipe."
+            )
+
+    def _knows(self, key: bytes) -> bool:
+        return self.cache.find(key) is not None or key in self.cache.skipped_keys
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Nothing to place: batches bring the answers with them."""
+
+    def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> SparseSignal:
+        """The answers that `CacheCollator` put into this batch."""
+        # Rows that an evaluation repeats to fill its last batch come last and are not supervised.
+        scores = [tensor[: int(supervised.sum())] for tensor in inputs[BATCH_KEY].values()]
+        assert len(scores[0]) == supervised.sum()
+        return self.signal_type(*scores)
+
+    def tensors(self, scores: list[TokenScores]) -> dict[str, Tensor]:
+        """The fields of this teacher's signal for the supervised tokens of a batch."""
+        if self.tail == "unbiased":
+            outcomes = [_with_draws(one) for one in scores]
+        else:
+            outcomes = [(one.ids, one.log_probs) for one in scores]
+        ids = np.concatenate([ids for ids, _ in outcomes])
+        log_probs = torch.from_numpy(np.concatenate([log_probs for _, log_probs in outcomes]))
+        if self.tail == "renormalise":
+            log_probs = log_probs.log_softmax(-1)
+        fields = {"ids": torch.from_numpy(ids), "log_probs": log_probs}
+        if self.tail == "bucket":
+            fields["tail_log_prob"] = torch.from_numpy(np.concatenate([one.tail_log_prob for one in scores]))
+        return fields
+
+
+class CacheCollator:
+    """A data collator that looks its batch up in a teacher's cache; runs in the data loader's workers.
+
+    Nothing is learnt from sequences that the teacher could not read when the cache was built with on_error: skip.
+    Raises ValueError for a sequence that the cache does not know.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any], teacher: CachedTeacher):
+        self.collator, self.teacher = collator, teacher
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        # Before the collator, which may replace the images of its examples.
+        images = [[image_hash(image) for image in images_of(example)] for example in examples]
+        batch = self.collator(examples)
+        ids, supervised = batch["input_ids"].numpy(), batch["labels"].numpy() != -100
+        cache, scores = self.teacher.cache, []
+        for row in range(len(ids)):
+            for segment in _segments(batch, row):
+                mask = supervised[row, segment].copy()
+                mask[:1] = False
+                if not mask.any():
+                    continue
+                key = sequence_key(ids[row, segment], mask, images[row])
+                found = cache.find(key)
+                if key in cache.skipped_keys:
+                    batch["labels"][row, segment] = -100
+                    continue
+                if found is None:
+                    raise ValueError(
+                        f"The cache {cache.folder} does not know a sequence of this batch (first tokens "
+                        f"{ids[row, segment][:8].tolist()}): the data or its preparation differs from what the cache "
+                        "was built on. Build it again with this recipe."
+                    )
+                scores.append(cache.scores(found))
+        batch[BATCH_KEY] = self.teacher.tensors(scores or [self._nothing()])
+        return batch
+
+    def _nothing(self) -> TokenScores:
+        codec = self.teacher.cache.codec
+        ids, draws = (np.zeros((0, width), dtype=np.int32) for width in (codec.k, codec.m))
+        return TokenScores(ids, np.zeros((0, codec.k), dtype=np.float32), draws, np.zeros(0, dtype=np.float32))
+
+
+def images_of(example: Mapping[str, Any]) -> list[Any]:
+    """The images of a raw row in TRL's columns."""
+    if "image" in example:
+        return [example["image"]]
+    return list(example.get("images") or [])
+
+
+def _segments(batch: Mapping[str, Any], row: int) -> Iterable[slice]:
+    """The sequences of a row of a batch: what lies between restarts of the positions, or all that is no padding."""
+    if "position_ids" in batch:
+        positions = batch["position_ids"][row].numpy()
+        return segments(np.flatnonzero(positions == 0).tolist(), len(positions))
+    present = np.flatnonzero(batch["attention_mask"][row].numpy())
+    return [slice(int(present[0]), int(present[-1]) + 1)] if len(present) else []
+
+
+def _with_draws(scores: TokenScores) -> tuple[np.ndarray, np.ndarray]:
+    """Top-k and draws as outcomes; equal draws, which stand side by side, are counted in the first of them."""
+    draws = scores.draws
+    first = np.ones(draws.shape, dtype=bool)
+    first[:, 1:] = draws[:, 1:] != draws[:, :-1]
+    run = np.cumsum(first, axis=1) - 1
+    offset = np.arange(len(draws))[:, None] * draws.shape[1]
+    counts = np.bincount((run + offset).ravel(), minlength=draws.size).reshape(draws.shape)
+    with np.errstate(divide="ignore"):
+        shares = np.where(first, np.log(np.take_along_axis(counts, run, axis=1)), -np.inf)
+    weights = scores.tail_log_prob[:, None] - math.log(draws.shape[1]) + shares
+    return (
+        np.concatenate([scores.ids, draws], axis=1),
+        np.concatenate([scores.log_probs, weights.astype(np.float32)], axis=1),
+    )

@@ -1,0 +1,147 @@
+"""The manifest of a cache: what made it, which shards it has, and a checksum over itself."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One finished shard. `sha256` is over its rows and not its container, so that a Parquet copy has the same."""
+
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row without an answer, and its key where it could be read at all."""
+
+    reason: str
+    key: str | None = None
+
+
+@dataclass
+class Manifest:
+    """What a cache is. `identity` is everything that decides its rows, as a tree of plain values."""
+
+    identity: dict[str, Any]
+    shard_rows: int
+    total_rows: dict[str, int]
+    """Split -> rows of the data that the cache covers, skipped ones included."""
+    shards: dict[str, dict[int, ShardEntry]] = field(default_factory=dict)
+    """Split -> shard number -> entry."""
+    skipped: dict[str, dict[int, Skipped]] = field(default_factory=dict)
+    """Split -> row -> why the teacher gave no answer."""
+    part: tuple[int, int] | None = None
+    """(i, n) when this is the i-th of n parts of a build."""
+
+    def __post_init__(self) -> None:
+        for split in self.total_rows:
+            self.shards.setdefault(split, {})
+            self.skipped.setdefault(split, {})
+
+    def planned(self) -> list[tuple[str, int]]:
+        """The shards of this cache, or of this part of it: (split, number)."""
+        everything = [
+            (split, number) for split, rows in self.total_rows.items() for number in range(-(-rows // self.shard_rows))
+        ]
+        return everything if self.part is None else everything[self.part[0] :: self.part[1]]
+
+    def missing(self) -> list[tuple[str, int]]:
+        """The planned shards that are not there yet."""
+        return [(split, number) for split, number in self.planned() if number not in self.shards[split]]
+
+    def span(self, split: str, number: int) -> range:
+        """The rows of the data that a shard covers."""
+        start = number * self.shard_rows
+        return range(start, min(start + self.shard_rows, self.total_rows[split]))
+
+    def write(self, folder: Path) -> None:
+        """Replaces the folder's manifest; at no moment is there half of one."""
+        content = asdict(self)
+        content["format"] = FORMAT
+        # JSON turns numbers that are keys into text, which sorts 10 before 9.
+        for part in ("shards", "skipped"):
+            content[part] = {split: dict(sorted(entries.items())) for split, entries in content[part].items()}
+        content = json.loads(json.dumps(content))
+        content["checksum"] = _checksum(content)
+        write_file(folder / NAME, json.dumps(content, indent=1).encode())
+
+    @staticmethod
+    def read(folder: Path) -> "Manifest":
+        """Raises ValueError when there is none, or one that was edited, damaged or written by a newer mmkd."""
+        path = folder / NAME
+        if not path.is_file():
+            raise ValueError(f"{folder} is no teacher cache: it has no {NAME}. Make one with `mmkd cache build`.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); build the cache again.") from error
+        found = content.pop("format", None)
+        if found != FORMAT:
+            raise ValueError(
+                f"{path} has format {found}, this mmkd reads {FORMAT}; install the version that wrote it."
+            )
+        if content.pop("checksum", None) != _checksum({**content, "format": FORMAT}):
+            raise ValueError(
+                f"{path} was edited: its checksum does not fit. It says what the rows mean, so restore it, or build "
+                "the cache again in another folder."
+            )
+        shards = {
+            split: {int(number): ShardEntry(**entry) for number, entry in entries.items()}
+            for split, entries in content.pop("shards").items()
+        }
+        skipped = {
+            split: {int(row): Skipped(**entry) for row, entry in rows.items()}
+            for split, rows in content.pop("skipped").items()
+        }
+        part = content.pop("part")
+        return Manifest(**content, shards=shards, skipped=skipped, part=None if part is None else tuple(part))
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two identities differ: `data.fingerprint: 'a' here, 'b' there`."""
+    found = []
+    for key in sorted({*ours, *theirs}):
+        left, right = ours.get(key), theirs.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key}: {left!r} here, {right!r} there")
+    return found
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file so that after a crash there is the old one or the new one. Raises ValueError on a full disk."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(
+            f"{path} ({len(content):,} bytes) cannot be written: {error.strerror}. Make room, or choose another "
+            "folder; what was finished before is kept, and the same command goes on from there."
+        ) from error
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

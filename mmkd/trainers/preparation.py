@@ -1,0 +1,79 @@
+"""What the student will see: how rows become sequences, as facts to compare and as the sequences themselves."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from jaxtyping import Bool, Int
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl.trainer.sft_config import SFTConfig
+
+from mmkd.models.load import tokenizer_of
+from mmkd.teachers.keys import segments
+
+_READ = 1000
+
+
+def preparation_of(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: SFTConfig, template: str | None = None
+) -> dict[str, Any]:
+    """Everything besides the data that decides the token ids and masks of a run; long values as sha256.
+
+    `template` is the chat template in use when it is not that of the processing class.
+    """
+    image_processor = getattr(processing_class, "image_processor", None)
+    return {
+        "tokenizer": _sha256(_tokenizer_json(tokenizer_of(processing_class))),
+        "eos_token": str(tokenizer_of(processing_class).eos_token),
+        "chat_template": _sha256(template or processing_class.chat_template),
+        "image_processor": None if image_processor is None else _sha256(image_processor.to_json_string()),
+        "max_length": args.max_length,
+        "truncation_mode": args.truncation_mode,
+        "completion_only_loss": args.completion_only_loss,
+        "assistant_only_loss": args.assistant_only_loss,
+        # Strategies that keep sequences whole give the same ones as no packing.
+        "packing": args.packing_strategy if args.packing and args.packing_strategy != "bfd" else None,
+    }
+
+
+class Located(NamedTuple):
+    """A sequence of a prepared data set: a span of one of its rows."""
+
+    row: int
+    span: slice
+    ids: Int[np.ndarray, "token"]
+    supervised: Bool[np.ndarray, "token"]
+
+
+def sequences_of(dataset: Dataset) -> Iterator[Located]:
+    """Every sequence of a prepared data set; packed rows are taken apart."""
+    columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names]
+    first = 0
+    for batch in dataset.select_columns(columns).with_format("numpy").iter(_READ):
+        rows: Any = batch
+        for number, (ids, labels) in enumerate(zip(rows["input_ids"], rows["labels"], strict=True)):
+            starts = [0]
+            if "seq_lengths" in rows:
+                starts = np.cumsum([0, *rows["seq_lengths"][number][:-1]]).tolist()
+            for span in segments(starts, len(ids)):
+                supervised = labels[span] != -100
+                supervised[:1] = False
+                yield Located(first + number, span, ids[span], supervised)
+        first += len(rows["input_ids"])
+
+
+def _tokenizer_json(tokenizer: Any) -> str:
+    if not tokenizer.is_fast:
+        return json.dumps(sorted(tokenizer.get_vocab().items()))
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Set anew by every call.
+    for key in ("truncation", "padding"):
+        content.pop(key, None)
+    return json.dumps(content, sort_keys=True)
+
+
+def _sha256(text: Any) -> str | None:
+    return None if text is None else hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
