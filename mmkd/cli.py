@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
+    if rest and "takes_flags" not in options:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return options.run(options, rest)
@@ -52,7 +52,34 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", help="path of a YAML file, or name of a shipped recipe (`mmkd recipes ls`)")
     train.add_argument("--accelerate_config", help="single_gpu, ddp, fsdp2, zero2, zero3 or the path of a config file")
     train.add_argument("--help_keys", action="store_true", help="list all keys and flags of the recipe's method")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, takes_flags=True)
+    cache = commands.add_parser("cache", help="write what a teacher says to disk, once, and look after it")
+    cached = cache.add_subparsers(dest="action", required=True)
+    build = cached.add_parser("build", help="run the teacher of a recipe over its data; run it again to go on")
+    build.add_argument("recipe", help="path of a YAML file, or name of a shipped recipe")
+    build.set_defaults(run=_build_cache, takes_flags=True)
+    info = cached.add_parser("info", help="what a cache holds, its size, the mass it keeps, what it cost")
+    info.add_argument("cache", help="folder or Hub id")
+    info.set_defaults(run=_cache_info)
+    verify = cached.add_parser(
+        "verify", help="check a cache's checksums; with its recipe, also against the live teacher"
+    )
+    verify.add_argument("target", help="folder, Hub id, or the recipe (.yaml) that made it")
+    verify.add_argument("--rows", type=int, default=64, help="sequences to ask the live teacher about (default: 64)")
+    verify.set_defaults(run=_verify_cache, takes_flags=True)
+    push = cached.add_parser("push", help="publish a cache on the Hub, with a card")
+    push.add_argument("target", help="folder, or the recipe (.yaml) that made it, to measure it for the card")
+    push.add_argument("repo_id", help="user/name of the data set to write")
+    push.add_argument("--private", action="store_true", help="only you and your organisation can read it")
+    push.add_argument("--rows", type=int, default=64, help="sequences to ask the live teacher about (default: 64)")
+    push.set_defaults(run=_push_cache, takes_flags=True)
+    merge = cached.add_parser("merge", help="join the parts of a build with shard: i/n")
+    merge.add_argument("cache", help="the folder to write")
+    merge.add_argument("parts", nargs="*", help="folders of the parts (default: CACHE.part-*-of-* beside it)")
+    merge.set_defaults(run=_merge_cache)
+    examine = commands.add_parser("doctor", help="say whether a recipe would be a sound run, before anything is spent")
+    examine.add_argument("recipe", help="path of a YAML file, or name of a shipped recipe")
+    examine.set_defaults(run=_doctor, takes_flags=True)
     shipped = commands.add_parser("recipes", help="list, show or copy the shipped recipes")
     actions = shipped.add_subparsers(dest="action", required=True)
     listing = actions.add_parser("ls", help="list them")
@@ -74,6 +101,44 @@ def _train(options: argparse.Namespace, flags: list[str]) -> int:
     if options.help_keys:
         return launch.print_keys(options.recipe, flags)
     return launch.train(options.recipe, flags, options.accelerate_config)
+
+
+def _build_cache(options: argparse.Namespace, flags: list[str]) -> int:
+    from mmkd.capture.commands import build_command
+
+    return build_command(options.recipe, flags)
+
+
+def _cache_info(options: argparse.Namespace, rest: list[str]) -> int:
+    from mmkd.capture.commands import info_command
+
+    return info_command(options.cache)
+
+
+def _verify_cache(options: argparse.Namespace, flags: list[str]) -> int:
+    from mmkd.capture.commands import verify_command
+
+    return verify_command(options.target, flags, options.rows)
+
+
+def _push_cache(options: argparse.Namespace, flags: list[str]) -> int:
+    from mmkd.capture.commands import push_command
+
+    return push_command(options.target, options.repo_id, flags, options.private, options.rows)
+
+
+def _merge_cache(options: argparse.Namespace, rest: list[str]) -> int:
+    from mmkd.capture.commands import merge_command
+
+    return merge_command(options.cache, options.parts)
+
+
+def _doctor(options: argparse.Namespace, flags: list[str]) -> int:
+    from rich.console import Console
+
+    from mmkd.doctor import doctor
+
+    return doctor(options.recipe, flags, Console())
 
 
 def _list_recipes(options: argparse.Namespace, rest: list[str]) -> int:

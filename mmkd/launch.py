@@ -72,6 +72,15 @@ def _train(trainer: DistillationTrainer, checkpoint: str | None) -> bool:
     return not interrupt.asked
 
 
+def parse_alone(recipe: str, flags: Sequence[str]) -> tuple[Run, str | None]:
+    """The run of a recipe in this process alone, and the accelerate_config that training would be launched with."""
+    chosen, flags = _split(flags, ["accelerate_config"])
+    keys = read_recipe(find_recipe(recipe))
+    config = chosen[-1].rpartition("=")[2] if chosen else keys.get("accelerate_config")
+    known = _launch_keys(method_of(keys, flags)) if config is not None else []
+    return parse_run(recipe, _split(flags, known)[1], ["accelerate_config", *known]), config
+
+
 def print_keys(recipe: str, flags: Sequence[str]) -> int:
     """Prints every key that a recipe of this method may set, with its meaning."""
     parser_of(method_of(read_recipe(find_recipe(recipe)), flags)).print_help()

@@ -9,16 +9,24 @@ from typing import Any
 
 import torch
 import yaml
+from datasets import DatasetDict
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 from trl.scripts.utils import TrlParser
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
+from mmkd.capture.arguments import CacheArguments
 from mmkd.data.load import load_data
+from mmkd.data.recipe import DataRecipe
+from mmkd.hub import local_cache
 from mmkd.models.assemble import prune
-from mmkd.models.load import load_model, load_processing_class
+from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.recipes import find_recipe
+from mmkd.teachers.cached import TAILS, CachedTeacher
+from mmkd.teachers.identity import is_same_teacher, weights_sha256
+from mmkd.teachers.server import ServerTeacher
+from mmkd.teachers.store import Cache
 from mmkd.trainers import METHODS
 from mmkd.trainers.base import DistillationConfig, DistillationTrainer
 
@@ -64,6 +72,39 @@ class RunArguments:
         metadata={"help": "Quantise the teacher to 4 bits (nf4) with bitsandbytes, whatever the student is."},
     )
     teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the teacher to 8 bits."})
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher on disk: the folder that `mmkd cache build` writes and training reads, or a Hub id "
+            "to read it from. The teacher itself is then not loaded."
+        },
+    )
+    teacher_tail: str = field(
+        default="bucket",
+        metadata={
+            "help": "What stands for the tokens outside of a cached top-k. bucket (default): one outcome with their "
+            "mass, for any divergence. unbiased: the draws of cache_tail_draws, for forward_kl. renormalise: nothing.",
+            "choices": list(TAILS),
+        },
+    )
+    teacher_server: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Base URLs of vLLM servers with the teacher (scripts/serve_teacher.sh), which is then not loaded "
+            "here: to build a cache through them, or to train with their live top-k."
+        },
+    )
+    teacher_server_model: str | None = field(
+        default=None, metadata={"help": "The teacher's name on the servers, where they offer several models."}
+    )
+    teacher_concurrency: int = field(default=16, metadata={"help": "Requests under way at a time, over all servers."})
+    teacher_top_k: int = field(
+        default=64,
+        metadata={
+            "help": "Outcomes kept exactly per token, in a cache or asked of a server. 64 (default) with the tail's "
+            "mass has a gradient within 5 percent of the whole distribution's on a strong student."
+        },
+    )
     max_train_rows: int | None = field(default=None, metadata={"help": "Use at most so many rows to train."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Use at most so many rows to evaluate."})
     dry_run: bool = field(
@@ -88,8 +129,16 @@ class RunArguments:
                 "student_init: prune and the sizes to keep (student_layers, student_intermediate_size, "
                 "student_num_attention_heads) go together: set both or neither."
             )
-        if self.teacher is None and METHODS[self.method].needs_teacher:
-            raise ValueError(f"Method {self.method} needs a teacher: set `teacher` to a Hub id or a folder.")
+        sources = [self.teacher, self.teacher_cache, self.teacher_server]
+        if not any(sources) and METHODS[self.method].needs_teacher:
+            raise ValueError(
+                f"Method {self.method} needs a teacher: set `teacher` to a Hub id or a folder, or teacher_cache, or "
+                "teacher_server."
+            )
+        if self.teacher_tail not in TAILS:
+            raise ValueError(f"teacher_tail is {self.teacher_tail!r}; choose one of {', '.join(TAILS)}.")
+        if self.teacher_top_k < 0:
+            raise ValueError(f"teacher_top_k is {self.teacher_top_k}; it is a number of tokens, 0 or more.")
         if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
             raise ValueError("teacher_load_in_4bit and teacher_load_in_8bit exclude each other: keep one.")
 
@@ -108,6 +157,7 @@ class Run:
     arguments: RunArguments
     training: DistillationConfig
     student: StudentArguments
+    cache: CacheArguments
 
 
 def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = ()) -> Run:
@@ -124,7 +174,7 @@ def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = (
     for key in keys:
         if key not in (*known, "env", *ignored):
             raise ValueError(f"{path} sets {key!r}, which method {method} does not know.{_nearest(key, known)}")
-    arguments, training, student, unknown = parser.parse_args_and_config(
+    arguments, training, student, cache, unknown = parser.parse_args_and_config(
         ["--config", str(path), *flags], return_remaining_strings=True
     )
     # Keys that somebody else reads come back as flags, with their values.
@@ -134,12 +184,12 @@ def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = (
             word = flag.lstrip("-").partition("=")[0]
             advice = "." if flag.startswith("--") else "; write --key value."
             raise ValueError(f"{flag} is no flag of method {method}{advice}{_nearest(word, known)}")
-    return Run(arguments, training, student)
+    return Run(arguments, training, student, cache)
 
 
 def parser_of(method: str) -> TrlParser:
     """The parser of every key that a recipe of this method may set."""
-    types: list[Any] = [RunArguments, METHODS[method].config_class, StudentArguments]
+    types: list[Any] = [RunArguments, METHODS[method].config_class, StudentArguments, CacheArguments]
     return TrlParser(types, prog=f"mmkd-train ({method})", allow_abbrev=False)
 
 
@@ -157,20 +207,98 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def build_trainer(run: Run) -> DistillationTrainer:
     """The trainer of a run, with student, teacher and data loaded and checked."""
     arguments, training = run.arguments, run.training
-    data = load_data(arguments.data, max_train_rows=arguments.max_train_rows, max_eval_rows=arguments.max_eval_rows)
-    teacher = None if arguments.teacher is None else _load_teacher(run, arguments.teacher)
-    student = _load_student(run, teacher)
-    name = arguments.student or arguments.teacher
-    assert name is not None
+    data = load_rows_of(run)
+    model = None
+    if arguments.teacher is not None and (_reads_teacher(arguments) or arguments.student is None):
+        model = load_teacher(run, arguments.teacher)
+    student = _load_student(run, model)
+    teacher: Any = model if _reads_teacher(arguments) else None
+    if arguments.teacher_cache is not None:
+        teacher = CachedTeacher(local_cache(arguments.teacher_cache), arguments.teacher_tail)
+        check_cache(run, teacher.cache)
+        data = without_unreadable(data, teacher.cache)
+    elif arguments.teacher_server is not None:
+        teacher = _server_teacher(run, arguments.teacher_server)
     return METHODS[arguments.method](
         model=student,
         teacher=teacher,
         args=training,
         train_dataset=data["train"],
         eval_dataset=data.get("eval"),
-        processing_class=load_processing_class(name, "student", **_hub(run, run.student.model_revision)),
+        processing_class=student_processing_class(run),
         peft_config=get_peft_config(run.student),
     )
+
+
+def _server_teacher(run: Run, urls: list[str]) -> ServerTeacher:
+    arguments = run.arguments
+    settings: dict[str, Any] = {}
+    if arguments.teacher is not None:
+        teacher = load_processing_class(arguments.teacher, "teacher", **_hub(run, arguments.teacher_revision))
+        settings = {"teacher": arguments.teacher, "tokenizer": tokenizer_of(teacher)}
+    return ServerTeacher(
+        urls,
+        k=arguments.teacher_top_k,
+        model=arguments.teacher_server_model,
+        # Of the student: what it does not know, a padding row of the teacher's say, is left in the tail.
+        vocab_size=len(tokenizer_of(student_processing_class(run))),
+        max_length=run.training.max_length,
+        concurrency=arguments.teacher_concurrency,
+        **settings,
+    )
+
+
+def load_rows_of(run: Run) -> DatasetDict:
+    """The rows of a run's data recipe."""
+    arguments = run.arguments
+    return load_data(arguments.data, max_train_rows=arguments.max_train_rows, max_eval_rows=arguments.max_eval_rows)
+
+
+def student_processing_class(run: Run) -> Any:
+    """The tokenizer or processor of a run's student, which may be made of the teacher."""
+    arguments = run.arguments
+    if arguments.student is not None:
+        return load_processing_class(arguments.student, "student", **_hub(run, run.student.model_revision))
+    assert arguments.teacher is not None
+    return load_processing_class(arguments.teacher, "teacher", **_hub(run, arguments.teacher_revision))
+
+
+def teacher_identity(run: Run, download: bool = True) -> dict[str, Any]:
+    """Which teacher a run names, by name and weights; those of a Hub id only where they may be downloaded for it."""
+    arguments = run.arguments
+    assert arguments.teacher is not None
+    name, revision = arguments.teacher, arguments.teacher_revision
+    here = Path(name).is_dir() or (download and arguments.teacher_server is None)
+    return {"name": name, "revision": revision, "weights": weights_sha256(name, revision) if here else None}
+
+
+def check_cache(run: Run, cache: Cache) -> None:
+    """Raises ValueError when a cache was built of another teacher, or on other data, than the run names."""
+    identity, arguments = cache.manifest.identity, run.arguments
+    if arguments.teacher is not None:
+        ours = teacher_identity(run, download=False)
+        if not is_same_teacher(ours, identity["teacher"]):
+            raise ValueError(
+                f"The cache {cache.folder} is of the teacher {identity['teacher']['name']!r} (weights "
+                f"{identity['teacher']['weights']}), the recipe names {ours['name']!r} ({ours['weights']}). Correct "
+                "`teacher`, or build a cache of it."
+            )
+    fingerprint = DataRecipe.load(arguments.data).fingerprint
+    if fingerprint != identity["data"]["fingerprint"]:
+        raise ValueError(
+            f"The cache {cache.folder} was built on the data {identity['data']['name']!r} with the fingerprint "
+            f"{identity['data']['fingerprint']}, the recipe's data has {fingerprint}. Use that data, or build a cache "
+            "with this recipe."
+        )
+
+
+def without_unreadable(data: DatasetDict, cache: Cache) -> DatasetDict:
+    """The rows without those that nobody could read when the cache was built."""
+    for split, rows in cache.manifest.skipped.items():
+        unreadable = {row for row, entry in rows.items() if entry.key is None}
+        if unreadable and split in data:
+            data[split] = data[split].select([row for row in range(len(data[split])) if row not in unreadable])
+    return data
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -204,7 +332,7 @@ def resume_point(training: DistillationConfig) -> str | None:
     return str(wanted)
 
 
-def _load_teacher(run: Run, name: str) -> PreTrainedModel:
+def load_teacher(run: Run, name: str) -> PreTrainedModel:
     arguments = run.arguments
     quantization = None
     if arguments.teacher_load_in_4bit or arguments.teacher_load_in_8bit:
@@ -260,6 +388,10 @@ def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
     if student.attn_implementation is not None:
         pruned.set_attn_implementation(student.attn_implementation)
     return pruned.to(_dtype(student, source.dtype))
+
+
+def _reads_teacher(arguments: RunArguments) -> bool:
+    return arguments.teacher_cache is None and arguments.teacher_server is None
 
 
 def _dtype(student: StudentArguments, source: torch.dtype) -> torch.dtype:

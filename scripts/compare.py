@@ -43,7 +43,7 @@ def main() -> None:
     ]
     for recipe in options.recipes:
         runs = [results.get(recipe, [*flags, "--seed", str(seed)]) for seed in options.seeds]
-        rows.append((parse_run(recipe, flags).arguments.method, runs))
+        rows.append((_label(recipe, flags), runs))
     show(rows, options.seeds)
 
 
@@ -70,7 +70,7 @@ class Results:
 def measure(recipe: str, flags: list[str], stage: str, folder: Path) -> dict[str, float]:
     """Evaluates the recipe's teacher ("teacher") or its student, "untrained" or "trained"."""
     run = parse_run(recipe, [*flags, "--save_strategy", "no"])
-    run.training.output_dir = str(folder / f"{run.arguments.method}-{run.training.seed}")
+    run.training.output_dir = str(folder / f"{Path(recipe).parent.name}-{Path(recipe).stem}-{run.training.seed}")
     if stage == "teacher":
         whole = {"student": run.arguments.teacher, "student_init": "pretrained", "student_layers": None}
         narrow = {"student_intermediate_size": None, "student_num_attention_heads": None}
@@ -83,6 +83,11 @@ def measure(recipe: str, flags: list[str], stage: str, folder: Path) -> dict[str
         result["tokens"] = tokens["supervised_tokens"]
         result["tokens_per_second"] = result["tokens"] / seconds
         trainer.save_model()
+    if run.arguments.teacher_cache is not None:
+        # Judged by the teacher itself, like all others.
+        saved = {"student": run.training.output_dir, "student_init": "pretrained", "student_layers": None}
+        live = replace(run.arguments, **saved, teacher_cache=None)
+        trainer = build_trainer(replace(run, arguments=live))
     return {**result, **trainer.evaluate()}
 
 
@@ -99,6 +104,11 @@ def show(rows: list[tuple[str, list[dict[str, float]]]], seeds: list[int]) -> No
     console.print(table)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     console.print(f"seeds {seeds}{', mean ± standard deviation' if len(seeds) > 1 else ''}; {machine}")
+
+
+def _label(recipe: str, flags: list[str]) -> str:
+    method, name = parse_run(recipe, flags).arguments.method, Path(recipe).stem
+    return method if name == "quickstart" else f"{method}, {name}"
 
 
 def _spread(values: list[float]) -> str:

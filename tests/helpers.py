@@ -1,6 +1,8 @@
 """What tests import from one another."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mmkd.trainers.base import DistillationTrainer
@@ -23,3 +25,9 @@ VISION: dict[str, Any] = {
 def losses_of(trainer: DistillationTrainer, name: str = "loss") -> list[float]:
     """What a trainer logged under a name, step by step."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def environment() -> dict[str, str]:
+    """For processes that a test starts: mmkd can be imported, one thread, wide lines."""
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}

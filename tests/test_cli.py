@@ -1,7 +1,6 @@
 """mmkd-train and mmkd from the outside: what a user types and what comes back."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import yaml
 
 from mmkd.cli import main
 from scripts.make_tiny_models import sentences
+from tests.helpers import environment
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -49,11 +49,6 @@ def write_recipe(folder: Path, name: str = "recipe.yaml", **keys: Any) -> None:
         "report_to": "none",
     }
     (folder / name).write_text(yaml.safe_dump({**common, **keys}))
-
-
-def environment() -> dict[str, str]:
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 @pytest.fixture

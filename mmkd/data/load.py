@@ -188,7 +188,8 @@ def _local_files(recipe: DataRecipe, pattern: str) -> list[str]:
 
 def _saved_folder(recipe: DataRecipe) -> Path | None:
     """The folder `save_to_disk` wrote, or None when the source is on the Hub. Raises ValueError when it is neither."""
-    folder = next((place for place in _places(recipe, recipe.source) if place.is_dir()), None)
+    folders = [place for place in _places(recipe, recipe.source) if place.is_dir()]
+    folder = next((place for place in folders if _is_saved(place)), next(iter(folders), None))
     if folder is None:
         looks_like_path = recipe.source.startswith((".", "/", "~")) or recipe.source.count("/") != 1
         if looks_like_path:
@@ -198,7 +199,7 @@ def _saved_folder(recipe: DataRecipe) -> Path | None:
                 f"one of {', '.join(BUILDERS)}, or a folder that save_to_disk wrote."
             )
         return None
-    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    if not _is_saved(folder):
         raise ValueError(
             f"{recipe.name}: {folder} was not written by save_to_disk; for the files in it write "
             f"`source: parquet` (or {', '.join(BUILDERS)}) and `data_files:`."
@@ -207,6 +208,10 @@ def _saved_folder(recipe: DataRecipe) -> Path | None:
     if unused:
         raise ValueError(f"{recipe.name}: {', '.join(unused)} cannot apply to the saved folder {folder}; remove it.")
     return folder
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _sift(raw: Dataset, recipe: DataRecipe, sieve: Sieve, limit: int | None) -> tuple[Dataset, int]:

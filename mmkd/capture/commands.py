@@ -1,0 +1,128 @@
+"""`mmkd cache`: build, info, verify and merge, as functions that print."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mmkd.cards.cache import mass_kept
+from mmkd.hub import local_cache, push_cache
+from mmkd.launch import parse_alone
+from mmkd.run import Run
+from mmkd.teachers.manifest import Manifest
+from mmkd.teachers.merge import merge_parts
+from mmkd.teachers.store import LOG, Cache, damaged_shards, shard_path
+
+from .build import build
+from .estimate import readable_size, report_estimate
+from .fidelity import measure_fidelity
+from .plan import ScorePlan, make_plan
+
+
+def build_command(recipe: str, flags: Sequence[str]) -> int:
+    """Builds the cache of a recipe and prints its folder; with dry_run, prints what that would cost."""
+    run, _ = parse_alone(recipe, flags)
+    plan = make_plan(run)
+    if run.arguments.dry_run:
+        if not isinstance(plan, ScorePlan):
+            raise ValueError("A dry run estimates scoring; how long the answers to generate get is not known before.")
+        report_estimate(plan, Console())
+        return 0
+    print(build(plan, Console(stderr=True)))
+    if run.cache.part is not None:
+        index, count = run.cache.part
+        print(f"Part {index} of {count} is done. With all parts in one place: mmkd cache merge {_cache_of(run)}")
+    return 0
+
+
+def info_command(name: str) -> int:
+    """Prints what a cache is, how large, how much of the teacher's mass it keeps, and what it cost."""
+    folder = local_cache(name)
+    manifest = Manifest.read(folder)
+    identity, entries = manifest.identity, [entry for shards in manifest.shards.values() for entry in shards.values()]
+    tokens, size = sum(entry.tokens for entry in entries), sum(entry.bytes for entry in entries)
+    missing = len(manifest.missing())
+    cost = _teacher_seconds(folder)
+    rows: list[tuple[str, str]] = [
+        ("teacher", " ".join(str(part) for part in identity["teacher"].values() if part)),
+        ("data", f"{identity['data']['name']} ({identity['data']['license'] or 'licence not stated'})"),
+        ("signal", ", ".join(f"{key} {value}" for key, value in identity["signal"].items() if key != "token_order")),
+        *[
+            (split, f"{sum(entry.rows for entry in shards.values()):,} of {manifest.total_rows[split]:,} sequences")
+            for split, shards in manifest.shards.items()
+        ],
+        ("skipped rows", f"{sum(len(rows) for rows in manifest.skipped.values()):,}"),
+        ("supervised tokens", f"{tokens:,}"),
+        ("size", f"{readable_size(size)}, {size / max(1, tokens):.1f} bytes per token"),
+        ("cost", f"{cost / 3600:.2f} hours, {tokens / max(cost, 1e-9):,.0f} supervised tokens/s"),
+        ("state", f"{missing} of {len(manifest.planned())} shards are missing" if missing else "complete"),
+    ]
+    if identity["signal"]["kind"] == "top_k" and not missing and manifest.part is None:
+        rows.insert(3, ("mass kept by the top-k", f"{mass_kept(Cache(folder)):.4f}"))
+    if manifest.part is not None:
+        rows.append(("part", f"{manifest.part[0]} of {manifest.part[1]}"))
+    table = Table(title=str(folder), show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    return 0
+
+
+def verify_command(target: str, flags: Sequence[str], rows: int) -> int:
+    """Checks a cache's checksums; of a recipe also KL(live || cache) on some rows. Exit status 1 when damaged."""
+    run = _run_of(target, flags)
+    folder = local_cache(target if run is None else _cache_of(run))
+    manifest = Manifest.read(folder)
+    damaged = list(damaged_shards(folder, manifest))
+    for split, number in damaged:
+        print(f"{shard_path(folder, split, number)} is damaged; `mmkd cache build` repairs just that shard.")
+    total = sum(len(shards) for shards in manifest.shards.values())
+    print(f"{total - len(damaged)} of {total} shards are intact.")
+    if damaged:
+        return 1
+    if run is None:
+        print("For the distance to the live teacher, give the recipe: mmkd cache verify RECIPE.yaml")
+        return 0
+    fidelity = measure_fidelity(run, Cache(folder), rows)
+    print(
+        f"KL(live || cache) on {fidelity['rows']} sequences, {fidelity['tokens']:,} tokens: mean "
+        f"{fidelity['kl_live_cache']:.2e} nats, largest {fidelity['kl_live_cache_max']:.2e}"
+    )
+    return 0
+
+
+def push_command(target: str, repo_id: str, flags: Sequence[str], private: bool, rows: int) -> int:
+    """Publishes a cache on the Hub; of a recipe, with KL(live || cache) on its card."""
+    run = _run_of(target, flags)
+    folder = Path(target if run is None else _cache_of(run))
+    fidelity = None if run is None else measure_fidelity(run, Cache(folder), rows)
+    print(push_cache(folder, repo_id, private=private, fidelity=fidelity))
+    return 0
+
+
+def merge_command(target: str, parts: Sequence[str]) -> int:
+    """Joins the parts of a build; without their names, those that lie beside the folder to write."""
+    folder = Path(target)
+    found = [Path(part) for part in parts] or sorted(folder.parent.glob(f"{folder.name}.part-*-of-*"))
+    merge_parts(folder, found)
+    print(folder)
+    return 0
+
+
+def _run_of(target: str, flags: Sequence[str]) -> Run | None:
+    """The run of a recipe's path; None for a cache."""
+    return parse_alone(target, flags)[0] if target.endswith((".yaml", ".yml")) else None
+
+
+def _cache_of(run: Run) -> str:
+    if run.arguments.teacher_cache is None:
+        raise ValueError("The recipe names no teacher_cache.")
+    return run.arguments.teacher_cache
+
+
+def _teacher_seconds(folder: Path) -> float:
+    """What the build of all shards took, from its log; shards that were built twice cost twice."""
+    log = folder / LOG
+    return sum(json.loads(line)["seconds"] for line in log.read_text().splitlines()) if log.is_file() else 0.0

@@ -1,0 +1,68 @@
+"""The same pass on Ray Data: shards go to workers, each with a teacher of its own; this process writes."""
+
+import logging
+import os
+import pickle
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+
+from .plan import Plan, ShardResult
+
+
+def shards_on_ray(plan: Plan, missing: list[tuple[str, int]]) -> Iterator[ShardResult]:
+    """The shards in the order in which workers finish them.
+
+    Joins the cluster of RAY_ADDRESS, or starts Ray on this machine. Workers read the data from the paths of this
+    machine, so that a cluster needs a shared file system. Raises ValueError as the shards themselves do.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ValueError("engine: ray needs Ray; install it with `pip install 'mmkd[ray]'`.") from error
+    arguments = plan.arguments
+    started = not ray.is_initialized()
+    if started:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        shards = ray.data.from_items(
+            [{"split": split, "number": number} for split, number in missing], override_num_blocks=len(missing)
+        )
+        results = shards.map(
+            cast(Any, _Worker),
+            fn_constructor_args=(ray.put(plan), torch.get_num_threads()),
+            concurrency=min(arguments.cache_workers, len(missing)),
+            num_cpus=arguments.cache_worker_cpus,
+            num_gpus=arguments.cache_worker_gpus,
+        )
+        for row in results.iter_rows():
+            found = pickle.loads(row["result"])
+            if isinstance(found, ValueError):
+                raise ValueError(str(found))
+            yield found
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class _Worker:
+    """Answers for single shards; loads its teacher at the first."""
+
+    def __init__(self, plan: Any, threads: int):
+        import ray
+
+        # Sums over several threads differ in their last bits; every worker adds like the process that started it.
+        torch.set_num_threads(threads)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self.plan: Plan = ray.get(plan)
+
+    def __call__(self, shard: dict[str, Any]) -> dict[str, bytes]:
+        # Ray wraps what a worker raises until its message is hard to find; bad input should read as it does elsewhere.
+        try:
+            found = self.plan.shard(str(shard["split"]), int(shard["number"]), lambda tokens: None)
+        except ValueError as error:
+            found = error
+        return {"result": pickle.dumps(found)}

@@ -1,0 +1,147 @@
+"""Who answers for the teacher while a cache is built: a model in this process, or vLLM servers."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+from trl.data_utils import prepare_multimodal_messages
+
+from mmkd.teachers.cached import images_of
+from mmkd.teachers.codec import TokenScores
+from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.vllm_client import Question, RowError, TopK, VLLMClient
+
+from .scoring import label_log_probs, score_tokens
+from .sequences import Prepared, TokenSequence, UnusableRow
+
+Advance = Callable[[int], None]
+"""Told how many tokens were read."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked about every supervised token."""
+
+    kind: str
+    k: int
+    m: int
+    vocab_size: int
+
+
+class Engine(ABC):
+    """Scores sequences. What it says of one must not depend on which others it is asked about elsewhere."""
+
+    teacher_seconds: float = 0.0
+    """Time spent in the teacher itself."""
+
+    @abstractmethod
+    def score(self, sequences: Sequence[TokenSequence], advance: Advance) -> list[TokenScores | UnusableRow]:
+        """The scores of each sequence's supervised tokens, in the order of the sequences."""
+
+
+class LocalEngine(Engine):
+    """A model in this process, which reads sequences of like length together."""
+
+    def __init__(self, model: PreTrainedModel, prepared: Prepared, wanted: Wanted, batch_tokens: int):
+        self.teacher = LocalTeacher(model, wanted.vocab_size)
+        self.accelerator = Accelerator()
+        self.teacher.prepare(self.accelerator)
+        self.prepared, self.wanted, self.batch_tokens = prepared, wanted, batch_tokens
+
+    def score(self, sequences: Sequence[TokenSequence], advance: Advance) -> list[TokenScores | UnusableRow]:
+        answers: list[TokenScores | UnusableRow] = [UnusableRow("")] * len(sequences)
+        for batch in batches([len(sequence.ids) for sequence in sequences], self.batch_tokens):
+            asked = [sequences[place] for place in batch]
+            scores = self._score_batch(asked)
+            bounds = np.cumsum([sequence.supervised.sum() for sequence in asked])[:-1]
+            parts = zip(
+                *(np.split(part, bounds) for part in (scores.ids, scores.log_probs, scores.draws)),
+                np.split(scores.tail_log_prob, bounds),
+                strict=True,
+            )
+            for place, part in zip(batch, parts, strict=True):
+                answers[place] = TokenScores(*part)
+            advance(sum(len(sequence.ids) for sequence in asked))
+        return answers
+
+    def _score_batch(self, sequences: list[TokenSequence]) -> TokenScores:
+        device, wanted = self.accelerator.device, self.wanted
+        inputs, supervised = self.prepared.batch(sequences)
+        inputs = {name: value.to(device) if hasattr(value, "to") else value for name, value in inputs.items()}
+        supervised = supervised.to(device)
+        start = time.perf_counter()
+        signal = self.teacher.ask(inputs, supervised)
+        self.teacher_seconds += time.perf_counter() - start
+        if wanted.kind == "log_probs":
+            labels = inputs["input_ids"][:, 1:][supervised]
+            nothing = np.zeros((len(labels), 0), dtype=np.int32)
+            values = label_log_probs(signal, labels)[:, None]
+            return TokenScores(nothing, values, nothing, np.full(len(labels), -np.inf, dtype=np.float32))
+        # From the key, so that a sequence has the same draws whichever batch or machine it is in.
+        offsets = [
+            np.random.default_rng(int.from_bytes(one.key, "little")).random(int(one.supervised.sum()))
+            for one in sequences
+        ]
+        return score_tokens(signal, wanted.k, wanted.m, np.concatenate(offsets))
+
+
+class ServerEngine(Engine):
+    """vLLM over HTTP."""
+
+    def __init__(self, client: VLLMClient, wanted: Wanted):
+        self.client, self.wanted = client, wanted
+
+    def score(self, sequences: Sequence[TokenSequence], advance: Advance) -> list[TokenScores | UnusableRow]:
+        answers: list[TokenScores | UnusableRow] = []
+        questions = map(question_of, sequences)
+        found = self.client.score(questions, self.wanted.k, self.wanted.vocab_size)
+        start = time.perf_counter()
+        for sequence, answer in zip(sequences, found, strict=True):
+            self.teacher_seconds += time.perf_counter() - start
+            answers.append(UnusableRow(answer.reason) if isinstance(answer, RowError) else self._scores(answer))
+            advance(len(sequence.ids))
+            start = time.perf_counter()
+        return answers
+
+    def _scores(self, answer: TopK) -> TokenScores:
+        nothing = np.zeros((len(answer.ids), 0), dtype=np.int32)
+        if self.wanted.kind == "log_probs":
+            return TokenScores(nothing, answer.label_log_probs[:, None], nothing, np.full(len(nothing), -np.inf))
+        mass = np.exp(answer.log_probs.astype(np.float64)).sum(-1)
+        tail = np.log1p(-np.minimum(mass, 1 - np.finfo(np.float32).eps)).astype(np.float32)
+        return TokenScores(answer.ids, answer.log_probs, nothing, tail)
+
+
+def question_of(sequence: TokenSequence) -> Question:
+    """A sequence as a question to a server: its ids, and with images the messages they come from."""
+    if not sequence.images:
+        return Question(sequence.ids, sequence.supervised)
+    images = images_of(sequence.example)
+    return Question(sequence.ids, sequence.supervised, _messages(sequence.example, images), images)
+
+
+def _messages(example: Mapping[str, Any], images: list[Any]) -> list[dict[str, Any]]:
+    messages = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
+    if not all(isinstance(message, dict) for message in messages):
+        raise ValueError(
+            "A server is asked about images through messages, but the data has plain text. Map its columns to "
+            "messages, or use a local teacher."
+        )
+    return prepare_multimodal_messages(messages, images=images)
+
+
+def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Places of sequences of like length whose padded tokens stay within a budget; the longest come first."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch

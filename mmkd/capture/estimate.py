@@ -1,0 +1,56 @@
+"""What a build would cost, from a timed sample: tokens, bytes and hours, before they are spent."""
+
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from .plan import ScorePlan
+from .sequences import Sequences, TokenSequence, UnusableRow, usable
+
+_SAMPLE_ROWS = 32
+
+
+def report_estimate(plan: ScorePlan, console: Console) -> None:
+    """Asks the teacher about some sequences spread over the data, and prints what all of them would take."""
+    sequences, total = plan.prepared.splits["train"], sum(plan.manifest.total_rows.values())
+    count = min(_SAMPLE_ROWS, len(sequences))
+    places = [index * len(sequences) // count for index in range(count)]
+    found = [one for place in places for _, one in usable(sequences, range(place, place + 1))]
+    asked = [one for one in found if isinstance(one, TokenSequence)]
+    if not asked:
+        raise ValueError("None of the sampled rows can be read; see `mmkd doctor` for why.")
+    # The first question loads the teacher and warms it up.
+    plan.engine.score(asked[:1], lambda tokens: None)
+    start = time.perf_counter()
+    answers = plan.engine.score(asked, lambda tokens: None)
+    seconds = (time.perf_counter() - start) / len(asked)
+    scores = [one for one in answers if not isinstance(one, UnusableRow)]
+    supervised = sum(len(one) for one in scores)
+    encoded = sum(len(plan.codec.encode(one)) for one in scores)
+    read = sum(len(one.ids) for one in asked) / len(asked)
+    tokens, labels = read * total, supervised / len(asked) * total
+    counted = [split for split in plan.prepared.splits.values() if isinstance(split, Sequences)]
+    if counted:
+        tokens = sum(split.tokens for split in counted)
+        labels = sum(split.supervised_tokens for split in counted)
+    hours = seconds / read * tokens / 3600
+    workers = plan.arguments.cache_workers if plan.arguments.engine == "ray" else (plan.arguments.part or (0, 1))[1]
+    table = Table(title="mmkd cache build: dry run", show_header=False)
+    for name, value in (
+        ("teacher", plan.manifest.identity["teacher"]["name"]),
+        ("sequences", f"{total:,} in {-(-total // plan.manifest.shard_rows):,} shards or more"),
+        ("tokens to read", f"{tokens:,.0f}"),
+        ("supervised tokens", f"{labels:,.0f}"),
+        ("bytes per supervised token", f"{encoded / supervised:.1f}"),
+        ("size of the cache", readable_size(encoded / supervised * labels)),
+        ("speed", f"{read / seconds:,.0f} tokens/s over {len(asked)} sampled sequences"),
+        ("hours", f"{hours:.2f}" + (f", {hours / workers:.2f} with {workers} like this one" if workers > 1 else "")),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def readable_size(size: float) -> str:
+    """Bytes in the unit that suits them."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

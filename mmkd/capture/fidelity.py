@@ -1,0 +1,53 @@
+"""How near a cache is to the teacher it was made of."""
+
+import numpy as np
+
+from mmkd.run import Run
+from mmkd.teachers.codec import TokenScores
+from mmkd.teachers.manifest import differences
+from mmkd.teachers.store import Cache
+
+from .plan import ScorePlan, make_plan
+from .sequences import TokenSequence, UnusableRow, usable
+
+
+def measure_fidelity(run: Run, cache: Cache, rows: int) -> dict[str, float]:
+    """KL(live || cache) over the cached top-k and the tail, in nats per token, on sequences spread over the data."""
+    plan = make_plan(run)
+    if not isinstance(plan, ScorePlan) or plan.codec.kind != "top_k" or not plan.codec.k:
+        raise ValueError(
+            "The distance to the live teacher is measured on the exact part of a top-k, which this cache has not."
+        )
+    different = differences(plan.manifest.identity, cache.manifest.identity)
+    if different:
+        raise ValueError(f"{cache.folder} is not the cache of this recipe: {'; '.join(different)}.")
+    sequences = plan.prepared.splits["train"]
+    places = sorted({index * len(sequences) // rows for index in range(rows)})
+    found = [one for place in places for _, one in usable(sequences, range(place, place + 1))]
+    asked = [one for one in found if isinstance(one, TokenSequence)]
+    divergences = []
+    for sequence, live in zip(asked, plan.engine.score(asked, lambda tokens: None), strict=True):
+        row = cache.find(sequence.key)
+        if row is not None and not isinstance(live, UnusableRow):
+            divergences.append(divergence(live, cache.scores(row)))
+    if not divergences:
+        raise ValueError(f"None of the {len(asked)} sampled sequences is in {cache.folder}.")
+    values = np.concatenate(divergences)
+    return {
+        "rows": len(divergences),
+        "tokens": len(values),
+        "kl_live_cache": float(values.mean()),
+        "kl_live_cache_max": float(values.max()),
+    }
+
+
+def divergence(live: TokenScores, cached: TokenScores) -> np.ndarray:
+    """KL(live || cached) per token in nats, over the tokens that both list and one outcome for all others."""
+    values = []
+    for place in range(len(cached)):
+        _, ours, theirs = np.intersect1d(live.ids[place], cached.ids[place], return_indices=True)
+        p = np.exp(live.log_probs[place][ours].astype(np.float64))
+        q = np.exp(cached.log_probs[place][theirs].astype(np.float64))
+        p, q = (np.append(mass, max(1 - mass.sum(), 1e-12)) for mass in (p, q))
+        values.append(float((p * np.log(p / q)).sum()))
+    return np.array(values)

@@ -1,0 +1,288 @@
+"""The teacher's answers to the data's prompts, as a data set to train on (sequence-level KD) or to score."""
+
+import hashlib
+import io
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from datasets import Dataset, DatasetDict, Features, List, Value
+from PIL import Image
+from transformers import GenerationConfig, PreTrainedModel
+from trl.data_utils import prepare_multimodal_messages
+
+from mmkd.data.mapping import read_rows
+from mmkd.models.load import tokenizer_of
+from mmkd.run import Run, load_rows_of, load_teacher
+from mmkd.teachers.keys import image_hash
+from mmkd.teachers.manifest import Skipped
+from mmkd.teachers.vllm_client import Answer, Prompt, RowError, VLLMClient
+from mmkd.trainers.preparation import preparation_of
+
+from .engines import Advance, batches
+from .plan import Plan, ShardResult, client_of, described_teacher, folder_of, manifest_of, teacher_processing_class
+from .sequences import UnusableRow
+
+DATA_RECIPE = "data.yaml"
+
+
+class Generator(ABC):
+    """Continues prompts."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Prompt], seed: int, advance: Advance) -> list[list[Answer] | UnusableRow]:
+        """`cache_samples` answers to every prompt, in the order of the prompts."""
+
+
+class LocalGenerator(Generator):
+    """A model in this process; prompts with images are answered one by one, others in batches of like length."""
+
+    def __init__(self, model: PreTrainedModel, processing_class: Any, run: Run):
+        self.model: Any = model.eval()
+        if getattr(model, "hf_device_map", None) is None:
+            self.model = self.model.to(Accelerator().device)
+        self.processing_class, self.tokenizer = processing_class, tokenizer_of(processing_class)
+        self.settings = run.cache
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], seed: int, advance: Advance) -> list[list[Answer] | UnusableRow]:
+        answers: list[list[Answer] | UnusableRow] = [[] for _ in prompts]
+        settings = self.settings
+        lengths = [(len(prompt.ids) + settings.cache_max_new_tokens) * settings.cache_samples for prompt in prompts]
+        budget = 0 if any(prompt.images for prompt in prompts) else settings.cache_batch_tokens
+        # The prompts alone would not say which random numbers they get: those are of this shard and batch.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for places in batches(lengths, budget):
+                for place, found in zip(places, self._answers([prompts[place] for place in places]), strict=True):
+                    answers[place] = found
+                    advance(sum(len(answer.ids) for answer in found))
+        return answers
+
+    def _answers(self, prompts: list[Prompt]) -> list[list[Answer]]:
+        settings = self.settings
+        sampled = settings.cache_temperature > 0
+        stop = self.model.generation_config.eos_token_id
+        stops: list[Any] = [stop] if isinstance(stop, int) else list(stop or [self.tokenizer.eos_token_id])
+        config = GenerationConfig(
+            max_new_tokens=settings.cache_max_new_tokens,
+            num_return_sequences=settings.cache_samples,
+            do_sample=sampled,
+            temperature=settings.cache_temperature if sampled else None,
+            top_p=settings.cache_top_p if sampled else None,
+            top_k=0 if sampled else None,
+            eos_token_id=stops,
+            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stops[0],
+        )
+        inputs = self._inputs(prompts)
+        width = inputs["input_ids"].shape[1]
+        output = self.model.generate(**inputs, generation_config=config)[:, width:].tolist()
+        found = [self._answer(ids, stops) for ids in output]
+        return [found[i : i + settings.cache_samples] for i in range(0, len(found), settings.cache_samples)]
+
+    def _inputs(self, prompts: list[Prompt]) -> dict[str, Any]:
+        if prompts[0].images:
+            (prompt,) = prompts
+            assert prompt.messages is not None
+            return self.processing_class.apply_chat_template(
+                prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            ).to(self.model.device)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt.ids) :] = torch.tensor(list(prompt.ids))
+            mask[row, longest - len(prompt.ids) :] = 1
+        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+
+    def _answer(self, ids: list[int], stops: list[int]) -> Answer:
+        end = next((place for place, token in enumerate(ids) if token in stops), None)
+        ids = ids if end is None else ids[: end + 1]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Answer(str(text), ids, "length" if end is None else "stop")
+
+
+class ServerGenerator(Generator):
+    """vLLM over HTTP."""
+
+    def __init__(self, client: VLLMClient, run: Run):
+        settings = run.cache
+        self.client, self.samples = client, settings.cache_samples
+        self.sampling = {
+            "max_tokens": settings.cache_max_new_tokens,
+            "temperature": settings.cache_temperature,
+            "top_p": settings.cache_top_p,
+        }
+
+    def generate(self, prompts: Sequence[Prompt], seed: int, advance: Advance) -> list[list[Answer] | UnusableRow]:
+        answers: list[list[Answer] | UnusableRow] = []
+        for found in self.client.generate(prompts, {**self.sampling, "seed": seed}, self.samples):
+            answers.append(UnusableRow(found.reason) if isinstance(found, RowError) else found)
+            advance(0 if isinstance(found, RowError) else sum(len(answer.ids) for answer in found))
+        return answers
+
+
+@dataclass
+class GeneratePlan(Plan):
+    """The teacher's answers to the prompts of each row."""
+
+    data: DatasetDict
+    processing_class: Any
+
+    @cached_property
+    def generator(self) -> Generator:
+        """Whoever answers; loading the teacher waits until somebody asks."""
+        settings = self.run.arguments
+        if settings.teacher_server is not None:
+            return ServerGenerator(client_of(self.run, self.processing_class), self.run)
+        assert settings.teacher is not None
+        return LocalGenerator(load_teacher(self.run, settings.teacher), self.processing_class, self.run)
+
+    def files(self) -> dict[str, bytes]:
+        return {DATA_RECIPE: yaml.safe_dump(self._recipe(), sort_keys=False).encode()}
+
+    def shard(self, split: str, number: int, advance: Advance) -> ShardResult:
+        start, span, dataset = time.perf_counter(), self.manifest.span(split, number), self.data[split]
+        raw = list(read_rows(dataset.select(span), dataset.column_names))
+        asked, prompts, skipped = [], [], {}
+        for row, values in zip(span, raw, strict=True):
+            prompt = self._prompt(values)
+            if isinstance(prompt, UnusableRow):
+                skipped[row] = Skipped(prompt.reason)
+            else:
+                asked.append((row, values))
+                prompts.append(prompt)
+        self.refuse(skipped, split)
+        seed = _seed(self.arguments.cache_seed, split, number)
+        rows = []
+        for (row, values), prompt, answers in zip(
+            asked, prompts, self.generator.generate(prompts, seed, advance), strict=True
+        ):
+            if isinstance(answers, UnusableRow):
+                skipped[row] = Skipped(answers.reason)
+            else:
+                rows += [self._row(values, prompt, sample, answer) for sample, answer in enumerate(answers)]
+        self.refuse(skipped, split)
+        return ShardResult(split, number, rows, skipped, {"seconds": round(time.perf_counter() - start, 3)})
+
+    def _prompt(self, row: Mapping[str, Any]) -> Prompt | UnusableRow:
+        asked = prompt_of(row)
+        # What an image library raises for a broken file has no common class below Exception.
+        try:
+            images = [_decoded(image) for image in row.get("images") or []]
+        except Exception as error:
+            return UnusableRow(f"{type(error).__name__}: {error}")
+        if isinstance(asked, str):
+            if images:
+                raise ValueError("A prompt with images must be messages, but it is plain text. Map it to messages.")
+            return Prompt(tokenizer_of(self.processing_class)(asked)["input_ids"])
+        messages = [dict(message) for message in asked]
+        rendered = prepare_multimodal_messages(messages, images=images) if images else messages
+        output = self.processing_class.apply_chat_template(
+            rendered, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        ids = output["input_ids"]
+        return Prompt(ids[0] if images else ids, rendered if images else None, images)
+
+    def _row(self, row: Mapping[str, Any], prompt: Prompt, sample: int, answer: Answer) -> dict[str, Any]:
+        asked = prompt_of(row)
+        said = answer.text if isinstance(asked, str) else [{"role": "assistant", "content": answer.text}]
+        key = hashlib.blake2b(json.dumps([list(map(int, prompt.ids)), sample]).encode(), digest_size=16)
+        for image in prompt.images:
+            key.update(bytes.fromhex(image_hash(image)))
+        images = {"images": row["images"]} if "images" in row else {}
+        facts = {"sample": sample, "finish_reason": answer.finish_reason}
+        return {"key": key.digest(), "tokens": len(answer.ids), "prompt": asked, "completion": said, **images, **facts}
+
+    def _recipe(self) -> dict[str, Any]:
+        """A data recipe of the answers that ended by themselves: a cut answer would teach to stop anywhere."""
+        identity = self.manifest.identity
+        teacher, data = identity["teacher"]["name"], identity["data"]
+        columns = {name: name for name in ("prompt", "completion", "images") if name in self.features}
+        return {
+            "name": f"{data['name']}-answers",
+            "description": f"Answers of {teacher} to the prompts of {data['name']}.",
+            "license": data["license"],
+            "source": ".",
+            "splits": {split: split for split in self.manifest.total_rows},
+            "columns": columns,
+            "filters": {"equals": {"finish_reason": "stop"}},
+        }
+
+
+def make_generate_plan(run: Run) -> GeneratePlan:
+    """The plan of a cache of answers. Raises ValueError for data without prompts and settings that cannot be."""
+    settings, arguments = run.arguments, run.cache
+    if settings.teacher is None or settings.teacher_cache is None:
+        raise ValueError(
+            "Generating needs `teacher` (who answers; with teacher_server too) and `teacher_cache` (the folder to "
+            "write)."
+        )
+    data = load_rows_of(run)
+    columns = data["train"].column_names
+    if "text" in columns:
+        raise ValueError(
+            f"The data {settings.data!r} is plain text without prompts, so there is nothing to answer. Map its "
+            "columns to prompt (and completion), or to messages."
+        )
+    processing_class = teacher_processing_class(run)
+    # vLLM has to have room for prompt and answer; how long prompts are is not known before they are rendered.
+    teacher = described_teacher(run, tokenizer_of(processing_class), 0, arguments.cache_max_new_tokens)
+    facts = preparation_of(processing_class, run.training)
+    rendering = {name: facts[name] for name in ("tokenizer", "chat_template", "image_processor")}
+    sampling = {
+        "samples": arguments.cache_samples,
+        "max_new_tokens": arguments.cache_max_new_tokens,
+        "temperature": arguments.cache_temperature,
+        "top_p": arguments.cache_top_p,
+        "seed": arguments.cache_seed,
+    }
+    rows = {str(split): len(dataset) for split, dataset in data.items()}
+    manifest = manifest_of(run, teacher, rows, signal={"kind": "text"}, preparation=rendering, sampling=sampling)
+    return GeneratePlan(run, folder_of(run), manifest, _features(data["train"]), data, processing_class)
+
+
+def prompt_of(row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
+    """What the teacher is asked: the prompt, or the messages before the assistant's last turn."""
+    if "prompt" in row:
+        return row["prompt"]
+    messages = list(row["messages"])
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages
+
+
+def _features(data: Dataset) -> Features:
+    prompt = data.features["prompt" if "prompt" in data.column_names else "messages"]
+    images = {"images": data.features["images"]} if "images" in data.column_names else {}
+    message = {"role": Value("string"), "content": Value("string")}
+    return Features(
+        {
+            "key": Value("binary"),
+            "tokens": Value("int32"),
+            "crc32": Value("uint32"),
+            "prompt": prompt,
+            "completion": prompt if isinstance(prompt, Value) else List(message),
+            **images,
+            "sample": Value("int32"),
+            "finish_reason": Value("string"),
+        }
+    )
+
+
+def _decoded(image: Mapping[str, Any]) -> Image.Image:
+    source = image["path"] if image.get("bytes") is None else io.BytesIO(image["bytes"])
+    decoded = Image.open(source)
+    decoded.load()
+    return decoded
+
+
+def _seed(seed: int, split: str, number: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {split} {number}".encode(), digest_size=4).digest(), "little")

@@ -1,0 +1,263 @@
+"""What a build will do, from a recipe: its shards and everything that goes into the manifest. No one is asked yet."""
+
+import hashlib
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Features
+from transformers import AutoConfig
+
+from mmkd import __version__
+from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.data.recipe import DataRecipe
+from mmkd.models.load import load_processing_class, tokenizer_of
+from mmkd.run import Run, load_rows_of, load_teacher, student_processing_class, teacher_identity
+from mmkd.teachers.codec import Codec, TokenOrder
+from mmkd.teachers.manifest import Manifest, Skipped
+from mmkd.teachers.store import SIGNAL_FEATURES, TOKEN_ORDER, order_bytes
+from mmkd.teachers.vllm_client import ServerFacts, VLLMClient
+
+from .arguments import CacheArguments
+from .engines import Advance, Engine, LocalEngine, ServerEngine, Wanted
+from .sequences import Prepared, TokenSequence, UnusableRow, prepare, usable
+
+
+@dataclass
+class ShardResult:
+    """What one shard holds, before it is written."""
+
+    split: str
+    number: int
+    rows: list[dict[str, Any]]
+    skipped: dict[int, Skipped]
+    cost: dict[str, Any]
+
+
+@dataclass
+class Plan(ABC):
+    """A build before it starts; the same recipe gives the same plan on every machine."""
+
+    run: Run
+    folder: Path
+    manifest: Manifest
+    features: Features
+
+    @abstractmethod
+    def shard(self, split: str, number: int, advance: Advance) -> ShardResult:
+        """Asks the teacher about one shard. Raises ValueError for a row it cannot read, unless those are skipped."""
+
+    def files(self) -> dict[str, bytes]:
+        """What lies beside the shards from the start."""
+        return {}
+
+    @property
+    def arguments(self) -> CacheArguments:
+        return self.run.cache
+
+    def refuse(self, skipped: dict[int, Skipped], split: str) -> None:
+        """Raises ValueError for rows that would have to be left out when that was not asked for."""
+        if skipped and self.arguments.on_error == "fail":
+            row, entry = min(skipped.items())
+            raise ValueError(
+                f"Row {row} of the {split} data cannot be used: {entry.reason} ({len(skipped)} such rows in this "
+                "shard). Correct it, or set on_error: skip to leave such rows out."
+            )
+
+
+@dataclass
+class ScorePlan(Plan):
+    """The teacher's distributions over given answers."""
+
+    prepared: Prepared
+    codec: Codec
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Whoever answers; loading the teacher waits until somebody asks."""
+        run, codec = self.run, self.codec
+        wanted = Wanted(codec.kind, codec.k, codec.m, self.manifest.identity["signal"]["vocab_size"])
+        if run.arguments.teacher_server is not None:
+            return ServerEngine(client_of(run, self.prepared.processing_class), wanted)
+        assert run.arguments.teacher is not None
+        model = load_teacher(run, run.arguments.teacher)
+        return LocalEngine(model, self.prepared, wanted, self.arguments.cache_batch_tokens)
+
+    def files(self) -> dict[str, bytes]:
+        return {TOKEN_ORDER: order_bytes(self.codec.order)} if self.codec.kind == "top_k" else {}
+
+    def shard(self, split: str, number: int, advance: Advance) -> ShardResult:
+        start, teacher_start = time.perf_counter(), self.engine.teacher_seconds
+        found = list(usable(self.prepared.splits[split], self.manifest.span(split, number)))
+        asked = [(row, sequence) for row, sequence in found if isinstance(sequence, TokenSequence)]
+        skipped = {row: Skipped(one.reason) for row, one in found if isinstance(one, UnusableRow)}
+        self.refuse(skipped, split)
+        rows = []
+        answers = self.engine.score([sequence for _, sequence in asked], advance)
+        for (row, sequence), scores in zip(asked, answers, strict=True):
+            if isinstance(scores, UnusableRow):
+                skipped[row] = Skipped(scores.reason, sequence.key.hex())
+                continue
+            rows.append(
+                {
+                    "key": sequence.key,
+                    "tokens": len(scores),
+                    "blob": self.codec.encode(scores),
+                    "images": list(sequence.images),
+                    "image_tokens": sequence.image_tokens,
+                }
+            )
+        self.refuse(skipped, split)
+        teacher_seconds = self.engine.teacher_seconds - teacher_start
+        cost = {"seconds": time.perf_counter() - start, "teacher_seconds": teacher_seconds}
+        return ShardResult(split, number, rows, skipped, {name: round(value, 3) for name, value in cost.items()})
+
+
+def make_plan(run: Run) -> Plan:
+    """The plan of a run's `job`. Raises ValueError for settings that cannot be, before anything is written."""
+    if run.cache.job == "generate":
+        from .generate import make_generate_plan
+
+        return make_generate_plan(run)
+    return make_score_plan(run)
+
+
+def make_score_plan(run: Run) -> ScorePlan:
+    """The plan of a cache of scores. Raises ValueError as `make_plan` does."""
+    settings, arguments = run.arguments, run.cache
+    check_settings(run)
+    assert settings.teacher is not None
+    teacher_class = teacher_processing_class(run)
+    # Log-probs are for students of another tokenizer: they are of the teacher's own tokens.
+    across = arguments.cache_signal == "log_probs"
+    processing_class = teacher_class if across else student_processing_class(run)
+    prepared = prepare(load_rows_of(run), run.training, processing_class)
+    vocab_size = _shared_rows(run, prepared.processing_class, teacher_class)
+    k, m = (1, 0) if across else (settings.teacher_top_k, arguments.cache_tail_draws)
+    if k + m > vocab_size:
+        raise ValueError(
+            f"teacher_top_k {k} and cache_tail_draws {m} are more than the {vocab_size} tokens that student and "
+            "teacher share. Lower them."
+        )
+    teacher = described_teacher(run, tokenizer_of(teacher_class), k, run.training.max_length)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for sequences in prepared.splits.values():
+        known = sequences.counts[:vocab_size]
+        counts[: len(known)] += known
+    codec = Codec(arguments.cache_signal, k, m, TokenOrder.of(counts))
+    signal: dict[str, Any] = {"kind": codec.kind, "k": k, "tail_draws": m, "vocab_size": vocab_size}
+    if not across:
+        signal["token_order"] = hashlib.sha256(order_bytes(codec.order)).hexdigest()
+    rows = {split: len(sequences) for split, sequences in prepared.splits.items()}
+    manifest = manifest_of(run, teacher, rows, signal=signal, preparation=prepared.preparation)
+    return ScorePlan(run, folder_of(run), manifest, SIGNAL_FEATURES, prepared, codec)
+
+
+def manifest_of(run: Run, teacher: dict[str, Any], rows: dict[str, int], **identity: Any) -> Manifest:
+    """An empty manifest with everything that decides the rows of a run's cache."""
+    data = DataRecipe.load(run.arguments.data)
+    identity = {
+        "job": run.cache.job,
+        "mmkd": __version__,
+        "teacher": teacher,
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "license": data.license},
+        "batch_tokens": run.cache.cache_batch_tokens,
+        **identity,
+    }
+    return Manifest(identity, run.cache.cache_shard_rows, rows, part=run.cache.part)
+
+
+def teacher_processing_class(run: Run) -> Any:
+    """The teacher's tokenizer or processor."""
+    settings = run.arguments
+    assert settings.teacher is not None
+    hub = {"revision": settings.teacher_revision, "trust_remote_code": run.training.trust_remote_code}
+    return load_processing_class(settings.teacher, "teacher", **hub)
+
+
+def described_teacher(run: Run, tokenizer: Any, k: int, max_length: int | None) -> dict[str, Any]:
+    """What decides the teacher's numbers; a server is checked on the way (`VLLMClient.check`)."""
+    facts = None
+    if run.arguments.teacher_server is not None:
+        with client_of(run) as client:
+            facts = client.check(run.arguments.teacher, k, max_length, tokenizer)
+    return {**teacher_identity(run), **_precision(run, facts)}
+
+
+def folder_of(run: Run) -> Path:
+    """Where a run's cache, or its part of it, is written."""
+    folder = run.arguments.teacher_cache
+    assert folder is not None
+    return part_folder(folder, run.cache.part)
+
+
+def check_settings(run: Run) -> None:
+    """Raises ValueError for settings that contradict each other or lack a teacher or a place."""
+    settings, arguments = run.arguments, run.cache
+    if settings.teacher is None or settings.teacher_cache is None:
+        raise ValueError(
+            "A cache needs `teacher` (whose answers they are; with teacher_server too) and `teacher_cache` (the "
+            "folder to write)."
+        )
+    exact = settings.teacher_top_k if arguments.cache_signal == "top_k" else 1
+    if exact == 0 and arguments.cache_tail_draws == 0:
+        raise ValueError("teacher_top_k and cache_tail_draws are both 0: nothing would be kept. Raise one of them.")
+    if settings.teacher_server is not None and (arguments.cache_tail_draws or not exact):
+        raise ValueError(
+            "A server tells its most likely tokens only, not the tail to draw from. Set cache_tail_draws: 0 and "
+            "teacher_top_k above 0, or use a local teacher."
+        )
+
+
+def part_folder(folder: str | Path, part: tuple[int, int] | None) -> Path:
+    """Where a build, or one of its parts, is written."""
+    return Path(folder) if part is None else Path(f"{folder}.part-{part[0]}-of-{part[1]}")
+
+
+def client_of(run: Run, processing_class: Any = None) -> VLLMClient:
+    """A client of the run's servers."""
+    settings = run.arguments
+    assert settings.teacher_server is not None
+    return VLLMClient(
+        settings.teacher_server,
+        settings.teacher_server_model,
+        concurrency=settings.teacher_concurrency,
+        image_token_id=getattr(processing_class, "image_token_id", None),
+    )
+
+
+def _precision(run: Run, facts: ServerFacts | None) -> dict[str, Any]:
+    """What besides the weights decides the teacher's numbers."""
+    settings = run.arguments
+    if facts is not None:
+        return {"backend": f"vllm {facts.vllm_version}", "dtype": None, "quantization": None}
+    assert settings.teacher is not None
+    dtype = settings.teacher_dtype
+    if dtype == "auto":
+        dtype = str(_config(run, settings.teacher).dtype).removeprefix("torch.")
+    quantization = "nf4" if settings.teacher_load_in_4bit else "int8" if settings.teacher_load_in_8bit else None
+    return {"backend": "transformers", "dtype": dtype, "quantization": quantization}
+
+
+def _shared_rows(run: Run, processing_class: Any, teacher_class: Any) -> int:
+    """The number of leading token ids that sequences and teacher share."""
+    settings = run.arguments
+    ours: Any = tokenizer_of(processing_class)
+    theirs: Any = tokenizer_of(teacher_class)
+    added = {*ours.get_added_vocab(), *theirs.get_added_vocab()}
+    tokens = shared_vocabulary(ours.get_vocab(), theirs.get_vocab(), added)
+    assert settings.teacher is not None
+    rows = [_config(run, settings.teacher).get_text_config().vocab_size]
+    if settings.student is not None and ours is not theirs:
+        # A student grows where a cloned chat template adds tokens.
+        rows.append(max(_config(run, settings.student).get_text_config().vocab_size, len(ours)))
+    return min(tokens, *rows)
+
+
+def _config(run: Run, name: str) -> Any:
+    revision = run.arguments.teacher_revision if name == run.arguments.teacher else run.student.model_revision
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=run.training.trust_remote_code)

@@ -1,0 +1,203 @@
+"""The sequences a teacher is asked about: exactly those that training with the same recipe sees."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, Image, List
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl.trainer.sft_trainer import SFTTrainer
+
+from mmkd.models.load import tokenizer_of
+from mmkd.teachers.cached import images_of
+from mmkd.teachers.keys import image_hash, sequence_key
+from mmkd.trainers.base import DistillationConfig
+from mmkd.trainers.checks import check_supervision, check_training_data
+from mmkd.trainers.preparation import preparation_of, sequences_of
+
+# Rows with images whose tokens are counted for the order in which a cache stores ids; reading all would cost too much.
+_COUNTED_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One sequence: token t is to be judged where `supervised[t]`, given those before it and the images."""
+
+    ids: Int[np.ndarray, "token"]
+    supervised: Bool[np.ndarray, "token"]
+    images: tuple[str, ...] = ()
+    """Hashes of the images."""
+    image_tokens: int = 0
+    example: Mapping[str, Any] = field(default_factory=dict)
+    """The row itself where there are images."""
+
+    @property
+    def key(self) -> bytes:
+        return sequence_key(self.ids, self.supervised, self.images)
+
+
+@dataclass(frozen=True)
+class UnusableRow:
+    """Why a row cannot be read."""
+
+    reason: str
+
+
+class Sequences:
+    """The sequences of one split that have a supervised token, each once, in the order of the data."""
+
+    def __init__(self, dataset: Dataset):
+        seen: set[bytes] = set()
+        spans: list[tuple[int, int, int]] = []
+        self.counts = np.zeros(0, dtype=np.int64)
+        self.tokens = self.supervised_tokens = 0
+        for one in sequences_of(dataset):
+            key = sequence_key(one.ids, one.supervised)
+            if one.supervised.any() and key not in seen:
+                seen.add(key)
+                spans.append((one.row, one.span.start, one.span.stop))
+                self.tokens += len(one.ids)
+                self.supervised_tokens += int(one.supervised.sum())
+                self.counts = _added(self.counts, np.bincount(one.ids))
+        self.dataset = dataset.select_columns(["input_ids", "labels"]).with_format("numpy")
+        self._spans = np.array(spans, dtype=np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, row: int) -> TokenSequence | UnusableRow:
+        place, start, stop = self._spans[row].tolist()
+        found = self.dataset[place]
+        supervised = found["labels"][start:stop] != -100
+        supervised[:1] = False
+        return TokenSequence(found["input_ids"][start:stop].astype(np.int32), supervised)
+
+
+class VisionSequences:
+    """The rows of one split with images, which become tokens only when they are asked for."""
+
+    def __init__(self, dataset: Dataset, collator: Any, image_token_id: int | None):
+        self._dataset, self._collator, self._image_token_id = dataset, collator, image_token_id
+
+        self.counts = np.zeros(0, dtype=np.int64)
+        for _, sequence in usable(self, range(min(len(dataset), _COUNTED_IMAGES))):
+            if isinstance(sequence, TokenSequence):
+                self.counts = _added(self.counts, np.bincount(sequence.ids))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, row: int) -> TokenSequence | UnusableRow:
+        # What an image library raises for a broken file has no common class below Exception.
+        try:
+            example = self._dataset[row]
+            images = tuple(image_hash(image) for image in images_of(example))
+            batch = self._collator([dict(example)])
+        except Exception as error:
+            return UnusableRow(f"{type(error).__name__}: {error}")
+        present = batch["attention_mask"][0].bool()
+        ids, labels = batch["input_ids"][0][present].numpy(), batch["labels"][0][present].numpy()
+        supervised = labels != -100
+        supervised[:1] = False
+        count = int((ids == self._image_token_id).sum()) if self._image_token_id is not None else 0
+        return TokenSequence(ids.astype(np.int32), supervised, images, count, example)
+
+
+@dataclass
+class Prepared:
+    """What a recipe's training would see."""
+
+    splits: dict[str, Sequences | VisionSequences]
+    processing_class: Any
+    preparation: dict[str, Any]
+    collator: Any
+    vision: bool
+
+    def batch(self, sequences: Sequence[TokenSequence]) -> tuple[dict[str, Any], Bool[Tensor, "batch position"]]:
+        """Model inputs and the positions that predict a supervised token."""
+        if self.vision:
+            inputs = dict(self.collator([dict(sequence.example) for sequence in sequences]))
+            return inputs, inputs.pop("labels")[:, 1:] != -100
+        longest = max(len(sequence.ids) for sequence in sequences)
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        mask, supervised = torch.zeros_like(ids), torch.zeros(len(sequences), longest, dtype=torch.bool)
+        for row, sequence in enumerate(sequences):
+            length = len(sequence.ids)
+            ids[row, :length] = torch.from_numpy(sequence.ids)
+            mask[row, :length] = 1
+            supervised[row, :length] = torch.from_numpy(sequence.supervised)
+        return {"input_ids": ids, "attention_mask": mask}, supervised[:, 1:]
+
+
+class _Preparation(SFTTrainer):
+    """trl's preparation of rows without a student: its model is a placeholder that no one asks."""
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
+        check_supervision(dataset, prepared, args.max_length)
+        return prepared
+
+
+def prepare(data: DatasetDict, args: DistillationConfig, processing_class: Any) -> Prepared:
+    """The sequences of "train" and, if it is there, "eval". Raises ValueError for what training would refuse too."""
+    tokenizer: Any = tokenizer_of(processing_class)
+    # Looking at the columns should not fail where an image cannot be decoded.
+    unread = {str(split): _undecoded(dataset) for split, dataset in data.items()}
+    check_training_data(unread["train"], unread.get("eval"), args, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        args.output_dir, args.report_to, args.push_to_hub, args.disable_tqdm = folder, [], False, True
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+        trainer: Any = _Preparation(
+            model=LlamaForCausalLM(config),
+            args=args,
+            train_dataset=unread["train"],
+            eval_dataset=unread.get("eval"),
+            processing_class=processing_class,
+        )
+    vision = trainer._is_vision_dataset
+    prepared = data if vision else {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
+    image_token_id = getattr(processing_class, "image_token_id", None)
+    return Prepared(
+        {
+            split: VisionSequences(dataset, trainer.data_collator, image_token_id) if vision else Sequences(dataset)
+            for split, dataset in ((str(split), dataset) for split, dataset in prepared.items())
+            if dataset is not None
+        },
+        # With the tokens that a cloned chat template adds.
+        trainer.processing_class,
+        preparation_of(trainer.processing_class, args, trainer.chat_template),
+        trainer.data_collator,
+        vision,
+    )
+
+
+def _undecoded(dataset: Dataset) -> Dataset:
+    if "images" not in dataset.column_names:
+        return dataset
+    return dataset.cast_column("images", List(Image(decode=False)))
+
+
+def usable(sequences: Sequences | VisionSequences, rows: range) -> Iterator[tuple[int, TokenSequence | UnusableRow]]:
+    """The rows of a span that have something to judge, and those that cannot be read."""
+    for row in rows:
+        sequence = sequences[row]
+        if isinstance(sequence, UnusableRow) or sequence.supervised.any():
+            yield row, sequence
+
+
+def _added(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The sum of two counts, the shorter one filled up with zeros."""
+    if len(left) < len(right):
+        left, right = right, left
+    return left + np.pad(right, (0, len(left) - len(right)))

@@ -1,0 +1,283 @@
+"""`mmkd cache` from the outside: what a user types, what lies on disk then, and what training makes of it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+from PIL import Image
+
+from mmkd.cli import main
+from mmkd.teachers.manifest import Manifest
+from mmkd.teachers.store import LOG, Cache
+from scripts.make_tiny_models import sentences
+from tests.helpers import environment
+from tests.teachers.vlm import make_image, make_vlm
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def workplace(tiny: dict[str, Path], tmp_path: Path) -> Path:
+    """A folder with text, chats and `recipe.yaml`, a KD run of the tiny models from a cache of several shards."""
+    for split, seed in (("train", 0), ("eval", 1)):
+        texts, answers = sentences(48, seed=seed), sentences(48, seed=seed + 9)
+        write_rows(tmp_path / f"{split}.jsonl", [{"text": text} for text in texts])
+        write_rows(tmp_path / f"chat-{split}.jsonl", [chat(*pair) for pair in zip(texts, answers, strict=True)])
+    write_data(tmp_path, "words", "", {"text": "text"})
+    write_data(tmp_path, "chats", "chat-", {"messages": "messages"})
+    write_recipe(tmp_path, student=str(tiny["student"]), teacher=str(tiny["teacher"]))
+    return tmp_path
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def write_data(folder: Path, name: str, prefix: str, columns: dict[str, str]) -> None:
+    splits = {"train": "train", "eval": "eval"}
+    files = {split: f"{prefix}{split}.jsonl" for split in splits}
+    data = {"name": name, "license": "CC0-1.0", "source": "json", "columns": columns, "data_files": files}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({**data, "splits": splits}))
+
+
+def write_recipe(folder: Path, name: str = "recipe.yaml", **keys: Any) -> None:
+    common = {
+        "method": "kd",
+        "data": "words.yaml",
+        "output_dir": "run",
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "teacher_cache": "cache",
+        "teacher_top_k": 16,
+        "cache_shard_rows": 8,
+    }
+    (folder / name).write_text(yaml.safe_dump({**common, **keys}))
+
+
+@pytest.fixture
+def mmkd(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command of mmkd in the workplace; gives what it printed, and checks its exit status against `status`."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str, status: int = 0) -> str:
+        capsys.readouterr()
+        try:
+            found = main(arguments)
+        except SystemExit as error:
+            found = error.code
+        printed = capsys.readouterr()
+        assert found == status, printed.err
+        return printed.out + printed.err
+
+    return run
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All that decides a cache, by name."""
+    ignored = (LOG, ".lock")
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ignored
+    }
+
+
+def losses(run: Path) -> list[float]:
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_a_killed_build_goes_on_to_the_same_cache(mmkd: Run, workplace: Path) -> None:
+    mmkd("cache", "build", "recipe.yaml", "--teacher_cache", "whole")
+    command = [sys.executable, "-m", "mmkd.cli", "cache", "build", "recipe.yaml"]
+    for shards in (1, 4):
+        process = subprocess.Popen(command, cwd=workplace, env=environment(), stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 100
+        while len(list((workplace / "cache").glob("*/*.arrow"))) < shards and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    mmkd("cache", "build", "recipe.yaml")
+    assert files_of(workplace / "cache") == files_of(workplace / "whole")
+    assert not list((workplace / "cache").rglob("*.tmp"))
+
+
+def test_parts_built_apart_merge_to_the_same_cache(mmkd: Run, workplace: Path) -> None:
+    mmkd("cache", "build", "recipe.yaml")
+    for part in ("0/2", "1/2"):
+        mmkd("cache", "build", "recipe.yaml", "--teacher_cache", "joined", "--shard", part)
+    incomplete = mmkd("cache", "merge", "other", "joined.part-0-of-2", status=2)
+    assert "missing: 1/2" in incomplete
+    mmkd("cache", "merge", "joined")
+    assert files_of(workplace / "joined") == files_of(workplace / "cache")
+
+
+def test_ray_workers_build_the_same_cache(mmkd: Run, workplace: Path) -> None:
+    pytest.importorskip("ray")
+    mmkd("cache", "build", "recipe.yaml", "--cache_tail_draws", "4")
+    mmkd("cache", "build", "recipe.yaml", "--cache_tail_draws", "4", "--teacher_cache", "ray", "--engine", "ray")
+    assert files_of(workplace / "ray") == files_of(workplace / "cache")
+
+
+def test_a_failure_in_a_ray_worker_is_told_as_it_is(mmkd: Run, workplace: Path) -> None:
+    pytest.importorskip("ray")
+    damaged = workplace / "teacher"
+    shutil.copytree(yaml.safe_load((workplace / "recipe.yaml").read_text())["teacher"], damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    done = mmkd("cache", "build", "recipe.yaml", "--teacher", "teacher", "--engine", "ray", status=2)
+    assert "The teacher 'teacher' cannot be loaded" in done
+
+
+def test_a_damaged_shard_is_named_and_alone_built_anew(mmkd: Run, workplace: Path) -> None:
+    mmkd("cache", "build", "recipe.yaml")
+    before = files_of(workplace / "cache")
+    shard = workplace / "cache" / "train" / "00002.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert "train/00002.arrow is damaged" in mmkd("cache", "verify", "cache", status=1)
+    done = mmkd("cache", "build", "recipe.yaml")
+    assert "11 of 12 shards are there and intact" in done
+    assert files_of(workplace / "cache") == before
+
+
+def test_info_verify_and_dry_run(mmkd: Run) -> None:
+    estimate = mmkd("cache", "build", "recipe.yaml", "--dry_run")
+    assert "bytes per supervised token" in estimate
+    assert "hours" in estimate
+    mmkd("cache", "build", "recipe.yaml")
+    info = mmkd("cache", "info", "cache")
+    assert "mass kept by the top-k" in info
+    assert "complete" in info
+    assert "KL(live || cache) on 8 sequences" in mmkd("cache", "verify", "recipe.yaml", "--rows", "8")
+    assert "is no teacher cache" in mmkd("cache", "info", ".", status=2)
+
+
+def test_training_from_a_cache_and_what_is_refused(mmkd: Run, workplace: Path) -> None:
+    mmkd("cache", "build", "recipe.yaml")
+    mmkd("train", "recipe.yaml")
+    cached = losses(workplace / "run")
+    assert len(cached) == 4
+    for flags, words in (
+        (["--max_length", "32"], "max_length: 32 here, 1024 there"),
+        (["--data", "chats.yaml"], "was built on the data 'words'"),
+        (["--divergence", "jsd", "--teacher_tail", "renormalise"], "jsd compares with the whole distribution"),
+        (["--temperature", "2"], "known at temperature 1 only"),
+        (["--teacher_tail", "unbiased"], "has no draws from the tail"),
+        (["--teacher_tail", "buckets"], "invalid choice"),
+    ):
+        done = mmkd("train", "recipe.yaml", "--output_dir", "refused", *flags, status=2)
+        assert words in done, done
+    assert not list((workplace / "refused").glob("*"))
+
+
+def test_a_cache_of_another_teacher_is_refused(mmkd: Run, workplace: Path, tiny: dict[str, Path]) -> None:
+    mmkd("cache", "build", "recipe.yaml")
+    other = mmkd("train", "recipe.yaml", "--teacher", str(tiny["student"]), status=2)
+    assert "is of the teacher" in other
+    again = mmkd("cache", "build", "recipe.yaml", "--teacher_top_k", "8", status=2)
+    assert "signal.k: 8 here, 16 there" in again
+
+
+def test_answers_are_data_to_train_on_and_to_score(mmkd: Run, workplace: Path) -> None:
+    generation = ["--job", "generate", "--cache_samples", "2", "--cache_max_new_tokens", "60", "--data", "chats.yaml"]
+    mmkd("cache", "build", "recipe.yaml", *generation, "--teacher_cache", "answers")
+    mmkd("cache", "build", "recipe.yaml", *generation, "--teacher_cache", "again", "--shard", "1/3")
+    answers: Any = datasets.load_from_disk(str(workplace / "answers"))
+    assert len(answers["train"]) == 96
+    row = answers["train"][0]
+    assert [message["role"] for message in (*row["prompt"], *row["completion"])] == ["user", "assistant"]
+    assert row["tokens"] <= 60
+    # A shard is the same whoever builds it.
+    part = Manifest.read(workplace / "again.part-1-of-3").shards["train"][1]
+    assert part == Manifest.read(workplace / "answers").shards["train"][1]
+    score = ["--data", "answers/data.yaml", "--teacher_cache", "scores"]
+    mmkd("cache", "build", "recipe.yaml", *score)
+    finished = sum(reason == "stop" for reason in answers["train"]["finish_reason"])
+    assert Manifest.read(workplace / "scores").total_rows["train"] <= finished
+    mmkd("train", "recipe.yaml", *score, "--max_steps", "2")
+    assert len(losses(workplace / "run")) == 2
+    text = mmkd("cache", "build", "recipe.yaml", "--job", "generate", "--teacher_cache", "none", status=2)
+    assert "plain text without prompts" in text
+
+
+def test_images_that_cannot_be_decoded(mmkd: Run, workplace: Path) -> None:
+    make_vlm(workplace / "vlm")
+    questions, answers = sentences(12, seed=5), sentences(12, seed=6)
+    for split, numbers in (("train", range(8)), ("eval", range(8, 12))):
+        rows = []
+        for number in numbers:
+            path = workplace / f"{number}.png"
+            make_image(number).save(path)
+            rows.append({**chat(questions[number], answers[number]), "images": [str(path)]})
+        write_rows(workplace / f"pictures-{split}.jsonl", rows)
+    write_data(workplace, "pictures", "pictures-", {"messages": "messages", "images": "images"})
+    (workplace / "3.png").write_bytes(b"no image")
+    flags = ["--student", "vlm", "--teacher", "vlm", "--data", "pictures.yaml", "--max_length", "200"]
+    assert "data cannot be used: UnidentifiedImageError" in mmkd("cache", "build", "recipe.yaml", *flags, status=2)
+    mmkd("cache", "build", "recipe.yaml", *flags, "--on_error", "skip")
+    skipped = Manifest.read(workplace / "cache").skipped
+    assert sum(len(rows) for rows in skipped.values()) == 1
+    cache = Cache(workplace / "cache")
+    assert len(cache) == 11
+    table: Any = datasets.load_from_disk(str(workplace / "cache"))["eval"]
+    assert all(len(images) == 1 and tokens > 0 for images, tokens in zip(table["images"], table["image_tokens"]))  # noqa: B905
+    mmkd("train", "recipe.yaml", *flags, "--num_train_epochs", "1", "--max_steps", "-1", "--learning_rate", "1e-6")
+    # The student is the teacher; what is left is the encoding.
+    assert max(losses(workplace / "run")) < 1e-3
+    # Other pixels are another question.
+    Image.new("RGB", (64, 48)).save(workplace / "1.png")
+    changed = mmkd("train", "recipe.yaml", *flags, "--output_dir", "other", "--max_steps", "2", status=2)
+    assert "does not know a sequence" in changed
+
+
+def test_settings_that_cannot_be(mmkd: Run) -> None:
+    for flags, words in (
+        (["--teacher_top_k", "0"], "nothing would be kept"),
+        (["--teacher_top_k", "500"], "are more than the 300 tokens"),
+        (["--shard", "3/2"], "shard is '3/2'"),
+        (["--cache_shard_rows", "0"], "cache_shard_rows is 0"),
+        (["--teacher_server", "http://127.0.0.1:9"], "does not answer"),
+        (["--teacher_server", "http://127.0.0.1:9", "--cache_tail_draws", "4"], "not the tail to draw from"),
+    ):
+        done = mmkd("cache", "build", "recipe.yaml", *flags, status=2)
+        assert words in done, done
+
+
+def test_a_second_writer_is_refused(mmkd: Run, workplace: Path) -> None:
+    mmkd("cache", "build", "recipe.yaml")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys; f = open('cache/.lock', 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+         "print('locked', flush=True); sys.stdin.read()"],
+        cwd=workplace,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "locked\n"
+    assert "Another process is writing" in mmkd("cache", "build", "recipe.yaml", status=2)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    mmkd("cache", "build", "recipe.yaml")
