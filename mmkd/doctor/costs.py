@@ -1,0 +1,194 @@
+"""Checks of `mmkd doctor` on what a run takes: memory of a device and room on a disk."""
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from trl.trainer.utils import get_peft_config
+
+from mmkd.dry_run import estimate_memory
+from mmkd.models.assemble import prune
+from mmkd.run import Run
+from mmkd.teachers.manifest import NAME
+
+from .facts import Finding, Rendered, Sample, Side, kept
+
+# Bytes per supervised token, measured on SmolLM2-135M-Instruct over text with 48 thousand and 152 thousand ids.
+EXACT_BYTES, DRAW_BYTES, TOKEN_BYTES = 2.0, 1.4, 2.0
+# Bytes per row beside its scores: key, checksum, sizes of the compressed planes.
+ROW_BYTES = 100
+# Besides the value itself a group of 64 shares a scale of 32 bits.
+SCALE_BITS = 0.5
+# Bytes per generated token of text.
+TEXT_BYTES = 5
+
+
+def empty_student(run: Run, student: Side) -> PreTrainedModel:
+    """The student without weights, cut as the recipe asks. Raises ValueError for sizes that cannot be."""
+    arguments = run.arguments
+    # A student with fresh weights has the type of no file.
+    saved = None if arguments.student_init == "random" else student.config.dtype
+    model = _empty(student.config, _dtype(run.student.dtype, saved), run)
+    if arguments.student_init != "prune":
+        return model
+    layers = arguments.student_layers
+    return prune(
+        model,
+        layers=layers[0] if layers is not None and len(layers) == 1 else layers,
+        intermediate_size=arguments.student_intermediate_size,
+        num_attention_heads=arguments.student_num_attention_heads,
+    )
+
+
+def memory(
+    run: Run, student: PreTrainedModel, teacher: Side | None, rendered: Rendered, sharded: bool
+) -> list[Finding]:
+    """What one device holds at least, against what it has. `teacher` is None when it is not loaded."""
+    parts = memory_parts(run, student, teacher, max(len(one.ids) for one in rendered.usable))
+    device, room = device_memory()
+    total = sum(parts.values())
+    found = f"At least {size(total)} of the {size(room)} of {device}: " + ", ".join(
+        f"{name} {size(part)}" for name, part in parts.items()
+    )
+    severity, advice = "ok", ""
+    if total > 0.8 * room:
+        severity, advice = (
+            "warning",
+            "Little is left for fragments and longer rows: lower per_device_train_batch_size.",
+        )
+    if total > room and sharded:
+        advice = "accelerate_config shards weights and optimizer: divide by the number of devices."
+    elif total > room and not torch.cuda.is_available():
+        advice = "Run it on a machine with an accelerator that has the memory."
+    elif total > room:
+        severity = "problem"
+        advice = (
+            "Lower per_device_train_batch_size or max_length, load the teacher in 4 bits, build a teacher_cache, use "
+            "LoRA, or shard with accelerate_config: zero3."
+        )
+    return [Finding(severity, "memory", f"{found}.", advice)]
+
+
+def memory_parts(run: Run, student: PreTrainedModel, teacher: Side | None, longest: int) -> dict[str, float]:
+    """Bytes of everything that `mmkd train --dry_run` counts, where the longest row has so many tokens."""
+    args, peft = copy.copy(run.training), get_peft_config(run.student)
+    # The estimate is to be a lower one, and rows may all be shorter than max_length.
+    if not args.packing:
+        args.max_length = min(longest, args.max_length or longest)
+    model: Any = student
+    if peft is not None:
+        with torch.device("meta"):
+            model = get_peft_model(student, peft, low_cpu_mem_usage=True)
+    tokens = student.config.get_text_config().vocab_size
+    trainer: Any = SimpleNamespace(args=args, model=model, vocab_size=tokens, teacher=None)
+    parts = estimate_memory(trainer).parts
+    parts["student weights"] = weight_bytes(model, student, _bits(run.student.load_in_4bit, run.student.load_in_8bit))
+    if teacher is not None:
+        parts["teacher weights"] = _teacher_bytes(run, teacher)
+    return parts
+
+
+def weight_bytes(model: nn.Module, base: PreTrainedModel, bits: int | None) -> float:
+    """Bytes of all weights; linear layers besides the head in `bits` each where they are quantised."""
+    head = base.get_output_embeddings()
+    quantised: set[int] = set()
+    if bits is not None:
+        linear = [module for module in base.modules() if isinstance(module, nn.Linear) and module is not head]
+        quantised = {id(module.weight) for module in linear if not module.weight.requires_grad or model is base}
+    tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    return sum(
+        tensor.numel() * (((bits or 0) + SCALE_BITS) / 8 if id(tensor) in quantised else tensor.element_size())
+        for tensor in tensors
+    )
+
+
+def _teacher_bytes(run: Run, teacher: Side) -> float:
+    arguments, folder = run.arguments, Path(teacher.name)
+    if "quantization_config" in teacher.config.to_dict() and folder.is_dir():
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    model = _empty(teacher.config, _dtype(arguments.teacher_dtype, teacher.config.dtype), run)
+    return weight_bytes(model, model, _bits(arguments.teacher_load_in_4bit, arguments.teacher_load_in_8bit))
+
+
+def _empty(config: PreTrainedConfig, dtype: torch.dtype, run: Run) -> PreTrainedModel:
+    """A model of the config whose parameters have a shape and no values."""
+    vision = hasattr(config, "vision_config")
+    auto_class: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    with init_empty_weights(include_buffers=False):
+        model = auto_class.from_config(
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=run.training.trust_remote_code
+        )
+    # Making the parameters empty took the tied ones apart.
+    model.tie_weights()
+    return model
+
+
+def device_memory() -> tuple[str, int]:
+    """The name and bytes of the smallest device that would train: an accelerator, or else this machine's memory."""
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        smallest = min(devices, key=lambda device: device.total_memory)
+        return smallest.name, smallest.total_memory
+    return "this machine (it has no accelerator)", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cache_room(run: Run, sample: Sample, rendered: Rendered) -> list[Finding]:
+    """What building the recipe's cache will write, against the room there is."""
+    assert run.arguments.teacher_cache is not None
+    parent = Path(run.arguments.teacher_cache).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    per_row = sum(_row_bytes(run, int(one.supervised[kept(one, run.training)].sum())) for one in rendered.usable)
+    per_row /= len(rendered.usable)
+    counts = [count for count in sample.totals.values() if count is not None]
+    if len(counts) < len(sample.totals):
+        each = f"about {size(1e6 * per_row)} per million rows; how many rows there are is not documented"
+        return [Finding("ok", "disk", f"The cache takes {each}. {size(free)} are free at {parent}.")]
+    total = sum(counts) * per_row
+    severity = "problem" if total > free else "warning" if total > 0.5 * free else "ok"
+    what = f"{_token_bytes(run):.0f} bytes per token" if run.cache.job == "score" else "answers as long as allowed"
+    found = f"The cache takes about {size(total)} ({sum(counts):,} rows, {what}); {size(free)} are free at {parent}."
+    advice = "Lower teacher_top_k, or name a folder with more room."
+    return [Finding(severity, "disk", found, advice if severity != "ok" else "")]
+
+
+def _row_bytes(run: Run, supervised: int) -> float:
+    if run.cache.job == "generate":
+        return ROW_BYTES + run.cache.cache_samples * run.cache.cache_max_new_tokens * TEXT_BYTES
+    return ROW_BYTES + supervised * _token_bytes(run)
+
+
+def _token_bytes(run: Run) -> float:
+    if run.cache.cache_signal == "log_probs":
+        return 2.0
+    return EXACT_BYTES * run.arguments.teacher_top_k + DRAW_BYTES * run.cache.cache_tail_draws + TOKEN_BYTES
+
+
+def has_manifest(folder: str) -> bool:
+    """Whether a folder holds a cache, finished or not."""
+    return (Path(folder) / NAME).is_file()
+
+
+def size(count: float) -> str:
+    """Bytes for a reader."""
+    unit = next((i for i in range(4) if count < 1000 * 1024**i), 4)
+    return f"{count / 1024**unit:.{0 if unit == 0 else 1}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+
+def _bits(in_4bit: bool, in_8bit: bool) -> int | None:
+    return 4 if in_4bit else 8 if in_8bit else None
+
+
+def _dtype(name: str | None, saved: str | torch.dtype | None) -> torch.dtype:
+    """The type that a recipe names, that of the files for auto."""
+    dtype = saved if name == "auto" else name
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")

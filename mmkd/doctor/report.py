@@ -1,0 +1,179 @@
+"""The checks of a recipe one after the other, and what they found as a table."""
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mmkd.launch import parse_alone
+from mmkd.run import Run
+
+from . import costs, rows, teachers, tokens
+from .facts import Finding, Rendered, Sample, Side, load_student, load_teacher, render, take_sample
+
+Found = TypeVar("Found")
+
+STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+
+
+def doctor(recipe: str, flags: Sequence[str], console: Console) -> int:
+    """Examines a recipe and prints what was found; returns 0 when its run would be sound, 1 when it would not.
+
+    Loads configs, tokenizers and a sample of rows, and no weights. Raises ValueError for a recipe that cannot be read.
+    """
+    run, config = parse_alone(recipe, flags)
+    with _quiet():
+        findings = examine(run, sharded=config not in (None, "single_gpu", "ddp"))
+    console.print(_table(recipe, findings))
+    problems, warnings = (sum(one.severity == severity for one in findings) for severity in ("problem", "warning"))
+    verdict = Text("Not sound: " if problems else "Sound: ", style=STYLES["problem" if problems else "ok"])
+    console.print(verdict + Text(f"{_count(problems, 'problem')}, {_count(warnings, 'warning')}."))
+    return 1 if problems else 0
+
+
+def examine(run: Run, sharded: bool = False) -> list[Finding]:
+    """What all checks found; a check that cannot be made is a problem, and the others go on without it.
+
+    `sharded` says that the run spreads its weights over several devices.
+    """
+    book, arguments = _Book(), run.arguments
+    student = book.attempt("student", load_student, run)
+    teacher = None if arguments.teacher is None else book.attempt("teacher", load_teacher, run)
+    sample = book.attempt("data", take_sample, run)
+    ours = theirs = None
+    if student is not None and sample is not None:
+        ours = book.attempt("data", render, run, student, sample)
+    trained = student if student is None or ours is None else student.prepared_as(ours, run)
+    if trained is not None and teacher is not None:
+        theirs = _against_teacher(book, run, trained, teacher, sample, ours)
+    if student is not None:
+        book.check("special tokens", tokens.special_tokens, student, teacher, ours, run)
+    if student is not None and sample is not None and ours is not None:
+        if sample.has_images:
+            book.check("images", rows.images, ours, theirs, sample, run)
+        if ours.usable:
+            book.check("end of answer", tokens.end_of_sequence, student, ours, run)
+            book.check("length", rows.lengths, ours, run, [side for side in (student, teacher) if side is not None])
+            _costs(book, run, student, teacher, sample, ours, sharded)
+    if student is not None and trained is not None:
+        _away(book, run, student, trained.rows, teacher, sample)
+    return book.findings
+
+
+class _Book:
+    """Findings, written down check by check."""
+
+    def __init__(self):
+        self.findings: list[Finding] = []
+
+    def attempt(self, name: str, function: Callable[..., Found], *arguments: Any) -> Found | None:
+        """What the function returns; None, and a problem written down, when it raises."""
+        # What templates, tokenizers, image libraries and trl raise has no common class below Exception.
+        try:
+            return function(*arguments)
+        except ValueError as error:
+            self.findings.append(Finding("problem", name, str(error)))
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            self.findings.append(Finding("problem", name, f"{type(error).__name__}: {error} ({where})"))
+        return None
+
+    def check(self, name: str, function: Callable[..., list[Finding]], *arguments: Any) -> None:
+        """Writes down what a check found."""
+        self.findings += self.attempt(name, function, *arguments) or []
+
+
+def _against_teacher(
+    book: _Book, run: Run, student: Side, teacher: Side, sample: Sample | None, ours: Rendered | None
+) -> Rendered | None:
+    """Compares vocabularies and templates; returns the sample as the teacher renders it."""
+    if not tokens.compares_tokens(run):
+        return None
+    book.check("vocabulary", tokens.vocabulary, student, teacher, ours)
+    if sample is None or ours is None:
+        return None
+    if sample.has_images and not teacher.is_vision:
+        text = f"The rows have images, and the teacher {teacher.name} reads text only."
+        book.findings.append(Finding("problem", "images", text, "Use a vision-language teacher."))
+        return None
+    missing = tokens.without_template(sample, teacher)
+    if missing is not None:
+        book.findings.append(missing)
+        return None
+    theirs = book.attempt("chat template", render, run, teacher, sample)
+    if theirs is not None and tokens.is_related(student, teacher):
+        book.check("chat template", tokens.chat_template, ours, theirs, teacher.name)
+    return theirs
+
+
+def _costs(
+    book: _Book, run: Run, student: Side, teacher: Side | None, sample: Sample, ours: Rendered, sharded: bool
+) -> None:
+    arguments = run.arguments
+    loaded = teacher if arguments.teacher_cache is None and arguments.teacher_server is None else None
+    model = book.attempt("student", costs.empty_student, run, student)
+    if model is not None:
+        book.check("memory", costs.memory, run, model, loaded, ours, sharded)
+    if arguments.teacher_cache is not None and not costs.has_manifest(arguments.teacher_cache):
+        book.check("disk", costs.cache_room, run, sample, ours)
+
+
+def _away(book: _Book, run: Run, student: Side, known: int, teacher: Side | None, sample: Sample | None) -> None:
+    """Looks at a teacher that answers from a server or a cache."""
+    arguments = run.arguments
+    there = arguments.teacher_cache is not None and Path(arguments.teacher_cache).exists()
+    if run.cache.job == "generate" or (arguments.teacher is not None and not there):
+        if arguments.teacher_cache is not None:
+            book.check("cache", teachers.cache_to_build, run)
+    elif arguments.teacher_cache is not None:
+        _cache(book, run, student, known, sample)
+        # What a finished cache says needs no server.
+        return
+    if arguments.teacher_server is not None:
+        book.check("server", teachers.server, run, student, teacher, sample)
+
+
+def _cache(book: _Book, run: Run, student: Side, known: int, sample: Sample | None) -> None:
+    teacher = book.attempt("cache", teachers.open_cache, run)
+    if teacher is not None:
+        book.check("cache", teachers.cache, run, known, teacher)
+        book.check("cache", teachers.origin, run, teacher.cache)
+        if sample is not None:
+            book.check("cache", teachers.preparation, run, student, sample, teacher)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of a few hundred rows between the findings."""
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def _table(recipe: str, findings: list[Finding]) -> Table:
+    table = Table(title=f"mmkd doctor {recipe}", title_justify="left", box=box.SIMPLE, show_header=False)
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for one in findings:
+        found = Text(one.found)
+        if one.advice:
+            found.append(f"\n{one.advice}", style="italic")
+        table.add_row(Text(one.severity, style=STYLES[one.severity]), one.name, found)
+    return table
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"

@@ -1,0 +1,206 @@
+"""Checks of `mmkd doctor` on rows: images, supervision and lengths."""
+
+import json
+
+from mmkd.capture.sequences import TokenSequence, UnusableRow
+from mmkd.run import Run
+
+from .facts import Finding, Rendered, Sample, Side, cuts, kept, listed
+
+# What, set differently, makes the same pixels mean something else.
+PIXEL_KEYS = {"do_normalize", "do_rescale", "image_mean", "image_std", "rescale_factor"}
+
+
+def images(student: Rendered, teacher: Rendered | None, sample: Sample, run: Run) -> list[Finding]:
+    """Whether images can be read, and whether they become as many tokens on both sides."""
+    skip = run.arguments.teacher_cache is not None and run.cache.on_error == "skip"
+    findings = unusable_rows(sample, student, "warning" if skip else "problem")
+    ours = {row: one for row, one in enumerate(student.sequences) if isinstance(one, TokenSequence) and one.images}
+    counts = sorted(one.image_tokens for one in ours.values())
+    blind = [row for row, one in ours.items() if not one.image_tokens]
+    if blind and student.image_token is not None:
+        findings.append(
+            Finding(
+                "problem",
+                "images",
+                f"{len(blind)} of {len(ours)} rows have images but no image token, the first of them row {blind[0]}: "
+                "the template drops their images.",
+                "Give the messages a content of parts with {type: image}, or use a template that places images.",
+            )
+        )
+    if teacher is None:
+        return findings or [Finding("ok", "images", f"{len(ours)} rows have {_range(counts)} image tokens each.")]
+    theirs = dict(enumerate(teacher.sequences))
+    failed = [(row, one.reason) for row, one in theirs.items() if row in ours and isinstance(one, UnusableRow)]
+    if failed:
+        findings.append(
+            Finding(
+                "problem",
+                "images",
+                f"The teacher's processor cannot prepare {len(failed)} of {len(ours)} rows; row {failed[0][0]}: "
+                f"{failed[0][1]}",
+                "Use a teacher whose processor reads these rows, or another template (chat_template_path).",
+            )
+        )
+    unequal = [
+        (row, ours[row].image_tokens, one.image_tokens)
+        for row, one in theirs.items()
+        if row in ours and isinstance(one, TokenSequence) and one.image_tokens != ours[row].image_tokens
+    ]
+    if unequal:
+        row, mine, other = unequal[0]
+        findings.append(
+            Finding(
+                "problem",
+                "images",
+                f"{len(unequal)} of {len(ours)} rows have other numbers of image tokens: row {row} has {mine} with "
+                f"the student's processor, {other} with the teacher's. Their tokens cannot be compared.",
+                "Use a teacher with the same patches and image sizes, or give both processors the same size.",
+            )
+        )
+    local = run.arguments.teacher_server is None
+    findings += _pixels(student, teacher) if local and not unequal else []
+    equal = Finding(
+        "ok", "images", f"{len(ours)} rows have {_range(counts)} image tokens each, the same on both sides."
+    )
+    return findings or [equal]
+
+
+def unusable_rows(sample: Sample, rendered: Rendered, severity: str) -> list[Finding]:
+    """A finding about rows that cannot be decoded or prepared, if there are any."""
+    bad = dict(sample.unreadable)
+    # The sequences are those of the rows that could be decoded.
+    readable = (row for row in range(len(bad) + len(rendered.sequences)) if row not in bad)
+    for row, one in zip(list(readable), rendered.sequences, strict=True):
+        if isinstance(one, UnusableRow):
+            bad[row] = one.reason
+    if not bad:
+        return []
+    total = len(sample.unreadable) + len(rendered.sequences)
+    reasons = listed(f"row {row}: {reason.splitlines()[0]}" for row, reason in sorted(bad.items()))
+    return [
+        Finding(
+            severity,
+            "images",
+            f"{len(bad)} of {total} rows cannot be read: {reasons}",
+            "Correct them; a cache built with on_error: skip leaves them out.",
+        )
+    ]
+
+
+def _pixels(student: Rendered, teacher: Rendered) -> list[Finding]:
+    ours, theirs = (
+        json.loads(side.prepared.processing_class.image_processor.to_json_string()) for side in (student, teacher)
+    )
+    ignored = {"image_processor_type", "processor_class"}
+    different = [key for key in sorted({*ours, *theirs} - ignored) if ours.get(key) != theirs.get(key)]
+    if not different:
+        return []
+    return [
+        Finding(
+            "problem" if PIXEL_KEYS & {*different} else "warning",
+            "images",
+            "A local teacher is given the student's pixels, but its own image processor differs: "
+            + listed(f"{key} is {theirs.get(key)} and not {ours.get(key)}" for key in different),
+            "Give the student the teacher's image processor (preprocessor_config.json).",
+        )
+    ]
+
+
+def lengths(rendered: Rendered, run: Run, sides: list[Side]) -> list[Finding]:
+    """The share of supervised tokens, and what max_length costs."""
+    rows = rendered.usable
+    tokens = sum(len(one.ids) for one in rows)
+    supervised = sum(int(one.supervised.sum()) for one in rows)
+    silent = sum(not one.supervised.any() for one in rows)
+    shares = f"{len(rows):,} rows, {tokens:,} tokens, {supervised:,} of them supervised ({supervised / tokens:.0%})"
+    findings = [
+        Finding(
+            "problem" if silent == len(rows) else "warning" if silent else "ok",
+            "supervision",
+            shares + (f"; {silent} rows have no supervised token and teach nothing." if silent else "."),
+            "Check the completion and assistant masks of the data." if silent else "",
+        )
+    ]
+    return [*findings, _truncation(rows, run), *_positions(rows, run, sides), *_lost_images(rendered, run)]
+
+
+def _truncation(rows: list[TokenSequence], run: Run) -> Finding:
+    training, longest = run.training, max(len(one.ids) for one in rows)
+    if not cuts(training):
+        how = "no max_length" if training.max_length is None else f"packing_strategy {training.packing_strategy}"
+        return Finding("ok", "length", f"The longest row has {longest:,} tokens; nothing is cut off ({how}).")
+    cut = [one for one in rows if len(one.ids) > (training.max_length or 0)]
+    if not cut:
+        return Finding(
+            "ok", "length", f"The longest row has {longest:,} tokens; max_length {training.max_length} cuts none."
+        )
+    tokens, supervised = sum(len(one.ids) for one in rows), sum(int(one.supervised.sum()) for one in rows)
+    spans = [(one, kept(one, training)) for one in cut]
+    lost = sum(len(one.ids) - len(one.ids[span]) for one, span in spans)
+    unlearnt = sum(int(one.supervised.sum() - one.supervised[span].sum()) for one, span in spans)
+    dropped = sum(bool(one.supervised.any()) and not one.supervised[span][1:].any() for one, span in spans)
+    costly = max(lost / tokens, unlearnt / max(1, supervised)) >= 0.01
+    return Finding(
+        "problem" if dropped == len(rows) else "warning" if costly else "ok",
+        "length",
+        f"max_length {training.max_length} cuts {len(cut):,} of {len(rows):,} rows ({len(cut) / len(rows):.0%}; the "
+        f"longest has {longest:,} tokens) and loses {lost / tokens:.1%} of the tokens, "
+        f"{unlearnt / max(1, supervised):.1%} of the supervised ones"
+        + (f"; {dropped} rows keep nothing to learn and are dropped." if dropped else "."),
+        f"Raise max_length (to {longest} for all of this sample), or filter long rows in the data recipe.",
+    )
+
+
+def _positions(rows: list[TokenSequence], run: Run, sides: list[Side]) -> list[Finding]:
+    """Findings about sequences that are longer than a model is made for."""
+    training, findings = run.training, []
+    longest = max(len(one.ids) for one in rows)
+    if training.max_length is not None:
+        # Packs that ignore where rows begin are read as one sequence.
+        wrapped = training.packing and training.packing_strategy == "wrapped"
+        longest = training.max_length if wrapped else min(longest, training.max_length)
+    for side in sides:
+        if side.positions is None or max(longest, training.max_length or 0) <= side.positions:
+            continue
+        reached = longest > side.positions
+        findings.append(
+            Finding(
+                "problem" if reached else "warning",
+                "length",
+                f"The {side.role} is made for {side.positions:,} tokens, "
+                + (
+                    f"the sample has sequences of {longest:,}." if reached else f"max_length is {training.max_length}."
+                ),
+                f"Set max_length: {side.positions}.",
+            )
+        )
+    return findings
+
+
+def _lost_images(rendered: Rendered, run: Run) -> list[Finding]:
+    """A finding when max_length cuts image tokens off, which no vision model survives."""
+    lost = [
+        row
+        for row, one in enumerate(rendered.sequences)
+        if isinstance(one, TokenSequence)
+        and one.images
+        and int((one.ids[kept(one, run.training)] == rendered.image_token).sum()) < one.image_tokens
+    ]
+    if not lost:
+        return []
+    return [
+        Finding(
+            "problem",
+            "length",
+            f"max_length {run.training.max_length} cuts image tokens off {len(lost)} rows (row {lost[0]} first): "
+            "their images and tokens no longer fit together.",
+            "Raise max_length, or set it to null.",
+        )
+    ]
+
+
+def _range(counts: list[int]) -> str:
+    if not counts or counts[0] == counts[-1]:
+        return str(counts[0] if counts else 0)
+    return f"{counts[0]} to {counts[-1]}"
