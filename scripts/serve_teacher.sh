@@ -5,9 +5,11 @@ set -euo pipefail
 usage() {
     cat >&2 <<'USAGE'
 usage: scripts/serve_teacher.sh MODEL [flags of `vllm serve` ...]
+       scripts/serve_teacher.sh --setup
 
 MODEL is a folder or the name of a model on the Hub. The first use installs vLLM in .cache/vllm-cuda, or in .cache/vllm
-on a machine without an NVIDIA GPU (about a minute, 3.5 GB); the server then runs until it is killed.
+on a machine without an NVIDIA GPU (a few minutes, 3.5 GB); the server then runs until it is killed. --setup installs
+and does not serve.
 
   scripts/serve_teacher.sh Qwen/Qwen3-8B --port 8000
   scripts/serve_teacher.sh Qwen/Qwen3-32B --tensor-parallel-size 4 --max-model-len 4097
@@ -24,7 +26,7 @@ if (($# == 0)) || [[ $1 == -h || $1 == --help ]]; then
     usage
     exit 2
 fi
-if [[ $1 == -* ]]; then
+if [[ $1 == -* && $1 != --setup ]]; then
     echo "The first argument is the model, not the flag '$1'." >&2
     usage
     exit 2
@@ -64,7 +66,7 @@ setup_environment() {
     exec 9>"$environment.lock"
     flock 9
     if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
-        echo "Installing vLLM in $environment (once; about a minute, 3.5 GB without a GPU and more with one) ..." >&2
+        echo "Installing vLLM in $environment (once; a few minutes, 3.5 GB without a GPU and more with one) ..." >&2
         # pip is the last thing that venv installs: without it, the environment is missing or was left half made.
         [[ -x $environment/bin/pip ]] || "${PYTHON:-python3}" -m venv --clear "$environment"
         for step in "${steps[@]}"; do
@@ -77,6 +79,9 @@ setup_environment() {
 }
 
 setup_environment
+if [[ $model == --setup ]]; then
+    exit
+fi
 
 flags=("$@")
 default() { # FLAG [VALUE]: adds a flag that was not given; vllm takes --max_logprobs for --max-logprobs
