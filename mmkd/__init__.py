@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mmkd.teachers.cached import CachedTeacher as CachedTeacher
+    from mmkd.teachers.local import LocalTeacher as LocalTeacher
+    from mmkd.teachers.server import ServerTeacher as ServerTeacher
     from mmkd.trainers.kd import KDConfig as KDConfig
     from mmkd.trainers.kd import KDTrainer as KDTrainer
     from mmkd.trainers.sft import SFTBaselineConfig as SFTBaselineConfig
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
     from mmkd.trainers.taid import TAIDTrainer as TAIDTrainer
 
 _MODULES = {
+    "CachedTeacher": "mmkd.teachers.cached",
+    "LocalTeacher": "mmkd.teachers.local",
+    "ServerTeacher": "mmkd.teachers.server",
     "KDConfig": "mmkd.trainers.kd",
     "KDTrainer": "mmkd.trainers.kd",
     "SFTBaselineConfig": "mmkd.trainers.sft",

@@ -10,6 +10,7 @@ from rich.table import Table
 from mmkd.cards.cache import mass_kept
 from mmkd.hub import local_cache, push_cache
 from mmkd.launch import parse_alone
+from mmkd.recipes import list_recipes
 from mmkd.run import Run
 from mmkd.teachers.manifest import Manifest
 from mmkd.teachers.merge import merge_parts
@@ -112,8 +113,9 @@ def merge_command(target: str, parts: Sequence[str]) -> int:
 
 
 def _run_of(target: str, flags: Sequence[str]) -> Run | None:
-    """The run of a recipe's path; None for a cache."""
-    return parse_alone(target, flags)[0] if target.endswith((".yaml", ".yml")) else None
+    """The run of a recipe, given by path or as a shipped one; None for a cache."""
+    is_recipe = target.endswith((".yaml", ".yml")) or f"{target}.yaml" in list_recipes("trainers")
+    return parse_alone(target, flags)[0] if is_recipe else None
 
 
 def _cache_of(run: Run) -> str:
