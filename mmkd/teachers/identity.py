@@ -20,7 +20,7 @@ def weights_sha256(name: str, revision: str | None = None) -> str:
     if not files:
         raise ValueError(f"The teacher {name!r} has no safetensors files; save it with save_pretrained.")
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(_file_sha256, files)
+        digests = pool.map(file_sha256, files)
         content = "".join(f"{file.name} {digest}\n" for file, digest in zip(files, digests, strict=True))
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -32,6 +32,7 @@ def is_same_teacher(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     return (ours["name"], ours["revision"]) == (theirs["name"], theirs["revision"])
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

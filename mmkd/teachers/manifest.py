@@ -14,12 +14,16 @@ NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One finished shard. `sha256` is over its rows and not its container, so that a Parquet copy has the same."""
+    """One finished shard."""
 
     rows: int
     tokens: int
     bytes: int
     sha256: str
+    """Over its rows and not its container, so that a Parquet copy has the same."""
+    file_sha256: str
+    head: tuple[int, int]
+    """Length and crc32 of what comes before the rows' own bytes: what Arrow trusts without looking."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,9 @@ class Manifest:
                 "the cache again in another folder."
             )
         shards = {
-            split: {int(number): ShardEntry(**entry) for number, entry in entries.items()}
+            split: {
+                int(number): ShardEntry(**{**entry, "head": tuple(entry["head"])}) for number, entry in entries.items()
+            }
             for split, entries in content.pop("shards").items()
         }
         skipped = {
