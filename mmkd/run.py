@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from trl.scripts.utils import TrlParser
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
+from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.capture.arguments import CacheArguments
 from mmkd.data.load import load_data
 from mmkd.data.recipe import DataRecipe
@@ -232,19 +234,25 @@ def build_trainer(run: Run) -> DistillationTrainer:
 
 def _server_teacher(run: Run, urls: list[str]) -> ServerTeacher:
     arguments = run.arguments
-    settings: dict[str, Any] = {}
+    student: Any = tokenizer_of(student_processing_class(run))
+    # Without the teacher's own tokenizer the servers are asked whether theirs is the student's.
+    tokenizer: Any = student
+    tokens = len(student)
     if arguments.teacher is not None:
-        teacher = load_processing_class(arguments.teacher, "teacher", **_hub(run, arguments.teacher_revision))
-        settings = {"teacher": arguments.teacher, "tokenizer": tokenizer_of(teacher)}
+        name, hub = arguments.teacher, _hub(run, arguments.teacher_revision)
+        tokenizer = tokenizer_of(load_processing_class(name, "teacher", **hub))
+        added = {*student.get_added_vocab(), *tokenizer.get_added_vocab()}
+        tokens = shared_vocabulary(student.get_vocab(), tokenizer.get_vocab(), added)
     return ServerTeacher(
         urls,
         k=arguments.teacher_top_k,
         model=arguments.teacher_server_model,
-        # Of the student: what it does not know, a padding row of the teacher's say, is left in the tail.
-        vocab_size=len(tokenizer_of(student_processing_class(run))),
+        # What the student does not know, a padding row of the teacher's say, is left in the tail.
+        vocab_size=tokens,
+        teacher=arguments.teacher,
+        tokenizer=tokenizer,
         max_length=run.training.max_length,
         concurrency=arguments.teacher_concurrency,
-        **settings,
     )
 
 
@@ -297,6 +305,13 @@ def without_unreadable(data: DatasetDict, cache: Cache) -> DatasetDict:
     for split, rows in cache.manifest.skipped.items():
         unreadable = {row for row, entry in rows.items() if entry.key is None}
         if unreadable and split in data:
+            if len(data[split]) != cache.manifest.total_rows[split]:
+                raise ValueError(
+                    f"The cache {cache.folder} leaves out rows that could not be read, by their number among "
+                    f"{cache.manifest.total_rows[split]} rows of {split}; the run has {len(data[split])}. Give the "
+                    "same max_train_rows and max_eval_rows as for the build."
+                )
+            print(f"Left out of {split}: {len(unreadable)} rows that could not be read.", file=sys.stderr)
             data[split] = data[split].select([row for row in range(len(data[split])) if row not in unreadable])
     return data
 

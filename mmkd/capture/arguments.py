@@ -62,7 +62,10 @@ class CacheArguments:
     )
     cache_workers: int = field(default=2, metadata={"help": "Workers of engine: ray, each with a teacher of its own."})
     cache_worker_cpus: float = field(default=1, metadata={"help": "CPUs that each Ray worker reserves."})
-    cache_worker_gpus: float = field(default=0, metadata={"help": "GPUs that each Ray worker reserves."})
+    cache_worker_gpus: float = field(
+        default=0,
+        metadata={"help": "GPUs that each Ray worker reserves: 1 for a local teacher on GPUs, 0 for servers."},
+    )
     cache_samples: int = field(default=1, metadata={"help": "generate: answers per prompt."})
     cache_max_new_tokens: int = field(default=512, metadata={"help": "generate: longest answer, in tokens."})
     cache_temperature: float = field(

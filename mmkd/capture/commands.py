@@ -83,6 +83,8 @@ def verify_command(target: str, flags: Sequence[str], rows: int) -> int:
     print(f"{total - len(damaged)} of {total} shards are intact.")
     if damaged:
         return 1
+    if manifest.identity["signal"]["kind"] != "top_k":
+        return 0
     if run is None:
         print("For the distance to the live teacher, give the recipe: mmkd cache verify RECIPE.yaml")
         return 0
@@ -98,7 +100,8 @@ def push_command(target: str, repo_id: str, flags: Sequence[str], private: bool,
     """Publishes a cache on the Hub; of a recipe, with KL(live || cache) on its card."""
     run = _run_of(target, flags)
     folder = Path(target if run is None else _cache_of(run))
-    fidelity = None if run is None else measure_fidelity(run, Cache(folder), rows)
+    kind = Manifest.read(folder).identity["signal"]["kind"]
+    fidelity = None if run is None or kind != "top_k" else measure_fidelity(run, Cache(folder), rows)
     print(push_cache(folder, repo_id, private=private, fidelity=fidelity))
     return 0
 

@@ -49,8 +49,8 @@ class LocalEngine(Engine):
 
     def __init__(self, model: PreTrainedModel, prepared: Prepared, wanted: Wanted, batch_tokens: int):
         self.teacher = LocalTeacher(model, wanted.vocab_size)
-        self.accelerator = Accelerator()
-        self.teacher.prepare(self.accelerator)
+        self.device = Accelerator().device
+        self.teacher.place(self.device)
         self.prepared, self.wanted, self.batch_tokens = prepared, wanted, batch_tokens
 
     def score(self, sequences: Sequence[TokenSequence], advance: Advance) -> list[TokenScores | UnusableRow]:
@@ -58,7 +58,9 @@ class LocalEngine(Engine):
         for batch in batches([len(sequence.ids) for sequence in sequences], self.batch_tokens):
             asked = [sequences[place] for place in batch]
             scores = self._score_batch(asked)
-            bounds = np.cumsum([sequence.supervised.sum() for sequence in asked])[:-1]
+            counts = [int(sequence.supervised.sum()) for sequence in asked]
+            assert len(scores) == sum(counts)
+            bounds = np.cumsum(counts)[:-1]
             parts = zip(
                 *(np.split(part, bounds) for part in (scores.ids, scores.log_probs, scores.draws)),
                 np.split(scores.tail_log_prob, bounds),
@@ -70,7 +72,7 @@ class LocalEngine(Engine):
         return answers
 
     def _score_batch(self, sequences: list[TokenSequence]) -> TokenScores:
-        device, wanted = self.accelerator.device, self.wanted
+        device, wanted = self.device, self.wanted
         inputs, supervised = self.prepared.batch(sequences)
         inputs = {name: value.to(device) if hasattr(value, "to") else value for name, value in inputs.items()}
         supervised = supervised.to(device)
@@ -111,7 +113,9 @@ class ServerEngine(Engine):
     def _scores(self, answer: TopK) -> TokenScores:
         nothing = np.zeros((len(answer.ids), 0), dtype=np.int32)
         if self.wanted.kind == "log_probs":
-            return TokenScores(nothing, answer.label_log_probs[:, None], nothing, np.full(len(nothing), -np.inf))
+            return TokenScores(
+                nothing, answer.label_log_probs[:, None], nothing, np.full(len(nothing), -np.inf, np.float32)
+            )
         mass = np.exp(answer.log_probs.astype(np.float64)).sum(-1)
         tail = np.log1p(-np.minimum(mass, 1 - np.finfo(np.float32).eps)).astype(np.float32)
         return TokenScores(answer.ids, answer.log_probs, nothing, tail)

@@ -10,6 +10,9 @@ from mmkd.teachers.store import Cache
 from .plan import ScorePlan, make_plan
 from .sequences import TokenSequence, UnusableRow, usable
 
+# Of an identity: what has to be equal for the same questions to be asked.
+_COMPARED = ("signal", "preparation", "data")
+
 
 def measure_fidelity(run: Run, cache: Cache, rows: int) -> dict[str, float]:
     """KL(live || cache) over the cached top-k and the tail, in nats per token, on sequences spread over the data."""
@@ -18,7 +21,8 @@ def measure_fidelity(run: Run, cache: Cache, rows: int) -> dict[str, float]:
         raise ValueError(
             "The distance to the live teacher is measured on the exact part of a top-k, which this cache has not."
         )
-    different = differences(plan.manifest.identity, cache.manifest.identity)
+    ours, theirs = ({name: one.identity[name] for name in _COMPARED} for one in (plan.manifest, cache.manifest))
+    different = differences(ours, theirs)
     if different:
         raise ValueError(f"{cache.folder} is not the cache of this recipe: {'; '.join(different)}.")
     sequences = plan.prepared.splits["train"]
@@ -42,12 +46,17 @@ def measure_fidelity(run: Run, cache: Cache, rows: int) -> dict[str, float]:
 
 
 def divergence(live: TokenScores, cached: TokenScores) -> np.ndarray:
-    """KL(live || cached) per token in nats, over the tokens that both list and one outcome for all others."""
+    """KL(live || cached) per token in nats, over the tokens that the cache lists and one outcome for all others.
+
+    What the cache lists and the live teacher does not has less than its k-th probability there, and counts as other.
+    """
     values = []
     for place in range(len(cached)):
         _, ours, theirs = np.intersect1d(live.ids[place], cached.ids[place], return_indices=True)
-        p = np.exp(live.log_probs[place][ours].astype(np.float64))
-        q = np.exp(cached.log_probs[place][theirs].astype(np.float64))
+        q = np.exp(cached.log_probs[place].astype(np.float64))
+        p = np.zeros_like(q)
+        p[theirs] = np.exp(live.log_probs[place][ours].astype(np.float64))
         p, q = (np.append(mass, max(1 - mass.sum(), 1e-12)) for mass in (p, q))
-        values.append(float((p * np.log(p / q)).sum()))
+        told = p > 0
+        values.append(float((p[told] * np.log(p[told] / q[told])).sum()))
     return np.array(values)

@@ -1,7 +1,6 @@
 """The teacher's answers to the data's prompts, as a data set to train on (sequence-level KD) or to score."""
 
 import hashlib
-import io
 import json
 import time
 from abc import ABC, abstractmethod
@@ -14,7 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, Features, List, Value
-from PIL import Image
+from datasets import Image as ImageFeature
 from transformers import GenerationConfig, PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 
@@ -50,6 +49,12 @@ class LocalGenerator(Generator):
             self.model = self.model.to(Accelerator().device)
         self.processing_class, self.tokenizer = processing_class, tokenizer_of(processing_class)
         self.settings = run.cache
+        told: Any = self.model.generation_config.eos_token_id
+        ends: list[Any] = [told] if isinstance(told, int) else list(told or [])
+        ends.append(self.tokenizer.eos_token_id)
+        self.stops: list[Any] = sorted(set(ends) - {None})
+        # generate() fills what its own settings leave open from the model's, such as a repetition penalty.
+        self.model.generation_config = GenerationConfig()
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], seed: int, advance: Advance) -> list[list[Answer] | UnusableRow]:
@@ -69,8 +74,7 @@ class LocalGenerator(Generator):
     def _answers(self, prompts: list[Prompt]) -> list[list[Answer]]:
         settings = self.settings
         sampled = settings.cache_temperature > 0
-        stop = self.model.generation_config.eos_token_id
-        stops: list[Any] = [stop] if isinstance(stop, int) else list(stop or [self.tokenizer.eos_token_id])
+        stops = self.stops
         config = GenerationConfig(
             max_new_tokens=settings.cache_max_new_tokens,
             num_return_sequences=settings.cache_samples,
@@ -176,7 +180,7 @@ class GeneratePlan(Plan):
         asked = prompt_of(row)
         # What an image library raises for a broken file has no common class below Exception.
         try:
-            images = [_decoded(image) for image in row.get("images") or []]
+            images = [ImageFeature().decode_example(image) for image in row.get("images") or []]
         except Exception as error:
             return UnusableRow(f"{type(error).__name__}: {error}")
         if isinstance(asked, str):
@@ -189,7 +193,8 @@ class GeneratePlan(Plan):
             rendered, add_generation_prompt=True, tokenize=True, return_dict=True
         )
         ids = output["input_ids"]
-        return Prompt(ids[0] if images else ids, rendered if images else None, images)
+        # Processors answer with a batch of one.
+        return Prompt(ids[0] if isinstance(ids[0], list) else ids, rendered if images else None, images)
 
     def _row(self, row: Mapping[str, Any], prompt: Prompt, sample: int, answer: Answer) -> dict[str, Any]:
         asked = prompt_of(row)
@@ -245,7 +250,7 @@ def make_generate_plan(run: Run) -> GeneratePlan:
         "seed": arguments.cache_seed,
     }
     rows = {str(split): len(dataset) for split, dataset in data.items()}
-    manifest = manifest_of(run, teacher, rows, signal={"kind": "text"}, preparation=rendering, sampling=sampling)
+    manifest = manifest_of(run, teacher, data, rows, signal={"kind": "text"}, preparation=rendering, sampling=sampling)
     return GeneratePlan(run, folder_of(run), manifest, _features(data["train"]), data, processing_class)
 
 
@@ -275,13 +280,6 @@ def _features(data: Dataset) -> Features:
             "finish_reason": Value("string"),
         }
     )
-
-
-def _decoded(image: Mapping[str, Any]) -> Image.Image:
-    source = image["path"] if image.get("bytes") is None else io.BytesIO(image["bytes"])
-    decoded = Image.open(source)
-    decoded.load()
-    return decoded
 
 
 def _seed(seed: int, split: str, number: int) -> int:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Features
+from datasets import Dataset, DatasetDict, Features
 from transformers import AutoConfig
 
 from mmkd import __version__
 from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.data.mapping import read_rows, row_key
 from mmkd.data.recipe import DataRecipe
 from mmkd.models.load import load_processing_class, tokenizer_of
 from mmkd.run import Run, load_rows_of, load_teacher, student_processing_class, teacher_identity
@@ -135,7 +136,8 @@ def make_score_plan(run: Run) -> ScorePlan:
     # Log-probs are for students of another tokenizer: they are of the teacher's own tokens.
     across = arguments.cache_signal == "log_probs"
     processing_class = teacher_class if across else student_processing_class(run)
-    prepared = prepare(load_rows_of(run), run.training, processing_class)
+    data = load_rows_of(run)
+    prepared = prepare(data, run.training, processing_class)
     vocab_size = _shared_rows(run, prepared.processing_class, teacher_class)
     k, m = (1, 0) if across else (settings.teacher_top_k, arguments.cache_tail_draws)
     if k + m > vocab_size:
@@ -153,22 +155,33 @@ def make_score_plan(run: Run) -> ScorePlan:
     if not across:
         signal["token_order"] = hashlib.sha256(order_bytes(codec.order)).hexdigest()
     rows = {split: len(sequences) for split, sequences in prepared.splits.items()}
-    manifest = manifest_of(run, teacher, rows, signal=signal, preparation=prepared.preparation)
+    manifest = manifest_of(run, teacher, data, rows, signal=signal, preparation=prepared.preparation)
     return ScorePlan(run, folder_of(run), manifest, SIGNAL_FEATURES, prepared, codec)
 
 
-def manifest_of(run: Run, teacher: dict[str, Any], rows: dict[str, int], **identity: Any) -> Manifest:
+def manifest_of(
+    run: Run, teacher: dict[str, Any], loaded: DatasetDict, rows: dict[str, int], **identity: Any
+) -> Manifest:
     """An empty manifest with everything that decides the rows of a run's cache."""
     data = DataRecipe.load(run.arguments.data)
+    content = {str(split): _content(dataset) for split, dataset in loaded.items()}
     identity = {
         "job": run.cache.job,
         "mmkd": __version__,
         "teacher": teacher,
-        "data": {"name": data.name, "fingerprint": data.fingerprint, "license": data.license},
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "license": data.license, "rows": content},
         "batch_tokens": run.cache.cache_batch_tokens,
         **identity,
     }
     return Manifest(identity, run.cache.cache_shard_rows, rows, part=run.cache.part)
+
+
+def _content(dataset: Dataset) -> str:
+    """Changes with any row, unlike the fingerprint of a recipe, which knows the names of files only."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in read_rows(dataset, dataset.column_names):
+        digest.update(row_key(row))
+    return digest.hexdigest()
 
 
 def teacher_processing_class(run: Run) -> Any:

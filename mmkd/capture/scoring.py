@@ -5,6 +5,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmkd.losses.fused import CPU_TILE_ELEMENTS
 from mmkd.teachers.codec import TokenScores
 from mmkd.teachers.signals import DenseSignal, log_one_minus_exp
 
@@ -20,12 +21,15 @@ def score_tokens(signal: DenseSignal, k: int, m: int, offsets: Float[np.ndarray,
     """
     parts: list[tuple[Tensor, ...]] = []
     for start, chunk in zip(range(0, len(signal.hidden), _CHUNK), signal.chunks(_CHUNK), strict=False):
-        log_probs = chunk.head.finish(chunk.logits.float()).log_softmax(-1)
-        values, ids = log_probs.topk(k)
-        # Without any exact outcome the tail is everything.
-        tail = log_one_minus_exp(values.logsumexp(-1)) if k else values.new_zeros(len(values))
-        offset = torch.from_numpy(offsets[start : start + _CHUNK]).to(tail)
-        parts.append((ids, values, tail_draws(log_probs, ids, m, offset), tail))
+        rows, vocab = chunk.logits.shape
+        tile = max(1, CPU_TILE_ELEMENTS // vocab) if chunk.logits.device.type == "cpu" else rows
+        for first in range(0, rows, tile):
+            log_probs = chunk.head.finish(chunk.logits[first : first + tile].float()).log_softmax(-1)
+            values, ids = log_probs.topk(k)
+            # Without any exact outcome the tail is everything.
+            tail = log_one_minus_exp(values.logsumexp(-1)) if k else values.new_zeros(len(values))
+            offset = torch.from_numpy(offsets[start + first : start + first + len(values)]).to(tail)
+            parts.append((ids, values, tail_draws(log_probs, ids, m, offset), tail))
     ids, values, draws, tails = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
     return TokenScores(ids.astype(np.int32), values, draws.astype(np.int32), tails)
 

@@ -171,7 +171,8 @@ def _load_split(recipe: DataRecipe, split: str) -> Dataset:
 
 def _places(recipe: DataRecipe, path: str) -> list[Path]:
     # What a user's script has just written lies in the current folder; what travels with a YAML lies beside it.
-    return [folder / Path(path).expanduser() for folder in (Path.cwd(), recipe.folder) if folder is not None]
+    folders = (Path.cwd(), recipe.folder) if path != "." else (recipe.folder, Path.cwd())
+    return [folder / Path(path).expanduser() for folder in folders if folder is not None]
 
 
 def _local_files(recipe: DataRecipe, pattern: str) -> list[str]:

@@ -93,9 +93,9 @@ class CachedTeacher(Teacher[SparseSignal]):
     def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> SparseSignal:
         """The answers that `CacheCollator` put into this batch."""
         # Rows that an evaluation repeats to fill its last batch come last and are not supervised.
-        scores = [tensor[: int(supervised.sum())] for tensor in inputs[BATCH_KEY].values()]
-        assert len(scores[0]) == supervised.sum()
-        return self.signal_type(*scores)
+        ids, *others = [tensor[: int(supervised.sum())] for tensor in inputs[BATCH_KEY].values()]
+        assert len(ids) == supervised.sum()
+        return self.signal_type(ids, *(tensor.view(torch.float32) for tensor in others))
 
     def tensors(self, scores: list[TokenScores]) -> dict[str, Tensor]:
         """The fields of this teacher's signal for the supervised tokens of a batch."""
@@ -110,7 +110,8 @@ class CachedTeacher(Teacher[SparseSignal]):
         fields = {"ids": torch.from_numpy(ids), "log_probs": log_probs}
         if self.tail == "bucket":
             fields["tail_log_prob"] = torch.from_numpy(np.concatenate([one.tail_log_prob for one in scores]))
-        return fields
+        # As integers: DeepSpeed turns all numbers of a batch that have a point into its own, shorter type.
+        return {name: tensor if name == "ids" else tensor.float().view(torch.int32) for name, tensor in fields.items()}
 
 
 class CacheCollator:

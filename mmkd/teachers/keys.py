@@ -29,6 +29,8 @@ def sequence_key(
 
 def image_hash(image: Any) -> str:
     """sha256 (hex) over the pixels, size and mode of a PIL image."""
+    # The pixels of a palette image are places in a palette of its own.
+    image = image.convert("RGBA") if image.mode in ("P", "PA") else image
     digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()

@@ -51,6 +51,14 @@ class LocalTeacher(Teacher[DenseSignal]):
             self.wrapped = accelerator.prepare_model(self.model, evaluation_mode=True)
             self.head = full_head(self.model).trimmed(self.head.vocab_size)
 
+    def place(self, device: torch.device) -> None:
+        """Moves to a device and answers in its own type, whatever the precision of a training around it."""
+        if getattr(self.model, "hf_device_map", None) is None:
+            self.model.to(device=device)  # pyright: ignore[reportCallIssue]
+        allow_consumers(self.model)
+        self.wrapped = self.model
+        self.head = full_head(self.model).trimmed(self.head.vocab_size)
+
     @torch.no_grad()
     def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> DenseSignal:
         """Raises ValueError when a token is unknown to the teacher, or when it answers with NaN or infinity."""

@@ -91,7 +91,7 @@ class Manifest:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); build the cache again.") from error
-        found = content.pop("format", None)
+        found = content.pop("format", None) if isinstance(content, dict) else None
         if found != FORMAT:
             raise ValueError(
                 f"{path} has format {found}, this mmkd reads {FORMAT}; install the version that wrote it."
@@ -112,6 +112,9 @@ class Manifest:
             for split, rows in content.pop("skipped").items()
         }
         part = content.pop("part")
+        # Splits become paths, and a manifest may come from somebody else's repository.
+        if not all(split.isidentifier() for split in content["total_rows"]) or content["shard_rows"] < 1:
+            raise ValueError(f"{path} names splits that cannot be: {list(content['total_rows'])}. It is not mmkd's.")
         return Manifest(**content, shards=shards, skipped=skipped, part=None if part is None else tuple(part))
 
 

@@ -28,7 +28,7 @@ def merge_parts(folder: Path, parts: Sequence[Path]) -> None:
         numbers = ", ".join(f"{index}/{count}" for index, count in sorted(absent)) or "none, but some are named twice"
         raise ValueError(f"A build of {first.part[1]} parts needs each of them once; missing: {numbers}.")
     whole = Manifest(first.identity, first.shard_rows, first.total_rows)
-    with CacheWriter(folder, whole, _features(parts[0], first)) as writer:
+    with CacheWriter(folder, whole, _features(parts, manifests)) as writer:
         for file in parts[0].iterdir():
             if file.suffix in (".npy", ".yaml"):
                 write_file(folder / file.name, file.read_bytes())
@@ -39,7 +39,8 @@ def merge_parts(folder: Path, parts: Sequence[Path]) -> None:
                     writer.manifest.shards[split][number] = entry
                 writer.manifest.skipped[split] |= manifest.skipped[split]
         writer.manifest.write(folder)
-        write_file(folder / LOG, b"".join((part / LOG).read_bytes() for part in parts))
+        logs = [part / LOG for part in parts]
+        write_file(folder / LOG, b"".join(log.read_bytes() for log in logs if log.is_file()))
         writer.finish()
 
 
@@ -57,6 +58,8 @@ def _check_part(part: Path, manifest: Manifest, other: Path, first: Manifest) ->
         )
 
 
-def _features(part: Path, manifest: Manifest) -> Features:
+def _features(parts: Sequence[Path], manifests: Sequence[Manifest]) -> Features:
+    # With more parts than shards, some have none.
+    part, manifest = next(pair for pair in zip(parts, manifests, strict=True) if pair[1].planned())
     split, number = manifest.planned()[0]
     return Features.from_arrow_schema(read_shard(part, split, number, manifest.shards[split][number]).schema)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Features, List, Value
+from datasets import Dataset, Features, List, Value
 
 from .codec import Codec, TokenOrder, TokenScores
 from .identity import file_sha256
@@ -119,8 +119,9 @@ class CacheWriter:
             head=_head(content),
         )
         write_file(shard_path(self.folder, split, number), content)
-        with open(self.folder / LOG, "a", encoding="utf-8") as log:
-            log.write(json.dumps({"split": split, "shard": number, "tokens": entry.tokens, **cost}) + "\n")
+        log = self.folder / LOG
+        line = json.dumps({"split": split, "shard": number, "tokens": entry.tokens, **cost}) + "\n"
+        write_file(log, (log.read_bytes() if log.is_file() else b"") + line.encode())
         self.manifest.shards[split][number] = entry
         self.manifest.skipped[split] |= dict(skipped)
         self.manifest.write(self.folder)
@@ -226,10 +227,11 @@ def shard_path(folder: Path, split: str, number: int) -> Path:
 
 def sealed(rows: Sequence[Mapping[str, Any]], features: Features) -> pa.Table:
     """Rows as a table of one batch, each with its crc32."""
-    table = pa.Table.from_pylist(
-        [{**row, "crc32": _crc32(row["key"], row["tokens"], _payload(row))} for row in rows], features.arrow_schema
-    )
-    return table.combine_chunks()
+    complete = [{**row, "crc32": _crc32(row["key"], row["tokens"], _payload(row))} for row in rows]
+    if "blob" in features:
+        return pa.Table.from_pylist(complete, features.arrow_schema).combine_chunks()
+    # Messages whose parts differ, and images, are types that Arrow alone cannot write.
+    return Dataset.from_list(complete, features=features).data.table.combine_chunks()
 
 
 def sha256_of(table: pa.Table) -> str:

@@ -115,7 +115,7 @@ class VLLMClient:
     """Asks one or several vLLM servers of the same model; a context manager that closes its connections.
 
     `model` is the served name, needed only where a server offers several. `concurrency` requests are under way at a
-    time over all URLs. The key is `api_key`, or the environment's VLLM_API_KEY or OPENAI_API_KEY. `image_token_id`
+    time over all URLs. The key is `api_key`, or the environment's VLLM_API_KEY. `image_token_id`
     makes complaints about image tokens more precise. Raises ValueError for what concerns the server (no answer after
     `retries`, no permission, unknown model, k above its cap, an answer that is not one); what concerns one row only is
     handed out as a `RowError` in its place.
@@ -132,7 +132,7 @@ class VLLMClient:
         api_key: str | None = None,
         image_token_id: int | None = None,
     ):
-        key = api_key or os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+        key = api_key or os.environ.get("VLLM_API_KEY")
         urls = [base_urls] if isinstance(base_urls, str) else base_urls
         self._endpoints = Endpoints(urls, key, concurrency, timeout, retries)
         self._wanted_model, self._image_token_id = model, image_token_id

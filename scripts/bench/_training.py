@@ -1,14 +1,17 @@
-"""What the benchmarks of whole training steps share: models, one batch, trainers, a teacher whose answer is ready."""
+"""What the benchmarks of whole training steps share: models, rows, trainers, a teacher on disk."""
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from _measure import Run, Step, alone, arguments, faster, interleaved
-from datasets import Dataset, disable_progress_bars
+from _caching import write_cache
+from _measure import Run, Step, alone, arguments, faster, interleaved, timed
+from datasets import Dataset, DatasetDict, disable_progress_bars
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -18,14 +21,16 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
+    default_data_collator,
 )
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from mmkd.teachers.base import Teacher
+from mmkd.capture.sequences import TokenSequence, prepare, usable
+from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.codec import Codec, TokenOrder, TokenScores
 from mmkd.teachers.local import LocalTeacher
-from mmkd.teachers.signals import TopKSignal
 from mmkd.trainers.base import ItemLosses, Supervised
 from mmkd.trainers.kd import KDConfig, KDTrainer
 from mmkd.trainers.sft import SFTBaselineConfig, SFTBaselineTrainer
@@ -89,25 +94,25 @@ def base_case(args: argparse.Namespace) -> Training:
     return Training("", "", batch, length, args.supervised, quick=args.quick, device=args.device)
 
 
-class CachedTeacher(Teacher[TopKSignal]):
-    """A cache whose every answer is in memory: what is left of distillation when the teacher costs nothing."""
+def random_cache(case: Training, settings: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> CachedTeacher:
+    """A teacher on disk with random answers about these rows; what it says makes no difference to the cost."""
+    data = DatasetDict({"train": Dataset.from_list(rows)})
+    prepared = prepare(data, KDConfig(**settings), _tokenizer())
+    codec = Codec("top_k", case.k, 0, TokenOrder(np.arange(case.vocab, dtype=np.int32)))
+    asked = [one for _, one in usable(prepared.splits["train"], range(len(rows))) if isinstance(one, TokenSequence)]
+    scores = [random_scores(int(one.supervised.sum()), codec, seed) for seed, one in enumerate(asked)]
+    write_cache(folder, codec, [one.key for one in asked], scores, prepared.preparation)
+    return CachedTeacher(folder)
 
-    signal_type = TopKSignal
 
-    def __init__(self, vocab: int, tokens: int, k: int):
-        log_probs = torch.randn(tokens, k).sort(descending=True).values.log_softmax(-1) + torch.tensor(0.9).log()
-        tail = torch.full_like(log_probs[:, 0], 0.1).log()
-        self.signal = TopKSignal(torch.randint(vocab, (tokens, k)), log_probs, tail)
-
-    def prepare(self, accelerator: Any) -> None:
-        """Puts the signal on the student's device."""
-        signal = self.signal
-        parts = (part.to(accelerator.device) for part in (signal.ids, signal.log_probs, signal.tail_log_prob))
-        self.signal = TopKSignal(*parts)
-
-    def ask(self, inputs: dict[str, Any], supervised: torch.Tensor) -> TopKSignal:
-        """As many rows of the signal as there are supervised tokens; which ones makes no difference to the cost."""
-        return next(self.signal.chunks(int(supervised.sum())))
+def random_scores(tokens: int, codec: Codec, seed: int) -> TokenScores:
+    """Any ids with nine tenths of the mass, most likely first."""
+    random = np.random.default_rng(seed)
+    ids = np.stack([random.choice(len(codec.order.ids), codec.k, replace=False) for _ in range(tokens)])
+    mass = -np.sort(-random.lognormal(size=(tokens, codec.k)))
+    log_probs = np.log(0.9 * mass / mass.sum(1, keepdims=True)).astype(np.float32)
+    tail = np.full(tokens, np.log(0.1), dtype=np.float32)
+    return TokenScores(ids.astype(np.int32), log_probs, np.zeros((tokens, 0), dtype=np.int32), tail)
 
 
 class ModelsOnlyTrainer(KDTrainer):
@@ -157,17 +162,18 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def make_batch(case: Training) -> dict[str, torch.Tensor]:
+def make_rows(case: Training) -> list[dict[str, Any]]:
     """Random tokens without padding; the last `supervised` share of each row is supervised."""
     ids = torch.randint(3, case.vocab, (case.batch, case.length), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, : round((1 - case.supervised) * case.length)] = -100
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    return {name: values.to(case.device) for name, values in batch.items()}
+    mask = [1] * case.length
+    pairs = zip(ids.tolist(), labels.tolist(), strict=True)
+    return [{"input_ids": row, "labels": wanted, "attention_mask": mask} for row, wanted in pairs]
 
 
-def make_trainer(case: Training, folder: str) -> Trainer:
-    """The real trainer of a variant. Weights are bf16 already, so none of them uses autocast or checkpointing."""
+def make_trainer(case: Training, rows: list[dict[str, Any]], folder: str) -> Trainer:
+    """The real trainer of a variant on these rows. Weights are bf16, so none uses autocast or checkpointing."""
     disable_progress_bars()
     student = student_of(case)
     settings: dict[str, Any] = {
@@ -180,9 +186,7 @@ def make_trainer(case: Training, folder: str) -> Trainer:
         "use_cpu": case.device == "cpu",
         "disable_tqdm": True,
     }
-    ids = [list(range(3, 19))] * case.batch
-    rows = {"input_ids": ids, "labels": ids}
-    common: dict[str, Any] = {"train_dataset": Dataset.from_dict(rows), "processing_class": _tokenizer()}
+    common: dict[str, Any] = {"train_dataset": Dataset.from_list(rows), "processing_class": _tokenizer()}
     if case.trainer == "transformers SFT":
         return Trainer(student, TrainingArguments(**settings), **common)
     # The trainers below prepare the rows; length limits them, and not the batch.
@@ -192,7 +196,7 @@ def make_trainer(case: Training, folder: str) -> Trainer:
     if case.trainer == "mmkd sft":
         return SFTBaselineTrainer(student, None, SFTBaselineConfig(**settings), **common)
     if case.trainer == "mmkd cached":
-        teacher = CachedTeacher(case.vocab, case.batch * case.length, case.k)
+        teacher = random_cache(case, settings, rows, Path(folder) / "cache")
         return KDTrainer(student, teacher, KDConfig(**settings), **common)
     model = llama(QUICK_TEACHER if case.quick else SMOLLM2_360M, 1)
     if case.trainer == "mmkd online":
@@ -204,9 +208,16 @@ def make_trainer(case: Training, folder: str) -> Trainer:
     return GKDTrainer(student, model, GKDConfig(**settings, lmbda=0.0, beta=beta), **common)
 
 
-def make_step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> Step:
-    """`get_batch_samples` and `training_step` as `train()` calls them; no optimizer, which all variants share."""
-    model = trainer.model
+def collator_of(trainer: Trainer) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """The trainer's own collator; GKD's reads messages, and gets tokens that need no collating."""
+    collator: Any = default_data_collator if isinstance(trainer, GKDTrainer) else trainer.data_collator
+    # The trainers take the columns out of their data set, and collators may change their examples.
+    return lambda rows: collator([dict(row) for row in rows])
+
+
+def make_step(trainer: Trainer, rows: list[dict[str, Any]]) -> Step:
+    """Collator, `get_batch_samples` and `training_step` as `train()` calls them; no optimizer, which all share."""
+    model, collate = trainer.model, collator_of(trainer)
     assert isinstance(model, torch.nn.Module)
     model.train()
     # train() sets it from the arguments: mmkd computes its diagnostics in the steps that are logged, SFT in all.
@@ -214,7 +225,7 @@ def make_step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> Step:
 
     def step() -> float:
         model.zero_grad(set_to_none=True)
-        batches, items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+        batches, items = trainer.get_batch_samples(iter([collate(rows)]), 1, trainer.args.device)
         return float(trainer.training_step(model, dict(batches[0]), items))
 
     return step
@@ -222,18 +233,28 @@ def make_step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> Step:
 
 def build(case: Training) -> tuple[Step, Step]:
     """A step on 32 tokens and the step of one variant, by the same trainer; the gradients of the first are dropped."""
+    small, rows = make_rows(replace(case, batch=1, length=32)), make_rows(case)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(case, folder)
+        trainer = make_trainer(case, [*small, *rows], folder)
+        # A cache stays readable without its folder: its files are mapped.
+        warm_up_step, step = make_step(trainer, small), make_step(trainer, rows)
     model = trainer.model
-    small = make_step(trainer, make_batch(replace(case, batch=1, length=32)))
 
     def warm_up() -> float:
-        value = small()
+        value = warm_up_step()
         assert isinstance(model, torch.nn.Module)
         model.zero_grad(set_to_none=True)
         return value
 
-    return warm_up, make_step(trainer, make_batch(case))
+    return warm_up, step
+
+
+def collating(case: Training, repeats: int = 20) -> float:
+    """Seconds that the trainer's collator takes for one batch; of a cached teacher, reading its answers included."""
+    rows = make_rows(case)
+    with tempfile.TemporaryDirectory() as folder:
+        collate = collator_of(make_trainer(case, rows, folder))
+    return min(timed(lambda: len(collate(rows)), "cpu").seconds for _ in range(repeats))
 
 
 def measure_steps(cases: list[Training], args: argparse.Namespace) -> dict[str, Run]:

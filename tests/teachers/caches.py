@@ -28,6 +28,7 @@ def write_recipe(folder: Path, tiny: Mapping[str, Path], data: Mapping[str, Data
         "columns": {name: name for name in data["train"].column_names},
         "data_files": {split: f"{split}.jsonl" for split in data},
         "splits": {split: split for split in data},
+        "shuffle_seed": None,
     }
     (folder / "words.yaml").write_text(yaml.safe_dump(source))
     defaults: dict[str, Any] = {

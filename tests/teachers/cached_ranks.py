@@ -1,0 +1,58 @@
+"""Started by torchrun in test_cached.py: trains from a cache on two gloo ranks and writes what each of them saw."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmkd.run import build_trainer, load_rows_of, parse_run
+from mmkd.teachers.cached import CachedTeacher
+from mmkd.trainers.kd import KDTrainer
+
+SIZES = ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2", "--max_steps", "2"]
+VARIANTS: dict[str, list[str]] = {
+    "taid": ["--method", "taid", "--max_steps", "2"],
+    "unbiased": ["--teacher_tail", "unbiased", "--gradient_accumulation_steps", "2", "--max_steps", "2"],
+    "packed": ["--packing", "true", "--dataloader_num_workers", "2", "--max_steps", "2"],
+}
+"""Flags after the recipe. Without packing, two ranks of two rows are one rank of four."""
+
+
+def results(trainer: Any) -> dict[str, Any]:
+    """Losses and gradient norms of the steps, and an evaluation."""
+    trainer.train()
+    evaluated = trainer.evaluate()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "steps": [[entry["loss"], entry["grad_norm"]] for entry in history],
+        "evaluated": {name: evaluated[name] for name in ("eval_loss", "eval_kl", "eval_ce")},
+    }
+
+
+def streamed(recipe: str) -> list[float]:
+    """The losses of a run whose rows come as a stream."""
+    run = parse_run(recipe, SIZES)
+    assert run.arguments.teacher_cache is not None
+    assert run.arguments.student is not None
+    trainer: Any = KDTrainer(
+        model=run.arguments.student,
+        teacher=CachedTeacher(run.arguments.teacher_cache),
+        args=run.training,
+        train_dataset=load_rows_of(run)["train"].to_iterable_dataset(num_shards=4),
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def main(recipe: str, output: str) -> None:
+    seen: dict[str, Any] = {}
+    rank = 0
+    for name, flags in VARIANTS.items():
+        trainer = build_trainer(parse_run(recipe, [*SIZES, *flags]))
+        rank, seen[name] = trainer.args.process_index, results(trainer)
+    seen["streamed"] = streamed(recipe)
+    Path(output, f"rank{rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
