@@ -183,7 +183,7 @@ def text_cache(folder: Path) -> Path:
     with CacheWriter(folder, Manifest(identity, 2, {"train": 5, "eval": 2}), features) as writer:
         for split, number in writer.manifest.missing():
             span = writer.manifest.span(split, number)
-            rows = [{**row, "key": f"{split}{place:8}".encode(), "tokens": 3} for place in span if place != 4]
+            rows = [{**row, "key": f"{split:8}{place:8}".encode(), "tokens": 3} for place in span if place != 4]
             skipped = {place: Skipped("no image") for place in span if place == 4}
             writer.write(split, number, rows, skipped, {"seconds": 1.0})
         writer.finish()
@@ -289,7 +289,8 @@ def test_training_from_the_hub_is_training_from_the_folder(
 
 def test_a_cache_of_answers(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
     folder = text_cache(tmp_path / "answers")
-    _, pulled = client(push(folder, "user/answers"), pull("user/answers"))
+    said, pulled = client(push(folder, "user/answers"), pull("user/answers"))
+    assert not said.startswith("refused"), said
     ours, theirs = Manifest.read(folder), Manifest.read(Path(pulled))
     assert ours.skipped == theirs.skipped
     for split, number in ours.planned():

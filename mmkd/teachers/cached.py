@@ -184,6 +184,10 @@ def _with_draws(scores: TokenScores) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(divide="ignore"):
         shares = np.where(first, np.log(np.take_along_axis(counts, run, axis=1)), -np.inf)
     weights = scores.tail_log_prob[:, None] - math.log(draws.shape[1]) + shares
+    if not scores.ids.shape[1]:
+        # What was drawn most often stands for the most likely token.
+        order = np.argsort(-weights, axis=1, kind="stable")
+        draws, weights = np.take_along_axis(draws, order, axis=1), np.take_along_axis(weights, order, axis=1)
     return (
         np.concatenate([scores.ids, draws], axis=1),
         np.concatenate([scores.log_probs, weights.astype(np.float32)], axis=1),

@@ -47,7 +47,7 @@ class _DenseChunk:
 
 @dataclass(frozen=True)
 class SparseSignal:
-    """The teacher's probabilities of some tokens per position, every other token having none.
+    """The teacher's probabilities of some tokens per position, the most likely first, every other token having none.
 
     Either its top-k renormalised, or its top-k and draws that stand for the tail (-inf for a draw counted elsewhere).
     The student is compared by its log-probs on the whole vocabulary, which do not sum to 1 over these tokens: only the
@@ -72,8 +72,7 @@ class SparseSignal:
         return logits.gather(-1, signal.ids.long()) - logits.logsumexp(-1, keepdim=True), teacher
 
     def top1(self, rows: slice) -> Tensor:
-        signal = self[rows]
-        return signal.ids.gather(-1, signal.log_probs.argmax(-1, keepdim=True))[:, 0]
+        return self.ids[rows, 0]
 
     def __getitem__(self, rows: slice) -> Self:
         return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))

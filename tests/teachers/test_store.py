@@ -692,6 +692,13 @@ def test_a_file_that_fits_only_in_part_is_not_left_behind(finished: Path, tmp_pa
     assert contents(tmp_path) == contents(finished)
 
 
+def test_a_folder_that_cannot_be_made_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for folder in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(ValueError, match=str(folder)):
+            fill(folder)
+
+
 # The same with a real teacher
 
 
