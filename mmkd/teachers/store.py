@@ -228,10 +228,11 @@ def shard_path(folder: Path, split: str, number: int) -> Path:
 def sealed(rows: Sequence[Mapping[str, Any]], features: Features) -> pa.Table:
     """Rows as a table of one batch, each with its crc32."""
     complete = [{**row, "crc32": _crc32(row["key"], row["tokens"], _payload(row))} for row in rows]
-    if "blob" in features or not rows:
+    if "blob" in features:
         return pa.Table.from_pylist(complete, features.arrow_schema).combine_chunks()
     # Messages whose parts differ, and images, are types that Arrow alone cannot write.
-    return Dataset.from_list(complete, features=features).data.table.combine_chunks()
+    columns = {name: [row[name] for row in complete] for name in features}
+    return Dataset.from_dict(columns, features=features).data.table.combine_chunks()
 
 
 def sha256_of(table: pa.Table) -> str:
