@@ -53,8 +53,11 @@ class CacheWriter:
         self.folder, self.manifest, self.features = Path(folder), manifest, features
 
     def __enter__(self) -> "CacheWriter":
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / ".lock", "w")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "w")
+        except OSError as error:
+            raise ValueError(f"The cache {self.folder} cannot be written: {error}. Name another folder.") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
