@@ -28,7 +28,7 @@ from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal, TopKSignal
 
 from .checks import check_supervision, check_training_data
-from .preparation import preparation_of, sequences_of
+from .preparation import ROW_LENGTHS, RowLengths, preparation_of, sequences_of
 from .progress import DistillationProgress
 
 
@@ -183,6 +183,7 @@ class DistillationTrainer(SFTTrainer):
                 "The student is spread over several devices by device_map. Load it without device_map and shard it "
                 "with accelerate_config zero3 or fsdp2."
             )
+        self.data_collator = RowLengths(self.data_collator)
         self.vocab_size = full_head(self.model).vocab_size
         allow_consumers(self.model)
         self.teacher = self._build_teacher(teacher, teacher_processing_class)
@@ -300,6 +301,7 @@ class DistillationTrainer(SFTTrainer):
     def _ask_once(self, teacher: Teacher) -> None:
         """Asks about the first row, so that a teacher that cannot answer fails before training."""
         inputs: Any = self._prepare_inputs(self.data_collator([dict(next(iter(self.train_dataset)))]))
+        del inputs[ROW_LENGTHS]
         teacher.ask(inputs, inputs.pop("labels")[:, 1:] != -100)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -339,8 +341,9 @@ class DistillationTrainer(SFTTrainer):
         """The micro-batch's share of the loss of the accumulated batch, over the items of all ranks."""
         training = self.model.training
         inputs = dict(inputs)
+        row_lengths = inputs.pop(ROW_LENGTHS)
         if not training:
-            inputs["labels"] = self._without_repeated_rows(inputs["labels"])
+            inputs["labels"] = self._without_repeated_rows(inputs["labels"], row_lengths)
         counts = self._counts if training else self.count_items(inputs)
         labels = inputs.pop("labels")[:, 1:]
         supervised = labels != -100
@@ -370,15 +373,26 @@ class DistillationTrainer(SFTTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's loop; the reports of this evaluation alone are logged, under its prefix."""
         self._sums["eval"], self._prefix = {}, metric_key_prefix
-        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        result = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if not (self.is_in_train or self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            # accelerate leaves a model alone that it has prepared for an evaluation: DDP would not wrap it, and the
+            # ranks of a training after this would drift apart.
+            self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
+            self.model._is_accelerate_prepared = False
+        return result
 
-    def _without_repeated_rows(self, labels: Tensor) -> Tensor:
+    def _without_repeated_rows(self, labels: Tensor, row_lengths: Tensor) -> Tensor:
         """The labels without those of rows that ranks repeat to make the last batch of an evaluation even."""
         state = self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return labels
-        real = max(0, state.remainder - self.accelerator.process_index * len(labels))
-        return torch.cat([labels[:real], torch.full_like(labels[real:], -100)])
+        real = max(0, state.remainder - self.accelerator.process_index * len(row_lengths))
+        kept = torch.zeros_like(labels, dtype=torch.bool)
+        if len(labels) == len(row_lengths):
+            kept[:real] = True
+        else:
+            kept[:, : row_lengths[:real].sum()] = True
+        return labels.masked_fill(~kept, -100)
 
     # Reports
 

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from datasets import Dataset
 from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -13,6 +14,8 @@ from trl.trainer.sft_config import SFTConfig
 
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.keys import segments
+
+ROW_LENGTHS = "row_lengths"
 
 _READ = 1000
 
@@ -37,6 +40,20 @@ def preparation_of(
         # Strategies that keep sequences whole give the same ones as no packing.
         "packing": args.packing_strategy if args.packing and args.packing_strategy != "bfd" else None,
     }
+
+
+class RowLengths:
+    """A data collator that adds how many tokens each row of a batch has, also where rows are laid end to end."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any]):
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        batch = self.collator(examples)
+        flat = len(batch["input_ids"]) != len(examples)
+        lengths = [len(example["input_ids"]) if flat else batch["input_ids"].shape[1] for example in examples]
+        batch[ROW_LENGTHS] = torch.tensor(lengths)
+        return batch
 
 
 class Located(NamedTuple):

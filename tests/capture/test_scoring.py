@@ -179,17 +179,22 @@ def test_no_draw_is_an_exact_outcome_even_at_the_ends(offset: float, place: int)
 
 
 def test_rare_tokens_of_a_large_vocabulary_are_drawn_too() -> None:
-    """100,000 equal tokens after a likely one: in fp32 their cumulative sum would stick."""
-    vocab, m, steps = 100_001, 4, 5
-    logits = torch.zeros(steps, vocab)
-    logits[:, 0] = 20.0
-    offsets = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    """100,000 tokens of 1e-9 each behind a likely one: cumulative sums in fp32 would tell one of 60 of them apart."""
+    rare, steps = 100_000, 50
+    logits = torch.full((steps, rare + 1), float(np.log(1e-9)))
+    logits[:, 0] = 0.0
     log_probs = logits.log_softmax(-1)
-    draws = tail_draws(log_probs, torch.zeros(steps, 0, dtype=torch.long), m, offsets)
-    assert (draws == 0).all()
-    draws = tail_draws(log_probs, torch.zeros(steps, 1, dtype=torch.long), m, offsets)
-    expected = 1 + ((offsets[:, None] + torch.arange(m)) / m * 100_000).long()
-    assert (draws - expected).abs().max() <= 1
+    probs = log_probs[0].exp().double().numpy()
+    likely = probs[0] / probs.sum()
+    offsets = likely + (1 - likely) * (np.arange(steps) + 0.5) / steps
+    nothing = torch.zeros(steps, 0, dtype=torch.long)
+    draws = tail_draws(log_probs, nothing, 1, torch.from_numpy(offsets))[:, 0].numpy()
+    expected = np.searchsorted(np.cumsum(probs), offsets * probs.sum(), side="right")
+    assert len(set(expected)) == steps
+    assert abs(draws - expected).max() <= 1
+    # Without the likely one, all are as likely as another.
+    draws = tail_draws(log_probs[:1], torch.zeros(1, 1, dtype=torch.long), 4, torch.tensor([0.5]))
+    assert draws.tolist() == [[1 + rare * step // 8 for step in (1, 3, 5, 7)]]
 
 
 # The engine

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed
+
 from mmkd.run import build_trainer, load_rows_of, parse_run
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.trainers.kd import KDTrainer
@@ -13,15 +15,15 @@ SIZES = ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "
 VARIANTS: dict[str, list[str]] = {
     "taid": ["--method", "taid", "--max_steps", "2"],
     "unbiased": ["--teacher_tail", "unbiased", "--gradient_accumulation_steps", "2", "--max_steps", "2"],
-    "packed": ["--packing", "true", "--dataloader_num_workers", "2", "--max_steps", "2"],
+    "packed": ["--packing", "true", "--dataloader_num_workers", "2", "--per_device_eval_batch_size", "3"],
 }
 """Flags after the recipe. Without packing, two ranks of two rows are one rank of four."""
 
 
 def results(trainer: Any) -> dict[str, Any]:
-    """Losses and gradient norms of the steps, and an evaluation."""
-    trainer.train()
+    """An evaluation of the untrained student, then losses and gradient norms of the steps."""
     evaluated = trainer.evaluate()
+    trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": [[entry["loss"], entry["grad_norm"]] for entry in history],
@@ -52,6 +54,7 @@ def main(recipe: str, output: str) -> None:
         rank, seen[name] = trainer.args.process_index, results(trainer)
     seen["streamed"] = streamed(recipe)
     Path(output, f"rank{rank}.json").write_text(json.dumps(seen))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

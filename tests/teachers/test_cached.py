@@ -265,24 +265,45 @@ def test_resume_gives_the_losses_of_an_uninterrupted_run(build: Build, whole: Pa
         assert losses_of(resumed, name)[-3:] == losses_of(uninterrupted, name)[-3:], name
 
 
-def test_losses_do_not_depend_on_ranks(sparse_recipe: Path, tmp_path: Path) -> None:
-    """Two gloo ranks of two rows are one rank of four; nine rows to evaluate leave the last batch uneven."""
+@pytest.fixture(scope="module")
+def ranks(sparse_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two gloo ranks saw in every variant."""
+    output = tmp_path_factory.mktemp("ranks")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, "--module", "tests.teachers.cached_ranks", str(sparse_recipe), str(tmp_path)]
+    command = [*torchrun, "--module", "tests.teachers.cached_ranks", str(sparse_recipe), str(output)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, timeout=240, cwd=root, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert ranks[0] == ranks[1]
-    for name, flags in VARIANTS.items():
-        sizes = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "5"]
-        expected = results(build_trainer(parse_run(str(sparse_recipe), [*flags, *sizes])))
-        found = ranks[0][name]
-        assert found["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-3), name
-        if name != "packed":
-            assert found["steps"] == [pytest.approx(pair, rel=1e-3) for pair in expected["steps"]], name
+    return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_losses_do_not_depend_on_ranks(sparse_recipe: Path, ranks: list[dict[str, Any]], name: str) -> None:
+    """Two ranks of two rows are one rank of four; the last batch of an evaluation is uneven."""
+    sizes = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "5", "--max_steps", "2"]
+    expected = results(build_trainer(parse_run(str(sparse_recipe), [*VARIANTS[name], *sizes])))
+    found = ranks[0][name]
+    assert found == ranks[1][name]
+    if name != "packed":
+        # Packed rows are one batch each on every rank, so that the steps are others.
+        assert found["steps"] == [pytest.approx(pair, rel=1e-3) for pair in expected["steps"]]
+        assert found["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-3)
+    assert all(np.isfinite(found["steps"]).ravel())
+
+
+def test_streams_on_several_ranks(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["streamed"] == ranks[1]["streamed"]
     assert len(ranks[0]["streamed"]) == 2
     assert all(np.isfinite(ranks[0]["streamed"]))
+
+
+def test_packed_rows_that_ranks_repeat_do_not_count_twice(sparse_recipe: Path, ranks: list[dict[str, Any]]) -> None:
+    """An evaluation of untrained students, whose packed rows do not fill the ranks' last batch."""
+    alone: Any = build_trainer(parse_run(str(sparse_recipe), VARIANTS["packed"]))
+    assert len(alone.eval_dataset) % 6
+    evaluated = alone.evaluate()
+    expected = {name: evaluated[name] for name in ("eval_loss", "eval_kl", "eval_ce")}
+    assert ranks[0]["packed"]["evaluated"] == pytest.approx(expected, rel=1e-5)
 
 
 # Batches
