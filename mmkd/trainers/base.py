@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -186,7 +186,10 @@ class DistillationTrainer(SFTTrainer):
         self.data_collator = RowLengths(self.data_collator)
         self.vocab_size = full_head(self.model).vocab_size
         allow_consumers(self.model)
-        self.teacher = self._build_teacher(teacher, teacher_processing_class)
+        self.teacher: Any = None if teacher is None else self.build_teacher(teacher, teacher_processing_class)
+        if self.teacher is not None:
+            self.teacher.prepare(self.accelerator)
+            self._ask_once()
         if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(DistillationProgress)
@@ -210,6 +213,10 @@ class DistillationTrainer(SFTTrainer):
     def method_callbacks(self, args: Any) -> list[TrainerCallback]:
         """Callbacks of the method; those that are ExportableState are saved in and restored from the trainer state."""
         return []
+
+    def ask_teacher(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> Any:
+        """The teacher's signal about a batch, as `Teacher.ask` gives it."""
+        return self.teacher.ask(inputs, supervised)
 
     def step_ended(self, means: dict[str, float]) -> None:
         """Called once per optimizer step with this step's mean over all ranks of the reports named in `step_means`."""
@@ -258,25 +265,27 @@ class DistillationTrainer(SFTTrainer):
             processing_class = load_processing_class(name, "student", **hub)
         return load_model(name, "student", **init), processing_class
 
-    def _build_teacher(self, teacher: Any, processing_class: Any) -> Teacher | None:
-        if teacher is None:
-            return None
+    def build_teacher(self, teacher: Any, processing_class: Any) -> Teacher:
+        """The teacher of the constructor's arguments, checked against student and data."""
         if isinstance(teacher, CachedTeacher):
             self._use_cache(teacher)
         elif not isinstance(teacher, Teacher):
-            trust = self.args.trust_remote_code
-            name = teacher if isinstance(teacher, str) else name_of(teacher)
-            if isinstance(teacher, str):
-                given = self.args.teacher_model_init_kwargs or {}
-                assert isinstance(given, dict)
-                teacher = load_model(name, "teacher", **{"dtype": "auto", "trust_remote_code": trust, **given})
+            teacher = self.load_teacher(teacher)
             if processing_class is None:
-                processing_class = load_processing_class(name, "teacher", trust_remote_code=trust)
+                trust = self.args.trust_remote_code
+                processing_class = load_processing_class(name_of(teacher), "teacher", trust_remote_code=trust)
             self.vocab_size = self._shared_vocabulary(tokenizer_of(processing_class), full_head(teacher).vocab_size)
             teacher = LocalTeacher(teacher, self.vocab_size)
-        teacher.prepare(self.accelerator)
-        self._ask_once(teacher)
         return teacher
+
+    def load_teacher(self, teacher: str | PreTrainedModel) -> PreTrainedModel:
+        """The model of a name, with `teacher_model_init_kwargs`; a model as it is."""
+        if not isinstance(teacher, str):
+            return teacher
+        given = self.args.teacher_model_init_kwargs or {}
+        assert isinstance(given, dict)
+        trust = self.args.trust_remote_code
+        return load_model(teacher, "teacher", **{"dtype": "auto", "trust_remote_code": trust, **given})
 
     def _use_cache(self, teacher: CachedTeacher) -> None:
         if teacher.vocab_size > self.vocab_size:
@@ -298,11 +307,11 @@ class DistillationTrainer(SFTTrainer):
         tokens = shared_vocabulary(tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), added)
         return min(tokens, self.vocab_size, teacher_rows)
 
-    def _ask_once(self, teacher: Teacher) -> None:
+    def _ask_once(self) -> None:
         """Asks about the first row, so that a teacher that cannot answer fails before training."""
         inputs: Any = self._prepare_inputs(self.data_collator([dict(next(iter(self.train_dataset)))]))
         del inputs[ROW_LENGTHS]
-        teacher.ask(inputs, inputs.pop("labels")[:, 1:] != -100)
+        self.ask_teacher(inputs, inputs.pop("labels")[:, 1:] != -100)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
@@ -341,14 +350,14 @@ class DistillationTrainer(SFTTrainer):
         """The micro-batch's share of the loss of the accumulated batch, over the items of all ranks."""
         training = self.model.training
         inputs = dict(inputs)
-        row_lengths = inputs.pop(ROW_LENGTHS)
-        if not training:
+        row_lengths = inputs.pop(ROW_LENGTHS, None)
+        if not training and row_lengths is not None:
             inputs["labels"] = self._without_repeated_rows(inputs["labels"], row_lengths)
         counts = self._counts if training else self.count_items(inputs)
         labels = inputs.pop("labels")[:, 1:]
         supervised = labels != -100
         asks = self.teacher is not None and (self.needs_teacher or self._reports_now())
-        signal = self.teacher.ask(inputs, supervised) if self.teacher is not None and asks else None
+        signal = self.ask_teacher(inputs, supervised) if asks else None
         inputs.pop(BATCH_KEY, None)
 
         def consumer(hidden: Tensor, head: LMHead) -> tuple[dict, dict]:
