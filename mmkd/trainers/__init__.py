@@ -1,11 +1,12 @@
 """METHODS: the one table of methods."""
 
+from .alm import ALMTrainer
 from .base import DistillationTrainer
 from .kd import KDTrainer
 from .sft import SFTBaselineTrainer
 from .taid import TAIDTrainer
 
 METHODS: dict[str, type[DistillationTrainer]] = {
-    trainer.method: trainer for trainer in (SFTBaselineTrainer, KDTrainer, TAIDTrainer)
+    trainer.method: trainer for trainer in (SFTBaselineTrainer, KDTrainer, TAIDTrainer, ALMTrainer)
 }
 """Name in a recipe -> trainer; its `config_class` holds the keys the recipe may set."""
