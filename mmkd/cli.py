@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and "takes_flags" not in options:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}; its only flag is --help")
     try:
         return options.run(options, rest)
     except ValueError as error:
@@ -91,7 +91,19 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("name")
     copy.add_argument("destination", nargs="?", default=".")
     copy.set_defaults(run=_copy_recipe)
-    commands.add_parser("env", help="print versions for a bug report").set_defaults(run=_environment)
+    transfer = commands.add_parser("transfer-tokenizer", help="give a model another tokenizer, or one of bytes")
+    transfer.add_argument("model", help="Hub id or folder")
+    transfer.add_argument("tokenizer", help="Hub id or folder of the tokenizer, or the word bytes")
+    transfer.add_argument("output_dir", help="the folder to write")
+    transfer.add_argument("--untie", action="store_true", help="give embeddings and head weights of their own")
+    transfer.add_argument(
+        "--pad_to_multiple_of", type=int, default=1, help="pad the vocabulary, for speed on GPUs (default: 1)"
+    )
+    transfer.set_defaults(run=_transfer_tokenizer, parser=transfer)
+    versions = commands.add_parser("env", help="print versions for a bug report")
+    versions.set_defaults(run=_environment)
+    for command in (info, merge, listing, show, copy, versions):
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -156,6 +168,14 @@ def _show_recipe(options: argparse.Namespace, rest: list[str]) -> int:
 def _copy_recipe(options: argparse.Namespace, rest: list[str]) -> int:
     print(recipes.copy_recipe(_find(options.name), options.destination))
     return 0
+
+
+def _transfer_tokenizer(options: argparse.Namespace, rest: list[str]) -> int:
+    from mmkd.models.transfer import transfer_command
+
+    return transfer_command(
+        options.model, options.tokenizer, options.output_dir, options.untie, options.pad_to_multiple_of
+    )
 
 
 def _find(name: str) -> Path:

@@ -102,12 +102,12 @@ def local_cache(name: str, revision: str | None = None) -> Path:
     if Path(name).exists():
         return Path(name)
     repo_id, _, pinned = name.partition("@")
-    if repo_id.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_id(name):
         raise ValueError(
             f"The teacher cache {name!r} does not exist. Make it with `mmkd cache build`, or name another folder, or "
             "a Hub id such as user/name."
         )
-    with _explained(repo_id, " (and no folder has this name)"):
+    with _explained(repo_id, f" (and no folder has this name; one to build is written ./{name})"):
         snapshot = snapshot_download(
             repo_id, repo_type="dataset", revision=revision or pinned or None, allow_patterns=list(_BESIDE)
         )
@@ -133,6 +133,11 @@ def local_cache(name: str, revision: str | None = None) -> Path:
             _rebuild(repo_id, snapshot, parquet / "data", folder)
         shutil.rmtree(parquet, ignore_errors=True)
     return folder
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name, with its @revision if any, has the form of a Hub id and not that of a path."""
+    return name.partition("@")[0].count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _checked(folder: Path) -> Manifest:

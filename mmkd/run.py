@@ -2,164 +2,35 @@
 
 import difflib
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from datasets import DatasetDict
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 from trl.scripts.utils import TrlParser
-from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
-from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.arguments import Run as Run
+from mmkd.arguments import RunArguments as RunArguments
+from mmkd.arguments import StudentArguments as StudentArguments
 from mmkd.capture.arguments import CacheArguments
 from mmkd.data.load import load_data
-from mmkd.data.recipe import DataRecipe
 from mmkd.hub import local_cache
 from mmkd.models.assemble import prune
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.recipes import find_recipe
-from mmkd.teachers.cached import TAILS, CachedTeacher
-from mmkd.teachers.identity import is_same_teacher, weights_sha256
-from mmkd.teachers.server import ServerTeacher
-from mmkd.teachers.store import Cache
+from mmkd.run_teacher import check_cache as check_cache
+from mmkd.run_teacher import load_teacher as load_teacher
+from mmkd.run_teacher import server_teacher
+from mmkd.run_teacher import teacher_identity as teacher_identity
+from mmkd.run_teacher import without_unreadable as without_unreadable
+from mmkd.teachers.cached import CachedTeacher
 from mmkd.trainers import METHODS
 from mmkd.trainers.base import DistillationConfig, DistillationTrainer
-
-
-@dataclass
-class RunArguments:
-    """What a recipe says besides its method's settings."""
-
-    method: str = field(metadata={"help": "How to distil.", "choices": list(METHODS)})
-    data: str = field(metadata={"help": "Data recipe: a name under data_recipes/ or a path to a YAML file."})
-    teacher: str | None = field(default=None, metadata={"help": "Teacher: a Hub id or a local folder."})
-    student: str | None = field(
-        default=None,
-        metadata={"help": "Student: a Hub id or a local folder. May be left out with student_init: prune."},
-    )
-    student_init: str = field(
-        default="pretrained",
-        metadata={
-            "help": "pretrained: the student's own weights. prune: a new student from layers (and optionally narrower "
-            "FFN and heads) of `student`, or of the teacher when `student` is not set. random: the student's config "
-            "with fresh weights.",
-            "choices": ["pretrained", "prune", "random"],
-        },
-    )
-    student_layers: list[int] | None = field(
-        default=None,
-        metadata={"help": "prune: how many layers to keep (one number, spread evenly) or which (several, from 0)."},
-    )
-    student_intermediate_size: int | None = field(default=None, metadata={"help": "prune: width of the FFN to keep."})
-    student_num_attention_heads: int | None = field(
-        default=None, metadata={"help": "prune: query heads to keep; key-value heads follow in proportion."}
-    )
-    teacher_revision: str | None = field(default=None, metadata={"help": "The teacher's branch, tag or commit."})
-    teacher_dtype: str = field(
-        default="auto", metadata={"help": "The teacher's type; auto (default) is the one it was saved in."}
-    )
-    teacher_attn_implementation: str | None = field(
-        default=None,
-        metadata={"help": "The teacher's attention, e.g. flash_attention_2; default: transformers' choice."},
-    )
-    teacher_load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "Quantise the teacher to 4 bits (nf4) with bitsandbytes, whatever the student is."},
-    )
-    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the teacher to 8 bits."})
-    teacher_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "The teacher on disk: the folder that `mmkd cache build` writes and training reads, or a Hub id "
-            "to read it from. The teacher itself is then not loaded."
-        },
-    )
-    teacher_tail: str = field(
-        default="bucket",
-        metadata={
-            "help": "What stands for the tokens outside of a cached top-k. bucket (default): one outcome with their "
-            "mass, for any divergence. unbiased: the draws of cache_tail_draws, for forward_kl. renormalise: nothing.",
-            "choices": list(TAILS),
-        },
-    )
-    teacher_server: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Base URLs of vLLM servers with the teacher (scripts/serve_teacher.sh), which is then not loaded "
-            "here: to build a cache through them, or to train with their live top-k."
-        },
-    )
-    teacher_server_model: str | None = field(
-        default=None, metadata={"help": "The teacher's name on the servers, where they offer several models."}
-    )
-    teacher_concurrency: int = field(default=16, metadata={"help": "Requests under way at a time, over all servers."})
-    teacher_top_k: int = field(
-        default=64,
-        metadata={
-            "help": "Outcomes kept exactly per token, in a cache or asked of a server. 64 (default) with the tail's "
-            "mass has a gradient within 5 percent of the whole distribution's on a strong student."
-        },
-    )
-    max_train_rows: int | None = field(default=None, metadata={"help": "Use at most so many rows to train."})
-    max_eval_rows: int | None = field(default=None, metadata={"help": "Use at most so many rows to evaluate."})
-    dry_run: bool = field(
-        default=False,
-        metadata={
-            "help": "Load everything, report parameters, tokens, memory and the first batch, and train nothing."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.student_layers, int):
-            self.student_layers = [self.student_layers]
-        if self.student_init not in ("pretrained", "prune", "random"):
-            raise ValueError(f"student_init is {self.student_init!r}; choose pretrained, prune or random.")
-        pruned = [self.student_layers, self.student_intermediate_size, self.student_num_attention_heads]
-        if self.student is None and (self.student_init != "prune" or self.teacher is None):
-            raise ValueError(
-                "There is no student: set `student`, or `student_init: prune` to make one of the teacher."
-            )
-        if (self.student_init == "prune") != any(part is not None for part in pruned):
-            raise ValueError(
-                "student_init: prune and the sizes to keep (student_layers, student_intermediate_size, "
-                "student_num_attention_heads) go together: set both or neither."
-            )
-        sources = [self.teacher, self.teacher_cache, self.teacher_server]
-        if not any(sources) and METHODS[self.method].needs_teacher:
-            raise ValueError(
-                f"Method {self.method} needs a teacher: set `teacher` to a Hub id or a folder, or teacher_cache, or "
-                "teacher_server."
-            )
-        if self.teacher_tail not in TAILS:
-            raise ValueError(f"teacher_tail is {self.teacher_tail!r}; choose one of {', '.join(TAILS)}.")
-        if self.teacher_top_k < 0:
-            raise ValueError(f"teacher_top_k is {self.teacher_top_k}; it is a number of tokens, 0 or more.")
-        if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
-            raise ValueError("teacher_load_in_4bit and teacher_load_in_8bit exclude each other: keep one.")
-
-
-@dataclass
-class StudentArguments(ModelConfig):
-    """trl's ModelConfig for the student: type, attention, quantisation and LoRA. The model itself is `student`."""
-
-    model_name_or_path: str | None = field(default=None, init=False)
-
-
-@dataclass
-class Run:
-    """A parsed recipe."""
-
-    arguments: RunArguments
-    training: DistillationConfig
-    student: StudentArguments
-    cache: CacheArguments
 
 
 def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = ()) -> Run:
@@ -220,39 +91,18 @@ def build_trainer(run: Run) -> DistillationTrainer:
         check_cache(run, teacher.cache)
         data = without_unreadable(data, teacher.cache)
     elif arguments.teacher_server is not None:
-        teacher = _server_teacher(run, arguments.teacher_server)
-    return METHODS[arguments.method](
+        teacher = server_teacher(run, arguments.teacher_server, tokenizer_of(student_processing_class(run)))
+    method = METHODS[arguments.method]
+    reads_apart = arguments.teacher is not None and not method.one_vocabulary
+    return method(
         model=student,
         teacher=teacher,
         args=training,
         train_dataset=data["train"],
         eval_dataset=data.get("eval"),
         processing_class=student_processing_class(run),
+        teacher_processing_class=teacher_processing_class(run) if reads_apart else None,
         peft_config=get_peft_config(run.student),
-    )
-
-
-def _server_teacher(run: Run, urls: list[str]) -> ServerTeacher:
-    arguments = run.arguments
-    student: Any = tokenizer_of(student_processing_class(run))
-    # Without the teacher's own tokenizer the servers are asked whether theirs is the student's.
-    tokenizer: Any = student
-    tokens = len(student)
-    if arguments.teacher is not None:
-        name, hub = arguments.teacher, _hub(run, arguments.teacher_revision)
-        tokenizer = tokenizer_of(load_processing_class(name, "teacher", **hub))
-        added = {*student.get_added_vocab(), *tokenizer.get_added_vocab()}
-        tokens = shared_vocabulary(student.get_vocab(), tokenizer.get_vocab(), added)
-    return ServerTeacher(
-        urls,
-        k=arguments.teacher_top_k,
-        model=arguments.teacher_server_model,
-        # What the student does not know, a padding row of the teacher's say, is left in the tail.
-        vocab_size=tokens,
-        teacher=arguments.teacher,
-        tokenizer=tokenizer,
-        max_length=run.training.max_length,
-        concurrency=arguments.teacher_concurrency,
     )
 
 
@@ -266,54 +116,15 @@ def student_processing_class(run: Run) -> Any:
     """The tokenizer or processor of a run's student, which may be made of the teacher."""
     arguments = run.arguments
     if arguments.student is not None:
-        return load_processing_class(arguments.student, "student", **_hub(run, run.student.model_revision))
-    assert arguments.teacher is not None
-    return load_processing_class(arguments.teacher, "teacher", **_hub(run, arguments.teacher_revision))
+        return load_processing_class(arguments.student, "student", **run.hub(run.student.model_revision))
+    return teacher_processing_class(run)
 
 
-def teacher_identity(run: Run, download: bool = True) -> dict[str, Any]:
-    """Which teacher a run names, by name and weights; those of a Hub id only where they may be downloaded for it."""
+def teacher_processing_class(run: Run) -> Any:
+    """The tokenizer or processor of the teacher that a run names."""
     arguments = run.arguments
     assert arguments.teacher is not None
-    name, revision = arguments.teacher, arguments.teacher_revision
-    here = Path(name).is_dir() or (download and arguments.teacher_server is None)
-    return {"name": name, "revision": revision, "weights": weights_sha256(name, revision) if here else None}
-
-
-def check_cache(run: Run, cache: Cache) -> None:
-    """Raises ValueError when a cache was built of another teacher, or on other data, than the run names."""
-    identity, arguments = cache.manifest.identity, run.arguments
-    if arguments.teacher is not None:
-        ours = teacher_identity(run, download=False)
-        if not is_same_teacher(ours, identity["teacher"]):
-            raise ValueError(
-                f"The cache {cache.folder} is of the teacher {identity['teacher']['name']!r} (weights "
-                f"{identity['teacher']['weights']}), the recipe names {ours['name']!r} ({ours['weights']}). Correct "
-                "`teacher`, or build a cache of it."
-            )
-    fingerprint = DataRecipe.load(arguments.data).fingerprint
-    if fingerprint != identity["data"]["fingerprint"]:
-        raise ValueError(
-            f"The cache {cache.folder} was built on the data {identity['data']['name']!r} with the fingerprint "
-            f"{identity['data']['fingerprint']}, the recipe's data has {fingerprint}. Use that data, or build a cache "
-            "with this recipe."
-        )
-
-
-def without_unreadable(data: DatasetDict, cache: Cache) -> DatasetDict:
-    """The rows without those that nobody could read when the cache was built."""
-    for split, rows in cache.manifest.skipped.items():
-        unreadable = {row for row, entry in rows.items() if entry.key is None}
-        if unreadable and split in data:
-            if len(data[split]) != cache.manifest.total_rows[split]:
-                raise ValueError(
-                    f"The cache {cache.folder} leaves out rows that could not be read, by their number among "
-                    f"{cache.manifest.total_rows[split]} rows of {split}; the run has {len(data[split])}. Give the "
-                    "same max_train_rows and max_eval_rows as for the build."
-                )
-            print(f"Left out of {split}: {len(unreadable)} rows that could not be read.", file=sys.stderr)
-            data[split] = data[split].select([row for row in range(len(data[split])) if row not in unreadable])
-    return data
+    return load_processing_class(arguments.teacher, "teacher", **run.hub(arguments.teacher_revision))
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -347,26 +158,6 @@ def resume_point(training: DistillationConfig) -> str | None:
     return str(wanted)
 
 
-def load_teacher(run: Run, name: str) -> PreTrainedModel:
-    arguments = run.arguments
-    quantization = None
-    if arguments.teacher_load_in_4bit or arguments.teacher_load_in_8bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=arguments.teacher_load_in_4bit,
-            load_in_8bit=arguments.teacher_load_in_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    return load_model(
-        name,
-        "teacher",
-        dtype=arguments.teacher_dtype,
-        attn_implementation=arguments.teacher_attn_implementation,
-        quantization_config=quantization,
-        **_hub(run, arguments.teacher_revision),
-    )
-
-
 def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
     arguments, student = run.arguments, run.student
     # Before anything random; the Trainer sets it again when it has its model.
@@ -380,12 +171,12 @@ def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
     settings = {
         "dtype": student.dtype,
         "attn_implementation": student.attn_implementation,
-        **_hub(run, student.model_revision),
+        **run.hub(student.model_revision),
         **init,
     }
     if arguments.student_init == "random":
         assert arguments.student is not None
-        config = AutoConfig.from_pretrained(arguments.student, **_hub(run, student.model_revision))
+        config = AutoConfig.from_pretrained(arguments.student, **run.hub(student.model_revision))
         attention = {"attn_implementation": student.attn_implementation} if student.attn_implementation else {}
         return AutoModelForCausalLM.from_config(config, dtype=_dtype(student, torch.float32), **attention)
     if arguments.student_init == "pretrained":
@@ -414,10 +205,6 @@ def _dtype(student: StudentArguments, source: torch.dtype) -> torch.dtype:
     if student.dtype == "auto":
         return source
     return getattr(torch, student.dtype or "float32")
-
-
-def _hub(run: Run, revision: str | None) -> dict[str, Any]:
-    return {"revision": revision, "trust_remote_code": run.training.trust_remote_code}
 
 
 def method_of(keys: dict[str, Any], flags: Sequence[str]) -> str:

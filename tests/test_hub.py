@@ -287,6 +287,21 @@ def test_training_from_the_hub_is_training_from_the_folder(
     assert losses[0] == losses[1]
 
 
+def test_the_doctor_looks_at_the_hub_though_the_teacher_is_named(
+    hub: LoopbackHub, client: Client, workplace: Path, tmp_path: Path
+) -> None:
+    client(push(workplace / "cache"))
+    for name, status, words in (
+        (REPO, 0, "is complete: 64 sequences"),
+        ("user/nothing", 1, "There is no data set user/nothing on the Hub"),
+        ("./user/nothing", 0, "There is no ./user/nothing yet; it must be built"),
+    ):
+        arguments = ["-m", "mmkd.cli", "doctor", "recipe.yaml", "--teacher_cache", name]
+        done = run(arguments, workplace, hub.environment(tmp_path / "home"))
+        assert done.returncode == status, done.stdout + done.stderr
+        assert words in done.stdout
+
+
 def test_a_cache_of_answers(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
     folder = text_cache(tmp_path / "answers")
     said, pulled = client(push(folder, "user/answers"), pull("user/answers"))
@@ -412,7 +427,8 @@ def test_what_cannot_be_pulled(hub: LoopbackHub, client: Client, cache: Path) ->
     for text, reason in zip(
         said,
         (
-            "There is no data set user/nothing on the Hub that you may read (and no folder has this name)",
+            "There is no data set user/nothing on the Hub that you may read (and no folder has this name; one to "
+            "build is written ./user/nothing)",
             "The teacher cache 'nothing' does not exist. Make it with `mmkd cache build`",
             "user/photos on the Hub is no teacher cache",
             "no such revision",

@@ -24,6 +24,9 @@ ALLOWED = {
 # Slow to import, or not installed with mmkd at all: a user of something else must not pay for them.
 HEAVY = {"bitsandbytes", "flash_attn", "gguf", "liger_kernel", "lm_eval", "lmms_eval", "matplotlib", "ray"}
 
+# Absent on Windows, where one can train all the same.
+POSIX = {"fcntl", "grp", "pwd", "resource", "termios"}
+
 
 @dataclass(frozen=True)
 class Import:
@@ -120,8 +123,9 @@ def method_crossings(imports: list[Import], methods: set[str]) -> list[str]:
 
 
 def eager_or_forbidden(imports: list[Import]) -> list[str]:
-    """Imports of vllm anywhere, and of heavy packages where importing the module would import them."""
-    return [str(item) for item in imports if item.package == "vllm" or (item.package in HEAVY and not item.deferred)]
+    """Imports of vllm anywhere, and of heavy packages and POSIX where importing the module would import them."""
+    late = HEAVY | POSIX
+    return [str(item) for item in imports if item.package == "vllm" or (item.package in late and not item.deferred)]
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +233,8 @@ def test_methods_apart(tmp_path, module, statement, complaints):
         ("def plot():\n    import matplotlib.pyplot as plt", 0),
         ("def serve():\n    from vllm import LLM", 1),
         ("import raybeam", 0),
+        ("import fcntl", 1),
+        ("def lock():\n    import fcntl", 0),
     ],
 )
 def test_heavy_packages_and_vllm(tmp_path, statement, complaints):

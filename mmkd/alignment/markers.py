@@ -106,9 +106,11 @@ class MarkerTable:
     hard: Bool[ndarray, "pattern"]
     begins: Bool[ndarray, "vocab"]
 
-    def find(self, tokens: Tokens) -> Occurrences:
-        """The markers in rows of tokens, which do not overlap."""
-        ids, places = tokens.ids, np.flatnonzero(self.begins.take(tokens.ids))
+    def find(self, tokens: Tokens, places: Int[ndarray, "place"]) -> Occurrences:
+        """The markers in rows of tokens, which do not overlap, given the places of tokens that `begins` has."""
+        if not len(places):
+            return Occurrences(places, places, places, places, places.astype(bool))
+        ids = tokens.ids
         rows = np.searchsorted(tokens.rows, places, "right") - 1
         space, which = tokens.rows[rows + 1] - places, np.full(len(places), -1)
         for number, pattern in enumerate(self.patterns):
@@ -172,6 +174,8 @@ def pair_occurrences(
     possible, preferring those with the same number of bytes between them and the marker before.
     """
     usable = np.flatnonzero(teacher.kinds >= 0), np.flatnonzero(student.kinds >= 0)
+    if not (len(usable[0]) and len(usable[1])):
+        return usable[0][:0], usable[1][:0]
     left, right = teacher[usable[0]], student[usable[1]]
     if np.array_equal(left.kinds, right.kinds) and np.array_equal(left.rows, right.rows):
         return usable

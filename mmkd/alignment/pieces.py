@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Int, Int32, UInt8
 from numpy import ndarray
 
 BOUNDARY_BYTES = b" \t\n"
@@ -26,15 +26,29 @@ class Tokens:
     """Rows of token ids, end to end, and the bytes that each token covers: `data[starts[i] : starts[i] + lengths[i]]`.
 
     Special tokens cover none. Row r is the tokens from `rows[r]` up to `rows[r + 1]`. The last byte of `data` is a
-    zero that no token covers.
+    zero that no token covers. Tokens cover their pieces, or where they are `placed` (starts, lengths, data).
     """
 
     ids: Int[ndarray, "token"]
     rows: Int[ndarray, "row+1"]
-    special: Bool[ndarray, "token"]
-    starts: Int[ndarray, "token"]
-    lengths: Int[ndarray, "token"]
-    data: UInt8[ndarray, "byte"]
+    pieces: "TokenPieces"
+    placed: tuple[Int[ndarray, "token"], Int[ndarray, "token"], UInt8[ndarray, "byte"]] | None = None
+
+    @property
+    def starts(self) -> Int[ndarray, "token"]:
+        return self.placed[0] if self.placed else self.pieces.starts.take(self.ids)
+
+    @property
+    def lengths(self) -> Int[ndarray, "token"]:
+        return self.placed[1] if self.placed else self.pieces.lengths.take(self.ids)
+
+    @property
+    def data(self) -> UInt8[ndarray, "byte"]:
+        return self.placed[2] if self.placed else self.pieces.data
+
+    def per_row(self, flags: Bool[ndarray, "token"] | None) -> Int[ndarray, "row"]:
+        """How many tokens of each row have the flag; without flags all."""
+        return np.diff(self.rows if flags is None else running(flags)[self.rows])
 
 
 @dataclass(frozen=True)
@@ -142,7 +156,7 @@ class TokenPieces:
         if texts is None:
             if not self.lossless:
                 self.spans(ids)
-            return Tokens(ids, rows, self.special.take(ids), self.starts.take(ids), self.lengths.take(ids), self.data)
+            return Tokens(ids, rows, self)
         base, starts, ends = 0, np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
         for row, text in enumerate(texts):
             tokens = slice(rows[row], rows[row + 1])
@@ -150,7 +164,7 @@ class TokenPieces:
             starts[tokens], ends[tokens] = span[0] + base, span[1] + base
             base += len(text.encode())
         data = np.frombuffer("".join(texts).encode() + b"\0", np.uint8)
-        return Tokens(ids, rows, self.special[ids], starts, ends - starts, data)
+        return Tokens(ids, rows, self, (starts, ends - starts, data))
 
     def _placed(
         self, ids: Int[ndarray, "token"], text: bytes
@@ -180,6 +194,26 @@ def boundary_mask(pieces: TokenPieces) -> Bool[ndarray, "vocab"]:
     """Which tokens begin a new pretoken: with a space, tab or newline, or as special tokens."""
     first = pieces.data[pieces.starts]
     return pieces.special | (np.isin(first, np.frombuffer(BOUNDARY_BYTES, np.uint8)) & (pieces.lengths > 0))
+
+
+def spelling_numbers(
+    one: TokenPieces, other: TokenPieces
+) -> tuple[Int32[ndarray, "vocab"], Int32[ndarray, "other_vocab"]]:
+    """A number for every token of both vocabularies, the same where they stand for the same bytes."""
+    numbers: dict[bytes, int] = {}
+    sides = []
+    for pieces in (one, other):
+        data = pieces.data.tobytes()
+        spans = zip(pieces.starts.tolist(), (pieces.starts + pieces.lengths).tolist(), strict=True)
+        sides.append([numbers.setdefault(data[start:end], len(numbers)) for start, end in spans])
+    return np.array(sides[0], np.int32), np.array(sides[1], np.int32)
+
+
+def running(values: ndarray) -> Int[ndarray, "item+1"]:
+    """Sums of the first 0, 1, ... values."""
+    sums = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(values, out=sums[1:])
+    return sums
 
 
 def ragged_ranges(starts: Int[ndarray, "range"], lengths: Int[ndarray, "range"]) -> Int[ndarray, "item"]:

@@ -1,18 +1,28 @@
 """The chunks that two tokenisations of the same text agree on: the shortest runs of tokens with the same bytes.
 
-Everything works on whole batches: tokens end to end, cumulative bytes, one bitmap of the bytes where tokens end.
+Everything works on whole batches: tokens end to end, their cumulative lengths, and a table of the bytes at which the
+teacher's tokens end. Where a chunk is one token on both sides, a table made once says whether they are the same bytes;
+only those of other chunks are compared.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 from numpy import ndarray
 
 from mmkd.alignment.markers import MarkerTable, Occurrences, marker_tables, markers_of, pair_occurrences
-from mmkd.alignment.pieces import BOUNDARY_BYTES, TokenPieces, Tokens, ragged_ranges
+from mmkd.alignment.pieces import (
+    BOUNDARY_BYTES,
+    TokenPieces,
+    Tokens,
+    boundary_mask,
+    ragged_ranges,
+    running,
+    spelling_numbers,
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,14 @@ class Aligner:
         pieces = TokenPieces.of(teacher), TokenPieces.of(student)
         return cls(*pieces, *marker_tables(markers_of(teacher), markers_of(student), *pieces))
 
+    @cached_property
+    def _tables(self) -> tuple[ndarray, ndarray]:
+        spelling = spelling_numbers(self.teacher, self.student)
+        return (
+            _table(self.teacher, self.teacher_markers, spelling[0]),
+            _table(self.student, self.student_markers, spelling[1]),
+        )
+
     def align(
         self,
         teacher: Tokens,
@@ -86,33 +104,97 @@ class Aligner:
         be supervised.
         """
         assert len(teacher.rows) == len(student.rows), "teacher and student have different numbers of rows"
-        found = self.teacher_markers.find(teacher), self.student_markers.find(student)
+        records = _records(self._tables[0], teacher), _records(self._tables[1], student)
+        found = (
+            self.teacher_markers.find(teacher, np.flatnonzero(records[0]["marks"])),
+            self.student_markers.find(student, np.flatnonzero(records[1]["marks"])),
+        )
         partners = pair_occurrences(*found, teacher, student)
-        ours = _Side.of(teacher, found[0], partners[0], teacher_supervised)
-        theirs = _Side.of(student, found[1], partners[1], student_supervised)
+        ours = _Side.of(teacher, records[0], found[0], partners[0], teacher_supervised)
+        theirs = _Side.of(student, records[1], found[1], partners[1], student_supervised)
         spaces = ours.leading_spaces() - theirs.leading_spaces()
         ours, theirs = ours.without_spaces(spaces), theirs.without_spaces(-spaces)
-        agreeing = _agreeing_bytes(ours, theirs)
-        segment, place, closers = _common_ends(ours, theirs, agreeing)
-        spans = ours.spans(closers[0], segment), theirs.spans(closers[1], segment)
-        boundary = ours.at_boundary(segment, place) | theirs.at_boundary(segment, place)
-        keep = ours.supervised(spans[0], teacher_supervised) & theirs.supervised(spans[1], student_supervised)
+        segment, closing = _common_ends(ours, theirs)
+        spans = ours.spans(closing[0], segment), theirs.spans(closing[1], segment)
+        boundary = ours.at_boundary(spans[0], segment) | theirs.at_boundary(spans[1], segment)
+        same, differing = _compared(ours, theirs, spans, segment)
+        keep = same & ours.supervised(spans[0], teacher_supervised) & theirs.supervised(spans[1], student_supervised)
         if not keep.all():
             kept = np.flatnonzero(keep)
-            spans = spans[0].take(kept, 0), spans[1].take(kept, 0)
-            segment, boundary = segment[kept], boundary[kept]
-        row = theirs.rows[segment]
+            spans = spans[0].take(kept), spans[1].take(kept)
+            segment, boundary = segment.take(kept), boundary.take(kept)
+        row = theirs.rows.take(segment)
         chunk_of = ours.chunk_of(spans[0]), theirs.chunk_of(spans[1])
-        differing = agreeing < np.minimum(ours.sizes, theirs.sizes)
+        aligned = teacher.per_row(chunk_of[0] >= 0), student.per_row(chunk_of[1] >= 0)
+        rows = np.arange(len(teacher.rows))
         counts = RowCounts(
-            np.bincount(row, minlength=len(teacher.rows) - 1),
-            ours.per_row(chunk_of[0] >= 0),
-            theirs.per_row(chunk_of[1] >= 0),
-            ours.per_row(_unaligned(chunk_of[0], teacher_supervised)),
-            theirs.per_row(_unaligned(chunk_of[1], student_supervised)),
-            np.bincount(theirs.rows[differing], minlength=len(teacher.rows) - 1),
+            np.diff(np.searchsorted(row, rows)),
+            *aligned,
+            # Those in chunks are supervised.
+            teacher.per_row(teacher_supervised) - aligned[0],
+            student.per_row(student_supervised) - aligned[1],
+            np.bincount(theirs.rows[differing], minlength=len(rows) - 1),
         )
-        return Chunks(*spans, row, theirs.is_marker[segment], boundary, *chunk_of, counts)
+        return Chunks(
+            spans[0].pairs(),
+            spans[1].pairs(),
+            row,
+            theirs.is_marker.take(segment),
+            boundary,
+            *chunk_of,
+            counts,
+        )
+
+
+class _Spans(NamedTuple):
+    """Runs of tokens, from the first up to the one after the last."""
+
+    starts: Int[ndarray, "chunk"]
+    stops: Int[ndarray, "chunk"]
+
+    def take(self, which: Int[ndarray, "kept"]) -> "_Spans":
+        return _Spans(self.starts.take(which), self.stops.take(which))
+
+    def pairs(self) -> Int[ndarray, "chunk 2"]:
+        pairs = np.empty((len(self.starts), 2), np.int64)
+        pairs[:, 0], pairs[:, 1] = self
+        return pairs
+
+
+# What is known of a token, together: looking it up waits for memory once.
+_RECORD = np.dtype(
+    [
+        ("start", np.int32),
+        ("length", np.int32),
+        # Tokens with the same number have the same bytes; -1 says nothing.
+        ("spelling", np.int32),
+        # In no chunk: a special token that is not part of a paired marker.
+        ("skipped", bool),
+        # Begins with what is a boundary.
+        ("opens", bool),
+        # May be the first token of a marker.
+        ("marks", bool),
+    ],
+    align=True,
+)
+_IS_BOUNDARY = np.isin(np.arange(256), np.frombuffer(BOUNDARY_BYTES, np.uint8))
+
+
+def _table(pieces: TokenPieces, markers: MarkerTable, spelling: Int32[ndarray, "vocab"]) -> ndarray:
+    """The records of a vocabulary."""
+    table = np.zeros(len(pieces), _RECORD)
+    table["start"], table["length"], table["spelling"] = pieces.starts, pieces.lengths, spelling
+    table["skipped"], table["opens"], table["marks"] = pieces.special, boundary_mask(pieces), markers.begins
+    return table
+
+
+def _records(table: ndarray, tokens: Tokens) -> ndarray:
+    """The records of tokens, where they are placed in a text with what they cover there."""
+    records = table.take(tokens.ids)
+    if tokens.placed:
+        records["start"], records["length"], data = tokens.placed
+        records["spelling"], records["opens"] = -1, _IS_BOUNDARY[data[tokens.placed[0]]]
+    return records
 
 
 @dataclass(frozen=True)
@@ -123,11 +205,8 @@ class _Side:
     tokens belong to no chunk; other ones without bytes (a part of a character) belong to that of the bytes after them.
     """
 
-    tokens: Tokens
-    lengths: Int[ndarray, "token"]
-    skipped: Bool[ndarray, "token"]
-    data: UInt8[ndarray, "byte"]
-    ends: Int[ndarray, "token+1"]
+    text: UInt8[ndarray, "byte"]
+    records: ndarray
     bounds: Int[ndarray, "segment+1"]
     rows: Int[ndarray, "segment"]
     is_marker: Bool[ndarray, "segment"]
@@ -136,13 +215,16 @@ class _Side:
     def of(
         cls,
         tokens: Tokens,
+        records: ndarray,
         found: Occurrences,
         partners: Int[ndarray, "pair"],
         supervised: Bool[ndarray, "token"] | None,
     ) -> Self:
         """The tokens divided at those markers that have partners; other ones that no text spells are skipped."""
-        starts, lengths = tokens.starts.copy(), tokens.lengths.copy()
-        skipped = tokens.special.copy()
+        count = len(tokens.rows) - 1
+        if not len(found.starts):
+            return cls(tokens.data, records, tokens.rows, np.arange(count), np.zeros(count, bool))
+        lengths, skipped = records["length"], records["skipped"]
         alone = np.ones(len(found.starts), bool)
         alone[partners] = False
         members = found[alone & found.hard].tokens()
@@ -157,8 +239,7 @@ class _Side:
             latest = np.maximum.reduceat(taught, np.cumsum(sizes) - sizes) if len(sizes) else last
             skipped[members] = (taught < 0) & np.repeat(latest >= 0, sizes)
             last = np.where(latest >= 0, latest, last)
-        starts[last], lengths[last] = len(tokens.data) - 1, 1
-        count = len(tokens.rows) - 1
+        lengths[last], records["start"][last], records["spelling"][last] = 1, len(tokens.data) - 1, -1
         numbers = 2 * np.arange(len(partners)) + paired.rows
         bounds = np.empty(2 * len(partners) + count + 1, np.int64)
         bounds[2 * np.searchsorted(paired.rows, np.arange(count + 1)) + np.arange(count + 1)] = tokens.rows
@@ -166,23 +247,36 @@ class _Side:
         is_marker = np.zeros(len(bounds) - 1, bool)
         is_marker[numbers + 1] = True
         rows = np.repeat(np.arange(count), 2 * np.bincount(paired.rows, minlength=count) + 1)
-        data = tokens.data.take(ragged_ranges(starts, lengths))
-        return cls(tokens, lengths, skipped, data, _running(lengths), bounds, rows, is_marker)
+        return cls(tokens.data, records, bounds, rows, is_marker)
+
+    @cached_property
+    def ends(self) -> Int[ndarray, "token+1"]:
+        """The bytes before each token, and at last all of them."""
+        return running(self.records["length"])
 
     @cached_property
     def sizes(self) -> Int[ndarray, "segment"]:
         """The bytes in each segment."""
         return np.diff(self.ends[self.bounds])
 
+    @cached_property
+    def blank(self) -> Bool[ndarray, "token"]:
+        """The tokens without bytes."""
+        return self.records["length"] == 0
+
     def leading_spaces(self) -> Int[ndarray, "segment"]:
         """How many spaces each segment begins with."""
-        begins, sizes = self.ends[self.bounds[:-1]], self.sizes
-        spaces = np.zeros(len(sizes), np.int64)
-        open_ = np.flatnonzero(sizes)
+        begins, stops = self.ends[self.bounds[:-1]], self.ends[self.bounds[1:]]
+        spaces = np.zeros(len(begins), np.int64)
+        open_, width = np.flatnonzero(begins < stops), 1
         while len(open_):
-            open_ = open_[self.data[begins[open_] + spaces[open_]] == 32]
-            spaces[open_] += 1
-            open_ = open_[spaces[open_] < sizes[open_]]
+            places = (begins[open_] + spaces[open_])[:, None] + np.arange(width)
+            inside = places < stops[open_, None]
+            tokens = np.searchsorted(self.ends[:-1], places, "right") - 1
+            data = self.text.take(self.records["start"][tokens] + places - self.ends[tokens], mode="clip")
+            run = np.logical_and.accumulate(inside & (data == ord(" ")), 1).sum(1)
+            spaces[open_] += run
+            open_, width = open_[run == width], 32 * width
         return spaces
 
     def without_spaces(self, counts: Int[ndarray, "segment"]) -> Self:
@@ -190,96 +284,115 @@ class _Side:
         if not (counts > 0).any():
             return self
         dropped = ragged_ranges(self.ends[self.bounds[:-1]], np.maximum(counts, 0))
-        lengths = self.lengths.copy()
-        np.subtract.at(lengths, np.searchsorted(self.ends, dropped, "right") - 1, 1)
-        return replace(self, lengths=lengths, ends=_running(lengths), data=np.delete(self.data, dropped))
+        tokens = np.searchsorted(self.ends, dropped, "right") - 1
+        records = self.records.copy()
+        np.add.at(records["start"], tokens, 1)
+        np.subtract.at(records["length"], tokens, 1)
+        records["spelling"][tokens] = -1
+        return replace(self, records=records)
 
-    def at_boundary(self, segment: Int[ndarray, "chunk"], place: Int[ndarray, "chunk"]) -> Bool[ndarray, "chunk"]:
-        """Whether whitespace or nothing follows the byte at which a chunk ends, counted from the segment's start."""
-        last = place == self.sizes[segment]
-        after = np.where(last, 0, self.ends[self.bounds[segment]] + place)
-        return last | _IS_BOUNDARY[self.data[after]]
-
-    def spans(self, closers: Int[ndarray, "chunk"], segment: Int[ndarray, "chunk"]) -> Int[ndarray, "chunk 2"]:
+    def spans(self, closing: Int[ndarray, "chunk"], segment: Int[ndarray, "chunk"]) -> _Spans:
         """The chunks that end with these tokens, from the first token that belongs to them."""
-        starts = np.maximum(np.concatenate([[0], closers[:-1] + 1]), self.bounds[segment]) if len(closers) else closers
-        while (outside := self.skipped[starts]).any():
-            starts = starts + outside
-        return np.stack([starts, closers + 1], -1)
+        stops = closing + 1
+        starts = self.bounds.take(segment)
+        np.maximum(starts[1:], stops[:-1], out=starts[1:])
+        while (outside := self.records["skipped"][starts]).any():
+            starts += outside
+        return _Spans(starts, stops)
 
-    def supervised(
-        self, spans: Int[ndarray, "chunk 2"], supervised: Bool[ndarray, "token"] | None
-    ) -> Bool[ndarray, "chunk"]:
+    def at_boundary(self, spans: _Spans, segment: Int[ndarray, "chunk"]) -> Bool[ndarray, "chunk"]:
+        """Whether whitespace or nothing follows a chunk in its segment."""
+        after, last = spans.stops, self.bounds[1:].take(segment)
+        # Tokens without bytes are passed over.
+        while (passed := (after < last) & self.blank.take(after, mode="clip")).any():
+            after = after + passed
+        return (after >= last) | self.records["opens"].take(after, mode="clip")
+
+    def rests(self, spans: _Spans, edges: Int[ndarray, "segment+1"]) -> _Spans:
+        """The tokens of each segment that follow its last span; those of segment s are `edges[s] : edges[s + 1]`."""
+        starts = self.bounds[:-1].copy()
+        some = np.flatnonzero(np.diff(edges))
+        starts[some] = spans.stops[edges[some + 1] - 1]
+        return _Spans(starts, self.bounds[1:])
+
+    def sizes_of(self, spans: _Spans) -> Int[ndarray, "span"]:
+        """The bytes in each span."""
+        return self.ends[spans.stops] - self.ends[spans.starts]
+
+    def data(self, spans: _Spans, counts: Int[ndarray, "span"]) -> UInt8[ndarray, "byte"]:
+        """The first so many bytes of each span, end to end."""
+        tokens = ragged_ranges(spans.starts, spans.stops - spans.starts)
+        records = self.records.take(tokens)
+        data = self.text.take(ragged_ranges(records["start"], records["length"]))
+        sizes = self.sizes_of(spans)
+        return data if (sizes == counts).all() else data[ragged_ranges(np.cumsum(sizes) - sizes, counts)]
+
+    def supervised(self, spans: _Spans, supervised: Bool[ndarray, "token"] | None) -> Bool[ndarray, "chunk"]:
         """Whether all tokens of a chunk are supervised."""
         if supervised is None:
-            return np.ones(len(spans), bool)
-        lacking = _running(~(supervised | self.skipped))
-        return lacking[spans[:, 1]] == lacking[spans[:, 0]]
+            return np.ones(len(spans.starts), bool)
+        lacking = running(~(supervised | self.records["skipped"]))
+        return lacking.take(spans.starts) == lacking.take(spans.stops)
 
-    def chunk_of(self, spans: Int[ndarray, "chunk 2"]) -> Int32[ndarray, "token"]:
+    def chunk_of(self, spans: _Spans) -> Int32[ndarray, "token"]:
         """The number of every token's chunk, or -1."""
-        numbers = np.full((len(spans) + 1, 2), -1, np.int32)
-        numbers[:-1, 1] = np.arange(len(spans))
-        edges = np.concatenate([[0], spans.ravel(), np.repeat(len(self.skipped), 2)])
-        chunk_of = np.repeat(numbers.ravel(), np.diff(edges))
-        chunk_of[self.skipped] = -1
+        chunk_of = np.full(len(self.records), -1, np.int32)
+        chunk_of[spans.starts] = np.arange(len(spans.starts), dtype=np.int32)
+        widths = spans.stops - spans.starts
+        wide = np.flatnonzero(widths > 1)
+        tokens, numbers = ragged_ranges(spans.starts[wide], widths[wide]), np.repeat(wide, widths[wide])
+        chunk_of[tokens] = np.where(self.records["skipped"][tokens], -1, numbers)
         return chunk_of
-
-    def per_row(self, flags: Bool[ndarray, "token"]) -> Int[ndarray, "row"]:
-        """How many tokens of each row have the flag."""
-        return np.diff(_running(flags)[self.tokens.rows])
-
-
-_IS_BOUNDARY = np.isin(np.arange(256), np.frombuffer(BOUNDARY_BYTES, np.uint8))
-
-
-def _running(values: ndarray) -> Int[ndarray, "item+1"]:
-    """Sums of the first 0, 1, ... values."""
-    sums = np.zeros(len(values) + 1, np.int64)
-    np.cumsum(values, out=sums[1:])
-    return sums
-
-
-def _unaligned(chunk_of: Int32[ndarray, "token"], supervised: Bool[ndarray, "token"] | None) -> Bool[ndarray, "token"]:
-    return chunk_of < 0 if supervised is None else supervised & (chunk_of < 0)
-
-
-def _agreeing_bytes(ours: _Side, theirs: _Side) -> Int[ndarray, "segment"]:
-    """For every segment, how many bytes from its start on are the same on both sides."""
-    agreeing = np.minimum(ours.sizes, theirs.sizes)
-    data, other_data = ours.data, theirs.data
-    if not np.array_equal(ours.sizes, theirs.sizes):
-        data = data[ragged_ranges(ours.ends[ours.bounds[:-1]], agreeing)]
-        other_data = other_data[ragged_ranges(theirs.ends[theirs.bounds[:-1]], agreeing)]
-    differences = np.flatnonzero(data != other_data)
-    if len(differences):
-        begins = np.cumsum(agreeing) - agreeing
-        segments, first = np.unique(np.searchsorted(begins, differences, "right") - 1, return_index=True)
-        agreeing[segments] = differences[first] - begins[segments]
-    return agreeing
 
 
 def _common_ends(
-    ours: _Side, theirs: _Side, agreeing: Int[ndarray, "segment"]
-) -> tuple[Int[ndarray, "chunk"], Int[ndarray, "chunk"], tuple[Int[ndarray, "chunk"], Int[ndarray, "chunk"]]]:
-    """Where tokens of both sides end at the same byte: its segment, its place in there, and the token of each side."""
+    ours: _Side, theirs: _Side
+) -> tuple[Int[ndarray, "chunk"], tuple[Int[ndarray, "chunk"], Int[ndarray, "chunk"]]]:
+    """Where tokens of both sides end at the same byte: its segment, and the token of each side."""
     room = np.maximum(ours.sizes, theirs.sizes)
-    begins = np.cumsum(room) - room
-    tokens, keys = [], []
+    begins = running(room)
+    ends = []
     for side in (ours, theirs):
-        shift = begins - side.ends[side.bounds[:-1]]
-        key = side.ends[1:] + np.repeat(shift, np.diff(side.bounds))
-        # A token without bytes ends where the one before it does.
-        covering = np.flatnonzero(side.lengths > 0)
-        tokens.append(covering)
-        keys.append(key[covering])
-    ends_here = np.zeros((2, int(room.sum()) + 1), bool)
-    ends_here[0][keys[0]] = True
-    ends_here[1][keys[1]] = True
-    common = ends_here[0] & ends_here[1]
-    for segment in np.flatnonzero(agreeing < np.minimum(ours.sizes, theirs.sizes)).tolist():
-        common[begins[segment] + agreeing[segment] + 1 : begins[segment] + room[segment] + 1] = False
-    closers = tokens[0][common[keys[0]]], tokens[1][common[keys[1]]]
-    ends = np.flatnonzero(common)
-    segment = np.repeat(np.arange(len(room)), np.diff(np.searchsorted(ends, np.append(begins, len(common)), "right")))
-    return segment, ends - begins[segment], closers
+        shift = begins[:-1] - side.ends[side.bounds[:-1]]
+        end = side.ends[1:] + np.repeat(shift, np.diff(side.bounds))
+        # A token without bytes ends where the one before it does: the last place below is for all of them.
+        end[side.blank] = -1
+        ends.append(end)
+    token_at = np.full(begins[-1] + 2, -1, np.int32)
+    token_at[ends[0]] = np.arange(len(ends[0]), dtype=np.int32)
+    token_at[-1] = -1
+    partners = token_at.take(ends[1], mode="wrap")
+    closing = np.flatnonzero(partners >= 0)
+    counts = np.diff(np.searchsorted(ends[1].take(closing), begins, "right"))
+    return np.repeat(np.arange(len(room)), counts), (partners.take(closing), closing)
+
+
+def _compared(
+    ours: _Side, theirs: _Side, spans: tuple[_Spans, _Spans], segment: Int[ndarray, "chunk"]
+) -> tuple[Bool[ndarray, "chunk"], Bool[ndarray, "segment"]]:
+    """Which chunks no difference precedes in their segment, and which segments have one as far as both sides go."""
+    (starts, stops), (other_starts, other_stops) = spans
+    spelling = ours.records["spelling"][starts]
+    sure = (spelling == theirs.records["spelling"][other_starts]) & (spelling >= 0)
+    sure &= stops - starts + other_stops - other_starts == 2
+    unsure = np.flatnonzero(~sure)
+    # After the last chunk of a segment there may be bytes on both sides, where one is cut or they differ.
+    edges = np.searchsorted(segment, np.arange(len(ours.rows) + 1))
+    rests = ours.rests(spans[0], edges), theirs.rests(spans[1], edges)
+    left = np.minimum(ours.sizes_of(rests[0]), theirs.sizes_of(rests[1]))
+    open_ = np.flatnonzero(left)
+    counts = np.concatenate([ours.sizes_of(spans[0].take(unsure)), left[open_]])
+    data = [
+        side.data(_Spans(*map(np.concatenate, zip(one.take(unsure), rest.take(open_), strict=True))), counts)
+        for side, one, rest in zip((ours, theirs), spans, rests, strict=True)
+    ]
+    differing = np.zeros(len(ours.rows), bool)
+    same = np.ones(len(segment), bool)
+    if len(differences := np.flatnonzero(data[0] != data[1])):
+        runs = np.unique(np.searchsorted(np.cumsum(counts), differences, "right"))
+        differing[np.concatenate([segment[unsure], open_])[runs]] = True
+        first = edges[1:].copy()
+        wrong = unsure[runs[runs < len(unsure)]]
+        np.minimum.at(first, segment[wrong], wrong)
+        same = np.arange(len(segment)) < first.take(segment)
+    return same, differing

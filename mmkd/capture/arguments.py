@@ -44,9 +44,17 @@ class CacheArguments:
     on_error: str = field(
         default="fail",
         metadata={
-            "help": "A row the teacher cannot read (an undecodable image, a context too long). fail: stop there. "
-            "skip: leave it out, count it in the manifest, and leave it out of training from the cache.",
+            "help": "A row the teacher cannot read (an undecodable image, image tokens that max_length cuts off, more "
+            "tokens than the teacher or its server has room for). fail: stop there. skip: leave it out, count it in "
+            "the manifest, and leave it out of training from the cache.",
             "choices": ["fail", "skip"],
+        },
+    )
+    max_skipped: float = field(
+        default=0.1,
+        metadata={
+            "help": "on_error: skip: the largest share of the rows that may be left out. A build that would leave "
+            "out more ends with an error; what it wrote is kept."
         },
     )
     shard: str | None = field(
@@ -87,6 +95,8 @@ class CacheArguments:
         for name in (f"cache_{suffix}" for suffix in positive):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more.")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"max_skipped is {self.max_skipped}; it is a share of the rows, between 0 and 1.")
         if self.cache_tail_draws < 0 or self.cache_temperature < 0 or not 0 < self.cache_top_p <= 1:
             raise ValueError(
                 f"cache_tail_draws {self.cache_tail_draws} and cache_temperature {self.cache_temperature} must not be "

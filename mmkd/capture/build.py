@@ -15,7 +15,11 @@ from .plan import Plan, ShardResult
 
 
 def build(plan: Plan, console: Console) -> Path:
-    """Writes what is missing of a cache; returns its folder. Raises ValueError as `CacheWriter` and the teacher do."""
+    """Writes what is missing of a cache; returns its folder.
+
+    Raises ValueError as `CacheWriter` and the teacher do, and when more rows than `max_skipped` had to be left out;
+    what was written stays.
+    """
     with CacheWriter(plan.folder, plan.manifest, plan.features) as writer:
         for name, content in plan.files().items():
             write_file(plan.folder / name, content)
@@ -24,8 +28,23 @@ def build(plan: Plan, console: Console) -> Path:
             for result in _results(plan, missing, report.advance):
                 writer.write(result.split, result.number, result.rows, result.skipped, result.cost)
                 report.shard_done(result)
-        writer.finish()
+                if _too_many_skipped(plan, writer.manifest):
+                    break
+        if writer.manifest.skipped_rows():
+            console.print(f"Skipped: {writer.manifest.skipped_summary()}", highlight=False, markup=False)
+        if not writer.manifest.missing():
+            writer.finish()
+    if _too_many_skipped(plan, writer.manifest):
+        raise ValueError(
+            f"{writer.manifest.skipped_rows():,} of {writer.manifest.rows():,} rows had to be skipped, more than the "
+            f"share of max_skipped: {plan.arguments.max_skipped:g}. Correct the data or the teacher, or raise "
+            f"max_skipped; {plan.folder} keeps what was done, and the same command goes on from there."
+        )
     return plan.folder
+
+
+def _too_many_skipped(plan: Plan, manifest: Manifest) -> bool:
+    return manifest.skipped_rows() > plan.arguments.max_skipped * manifest.rows()
 
 
 def _results(plan: Plan, missing: list[tuple[str, int]], advance: Advance) -> Iterator[ShardResult]:
@@ -71,7 +90,7 @@ class Report:
         self._done += 1
         self._progress.advance(self._task)
         for row, entry in result.skipped.items():
-            self._console.print(f"Skipped row {row} of {result.split}: {entry.reason}")
+            self._console.print(f"Skipped row {row} of {result.split}: {entry.reason}", markup=False)
         if not self._console.is_terminal:
             left = (time.monotonic() - self._start) / self._done * (self._missing - self._done)
             supervised = sum(row["tokens"] for row in result.rows)

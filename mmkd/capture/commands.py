@@ -1,6 +1,6 @@
 """`mmkd cache`: build, info, verify and merge, as functions that print."""
 
-import json
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,17 +14,18 @@ from mmkd.recipes import list_recipes
 from mmkd.run import Run
 from mmkd.teachers.manifest import Manifest
 from mmkd.teachers.merge import merge_parts
-from mmkd.teachers.store import LOG, Cache, damaged_shards, shard_path
+from mmkd.teachers.store import Cache, damaged_shards, read_log, shard_path
 
 from .build import build
 from .estimate import readable_size, report_estimate
 from .fidelity import measure_fidelity
-from .plan import ScorePlan, make_plan
+from .plan import ScorePlan, check_place, make_plan
 
 
 def build_command(recipe: str, flags: Sequence[str]) -> int:
     """Builds the cache of a recipe and prints its folder; with dry_run, prints what that would cost."""
     run, _ = parse_alone(recipe, flags)
+    check_place(run)
     plan = make_plan(run)
     if run.arguments.dry_run:
         if not isinstance(plan, ScorePlan):
@@ -45,7 +46,8 @@ def info_command(name: str) -> int:
     identity, entries = manifest.identity, [entry for shards in manifest.shards.values() for entry in shards.values()]
     tokens, size = sum(entry.tokens for entry in entries), sum(entry.bytes for entry in entries)
     missing = len(manifest.missing())
-    cost = _teacher_seconds(folder)
+    # Shards that were built twice cost twice.
+    cost = sum(line["seconds"] for line in read_log(folder))
     rows: list[tuple[str, str]] = [
         ("teacher", " ".join(str(part) for part in identity["teacher"].values() if part)),
         ("data", f"{identity['data']['name']} ({identity['data']['license'] or 'licence not stated'})"),
@@ -54,7 +56,7 @@ def info_command(name: str) -> int:
             (split, f"{sum(entry.rows for entry in shards.values()):,} of {manifest.total_rows[split]:,} sequences")
             for split, shards in manifest.shards.items()
         ],
-        ("skipped rows", f"{sum(len(rows) for rows in manifest.skipped.values()):,}"),
+        ("skipped rows", manifest.skipped_summary() if manifest.skipped_rows() else "0"),
         ("supervised tokens", f"{tokens:,}"),
         ("size", f"{readable_size(size)}, {size / max(1, tokens):.1f} bytes per token"),
         ("cost", f"{cost / 3600:.2f} hours, {tokens / max(cost, 1e-9):,.0f} supervised tokens/s"),
@@ -73,7 +75,7 @@ def info_command(name: str) -> int:
 
 def verify_command(target: str, flags: Sequence[str], rows: int) -> int:
     """Checks a cache's checksums; of a recipe also KL(live || cache) on some rows. Exit status 1 when damaged."""
-    run = _run_of(target, flags)
+    run = _run_of(target, flags, ["--rows"])
     folder = local_cache(target if run is None else _cache_of(run))
     manifest = Manifest.read(folder)
     damaged = list(damaged_shards(folder, manifest))
@@ -98,7 +100,7 @@ def verify_command(target: str, flags: Sequence[str], rows: int) -> int:
 
 def push_command(target: str, repo_id: str, flags: Sequence[str], private: bool, rows: int) -> int:
     """Publishes a cache on the Hub; of a recipe, with KL(live || cache) on its card."""
-    run = _run_of(target, flags)
+    run = _run_of(target, flags, ["--rows", "--private"])
     folder = Path(target if run is None else _cache_of(run))
     kind = Manifest.read(folder).identity["signal"]["kind"]
     fidelity = None if run is None or kind != "top_k" else measure_fidelity(run, Cache(folder), rows)
@@ -115,19 +117,23 @@ def merge_command(target: str, parts: Sequence[str]) -> int:
     return 0
 
 
-def _run_of(target: str, flags: Sequence[str]) -> Run | None:
-    """The run of a recipe, given by path or as a shipped one; None for a cache."""
-    is_recipe = target.endswith((".yaml", ".yml")) or f"{target}.yaml" in list_recipes("trainers")
-    return parse_alone(target, flags)[0] if is_recipe else None
+def refuse_flags(command: str, flags: Sequence[str], known: Sequence[str]) -> None:
+    """Raises ValueError for what is left of a command line, naming the nearest flag there is."""
+    if flags:
+        near = difflib.get_close_matches(flags[0].partition("=")[0], known, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else f"it takes {' and '.join(known)}."
+        raise ValueError(f"{command} does not know {flags[0]!r}; {advice}")
+
+
+def _run_of(target: str, flags: Sequence[str], known: Sequence[str]) -> Run | None:
+    """The run of a recipe, given by path or as a shipped one; None for a cache, which has `known` flags only."""
+    if target.endswith((".yaml", ".yml")) or f"{target}.yaml" in list_recipes("trainers"):
+        return parse_alone(target, flags)[0]
+    refuse_flags("For a cache without its recipe, this command", flags, known)
+    return None
 
 
 def _cache_of(run: Run) -> str:
     if run.arguments.teacher_cache is None:
         raise ValueError("The recipe names no teacher_cache.")
     return run.arguments.teacher_cache
-
-
-def _teacher_seconds(folder: Path) -> float:
-    """What the build of all shards took, from its log; shards that were built twice cost twice."""
-    log = folder / LOG
-    return sum(json.loads(line)["seconds"] for line in log.read_text().splitlines()) if log.is_file() else 0.0

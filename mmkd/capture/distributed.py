@@ -3,12 +3,15 @@
 import logging
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
 
 from .plan import Plan, ShardResult
+
+# A machine may be taken away once without harm.
+_TRIES = 2
 
 
 def shards_on_ray(plan: Plan, missing: list[tuple[str, int]]) -> Iterator[ShardResult]:
@@ -20,6 +23,7 @@ def shards_on_ray(plan: Plan, missing: list[tuple[str, int]]) -> Iterator[ShardR
     try:
         import ray
         import ray.data
+        from ray.exceptions import RayActorError
     except ImportError as error:
         raise ValueError("engine: ray needs Ray; install it with `pip install 'mmkd[ray]'`.") from error
     arguments = plan.arguments
@@ -37,8 +41,10 @@ def shards_on_ray(plan: Plan, missing: list[tuple[str, int]]) -> Iterator[ShardR
             concurrency=min(arguments.cache_workers, len(missing)),
             num_cpus=arguments.cache_worker_cpus,
             num_gpus=arguments.cache_worker_gpus,
+            # Ray would try a shard for ever, and a worker that lacks memory dies of it each time.
+            max_task_retries=_TRIES - 1,
         )
-        for row in results.iter_rows():
+        for row in _explained(results.iter_rows(), RayActorError):
             found = pickle.loads(row["result"])
             if isinstance(found, ValueError):
                 raise ValueError(str(found))
@@ -46,6 +52,19 @@ def shards_on_ray(plan: Plan, missing: list[tuple[str, int]]) -> Iterator[ShardR
     finally:
         if started:
             ray.shutdown()
+
+
+def _explained(rows: Iterable[Any], died: type[Exception]) -> Iterator[Any]:
+    """Turns the death of a worker, whose own output stays on its machine, into a ValueError that says what to do."""
+    try:
+        yield from rows
+    except died as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"Ray workers died {_TRIES} times over one shard: {reason} Most often memory did not suffice: lower "
+            "cache_workers or cache_batch_tokens, or reserve more with cache_worker_cpus or cache_worker_gpus. What "
+            "was finished is kept, and the same command goes on from there."
+        ) from error
 
 
 class _Worker:

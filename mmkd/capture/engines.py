@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 
+from mmkd.models.load import positions_of
 from mmkd.teachers.cached import images_of
 from mmkd.teachers.codec import TokenScores
 from mmkd.teachers.local import LocalTeacher
@@ -51,12 +52,15 @@ class LocalEngine(Engine):
         self.teacher = LocalTeacher(model, wanted.vocab_size)
         self.device = Accelerator().device
         self.teacher.place(self.device)
+        self.positions = positions_of(model.config)
         self.prepared, self.wanted, self.batch_tokens = prepared, wanted, batch_tokens
 
     def score(self, sequences: Sequence[TokenSequence], advance: Advance) -> list[TokenScores | UnusableRow]:
-        answers: list[TokenScores | UnusableRow] = [UnusableRow("")] * len(sequences)
-        for batch in batches([len(sequence.ids) for sequence in sequences], self.batch_tokens):
-            asked = [sequences[place] for place in batch]
+        answers: list[TokenScores | UnusableRow | None] = [too_long(len(one.ids), self.positions) for one in sequences]
+        fitting = [place for place, answer in enumerate(answers) if answer is None]
+        for batch in batches([len(sequences[place].ids) for place in fitting], self.batch_tokens):
+            places = [fitting[place] for place in batch]
+            asked = [sequences[place] for place in places]
             scores = self._score_batch(asked)
             counts = [int(sequence.supervised.sum()) for sequence in asked]
             assert len(scores) == sum(counts)
@@ -66,10 +70,10 @@ class LocalEngine(Engine):
                 np.split(scores.tail_log_prob, bounds),
                 strict=True,
             )
-            for place, part in zip(batch, parts, strict=True):
+            for place, part in zip(places, parts, strict=True):
                 answers[place] = TokenScores(*part)
             advance(sum(len(sequence.ids) for sequence in asked))
-        return answers
+        return [answer for answer in answers if answer is not None]
 
     def _score_batch(self, sequences: list[TokenSequence]) -> TokenScores:
         device, wanted = self.device, self.wanted
@@ -119,6 +123,15 @@ class ServerEngine(Engine):
         mass = np.exp(answer.log_probs.astype(np.float64)).sum(-1)
         tail = np.log1p(-np.minimum(mass, 1 - np.finfo(np.float32).eps)).astype(np.float32)
         return TokenScores(answer.ids, answer.log_probs, nothing, tail)
+
+
+def too_long(tokens: int, positions: int | None) -> UnusableRow | None:
+    """Why a teacher made for so many positions cannot read so many tokens; None where it can."""
+    if positions is None or tokens <= positions:
+        return None
+    return UnusableRow(
+        f"It has {tokens} tokens, and the teacher is made for {positions} (max_position_embeddings). Lower max_length."
+    )
 
 
 def question_of(sequence: TokenSequence) -> Question:

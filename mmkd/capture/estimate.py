@@ -19,17 +19,23 @@ def report_estimate(plan: ScorePlan, console: Console) -> None:
     found = [one for place in places for _, one in usable(sequences, range(place, place + 1))]
     asked = [one for one in found if isinstance(one, TokenSequence)]
     if not asked:
-        raise ValueError("None of the sampled rows can be read; see `mmkd doctor` for why.")
+        reason = next((one.reason for one in found if isinstance(one, UnusableRow)), "no token is supervised")
+        raise ValueError(f"None of the {count} sampled rows can be read; the first: {reason}")
     # The first question loads the teacher and warms it up.
     plan.engine.score(asked[:1], lambda tokens: None)
     start = time.perf_counter()
     answers = plan.engine.score(asked, lambda tokens: None)
     seconds = (time.perf_counter() - start) / len(asked)
     scores = [one for one in answers if not isinstance(one, UnusableRow)]
+    if not scores:
+        reason = next(one.reason for one in answers if isinstance(one, UnusableRow))
+        raise ValueError(
+            f"The teacher refused all {len(asked)} sampled rows, so nothing can be estimated; the first: {reason}"
+        )
     supervised = sum(len(one) for one in scores)
     encoded = sum(len(plan.codec.encode(one)) for one in scores)
     read = sum(len(one.ids) for one in asked) / len(asked)
-    tokens, labels = read * total, supervised / len(asked) * total
+    tokens, labels = read * total, supervised / len(scores) * total
     counted = [split for split in plan.prepared.splits.values() if isinstance(split, Sequences)]
     if counted:
         tokens = sum(split.tokens for split in counted)

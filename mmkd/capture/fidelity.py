@@ -16,6 +16,8 @@ _COMPARED = ("signal", "preparation", "data")
 
 def measure_fidelity(run: Run, cache: Cache, rows: int) -> dict[str, float]:
     """KL(live || cache) over the cached top-k and the tail, in nats per token, on sequences spread over the data."""
+    if rows < 1:
+        raise ValueError(f"--rows is {rows}; give the number of sequences to ask the live teacher about, 1 or more.")
     plan = make_plan(run)
     if not isinstance(plan, ScorePlan) or plan.codec.kind != "top_k" or not plan.codec.k:
         raise ValueError(
@@ -35,7 +37,7 @@ def measure_fidelity(run: Run, cache: Cache, rows: int) -> dict[str, float]:
         if row is not None and not isinstance(live, UnusableRow):
             divergences.append(divergence(live, cache.scores(row)))
     if not divergences:
-        raise ValueError(f"None of the {len(asked)} sampled sequences is in {cache.folder}.")
+        raise ValueError(f"Of the {len(asked)} sampled sequences, none is in {cache.folder} and read by the teacher.")
     values = np.concatenate(divergences)
     return {
         "rows": len(divergences),

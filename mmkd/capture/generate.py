@@ -4,9 +4,9 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,26 +18,40 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 
 from mmkd.data.mapping import read_rows
-from mmkd.models.load import tokenizer_of
-from mmkd.run import Run, load_rows_of, load_teacher
+from mmkd.models.load import positions_of, tokenizer_of
+from mmkd.run import Run, load_rows_of, load_teacher, teacher_processing_class
 from mmkd.teachers.keys import image_hash
 from mmkd.teachers.manifest import Skipped
-from mmkd.teachers.vllm_client import Answer, Prompt, RowError, VLLMClient
+from mmkd.teachers.vllm_client import Answer, Ids, Prompt, RowError, VLLMClient
 from mmkd.trainers.preparation import preparation_of
 
 from .engines import Advance, batches
-from .plan import Plan, ShardResult, client_of, described_teacher, folder_of, manifest_of, teacher_processing_class
-from .sequences import UnusableRow
+from .plan import Plan, ShardResult, client_of, described_teacher, folder_of, manifest_of
+from .sequences import UnusableRow, decoded
 
 DATA_RECIPE = "data.yaml"
+
+
+@dataclass(frozen=True)
+class AskedRow:
+    """A row to be answered: the tokens of its prompt, and how to make the prompt itself.
+
+    Decoded, the images of all rows of a shard would not fit into memory.
+    """
+
+    row: int
+    ids: Ids
+    images: tuple[str, ...]
+    """Hashes of the images."""
+    prompt: Callable[[], Prompt]
 
 
 class Generator(ABC):
     """Continues prompts."""
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Prompt], seed: int, advance: Advance) -> list[list[Answer] | UnusableRow]:
-        """`cache_samples` answers to every prompt, in the order of the prompts."""
+    def generate(self, rows: Sequence[AskedRow], seed: int, advance: Advance) -> list[list[Answer] | UnusableRow]:
+        """`cache_samples` answers to every row, in the order of the rows."""
 
 
 class LocalGenerator(Generator):
@@ -57,16 +71,22 @@ class LocalGenerator(Generator):
         self.model.generation_config = GenerationConfig()
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], seed: int, advance: Advance) -> list[list[Answer] | UnusableRow]:
-        answers: list[list[Answer] | UnusableRow] = [[] for _ in prompts]
-        settings = self.settings
-        lengths = [(len(prompt.ids) + settings.cache_max_new_tokens) * settings.cache_samples for prompt in prompts]
-        budget = 0 if any(prompt.images for prompt in prompts) else settings.cache_batch_tokens
+    def generate(self, rows: Sequence[AskedRow], seed: int, advance: Advance) -> list[list[Answer] | UnusableRow]:
+        settings, positions = self.settings, positions_of(self.model.config)
+        room = None if positions is None else positions - settings.cache_max_new_tokens
+        answers: list[list[Answer] | UnusableRow] = [too_long_prompt(len(one.ids), room) or [] for one in rows]
+        fitting = [place for place, answer in enumerate(answers) if not isinstance(answer, UnusableRow)]
+        lengths = [
+            (len(rows[place].ids) + settings.cache_max_new_tokens) * settings.cache_samples for place in fitting
+        ]
+        budget = 0 if any(one.images for one in rows) else settings.cache_batch_tokens
         # The prompts alone would not say which random numbers they get: those are of this shard and batch.
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            for places in batches(lengths, budget):
-                for place, found in zip(places, self._answers([prompts[place] for place in places]), strict=True):
+            for batch in batches(lengths, budget):
+                places = [fitting[place] for place in batch]
+                found_of_batch = self._answers([rows[place].prompt() for place in places])
+                for place, found in zip(places, found_of_batch, strict=True):
                     answers[place] = found
                     advance(sum(len(answer.ids) for answer in found))
         return answers
@@ -125,8 +145,9 @@ class ServerGenerator(Generator):
             "top_p": settings.cache_top_p,
         }
 
-    def generate(self, prompts: Sequence[Prompt], seed: int, advance: Advance) -> list[list[Answer] | UnusableRow]:
+    def generate(self, rows: Sequence[AskedRow], seed: int, advance: Advance) -> list[list[Answer] | UnusableRow]:
         answers: list[list[Answer] | UnusableRow] = []
+        prompts = (one.prompt() for one in rows)
         for found in self.client.generate(prompts, {**self.sampling, "seed": seed}, self.samples):
             answers.append(UnusableRow(found.reason) if isinstance(found, RowError) else found)
             advance(0 if isinstance(found, RowError) else sum(len(answer.ids) for answer in found))
@@ -154,35 +175,42 @@ class GeneratePlan(Plan):
 
     def shard(self, split: str, number: int, advance: Advance) -> ShardResult:
         start, span, dataset = time.perf_counter(), self.manifest.span(split, number), self.data[split]
-        raw = list(read_rows(dataset.select(span), dataset.column_names))
-        asked, prompts, skipped = [], [], {}
-        for row, values in zip(span, raw, strict=True):
-            prompt = self._prompt(values)
-            if isinstance(prompt, UnusableRow):
-                skipped[row] = Skipped(prompt.reason)
+        raw = dict(zip(span, read_rows(dataset.select(span), dataset.column_names), strict=True))
+        asked, skipped = [], {}
+        for row, values in raw.items():
+            one = self._asked(row, values)
+            if isinstance(one, UnusableRow):
+                skipped[row] = Skipped(one.reason)
             else:
-                asked.append((row, values))
-                prompts.append(prompt)
+                asked.append(one)
         self.refuse(skipped, split)
         seed = _seed(self.arguments.cache_seed, split, number)
         rows = []
-        for (row, values), prompt, answers in zip(
-            asked, prompts, self.generator.generate(prompts, seed, advance), strict=True
-        ):
+        for one, answers in zip(asked, self.generator.generate(asked, seed, advance), strict=True):
             if isinstance(answers, UnusableRow):
-                skipped[row] = Skipped(answers.reason)
+                skipped[one.row] = Skipped(answers.reason)
             else:
-                rows += [self._row(values, prompt, sample, answer) for sample, answer in enumerate(answers)]
+                rows += [self._row(raw[one.row], one, sample, answer) for sample, answer in enumerate(answers)]
         self.refuse(skipped, split)
         return ShardResult(split, number, rows, skipped, {"seconds": round(time.perf_counter() - start, 3)})
 
+    def _asked(self, row: int, values: Mapping[str, Any]) -> AskedRow | UnusableRow:
+        prompt = self._prompt(values)
+        if isinstance(prompt, UnusableRow):
+            return prompt
+        images = tuple(image_hash(image) for image in prompt.images)
+        # What has no images is not worth making twice.
+        make = partial(self._prompt_again, row, values) if images else lambda: prompt
+        return AskedRow(row, prompt.ids, images, make)
+
     def _prompt(self, row: Mapping[str, Any]) -> Prompt | UnusableRow:
         asked = prompt_of(row)
-        # What an image library raises for a broken file has no common class below Exception.
-        try:
-            images = [ImageFeature().decode_example(image) for image in row.get("images") or []]
-        except Exception as error:
-            return UnusableRow(f"{type(error).__name__}: {error}")
+        images = []
+        for encoded in row.get("images") or []:
+            image = decoded(ImageFeature(), encoded)
+            if isinstance(image, UnusableRow):
+                return image
+            images.append(image)
         if isinstance(asked, str):
             if images:
                 raise ValueError("A prompt with images must be messages, but it is plain text. Map it to messages.")
@@ -196,12 +224,18 @@ class GeneratePlan(Plan):
         # Processors answer with a batch of one.
         return Prompt(ids[0] if isinstance(ids[0], list) else ids, rendered if images else None, images)
 
-    def _row(self, row: Mapping[str, Any], prompt: Prompt, sample: int, answer: Answer) -> dict[str, Any]:
+    def _prompt_again(self, number: int, row: Mapping[str, Any]) -> Prompt:
+        prompt = self._prompt(row)
+        if isinstance(prompt, UnusableRow):
+            raise ValueError(f"Row {number} can no longer be read: {prompt.reason}. Its image has changed meanwhile.")
+        return prompt
+
+    def _row(self, row: Mapping[str, Any], prompt: AskedRow, sample: int, answer: Answer) -> dict[str, Any]:
         asked = prompt_of(row)
         said = answer.text if isinstance(asked, str) else [{"role": "assistant", "content": answer.text}]
         key = hashlib.blake2b(json.dumps([list(map(int, prompt.ids)), sample]).encode(), digest_size=16)
         for image in prompt.images:
-            key.update(bytes.fromhex(image_hash(image)))
+            key.update(bytes.fromhex(image))
         images = {"images": row["images"]} if "images" in row else {}
         facts = {"sample": sample, "finish_reason": answer.finish_reason}
         return {"key": key.digest(), "tokens": len(answer.ids), "prompt": asked, "completion": said, **images, **facts}
@@ -262,6 +296,16 @@ def prompt_of(row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     return messages
+
+
+def too_long_prompt(tokens: int, room: int | None) -> UnusableRow | None:
+    """Why a prompt is too long for a teacher with so much room before its answer; None where it is not."""
+    if room is None or tokens <= room:
+        return None
+    return UnusableRow(
+        f"Its prompt has {tokens} tokens, and the teacher has room for {max(room, 0)} before an answer "
+        "(max_position_embeddings). Lower cache_max_new_tokens, or leave such rows out (on_error: skip)."
+    )
 
 
 def _features(data: Dataset) -> Features:

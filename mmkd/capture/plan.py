@@ -16,12 +16,22 @@ from mmkd import __version__
 from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.data.mapping import read_rows, row_key
 from mmkd.data.recipe import DataRecipe
-from mmkd.models.load import load_processing_class, tokenizer_of
-from mmkd.run import Run, load_rows_of, load_teacher, student_processing_class, teacher_identity
+from mmkd.hub import is_hub_id
+from mmkd.models.load import tokenizer_of
+from mmkd.run import (
+    Run,
+    load_rows_of,
+    load_teacher,
+    student_processing_class,
+    teacher_identity,
+    teacher_processing_class,
+)
 from mmkd.teachers.codec import Codec, TokenOrder
+from mmkd.teachers.identity import saved_dtype
 from mmkd.teachers.manifest import Manifest, Skipped
 from mmkd.teachers.store import SIGNAL_FEATURES, TOKEN_ORDER, order_bytes
 from mmkd.teachers.vllm_client import ServerFacts, VLLMClient
+from mmkd.trainers.alm import ALMConfig
 
 from .arguments import CacheArguments
 from .engines import Advance, Engine, LocalEngine, ServerEngine, Wanted
@@ -137,7 +147,8 @@ def make_score_plan(run: Run) -> ScorePlan:
     across = arguments.cache_signal == "log_probs"
     processing_class = teacher_class if across else student_processing_class(run)
     data = load_rows_of(run)
-    prepared = prepare(data, run.training, processing_class)
+    training = run.training.for_teacher() if isinstance(run.training, ALMConfig) else run.training
+    prepared = prepare(data, training, processing_class)
     vocab_size = _shared_rows(run, prepared.processing_class, teacher_class)
     k, m = (1, 0) if across else (settings.teacher_top_k, arguments.cache_tail_draws)
     if k + m > vocab_size:
@@ -184,14 +195,6 @@ def _content(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def teacher_processing_class(run: Run) -> Any:
-    """The teacher's tokenizer or processor."""
-    settings = run.arguments
-    assert settings.teacher is not None
-    hub = {"revision": settings.teacher_revision, "trust_remote_code": run.training.trust_remote_code}
-    return load_processing_class(settings.teacher, "teacher", **hub)
-
-
 def described_teacher(run: Run, tokenizer: Any, k: int, max_length: int | None) -> dict[str, Any]:
     """What decides the teacher's numbers; a server is checked on the way (`VLLMClient.check`)."""
     facts = None
@@ -226,6 +229,17 @@ def check_settings(run: Run) -> None:
         )
 
 
+def check_place(run: Run) -> None:
+    """Raises ValueError where a build would make a folder that hides a cache on the Hub from all later runs."""
+    name = run.arguments.teacher_cache
+    if name is not None and is_hub_id(name) and not folder_of(run).parent.is_dir():
+        raise ValueError(
+            f"teacher_cache {name!r} reads as a Hub id, and a folder of that name would hide it. Write ./{name} for a "
+            f"folder (or make {Path(name).parent} first); to publish a cache as {name}, build it in a folder and "
+            "`mmkd cache push` it."
+        )
+
+
 def part_folder(folder: str | Path, part: tuple[int, int] | None) -> Path:
     """Where a build, or one of its parts, is written."""
     return Path(folder) if part is None else Path(f"{folder}.part-{part[0]}-of-{part[1]}")
@@ -239,6 +253,7 @@ def client_of(run: Run, processing_class: Any = None) -> VLLMClient:
         settings.teacher_server,
         settings.teacher_server_model,
         concurrency=settings.teacher_concurrency,
+        timeout=settings.teacher_timeout,
         image_token_id=getattr(processing_class, "image_token_id", None),
     )
 
@@ -251,7 +266,10 @@ def _precision(run: Run, facts: ServerFacts | None) -> dict[str, Any]:
     assert settings.teacher is not None
     dtype = settings.teacher_dtype
     if dtype == "auto":
-        dtype = str(_config(run, settings.teacher).dtype).removeprefix("torch.")
+        dtype = _config(run, settings.teacher).dtype
+        if dtype is None:
+            dtype = saved_dtype(settings.teacher, settings.teacher_revision)
+        dtype = str(dtype).removeprefix("torch.")
     quantization = "nf4" if settings.teacher_load_in_4bit else "int8" if settings.teacher_load_in_8bit else None
     return {"backend": "transformers", "dtype": dtype, "quantization": quantization}
 

@@ -1,24 +1,39 @@
 """The sequences a teacher is asked about: exactly those that training with the same recipe sees."""
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Image, List
 from jaxtyping import Bool, Int
+from PIL import Image as PILImage
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
-from trl.trainer.sft_trainer import SFTTrainer
 
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.cached import images_of
 from mmkd.teachers.keys import image_hash, sequence_key
 from mmkd.trainers.base import DistillationConfig
-from mmkd.trainers.checks import check_supervision, check_training_data
-from mmkd.trainers.preparation import preparation_of, sequences_of
+from mmkd.trainers.checks import check_training_data
+from mmkd.trainers.preparation import placeholder_trainer, preparation_of, sequences_of
+
+# What PIL's readers raise for broken files; they have no common class below Exception.
+UNDECODABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    PILImage.DecompressionBombError,
+)
 
 # Rows with images whose tokens are counted for the order in which a cache stores ids; reading all would cost too much.
 _COUNTED_IMAGES = 64
@@ -33,8 +48,14 @@ class TokenSequence:
     images: tuple[str, ...] = ()
     """Hashes of the images."""
     image_tokens: int = 0
-    example: Mapping[str, Any] = field(default_factory=dict)
-    """The row itself where there are images."""
+    read: Callable[[], Mapping[str, Any]] | None = None
+    """Reads the row itself where there are images: decoded, all those of a shard would not fit into memory."""
+
+    @property
+    def example(self) -> Mapping[str, Any]:
+        """The row itself, its images decoded anew."""
+        assert self.read is not None, "a row of tokens only"
+        return self.read()
 
     @property
     def key(self) -> bytes:
@@ -82,8 +103,8 @@ class VisionSequences:
     """The rows of one split with images, which become tokens only when they are asked for."""
 
     def __init__(self, dataset: Dataset, collator: Any, image_token_id: int | None):
-        self._dataset, self._collator, self._image_token_id = dataset, collator, image_token_id
-
+        self._images, self._dataset = dataset.features["images"].feature, _undecoded(dataset)
+        self._collator, self._image_token_id = collator, image_token_id
         self.counts = np.zeros(0, dtype=np.int64)
         for _, sequence in usable(self, range(min(len(dataset), _COUNTED_IMAGES))):
             if isinstance(sequence, TokenSequence):
@@ -93,19 +114,72 @@ class VisionSequences:
         return len(self._dataset)
 
     def __getitem__(self, row: int) -> TokenSequence | UnusableRow:
-        # What an image library raises for a broken file has no common class below Exception.
+        example = self._example(row)
+        if isinstance(example, UnusableRow):
+            return example
+        images = tuple(image_hash(image) for image in images_of(example))
         try:
-            example = self._dataset[row]
-            images = tuple(image_hash(image) for image in images_of(example))
             batch = self._collator([dict(example)])
         except Exception as error:
-            return UnusableRow(f"{type(error).__name__}: {error}")
+            # Processors say in ways of their own that an image no longer fits its tokens.
+            cut = self._cut(example)
+            if cut is None:
+                error.add_note(f"It was raised for row {row} of the data.")
+                raise
+            return cut
+        longest = self._collator.max_length
+        # Collators of prompts and completions cut without a word.
+        if longest is not None and batch["input_ids"].shape[1] >= longest:
+            cut = self._cut(example)
+            if cut is not None:
+                return cut
         present = batch["attention_mask"][0].bool()
         ids, labels = batch["input_ids"][0][present].numpy(), batch["labels"][0][present].numpy()
         supervised = labels != -100
         supervised[:1] = False
         count = int((ids == self._image_token_id).sum()) if self._image_token_id is not None else 0
-        return TokenSequence(ids.astype(np.int32), supervised, images, count, example)
+        return TokenSequence(ids.astype(np.int32), supervised, images, count, partial(self._readable, row))
+
+    def _example(self, row: int) -> Mapping[str, Any] | UnusableRow:
+        example = self._dataset[row]
+        images = [decoded(self._images, image) for image in example["images"] or []]
+        bad = next((image for image in images if isinstance(image, UnusableRow)), None)
+        return bad or {**example, "images": images}
+
+    def _readable(self, row: int) -> Mapping[str, Any]:
+        """A row that could be read before. Raises ValueError when that is no longer so."""
+        example = self._example(row)
+        if isinstance(example, UnusableRow):
+            raise ValueError(f"Row {row} can no longer be read: {example.reason}. Its image has changed meanwhile.")
+        return example
+
+    def _cut(self, example: Mapping[str, Any]) -> UnusableRow | None:
+        """Says so when max_length cuts image tokens off a row, which no vision model survives."""
+        longest = self._collator.max_length
+        if longest is None:
+            return None
+        try:
+            ids = replace(self._collator, max_length=None)([dict(example)])["input_ids"][0]
+        except Exception:
+            # What fails at any length is not for want of length.
+            return None
+        count, kept = (int((part == self._image_token_id).sum()) for part in (ids, ids[:longest]))
+        if kept == count and (self._image_token_id is not None or len(ids) <= longest):
+            return None
+        return UnusableRow(
+            f"Image tokens were truncated: max_length {longest} keeps {kept} of {count}, in a row of {len(ids)} "
+            f"tokens. Raise max_length to {len(ids)} or more, or set it to null."
+        )
+
+
+def decoded(feature: Any, image: Mapping[str, Any]) -> PILImage.Image | UnusableRow:
+    """An image from its encoded form, or why it cannot be decoded."""
+    try:
+        return feature.decode_example(image)
+    except UNDECODABLE as error:
+        # Where in memory its bytes lay is nobody's business, and another place in every build.
+        reason = re.sub(r"<[^>]* object at 0x[0-9a-f]+>", "of the row", str(error))
+        return UnusableRow(f"{type(error).__name__}: {reason}")
 
 
 @dataclass
@@ -134,37 +208,12 @@ class Prepared:
         return {"input_ids": ids, "attention_mask": mask}, supervised[:, 1:]
 
 
-class _Preparation(SFTTrainer):
-    """trl's preparation of rows without a student: its model is a placeholder that no one asks."""
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
-        check_supervision(dataset, prepared, args.max_length)
-        return prepared
-
-
 def prepare(data: DatasetDict, args: DistillationConfig, processing_class: Any) -> Prepared:
     """The sequences of "train" and, if it is there, "eval". Raises ValueError for what training would refuse too."""
-    tokenizer: Any = tokenizer_of(processing_class)
     # Looking at the columns should not fail where an image cannot be decoded.
     unread = {str(split): _undecoded(dataset) for split, dataset in data.items()}
-    check_training_data(unread["train"], unread.get("eval"), args, tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        args.output_dir, args.report_to, args.push_to_hub, args.disable_tqdm = folder, [], False, True
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-        )
-        trainer: Any = _Preparation(
-            model=LlamaForCausalLM(config),
-            args=args,
-            train_dataset=unread["train"],
-            eval_dataset=unread.get("eval"),
-            processing_class=processing_class,
-        )
+    check_training_data(unread["train"], unread.get("eval"), args, tokenizer_of(processing_class))
+    trainer: Any = placeholder_trainer(args, processing_class, unread["train"], unread.get("eval"))
     vision = trainer._is_vision_dataset
     prepared = data if vision else {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
     image_token_id = getattr(processing_class, "image_token_id", None)

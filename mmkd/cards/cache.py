@@ -1,7 +1,6 @@
 """The data card of a teacher's cache: who said what about which data, under which licences, and how faithfully."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -129,11 +128,7 @@ def _content(folder: Path, manifest: Manifest) -> dict[str, Any]:
             found["Mean mass kept"] = f"{mass_kept(Cache(folder)):.4f} of 1, in the most likely tokens"
     elif signal["kind"] == "log_probs":
         found["Kept per token"] = "the token's own log-prob"
-    reasons = Counter(entry.reason for rows in manifest.skipped.values() for entry in rows.values())
-    found["Rows left out"] = f"{reasons.total():,}"
-    if reasons:
-        listed = "; ".join(f"{count:,} times {reason}" for reason, count in reasons.most_common(3))
-        found["Rows left out"] += f", since the teacher could not read them: {listed}"
+    found["Rows left out"] = manifest.skipped_summary() if manifest.skipped_rows() else "0"
     return found
 
 

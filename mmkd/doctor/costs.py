@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from trl.trainer.utils import get_peft_config
 
 from mmkd.dry_run import estimate_memory
+from mmkd.hub import is_hub_id
 from mmkd.models.assemble import prune
 from mmkd.run import Run
 from mmkd.teachers.manifest import NAME
@@ -173,9 +174,14 @@ def _token_bytes(run: Run) -> float:
     return EXACT_BYTES * run.arguments.teacher_top_k + DRAW_BYTES * run.cache.cache_tail_draws + TOKEN_BYTES
 
 
-def has_manifest(folder: str) -> bool:
-    """Whether a folder holds a cache, finished or not."""
-    return (Path(folder) / NAME).is_file()
+def is_to_be_built(cache: str) -> bool:
+    """Whether there is neither a folder of this name nor, by its form, a cache on the Hub."""
+    return not Path(cache).exists() and not is_hub_id(cache)
+
+
+def takes_room(cache: str) -> bool:
+    """Whether a build would write here: a folder that holds no cache, finished or not."""
+    return not (Path(cache) / NAME).is_file() and (Path(cache).exists() or not is_hub_id(cache))
 
 
 def size(count: float) -> str:

@@ -12,12 +12,11 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.trainer_utils import IntervalStrategy
 
-from mmkd.capture.plan import teacher_processing_class
 from mmkd.capture.sequences import Prepared, Sequences, TokenSequence, UnusableRow, prepare
 from mmkd.data.load import load_data
 from mmkd.data.recipe import DataRecipe
-from mmkd.models.load import tokenizer_of
-from mmkd.run import Run, student_processing_class
+from mmkd.models.load import positions_of, tokenizer_of
+from mmkd.run import Run, student_processing_class, teacher_processing_class
 from mmkd.trainers.base import DistillationConfig
 from mmkd.trainers.preparation import sequences_of
 
@@ -61,7 +60,7 @@ class Side:
     @property
     def positions(self) -> int | None:
         """The longest context that the model is made for, in tokens, if it has a limit."""
-        return self.config.get_text_config().to_dict().get("max_position_embeddings")
+        return positions_of(self.config)
 
     def stops(self) -> set[int]:
         """The ids at which the model's own generation ends."""

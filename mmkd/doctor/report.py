@@ -16,6 +16,7 @@ from mmkd.launch import parse_alone
 from mmkd.run import Run
 
 from . import costs, rows, teachers, tokens
+from .chunks import alignment
 from .facts import Finding, Rendered, Sample, Side, load_student, load_teacher, render, take_sample
 
 Found = TypeVar("Found")
@@ -95,9 +96,8 @@ def _against_teacher(
     book: _Book, run: Run, student: Side, teacher: Side, sample: Sample | None, ours: Rendered | None
 ) -> Rendered | None:
     """Compares vocabularies and templates; returns the sample as the teacher renders it."""
-    if not tokens.compares_tokens(run):
-        return None
-    book.check("vocabulary", tokens.vocabulary, student, teacher, ours)
+    if tokens.compares_tokens(run):
+        book.check("vocabulary", tokens.vocabulary, student, teacher, ours)
     if sample is None or ours is None:
         return None
     if sample.has_images and not teacher.is_vision:
@@ -109,7 +109,9 @@ def _against_teacher(
         book.findings.append(missing)
         return None
     theirs = book.attempt("chat template", render, run, teacher, sample)
-    if theirs is not None and tokens.is_related(student, teacher):
+    if theirs is not None and not tokens.compares_tokens(run):
+        book.check("alignment", alignment, ours, theirs)
+    elif theirs is not None and tokens.is_related(student, teacher):
         book.check("chat template", tokens.chat_template, ours, theirs, teacher.name)
     return theirs
 
@@ -122,14 +124,14 @@ def _costs(
     model = book.attempt("student", costs.empty_student, run, student)
     if model is not None:
         book.check("memory", costs.memory, run, model, loaded, ours, sharded)
-    if arguments.teacher_cache is not None and not costs.has_manifest(arguments.teacher_cache):
+    if arguments.teacher_cache is not None and costs.takes_room(arguments.teacher_cache):
         book.check("disk", costs.cache_room, run, sample, ours)
 
 
 def _away(book: _Book, run: Run, student: Side, known: int, teacher: Side | None, sample: Sample | None) -> None:
     """Looks at a teacher that answers from a server or a cache."""
     arguments = run.arguments
-    there = arguments.teacher_cache is not None and Path(arguments.teacher_cache).exists()
+    there = arguments.teacher_cache is not None and not costs.is_to_be_built(arguments.teacher_cache)
     if run.cache.job == "generate" or (arguments.teacher is not None and not there):
         if arguments.teacher_cache is not None:
             book.check("cache", teachers.cache_to_build, run)

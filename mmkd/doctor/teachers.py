@@ -2,7 +2,7 @@
 
 import copy
 
-from mmkd.capture.plan import check_settings
+from mmkd.capture.plan import check_place, check_settings
 from mmkd.capture.sequences import TokenSequence, prepare, usable
 from mmkd.hub import local_cache
 from mmkd.run import Run, check_cache
@@ -53,13 +53,14 @@ def _check_method(run: Run, teacher: ServerTeacher) -> None:
 
 def cache_to_build(run: Run) -> list[Finding]:
     """Says that a cache is yet to be built. Raises ValueError for settings with which it could not be."""
+    check_place(run)
     check_settings(run)
     return [
         Finding(
             "warning",
             "cache",
             f"There is no {run.arguments.teacher_cache} yet; it must be built before anything trains from it.",
-            "Run `mmkd cache build` with this recipe. (A Hub id is looked at if `teacher` is left out.)",
+            "Run `mmkd cache build` with this recipe.",
         )
     ]
 
@@ -91,7 +92,7 @@ def origin(run: Run, found: Cache) -> list[Finding]:
 
 def preparation(run: Run, student: Side, sample: Sample, teacher: CachedTeacher) -> list[Finding]:
     """Whether a cache has the sample's sequences. Raises ValueError when it was built with other settings."""
-    prepared = prepare(sample.rows, copy.copy(run.training), copy.deepcopy(student.processing_class))
+    prepared = prepare(sample.rows, run.training, copy.deepcopy(student.processing_class))
     teacher.check(prepared.preparation)
     if run.training.packing and run.training.packing_strategy == "wrapped":
         text = "Where wrapped sequences begin depends on all rows, so the sample's were not looked up."

@@ -11,7 +11,6 @@ from trl.data_utils import is_conversational
 from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.capture.sequences import TokenSequence
 from mmkd.run import Run
-from mmkd.teachers.signals import DenseSignal, SparseSignal
 from mmkd.trainers import METHODS
 
 from .facts import Finding, Rendered, Sample, Side, clones_template, listed
@@ -24,7 +23,7 @@ CONTEXT = 4
 
 def compares_tokens(run: Run) -> bool:
     """Whether the run's method compares distributions over one vocabulary, as most do."""
-    return any(issubclass(signal, (DenseSignal, SparseSignal)) for signal in METHODS[run.arguments.method].accepts)
+    return METHODS[run.arguments.method].one_vocabulary
 
 
 def shared_tokens(student: Side, teacher: Side) -> int:

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -61,6 +62,11 @@ def load_processing_class(name: str, role: str = "model", **kwargs: Any) -> PreT
 def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
     """The tokenizer of a processor, or the tokenizer itself."""
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The longest context that a model is made for, in tokens, if its config has a limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _dtype(name: str, role: str) -> torch.dtype:

@@ -1,6 +1,7 @@
 """HTTP to servers that answer alike: the least busy one is asked, failures are retried, answers keep their order."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -10,7 +11,16 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential,
+    wait_random,
+)
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -107,6 +117,7 @@ class Endpoints:
             retry=retry_if_exception_type(_Failure),
             stop=stop_after_attempt(1 + self._retries if retry else 1),
             wait=BACK_OFF,
+            before_sleep=self._tell,
             reraise=True,
         )
         try:
@@ -143,6 +154,17 @@ class Endpoints:
             raise _Failure(f"{endpoint.url} answered HTTP {response.status_code}: {message}")
         raise Refusal(endpoint.url, response.status_code, message, parameter)
 
+    def _tell(self, state: RetryCallState) -> None:
+        """Says which server failed and why; a run whose servers keep failing would look merely slow."""
+        assert state.outcome is not None
+        logger.warning(
+            "%s; try %d of %d in %.1f s.",
+            state.outcome.exception(),
+            state.attempt_number + 1,
+            1 + self._retries,
+            state.upcoming_sleep,
+        )
+
     def _least_busy(self) -> _Endpoint:
         now = time.monotonic()
         return min(self._endpoints, key=lambda endpoint: (endpoint.rests_until > now, endpoint.in_flight))
@@ -151,7 +173,9 @@ class Endpoints:
         if isinstance(error, httpx.ConnectTimeout | httpx.ConnectError):
             return f"no connection to {url} ({error or 'timed out'})"
         if isinstance(error, httpx.TimeoutException):
-            return f"no answer from {url} within {self._timeout:g} s (lower the concurrency or raise the timeout)"
+            return (
+                f"no answer from {url} within {self._timeout:g} s (lower teacher_concurrency or raise teacher_timeout)"
+            )
         return f"{url} broke off ({type(error).__name__}: {error})"
 
 

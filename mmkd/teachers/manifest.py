@@ -3,13 +3,21 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+"""Raised by whoever changes what the bytes of a cache mean, or which bytes the same answers become."""
+
 NAME = "manifest.json"
+
+RECORDED_ONLY = ("mmkd", "batch_tokens")
+"""Of an identity: what a build may go on with another value of. The version, since `FORMAT` says whether two of them
+write alike; the size of a batch, since padding moves a teacher's numbers by roundings of its type only, as the batches
+of a live teacher do (and generated answers, whose random numbers are those of a batch, are draws either way)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Skipped:
 
 @dataclass
 class Manifest:
-    """What a cache is. `identity` is everything that decides its rows, as a tree of plain values."""
+    """What a cache is. `identity` is all that its rows come from, as a tree of plain values."""
 
     identity: dict[str, Any]
     shard_rows: int
@@ -70,16 +78,43 @@ class Manifest:
         start = number * self.shard_rows
         return range(start, min(start + self.shard_rows, self.total_rows[split]))
 
+    def rows(self) -> int:
+        """How many rows of the data this cache, or this part of it, covers."""
+        return sum(len(self.span(*shard)) for shard in self.planned())
+
+    def skipped_rows(self) -> int:
+        """How many of them the teacher gave no answer to."""
+        return sum(map(len, self.skipped.values()))
+
+    def skipped_reasons(self) -> list[tuple[int, str]]:
+        """Why: (how many rows, the reason of the first of them), the most frequent first."""
+        found: dict[str, list[str]] = {}
+        for rows in self.skipped.values():
+            for _, entry in sorted(rows.items()):
+                # Numbers and names of files do not make another reason.
+                found.setdefault(re.sub(r"'[^']*'|0x[0-9a-f]+|[0-9]+", "", entry.reason), []).append(entry.reason)
+        return sorted(((len(reasons), reasons[0]) for reasons in found.values()), key=lambda pair: -pair[0])
+
+    def skipped_summary(self) -> str:
+        """All that in a line, for a cache without some rows."""
+        count, rows = self.skipped_rows(), self.rows()
+        reasons = "; ".join(f"{times:,} times: {reason}" for times, reason in self.skipped_reasons()[:3])
+        return f"{count:,} of {rows:,} rows ({count / rows:.1%}) have no answer of the teacher's: {reasons}"
+
     def write(self, folder: Path) -> None:
         """Replaces the folder's manifest; at no moment is there half of one."""
-        content = asdict(self)
-        content["format"] = FORMAT
         # JSON turns numbers that are keys into text, which sorts 10 before 9.
-        for part in ("shards", "skipped"):
-            content[part] = {split: dict(sorted(entries.items())) for split, entries in content[part].items()}
-        content = json.loads(json.dumps(content))
+        entries = {
+            name: {
+                split: {str(number): vars(entry) for number, entry in sorted(found.items())}
+                for split, found in getattr(self, name).items()
+            }
+            for name in ("shards", "skipped")
+        }
+        content = {**vars(self), **entries, "format": FORMAT}
         content["checksum"] = _checksum(content)
-        write_file(folder / NAME, json.dumps(content, indent=1).encode())
+        # Without indentation, which costs several times the rest: this is written after every shard.
+        write_file(folder / NAME, json.dumps(content).encode())
 
     @staticmethod
     def read(folder: Path) -> "Manifest":
@@ -128,6 +163,14 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str 
         elif left != right:
             found.append(f"{prefix}{key}: {left!r} here, {right!r} there")
     return found
+
+
+def identity_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The fields in which two identities are those of different caches: one teacher may have several names."""
+    ignored = [f"{name}: " for name in RECORDED_ONLY]
+    if ours["teacher"]["weights"] and theirs["teacher"]["weights"]:
+        ignored += ["teacher.name: ", "teacher.revision: "]
+    return [one for one in differences(ours, theirs) if not one.startswith(tuple(ignored))]
 
 
 def write_file(path: Path, content: bytes) -> None:

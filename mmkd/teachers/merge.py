@@ -5,8 +5,8 @@ from pathlib import Path
 
 from datasets import Features
 
-from .manifest import Manifest, differences, write_file
-from .store import LOG, CacheWriter, damaged_shards, read_shard, shard_path
+from .manifest import Manifest, identity_differences, write_file
+from .store import LOG, CacheWriter, damaged_shards, read_shard, shard_path, whole_lines
 
 
 def merge_parts(folder: Path, parts: Sequence[Path]) -> None:
@@ -40,14 +40,14 @@ def merge_parts(folder: Path, parts: Sequence[Path]) -> None:
                 writer.manifest.skipped[split] |= manifest.skipped[split]
         writer.manifest.write(folder)
         logs = [part / LOG for part in parts]
-        write_file(folder / LOG, b"".join(log.read_bytes() for log in logs if log.is_file()))
+        write_file(folder / LOG, b"".join(map(whole_lines, logs)))
         writer.finish()
 
 
 def _check_part(part: Path, manifest: Manifest, other: Path, first: Manifest) -> None:
     if manifest.part is None:
         raise ValueError(f"{part} is no part of a build: it was not built with shard: i/n.")
-    different = differences(first.identity, manifest.identity)
+    different = identity_differences(first.identity, manifest.identity)
     if different or (manifest.total_rows, manifest.shard_rows) != (first.total_rows, first.shard_rows):
         raise ValueError(f"{part} is of another build than {other}: {'; '.join(different) or 'its rows differ'}.")
     damaged = list(damaged_shards(part, manifest))

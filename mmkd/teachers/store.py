@@ -9,11 +9,10 @@ A shard is the unit of work, of resuming and of merging: it holds a fixed span o
 alone, and exists once it stands in the manifest.
 """
 
-import fcntl
 import hashlib
 import io
 import json
-import resource
+import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from datasets import Dataset, Features, List, Value
 from .codec import Codec, TokenOrder, TokenScores
 from .identity import file_sha256
 from .keys import KEY_BYTES
-from .manifest import Manifest, ShardEntry, Skipped, differences, write_file
+from .manifest import Manifest, ShardEntry, Skipped, differences, identity_differences, write_file
 
 SIGNAL_FEATURES = Features(
     {
@@ -53,6 +52,14 @@ class CacheWriter:
         self.folder, self.manifest, self.features = Path(folder), manifest, features
 
     def __enter__(self) -> "CacheWriter":
+        # Windows has no such locks; whoever only trains from a cache needs none.
+        try:
+            import fcntl
+        except ImportError as error:
+            raise ValueError(
+                f"The cache {self.folder} cannot be written on this system, which has no POSIX file locks. Build or "
+                "download it on Linux, macOS or WSL and copy the folder; it can be read anywhere."
+            ) from error
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "w")
@@ -83,7 +90,10 @@ class CacheWriter:
             found = Manifest.read(self.folder)
             plan = {"shard_rows": mine.shard_rows, "rows": mine.total_rows, "part": mine.part}
             found_plan = {"shard_rows": found.shard_rows, "rows": found.total_rows, "part": found.part}
-            different = differences({**mine.identity, "plan": plan}, {**found.identity, "plan": found_plan})
+            different = [
+                *identity_differences(mine.identity, found.identity),
+                *differences({"plan": plan}, {"plan": found_plan}),
+            ]
             if different:
                 raise ValueError(
                     f"{self.folder} holds a cache of something else: {'; '.join(different)}. Name another folder, or "
@@ -98,6 +108,9 @@ class CacheWriter:
             for row in [row for row in self.manifest.skipped[split] if row in span]:
                 del self.manifest.skipped[split][row]
         self.manifest.write(self.folder)
+        log = self.folder / LOG
+        if log.is_file() and log.stat().st_size > len(whole_lines(log)):
+            write_file(log, whole_lines(log))
 
     def write(
         self,
@@ -122,9 +135,8 @@ class CacheWriter:
             head=_head(content),
         )
         write_file(shard_path(self.folder, split, number), content)
-        log = self.folder / LOG
         line = json.dumps({"split": split, "shard": number, "tokens": entry.tokens, **cost}) + "\n"
-        write_file(log, (log.read_bytes() if log.is_file() else b"") + line.encode())
+        _append(self.folder / LOG, line.encode())
         self.manifest.shards[split][number] = entry
         self.manifest.skipped[split] |= dict(skipped)
         self.manifest.write(self.folder)
@@ -289,6 +301,25 @@ def damaged_shards(folder: Path, manifest: Manifest) -> Iterable[tuple[str, int]
     return damaged
 
 
+def whole_lines(log: Path) -> bytes:
+    """The lines of a log, without a last one that its writer was killed in; nothing when there is no log."""
+    content = log.read_bytes() if log.is_file() else b""
+    return content[: content.rfind(b"\n") + 1]
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """What each shard cost; shards that were built twice are there twice. Raises ValueError for a damaged line."""
+    found = []
+    for number, line in enumerate(whole_lines(folder / LOG).splitlines(), start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(
+                f"Line {number} of {folder / LOG} is damaged ({error}). It decides nothing: delete the line."
+            ) from error
+    return found
+
+
 def describe_for_datasets(folder: Path, manifest: Manifest, features: Features) -> None:
     """Writes the files that `datasets.load_from_disk` looks for."""
     info = json.dumps(
@@ -309,6 +340,18 @@ def describe_for_datasets(folder: Path, manifest: Manifest, features: Features) 
         write_file(folder / split / "state.json", json.dumps(state).encode())
         write_file(folder / split / "dataset_info.json", info.encode())
     write_file(folder / "dataset_dict.json", json.dumps({"splits": list(manifest.shards)}).encode())
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Adds a line to a file that decides nothing, and may end in half of one after a crash."""
+    try:
+        with open(path, "ab") as file:
+            file.write(line)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written: {error.strerror}. Make room, or choose another folder; what was finished "
+            "before is kept, and the same command goes on from there."
+        ) from error
 
 
 def _head(content: bytes) -> tuple[int, int]:
@@ -341,6 +384,11 @@ def _keys(tables: list[pa.Table]) -> np.ndarray:
 
 def _allow_open_files(count: int) -> None:
     """Every shard stays open; systems allow a process some 1,024 files unless it asks for more."""
+    if sys.platform == "win32":
+        # It has no limit that a process could raise.
+        return
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or count + 500 <= soft:
         return

@@ -32,7 +32,17 @@ from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import ChunkAlignment, ChunkSignal, DenseSignal, LabelSignal
 
 from .base import DistillationConfig, DistillationTrainer, ItemLosses, Supervised
-from .pairs import SUPERVISED, AlignedCollator, BatchAligner, counts_of, numbered, packed, paired, teacher_sequences
+from .pairs import (
+    SUPERVISED,
+    Agreement,
+    AlignedCollator,
+    BatchAligner,
+    counts_of,
+    numbered,
+    packed,
+    paired,
+    teacher_sequences,
+)
 from .preparation import placeholder_trainer, preparation_of
 
 logger = logging.get_logger(__name__)
@@ -186,6 +196,7 @@ class ALMTrainer(DistillationTrainer):
     method = "alm"
     config_class = ALMConfig
     accepts = (DenseSignal, LabelSignal)
+    one_vocabulary = False
     args: ALMConfig
 
     @classmethod
@@ -225,7 +236,14 @@ class ALMTrainer(DistillationTrainer):
             rows, reader.processing_class, reader.args, False, formatting_func, f"{name} (teacher's)"
         )
         both = paired(ours, theirs)
-        _report_alignment(both, len(dataset), self._batch_aligner(processing_class, args), name)
+        agreement = Agreement.of(counts_of(both, self._batch_aligner(processing_class, args)))
+        if not agreement.chunks:
+            raise ValueError(
+                f"Student and teacher share no chunk of text in any of the {len(both)} usable rows of {name}: their "
+                "tokens, or what their chat templates supervise, have no bytes in common. First row: "
+                f"{both[0] if len(both) else None}"
+            )
+        logger.warning(f"{name}: {agreement} Rows that one side cannot use: {len(dataset) - len(both)}.")
         if args.shuffle_dataset:
             both = both.shuffle(seed=args.seed)
         return packed(both, args) if packing else both
@@ -455,21 +473,3 @@ def _name_of(teacher: Any) -> str:
     if isinstance(teacher, Teacher):
         raise ValueError(f"A {type(teacher).__name__} does not tell its tokenizer: pass teacher_processing_class.")
     return teacher if isinstance(teacher, str) else name_of(teacher)
-
-
-def _report_alignment(rows: Dataset, given: int, align: BatchAligner, name: str) -> None:
-    """Says how much of the data is compared. Raises ValueError when nothing is."""
-    counts = counts_of(rows, align)
-    empty = int((counts.chunks == 0).sum())
-    if empty == len(rows):
-        raise ValueError(
-            f"Student and teacher share no chunk of text in any of the {len(rows)} usable rows of {name}: their "
-            "tokens, or what their chat templates supervise, have no bytes in common. First row: "
-            f"{rows[0] if len(rows) else None}"
-        )
-    aligned, rest = int(counts.student_aligned.sum()), int(counts.student_unaligned.sum())
-    logger.warning(
-        f"{name}: {int(counts.chunks.sum()):,} chunks hold {aligned / max(1, aligned + rest):.1%} of the student's "
-        f"supervised tokens. Rows in which nothing aligns: {empty} of {len(rows)}; rows that one side cannot use: "
-        f"{given - len(rows)}; texts that differ between the sides: {int(counts.differing.sum())}."
-    )

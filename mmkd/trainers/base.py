@@ -1,6 +1,5 @@
 """The distillation step, owned once: shift, mask, ask the teacher, sum, normalise, log. A method adds item losses."""
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.losses.divergences import forward_kl
@@ -30,6 +28,7 @@ from mmkd.teachers.signals import DenseSignal, TopKSignal
 from .checks import check_supervision, check_training_data
 from .preparation import ROW_LENGTHS, RowLengths, preparation_of, sequences_of
 from .progress import DistillationProgress
+from .reports import ReportingTrainer
 
 
 @dataclass
@@ -97,7 +96,7 @@ class ItemLosses:
     """Name in the logs -> (sum, number of items), without gradient."""
 
 
-class DistillationTrainer(SFTTrainer):
+class DistillationTrainer(ReportingTrainer):
     """trl's SFTTrainer with a teacher. A method subclasses it and implements `item_losses`.
 
     Args:
@@ -113,6 +112,8 @@ class DistillationTrainer(SFTTrainer):
     config_class: ClassVar[type[DistillationConfig]] = DistillationConfig
     accepts: ClassVar[tuple[type, ...]] = (DenseSignal, TopKSignal)
     needs_teacher: ClassVar[bool] = True
+    one_vocabulary: ClassVar[bool] = True
+    """Whether a token must be the same to student and teacher."""
     # `compute_loss` divides by counts of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
 
@@ -153,12 +154,8 @@ class DistillationTrainer(SFTTrainer):
         if processing_class is None:
             processing_class = load_processing_class(name_of(model), "student")
         check_training_data(train_dataset, eval_dataset, args, tokenizer_of(processing_class))
-        self._sums: dict[str, dict[str, Float[Tensor, 2]]] = {"train": {}, "eval": {}}
-        self._step_sums: dict[str, Float[Tensor, 2]] = {}
+        self._start_reports()
         self._counts: dict[str, Tensor] = {}
-        self._prefix = "eval"
-        # Seconds and optimizer steps of training since the last log, evaluation and saving left out.
-        self._spent = (0.0, 0)
         super().__init__(
             model=model,
             args=args,
@@ -221,10 +218,10 @@ class DistillationTrainer(SFTTrainer):
         return self.teacher.ask(inputs, supervised)
 
     def step_ended(self, means: dict[str, float]) -> None:
-        """Called once per optimizer step with this step's mean over all ranks of the reports named in `step_means`."""
+        """Called once per optimizer step with this step's mean over all ranks of the reports named in `step_means`.
 
-    step_means: ClassVar[tuple[str, ...]] = ()
-    """Reports that `step_ended` needs. Empty: it is not called and nothing is reduced."""
+        Without such names it is not called.
+        """
 
     def count_items(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """How many items of each kind a micro-batch of this rank has."""
@@ -404,53 +401,3 @@ class DistillationTrainer(SFTTrainer):
         else:
             kept[:, : row_lengths[:real].sum()] = True
         return labels.masked_fill(~kept, -100)
-
-    # Reports
-
-    def _reports_now(self) -> bool:
-        """Whether this micro-batch computes diagnostics: always in evaluation, else in the steps that are logged."""
-        if not self.model.training or self.args.logging_strategy != "steps":
-            return True
-        step = self.state.global_step + 1
-        return step % max(1, int(self.state.logging_steps)) == 0 or (step == 1 and self.args.logging_first_step)
-
-    def _record(self, reports: dict[str, tuple[Tensor, Tensor | int]]) -> None:
-        sums = self._sums["train" if self.model.training else "eval"]
-        for name, (total, count) in reports.items():
-            dtype = torch.float32 if total.device.type == "mps" else torch.float64
-            entry = torch.stack([total.detach().to(dtype), torch.as_tensor(count, dtype=dtype, device=total.device)])
-            for store in (sums, self._step_sums) if name in self.step_means and self.model.training else (sums,):
-                store[name] = store[name] + entry if name in store else entry
-
-    def _means(self, sums: dict[str, Float[Tensor, "2"]]) -> dict[str, float]:
-        """Sum over count, over all ranks, of every report that has items."""
-        names = sorted(sums)
-        if not names:
-            return {}
-        totals = self._summed(torch.stack([sums[name] for name in names])).tolist()
-        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
-
-    def _summed(self, tensor: Tensor) -> Tensor:
-        total = self.accelerator.reduce(tensor, reduction="sum")
-        assert isinstance(total, Tensor)
-        return total
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the reports since the last log: averages over their items, speed and time left."""
-        training = self.model.training
-        mode = "train" if training else "eval"
-        tokens = self._sums[mode].pop("supervised_tokens", None)
-        means = self._means(self._sums[mode])
-        self._sums[mode] = {}
-        if training and tokens is not None:
-            tokens_seen = self._summed(tokens[0]).item()
-            (seconds, steps), self._spent = self._spent, (0.0, 0)
-            before = next((entry for entry in reversed(self.state.log_history) if "supervised_tokens" in entry), {})
-            logs["supervised_tokens"] = before.get("supervised_tokens", 0) + int(tokens_seen)
-            logs["supervised_tokens_per_second"] = tokens_seen / seconds
-            logs["eta_minutes"] = seconds / max(1, steps) * (self.state.max_steps - self.state.global_step) / 60
-        if not training and means:
-            means["loss"] = sum(means.pop(name) for name in list(means) if name.startswith("loss/"))
-            means["perplexity"] = math.exp(min(means["ce"], 700.0))
-        logs.update(means if training else {f"{self._prefix}_{name}": value for name, value in means.items()})
-        super().log(logs, start_time)

@@ -1,8 +1,8 @@
 """Rows that student and teacher read in tokens of their own: prepared for each, laid side by side, aligned."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -71,6 +71,27 @@ class Read(NamedTuple):
         tokens = int(self.lengths[:sequences].sum())
         return Read(self.ids[:tokens], self.supervised[:tokens], self.lengths[:sequences])
 
+    def answers(self) -> Int[np.ndarray, "sequence"]:
+        """How many times something supervised follows what is not, the unpredictable first token left aside."""
+        return np.add.reduceat(self._begins(), self._starts()) if len(self.ids) else np.zeros(len(self.lengths), int)
+
+    def cut_at_answers(self, which: Bool[np.ndarray, "sequence"]) -> "Read":
+        """Some of the sequences cut into what precedes the first answer and, from its start on, each answer."""
+        begins = self._begins() & np.repeat(which, self.lengths)
+        begins[self._starts()] = True
+        return self._replace(lengths=np.diff(np.append(np.flatnonzero(begins), len(begins))))
+
+    def _starts(self) -> Int[np.ndarray, "sequence"]:
+        return np.cumsum(self.lengths) - self.lengths
+
+    def _begins(self) -> Bool[np.ndarray, "token"]:
+        begins = self.supervised.copy()
+        begins[1:] &= ~self.supervised[:-1]
+        starts = self._starts()
+        begins[starts] = False
+        begins[starts[self.lengths > 1] + 1] = False
+        return begins
+
     def cover(self, pieces: TokenPieces) -> Tokens:
         """The tokens with the bytes that they stand for."""
         return pieces.cover(self.ids, self.lengths)
@@ -99,7 +120,23 @@ class BatchAligner:
         self.aligner, self.to_space = aligner, to_space
 
     def chunks(self, student: Read, teacher: Read) -> Chunks:
-        """The chunks of the same sequences as both sides read them."""
+        """The chunks of the same sequences as both sides read them.
+
+        Where prompts differ (a template written in plain text, say), what is supervised is aligned by itself.
+        """
+        found = self._aligned(student, teacher)
+        ours, theirs = student.answers(), teacher.answers()
+        apart = (found.counts.differing > 0) & (ours == theirs)
+        if not apart.any():
+            return found
+        cut = [side.cut_at_answers(apart) for side in (student, teacher)]
+        found = self._aligned(*cut)
+        parts = np.where(apart, ours + 1, 1)
+        begins = np.cumsum(parts) - parts
+        counts = [np.add.reduceat(getattr(found.counts, part.name), begins) for part in fields(RowCounts)]
+        return replace(found, row=np.repeat(np.arange(len(parts)), parts)[found.row], counts=RowCounts(*counts))
+
+    def _aligned(self, student: Read, teacher: Read) -> Chunks:
         aligner = self.aligner
         sides = teacher.cover(aligner.teacher), student.cover(aligner.student)
         return aligner.align(*sides, teacher.supervised, student.supervised)
@@ -160,11 +197,37 @@ def counts_of(rows: Dataset, align: BatchAligner) -> RowCounts:
     return RowCounts(*(np.concatenate([getattr(one, part.name) for one in found]) for part in fields(RowCounts)))
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """How much of some rows both sides agree on; as text, a sentence about it."""
+
+    chunks: int
+    share: float
+    """Of the student's supervised tokens, those in a chunk."""
+    rows: int
+    empty: int
+    """Rows in which nothing aligns."""
+    differing: int
+    """Texts between markers that are not the same on both sides."""
+
+    @classmethod
+    def of(cls, counts: RowCounts) -> Self:
+        aligned, rest = int(counts.student_aligned.sum()), int(counts.student_unaligned.sum())
+        empty, differing = int((counts.chunks == 0).sum()), int(counts.differing.sum())
+        return cls(int(counts.chunks.sum()), aligned / max(1, aligned + rest), len(counts.chunks), empty, differing)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.chunks:,} chunks hold {self.share:.1%} of the student's supervised tokens. Rows in which nothing "
+            f"aligns: {self.empty} of {self.rows}; texts that differ between the sides: {self.differing}."
+        )
+
+
 class AlignedCollator:
     """A data collator that adds the same text in the teacher's tokens, and which tokens make up the same chunks.
 
     Args:
-        collator, teacher_collator: make the batch of either side, without (`vision`) or with images.
+        collator, teacher_collator: make the batch of either side.
         align: finds the chunks.
         cached: the teacher's log-probs on disk, which take the place of its inputs.
     """

@@ -18,6 +18,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.keys import segments
 
+from .checks import check_supervision
+
 ROW_LENGTHS = "row_lengths"
 
 _READ = 1000
@@ -59,8 +61,17 @@ class RowLengths:
         return batch
 
 
+class _Preparation(SFTTrainer):
+    """trl's preparation of rows; the model is a placeholder that no one asks."""
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
+        check_supervision(dataset, prepared, args.max_length)
+        return prepared
+
+
 def placeholder_trainer(args: SFTConfig, processing_class: Any, train: Any, evaluation: Any = None) -> SFTTrainer:
-    """A trainer that prepares rows for a model that is not there: a tiny one that no one asks takes its place."""
+    """A trainer that prepares rows as training would, without a model. Leaves its arguments as they are."""
     args = copy(args)
     tokenizer: Any = tokenizer_of(processing_class)
     config = LlamaConfig(
@@ -68,7 +79,7 @@ def placeholder_trainer(args: SFTConfig, processing_class: Any, train: Any, eval
     )
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir, args.report_to, args.push_to_hub, args.disable_tqdm = folder, [], False, True
-        return SFTTrainer(
+        return _Preparation(
             model=LlamaForCausalLM(config),
             args=args,
             train_dataset=train,

@@ -1,10 +1,13 @@
 """B6: what it costs to find the chunks that two tokenisations agree on, beside TRL's GOLD trainer and tokenkit.
 
-Rows of Python's documentation, tokenised by real tokenizers; no model is run. mmkd starts from the token ids and masks
-of both sides and ends with a chunk number for every token: bytes of the tokens, markers, comparison of the bytes,
-counts of rows. TRL's groups start from byte offsets of both sides. It computes them in every step while tokenising,
-which only byte-level tokenizers allow; with others its loop over groups is given ours. tokenkit starts from token
-strings in the alphabet of bytes, which are not counted.
+Rows of Python's documentation, tokenised by real tokenizers and by one trained on it; no model is run. Every library
+does the whole job once per run, from tokens to groups of tokens. mmkd starts from the token ids and masks of both
+sides and ends with a chunk number for every token: bytes of the tokens, markers, comparison of the bytes, counts.
+
+TRL's alignment is what its trainer does in every step: byte offsets of both sides while tokenising, which only
+byte-level tokenizers allow, their tensors, and a loop over groups. Tokenising itself is measured apart and taken off.
+"TRL's loop" is the loop alone, given mmkd's offsets. tokenkit starts from token strings in the alphabet of bytes,
+which are not counted.
 """
 
 import argparse
@@ -23,16 +26,16 @@ import torch
 from _caching import TEACHER as SMOLLM2
 from _caching import TEXT
 from _measure import Step, arguments, interleaved, ratio, report, verdict
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl.experimental.gold.gold_trainer import ULDLoss
-from trl.experimental.utils import encode_with_byte_offsets
+from trl.experimental.utils import encode_with_byte_offsets, pad_byte_offsets
 
 from mmkd.alignment.pieces import TokenPieces
 from mmkd.alignment.spans import Aligner
 
-LIMIT, ADVANTAGE = 0.15, 20
-# Batches in one timed run, as a data set is aligned batch after batch.
-PASSES = 10
+LIMIT, ADVANTAGE = 0.15, 25
+REPEATS = 20
 GEMMA = Path(".cache/mmkd/gemma-3-270m")
 
 
@@ -69,15 +72,28 @@ def by_mmkd(aligner: Aligner, teacher: Side, student: Side, masks: tuple[np.ndar
     return len(aligner.align(*sides, *masks))
 
 
-def repeated(step: Step) -> float:
-    """A batch `PASSES` times over; the value of the last."""
-    return [step() for _ in range(PASSES)][-1]
-
-
-def by_trl(teacher: Side, student: Side) -> float:
-    """The number of groups that TRL finds."""
-    rows = zip(student.spans, teacher.spans, strict=True)
+def groups_of_trl(teacher: list[torch.Tensor], student: list[torch.Tensor]) -> float:
+    """The number of groups that TRL finds in rows of byte offsets."""
+    rows = zip(student, teacher, strict=True)
     return sum(len(ULDLoss._align_by_byte_offsets(ours.tolist(), theirs.tolist())[0]) for ours, theirs in rows)
+
+
+def by_trl(teacher: Side, student: Side, texts: list[str]) -> float:
+    """The number of groups that TRL finds in the texts."""
+    padded = []
+    for side in (teacher, student):
+        offsets = [spans for _, spans in encode_with_byte_offsets(side.tokenizer.backend_tokenizer, texts)]
+        width = max(map(len, offsets))
+        batch = torch.stack([pad_byte_offsets(spans, width, padding_side="right") for spans in offsets])
+        padded.append([row[: len(spans)] for row, spans in zip(batch, offsets, strict=True)])
+    return groups_of_trl(*padded)
+
+
+def tokenised(teacher: Side, student: Side, texts: list[str]) -> float:
+    """Tokenises the texts for both sides as TRL does; returns the number of tokens."""
+    backends = [side.tokenizer.backend_tokenizer for side in (teacher, student)]
+    batches = [backend.encode_batch(texts, add_special_tokens=False) for backend in backends]
+    return sum(len(one.ids) for batch in batches for one in batch)
 
 
 def by_tokenkit(align: Callable[..., Any], kind: Any, teacher: Side, student: Side) -> Step:
@@ -87,13 +103,15 @@ def by_tokenkit(align: Callable[..., Any], kind: Any, teacher: Side, student: Si
     return lambda: sum(len(align(list(ours), list(theirs), side, side)[0]) for ours, theirs in rows)
 
 
-def tokenised_by_trl(sides: tuple[Side, Side], texts: list[str], offsets: bool) -> float:
-    """Tokenises the rows for both sides, with or without TRL's byte offsets; returns the number of tokens."""
-    backends = [side.tokenizer.backend_tokenizer for side in sides]
-    if offsets:
-        return sum(len(ids) for backend in backends for ids, _ in encode_with_byte_offsets(backend, texts))
-    batches = [backend.encode_batch(texts, add_special_tokens=False) for backend in backends]
-    return sum(len(one.ids) for batch in batches for one in batch)
+def trained(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of at most 16,384 tokens made for these texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=1 << 14, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def read_rows(args: argparse.Namespace) -> list[str]:
@@ -111,8 +129,8 @@ def pair_rows(
     aligner = Aligner.of(teacher.tokenizer, student.tokenizer)
     masks = np.ones(len(teacher.ids), bool), np.ones(len(student.ids), bool)
     steps: dict[str, Step] = {
-        "mmkd": partial(repeated, partial(by_mmkd, aligner, teacher, student, masks)),
-        "TRL's groups": partial(by_trl, teacher, student),
+        "mmkd": partial(by_mmkd, aligner, teacher, student, masks),
+        "TRL's loop": partial(groups_of_trl, teacher.spans, student.spans),
     }
     if args.tokenkit:
         sys.path.insert(0, args.tokenkit)
@@ -120,23 +138,18 @@ def pair_rows(
         from tokenkit.model_kinds import GPT2ModelKind  # pyright: ignore[reportMissingImports]
 
         steps["tokenkit"] = by_tokenkit(get_alignment_indices, GPT2ModelKind(), teacher, student)
-    both = (teacher, student)
-    byte_level = all("ByteLevel" in str(side.tokenizer.backend_tokenizer.decoder) for side in both)
-    tokenising = {offsets: partial(tokenised_by_trl, both, texts, offsets) for offsets in (False, True)}
-    if byte_level:
-        steps |= {str(offsets): step for offsets, step in tokenising.items()}
+    if all("ByteLevel" in str(side.tokenizer.backend_tokenizer.decoder) for side in (teacher, student)):
+        steps["TRL's alignment"] = partial(by_trl, teacher, student, texts)
+        steps["tokenising"] = partial(tokenised, teacher, student, texts)
     runs = interleaved(steps, {name: args.repeats for name in steps}, "cpu")
-    seconds = {name: run.seconds / (PASSES if name == "mmkd" else 1) for name, run in runs.items()}
-    chunks = {name: int(run.value) for name, run in runs.items()}
-    if byte_level:
-        extra = seconds.pop("True") - seconds.pop("False")
-        seconds["TRL's groups and offsets"] = seconds["TRL's groups"] + extra
-        chunks["TRL's groups and offsets"] = chunks["TRL's groups"]
+    seconds = {name: run.seconds for name, run in runs.items()}
+    if "tokenising" in seconds:
+        seconds["TRL's alignment"] -= seconds.pop("tokenising")
     return [
         {
             "": f"{names[0]} -> {names[1]}, {name}",
             "student tokens": len(student.ids),
-            "chunks": chunks[name],
+            "chunks": int(runs[name].value),
             "us/token": 1e6 * seconds[name] / len(student.ids),
             "over mmkd": seconds[name] / seconds["mmkd"],
         }
@@ -153,9 +166,10 @@ def main() -> None:
         metavar="NAME=FOLDER",
         nargs="+",
         default=[f"SmolLM2={SMOLLM2}", f"Gemma={GEMMA}"],
-        help="tokenizers; each is aligned with every one after it, as its teacher's",
+        help="tokenizers; each is aligned with every one after it, as its teacher's, and one trained on the text",
     )
     parser.add_argument("--tokenkit", metavar="PATH", help="a checkout of bminixhofer/tokenkit, to measure beside")
+    parser.set_defaults(repeats=REPEATS)
     args = parser.parse_args()
     if args.device != "cpu":
         parser.error("this benchmark measures on a CPU only")
@@ -169,20 +183,24 @@ def main() -> None:
         args.sequences, args.length = 2, 64
     torch.set_num_threads(args.threads)
     texts = read_rows(args)
-    sides = {}
-    for name, folder in folders.items():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        sides[name] = Side.of(tokenizer, TokenPieces.of(tokenizer), texts)
+    tokenizers: dict[str, Any] = {name: AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
+    tokenizers["trained"] = trained(texts)
+    sides = {name: Side.of(one, TokenPieces.of(one), texts) for name, one in tokenizers.items()}
     pairs = [(teacher, student) for i, student in enumerate(sides) for teacher in list(sides)[i + 1 :]]
     rows = [row for pair in pairs for row in pair_rows(pair, sides, texts, args)]
     if not args.tokenkit:
-        rows.append({**dict.fromkeys(rows[0]), "": "tokenkit: git clone it, and --tokenkit PATH"})
+        rows.append({column: None for column in rows[0]} | {"": "tokenkit: git clone it, and --tokenkit PATH"})
     slowest = max(row["us/token"] for row in rows if row[""].endswith(", mmkd"))
-    trl = [row["over mmkd"] for row in rows if row[""].endswith("and offsets")]
-    share = ratio(1, min(trl, default=None))
+    least = {
+        name: min((row["over mmkd"] for row in rows if row[""].endswith(name) and row["over mmkd"]), default=None)
+        for name in ("TRL's alignment", "tokenkit")
+    }
     verdicts = [
         verdict("us per student token", slowest, LIMIT),
-        verdict(f"time over TRL's groups and offsets (1/{ADVANTAGE})", share, 1 / ADVANTAGE),
+        *(
+            verdict(f"time over {name}, 1/{ADVANTAGE}", ratio(1, value), 1 / ADVANTAGE)
+            for name, value in least.items()
+        ),
     ]
     title = f"{len(texts)} rows of {4 * args.length:,} characters"
     report("b6_alignment", "cpu", {title: rows}, [] if args.quick else verdicts, vars(args))

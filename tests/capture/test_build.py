@@ -1,5 +1,6 @@
 """`mmkd cache` from the outside: what a user types, what lies on disk then, and what training makes of it."""
 
+import gc
 import json
 import os
 import shutil
@@ -16,7 +17,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from mmkd.capture.arguments import CacheArguments
+from mmkd.capture.distributed import shards_on_ray
+from mmkd.capture.generate import LocalGenerator
 from mmkd.cli import main
+from mmkd.models.load import load_model
 from mmkd.teachers.manifest import Manifest
 from mmkd.teachers.store import LOG, Cache
 from scripts.make_tiny_models import sentences
@@ -252,12 +257,165 @@ def test_images_that_cannot_be_decoded(mmkd: Run, workplace: Path) -> None:
     assert "does not know a sequence" in changed
 
 
+@pytest.fixture
+def pictures(workplace: Path) -> list[str]:
+    """Flags of a run on 8 and 4 rows with images, of which 3 cannot be read, and a VLM that is its own teacher."""
+    make_vlm(workplace / "vlm")
+    for split, numbers in (("train", range(8)), ("eval", range(8, 12))):
+        rows = []
+        for number in numbers:
+            make_image(number).save(workplace / f"{number}.png")
+            rows.append({**chat("one cat", f"{number} dogs"), "images": [str(workplace / f"{number}.png")]})
+        write_rows(workplace / f"pictures-{split}.jsonl", rows)
+    write_data(workplace, "pictures", "pictures-", {"messages": "messages", "images": "images"})
+    for number in (1, 6, 7):
+        (workplace / f"{number}.png").write_bytes(b"no image")
+    return ["--student", "vlm", "--teacher", "vlm", "--data", "pictures.yaml", "--on_error", "skip"]
+
+
+def test_too_many_skipped_rows_stop_a_build_that_keeps_what_was_done(
+    mmkd: Run, workplace: Path, pictures: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = [*pictures, "--cache_shard_rows", "1"]
+    stopped = mmkd("cache", "build", "recipe.yaml", *flags, status=2)
+    assert "2 of 12 rows had to be skipped, more than the share of max_skipped: 0.1." in stopped
+    manifest = Manifest.read(workplace / "cache")
+    assert manifest.skipped_rows() == 2
+    assert manifest.missing()
+    summary = "3 of 12 rows (25.0%) have no answer of the teacher's: 3 times: UnidentifiedImageError: cannot identify"
+    done = mmkd("cache", "build", "recipe.yaml", *flags, "--max_skipped", "0.3")
+    assert f"Skipped: {summary}" in done
+    assert done.count("Skipped row") == 1
+    assert "intact" in done
+    assert summary in mmkd("cache", "info", "cache").replace("\n", " ")
+    # A cache that is complete still has too few rows for who allows no more than that.
+    assert "had to be skipped" in mmkd("cache", "build", "recipe.yaml", *flags, status=2)
+    caplog.clear()
+    mmkd("train", "recipe.yaml", *flags, "--max_steps", "1")
+    told = [record.getMessage() for record in caplog.records if "teaches nothing" in record.getMessage()]
+    assert len(told) == 1
+    assert summary in told[0]
+    assert "max_skipped is 2" in mmkd("cache", "build", "recipe.yaml", "--max_skipped", "2", status=2)
+
+
+def test_answers_to_images_are_those_of_images_decoded_at_once(
+    mmkd: Run, workplace: Path, pictures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prompt at a time has its images decoded while a local teacher answers."""
+    alive: list[int] = []
+    answers = LocalGenerator._answers
+
+    def counted(self: Any, prompts: Any) -> Any:
+        gc.collect()
+        alive.append(sum(type(one).__name__ == "PngImageFile" for one in gc.get_objects()))
+        return answers(self, prompts)
+
+    monkeypatch.setattr(LocalGenerator, "_answers", counted)
+    flags = ["--job", "generate", "--max_skipped", "1", "--cache_max_new_tokens", "8"]
+    mmkd("cache", "build", "recipe.yaml", *pictures, *flags)
+    assert len(alive) == 9
+    assert max(alive) <= 1
+    assert Manifest.read(workplace / "cache").skipped_rows() == 3
+    # A prompt and its answer must fit into the teacher's positions.
+    flags[-1] = "250"
+    refused = mmkd("cache", "build", "recipe.yaml", *pictures, *flags, "--teacher_cache", "other")
+    assert "9 times: Its prompt has" in refused
+    assert "the teacher has room for 6 before an answer" in refused
+
+
+def test_flags_that_a_command_does_not_know_are_refused(mmkd: Run, workplace: Path) -> None:
+    mmkd("cache", "build", "recipe.yaml")
+    for arguments, words in (
+        (["verify", "cache", "--rowss", "3"], "does not know '--rowss'; did you mean '--rows'?"),
+        (["verify", "cache", "--teacher_top_k", "3"], "does not know '--teacher_top_k'; it takes --rows."),
+        (["verify", "cache", "recipe.yaml"], "does not know 'recipe.yaml'; it takes --rows."),
+        (["push", "cache", "user/name", "--privately"], "does not know '--privately'; did you mean '--private'?"),
+        (["info", "cache", "--row", "3"], "unrecognized arguments: --row 3"),
+        (["merge", "cache", "--typo"], "unrecognized arguments: --typo"),
+        (["verify", "recipe.yaml", "--teacher_topk", "3"], "Did you mean 'teacher_top_k'"),
+        (["verify", "recipe.yaml", "--rows", "0"], "--rows is 0; give the number of sequences"),
+    ):
+        found = mmkd("cache", *arguments, status=2)
+        assert words in found, found
+    assert not (workplace / "user").exists()
+
+
+def test_a_folder_that_would_hide_a_cache_on_the_hub_is_not_made(mmkd: Run, workplace: Path) -> None:
+    refused = mmkd("cache", "build", "recipe.yaml", "--teacher_cache", "user/words", status=2)
+    assert "Write ./user/words for a folder" in refused
+    assert not (workplace / "user").exists()
+    mmkd("cache", "build", "recipe.yaml", "--teacher_cache", "./user/words")
+    # What is there is gone on with.
+    assert "12 of 12 shards are there" in mmkd("cache", "build", "recipe.yaml", "--teacher_cache", "user/words")
+
+
+def test_a_cache_of_a_teacher_in_another_type_is_refused(mmkd: Run, workplace: Path, tiny: dict[str, Path]) -> None:
+    mmkd("cache", "build", "recipe.yaml", "--teacher_dtype", "bfloat16")
+    mmkd("train", "recipe.yaml", "--max_steps", "1")
+    mmkd("train", "recipe.yaml", "--max_steps", "1", "--teacher_dtype", "bfloat16")
+    refused = mmkd("train", "recipe.yaml", "--teacher_dtype", "float32", status=2)
+    assert "computed by a teacher in bfloat16, the recipe's teacher_dtype is float32. Set teacher_dtype: bf" in refused
+
+
+def test_the_type_that_auto_loads_is_written_down(mmkd: Run, workplace: Path, tiny: dict[str, Path]) -> None:
+    """Also where the config names none: transformers then takes that of the weights."""
+    teacher = Path(shutil.copytree(tiny["teacher"], workplace / "teacher"))
+    config = json.loads((teacher / "config.json").read_text())
+    del config["dtype"]
+    (teacher / "config.json").write_text(json.dumps(config))
+    mmkd("cache", "build", "recipe.yaml", "--teacher", "teacher")
+    loaded = load_model(str(teacher), dtype="auto")
+    recorded = Manifest.read(workplace / "cache").identity["teacher"]["dtype"]
+    assert f"torch.{recorded}" == str(loaded.dtype) == "torch.float32"
+    assert "None" not in mmkd("cache", "info", "cache")
+
+
+def test_one_teacher_by_two_paths(mmkd: Run, workplace: Path, tiny: dict[str, Path]) -> None:
+    shutil.copytree(tiny["teacher"], workplace / "teacher")
+    mmkd("cache", "build", "recipe.yaml", "--teacher", "teacher", "--shard", "0/2")
+    path = str(workplace / "teacher")
+    mmkd("cache", "build", "recipe.yaml", "--teacher", path, "--shard", "1/2", "--cache_batch_tokens", "100")
+    again = mmkd("cache", "build", "recipe.yaml", "--teacher", path, "--shard", "0/2")
+    assert "6 of 6 shards are there" in again
+    mmkd("cache", "merge", "cache")
+    mmkd("train", "recipe.yaml", "--teacher", path, "--max_steps", "1")
+
+
+def test_a_teacher_that_refuses_every_sampled_row(mmkd: Run, workplace: Path, tiny: dict[str, Path]) -> None:
+    teacher = Path(shutil.copytree(tiny["teacher"], workplace / "teacher"))
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2}))
+    flags = ["--teacher", "teacher", "--on_error", "skip"]
+    refused = mmkd("cache", "build", "recipe.yaml", *flags, "--dry_run", status=2)
+    assert "The teacher refused all 32 sampled rows" in refused
+    assert "the teacher is made for 2 (max_position_embeddings)" in refused
+    stopped = mmkd("cache", "build", "recipe.yaml", *flags, status=2)
+    # Not one shard more than it takes to know.
+    assert "16 of 96 rows had to be skipped" in stopped
+
+
+def test_a_ray_worker_that_dies_ends_the_build_with_a_reason() -> None:
+    pytest.importorskip("ray")
+
+    # Defined here, so that it travels to the worker by its content.
+    class Deadly:
+        arguments = CacheArguments(cache_workers=1)
+
+        def shard(self, split: str, number: int, advance: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    plan: Any = Deadly()
+    with pytest.raises(ValueError, match=r"Ray workers died 2 times over one shard: .* lower cache_workers"):
+        list(shards_on_ray(plan, [("train", 0)]))
+
+
 def test_settings_that_cannot_be(mmkd: Run) -> None:
     for flags, words in (
         (["--teacher_top_k", "0"], "nothing would be kept"),
         (["--teacher_top_k", "500"], "are more than the 300 tokens"),
         (["--shard", "3/2"], "shard is '3/2'"),
         (["--cache_shard_rows", "0"], "cache_shard_rows is 0"),
+        (["--teacher_timeout", "0"], "teacher_timeout is 0"),
         (["--teacher_server", "http://127.0.0.1:9"], "does not answer"),
         (["--teacher_server", "http://127.0.0.1:9", "--cache_tail_draws", "4"], "not the tail to draw from"),
     ):

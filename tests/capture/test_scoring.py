@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmkd.capture.plan import ScorePlan
 from mmkd.capture.scoring import label_log_probs, score_tokens, tail_draws
-from mmkd.capture.sequences import TokenSequence
+from mmkd.capture.sequences import TokenSequence, UnusableRow
 from mmkd.models.heads import LMHead
 from mmkd.teachers.codec import TokenScores
 from mmkd.teachers.signals import DenseSignal
@@ -228,3 +228,22 @@ def test_scores_do_not_depend_on_the_batch(tiny: dict[str, Path], tmp_path: Path
             np.testing.assert_array_equal(other.draws, first.draws)
             np.testing.assert_allclose(other.log_probs, first.log_probs, atol=1e-5)
             np.testing.assert_allclose(other.tail_log_prob, first.tail_log_prob, atol=1e-5)
+
+
+def test_rows_beyond_the_teachers_positions_are_refused_like_others(tiny: dict[str, Path], tmp_path: Path) -> None:
+    data = {"train": Dataset.from_dict({"text": sentences(24)})}
+    plan: Any = plan_of(write_recipe(tmp_path, tiny, data, teacher_top_k=6))
+    sequences = [plan.prepared.splits["train"][row] for row in range(24)]
+    everything = Scored(plan, sequences, 100).scores
+    longest = sorted(len(one.ids) for one in sequences)[11]
+    plan.engine.positions = longest
+    found = Scored(plan, sequences, 100).scores
+    assert sum(isinstance(one, UnusableRow) for one in found) == sum(len(one.ids) > longest for one in sequences) > 0
+    for sequence, before, after in zip(sequences, everything, found, strict=True):
+        if isinstance(after, UnusableRow):
+            assert after.reason == (
+                f"It has {len(sequence.ids)} tokens, and the teacher is made for {longest} "
+                "(max_position_embeddings). Lower max_length."
+            )
+        else:
+            np.testing.assert_array_equal(after.ids, before.ids)

@@ -1,6 +1,6 @@
 """A teacher is asked about exactly the sequences that training with the same settings sees."""
 
-import copy
+import gc
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,18 +31,16 @@ from tests.teachers.vlm import make_image, make_vlm
 
 
 class Asked:
-    """A cached teacher and its cache in one, which knows every key and notes what it is asked about."""
+    """A cached teacher that knows every key and notes what it is asked about."""
 
     def __init__(self, skipped: Sequence[bytes] = ()) -> None:
-        self.cache, self.folder, self.skipped_keys = self, Path("asked"), set(skipped)
+        self.skipped_keys = set(skipped)
         self.keys: list[bytes] = []
 
-    def find(self, key: bytes) -> int:
+    def look_up(self, ids: Any, supervised: Any, images: Sequence[str] = ()) -> int | None:
+        key = sequence_key(ids, supervised, images)
         self.keys.append(key)
-        return len(self.keys) - 1
-
-    def scores(self, row: int) -> int:
-        return row
+        return None if key in self.skipped_keys else len(self.keys) - 1
 
     def tensors(self, scores: list[int]) -> dict[str, torch.Tensor]:
         return {"rows": torch.tensor(scores)}
@@ -53,7 +51,7 @@ class Asked:
 
 def prepared_like(trainer: Any, data: DatasetDict) -> Prepared:
     """What a build with the trainer's settings would ask about."""
-    return prepare(data, copy.deepcopy(trainer.args), trainer.processing_class)
+    return prepare(data, trainer.args, trainer.processing_class)
 
 
 def text_sequences(prepared: Prepared, split: str = "train") -> list[TokenSequence]:
@@ -280,7 +278,8 @@ def image_rows(count: int = 5) -> list[dict[str, Any]]:
 
 
 def vision(rows: Dataset, processor: Any, tmp_path: Path, **settings: Any) -> tuple[Prepared, VisionSequences]:
-    config = KDConfig(output_dir=str(tmp_path), max_length=None, report_to="none", bf16=False, **settings)
+    settings = {"max_length": None, **settings}
+    config = KDConfig(output_dir=str(tmp_path), report_to="none", bf16=False, **settings)
     prepared = prepare(DatasetDict({"train": rows}), config, processor)
     sequences = prepared.splits["train"]
     assert isinstance(sequences, VisionSequences)
@@ -349,3 +348,65 @@ def test_an_image_that_cannot_be_decoded_is_reported_with_its_reason(processor: 
     broken = sequences[1]
     assert isinstance(broken, UnusableRow)
     assert "truncated" in broken.reason or "cannot identify" in broken.reason
+
+
+def test_a_reason_does_not_say_where_in_memory_an_image_was(processor: Any, tmp_path: Path) -> None:
+    rows = [{**row, "images": [{"bytes": b"no image", "path": None}]} for row in image_rows(1)]
+    _, sequences = vision(Dataset.from_list(rows).cast_column("images", List(Image())), processor, tmp_path)
+    assert sequences[0] == UnusableRow("UnidentifiedImageError: cannot identify image file of the row")
+
+
+@pytest.mark.parametrize("layout", ["messages", "prompt and completion"])
+def test_image_tokens_that_max_length_cuts_off_are_the_reason_given(
+    processor: Any, tmp_path: Path, layout: str
+) -> None:
+    rows = image_rows(3)
+    if layout != "messages":
+        rows = [{"prompt": m[:1], "completion": m[1:], "images": r["images"]} for r in rows for m in [r["messages"]]]
+    data = Dataset.from_list(rows)
+    _, whole = vision(data, processor, tmp_path)
+    lengths, tokens = zip(*((len(one.ids), one.image_tokens) for one in (whole[0], whole[1])), strict=True)  # pyright: ignore[reportAttributeAccessIssue]
+    _, sequences = vision(data, processor, tmp_path, max_length=12)
+    for row in range(2):
+        cut = sequences[row]
+        assert isinstance(cut, UnusableRow)
+        assert "Image tokens were truncated: max_length 12 keeps" in cut.reason
+        assert f"of {tokens[row]}, in a row of {lengths[row]} tokens. Raise max_length to {lengths[row]}" in cut.reason
+    # Text alone may be cut.
+    _, sequences = vision(data, processor, tmp_path, max_length=lengths[0] - 1)
+    shorter = sequences[0]
+    assert isinstance(shorter, TokenSequence)
+    assert (len(shorter.ids), shorter.image_tokens) == (lengths[0] - 1, tokens[0])
+
+
+def test_a_bug_in_the_collator_is_no_unreadable_row(processor: Any, tmp_path: Path) -> None:
+    prepared, sequences = vision(Dataset.from_list(image_rows(3)), processor, tmp_path, max_length=1000)
+    prepared.collator.processor = None
+    with pytest.raises(AttributeError) as raised:
+        sequences[2]
+    assert raised.value.__notes__ == ["It was raised for row 2 of the data."]
+
+
+def test_no_image_stays_decoded(processor: Any, tmp_path: Path) -> None:
+    """A shard of any size holds the images of one batch at a time."""
+
+    def decoded() -> int:
+        gc.collect()
+        return sum(isinstance(one, PILImage.Image) for one in gc.get_objects())
+
+    rows = Dataset.from_list(image_rows(8))
+    prepared, sequences = vision(rows, processor, tmp_path)
+    before = decoded()
+    found = [cast(TokenSequence, one) for _, one in usable(sequences, range(8))]
+    assert decoded() == before
+    inputs, _ = prepared.batch(found[2:5])
+    assert decoded() == before
+    expected = prepared.collator([dict(row) for row in rows.select(range(2, 5))])
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+
+
+def test_preparing_leaves_the_settings_alone(build: Build, completions: Dataset) -> None:
+    trainer = build(KDTrainer, completions)
+    before = dict(vars(trainer.args))
+    prepared_like(trainer, DatasetDict({"train": completions}))
+    assert vars(trainer.args) == before

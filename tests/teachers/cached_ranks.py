@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed
 
+from mmkd import run_teacher
 from mmkd.run import build_trainer, load_rows_of, parse_run
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.trainers.kd import KDTrainer
@@ -46,12 +47,26 @@ def streamed(recipe: str) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def main(recipe: str, output: str) -> None:
+def refusals(recipe: str, other: str) -> list[str]:
+    """What this rank says about teachers that cannot be: another one, and one without weights."""
+    told = []
+    for teacher in (other, str(Path(recipe).parent)):
+        try:
+            build_trainer(parse_run(recipe, [*SIZES, "--teacher", teacher]))
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def main(recipe: str, other: str, output: str) -> None:
     seen: dict[str, Any] = {}
-    rank = 0
+    rank, hashed, weights_sha256 = 0, [], run_teacher.weights_sha256
+    run_teacher.weights_sha256 = lambda *name: hashed.append(name) or weights_sha256(*name)
     for name, flags in VARIANTS.items():
         trainer = build_trainer(parse_run(recipe, [*SIZES, *flags]))
         rank, seen[name] = trainer.args.process_index, results(trainer)
+    seen["hashed"] = len(hashed)
+    seen["refusals"] = refusals(recipe, other)
     seen["streamed"] = streamed(recipe)
     Path(output, f"rank{rank}.json").write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()

@@ -266,11 +266,14 @@ def test_resume_gives_the_losses_of_an_uninterrupted_run(build: Build, whole: Pa
 
 
 @pytest.fixture(scope="module")
-def ranks(sparse_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(
+    sparse_recipe: Path, tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What each of two gloo ranks saw in every variant."""
     output = tmp_path_factory.mktemp("ranks")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, "--module", "tests.teachers.cached_ranks", str(sparse_recipe), str(output)]
+    arguments = [str(sparse_recipe), str(tiny["student"]), str(output)]
+    command = [*torchrun, "--module", "tests.teachers.cached_ranks", *arguments]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, timeout=240, cwd=root, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -289,6 +292,14 @@ def test_losses_do_not_depend_on_ranks(sparse_recipe: Path, ranks: list[dict[str
         assert found["steps"] == [pytest.approx(pair, rel=1e-3) for pair in expected["steps"]]
         assert found["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-3)
     assert all(np.isfinite(found["steps"]).ravel())
+
+
+def test_one_rank_reads_the_teachers_weights_and_all_refuse_another(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["hashed"] for rank in ranks] == [len(VARIANTS), 0]
+    assert ranks[0]["refusals"] == ranks[1]["refusals"]
+    another, none = ranks[0]["refusals"]
+    assert "is of the teacher" in another
+    assert "has no safetensors files" in none
 
 
 def test_streams_on_several_ranks(ranks: list[dict[str, Any]]) -> None:
@@ -579,7 +590,8 @@ def test_an_image_that_cannot_be_decoded_is_left_out_where_that_was_asked_for(tm
     recipe = image_recipe(tmp_path, broken=True, num_train_epochs=1, max_steps=-1)
     with pytest.raises(ValueError, match=r"Row \d of the train data cannot be used: .*on_error: skip"):
         build_cache(recipe)
-    cache = Cache(build_cache(recipe, "--on_error", "skip", "--teacher_cache", str(tmp_path / "skipping")))
+    skipping = ["--on_error", "skip", "--max_skipped", "0.2", "--teacher_cache", str(tmp_path / "skipping")]
+    cache = Cache(build_cache(recipe, *skipping))
     assert len(cache) == 5
     ((_, entry),) = cache.manifest.skipped["train"].items()
     assert entry.key is None

@@ -481,3 +481,15 @@ def test_live_teacher_refuses_pixels_and_rows_that_the_server_refuses(fake):
         teacher.ask({**inputs, "input_ids": inputs["input_ids"] + 99}, supervised)
     with pytest.raises(ValueError, match="k=7 must be at least 1 and at most the 6"):
         ServerTeacher(fake.url, k=7, vocab_size=6)
+
+
+def test_every_retry_is_told(fake, caplog):
+    """Server, reason and wait: a run whose servers keep failing would look merely slow."""
+    fake.failures = [503, 429]
+    with VLLMClient(fake.url) as client:
+        (answer,) = client.score(questions(1), 5)
+    assert_scored(fake, questions(1)[0], answer, 5)
+    assert [record.getMessage() for record in caplog.records if record.name == "mmkd.teachers.endpoints"] == [
+        f"{fake.url} answered HTTP 503: told to fail; try 2 of 7 in 0.0 s.",
+        f"{fake.url} answered HTTP 429: told to fail; try 3 of 7 in 0.0 s.",
+    ]

@@ -64,7 +64,9 @@ def signal_of(scores: TokenScores, tail: str) -> SparseSignal:
     """What a cached teacher makes of its scores."""
     teacher = teacher_with(tail)
     supervised = torch.ones(len(scores), dtype=torch.bool)
-    return teacher.ask({BATCH_KEY: teacher.tensors([scores])}, supervised)
+    signal = teacher.ask({BATCH_KEY: teacher.tensors([scores])}, supervised)
+    assert isinstance(signal, SparseSignal)
+    return signal
 
 
 def teacher_with(tail: str) -> CachedTeacher:

@@ -8,6 +8,7 @@ import pickle
 import resource
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from mmkd.teachers.store import (
     codec_of,
     damaged_shards,
     order_bytes,
+    read_log,
     shard_path,
 )
 from scripts.make_tiny_models import sentences
@@ -401,6 +403,63 @@ def test_a_part_alone_is_refused_and_reports_what_to_do(tmp_path: Path) -> None:
         fill(tmp_path, manifest(part=(0, 2)))
 
 
+def test_a_log_that_ends_in_half_a_line_is_read_and_continued(folder: Path) -> None:
+    """What a writer killed in the middle of a line leaves; damage anywhere else is named."""
+    log = folder / LOG
+    whole = log.read_bytes()
+    entries = read_log(folder)
+    assert [(entry["split"], entry["shard"]) for entry in entries] == manifest().planned()
+    log.write_bytes(whole + whole.splitlines()[-1][:20])
+    assert read_log(folder) == entries
+    shard_path(folder, "train", 1).unlink()
+    assert fill(folder) == [("train", 1)]
+    assert read_log(folder) == [*entries, entries[1]]
+    log.write_bytes(whole.replace(b'"seconds": 0.5}', b'"seconds', 1))
+    with pytest.raises(ValueError, match=r"Line 1 of .*log.jsonl is damaged .* delete the line"):
+        read_log(folder)
+    log.unlink()
+    assert read_log(folder) == []
+
+
+def test_a_newer_mmkd_and_other_batches_go_on_with_a_cache(tmp_path: Path) -> None:
+    """Both are written down as they were when the build began."""
+
+    def made_by(version: str, batch_tokens: int, **teacher: Any) -> Manifest:
+        identity = {**manifest().identity, "mmkd": version, "batch_tokens": batch_tokens}
+        return manifest(identity={**identity, "teacher": {"name": "t", "revision": None, "weights": "ab", **teacher}})
+
+    fill(tmp_path, made_by("0.1.0", 8192))
+    shard_path(tmp_path, "train", 2).unlink()
+    assert fill(tmp_path, made_by("0.2.0", 64)) == [("train", 2)]
+    # One folder by another path, or at the Hub: its weights say that it is the same teacher.
+    assert fill(tmp_path, made_by("0.2.0", 64, name="/models/t", revision="main")) == []
+    found = Manifest.read(tmp_path).identity
+    assert (found["mmkd"], found["batch_tokens"], found["teacher"]["name"]) == ("0.1.0", 8192, "t")
+    with pytest.raises(ValueError, match=r"something else: teacher.weights: 'cd' here"):
+        fill(tmp_path, made_by("0.1.0", 8192, weights="cd"))
+    # Without weights to compare, behind a server say, the name is all that is known.
+    with pytest.raises(ValueError, match=r"teacher.name: 'u' here, 't' there; teacher.weights: None here"):
+        fill(tmp_path, made_by("0.1.0", 8192, weights=None, name="u"))
+
+
+def test_reasons_are_counted_whatever_numbers_and_names_they_hold() -> None:
+    told = ["It has 300 tokens.", "cannot identify 'a.png'", "It has 29 tokens.", "It has 31 tokens."]
+    wanted = manifest(skipped={"train": {row: Skipped(reason) for row, reason in enumerate(told)}, "eval": {}})
+    assert wanted.skipped_reasons() == [(3, "It has 300 tokens."), (1, "cannot identify 'a.png'")]
+    assert wanted.skipped_summary().startswith("4 of 14 rows (28.6%) have no answer of the teacher's: 3 times: It has")
+
+
+def test_without_posix_locks_a_cache_is_read_and_not_written(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(ValueError, match=r"has no POSIX file locks. Build or download it on Linux, macOS or WSL"):
+        fill(tmp_path / "cache")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert len(Cache(finished)) == 14
+
+
 # Two writers, and writers of something else
 
 
@@ -657,7 +716,7 @@ def test_a_cache_of_answers_is_no_cache_of_scores(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("name", ["train/00001.arrow.tmp", "manifest.json.tmp", "train/state.json.tmp", f"{LOG}.tmp"])
+@pytest.mark.parametrize("name", ["train/00001.arrow.tmp", "manifest.json.tmp", "train/state.json.tmp", LOG])
 def test_a_full_disk_stops_the_build_and_it_goes_on_later(finished: Path, tmp_path: Path, name: str) -> None:
     """Each file in turn is the one that does not fit: written to a device that is always full."""
 
@@ -669,6 +728,9 @@ def test_a_full_disk_stops_the_build_and_it_goes_on_later(finished: Path, tmp_pa
     with pytest.raises(ValueError, match=r"cannot be written: No space left on device\. Make room"):
         fill(tmp_path, before=disk_is_full)
     assert not list(tmp_path.rglob("*.tmp"))
+    if name == LOG:
+        # The only file that is added to, and not replaced.
+        (tmp_path / LOG).unlink()
     assert len(fill(tmp_path)) <= 3
     assert contents(tmp_path) == contents(finished)
 

@@ -13,9 +13,11 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from mmkd.alignment.pieces import TokenPieces, boundary_mask
+from mmkd.alignment.spans import Aligner
 from mmkd.cli import main
 from mmkd.losses.chunks import binarised
 from mmkd.trainers.alm import DIVERGENCES, ALMConfig, ALMTrainer
+from mmkd.trainers.pairs import BatchAligner, read
 from scripts.make_tiny_models import make_model, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS, wordpiece
 from tests.helpers import Build, losses_of
@@ -270,9 +272,33 @@ def test_templates_of_both_sides_differ_and_answers_align(alm: Any, chats: Datas
         assert spoken in text
 
 
-def test_rows_in_which_nothing_aligns_cost_nothing(alm: Any, texts: Dataset, caplog: Any) -> None:
-    rows: list[Any] = [{"teacher_input_ids": [3, 4], "teacher_labels": [-100, 4], "input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
-    trainer = alm(Dataset.from_list(rows * 4), max_steps=1, per_device_train_batch_size=4)
+def test_answers_align_although_prompts_do_not() -> None:
+    """Headers in plain text differ, and everything after a difference would be lost with them."""
+    tokenizer, other = CHATTERS["chatml"](), CHATTERS["gemma"]()
+    align = BatchAligner(Aligner.of(other, tokenizer))
+    talks = [["Human: one dog\nBot:", " red birds", "\nHuman: two\nBot:", " an old cat"], ["", "a", "plain text"]]
+    spoken = [["[INST]one dog[/INST]", " red birds", "[INST]two[/INST]", " an old cat"], ["", "a", "plain text"]]
+
+    def side(rows: list[list[str]], by: Any) -> Any:
+        sequences = []
+        for row in rows:
+            parts = [np.array(by(part, add_special_tokens=False)["input_ids"], dtype=np.int64) for part in row]
+            labels = [ids if number % 2 else np.full(len(ids), -100) for number, ids in enumerate(parts)]
+            sequences.append((np.concatenate(parts), np.concatenate(labels)))
+        return read(sequences)
+
+    student, teacher = side(talks, tokenizer), side(spoken, other)
+    found = align.chunks(student, teacher)
+    said = [b"".join(align.aligner.student[i] for i in student.ids[slice(*span)]) for span in found.student]
+    assert b"".join(said[: int((found.row == 0).sum())]) == b" red birds an old cat"
+    assert sorted({*found.row.tolist()}) == [0]
+    assert found.counts.student_unaligned.tolist() == [0, 0]
+    assert found.counts.chunks.tolist() == [len(said), 0]
+
+
+def test_rows_in_which_nothing_aligns_cost_nothing(alm: Any) -> None:
+    row = {"teacher_input_ids": [3, 4], "teacher_labels": [-100, 4], "input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    trainer = alm(Dataset.from_list([row] * 4), max_steps=1, per_device_train_batch_size=4)
     trainer.train()
     assert losses_of(trainer) == [0.0]
     assert losses_of(trainer, "aligned") == [0.0]

@@ -1,0 +1,167 @@
+"""Which tokens of an old vocabulary a token of a new one stands for, to make the rows of its embeddings of theirs."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
+
+from mmkd.alignment.markers import markers_of
+from mmkd.alignment.pieces import TokenPieces
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """For each new token the old ones whose rows it is the mean of: the next `lengths[token]` of `pieces`, or none.
+
+    `old` are the old tokens that have a row, `special` the new special ones.
+    """
+
+    pieces: Int[ndarray, "piece"]
+    lengths: Int[ndarray, "row"]
+    old: Int[ndarray, "old"]
+    special: frozenset[int]
+
+    @classmethod
+    def of(cls, found: Mapping[int, Sequence[int]], size: int, old: Iterable[int], special: Iterable[int]) -> Self:
+        """The rows of tokens below `size`, each a list of old tokens."""
+        lists = [found.get(index, ()) for index in range(size)]
+        lengths = np.fromiter(map(len, lists), np.int64, size)
+        pieces = np.fromiter((piece for pieces in lists for piece in pieces), np.int64, int(lengths.sum()))
+        return cls(pieces, lengths, np.array(sorted(old), np.int64), frozenset(special))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def copied(self) -> int:
+        """The number of tokens that stand for one old token."""
+        return int((self.lengths == 1).sum())
+
+    @property
+    def averaged(self) -> int:
+        """The number of tokens that stand for several old tokens."""
+        return int((self.lengths > 1).sum())
+
+    @property
+    def random(self) -> int:
+        """The number of tokens that stand for none."""
+        return int((self.lengths == 0).sum())
+
+    def copies(self, old: int | None) -> list[int]:
+        """The new tokens that stand for this old one alone, ascending."""
+        firsts = self.pieces[(np.cumsum(self.lengths) - self.lengths)[self.lengths == 1]]
+        return np.flatnonzero(self.lengths == 1)[firsts == (-1 if old is None else old)].tolist()
+
+
+def token_rows(source: Any, target: Any, rows: int | None = None) -> TokenRows:
+    """What the tokens of `target` are in tokens of `source`, of which those from `rows` on have no row.
+
+    The first of these that applies: the special token of the same role, where bos wins, then what marks turns in the
+    chat templates, then eos and pad; the token of the same bytes; the tokens that the source splits its text into.
+    Raises ValueError as `TokenPieces.of` does.
+    """
+    old, new = TokenPieces.of(source), TokenPieces.of(target)
+    vocabulary, wanted = source.get_vocab(), target.get_vocab()
+    usable = {index for index in vocabulary.values() if rows is None or index < rows}
+    matched = _equal_tokens(vocabulary, wanted, old, new)
+    rest = {index: new.literals.get(index) or new[index] for index in wanted.values() if index not in matched}
+    found: dict[int, Sequence[int]] = {**_splits(source, old, rest)}
+    found |= {index: [match] for index, match in matched.items()}
+    found |= {index: [match] for index, match in _equal_roles(source, target, old, new).items()}
+    found = {index: [piece for piece in pieces if piece in usable] for index, pieces in found.items()}
+    return TokenRows.of(found, len(new), usable, np.flatnonzero(new.special).tolist())
+
+
+def missing_specials(source: Any, target: Any) -> list[Any]:
+    """The special tokens (AddedToken) of `source` that the chat template of `target` writes and `target` lacks."""
+    written = [target.decode(list(ids)) for patterns in markers_of(target).values() for ids in patterns]
+    text = "\n".join([str(target.chat_template), *written])
+    present = {token.content for token in target.added_tokens_decoder.values()}
+    added = [token for _, token in sorted(source.added_tokens_decoder.items())]
+    return [token for token in added if token.special and token.content in text and token.content not in present]
+
+
+def _equal_tokens(
+    vocabulary: Mapping[str, int], wanted: Mapping[str, int], old: TokenPieces, new: TokenPieces
+) -> dict[int, int]:
+    by_bytes: dict[bytes, int] = {}
+    # A byte that is a token of its own may be spelled as the fallback of bytes, too: the shorter name is in use.
+    for _, index in sorted(vocabulary.items(), key=lambda item: (-len(item[0]), -item[1])):
+        if old.lengths[index]:
+            by_bytes[old[index]] = index
+    matched = {}
+    for token, index in wanted.items():
+        same = vocabulary.get(token)
+        if same is not None and old[same] == new[index]:
+            matched[index] = same
+        elif new[index] in by_bytes:
+            matched[index] = by_bytes[new[index]]
+    return matched
+
+
+def _splits(source: Any, old: TokenPieces, wanted: Mapping[int, bytes]) -> dict[int, list[int]]:
+    """The old tokens that texts are split into: by the tokenizer, or where it reads something else, longest first."""
+    texts = [data.decode(errors="replace") for data in wanted.values()]
+    splits = source(texts, add_special_tokens=False)["input_ids"] if texts else []
+    by_bytes = {old[index]: index for index in np.flatnonzero(old.lengths)[::-1].tolist()}
+    found = {}
+    for (index, data), ids in zip(wanted.items(), splits, strict=True):
+        read = b"".join(old.literals.get(piece) or old[piece] for piece in ids)
+        found[index] = ids if read == data else _longest_first(data, by_bytes)
+    return found
+
+
+def _longest_first(data: bytes, by_bytes: Mapping[bytes, int]) -> list[int]:
+    found, place = [], 0
+    while place < len(data):
+        stop = next((stop for stop in range(len(data), place, -1) if data[place:stop] in by_bytes), None)
+        if stop is not None:
+            found.append(by_bytes[data[place:stop]])
+        place = place + 1 if stop is None else stop
+    return found
+
+
+def _equal_roles(source: Any, target: Any, old: TokenPieces, new: TokenPieces) -> dict[int, int]:
+    ours, theirs = markers_of(source), markers_of(target)
+    # A header that doubles as bos is no marker of it, and yet the nearest thing to a bos of the other side.
+    if source.bos_token_id is not None:
+        ours["bos"] = {(source.bos_token_id,)}
+    if target.bos_token_id == target.eos_token_id:
+        theirs.pop("bos", None)
+    # Nothing predicts a pad: as a copy of eos it would share eos's probability.
+    if source.pad_token_id in (source.bos_token_id, source.eos_token_id):
+        ours.pop("pad", None)
+    turns = sorted(theirs.keys() - {"bos", "eos", "pad"}, key=lambda role: (role != "end of assistant", role))
+    found: dict[int, int] = {}
+    for role in ["bos", *turns, "eos", "pad"]:
+        if not (theirs.get(role) and ours.get(role)):
+            continue
+        for pattern in sorted(theirs[role], key=lambda ids: (len(ids), ids)):
+            for index, match in _paired_specials(pattern, ours[role], old, new):
+                found.setdefault(index, match)
+    return found
+
+
+def _paired_specials(
+    pattern: tuple[int, ...], candidates: Iterable[tuple[int, ...]], old: TokenPieces, new: TokenPieces
+) -> list[tuple[int, int]]:
+    """The added tokens of a marker and those of its likest counterpart, in order."""
+
+    def added(ids: tuple[int, ...], pieces: TokenPieces) -> list[int]:
+        return [index for index in ids if pieces.special[index]]
+
+    wanted, spelling = added(pattern, new), [new.literals[index] for index in added(pattern, new)]
+
+    def unlikeness(ids: tuple[int, ...]) -> tuple[Any, ...]:
+        specials = added(ids, old)
+        return abs(len(specials) - len(wanted)), [old.literals[one] for one in specials] != spelling, len(ids), ids
+
+    best = min(candidates, key=unlikeness)
+    specials = added(best, old)
+    # Where one template ends a header with a special token the other one may do it with a newline.
+    if specials and len(wanted) == len(specials) + 1 and not old.special[best[-1]]:
+        specials.append(best[-1])
+    return list(zip(wanted, specials, strict=False))

@@ -1,0 +1,150 @@
+"""What a recipe says, as typed values."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl.trainer.model_config import ModelConfig
+
+from mmkd.capture.arguments import CacheArguments
+from mmkd.teachers.cached import TAILS
+from mmkd.trainers import METHODS
+from mmkd.trainers.base import DistillationConfig
+
+
+@dataclass
+class RunArguments:
+    """What a recipe says besides its method's settings."""
+
+    method: str = field(metadata={"help": "How to distil.", "choices": list(METHODS)})
+    data: str = field(metadata={"help": "Data recipe: a name under data_recipes/ or a path to a YAML file."})
+    teacher: str | None = field(default=None, metadata={"help": "Teacher: a Hub id or a local folder."})
+    student: str | None = field(
+        default=None,
+        metadata={"help": "Student: a Hub id or a local folder. May be left out with student_init: prune."},
+    )
+    student_init: str = field(
+        default="pretrained",
+        metadata={
+            "help": "pretrained: the student's own weights. prune: a new student from layers (and optionally narrower "
+            "FFN and heads) of `student`, or of the teacher when `student` is not set. random: the student's config "
+            "with fresh weights.",
+            "choices": ["pretrained", "prune", "random"],
+        },
+    )
+    student_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "prune: how many layers to keep (one number, spread evenly) or which (several, from 0)."},
+    )
+    student_intermediate_size: int | None = field(default=None, metadata={"help": "prune: width of the FFN to keep."})
+    student_num_attention_heads: int | None = field(
+        default=None, metadata={"help": "prune: query heads to keep; key-value heads follow in proportion."}
+    )
+    teacher_revision: str | None = field(default=None, metadata={"help": "The teacher's branch, tag or commit."})
+    teacher_dtype: str = field(
+        default="auto", metadata={"help": "The teacher's type; auto (default) is the one it was saved in."}
+    )
+    teacher_attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "The teacher's attention, e.g. flash_attention_2; default: transformers' choice."},
+    )
+    teacher_load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Quantise the teacher to 4 bits (nf4) with bitsandbytes, whatever the student is."},
+    )
+    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the teacher to 8 bits."})
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher on disk: the folder that `mmkd cache build` writes and training reads, or a Hub id "
+            "to read it from. The teacher itself is then not loaded."
+        },
+    )
+    teacher_tail: str = field(
+        default="bucket",
+        metadata={
+            "help": "What stands for the tokens outside of a cached top-k. bucket (default): one outcome with their "
+            "mass, for any divergence. unbiased: the draws of cache_tail_draws, for forward_kl. renormalise: nothing.",
+            "choices": list(TAILS),
+        },
+    )
+    teacher_server: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Base URLs of vLLM servers with the teacher (scripts/serve_teacher.sh), which is then not loaded "
+            "here: to build a cache through them, or to train with their live top-k."
+        },
+    )
+    teacher_server_model: str | None = field(
+        default=None, metadata={"help": "The teacher's name on the servers, where they offer several models."}
+    )
+    teacher_concurrency: int = field(default=16, metadata={"help": "Requests under way at a time, over all servers."})
+    teacher_timeout: float = field(
+        default=600,
+        metadata={"help": "Seconds that a server may take over one request before it is asked again (six times)."},
+    )
+    teacher_top_k: int = field(
+        default=64,
+        metadata={
+            "help": "Outcomes kept exactly per token, in a cache or asked of a server. 64 (default) with the tail's "
+            "mass has a gradient within 5 percent of the whole distribution's on a strong student."
+        },
+    )
+    max_train_rows: int | None = field(default=None, metadata={"help": "Use at most so many rows to train."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Use at most so many rows to evaluate."})
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Load everything, report parameters, tokens, memory and the first batch, and train nothing."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.student_layers, int):
+            self.student_layers = [self.student_layers]
+        if self.student_init not in ("pretrained", "prune", "random"):
+            raise ValueError(f"student_init is {self.student_init!r}; choose pretrained, prune or random.")
+        pruned = [self.student_layers, self.student_intermediate_size, self.student_num_attention_heads]
+        if self.student is None and (self.student_init != "prune" or self.teacher is None):
+            raise ValueError(
+                "There is no student: set `student`, or `student_init: prune` to make one of the teacher."
+            )
+        if (self.student_init == "prune") != any(part is not None for part in pruned):
+            raise ValueError(
+                "student_init: prune and the sizes to keep (student_layers, student_intermediate_size, "
+                "student_num_attention_heads) go together: set both or neither."
+            )
+        sources = [self.teacher, self.teacher_cache, self.teacher_server]
+        if not any(sources) and METHODS[self.method].needs_teacher:
+            raise ValueError(
+                f"Method {self.method} needs a teacher: set `teacher` to a Hub id or a folder, or teacher_cache, or "
+                "teacher_server."
+            )
+        if self.teacher_tail not in TAILS:
+            raise ValueError(f"teacher_tail is {self.teacher_tail!r}; choose one of {', '.join(TAILS)}.")
+        if self.teacher_top_k < 0:
+            raise ValueError(f"teacher_top_k is {self.teacher_top_k}; it is a number of tokens, 0 or more.")
+        if self.teacher_timeout <= 0:
+            raise ValueError(f"teacher_timeout is {self.teacher_timeout}; give a number of seconds above 0.")
+        if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
+            raise ValueError("teacher_load_in_4bit and teacher_load_in_8bit exclude each other: keep one.")
+
+
+@dataclass
+class StudentArguments(ModelConfig):
+    """trl's ModelConfig for the student: type, attention, quantisation and LoRA. The model itself is `student`."""
+
+    model_name_or_path: str | None = field(default=None, init=False)
+
+
+@dataclass
+class Run:
+    """A parsed recipe."""
+
+    arguments: RunArguments
+    training: DistillationConfig
+    student: StudentArguments
+    cache: CacheArguments
+
+    def hub(self, revision: str | None) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained` for something of this run."""
+        return {"revision": revision, "trust_remote_code": self.training.trust_remote_code}

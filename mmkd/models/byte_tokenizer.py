@@ -1,0 +1,47 @@
+"""A tokenizer whose tokens are the 256 bytes and the special tokens of another tokenizer."""
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+
+def byte_tokenizer(source: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+    """A fast tokenizer that `AutoTokenizer` loads without mmkd: the id of a byte is its value, specials follow.
+
+    Specials, their roles and the chat template are the source's, and it adds those around a text that the source
+    adds.
+    """
+    tokenizer = Tokenizer(models.BPE({character: byte for byte, character in bytes_to_unicode().items()}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    known = {token.content: token for _, token in sorted(source.added_tokens_decoder.items()) if token.special}
+    for name in dict.fromkeys((*known, *source.all_special_tokens)):
+        tokenizer.add_special_tokens([known.get(name, AddedToken(name, special=True, normalized=False))])
+    tokenizer.post_processor = _around_texts(source, tokenizer)
+    roles = {role: name for role, name in source.special_tokens_map.items() if isinstance(name, str)}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=source.model_max_length,
+        padding_side=source.padding_side,
+        clean_up_tokenization_spaces=False,
+        **roles,
+    )
+    fast.chat_template = source.chat_template
+    return fast
+
+
+def _around_texts(source: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> processors.PostProcessor:
+    """What adds the specials that the source adds before and after a text."""
+    added = source.convert_ids_to_tokens(source("", add_special_tokens=True)["input_ids"])
+    around = [name for name in added if tokenizer.token_to_id(name) is not None]
+    plain = processors.ByteLevel(trim_offsets=False)
+    if not around:
+        return plain
+    # Without a text between them nothing tells what stood before it: a text of one letter does.
+    whole = source.convert_ids_to_tokens(source("a", add_special_tokens=True)["input_ids"])
+    before = next(i for i, name in enumerate(whole) if name not in around)
+    template = processors.TemplateProcessing(
+        single=[*around[:before], "$A", *around[before:]],
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in dict.fromkeys(around)],
+    )
+    return processors.Sequence([plain, template])

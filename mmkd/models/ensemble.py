@@ -1,0 +1,79 @@
+"""Several models with one tokenizer as one causal LM, whose log-probs are the average of theirs."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .load import load_model, load_processing_class, tokenizer_of
+
+
+class Ensemble(PreTrainedModel, GenerationMixin):
+    """A causal LM whose log-probs are the mean of its members', renormalised: their geometric mean.
+
+    Use it wherever transformers' causal LMs are used for inference, `HFLM(pretrained=Ensemble(models), tokenizer=...)`
+    of lm-eval say. It generates without a KV cache. Raises ValueError for fewer than two members. The weight of
+    every member is the same, as are all tokens: those from `vocab_size` (by default the smallest number of rows) on,
+    which pad a vocabulary, get no probability.
+    """
+
+    def __init__(self, models: Sequence[PreTrainedModel], vocab_size: int | None = None) -> None:
+        if len(models) < 2:
+            raise ValueError(f"An ensemble of {len(models)} is none: pass two models or more.")
+        config = copy.deepcopy(models[0].config)
+        rows = min(model.config.get_text_config().vocab_size for model in models)
+        if vocab_size is not None and not 1 <= vocab_size <= rows:
+            raise ValueError(
+                f"vocab_size is {vocab_size}, but a member has only {rows} rows: their tokenizers differ."
+            )
+        config.get_text_config().vocab_size = vocab_size or rows
+        config.tie_word_embeddings = False
+        # It attends to nothing itself; members keep their own way.
+        config._attn_implementation = "eager"
+        super().__init__(config)
+        self.generation_config = copy.deepcopy(models[0].generation_config)
+        self.members = nn.ModuleList(models)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Int[Tensor, "batch position"], attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
+        """Log-probs as logits, in fp32 or better; `kwargs` go to every member."""
+        size = self.config.get_text_config().vocab_size
+        total: Any = 0
+        for member in self.members:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs, "use_cache": False}
+            logits = member(**inputs).logits[..., :size]
+            total = total + logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return CausalLMOutputWithPast(logits=(total / len(self.members)).log_softmax(-1))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What transformers generates, whatever `use_cache` says."""
+        generation: Any = super()
+        return generation.generate(*args, **{**kwargs, "use_cache": False})
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Raises ValueError: nothing could load it."""
+        raise ValueError("An ensemble has no weights of its own: save its members, and load it with load_ensemble.")
+
+
+def load_ensemble(names: Sequence[str], **kwargs: Any) -> Ensemble:
+    """The ensemble of models named by Hub ids or folders; `kwargs` go to `load_model`.
+
+    Raises ValueError when their tokenizers differ: `mmkd transfer-tokenizer` gives models the same one.
+    """
+    vocabularies = [tokenizer_of(load_processing_class(name)).get_vocab() for name in names]
+    for name, vocabulary in zip(names, vocabularies, strict=True):
+        if vocabulary != vocabularies[0]:
+            raise ValueError(
+                f"{name} and {names[0]} have different vocabularies, so their log-probs are not of the same tokens. "
+                f"Give one of them the other's: mmkd transfer-tokenizer {name} {names[0]} FOLDER, then distil it."
+            )
+    size = max(vocabularies[0].values()) + 1
+    return Ensemble([load_model(name, **kwargs) for name in names], size)

@@ -1,0 +1,237 @@
+"""A model with another tokenizer: the rows of its embeddings and head are made of those of the old tokens (FVT).
+
+    mmkd transfer-tokenizer MODEL TOKENIZER OUTPUT_DIR     # TOKENIZER may be the word bytes
+    mmkd-train alm/smollm2_to_gemma_tokenizer              # student: OUTPUT_DIR, teacher: MODEL
+
+The first command leaves a model that runs but has to learn its tokens. The second, self-distillation by ALM, gives
+it back what the original can do: the teacher is the model as it was, and the data are texts of any kind.
+"""
+
+import copy
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mmkd.alignment.token_rows import TokenRows, missing_specials, token_rows
+
+from .backbone import full_head
+from .byte_tokenizer import byte_tokenizer
+from .load import load_model, load_processing_class
+
+_OLD_IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A model with its new tokenizer, where its rows came from, and the special tokens added for its chat template."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: TokenRows
+    added: tuple[str, ...]
+
+
+def transfer_tokenizer(
+    model: PreTrainedModel,
+    source: PreTrainedTokenizerBase,
+    target: PreTrainedTokenizerBase,
+    *,
+    untie: bool = False,
+    pad_to_multiple_of: int = 1,
+    seed: int = 0,
+) -> Transfer:
+    """A new model that reads and writes the tokens of `target`; the model and both tokenizers are left as they were.
+
+    Each row of the embeddings, of the head and of its bias is the old token's where there is one of the same bytes or
+    the same role, and otherwise the mean over the old tokens of the same text (FVT, arXiv 2402.09977); see
+    `token_rows`. What has neither is drawn from a normal around the mean row, by channel; rows that only pad to
+    `pad_to_multiple_of` are that mean. Tied embeddings stay tied unless `untie` is set. Types are kept. If the new
+    tokenizer has no chat template it gets the old one as it is, with the special tokens that this writes.
+
+    Raises ValueError for a tokenizer whose tokens are not bytes, a model that is quantised, reads images, or sizes
+    other weights by its vocabulary, and for `untie` where nothing is tied.
+    """
+    embedding, head = _require_transferable(model), full_head(model)
+    if untie and head.weight is not embedding:
+        raise ValueError("The model's embeddings and head are separate already: leave out untie.")
+    if pad_to_multiple_of < 1:
+        raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of}; the rows of a vocabulary pad to 1 or more.")
+    target, added = _with_chat_template(source, target)
+    target.model_max_length = source.model_max_length
+    rows = token_rows(source, target, len(embedding))
+    count = -(-len(rows) // pad_to_multiple_of) * pad_to_multiple_of
+
+    config = copy.deepcopy(model.config)
+    config.vocab_size = count
+    config.tie_word_embeddings = head.weight is embedding and not untie
+    _set_special_ids(config, model.config, target, rows)
+    weights = _weights(model, rows, count, seed)
+    # Buffers that no checkpoint holds are computed, in the type that from_pretrained would give them.
+    with init_empty_weights(include_buffers=False):
+        student: Any = type(model)._from_config(config, dtype=model.dtype)
+    # assign keeps the type of every tensor, and unties the embeddings.
+    student.load_state_dict(weights, assign=True)
+    student.tie_weights()
+    student.generation_config = copy.deepcopy(model.generation_config)
+    if model.generation_config is not None:
+        _set_special_ids(student.generation_config, model.generation_config, target, rows)
+    return Transfer(student.to(model.device).train(model.training), target, rows, added)
+
+
+def transfer_command(
+    model: str, tokenizer: str, output_dir: str, untie: bool = False, pad_to_multiple_of: int = 1
+) -> int:
+    """Writes the folder of a model with another tokenizer (`bytes` is one token per byte) and says what it holds.
+
+    Raises ValueError as `transfer_tokenizer` does, and when the folder exists.
+    """
+    folder = Path(output_dir)
+    if folder.exists():
+        raise ValueError(f"{folder} exists already. Name another folder, or delete it first.")
+    source: Any = load_processing_class(model)
+    target = byte_tokenizer(source) if tokenizer == "bytes" else _load_tokenizer(tokenizer)
+    loaded = load_model(model, dtype="auto")
+    done = transfer_tokenizer(loaded, source, target, untie=untie, pad_to_multiple_of=pad_to_multiple_of)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, so that the folder appears whole or not at all.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        complete = Path(scratch) / folder.name
+        done.model.save_pretrained(complete)
+        done.tokenizer.save_pretrained(complete)
+        complete.rename(folder)
+    rows, size = done.rows, done.model.config.get_text_config().vocab_size
+    print(
+        f"{size:,} rows: {rows.copied:,} copied, {rows.averaged:,} averaged, {rows.random:,} random, "
+        f"{size - len(rows):,} padding."
+    )
+    print(_about_template(done, source))
+    print(f"Next: mmkd-train RECIPE.yaml with method: alm, student: {folder}, teacher: {model}")
+    return 0
+
+
+def _about_template(done: Transfer, source: PreTrainedTokenizerBase) -> str:
+    if done.tokenizer.chat_template is None:
+        return "Chat template: none."
+    if done.tokenizer.chat_template != source.chat_template:
+        return "Chat template: the tokenizer's own."
+    names = f", with the special tokens {' '.join(done.added)} added" if done.added else ""
+    return f"Chat template: the model's{names}."
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name!r} is no tokenizer: neither a Hub id that can be reached, nor a folder with a tokenizer.json, nor "
+            f"the word bytes. ({(str(error).strip().splitlines() or [''])[0]})"
+        ) from error
+
+
+def _require_transferable(model: PreTrainedModel) -> Float[Tensor, "row width"]:
+    config = model.config.get_text_config()
+    if hasattr(model.config, "vision_config"):
+        raise ValueError(
+            f"{type(model).__name__} reads images, and its processor writes image tokens of the old tokenizer. Only "
+            "text models can get a new tokenizer."
+        )
+    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
+        raise ValueError("The model is quantised, so its rows cannot be averaged: load it unquantised.")
+    module: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output embeddings; only a model that writes text can learn to."
+        )
+    sizes = {len(module.weight), getattr(config, "vocab_size_per_layer_input", None)}
+    for name, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and table is not module and table.num_embeddings in sizes:
+            raise ValueError(
+                f"{name} of {type(model).__name__} has a row per token too, besides embeddings and head; which row a "
+                "new token needs there is unknown. Use a model without such a table."
+            )
+    return module.weight
+
+
+def _with_chat_template(
+    source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase
+) -> tuple[PreTrainedTokenizerBase, tuple[str, ...]]:
+    """A copy of the target, with the source's chat template and the special tokens of it that are missing."""
+    target = copy.deepcopy(target)
+    if target.chat_template is not None or source.chat_template is None:
+        return target, ()
+    target.chat_template = source.chat_template
+    missing = missing_specials(source, target)
+    target.add_tokens(missing, special_tokens=True)
+    return target, tuple(token.content for token in missing)
+
+
+def _set_special_ids(
+    config: PreTrainedConfig | GenerationConfig, old: Any, target: PreTrainedTokenizerBase, rows: TokenRows
+) -> None:
+    """Names the new ids of special tokens: the tokenizer's own, and all special copies of what ended the old texts."""
+    for name, value in vars(old).items():
+        if name.endswith("_token_id") and value is not None:
+            copies = rows.copies(value) if isinstance(value, int) else []
+            setattr(config, name, copies[0] if copies else None)
+    for name in _OLD_IDS:
+        if getattr(old, name, None) is not None:
+            setattr(config, name, None)
+    ends = old.eos_token_id if isinstance(old.eos_token_id, list) else [old.eos_token_id]
+    copies = [index for end in ends for index in rows.copies(end) if index in rows.special]
+    found = list(dict.fromkeys(index for index in (target.eos_token_id, *copies) if index is not None))
+    config.eos_token_id = found[0] if len(found) == 1 else found or None
+    config.bos_token_id, config.pad_token_id = target.bos_token_id, target.pad_token_id
+
+
+def _weights(model: PreTrainedModel, rows: TokenRows, count: int, seed: int) -> dict[str, Tensor]:
+    """The state of the new model; nothing in it is shared with the old one."""
+    head: Any = model.get_output_embeddings()
+    tables = [model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
+    names = {id(table) for table in tables if table is not None}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    made: dict[int, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = model.state_dict()
+    for name, tensor in state.items():
+        table = id(parameters.get(name))
+        if table in names and table not in made:
+            made[table] = _new_rows(tensor, rows, count, torch.Generator().manual_seed(seed))
+        weights[name] = made.get(table, tensor).clone()
+    return weights
+
+
+@torch.no_grad()
+def _new_rows(
+    old: Float[Tensor, "row *width"], rows: TokenRows, count: int, generator: torch.Generator
+) -> Float[Tensor, "new *width"]:
+    """Means over old rows in fp32 or better; without old rows, draws from a normal around all of them by channel."""
+    wide = old.cpu().reshape(len(old), -1)
+    wide = wide.to(torch.promote_types(old.dtype, torch.float32))
+    starts = np.cumsum(rows.lengths) - rows.lengths
+    new = wide.new_zeros(count, wide.shape[1])
+    new[: len(rows)] = functional.embedding_bag(
+        torch.from_numpy(rows.pieces), wide, torch.from_numpy(starts), mode="mean"
+    )
+    # Rows that only pad the old vocabulary were never trained.
+    known = wide[torch.from_numpy(rows.old)]
+    unknown = torch.from_numpy(rows.lengths == 0)
+    noise = torch.randn(int(unknown.sum()), wide.shape[1], generator=generator, dtype=wide.dtype)
+    new[len(rows) :] = known.mean(0)
+    new[: len(rows)][unknown] = known.mean(0) + known.std(0) * noise
+    return new.reshape(count, *old.shape[1:]).to(old.dtype).to(old.device)

@@ -1,0 +1,140 @@
+"""The teacher of a run, in whichever form it answers, and whether a cache is of the teacher and data that it names."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import DatasetDict
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.arguments import Run
+from mmkd.data.recipe import DataRecipe
+from mmkd.models.load import load_model, load_processing_class, tokenizer_of
+from mmkd.teachers.identity import is_same_teacher, weights_sha256
+from mmkd.teachers.server import ServerTeacher
+from mmkd.teachers.store import Cache
+from mmkd.trainers.base import DistillationConfig
+
+Found = TypeVar("Found")
+
+
+def load_teacher(run: Run, name: str) -> PreTrainedModel:
+    """The teacher's model as the run says. Raises ValueError when it cannot be loaded."""
+    arguments = run.arguments
+    quantization = None
+    if arguments.teacher_load_in_4bit or arguments.teacher_load_in_8bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=arguments.teacher_load_in_4bit,
+            load_in_8bit=arguments.teacher_load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return load_model(
+        name,
+        "teacher",
+        dtype=arguments.teacher_dtype,
+        attn_implementation=arguments.teacher_attn_implementation,
+        quantization_config=quantization,
+        **run.hub(arguments.teacher_revision),
+    )
+
+
+def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher:
+    """A teacher behind these URLs, for a student with this tokenizer. Raises ValueError where their tokens differ."""
+    arguments = run.arguments
+    # Without the teacher's own tokenizer the servers are asked whether theirs is the student's.
+    tokenizer: Any = student
+    tokens = len(student)
+    if arguments.teacher is not None:
+        name, hub = arguments.teacher, run.hub(arguments.teacher_revision)
+        tokenizer = tokenizer_of(load_processing_class(name, "teacher", **hub))
+        added = {*student.get_added_vocab(), *tokenizer.get_added_vocab()}
+        tokens = shared_vocabulary(student.get_vocab(), tokenizer.get_vocab(), added)
+    return ServerTeacher(
+        urls,
+        k=arguments.teacher_top_k,
+        model=arguments.teacher_server_model,
+        # What the student does not know, a padding row of the teacher's say, is left in the tail.
+        vocab_size=tokens,
+        teacher=arguments.teacher,
+        tokenizer=tokenizer,
+        max_length=run.training.max_length,
+        concurrency=arguments.teacher_concurrency,
+        timeout=arguments.teacher_timeout,
+    )
+
+
+def teacher_identity(run: Run, download: bool = True) -> dict[str, Any]:
+    """Which teacher a run names, by name and weights; those of a Hub id only where they may be downloaded for it."""
+    arguments = run.arguments
+    assert arguments.teacher is not None
+    name, revision = arguments.teacher, arguments.teacher_revision
+    here = Path(name).is_dir() or (download and arguments.teacher_server is None)
+    return {"name": name, "revision": revision, "weights": weights_sha256(name, revision) if here else None}
+
+
+def check_cache(run: Run, cache: Cache) -> None:
+    """Raises ValueError when a cache was built of another teacher, in another type, or on other data than named."""
+    identity, arguments = cache.manifest.identity, run.arguments
+    if arguments.teacher is not None:
+        # Reading all weights takes minutes where the teacher is large.
+        ours = from_main_process(run.training, lambda: teacher_identity(run, download=False))
+        if not is_same_teacher(ours, identity["teacher"]):
+            raise ValueError(
+                f"The cache {cache.folder} is of the teacher {identity['teacher']['name']!r} (weights "
+                f"{identity['teacher']['weights']}), the recipe names {ours['name']!r} ({ours['weights']}). Correct "
+                "`teacher`, or build a cache of it."
+            )
+    _check_dtype(arguments.teacher_dtype, cache)
+    fingerprint = DataRecipe.load(arguments.data).fingerprint
+    if fingerprint != identity["data"]["fingerprint"]:
+        raise ValueError(
+            f"The cache {cache.folder} was built on the data {identity['data']['name']!r} with the fingerprint "
+            f"{identity['data']['fingerprint']}, the recipe's data has {fingerprint}. Use that data, or build a cache "
+            "with this recipe."
+        )
+
+
+def _check_dtype(wanted: str, cache: Cache) -> None:
+    found = cache.manifest.identity["teacher"]["dtype"]
+    # A server does not say in which type it computes; auto asks for nothing.
+    if wanted != "auto" and found is not None and getattr(torch, wanted, wanted) != getattr(torch, found, found):
+        raise ValueError(
+            f"The cache {cache.folder} was computed by a teacher in {found}, the recipe's teacher_dtype is {wanted}. "
+            f"Set teacher_dtype: {found} (or auto), or build a cache with teacher_dtype: {wanted} in another folder."
+        )
+
+
+def from_main_process(args: DistillationConfig, compute: Callable[[], Found]) -> Found:
+    """What `compute` gives on the main process, on every rank; every rank raises the ValueError that it raises."""
+    if args.world_size == 1:
+        return compute()
+    told: list[Any] = [None]
+    if args.process_index == 0:
+        try:
+            told = [compute()]
+        except ValueError as error:
+            # The others would wait for an answer until they time out.
+            told = [error]
+    (found,) = broadcast_object_list(told)
+    if isinstance(found, ValueError):
+        raise ValueError(str(found))
+    return found
+
+
+def without_unreadable(data: DatasetDict, cache: Cache) -> DatasetDict:
+    """The rows without those that nobody could read when the cache was built."""
+    for split, rows in cache.manifest.skipped.items():
+        unreadable = {row for row, entry in rows.items() if entry.key is None}
+        if unreadable and split in data:
+            if len(data[split]) != cache.manifest.total_rows[split]:
+                raise ValueError(
+                    f"The cache {cache.folder} leaves out rows that could not be read, by their number among "
+                    f"{cache.manifest.total_rows[split]} rows of {split}; the run has {len(data[split])}. Give the "
+                    "same max_train_rows and max_eval_rows as for the build."
+                )
+            data[split] = data[split].select([row for row in range(len(data[split])) if row not in unreadable])
+    return data
