@@ -3,12 +3,18 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mmkd.registration import register_models
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mmkd.models.dual_head import DualHeadForImageClassification as DualHeadForImageClassification
+    from mmkd.models.dual_head import DualHeadForSequenceClassification as DualHeadForSequenceClassification
     from mmkd.teachers.cached import CachedTeacher as CachedTeacher
     from mmkd.teachers.local import LocalTeacher as LocalTeacher
     from mmkd.teachers.server import ServerTeacher as ServerTeacher
+    from mmkd.trainers.dho import DHOConfig as DHOConfig
+    from mmkd.trainers.dho import DHOTrainer as DHOTrainer
     from mmkd.trainers.kd import KDConfig as KDConfig
     from mmkd.trainers.kd import KDTrainer as KDTrainer
     from mmkd.trainers.sft import SFTBaselineConfig as SFTBaselineConfig
@@ -20,6 +26,10 @@ _MODULES = {
     "CachedTeacher": "mmkd.teachers.cached",
     "LocalTeacher": "mmkd.teachers.local",
     "ServerTeacher": "mmkd.teachers.server",
+    "DHOConfig": "mmkd.trainers.dho",
+    "DHOTrainer": "mmkd.trainers.dho",
+    "DualHeadForImageClassification": "mmkd.models.dual_head",
+    "DualHeadForSequenceClassification": "mmkd.models.dual_head",
     "KDConfig": "mmkd.trainers.kd",
     "KDTrainer": "mmkd.trainers.kd",
     "SFTBaselineConfig": "mmkd.trainers.sft",
@@ -27,6 +37,9 @@ _MODULES = {
     "TAIDConfig": "mmkd.trainers.taid",
     "TAIDTrainer": "mmkd.trainers.taid",
 }
+
+
+register_models()
 
 
 def __getattr__(name: str) -> Any:

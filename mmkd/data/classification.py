@@ -151,7 +151,7 @@ def hide_labels(
         rows = random.permutation(np.flatnonzero(known == number))
         if len(rows) == 0:
             raise ValueError(
-                f"Class {name!r} has no labelled row among {len(known)}: give it one, or take it out of the class names."
+                f"Class {name!r} has no labelled row among {len(known)}: give it one, or take the class's name out."
             )
         count = len(rows)
         if per_class is not None:
@@ -174,8 +174,8 @@ def read_image(cell: Any, where: str) -> Image.Image:
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(
-            f"{where} ({cell['path'] or 'bytes without a name'}) cannot be read as an image: {error}. Repair or remove "
-            "it; a row is never skipped silently."
+            f"{where} ({cell['path'] or 'bytes without a name'}) cannot be read as an image: {error}. Repair or "
+            "remove it; a row is never skipped silently."
         ) from error
 
 
@@ -237,8 +237,8 @@ def _labels(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_na
     values: list[Any] = list(dataset.with_format(None)[recipe.label])
     if any(isinstance(value, (list, tuple, dict)) for value in values[:100]):
         raise ValueError(
-            f"{recipe.name}: the labels of {split} are lists, so a row can have several classes. DHO's heads choose one "
-            "class per row (softmax); keep the rows and the column of a single class."
+            f"{recipe.name}: the labels of {split} are lists, so a row can have several classes. DHO's heads choose "
+            "one class per row (softmax); keep the rows and the column of a single class."
         )
     if any(isinstance(value, str) for value in values[:100]):
         numbers = {name: number for number, name in enumerate(class_names)}
@@ -258,9 +258,7 @@ def _labels(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_na
     return [int(value) for value in values]
 
 
-def _hold_out(
-    recipe: ClassificationRecipe, train: Dataset, class_names: Sequence[str]
-) -> tuple[Dataset, Dataset]:
+def _hold_out(recipe: ClassificationRecipe, train: Dataset, class_names: Sequence[str]) -> tuple[Dataset, Dataset]:
     labels: Any = train.with_format("numpy")["label"]
     held = hide_labels(np.asarray(labels), class_names, recipe.validation_per_class, None, recipe.split_seed) != HIDDEN
     return train.select(np.flatnonzero(~held)), train.select(np.flatnonzero(held))

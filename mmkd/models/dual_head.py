@@ -173,8 +173,8 @@ class _DualHeadModel(PreTrainedModel):
             if weight.shape != text_embeddings.shape:
                 raise ValueError(
                     f"The teacher's text embeddings are {tuple(text_embeddings.shape)} (classes, width), the "
-                    f"student's heads {tuple(weight.shape)}. Take a student whose features have the teacher's width (the vision "
-                    "tower of a CLIP-like model), or leave the heads as they are with head_init: random."
+                    f"student's heads {tuple(weight.shape)}. Take a student whose features have "
+                    "the teacher's width (the vision tower of a CLIP-like model), or set head_init: random."
                 )
             with torch.no_grad():
                 weight.copy_(text_embeddings)
