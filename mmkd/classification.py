@@ -75,7 +75,7 @@ def build_dho_trainer(run: Run) -> DHOTrainer:
     if training.objective != "ce":
         logits, teacher = _teacher_logits(run, data, rows)
     set_seed(training.seed)
-    model = _student(run, data)
+    model = new_student(run, data)
     if training.head_init == "text":
         teacher = _zero_shot(run, data) if teacher is None else teacher
         zero_shot = teacher.zero_shot if isinstance(teacher, TipAdapterTeacher) else teacher
@@ -110,7 +110,7 @@ def dry_run_dho(run: Run, console: Console) -> None:
     labeled = int((shown != HIDDEN).sum())
     unlabeled = len(rows) - labeled
     table = Table(title="mmkd dho: dry run", show_header=False)
-    table.add_row("student", f"{_student(run, data).num_parameters() / 1e6:.2f} M parameters, {training.objective}")
+    table.add_row("student", f"{new_student(run, data).num_parameters() / 1e6:.2f} M parameters, {training.objective}")
     table.add_row("classes", f"{len(data.class_names)}: {', '.join(data.class_names[:6])}, ...")
     table.add_row("rows", f"{labeled:,} labelled, {unlabeled:,} unlabelled")
     for name, split in (("validation", data.validation), ("test", data.test)):
@@ -153,7 +153,8 @@ def _processing_class(run: Run, text: bool) -> Any:
         raise ValueError(f"The student {run.arguments.student!r} has no loadable {kind} ({error}).") from error
 
 
-def _student(run: Run, data: ClassificationData) -> Any:
+def new_student(run: Run, data: ClassificationData) -> Any:
+    """The dual-head student of a recipe, before training."""
     arguments, training, text = run.arguments, run.training, data.recipe.text is not None
     assert isinstance(training, DHOConfig)
     assert arguments.student is not None

@@ -11,6 +11,7 @@ student's config (a ResNet of 0.3 M parameters) and image processor beside it.
 import argparse
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import load_dataset
@@ -110,9 +111,7 @@ def student() -> ResNetConfig:
     )
 
 
-def train(
-    model: CLIPModel, processor: CLIPProcessor, rows, class_names: tuple[str, ...], epochs: int, seed: int
-) -> None:
+def train(model: CLIPModel, processor: Any, rows: Any, class_names: tuple[str, ...], epochs: int, seed: int) -> None:
     """CLIP's own contrastive loss on batches of 128 images, each with one of its captions."""
     pixels: Float[Tensor, "row 3 28 28"] = processor(
         images=[image.convert("RGB") for image in rows["image"]], return_tensors="pt"

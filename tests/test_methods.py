@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import Trainer, TrainingArguments
@@ -27,7 +28,7 @@ def test_a_method_has_all_its_parts(method: str) -> None:
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_trainer_and_config_are_public(method: str) -> None:
-    trainer = METHODS[method]
+    trainer: Any = METHODS[method]
     assert getattr(mmkd, trainer.__name__) is trainer
     assert getattr(mmkd, trainer.config_class.__name__) is trainer.config_class
     # A method that predicts no tokens is a Trainer of transformers.

@@ -137,7 +137,11 @@ def load_classification(
 
 
 def hide_labels(
-    labels: Sequence[int], class_names: Sequence[str], per_class: int | None, fraction: float | None, seed: int
+    labels: Sequence[int] | Int[np.ndarray, "row"],
+    class_names: Sequence[str],
+    per_class: int | None,
+    fraction: float | None,
+    seed: int,
 ) -> Int[np.ndarray, "row"]:
     """The labels with all but a few per class replaced by HIDDEN: `per_class`, or a share of each class.
 
@@ -207,9 +211,9 @@ def _class_names(recipe: ClassificationRecipe, train: Dataset) -> tuple[str, ...
         if not recipe.class_names:
             raise ValueError(f"{recipe.name}: {recipe.label!r} declares no names; list them under class_names.")
         return recipe.class_names
-    if recipe.class_names and len(recipe.class_names) != feature.num_classes:
+    if recipe.class_names and len(recipe.class_names) != len(feature.names):
         raise ValueError(
-            f"{recipe.name}: class_names has {len(recipe.class_names)} names, the labels are of {feature.num_classes} "
+            f"{recipe.name}: class_names has {len(recipe.class_names)} names, the labels are of {len(feature.names)} "
             f"classes ({', '.join(feature.names[:3])}, ...). Give one name per class, in that order."
         )
     return recipe.class_names or tuple(name.replace("_", " ") for name in feature.names)

@@ -120,12 +120,12 @@ class _DualHeadModel(PreTrainedModel):
         if backbone is None:
             backbone = _new_backbone(config.backbone_config, config.pooling)
         self.backbone = backbone
-        width = _width_of(backbone)
-        self.ce_head = nn.Linear(width, config.num_labels)
+        width, classes = _width_of(backbone), len(config.id2label or {})
+        self.ce_head = nn.Linear(width, classes)
         if config.kd_head == "cosine":
-            self.kd_head: nn.Module = CosineHead(width, config.num_labels, config.cosine_temperature)
+            self.kd_head: nn.Module = CosineHead(width, classes, config.cosine_temperature)
         else:
-            self.kd_head = nn.Linear(width, config.num_labels)
+            self.kd_head = nn.Linear(width, classes)
         self.post_init()
 
     @classmethod

@@ -11,10 +11,10 @@ def plot_conflict(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | P
     `runs` holds logs by the name of their line; several runs of one method are `name#1`, `name#2`, and share a colour.
     Raises ValueError when no log has a measurement.
     """
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 
     lines = {
         name: [(entry["step"], entry["gradient_cosine"]) for entry in log if "gradient_cosine" in entry]

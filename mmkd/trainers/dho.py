@@ -256,7 +256,7 @@ class DHOTrainer(Trainer):
         if args.objective != "ce" and not (train.labels == HIDDEN).any():
             raise ValueError(
                 "There is no unlabelled row: every label of train is shown. Hide some with labels_per_class or "
-                "label_fraction, add rows with the label -100 (splits.unlabeled of a data recipe), or use objective ce."
+                "label_fraction, add rows labelled -100 (splits.unlabeled of a data recipe), or use objective ce."
             )
         validation = self._evaluated(eval_dataset, processing_class, args, "validation")
         self.test_dataset = self._evaluated(test_dataset, processing_class, args, "test")
