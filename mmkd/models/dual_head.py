@@ -163,6 +163,14 @@ class _DualHeadModel(PreTrainedModel):
         )
         return cls(config, model)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Saves the weights under the names they have here.
+
+        transformers would rename those of some backbones (ViT) to what older versions called them, and its Trainer
+        then does not find them when it resumes from the checkpoint.
+        """
+        return super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
+
     def init_heads(self, text_embeddings: Float[Tensor, "class width"]) -> None:
         """Starts both heads from the teacher's text embeddings (language-aware initialisation), with zero biases.
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from mmkd.losses.dual_head import (
     ALPHAS,
@@ -140,7 +139,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
 
 
 def test_one_head_between_label_and_teacher_is_pulled_apart() -> None:
-    """METHODS 5.1: the gradients on one head's logits point against each other when p lies between y and the teacher."""
+    """The gradients on one head's logits point against each other while p lies between y and the teacher."""
     logits = torch.tensor([[0.0, 0.0]]).requires_grad_()
     (ce,) = torch.autograd.grad(supervised_loss(logits, torch.tensor([0])).sum(), logits)
     (kd,) = torch.autograd.grad(distillation_loss(logits, torch.tensor([[-4.0, 4.0]])).sum(), logits)
