@@ -137,7 +137,8 @@ class DHOConfig(TrainingArguments):
     conflict_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Measure the cosine of the two losses' gradients every so many steps; default: logging_steps."
+            "help": "Measure the cosine of the two losses' gradients every so many steps; default: logging_steps. Not "
+            "measured under FSDP and DeepSpeed, which shard the heads."
         },
     )
     plot_conflict: bool = field(
@@ -360,7 +361,8 @@ class DHOTrainer(Trainer):
         weight = {"ce": 1.0, "kd": 0.0}.get(args.objective, args.ce_weight)
         loss = weight * supervised + (1 - weight) * distilled
         if self._measures_conflict():
-            reports |= self._conflict(outputs, supervised, distilled, labels)
+            assert teacher is not None
+            reports |= self._conflict(outputs, labels, teacher)
         self._record(reports)
         # Gradients are averaged over ranks, while the counts are already those of all ranks.
         loss = loss * self.accelerator.num_processes
@@ -397,19 +399,24 @@ class DHOTrainer(Trainer):
         return supervised, distilled, reports
 
     def _conflict(
-        self, outputs: DualHeadOutput, supervised: Tensor, distilled: Tensor, labels: Tensor
+        self, outputs: DualHeadOutput, labels: Tensor, teacher_logits: Tensor
     ) -> dict[str, tuple[Tensor, Any]]:
         """How the two losses pull on the features of the labelled rows, the rows that both of them see."""
         assert outputs.features is not None
-        gradients = [
-            torch.autograd.grad(loss, outputs.features, retain_graph=True)[0][labels != HIDDEN]
-            for loss in (supervised, distilled)
-        ]
+        shown = labels != HIDDEN
+        # The heads again, on features of their own: wrappers hand out copies that the logits were not computed from.
+        features = outputs.features.detach()[shown].requires_grad_()
+        with torch.enable_grad(), self.compute_loss_context_manager():
+            losses = self.losses(self.model.answer(features), labels[shown], teacher_logits[shown])[:2]
+        gradients = [torch.autograd.grad(loss, features, retain_graph=True)[0] for loss in losses]
         whole, rows = gradient_cosine(*gradients)
         return {"gradient_cosine": (whole, 1), "gradient_conflict": ((rows < 0).sum(), len(rows))}
 
     def _measures_conflict(self) -> bool:
         if self.args.objective not in ("dho", "single_head") or not self.model.training:
+            return False
+        # Sharded heads exist inside the model's forward only.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
         every = self.args.conflict_steps or max(1, int(self.state.logging_steps))
         return (self.state.global_step + 1) % every == 0
