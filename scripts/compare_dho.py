@@ -3,8 +3,8 @@
     python scripts/compare_dho.py dho/fashion_mnist --labels 1 2 4 8 16 --seeds 0 1 2 --plot conflict.png
 
 Rows of the table: the teacher; labels only; the teacher only; one head with both losses, trained once for every
-lambda of --lambdas, of which validation chooses one; DHO, trained once, whose alpha and beta validation chooses. "4 per
-class" makes the same choices by four validation rows of each class instead of all; "no choice" is lambda 0.5, or alpha
+lambda of --lambdas, of which validation chooses one; DHO, trained once, whose alpha and beta validation chooses.
+"4 per class" makes the same choices by four validation rows of each class instead of all; "no choice" is lambda 0.5, or alpha
 and beta 0.5. The test split enters nothing but the numbers that are printed. A seed decides the labels shown, the
 student's weights and the batches. Every finished run is kept in OUTPUT/results.json; repeat the command to go on.
 """

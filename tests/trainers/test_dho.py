@@ -11,7 +11,13 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from transformers import AutoModelForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    pipeline,
+)
 
 from mmkd.cli import main
 from mmkd.data.class_rows import ClassRows, SemiSupervisedSampler, augmented
@@ -413,3 +419,48 @@ def test_dry_run_asks_a_few_rows_and_trains_nothing(recipe: Path, tmp_path: Path
 def test_commands_about_tokens_refuse_a_recipe_of_classes(recipe: Path, capsys: Any, command: list[str]) -> None:
     assert main([*command, str(recipe)]) == 2
     assert "predicts classes" in capsys.readouterr().err
+
+
+# Texts
+
+
+@pytest.fixture(scope="module")
+def text_recipe(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of texts of two classes, a tiny BERT and an LLM that is asked."""
+    folder = tmp_path_factory.mktemp("texts")
+    for split, rows in (("train", 20), ("validation", 6), ("test", 6)):
+        written = [{"text": f"a {'good' if row % 2 else 'bad'} one, {row}", "label": row % 2} for row in range(rows)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, written)))
+    tokenizer = AutoTokenizer.from_pretrained(tiny["teacher"])
+    tokenizer.save_pretrained(folder / "student")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertConfig(vocab_size=len(tokenizer), **sizes).save_pretrained(folder / "student")
+    data = {
+        "source": "json",
+        "data_files": {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")},
+        "splits": {split: split for split in ("train", "validation", "test")},
+        "text": "text",
+        "class_names": ["bad", "good"],
+    }
+    (folder / "data.yaml").write_text(yaml.safe_dump(data))
+    run = yaml.safe_load(
+        "{method: dho, teacher_kind: question, student_init: random, labels_per_class: 2, max_steps: 2, "
+        "per_device_train_batch_size: 2, unlabeled_batch_size: 4, save_strategy: 'no', report_to: none}"
+    )
+    names = {"teacher": tiny["teacher"], "student": folder / "student", "data": folder / "data.yaml"}
+    run |= {key: str(path) for key, path in names.items()}
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    return folder / "run.yaml"
+
+
+def test_a_text_student_learns_from_an_llm(text_recipe: Path, tmp_path: Path) -> None:
+    assert train(text_recipe, tmp_path / "run") == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    answer: Any = pipeline("text-classification", str(tmp_path / "run"), device="cpu")("a good one", top_k=None)
+    assert sum(one["score"] for one in answer) == pytest.approx(1)
+
+
+def test_texts_have_no_prompts(text_recipe: Path, tmp_path: Path, capsys: Any) -> None:
+    assert train(text_recipe, tmp_path / "run", "--teacher_kind", "zero_shot") == 2
+    assert "texts need classifier or question" in capsys.readouterr().err
