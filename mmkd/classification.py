@@ -57,8 +57,7 @@ _READ |= {"teacher_cache", "student", "student_init", "max_train_rows", "max_eva
 
 def build_dho_trainer(run: Run) -> DHOTrainer:
     """The trainer of a recipe of method dho. Raises ValueError for what a classifier's run cannot use."""
-    arguments, training = run.arguments, run.training
-    assert isinstance(training, DHOConfig)
+    arguments, training = run.arguments, _config(run)
     _check_arguments(run)
     recipe = ClassificationRecipe.load(arguments.data)
     data = load_classification(recipe, max_train_rows=arguments.max_train_rows, max_eval_rows=arguments.max_eval_rows)
@@ -95,8 +94,7 @@ def build_dho_trainer(run: Run) -> DHOTrainer:
 
 def dry_run_dho(run: Run, console: Console) -> None:
     """Prints the plan of a run: student, classes, rows and steps, and how long the teacher takes, by a few rows."""
-    arguments, training = run.arguments, run.training
-    assert isinstance(training, DHOConfig)
+    arguments, training = run.arguments, _config(run)
     _check_arguments(run)
     data = load_classification(
         ClassificationRecipe.load(arguments.data),
@@ -116,7 +114,7 @@ def dry_run_dho(run: Run, console: Console) -> None:
     for name, split in (("validation", data.validation), ("test", data.test)):
         table.add_row(name, "none" if split is None else f"{len(split):,} rows")
     if training.objective != "ce" and arguments.teacher is not None:
-        teacher, some = _teacher(run, data, rows), min(len(rows), training.teacher_batch_size)
+        teacher, some = load_class_teacher(run, data, rows), min(len(rows), training.teacher_batch_size)
         start = time.perf_counter()
         answers = compute_class_logits(teacher, rows.raw, some, training.teacher_batch_size).argmax(-1).numpy()
         seconds = (time.perf_counter() - start) / some
@@ -125,6 +123,12 @@ def dry_run_dho(run: Run, console: Console) -> None:
         table.add_row("teacher", f"{teacher.kind}; {right:.0%} of {int(known.sum())} rows right")
         table.add_row("teacher's pass", f"about {seconds * len(rows) / 60:.1f} minutes, once")
     console.print(table)
+
+
+def _config(run: Run) -> DHOConfig:
+    config: Any = run.training
+    assert isinstance(config, DHOConfig)
+    return config
 
 
 def _check_arguments(run: Run) -> None:
@@ -155,8 +159,7 @@ def _processing_class(run: Run, text: bool) -> Any:
 
 def new_student(run: Run, data: ClassificationData) -> Any:
     """The dual-head student of a recipe, before training."""
-    arguments, training, text = run.arguments, run.training, data.recipe.text is not None
-    assert isinstance(training, DHOConfig)
+    arguments, training, text = run.arguments, _config(run), data.recipe.text is not None
     assert arguments.student is not None
     cls: Any = DualHeadForSequenceClassification if text else DualHeadForImageClassification
     hub = {"revision": run.student.model_revision, "trust_remote_code": training.trust_remote_code}
@@ -179,26 +182,26 @@ def _teacher_logits(run: Run, data: ClassificationData, rows: ClassRows) -> tupl
     expected: dict[str, Any] = {"class_names": list(data.class_names), "rows": digest}
     if arguments.teacher is None:
         return read_class_logits(folder, expected).logits, None
-    teacher = _teacher(run, data, rows)
+    teacher = load_class_teacher(run, data, rows)
     name = arguments.teacher
     # open_clip keeps its weights in files of its own; its names are precise.
     weights = None if name.startswith(OPEN_CLIP) else weights_sha256(name, arguments.teacher_revision)
     identity = class_identity(name, weights, teacher, data.class_names, digest)
     if has_class_logits(folder):
         return read_class_logits(folder, identity).logits, teacher
-    assert isinstance(run.training, DHOConfig)
+    training = _config(run)
     # One rank asks, the others read what it wrote.
-    with run.training.main_process_first(desc="teacher logits"):
+    with training.main_process_first(desc="teacher logits"):
         if not has_class_logits(folder):
             print(f"Asking the teacher about {len(rows):,} rows, once: {folder}", file=sys.stderr)
-            logits = compute_class_logits(teacher, rows.raw, len(rows), run.training.teacher_batch_size)
+            logits = compute_class_logits(teacher, rows.raw, len(rows), training.teacher_batch_size)
             write_class_logits(folder, ClassLogits(logits, identity))
     return read_class_logits(folder, identity).logits, teacher
 
 
-def _teacher(run: Run, data: ClassificationData, rows: ClassRows) -> ClassTeacher:
-    arguments, training = run.arguments, run.training
-    assert isinstance(training, DHOConfig)
+def load_class_teacher(run: Run, data: ClassificationData, rows: ClassRows) -> ClassTeacher:
+    """The teacher of a recipe, ready to be asked; of kind tip_adapter it learns from the labels shown first."""
+    arguments, training = run.arguments, _config(run)
     assert arguments.teacher is not None
     kind, name, text = training.teacher_kind, arguments.teacher, data.recipe.text is not None
     if kind in ("zero_shot", "tip_adapter"):
@@ -213,16 +216,15 @@ def _teacher(run: Run, data: ClassificationData, rows: ClassRows) -> ClassTeache
     if kind == "classifier":
         auto_class: Any = AutoModelForSequenceClassification if text else AutoModelForImageClassification
         processor: Any = (AutoTokenizer if text else AutoImageProcessor).from_pretrained(name, **hub)
-        model = auto_class.from_pretrained(name, **loading)
-        return ClassifierTeacher(model.to(training.device), processor, data.class_names)
-    model = load_model(name, "teacher", **loading)
+        classifier = auto_class.from_pretrained(name, **loading)
+        return ClassifierTeacher(classifier.to(training.device), processor, data.class_names)
+    model: Any = load_model(name, "teacher", **loading)
     processor = (AutoTokenizer if text else AutoProcessor).from_pretrained(name, **hub)
     return QuestionTeacher(model.to(training.device), processor, data.class_names, training.teacher_question)
 
 
 def _zero_shot(run: Run, data: ClassificationData) -> ZeroShotTeacher:
-    arguments, training = run.arguments, run.training
-    assert isinstance(training, DHOConfig)
+    arguments, training = run.arguments, _config(run)
     name = arguments.teacher
     if name is None:
         raise ValueError("head_init: text asks the teacher for its text embeddings; set `teacher`.")

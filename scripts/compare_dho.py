@@ -4,9 +4,10 @@
 
 Rows of the table: the teacher; labels only; the teacher only; one head with both losses, trained once for every
 lambda of --lambdas, of which validation chooses one; DHO, trained once, whose alpha and beta validation chooses.
-"4 per class" makes the same choices by four validation rows of each class instead of all; "no choice" is lambda 0.5, or alpha
-and beta 0.5. The test split enters nothing but the numbers that are printed. A seed decides the labels shown, the
-student's weights and the batches. Every finished run is kept in OUTPUT/results.json; repeat the command to go on.
+"4 per class" makes the same choices by four validation rows of each class, not all; "no choice" is lambda 0.5, or
+alpha and beta 0.5. The test split enters nothing but the numbers that are printed. A seed decides the labels
+shown, the student's weights and the batches. Every finished run is kept in OUTPUT/results.json; repeat the command
+to go on.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.trainer_utils import set_seed
 
-from mmkd.classification import build_dho_trainer, new_student
+from mmkd.classification import build_dho_trainer, load_class_teacher, new_student
 from mmkd.data.classification import ClassificationRecipe, hide_labels, load_classification
 from mmkd.losses.dual_head import ALPHAS, BETAS, interpolate, search_interpolation
 from mmkd.run import parse_run
@@ -72,23 +73,26 @@ class Bench:
         key = " ".join([self.recipe, *self.flags, objective, str(weight), str(labels), str(seed)])
         if key not in self.known:
             self.known[key] = self._run(objective, weight, labels, seed)
-            partial = self.path.with_suffix(".tmp")
-            partial.write_text(json.dumps(self.known))
-            os.replace(partial, self.path)
+            self._save()
         return self.known[key]
 
     def teacher_accuracy(self) -> float:
         """Of the zero-shot teacher on the test split."""
-        if "teacher" not in self.known:
-            from mmkd.classification import _teacher
-
+        key = " ".join([self.recipe, *self.flags, "teacher"])
+        if key not in self.known:
             run = parse_run(self.recipe, self.flags)
             data = load_classification(ClassificationRecipe.load(run.arguments.data))
             rows = self._shared().test_dataset
             assert rows is not None
-            logits = compute_class_logits(_teacher(run, data, rows), rows.raw, len(rows))
-            self.known["teacher"] = (logits.argmax(-1) == torch.as_tensor(rows.labels)).float().mean().item()
-        return self.known["teacher"]
+            logits = compute_class_logits(load_class_teacher(run, data, rows), rows.raw, len(rows))
+            self.known[key] = (logits.argmax(-1) == torch.as_tensor(rows.labels)).float().mean().item()
+            self._save()
+        return self.known[key]
+
+    def _save(self) -> None:
+        partial = self.path.with_suffix(".tmp")
+        partial.write_text(json.dumps(self.known))
+        os.replace(partial, self.path)
 
     def _shared(self) -> DHOTrainer:
         if self.base is None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import Trainer, TrainingArguments
@@ -28,12 +27,12 @@ def test_a_method_has_all_its_parts(method: str) -> None:
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_trainer_and_config_are_public(method: str) -> None:
-    trainer: Any = METHODS[method]
+    trainer, config = METHODS[method], METHODS[method].config_class
     assert getattr(mmkd, trainer.__name__) is trainer
-    assert getattr(mmkd, trainer.config_class.__name__) is trainer.config_class
+    assert getattr(mmkd, config.__name__) is config
     # A method that predicts no tokens is a Trainer of transformers.
     assert issubclass(trainer, Trainer if method in CLASSES else DistillationTrainer)
-    assert issubclass(trainer.config_class, TrainingArguments if method in CLASSES else DistillationConfig)
+    assert issubclass(config, TrainingArguments if method in CLASSES else DistillationConfig)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +46,7 @@ def test_every_shipped_recipe_parses(path: Path) -> None:
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_field_says_what_it_does(method: str) -> None:
     inherited = {field.name for field in dataclasses.fields(SFTConfig)}
+    inherited |= {field.name for field in dataclasses.fields(TrainingArguments)}
     for field in dataclasses.fields(METHODS[method].config_class):
         assert field.name in inherited or len(field.metadata.get("help", "")) > 20, field.name
 

@@ -1,6 +1,5 @@
 """DHO students (2505.07675): a backbone whose features feed a supervised head and a distillation head."""
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,20 +10,26 @@ from torch import Tensor, nn
 from torch.nn.functional import nll_loss, normalize
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    CLIPVisionModelWithProjection,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.configuration_utils import SubConfigSpec
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING
 from transformers.utils.generic import ModelOutput
 
 from mmkd.losses.dual_head import check_interpolation, interpolate
 
-POOLINGS = ("pooler", "cls", "mean", "last")
+from .features import (
+    POOLINGS,
+    backbone_class,
+    new_backbone,
+    pooled,
+    pooler_arguments,
+    usual_pooling,
+    vision_tower,
+    width_of,
+)
 
 
 class DualHeadConfig(PreTrainedConfig):
@@ -45,7 +50,7 @@ class DualHeadConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
-        self.pooling = self.pooling or _usual_pooling(self.backbone_config, self.text)
+        self.pooling = self.pooling or usual_pooling(self.backbone_config, self.text)
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling is {self.pooling!r}; choose one of {', '.join(POOLINGS)}.")
         if self.kd_head not in ("linear", "cosine"):
@@ -118,9 +123,9 @@ class _DualHeadModel(PreTrainedModel):
     def __init__(self, config: DualHeadConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
         if backbone is None:
-            backbone = _new_backbone(config.backbone_config, config.pooling)
+            backbone = new_backbone(config.backbone_config, config.pooling)
         self.backbone = backbone
-        width, classes = _width_of(backbone), len(config.id2label or {})
+        width, classes = width_of(backbone), len(config.id2label or {})
         self.ce_head = nn.Linear(width, classes)
         if config.kd_head == "cosine":
             self.kd_head: nn.Module = CosineHead(width, classes, config.cosine_temperature)
@@ -144,13 +149,13 @@ class _DualHeadModel(PreTrainedModel):
         pooling = settings.pop("pooling", None)
         if isinstance(backbone, str):
             hub = {key: loading[key] for key in keys[1:3] if key in loading}
-            tower = _tower(AutoConfig.from_pretrained(backbone, **hub))
-            pooling = pooling or _usual_pooling(tower, cls is DualHeadForSequenceClassification)
-            model = _backbone_class(tower).from_pretrained(
-                backbone, config=tower, **_pooler_arguments(tower, pooling), **loading
+            tower = vision_tower(AutoConfig.from_pretrained(backbone, **hub))
+            pooling = pooling or usual_pooling(tower, cls is DualHeadForSequenceClassification)
+            model = backbone_class(tower).from_pretrained(
+                backbone, config=tower, **pooler_arguments(tower, pooling), **loading
             )
         elif isinstance(backbone, PreTrainedConfig):
-            tower, model = _tower(backbone), None
+            tower, model = vision_tower(backbone), None
         else:
             tower, model = backbone.config, backbone
         config_class: Any = cls.config_class
@@ -276,7 +281,7 @@ class _DualHeadModel(PreTrainedModel):
 
     def features(self, **inputs: Any) -> Float[Tensor, "row width"]:
         """One feature vector per row, shared by the heads."""
-        return _pooled(self.backbone(**inputs), self.config.pooling, inputs.get("attention_mask"))
+        return pooled(self.backbone(**inputs), self.config.pooling, inputs.get("attention_mask"))
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -328,77 +333,6 @@ class _Probabilities(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor:
         return self.model(**dict(zip(self.names, values, strict=True))).logits.exp()
-
-
-def _pooled(outputs: Any, pooling: str | None, mask: Tensor | None) -> Float[Tensor, "row width"]:
-    if pooling == "pooler":
-        projected = outputs.get("image_embeds")
-        return (outputs.pooler_output if projected is None else projected).flatten(1)
-    hidden = outputs.last_hidden_state
-    if hidden.ndim == 4:
-        # A convolution's map: channels first.
-        hidden = hidden.flatten(2).transpose(1, 2)
-    if pooling == "cls":
-        return hidden[:, 0]
-    if mask is None:
-        return hidden.mean(1) if pooling == "mean" else hidden[:, -1]
-    if pooling == "mean":
-        weights = mask.to(hidden.dtype)[..., None]
-        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-    # The last attended token, whichever side is padded.
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = (positions * (mask != 0)).argmax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
-
-
-def _tower(config: Any) -> PreTrainedConfig:
-    """The part of a config that is a backbone: a CLIP-like model's vision tower, else all of it."""
-    vision = getattr(config, "vision_config", None)
-    if vision is None:
-        return config
-    if hasattr(vision, "projection_dim") and hasattr(config, "projection_dim"):
-        vision.projection_dim = config.projection_dim
-    return vision
-
-
-def _backbone_class(config: Any) -> Any:
-    # The space a CLIP's text embeddings live in lies behind the projection, which AutoModel leaves out.
-    return CLIPVisionModelWithProjection if config.model_type == "clip_vision_model" else AutoModel
-
-
-def _new_backbone(config: Any, pooling: str | None) -> PreTrainedModel:
-    if config.model_type == "clip_vision_model":
-        return CLIPVisionModelWithProjection(config)
-    return AutoModel.from_config(config, **_pooler_arguments(config, pooling))
-
-
-def _pooler_arguments(config: Any, pooling: str | None) -> dict[str, bool]:
-    # A pooler that is not used gets no gradient, which DDP takes for an error.
-    return {"add_pooling_layer": pooling == "pooler"} if _has_optional_pooler(config) else {}
-
-
-def _has_optional_pooler(config: Any) -> bool:
-    if type(config) not in MODEL_MAPPING:
-        return False
-    return "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
-
-
-def _usual_pooling(config: Any, text: bool) -> str:
-    if not text:
-        return "cls" if _has_optional_pooler(config) else "pooler"
-    if _has_optional_pooler(config):
-        return "pooler"
-    return "last" if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "cls"
-
-
-def _width_of(backbone: Any) -> int:
-    config = backbone.config
-    if isinstance(backbone, CLIPVisionModelWithProjection):
-        return config.projection_dim
-    if config.model_type == "timm_wrapper":
-        return backbone.timm_model.num_features
-    sizes = getattr(config, "hidden_sizes", None)
-    return sizes[-1] if sizes else config.hidden_size
 
 
 def _probe(model: _DualHeadModel, image_size: int | None = None, rows: int = 3) -> dict[str, Tensor]:

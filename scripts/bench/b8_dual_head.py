@@ -102,16 +102,15 @@ def stepper(config: Any, size: int, objective: str, options: argparse.Namespace,
         train_dataset=rows,
         processing_class=ViTImageProcessorPil(size={"height": size, "width": size}),
     )
-    trainer.create_optimizer()
+    optimizer: Any = trainer.create_optimizer()
     trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(count)])
 
     def step() -> None:
         trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
         trainer.compute_loss(trainer.model, dict(batch)).backward()
-        assert trainer.optimizer is not None
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 

@@ -34,7 +34,7 @@ from mmkd.models.dual_head import (
 from tests.helpers import VISION, environment
 
 NAMES = ["cat", "dog", "bird"]
-WORDS = {
+WORDS: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,

@@ -128,7 +128,8 @@ def test_open_clip_is_asked_through_its_own_interface(
 
 
 def test_a_classifier_answers_with_its_own_logits(images: list[Image.Image]) -> None:
-    model = ViTForImageClassification(ViTConfig(**VISION, num_labels=3)).eval()
+    config: Any = ViTConfig
+    model = ViTForImageClassification(config(**VISION, num_labels=3)).eval()
     teacher = ClassifierTeacher(model, pixels(), NAMES)
     with torch.no_grad():
         expected = model(**pixels()(images=images, return_tensors="pt")).logits

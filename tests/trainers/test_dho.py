@@ -433,7 +433,12 @@ def text_recipe(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, written)))
     tokenizer = AutoTokenizer.from_pretrained(tiny["teacher"])
     tokenizer.save_pretrained(folder / "student")
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     BertConfig(vocab_size=len(tokenizer), **sizes).save_pretrained(folder / "student")
     data = {
         "source": "json",
