@@ -3,14 +3,20 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mmkd.registration import register_models
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mmkd.models.dual_head import DualHeadForImageClassification as DualHeadForImageClassification
+    from mmkd.models.dual_head import DualHeadForSequenceClassification as DualHeadForSequenceClassification
     from mmkd.teachers.cached import CachedTeacher as CachedTeacher
     from mmkd.teachers.local import LocalTeacher as LocalTeacher
     from mmkd.teachers.server import ServerTeacher as ServerTeacher
     from mmkd.trainers.alm import ALMConfig as ALMConfig
     from mmkd.trainers.alm import ALMTrainer as ALMTrainer
+    from mmkd.trainers.dho import DHOConfig as DHOConfig
+    from mmkd.trainers.dho import DHOTrainer as DHOTrainer
     from mmkd.trainers.kd import KDConfig as KDConfig
     from mmkd.trainers.kd import KDTrainer as KDTrainer
     from mmkd.trainers.sft import SFTBaselineConfig as SFTBaselineConfig
@@ -24,6 +30,10 @@ _MODULES = {
     "ServerTeacher": "mmkd.teachers.server",
     "ALMConfig": "mmkd.trainers.alm",
     "ALMTrainer": "mmkd.trainers.alm",
+    "DHOConfig": "mmkd.trainers.dho",
+    "DHOTrainer": "mmkd.trainers.dho",
+    "DualHeadForImageClassification": "mmkd.models.dual_head",
+    "DualHeadForSequenceClassification": "mmkd.models.dual_head",
     "KDConfig": "mmkd.trainers.kd",
     "KDTrainer": "mmkd.trainers.kd",
     "SFTBaselineConfig": "mmkd.trainers.sft",
@@ -31,6 +41,9 @@ _MODULES = {
     "TAIDConfig": "mmkd.trainers.taid",
     "TAIDTrainer": "mmkd.trainers.taid",
 }
+
+
+register_models()
 
 
 def __getattr__(name: str) -> Any:

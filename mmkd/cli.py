@@ -118,6 +118,7 @@ def _train(options: argparse.Namespace, flags: list[str]) -> int:
 def _build_cache(options: argparse.Namespace, flags: list[str]) -> int:
     from mmkd.capture.commands import build_command
 
+    _needs_tokens(options.recipe, flags, "a run of it keeps its teacher's logits by itself, in teacher_cache")
     return build_command(options.recipe, flags)
 
 
@@ -150,7 +151,16 @@ def _doctor(options: argparse.Namespace, flags: list[str]) -> int:
 
     from mmkd.doctor import doctor
 
+    _needs_tokens(options.recipe, flags, "`mmkd-train RECIPE --dry_run` checks it, teacher included")
     return doctor(options.recipe, flags, Console())
+
+
+def _needs_tokens(recipe: str, flags: list[str], instead: str) -> None:
+    """Raises ValueError for a recipe of classes, which this command knows nothing about."""
+    from mmkd.run import method_of, read_recipe
+
+    if method_of(read_recipe(recipes.find_recipe(recipe)), flags) == "dho":
+        raise ValueError(f"{recipe} predicts classes, and this command is about tokens: {instead}.")
 
 
 def _list_recipes(options: argparse.Namespace, rest: list[str]) -> int:

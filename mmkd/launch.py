@@ -98,7 +98,12 @@ def _dry_run(run: Run) -> int:
     run.training.push_to_hub = False
     with tempfile.TemporaryDirectory() as folder:
         run.training.output_dir = folder
-        dry_run.report(build_trainer(run), Console())
+        if run.arguments.method == "dho":
+            from mmkd.classification import dry_run_dho
+
+            dry_run_dho(run, Console())
+        else:
+            dry_run.report(build_trainer(run), Console())
     return 0
 
 

@@ -80,6 +80,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def build_trainer(run: Run) -> DistillationTrainer:
     """The trainer of a run, with student, teacher and data loaded and checked."""
     arguments, training = run.arguments, run.training
+    if arguments.method == "dho":
+        from mmkd.classification import build_dho_trainer
+
+        # It shares what launching needs of a trainer: train, save, evaluate, push.
+        trainer: Any = build_dho_trainer(run)
+        return trainer
     data = load_rows_of(run)
     model = None
     if arguments.teacher is not None and (_reads_teacher(arguments) or arguments.student is None):

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from transformers import Trainer, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 import mmkd
@@ -12,6 +13,8 @@ from mmkd.trainers import METHODS
 from mmkd.trainers.base import DistillationConfig, DistillationTrainer
 
 ROOT = Path(__file__).parents[1]
+CLASSES = {"dho"}
+"""Methods that predict classes rather than tokens."""
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -24,11 +27,12 @@ def test_a_method_has_all_its_parts(method: str) -> None:
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_trainer_and_config_are_public(method: str) -> None:
-    trainer = METHODS[method]
+    trainer, config = METHODS[method], METHODS[method].config_class
     assert getattr(mmkd, trainer.__name__) is trainer
-    assert getattr(mmkd, trainer.config_class.__name__) is trainer.config_class
-    assert issubclass(trainer, DistillationTrainer)
-    assert issubclass(trainer.config_class, DistillationConfig)
+    assert getattr(mmkd, config.__name__) is config
+    # A method that predicts no tokens is a Trainer of transformers.
+    assert issubclass(trainer, Trainer if method in CLASSES else DistillationTrainer)
+    assert issubclass(config, TrainingArguments if method in CLASSES else DistillationConfig)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +46,7 @@ def test_every_shipped_recipe_parses(path: Path) -> None:
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_field_says_what_it_does(method: str) -> None:
     inherited = {field.name for field in dataclasses.fields(SFTConfig)}
+    inherited |= {field.name for field in dataclasses.fields(TrainingArguments)}
     for field in dataclasses.fields(METHODS[method].config_class):
         assert field.name in inherited or len(field.metadata.get("help", "")) > 20, field.name
 

@@ -1,12 +1,17 @@
 """METHODS: the one table of methods."""
 
+from typing import Any
+
 from .alm import ALMTrainer
-from .base import DistillationTrainer
+from .dho import DHOTrainer
 from .kd import KDTrainer
 from .sft import SFTBaselineTrainer
 from .taid import TAIDTrainer
 
-METHODS: dict[str, type[DistillationTrainer]] = {
-    trainer.method: trainer for trainer in (SFTBaselineTrainer, KDTrainer, TAIDTrainer, ALMTrainer)
+METHODS: dict[str, type[Any]] = {
+    trainer.method: trainer for trainer in (SFTBaselineTrainer, KDTrainer, TAIDTrainer, ALMTrainer, DHOTrainer)
 }
-"""Name in a recipe -> trainer; its `config_class` holds the keys the recipe may set."""
+"""Name in a recipe -> trainer; its `config_class` holds the keys the recipe may set.
+
+All are DistillationTrainers but `dho`, which predicts classes rather than tokens and is transformers' own Trainer.
+"""

@@ -1,0 +1,268 @@
+"""Classification data: a recipe of images or texts with one class each, its class names, prompts and splits.
+
+One YAML under `data_recipes/classification/` is one data set.
+"""
+
+import dataclasses
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import yaml
+from datasets import ClassLabel, Dataset
+from jaxtyping import Int
+from PIL import Image, UnidentifiedImageError
+
+from mmkd.data.recipe import BUILDERS, nearest
+from mmkd.recipes import find_recipe
+
+SPLITS = ("train", "validation", "test", "unlabeled")
+HIDDEN = -100
+"""The label of a row whose class may not be used."""
+
+
+@dataclass(frozen=True)
+class ClassificationRecipe:
+    """One data set: everything that decides its rows, classes and prompts."""
+
+    name: str = field(metadata={"help": "The file's name unless given."})
+    description: str = field(default="", metadata={"help": "What the rows are, in a sentence or two."})
+    license: str | None = field(default=None, metadata={"help": "SPDX id, or what its authors say."})
+    homepage: str | None = field(default=None, metadata={"help": "Where to read about the data."})
+    prepare: str | None = field(default=None, metadata={"help": "The command that writes data_files."})
+    source: str = field(default="", metadata={"help": "owner/name on the Hub, or json|csv|parquet with data_files."})
+    config: str | None = field(default=None, metadata={"help": "The Hub data set's config (subset)."})
+    revision: str | None = field(default=None, metadata={"help": "The Hub commit; pin one for repeatable rows."})
+    data_files: Mapping[str, str] = field(default_factory=dict, metadata={"help": "{source split: path}."})
+    splits: Mapping[str, str] = field(
+        default_factory=lambda: {"train": "train", "test": "test"},
+        metadata={"help": "{train|validation|test|unlabeled: source split}; test is never used for a choice."},
+    )
+    image: str | None = field(default=None, metadata={"help": "The column of images."})
+    text: str | None = field(default=None, metadata={"help": "The column of texts, for text classifiers."})
+    label: str = field(default="label", metadata={"help": "The column of classes: numbers from 0, or names."})
+    class_names: tuple[str, ...] = field(
+        default=(), metadata={"help": "Names in the order of the labels; default: those the data set declares."}
+    )
+    prompts: tuple[str, ...] = field(
+        default=("a photo of a {}.",),
+        metadata={"help": "Templates with {} for the class name; a teacher's text features are averaged over them."},
+    )
+    validation_per_class: int | None = field(
+        default=None, metadata={"help": "Rows per class to hold out of train where there is no validation split."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of the rows held out for validation."})
+    folder: Path | None = field(default=None, compare=False, metadata={"help": "The YAML's folder."})
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where fields contradict each other or leave the rows undecided."""
+        if (self.image is None) == (self.text is None):
+            raise ValueError(f"{self.name}: set one of image and text: the column that is classified.")
+        if not self.source or (self.source in BUILDERS and not self.data_files):
+            raise ValueError(f"{self.name}: give source: owner/name on the Hub, or json|csv|parquet with data_files.")
+        for split in self.splits:
+            if split not in SPLITS:
+                raise ValueError(f"{self.name}: splits has {split!r}; did you mean {nearest(split, SPLITS)!r}?")
+        if "train" not in self.splits:
+            raise ValueError(f"{self.name}: splits names no train split; write splits: {{train: their split}}.")
+        if len(set(self.splits.values())) < len(self.splits):
+            raise ValueError(f"{self.name}: splits reads two of its splits from the same rows; keep them apart.")
+        if self.validation_per_class is not None and "validation" in self.splits:
+            raise ValueError(f"{self.name}: validation_per_class and a validation split exclude each other: keep one.")
+        for prompt in self.prompts:
+            if prompt.count("{}") != 1:
+                raise ValueError(f"{self.name}: prompt {prompt!r} needs {{}} once, where the class name goes.")
+        twice = [name for name, count in Counter(self.class_names).items() if count > 1]
+        if twice:
+            raise ValueError(f"{self.name}: class_names has {twice[0]!r} twice; no teacher can tell them apart.")
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> "ClassificationRecipe":
+        """The recipe at a path, or that ships under that name. Raises ValueError when it cannot be read."""
+        path = find_recipe(name_or_path, "data_recipes")
+        try:
+            keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        fields = [one.name for one in dataclasses.fields(cls) if one.name != "folder"]
+        if not isinstance(keys, dict):
+            raise ValueError(f"{path} is no data recipe: it must hold `key: value` lines.")
+        for key in keys:
+            if key not in fields:
+                raise ValueError(
+                    f"{path.name}: unknown key {key!r}; did you mean {nearest(key, fields)!r}? A recipe of classes "
+                    "lies under data_recipes/classification/ and has the keys " + ", ".join(fields) + "."
+                )
+        for key in ("class_names", "prompts"):
+            if key in keys:
+                keys[key] = tuple(str(text) for text in keys[key])
+        return cls(**{"name": path.stem, **keys, "folder": path.parent})
+
+
+@dataclass(frozen=True)
+class ClassificationData:
+    """Rows with the columns `image` or `text`, and `label` (a number); what is not there is None."""
+
+    recipe: ClassificationRecipe
+    class_names: tuple[str, ...]
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+    unlabeled: Dataset | None
+
+
+def load_classification(
+    recipe: ClassificationRecipe, *, max_train_rows: int | None = None, max_eval_rows: int | None = None
+) -> ClassificationData:
+    """The rows of a recipe.
+
+    Raises ValueError for files and columns that are not there, labels of several classes at once, and class names that
+    do not match the labels.
+    """
+    raw = {ours: _load_split(recipe, theirs) for ours, theirs in recipe.splits.items()}
+    class_names = _class_names(recipe, raw["train"])
+    rows = {split: _ours(recipe, dataset, split, class_names) for split, dataset in raw.items()}
+    if recipe.validation_per_class is not None:
+        rows["train"], rows["validation"] = _hold_out(recipe, rows["train"], class_names)
+    caps = {"train": max_train_rows, "unlabeled": max_train_rows, "validation": max_eval_rows, "test": max_eval_rows}
+    for split, cap in caps.items():
+        if split in rows and cap is not None and cap < len(rows[split]):
+            rows[split] = rows[split].shuffle(seed=recipe.split_seed).select(range(cap))
+    return ClassificationData(recipe, class_names, *(rows.get(split) for split in SPLITS))  # pyright: ignore
+
+
+def hide_labels(
+    labels: Sequence[int] | Int[np.ndarray, "row"],
+    class_names: Sequence[str],
+    per_class: int | None,
+    fraction: float | None,
+    seed: int,
+) -> Int[np.ndarray, "row"]:
+    """The labels with all but a few per class replaced by HIDDEN: `per_class`, or a share of each class.
+
+    The same seed gives the same rows, and those of fewer labels are among those of more. With neither number nothing
+    is hidden. Raises ValueError for a class without a labelled row, or with fewer than asked for.
+    """
+    known = np.asarray(labels)
+    shown = np.full(len(known), HIDDEN, dtype=np.int64)
+    random = np.random.default_rng(seed)
+    for number, name in enumerate(class_names):
+        rows = random.permutation(np.flatnonzero(known == number))
+        if len(rows) == 0:
+            raise ValueError(
+                f"Class {name!r} has no labelled row among {len(known)}: give it one, or take the class's name out."
+            )
+        count = len(rows)
+        if per_class is not None:
+            count = per_class
+        elif fraction is not None:
+            count = max(1, round(fraction * len(rows)))
+        if count > len(rows):
+            raise ValueError(f"Class {name!r} has {len(rows)} rows, so labels_per_class {count} cannot be; lower it.")
+        shown[rows[:count]] = number
+    return shown
+
+
+def read_image(cell: Any, where: str) -> Image.Image:
+    """The image of a cell (a PIL image, bytes, or a path) in RGB. Raises ValueError for one that cannot be read."""
+    if isinstance(cell, Image.Image):
+        return cell.convert("RGB")
+    source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+    try:
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(
+            f"{where} ({cell['path'] or 'bytes without a name'}) cannot be read as an image: {error}. Repair or "
+            "remove it; a row is never skipped silently."
+        ) from error
+
+
+def _load_split(recipe: ClassificationRecipe, split: str) -> Dataset:
+    if recipe.source not in BUILDERS:
+        files = {split: recipe.data_files[split]} if recipe.data_files else None
+        return datasets.load_dataset(
+            recipe.source, name=recipe.config, revision=recipe.revision, data_files=files, split=split
+        )
+    if split not in recipe.data_files:
+        raise ValueError(f"{recipe.name}: splits asks for {split!r}, which data_files does not list.")
+    path = Path(recipe.data_files[split])
+    places = [Path.cwd() / path, *([recipe.folder / path] if recipe.folder is not None else [])]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        hint = f"make it with `{recipe.prepare}`" if recipe.prepare else "check data_files"
+        raise ValueError(f"{recipe.name}: there is no file {places[0]}; {hint}.")
+    return datasets.load_dataset(recipe.source, data_files={split: str(found)}, split=split)
+
+
+def _class_names(recipe: ClassificationRecipe, train: Dataset) -> tuple[str, ...]:
+    if recipe.label not in train.column_names:
+        raise ValueError(
+            f"{recipe.name}: there is no column {recipe.label!r}; did you mean "
+            f"{nearest(recipe.label, train.column_names)!r}?"
+        )
+    feature = train.features[recipe.label]
+    if not isinstance(feature, ClassLabel):
+        if not recipe.class_names:
+            raise ValueError(f"{recipe.name}: {recipe.label!r} declares no names; list them under class_names.")
+        return recipe.class_names
+    if recipe.class_names and len(recipe.class_names) != len(feature.names):
+        raise ValueError(
+            f"{recipe.name}: class_names has {len(recipe.class_names)} names, the labels are of {len(feature.names)} "
+            f"classes ({', '.join(feature.names[:3])}, ...). Give one name per class, in that order."
+        )
+    return recipe.class_names or tuple(name.replace("_", " ") for name in feature.names)
+
+
+def _ours(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_names: Sequence[str]) -> Dataset:
+    """The rows with our columns and checked labels; those of `unlabeled` are hidden."""
+    ours, theirs = ("image", recipe.image) if recipe.image is not None else ("text", recipe.text)
+    assert theirs is not None
+    if theirs not in dataset.column_names:
+        raise ValueError(
+            f"{recipe.name}: {split} has no column {theirs!r}; did you mean {nearest(theirs, dataset.column_names)!r}?"
+        )
+    labels = [HIDDEN] * len(dataset) if split == "unlabeled" else _labels(recipe, dataset, split, class_names)
+    rows = dataset.select_columns([theirs])
+    if theirs != ours:
+        rows = rows.rename_column(theirs, ours)
+    if ours == "image":
+        # Read by `read_image`, which can say which row is broken.
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+    return rows.add_column("label", labels)  # pyright: ignore[reportCallIssue]
+
+
+def _labels(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_names: Sequence[str]) -> list[int]:
+    values: list[Any] = list(dataset.with_format(None)[recipe.label])
+    if any(isinstance(value, (list, tuple, dict)) for value in values[:100]):
+        raise ValueError(
+            f"{recipe.name}: the labels of {split} are lists, so a row can have several classes. DHO's heads choose "
+            "one class per row (softmax); keep the rows and the column of a single class."
+        )
+    if any(isinstance(value, str) for value in values[:100]):
+        numbers = {name: number for number, name in enumerate(class_names)}
+        unknown = next((value for value in values if value not in numbers), None)
+        if unknown is not None:
+            raise ValueError(
+                f"{recipe.name}: {split} has the label {unknown!r}, which is none of the class names; did you mean "
+                f"{nearest(unknown, list(class_names))!r}?"
+            )
+        return [numbers[value] for value in values]
+    outside = next((value for value in values if value is None or not 0 <= value < len(class_names)), 0)
+    if outside != 0 or outside is None:
+        raise ValueError(
+            f"{recipe.name}: {split} has the label {outside}, but there are {len(class_names)} class names, for 0 to "
+            f"{len(class_names) - 1}. Give one name per class; rows without a label belong to splits.unlabeled."
+        )
+    return [int(value) for value in values]
+
+
+def _hold_out(recipe: ClassificationRecipe, train: Dataset, class_names: Sequence[str]) -> tuple[Dataset, Dataset]:
+    labels: Any = train.with_format("numpy")["label"]
+    held = hide_labels(np.asarray(labels), class_names, recipe.validation_per_class, None, recipe.split_seed) != HIDDEN
+    return train.select(np.flatnonzero(~held)), train.select(np.flatnonzero(held))

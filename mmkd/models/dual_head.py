@@ -1,0 +1,355 @@
+"""DHO students (2505.07675): a backbone whose features feed a supervised head and a distillation head."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import nll_loss, normalize
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.configuration_utils import SubConfigSpec
+from transformers.utils.generic import ModelOutput
+
+from mmkd.losses.dual_head import check_interpolation, interpolate
+
+from .features import (
+    POOLINGS,
+    backbone_class,
+    new_backbone,
+    pooled,
+    pooler_arguments,
+    usual_pooling,
+    vision_tower,
+    width_of,
+)
+
+
+class DualHeadConfig(PreTrainedConfig):
+    """A backbone's config, how its output becomes one feature per row, the heads, and alpha and beta."""
+
+    model_type = "mmkd_dual_head"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="vit")
+    }
+
+    # After construction always a config; a dict only where one is read from disk.
+    backbone_config: Any = None
+    pooling: str | None = None
+    kd_head: str = "linear"
+    cosine_temperature: float = 0.01
+    alpha: float = 0.5
+    beta: float = 0.5
+
+    def __post_init__(self, **kwargs: Any):
+        super().__post_init__(**kwargs)
+        self.pooling = self.pooling or usual_pooling(self.backbone_config, self.text)
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling is {self.pooling!r}; choose one of {', '.join(POOLINGS)}.")
+        if self.kd_head not in ("linear", "cosine"):
+            raise ValueError(f"kd_head is {self.kd_head!r}; choose linear, or cosine for students of a VLM.")
+        if self.cosine_temperature <= 0:
+            raise ValueError(f"cosine_temperature is {self.cosine_temperature}; it divides cosines: make it positive.")
+        check_interpolation(self.alpha, self.beta)
+
+    @property
+    def text(self) -> bool:
+        """Whether the backbone reads tokens rather than pixels."""
+        return False
+
+
+class DualHeadTextConfig(DualHeadConfig):
+    """The same over a language model."""
+
+    model_type = "mmkd_dual_head_text"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="bert")
+    }
+
+    @property
+    def text(self) -> bool:
+        """Whether the backbone reads tokens rather than pixels."""
+        return True
+
+
+@dataclass
+class DualHeadOutput(ModelOutput):
+    """What both heads say. `logits` is the log of the interpolated prediction, so that softmax gives it back."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    ce_logits: Tensor | None = None
+    kd_logits: Tensor | None = None
+    features: Tensor | None = None
+
+
+class CosineHead(nn.Module):
+    """Class logits cos(features, weight of the class) / temperature (eq. 10).
+
+    `dho_parity` repeats the authors' code, for golden tests only: the weights keep their length, and a bias is divided
+    by the temperature as well.
+    """
+
+    def __init__(self, width: int, classes: int, temperature: float, dho_parity: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, width))
+        self.bias = nn.Parameter(torch.zeros(classes)) if dho_parity else None
+        self.temperature = temperature
+        nn.init.normal_(self.weight)
+
+    def forward(self, features: Float[Tensor, "row width"]) -> Float[Tensor, "row class"]:
+        weight = self.weight if self.bias is not None else normalize(self.weight, dim=-1)
+        return nn.functional.linear(normalize(features, dim=-1), weight, self.bias) / self.temperature
+
+
+class _DualHeadModel(PreTrainedModel):
+    """What students of images and of text share."""
+
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    # The Trainer must not hand num_items_in_batch on to a backbone.
+    accepts_loss_kwargs = False
+    config: DualHeadConfig
+
+    def __init__(self, config: DualHeadConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        if backbone is None:
+            backbone = new_backbone(config.backbone_config, config.pooling)
+        self.backbone = backbone
+        width, classes = width_of(backbone), len(config.id2label or {})
+        self.ce_head = nn.Linear(width, classes)
+        if config.kd_head == "cosine":
+            self.kd_head: nn.Module = CosineHead(width, classes, config.cosine_temperature)
+        else:
+            self.kd_head = nn.Linear(width, classes)
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls, backbone: str | PreTrainedModel | PreTrainedConfig, class_names: list[str], **settings: Any
+    ) -> Any:
+        """A student with new heads over a backbone: a Hub id or folder, a model, or a config (random weights).
+
+        `settings` are fields of the config; with a name, `dtype`, `revision`, `trust_remote_code` and
+        `attn_implementation` go to from_pretrained. Of a CLIP- or SigLIP-like model the vision tower is taken.
+        """
+        if len(class_names) < 2:
+            raise ValueError(f"A classifier needs two classes or more, not {len(class_names)}: pass their names.")
+        keys = ("dtype", "revision", "trust_remote_code", "attn_implementation")
+        loading = {key: settings.pop(key) for key in keys if key in settings}
+        pooling = settings.pop("pooling", None)
+        if isinstance(backbone, str):
+            hub = {key: loading[key] for key in keys[1:3] if key in loading}
+            tower = vision_tower(AutoConfig.from_pretrained(backbone, **hub))
+            pooling = pooling or usual_pooling(tower, cls is DualHeadForSequenceClassification)
+            model = backbone_class(tower).from_pretrained(
+                backbone, config=tower, **pooler_arguments(tower, pooling), **loading
+            )
+        elif isinstance(backbone, PreTrainedConfig):
+            tower, model = vision_tower(backbone), None
+        else:
+            tower, model = backbone.config, backbone
+        config_class: Any = cls.config_class
+        config = config_class(
+            backbone_config=tower,
+            pooling=pooling,
+            id2label=dict(enumerate(class_names)),
+            label2id={name: number for number, name in enumerate(class_names)},
+            **settings,
+        )
+        return cls(config, model)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Saves the weights under the names they have here.
+
+        transformers would rename those of some backbones (ViT) to what older versions called them, and its Trainer
+        then does not find them when it resumes from the checkpoint.
+        """
+        return super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
+
+    def init_heads(self, text_embeddings: Float[Tensor, "class width"]) -> None:
+        """Starts both heads from the teacher's text embeddings (language-aware initialisation), with zero biases.
+
+        Raises ValueError when the student's features do not live in the teacher's space.
+        """
+        for head in (self.ce_head, self.kd_head):
+            weight = head.get_parameter("weight")
+            if weight.shape != text_embeddings.shape:
+                raise ValueError(
+                    f"The teacher's text embeddings are {tuple(text_embeddings.shape)} (classes, width), the "
+                    f"student's heads {tuple(weight.shape)}. Take a student whose features have "
+                    "the teacher's width (the vision tower of a CLIP-like model), or set head_init: random."
+                )
+            with torch.no_grad():
+                weight.copy_(text_embeddings)
+                bias = dict(head.named_parameters()).get("bias")
+                if bias is not None:
+                    bias.zero_()
+
+    def answer(self, features: Float[Tensor, "row width"], labels: Int[Tensor, "row"] | None = None) -> DualHeadOutput:
+        """What the heads make of the features."""
+        ce_logits, kd_logits = self.ce_head(features), self.kd_head(features)
+        logits = interpolate(ce_logits, kd_logits, self.config.alpha, self.config.beta)
+        loss = None if labels is None else nll_loss(logits, labels)
+        return DualHeadOutput(loss, logits, ce_logits, kd_logits, features)
+
+    def single_head(self, head: str = "ce") -> tuple[Float[Tensor, "class width"], Float[Tensor, "class"]]:
+        """Weight and bias of one linear head that stands for both.
+
+        ce: the supervised head; exactly this model at alpha 1. kd: the distillation head over beta; exactly this model
+        at alpha 0. merged: alpha ce + (1 - alpha) kd / beta, the normalised *geometric* mean of the two predictions;
+        this model takes the arithmetic one, so the two agree at alpha 0 and 1 and only nearly in between. Raises
+        ValueError for a cosine head, which no linear layer can stand for, and another name.
+        """
+        if head not in ("ce", "kd", "merged"):
+            raise ValueError(f"{head!r} is none of the single heads; choose ce, kd or merged.")
+        alpha = {"ce": 1.0, "kd": 0.0, "merged": self.config.alpha}[head]
+        if alpha < 1 and not isinstance(self.kd_head, nn.Linear):
+            raise ValueError(
+                "A cosine head divides by the features' length, which no linear layer does. Export head 'ce', or the "
+                "whole model with export_program."
+            )
+        weight, bias = alpha * self.ce_head.weight.detach(), alpha * self.ce_head.bias.detach()
+        if alpha < 1:
+            share = (1 - alpha) / self.config.beta
+            weight = weight + share * self.kd_head.get_parameter("weight").detach()
+            bias = bias + share * self.kd_head.get_parameter("bias").detach()
+        return weight, bias
+
+    def plain_model(self, head: str = "ce") -> PreTrainedModel:
+        """A model of transformers' own classes with one head (see `single_head`), which loads without mmkd.
+
+        Raises ValueError where transformers' classifier of this backbone pools its features differently.
+        """
+        auto_class: Any = AutoModelForSequenceClassification if self.config.text else AutoModelForImageClassification
+        config: Any = type(self.config.backbone_config).from_dict(self.config.backbone_config.to_dict())
+        config.id2label, config.label2id = self.config.id2label, self.config.label2id
+        weight, bias = self.single_head(head)
+        unfit = ValueError(
+            f"transformers has no classifier over {config.model_type} that computes what this model does with "
+            f"pooling {self.config.pooling!r}. Export the whole model with export_program, which needs torch alone."
+        )
+        if type(config) not in auto_class._model_mapping:
+            raise unfit
+        if self.config.text and getattr(config, "pad_token_id", None) is None:
+            raise ValueError(
+                "A text classifier of transformers finds the last token by the padding token, and the backbone's "
+                "config names none. Set model.config.backbone_config.pad_token_id first."
+            )
+        plain = auto_class.from_config(config).to(weight.dtype).to(weight.device).eval()
+        classifier = [module for module in plain.modules() if isinstance(module, nn.Linear)][-1]
+        ours, theirs = self.backbone.state_dict(), plain.base_model.state_dict()
+        if classifier.weight.shape != weight.shape or {k: v.shape for k, v in ours.items()} != {
+            k: v.shape for k, v in theirs.items()
+        }:
+            raise unfit
+        plain.base_model.load_state_dict(ours)
+        with torch.no_grad():
+            classifier.weight.copy_(weight)
+            if classifier.bias is not None:
+                classifier.bias.copy_(bias)
+            probe = _probe(self)
+            features = self.eval().features(**probe)
+            same = torch.allclose(plain(**probe).logits, features @ weight.T + bias, rtol=1e-3, atol=1e-4)
+        if not same:
+            raise unfit
+        return plain
+
+    def export_program(self, path: str | Path, image_size: int | None = None) -> None:
+        """Writes the model as a program that `torch.export.load` runs without mmkd or transformers.
+
+        It computes exactly the interpolated class probabilities, for any number of rows, and of square images of
+        `image_size` pixels (default: that of the backbone's config), or texts of any length.
+        """
+        probe = _probe(self, image_size)
+        batch = torch.export.Dim("batch", min=1)
+        module = _Probabilities(self.eval(), list(probe))
+        # How many tokens there may be is the backbone's own limit, which the export finds.
+        automatic = torch.export.Dim.AUTO
+        dimensions = {0: automatic, 1: automatic} if self.config.text else {0: batch}
+        shapes = {"values": tuple(dimensions for _ in probe)}
+        torch.export.save(torch.export.export(module, tuple(probe.values()), dynamic_shapes=shapes), str(path))
+
+    def features(self, **inputs: Any) -> Float[Tensor, "row width"]:
+        """One feature vector per row, shared by the heads."""
+        return pooled(self.backbone(**inputs), self.config.pooling, inputs.get("attention_mask"))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CosineHead):
+            nn.init.normal_(module.weight)
+
+
+class DualHeadForImageClassification(_DualHeadModel):
+    """A vision backbone of transformers or timm with a supervised and a distillation head."""
+
+    config_class = DualHeadConfig
+    main_input_name = "pixel_values"
+
+    def forward(
+        self,
+        pixel_values: Float[Tensor, "row channel height width"],
+        labels: Int[Tensor, "row"] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> DualHeadOutput:
+        return self.answer(self.features(pixel_values=pixel_values, **kwargs), labels)
+
+
+class DualHeadForSequenceClassification(_DualHeadModel):
+    """A language model with a supervised and a distillation head."""
+
+    config_class = DualHeadTextConfig
+    main_input_name = "input_ids"
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "row token"],
+        attention_mask: Int[Tensor, "row token"] | None = None,
+        labels: Int[Tensor, "row"] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> DualHeadOutput:
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        return self.answer(self.features(input_ids=input_ids, attention_mask=attention_mask, **kwargs), labels)
+
+
+class _Probabilities(nn.Module):
+    """The interpolated class probabilities of inputs given in order."""
+
+    def __init__(self, model: _DualHeadModel, names: list[str]):
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return self.model(**dict(zip(self.names, values, strict=True))).logits.exp()
+
+
+def _probe(model: _DualHeadModel, image_size: int | None = None, rows: int = 3) -> dict[str, Tensor]:
+    """Random inputs of the right shape and type."""
+    generator = torch.Generator().manual_seed(0)
+    config: Any = model.config.backbone_config
+    if model.config.text:
+        # Below any special token of the usual vocabularies lies nothing to learn from; any token will do.
+        ids = torch.randint(5, config.vocab_size, (rows, 8), generator=generator)
+        return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
+    size = image_size or getattr(config, "image_size", None) or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (rows, getattr(config, "num_channels", None) or 3, height, width)
+    return {"pixel_values": torch.randn(shape, generator=generator).to(model.device, model.dtype)}
+
+
+AutoConfig.register(DualHeadConfig.model_type, DualHeadConfig)
+AutoConfig.register(DualHeadTextConfig.model_type, DualHeadTextConfig)
+AutoModelForImageClassification.register(DualHeadConfig, DualHeadForImageClassification)
+AutoModelForSequenceClassification.register(DualHeadTextConfig, DualHeadForSequenceClassification)

@@ -1,0 +1,89 @@
+"""Backbones of classifiers: any vision or language model of transformers, and one feature vector per row of it."""
+
+import inspect
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoModel, CLIPVisionModelWithProjection, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING
+
+POOLINGS = ("pooler", "cls", "mean", "last")
+
+
+def pooled(outputs: Any, pooling: str | None, mask: Tensor | None) -> Float[Tensor, "row width"]:
+    """One feature per row of a backbone's output; `mask` is that of a text's tokens."""
+    if pooling == "pooler":
+        projected = outputs.get("image_embeds")
+        return (outputs.pooler_output if projected is None else projected).flatten(1)
+    hidden = outputs.last_hidden_state
+    if hidden.ndim == 4:
+        # A convolution's map: channels first.
+        hidden = hidden.flatten(2).transpose(1, 2)
+    if pooling == "cls":
+        return hidden[:, 0]
+    if mask is None:
+        return hidden.mean(1) if pooling == "mean" else hidden[:, -1]
+    if pooling == "mean":
+        weights = mask.to(hidden.dtype)[..., None]
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    # The last attended token, whichever side is padded.
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (positions * (mask != 0)).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def vision_tower(config: Any) -> PreTrainedConfig:
+    """The part of a config that is a backbone: a CLIP-like model's vision tower, else all of it."""
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return config
+    if hasattr(vision, "projection_dim") and hasattr(config, "projection_dim"):
+        vision.projection_dim = config.projection_dim
+    return vision
+
+
+def backbone_class(config: Any) -> Any:
+    """The class that loads and builds the backbone of a config."""
+    # The space a CLIP's text embeddings live in lies behind the projection, which AutoModel leaves out.
+    return CLIPVisionModelWithProjection if config.model_type == "clip_vision_model" else AutoModel
+
+
+def new_backbone(config: Any, pooling: str | None) -> PreTrainedModel:
+    """A backbone with random weights, without a pooler that is not used."""
+    if config.model_type == "clip_vision_model":
+        return CLIPVisionModelWithProjection(config)
+    return AutoModel.from_config(config, **pooler_arguments(config, pooling))
+
+
+def pooler_arguments(config: Any, pooling: str | None) -> dict[str, bool]:
+    """What a backbone with an optional pooler must be told."""
+    # A pooler that is not used gets no gradient, which DDP takes for an error.
+    return {"add_pooling_layer": pooling == "pooler"} if _has_optional_pooler(config) else {}
+
+
+def _has_optional_pooler(config: Any) -> bool:
+    if type(config) not in MODEL_MAPPING:
+        return False
+    return "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
+
+
+def usual_pooling(config: Any, text: bool) -> str:
+    """How the features of a backbone are usually pooled: as transformers' own classifiers do, where they can be."""
+    if not text:
+        return "cls" if _has_optional_pooler(config) else "pooler"
+    if _has_optional_pooler(config):
+        return "pooler"
+    return "last" if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "cls"
+
+
+def width_of(backbone: Any) -> int:
+    """The width of a backbone's pooled features."""
+    config = backbone.config
+    if isinstance(backbone, CLIPVisionModelWithProjection):
+        return config.projection_dim
+    if config.model_type == "timm_wrapper":
+        return backbone.timm_model.num_features
+    sizes = getattr(config, "hidden_sizes", None)
+    return sizes[-1] if sizes else config.hidden_size

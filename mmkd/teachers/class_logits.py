@@ -1,0 +1,106 @@
+"""A class-level cache: a teacher's logits of every training row, computed once, checked whenever they are read."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .classifiers import ClassTeacher, check_classes
+from .identity import file_sha256
+
+LOGITS = "class_logits.safetensors"
+MANIFEST = "class_logits.json"
+_SAMPLED = 1000
+
+
+@dataclass(frozen=True)
+class ClassLogits:
+    """One row of logits per training row, and what made them."""
+
+    logits: Float[Tensor, "row class"]
+    identity: dict[str, Any]
+    """Teacher, its settings, class names, and a digest of the rows."""
+
+
+def compute_class_logits(
+    teacher: ClassTeacher, read: Callable[[int], Any], rows: int, batch_size: int = 64
+) -> Float[Tensor, "row class"]:
+    """The teacher's logits of rows 0 to `rows`, each read by its number, in batches."""
+    parts = []
+    for first in range(0, rows, batch_size):
+        parts.append(teacher.logits([read(row) for row in range(first, min(first + batch_size, rows))]))
+    logits = torch.cat(parts).float()
+    check_classes(logits.shape[1], teacher.class_names, "The teacher")
+    return logits
+
+
+def write_class_logits(folder: str | Path, cached: ClassLogits) -> None:
+    """Writes logits and manifest; the manifest, with the logits' sha256, comes last and makes them valid."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    save_file({"logits": cached.logits.contiguous()}, folder / LOGITS)
+    manifest = {"identity": cached.identity, "sha256": file_sha256(folder / LOGITS)}
+    partial = folder / f".{MANIFEST}"
+    partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    partial.replace(folder / MANIFEST)
+
+
+def has_class_logits(folder: str | Path) -> bool:
+    """Whether a folder holds complete class logits."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def read_class_logits(folder: str | Path, expected: dict[str, Any]) -> ClassLogits:
+    """The logits of a folder. Raises ValueError when they are damaged, or `expected` differs from what made them.
+
+    Keys of the identity that `expected` leaves out are not compared: a run that names no teacher takes any.
+    """
+    folder = Path(folder)
+    if not has_class_logits(folder):
+        raise ValueError(f"{folder} holds no class logits ({MANIFEST}); name the teacher, and they are computed once.")
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if file_sha256(folder / LOGITS) != manifest["sha256"]:
+        raise ValueError(f"{folder / LOGITS} is damaged: its sha256 is not that of {MANIFEST}. Delete the folder.")
+    identity = manifest["identity"]
+    for key, value in expected.items():
+        if identity.get(key) != value:
+            raise ValueError(
+                f"The class logits in {folder} were made with another {key.replace('_', ' ')}: "
+                f"{_short(identity.get(key))}, the run has {_short(value)}. Name another folder as "
+                "teacher_cache, or delete this one."
+            )
+    return ClassLogits(load_file(folder / LOGITS)["logits"], identity)
+
+
+def rows_digest(read: Callable[[int], bytes], rows: int) -> str:
+    """sha256 (hex) over the number of rows and the content of at most a thousand of them, spread evenly."""
+    digest = hashlib.sha256(str(rows).encode())
+    for row in np.unique(np.linspace(0, rows - 1, min(rows, _SAMPLED)).astype(int)):
+        digest.update(hashlib.sha256(read(int(row))).digest())
+    return digest.hexdigest()
+
+
+def class_identity(
+    name: str, weights: str | None, teacher: ClassTeacher, class_names: Sequence[str], rows: str
+) -> dict[str, Any]:
+    """What decides class logits, as plain values."""
+    return {
+        "class_names": list(class_names),
+        "rows": rows,
+        "teacher": {"name": name, "weights": weights, "kind": teacher.kind},
+        "settings": teacher.settings,
+    }
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,102 @@
+"""Tiny classification data, students and teachers that tests share."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as Pictures
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast, ViTConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from mmkd.models.dual_head import DualHeadForImageClassification
+from mmkd.trainers.dho import DHOConfig, DHOTrainer
+from tests.helpers import VISION
+
+NAMES = ["red", "green", "blue"]
+
+
+def picture(label: int, random: np.random.Generator) -> bytes:
+    """A PNG of 8 x 8 pixels, noisy, in the colour of its class."""
+    pixels = random.integers(0, 120, (8, 8, 3))
+    pixels[..., label] += 100
+    buffer = io.BytesIO()
+    Pictures.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def pictures(per_class: int, seed: int = 0) -> Dataset:
+    """Rows of `image` (bytes) and `label`, class after class."""
+    random = np.random.default_rng(seed)
+    labels = [label for label in range(len(NAMES)) for _ in range(per_class)]
+    images = [{"bytes": picture(label, random), "path": None} for label in labels]
+    features = Features({"image": Image(decode=False), "label": Value("int64")})
+    return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def pixels() -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(size={"height": 8, "width": 8})
+
+
+def vit(**settings: Any) -> Any:
+    torch.manual_seed(0)
+    return DualHeadForImageClassification.from_backbone(ViTConfig(**VISION), NAMES, **settings)
+
+
+def answers(rows: int, classes: int = len(NAMES)) -> torch.Tensor:
+    """Logits of a teacher that knows `pictures` roughly."""
+    logits = torch.randn(rows, classes, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(rows) * len(NAMES) // rows
+    return logits + 3 * torch.nn.functional.one_hot(labels, classes)
+
+
+def dho(folder: Path | str, trainer: dict[str, Any] | None = None, **settings: Any) -> DHOTrainer:
+    """A trainer of a tiny ViT on 36 pictures; keys are fields of DHOConfig, `trainer` holds other arguments."""
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "unlabeled_batch_size": 4,
+        "labels_per_class": 4,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    arguments: dict[str, Any] = {
+        "model": vit(),
+        "teacher": answers(36),
+        "train_dataset": pictures(12),
+        "eval_dataset": pictures(4, seed=1),
+        "processing_class": pixels(),
+        **(trainer or {}),
+    }
+    return DHOTrainer(args=DHOConfig(**{**defaults, **settings}), **arguments)
+
+
+def make_clip(folder: Path) -> Path:
+    """A folder with a random CLIP of 8 x 8 images and a tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<pad>", "<unk>", "<bos>", "a", "photo", "of", "picture", "the", ".", *NAMES, "<eos>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    ends = [("<bos>", vocabulary["<bos>"]), ("<eos>", vocabulary["<eos>"])]
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="<bos> $A <eos>", special_tokens=ends
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    tower = {key: VISION[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    text = {"vocab_size": len(words), "num_hidden_layers": 1, "max_position_embeddings": 16}
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": len(words) - 1}
+    config = CLIPConfig(text_config={**tower, **text, **ids}, vision_config=VISION, projection_dim=12)
+    torch.manual_seed(3)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    CLIPModel(config).save_pretrained(folder)
+    CLIPProcessor(processor, fast).save_pretrained(folder)
+    return folder
