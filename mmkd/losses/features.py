@@ -4,6 +4,7 @@ The relation of an image is R = Z Z^T over its K visual tokens. With Z the logit
 R = H (W^T W) H^T: neither the logits nor a copy of them is formed, and W^T W is shared by all images of a batch.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -88,6 +89,32 @@ def relation_loss(
         return loss
     metric = None if weight is None else logit_metric(weight, bias, centered=normalized)
     return _sum_of_distances(hidden, metric, job)
+
+
+def common_tokens(student: int, teacher: int) -> int:
+    """How many visual tokens of an image can be compared: the coarser side's number."""
+    return min(student, teacher)
+
+
+def pooled(
+    hidden: Float[Tensor, "visual width"], tokens: Sequence[int], common: Sequence[int]
+) -> Float[Tensor, "common width"]:
+    """The states of each image averaged down to a common number of visual tokens (ours, not the paper's).
+
+    Two squares are taken for grids of patches and averaged in two dimensions, anything else along the sequence. The
+    average of hidden states is, before a softcap, the average of their logits.
+    """
+    if list(tokens) == list(common):
+        return hidden
+    parts = []
+    for image, size, target in zip(hidden.split(list(tokens)), tokens, common, strict=True):
+        side, wanted = math.isqrt(size), math.isqrt(target)
+        if side**2 == size and wanted**2 == target:
+            grid = image.T.unflatten(1, (side, side))
+            parts.append(torch.nn.functional.adaptive_avg_pool2d(grid, wanted).flatten(1).T)
+        else:
+            parts.append(torch.nn.functional.adaptive_avg_pool1d(image.T, target).T)
+    return torch.cat(parts)
 
 
 def _sum_of_distances(hidden: Tensor, metric: Tensor | None, job: tuple[list[int], list[Tensor], bool]) -> Tensor:
