@@ -1,7 +1,7 @@
 """LLaVA-style students: a vision tower, a fresh projector and any causal LM as one standard transformers model."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -61,10 +61,11 @@ def assemble_llava(
     embeddings: Any = text.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
         text.resize_token_embeddings(len(tokenizer))  # pyright: ignore[reportCallIssue]
+    image_token: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=text.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=image_token,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=_select_strategy(tower.config),
         image_seq_length=_patches(tower.config),
@@ -122,7 +123,7 @@ def _vision_tower(name: str | Path, dtype: torch.dtype, hub: dict[str, Any]) -> 
     return tower
 
 
-def _select_strategy(config: Any) -> str:
+def _select_strategy(config: Any) -> Literal["default", "full"]:
     """LLaVA's name for how patches are taken: without the class token, or all there is."""
     kind = config.model_type
     if kind in _PLAIN:

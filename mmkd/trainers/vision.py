@@ -73,9 +73,9 @@ def teacher_view(batch: Mapping[str, Any]) -> View:
         if mine != other:
             raise ValueError(
                 f"Row {row} of a batch is supervised on {len(mine)} tokens of the student's and {len(other)} of the "
-                "teacher's, or on different ones: their chat templates end an answer differently, or prompts are "
-                "supervised too. Set assistant_only_loss: true (or map the data to prompt and completion), and give "
-                "student and teacher templates that write the same answer."
+                "teacher's, or on different ones: their chat templates write an answer differently, prompts are "
+                "supervised too, or max_length cuts one of the two. Set assistant_only_loss: true (or map the data to "
+                "prompt and completion), give both templates that write the same answer, and raise max_length."
             )
     return theirs
 
