@@ -23,6 +23,7 @@ from mmkd.data.load import load_data
 from mmkd.data.recipe import DataRecipe
 from mmkd.hub import local_cache
 from mmkd.models.assemble import prune
+from mmkd.models.llava import assemble_llava, llava_processor
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.recipes import find_recipe
 from mmkd.teachers.cached import TAILS, CachedTeacher
@@ -31,6 +32,9 @@ from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.store import Cache
 from mmkd.trainers import METHODS
 from mmkd.trainers.base import DistillationConfig, DistillationTrainer
+
+STAGE_KEYS = ("stages", "schedule")
+"""Keys of a recipe that is trained in stages; `mmkd.stages` reads them."""
 
 
 @dataclass
@@ -49,9 +53,18 @@ class RunArguments:
         metadata={
             "help": "pretrained: the student's own weights. prune: a new student from layers (and optionally narrower "
             "FFN and heads) of `student`, or of the teacher when `student` is not set. random: the student's config "
-            "with fresh weights.",
-            "choices": ["pretrained", "prune", "random"],
+            "with fresh weights. llava: a vision-language model of student_vision_tower, a fresh projector and the "
+            "language model `student`.",
+            "choices": ["pretrained", "prune", "random", "llava"],
         },
+    )
+    student_vision_tower: str | None = field(
+        default=None,
+        metadata={"help": "llava: the vision tower, a Hub id or a folder of CLIP, SigLIP, DINOv2 or ViT."},
+    )
+    student_vision_layer: int = field(
+        default=-2,
+        metadata={"help": "llava: which layer of the tower is read: -2 (default, as in LLaVA-1.5), -1 is the last."},
     )
     student_layers: list[int] | None = field(
         default=None,
@@ -119,8 +132,10 @@ class RunArguments:
     def __post_init__(self) -> None:
         if isinstance(self.student_layers, int):
             self.student_layers = [self.student_layers]
-        if self.student_init not in ("pretrained", "prune", "random"):
-            raise ValueError(f"student_init is {self.student_init!r}; choose pretrained, prune or random.")
+        if self.student_init not in ("pretrained", "prune", "random", "llava"):
+            raise ValueError(f"student_init is {self.student_init!r}; choose pretrained, prune, random or llava.")
+        if (self.student_init == "llava") != (self.student_vision_tower is not None):
+            raise ValueError("student_init: llava and student_vision_tower go together: set both or neither.")
         pruned = [self.student_layers, self.student_intermediate_size, self.student_num_attention_heads]
         if self.student is None and (self.student_init != "prune" or self.teacher is None):
             raise ValueError(
@@ -173,6 +188,8 @@ def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = (
     method = method_of(keys, flags)
     parser = parser_of(method)
     known = [action.dest for action in parser._actions if action.dest != "help"]
+    # Of a recipe in stages, this is what all of them share.
+    ignored = [*ignored, *STAGE_KEYS]
     for key in keys:
         if key not in (*known, "env", *ignored):
             raise ValueError(f"{path} sets {key!r}, which method {method} does not know.{_nearest(key, known)}")
@@ -265,6 +282,11 @@ def load_rows_of(run: Run) -> DatasetDict:
 def student_processing_class(run: Run) -> Any:
     """The tokenizer or processor of a run's student, which may be made of the teacher."""
     arguments = run.arguments
+    if arguments.student_init == "llava":
+        assert arguments.student is not None
+        assert arguments.student_vision_tower is not None
+        trust = run.training.trust_remote_code
+        return llava_processor(arguments.student_vision_tower, arguments.student, trust_remote_code=trust)
     if arguments.student is not None:
         return load_processing_class(arguments.student, "student", **_hub(run, run.student.model_revision))
     assert arguments.teacher is not None
@@ -388,6 +410,16 @@ def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(arguments.student, **_hub(run, student.model_revision))
         attention = {"attn_implementation": student.attn_implementation} if student.attn_implementation else {}
         return AutoModelForCausalLM.from_config(config, dtype=_dtype(student, torch.float32), **attention)
+    if arguments.student_init == "llava":
+        assert arguments.student is not None
+        assert arguments.student_vision_tower is not None
+        return assemble_llava(
+            arguments.student_vision_tower,
+            arguments.student,
+            vision_feature_layer=arguments.student_vision_layer,
+            dtype=_dtype(student, torch.float32),
+            trust_remote_code=run.training.trust_remote_code,
+        )
     if arguments.student_init == "pretrained":
         assert arguments.student is not None
         return load_model(arguments.student, "student", quantization_config=quantization, **settings)
