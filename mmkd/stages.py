@@ -67,7 +67,8 @@ def plan(recipe: Path, flags: Sequence[str]) -> tuple[list[Stage], list[str]]:
     """The stages that a recipe and flags ask for, in order, and the flags that each of them takes.
 
     `--stages A B ...` replaces the recipe's `schedule`; `--output_dir` holds the stages' folders; `--student` is where
-    the first one starts, and goes for what a student is made of if it is a vision-language model's folder. Raises ValueError for stages that the recipe does not have.
+    the first one starts: a vision-language model's folder goes for all that a student would be made of. Raises
+    ValueError for stages that the recipe does not have.
     """
     keys = read_recipe(recipe)
     chosen, flags = split_stages(flags)

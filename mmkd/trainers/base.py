@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from mmkd.models.backbone import allow_consumers, devices_of, full_head, name_of
 from mmkd.models.heads import LMHead
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.models.parts import train_only
+from mmkd.models.restore import renamed_on_disk, restore
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.cached import BATCH_KEY, CacheCollator, CachedTeacher
 from mmkd.teachers.local import LocalTeacher
@@ -349,6 +351,20 @@ class DistillationTrainer(SFTTrainer):
         prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
         check_supervision(dataset, prepared, args.max_length)
         return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore_renamed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._restore_renamed(self.state.best_model_checkpoint or "")
+
+    def _restore_renamed(self, checkpoint: str) -> None:
+        """Loads what the Trainer, which looks for the model's own names, silently left out."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if isinstance(self.model, PreTrainedModel) and not sharded and renamed_on_disk(self.model, Path(checkpoint)):
+            restore(self.model, Path(checkpoint))
 
     # The step
 
