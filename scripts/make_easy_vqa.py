@@ -42,7 +42,8 @@ def what_it_shows(questions: list[Question]) -> dict[int, str]:
     for question, answer, picture in questions:
         facts = known.setdefault(picture, {})
         found = _word(SHAPES, answer), _word(COLORS, answer)
-        if answer in ("yes", "no") and (answer == "no") == (" not " in question):
+        # "is no red shape present?" denies as well.
+        if answer in ("yes", "no") and (answer == "no") == (_word(("not", "no"), question) is not None):
             found = _word(SHAPES, question), _word(COLORS, question)
         elif answer not in ("yes", "no"):
             # "what is the blue shape?" tells the colour in the question.

@@ -34,7 +34,7 @@ SIZES = {"large": (64, 2), "small": (32, 1)}
 """Width and layers of the language models: the teacher's and the students'."""
 
 
-def make_tower(data: Path, folder: Path, steps: int = 3000, batch: int = 32) -> float:
+def make_tower(data: Path, folder: Path, steps: int = 1000, batch: int = 32) -> float:
     """Trains and saves the tower; returns how often it knows both shape and colour in its last batches."""
     torch.manual_seed(0)
     config = CLIPVisionConfig(
@@ -97,7 +97,7 @@ def descriptions(data: Path) -> list[tuple[str, str]]:
 
 
 def make_language_model(
-    texts: list[tuple[str, str]], tokenizer: Any, size: str, folder: Path, steps: int = 1500
+    texts: list[tuple[str, str]], tokenizer: Any, size: str, folder: Path, steps: int = 800
 ) -> float:
     """Trains and saves one language model; returns the share of right tokens in its last batches."""
     torch.manual_seed(0)
