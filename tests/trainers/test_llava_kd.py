@@ -17,6 +17,7 @@ from mmkd.trainers.kd import KDTrainer
 from mmkd.trainers.llava_kd import LLaVAKDConfig, LLaVAKDTrainer, VisualSignal, VisualSupervised
 from mmkd.trainers.vision import TEACHER_INPUTS, VISUAL
 from tests.helpers import Build, losses_of
+from tests.trainers.test_base import two_ranks
 from tests.vlms import make_llava, vision_rows
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "LLAVAKD_losses.npz")
@@ -147,6 +148,19 @@ def test_losses_do_not_depend_on_how_a_batch_is_cut(build_vlm: Build) -> None:
     single = steps(build_vlm(LLaVAKDTrainer, data, per_device_train_batch_size=1, gradient_accumulation_steps=4))
     assert halves == [pytest.approx(pair, rel=1e-4) for pair in whole]
     assert single == [pytest.approx(pair, rel=1e-4) for pair in whole]
+
+
+def test_losses_do_not_depend_on_ranks(build_vlm: Build, vlms: Any, tmp_path: Path) -> None:
+    """Two gloo ranks of two rows, with different numbers of images, are one rank of four."""
+    data = vision_rows([1, 2, 0, 3] * 6)
+    ranks = two_ranks(vlms["teacher"].parent, tmp_path, "llava_kd")
+    alone: Any = build_vlm(LLaVAKDTrainer, data)
+    expected = steps(alone)
+    evaluated = alone.evaluate(eval_dataset=data.select(range(5)))
+    for rank in ranks:
+        assert rank["steps"] == [pytest.approx(pair, rel=1e-3) for pair in expected]
+        assert rank["evaluated"] == pytest.approx({name: evaluated[name] for name in rank["evaluated"]}, rel=1e-3)
+    assert ranks[0]["weights"] == ranks[1]["weights"]
 
 
 def test_an_image_alone_is_the_same_among_many(build_vlm: Build) -> None:
