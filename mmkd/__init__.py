@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from mmkd.teachers.cached import CachedTeacher as CachedTeacher
     from mmkd.teachers.local import LocalTeacher as LocalTeacher
     from mmkd.teachers.server import ServerTeacher as ServerTeacher
+    from mmkd.trainers.alm import ALMConfig as ALMConfig
+    from mmkd.trainers.alm import ALMTrainer as ALMTrainer
     from mmkd.trainers.kd import KDConfig as KDConfig
     from mmkd.trainers.kd import KDTrainer as KDTrainer
     from mmkd.trainers.llava_kd import LLaVAKDConfig as LLaVAKDConfig
@@ -22,6 +24,8 @@ _MODULES = {
     "CachedTeacher": "mmkd.teachers.cached",
     "LocalTeacher": "mmkd.teachers.local",
     "ServerTeacher": "mmkd.teachers.server",
+    "ALMConfig": "mmkd.trainers.alm",
+    "ALMTrainer": "mmkd.trainers.alm",
     "KDConfig": "mmkd.trainers.kd",
     "KDTrainer": "mmkd.trainers.kd",
     "LLaVAKDConfig": "mmkd.trainers.llava_kd",

@@ -5,9 +5,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmkd.losses.divergences import log_one_minus_exp
 from mmkd.losses.fused import CPU_TILE_ELEMENTS
 from mmkd.teachers.codec import TokenScores
-from mmkd.teachers.signals import DenseSignal, log_one_minus_exp
+from mmkd.teachers.signals import DenseSignal
 
 _CHUNK = 256
 

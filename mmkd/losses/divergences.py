@@ -132,6 +132,37 @@ def interpolated_log_probs(
     return torch.lerp(_finite(student_log_probs.detach()), _finite(teacher_log_probs), t).log_softmax(-1)
 
 
+def renyi(
+    student_log_probs: Float[Tensor, "*item outcome"],
+    teacher_log_probs: Float[Tensor, "*item outcome"],
+    alpha: float = 2.0,
+) -> Float[Tensor, "*item"]:
+    """The Renyi divergence of the teacher from the student in nats, log(sum p^alpha q^(1 - alpha)) / (alpha - 1).
+
+    Alpha 1 is the forward KL. All outcomes must be possible. Raises ValueError when alpha is not positive.
+    """
+    if alpha <= 0:
+        raise ValueError(f"alpha is {alpha}; the Renyi divergence needs a positive order.")
+    if alpha == 1:
+        return forward_kl(student_log_probs, teacher_log_probs)
+    return torch.logsumexp(alpha * teacher_log_probs + (1 - alpha) * student_log_probs, -1) / (alpha - 1)
+
+
+def log_one_minus_exp(log_probs: Float[Tensor, "*item"]) -> Float[Tensor, "*item"]:
+    """log(1 - p) from log p <= 0, finite down to a remainder of one unit in the last place of p."""
+    log_probs = below_one(log_probs)
+    near_one = log_probs > -0.6931
+    # Each branch sees the values it is exact for, and a harmless one elsewhere, so that no gradient is 0 * inf.
+    of_large = (-log_probs.where(near_one, -1).expm1()).log()
+    of_small = (-log_probs.where(~near_one, -1).exp()).log1p()
+    return of_large.where(near_one, of_small)
+
+
+def below_one(log_probs: Float[Tensor, "*item"]) -> Float[Tensor, "*item"]:
+    """The log-probs with certainty moved one unit in the last place below it."""
+    return log_probs.clamp(max=-torch.finfo(log_probs.dtype).eps)
+
+
 def entropy(log_probs: Float[Tensor, "*item outcome"]) -> Float[Tensor, "*item"]:
     """-sum p log p in nats."""
     return -(log_probs.exp() * _finite(log_probs)).sum(-1)

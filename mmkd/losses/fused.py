@@ -94,25 +94,21 @@ def fused_loss(
     The gradient is ready when the call returns and can be used by one backward pass. Raises ValueError for a label
     outside the head's vocabulary.
     """
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < head.vocab_size:
-        raise ValueError(
-            f"Labels run from {int(labels.min())} to {int(labels.max())} but the head has {head.vocab_size} tokens; "
-            "the text was tokenised with another vocabulary."
-        )
+    check_labels(labels, head.vocab_size)
     ce_weight = ce_weight if targets is not None else 1.0
     job = _Job(head, labels, targets, objective, temperature, ce_weight, chunk_size, precise, diagnostics)
     if torch.is_grad_enabled():
         total = _FusedLoss.apply(hidden, head.weight, head.bias, job)
         assert isinstance(total, Tensor)
     else:
-        total = job.run(hidden, head.weight, head.bias, (False, False, False))[0]
+        total = job.run(hidden, (False, False, False))[0]
     return FusedLoss(total, job.sums)
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, job):
-        total, *ctx.gradients = job.run(hidden, weight, bias, ctx.needs_input_grad[:3])
+        total, *ctx.gradients = job.run(hidden, ctx.needs_input_grad[:3])
         return total
 
     @staticmethod
@@ -123,22 +119,89 @@ class _FusedLoss(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(grad_total) for gradient in gradients), None
 
 
+@dataclass(frozen=True)
+class Projection:
+    """From hidden states to logits, some tokens at a time: with which head, in which type, in how large chunks."""
+
+    head: Head
+    dtype: torch.dtype
+    chunk_size: int
+    precise: bool
+
+    @classmethod
+    def here(cls, hidden: Tensor, head: Head, chunk_size: int, precise: bool) -> "Projection":
+        """A projection in the autocast type of the place of the call, or else in the type of the head."""
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        return cls(head, dtype, chunk_size, precise)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The type of sums and comparisons."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def chunks(self, hidden: Tensor) -> Iterator["LogitsChunk"]:
+        """The logits before `Head.finish`, in one buffer that the next chunk overwrites; call without autocast."""
+        head = self.head.frozen(self.dtype)
+        dtype = self.wide if self.precise else self.dtype
+        buffer = hidden.new_empty(min(self.chunk_size, len(hidden)), head.vocab_size, dtype=dtype)
+        for start in starts(len(hidden), self.chunk_size):
+            rows = slice(start, min(start + self.chunk_size, len(hidden)))
+            states = hidden.detach()[rows].to(self.dtype)
+            yield LogitsChunk(rows, states, head.weight, head.project(states, buffer[: len(states)]))
+
+
+@dataclass(frozen=True)
+class LogitsChunk:
+    """The logits of some tokens and what they are the product of."""
+
+    rows: slice
+    states: Float[Tensor, "token width"]
+    weight: Float[Tensor, "vocab width"]
+    logits: Float[Tensor, "token vocab"]
+
+    def tiles(self) -> Iterator[slice]:
+        """The rows to compare at a time: all of them, but on a CPU as many as its cache holds."""
+        length, vocab = self.logits.shape
+        size = CPU_TILE_ELEMENTS // vocab if self.logits.device.type == "cpu" else length
+        for start in starts(length, max(1, size)):
+            yield slice(start, min(start + max(1, size), length))
+
+
 @dataclass
-class _Gradients:
+class HeadGradients:
     """Where one call accumulates its gradients; None where nobody asks for one."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
 
-    def accumulate(self, grad_logits: Tensor, states: Tensor, projection: Tensor, rows: slice) -> None:
+    @classmethod
+    def zeros(cls, projection: Projection, hidden: Tensor, needs: tuple[bool, ...]) -> "HeadGradients":
+        """Zeros for those of hidden, weight and bias that need a gradient."""
+        weight, bias, wide = projection.head.weight, projection.head.bias, projection.wide
+        return cls(
+            torch.zeros_like(hidden) if needs[0] else None,
+            torch.zeros_like(weight, dtype=wide if projection.precise else None) if needs[1] else None,
+            torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None,
+        )
+
+    def accumulate(self, chunk: LogitsChunk) -> None:
+        """Adds what follows from a chunk whose logits were overwritten by their gradient."""
+        grad_logits = chunk.logits
         if self.bias is not None:
             self.bias[: grad_logits.shape[1]] += grad_logits.sum(0, dtype=self.bias.dtype)
-        grad_logits = grad_logits.to(states.dtype)
+        grad_logits = grad_logits.to(chunk.states.dtype)
         if self.hidden is not None:
-            self.hidden[rows] = grad_logits @ projection
+            self.hidden[chunk.rows] = grad_logits @ chunk.weight
         if self.weight is not None:
-            _accumulate_product(self.weight[: len(projection)], grad_logits.T, states)
+            _accumulate_product(self.weight[: len(chunk.weight)], grad_logits.T, chunk.states)
+
+    def result(self, head: Head) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of hidden, weight and bias, in the types of the head."""
+        grad_weight = None if self.weight is None else self.weight.to(head.weight.dtype)
+        grad_bias = None if self.bias is None or head.bias is None else self.bias.to(head.bias.dtype)
+        return self.hidden, grad_weight, grad_bias
 
 
 @dataclass
@@ -157,42 +220,26 @@ class _Job:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def run(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]
+        self, hidden: Tensor, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The total and its gradients for hidden, weight and bias, each None where `needs` has no use for it."""
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        gradients = _Gradients(
-            torch.zeros_like(hidden) if needs[0] else None,
-            torch.zeros_like(weight, dtype=wide if self.precise else None) if needs[1] else None,
-            torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None,
-        )
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        head = self.head.frozen(dtype)
-        buffer = hidden.new_empty(
-            min(self.chunk_size, len(hidden)), head.vocab_size, dtype=wide if self.precise else dtype
-        )
-        chunks = iter(()) if self.targets is None else self.targets.chunks(self.chunk_size)
-        with torch.autocast(kind, enabled=False):
-            for start in starts(len(hidden), self.chunk_size):
-                rows = slice(start, min(start + self.chunk_size, len(hidden)))
-                states = hidden.detach()[rows].to(dtype)
-                logits = head.project(states, buffer[: len(states)])
-                total += self._compare_chunk(logits, self.labels[rows], next(chunks, None), any(needs))
+        projection = Projection.here(hidden, self.head, self.chunk_size, self.precise)
+        gradients = HeadGradients.zeros(projection, hidden, needs)
+        total = torch.zeros((), dtype=projection.wide, device=hidden.device)
+        outcomes = iter(()) if self.targets is None else self.targets.chunks(self.chunk_size)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for chunk in projection.chunks(hidden):
+                total += self._compare_chunk(chunk, next(outcomes, None), any(needs))
                 if any(needs):
-                    gradients.accumulate(logits, states, head.weight, rows)
-        grad_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
-        grad_bias = None if bias is None or gradients.bias is None else gradients.bias.to(bias.dtype)
-        return total, gradients.hidden, grad_weight, grad_bias
+                    gradients.accumulate(chunk)
+        return total, *gradients.result(self.head)
 
-    def _compare_chunk(self, logits: Tensor, labels: Tensor, outcomes: Outcomes | None, differentiate: bool) -> Tensor:
+    def _compare_chunk(self, chunk: LogitsChunk, outcomes: Outcomes | None, differentiate: bool) -> Tensor:
         """The chunk's loss; with `differentiate`, its gradient replaces the logits."""
+        logits, labels = chunk.logits, self.labels[chunk.rows]
         wide = torch.promote_types(logits.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=logits.device)
-        tile = max(1, CPU_TILE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-        for start in starts(len(logits), tile):
-            rows = slice(start, min(start + tile, len(logits)))
+        for rows in chunk.tiles():
             leaf = logits[rows].to(wide).requires_grad_(differentiate)
             with torch.set_grad_enabled(differentiate):
                 loss = self._compare(leaf, labels[rows], outcomes, rows)
@@ -250,6 +297,15 @@ class _Job:
     def _add(self, **values: Tensor) -> None:
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach()
+
+
+def check_labels(labels: Int[Tensor, "token"], vocab_size: int) -> None:
+    """Raises ValueError when a label is no token of the vocabulary."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
+        raise ValueError(
+            f"Labels run from {int(labels.min())} to {int(labels.max())} but the head has {vocab_size} tokens; "
+            "the text was tokenised with another vocabulary."
+        )
 
 
 def starts(length: int, step: int) -> range:

@@ -145,6 +145,15 @@ def full_head(model: PreTrainedModel | PeftModel) -> LMHead:
         return replace(head, weight=head.weight.detach().clone(), bias=bias)
 
 
+def last_layer(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
+    """The last block of the text decoder. Raises ValueError for a decoder without a list of blocks."""
+    decoder = base_of(model).get_decoder()
+    blocks = [module for module in decoder.children() if isinstance(module, torch.nn.ModuleList)]
+    if len(blocks) != 1:
+        raise ValueError(f"{type(decoder).__name__} has no single list of blocks, so none of them is the last.")
+    return blocks[0][-1]
+
+
 def devices_of(model: PreTrainedModel | PeftModel) -> set[torch.device]:
     """The devices that hold the model's parameters."""
     return {parameter.device for parameter in model.parameters()}

@@ -1,21 +1,24 @@
 """A teacher on disk: what it said about each sequence was written down by `mmkd cache build`."""
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .base import Teacher
 from .codec import TokenScores
 from .keys import image_hash, segments, sequence_key
 from .manifest import differences
-from .signals import SparseSignal, TopKSignal
+from .signals import LabelSignal, SparseSignal, TopKSignal
 from .store import Cache
+
+logger = logging.getLogger(__name__)
 
 TAILS = ("bucket", "unbiased", "renormalise")
 
@@ -23,7 +26,7 @@ BATCH_KEY = "teacher_scores"
 """Where `CacheCollator` puts its tensors into a batch."""
 
 
-class CachedTeacher(Teacher[SparseSignal]):
+class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
     """Answers from a cache, found by the very tokens (and images) that the student sees.
 
     Args:
@@ -41,11 +44,9 @@ class CachedTeacher(Teacher[SparseSignal]):
         self.tail, codec = tail, self.cache.codec
         if tail not in TAILS:
             raise ValueError(f"teacher_tail is {tail!r}; choose one of {', '.join(TAILS)}.")
-        if codec.kind != "top_k":
-            raise ValueError(
-                f"{self.cache.folder} holds one log-prob per token, for method alm; this method needs a top-k. Build "
-                "one with cache_signal: top_k."
-            )
+        if codec.kind == "log_probs":
+            self.signal_type, self.can_temper = LabelSignal, False
+            return
         if tail == "unbiased" and not codec.m:
             raise ValueError(
                 f"{self.cache.folder} has no draws from the tail, which teacher_tail: unbiased needs. Use bucket, or "
@@ -88,17 +89,52 @@ class CachedTeacher(Teacher[SparseSignal]):
         return self.cache.find(key) is not None or key in self.cache.skipped_keys
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Nothing to place: batches bring the answers with them."""
+        """Says which rows have no answer. Nothing to place: batches bring the answers with them."""
+        manifest = self.cache.manifest
+        if manifest.skipped_rows() and accelerator.is_main_process:
+            logger.warning("%s teaches nothing on some rows: %s", self.cache.folder, manifest.skipped_summary())
 
-    def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> SparseSignal:
-        """The answers that `CacheCollator` put into this batch."""
+    def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> SparseSignal | LabelSignal:
+        """The answers that the collator put into this batch."""
+        fields = inputs[BATCH_KEY]
+        if self.signal_type is LabelSignal:
+            # Of the teacher's tokens, of which `supervised` does not speak.
+            return LabelSignal(fields["log_probs"].view(torch.float32))
         # Rows that an evaluation repeats to fill its last batch come last and are not supervised.
-        ids, *others = [tensor[: int(supervised.sum())] for tensor in inputs[BATCH_KEY].values()]
+        ids, *others = [tensor[: int(supervised.sum())] for tensor in fields.values()]
         assert len(ids) == supervised.sum()
         return self.signal_type(ids, *(tensor.view(torch.float32) for tensor in others))
 
+    def _nothing(self) -> TokenScores:
+        codec = self.cache.codec
+        ids, draws = (np.zeros((0, width), dtype=np.int32) for width in (codec.k, codec.m))
+        return TokenScores(ids, np.zeros((0, codec.k), dtype=np.float32), draws, np.zeros(0, dtype=np.float32))
+
+    def look_up(
+        self, ids: Int[np.ndarray, "token"], supervised: Bool[np.ndarray, "token"], images: Sequence[str] = ()
+    ) -> TokenScores | None:
+        """What the cache holds about a sequence, None if the teacher could not read it.
+
+        Raises ValueError for a sequence that the cache does not know.
+        """
+        key = sequence_key(ids, supervised, images)
+        if key in self.cache.skipped_keys:
+            return None
+        found = self.cache.find(key)
+        if found is None:
+            raise ValueError(
+                f"The cache {self.cache.folder} does not know a sequence of this batch (first tokens "
+                f"{ids[:8].tolist()}): the data or its preparation differs from what the cache was built on. Build it "
+                "again with this recipe."
+            )
+        return self.cache.scores(found)
+
     def tensors(self, scores: list[TokenScores]) -> dict[str, Tensor]:
         """The fields of this teacher's signal for the supervised tokens of a batch."""
+        scores = scores or [self._nothing()]
+        if self.signal_type is LabelSignal:
+            log_probs = np.concatenate([one.log_probs[:, 0] for one in scores])
+            return {"log_probs": torch.from_numpy(log_probs).float().view(torch.int32)}
         if self.tail == "unbiased":
             outcomes = [_with_draws(one) for one in scores]
         else:
@@ -110,7 +146,7 @@ class CachedTeacher(Teacher[SparseSignal]):
         fields = {"ids": torch.from_numpy(ids), "log_probs": log_probs}
         if self.tail == "bucket":
             fields["tail_log_prob"] = torch.from_numpy(np.concatenate([one.tail_log_prob for one in scores]))
-        # As integers: DeepSpeed turns all numbers of a batch that have a point into its own, shorter type.
+        # As integers, here and above: DeepSpeed turns all floats of a batch into its own, shorter type.
         return {name: tensor if name == "ids" else tensor.float().view(torch.int32) for name, tensor in fields.items()}
 
 
@@ -118,7 +154,6 @@ class CacheCollator:
     """A data collator that looks its batch up in a teacher's cache; runs in the data loader's workers.
 
     Nothing is learnt from sequences that the teacher could not read when the cache was built with on_error: skip.
-    Raises ValueError for a sequence that the cache does not know.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], Any], teacher: CachedTeacher):
@@ -129,32 +164,20 @@ class CacheCollator:
         images = [[image_hash(image) for image in images_of(example)] for example in examples]
         batch = self.collator(examples)
         ids, supervised = batch["input_ids"].numpy(), batch["labels"].numpy() != -100
-        cache, scores = self.teacher.cache, []
+        scores = []
         for row in range(len(ids)):
-            for segment in _segments(batch, row):
+            for segment in spans_of_row(batch, row):
                 mask = supervised[row, segment].copy()
                 mask[:1] = False
                 if not mask.any():
                     continue
-                key = sequence_key(ids[row, segment], mask, images[row])
-                found = cache.find(key)
-                if key in cache.skipped_keys:
-                    batch["labels"][row, segment] = -100
-                    continue
+                found = self.teacher.look_up(ids[row, segment], mask, images[row])
                 if found is None:
-                    raise ValueError(
-                        f"The cache {cache.folder} does not know a sequence of this batch (first tokens "
-                        f"{ids[row, segment][:8].tolist()}): the data or its preparation differs from what the cache "
-                        "was built on. Build it again with this recipe."
-                    )
-                scores.append(cache.scores(found))
-        batch[BATCH_KEY] = self.teacher.tensors(scores or [self._nothing()])
+                    batch["labels"][row, segment] = -100
+                else:
+                    scores.append(found)
+        batch[BATCH_KEY] = self.teacher.tensors(scores)
         return batch
-
-    def _nothing(self) -> TokenScores:
-        codec = self.teacher.cache.codec
-        ids, draws = (np.zeros((0, width), dtype=np.int32) for width in (codec.k, codec.m))
-        return TokenScores(ids, np.zeros((0, codec.k), dtype=np.float32), draws, np.zeros(0, dtype=np.float32))
 
 
 def images_of(example: Mapping[str, Any]) -> list[Any]:
@@ -164,7 +187,7 @@ def images_of(example: Mapping[str, Any]) -> list[Any]:
     return list(example.get("images") or [])
 
 
-def _segments(batch: Mapping[str, Any], row: int) -> Iterable[slice]:
+def spans_of_row(batch: Mapping[str, Any], row: int) -> Iterable[slice]:
     """The sequences of a row of a batch: what lies between restarts of the positions, or all that is no padding."""
     if "position_ids" in batch:
         positions = batch["position_ids"][row].numpy()

@@ -10,8 +10,10 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mmkd.losses.divergences import log_one_minus_exp
+
 from .base import Teacher
-from .signals import TopKSignal, log_one_minus_exp
+from .signals import TopKSignal
 from .vllm_client import Answer as Answer
 from .vllm_client import Prompt as Prompt
 from .vllm_client import Question as Question

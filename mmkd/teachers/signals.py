@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmkd.losses.divergences import log_one_minus_exp
 from mmkd.losses.fused import starts
 from mmkd.models.heads import LMHead
 
@@ -99,6 +100,66 @@ class TopKSignal(SparseSignal):
         return student, torch.cat([teacher, self.tail_log_prob[rows, None].to(teacher)], dim=-1)
 
 
-def log_one_minus_exp(log_probs: Tensor) -> Tensor:
-    """log(1 - p) from log p <= 0, finite down to a remainder of one unit in the last place of p."""
-    return torch.log(-torch.expm1(log_probs.clamp(max=-torch.finfo(log_probs.dtype).eps)))
+@dataclass(frozen=True)
+class LabelSignal:
+    """How likely the teacher found each supervised token of its own tokenisation, and nothing of other tokens."""
+
+    log_probs: Float[Tensor, "token"]
+
+
+@dataclass(frozen=True)
+class ChunkAlignment:
+    """Which tokens of a batch make up the same text on both sides; a token is named by its place among the supervised.
+
+    Chunks are in the order of the text, all of one sequence before those of the next.
+    """
+
+    student_chunk: Int[Tensor, "student_token"]
+    """The chunk of each of the student's tokens, -1 for none."""
+    teacher_chunk: Int[Tensor, "teacher_token"]
+    student_next: Int[Tensor, "chunk"]
+    """The token after each chunk of text, -1 on both sides where one of them has none, and after markers."""
+    teacher_next: Int[Tensor, "chunk"]
+    row: Int[Tensor, "chunk"]
+    """The sequence of the batch that each chunk is from."""
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def first_tokens(self) -> tuple[Int[Tensor, "chunk"], Int[Tensor, "chunk"]]:
+        """The student's and the teacher's first token of each chunk."""
+        return _first(self.student_chunk, len(self)), _first(self.teacher_chunk, len(self))
+
+    def of_first_tokens(self, tokens: int) -> "ChunkAlignment":
+        """What is left when only the first of the student's tokens count."""
+        student_chunk = self.student_chunk[:tokens]
+        chunks = int(student_chunk.max()) + 1 if tokens else 0
+        teacher_chunk = self.teacher_chunk.where(self.teacher_chunk < chunks, -1)
+        rest = (self.student_next[:chunks], self.teacher_next[:chunks], self.row[:chunks])
+        return ChunkAlignment(student_chunk, teacher_chunk, *rest)
+
+
+def _first(chunk: Tensor, chunks: int) -> Tensor:
+    places = torch.arange(len(chunk), device=chunk.device)
+    slot = torch.where(chunk < 0, chunks, chunk)
+    return places.new_full((chunks + 1,), len(chunk)).scatter_reduce(0, slot, places, "amin")[:chunks]
+
+
+@dataclass(frozen=True)
+class ChunkSignal:
+    """How likely the teacher found each chunk of text, whatever the tokens that it is made of."""
+
+    log_probs: Float[Tensor, "chunk"]
+    alignment: ChunkAlignment
+    boundary_log_probs: Float[Tensor, "chunk"] | None = None
+    """The teacher's probability, after each chunk, of a token that begins a new word or ends the text."""
+    dense: DenseSignal | None = None
+    """The teacher at its own supervised tokens, where it is a model in this process."""
+
+    def of_first_tokens(self, tokens: int) -> "ChunkSignal":
+        """What is left when only the first of the student's tokens count."""
+        if tokens == len(self.alignment.student_chunk):
+            return self
+        alignment = self.alignment.of_first_tokens(tokens)
+        boundary = None if self.boundary_log_probs is None else self.boundary_log_probs[: len(alignment)]
+        return ChunkSignal(self.log_probs[: len(alignment)], alignment, boundary, self.dense)

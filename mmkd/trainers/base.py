@@ -144,6 +144,8 @@ class DistillationTrainer(SFTTrainer):
         teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         **kwargs: Any,
     ):
+        # For methods that prepare data for the teacher too, which happens before there is one.
+        self._given_teacher = (teacher, teacher_processing_class)
         self._tag_names = ["mmkd", self.method]
         self._name = type(self).__name__.removesuffix("Trainer")
         if teacher is None and self.needs_teacher:

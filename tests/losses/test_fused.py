@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkd.losses import fused
-from mmkd.losses.divergences import entropy, forward_kl, reverse_kl
+from mmkd.losses.divergences import entropy, forward_kl, log_one_minus_exp, reverse_kl
 from mmkd.losses.fused import FusedLoss, Objective, fused_loss
 from mmkd.models.heads import LMHead
-from mmkd.teachers.signals import DenseSignal, TopKSignal, log_one_minus_exp
+from mmkd.teachers.signals import DenseSignal, TopKSignal
 from mmkd.trainers.kd import DIVERGENCES, KDConfig
 from mmkd.trainers.taid import TAIDTrainer
 

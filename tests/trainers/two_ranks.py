@@ -59,9 +59,9 @@ def main(method: str, models: str, output: str, stage: str = "") -> None:
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     result = {
         "steps": [[entry["loss"], entry["grad_norm"]] for entry in history],
-        "kl": [entry["kl"] for entry in history],
+        "kl": [entry.get("kl") for entry in history],
         "t": [entry.get("taid_t") for entry in history],
-        "evaluated": {name: evaluated[name] for name in ("eval_loss", "eval_kl", "eval_ce")},
+        "evaluated": {name: evaluated[name] for name in ("eval_loss", "eval_kl", "eval_ce") if name in evaluated},
         "weights": sum(float(parameter.double().sum()) for parameter in trainer.model.parameters()),
     }
     Path(output, f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))

@@ -1,0 +1,226 @@
+"""What stands between the texts of a conversation: special tokens and role headers, paired across two tokenizers.
+
+Other libraries keep a table per model family. Here a chat template is rendered with contents that it cannot
+contain, and what stands between them is read off.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Bool, Int
+from numpy import ndarray
+
+from mmkd.alignment.pieces import TokenPieces, Tokens, ragged_ranges
+
+Markers = Mapping[str, Iterable[tuple[int, ...]]]
+"""A role (bos, pad, eos, user, end of user, ...) -> the token sequences that mark it."""
+
+
+def markers_of(tokenizer: Any) -> dict[str, set[tuple[int, ...]]]:
+    """The markers of a tokenizer, from its special tokens and, if it has one, its chat template.
+
+    Headers are named for the role that they introduce, ends "end of" it. Markers that a template writes in plain
+    text are found only where they are tokenised as they are on their own.
+    """
+    named = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    found = {role: {(index,)} for role, index in named.items() if index is not None}
+    if tokenizer.chat_template is None:
+        return found
+    texts = _template_texts(tokenizer)
+    if any(text.startswith(tokenizer.bos_token or " ") for role, text in texts if not role.startswith("end")):
+        # A header begins with what is called bos, so that it is none.
+        del found["bos"]
+    for role, text in texts:
+        # A space before a text becomes part of it. The newline after an end may be missing.
+        for spelling in {text.rstrip(" "), text.rstrip() if role.startswith("end") else text.rstrip(" ")}:
+            if spelling.strip():
+                ids = tokenizer(spelling, add_special_tokens=False)["input_ids"]
+                found.setdefault(role, set()).add(tuple(ids))
+    return found
+
+
+def _template_texts(tokenizer: Any) -> list[tuple[str, str]]:
+    """Pairs of a role and a text that the chat template writes for it, some of them empty."""
+    talk = _between(tokenizer, "user", "assistant", "user", "assistant")
+    question, prompt = _between(tokenizer, "user"), _between(tokenizer, "user", generation=True)
+    if not (talk and question and prompt):
+        return []
+    user_end, assistant_end = question[-1], talk[-1]
+    found = [("end of user", user_end), ("end of assistant", assistant_end)]
+    # The last answer may be introduced otherwise than those before it: with empty thoughts, say.
+    found += [("assistant", text.removeprefix(user_end)) for text in (talk[1], talk[3], prompt[-1])]
+    user = talk[2].removeprefix(assistant_end)
+    found.append(("user", user))
+    if told := _between(tokenizer, "system", "user"):
+        bos = tokenizer.bos_token or ""
+        found.append(("system", told[0] if user.startswith(bos) else told[0].removeprefix(bos)))
+        if told[1].endswith(user):
+            found.append(("end of system", told[1].removesuffix(user)))
+    return found
+
+
+def _between(tokenizer: Any, *roles: str, generation: bool = False) -> list[str]:
+    """What the template writes before, between and after messages of these roles; nothing if it refuses them."""
+    contents = [f"Q{i}Z" for i in range(len(roles))]
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    # Templates refuse roles with errors of their own; one without a system role is common.
+    except Exception:
+        return []
+    parts = re.split("|".join(contents), text)
+    return parts if len(parts) == len(roles) + 1 else []
+
+
+@dataclass(frozen=True)
+class Occurrences:
+    """Where markers stand in rows of tokens, in order: first token, token after the last, kind, row.
+
+    Markers of kind -1 have no counterpart on the other side at all. Hard ones contain an added token, which no text
+    splits into: where they find no partner they are skipped as a whole, while other ones are text.
+    """
+
+    starts: Int[ndarray, "marker"]
+    stops: Int[ndarray, "marker"]
+    kinds: Int[ndarray, "marker"]
+    rows: Int[ndarray, "marker"]
+    hard: Bool[ndarray, "marker"]
+
+    def __getitem__(self, which: ndarray) -> Self:
+        return type(self)(*(getattr(self, field.name)[which] for field in fields(self)))
+
+    def tokens(self) -> Int[ndarray, "token"]:
+        """The positions of their tokens."""
+        return ragged_ranges(self.starts, self.stops - self.starts)
+
+
+@dataclass(frozen=True)
+class MarkerTable:
+    """The token sequences that are markers on one side, longest first, with a kind that both sides share or -1."""
+
+    patterns: tuple[tuple[int, ...], ...]
+    kinds: Int[ndarray, "pattern"]
+    hard: Bool[ndarray, "pattern"]
+    begins: Bool[ndarray, "vocab"]
+
+    def find(self, tokens: Tokens) -> Occurrences:
+        """The markers in rows of tokens, which do not overlap."""
+        ids, places = tokens.ids, np.flatnonzero(self.begins.take(tokens.ids))
+        rows = np.searchsorted(tokens.rows, places, "right") - 1
+        space, which = tokens.rows[rows + 1] - places, np.full(len(places), -1)
+        for number, pattern in enumerate(self.patterns):
+            open_ = np.flatnonzero((which < 0) & (space >= len(pattern)))
+            for offset, token in enumerate(pattern):
+                open_ = open_[ids[places[open_] + offset] == token]
+            which[open_] = number
+        sizes = np.array([len(pattern) for pattern in self.patterns], np.int64)
+        keep = which >= 0
+        places, rows, which = places[keep], rows[keep], which[keep]
+        stops = places + sizes[which]
+        if (stops[:-1] > places[1:]).any():
+            end, kept = 0, []
+            for i, (start, stop) in enumerate(zip(places.tolist(), stops.tolist(), strict=True)):
+                if start >= end:
+                    end = stop
+                    kept.append(i)
+            places, stops, rows, which = places[kept], stops[kept], rows[kept], which[kept]
+        return Occurrences(places, stops, self.kinds[which], rows, self.hard[which])
+
+
+def marker_tables(
+    teacher: Markers, student: Markers, teacher_pieces: TokenPieces, student_pieces: TokenPieces
+) -> tuple[MarkerTable, MarkerTable]:
+    """The tables of both sides. Roles that one side marks alike (end of user, eos) are one kind on both."""
+    sides = ({role: set(ids) for role, ids in teacher.items()}, {role: set(ids) for role, ids in student.items()})
+    kind = {role: i for i, role in enumerate(sorted({*teacher, *student}))}
+    for side in sides:
+        owner: dict[tuple[int, ...], int] = {}
+        for role, patterns in side.items():
+            for pattern in patterns:
+                old, new = kind[role], owner.setdefault(pattern, kind[role])
+                kind = {name: new if value == old else value for name, value in kind.items()}
+                owner = {key: new if value == old else value for key, value in owner.items()}
+    common = {kind[role] for role in sides[0] if sides[0][role]} & {kind[role] for role in sides[1] if sides[1][role]}
+    return (_table(sides[0], kind, common, teacher_pieces), _table(sides[1], kind, common, student_pieces))
+
+
+def _table(
+    markers: Mapping[str, set[tuple[int, ...]]], kind: Mapping[str, int], common: set[int], pieces: TokenPieces
+) -> MarkerTable:
+    kinds = {pattern: kind[role] for role, patterns in markers.items() for pattern in patterns}
+    hard = {pattern: bool(pieces.added[list(pattern)].any()) for pattern in kinds}
+    usable = [pattern for pattern in kinds if hard[pattern] or kinds[pattern] in common]
+    patterns = tuple(sorted(usable, key=lambda pattern: (-len(pattern), pattern)))
+    begins = np.zeros(len(pieces), bool)
+    begins[[pattern[0] for pattern in patterns]] = True
+    shared = [kinds[pattern] if kinds[pattern] in common else -1 for pattern in patterns]
+    return MarkerTable(patterns, np.array(shared, np.int64), np.array([hard[p] for p in patterns], bool), begins)
+
+
+def pair_occurrences(
+    teacher: Occurrences,
+    student: Occurrences,
+    teacher_tokens: Tokens,
+    student_tokens: Tokens,
+) -> tuple[Int[ndarray, "pair"], Int[ndarray, "pair"]]:
+    """Which markers of teacher and student are partners, in order: of one kind and in the same row.
+
+    Where the kinds in a row differ (a system prompt that one template adds, a cut end), the pairs are as many as
+    possible, preferring those with the same number of bytes between them and the marker before.
+    """
+    usable = np.flatnonzero(teacher.kinds >= 0), np.flatnonzero(student.kinds >= 0)
+    left, right = teacher[usable[0]], student[usable[1]]
+    if np.array_equal(left.kinds, right.kinds) and np.array_equal(left.rows, right.rows):
+        return usable
+    items = _kinds_and_texts(left, teacher, teacher_tokens), _kinds_and_texts(right, student, student_tokens)
+    pairs: list[tuple[int, int]] = []
+    for row in np.intersect1d(left.rows, right.rows):
+        begin, end = np.searchsorted(left.rows, [row, row + 1]).tolist()
+        other, other_end = np.searchsorted(right.rows, [row, row + 1]).tolist()
+        matched = _matched(items[0][begin:end], items[1][other:other_end])
+        pairs += [(begin + i, other + j) for i, j in matched]
+    chosen = np.array(pairs, np.int64).reshape(-1, 2)
+    return usable[0][chosen[:, 0]], usable[1][chosen[:, 1]]
+
+
+def _kinds_and_texts(markers: Occurrences, everything: Occurrences, tokens: Tokens) -> list[tuple[int, int]]:
+    """For each marker its kind and the bytes of text since the one before in its row."""
+    lengths = tokens.lengths.copy()
+    lengths[everything[everything.hard].tokens()] = 0
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    before = np.where(np.diff(markers.rows, prepend=-1) > 0, tokens.rows[markers.rows], np.roll(markers.stops, 1))
+    return list(zip(markers.kinds.tolist(), (ends[markers.starts] - ends[before]).tolist(), strict=True))
+
+
+def _matched(ours: list[tuple[int, int]], theirs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The heaviest common subsequence of kinds: equal items at both ends first, and what is left by a table."""
+
+    def weight(one: tuple[int, int], other: tuple[int, int]) -> int:
+        return (one[0] == other[0]) * (2 + (one[1] == other[1]))
+
+    head, least = 0, min(len(ours), len(theirs))
+    while head < least and ours[head] == theirs[head]:
+        head += 1
+    tail = 0
+    while tail < least - head and ours[-1 - tail] == theirs[-1 - tail]:
+        tail += 1
+    left, right = ours[head : len(ours) - tail], theirs[head : len(theirs) - tail]
+    best = [[0] * (len(right) + 1) for _ in range(len(left) + 1)]
+    for i in reversed(range(len(left))):
+        for j in reversed(range(len(right))):
+            best[i][j] = max(best[i + 1][j], best[i][j + 1], best[i + 1][j + 1] + weight(left[i], right[j]))
+    pairs, i, j = [(k, k) for k in range(head)], 0, 0
+    while i < len(left) and j < len(right):
+        # Of equally heavy ones the earliest, as rows are cut at their end.
+        gain = weight(left[i], right[j])
+        if gain and best[i][j] == best[i + 1][j + 1] + gain:
+            pairs.append((head + i, head + j))
+            i, j = i + 1, j + 1
+        elif best[i][j] == best[i + 1][j]:
+            i += 1
+        else:
+            j += 1
+    return pairs + [(len(ours) - k, len(theirs) - k) for k in range(tail, 0, -1)]

@@ -1,0 +1,271 @@
+"""The bytes that every token of a vocabulary stands for, and the bytes of a text that each of its tokens covers.
+
+A tokenizer is passed in as it is: any object with the members of a transformers tokenizer that are read here.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from numpy import ndarray
+
+BOUNDARY_BYTES = b" \t\n"
+"""What a new pretoken begins with, apart from special tokens."""
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# These lose letters or spaces of ordinary text, so that pieces without their text say nothing.
+_LOSSY_NORMALIZERS = {"BertNormalizer", "Lowercase", "StripAccents"}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Rows of token ids, end to end, and the bytes that each token covers: `data[starts[i] : starts[i] + lengths[i]]`.
+
+    Special tokens cover none. Row r is the tokens from `rows[r]` up to `rows[r + 1]`. The last byte of `data` is a
+    zero that no token covers.
+    """
+
+    ids: Int[ndarray, "token"]
+    rows: Int[ndarray, "row+1"]
+    special: Bool[ndarray, "token"]
+    starts: Int[ndarray, "token"]
+    lengths: Int[ndarray, "token"]
+    data: UInt8[ndarray, "byte"]
+
+
+@dataclass(frozen=True)
+class TokenPieces:
+    """The bytes of every token of a vocabulary: none for special tokens, those of the content for other added ones.
+
+    Where `lossless` is false the pieces of ordinary text do not add up to it (they lack spaces or capitals), and
+    tokens can be placed only in a text that is given.
+    """
+
+    name: str
+    data: UInt8[ndarray, "byte"]
+    starts: Int[ndarray, "vocab"]
+    lengths: Int[ndarray, "vocab"]
+    special: Bool[ndarray, "vocab"]
+    added: Bool[ndarray, "vocab"]
+    literals: Mapping[int, bytes]
+    lossless: bool
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Self:
+        """The pieces of a tokenizer: byte-level, SentencePiece, WordPiece or one token per byte.
+
+        Raises ValueError for a slow tokenizer whose tokens are not bytes: it has neither pieces nor offsets.
+        """
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        vocabulary: dict[str, int] = tokenizer.get_vocab()
+        added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= set(tokenizer.all_special_ids)
+        if tokenizer.is_fast:
+            spelling = _Spelling.of(json.loads(tokenizer.backend_tokenizer.to_str()))
+            # It stands for a text, although nobody can tell which from the token.
+            special.discard(vocabulary.get(spelling.unknown or "", -1))
+        elif all(len(token) == 1 and ord(token) < 256 for token, i in vocabulary.items() if i not in added):
+            spelling = _Spelling(alphabet={chr(byte): byte for byte in range(256)})
+        else:
+            raise ValueError(
+                f"The tokenizer {name} ({type(tokenizer).__name__}) tells neither the bytes of its tokens nor where "
+                "in a text they lie, so nothing can be aligned with it. Load a fast tokenizer (use_fast=True, or a "
+                "tokenizer.json), or choose another model."
+            )
+        pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
+        for token, index in vocabulary.items():
+            if index not in special and token != spelling.unknown:
+                pieces[index] = added[index].encode() if index in added else spelling.piece(token)
+        literals = {index: token.encode() for token, index in vocabulary.items() if index in special}
+        flags = np.zeros((2, len(pieces)), bool)
+        flags[0, list(special)] = flags[1, list(special | added.keys())] = True
+        lengths = np.fromiter(map(len, pieces), np.int32, len(pieces))
+        data = np.frombuffer(b"".join(pieces) + b"\0", np.uint8)
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        return cls(name, data, starts, lengths, flags[0], flags[1], literals, spelling.lossless)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.data[self.starts[index] : self.starts[index] + self.lengths[index]].tobytes()
+
+    def spans(
+        self,
+        ids: Int[ndarray, "token"],
+        text: str | None = None,
+        offsets: Sequence[tuple[int, int]] | None = None,
+    ) -> tuple[Int[ndarray, "token"], Int[ndarray, "token"]]:
+        """Where the bytes that each token covers start and end: in the UTF-8 of the text, else in the joined pieces.
+
+        The text may spell special tokens out; they cover nothing. Where the pieces do not add up to it (a normaliser
+        changed it), the tokenizer's character `offsets` say where tokens end, and each token starts where the one
+        before ends, so that it covers the space before it. Raises ValueError where offsets are missing.
+        """
+        ids = np.asarray(ids)
+        if text is None:
+            if not self.lossless:
+                raise ValueError(
+                    f"The pieces of the tokenizer {self.name} lack spaces or capitals of the text. Pass the texts and "
+                    "their offsets (return_offsets_mapping=True) too."
+                )
+            ends = np.cumsum(self.lengths[ids], dtype=np.int64)
+            return ends - self.lengths[ids], ends
+        placed = self._placed(ids, text.encode())
+        if placed is not None:
+            return placed
+        if offsets is None:
+            raise ValueError(
+                f"The tokens of {self.name} do not add up to their text; it normalises what it reads. Pass the "
+                f"offsets of this text (return_offsets_mapping=True), or normalise it first: {text[:200]!r}"
+            )
+        return _spans_of_offsets(np.asarray(offsets, np.int64).reshape(-1, 2), self.special[ids], text)
+
+    def cover(
+        self,
+        ids: Int[ndarray, "token"],
+        lengths: Int[ndarray, "row"],
+        texts: Sequence[str] | None = None,
+        offsets: Sequence[Sequence[tuple[int, int]]] | None = None,
+    ) -> Tokens:
+        """Rows of so many tokens each, given end to end without padding, with the bytes that their tokens cover.
+
+        Without texts these are the pieces. Raises ValueError as `spans` does.
+        """
+        ids, rows = np.asarray(ids), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        assert rows[-1] == len(ids), "lengths of rows do not add up to the tokens"
+        if texts is None:
+            if not self.lossless:
+                self.spans(ids)
+            return Tokens(ids, rows, self.special.take(ids), self.starts.take(ids), self.lengths.take(ids), self.data)
+        base, starts, ends = 0, np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
+        for row, text in enumerate(texts):
+            tokens = slice(rows[row], rows[row + 1])
+            span = self.spans(ids[tokens], text, None if offsets is None else offsets[row])
+            starts[tokens], ends[tokens] = span[0] + base, span[1] + base
+            base += len(text.encode())
+        data = np.frombuffer("".join(texts).encode() + b"\0", np.uint8)
+        return Tokens(ids, rows, self.special[ids], starts, ends - starts, data)
+
+    def _placed(
+        self, ids: Int[ndarray, "token"], text: bytes
+    ) -> tuple[Int[ndarray, "token"], Int[ndarray, "token"]] | None:
+        """Spans of pieces that are, run by run between special tokens, what the text says; else none."""
+        starts, ends = np.zeros((2, len(ids)), np.int64)
+        place = begin = 0
+        for stop in [*np.flatnonzero(self.special[ids]).tolist(), len(ids)]:
+            run, lengths = ids[begin:stop], self.lengths[ids[begin:stop]]
+            joined = self.data[ragged_ranges(self.starts[run], lengths)].tobytes()
+            # SentencePiece puts a space before what it reads.
+            extra = 0 if text.startswith(joined, place) else 1
+            if extra and not (joined.startswith(b" ") and text.startswith(joined[1:], place)):
+                return None
+            ends[begin:stop] = np.maximum(np.cumsum(lengths) - extra, 0) + place
+            starts[begin:stop] = np.concatenate([[place], ends[begin:stop]])[:-1]
+            place += len(joined) - extra
+            if stop < len(ids):
+                starts[stop] = ends[stop] = place
+                literal = self.literals[int(ids[stop])]
+                place += len(literal) if text.startswith(literal, place) else 0
+            begin = stop + 1
+        return starts, ends
+
+
+def boundary_mask(pieces: TokenPieces) -> Bool[ndarray, "vocab"]:
+    """Which tokens begin a new pretoken: with a space, tab or newline, or as special tokens."""
+    first = pieces.data[pieces.starts]
+    return pieces.special | (np.isin(first, np.frombuffer(BOUNDARY_BYTES, np.uint8)) & (pieces.lengths > 0))
+
+
+def ragged_ranges(starts: Int[ndarray, "range"], lengths: Int[ndarray, "range"]) -> Int[ndarray, "item"]:
+    """The numbers from each start on, as many as its length, range after range."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    items = np.repeat(starts - ends + lengths, lengths)
+    items += np.arange(len(items))
+    return items
+
+
+def _spans_of_offsets(
+    offsets: Int[ndarray, "token 2"], special: Bool[ndarray, "token"], text: str
+) -> tuple[Int[ndarray, "token"], Int[ndarray, "token"]]:
+    """Byte spans from character offsets, without gaps; a character that tokens share belongs to the last of them."""
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    starts, ends = np.concatenate([[0], np.cumsum(widths)])[offsets].T
+    shared = (starts[1:] < ends[1:]) & (starts[1:] < ends[:-1])
+    last = ends.copy()
+    last[:-1][shared] = starts[1:][shared]
+    last = np.maximum.accumulate(last)
+    first = np.concatenate([[0], last])[:-1]
+    return np.where(special, last, first), last
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """How a family of tokenizers writes bytes as tokens."""
+
+    alphabet: Mapping[str, int] | None = None
+    space: str | None = None
+    byte_tokens: bool = False
+    prefix: str | None = None
+    suffix: str | None = None
+    unknown: str | None = None
+    lossless: bool = True
+
+    @classmethod
+    def of(cls, backend: Mapping[str, Any]) -> Self:
+        """The spelling that the JSON of a fast tokenizer describes."""
+        model = backend["model"]
+        parts = {key: _components(backend[key]) for key in ("normalizer", "pre_tokenizer", "decoder")}
+        kinds = {key: {part["type"] for part in value} for key, value in parts.items()}
+        byte_level = any("ByteLevel" in value for value in kinds.values())
+        replaced = [part for part in parts["decoder"] if part["type"] == "Replace" and part["content"] == " "]
+        metaspaces = [part for key in parts for part in parts[key] if part["type"] == "Metaspace"]
+        spaces = [part["replacement"] for part in metaspaces] + [part["pattern"].get("String") for part in replaced]
+        suffix = model.get("end_of_word_suffix") or None
+        unknown = model.get("unk_token")
+        if model["type"] == "Unigram" and model["unk_id"] is not None:
+            unknown = model["vocab"][model["unk_id"]][0]
+        return cls(
+            alphabet=_byte_alphabet() if byte_level else None,
+            space=None if byte_level or not spaces else spaces[0],
+            byte_tokens=bool(model.get("byte_fallback")) or "ByteFallback" in kinds["decoder"],
+            prefix=model.get("continuing_subword_prefix") or None,
+            suffix=suffix,
+            unknown=None if byte_level else unknown,
+            lossless=(byte_level or bool(spaces))
+            and model["type"] in {"BPE", "Unigram"}
+            and suffix is None
+            and not kinds["normalizer"] & _LOSSY_NORMALIZERS,
+        )
+
+    def piece(self, token: str) -> bytes:
+        """The bytes of a token of the vocabulary that is not an added one."""
+        if self.byte_tokens and (match := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(match[1], 16)])
+        token = token.removeprefix(self.prefix or "").removesuffix(self.suffix or "")
+        if self.alphabet is not None and all(character in self.alphabet for character in token):
+            return bytes(self.alphabet[character] for character in token)
+        return (token.replace(self.space, " ") if self.space else token).encode()
+
+
+def _components(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """A normalizer, pre-tokenizer or decoder, with sequences of them taken apart."""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    members = next(value for value in part.values() if isinstance(value, list))
+    return [leaf for member in members for leaf in _components(member)]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that byte-level tokenizers write for each byte, as GPT-2 introduced them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

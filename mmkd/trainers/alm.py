@@ -1,0 +1,475 @@
+"""ALM: student and teacher agree on how likely chunks of text are, with tokenizers of their own (2503.20083)."""
+
+import math
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from jaxtyping import Bool, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from mmkd.alignment.nearest_tokens import nearest_tokens
+from mmkd.alignment.pieces import boundary_mask
+from mmkd.alignment.spans import Aligner
+from mmkd.losses import chunks, divergences
+from mmkd.losses.chunks import POLICIES, ChunkGroups, binarised, chunk_log_probs, group_chunks
+from mmkd.losses.combine import COMBINATIONS, combination_weights, gradients_of
+from mmkd.losses.fused import fused_loss
+from mmkd.losses.likelihood import token_log_probs
+from mmkd.losses.other_vocabulary import MappedTargets, SortedTargets, uld
+from mmkd.models.backbone import base_of, full_head, last_layer, name_of
+from mmkd.models.load import load_processing_class, tokenizer_of
+from mmkd.teachers.base import Teacher
+from mmkd.teachers.cached import BATCH_KEY, CachedTeacher
+from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.signals import ChunkAlignment, ChunkSignal, DenseSignal, LabelSignal
+
+from .base import DistillationConfig, DistillationTrainer, ItemLosses, Supervised
+from .pairs import SUPERVISED, AlignedCollator, BatchAligner, counts_of, numbered, packed, paired, teacher_sequences
+from .preparation import placeholder_trainer, preparation_of
+
+logger = logging.get_logger(__name__)
+
+ChunkLoss = Callable[[Tensor, Tensor], Tensor]
+"""(student's, teacher's log-likelihoods of chunks) -> nats per chunk."""
+
+DIVERGENCES: dict[str, Callable[["ALMConfig"], ChunkLoss]] = {
+    "forward_kl": lambda config: _binarised(divergences.forward_kl, config),
+    "reverse_kl": lambda config: _binarised(divergences.reverse_kl, config),
+    "tvd": lambda config: _binarised(divergences.tvd, config),
+    "renyi": lambda config: _binarised(partial(divergences.renyi, alpha=config.renyi_alpha), config),
+    "kl_limit": lambda config: chunks.binary_kl_limit,
+}
+
+OBJECTIVES = ("alm", "uld", "mined")
+
+_PROJECTION = "alm_projection"
+
+
+def _binarised(divergence: divergences.Divergence, config: "ALMConfig") -> ChunkLoss:
+    # Times tau, so that neither the size of the gradient nor the balance with other terms depends on it.
+    return lambda student, teacher: config.tau * binarised(student, teacher, divergence, config.tau)
+
+
+@dataclass
+class ALMConfig(DistillationConfig):
+    """Settings of method alm."""
+
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "What is minimised per chunk, over the outcomes {this chunk, anything else}: forward_kl (the "
+            "default), reverse_kl, tvd, renyi, or kl_limit, which is forward_kl as tau goes to infinity.",
+            "choices": list(DIVERGENCES),
+        },
+    )
+    tau: float = field(
+        default=1.0,
+        metadata={
+            "help": "Temperature: likelihoods are raised to the power 1 / tau before they are compared, so that a "
+            "larger one stresses unlikely chunks. The loss is multiplied by it. The authors train with 100, but 5 "
+            "and 1 score higher in their own ablation."
+        },
+    )
+    renyi_alpha: float = field(default=2.0, metadata={"help": "Order of the divergence renyi; 1 is forward_kl."})
+    chunks: str = field(
+        default="merge",
+        metadata={
+            "help": "Which chunks are compared. merge (default, the paper's): likelihoods are multiplied by the "
+            "probability that a word ends there, and chunks whose end the teacher finds improbable (gamma) are joined "
+            "to the next. unbiased: the same, but such chunks are left out. all: every chunk as it is. space: joined "
+            "so that all end at white space. A cached teacher knows no such probability: use all or space.",
+            "choices": list(POLICIES),
+        },
+    )
+    gamma: float = field(
+        default=0.1,
+        metadata={"help": "Probability of a word's end up to which the end of a chunk does not count (paper: 0.1)."},
+    )
+    combine: str = field(
+        default="weights",
+        metadata={
+            "help": "How the terms whose weight is not 0 become one loss. weights: (1 - ce_weight) ALM + ce_weight "
+            "cross-entropy + hidden_weight hidden states. sum: as they are. gradmag: each with the same norm of its "
+            "gradient in the last layer, in every micro-batch.",
+            "choices": ["weights", "sum", "gradmag"],
+        },
+    )
+    hidden_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the distance between last hidden states at the ends of chunks, the student's through a "
+            "projection that is learned too. Helps students on bytes; hurts subword students in the paper."
+        },
+    )
+    objective: str = field(
+        default="alm",
+        metadata={
+            "help": "alm, or a baseline where chunks begin: uld (distance of the sorted probabilities of the next "
+            "token) or mined (their KL over tokens paired by edit distance).",
+            "choices": list(OBJECTIVES),
+        },
+    )
+    teacher_max_length: int | None = field(
+        default=None,
+        metadata={"help": "The teacher's tokens that are read of a row; by default as many as max_length."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (
+            ("divergence", DIVERGENCES),
+            ("chunks", POLICIES),
+            ("combine", COMBINATIONS),
+            ("objective", OBJECTIVES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
+        if self.tau <= 0:
+            raise ValueError(f"tau is {self.tau}; likelihoods are raised to the power 1 / tau: it must be positive.")
+        if self.renyi_alpha <= 0:
+            raise ValueError(f"renyi_alpha is {self.renyi_alpha}; the order of a Renyi divergence is positive.")
+        if not 0 < self.gamma < 1:
+            raise ValueError(f"gamma is {self.gamma}; it is a probability and must lie between 0 and 1, not on them.")
+        if self.hidden_weight < 0:
+            raise ValueError(f"hidden_weight is {self.hidden_weight}; it must not be negative.")
+        if self.teacher_max_length is not None and self.teacher_max_length < 2:
+            raise ValueError(f"teacher_max_length is {self.teacher_max_length}; nothing predicts the first token.")
+        if self.ce_weight == 1:
+            raise ValueError("ce_weight is 1, which leaves ALM nothing to do; use method sft for plain fine-tuning.")
+        if self.packing and self.packing_strategy != "bfd":
+            raise ValueError(
+                f"packing_strategy {self.packing_strategy} cuts sequences where the other tokenizer has no cut. Use "
+                "bfd, or packing: false."
+            )
+        if self.objective != "alm" and self.combine == "gradmag":
+            raise ValueError(f"gradmag differentiates each term twice, which objective {self.objective} cannot be.")
+
+    def for_teacher(self) -> "ALMConfig":
+        """The settings by which rows become the teacher's tokens."""
+        side = copy(self)
+        side.max_length = self.teacher_max_length or self.max_length
+        side.packing = side.padding_free = side.shuffle_dataset = False
+        # These are about the student's tokenizer.
+        side.chat_template_path = side.eos_token = side.pad_token = None
+        return side
+
+    @property
+    def needs_boundaries(self) -> bool:
+        """Whether it matters how probable the end of a word is."""
+        return self.objective == "alm" and self.chunks in ("unbiased", "merge")
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether the teacher must be a model in this process."""
+        return self.objective != "alm" or self.hidden_weight > 0
+
+
+class ALMTrainer(DistillationTrainer):
+    """Minimises a divergence of likelihoods per chunk of text that ends a token on both sides.
+
+    The teacher reads the same rows in its own tokens and by its own chat template. Besides the base's arguments:
+
+        teacher_processing_class: the teacher's tokenizer; by default found by the teacher's name.
+
+    Raises ValueError too for tokenizers whose tokens cannot be placed in a text, for streamed data, and where student
+    and teacher share no text at all.
+    """
+
+    method = "alm"
+    config_class = ALMConfig
+    accepts = (DenseSignal, LabelSignal)
+    args: ALMConfig
+
+    @classmethod
+    def check_teacher(cls, teacher: Teacher, args: ALMConfig) -> None:
+        """Raises ValueError too where a cache of log-probs does not tell enough for the settings."""
+        super().check_teacher(teacher, args)
+        if teacher.signal_type is LabelSignal and args.needs_boundaries:
+            raise ValueError(
+                f"chunks: {args.chunks} needs the teacher's probability of a word's end, and the cache holds those of "
+                "the text's own tokens only. Set chunks: all or space, or use a teacher without a cache."
+            )
+        if teacher.signal_type is LabelSignal and args.needs_hidden:
+            raise ValueError(
+                "hidden_weight and the baselines uld and mined need the teacher itself; a cache of log-probs has no "
+                "hidden states. Remove teacher_cache."
+            )
+
+    # Two readings of the data
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        packing, formatting_func, name = rest
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"The {name} data is a stream. alm reads every row twice and pairs the readings; load it whole."
+            )
+        if "teacher_input_ids" in dataset.column_names:
+            return dataset
+        if "input_ids" in dataset.column_names:
+            raise ValueError(
+                f"The {name} data is tokenised for the student already, so the teacher cannot read it. Pass its text."
+            )
+        rows, alone = numbered(dataset), copy(args)
+        alone.shuffle_dataset = False
+        ours = super()._prepare_dataset(rows, processing_class, alone, False, formatting_func, name, **kwargs)
+        reader = self._reader(dataset, args)
+        theirs = reader._prepare_dataset(
+            rows, reader.processing_class, reader.args, False, formatting_func, f"{name} (teacher's)"
+        )
+        both = paired(ours, theirs)
+        _report_alignment(both, len(dataset), self._batch_aligner(processing_class, args), name)
+        if args.shuffle_dataset:
+            both = both.shuffle(seed=args.seed)
+        return packed(both, args) if packing else both
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if not self._is_vision_dataset and "teacher_input_ids" not in columns:
+            columns += ["teacher_input_ids", "teacher_labels", "teacher_seq_lengths"]
+
+    @property
+    def _readers(self) -> dict[str, Any]:
+        """What is made when the first data set comes, before the Trainer itself is: a reader, an aligner."""
+        return self.__dict__.setdefault("_readers_", {})
+
+    def _reader(self, dataset: Dataset, args: ALMConfig) -> Any:
+        """What prepares rows for the teacher."""
+        if "reader" not in self._readers:
+            teacher, processing_class = self._given_teacher
+            if processing_class is None:
+                hub = {"trust_remote_code": args.trust_remote_code}
+                processing_class = load_processing_class(_name_of(teacher), "teacher", **hub)
+            self._readers["reader"] = placeholder_trainer(
+                args.for_teacher(), processing_class, dataset.select(range(1))
+            )
+        return self._readers["reader"]
+
+    def _batch_aligner(self, processing_class: Any, args: ALMConfig) -> BatchAligner:
+        if "aligner" not in self._readers:
+            sides = (self._readers["reader"].processing_class, processing_class)
+            aligner = Aligner.of(*map(tokenizer_of, sides))
+            self._readers["aligner"] = BatchAligner(aligner, to_space=args.chunks == "space")
+        return self._readers["aligner"]
+
+    # The teacher
+
+    def build_teacher(self, teacher: Any, processing_class: Any) -> Teacher:
+        """The teacher, who reads the batch in its own tokens."""
+        reader = self._reader(self.train_dataset, self.args)
+        align = self._batch_aligner(self.processing_class, self.args)
+        self.vocab_size = min(self.vocab_size, len(tokenizer_of(self.processing_class)))
+        if isinstance(teacher, CachedTeacher):
+            teacher.check(preparation_of(reader.processing_class, reader.args, reader.chat_template))
+            self._check_cached_rows(teacher)
+        elif not isinstance(teacher, Teacher):
+            model = self.load_teacher(teacher)
+            tokens = len(tokenizer_of(reader.processing_class))
+            teacher = LocalTeacher(model, min(tokens, full_head(model).vocab_size))
+        cached = teacher if isinstance(teacher, CachedTeacher) else None
+        self.data_collator = AlignedCollator(self.data_collator, reader.data_collator, align, cached)
+        device, pieces = self.accelerator.device, align.aligner
+        self._boundaries, self._teacher_boundaries = (
+            torch.from_numpy(boundary_mask(side)).to(device) if self.args.needs_boundaries else None
+            for side in (pieces.student, pieces.teacher)
+        )
+        self._bytes = torch.from_numpy(pieces.student.lengths).to(device)
+        if self.args.objective == "mined":
+            ours, theirs = ([side[index] for index in range(len(side))] for side in (pieces.student, pieces.teacher))
+            self._teacher_tokens = torch.from_numpy(nearest_tokens(ours, theirs)).to(device)
+        if self.args.hidden_weight:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "hidden_weight learns a projection, which FSDP and DeepSpeed do not know. Set it to 0."
+                )
+            assert isinstance(teacher, LocalTeacher)
+            widths = (full_head(model).weight.shape[1] for model in (self.model, teacher.model))
+            # A part of the student, so that optimizer and ranks treat it like all others; `_save` keeps it apart.
+            base_of(self.model).add_module(_PROJECTION, nn.Linear(*widths, bias=False, device=device))
+        return teacher
+
+    def _check_cached_rows(self, teacher: CachedTeacher) -> None:
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in {"train": self.train_dataset, **evaluation}.items():
+            if isinstance(dataset, Dataset) and "teacher_input_ids" in dataset.column_names:
+                teacher.check_sequences(teacher_sequences(dataset), name)
+
+    def ask_teacher(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> ChunkSignal:
+        """How likely the teacher finds each chunk of the batch."""
+        asked = inputs[BATCH_KEY]
+        if "signal" not in asked:
+            asked["signal"] = self._ask(asked)
+        signal: ChunkSignal = asked["signal"]
+        return signal.of_first_tokens(int(supervised.sum()))
+
+    def _ask(self, asked: dict[str, Any]) -> ChunkSignal:
+        names = [part.name for part in fields(ChunkAlignment)]
+        alignment = ChunkAlignment(*(asked[name] for name in names))
+        if SUPERVISED not in asked:
+            answer = self.teacher.ask({BATCH_KEY: asked}, None)
+            return ChunkSignal(chunk_log_probs(answer.log_probs, alignment.teacher_chunk, len(alignment)), alignment)
+        supervised = asked[SUPERVISED]
+        inputs = {name: value for name, value in asked.items() if name not in (*names, SUPERVISED)}
+        dense = self.teacher.ask(inputs, supervised)
+        assert isinstance(dense, DenseSignal)
+        labels = inputs["input_ids"][:, 1:][supervised]
+        with torch.no_grad():
+            log_probs, boundary = token_log_probs(
+                dense.hidden, dense.head, labels, self._teacher_boundaries, chunk_size=self.args.chunk_size
+            )
+        return ChunkSignal(
+            chunk_log_probs(log_probs, alignment.teacher_chunk, len(alignment)),
+            alignment,
+            None if boundary is None else _after(boundary, alignment.teacher_next),
+            dense if self.args.needs_hidden else None,
+        )
+
+    # The loss
+
+    def count_items(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tokens, chunks as the policy leaves them, and ends of chunks with hidden states to compare."""
+        counts = super().count_items(inputs)
+        labels = inputs["labels"][:, 1:]
+        signal = self.ask_teacher(dict(inputs), labels != -100)
+        counts["chunk"] = torch.tensor(len(self._items(signal)), device=labels.device)
+        if self.args.hidden_weight:
+            counts["end"] = (signal.alignment.student_next >= 0).sum()
+        return counts
+
+    def _items(self, signal: ChunkSignal) -> ChunkGroups:
+        policy = self.args.chunks if self.args.objective == "alm" else "all"
+        return group_chunks(policy, signal.alignment.row, signal.boundary_log_probs, self.args.gamma)
+
+    def item_losses(self, student: Supervised, signal: ChunkSignal) -> ItemLosses:
+        """One divergence per chunk; cross-entropy per token and hidden states per end of a chunk where they count."""
+        args, alignment = self.args, signal.alignment
+        log_probs, boundary = token_log_probs(
+            student.hidden,
+            student.head,
+            student.labels,
+            self._boundaries,
+            chunk_size=args.chunk_size,
+            precise=args.precise_logits,
+        )
+        items, of_chunks = self._items(signal), chunk_log_probs(log_probs, alignment.student_chunk, len(alignment))
+        after = None if boundary is None else _after(boundary, alignment.student_next)
+        ours = items.log_probs(of_chunks, after)
+        theirs = items.log_probs(signal.log_probs, signal.boundary_log_probs)
+        terms = {"chunk": self._divergence(student, signal, ours, theirs), "token": -log_probs.sum()}
+        shares = {"chunk": 1 - args.ce_weight, "token": args.ce_weight}
+        if args.hidden_weight:
+            terms["end"], shares["end"] = self._hidden_distance(student, signal), args.hidden_weight
+        tokens, aligned = len(student.labels), (alignment.student_chunk >= 0).sum()
+        reports = {
+            "divergence": (terms["chunk"], len(items)),
+            "ce": (terms["token"], tokens),
+            # Of all chunks as they are, so that runs with different settings can be compared.
+            "chunk_gap": ((of_chunks - signal.log_probs).abs().sum(), len(alignment)),
+            "chunk_kl": (binarised(of_chunks, signal.log_probs, temperature=1).sum(), len(alignment)),
+            "aligned": (aligned, tokens),
+            "bits_per_byte": (terms["token"] / math.log(2), self._bytes[student.labels].sum()),
+        }
+        return ItemLosses(self._combined(terms, shares), reports)
+
+    def _divergence(self, student: Supervised, signal: ChunkSignal, ours: Tensor, theirs: Tensor) -> Tensor:
+        """The sum over chunks of what the objective compares."""
+        args = self.args
+        if args.objective == "alm":
+            return DIVERGENCES[args.divergence](args)(ours, theirs).sum()
+        assert signal.dense is not None
+        first, teacher_first = signal.alignment.first_tokens()
+        targets: Any = DenseSignal(signal.dense.hidden[teacher_first], signal.dense.head)
+        if args.objective == "uld":
+            objective, targets = uld, SortedTargets(targets)
+        else:
+            objective, targets = divergences.forward_kl, MappedTargets(targets, self._teacher_tokens)
+        labels = student.labels[first]
+        chunk = {"chunk_size": args.chunk_size, "precise": args.precise_logits, "diagnostics": False}
+        return fused_loss(student.hidden[first], student.head, labels, targets, objective, **chunk).total
+
+    def _hidden_distance(self, student: Supervised, signal: ChunkSignal) -> Tensor:
+        """The squared distance at the ends of chunks, in each channel relative to the teacher's mean square there."""
+        assert signal.dense is not None
+        alignment = signal.alignment
+        ends = alignment.student_next >= 0
+        ours = student.hidden[alignment.student_next[ends]]
+        theirs = signal.dense.hidden[alignment.teacher_next[ends]].float()
+        distance = (getattr(base_of(self.model), _PROJECTION)(ours).float() - theirs).square()
+        return (distance / (theirs.square().mean(0) + 1e-8)).mean(-1).sum()
+
+    def _combined(self, terms: dict[str, Tensor], shares: dict[str, float]) -> dict[str, Tensor]:
+        """The terms that count, each times its factor."""
+        counted = [name for name, share in shares.items() if share]
+        weights, gradients = None, None
+        if self.args.combine == "weights":
+            weights = {name: shares[name] for name in counted}
+        elif self.args.combine == "gradmag" and self.model.training:
+            means = [terms[name] / self._counts[name].clamp(min=1) for name in counted]
+            parameters = [one for one in last_layer(self.model).parameters() if one.requires_grad]
+            # Of all ranks, or each would weigh the terms in its own way.
+            gradients = self._summed(gradients_of(means, parameters))
+        combine = self.args.combine if self.model.training or weights is not None else "sum"
+        factors = combination_weights(combine, counted, weights, gradients)
+        return {name: terms[name] * factors[name] for name in counted}
+
+    # The projection of hidden states, which no one needs after training
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.hidden_weight:
+            everything: Any = self.model.state_dict() if state_dict is None else state_dict
+            own = {name: value for name, value in everything.items() if _PROJECTION in name.split(".")}
+            state_dict = {name: value for name, value in everything.items() if name not in own}
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({"weight": next(iter(own.values())).contiguous()}, folder / f"{_PROJECTION}.safetensors")
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.hidden_weight:
+            saved = load_file(Path(resume_from_checkpoint) / f"{_PROJECTION}.safetensors")
+            getattr(base_of(self.model), _PROJECTION).load_state_dict(saved)
+
+
+def _after(boundary: Tensor, following: Int[Tensor, "chunk"]) -> Tensor:
+    """The log-prob of a boundary after each chunk: that of the place of the following token, certain without one."""
+    if not len(boundary):
+        return boundary.new_zeros(len(following))
+    return boundary[following.clamp(min=0)].where(following >= 0, 0)
+
+
+def _name_of(teacher: Any) -> str:
+    """The name under which a teacher's tokenizer is found."""
+    if isinstance(teacher, CachedTeacher):
+        return teacher.cache.manifest.identity["teacher"]["name"]
+    if isinstance(teacher, LocalTeacher):
+        teacher = teacher.model
+    if isinstance(teacher, Teacher):
+        raise ValueError(f"A {type(teacher).__name__} does not tell its tokenizer: pass teacher_processing_class.")
+    return teacher if isinstance(teacher, str) else name_of(teacher)
+
+
+def _report_alignment(rows: Dataset, given: int, align: BatchAligner, name: str) -> None:
+    """Says how much of the data is compared. Raises ValueError when nothing is."""
+    counts = counts_of(rows, align)
+    empty = int((counts.chunks == 0).sum())
+    if empty == len(rows):
+        raise ValueError(
+            f"Student and teacher share no chunk of text in any of the {len(rows)} usable rows of {name}: their "
+            "tokens, or what their chat templates supervise, have no bytes in common. First row: "
+            f"{rows[0] if len(rows) else None}"
+        )
+    aligned, rest = int(counts.student_aligned.sum()), int(counts.student_unaligned.sum())
+    logger.warning(
+        f"{name}: {int(counts.chunks.sum()):,} chunks hold {aligned / max(1, aligned + rest):.1%} of the student's "
+        f"supervised tokens. Rows in which nothing aligns: {empty} of {len(rows)}; rows that one side cannot use: "
+        f"{given - len(rows)}; texts that differ between the sides: {int(counts.differing.sum())}."
+    )

@@ -1,0 +1,371 @@
+"""ALM: the loss is that of chunks of text, however they are tokenised, batched or packed."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+
+from mmkd.alignment.pieces import TokenPieces, boundary_mask
+from mmkd.cli import main
+from mmkd.losses.chunks import binarised
+from mmkd.trainers.alm import DIVERGENCES, ALMConfig, ALMTrainer
+from scripts.make_tiny_models import make_model, save, sentences
+from tests.alignment.tiny_tokenizers import CHATTERS, wordpiece
+from tests.helpers import Build, losses_of
+from tests.trainers.test_base import two_ranks
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny teacher that reads with a SentencePiece-like tokenizer and a chat template of its own."""
+    tokenizer = CHATTERS["gemma"]()
+    model = make_model(layers=3, width=48, seed=4, rows=len(tokenizer))
+    return save(model, tokenizer, tmp_path_factory.mktemp("foreign") / "teacher")
+
+
+@pytest.fixture
+def alm(build: Build, foreign: Path) -> Any:
+    """`alm(data, key=value, ...)`: a trainer of the tiny student and the foreign teacher."""
+
+    def make(data: Dataset, trainer: dict[str, Any] | None = None, **settings: Any) -> Any:
+        settings = {"chunks": "all", "tau": 5.0, **settings}
+        return build(ALMTrainer, data, trainer={"teacher": str(foreign), **(trainer or {})}, **settings)
+
+    return make
+
+
+def steps(trainer: Any) -> list[tuple[float, float]]:
+    trainer.train()
+    return list(zip(losses_of(trainer), losses_of(trainer, "grad_norm"), strict=True))
+
+
+# The loss is what it says
+
+
+def token_log_probs(model: Any, ids: list[int]) -> np.ndarray:
+    """log p of tokens 1, 2, ... given those before."""
+    with torch.no_grad():
+        log_probs = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return log_probs.gather(-1, torch.tensor(ids)[1:, None])[:, 0].double().numpy()
+
+
+def chunks_by_the_book(ours: list[bytes], theirs: list[bytes]) -> list[tuple[slice, slice]]:
+    """Spans of tokens with the same bytes, as short as can be."""
+    ends = [np.cumsum([len(piece) for piece in side]).tolist() for side in (ours, theirs)]
+    common = sorted({*ends[0]} & {*ends[1]})
+    found, start = [], (0, 0)
+    for end in common:
+        stop = tuple(side.index(end) + 1 for side in ends)
+        found.append((slice(start[0], stop[0]), slice(start[1], stop[1])))
+        start = stop
+    return found
+
+
+def test_loss_is_the_mean_divergence_of_the_models_own_chunk_likelihoods(alm: Any) -> None:
+    row = {"prompt": "the cat sat on a mat and", "completion": " saw one dog run near a house"}
+    trainer = alm(Dataset.from_list([row] * 4), max_steps=1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    pieces = trainer._readers["aligner"].aligner
+    student, teacher = pieces.student, pieces.teacher
+    prompt = len(trainer.processing_class(row["prompt"])["input_ids"])
+    ids = batch["input_ids"][0].tolist()[: int(batch["attention_mask"][0].sum())]
+    asked = batch["teacher_scores"]
+    theirs = asked["input_ids"][0].tolist()[: int(asked["attention_mask"][0].sum())]
+    first = int(asked["supervised"][0].int().argmax()) + 1
+    # The end of the text is a marker on both sides and a chunk of its own.
+    spans = chunks_by_the_book([student[i] for i in ids[prompt:-1]], [teacher[i] for i in theirs[first:-1]])
+    log_probs = token_log_probs(trainer.model, ids)[prompt - 1 :], token_log_probs(trainer.teacher.model, theirs)
+    log_probs = log_probs[0], log_probs[1][first - 1 :]
+    a, b = (
+        torch.tensor([*(x[s].sum() for s in spans_of), x[-1]])
+        for x, spans_of in zip(log_probs, zip(*spans, strict=True), strict=True)
+    )
+    expected = 5 * binarised(a, b, temperature=5.0).mean()
+    assert len(spans) < len(ids) - prompt
+    trainer.train()
+    assert losses_of(trainer)[0] == pytest.approx(expected.item(), rel=1e-4)
+    assert losses_of(trainer, "chunk_gap")[0] == pytest.approx((a - b).abs().mean().item(), rel=1e-4)
+    assert losses_of(trainer, "aligned") == [1.0]
+
+
+def test_bits_per_byte_are_those_of_the_text(alm: Any, texts: Dataset) -> None:
+    trainer = alm(texts, max_steps=1)
+    before = trainer.evaluate(texts)
+    nats = size = 0.0
+    for text in texts["text"]:
+        ids = trainer.processing_class(text + trainer.processing_class.eos_token)["input_ids"]
+        nats -= token_log_probs(trainer.model, ids).sum()
+        # Nothing predicts the first token.
+        size += len(text.encode()) - len(trainer.processing_class.decode(ids[:1]).encode())
+    assert before["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+
+
+def test_a_student_that_is_the_teacher_has_no_loss(build: Build, texts: Dataset, tiny: dict[str, Path]) -> None:
+    for policy in ("all", "space", "unbiased", "merge"):
+        trainer = build(ALMTrainer, texts, trainer={"model": str(tiny["teacher"])}, max_steps=1, chunks=policy)
+        trainer.train()
+        assert losses_of(trainer)[0] == pytest.approx(0, abs=1e-6)
+        assert losses_of(trainer, "chunk_gap")[0] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("divergence", list(DIVERGENCES))
+def test_every_divergence_brings_the_student_nearer(alm: Any, texts: Dataset, divergence: str) -> None:
+    trainer = alm(texts, divergence=divergence, max_steps=20)
+    before = trainer.evaluate(texts)["eval_chunk_gap"]
+    trainer.train()
+    assert trainer.evaluate(texts)["eval_chunk_gap"] < before
+
+
+@pytest.mark.parametrize("objective", ["uld", "mined"])
+def test_the_baselines_train_too(alm: Any, texts: Dataset, objective: str) -> None:
+    trainer = alm(texts, objective=objective, max_steps=20)
+    before = trainer.evaluate(texts)["eval_divergence"]
+    trainer.train()
+    assert trainer.evaluate(texts)["eval_divergence"] < before
+
+
+def test_policies_compare_other_chunks(alm: Any, texts: Dataset) -> None:
+    counts = {}
+    for policy in ("all", "space", "unbiased", "merge"):
+        trainer = alm(texts, chunks=policy, gamma=0.3)
+        batch = next(iter(trainer.get_train_dataloader()))
+        counts[policy] = int(trainer.count_items(batch)["chunk"])
+    assert counts["space"] < counts["all"]
+    assert counts["unbiased"] <= counts["merge"] < counts["all"]
+
+
+def test_boundary_probabilities_are_the_teachers_own(alm: Any) -> None:
+    trainer = alm(Dataset.from_dict({"text": ["the cat sat on a mat"] * 4}), chunks="merge")
+    batch = next(iter(trainer.get_train_dataloader()))
+    supervised = batch["labels"][:, 1:] != -100
+    signal = trainer.ask_teacher(batch, supervised)
+    asked = batch["teacher_scores"]
+    with torch.no_grad():
+        logits = trainer.teacher.model(input_ids=asked["input_ids"], attention_mask=asked["attention_mask"]).logits
+    mask = torch.from_numpy(boundary_mask(TokenPieces.of(CHATTERS["gemma"]())))
+    space = logits.log_softmax(-1)[..., mask].logsumexp(-1)[:, :-1][asked["supervised"]]
+    following = signal.alignment.teacher_next
+    # Ends of texts need no boundary; the others are followed by white space.
+    assert (following < 0).any()
+    assert (following >= 0).any()
+    expected = torch.where(following < 0, 0, space[following.clamp(min=0)])
+    torch.testing.assert_close(signal.boundary_log_probs, expected)
+
+
+# Nothing depends on how a batch is cut
+
+
+@pytest.mark.parametrize("policy", ["all", "merge"])
+def test_losses_do_not_depend_on_gradient_accumulation(alm: Any, completions: Dataset, policy: str) -> None:
+    settings = {"chunks": policy, "ce_weight": 0.3, "tau": 100.0}
+    whole = steps(alm(completions, per_device_train_batch_size=4, **settings))
+    halves = steps(alm(completions, per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings))
+    assert halves == [pytest.approx(pair, rel=1e-4) for pair in whole]
+
+
+def test_losses_do_not_depend_on_ranks(alm: Any, tiny: dict[str, Path], foreign: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "teacher").symlink_to(foreign)
+    (models / "student").symlink_to(tiny["student"])
+    ranks = two_ranks(models, tmp_path, "alm")
+    data = Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": [f" {s}" for s in sentences(24, seed=4)]})
+    alone = alm(data, per_device_train_batch_size=4, chunks=ALMConfig.chunks, tau=ALMConfig.tau)
+    expected = steps(alone)
+    evaluated = alone.evaluate(eval_dataset=data.select(range(5)))
+    for rank in ranks:
+        assert rank["steps"] == [pytest.approx(pair, rel=1e-4) for pair in expected]
+        assert rank["evaluated"]["eval_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-4)
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+
+
+def test_packing_changes_no_chunk(alm: Any, completions: Dataset) -> None:
+    plain, packed = (alm(completions, packing=packing, per_device_train_batch_size=24) for packing in (False, True))
+    assert len(packed.train_dataset) < len(plain.train_dataset)
+    results = [trainer.evaluate(completions) for trainer in (plain, packed)]
+    for name in ("eval_loss", "eval_chunk_gap", "eval_ce", "eval_bits_per_byte"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-4)
+
+
+def test_resume_gives_the_losses_of_an_uninterrupted_run(alm: Any, texts: Dataset, tmp_path: Path) -> None:
+    settings = {"hidden_weight": 0.5, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "chunks": "merge"}
+    whole = alm(texts, **settings)
+    whole.train()
+    resumed = alm(texts, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert losses_of(resumed)[-3:] == losses_of(whole)[-3:]
+
+
+def test_lora_students(alm: Any, texts: Dataset) -> None:
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    trainer = alm(texts, trainer={"peft_config": adapter}, max_steps=20, ce_weight=0.5, combine="gradmag")
+    before = trainer.evaluate(texts)["eval_ce"]
+    trainer.train()
+    assert trainer.evaluate(texts)["eval_ce"] < before
+
+
+# Terms
+
+
+def test_loss_is_the_mix_of_its_terms(alm: Any, texts: Dataset) -> None:
+    trainer = alm(texts, ce_weight=0.3, max_steps=2)
+    trainer.train()
+    terms = zip(losses_of(trainer, "divergence"), losses_of(trainer, "ce"), strict=True)
+    assert losses_of(trainer) == pytest.approx([0.7 * alm + 0.3 * ce for alm, ce in terms], rel=1e-4)
+
+
+def test_gradmag_gives_both_terms_the_same_gradient_in_the_last_layer(alm: Any, texts: Dataset) -> None:
+    trainer = alm(texts, ce_weight=0.5, combine="gradmag", max_steps=1)
+    seen: list[list[float]] = []
+    combined = trainer._combined
+
+    def spy(terms: dict[str, torch.Tensor], shares: dict[str, float]) -> Any:
+        totals = combined(terms, shares)
+        parameters = list(trainer.model.model.layers[-1].parameters())
+        norms = []
+        for name, total in totals.items():
+            gradients = torch.autograd.grad(total / trainer._counts[name], parameters, retain_graph=True)
+            norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
+        seen.append(norms)
+        return totals
+
+    trainer._combined = spy
+    trainer.train()
+    assert seen[0][0] == pytest.approx(seen[0][1], rel=1e-4)
+
+
+def test_the_projection_is_learned_and_not_shipped(alm: Any, texts: Dataset, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    trainer = alm(texts, hidden_weight=1.0, max_steps=3)
+    before = trainer.model.alm_projection.weight.clone()
+    trainer.train()
+    assert not torch.equal(before, trainer.model.alm_projection.weight)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    info = loaded[1]
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+
+
+# Chat templates
+
+
+def test_templates_of_both_sides_differ_and_answers_align(alm: Any, chats: Dataset) -> None:
+    trainer = alm(chats, max_steps=1, max_length=200)
+    batch = next(iter(trainer.get_train_dataloader()))
+    alignment = trainer.ask_teacher(batch, batch["labels"][:, 1:] != -100).alignment
+    labels = batch["labels"][:, 1:][batch["labels"][:, 1:] != -100]
+    compared = labels[alignment.student_chunk >= 0].tolist()
+    text = trainer.processing_class.decode(compared)
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        spoken = trainer.processing_class.decode(ids[mask.bool()]).split("<|assistant|>")[1]
+        assert spoken in text
+
+
+def test_rows_in_which_nothing_aligns_cost_nothing(alm: Any, texts: Dataset, caplog: Any) -> None:
+    rows: list[Any] = [
+        {"teacher_input_ids": [3, 4], "teacher_labels": [-100, 4], "input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    ]
+    trainer = alm(Dataset.from_list(rows * 4), max_steps=1, per_device_train_batch_size=4)
+    trainer.train()
+    assert losses_of(trainer) == [0.0]
+    assert losses_of(trainer, "aligned") == [0.0]
+
+
+# The command line, with the teacher in memory and on disk
+
+
+@pytest.fixture
+def recipe(tiny: dict[str, Path], foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for split, seed in (("train", 0), ("eval", 1)):
+        rows = [json.dumps({"text": text}) for text in sentences(24, seed=seed)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    data = {"name": "words", "license": "CC0-1.0", "source": "json", "columns": {"text": "text"}}
+    files = {"train": "train.jsonl", "eval": "eval.jsonl"}
+    data |= {"data_files": files, "splits": {"train": "train", "eval": "eval"}}
+    (tmp_path / "words.yaml").write_text(yaml.safe_dump(data))
+    keys: dict[str, Any] = {"method": "alm", "student": str(tiny["student"]), "teacher": str(foreign), "tau": 5.0}
+    keys |= {"data": "words.yaml", "output_dir": "run", "max_steps": 4, "learning_rate": 1e-2, "bf16": False}
+    keys |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "chunks": "space", "max_length": 64}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(keys))
+    return tmp_path / "recipe.yaml"
+
+
+def logged(folder: str) -> list[float]:
+    history = json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_training_from_log_probs_on_disk_is_training_with_the_teacher(recipe: Path) -> None:
+    assert main(["train", str(recipe)]) == 0
+    assert main(["doctor", str(recipe)]) == 0
+    cache = ["--teacher_cache", "cache", "--cache_signal", "log_probs"]
+    assert main(["cache", "build", str(recipe), *cache]) == 0
+    assert main(["train", str(recipe), *cache, "--output_dir", "cached"]) == 0
+    assert logged("cached") == pytest.approx(logged("run"), rel=2e-3)
+
+
+def test_a_cache_that_does_not_fit(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = ["--teacher_cache", "cache", "--cache_signal", "log_probs"]
+    assert main(["cache", "build", str(recipe), *cache]) == 0
+    for flags, reason in (
+        (["--chunks", "merge"], "chunks: merge needs the teacher's probability of a word's end"),
+        (["--objective", "uld"], "uld and mined need the teacher itself"),
+        (["--teacher_max_length", "9"], "max_length"),
+    ):
+        capsys.readouterr()
+        assert main(["train", str(recipe), *cache, "--output_dir", "other", *flags]) == 2
+        assert reason in capsys.readouterr().err
+    keys = yaml.safe_load(recipe.read_text())
+    keys = {key: value for key, value in keys.items() if key not in ("chunks", "tau", "teacher")}
+    recipe.write_text(yaml.safe_dump({**keys, "method": "kd"}))
+    assert main(["train", str(recipe), "--teacher_cache", "cache", "--output_dir", "other"]) == 2
+    assert "answers with LabelSignal, method kd needs" in capsys.readouterr().err
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"tau": 0.0}, "tau is 0.0"),
+        ({"gamma": 1.0}, "gamma is 1.0"),
+        ({"gamma": 0.0}, "gamma is 0.0"),
+        ({"divergence": "jsd"}, "divergence is 'jsd'"),
+        ({"chunks": "words"}, "chunks is 'words'"),
+        ({"renyi_alpha": 0.0}, "renyi_alpha is 0.0"),
+        ({"hidden_weight": -1.0}, "hidden_weight is -1.0"),
+        ({"ce_weight": 1.0}, "ce_weight is 1"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy wrapped"),
+        ({"objective": "uld", "combine": "gradmag"}, "gradmag differentiates"),
+        ({"teacher_max_length": 1}, "teacher_max_length is 1"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=reason):
+        ALMConfig(output_dir=str(tmp_path), bf16=False, **settings)
+
+
+def test_data_that_cannot_be_read_twice(alm: Any, texts: Dataset) -> None:
+    with pytest.raises(ValueError, match="is a stream"):
+        alm(texts.to_iterable_dataset())
+    with pytest.raises(ValueError, match="tokenised for the student already"):
+        alm(Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4))
+
+
+def test_tokenizers_that_lose_text_are_refused(build: Build, texts: Dataset, tiny: dict[str, Path]) -> None:
+    teacher = make_model(rows=len(wordpiece()))
+    processing_class = wordpiece()
+    processing_class.eos_token = processing_class.pad_token = "[SEP]"
+    with pytest.raises(ValueError, match="lack spaces or capitals"):
+        build(ALMTrainer, texts, trainer={"teacher": teacher, "teacher_processing_class": processing_class})
