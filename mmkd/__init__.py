@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mmkd.trainers.dho import DHOTrainer as DHOTrainer
     from mmkd.trainers.kd import KDConfig as KDConfig
     from mmkd.trainers.kd import KDTrainer as KDTrainer
+    from mmkd.trainers.llava_kd import LLaVAKDConfig as LLaVAKDConfig
+    from mmkd.trainers.llava_kd import LLaVAKDTrainer as LLaVAKDTrainer
     from mmkd.trainers.sft import SFTBaselineConfig as SFTBaselineConfig
     from mmkd.trainers.sft import SFTBaselineTrainer as SFTBaselineTrainer
     from mmkd.trainers.taid import TAIDConfig as TAIDConfig
@@ -36,6 +38,8 @@ _MODULES = {
     "DualHeadForSequenceClassification": "mmkd.models.dual_head",
     "KDConfig": "mmkd.trainers.kd",
     "KDTrainer": "mmkd.trainers.kd",
+    "LLaVAKDConfig": "mmkd.trainers.llava_kd",
+    "LLaVAKDTrainer": "mmkd.trainers.llava_kd",
     "SFTBaselineConfig": "mmkd.trainers.sft",
     "SFTBaselineTrainer": "mmkd.trainers.sft",
     "TAIDConfig": "mmkd.trainers.taid",

@@ -27,9 +27,18 @@ class RunArguments:
         metadata={
             "help": "pretrained: the student's own weights. prune: a new student from layers (and optionally narrower "
             "FFN and heads) of `student`, or of the teacher when `student` is not set. random: the student's config "
-            "with fresh weights.",
-            "choices": ["pretrained", "prune", "random"],
+            "with fresh weights. llava: a vision-language model of student_vision_tower, a fresh projector and the "
+            "language model `student`.",
+            "choices": ["pretrained", "prune", "random", "llava"],
         },
+    )
+    student_vision_tower: str | None = field(
+        default=None,
+        metadata={"help": "llava: the vision tower, a Hub id or a folder of CLIP, SigLIP, DINOv2 or ViT."},
+    )
+    student_vision_layer: int = field(
+        default=-2,
+        metadata={"help": "llava: which layer of the tower is read: -2 (default, as in LLaVA-1.5), -1 is the last."},
     )
     student_layers: list[int] | None = field(
         default=None,
@@ -101,8 +110,10 @@ class RunArguments:
     def __post_init__(self) -> None:
         if isinstance(self.student_layers, int):
             self.student_layers = [self.student_layers]
-        if self.student_init not in ("pretrained", "prune", "random"):
-            raise ValueError(f"student_init is {self.student_init!r}; choose pretrained, prune or random.")
+        if self.student_init not in ("pretrained", "prune", "random", "llava"):
+            raise ValueError(f"student_init is {self.student_init!r}; choose pretrained, prune, random or llava.")
+        if (self.student_init == "llava") != (self.student_vision_tower is not None):
+            raise ValueError("student_init: llava and student_vision_tower go together: set both or neither.")
         pruned = [self.student_layers, self.student_intermediate_size, self.student_num_attention_heads]
         if self.student is None and (self.student_init != "prune" or self.teacher is None):
             raise ValueError(

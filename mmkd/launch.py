@@ -15,6 +15,7 @@ from rich.console import Console
 from mmkd import dry_run
 from mmkd.recipes import find_recipe
 from mmkd.run import Run, build_trainer, last_checkpoint, method_of, parse_run, parser_of, read_recipe, resume_point
+from mmkd.stages import split_stages, train_stages
 from mmkd.trainers.base import DistillationTrainer
 from mmkd.trainers.interrupt import InterruptCallback
 
@@ -31,6 +32,11 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
     that `accelerate launch` knows and the recipe does not, such as num_processes, go to it.
     """
     keys = read_recipe(find_recipe(recipe))
+    chosen, own_flags = split_stages(flags)
+    if chosen is not None and "stages" not in keys:
+        raise ValueError(f"{recipe} has no stages, so --stages has nothing to choose from.")
+    # Those of --stages go to the processes that are launched.
+    stage_flags, flags = ([], flags) if chosen is None else (["--stages", *chosen], own_flags)
     config = accelerate_config or keys.get("accelerate_config") or os.environ.get(_LAUNCHED)
     launch_keys = _launch_keys(method_of(keys, flags)) if config is not None else []
     launch_flags, flags = _split(flags, launch_keys)
@@ -39,9 +45,11 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
         for key in launch_keys:
             if key in keys and f"--{key}" not in launch_flags:
                 launch_flags = [*launch_flags, f"--{key}", str(keys[key])]
-        return _launch([recipe, *flags], config, launch_flags)
+        return _launch([recipe, *flags, *stage_flags], config, launch_flags)
     if run.arguments.dry_run:
         return _dry_run(run)
+    if "stages" in keys:
+        return train_stages(find_recipe(recipe), [*flags, *stage_flags], train)
     checkpoint = resume_point(run.training)
     if checkpoint is None and run.training.resume_from_checkpoint:
         print(f"No checkpoint in {run.training.output_dir}: starting from the beginning.", file=sys.stderr)

@@ -21,6 +21,7 @@ from mmkd.capture.arguments import CacheArguments
 from mmkd.data.load import load_data
 from mmkd.hub import local_cache
 from mmkd.models.assemble import prune
+from mmkd.models.llava import assemble_llava, llava_processor
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.recipes import find_recipe
 from mmkd.run_teacher import check_cache as check_cache
@@ -31,6 +32,9 @@ from mmkd.run_teacher import without_unreadable as without_unreadable
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.trainers import METHODS
 from mmkd.trainers.base import DistillationConfig, DistillationTrainer
+
+STAGE_KEYS = ("stages", "schedule")
+"""Keys of a recipe that is trained in stages; `mmkd.stages` reads them."""
 
 
 def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = ()) -> Run:
@@ -44,6 +48,8 @@ def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = (
     method = method_of(keys, flags)
     parser = parser_of(method)
     known = [action.dest for action in parser._actions if action.dest != "help"]
+    # Of a recipe in stages, this is what all of them share.
+    ignored = [*ignored, *STAGE_KEYS]
     for key in keys:
         if key not in (*known, "env", *ignored):
             raise ValueError(f"{path} sets {key!r}, which method {method} does not know.{_nearest(key, known)}")
@@ -121,6 +127,11 @@ def load_rows_of(run: Run) -> DatasetDict:
 def student_processing_class(run: Run) -> Any:
     """The tokenizer or processor of a run's student, which may be made of the teacher."""
     arguments = run.arguments
+    if arguments.student_init == "llava":
+        assert arguments.student is not None
+        assert arguments.student_vision_tower is not None
+        trust = run.training.trust_remote_code
+        return llava_processor(arguments.student_vision_tower, arguments.student, trust_remote_code=trust)
     if arguments.student is not None:
         return load_processing_class(arguments.student, "student", **run.hub(run.student.model_revision))
     return teacher_processing_class(run)
@@ -185,6 +196,16 @@ def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(arguments.student, **run.hub(student.model_revision))
         attention = {"attn_implementation": student.attn_implementation} if student.attn_implementation else {}
         return AutoModelForCausalLM.from_config(config, dtype=_dtype(student, torch.float32), **attention)
+    if arguments.student_init == "llava":
+        assert arguments.student is not None
+        assert arguments.student_vision_tower is not None
+        return assemble_llava(
+            arguments.student_vision_tower,
+            arguments.student,
+            vision_feature_layer=arguments.student_vision_layer,
+            dtype=_dtype(student, torch.float32),
+            trust_remote_code=run.training.trust_remote_code,
+        )
     if arguments.student_init == "pretrained":
         assert arguments.student is not None
         return load_model(arguments.student, "student", quantization_config=quantization, **settings)

@@ -1,9 +1,12 @@
 """A source's rows in our columns, and the filters that decide which of them stay."""
 
 import hashlib
+import itertools
 import json
+import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +17,7 @@ from mmkd.data.recipe import (
     ROLES,
     DataRecipe,
     MessagesColumn,
+    TurnColumns,
     is_template,
     nearest,
     template_columns,
@@ -33,6 +37,8 @@ def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
                 f"{nearest(column, raw.column_names)!r}? Its columns are {', '.join(raw.column_names)}."
             )
     for ours, theirs in recipe.columns.items():
+        if isinstance(theirs, TurnColumns):
+            continue
         if isinstance(theirs, MessagesColumn):
             _check_messages(recipe, ours, theirs, raw.features[theirs.column])
         elif ours == "images":
@@ -55,13 +61,17 @@ def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
 
 def _check_messages(recipe: DataRecipe, ours: str, theirs: MessagesColumn, feature: Any) -> None:
     if _is_struct_list(feature):
-        for option in ("role_key", "content_key"):
+        for option in _keys_of(theirs):
             _check_key(theirs, option, list(feature.feature))
     elif not isinstance(getattr(feature, "feature", feature), Json):
         raise ValueError(
             f"{recipe.name}: columns.{ours} reads {theirs.column!r}, which holds {feature} and no list of messages; "
             "map it to text, prompt or completion."
         )
+
+
+def _keys_of(theirs: MessagesColumn) -> tuple[str, str]:
+    return ("role_key", "content_key") if theirs.user_key is None else ("user_key", "assistant_key")
 
 
 def _check_key(theirs: MessagesColumn, option: str, keys: list[str]) -> None:
@@ -72,9 +82,11 @@ def _check_key(theirs: MessagesColumn, option: str, keys: list[str]) -> None:
         )
 
 
-def _reads(theirs: str | MessagesColumn) -> list[str]:
+def _reads(theirs: str | MessagesColumn | TurnColumns) -> list[str]:
     if isinstance(theirs, MessagesColumn):
         return [theirs.column]
+    if isinstance(theirs, TurnColumns):
+        return [*template_columns(theirs.user), *template_columns(theirs.assistant)]
     return template_columns(theirs) if is_template(theirs) else [theirs]
 
 
@@ -142,9 +154,14 @@ class Sieve:
 def map_rows(raw: Dataset, recipe: DataRecipe) -> Dataset:
     """The rows in our columns and no others."""
     columns = {ours: recipe.columns[ours] for ours in recipe.output_columns}
-    features = Features({ours: _feature(ours, theirs, raw.features) for ours, theirs in columns.items()})
+    parts = "images" in columns
+    features = Features({ours: _feature(ours, theirs, raw.features, parts) for ours, theirs in columns.items()})
     renamed = {theirs: ours for ours, theirs in columns.items() if isinstance(theirs, str)}
-    if len(renamed) == len(columns) and all(features[b] == raw.features.get(a) for a, b in renamed.items()):
+    if (
+        len(renamed) == len(columns)
+        and recipe.image_folder is None
+        and all(features[b] == raw.features.get(a) for a, b in renamed.items())
+    ):
         # Only names change: no row is copied, which matters for tens of gigabytes of text.
         return raw.select_columns(list(renamed)).rename_columns(renamed)
     return (
@@ -153,7 +170,13 @@ def map_rows(raw: Dataset, recipe: DataRecipe) -> Dataset:
             _convert,
             batched=True,
             batch_size=_BATCH,
-            fn_kwargs={"columns": columns, "source": raw.features, "features": features, "conversion": CONVERSION},
+            fn_kwargs={
+                "columns": columns,
+                "source": raw.features,
+                "features": features,
+                "folder": recipe.image_folder,
+                "conversion": CONVERSION,
+            },
             remove_columns=raw.column_names,
             features=features,
             desc=f"Mapping {recipe.name}",
@@ -162,8 +185,15 @@ def map_rows(raw: Dataset, recipe: DataRecipe) -> Dataset:
     )
 
 
-def _feature(ours: str, theirs: str | MessagesColumn, source: Features) -> Any:
+_PARTS = List({"type": Value("string"), "text": Value("string")})
+
+
+def _feature(ours: str, theirs: str | MessagesColumn | TurnColumns, source: Features, images: bool) -> Any:
+    if isinstance(theirs, TurnColumns):
+        return List({"role": Value("string"), "content": _PARTS if images else Value("string")})
     if isinstance(theirs, MessagesColumn):
+        if theirs.user_key is not None or theirs.image_token is not None:
+            return List({"role": Value("string"), "content": _PARTS if images else Value("string")})
         keys = getattr(source[theirs.column], "feature", None)
         content = keys[theirs.content_key] if isinstance(keys, dict) else Value("string")
         return List({"role": Value("string"), "content": content})
@@ -174,9 +204,10 @@ def _feature(ours: str, theirs: str | MessagesColumn, source: Features) -> Any:
 
 def _convert(
     table: pa.Table,
-    columns: Mapping[str, str | MessagesColumn],
+    columns: Mapping[str, str | MessagesColumn | TurnColumns],
     source: Features,
     features: Features,
+    folder: str | None,
     conversion: int,
 ) -> pa.Table:
     """A batch in our columns. It stays in Arrow, so that no image is decoded on the way.
@@ -184,16 +215,26 @@ def _convert(
     `conversion` is read by nothing but the cache key of `map`, which else would not notice that this function changed.
     """
     arrays = {}
+    images = columns.get("images")
+    counts = [0] * len(table) if not isinstance(images, str) else _image_counts(table.column(images))
     for ours, theirs in columns.items():
         if ours == "images":
-            arrays[ours] = _images(table.column(theirs))
+            assert isinstance(theirs, str)
+            arrays[ours] = _images(table.column(theirs), folder)
+        elif isinstance(theirs, TurnColumns):
+            rows = _plain_rows(table.select(list(dict.fromkeys(_reads(theirs)))), source)
+            turns = [_turns(theirs, row, count, images is not None) for row, count in zip(rows, counts, strict=True)]
+            arrays[ours] = pa.array(turns, type=_storage(features.arrow_schema.field(ours).type))
         elif isinstance(theirs, MessagesColumn):
             rows = table.column(theirs.column).to_pylist()
             ragged = not _is_struct_list(source[theirs.column])
             if ragged:
                 rows = [_decoded(row, source[theirs.column]) for row in rows]
             type_ = _storage(features.arrow_schema.field(ours).type)
-            arrays[ours] = pa.array([_messages(row, theirs, ragged) for row in rows], type=type_)
+            found = [_messages(row, theirs, ragged) for row in rows]
+            if images is not None and (theirs.user_key is not None or theirs.image_token is not None):
+                found = [_in_parts(row, theirs, count) for row, count in zip(found, counts, strict=True)]
+            arrays[ours] = pa.array(found, type=type_)
         elif is_template(theirs):
             names = template_columns(theirs)
             rows = _plain_rows(table.select(list(dict.fromkeys(names))), source)
@@ -215,6 +256,10 @@ def _messages(row: list[dict[str, Any]] | None, theirs: MessagesColumn, ragged: 
     """
     messages = []
     for message in row or []:
+        if theirs.user_key is not None and theirs.assistant_key is not None:
+            for role, key in (("user", theirs.user_key), ("assistant", theirs.assistant_key)):
+                messages.append({"role": role, "content": message[key]})
+            continue
         for option in ("role_key", "content_key"):
             _check_key(theirs, option, list(message))
         if ragged and not isinstance(message[theirs.content_key], str | None):
@@ -267,12 +312,69 @@ def _plain_rows(table: pa.Table, features: Features) -> list[dict[str, Any]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _images(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Lists of images: a column that has one image a row gets lists of one. Paths may be strings."""
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+def _images(column: pa.ChunkedArray, folder: str | None = None) -> pa.ChunkedArray:
+    """Lists of images: a column that has one image a row gets lists of one, or of none. Paths may be strings."""
+    nested = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    paths = pa.types.is_string(column.type.value_type if nested else column.type)
+    if folder is not None and paths:
+        rows = [row if nested else [row] for row in column.to_pylist()]
+        joined = [[str(Path(folder, path)) for path in row or [] if path] for row in rows]
+        return pa.chunked_array([pa.array(joined, type=pa.list_(pa.string()))])
+    if nested:
         return column
-    chunks = [pa.ListArray.from_arrays(range(len(chunk) + 1), chunk) for chunk in column.chunks]
+    chunks = []
+    for chunk in column.chunks:
+        starts = [0, *itertools.accumulate(int(present) for present in chunk.is_valid().to_pylist())]
+        chunks.append(pa.ListArray.from_arrays(pa.array(starts, pa.int32()), chunk.drop_null()))
     return pa.chunked_array(chunks, type=pa.list_(column.type))
+
+
+def _image_counts(column: pa.ChunkedArray) -> list[int]:
+    """How many images each row has."""
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return [len(images or []) for images in column.to_pylist()]
+    return [int(present) for present in column.is_valid().to_pylist()]
+
+
+class _Letters(string.Formatter):
+    """str.format with `{list:letters}` for lettered lines and `{number:letter}` for one letter."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if format_spec == "letters":
+            return "\n".join(f"{string.ascii_uppercase[i]}. {choice}" for i, choice in enumerate(value))
+        if format_spec == "letter":
+            return string.ascii_uppercase[int(value)]
+        return super().format_field("" if value is None else value, format_spec)
+
+
+def _turns(theirs: TurnColumns, row: Mapping[str, Any], images: int, parts: bool) -> list[dict[str, Any]]:
+    question, answer = (_Letters().vformat(text, (), row).strip() for text in (theirs.user, theirs.assistant))
+    if not parts:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    asked = [*({"type": "image", "text": None} for _ in range(images)), {"type": "text", "text": question}]
+    return [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+def _in_parts(messages: list[dict[str, Any]], theirs: MessagesColumn, images: int) -> list[dict[str, Any]]:
+    """The messages with content in parts; images stand where the source marks them, else before the first question."""
+    found = []
+    unmarked = images if theirs.image_token is None else 0
+    for message in messages:
+        pieces = (message["content"] or "").split(theirs.image_token) if theirs.image_token else [message["content"]]
+        parts: list[dict[str, Any]] = []
+        if message["role"] == "user" and unmarked:
+            parts, unmarked = [{"type": "image", "text": None}] * unmarked, 0
+        for number, piece in enumerate(pieces):
+            if number:
+                parts.append({"type": "image", "text": None})
+            text = (piece or "").strip("\n") if theirs.image_token else piece or ""
+            if text or len(pieces) == 1:
+                parts.append({"type": "text", "text": text})
+        found.append({"role": message["role"], "content": parts})
+    return found
 
 
 def read_rows(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, Any]]:

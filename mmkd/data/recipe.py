@@ -59,14 +59,53 @@ class MessagesColumn:
         metadata={"help": "The source's role -> ours, such as {human: user, gpt: assistant}.", "yaml": dict},
     )
 
+    image_token: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the source marks an image within the text, such as '<image>' in LLaVA's sets: it becomes a "
+            "part {type: image}, and the rest parts of text.",
+            "yaml": str,
+        },
+    )
+    user_key: str | None = field(
+        default=None,
+        metadata={
+            "help": "For lists of pairs such as The Cauldron's: the key of the question; images stand before the "
+            "first one.",
+            "yaml": str,
+        },
+    )
+    assistant_key: str | None = field(
+        default=None, metadata={"help": "For lists of pairs: the key of the answer.", "yaml": str}
+    )
+
     def __post_init__(self) -> None:
-        """Raises ValueError for a role that chat templates do not know."""
+        """Raises ValueError for a role that chat templates do not know, and for half a pair."""
+        if (self.user_key is None) != (self.assistant_key is None):
+            raise ValueError("user_key and assistant_key name the two sides of a pair: give both or neither.")
         for role in self.role_map.values():
             if role not in ROLES:
                 raise ValueError(
                     f"role_map: {role!r} is no role; did you mean {nearest(role, ROLES)!r}? "
                     f"The roles are {', '.join(ROLES)}."
                 )
+
+
+@dataclass(frozen=True)
+class TurnColumns:
+    """One question and its answer as templates over the source's columns; the row's images stand before the question.
+
+    Besides `{column}`, `{choices:letters}` writes a list as lettered lines and `{answer:letter}` a number as a letter.
+    """
+
+    user: str = field(metadata={"help": "The question, such as '{question}'.", "yaml": str})
+    assistant: str = field(metadata={"help": "The answer, such as '{answer}'.", "yaml": str})
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for text that reads no column."""
+        for key in ("user", "assistant"):
+            if not is_template(getattr(self, key)):
+                raise ValueError(f"{key} is {getattr(self, key)!r}, which reads no column; write '{{column}}'.")
 
 
 @dataclass(frozen=True)
@@ -145,12 +184,16 @@ class DataRecipe:
         default_factory=lambda: {"train": "train"},
         metadata={"help": "{train: source split, eval: source split}; eval may be left out.", "yaml": dict},
     )
-    columns: Mapping[str, str | MessagesColumn] = field(
+    columns: Mapping[str, str | MessagesColumn | TurnColumns] = field(
         default_factory=dict,
         metadata={
             "help": "{our column: source column, '{a} {b}' template or messages}; others are dropped.",
             "yaml": dict,
         },
+    )
+    image_folder: str | None = field(
+        default=None,
+        metadata={"help": "Where relative paths of images start: a folder, from the current one.", "yaml": str},
     )
     filters: DataFilters = field(default_factory=DataFilters, metadata={"help": "Which rows stay.", "yaml": dict})
     eval_rows: int | None = field(
@@ -267,7 +310,12 @@ def template_columns(template: str) -> list[str]:
 
 def _plain(value: Any) -> Any:
     # YAML reads 2024-01-31 as a date, which json cannot write.
-    return dataclasses.asdict(value) if isinstance(value, (DataFilters, MessagesColumn)) else str(value)
+    if not isinstance(value, (DataFilters, MessagesColumn, TurnColumns)):
+        return str(value)
+    # Options that came later leave the fingerprint of recipes without them, and so their caches, as it was.
+    fields = dataclasses.asdict(value)
+    later = ("image_token", "user_key", "assistant_key")
+    return {key: one for key, one in fields.items() if key not in later or one is not None}
 
 
 def _check_source(recipe: DataRecipe) -> None:
@@ -305,6 +353,10 @@ def _check_columns(recipe: DataRecipe) -> None:
             raise ValueError(
                 f"{recipe.name}: columns has {ours!r}; did you mean {nearest(ours, OUTPUT_COLUMNS)!r}? "
                 f"Our columns are {', '.join(OUTPUT_COLUMNS)}, and the source's stand on the right."
+            )
+        if isinstance(mapping, TurnColumns) and ours != "messages":
+            raise ValueError(
+                f"{recipe.name}: columns.{ours} cannot be a question and an answer; map it to `messages`."
             )
         if isinstance(mapping, MessagesColumn) and ours in ("text", "images"):
             raise ValueError(f"{recipe.name}: columns.{ours} cannot be a list of messages; map it to `messages`.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from mmkd.data.recipe import DataFilters, DataRecipe, MessagesColumn, MixturePart, is_template, nearest
+from mmkd.data.recipe import DataFilters, DataRecipe, MessagesColumn, MixturePart, TurnColumns, is_template, nearest
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _KINDS |= {dict: "{key: value}", list: "a list"}
@@ -95,14 +95,16 @@ def _known(raw: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
             )
 
 
-def _column(ours: str, theirs: Any, what: str) -> str | MessagesColumn:
+def _column(ours: str, theirs: Any, what: str) -> str | MessagesColumn | TurnColumns:
     if isinstance(theirs, str):
         # `messages: column` is short for one whose keys are role and content already.
         return MessagesColumn(theirs) if ours == "messages" and not is_template(theirs) else theirs
+    if isinstance(theirs, dict) and {"user", "assistant"} <= theirs.keys():
+        return TurnColumns(**_values(theirs, TurnColumns, f"{what}: columns.{ours}"))
     if not isinstance(theirs, dict) or "column" not in theirs:
         raise ValueError(
-            f"{what}: columns.{ours} is {theirs!r}; give the source's column, a '{{column}}' template, or "
-            "{column: ..., role_key: ..., content_key: ..., role_map: ...}."
+            f"{what}: columns.{ours} is {theirs!r}; give the source's column, a '{{column}}' template, "
+            "{user: template, assistant: template}, or {column: ..., role_key: ..., content_key: ..., role_map: ...}."
         )
     return MessagesColumn(**_values(theirs, MessagesColumn, f"{what}: columns.{ours}"))
 

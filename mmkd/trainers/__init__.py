@@ -5,11 +5,13 @@ from typing import Any
 from .alm import ALMTrainer
 from .dho import DHOTrainer
 from .kd import KDTrainer
+from .llava_kd import LLaVAKDTrainer
 from .sft import SFTBaselineTrainer
 from .taid import TAIDTrainer
 
 METHODS: dict[str, type[Any]] = {
-    trainer.method: trainer for trainer in (SFTBaselineTrainer, KDTrainer, TAIDTrainer, ALMTrainer, DHOTrainer)
+    trainer.method: trainer
+    for trainer in (SFTBaselineTrainer, KDTrainer, TAIDTrainer, ALMTrainer, LLaVAKDTrainer, DHOTrainer)
 }
 """Name in a recipe -> trainer; its `config_class` holds the keys the recipe may set.
 

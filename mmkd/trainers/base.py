@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.losses.divergences import forward_kl
@@ -20,6 +22,8 @@ from mmkd.losses.fused import FusedLoss, Objective, fused_loss
 from mmkd.models.backbone import allow_consumers, devices_of, full_head, name_of
 from mmkd.models.heads import LMHead
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
+from mmkd.models.parts import train_only
+from mmkd.models.restore import renamed_on_disk, restore
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.cached import BATCH_KEY, CacheCollator, CachedTeacher
 from mmkd.teachers.local import LocalTeacher
@@ -29,6 +33,7 @@ from .checks import check_supervision, check_training_data
 from .preparation import ROW_LENGTHS, RowLengths, preparation_of, sequences_of
 from .progress import DistillationProgress
 from .reports import ReportingTrainer
+from .vision import View, VisionCollator, processor_of_teacher, teacher_view
 
 
 @dataclass
@@ -56,6 +61,13 @@ class DistillationConfig(SFTConfig):
         metadata={
             "help": "Form the student's logits in fp32 from bf16 weights, and sum the head's gradient in fp32. Lowers "
             "the gradient's rounding error several times; costs little on a GPU and much on a CPU."
+        },
+    )
+    trainable: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Parts of a vision-language student that are trained, of vision_tower, connector and "
+            "language_model; the others are frozen. Default: all."
         },
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
@@ -155,6 +167,10 @@ class DistillationTrainer(ReportingTrainer):
             processing_class = load_processing_class(name_of(model), "student")
         check_training_data(train_dataset, eval_dataset, args, tokenizer_of(processing_class))
         self._start_reports()
+        if args.trainable is not None:
+            if kwargs.get("peft_config") is not None or isinstance(model, PeftModel):
+                raise ValueError("trainable and PEFT both say what is trained: choose target_modules, or no adapter.")
+            train_only(model, args.trainable)
         self._counts: dict[str, Tensor] = {}
         super().__init__(
             model=model,
@@ -182,6 +198,9 @@ class DistillationTrainer(ReportingTrainer):
                 "The student is spread over several devices by device_map. Load it without device_map and shard it "
                 "with accelerate_config zero3 or fsdp2."
             )
+        self.vision_collator = None
+        if isinstance(self.data_collator, DataCollatorForVisionLanguageModeling):
+            self.data_collator = self.vision_collator = VisionCollator(self.data_collator)
         self.data_collator = RowLengths(self.data_collator)
         self.vocab_size = full_head(self.model).vocab_size
         allow_consumers(self.model)
@@ -223,6 +242,15 @@ class DistillationTrainer(ReportingTrainer):
         Without such names it is not called.
         """
 
+    def ask_view(self, view: View) -> Any:
+        """The teacher's signal about a micro-batch as the teacher sees it."""
+        return self.ask_teacher(view.inputs, view.supervised)
+
+    def read_student(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Supervised:
+        """What `item_losses` learns of the student; runs inside its forward."""
+        supervised = view.supervised
+        return Supervised(hidden[:, :-1][supervised], head, view.labels[:, 1:][supervised])
+
     def count_items(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """How many items of each kind a micro-batch of this rank has."""
         return {"token": (inputs["labels"][:, 1:] != -100).sum()}
@@ -230,7 +258,12 @@ class DistillationTrainer(ReportingTrainer):
     # What methods share
 
     def fused(
-        self, student: Supervised, signal: Any, objective: Objective = forward_kl, temperature: float = 1.0
+        self,
+        student: Supervised,
+        signal: Any,
+        objective: Objective = forward_kl,
+        temperature: float = 1.0,
+        ce_weight: float | None = None,
     ) -> ItemLosses:
         """The item losses of a token-level divergence mixed with cross-entropy, with all reports."""
         args = self.args
@@ -241,7 +274,7 @@ class DistillationTrainer(ReportingTrainer):
             signal,
             objective,
             temperature=temperature,
-            ce_weight=args.ce_weight,
+            ce_weight=args.ce_weight if ce_weight is None else ce_weight,
             chunk_size=args.chunk_size,
             precise=args.precise_logits,
             diagnostics=self._reports_now(),
@@ -273,6 +306,8 @@ class DistillationTrainer(ReportingTrainer):
             if processing_class is None:
                 trust = self.args.trust_remote_code
                 processing_class = load_processing_class(name_of(teacher), "teacher", trust_remote_code=trust)
+            if self.vision_collator is not None:
+                self.vision_collator.add_teacher(processor_of_teacher(processing_class, name_of(teacher)))
             self.vocab_size = self._shared_vocabulary(tokenizer_of(processing_class), full_head(teacher).vocab_size)
             teacher = LocalTeacher(teacher, self.vocab_size)
         return teacher
@@ -310,12 +345,26 @@ class DistillationTrainer(ReportingTrainer):
         """Asks about the first row, so that a teacher that cannot answer fails before training."""
         inputs: Any = self._prepare_inputs(self.data_collator([dict(next(iter(self.train_dataset)))]))
         del inputs[ROW_LENGTHS]
-        self.ask_teacher(inputs, inputs.pop("labels")[:, 1:] != -100)
+        self.ask_view(teacher_view(View.of(inputs), inputs))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
         check_supervision(dataset, prepared, args.max_length)
         return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore_renamed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._restore_renamed(self.state.best_model_checkpoint or "")
+
+    def _restore_renamed(self, checkpoint: str) -> None:
+        """Loads what the Trainer, which looks for the model's own names, silently left out."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if isinstance(self.model, PreTrainedModel) and not sharded and renamed_on_disk(self.model, Path(checkpoint)):
+            restore(self.model, Path(checkpoint))
 
     # The step
 
@@ -353,20 +402,18 @@ class DistillationTrainer(ReportingTrainer):
         if not training and row_lengths is not None:
             inputs["labels"] = self._without_repeated_rows(inputs["labels"], row_lengths)
         counts = self._counts if training else self.count_items(inputs)
-        labels = inputs.pop("labels")[:, 1:]
-        supervised = labels != -100
+        view = View.of(inputs)
         asks = self.teacher is not None and (self.needs_teacher or self._reports_now())
-        signal = self.ask_teacher(inputs, supervised) if asks else None
-        inputs.pop(BATCH_KEY, None)
+        signal = self.ask_view(teacher_view(view, inputs)) if asks else None
+        view.inputs.pop(BATCH_KEY, None)
 
         def consumer(hidden: Tensor, head: LMHead) -> tuple[dict, dict]:
-            student = Supervised(hidden[:, :-1][supervised], head.trimmed(self.vocab_size), labels[supervised])
-            losses = self.item_losses(student, signal)
+            losses = self.item_losses(self.read_student(hidden, head.trimmed(self.vocab_size), view), signal)
             # Plain containers: wrappers look for tensors in the output, and do not look into our dataclasses.
             return losses.totals, losses.reports
 
-        totals, reports = model(**inputs, consumer=consumer)
-        reports["supervised_tokens"] = (supervised.sum(), 1)
+        totals, reports = model(**view.inputs, consumer=consumer)
+        reports["supervised_tokens"] = (view.supervised.sum(), 1)
         reports |= {f"loss/{kind}": (total, counts[kind]) for kind, total in totals.items() if not training}
         self._record(reports)
         loss = torch.stack([total / counts[kind].clamp(min=1) for kind, total in totals.items()]).sum()
@@ -376,7 +423,7 @@ class DistillationTrainer(ReportingTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():
-            return loss, model(**inputs)
+            return loss, model(**view.inputs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's loop; the reports of this evaluation alone are logged, under its prefix."""

@@ -7,6 +7,8 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational, is_conversational_from_value
 from trl.trainer.sft_config import SFTConfig
 
+from .vision import check_no_videos
+
 
 def check_training_data(train: Any, evaluation: Any, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError for missing or empty data and for messages without a chat template to render them."""
@@ -19,6 +21,7 @@ def check_training_data(train: Any, evaluation: Any, args: SFTConfig, tokenizer:
         row = next(iter(dataset), None)
         if row is None:
             raise ValueError(f"The {name} data set is empty; check the data recipe's splits and filters.")
+        check_no_videos(row, name)
         templated = is_conversational(row) or is_conversational_from_value(row)
         if templated and tokenizer.chat_template is None and args.chat_template_path is None:
             raise ValueError(

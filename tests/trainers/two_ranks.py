@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from mmkd.trainers import METHODS
 from scripts.make_tiny_models import sentences
+from tests.vlms import vision_rows
 
 
 def zero(stage: int) -> dict[str, Any]:
@@ -30,6 +31,8 @@ def zero(stage: int) -> dict[str, Any]:
 def main(method: str, models: str, output: str, stage: str = "") -> None:
     cls = METHODS[method]
     data = Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": [f" {s}" for s in sentences(24, seed=4)]})
+    if method == "llava_kd":
+        data = vision_rows([1, 2, 0, 3] * 6)
     config = cls.config_class(
         output_dir=f"{output}/run",
         max_steps=4,
@@ -41,7 +44,8 @@ def main(method: str, models: str, output: str, stage: str = "") -> None:
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        max_length=64,
+        max_length=128,
+        assistant_only_loss=method == "llava_kd",
         deepspeed=zero(int(stage)) if stage else None,
     )
     trainer = cls(

@@ -1,0 +1,182 @@
+"""RDist of LLaVA-KD (2410.16236): how the visual tokens of an image relate to each other, student against teacher.
+
+The relation of an image is R = Z Z^T over its K visual tokens. With Z the logits, of 152k tokens each, it is
+R = H (W^T W) H^T: neither the logits nor a copy of them is formed, and W^T W is shared by all images of a batch.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Rows of the head that exist in fp32 at a time.
+_ROWS = 8192
+
+
+def relations(
+    hidden: Float[Tensor, "visual width"],
+    tokens: Sequence[int],
+    metric: Float[Tensor, "width1 width1"] | None = None,
+    *,
+    normalized: bool = False,
+) -> list[Float[Tensor, "token token"]]:
+    """R of each image, in fp32 or better; image i has the next `tokens[i]` rows of `hidden`.
+
+    With a `metric` (of `logit_metric`) it is that of the logits, else that of the hidden states. `normalized` is the
+    correlation: features centred, and every row of unit length, so that neither a constant added to all logits of a
+    token nor its norm matters. Logits are centred by a centred metric. In float32 whatever the autocast is: an entry
+    sums as many products as there are tokens, which overflows fp16.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        states = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        if metric is not None:
+            states = torch.cat([states, torch.ones_like(states[:, :1])], dim=-1)
+        elif normalized:
+            states = states - states.mean(-1, keepdim=True)
+        found = []
+        for image in states.split(list(tokens)):
+            relation = image @ image.T if metric is None else image @ metric.to(image) @ image.T
+            if normalized:
+                length = relation.diagonal().clamp(min=torch.finfo(relation.dtype).tiny).rsqrt()
+                relation = length[:, None] * relation * length
+            found.append(relation)
+        return found
+
+
+@torch.no_grad()
+def logit_metric(
+    weight: Float[Tensor, "token width"], bias: Float[Tensor, "token"] | None = None, *, centered: bool = False
+) -> Float[Tensor, "width1 width1"]:
+    """W^T W of the head with its bias as one more column, in fp32 or better: h and 1 against it give z z^T.
+
+    `centered` takes the mean over the vocabulary from every logit first, which the softmax does not see.
+    """
+    total: Tensor | float = 0.0
+    with torch.autocast(weight.device.type, enabled=False):
+        mean = _mean_row(weight, bias) if centered else 0.0
+        for rows in _blocks(weight, bias):
+            rows = rows - mean
+            total = total + rows.T @ rows
+    assert isinstance(total, Tensor)
+    return total
+
+
+def relation_distance(student: Float[Tensor, "token token"], teacher: Float[Tensor, "token token"]) -> Tensor:
+    """1 - cos of the two relations of an image, flattened; between 0 and 2, 1 where one of them is all zeros."""
+    return 1 - torch.cosine_similarity(student.flatten(), teacher.to(student).flatten(), dim=0)
+
+
+def relation_loss(
+    hidden: Float[Tensor, "visual width"],
+    tokens: Sequence[int],
+    teacher: Sequence[Float[Tensor, "token token"]],
+    *,
+    weight: Float[Tensor, "token width"] | None = None,
+    bias: Float[Tensor, "token"] | None = None,
+    normalized: bool = False,
+) -> Float[Tensor, ""]:
+    """Sum over images of `relation_distance` to the teacher's relations: of logits with a head, else of hidden states.
+
+    The gradients for hidden states and head are computed in the forward pass, where a sharded head is whole; they can
+    be used by one backward pass.
+    """
+    job = (list(tokens), list(teacher), normalized)
+    if torch.is_grad_enabled():
+        loss = _RelationLoss.apply(hidden, weight, bias, job)
+        assert isinstance(loss, Tensor)
+        return loss
+    metric = None if weight is None else logit_metric(weight, bias, centered=normalized)
+    return _sum_of_distances(hidden, metric, job)
+
+
+def common_tokens(student: int, teacher: int) -> int:
+    """How many visual tokens of an image can be compared: the coarser side's number."""
+    return min(student, teacher)
+
+
+def pooled(
+    hidden: Float[Tensor, "visual width"], tokens: Sequence[int], common: Sequence[int]
+) -> Float[Tensor, "common width"]:
+    """The states of each image averaged down to a common number of visual tokens (ours, not the paper's).
+
+    Two squares are taken for grids of patches and averaged in two dimensions, anything else along the sequence. The
+    average of hidden states is, before a softcap, the average of their logits.
+    """
+    if list(tokens) == list(common):
+        return hidden
+    parts = []
+    for image, size, target in zip(hidden.split(list(tokens)), tokens, common, strict=True):
+        side, wanted = math.isqrt(size), math.isqrt(target)
+        if side**2 == size and wanted**2 == target:
+            grid = image.T.unflatten(1, (side, side))
+            parts.append(torch.nn.functional.adaptive_avg_pool2d(grid, wanted).flatten(1).T)
+        else:
+            parts.append(torch.nn.functional.adaptive_avg_pool1d(image.T, target).T)
+    return torch.cat(parts)
+
+
+def _sum_of_distances(hidden: Tensor, metric: Tensor | None, job: tuple[list[int], list[Tensor], bool]) -> Tensor:
+    tokens, teacher, normalized = job
+    found = relations(hidden, tokens, metric, normalized=normalized)
+    distances = [relation_distance(ours, theirs) for ours, theirs in zip(found, teacher, strict=True)]
+    return torch.stack(distances).sum() if distances else hidden.float().sum() * 0
+
+
+class _RelationLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, job):
+        needs_head = any(ctx.needs_input_grad[1:3])
+        with torch.enable_grad():
+            states = hidden.detach().requires_grad_()
+            metric = None if weight is None else logit_metric(weight, bias, centered=job[2])
+            if metric is not None:
+                metric.requires_grad_(needs_head)
+            loss = _sum_of_distances(states, metric, job)
+            wanted = [states, metric] if needs_head else [states]
+            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+        gradients: list[Tensor | None] = [found[0], None, None]
+        if weight is not None and needs_head and found[1] is not None:
+            gradients[1:] = _head_gradients(weight, bias, found[1], centered=job[2])
+        needs = ctx.needs_input_grad[:3]
+        ctx.gradients = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, grad_loss):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.gradients is None:
+            raise RuntimeError("The relation loss scales its gradients in place and can be backpropagated only once.")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients), None
+
+
+def _head_gradients(
+    weight: Tensor, bias: Tensor | None, grad_metric: Tensor, centered: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Those of weight and bias from that of W^T W. Centred rows sum to zero, so the mean adds nothing."""
+    symmetric = grad_metric + grad_metric.T
+    grad_weight = torch.empty_like(weight)
+    grad_bias = None if bias is None else torch.empty_like(bias)
+    with torch.autocast(weight.device.type, enabled=False):
+        mean = _mean_row(weight, bias) if centered else 0.0
+        start = 0
+        for rows in _blocks(weight, bias):
+            block = (rows - mean) @ symmetric
+            grad_weight[start : start + len(rows)] = block[:, :-1]
+            if grad_bias is not None:
+                grad_bias[start : start + len(rows)] = block[:, -1]
+            start += len(rows)
+    return grad_weight, grad_bias
+
+
+def _mean_row(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.stack([rows.sum(0) for rows in _blocks(weight, bias)]).sum(0) / len(weight)
+
+
+def _blocks(weight: Tensor, bias: Tensor | None):
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    for start in range(0, len(weight), _ROWS):
+        rows = weight.detach()[start : start + _ROWS].to(wide)
+        column = rows.new_zeros(len(rows)) if bias is None else bias.detach()[start : start + _ROWS].to(wide)
+        yield torch.cat([rows, column[:, None]], dim=-1)

@@ -1,0 +1,51 @@
+"""The parts of a vision-language model, and which of them are trained."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+PARTS = ("vision_tower", "connector", "language_model")
+"""What `trainable` may name."""
+
+_CONNECTOR = {
+    "multi_modal_projector",
+    "connector",
+    "merger",
+    "mm_projector",
+    "image_newline",
+    "embed_vision",
+    "perceiver_resampler",
+    "qformer",
+    "query_tokens",
+    "language_projection",
+    "aligner",
+}
+_VISION = {"vision_tower", "vision_model", "vision_encoder", "visual", "vision_embed_tokens"}
+
+
+def part_of(parameter: str) -> str:
+    """Which of `PARTS` a parameter belongs to, by its name in the model."""
+    words = set(parameter.split("."))
+    # Qwen-VL's merger lies within its vision tower.
+    if words & _CONNECTOR or any(word.startswith("deepstack_merger") for word in words):
+        return "connector"
+    return "vision_tower" if words & _VISION else "language_model"
+
+
+def train_only(model: PreTrainedModel, parts: Sequence[str]) -> None:
+    """Freezes every parameter outside of the named parts.
+
+    Raises ValueError for names that are no parts and for parts that the model does not have.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise ValueError(f"trainable is {list(parts)}; list some of {', '.join(PARTS)}, or leave it out to train all.")
+    found = {name: part_of(name) for name, _ in model.named_parameters()}
+    missing = [part for part in parts if part not in found.values()]
+    if missing:
+        raise ValueError(
+            f"trainable names {', '.join(missing)}, but {type(model).__name__} has no such part: it has "
+            f"{', '.join(sorted(set(found.values())))}."
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and found[name] in parts)

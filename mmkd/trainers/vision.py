@@ -1,0 +1,249 @@
+"""Rows with images: what each model sees of them, which positions are visual tokens, and what cannot be right."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import ProcessorMixin
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from mmkd.teachers.cached import images_of
+
+VISUAL = "visual_tokens"
+"""Where `VisionCollator` puts the mask of visual tokens and the size of each image."""
+
+TEACHER_INPUTS = "teacher_inputs"
+"""Where it puts the teacher's version of the batch, made by the teacher's own processor."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A micro-batch as one model sees it."""
+
+    inputs: dict[str, Any]
+    labels: Int[Tensor, "batch position"]
+    visual: Bool[Tensor, "batch position"]
+    images: Int[Tensor, "image 2"]
+    """Row and number of visual tokens of each image, in the order of the rows."""
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> "View":
+        """The student's view of a collated batch, without what no model reads.
+
+        Rows that supervise nothing have no visual tokens either: ranks repeat rows at the end of an evaluation.
+        """
+        labels = batch["labels"]
+        none = {"mask": torch.zeros_like(labels, dtype=torch.bool), "images": labels.new_zeros(0, 2)}
+        visual = batch.get(VISUAL, none)
+        left_out = ("labels", VISUAL, TEACHER_INPUTS)
+        inputs = {key: value for key, value in batch.items() if key not in left_out}
+        view = cls(inputs, labels, visual["mask"], visual["images"])
+        return view.learnt_from(view.supervised.any(1))
+
+    @property
+    def supervised(self) -> Bool[Tensor, "batch position-1"]:
+        """The positions that predict a supervised token."""
+        return self.labels[:, 1:] != -100
+
+    def learnt_from(self, rows: Bool[Tensor, "batch"]) -> "View":
+        """The view in which only the chosen rows have labels and visual tokens."""
+        labels = self.labels.masked_fill(~rows[:, None], -100)
+        return replace(
+            self, labels=labels, visual=self.visual & rows[:, None], images=self.images[rows[self.images[:, 0]]]
+        )
+
+
+def teacher_view(ours: View, batch: Mapping[str, Any]) -> View:
+    """The teacher's view of a collated batch: the student's (`ours`), unless the teacher has a processor of its own.
+
+    Raises ValueError when the two sides are supervised on different tokens.
+    """
+    if TEACHER_INPUTS not in batch:
+        return ours
+    # Rows without labels on our side, repeated at the end of an evaluation, have none on the other.
+    theirs = View.of(batch[TEACHER_INPUTS])
+    theirs = theirs.learnt_from(ours.supervised.any(1))
+    for row, (mine, other) in enumerate(zip(_answers(ours), _answers(theirs), strict=True)):
+        if mine != other:
+            raise ValueError(
+                f"Row {row} of a batch is supervised on {len(mine)} tokens of the student's and {len(other)} of the "
+                "teacher's, or on different ones: their chat templates write an answer differently, prompts are "
+                "supervised too, or max_length cuts one of the two. Set assistant_only_loss: true (or map the data to "
+                "prompt and completion), give both templates that write the same answer, and raise max_length."
+            )
+    return theirs
+
+
+def _answers(view: View) -> list[list[int]]:
+    return [row[mask].tolist() for row, mask in zip(view.labels[:, 1:], view.supervised, strict=True)]
+
+
+class VisionCollator:
+    """trl's collator of rows with images, and what distillation must know of them: `VISUAL`, `TEACHER_INPUTS`.
+
+    Raises ValueError for videos, for more or fewer images than placeholders, and where `max_length` would cut a row
+    within its images.
+    """
+
+    def __init__(self, collator: DataCollatorForVisionLanguageModeling):
+        self.student, self.teacher = collator, None
+        # Cut here, where the loss of image tokens can be told from the loss of text.
+        self.max_length, collator.max_length = collator.max_length, None
+        require_image_tokens(collator.processor, "student")
+
+    def add_teacher(self, processor: ProcessorMixin) -> None:
+        """Gives the teacher its own version of every batch, if its processor makes another one."""
+        if processing_facts(processor) == processing_facts(self.student.processor):
+            return
+        require_image_tokens(processor, "teacher")
+        template, own = None, processor.chat_template
+        if self.student.assistant_only_loss and own is not None and not has_generation_markers(own):
+            template = get_training_chat_template(processor)
+        self.teacher = DataCollatorForVisionLanguageModeling(
+            processor=processor,
+            completion_only_loss=self.student.completion_only_loss,
+            pad_to_multiple_of=self.student.pad_to_multiple_of,
+            dataset_text_field=self.student.dataset_text_field,
+            assistant_only_loss=self.student.assistant_only_loss,
+            chat_template=template,
+        )
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        for example in examples:
+            _check_row(example, self.student.processor)
+        batch = self._collated(self.student, examples)
+        if self.teacher is not None:
+            batch[TEACHER_INPUTS] = self._collated(self.teacher, examples)
+        return batch
+
+    def _collated(self, collator: DataCollatorForVisionLanguageModeling, examples: list[dict[str, Any]]) -> dict:
+        processor: Any = collator.processor
+        # trl's collator writes into its examples.
+        batch = dict(collator([dict(example) for example in examples]))
+        ids = batch["input_ids"]
+        mask = ids == processor.image_token_id
+        self._check_length(mask)
+        if self.max_length is not None and ids.shape[1] > self.max_length:
+            for key, value in batch.items():
+                if isinstance(value, Tensor) and value.shape[:2] == ids.shape and value.ndim == 2:
+                    batch[key] = value[:, : self.max_length]
+            mask = mask[:, : self.max_length]
+        images = [images_of(example) for example in examples]
+        sizes = [[row, size] for row, one in enumerate(images) for size in _sizes(mask[row], one, processor)]
+        batch[VISUAL] = {"mask": mask, "images": torch.tensor(sizes, dtype=torch.long).reshape(-1, 2)}
+        return batch
+
+    def _check_length(self, mask: Bool[Tensor, "batch position"]) -> None:
+        if self.max_length is None:
+            return
+        # The last position predicts nothing, so an image that ends there has no text after it.
+        lost = mask[:, self.max_length - 1 :].any(1)
+        if lost.any():
+            row = int(lost.nonzero()[0])
+            last = int(mask[row].nonzero()[-1]) + 1
+            raise ValueError(
+                f"max_length {self.max_length} would cut a row within its images: its {int(mask[row].sum())} image "
+                f"tokens end at position {last}. Raise max_length above {last} plus the answer, shrink the images, or "
+                "filter such rows out."
+            )
+
+
+def require_image_tokens(processor: Any, role: str) -> None:
+    """Raises ValueError for a processor that does not say which token stands for a piece of an image."""
+    if getattr(processor, "image_token_id", None) is None:
+        raise ValueError(
+            f"The {role}'s processor {type(processor).__name__} has no image_token_id, so its visual tokens cannot be "
+            "found in the text. Use a model that puts its images between the tokens (LLaVA, Qwen-VL, Idefics3, "
+            "SmolVLM, InternVL, Gemma 3, ...)."
+        )
+
+
+def processor_of_teacher(processing_class: Any, name: str) -> ProcessorMixin:
+    """The teacher's processor. Raises ValueError when it has none: it cannot see the images of the data."""
+    if not isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"The data has images, but the teacher {name or 'given'!r} reads text only. Use a vision-language "
+            "teacher, or data without images."
+        )
+    return processing_class
+
+
+def processing_facts(processor: ProcessorMixin) -> str:
+    """All that decides how rows become inputs, tokenizers aside, to tell whether two processors do the same."""
+    settings = json.loads(processor.to_json_string())
+    for name in ("image_processor", "tokenizer", "name_or_path", "_name_or_path"):
+        settings.pop(name, None)
+    image_processor: Any = getattr(processor, "image_processor", None)
+    pixels = None if image_processor is None else json.loads(image_processor.to_json_string())
+    return json.dumps([settings, pixels, processor.chat_template], sort_keys=True)
+
+
+def check_no_videos(row: Mapping[str, Any], split: str) -> None:
+    """Raises ValueError for a row of a split that holds videos, which no method here learns from."""
+    if {"video", "videos"} & row.keys() or "video" in (part.get("type") for part in _parts(row)):
+        raise ValueError(
+            f"The {split} data holds videos, which mmkd does not train on yet. Map its frames to images, or leave "
+            "such rows out."
+        )
+
+
+def _parts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The content parts of all messages of a row."""
+    found: list[Mapping[str, Any]] = []
+    for column in ("messages", "prompt", "completion"):
+        messages = row.get(column)
+        for message in messages if isinstance(messages, list) else []:
+            content = message.get("content")
+            found += content if isinstance(content, list) else []
+    return found
+
+
+def _check_row(row: Mapping[str, Any], processor: Any) -> None:
+    """Raises ValueError when the placeholders of a row are not as many as its images."""
+    images = len(images_of(row))
+    conversation = row.get("messages", row.get("prompt"))
+    if isinstance(conversation, list):
+        # Without parts, trl puts all images before the first question.
+        structured = any(isinstance(message.get("content"), list) for message in conversation)
+        placeholders = sum(part.get("type") == "image" for part in _parts(row)) if structured else images
+    else:
+        text = row.get("text", row.get("prompt")) or ""
+        placeholders = text.count(getattr(processor, "boi_token", None) or processor.image_token)
+    if placeholders != images:
+        advice = "remove the surplus images" if images > placeholders else "add the missing images"
+        raise ValueError(
+            f"A row has {images} images and {placeholders} placeholders for them: {advice}, or put as many parts "
+            "{type: image} into its messages."
+        )
+
+
+def _sizes(mask: Bool[Tensor, "position"], images: list[Any], processor: Any) -> list[int]:
+    """How many visual tokens each image of a row has. Raises ValueError where images and tokens do not match."""
+    total = int(mask.sum())
+    if bool(total) != bool(images):
+        raise ValueError(
+            f"A row has {len(images)} images but {total} image tokens: "
+            + ("its chat template drops them." if images else f"its text holds {processor.image_token!r} itself.")
+        )
+    edges = torch.diff(mask.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))
+    starts, ends = (edges == 1).nonzero()[:, 0], (edges == -1).nonzero()[:, 0]
+    if len(images) <= 1:
+        return [total][: len(images)]
+    if len(starts) == len(images):
+        return (ends - starts).tolist()
+    # Images side by side, or cut into tiles: each is asked for alone.
+    sizes = [_size_alone(image, processor) for image in images]
+    assert sum(sizes) == total, f"images of {sizes} tokens make {total}"
+    return sizes
+
+
+def _size_alone(image: Any, processor: Any) -> int:
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "?"}]
+    conversation = [{"role": "user", "content": content}]
+    output = processor.apply_chat_template([conversation], tokenize=True, return_dict=True, return_tensors="pt")
+    return int((output["input_ids"] == processor.image_token_id).sum())

@@ -1,0 +1,212 @@
+"""Trains a staged recipe under several schedules and settings over several seeds, and prints their accuracy.
+
+    python scripts/compare_stages.py llava_kd/easy_vqa --seeds 0 1 2 \\
+        --schedules PT-SFT-SFT DPT-SFT-DFT "DPT-SFT-DFT:beta=0,gamma=0"
+
+A schedule is stages joined by "-", with optional settings after ":", of every distilled stage or of one of them
+(DFT.beta=0). The answer is what the student writes greedily, right if it is the data's answer word for word. `--test`
+is JSONL of conversations with images; without it the recipe's eval rows are asked, which is what choices are made by.
+Stages that schedules share are trained once. Every finished measurement is kept in OUTPUT/results.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from mmkd.launch import train
+from mmkd.models.load import load_model, load_processing_class
+from mmkd.recipes import find_recipe
+from mmkd.run import load_rows_of, parse_run, read_recipe
+from mmkd.stages import plan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a recipe in stages, by name or path")
+    parser.add_argument("--schedules", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/compare_stages"))
+    parser.add_argument("--test", type=Path, help="JSONL to ask instead of the recipe's eval rows")
+    parser.add_argument("--max_questions", type=int, default=2000, help="the first so many rows (default: 2000)")
+    options, flags = parser.parse_known_args()
+    recipe = find_recipe(options.recipe)
+    rows = questions(options.test, str(recipe), flags, options.max_questions)
+    results = Results(options.output / "results.json", options.test, options.max_questions)
+    table: list[tuple[str, list[dict[str, float]]]] = []
+    teacher = read_recipe(recipe).get("teacher")
+    if teacher is not None:
+        table.append(("teacher", [results.get(Path(teacher), rows, teacher)]))
+    for schedule in options.schedules:
+        runs = []
+        for seed in options.seeds:
+            begun = time.monotonic()
+            last, steps, identity = run_schedule(recipe, schedule, seed, flags, options.output)
+            seconds = time.monotonic() - begun
+            runs.append({**results.get(last, rows, identity), "steps": float(steps)})
+            print(f"{schedule}, seed {seed}: {runs[-1]['accuracy']:.4f} ({seconds:.0f} s)", flush=True)
+        table.append((schedule, runs))
+    show(table, options.seeds, len(rows))
+
+
+def questions(test: Path | None, recipe: str, flags: Sequence[str], limit: int) -> list[dict[str, Any]]:
+    """Rows with messages and images: of a file, or of the recipe's eval split."""
+    if test is not None:
+        return [json.loads(line) for line in test.read_text(encoding="utf-8").splitlines()[:limit]]
+    data = load_rows_of(parse_run(recipe, [*flags, "--max_eval_rows", str(limit)]))["eval"]
+    return [dict(row) for row in data]  # pyright: ignore[reportArgumentType]
+
+
+def run_schedule(recipe: Path, schedule: str, seed: int, flags: list[str], output: Path) -> tuple[Path, int, str]:
+    """Trains what is missing of a schedule; its last stage's folder, all its updates, and its identity."""
+    names, _, settings = schedule.partition(":")
+    changed = edited(recipe, dict(one.split("=") for one in settings.split(",") if one), output)
+    tail = settings.replace("=", "_").replace(",", "-")
+    own = ["--stages", *names.split("-"), "--seed", str(seed)]
+    # Folders of equal beginnings could be shared; each schedule has its own, so that none waits for another.
+    folder = output / f"{names}{'-' + tail if tail else ''}-seed{seed}"
+    own += ["--output_dir", str(folder)]
+    stages, rest = plan(changed, [*flags, *own])
+    steps = sum(parse_run_steps(stage.keys, rest) for stage in stages)
+    share(stages, output)
+    if train(str(changed), [*flags, *own]):
+        raise SystemExit(130)
+    for stage in stages:
+        known = output / "stages" / stage.identity
+        known.parent.mkdir(parents=True, exist_ok=True)
+        if not known.exists():
+            known.symlink_to(os.path.relpath(stage.folder, known.parent))
+    return stages[-1].folder, steps, stages[-1].identity
+
+
+def share(stages: Sequence[Any], output: Path) -> None:
+    """Links stages that an earlier schedule has trained in the same way."""
+    for stage in stages:
+        known = output / "stages" / stage.identity
+        if known.exists() and not stage.folder.exists():
+            stage.folder.parent.mkdir(parents=True, exist_ok=True)
+            stage.folder.symlink_to(os.path.relpath(known.resolve(), stage.folder.parent))
+
+
+def parse_run_steps(keys: Any, flags: Sequence[str]) -> int:
+    given = [int(value) for flag, value in zip(flags, [*flags[1:], ""], strict=True) if flag == "--max_steps"]
+    return given[-1] if given else int(keys["max_steps"])
+
+
+def edited(recipe: Path, settings: dict[str, str], output: Path) -> Path:
+    """The recipe with other settings in its distilled stages."""
+    if not settings:
+        return recipe
+    keys = read_recipe(recipe)
+    values = {key: yaml.safe_load(value) for key, value in settings.items()}
+    for key, value in values.items():
+        only, _, field = key.rpartition(".")
+        for name, stage in keys["stages"].items():
+            if name == only or (not only and stage.get("method", keys["method"]) != "sft"):
+                stage[field] = value
+    path = output / f"{recipe.stem}-{'-'.join(f'{key}_{value}' for key, value in settings.items())}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(keys, sort_keys=False))
+    return path
+
+
+class Results:
+    """Measurements by what was measured; written after each one."""
+
+    def __init__(self, path: Path, test: Path | None, limit: int):
+        self.path, self.what = path, f"{test or 'eval'} {limit}"
+        self.known: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def get(self, folder: Path, rows: list[dict[str, Any]], identity: str) -> dict[str, float]:
+        """The accuracy of a saved model, from the file or by asking it."""
+        key = f"{identity} {self.what}"
+        if key not in self.known:
+            self.known[key] = measure(folder, rows)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".tmp")
+            partial.write_text(json.dumps(self.known, indent=1))
+            os.replace(partial, self.path)
+        return self.known[key]
+
+
+def measure(folder: Path, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy of greedy answers, and of those to questions that are not answered yes or no."""
+    said = answers(folder, rows)
+    wanted = [row["messages"][-1]["content"][0]["text"] for row in rows]
+    right = [ours == theirs for ours, theirs in zip(said, wanted, strict=True)]
+    open_ended = [good for good, answer in zip(right, wanted, strict=True) if answer not in ("yes", "no")]
+    parameters = load_model(str(folder)).num_parameters()
+    return {
+        "accuracy": statistics.fmean(right),
+        "open": statistics.fmean(open_ended or [0]),
+        "parameters": float(parameters),
+    }
+
+
+@torch.no_grad()
+def answers(folder: Path, rows: list[dict[str, Any]], batch: int = 128, tokens: int = 4) -> list[str]:
+    """What a saved model answers to the first message of each row."""
+    model: Any = load_model(str(folder)).eval()
+    processor: Any = load_processing_class(str(folder))
+    processor.tokenizer.padding_side = "left"
+    found: list[str] = []
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        conversations = [[_with_images(row)] for row in part]
+        inputs = processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            processor_kwargs={"padding": True},
+        )
+        ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        found += [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    return found
+
+
+def _with_images(row: dict[str, Any]) -> dict[str, Any]:
+    message, images = row["messages"][0], iter(row["images"])
+    content = [
+        {"type": "image", "image": _image(next(images))} if part["type"] == "image" else part
+        for part in message["content"]
+    ]
+    return {"role": message["role"], "content": content}
+
+
+def _image(image: Any) -> Image.Image:
+    return (Image.open(image) if isinstance(image, str) else image).convert("RGB")
+
+
+def show(rows: list[tuple[str, list[dict[str, float]]]], seeds: Sequence[int], count: int) -> None:
+    """One line per schedule: mean over seeds, with the standard deviation where there are several."""
+    table = Table("", "parameters", "updates", "accuracy", "of it not yes or no")
+    for name, runs in rows:
+        steps = f"{runs[0]['steps']:.0f}" if "steps" in runs[0] else ""
+        cells = [_spread([run[column] for run in runs]) for column in ("accuracy", "open")]
+        table.add_row(name, f"{runs[0]['parameters']:,.0f}", steps, *cells)
+    console = Console(width=120)
+    console.print(table)
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    console.print(f"{count} questions, seeds {list(seeds)}, mean ± standard deviation; {machine}")
+
+
+def _spread(values: list[float]) -> str:
+    mean = 100 * statistics.fmean(values)
+    return f"{mean:.1f} %" if len(values) == 1 else f"{mean:.1f} ± {100 * statistics.stdev(values):.1f} %"
+
+
+if __name__ == "__main__":
+    main()

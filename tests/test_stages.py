@@ -1,0 +1,178 @@
+"""Recipes in stages: order, resuming, ablations, and students that plain transformers loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from mmkd.cli import main
+from mmkd.models.load import load_model
+from mmkd.stages import plan, split_stages
+from scripts.make_tiny_models import make_model, make_tokenizer, save
+from tests.vlms import make_llava, make_tower, vision_rows
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe of two defined orders on six rows with images."""
+    rows = vision_rows([1] * 6)
+    (tmp_path / "images").mkdir()
+    lines = []
+    for number, row in enumerate(rows):
+        data: Any = row
+        path = tmp_path / "images" / f"{number}.png"
+        data["images"][0].save(path)
+        lines.append(json.dumps({"messages": data["messages"], "images": [str(path)]}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    source = {"source": "json", "data_files": {"train": str(tmp_path / "rows.jsonl")}}
+    columns = {"columns": {"messages": "messages", "images": "images"}, "shuffle_seed": None}
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump({**source, **columns}))
+    tokenizer = make_tokenizer()
+    keys = {
+        "method": "llava_kd",
+        "teacher": str(make_llava(tmp_path / "teacher", seed=1, layers=3)),
+        "student_init": "llava",
+        "student": str(save(make_model(rows=len(tokenizer)), tokenizer, tmp_path / "llm")),
+        "student_vision_tower": str(make_tower(tmp_path / "tower")),
+        "data": str(tmp_path / "rows.yaml"),
+        "output_dir": str(tmp_path / "run"),
+        "schedule": ["DPT", "SFT", "DFT"],
+        "stages": {
+            "PT": {"method": "sft", "teacher": None, "trainable": ["connector"]},
+            "DPT": {"trainable": ["connector"], "learning_rate": 1e-2},
+            "SFT": {"method": "sft", "teacher": None, "trainable": ["connector", "language_model"]},
+            "DFT": {"trainable": ["connector", "language_model"], "beta": 0.5},
+        },
+        "assistant_only_loss": True,
+        "max_length": 128,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    return path
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_model(str(folder)).state_dict()
+
+
+def test_three_stages_train_what_they_say_and_load_anywhere(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = recipe.parent / "run"
+    assert main(["train", str(recipe)]) == 0
+    assert sorted(path.name for path in root.iterdir()) == ["1-DPT", "2-SFT", "3-DFT"]
+    first, second, third = (weights(root / name) for name in ("1-DPT", "2-SFT", "3-DFT"))
+    llm = load_model(str(recipe.parent / "llm")).state_dict()
+    for name, tensor in first.items():
+        word = name.removeprefix("model.language_model.")
+        if f"model.{word}" in llm and "embed" not in name:
+            assert torch.equal(tensor, llm[f"model.{word}"]), name
+        if "vision_tower" in name:
+            assert torch.equal(tensor, third[name]), name
+    assert not torch.equal(*(one["model.language_model.norm.weight"] for one in (first, second)))
+    assert not torch.equal(*(one["model.language_model.norm.weight"] for one in (second, third)))
+    # Plain transformers, without mmkd.
+    model: Any = LlavaForConditionalGeneration.from_pretrained(root / "3-DFT")
+    processor: Any = AutoProcessor.from_pretrained(root / "3-DFT")
+    conversation = [{"role": "user", "content": [{"type": "image", "image": vision_rows([1])[0]["images"][0]}]}]
+    inputs = processor.apply_chat_template(
+        [conversation], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+    # Again: everything is finished and kept.
+    before = (root / "3-DFT" / "model.safetensors").stat().st_mtime_ns
+    assert main(["train", str(recipe)]) == 0
+    assert (root / "3-DFT" / "model.safetensors").stat().st_mtime_ns == before
+    assert "finished, kept" in capsys.readouterr().err
+
+
+def test_a_stage_alone_is_the_stage_in_its_place(recipe: Path) -> None:
+    assert main(["train", str(recipe), "--stages", "PT", "SFT"]) == 0
+    root, alone = recipe.parent / "run", recipe.parent / "alone"
+    assert main(["train", str(root / "2-SFT" / "recipe.yaml"), "--output_dir", str(alone)]) == 0
+    for name, tensor in weights(alone).items():
+        assert torch.equal(tensor, weights(root / "2-SFT")[name]), name
+    start = ["--student", str(root / "1-PT"), "--output_dir", str(recipe.parent / "third")]
+    assert main(["train", str(recipe), "--stages", "SFT", *start]) == 0
+    assert torch.equal(
+        weights(recipe.parent / "third" / "1-SFT")["lm_head.weight"], weights(root / "2-SFT")["lm_head.weight"]
+    )
+
+
+def test_an_interrupted_schedule_goes_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving = ["--save_strategy", "steps", "--save_steps", "1"]
+    whole = recipe.parent / "whole"
+    assert main(["train", str(recipe), *saving, "--output_dir", str(whole)]) == 0
+
+    from mmkd.trainers.sft import SFTBaselineTrainer
+
+    plain = SFTBaselineTrainer.training_step
+
+    def fails(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTBaselineTrainer, "training_step", fails)
+        assert main(["train", str(recipe), *saving]) == 130
+    root = recipe.parent / "run"
+    assert json.loads((root / "2-SFT" / "stage.json").read_text())["finished"] is False
+    assert (root / "2-SFT" / "checkpoint-1").is_dir()
+    assert main(["train", str(recipe), *saving]) == 0
+    for name, tensor in weights(root / "2-SFT").items():
+        torch.testing.assert_close(
+            tensor, weights(whole / "2-SFT")[name], msg=lambda text, name=name: f"SFT {name}: {text}"
+        )
+    for name, tensor in weights(root / "3-DFT").items():
+        torch.testing.assert_close(
+            tensor, weights(whole / "3-DFT")[name], msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_another_way_to_a_folder_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "--stages", "PT", "SFT", "--max_steps", "1"]) == 0
+    assert main(["train", str(recipe), "--stages", "DPT", "SFT", "--max_steps", "1"]) == 2
+    assert "trained after PT" in capsys.readouterr().err
+
+
+def test_bad_stages(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "--stages", "DFTT"]) == 2
+    assert "did you mean 'DFT'" in capsys.readouterr().err
+    assert main(["train", str(recipe), "--stages"]) == 2
+    assert "names no stage" in capsys.readouterr().err
+    assert main(["train", "kd/quickstart", "--stages", "SFT"]) == 2
+    assert "has no stages" in capsys.readouterr().err
+    keys = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**keys, "stages": ["DPT", "SFT"]}))
+    assert main(["train", str(recipe)]) == 2
+    assert "must be a mapping" in capsys.readouterr().err
+
+
+def test_keys_of_stages(recipe: Path) -> None:
+    stages, flags = plan(recipe, ["--seed", "1", "--stages", "PT", "SFT", "SFT", "--output_dir=there"])
+    assert flags == ["--seed", "1"]
+    assert [str(stage.folder) for stage in stages] == ["there/1-PT", "there/2-SFT", "there/3-SFT"]
+    assert [stage.keys["student"] for stage in stages[1:]] == ["there/1-PT", "there/2-SFT"]
+    assert "student_vision_tower" in stages[0].keys
+    assert all(
+        "student_vision_tower" not in stage.keys and "teacher" not in stage.keys and "stages" not in stage.keys
+        for stage in stages[1:]
+    )
+    assert len({stage.identity for stage in stages}) == 3
+
+
+def test_flags_of_stages() -> None:
+    assert split_stages(["--a", "1", "--stages", "X", "Y", "--b"]) == (["X", "Y"], ["--a", "1", "--b"])
+    assert split_stages(["--stages=X"]) == (["X"], [])
+    assert split_stages(["--a", "1"]) == (None, ["--a", "1"])
