@@ -46,8 +46,9 @@ class Chunks:
     """Chunks in the order of the text: teacher's tokens `teacher[c, 0] : teacher[c, 1]` say what the student's do.
 
     Positions count tokens of all rows, end to end. `marker` chunks are paired markers (end of turn, say), whose bytes
-    differ. `at_boundary` chunks are followed by whitespace, a marker or nothing on both sides (policy "space" merges
-    other chunks with the next). `chunk_of_*_token` is -1 for tokens in none, special tokens within a chunk included.
+    differ. `at_boundary` chunks are followed by whitespace or a marker, or on one side by nothing (policy "space"
+    merges other chunks with the next). `chunk_of_*_token` is -1 for tokens in none, also for special tokens within a
+    chunk.
     """
 
     teacher: Int[ndarray, "chunk 2"]

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from mmkd.alignment.spans import Aligner
 from mmkd.capture.sequences import TokenSequence
 from mmkd.trainers.pairs import Agreement, BatchAligner, read
 
@@ -24,7 +23,8 @@ def alignment(ours: Rendered, theirs: Rendered) -> list[Finding]:
     student, teacher = (
         read([(one.ids, np.where(one.supervised, one.ids, -100)) for one in side]) for side in zip(*pairs, strict=True)
     )
-    counts = BatchAligner(Aligner.of(theirs.tokenizer, ours.tokenizer)).chunks(student, teacher).counts
+    align = BatchAligner.of(ours.prepared.processing_class, theirs.prepared.processing_class)
+    counts = align.chunks(student, teacher).counts
     agreement = Agreement.of(counts)
     if not agreement.chunks:
         advice = "Nothing would be learnt: look at both chat templates and at what they supervise."

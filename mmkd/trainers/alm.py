@@ -17,7 +17,6 @@ from transformers.utils import logging
 
 from mmkd.alignment.nearest_tokens import nearest_tokens
 from mmkd.alignment.pieces import boundary_mask
-from mmkd.alignment.spans import Aligner
 from mmkd.losses import chunks, divergences
 from mmkd.losses.chunks import POLICIES, ChunkGroups, binarised, chunk_log_probs, group_chunks
 from mmkd.losses.combine import COMBINATIONS, combination_weights, gradients_of
@@ -273,9 +272,8 @@ class ALMTrainer(DistillationTrainer):
 
     def _batch_aligner(self, processing_class: Any, args: ALMConfig) -> BatchAligner:
         if "aligner" not in self._readers:
-            sides = (self._readers["reader"].processing_class, processing_class)
-            aligner = Aligner.of(*map(tokenizer_of, sides))
-            self._readers["aligner"] = BatchAligner(aligner, to_space=args.chunks == "space")
+            teacher = self._readers["reader"].processing_class
+            self._readers["aligner"] = BatchAligner.of(processing_class, teacher, to_space=args.chunks == "space")
         return self._readers["aligner"]
 
     # The teacher

@@ -1,6 +1,7 @@
 """Rows that student and teacher read in tokens of their own: prepared for each, laid side by side, aligned."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
@@ -14,6 +15,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from mmkd.alignment.pieces import TokenPieces, Tokens
 from mmkd.alignment.spans import Aligner, Chunks, RowCounts
+from mmkd.models.load import tokenizer_of
 from mmkd.teachers.cached import BATCH_KEY, CachedTeacher, images_of, spans_of_row
 from mmkd.teachers.keys import image_hash
 from mmkd.teachers.signals import ChunkAlignment
@@ -119,6 +121,11 @@ class BatchAligner:
     def __init__(self, aligner: Aligner, to_space: bool = False):
         self.aligner, self.to_space = aligner, to_space
 
+    @classmethod
+    def of(cls, student: Any, teacher: Any, to_space: bool = False) -> Self:
+        """The aligner of two tokenizers or processors."""
+        return cls(Aligner.of(_with_template(teacher), _with_template(student)), to_space)
+
     def chunks(self, student: Read, teacher: Read) -> Chunks:
         """The chunks of the same sequences as both sides read them.
 
@@ -164,6 +171,15 @@ class BatchAligner:
             row[ends],
         )
         return ChunkAlignment(*(torch.from_numpy(field.astype(np.int64)) for field in fields))
+
+
+def _with_template(processing_class: Any) -> Any:
+    """The tokenizer; that of a processor with the processor's chat template."""
+    tokenizer: Any = tokenizer_of(processing_class)
+    if tokenizer is not processing_class:
+        tokenizer = copy(tokenizer)
+        tokenizer.chat_template = processing_class.chat_template
+    return tokenizer
 
 
 def _next_supervised(stops: Int[np.ndarray, "chunk"], side: Read) -> Int[np.ndarray, "chunk"]:

@@ -1,6 +1,7 @@
 """A tiny random vision-language model (Idefics3), which vLLM serves on a CPU without torchvision."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -27,9 +28,9 @@ TILE, EDGE = 32, 64
 PATCH, SCALE = 8, 2
 
 
-def make_processor() -> Idefics3Processor:
+def make_processor(tokenizer: Any = None) -> Idefics3Processor:
     """Cuts an image into tiles of 32 pixels and a global one, each worth 4 image tokens."""
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     rows = [f"<row_{row}_col_{column}>" for row in range(1, 3) for column in range(1, 3)]
     tokenizer.add_tokens(IMAGE_TOKENS + rows, special_tokens=True)
     tokenizer.chat_template = None
@@ -39,9 +40,9 @@ def make_processor() -> Idefics3Processor:
     )
 
 
-def make_vlm(folder: Path) -> Path:
+def make_vlm(folder: Path, tokenizer: Any = None) -> Path:
     """The folder of a saved model and processor, 0.1 M parameters."""
-    processor = make_processor()
+    processor = make_processor(tokenizer)
     tokenizer = processor.tokenizer
     torch.manual_seed(0)
     config = Idefics3Config(

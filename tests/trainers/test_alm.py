@@ -1,5 +1,6 @@
 """ALM: the loss is that of chunks of text, however they are tokenised, batched or packed."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List
 from peft import LoraConfig
 
 from mmkd.alignment.pieces import TokenPieces, boundary_mask
@@ -21,6 +22,7 @@ from mmkd.trainers.pairs import BatchAligner, read
 from scripts.make_tiny_models import make_model, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS, wordpiece
 from tests.helpers import Build, losses_of
+from tests.teachers.vlm import make_image, make_vlm
 from tests.trainers.test_base import two_ranks
 
 
@@ -302,6 +304,36 @@ def test_rows_in_which_nothing_aligns_cost_nothing(alm: Any) -> None:
     trainer.train()
     assert losses_of(trainer) == [0.0]
     assert losses_of(trainer, "aligned") == [0.0]
+
+
+# Images
+
+
+def test_vision_models_with_different_tokenizers(build: Build, tmp_path: Path) -> None:
+    other = copy.deepcopy(CHATTERS["llama"]())
+    other.pad_token = other.eos_token
+    student, teacher = make_vlm(tmp_path / "student"), make_vlm(tmp_path / "teacher", other)
+    pairs = zip(sentences(8, seed=1), sentences(8, seed=2), strict=True)
+    rows = [
+        {
+            "images": [make_image(number) for number in range(row % 3)],
+            "prompt": [{"role": "user", "content": question}],
+            "completion": [{"role": "assistant", "content": answer}],
+        }
+        for row, (question, answer) in enumerate(pairs)
+    ]
+    features = Features({**Dataset.from_list(rows).features, "images": List(Image())})
+    arguments = {"model": str(student), "teacher": str(teacher)}
+    settings: dict[str, Any] = {"max_length": None, "chunks": "merge", "tau": 5.0}
+    trainer: Any = build(ALMTrainer, Dataset.from_list(rows, features=features), trainer=arguments, **settings)
+    batch = next(iter(trainer.get_train_dataloader()))
+    supervised = batch["labels"][:, 1:] != -100
+    alignment = trainer.ask_teacher(batch, supervised).alignment
+    assert (alignment.student_chunk >= 0).all()
+    assert (batch["input_ids"] == trainer.processing_class.image_token_id).any()
+    assert trainer.processing_class.image_token_id not in batch["labels"][:, 1:][supervised]
+    trainer.train()
+    assert losses_of(trainer, "divergence")[-1] < losses_of(trainer, "divergence")[0]
 
 
 # The command line, with the teacher in memory and on disk
