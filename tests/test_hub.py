@@ -320,7 +320,7 @@ def test_a_cache_of_answers(hub: LoopbackHub, client: Client, tmp_path: Path) ->
     assert header["license"] == "other"
     assert header["task_categories"] == ["image-text-to-text"]
     for fact in (
-        "1, since the teacher could not read them: 1 times no image",
+        "have no answer of the teacher's: 1 times: no image",
         "temperature 0.7",
         "source: user/answers",
     ):

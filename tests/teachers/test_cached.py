@@ -25,7 +25,7 @@ from mmkd.teachers.codec import Codec
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import SparseSignal, TopKSignal
 from mmkd.teachers.store import Cache, damaged_shards
-from mmkd.trainers.kd import DIVERGENCES, KDTrainer
+from mmkd.trainers.kd import DIVERGENCES, KDConfig, KDTrainer
 from mmkd.trainers.sft import SFTBaselineTrainer
 from mmkd.trainers.taid import TAIDTrainer
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
@@ -468,8 +468,8 @@ def test_tails_that_the_cache_does_not_have_are_refused(whole: Path, tiny: dict[
             CachedTeacher(draws_only, tail)
     assert CachedTeacher(draws_only, "unbiased").signal_type is SparseSignal
     log_probs = build_cache(write_recipe(tmp_path / "log_probs", tiny, data, cache_signal="log_probs"))
-    with pytest.raises(ValueError, match=r"holds one log-prob per token, for method alm"):
-        CachedTeacher(log_probs)
+    with pytest.raises(ValueError, match=r"answers with LabelSignal, method kd needs DenseSignal or TopKSignal"):
+        KDTrainer.check_teacher(CachedTeacher(log_probs), KDConfig(str(tmp_path), bf16=False))
     with pytest.raises(ValueError, match=r"no teacher cache: it has no manifest.json"):
         CachedTeacher(tmp_path / "nowhere")
 
