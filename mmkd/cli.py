@@ -77,6 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("cache", help="the folder to write")
     merge.add_argument("parts", nargs="*", help="folders of the parts (default: CACHE.part-*-of-* beside it)")
     merge.set_defaults(run=_merge_cache)
+    judge = commands.add_parser(
+        "eval",
+        help="benchmarks of a run or any model, through lm-eval",
+        description="Runs the tasks of a suite, or tasks by name, on one model or several. What is finished is kept "
+        "under the run and not run again. eval/README.md says what the suites are.",
+    )
+    _add_eval_flags(judge)
+    judge.set_defaults(run=_eval, parser=judge)
     examine = commands.add_parser("doctor", help="say whether a recipe would be a sound run, before anything is spent")
     examine.add_argument("recipe", help="path of a YAML file, or name of a shipped recipe")
     examine.set_defaults(run=_doctor, takes_flags=True)
@@ -105,6 +113,27 @@ def _parser() -> argparse.ArgumentParser:
     for command in (info, merge, listing, show, copy, versions):
         command.set_defaults(parser=command)
     return parser
+
+
+def _add_eval_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("models", nargs="+", metavar="RUN_OR_MODEL", help="a run's folder, another folder, or a Hub id")
+    add("--suite", nargs="+", default=[], help="offline, open_llm, math, vlm, or the path of a suite's YAML")
+    add("--tasks", nargs="+", default=[], help="tasks of lm-eval or mmkd by name or pattern (arc_*)")
+    add("--include_path", nargs="+", default=[], help="folders with tasks of your own, in lm-eval's YAML")
+    add("--ensemble", action="store_true", help="the models as one: the average of their log-probs")
+    add("--model_type", default="auto", help="hf, hf-multimodal, vllm or vllm-vlm of lm-eval (default: by the task)")
+    add("--model_args", nargs="+", default=[], metavar="KEY=VALUE", help="further arguments of that model type")
+    add("--dtype", default="auto", help="type of the weights (default: as they were saved)")
+    add("--batch_size", default="8", help="requests at a time, or auto (default: 8)")
+    add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--limit", type=float, help="at most so many items of each task, or below 1 a share of them: to try out")
+    add("--num_fewshot", type=int, help="examples before each question, instead of what the suite says")
+    add("--chat_template", default="auto", help="auto: where the model has one and the task wants it; on; off")
+    add("--seed", type=int, help="of few-shot examples and of sampling (default: lm-eval's own)")
+    add("--revision", help="branch, tag or commit of a Hub id")
+    add("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add("--output", type=Path, help="folder of the results (default: eval/ in the model's folder)")
 
 
 def _train(options: argparse.Namespace, flags: list[str]) -> int:
@@ -144,6 +173,12 @@ def _merge_cache(options: argparse.Namespace, rest: list[str]) -> int:
     from mmkd.capture.commands import merge_command
 
     return merge_command(options.cache, options.parts)
+
+
+def _eval(options: argparse.Namespace, rest: list[str]) -> int:
+    from mmkd.eval.commands import eval_command
+
+    return eval_command(options)
 
 
 def _doctor(options: argparse.Namespace, flags: list[str]) -> int:

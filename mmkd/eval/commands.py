@@ -1,0 +1,134 @@
+"""`mmkd eval`: tasks and measurements of models, kept per model and printed side by side."""
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from .harness import Harness, Settings
+from .lmms import check_lmms, lmms_key, lmms_settings, run_lmms
+from .model import EvalModel, ensemble_of, find_model
+from .results import NAME, Results
+from .scores import scores_of
+from .suites import SuiteTask, load_suite, suite_names
+from .tasks import Tasks
+
+
+def evaluate(
+    model: EvalModel, tasks: Sequence[SuiteTask], settings: Settings, output: Path | None = None, include: Any = ()
+) -> list[dict[str, Any]]:
+    """The entries of the tasks, in order: from the model's results where they are known, else by running them.
+
+    A task that needs vision is left out for a model without it. Every task is kept as soon as it is done. Raises
+    ValueError for unknown tasks, missing data and results of other weights, before anything runs where that is
+    possible.
+    """
+    wanted = [task for task in tasks if task.needs != "vision" or model.vision]
+    for task in tasks:
+        if task not in wanted:
+            print(f"{task.task} needs a vision-language model, which {model.name} is not: left out.", file=sys.stderr)
+    results = Results(output or model.results_folder, model.name, model.weights)
+    planned = _plan(model, wanted, settings, include)
+    if settings.chat_template == "auto" and not model.has_chat_template:
+        print(f"{model.name} has no chat template: it is asked in plain text.", file=sys.stderr)
+    entries = []
+    for key, run in planned:
+        entry = results.task(key)
+        if entry is None:
+            begun = time.monotonic()
+            found = run()
+            if found is None:
+                # Another rank of the same evaluation writes.
+                continue
+            told, samples = found
+            told = {**told, "seconds": time.monotonic() - begun, "date": datetime.now(UTC).isoformat("T", "seconds")}
+            entry = results.add_task(key, {**told, "scores": scores_of(told)}, samples)
+        entries.append(entry)
+    return entries
+
+
+def _plan(model: EvalModel, tasks: Sequence[SuiteTask], settings: Settings, include: Any) -> list[tuple[str, Any]]:
+    """The key of every task, and how to run it."""
+    own = [task for task in tasks if task.harness == "lm-eval"]
+    known = Tasks([task.task for task in own], include) if own else None
+    harness = Harness(model, settings)
+    if len(own) < len(tasks):
+        check_lmms()
+    planned: list[tuple[str, Any]] = []
+    for task in tasks:
+        if task.harness == "lmms-eval":
+            chosen = lmms_settings(model, settings)
+            planned.append((lmms_key(task, chosen), partial(run_lmms, task, chosen)))
+            continue
+        assert known is not None
+        for facts in [known[name] for name in known.matching(task.task)]:
+            planned.append((harness.key(task, facts), partial(harness.run, task, facts, known.manager)))
+    return planned
+
+
+def show(found: Mapping[str, Sequence[Mapping[str, Any]]], console: Console) -> None:
+    """One line per task, one column per model."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for name, entries in found.items():
+        for score in (score for entry in entries for score in entry["scores"]):
+            sign = "↑" if score["higher_is_better"] else "↓"
+            row = rows.setdefault((score["task"], f"{score['metric'].removesuffix(',none')} {sign}"), {})
+            row[name] = f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.4f}")
+            row["items"] = f"{score['items']:,}" if score["items"] is not None else ""
+    table = Table("task", "metric", "items", *found)
+    for (task, metric), row in rows.items():
+        table.add_row(task, metric, row["items"], *(row.get(name, "") for name in found))
+    console.print(table)
+
+
+def eval_command(options: argparse.Namespace) -> int:
+    """Evaluates models as the command line says and prints the tables; 130 when interrupted."""
+    hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    models = [find_model(name, **hub) for name in options.models]
+    if options.ensemble:
+        models = [ensemble_of(models)]
+    if options.output is not None and len(models) > 1:
+        raise ValueError("--output is the folder of one model's results; leave it out to evaluate several.")
+    tasks = [task for name in options.suite for task in load_suite(name).tasks]
+    tasks += [SuiteTask(name) for name in options.tasks]
+    if not tasks:
+        raise ValueError(f"Say what to evaluate: --suite {', '.join(suite_names())}, or --tasks.")
+    settings = Settings(
+        model_type=options.model_type,
+        model_args=_model_args(options.model_args),
+        dtype=options.dtype,
+        batch_size=int(options.batch_size) if options.batch_size.isdigit() else options.batch_size,
+        device=options.device,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        chat_template=options.chat_template,
+        seed=options.seed,
+    )
+    found = {}
+    try:
+        for model in models:
+            found[model.name] = evaluate(model, tasks, settings, options.output, options.include_path)
+    except KeyboardInterrupt:
+        print("\nInterrupted. Finished tasks are kept: the same command goes on with the next one.", file=sys.stderr)
+        return 130
+    show(found, Console())
+    for model in models:
+        print(f"{(options.output or model.results_folder) / NAME}")
+    return 0
+
+
+def _model_args(words: Sequence[str]) -> dict[str, Any]:
+    """`key=value` words, values read as YAML. Raises ValueError for other words."""
+    pairs = [pair for word in words for pair in word.split(",") if pair]
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"--model_args has {pair!r}; write key=value.")
+    return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}

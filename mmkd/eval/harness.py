@@ -1,0 +1,210 @@
+"""Tasks through lm-eval's Python API: one model, one task at a time, in the same call that one would write by hand."""
+
+import importlib.util
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from datasets.exceptions import DatasetNotFoundError
+
+from mmkd.models.ensemble import load_ensemble
+from mmkd.models.load import load_model, tokenizer_of
+
+from .model import EvalModel
+from .results import key_of
+from .suites import SuiteTask
+from .tasks import Task
+
+MODEL_TYPES = ("auto", "hf", "hf-multimodal", "vllm", "vllm-vlm")
+CHAT = ("auto", "on", "off")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are asked."""
+
+    model_type: str = "auto"
+    """Of lm-eval. auto: hf-multimodal for tasks with images, else hf."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "auto"
+    batch_size: int | str = 8
+    device: str | None = None
+    limit: float | None = None
+    num_fewshot: int | None = None
+    """Instead of what the suite or the task says."""
+    chat_template: str = "auto"
+    seed: int | None = None
+    """Of the few-shot examples and of sampling; by default lm-eval's own seeds."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("model_type", self.model_type, MODEL_TYPES),
+            ("chat_template", self.chat_template, CHAT),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}.")
+        if self.model_type.startswith("vllm") and importlib.util.find_spec("vllm") is None:
+            raise ValueError(
+                f"model_type {self.model_type} needs vLLM, which is not installed here: install mmkd and "
+                "lm-eval[vllm] in an environment of their own, since vLLM pins other versions, or use hf."
+            )
+        if self.limit is not None and self.limit <= 0:
+            raise ValueError(f"limit is {self.limit}; give a number of items, or a share of them below 1.")
+
+
+class Harness:
+    """One model behind lm-eval; it is loaded when the first task runs, and again where a task needs another type."""
+
+    def __init__(self, model: EvalModel, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self._loaded: tuple[str, Any] | None = None
+
+    def settings_of(self, suite_task: SuiteTask, task: Task) -> dict[str, Any]:
+        """The arguments of `simple_evaluate` that decide the result of a task.
+
+        Raises ValueError for a chat template that is wanted and not there, and for images with a model that sees none.
+        """
+        settings = self.settings
+        if settings.chat_template == "on" and not self.model.has_chat_template:
+            raise ValueError(
+                f"{self.model.name} has no chat template. Evaluate it on plain text with --chat_template off, or save "
+                "one with its tokenizer."
+            )
+        if task.vision and not self.model.vision:
+            raise ValueError(
+                f"Task {task.name} has images, and {self.model.name} is no vision-language model. Leave the task out."
+            )
+        wished = settings.chat_template == "on" or (
+            settings.chat_template == "auto" and suite_task.chat_template is not False
+        )
+        fewshot = suite_task.num_fewshot if settings.num_fewshot is None else settings.num_fewshot
+        seed = settings.seed
+        seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+        return {
+            "model": self._model_type(task),
+            "model_args": {"dtype": settings.dtype, **settings.model_args},
+            "batch_size": settings.batch_size,
+            "num_fewshot": fewshot,
+            "limit": settings.limit,
+            "apply_chat_template": wished and self.model.has_chat_template,
+            **({} if seed is None else dict.fromkeys(seeds, seed)),
+        }
+
+    def key(self, suite_task: SuiteTask, task: Task) -> str:
+        """Of a result: the task with its data, the settings and lm-eval's version."""
+        return key_of("lm-eval", version("lm_eval"), task.name, task.fingerprint, self.settings_of(suite_task, task))
+
+    def run(
+        self, suite_task: SuiteTask, task: Task, manager: Any
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+        """The entry of a task and its answers; None on ranks other than the first."""
+        import lm_eval
+
+        # positional_deprecated hides its signature.
+        simple_evaluate: Any = lm_eval.simple_evaluate
+        settings = self.settings_of(suite_task, task)
+        arguments = {key: value for key, value in settings.items() if key not in ("model", "model_args")}
+        with _quiet(), _explained(task.name):
+            lm = self._lm(settings["model"], settings["model_args"])
+            found: Any = simple_evaluate(model=lm, tasks=[task.name], task_manager=manager, **arguments)
+        if found is None:
+            return None
+        entry = {
+            "task": task.name,
+            "harness": "lm-eval",
+            "harness_version": version("lm_eval"),
+            "version": task.version if task.version is not None else found["versions"].get(task.name),
+            "fingerprint": task.fingerprint,
+            "settings": settings,
+            "metric": suite_task.metric,
+            **numbers_of(found),
+        }
+        rows = [{"task": name, **sample_of(one)} for name, ones in found.get("samples", {}).items() for one in ones]
+        return entry, rows
+
+    def _model_type(self, task: Task) -> str:
+        if self.settings.model_type != "auto":
+            return self.settings.model_type
+        return "hf-multimodal" if task.vision else "hf"
+
+    def _lm(self, model_type: str, model_args: Mapping[str, Any]) -> Any:
+        if self._loaded is None or self._loaded[0] != model_type:
+            # Two of them at a time might not fit.
+            self._loaded = None
+            self._loaded = model_type, self._load(model_type, model_args)
+        return self._loaded[1]
+
+    def _load(self, model_type: str, model_args: Mapping[str, Any]) -> Any:
+        from lm_eval.api.registry import get_model
+
+        model, settings = self.model, self.settings
+        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        more = {"batch_size": settings.batch_size, "device": device}
+        kind: Any = get_model(model_type)
+        if model.members or (model.vision and model_type == "hf"):
+            # What lm-eval's own loading does not know; it takes a model that is loaded.
+            rest = {key: value for key, value in model_args.items() if key != "dtype"}
+            if model.members:
+                loaded: Any = load_ensemble([one.path for one in model.members], dtype=model_args["dtype"])
+            else:
+                loaded = load_model(model.path, dtype=model_args["dtype"], **model.hub)
+            tokenizer = tokenizer_of(model.processing_class)
+            return kind(pretrained=loaded.to(device), tokenizer=tokenizer, batch_size=settings.batch_size, **rest)
+        named: dict[str, Any] = {"pretrained": model.path, **model_args}
+        named |= {"revision": model.revision} if model.revision else {}
+        named |= {"trust_remote_code": True} if model.trust_remote_code else {}
+        named |= {"peft": model.adapter} if model.adapter else {}
+        return kind.create_from_arg_obj(named, more)
+
+
+def numbers_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a harness's answer."""
+    names = {"results", "groups", "higher_is_better", "n-shot", "n-samples"}
+    return {name.replace("-", "_"): found.get(name) or {} for name in sorted(names)}
+
+
+def sample_of(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of one answer: prompt, target, response and the value of each metric."""
+    prompts = [argument[0] for argument in sample["arguments"]]
+    images = sample["doc"].get("images") if isinstance(sample["doc"], dict) else None
+    paths = images if isinstance(images, list) and all(isinstance(one, str) for one in images) else []
+    return {
+        "doc_id": sample["doc_id"],
+        "doc_hash": sample["doc_hash"],
+        "filter": sample["filter"],
+        "prompt": prompts[0],
+        "choices": [argument[1] for argument in sample["arguments"]] if len(prompts) > 1 else [],
+        "images": paths,
+        "target": sample["target"],
+        "response": sample["filtered_resps"],
+        "metrics": {name: sample[name] for name in sample["metrics"]},
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of lm-eval about what mmkd does on purpose."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _explained(task: str) -> Iterator[None]:
+    """Raises ValueError where the data of a task cannot be had."""
+    try:
+        yield
+    except (ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"The data of task {task} cannot be loaded: {first} Run it once with a network, which keeps the data in "
+            "HF_HOME, and log in where its data set asks for it; what runs without is --suite offline."
+        ) from error

@@ -1,0 +1,96 @@
+"""Tasks through lmms-eval, which knows the benchmarks of vision-language models."""
+
+import importlib.util
+from importlib.metadata import version
+from typing import Any
+
+from .harness import Settings, numbers_of
+from .model import EvalModel
+from .results import key_of
+from .suites import SuiteTask
+
+MODELS = {
+    "llava": "llava_hf",
+    "llava_next": "llava_hf",
+    "llava_onevision": "llava_hf",
+    "qwen2_vl": "qwen2_vl",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+    "gemma3": "gemma3",
+    "idefics2": "idefics2",
+    "internvl": "internvl_hf",
+    "mllama": "llama_vision",
+}
+"""Model type in transformers -> name in lmms-eval."""
+
+
+def check_lmms() -> None:
+    """Raises ValueError when lmms-eval is not installed."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise ValueError(
+            "These tasks are run by lmms-eval, which is not installed: pip install 'mmkd[lmms]', best in an "
+            "environment of its own, since it pins other versions. Without it, lm-eval's own vision tasks (mmmu_val, "
+            "chartqa) and easy_vqa run."
+        )
+
+
+def lmms_settings(model: EvalModel, settings: Settings) -> dict[str, Any]:
+    """The arguments of lmms-eval's `simple_evaluate` that decide a result.
+
+    Raises ValueError for a model that lmms-eval has no name for, unless `model_args` gives it as lmms_model.
+    """
+    from transformers import AutoConfig
+
+    arguments = dict(settings.model_args)
+    kind = AutoConfig.from_pretrained(model.path, **model.hub).model_type
+    name = arguments.pop("lmms_model", MODELS.get(kind))
+    if name is None:
+        raise ValueError(
+            f"{model.name} is a {kind}, for which mmkd knows no model of lmms-eval: name it with "
+            "--model_args lmms_model=NAME (`python -m lmms_eval --help` tells how to list them)."
+        )
+    path = {"pretrained": model.path, **({"dtype": settings.dtype} if settings.dtype != "auto" else {})}
+    return {
+        "model": name,
+        "model_args": {**path, **arguments},
+        "batch_size": settings.batch_size,
+        "limit": settings.limit,
+    }
+
+
+def lmms_key(task: SuiteTask, settings: dict[str, Any]) -> str:
+    """Of a result: the task, the settings and lmms-eval's version."""
+    return key_of("lmms-eval", version("lmms_eval"), task.task, task.num_fewshot, settings)
+
+
+def run_lmms(task: SuiteTask, settings: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """The entry of a task and its answers, as `Harness.run` gives them."""
+    from lmms_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]  # an extra
+
+    arguments = ",".join(f"{key}={value}" for key, value in settings["model_args"].items())
+    more = {"batch_size": settings["batch_size"], "limit": settings["limit"], "num_fewshot": task.num_fewshot}
+    found = simple_evaluate(model=settings["model"], model_args=arguments, tasks=[task.task], **more)
+    if found is None:
+        return None
+    entry = {
+        "task": task.task,
+        "harness": "lmms-eval",
+        "harness_version": version("lmms_eval"),
+        "version": found.get("versions", {}).get(task.task),
+        "fingerprint": None,
+        "settings": settings,
+        "metric": task.metric,
+        **numbers_of(found),
+    }
+    rows = [
+        {
+            "task": name,
+            "doc_id": one.get("doc_id"),
+            "target": one.get("target"),
+            "response": one.get("filtered_resps"),
+            "metrics": {metric: one[metric] for metric in (task.metric or "",) if metric in one},
+        }
+        for name, ones in (found.get("samples") or {}).items()
+        for one in ones
+    ]
+    return entry, rows

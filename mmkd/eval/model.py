@@ -1,0 +1,114 @@
+"""The model that is evaluated: where it lies, what it can do, and what makes a result its own."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mmkd.models.load import load_processing_class, tokenizer_of
+from mmkd.run import last_checkpoint
+from mmkd.teachers.identity import weights_sha256
+
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class EvalModel:
+    """One model, or several of one vocabulary whose log-probs are averaged."""
+
+    name: str
+    """As the user named it."""
+    path: str
+    """What `from_pretrained` takes."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    adapter: str | None = None
+    """Folder of a PEFT adapter on top of it."""
+    members: tuple["EvalModel", ...] = field(default=())
+
+    @cached_property
+    def processing_class(self) -> Any:
+        return load_processing_class(self.path, **self.hub)
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained`."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def vision(self) -> bool:
+        return not self.members and hasattr(self.processing_class, "tokenizer")
+
+    @property
+    def has_chat_template(self) -> bool:
+        tokenizer: Any = tokenizer_of(self.processing_class)
+        return bool(getattr(self.processing_class, "chat_template", None) or tokenizer.chat_template)
+
+    @cached_property
+    def weights(self) -> str:
+        """sha256 of its weights, vocabulary and chat template: the parts of it that decide a result."""
+        if self.members:
+            parts = [member.weights for member in self.members]
+        else:
+            parts = [weights_sha256(self.path, self.revision)]
+            parts += [weights_sha256(self.adapter)] if self.adapter else []
+            tokenizer: Any = tokenizer_of(self.processing_class)
+            template = getattr(self.processing_class, "chat_template", None) or tokenizer.chat_template
+            words = json.dumps([template, tokenizer.get_vocab()], sort_keys=True)
+            parts.append(hashlib.sha256(words.encode()).hexdigest())
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    @property
+    def results_folder(self) -> Path:
+        """Where its results are kept: under the run, or under runs/eval for what has no folder of its own."""
+        own = Path(self.adapter or self.path)
+        if own.is_dir() and not self.members:
+            return own / "eval"
+        return Path("runs/eval", re.sub(r"[^\w.+@-]+", "--", self.name).strip("-"))
+
+
+def find_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> EvalModel:
+    """The model of a run's folder, of any other folder, or of a Hub id.
+
+    A run that was trained in stages stands for its last stage, one that was cut off for its newest checkpoint. Raises
+    ValueError for a folder without a model.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return EvalModel(name, name, revision, trust_remote_code)
+    found = _model_in(folder)
+    if found is None:
+        held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise ValueError(f"{name} holds no model: there is neither config.json nor a checkpoint or stage, but {held}.")
+    if (found / "config.json").is_file():
+        return EvalModel(name, str(found), None, trust_remote_code)
+    base = json.loads((found / ADAPTER).read_text(encoding="utf-8"))
+    return EvalModel(
+        name, base["base_model_name_or_path"], base.get("revision"), trust_remote_code, adapter=str(found)
+    )
+
+
+def ensemble_of(models: list[EvalModel]) -> EvalModel:
+    """The models as one, with the first one's tokenizer. Raises ValueError for fewer than two, and for adapters."""
+    if len(models) < 2:
+        raise ValueError("--ensemble averages several models: name two or more.")
+    adapted = [model.name for model in models if model.adapter]
+    if adapted:
+        raise ValueError(
+            f"{adapted[0]} is an adapter; merge it into its model (PEFT's merge_and_unload) to average it."
+        )
+    return EvalModel("+".join(Path(model.name).name for model in models), models[0].path, members=tuple(models))
+
+
+def _model_in(folder: Path) -> Path | None:
+    if (folder / "config.json").is_file() or (folder / ADAPTER).is_file():
+        return folder
+    stages = [path for path in folder.iterdir() if re.fullmatch(r"\d+-\w+", path.name) and path.is_dir()]
+    for stage in sorted(stages, key=lambda path: int(path.name.partition("-")[0]), reverse=True):
+        found = _model_in(stage)
+        if found is not None:
+            return found
+    return last_checkpoint(folder)

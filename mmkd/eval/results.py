@@ -1,0 +1,98 @@
+"""Results of one model on disk: one file of numbers, one of answers per task, written as soon as a task is done."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import WeakFileLock
+
+SCHEMA = 1
+"""Of results.json; eval/README.md documents it."""
+
+NAME = "results.json"
+
+
+class Results:
+    """What is known of a model: task results and measurements, by everything that decides them.
+
+    Raises ValueError when the folder holds results of other weights.
+    """
+
+    def __init__(self, folder: Path, model: str, weights: str) -> None:
+        self.folder, self.model, self.weights = folder, model, weights
+        self._read()
+
+    @property
+    def path(self) -> Path:
+        return self.folder / NAME
+
+    def task(self, key: str) -> dict[str, Any] | None:
+        """The entry of a task, None when it has not run."""
+        return self._read()["tasks"].get(key)
+
+    def measure(self, key: str) -> dict[str, Any] | None:
+        """The entry of a measurement, None when it has not been taken."""
+        return self._read()["measures"].get(key)
+
+    def add_task(self, key: str, entry: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Keeps an entry, with the answers it stands on in a file of their own; returns the entry as it is kept."""
+        name = f"samples/{entry['task']}-{key[:12]}.jsonl"
+        write_atomically(self.folder / name, "".join(f"{to_json(sample)}\n" for sample in samples))
+        return self._add("tasks", key, {**entry, "samples": name})
+
+    def add_measure(self, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Keeps a measurement; returns it as it is kept."""
+        return self._add("measures", key, entry)
+
+    def samples(self, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The answers behind a task's entry."""
+        lines = (self.folder / entry["samples"]).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def _add(self, kind: str, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(self.folder / ".results.lock"):
+            content = self._read()
+            content[kind][key] = json.loads(to_json(entry))
+            write_atomically(self.path, to_json(content, indent=1) + "\n")
+        return content[kind][key]
+
+    def _read(self) -> dict[str, Any]:
+        if not self.path.is_file():
+            return {"schema": SCHEMA, "model": self.model, "weights": self.weights, "tasks": {}, "measures": {}}
+        content = json.loads(self.path.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA:
+            raise ValueError(
+                f"{self.path} has schema {content['schema']}, this mmkd reads {SCHEMA}; use another folder."
+            )
+        if content["weights"] != self.weights:
+            raise ValueError(
+                f"{self.path} is of another revision of {content['model']}: weights {content['weights'][:12]}, while "
+                f"{self.model} now has {self.weights[:12]}. Name another --output, or delete the folder."
+            )
+        return content
+
+
+def key_of(*parts: Any) -> str:
+    """sha256 (hex) of everything that decides a result."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON, of numpy's numbers too."""
+    return json.dumps(value, ensure_ascii=False, default=_plain, **options)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is either the old one or the new one, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)

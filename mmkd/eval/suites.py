@@ -1,0 +1,89 @@
+"""Suites: named lists of tasks with their numbers of examples and the metric that counts."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmkd.recipes import find_recipe, list_recipes
+
+HARNESSES = ("lm-eval", "lmms-eval")
+"""Who runs a task."""
+
+NEEDS = ("vision",)
+"""What a task may need of a model."""
+
+
+@dataclass(frozen=True)
+class SuiteTask:
+    """One task of a suite: its name in the harness, and how it is asked where that is not the harness's default."""
+
+    task: str
+    metric: str | None = None
+    """The number that counts, `acc` or `exact_match,flexible-extract`; by default the task's first."""
+    num_fewshot: int | None = None
+    harness: str = "lm-eval"
+    needs: str | None = None
+    """`vision` leaves the task out for models without it."""
+    chat_template: bool | None = None
+    """Whether prompts go through the chat template; by default wherever the model has one."""
+
+    def __post_init__(self) -> None:
+        if self.harness not in HARNESSES:
+            raise ValueError(f"Task {self.task} names the harness {self.harness!r}; use {' or '.join(HARNESSES)}.")
+        if self.needs not in (None, *NEEDS):
+            raise ValueError(f"Task {self.task} needs {self.needs!r}, which is none of {', '.join(NEEDS)}.")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named list of tasks."""
+
+    name: str
+    tasks: tuple[SuiteTask, ...]
+    description: str = ""
+    prepare: str | None = None
+    """The command that writes the data, where it is not downloaded."""
+
+
+def suite_names() -> list[str]:
+    """The suites that ship with mmkd."""
+    return [Path(name).stem for name in list_recipes("eval") if name.startswith("suites/")]
+
+
+def load_suite(name_or_path: str) -> Suite:
+    """A suite that ships with mmkd, or one in a file. Raises ValueError for an unknown name and for unknown keys."""
+    if Path(name_or_path).is_file():
+        path = Path(name_or_path)
+    elif name_or_path in suite_names():
+        path = find_recipe(f"suites/{name_or_path}", "eval")
+    else:
+        raise ValueError(
+            f"There is no suite {name_or_path!r}, shipped or as a file.{_nearest(name_or_path, suite_names())} "
+            f"All suites: {', '.join(suite_names())}."
+        )
+    keys: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(keys, dict) or not isinstance(keys.get("tasks"), list) or not keys["tasks"]:
+        raise ValueError(f"{path} is no suite: it must list tasks, each as `- task: NAME`.")
+    _check(path, keys, Suite)
+    tasks: list[Any] = [{"task": task} if isinstance(task, str) else task for task in keys["tasks"]]
+    for task in tasks:
+        if not isinstance(task, dict) or "task" not in task:
+            raise ValueError(f"{path}: {task!r} is no task; write `- task: NAME`.")
+        _check(path, task, SuiteTask)
+    return Suite(**{"name": path.stem, **keys, "tasks": tuple(SuiteTask(**task) for task in tasks)})
+
+
+def _check(path: Path, keys: dict[str, Any], kind: Any) -> None:
+    known = [field.name for field in fields(kind)]
+    for key in keys:
+        if key not in known:
+            raise ValueError(f"{path} sets {key!r}, which a {kind.__name__} does not have.{_nearest(key, known)}")
+
+
+def _nearest(word: str, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, choices, n=3, cutoff=0.4)
+    return f" The nearest: {', '.join(close)}." if close else ""

@@ -1,0 +1,297 @@
+"""`mmkd eval` end to end on tiny models: numbers are lm-eval's own, kept, resumed, refused and averaged."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmkd.cli import main
+from mmkd.eval.commands import evaluate
+from mmkd.eval.harness import Harness, Settings
+from mmkd.eval.model import find_model
+from mmkd.eval.suites import SuiteTask
+from mmkd.recipes import recipe_root
+from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
+from tests.vlms import make_llava, picture
+
+CHOICES = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 2.0}}
+"""
+TEXT = """
+task: tiny_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}}]
+metadata: {{version: 1.0}}
+"""
+ANSWERS = """
+task: tiny_answers
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "cat"
+generation_kwargs: {{max_gen_toks: 3, do_sample: false, until: ["zzz"]}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1.0}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three tasks with their data."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {"question": f"{a} {b}", "choices": [" cat", " dog", " tree"], "answer": number % 3}
+        for number, (a, b) in enumerate(zip(sentences(12), sentences(12, seed=5), strict=True))
+    ]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for name, text in {"choice": CHOICES, "text": TEXT, "answers": ANSWERS}.items():
+        (folder / f"{name}.yaml").write_text(text.format(data=folder / "rows.jsonl"))
+    return folder
+
+
+@pytest.fixture
+def student(tiny: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the tiny student whose folder may be written to."""
+    return copy_of(tiny["student"], tmp_path / "student")
+
+
+def copy_of(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_file():
+            (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def own_call(tasks: list[str], folder: Path, **arguments: Any) -> dict[str, Any]:
+    """The numbers of lm-eval's own call, as its documentation writes it."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    simple_evaluate: Any = lm_eval.simple_evaluate
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = simple_evaluate(tasks=tasks, task_manager=manager, **arguments)
+    return found["results"]
+
+
+def test_numbers_are_those_of_lm_evals_own_call(student, folder, capsys):
+    tasks = ["tiny_choice", "tiny_text", "tiny_answers"]
+    assert main(["eval", str(student), "--tasks", *tasks, "--include_path", str(folder), "--batch_size", "4"]) == 0
+    kept = json.loads((student / "eval/results.json").read_text())
+    ours = {entry["task"]: entry["results"][entry["task"]] for entry in kept["tasks"].values()}
+    for task in tasks:
+        theirs = own_call(
+            [task],
+            folder,
+            model="hf",
+            model_args={"pretrained": str(student), "dtype": "auto"},
+            batch_size=4,
+            device="cpu",
+            apply_chat_template=True,
+        )[task]
+        assert ours[task] == json.loads(json.dumps(theirs))
+    assert "bits_per_byte" in capsys.readouterr().out
+    score = next(entry for entry in kept["tasks"].values() if entry["task"] == "tiny_choice")["scores"][0]
+    assert score["items"] == 12
+    assert score["value"] == ours["tiny_choice"]["acc,none"]
+
+
+def test_a_finished_task_is_not_run_again_and_an_interrupted_evaluation_goes_on(student, folder, monkeypatch, capsys):
+    run, ran = Harness.run, []
+
+    def counted(self, suite_task, task, manager):
+        ran.append(task.name)
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return run(self, suite_task, task, manager)
+
+    monkeypatch.setattr(Harness, "run", counted)
+    command = ["eval", str(student), "--tasks", "tiny_choice", "tiny_text", "--include_path", str(folder)]
+    assert main(command) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert main(command) == 0
+    assert main(command) == 0
+    assert ran == ["tiny_choice", "tiny_text", "tiny_text"]
+    # Other settings and other data are other results.
+    assert main([*command, "--limit", "3"]) == 0
+    assert ran[3:] == ["tiny_choice", "tiny_text"]
+
+
+def test_results_of_other_weights_are_refused(student, folder, capsys):
+    command = ["eval", str(student), "--tasks", "tiny_choice", "--include_path", str(folder), "--limit", "2"]
+    assert main(command) == 0
+    save(make_model(seed=9, rows=len(make_tokenizer())), make_tokenizer(), student)
+    assert main(command) == 2
+    assert "is of another revision" in capsys.readouterr().err
+
+
+def test_changed_data_is_another_task(student, folder, tmp_path):
+    from mmkd.eval.tasks import Tasks
+
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    data = copy / "rows.jsonl"
+    data.write_text((folder / "rows.jsonl").read_text())
+    (copy / "choice.yaml").write_text(CHOICES.format(data=data))
+    before = Tasks(["tiny_choice"], [copy])["tiny_choice"]
+    data.write_text("".join(data.read_text().splitlines(True)[:5]))
+    after = Tasks(["tiny_choice"], [copy])["tiny_choice"]
+    assert before.version == after.version == 2.0
+    assert before.fingerprint != after.fingerprint
+    data.unlink()
+    with pytest.raises(ValueError, match="does not exist; check dataset_kwargs"):
+        Tasks(["tiny_choice"], [copy])["tiny_choice"]
+
+
+def test_an_ensemble_answers_with_the_average_of_log_probs(tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["eval", str(tiny["teacher"]), str(tiny["student"]), "--ensemble", "--tasks", "tiny_text", "tiny_choice"]
+    assert main([*command, "--include_path", str(folder), "--dtype", "float32"]) == 0
+    kept = json.loads((tmp_path / "runs/eval/teacher+student/results.json").read_text())
+    found = {entry["task"]: entry for entry in kept["tasks"].values()}
+    # By hand: the prefix token and the text through both models.
+    tokenizer = make_tokenizer()
+    models = [find_loaded(tiny[name]) for name in ("teacher", "student")]
+    total, size = 0.0, 0
+    for row in map(json.loads, (folder / "rows.jsonl").read_text().splitlines()):
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(row["question"])["input_ids"]]])
+        with torch.no_grad():
+            mean = torch.stack([model(ids).logits.double().log_softmax(-1) for model in models]).mean(0)
+        log_probs = mean.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
+        total += log_probs.sum().item()
+        size += len(row["question"].encode())
+    expected = -total / size / torch.tensor(2.0).log().item()
+    assert found["tiny_text"]["scores"][0]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+def find_loaded(folder: Path) -> Any:
+    from mmkd.models.load import load_model
+
+    return load_model(str(folder), dtype="float32").eval()
+
+
+def test_without_a_chat_template_prompts_are_plain_and_asking_for_one_is_refused(student, folder, capsys):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    (student / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(student)
+    command = ["eval", str(student), "--tasks", "tiny_choice", "--include_path", str(folder), "--limit", "2"]
+    assert main(command) == 0
+    assert "has no chat template: it is asked in plain text" in capsys.readouterr().err
+    (entry,) = json.loads((student / "eval/results.json").read_text())["tasks"].values()
+    assert entry["settings"]["apply_chat_template"] is False
+    assert main([*command, "--chat_template", "on"]) == 2
+    assert "has no chat template" in capsys.readouterr().err
+
+
+def test_a_run_that_was_cut_off_or_trained_in_stages_stands_for_its_model(student, tmp_path):
+    run = tmp_path / "run"
+    stage = run / "2-SFT"
+    run.mkdir()
+    copy_of(student, stage)
+    (run / "1-PT").mkdir()
+    assert find_model(str(run)).path == str(stage)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no model: .* but nothing"):
+        find_model(str(tmp_path / "empty"))
+
+
+def test_an_adapter_is_evaluated_on_its_model(tiny, folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(find_loaded(tiny["student"]), LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 1)
+    model.peft_config["default"].base_model_name_or_path = str(tiny["student"])
+    model.save_pretrained(str(tmp_path / "adapter"))
+    adapted = find_model(str(tmp_path / "adapter"))
+    assert (adapted.path, adapted.adapter) == (str(tiny["student"]), str(tmp_path / "adapter"))
+    settings = Settings(batch_size=4)
+    (entry,) = evaluate(adapted, [SuiteTask("tiny_text")], settings, include=[folder])
+    (plain,) = evaluate(find_model(str(tiny["student"])), [SuiteTask("tiny_text")], settings, tmp_path / "x", [folder])
+    assert entry["scores"][0]["value"] != plain["scores"][0]["value"]
+    assert (tmp_path / "adapter/eval/results.json").is_file()
+
+
+def test_questions_with_images_go_to_vision_language_models_only(student, tmp_path, capsys):
+    rows = []
+    for number in range(4):
+        picture(number).save(tmp_path / f"{number}.png")
+        content = [{"type": "image", "text": None}, {"type": "text", "text": sentences(4)[number]}]
+        said = [{"type": "text", "text": "cat"}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
+        rows.append({"messages": messages, "images": [str(tmp_path / f"{number}.png")]})
+    tasks = tmp_path / "tasks"
+    shutil.copytree(recipe_root("eval") / "tasks/easy_vqa", tasks)
+    (tasks / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    path = tasks / "easy_vqa.yaml"
+    path.write_text(path.read_text().replace(".cache/mmkd/easy_vqa/test.jsonl", str(tasks / "rows.jsonl")))
+    folder = make_llava(tmp_path / "llava")
+    command = ["--tasks", "easy_vqa", "--include_path", str(tasks)]
+    assert main(["eval", str(folder), *command]) == 0
+    (entry,) = json.loads((folder / "eval/results.json").read_text())["tasks"].values()
+    theirs = own_call(
+        ["easy_vqa"],
+        tasks,
+        model="hf-multimodal",
+        model_args={"pretrained": str(folder), "dtype": "auto"},
+        batch_size=8,
+        device="cpu",
+        apply_chat_template=entry["settings"]["apply_chat_template"],
+    )
+    assert entry["results"] == json.loads(json.dumps(theirs))
+    assert entry["settings"]["model"] == "hf-multimodal"
+    answers = (folder / "eval" / entry["samples"]).read_text().splitlines()
+    assert json.loads(answers[2])["images"] == [str(tmp_path / "2.png")]
+    assert main(["eval", str(student), *command]) == 2
+    assert "is no vision-language model" in capsys.readouterr().err
+
+
+def test_a_vision_language_model_takes_text_tasks_too(folder, tmp_path):
+    vlm = make_llava(tmp_path / "llava")
+    (entry,) = evaluate(find_model(str(vlm)), [SuiteTask("tiny_text")], Settings(limit=3), include=[folder])
+    assert entry["settings"]["model"] == "hf"
+    assert entry["scores"][0]["items"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tasks", "tiny_chioce"], "The nearest: tiny_choice"),
+        (["--suite", "ofline"], "The nearest: offline"),
+        ([], "Say what to evaluate"),
+        (["--tasks", "tiny_text", "--model_type", "vllm"], "needs vLLM"),
+        (["--tasks", "tiny_text", "--model_type", "gpt"], "choose one of auto"),
+        (["--tasks", "tiny_text", "--model_args", "a"], "write key=value"),
+        (["--tasks", "tiny_text", "--limit", "0"], "limit is 0"),
+        (["--suite", "vlm"], "pip install 'mmkd"),
+        (["--tasks", "tiny_text", "--ensemble"], "name two or more"),
+        (["--tasks", "easy_vqa"], "easy_vqa"),
+    ],
+)
+def test_bad_input(tiny, folder, tmp_path, capsys, flags, message):
+    command = ["eval", str(tiny["student"]), "--include_path", str(folder), "--output", str(tmp_path / "out"), *flags]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
