@@ -52,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", help="path of a YAML file, or name of a shipped recipe (`mmkd recipes ls`)")
     train.add_argument("--accelerate_config", help="single_gpu, ddp, fsdp2, zero2, zero3 or the path of a config file")
     train.add_argument("--help_keys", action="store_true", help="list all keys and flags of the recipe's method")
+    train.add_argument(
+        "--with_baseline", action="store_true", help="also train the SFT baseline and compare: see `mmkd compare`"
+    )
     train.set_defaults(run=_train, takes_flags=True)
     cache = commands.add_parser("cache", help="write what a teacher says to disk, once, and look after it")
     cached = cache.add_subparsers(dest="action", required=True)
@@ -85,6 +88,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_eval_flags(judge)
     judge.set_defaults(run=_eval, parser=judge)
+    against = commands.add_parser(
+        "compare",
+        # Or --seed, which is a recipe's key, would be read as --seeds.
+        allow_abbrev=False,
+        help="train recipes and their SFT baseline over seeds; say whether distillation was worth it",
+        description="Trains recipes and an SFT baseline at equal tokens, evaluates them with the teacher, and writes "
+        "OUTPUT/comparison.json and .md. Every key of the recipes is a flag. What is finished is kept.",
+    )
+    _add_compare_flags(against)
+    against.set_defaults(run=_compare, takes_flags=True)
     examine = commands.add_parser("doctor", help="say whether a recipe would be a sound run, before anything is spent")
     examine.add_argument("recipe", help="path of a YAML file, or name of a shipped recipe")
     examine.set_defaults(run=_doctor, takes_flags=True)
@@ -136,11 +149,28 @@ def _add_eval_flags(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, help="folder of the results (default: eval/ in the model's folder)")
 
 
+def _add_compare_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("recipes", nargs="+", metavar="RECIPE", help="recipes to compare, by name or path")
+    add("--seeds", nargs="+", type=int, default=[0], help="each recipe is trained with each (default: 0)")
+    add("--baseline", help="recipe of method sft, or none (default: the one given, else made of the first recipe)")
+    add("--judge", help="recipe whose trainer evaluates all students (default: each one's own)")
+    add("--suite", nargs="+", default=[], help="also evaluate all of them on a suite, as `mmkd eval` does")
+    add("--tasks", nargs="+", default=[], help="also evaluate all of them on tasks, by name or pattern")
+    add("--include_path", nargs="+", default=[], help="folders with tasks of your own, in lm-eval's YAML")
+    add("--limit", type=float, help="at most so many items of each task, or below 1 a share of them")
+    add("--output", type=Path, default=Path("runs/compare"), help="folder to write (default: runs/compare)")
+
+
 def _train(options: argparse.Namespace, flags: list[str]) -> int:
     from mmkd import launch
 
     if options.help_keys:
         return launch.print_keys(options.recipe, flags)
+    if options.with_baseline:
+        from mmkd.eval.compare import with_baseline
+
+        return with_baseline(options.recipe, flags)
     return launch.train(options.recipe, flags, options.accelerate_config)
 
 
@@ -179,6 +209,12 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     from mmkd.eval.commands import eval_command
 
     return eval_command(options)
+
+
+def _compare(options: argparse.Namespace, flags: list[str]) -> int:
+    from mmkd.eval.compare import compare_command
+
+    return compare_command(options, flags)
 
 
 def _doctor(options: argparse.Namespace, flags: list[str]) -> int:

@@ -11,5 +11,5 @@ export HF_HUB_DISABLE_TELEMETRY=1
 
 .venv/bin/python scripts/get_teacher.py
 .venv/bin/python scripts/make_python_docs.py
-HF_HUB_OFFLINE=1 .venv/bin/python scripts/compare.py sft/quickstart kd/quickstart taid/quickstart \
+HF_HUB_OFFLINE=1 .venv/bin/mmkd compare sft/quickstart kd/quickstart taid/quickstart \
     --output runs/quickstart "$@"

@@ -23,6 +23,8 @@ class ReportingTrainer(SFTTrainer):
         self._sums: dict[str, dict[str, Float[Tensor, 2]]] = {"train": {}, "eval": {}}
         self._step_sums: dict[str, Float[Tensor, 2]] = {}
         self._prefix = "eval"
+        # Set to a list, it gets the reports of every batch of an evaluation, for who wants to resample them.
+        self.batch_reports: list[dict[str, tuple[float, float]]] | None = None
         # Seconds and optimizer steps of training since the last log, evaluation and saving left out.
         self._spent = (0.0, 0)
 
@@ -35,6 +37,9 @@ class ReportingTrainer(SFTTrainer):
 
     def _record(self, reports: dict[str, tuple[Tensor, Tensor | int]]) -> None:
         sums = self._sums["train" if self.model.training else "eval"]
+        if self.batch_reports is not None and not self.model.training:
+            pairs = {name: (float(total), float(count)) for name, (total, count) in reports.items()}
+            self.batch_reports.append(pairs)
         for name, (total, count) in reports.items():
             dtype = torch.float32 if total.device.type == "mps" else torch.float64
             entry = torch.stack([total.detach().to(dtype), torch.as_tensor(count, dtype=dtype, device=total.device)])

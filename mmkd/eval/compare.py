@@ -1,0 +1,304 @@
+"""`mmkd compare`: was distillation worth it? Teacher, SFT baseline and students over seeds, in one table."""
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from mmkd.launch import parse_alone
+from mmkd.recipes import find_recipe
+from mmkd.run import STAGE_KEYS, method_of, read_recipe
+from mmkd.trainers import METHODS
+
+from .bootstrap import paired_bootstrap
+from .commands import evaluate
+from .harness import Settings
+from .machine import machine
+from .model import find_model
+from .results import SCHEMA, Results, to_json, write_atomically
+from .suites import SuiteTask, load_suite
+from .tables import markdown, show
+from .trainings import Measured, Trainings, label, make_baseline
+
+NAME, PAGE = "comparison.json", "comparison.md"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of the trainer's evaluation."""
+
+    title: str
+    report: str
+    """The report whose totals and counts it is a function of."""
+    transform: Callable[[Any], Any] = lambda mean: mean
+    higher_is_better: bool = False
+    of_the_model: bool = False
+    """Whether it says how good a model is, and not how near its teacher: there is then a retention."""
+
+
+METRICS = {
+    "perplexity": Metric("perplexity", "ce", lambda mean: np.exp(np.minimum(mean, 700.0)), of_the_model=True),
+    "kl": Metric("KL to teacher (nats)", "kl"),
+    "top1_agreement": Metric("top-1 agreement", "top1_agreement", higher_is_better=True),
+    "bits_per_byte": Metric("bits per byte", "bits_per_byte", of_the_model=True),
+    "chunk_gap": Metric("gap per chunk (nats)", "chunk_gap"),
+    "chunk_kl": Metric("KL per chunk (nats)", "chunk_kl"),
+}
+"""What is shown of an evaluation that says it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the comparison: one model, or one recipe over seeds."""
+
+    name: str
+    role: str
+    """teacher, untrained, baseline or student."""
+    recipe: str
+    runs: list[Measured]
+    tasks: list[list[dict[str, Any]]]
+    """Per run, the entries of the suite's tasks."""
+
+
+def compare_command(options: argparse.Namespace, flags: Sequence[str]) -> int:
+    """Trains, evaluates and prints; returns 130 when interrupted, after which the same command goes on."""
+    try:
+        found = compare(
+            options.recipes,
+            flags,
+            options.seeds,
+            options.output,
+            judge=options.judge,
+            baseline=options.baseline,
+            tasks=[task for name in options.suite for task in load_suite(name).tasks]
+            + [SuiteTask(name) for name in options.tasks],
+            include=options.include_path,
+            settings=Settings(limit=options.limit, device="cpu" if "--use_cpu" in flags else None),
+        )
+    except KeyboardInterrupt:
+        print("\nInterrupted. Finished trainings are kept: the same command goes on with the next one.")
+        return 130
+    show(found, Console(width=120))
+    print(f"{options.output / NAME}\n{options.output / PAGE}")
+    return 0
+
+
+def with_baseline(recipe: str, flags: Sequence[str]) -> int:
+    """`mmkd-train RECIPE --with_baseline`: the comparison of one recipe, with its own seed, under its output_dir."""
+    training = parse_alone(recipe, flags)[0].training
+    output = Path(training.output_dir or "runs/compare")
+    options = argparse.Namespace(recipes=[recipe], seeds=[training.seed], output=output, judge=None, baseline=None)
+    vars(options).update(suite=[], tasks=[], include_path=[], limit=None)
+    return compare_command(options, flags)
+
+
+def compare(
+    recipes: Sequence[str],
+    flags: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    *,
+    judge: str | None = None,
+    baseline: str | None = None,
+    tasks: Sequence[SuiteTask] = (),
+    include: Sequence[str] = (),
+    settings: Settings | None = None,
+) -> dict[str, Any]:
+    """The comparison as it is written to comparison.json; eval/README.md says what each field is.
+
+    `judge` is the recipe whose trainer evaluates all students, by default each one's own. `baseline` is a recipe of
+    method sft, by default the one among `recipes`, else one made of the first; "none" trains none. Raises ValueError
+    for recipes that train no tokens or train in stages.
+    """
+    for recipe in (*recipes, *([judge] if judge else [])):
+        _check(recipe, flags)
+    methods = [method_of(read_recipe(find_recipe(recipe)), flags) for recipe in recipes]
+    first = judge or recipes[0]
+    if judge is None and not METHODS[methods[0]].one_vocabulary:
+        judge = recipes[0]
+    roles = ["baseline" if method == "sft" else "student" for method in methods]
+    trained = [(recipe, list(flags), role) for recipe, role in zip(recipes, roles, strict=True)]
+    if baseline not in (None, "none"):
+        assert baseline is not None
+        trained.insert(0, (baseline, list(flags), "baseline"))
+    elif baseline is None and "sft" not in methods:
+        trained.insert(0, (*make_baseline(recipes[0], flags, output), "baseline"))
+    trainings = Trainings(output, judge, bool(tasks))
+    settings = settings or Settings()
+
+    def asked(run: Measured) -> list[dict[str, Any]]:
+        return evaluate(find_model(run.folder), tasks, settings, include=include) if tasks else []
+
+    rows = []
+    if parse_alone(first, flags)[0].arguments.teacher is not None:
+        run = trainings.get(first, flags, "teacher")
+        rows.append(Row("teacher", "teacher", first, [run], [asked(run)]))
+    run = trainings.get(recipes[0] if judge is None else judge, flags, "untrained")
+    rows.append(Row("student, untrained", "untrained", first, [run], [asked(run)]))
+    for recipe, own, role in trained:
+        runs = [trainings.get(recipe, [*own, "--seed", str(seed)]) for seed in seeds]
+        rows.append(Row(label(recipe), role, recipe, runs, [asked(run) for run in runs]))
+    found = _summary(rows, seeds, flags, judge)
+    write_atomically(output / NAME, to_json(found, indent=1) + "\n")
+    write_atomically(output / PAGE, markdown(found))
+    return found
+
+
+def _check(recipe: str, flags: Sequence[str]) -> None:
+    keys = read_recipe(find_recipe(recipe))
+    if method_of(keys, flags) == "dho":
+        raise ValueError(f"{recipe} predicts classes and no tokens; scripts/compare_dho.py compares such students.")
+    if any(key in keys for key in STAGE_KEYS):
+        raise ValueError(
+            f"{recipe} is trained in stages: scripts/compare_stages.py compares schedules, `mmkd eval` what they trained."
+        )
+
+
+def _summary(rows: Sequence[Row], seeds: Sequence[int], flags: Sequence[str], judge: str | None) -> dict[str, Any]:
+    teacher = next((row for row in rows if row.role == "teacher"), None)
+    baseline = next((row for row in rows if row.role == "baseline"), None)
+    shown = [name for name in METRICS if all(name in run.metrics for row in rows for run in row.runs)]
+    told = []
+    for row in rows:
+        metrics = {name: _spread([run.metrics[name] for run in row.runs]) for name in shown}
+        scores = _scores(row)
+        pairs = {name: {**metrics[name], **_facts(name)} for name in shown} | scores
+        retention = {} if teacher is None else _retention(pairs, _scores(teacher), teacher, shown)
+        gain = {}
+        if baseline is not None and row.role == "student":
+            gain = {name: _gain(row, baseline, name) for name in shown} | _task_gains(row, baseline)
+        told.append(
+            {
+                "name": row.name,
+                "role": row.role,
+                "recipe": row.recipe,
+                "folders": [run.folder for run in row.runs],
+                "parameters": row.runs[0].parameters,
+                "tokens": [run.tokens for run in row.runs],
+                "metrics": {name: pairs[name] for name in shown},
+                "tasks": scores,
+                "retention": retention,
+                "gain_over_sft": {name: one for name, one in gain.items() if one is not None},
+                "cost": _cost(row.runs),
+                "cache": row.runs[0].cache,
+            }
+        )
+    return {
+        "schema": SCHEMA,
+        "seeds": list(seeds),
+        "flags": list(flags),
+        "judge": judge,
+        "machine": machine(),
+        "rows": told,
+    }
+
+
+def _facts(name: str) -> dict[str, Any]:
+    return {"title": METRICS[name].title, "higher_is_better": METRICS[name].higher_is_better}
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": deviation, "values": list(values)}
+
+
+def _scores(row: Row) -> dict[str, dict[str, Any]]:
+    """`task metric` -> mean over seeds."""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for entries in row.tasks:
+        for score in (score for entry in entries for score in entry["scores"]):
+            by_name.setdefault(_title(score), []).append(score)
+    return {
+        name: {
+            **_spread([score["value"] for score in scores]),
+            "title": name,
+            "higher_is_better": scores[0]["higher_is_better"],
+            "items": scores[0]["items"],
+        }
+        for name, scores in by_name.items()
+    }
+
+
+def _title(score: dict[str, Any]) -> str:
+    return f"{score['task']} {score['metric'].removesuffix(',none')}"
+
+
+def _retention(pairs: dict[str, Any], theirs: dict[str, Any], teacher: Row, shown: Sequence[str]) -> dict[str, float]:
+    """Percent of the teacher's score that is kept; of what is better when lower, the teacher's over ours."""
+    known = {name: teacher.runs[0].metrics[name] for name in shown if METRICS[name].of_the_model}
+    known |= {name: score["mean"] for name, score in theirs.items()}
+    found = {}
+    for name, value in known.items():
+        if name in pairs and value and pairs[name]["mean"]:
+            ratio = pairs[name]["mean"] / value
+            found[name] = 100 * (ratio if pairs[name]["higher_is_better"] else 1 / ratio)
+    return found
+
+
+def _gain(row: Row, baseline: Row, name: str) -> dict[str, Any] | None:
+    metric = METRICS[name]
+    sides = [[run.items.get(metric.report) for run in one.runs] for one in (row, baseline)]
+    if any(items is None for side in sides for items in side):
+        return None
+    return _interval(sides[0], sides[1], metric.transform, metric.higher_is_better)
+
+
+def _task_gains(row: Row, baseline: Row) -> dict[str, dict[str, Any] | None]:
+    scores = [score for entry in (row.tasks[0] if row.tasks else []) for score in entry["scores"]]
+    found = {}
+    for score in scores:
+        sides = [
+            [_items(run, entries, score) for run, entries in zip(one.runs, one.tasks, strict=True)]
+            for one in (row, baseline)
+        ]
+        if all(items for side in sides for items in side):
+            transform = (lambda mean: -mean / math.log(2)) if score["metric"].startswith("bits_per_byte") else _same
+            found[_title(score)] = _interval(sides[0], sides[1], transform, score["higher_is_better"])
+    return found
+
+
+def _same(mean: Any) -> Any:
+    return mean
+
+
+def _items(run: Measured, entries: Sequence[dict[str, Any]], score: dict[str, Any]) -> list[tuple[float, float]]:
+    """(total, count) of every answer behind a score; none where its values have no mean."""
+    entry = next(one for one in entries if any(_title(other) == _title(score) for other in one["scores"]))
+    model = find_model(run.folder)
+    samples = Results(model.results_folder, model.name, model.weights).samples(entry)
+    metric, _, chosen = score["metric"].partition(",")
+    values = [
+        sample["metrics"][metric]
+        for sample in sorted(samples, key=lambda one: (one["task"], one["doc_id"]))
+        if sample.get("filter", chosen) == chosen and metric in sample["metrics"]
+    ]
+    if all(isinstance(value, int | float) for value in values):
+        return [(float(value), 1.0) for value in values]
+    if metric == "bits_per_byte" and all(isinstance(value, list) and len(value) == 2 for value in values):
+        return [(float(total), float(count)) for total, count in values]
+    return []
+
+
+def _interval(ours: Any, theirs: Any, transform: Callable[[Any], Any], higher: bool) -> dict[str, Any]:
+    """The gain of ours over theirs, positive where ours is better, with its interval."""
+    sign = 1 if higher else -1
+    found = paired_bootstrap(np.array(ours), np.array(theirs), lambda mean: sign * transform(mean))
+    return {"gain": found.value, "low": found.low, "high": found.high, "level": found.level}
+
+
+def _cost(runs: Sequence[Measured]) -> dict[str, Any] | None:
+    """The mean over seeds."""
+    costs = [run.cost for run in runs if run.cost is not None]
+    if not costs:
+        return None
+    means = {
+        name: statistics.fmean(cost[name] for cost in costs)
+        for name in ("hours", "seconds", "tokens_per_second", "teacher_tokens")
+    }
+    return {"unit": costs[0]["unit"], **means, "peak_memory_bytes": costs[0]["peak_memory_bytes"]}

@@ -1,0 +1,107 @@
+"""A comparison as tables: on the console and in Markdown, from the same cells."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mmkd.capture.estimate import readable_size
+
+Cells = tuple[str, list[str], list[list[str]]]
+"""Title, header, lines."""
+
+
+def show(comparison: Mapping[str, Any], console: Console) -> None:
+    """Prints a comparison."""
+    for title, header, lines in tables(comparison):
+        table = Table(*header, title=title or None, title_justify="left")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    console.print(_footer(comparison))
+
+
+def markdown(comparison: Mapping[str, Any]) -> str:
+    """A comparison as a page."""
+    parts = []
+    for title, header, lines in tables(comparison):
+        body = [header, ["---"] * len(header), *lines]
+        parts.append((f"### {title}\n\n" if title else "") + "\n".join(f"| {' | '.join(line)} |" for line in body))
+    return "\n\n".join([*parts, _footer(comparison)]) + "\n"
+
+
+def tables(comparison: Mapping[str, Any]) -> list[Cells]:
+    """The tables of a comparison, those without a line left out."""
+    rows = comparison["rows"]
+    found = [
+        _numbers("", rows, "metrics"),
+        _numbers("Benchmarks", rows, "tasks"),
+        _against("Percent of the teacher kept", rows, "retention", lambda one: f"{one:.1f} %"),
+        _against("Gain over SFT, positive is better", rows, "gain_over_sft", _gain),
+        _costs(rows),
+    ]
+    return [(title, header, lines) for title, header, lines in found if lines and len(header) > 1]
+
+
+def _numbers(title: str, rows: Sequence[Mapping[str, Any]], key: str) -> Cells:
+    names = [name for name in rows[0][key] if all(name in row[key] for row in rows)]
+    titles = [rows[0][key][name]["title"] for name in names]
+    own = ["parameters", "tokens seen"] if key == "metrics" else []
+    last = ["tokens/s"] if key == "metrics" else []
+    lines = []
+    for row in rows:
+        cells = [_spread(row[key][name]) for name in names]
+        if key == "metrics":
+            tokens = f"{row['tokens'][0]:,}" if row["cost"] else ""
+            speed = f"{row['cost']['tokens_per_second']:.0f}" if row["cost"] else ""
+            cells = [f"{row['parameters'] / 1e6:.1f} M", tokens, *cells, speed]
+        lines.append([row["name"], *cells])
+    return title, ["", *own, *titles, *last] if names or own else [""], lines
+
+
+def _against(title: str, rows: Sequence[Mapping[str, Any]], key: str, cell: Any) -> Cells:
+    chosen = [row for row in rows if row[key] and row["role"] != "teacher"]
+    names = list(dict.fromkeys(name for row in chosen for name in row[key]))
+    titles = [_title(chosen[0], name) for name in names]
+    lines = [[row["name"], *(cell(row[key][name]) if name in row[key] else "" for name in names)] for row in chosen]
+    return title, ["", *titles], lines
+
+
+def _title(row: Mapping[str, Any], name: str) -> str:
+    return {**row["metrics"], **row["tasks"]}[name]["title"]
+
+
+def _gain(one: Mapping[str, Any]) -> str:
+    return f"{one['gain']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
+
+
+def _costs(rows: Sequence[Mapping[str, Any]]) -> Cells:
+    chosen = [row for row in rows if row["cost"]]
+    cached = any(row["cache"] for row in chosen)
+    unit = chosen[0]["cost"]["unit"] if chosen else ""
+    lines = []
+    for row in chosen:
+        cells = [row["name"], f"{row['cost']['hours']:.3f}", f"{row['cost']['teacher_tokens']:,.0f}"]
+        lines.append([*cells, *([_cache(row["cache"])] if cached else [])])
+    return "Cost of a training", ["", unit, "teacher tokens", *(["cache"] if cached else [])], lines
+
+
+def _cache(cache: Mapping[str, Any] | None) -> str:
+    if cache is None:
+        return ""
+    size = f"{readable_size(cache['bytes'])}, {cache['bytes_per_token']:.0f} bytes per token"
+    return f"{cache['tokens']:,} tokens, {size}, built in {cache['hours']:.2f} hours"
+
+
+def _spread(one: Mapping[str, Any]) -> str:
+    return f"{one['mean']:.3f}" if one["std"] is None else f"{one['mean']:.3f} ± {one['std']:.3f}"
+
+
+def _footer(comparison: Mapping[str, Any]) -> str:
+    seeds, facts = comparison["seeds"], comparison["machine"]
+    spread = ", mean ± standard deviation" if len(seeds) > 1 else ""
+    gains = any(row["gain_over_sft"] for row in comparison["rows"])
+    between = "; intervals: 95 %, paired bootstrap over held-out items and seeds" if gains else ""
+    where = facts["processor"] if facts["device"] == "cpu" else facts["device"]
+    return f"Seeds {seeds}{spread}{between}. {where}, {facts['threads']} threads, torch {facts['versions']['torch']}."

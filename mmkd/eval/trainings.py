@@ -1,0 +1,184 @@
+"""One training of a comparison, measured: what it reached on held-out text, item by item, and what it cost."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mmkd.launch import parse_alone
+from mmkd.recipes import find_recipe
+from mmkd.run import Run, build_trainer, parser_of, read_recipe
+from mmkd.teachers.store import Cache, read_log
+from mmkd.trainers import METHODS
+
+from .results import key_of, to_json, write_atomically
+
+BASELINE = "sft-baseline.yaml"
+
+# Keys of a student's recipe that are not those of its baseline, although method sft knows them.
+_NOT_SFT = {"ce_weight", "teacher_cache", "teacher_server", "teacher_tail", "teacher_top_k", "temperature"}
+_PUBLISHING = {"push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"}
+_WHOLE = ("student_layers", "student_intermediate_size", "student_num_attention_heads", "student_vision_tower")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model of a comparison: the teacher, the student before training, or one training with one seed."""
+
+    stage: str
+    """teacher, untrained or trained."""
+    folder: str
+    """Where it lies: a folder, or the teacher's name."""
+    parameters: int
+    metrics: dict[str, float]
+    """What the trainer's evaluation says, without its prefix."""
+    items: dict[str, list[tuple[float, float]]]
+    """Metric -> (total, count) of every batch of held-out rows."""
+    tokens: int = 0
+    """Supervised tokens it was trained on."""
+    cost: dict[str, Any] | None = None
+    cache: dict[str, Any] | None = None
+
+
+class Trainings:
+    """The trainings of a comparison by everything that decides them; each is kept as soon as it is measured."""
+
+    def __init__(self, folder: Path, judge: str | None, save_untrained: bool) -> None:
+        self.folder, self.judge, self.save_untrained = folder, judge, save_untrained
+
+    def get(self, recipe: str, flags: Sequence[str], stage: str = "trained") -> Measured:
+        """The measurements of one training, from the folder or by running it."""
+        texts = [find_recipe(name).read_text(encoding="utf-8") for name in (recipe, self.judge) if name]
+        key = key_of(texts, list(flags), stage, self.save_untrained if stage == "untrained" else None)
+        path = self.folder / "measured" / f"{key[:16]}.json"
+        if path.is_file():
+            return Measured(**json.loads(path.read_text(encoding="utf-8")))
+        # What a cut-off training left is started over.
+        place = self.folder / f"{label(recipe).replace(', ', '-')}-{stage}-{key[:6]}"
+        shutil.rmtree(place, ignore_errors=True)
+        found = measure(recipe, flags, stage, place, self.judge, self.save_untrained)
+        write_atomically(path, to_json(vars(found), indent=1))
+        return found
+
+
+def measure(
+    recipe: str, flags: Sequence[str], stage: str, folder: Path, judge: str | None, save_untrained: bool
+) -> Measured:
+    """Evaluates the recipe's teacher ("teacher") or its student, "untrained" or "trained", which is saved."""
+    alone = ["--per_device_eval_batch_size", "1", "--save_strategy", "no"]
+    # Items to resample are batches of held-out rows; flags of the user come later and win.
+    run, _ = parse_alone(recipe, [*alone, *flags])
+    _prepare(run, folder)
+    if stage != "trained" and run.arguments.teacher is not None:
+        run = replace(run, arguments=replace(run.arguments, teacher_cache=None))
+    if stage == "teacher":
+        run = replace(run, arguments=_of(run, run.arguments.teacher))
+    trainer = build_trainer(run)
+    parameters, tokens, cost = trainer.model.num_parameters(), 0, None
+    if stage == "trained":
+        tokens, cost = _train(trainer, run)
+    if stage == "trained" or (stage == "untrained" and save_untrained):
+        trainer.save_model()
+    if stage == "trained" and (judge is not None or run.arguments.teacher_cache is not None):
+        # Judged by the teacher itself, like all others.
+        judging = run if judge is None else parse_alone(judge, alone)[0]
+        _prepare(judging, folder / "judged")
+        trainer = build_trainer(replace(judging, arguments=_of(judging, str(folder))))
+    trainer.batch_reports = []
+    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    reports = trainer.batch_reports
+    items = {name: [one.get(name, (0.0, 0.0)) for one in reports] for name in {key for one in reports for key in one}}
+    place = str(run.arguments.teacher) if stage == "teacher" else str(folder)
+    return Measured(stage, place, parameters, metrics, items, tokens, cost, _cache_facts(run))
+
+
+def make_baseline(recipe: str, flags: Sequence[str], folder: Path) -> tuple[str, list[str]]:
+    """A recipe of method sft for the same student, data and steps, written to the folder, and the flags it knows.
+
+    The teacher stays where its tokens are the student's, to measure the distance to it; it never enters the loss.
+    """
+    run, _ = parse_alone(recipe, flags)
+    keys = read_recipe(find_recipe(recipe))
+    known = {action.dest for action in parser_of("sft")._actions} - _NOT_SFT - _PUBLISHING
+    if not METHODS[run.arguments.method].one_vocabulary and run.arguments.student is not None:
+        known -= {key for key in known if key.startswith("teacher")}
+    kept = {key: value for key, value in keys.items() if key in known and not key.startswith("cache_")}
+    header = f"# The SFT baseline of {recipe}: its student, data and settings, without its teacher in the loss.\n"
+    path = folder / BASELINE
+    write_atomically(path, header + yaml.safe_dump({**kept, "method": "sft"}, sort_keys=False, allow_unicode=True))
+    rest: list[str] = []
+    keep = True
+    for flag in flags:
+        if flag.startswith("--"):
+            name = flag[2:].partition("=")[0]
+            keep = name in known and name != "method"
+        rest += [flag] if keep else []
+    return str(path), rest
+
+
+def label(recipe: str) -> str:
+    """A training's name in tables: its method, and its recipe's name where that is not the quickstart's."""
+    method, name = read_recipe(find_recipe(recipe)).get("method", ""), Path(recipe).stem
+    return method if name in ("quickstart", Path(BASELINE).stem) else f"{method}, {name}"
+
+
+def _prepare(run: Run, folder: Path) -> None:
+    training = run.training
+    training.output_dir, training.push_to_hub = str(folder), False
+    training.include_num_input_tokens_seen = "non_padding"
+
+
+def _of(run: Run, model: str | None) -> Any:
+    """The run's arguments with a whole model in the place of its student."""
+    if model is None:
+        raise ValueError("The recipe names no `teacher`, so that nobody can be judged by it: set it beside its cache.")
+    own = {"student": model, "student_init": "pretrained", **dict.fromkeys(_WHOLE)}
+    return replace(run.arguments, **own, teacher_cache=None)
+
+
+def _train(trainer: Any, run: Run) -> tuple[int, dict[str, Any]]:
+    """Supervised tokens, and the cost of the training alone."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    begun, spent = time.monotonic(), time.process_time()
+    trainer.train()
+    seconds, spent = time.monotonic() - begun, time.process_time() - spent
+    tokens = next(entry for entry in reversed(trainer.state.log_history) if "supervised_tokens" in entry)
+    live = trainer.needs_teacher and run.arguments.teacher_cache is None
+    devices = torch.cuda.device_count() if cuda else 1
+    cost = {
+        "unit": "GPU-hours" if cuda else "CPU-hours",
+        "hours": (seconds * devices if cuda else spent) / 3600,
+        "seconds": seconds,
+        "tokens_per_second": tokens["supervised_tokens"] / seconds,
+        "teacher_tokens": int(trainer.state.num_input_tokens_seen) if live else 0,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+    }
+    return int(tokens["supervised_tokens"]), cost
+
+
+def _cache_facts(run: Run) -> dict[str, Any] | None:
+    """What a run's teacher on disk is, and what it cost."""
+    if run.arguments.teacher_cache is None:
+        return None
+    from mmkd.hub import local_cache
+
+    folder = local_cache(run.arguments.teacher_cache)
+    manifest = Cache(folder).manifest
+    entries = [entry for shards in manifest.shards.values() for entry in shards.values()]
+    tokens, size = sum(entry.tokens for entry in entries), sum(entry.bytes for entry in entries)
+    return {
+        "folder": run.arguments.teacher_cache,
+        "signal": {name: value for name, value in manifest.identity["signal"].items() if name != "token_order"},
+        "tokens": tokens,
+        "bytes": size,
+        "bytes_per_token": size / max(1, tokens),
+        "hours": sum(line["seconds"] for line in read_log(folder)) / 3600,
+    }
