@@ -13,8 +13,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from . import measures
 from .harness import Harness, Settings
 from .lmms import check_lmms, lmms_key, lmms_settings, run_lmms
+from .measures import Held, measure
 from .model import EvalModel, ensemble_of, find_model
 from .results import NAME, Results
 from .scores import scores_of
@@ -99,8 +101,8 @@ def eval_command(options: argparse.Namespace) -> int:
         raise ValueError("--output is the folder of one model's results; leave it out to evaluate several.")
     tasks = [task for name in options.suite for task in load_suite(name).tasks]
     tasks += [SuiteTask(name) for name in options.tasks]
-    if not tasks:
-        raise ValueError(f"Say what to evaluate: --suite {', '.join(suite_names())}, or --tasks.")
+    if not tasks and options.measures is None:
+        raise ValueError(f"Say what to evaluate: --suite {', '.join(suite_names())}, or --tasks, or --measures.")
     settings = Settings(
         model_type=options.model_type,
         model_args=_model_args(options.model_args),
@@ -112,14 +114,21 @@ def eval_command(options: argparse.Namespace) -> int:
         chat_template=options.chat_template,
         seed=options.seed,
     )
-    found = {}
+    held = Held(options.data, options.rows, max_new_tokens=options.max_new_tokens) if options.data else None
+    teacher = find_model(options.teacher) if options.teacher else None
+    found, measured = {}, {}
     try:
         for model in models:
             found[model.name] = evaluate(model, tasks, settings, options.output, options.include_path)
+            if options.measures is not None:
+                measured[model.name] = measure(model, options.measures, held, settings, teacher, options.output)
     except KeyboardInterrupt:
         print("\nInterrupted. Finished tasks are kept: the same command goes on with the next one.", file=sys.stderr)
         return 130
-    show(found, Console())
+    if tasks:
+        show(found, Console())
+    for name, entries in measured.items():
+        measures.show(name, entries, Console())
     for model in models:
         print(f"{(options.output or model.results_folder) / NAME}")
     return 0

@@ -156,7 +156,7 @@ def _check(recipe: str, flags: Sequence[str]) -> None:
         raise ValueError(f"{recipe} predicts classes and no tokens; scripts/compare_dho.py compares such students.")
     if any(key in keys for key in STAGE_KEYS):
         raise ValueError(
-            f"{recipe} is trained in stages: scripts/compare_stages.py compares schedules, `mmkd eval` what they trained."
+            f"{recipe} is trained in stages: scripts/compare_stages.py compares schedules, `mmkd eval` their students."
         )
 
 
@@ -184,6 +184,7 @@ def _summary(rows: Sequence[Row], seeds: Sequence[int], flags: Sequence[str], ju
                 "metrics": {name: pairs[name] for name in shown},
                 "tasks": scores,
                 "retention": retention,
+                "flips": {} if teacher is None or row is teacher else _flips(row, teacher),
                 "gain_over_sft": {name: one for name, one in gain.items() if one is not None},
                 "cost": _cost(row.runs),
                 "cache": row.runs[0].cache,
@@ -260,6 +261,20 @@ def _task_gains(row: Row, baseline: Row) -> dict[str, dict[str, Any] | None]:
         if all(items for side in sides for items in side):
             transform = (lambda mean: -mean / math.log(2)) if score["metric"].startswith("bits_per_byte") else _same
             found[_title(score)] = _interval(sides[0], sides[1], transform, score["higher_is_better"])
+    return found
+
+
+def _flips(row: Row, teacher: Row) -> dict[str, float]:
+    """Share of a benchmark's items that one of student and teacher answers right and the other wrong.
+
+    Equal scores can hide many (Dutta et al., 2024). Of the seeds' mean; of metrics that are right or wrong only.
+    """
+    found = {}
+    for score in (score for entry in (teacher.tasks[0] if teacher.tasks else []) for score in entry["scores"]):
+        theirs = np.array(_items(teacher.runs[0], teacher.tasks[0], score))
+        if len(theirs) and np.isin(theirs[:, 0], (0, 1)).all() and (theirs[:, 1] == 1).all():
+            ours = [np.array(_items(run, asked, score)) for run, asked in zip(row.runs, row.tasks, strict=True)]
+            found[_title(score)] = float(np.mean([one[:, 0] != theirs[:, 0] for one in ours]))
     return found
 
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from datasets.exceptions import DatasetNotFoundError
 
-from mmkd.models.ensemble import load_ensemble
-from mmkd.models.load import load_model, tokenizer_of
+from mmkd.models.load import tokenizer_of
 
 from .model import EvalModel
 from .results import key_of
@@ -142,23 +141,25 @@ class Harness:
         from lm_eval.api.registry import get_model
 
         model, settings = self.model, self.settings
-        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_of(settings)
         more = {"batch_size": settings.batch_size, "device": device}
         kind: Any = get_model(model_type)
         if model.members or (model.vision and model_type == "hf"):
             # What lm-eval's own loading does not know; it takes a model that is loaded.
             rest = {key: value for key, value in model_args.items() if key != "dtype"}
-            if model.members:
-                loaded: Any = load_ensemble([one.path for one in model.members], dtype=model_args["dtype"])
-            else:
-                loaded = load_model(model.path, dtype=model_args["dtype"], **model.hub)
+            loaded = model.load(model_args["dtype"], device)
             tokenizer = tokenizer_of(model.processing_class)
-            return kind(pretrained=loaded.to(device), tokenizer=tokenizer, batch_size=settings.batch_size, **rest)
+            return kind(pretrained=loaded, tokenizer=tokenizer, batch_size=settings.batch_size, **rest)
         named: dict[str, Any] = {"pretrained": model.path, **model_args}
         named |= {"revision": model.revision} if model.revision else {}
         named |= {"trust_remote_code": True} if model.trust_remote_code else {}
         named |= {"peft": model.adapter} if model.adapter else {}
         return kind.create_from_arg_obj(named, more)
+
+
+def device_of(settings: Settings) -> str:
+    """The device that models are loaded to."""
+    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def numbers_of(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mmkd.models.load import load_processing_class, tokenizer_of
+from peft import PeftModel
+
+from mmkd.models.ensemble import load_ensemble
+from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.run import last_checkpoint
 from mmkd.teachers.identity import weights_sha256
 
@@ -60,6 +63,16 @@ class EvalModel:
             words = json.dumps([template, tokenizer.get_vocab()], sort_keys=True)
             parts.append(hashlib.sha256(words.encode()).hexdigest())
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    def load(self, dtype: str = "auto", device: str = "cpu") -> Any:
+        """The model itself, ready to be asked."""
+        if self.members:
+            loaded: Any = load_ensemble([member.path for member in self.members], dtype=dtype)
+        else:
+            loaded = load_model(self.path, dtype=dtype, **self.hub)
+        if self.adapter:
+            loaded = PeftModel.from_pretrained(loaded, self.adapter).merge_and_unload()  # pyright: ignore
+        return loaded.to(device).eval()
 
     @property
     def results_folder(self) -> Path:

@@ -39,6 +39,9 @@ def tables(comparison: Mapping[str, Any]) -> list[Cells]:
         _numbers("Benchmarks", rows, "tasks"),
         _against("Percent of the teacher kept", rows, "retention", lambda one: f"{one:.1f} %"),
         _against("Gain over SFT, positive is better", rows, "gain_over_sft", _gain),
+        _against(
+            "Benchmark answers that flipped against the teacher", rows, "flips", lambda one: f"{100 * one:.1f} %"
+        ),
         _costs(rows),
     ]
     return [(title, header, lines) for title, header, lines in found if lines and len(header) > 1]

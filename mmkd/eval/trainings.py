@@ -148,7 +148,7 @@ def _train(trainer: Any, run: Run) -> tuple[int, dict[str, Any]]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     begun, spent = time.monotonic(), time.process_time()
-    trainer.train()
+    runtime = trainer.train().metrics["train_runtime"]
     seconds, spent = time.monotonic() - begun, time.process_time() - spent
     tokens = next(entry for entry in reversed(trainer.state.log_history) if "supervised_tokens" in entry)
     live = trainer.needs_teacher and run.arguments.teacher_cache is None
@@ -157,7 +157,7 @@ def _train(trainer: Any, run: Run) -> tuple[int, dict[str, Any]]:
         "unit": "GPU-hours" if cuda else "CPU-hours",
         "hours": (seconds * devices if cuda else spent) / 3600,
         "seconds": seconds,
-        "tokens_per_second": tokens["supervised_tokens"] / seconds,
+        "tokens_per_second": tokens["supervised_tokens"] / runtime,
         "teacher_tokens": int(trainer.state.num_input_tokens_seen) if live else 0,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
     }

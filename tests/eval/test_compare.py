@@ -49,13 +49,23 @@ def workplace(tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
         "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}],
     }
+    choice = {
+        **task,
+        "task": "tiny_choice",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": [" cat", " dog", " tree", " a"],
+        "doc_to_target": "{{ text | length % 4 }}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
     (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/tiny_choice.yaml").write_text(yaml.safe_dump(choice))
     (tmp_path / "tasks/tiny_text.yaml").write_text(yaml.safe_dump(task))
     return tmp_path
 
 
 def test_one_recipe_against_its_baseline_over_seeds(workplace, monkeypatch, capsys):
-    command = ["compare", "kd.yaml", "--seeds", "0", "1", "--output", "out", "--tasks", "tiny_text"]
+    command = ["compare", "kd.yaml", "--seeds", "0", "1", "--output", "out", "--tasks", "tiny_text", "tiny_choice"]
     command += ["--include_path", "tasks"]
     assert main(command) == 0
     found = json.loads(Path("out/comparison.json").read_text())
@@ -81,6 +91,12 @@ def test_one_recipe_against_its_baseline_over_seeds(workplace, monkeypatch, caps
     difference = scores["baseline"]["mean"] - scores["student"]["mean"]
     gain = rows["student"]["gain_over_sft"]["tiny_text bits_per_byte"]
     assert gain["gain"] == pytest.approx(difference, rel=1e-5)
+    assert set(rows["student"]["gain_over_sft"]) == {*student, "tiny_text bits_per_byte", "tiny_choice acc"}
+    changed = abs(
+        rows["student"]["tasks"]["tiny_choice acc"]["mean"] - rows["teacher"]["tasks"]["tiny_choice acc"]["mean"]
+    )
+    assert changed <= rows["student"]["flips"]["tiny_choice acc"] <= 1
+    assert list(rows["student"]["flips"]) == ["tiny_choice acc"]
     assert "Gain over SFT" in capsys.readouterr().out
     page = Path("out/comparison.md").read_text()
     assert f"| sft | {rows['baseline']['parameters'] / 1e6:.1f} M | {rows['baseline']['tokens'][0]:,} |" in page

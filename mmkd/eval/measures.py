@@ -1,0 +1,252 @@
+"""Measurements beyond benchmarks, on the held-out rows of a data recipe: beside the teacher where there is one."""
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+
+from mmkd import __version__
+from mmkd.data.load import load_data
+from mmkd.models.load import tokenizer_of
+
+from . import speed
+from .generations import Answer, generate, prompt_of, summary, text_of
+from .harness import Settings, device_of
+from .machine import machine
+from .model import EvalModel
+from .results import Results, key_of
+from .tokens import Agreement, Calibration, batches, common_tokens, say
+
+MEASURES = ("cost", "generation", "bytes", "agreement", "calibration")
+"""In the order in which they are taken: the last two prepare the model for training's own batches."""
+
+SAMPLES = 16
+"""Generations that are kept to be read."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is measured on, and how much of it."""
+
+    data: str
+    rows: int = 64
+    max_length: int = 512
+    max_new_tokens: int = 64
+
+    def load(self) -> Dataset:
+        """The held-out rows. Raises ValueError for a recipe without any."""
+        found = load_data(self.data, max_eval_rows=self.rows, max_train_rows=1)
+        if "eval" not in found:
+            raise ValueError(f"The data recipe {self.data} holds nothing out, so there is nothing fair to measure on.")
+        return found["eval"]
+
+
+def measure(
+    model: EvalModel,
+    names: Sequence[str],
+    held: Held | None,
+    settings: Settings,
+    teacher: EvalModel | None = None,
+    output: Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The entries of measurements by name, from the model's results where they are known.
+
+    Without `names`, all that are possible. Raises ValueError for unknown names, and for those that need a teacher, the
+    same vocabulary or held-out rows that are not given.
+    """
+    _check(names, held, teacher, model)
+    rows = None if held is None else held.load()
+    chosen = [name for name in MEASURES if name in names] if names else _possible(model, rows, teacher)
+    results = Results(output or model.results_folder, model.name, model.weights)
+    taking = Taking(model, teacher, rows, held, settings)
+    found: dict[str, dict[str, Any]] = {}
+    for name in chosen:
+        told = {
+            "device": device_of(settings),
+            "dtype": settings.dtype,
+            # Of no consequence to what is not measured on rows.
+            "held": None if held is None or name == "cost" else vars(held),
+            "teacher": None if teacher is None else {"name": teacher.name, "weights": teacher.weights},
+        }
+        key = key_of("measure", __version__, name, told, None if name == "cost" else _digest(rows))
+        entry = results.measure(key)
+        if entry is None:
+            values = getattr(taking, name)()
+            date = datetime.now(UTC).isoformat("T", "seconds")
+            entry = {"measure": name, "settings": told, "values": values, "machine": machine(), "date": date}
+            entry = results.add_measure(key, entry)
+        found[name] = entry
+    return found
+
+
+class Taking:
+    """Takes measurements; each is a method that returns `{"student": ..., "teacher": ...}` or what they share."""
+
+    def __init__(
+        self, model: EvalModel, teacher: EvalModel | None, rows: Dataset | None, held: Held | None, settings: Settings
+    ) -> None:
+        self.sides = {"student": model} | ({} if teacher is None else {"teacher": teacher})
+        self.rows, self.held, self.settings = rows, held, settings
+        self._models: dict[str, Any] = {}
+
+    def model(self, side: str) -> Any:
+        """The loaded model of a side."""
+        if side not in self._models:
+            self._models[side] = self.sides[side].load(self.settings.dtype, device_of(self.settings))
+        return self._models[side]
+
+    def cost(self) -> dict[str, Any]:
+        """What each side needs to be used."""
+        return {side: speed.cost_of(self.model(side)) for side in self.sides}
+
+    def generation(self) -> dict[str, Any]:
+        """What each side writes on the same prompts."""
+        assert self.rows is not None
+        assert self.held is not None
+        pairs = [prompt_of(dict(row)) for row in self.rows]  # pyright: ignore
+        prompts = [prompt for prompt, _ in pairs]
+        said: dict[str, list[Answer]] = {
+            side: generate(self.model(side), model.processing_class, prompts, self.held.max_new_tokens)
+            for side, model in self.sides.items()
+        }
+        samples = [
+            {"prompt": _readable(prompt), "reference": reference}
+            | {side: answers[place].text for side, answers in said.items()}
+            for place, (prompt, reference) in enumerate(pairs[:SAMPLES])
+        ]
+        return {**{side: summary(answers) for side, answers in said.items()}, "samples": samples}
+
+    def bytes(self) -> dict[str, Any]:
+        """Bits per byte of the rows' text, each side in its own tokens, as lm-eval's rolling log-likelihood."""
+        from lm_eval.api.instance import Instance
+        from lm_eval.api.registry import get_model
+
+        kind: Any = get_model("hf")
+        assert self.rows is not None
+        texts = [_text(dict(row)) for row in self.rows]  # pyright: ignore
+        size = sum(len(text.encode()) for text in texts)
+        found = {}
+        for side, model in self.sides.items():
+            tokenizer: Any = tokenizer_of(model.processing_class)
+            lm = kind(pretrained=self.model(side), tokenizer=tokenizer, batch_size=1)
+            asked: list[Any] = [
+                Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=number)
+                for number, text in enumerate(texts)
+            ]
+            total = sum(lm.loglikelihood_rolling(asked, disable_tqdm=True))
+            tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+            found[side] = {"bits_per_byte": -total / size / math.log(2), "bytes": size, "tokens": tokens}
+        return found
+
+    def agreement(self) -> dict[str, Any]:
+        """How far the student is from the teacher, per token."""
+        return self._beliefs[0].result()
+
+    def calibration(self) -> dict[str, Any]:
+        """How well each side knows what it knows, about the next token."""
+        return {side: calibration.result() for side, calibration in self._beliefs[1].items()}
+
+    @cached_property
+    def _beliefs(self) -> tuple[Agreement, dict[str, Calibration]]:
+        """What both sides believe of every supervised token, read once."""
+        assert self.rows is not None
+        assert self.held is not None
+        model, teacher = self.sides["student"], self.sides.get("teacher")
+        size = None if teacher is None else common_tokens(model.processing_class, teacher.processing_class)
+        agreement, calibrations = Agreement(), {side: Calibration() for side in self.sides}
+        for batch in batches(self.model("student"), model.processing_class, self.rows, self.held.max_length, teacher):
+            said = {"student": say(self.model("student").eval(), batch.ours, size)}
+            if teacher is not None:
+                said["teacher"] = say(self.model("teacher"), batch.theirs, size)
+                agreement.add(said["student"], said["teacher"])
+            for side, one in said.items():
+                calibrations[side].add(one.confidence, one.right)
+        return agreement, calibrations
+
+
+def show(model: str, found: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """One line per number, a column for each side."""
+    table = Table("measure", "", "student", "teacher", title=model, title_justify="left")
+    for name, entry in found.items():
+        values = entry["values"]
+        sides = [side for side in ("student", "teacher") if isinstance(values.get(side), dict)]
+        if not sides:
+            for key, value in values.items():
+                table.add_row(name, key, _number(value), "")
+            continue
+        lines = {side: _flat(values[side]) for side in sides}
+        for key in lines["student"]:
+            table.add_row(name, key, *(_number(lines[side].get(key)) for side in sides))
+    console.print(table)
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {key: value for key, value in values.items() if not isinstance(value, list)}
+    for one in values.get("speed", []):
+        batch = one["batch_size"]
+        flat |= {f"{key}, batch {batch}": value for key, value in one.items() if key.endswith(("seconds", "second"))}
+        flat[f"peak_bytes, batch {batch}"] = one["peak_bytes"]
+    return flat
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value if value is not None else "")
+
+
+def _check(names: Sequence[str], held: Held | None, teacher: EvalModel | None, model: EvalModel) -> None:
+    for name in names:
+        if name not in MEASURES:
+            raise ValueError(f"There is no measure {name!r}; choose some of {', '.join(MEASURES)}.")
+        if name != "cost" and held is None:
+            raise ValueError(f"Measure {name} needs held-out rows: name a data recipe with --data.")
+    if "agreement" in names and teacher is None:
+        raise ValueError("Measure agreement compares with a teacher: name it with --teacher.")
+    if model.members:
+        raise ValueError("Measurements are of one model; an ensemble is evaluated with --suite or --tasks.")
+
+
+def _possible(model: EvalModel, rows: Dataset | None, teacher: EvalModel | None) -> list[str]:
+    """All measures that can be taken; says which cannot."""
+    if rows is None:
+        return ["cost"]
+    left_out = {} if teacher is not None else {"agreement": "there is no --teacher"}
+    if "images" in rows.column_names:
+        left_out["bytes"] = "rows have images"
+    ours = tokenizer_of(model.processing_class).get_vocab()
+    if teacher is not None and ours != tokenizer_of(teacher.processing_class).get_vocab():
+        left_out |= dict.fromkeys(("agreement", "calibration"), "student and teacher have different vocabularies")
+    for name, reason in left_out.items():
+        print(f"Measure {name} is left out: {reason}.", file=sys.stderr)
+    return [name for name in MEASURES if name not in left_out]
+
+
+def _digest(rows: Dataset | None) -> str:
+    """Of the rows' words; pictures belong to them."""
+    if rows is None:
+        return ""
+    words = rows.remove_columns("images") if "images" in rows.column_names else rows
+    return hashlib.sha256(json.dumps(words.to_list(), default=str).encode()).hexdigest()
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    if "text" in row:
+        return row["text"]
+    messages = row.get("messages") or []
+    texts = [text_of(message["content"]) for message in messages] or [row["prompt"] + row["completion"]]
+    return "\n".join(texts)
+
+
+def _readable(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(text_of(message["content"]) for message in prompt)

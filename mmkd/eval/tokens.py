@@ -1,0 +1,156 @@
+"""Student and teacher on the same held-out tokens: how far apart they are, and how well they know what they know."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.models.load import tokenizer_of
+from mmkd.trainers.preparation import ROW_LENGTHS
+from mmkd.trainers.sft import SFTBaselineConfig, SFTBaselineTrainer
+from mmkd.trainers.vision import View, processor_of_teacher, teacher_view
+
+BINS = 15
+"""Of equal width, as in Guo et al. (2017)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Held-out rows as the student sees them, and as the teacher does."""
+
+    ours: View
+    theirs: View
+
+
+@dataclass(frozen=True)
+class Said:
+    """A model's beliefs at the supervised positions of one row."""
+
+    log_probs: Float[Tensor, "token vocab"]
+    labels: Int[Tensor, "token"]
+
+    @property
+    def top(self) -> Int[Tensor, "token"]:
+        return self.log_probs.argmax(-1)
+
+    @property
+    def right(self) -> Bool[Tensor, "token"]:
+        return self.top == self.labels
+
+    @property
+    def confidence(self) -> Float[Tensor, "token"]:
+        return self.log_probs.amax(-1).exp()
+
+
+def batches(model: Any, processing_class: Any, rows: Dataset, max_length: int, teacher: Any = None) -> Iterator[Batch]:
+    """The rows one by one, tokenised, masked and cut as method sft does it; chats are supervised on the answers.
+
+    Raises ValueError where student and teacher would be supervised on different tokens.
+    """
+    template = getattr(processing_class, "chat_template", None) or tokenizer_of(processing_class).chat_template or ""
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTBaselineConfig(
+            folder,
+            per_device_eval_batch_size=1,
+            max_length=max_length,
+            assistant_only_loss="messages" in rows.column_names and "{% generation" in str(template),
+            bf16=False,
+            activation_checkpointing=False,
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = SFTBaselineTrainer(
+            model, args=config, train_dataset=rows, eval_dataset=rows, processing_class=processing_class
+        )
+        if trainer.vision_collator is not None and teacher is not None:
+            trainer.vision_collator.add_teacher(processor_of_teacher(teacher.processing_class, teacher.name))
+        for batch in trainer.get_eval_dataloader():
+            batch.pop(ROW_LENGTHS, None)
+            ours = View.of(batch)
+            yield Batch(ours, teacher_view(ours, batch))
+
+
+@torch.no_grad()
+def say(model: Any, view: View, vocab_size: int | None = None) -> Said:
+    """What a model believes at the supervised positions of a batch, over the first `vocab_size` tokens."""
+    logits = model(**{**view.inputs, "use_cache": False}).logits[:, :-1][view.supervised]
+    log_probs = logits[:, :vocab_size].float().log_softmax(-1)
+    return Said(log_probs, view.labels[:, 1:][view.supervised].to(log_probs.device))
+
+
+def common_tokens(ours: Any, theirs: Any) -> int:
+    """The number of tokens that both tokenizers give the same ids. Raises ValueError when they differ."""
+    ours, theirs = tokenizer_of(ours), tokenizer_of(theirs)
+    added = {*ours.get_added_vocab(), *theirs.get_added_vocab()}
+    return shared_vocabulary(ours.get_vocab(), theirs.get_vocab(), added)
+
+
+class Agreement:
+    """Sums over tokens of how student and teacher differ."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.tokens = self.rows = 0
+
+    def add(self, student: Said, teacher: Said) -> None:
+        """Adds the tokens of a row."""
+        difference = teacher.log_probs - student.log_probs
+        # 0 * inf where a token is impossible for one of them.
+        forward = (teacher.log_probs.exp() * difference).nan_to_num(nan=0.0).sum(-1)
+        reverse = (student.log_probs.exp() * -difference).nan_to_num(nan=0.0).sum(-1)
+        found = {
+            "kl": forward,
+            "reverse_kl": reverse,
+            "top1_agreement": student.top == teacher.top,
+            "flips_to_wrong": teacher.right & ~student.right,
+            "flips_to_right": student.right & ~teacher.right,
+            "student_accuracy": student.right,
+            "teacher_accuracy": teacher.right,
+        }
+        for name, values in found.items():
+            self.sums[name] = self.sums.get(name, 0.0) + values.double().sum().item()
+        self.tokens += len(student.labels)
+        self.rows += 1
+
+    def result(self) -> dict[str, float]:
+        """Means per token: KLs in nats, the others shares."""
+        means = {name: total / max(1, self.tokens) for name, total in self.sums.items()}
+        flips = {"flips": means["flips_to_wrong"] + means["flips_to_right"]} if means else {}
+        return {**means, **flips, "tokens": self.tokens, "rows": self.rows}
+
+
+class Calibration:
+    """How often a model is right where it is so confident: the expected calibration error (Guo et al., 2017)."""
+
+    def __init__(self, bins: int = BINS) -> None:
+        self.count, self.right, self.confidence = (torch.zeros(bins, dtype=torch.float64) for _ in range(3))
+
+    def add(self, confidence: Float[Tensor, "item"], right: Bool[Tensor, "item"]) -> None:
+        """Adds predictions, each with the probability that the model gave it."""
+        bins = len(self.count)
+        # (0, 1/bins] is the first bin.
+        index = ((confidence.double().cpu() * bins).ceil().long() - 1).clamp(0, bins - 1)
+        for total, values in (
+            (self.right, right),
+            (self.confidence, confidence),
+            (self.count, torch.ones_like(right)),
+        ):
+            total.index_add_(0, index, values.double().cpu())
+
+    def result(self) -> dict[str, Any]:
+        """ECE, mean confidence and accuracy, and per bin the share, confidence and accuracy for a diagram."""
+        total = self.count.sum().clamp(min=1)
+        filled = self.count.clamp(min=1)
+        bins = torch.stack([self.count / total, self.confidence / filled, self.right / filled], 1).tolist()
+        return {
+            "ece": ((self.right - self.confidence).abs().sum() / total).item(),
+            "confidence": (self.confidence.sum() / total).item(),
+            "accuracy": (self.right.sum() / total).item(),
+            "bins": [dict(zip(("share", "confidence", "accuracy"), one, strict=True)) for one in bins],
+        }
