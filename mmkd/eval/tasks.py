@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,13 @@ class Tasks:
     """
 
     def __init__(self, names: Sequence[str], folders: Sequence[str | Path] = ()) -> None:
-        from lm_eval.tasks import TaskManager
-
         for folder in folders:
             if not Path(folder).is_dir():
                 raise ValueError(f"include_path names {str(folder)!r}, which is no folder of tasks.")
-        paths: list[str | Path] = [recipe_root("eval") / "tasks", *folders]
-        ours = TaskManager(include_path=paths, include_defaults=False)
-        # Reading the 15,000 YAML files of lm-eval takes seconds.
-        enough = all(_matches(name, ours.task_index) for name in names)
-        self.manager: Any = ours if enough else TaskManager(include_path=paths)
+        paths = [recipe_root("eval") / "tasks", *map(Path, folders)]
+        self.manager: Any = _own_manager(tuple(paths))
+        if not all(_matches(name, self.manager.task_index) for name in names):
+            self.manager = _full_manager(tuple(paths))
         index = self.manager.task_index
         for name in names:
             if not _matches(name, index):
@@ -96,6 +94,21 @@ class Tasks:
         path = self._entry(name).yaml_path
         if path is not None and not path.is_relative_to(Path(lm_eval.tasks.__file__).parent):
             yield from path.parent.glob("*.py")
+
+
+def _own_manager(paths: tuple[Path, ...]) -> Any:
+    """The tasks of these folders alone."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(paths), include_defaults=False)
+
+
+@cache
+def _full_manager(paths: tuple[Path, ...]) -> Any:
+    """With lm-eval's own tasks, whose 15,000 YAML files take seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(paths))
 
 
 def _matches(name: str, index: dict[str, Any]) -> list[str]:
