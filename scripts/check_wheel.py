@@ -68,8 +68,9 @@ def check_installed(wheel: Path, venv: Path, elsewhere: Path) -> None:
     for path in run(str(python), "-c", program, cwd=elsewhere).splitlines():
         inside = Path(path).resolve().is_relative_to(site_packages.resolve())
         expect(inside, f"The installed mmkd uses {path}, which is not the wheel's.")
-    shipped = {name for name in files_under("trainers") if name.endswith(".yaml")}
-    expect(bool(shipped), "There is no recipe under trainers/.")
+    shipped = {name for name in files_under(*RECIPES) if name.endswith(".yaml")}
+    for kind in RECIPES:
+        expect(any(name.startswith(f"{kind}/") for name in shipped), f"There is no recipe under {kind}/.")
     listed = set(run(str(venv / "bin" / "mmkd"), "recipes", "ls", cwd=elsewhere).split())
     expect_all(shipped, listed, "the output of `mmkd recipes ls`")
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ _QUESTION = re.compile(
 )
 
 
-def humaneval_rows(problems: list[Mapping[str, Any]], seed: int = 0) -> Iterator[dict[str, Any]]:
+def humaneval_rows(problems: Sequence[Mapping[str, Any]], seed: int = 0) -> Iterator[dict[str, Any]]:
     """Each problem's prompt with four bodies, its own and three of other problems, and which one is its own."""
     generator = random.Random(seed)
     for number, problem in enumerate(problems):

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -295,3 +297,31 @@ def test_bad_input(tiny, folder, tmp_path, capsys, flags, message):
     assert main(command) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_tasks_of_lmms_eval_are_handed_to_it(tmp_path, monkeypatch, capsys):
+    asked = {}
+
+    def simple_evaluate(**arguments):
+        asked.update(arguments)
+        result = {"alias": "gqa", "exact_match,none": 0.5, "exact_match_stderr,none": 0.1}
+        sample = {"doc_id": 0, "target": "a", "filtered_resps": ["b"], "exact_match": 0.0}
+        return {"results": {"gqa": result}, "samples": {"gqa": [sample]}, "versions": {"gqa": 1}}
+
+    evaluator: Any = ModuleType("lmms_eval.evaluator")
+    evaluator.simple_evaluate = simple_evaluate
+    monkeypatch.setitem(sys.modules, "lmms_eval", ModuleType("lmms_eval"))
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", evaluator)
+    monkeypatch.setattr("mmkd.eval.commands.check_lmms", lambda: None)
+    monkeypatch.setattr("mmkd.eval.lmms.version", lambda package: "0.7.3")
+    folder = make_llava(tmp_path / "llava")
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("tasks: [{task: gqa, harness: lmms-eval, metric: exact_match}]")
+    command = ["eval", str(folder), "--suite", str(suite), "--dtype", "float32", "--model_args", "max_length=64"]
+    assert main(command) == 0
+    assert (asked["model"], asked["tasks"]) == ("llava_hf", ["gqa"])
+    assert asked["model_args"] == f"pretrained={folder},dtype=float32,max_length=64"
+    assert "0.5000 ± 0.1000" in capsys.readouterr().out
+    asked.clear()
+    assert main(command) == 0
+    assert not asked
