@@ -284,6 +284,7 @@ def test_a_vision_language_model_takes_text_tasks_too(folder, tmp_path):
         (["--suite", "ofline"], "The nearest: offline"),
         ([], "Say what to evaluate"),
         (["--tasks", "tiny_text", "--model_type", "vllm"], "needs vLLM"),
+        (["--tasks", "tiny_text", "--model_type", "local-completions"], "base_url"),
         (["--tasks", "tiny_text", "--model_type", "gpt"], "choose one of auto"),
         (["--tasks", "tiny_text", "--model_args", "a"], "write key=value"),
         (["--tasks", "tiny_text", "--limit", "0"], "limit is 0"),
