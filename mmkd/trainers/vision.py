@@ -31,6 +31,9 @@ BAD_ROWS = ("unreadable_rows", "overlong_rows")
 
 _SKIPPED = "skipped"
 
+# transformers 5.23 fails to tell which tokens are the assistant's where a processor makes its own batches.
+_NO_ASSISTANT_MASK = ("Idefics3Processor", "InternVLProcessor")
+
 
 @dataclass(frozen=True)
 class View:
@@ -161,6 +164,11 @@ class VisionCollator:
         # Cut here, where the loss of image tokens can be told from the loss of text.
         self.max_length, collator.max_length = collator.max_length, None
         require_image_tokens(collator.processor, "student")
+        if collator.assistant_only_loss and type(collator.processor).__name__ in _NO_ASSISTANT_MASK:
+            raise ValueError(
+                f"{type(collator.processor).__name__} cannot tell which tokens the assistant says. Map the data to "
+                "prompt and completion, and leave assistant_only_loss out."
+            )
 
     def add_teacher(self, processor: ProcessorMixin) -> None:
         """Gives the teacher its own version of every batch, if its processor makes another one."""
@@ -321,8 +329,11 @@ def _sizes(mask: Bool[Tensor, "position"], images: list[Any], processor: Any) ->
         return (ends - starts).tolist()
     # Images side by side, or cut into tiles: each is asked for alone.
     sizes = [_size_alone(image, processor) for image in images]
-    assert sum(sizes) == total, f"images of {sizes} tokens make {total}"
-    return sizes
+    if sum(sizes) == total:
+        return sizes
+    # LLaVA-OneVision cuts a lone image into tiles, and gives each of several the same number of tokens.
+    assert total % len(images) == 0, f"images of {sizes} tokens make {total}"
+    return [total // len(images)] * len(images)
 
 
 def _size_alone(image: Any, processor: Any) -> int:

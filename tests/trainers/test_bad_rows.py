@@ -51,11 +51,8 @@ def rows_with(tmp_path: Path, kinds: list[str]) -> Dataset:
 @pytest.fixture
 def recipe(tmp_path: Path, vlms: dict[str, Path]) -> Path:
     """A recipe of one good and one of each bad row, eight times over, as JSON and image files."""
-    rows = rows_with(tmp_path, ["good", "missing", "broken", "long"] * 2)
-    lines = [
-        {"messages": row["messages"], "images": [str(tmp_path / f"{number}.png")]}
-        for number, row in enumerate(rows.select_columns("messages"))  # pyright: ignore[reportArgumentType, reportCallIssue]
-    ]
+    messages = rows_with(tmp_path, ["good", "missing", "broken", "long"] * 2)["messages"]
+    lines = [{"messages": one, "images": [str(tmp_path / f"{number}.png")]} for number, one in enumerate(messages)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = {"source": "json", "data_files": {"train": str(tmp_path / "rows.jsonl")}, "splits": {"train": "train"}}
     data["columns"] = {"messages": "messages", "images": "images"}
