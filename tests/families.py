@@ -91,7 +91,7 @@ def qwen_tokenizer() -> Any:
     )
 
 
-def qwen_ids(tokenizer: Any) -> dict[str, int]:
+def qwen_ids(tokenizer: Any) -> dict[str, Any]:
     names = {
         "image_token_id": "<|image_pad|>",
         "video_token_id": "<|video_pad|>",
