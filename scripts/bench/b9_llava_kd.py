@@ -61,9 +61,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     sizes = (2, 4, 500, 64, 1) if args.quick else (args.batch, args.patches, args.vocab, 256, 6)
     cases = {name: Case(name, *sizes) for name in VARIANTS}
-    runs = interleaved(
-        {name: build(case)[1] for name, case in cases.items()}, dict.fromkeys(cases, args.repeats), "cpu"
-    )
+    repeats: dict[str, int] = {name: args.repeats for name in cases}
+    runs = interleaved({name: build(case)[1] for name, case in cases.items()}, repeats, "cpu")
     memory = {name: alone(build, case, "cpu").megabytes if args.memory else None for name, case in cases.items()}
     rows = [
         {
