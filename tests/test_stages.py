@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from mmkd.cli import main
@@ -81,6 +82,9 @@ def test_three_stages_train_what_they_say_and_load_anywhere(recipe: Path, capsys
             assert torch.equal(tensor, third[name]), name
     assert not torch.equal(*(one["model.language_model.norm.weight"] for one in (first, second)))
     assert not torch.equal(*(one["model.language_model.norm.weight"] for one in (second, third)))
+    # The names of a published LLaVA, which vLLM reads.
+    with safe_open(root / "3-DFT" / "model.safetensors", framework="pt") as file:
+        assert "vision_tower.vision_model.post_layernorm.weight" in file.keys()  # noqa: SIM118
     # Plain transformers, without mmkd.
     model: Any = LlavaForConditionalGeneration.from_pretrained(root / "3-DFT")
     processor: Any = AutoProcessor.from_pretrained(root / "3-DFT")
