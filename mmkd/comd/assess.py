@@ -96,7 +96,7 @@ class LikelihoodAssessor(Assessor):
         questions = [question_of(one.instruction, answer=one.teacher) for one in pairs]
         said: list[list[Reply]] = []
         for engine in (self.teacher, self.student):
-            said.append(self.record.ask(engine, questions, Sampling(0), phase, advance))
+            said.append(self.record.ask(engine, questions, Sampling(1), phase, advance))
             engine.close()
         scores = []
         for pair, ours, theirs in zip(pairs, *said, strict=True):

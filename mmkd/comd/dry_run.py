@@ -45,7 +45,9 @@ def dry_run_comd(run: Run, recipe: Path, flags: Sequence[str], console: Console)
         named = getattr(training, f"{role}_server") or getattr(training, f"{role}_model") or "the teacher"
         table.add_row(role, f"{kind}, {named}" if kind in ("judge", "model") else kind)
     longest = (len(seeds) + made) * training.answer_max_new_tokens
-    table.add_row("teacher's answers", f"at most {longest:,} tokens, budget {training.max_teacher_tokens or 'unlimited'}")
+    table.add_row(
+        "teacher's answers", f"at most {longest:,} tokens, budget {training.max_teacher_tokens or 'unlimited'}"
+    )
     console.print(table)
     write_lines(folder / "pool.jsonl", [row_of(one, one.reference or "?") for one in seeds])
     recipes.write_data(folder, any(one.images for one in seeds), None)

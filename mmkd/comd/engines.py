@@ -26,9 +26,6 @@ from mmkd.teachers.vllm_client import Prompt
 from .instructions import answered, open_image
 from .record import Engine, Question, Reply, Sampling
 
-_AT_ONCE = 32
-"""Replies of a server that are written down together."""
-
 
 class LocalEngine(Engine):
     """A model in this process, which reads questions of like length together, `batch_size` at a time.
@@ -238,12 +235,11 @@ class ChatServer(Engine):
             # Asked again, the same seed would give the same reply.
             own = {**body, "seed": sampling.seed + question.sample}
             own["messages"] = wire.openai_messages(question.messages, images)
-            start = time.perf_counter()
             try:
                 answer = await endpoints.request("/v1/chat/completions", msgspec.json.encode(own))
             except Refusal as refusal:
                 if refusal.status in (400, 413, 422):
-                    return Reply("", 0, f"refused: {refusal.message}", time.perf_counter() - start)
+                    return Reply("", 0, f"refused: {refusal.message}", 0.0)
                 raise ValueError(
                     f"{refusal}. See that the URL, the model's name and the key (VLLM_API_KEY) are right."
                 ) from refusal
@@ -254,17 +250,14 @@ class ChatServer(Engine):
             text = (said.message.content or "").strip()
             # Servers that do not count leave words to count by.
             tokens = counts.completion_tokens or len(text.split())
-            return Reply(text, tokens, said.finish_reason or "stop", time.perf_counter() - start)
+            return Reply(text, tokens, said.finish_reason or "stop", 0.0)
 
-        batch: list[tuple[int, Reply]] = []
         begun = time.perf_counter()
         for place, reply in enumerate(endpoints.map(ask, questions)):
-            batch.append((place, reply))
-            if len(batch) == _AT_ONCE or place == len(questions) - 1:
-                # Many requests are under way at a time: their own times would count one second several times.
-                seconds = (time.perf_counter() - begun) / len(batch)
-                yield [(where, replace(one, seconds=seconds)) for where, one in batch]
-                batch, begun = [], time.perf_counter()
+            # Many requests are under way at a time: their own times would count one second several times.
+            now = time.perf_counter()
+            yield [(place, replace(reply, seconds=now - begun))]
+            begun = now
 
     def _only_model(self, endpoints: Endpoints) -> str:
         try:

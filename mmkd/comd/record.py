@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,10 @@ from .instructions import Message
 
 Advance = Callable[[int, int], None]
 """Told how many questions were answered, and in how many tokens."""
+
+
+_SYNC = 1.0
+"""Seconds after which what was written is forced to the disk."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +128,16 @@ class Record:
         missing = sorted(place for key, place in first.items() if key not in self.known)
         advance(len(keys) - len(missing), 0)
         if missing:
-            # Opened once: a batch is a write and a sync.
+            synced = time.monotonic()
             with open(self.path, "ab") as file:
                 for batch in engine.replies([questions[place] for place in missing], sampling):
                     found = [(keys[missing[place]], reply) for place, reply in batch]
                     file.write(b"".join(_line(key, phase, reply) for key, reply in found))
+                    # What is flushed outlives this process; a machine that loses power may cost a second of replies.
                     file.flush()
-                    os.fsync(file.fileno())
+                    if time.monotonic() - synced > _SYNC:
+                        os.fsync(file.fileno())
+                        synced = time.monotonic()
                     self.known.update(found)
                     advance(len(found), sum(reply.tokens for _, reply in found))
         usage = self.usage[phase]

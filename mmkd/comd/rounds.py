@@ -68,7 +68,7 @@ class Loop:
         training = run.training
         assert isinstance(training, CoMDConfig)
         self.run, self.training, self.recipe, self.train = run, training, recipe, train
-        self.flags = recipes.round_flags(flags)
+        self.given, self.flags = flags, recipes.round_flags(flags)
         self.folder = Path(training.output_dir or "runs")
         self.console = Console(stderr=True)
         default = ASSESSORS.get(training.assessor, 0.0)
@@ -104,7 +104,7 @@ class Loop:
         """Reads data, prompts and record."""
         self.roles = Roles(self.run)
         self.prompts = Prompts.read(self.training.prompts)
-        check_identity(self.folder, self.run, self.recipe, self.flags, self.prompts)
+        check_identity(self.folder, self.run, self.recipe, self.given, self.prompts)
         self.prompts.write(self.folder / "prompts")
         self.record = Record(self.folder / "record.jsonl")
         self.store = ImageStore(self.folder / "images")

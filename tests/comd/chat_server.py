@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-WORDS = "the cat sat on a mat and saw one dog run from two birds to some red house near an old green tree".split()
+from scripts.make_tiny_models import WORDS as TINY_WORDS
+
+WORDS = TINY_WORDS.split()
 
 
 def said(body: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from scripts.make_tiny_models import sentences
+from tests.teachers.conftest import served_teacher as served_teacher
 
 Recipe = Callable[..., Path]
 """The `recipe` fixture: (key=value, ...) -> the path of a recipe."""
