@@ -160,9 +160,9 @@ def open_image(path: str) -> Image.Image:
 
 def row_of(one: Instruction, answer: str) -> dict[str, Any]:
     """A line of the pool: what is trained on, and where it comes from."""
-    images = {"images": list(one.images)} if one.images else {"images": []}
+    said = answered(one.prompt, answer)
     facts = {"key": one.key, "kind": one.kind, "parent": one.parent, "round": one.round}
-    return {"messages": answered(one.prompt, answer), **images, **facts}
+    return {"prompt": said[:-1], "completion": said[-1:], "images": list(one.images), **facts}
 
 
 def child_of_round(one: Instruction, number: int) -> Instruction:

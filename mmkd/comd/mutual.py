@@ -11,7 +11,7 @@ from mmkd.trainers.comd import CoMDConfig
 from .files import merge_adapter, read_json, write_json, write_lines
 from .recipe import ADAPTER, OWN_KEYS, write_data, write_recipe
 
-_PARTS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "max_length", "assistant_only_loss", "bf16")
+_PARTS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "max_length", "bf16")
 _PARTS += ("per_device_train_batch_size", "gradient_accumulation_steps", "report_to", "disable_tqdm", "logging_steps")
 _PARTS += ("trust_remote_code", "activation_checkpointing", "use_cpu", "optim")
 

@@ -27,6 +27,8 @@ OWN_KEYS = {field.name for field in dataclasses.fields(CoMDConfig)} - {
 
 _SET_HERE = {"method", "data", "student", "output_dir", "resume_from_checkpoint", "seed", "ce_weight", "dry_run"}
 _SET_HERE |= {*_MAKING, *_TEACHER, "max_train_rows", "max_eval_rows", "push_to_hub", "hub_model_id"}
+# The pool is of prompts and completions: answers alone are learnt, whatever a chat template marks.
+_SET_HERE |= {"assistant_only_loss", "completion_only_loss"}
 
 
 def split_flags(flags: Sequence[str], keys: set[str]) -> list[str]:
@@ -91,7 +93,7 @@ def write_recipe(path: Path, keys: dict[str, Any], comment: str) -> Path:
 def write_data(folder: Path, images: bool, held_out: Path | None) -> Path:
     """Writes the data recipe of a round's pool and returns its path."""
     files = {"train": str(folder / "pool.jsonl")}
-    columns = {"messages": "messages", **({"images": "images"} if images else {})}
+    columns = {name: name for name in ("prompt", "completion", *(["images"] if images else []))}
     splits = {"train": "train"}
     if held_out is not None:
         files["eval"], splits["eval"] = str(held_out), "eval"

@@ -46,7 +46,6 @@ def recipe(tmp_path: Path, tiny: dict[str, Path]) -> Recipe:
             "per_device_train_batch_size": 4,
             "learning_rate": 1.0e-2,
             "max_length": 64,
-            "assistant_only_loss": True,
             "bf16": False,
             "logging_steps": 1,
             "save_strategy": "no",
