@@ -8,7 +8,7 @@ from rich.table import Table
 
 from mmkd import dry_run
 from mmkd.arguments import Run
-from mmkd.run import build_trainer, load_rows_of, parse_run
+from mmkd.run import STAGE_KEYS, build_trainer, load_rows_of, parse_run, read_recipe
 from mmkd.trainers.comd import CoMDConfig
 
 from . import recipe as recipes
@@ -23,11 +23,14 @@ def dry_run_comd(run: Run, recipe: Path, flags: Sequence[str], console: Console)
 
     Raises ValueError for what the loop would refuse before its first question.
     """
+    folder = Path(run.training.output_dir or "")
+    if "stages" in read_recipe(recipe):
+        recipe = _stage(recipe, folder)
+        run = parse_run(str(recipe), [*flags, "--output_dir", str(folder)])
     training = run.training
     assert isinstance(training, CoMDConfig)
     Roles(run)
     Prompts.read(training.prompts)
-    folder = Path(training.output_dir or "")
     store, data = ImageStore(folder / "images"), load_rows_of(run)
     held_out = read_instructions(data["eval"], store) if "eval" in data else []
     seeds = apart_from(read_instructions(data["train"], store), held_out)
@@ -53,3 +56,11 @@ def dry_run_comd(run: Run, recipe: Path, flags: Sequence[str], console: Console)
     recipes.write_data(folder, any(one.images for one in seeds), None)
     path = recipes.write_round(run, recipe, folder, recipes.student_keys(run), 0)
     dry_run.report(build_trainer(parse_run(str(path), recipes.round_flags(flags))), console)
+
+
+def _stage(recipe: Path, folder: Path) -> Path:
+    """Writes the recipe of the first stage of comd, as if the stages before it had left the student as it was."""
+    keys = read_recipe(recipe)
+    own = next(stage for stage in keys["stages"].values() if stage.get("method", keys["method"]) == "comd")
+    shared = {key: value for key, value in keys.items() if key not in STAGE_KEYS}
+    return recipes.write_recipe(folder / "stage.yaml", {**shared, **own}, "The stage of comd.")

@@ -378,7 +378,7 @@ def test_a_student_with_lora_is_merged_between_rounds(recipe: Recipe, tmp_path: 
     assert all("q_proj" in name or "v_proj" in name for name in changed)
 
 
-def test_stages_with_pictures(tmp_path: Path, recipe: Recipe, tiny: dict[str, Path]) -> None:
+def test_stages_with_pictures(tmp_path: Path, recipe: Recipe, tiny: dict[str, Path], capsys: Any) -> None:
     """A connector is trained on captions, then rounds whose new questions are about similar pictures."""
     rows = []
     for number in range(12):
@@ -410,6 +410,9 @@ def test_stages_with_pictures(tmp_path: Path, recipe: Recipe, tiny: dict[str, Pa
         for key in ("rounds", "new_instructions", "answer_max_new_tokens"):
             keys["stages"]["CoMD"].setdefault(key, keys.pop(key))
         path.write_text(yaml.safe_dump(keys, sort_keys=False))
+        assert main(["train", str(path), "--dry_run"]) == 0
+        assert "templates" in capsys.readouterr().out
+        assert not server.requests
         assert main(["train", str(path)]) == 0
         assert all("image_url" in json.dumps(body) for body in server.requests)
     run = tmp_path / "run" / "2-CoMD"

@@ -1,10 +1,14 @@
 """CoMD's settings, and the loss of a round."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from datasets import Dataset
 
+from mmkd.run import parse_run
+from mmkd.stages import plan
 from mmkd.trainers.comd import CoMDConfig, CoMDTrainer
 from mmkd.trainers.sft import SFTBaselineTrainer
 from tests.helpers import Build, losses_of
@@ -42,3 +46,14 @@ def test_settings_that_cannot_be(tmp_path: Any, wrong: dict[str, Any], message: 
 
 def test_settings_of_a_round_may_be_a_flag(tmp_path: Any) -> None:
     assert CoMDConfig(str(tmp_path), round_settings='{"divergence": "jsd"}').round_settings == {"divergence": "jsd"}
+
+
+@pytest.mark.parametrize("name", ["easy_vqa", "scienceqa_llava"])
+def test_stages_of_shipped_recipes_parse(name: str, tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "trainers" / "comd" / f"{name}.yaml"
+    stages, flags = plan(path, ["--output_dir", str(tmp_path)])
+    for stage in stages:
+        recipe = tmp_path / f"{stage.name}.yaml"
+        recipe.write_text(yaml.safe_dump(dict(stage.keys)))
+        run = parse_run(str(recipe), flags)
+        assert run.arguments.method == {"PT": "sft", "CoMD": "comd"}[stage.name]
