@@ -175,9 +175,9 @@ def test_random_pairs_come_from_the_pool(tmp_path: Path, pictures: list[str]) ->
 
 
 def test_without_pictures_there_is_nothing_to_pair(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="augmentor: random .* there are no pictures"):
+    with pytest.raises(ValueError, match=r"augmentor: random .* there are no pictures"):
         RandomAugmentor(POOL, ImageStore(tmp_path), 0)
-    with pytest.raises(ValueError, match="augmentor: templates .* there are no pictures"):
+    with pytest.raises(ValueError, match=r"augmentor: templates .* there are no pictures"):
         TemplateAugmentor(POOL, ImageStore(tmp_path), picker(True, None, 0), 2, 0)
 
 
