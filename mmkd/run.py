@@ -31,7 +31,8 @@ from mmkd.run_teacher import teacher_identity as teacher_identity
 from mmkd.run_teacher import without_unreadable as without_unreadable
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.trainers import METHODS
-from mmkd.trainers.base import DistillationConfig, DistillationTrainer
+from mmkd.trainers.base import DistillationTrainer
+from mmkd.trainers.config import DistillationConfig
 
 STAGE_KEYS = ("stages", "schedule")
 """Keys of a recipe that is trained in stages; `mmkd.stages` reads them."""

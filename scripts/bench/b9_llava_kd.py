@@ -1,7 +1,7 @@
 """B9: one optimizer step of LLaVA-KD, beside plain SFT of the same vision-language model on the same rows.
 
 Random weights; every variant takes its turn, and the fastest of its steps counts. Memory is the peak of a process that
-takes a step alone, over what it holds after the step before (models, AdamW's state, the batch). "logits in full" is the
+takes a step alone, over what it holds after the step before: models, AdamW's state, the batch. "logits in full" is the
 authors' way: both models' logits at all positions, softmax and products on them.
 """
 
