@@ -111,6 +111,7 @@ def memory_parts(run: Run, student: PreTrainedModel, teacher: Side | None, longe
 def _llava_config(run: Run, student: Side) -> LlavaConfig:
     """That of the model which `assemble_llava` will make of a tower and a language model."""
     trust = run.training.trust_remote_code
+    assert run.arguments.student_vision_tower is not None
     tower = AutoConfig.from_pretrained(run.arguments.student_vision_tower, trust_remote_code=trust)
     vision = getattr(tower, "vision_config", tower)
     return LlavaConfig(vision_config=vision.to_dict(), text_config=student.config.to_dict())
