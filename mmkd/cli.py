@@ -101,6 +101,21 @@ def _parser() -> argparse.ArgumentParser:
     examine = commands.add_parser("doctor", help="say whether a recipe would be a sound run, before anything is spent")
     examine.add_argument("recipe", help="path of a YAML file, or name of a shipped recipe")
     examine.set_defaults(run=_doctor, takes_flags=True)
+    predict = commands.add_parser(
+        "plan",
+        help="predict memory, time, cache and cost of a recipe on devices that are not here",
+        description="Counts the FLOPs and bytes of a recipe's step without loading weights, and says whether it fits. "
+        "Every key of the recipe is a flag.",
+    )
+    predict.add_argument("recipe", help="path of a YAML file, or name of a shipped recipe")
+    predict.add_argument("--gpus", type=int, default=1, help="number of devices (default: 1)")
+    predict.add_argument("--memory", type=float, help="GiB of one device (default: that of --gpu)")
+    predict.add_argument("--gpu", help="A100-80GB, H100, L4, ..., or here: this machine's device, its speed measured")
+    predict.add_argument(
+        "--utilisation", type=float, help="share of the device's FLOPs that training reaches (default: 0.4)"
+    )
+    predict.add_argument("--price", type=float, help="of a device for an hour")
+    predict.set_defaults(run=_plan, takes_flags=True)
     shipped = commands.add_parser("recipes", help="list, show or copy the shipped recipes")
     actions = shipped.add_subparsers(dest="action", required=True)
     listing = actions.add_parser("ls", help="list them")
@@ -220,6 +235,17 @@ def _compare(options: argparse.Namespace, flags: list[str]) -> int:
     from mmkd.eval.compare import compare_command
 
     return compare_command(options, flags)
+
+
+def _plan(options: argparse.Namespace, flags: list[str]) -> int:
+    from rich.console import Console
+
+    from mmkd.plan.hardware import choose_device
+    from mmkd.plan.report import plan
+
+    _needs_tokens(options.recipe, flags, "`mmkd-train RECIPE --dry_run` says what it takes")
+    device = choose_device(options.gpu, options.memory, options.utilisation)
+    return plan(options.recipe, flags, device, options.gpus, options.price, Console())
 
 
 def _doctor(options: argparse.Namespace, flags: list[str]) -> int:

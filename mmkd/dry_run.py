@@ -14,6 +14,7 @@ from mmkd.models.backbone import head_of
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.local import LocalTeacher
 from mmkd.trainers.base import DistillationTrainer
+from mmkd.trainers.config import DistillationConfig
 
 # Bytes of optimizer state per trainable parameter, by the start of the optimizer's name.
 _OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0.1, "sgd": 0, "lion": 4}
@@ -38,21 +39,28 @@ def estimate_memory(trainer: DistillationTrainer) -> Memory:
     """
     args, model = trainer.args, trainer.model
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    bytes_each = next((size for name, size in _OPTIMIZER_BYTES.items() if optimizer.startswith(name)), 8)
     text = model.config.get_text_config()
     tokens = args.per_device_train_batch_size * (args.max_length or 1024)
     per_layer = tokens * text.hidden_size * (2 if args.activation_checkpointing else 34)
     parts = {
         "student weights": _bytes(model),
         "gradients": sum(parameter.numel() * parameter.element_size() for parameter in trainable),
-        f"optimizer ({optimizer})": bytes_each * sum(parameter.numel() for parameter in trainable),
+        f"optimizer ({_optimizer(args)})": optimizer_bytes(args) * sum(parameter.numel() for parameter in trainable),
         "logits of one chunk": 2 * args.chunk_size * trainer.vocab_size * (4 if args.precise_logits else 2),
         "activations": per_layer * text.num_hidden_layers,
     }
     if isinstance(trainer.teacher, LocalTeacher):
         parts["teacher weights"] = _bytes(trainer.teacher.model)
     return Memory(parts)
+
+
+def optimizer_bytes(args: DistillationConfig) -> float:
+    """Bytes of state that the optimizer of a run keeps per trainable parameter."""
+    return next((size for name, size in _OPTIMIZER_BYTES.items() if _optimizer(args).startswith(name)), 8)
+
+
+def _optimizer(args: DistillationConfig) -> str:
+    return str(getattr(args.optim, "value", args.optim))
 
 
 def report(trainer: DistillationTrainer, console: Console) -> None:

@@ -11,7 +11,14 @@ import torch
 from accelerate import init_empty_weights
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from trl.trainer.utils import get_peft_config
 
 from mmkd.dry_run import estimate_memory
@@ -37,6 +44,8 @@ def empty_student(run: Run, student: Side) -> PreTrainedModel:
     arguments = run.arguments
     # A student with fresh weights has the type of no file.
     saved = None if arguments.student_init == "random" else student.config.dtype
+    if arguments.student_init == "llava":
+        return _empty(_llava_config(run, student), _dtype(run.student.dtype, saved), run)
     model = _empty(student.config, _dtype(run.student.dtype, saved), run)
     if arguments.student_init != "prune":
         return model
@@ -91,10 +100,21 @@ def memory_parts(run: Run, student: PreTrainedModel, teacher: Side | None, longe
     tokens = student.config.get_text_config().vocab_size
     trainer: Any = SimpleNamespace(args=args, model=model, vocab_size=tokens, teacher=None)
     parts = estimate_memory(trainer).parts
-    parts["student weights"] = weight_bytes(model, student, _bits(run.student.load_in_4bit, run.student.load_in_8bit))
+    parts["student weights"] = weight_bytes(
+        model, student, bits_of(run.student.load_in_4bit, run.student.load_in_8bit)
+    )
     if teacher is not None:
-        parts["teacher weights"] = _teacher_bytes(run, teacher)
+        parts["teacher weights"] = empty_teacher(run, teacher)[1]
     return parts
+
+
+def _llava_config(run: Run, student: Side) -> LlavaConfig:
+    """That of the model which `assemble_llava` will make of a tower and a language model."""
+    trust = run.training.trust_remote_code
+    assert run.arguments.student_vision_tower is not None
+    tower = AutoConfig.from_pretrained(run.arguments.student_vision_tower, trust_remote_code=trust)
+    vision = getattr(tower, "vision_config", tower)
+    return LlavaConfig(vision_config=vision.to_dict(), text_config=student.config.to_dict())
 
 
 def weight_bytes(model: nn.Module, base: PreTrainedModel, bits: int | None) -> float:
@@ -111,12 +131,14 @@ def weight_bytes(model: nn.Module, base: PreTrainedModel, bits: int | None) -> f
     )
 
 
-def _teacher_bytes(run: Run, teacher: Side) -> float:
+def empty_teacher(run: Run, teacher: Side) -> tuple[PreTrainedModel, float]:
+    """The teacher without weights, and the bytes that they take once they are loaded."""
     arguments, folder = run.arguments, Path(teacher.name)
-    if "quantization_config" in teacher.config.to_dict() and folder.is_dir():
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     model = _empty(teacher.config, _dtype(arguments.teacher_dtype, teacher.config.dtype), run)
-    return weight_bytes(model, model, _bits(arguments.teacher_load_in_4bit, arguments.teacher_load_in_8bit))
+    if "quantization_config" in teacher.config.to_dict() and folder.is_dir():
+        return model, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    bits = bits_of(arguments.teacher_load_in_4bit, arguments.teacher_load_in_8bit)
+    return model, weight_bytes(model, model, bits)
 
 
 def _empty(config: PreTrainedConfig, dtype: torch.dtype, run: Run) -> PreTrainedModel:
@@ -148,7 +170,7 @@ def cache_room(run: Run, sample: Sample, rendered: Rendered) -> list[Finding]:
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
-    per_row = sum(_row_bytes(run, int(one.supervised[kept(one, run.training)].sum())) for one in rendered.usable)
+    per_row = sum(row_bytes(run, int(one.supervised[kept(one, run.training)].sum())) for one in rendered.usable)
     per_row /= len(rendered.usable)
     counts = [count for count in sample.totals.values() if count is not None]
     if len(counts) < len(sample.totals):
@@ -162,7 +184,8 @@ def cache_room(run: Run, sample: Sample, rendered: Rendered) -> list[Finding]:
     return [Finding(severity, "disk", found, advice if severity != "ok" else "")]
 
 
-def _row_bytes(run: Run, supervised: int) -> float:
+def row_bytes(run: Run, supervised: int) -> float:
+    """Bytes of a row with so many supervised tokens in the recipe's cache."""
     if run.cache.job == "generate":
         return ROW_BYTES + run.cache.cache_samples * run.cache.cache_max_new_tokens * TEXT_BYTES
     return ROW_BYTES + supervised * _token_bytes(run)
@@ -190,7 +213,8 @@ def size(count: float) -> str:
     return f"{count / 1024**unit:.{0 if unit == 0 else 1}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
 
-def _bits(in_4bit: bool, in_8bit: bool) -> int | None:
+def bits_of(in_4bit: bool, in_8bit: bool) -> int | None:
+    """Of a quantised weight; None without quantisation."""
     return 4 if in_4bit else 8 if in_8bit else None
 
 
