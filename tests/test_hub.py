@@ -25,6 +25,7 @@ from mmkd.hub import local_cache, push_cache
 from mmkd.teachers.manifest import Manifest, Skipped
 from mmkd.teachers.store import LOG, TOKEN_ORDER, Cache, CacheWriter, shard_path
 from scripts.make_tiny_models import sentences
+from tests.classes import NAMES, pixels, vit
 from tests.hub_server import LoopbackHub, loopback_hub
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +76,26 @@ print(json.dumps({
     "listed": len(api.list_repo_files("user/student")),
     "license": ModelCard.load("user/student").data.license,
     "snapshot": snapshot_download("user/student", allow_patterns="results/*"),
+}))
+"""
+
+DUAL_HEAD = """
+import json, sys, numpy
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+import mmkd
+model, processor = (
+    auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForImageClassification, AutoImageProcessor)
+)
+for part in (model, processor):
+    part.push_to_hub("user/classifier")
+again = AutoModelForImageClassification.from_pretrained("user/classifier")
+classify = pipeline("image-classification", model="user/classifier")
+print(json.dumps({
+    "class": type(again).__name__,
+    "equal": all((a == b).all().item() for a, b in zip(model.parameters(), again.parameters(), strict=True)),
+    "alpha": again.config.alpha,
+    "labels": sorted(found["label"] for found in classify(Image.new("RGB", (9, 9), "red"))),
 }))
 """
 
@@ -501,4 +522,17 @@ def test_the_loopback_hub_serves_models(hub: LoopbackHub, client: Client, tiny: 
         "exists": [True, False],
         "private": True,
         "license": "mit",
+    }
+
+
+def test_a_dual_head_student_is_pushed_and_classifies(client: Client, tmp_path: Path) -> None:
+    model = vit()
+    model.config.alpha = 0.3
+    model.save_pretrained(tmp_path / "student")
+    pixels().save_pretrained(tmp_path / "student")
+    assert client(str(tmp_path / "student"), code=DUAL_HEAD) == {
+        "class": "DualHeadForImageClassification",
+        "equal": True,
+        "alpha": 0.3,
+        "labels": sorted(NAMES),
     }

@@ -36,6 +36,9 @@ def pooled(outputs: Any, pooling: str | None, mask: Tensor | None) -> Float[Tens
 
 def vision_tower(config: Any) -> PreTrainedConfig:
     """The part of a config that is a backbone: a CLIP-like model's vision tower, else all of it."""
+    if config.model_type == "timm_wrapper" and config.model_args:
+        # timm writes it into its repositories, and transformers' wrapper without a classifier then gives it twice.
+        config.model_args.pop("num_classes", None)
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return config

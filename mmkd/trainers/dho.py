@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import EvalPrediction, Trainer
+from transformers.utils import logging
 
 from mmkd.data.class_rows import ClassCollator, ClassRows, SemiSupervisedSampler
 from mmkd.data.classification import HIDDEN, hide_labels
@@ -26,6 +27,8 @@ from mmkd.teachers.class_logits import compute_class_logits
 from mmkd.teachers.classifiers import ClassTeacher, check_classes
 
 from .dho_config import DHOConfig as DHOConfig
+
+logger = logging.get_logger(__name__)
 
 CHOICE = "interpolation.json"
 """File of a run with the chosen alpha and beta, and every pair that was tried."""
@@ -292,10 +295,17 @@ class DHOTrainer(Trainer):
             metrics = self.evaluate(self.test_dataset, metric_key_prefix="test")  # pyright: ignore
             self.save_metrics("test", metrics)
         if self.args.plot_conflict and self.is_world_process_zero():
-            from .conflict_plot import plot_conflict
-
-            plot_conflict({"": self.state.log_history}, Path(self.args.output_dir or ".") / "gradient_conflict.png")
+            self._plot_conflict()
         return result
+
+    def _plot_conflict(self) -> None:
+        from .conflict_plot import plot_conflict
+
+        if any("gradient_cosine" in entry for entry in self.state.log_history):
+            plot_conflict({"": self.state.log_history}, Path(self.args.output_dir or ".") / "gradient_conflict.png")
+        else:
+            # A run shorter than logging_steps: nothing to draw, and no reason to lose the student.
+            logger.warning("No gradient_conflict.png: the run was shorter than logging_steps, so nothing was logged.")
 
     def choose(self) -> Interpolation:
         """The alpha and beta with the best accuracy on the validation rows, set in the model's config and written."""

@@ -82,6 +82,19 @@ def test_a_saved_student_comes_back_through_the_auto_classes(name: str, tmp_path
     torch.testing.assert_close(ours.logits.exp(), mixture)
 
 
+def test_a_backbone_of_timm(tmp_path: Path) -> None:
+    timm: Any = pytest.importorskip("timm", reason="needs mmkd[timm], whose torchvision CPU builds of torch lack")
+    network = timm.create_model("resnet10t").eval()
+    timm.models.save_for_hf(network, tmp_path / "timm", safe_serialization=True)
+    model = DualHeadForImageClassification.from_backbone(str(tmp_path / "timm"), NAMES).eval()
+    pixels = torch.randn(2, 3, 64, 64)
+    expected = network.forward_head(network.forward_features(pixels), pre_logits=True)
+    torch.testing.assert_close(model(pixels).features, expected)
+    model.save_pretrained(tmp_path / "student")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "student")
+    assert torch.equal(again(pixels).logits, model(pixels).logits)
+
+
 def test_every_parameter_of_a_backbone_gets_a_gradient() -> None:
     for name in [*BACKBONES, *TEXTS]:
         model = student(name).train()

@@ -127,6 +127,20 @@ def test_open_clip_is_asked_through_its_own_interface(
     torch.testing.assert_close(ours, ZeroShotTeacher(inner, NAMES, PROMPTS[:1]).logits(images))
 
 
+def test_open_clip_itself(images: list[Image.Image], tmp_path: Path) -> None:
+    open_clip: Any = pytest.importorskip("open_clip", reason="needs mmkd[open_clip] and a torchvision that works")
+    model, _, transform = open_clip.create_model_and_transforms("ViT-S-32-alt")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    teacher = ZeroShotTeacher(
+        OpenClipEmbedder(f"open_clip:ViT-S-32-alt/{tmp_path / 'weights.pt'}"), NAMES, PROMPTS[:1]
+    )
+    texts = open_clip.get_tokenizer("ViT-S-32-alt")([PROMPTS[0].format(name) for name in NAMES])
+    with torch.no_grad():
+        seen = model.eval().encode_image(torch.stack([transform(image) for image in images]), normalize=True)
+        expected = model.logit_scale.exp() * seen @ model.encode_text(texts, normalize=True).T
+    torch.testing.assert_close(teacher.logits(images), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_classifier_answers_with_its_own_logits(images: list[Image.Image]) -> None:
     config: Any = ViTConfig
     model = ViTForImageClassification(config(**VISION, num_labels=3)).eval()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -188,6 +189,18 @@ def test_the_conflict_is_measured_in_its_own_steps(tmp_path: Path) -> None:
     trainer: Any = dho(tmp_path, conflict_steps=2)
     trainer.train()
     assert ["gradient_cosine" in entry for entry in trainer.state.log_history[:4]] == [False, True, False, True]
+
+
+def test_the_conflict_is_drawn(tmp_path: Path, caplog: Any) -> None:
+    dho(tmp_path / "drawn", plot_conflict=True).train()
+    with Image.open(tmp_path / "drawn" / "gradient_conflict.png") as plot:
+        red, _, blue = np.asarray(plot.convert("RGB")).astype(int).reshape(-1, 3).T
+        # The line; frame, zero and text are black.
+        assert (blue > red + 50).sum() > 100
+    short: Any = dho(tmp_path / "short", max_steps=2, logging_steps=3, plot_conflict=True)
+    short.train()
+    assert short.choice is not None
+    assert not (tmp_path / "short" / "gradient_conflict.png").exists()
 
 
 def test_the_student_learns(tmp_path: Path) -> None:
