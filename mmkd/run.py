@@ -249,7 +249,9 @@ def _value(word: str) -> Any:
     # YAML 1.1 takes 1e-3 for text.
     if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", word):
         return float(word)
-    return yaml.safe_load(word)
+    value = yaml.safe_load(word)
+    # Nor is `no` a value of save_strategy to it.
+    return word if isinstance(value, bool) and word.lower() not in ("true", "false") else value
 
 
 def _reads_teacher(arguments: RunArguments) -> bool:
