@@ -98,6 +98,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_compare_flags(against)
     against.set_defaults(run=_compare, takes_flags=True)
+    tell = commands.add_parser(
+        "report",
+        help="a run on one page: curves, comparison, samples, recipe",
+        description="Writes report.html, which needs no other file, and report.md. Works while the run is going on.",
+    )
+    tell.add_argument("folder", metavar="RUN", help="output_dir of a training, or of `mmkd compare`")
+    tell.add_argument("--output", type=Path, help="folder of the pages (default: the run's)")
+    tell.add_argument("--comparison", type=Path, help="of `mmkd compare` (default: the run's, or one that names it)")
+    tell.set_defaults(run=_report, parser=tell)
     examine = commands.add_parser("doctor", help="say whether a recipe would be a sound run, before anything is spent")
     examine.add_argument("recipe", help="path of a YAML file, or name of a shipped recipe")
     examine.set_defaults(run=_doctor, takes_flags=True)
@@ -220,6 +229,12 @@ def _compare(options: argparse.Namespace, flags: list[str]) -> int:
     from mmkd.eval.compare import compare_command
 
     return compare_command(options, flags)
+
+
+def _report(options: argparse.Namespace, rest: list[str]) -> int:
+    from mmkd.report.page import report_command
+
+    return report_command(options.folder, options.output, options.comparison)
 
 
 def _doctor(options: argparse.Namespace, flags: list[str]) -> int:

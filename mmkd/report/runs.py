@@ -1,0 +1,196 @@
+"""What lies in a run's folder, finished or not, as far as a report needs it; loads neither torch nor a model."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LOG, RECORD, STATE = "log.jsonl", "run.json", "trainer_state.json"
+RESULTS, COMPARISON = "eval/results.json", "comparison.json"
+ROUNDS, CHOICE = "round-*/report.json", "interpolation.json"
+
+Log = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training: a run, a stage of it, or a round."""
+
+    name: str
+    folder: Path
+    log: Log
+
+    @property
+    def steps(self) -> int:
+        """The last step that was logged."""
+        return max((int(entry["step"]) for entry in self.log if "step" in entry), default=0)
+
+    @property
+    def planned(self) -> int | None:
+        """How many steps there will be, where that is known."""
+        return next((entry["max_steps"] for entry in reversed(self.log) if "max_steps" in entry), None)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What is known of a run."""
+
+    folder: Path
+    lines: dict[str, list[Part]]
+    """Name -> trainings that follow one another; several where the run was compared with others."""
+    record: dict[str, Any]
+    results: dict[str, dict[str, Any]]
+    """Name of a model -> its results.json."""
+    comparison: dict[str, Any] | None = None
+    rounds: Log = field(default_factory=list)
+    choice: dict[str, Any] | None = None
+
+    @property
+    def state(self) -> str:
+        """How far it has come, in a sentence."""
+        own = next(iter(self.lines.values()), [])
+        if not own or not own[-1].log:
+            return "Nothing is logged yet."
+        last = own[-1]
+        of = f" of {last.planned:,}" if last.planned else ""
+        part = f"{last.name}, " if len(own) > 1 else ""
+        done = read_json(last.folder / RECORD).get("finished") or last.steps == last.planned
+        return f"{part}step {last.steps:,}{of}: {'finished' if done else 'not finished, or still running'}."
+
+
+def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:
+    """What a run, a run in stages or rounds, or a comparison has left so far.
+
+    `comparison` is a folder or file of `mmkd compare`; by default the run's own, or one beside it that names it.
+    Raises ValueError for a folder that holds nothing of the kind.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of a run. Name the output_dir of a training, or of `mmkd compare`.")
+    found = _comparison(folder, comparison)
+    parts = parts_of(folder)
+    lines = {} if found is None else _compared(found)
+    if any(part.log for part in parts):
+        known = {part.folder.resolve() for line in lines.values() for part in line}
+        if not {part.folder.resolve() for part in parts} <= known:
+            lines = {folder.name: parts, **lines}
+    results = _results(folder, parts, found)
+    record = record_of(folder)
+    if not record and found is not None:
+        students = [row["folders"][0] for row in found["rows"] if row["role"] == "student"]
+        record = next((one for one in (record_of(Path(name)) for name in students if Path(name).is_dir()) if one), {})
+    if not any(part.log for line in lines.values() for part in line) and not results and found is None and not record:
+        held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise ValueError(
+            f"{folder} holds nothing to report: no {LOG}, {STATE}, {RESULTS} or {COMPARISON}, but {held}. Name the "
+            "output_dir of a training."
+        )
+    rounds = [read_json(path) for path in sorted(_deep(folder, ROUNDS), key=lambda path: _number(path.parent))]
+    choices = [read_json(path) for path in _deep(folder, CHOICE)]
+    return RunFiles(folder, lines, record, results, found, rounds, choices[-1] if choices else None)
+
+
+def parts_of(folder: Path, prefix: str = "") -> list[Part]:
+    """The trainings of a run, in order."""
+    stages = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+-\w+", path.name)]
+    if stages:
+        return [part for path in sorted(stages, key=_number) for part in parts_of(path, f"{path.name} ")]
+    rounds = [path for path in folder.glob("round-*") if path.is_dir()]
+    if rounds:
+        trained = [(path, inner) for path in sorted(rounds, key=_number) for inner in _trained(path)]
+        return [Part(f"{prefix}{path.name}", inner, read_log(inner)) for path, inner in trained]
+    return [Part(prefix.strip() or folder.name, folder, read_log(folder))]
+
+
+def read_log(folder: Path) -> Log:
+    """What a training has logged: as it was written down line by line, else by its newest state."""
+    path = folder / LOG
+    if path.is_file():
+        return read_lines(path)
+    states = [*sorted(folder.glob(f"checkpoint-*/{STATE}"), key=lambda path: _number(path.parent)), folder / STATE]
+    for path in reversed([path for path in states if path.is_file()]):
+        state = read_json(path)
+        if state:
+            return [{**entry, "max_steps": state.get("max_steps")} for entry in state["log_history"]]
+    return []
+
+
+def read_lines(path: Path) -> Log:
+    """The objects of a file of JSON lines; a last line that is being written is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, {} where it is not there or is being written."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return {}
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """What the run, or its last part, says about itself."""
+    places = [folder, *(part.folder for part in reversed(parts_of(folder)))]
+    return next((record for place in places if (record := read_json(place / RECORD))), {})
+
+
+def results_folder(model: str) -> Path:
+    """Where `mmkd eval` keeps the results of a model."""
+    own = Path(model)
+    return own / "eval" if own.is_dir() else Path("runs/eval", re.sub(r"[^\w.+@-]+", "--", model).strip("-"))
+
+
+def _trained(round_folder: Path) -> list[Path]:
+    """The folder in a round that was trained into: with LoRA it is not that of the whole student."""
+    inner = [path for path in round_folder.iterdir() if path.is_dir() and read_log(path)]
+    return inner[:1]
+
+
+def _deep(folder: Path, pattern: str) -> list[Path]:
+    """Matches in a run's folder, else in those of its stages."""
+    return sorted(folder.glob(pattern)) or sorted(folder.glob(f"[0-9]*-*/{pattern}"))
+
+
+def _comparison(folder: Path, given: Path | None) -> dict[str, Any] | None:
+    if given is not None:
+        path = given / COMPARISON if given.is_dir() else given
+        content = read_json(path)
+        if not content:
+            raise ValueError(f"{path} is no comparison. Name the --output of `mmkd compare`.")
+        return content
+    if (folder / COMPARISON).is_file():
+        return read_json(folder / COMPARISON)
+    beside = read_json(folder.parent / COMPARISON)
+    named = {Path(one).resolve() for row in beside.get("rows", []) for one in row["folders"]}
+    return beside if folder.resolve() in named else None
+
+
+def _compared(comparison: Mapping[str, Any]) -> dict[str, list[Part]]:
+    """The trainings of a comparison, the first seed of each."""
+    trained = {row["name"]: Path(row["folders"][0]) for row in comparison["rows"] if row["cost"]}
+    return {name: parts_of(path) for name, path in trained.items() if path.is_dir()}
+
+
+def _results(folder: Path, parts: list[Part], comparison: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Results of the run itself, or of all models of a comparison."""
+    if comparison is not None:
+        places = {row["name"]: results_folder(row["folders"][0]) for row in comparison["rows"]}
+    else:
+        last = parts[-1].folder if parts else folder
+        own = folder if (folder / RESULTS).is_file() else last
+        places = {folder.name: own / "eval"}
+        teacher = record_of(folder).get("keys", {}).get("teacher")
+        if teacher:
+            places = {"teacher": results_folder(str(teacher)), **places}
+    found = {name: (place, read_json(place / "results.json")) for name, place in places.items()}
+    return {name: {**content, "folder": str(place)} for name, (place, content) in found.items() if content}
+
+
+def _number(path: Path) -> int:
+    match = re.search(r"\d+", path.name)
+    assert match is not None
+    return int(match[0])
