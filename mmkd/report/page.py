@@ -17,7 +17,7 @@ from mmkd.eval.scores import scores_of
 from mmkd.eval.tables import markdown, tables
 
 from .curves import draw
-from .runs import RunFiles, read_run
+from .runs import RunFiles, read_run, with_parts
 from .samples import samples_of
 
 HTML, MARKDOWN, FIGURES = "report.html", "report.md", "report-figures"
@@ -93,6 +93,7 @@ def page_facts(run: RunFiles) -> dict[str, Any]:
         "version": __version__,
         "warnings": _warnings(run),
         "sections": [one for one in _sections(run) if one.tables or one.note],
+        "closing": [Section("Data", _data(run.record)), Section("Versions", _versions(run))],
         "figures": figures,
         "folder": FIGURES,
         "samples": samples_of(run.results),
@@ -108,7 +109,6 @@ def _sections(run: RunFiles) -> list[Section]:
         cells = [Table(*one) for one in tables(run.comparison)]
         found.append(Section("Comparison", cells, page.rpartition("\n\n")[2]))
     found += [Section("Benchmarks", _benchmarks(run.results)), Section("Measurements", _measures(run.results))]
-    found += [Section("Data", _data(run.record)), Section("Versions", _versions(run))]
     return found
 
 
@@ -174,11 +174,6 @@ def _data(record: Mapping[str, Any]) -> list[Table]:
     lines = [[one["name"], one["license"] or "not stated", one["source"] or one["homepage"] or ""] for one in
              with_parts(record["data"])]  # fmt: skip
     return [Table("", ["data recipe", "licence", "source"], lines)]
-
-
-def with_parts(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A data recipe's facts and those of all its parts."""
-    return [data, *(one for part in data.get("parts", []) for one in with_parts(part))]
 
 
 def _versions(run: RunFiles) -> list[Table]:

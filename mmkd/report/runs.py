@@ -68,7 +68,7 @@ def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of a run. Name the output_dir of a training, or of `mmkd compare`.")
-    found = _comparison(folder, comparison)
+    found = comparison_of(folder, comparison)
     parts = parts_of(folder)
     lines = {} if found is None else _compared(found)
     if any(part.log for part in parts):
@@ -80,14 +80,15 @@ def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:
     if not record and found is not None:
         students = [row["folders"][0] for row in found["rows"] if row["role"] == "student"]
         record = next((one for one in (record_of(Path(name)) for name in students if Path(name).is_dir()) if one), {})
-    if not any(part.log for line in lines.values() for part in line) and not results and found is None and not record:
+    rounds = [read_json(path) for path in sorted(_deep(folder, ROUNDS), key=lambda path: _number(path.parent))]
+    choices = [read_json(path) for path in _deep(folder, CHOICE)]
+    logged = any(part.log for line in lines.values() for part in line)
+    if not any((logged, results, found, record, rounds, choices)):
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise ValueError(
             f"{folder} holds nothing to report: no {LOG}, {STATE}, {RESULTS} or {COMPARISON}, but {held}. Name the "
             "output_dir of a training."
         )
-    rounds = [read_json(path) for path in sorted(_deep(folder, ROUNDS), key=lambda path: _number(path.parent))]
-    choices = [read_json(path) for path in _deep(folder, CHOICE)]
     return RunFiles(folder, lines, record, results, found, rounds, choices[-1] if choices else None)
 
 
@@ -138,6 +139,11 @@ def record_of(folder: Path) -> dict[str, Any]:
     return next((record for place in places if (record := read_json(place / RECORD))), {})
 
 
+def with_parts(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A data recipe's facts and those of all its parts."""
+    return [data, *(one for part in data.get("parts", []) for one in with_parts(part))]
+
+
 def results_folder(model: str) -> Path:
     """Where `mmkd eval` keeps the results of a model."""
     own = Path(model)
@@ -155,7 +161,8 @@ def _deep(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern)) or sorted(folder.glob(f"[0-9]*-*/{pattern}"))
 
 
-def _comparison(folder: Path, given: Path | None) -> dict[str, Any] | None:
+def comparison_of(folder: Path, given: Path | None) -> dict[str, Any] | None:
+    """The comparison at a path; by default the run's own, or the one beside it that names it. None without any."""
     if given is not None:
         path = given / COMPARISON if given.is_dir() else given
         content = read_json(path)

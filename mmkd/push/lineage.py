@@ -1,0 +1,84 @@
+"""Where a student comes from: the models and data behind a run, as they are known outside of this machine."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+from mmkd.cards.licences import Source
+from mmkd.report.runs import record_of, with_parts
+
+
+def bases_of(keys: Mapping[str, Any]) -> list[str]:
+    """The models whose weights the student of a recipe began with, followed through earlier runs on this machine."""
+    made = keys.get("student_init", "pretrained")
+    if made == "random":
+        return []
+    named = [keys.get("student") or keys.get("teacher")]
+    if made == "llava":
+        named.append(keys.get("student_vision_tower"))
+    found = []
+    for name in (str(name) for name in named if name):
+        earlier = record_of(Path(name)).get("keys") if Path(name).is_dir() else None
+        found += bases_of(earlier) if earlier else [name]
+    return list(dict.fromkeys(found))
+
+
+def source_of(name: str, published: str | None = None) -> Source:
+    """A model by its Hub id, or the name of its folder, with the licence that its card states.
+
+    `published` is the Hub id of what lies in a folder here.
+    """
+    license = _stated_here(Path(name)) if Path(name).is_dir() else None
+    known = published or (name if not Path(name).is_dir() else None)
+    if known is not None and license is None:
+        license = _stated_there(known)
+    return Source(known or Path(name).resolve().name, license)
+
+
+def data_sources(facts: Mapping[str, Any]) -> list[Source]:
+    """The data recipes behind a run with their licences, mixtures before their parts."""
+    return [Source(one["name"], one["license"]) for one in with_parts(facts)]
+
+
+def data_ids(facts: Mapping[str, Any]) -> list[str]:
+    """The data sets on the Hub behind a run."""
+    sources = [one["source"] or "" for one in with_parts(facts)]
+    return [source for source in dict.fromkeys(sources) if source.count("/") == 1 and not Path(source).exists()]
+
+
+def portable(keys: Mapping[str, Any], published: Mapping[str, str]) -> dict[str, Any]:
+    """The recipe without this machine's paths: a folder goes by its Hub id where that is known, else by its name."""
+    return {key: _portable(value, published) for key, value in keys.items()}
+
+
+def _portable(value: Any, published: Mapping[str, str]) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_portable(one, published) for one in value]
+    if isinstance(value, str) and value in published:
+        return published[value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        return f"./{Path(value).name}"
+    return value
+
+
+def _stated_here(folder: Path) -> str | None:
+    card = folder / "README.md"
+    return _license(ModelCard.load(card, ignore_metadata_errors=True).data) if card.is_file() else None
+
+
+def _stated_there(repo_id: str) -> str | None:
+    """What the Hub says, None without a network or the right to read it: the licence is then looked up by hand."""
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return _license(HfApi().model_info(repo_id, timeout=20).card_data)
+    except (HfHubHTTPError, HTTPError, OSError):
+        return None
+
+
+def _license(data: Any) -> str | None:
+    stated = getattr(data, "license", None)
+    return (getattr(data, "license_name", None) or stated) if stated == "other" else stated
