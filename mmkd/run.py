@@ -35,6 +35,8 @@ from mmkd.teachers.cached import CachedTeacher
 from mmkd.trainers import METHODS
 from mmkd.trainers.base import DistillationConfig, DistillationTrainer
 
+_NUMBERS = {int: r"[+-]?\d+", float: r"[+-]?(\d+\.\d*|\.?\d+)([eE][+-]?\d+)?"}
+
 STAGE_KEYS = ("stages", "schedule")
 """Keys of a recipe that is trained in stages; `mmkd.stages` reads them."""
 
@@ -246,12 +248,11 @@ def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
 
 
 def _value(word: str) -> Any:
-    # YAML 1.1 takes 1e-3 for text.
-    if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", word):
-        return float(word)
-    value = yaml.safe_load(word)
-    # Nor is `no` a value of save_strategy to it.
-    return word if isinstance(value, bool) and word.lower() not in ("true", "false") else value
+    """A word of the command line as a YAML file would have it. By YAML 1.1 itself, 1e-3 is text and no is false."""
+    for kind in (int, float):
+        if re.fullmatch(_NUMBERS[kind], word):
+            return kind(word)
+    return {"true": True, "false": False, "none": None, "null": None}.get(word.lower(), word)
 
 
 def _reads_teacher(arguments: RunArguments) -> bool:

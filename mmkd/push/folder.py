@@ -97,14 +97,16 @@ def prepare(run: Path, wishes: Wishes) -> Published:
     _check_finished(run, place)
     keys, record = _recipe_of(place, run, wishes)
     comparison = comparison_of(run, wishes.comparison)
-    row = None if comparison is None else _row_of(comparison, place, model)
+    held_out = _held_out(place, comparison, model)
+    if wishes.comparison is not None and held_out is None:
+        raise ValueError(f"{wishes.comparison} does not compare {place}, so it says nothing about this student.")
     results = _results(place, model)
     student = _student(model, place, keys, record, wishes)
     student = replace(
         student,
         scores=[score for entry in results.get("tasks", {}).values() for score in scores_of(entry)],
-        held_out=_held_out(place, row),
-        comparison=None if comparison is None else _without_paths(comparison),
+        held_out=_evaluated(place) if held_out is None else held_out,
+        comparison=None if comparison is None or held_out is None else _without_paths(comparison),
     )
     student = replace(
         student,
@@ -195,25 +197,27 @@ def _results(place: Path, model: EvalModel) -> dict[str, Any]:
     return results
 
 
-def _row_of(comparison: Mapping[str, Any], place: Path, model: EvalModel) -> Mapping[str, Any] | None:
-    """The row of a comparison that this model is in. Raises ValueError where that row was of other weights."""
-    for row in comparison["rows"]:
+def _held_out(place: Path, comparison: Mapping[str, Any] | None, model: EvalModel) -> dict[str, float] | None:
+    """What this very model, and not the mean of its seeds, reached in a comparison; None where it is not in it.
+
+    Raises ValueError where the comparison was of other weights.
+    """
+    for row in (comparison or {}).get("rows", []):
         folders = [Path(name).resolve() for name in row["folders"]]
         if place.resolve() not in folders:
             continue
-        weights = row.get("weights")
-        if weights and weights[folders.index(place.resolve())] != model.weights:
+        number = folders.index(place.resolve())
+        if "weights" in row and row["weights"][number] != model.weights:
             raise ValueError(
                 f"The comparison is of another revision of {place}: its weights have changed since. Run "
                 "`mmkd compare` again with another --output."
             )
-        return row
+        return {name: one["values"][number] for name, one in row["metrics"].items()}
     return None
 
 
-def _held_out(place: Path, row: Mapping[str, Any] | None) -> dict[str, float]:
-    if row is not None:
-        return {name: one["mean"] for name, one in row["metrics"].items()}
+def _evaluated(place: Path) -> dict[str, float]:
+    """What the trainer's evaluation said when training was over."""
     found = read_json(place / "eval_results.json")
     return {name: found[f"eval_{name}"] for name in _HELD_OUT if f"eval_{name}" in found}
 
@@ -228,7 +232,7 @@ def _without_paths(comparison: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pipeline_tag(place: Path, model: EvalModel) -> str:
     if model.adapter:
-        return "image-text-to-text" if model.vision else "text-generation"
+        return "image-text-to-text" if (place / "processor_config.json").is_file() else "text-generation"
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))
     name = (config.get("architectures") or [""])[0]
     if "Classification" in name:

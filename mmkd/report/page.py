@@ -1,6 +1,8 @@
 """`mmkd report`: a run on one page, HTML that needs nothing else and Markdown."""
 
 import base64
+import html
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -48,8 +50,8 @@ class Section:
 
 def report_command(run: str, output: Path | None, comparison: Path | None) -> int:
     """Writes the pages of a run and prints where they are."""
-    html, page = write_report(Path(run), output, comparison)
-    print(f"{html}\n{page}")
+    for path in write_report(Path(run), output, comparison):
+        print(path)
     return 0
 
 
@@ -58,6 +60,8 @@ def write_report(folder: Path, output: Path | None = None, comparison: Path | No
 
     May be called at any time of the run. Raises ValueError for a folder that nothing was trained or compared in.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("A report draws with matplotlib, which is not installed: pip install 'mmkd[plot]'.")
     run = read_run(folder, comparison)
     facts = page_facts(run)
     output = output or folder
@@ -88,7 +92,7 @@ def page_facts(run: RunFiles) -> dict[str, Any]:
     started = f"started on {record['started']}" if record else "its beginning is not recorded"
     return {
         "title": f"{record.get('method', 'Report of')} {run.folder.name}",
-        "state": f"The run, {run.folder}: {run.state}" if run.lines else f"Of {run.folder}.",
+        "state": run.state,
         "written": datetime.now(UTC).isoformat(" ", "seconds"),
         "version": __version__,
         "warnings": _warnings(run),
@@ -96,7 +100,7 @@ def page_facts(run: RunFiles) -> dict[str, Any]:
         "closing": [Section("Data", _data(run.record)), Section("Versions", _versions(run))],
         "figures": figures,
         "folder": FIGURES,
-        "samples": samples_of(run.results),
+        "samples": samples_of(run),
         "recipe": yaml.safe_dump(record["keys"], sort_keys=False, allow_unicode=True) if record else "",
         "recipe_note": f"{record.get('recipe', '')} with its flags, {started}.",
     }
@@ -185,5 +189,5 @@ def _versions(run: RunFiles) -> list[Table]:
 
 
 def _cell(text: str) -> str:
-    """Text in a cell of a Markdown table."""
-    return str(text).replace("|", "\\|").replace("\n", "<br>")
+    """Text in a cell of a Markdown table, where `<` of a model's answer begins no tag."""
+    return html.escape(str(text), quote=False).replace("|", "\\|").replace("\n", "<br>")

@@ -46,14 +46,16 @@ class RunFiles:
     comparison: dict[str, Any] | None = None
     rounds: Log = field(default_factory=list)
     choice: dict[str, Any] | None = None
+    assessed: Path | None = None
+    """The last round whose answers were compared."""
 
     @property
     def state(self) -> str:
         """How far it has come, in a sentence."""
         own = next(iter(self.lines.values()), [])
-        if not own or not own[-1].log:
-            return "Nothing is logged yet."
-        last = own[-1]
+        if not any(part.log for part in own):
+            return "Nothing is logged."
+        last = [part for part in own if part.log][-1]
         of = f" of {last.planned:,}" if last.planned else ""
         part = f"{last.name}, " if len(own) > 1 else ""
         done = read_json(last.folder / RECORD).get("finished") or last.steps == last.planned
@@ -89,7 +91,17 @@ def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:
             f"{folder} holds nothing to report: no {LOG}, {STATE}, {RESULTS} or {COMPARISON}, but {held}. Name the "
             "output_dir of a training."
         )
-    return RunFiles(folder, lines, record, results, found, rounds, choices[-1] if choices else None)
+    assessed = sorted((path.parent for path in _deep(folder, "round-*/scores.jsonl")), key=_number)
+    return RunFiles(
+        folder,
+        lines,
+        record,
+        results,
+        found,
+        rounds,
+        choices[-1] if choices else None,
+        assessed[-1] if assessed else None,
+    )
 
 
 def parts_of(folder: Path, prefix: str = "") -> list[Part]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from .runs import read_lines
+from .runs import RunFiles, read_lines
 
 PER_TASK = 4
 """The first ones are shown, not chosen ones."""
@@ -20,7 +20,7 @@ PICTURE = 160
 PICTURE_BYTES = 1_000_000
 """All pictures of a report together."""
 
-_WORDS = 800
+_CHARACTERS = 800
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,11 @@ class Sample:
     """Data URIs, or words where a picture is not there."""
 
 
-def samples_of(results: Mapping[str, Mapping[str, Any]]) -> list[Sample]:
-    """The samples of all tasks and generations that results hold, by the name of the model."""
-    pictures = Pictures()
-    found = [sample for name, result in results.items() for sample in _generated(name, result, pictures)]
+def samples_of(run: RunFiles) -> list[Sample]:
+    """The samples of all tasks and generations that the run's results hold, and of its last round."""
+    pictures, results = Pictures(), run.results
+    found = _assessed(run.assessed, pictures)
+    found += [sample for name, result in results.items() for sample in _generated(name, result, pictures)]
     asked: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for model, result in results.items():
         for entry in result["tasks"].values():
@@ -94,6 +95,31 @@ def _generated(name: str, result: Mapping[str, Any], pictures: Pictures) -> list
             source = f"{name} on {data}, greedy"
             found.append(Sample(source, cut(one["prompt"]), cut(one["reference"]), answers, images))
     return found
+
+
+def _assessed(folder: Path | None, pictures: Pictures) -> list[Sample]:
+    """Hard and easy instructions of a round, with the answers that were compared."""
+    if folder is None:
+        return []
+    scores = read_lines(folder / "scores.jsonl")
+    asked = {row["key"]: row for row in read_lines(folder / "pool.jsonl")}
+    kinds = [
+        [row for row in scores if row["hard"] is hard and row["key"] in asked][:PER_TASK] for hard in (True, False)
+    ]
+    found = []
+    for row in (row for rows in kinds for row in rows):
+        one = asked[row["key"]]
+        answers = [Answer(side, cut(row[f"{side}_answer"])) for side in ("teacher", "student")]
+        images = [pictures.embedded(path) for path in one["images"]]
+        messages = one["prompt"] if "prompt" in one else one["messages"][:-1]
+        prompt = "\n".join(_words_of(message["content"]) for message in messages)
+        source = f"{folder.name}, {'hard' if row['hard'] else 'easy'}: gap {row['gap']:.3g}"
+        found.append(Sample(source, cut(prompt), "", answers, images))
+    return found
+
+
+def _words_of(content: Any) -> str:
+    return content if isinstance(content, str) else " ".join(part["text"] for part in content if part.get("text"))
 
 
 def _first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -145,4 +171,4 @@ def _right(row: Mapping[str, Any]) -> bool | None:
 def cut(text: str) -> str:
     """The text, or its beginning and end where it is long."""
     text = text.strip()
-    return text if len(text) <= _WORDS else f"{text[: _WORDS // 2]} [...] {text[-_WORDS // 2 :]}"
+    return text if len(text) <= _CHARACTERS else f"{text[: _CHARACTERS // 2]} [...] {text[-_CHARACTERS // 2 :]}"

@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from mmkd.cli import main
 from mmkd.eval.model import find_model
 from mmkd.eval.results import Results
+from mmkd.models.load import load_model
 from scripts.make_tiny_models import sentences
+from tests.classes import pixels, vit
 from tests.helpers import environment
 from tests.hub_server import LoopbackHub, loopback_hub
 from tests.vlms import make_llava
@@ -70,6 +73,8 @@ def workplace(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(autouse=True)
 def here(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
+    # What runs in this process asks no Hub.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +129,8 @@ def add_results(folder: Path) -> None:
     Results(model.results_folder, model.name, model.weights).add_task("key", entry, [])
 
 
-def dry_run(folder: Path, *flags: str) -> tuple[ModelCard, Path]:
+def dry_run(folder: Path, *flags: str) -> tuple[Any, Path]:
+    """The card, and the folder it lies in."""
     output = folder / "push"
     assert main(["push", str(folder), "--repo", "user/student", "--dry_run", *flags]) == 0
     return ModelCard.load(output / "README.md"), output
@@ -266,6 +272,66 @@ def test_a_vision_language_student_loads_with_plain_transformers(hub, client, wo
     assert "pipeline_tag: image-text-to-text" in card
     load = "[type(kind.from_pretrained('user/vlm')).__name__ for kind in (AutoModelForImageTextToText, AutoProcessor)]"
     assert client(eval=load)["value"] == ["LlavaForConditionalGeneration", "LlavaProcessor"]
+
+
+def compared(run: Path, weights: str) -> Path:
+    """A comparison of two seeds, the second of which is this run."""
+    row = {"name": "kd", "role": "student", "recipe": "kd.yaml", "folders": ["elsewhere", str(run)], "tokens": [9, 9]}
+    row |= {"parameters": 1, "tasks": {}, "retention": {}, "flips": {}, "cost": None, "cache": None}
+    row |= {"weights": ["", weights], "gain_over_sft": {"kl": {"gain": 0.5, "low": 0.25, "high": 0.75}}}
+    kl = {"mean": 1.5, "std": 0.7, "values": [1.0, 2.0], "title": "KL to teacher (nats)", "higher_is_better": False}
+    machine = {"device": "cpu", "processor": "a CPU", "threads": 1, "versions": {"torch": "2"}}
+    found = {"schema": 1, "seeds": [0, 1], "machine": machine, "rows": [{**row, "metrics": {"kl": kl}}]}
+    path = run.parent / "comparison.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_the_comparison_on_the_card(run, capsys):
+    compared(run, find_model(str(run)).weights)
+    card, folder = dry_run(run)
+    assert "+0.500 [+0.250, +0.750]" in card.text
+    assert "1.500 ± 0.700" in card.text
+    assert "has 2 seeds" in card.text
+    # The model's own number, and not the mean of the seeds.
+    assert [one.metric_value for one in card.data.eval_results] == [2.0]
+    assert str(run) not in (folder / "eval/comparison.json").read_text()
+    compared(run, "another")
+    assert "The comparison is of another revision" in refused(capsys, str(run), "--repo", "user/x")
+    shutil.move(run.parent / "comparison.json", run.parent.parent / "theirs.json")
+    given = ["--comparison", str(run.parent.parent / "theirs.json")]
+    assert "another revision" in refused(capsys, str(run), "--repo", "user/x", *given)
+    other = shutil.copytree(run, run.parent / "other")
+    assert "says nothing about this student" in refused(capsys, str(other), "--repo", "user/x", *given)
+
+
+def test_a_classifier(tmp_path):
+    vit().save_pretrained(tmp_path / "run")
+    pixels().save_pretrained(tmp_path / "run")
+    recipe = {"method": "dho", "student": "org/vit", "teacher": "org/clip", "data": "classification/fashion_mnist"}
+    (tmp_path / "dho.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "run/interpolation.json").write_text("{}")
+    card, folder = dry_run(tmp_path / "run", "--recipe", str(tmp_path / "dho.yaml"), "--license", "mit")
+    assert card.data.pipeline_tag == "image-classification"
+    assert "import mmkd" in card.text
+    assert "| data | fashion_mnist | MIT |" in card.text
+    assert {"preprocessor_config.json", "interpolation.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_an_adapter_of_a_folder_here_is_refused(workplace, tmp_path, capsys):
+    folder = tmp_path / "lora"
+    model = get_peft_model(load_model(str(workplace / "student")), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(folder)
+    given = ["--repo", "user/x", "--recipe", str(workplace / "kd.yaml")]
+    assert "is an adapter of" in refused(capsys, str(folder), *given)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
+    card, _ = dry_run(folder, "--recipe", str(workplace / "kd.yaml"))
+    assert (card.data.library_name, card.data.base_model, card.data.base_model_relation) == (
+        "peft",
+        "org/base",
+        "adapter",
+    )
 
 
 def refused(capsys: Any, *words: str) -> str:
