@@ -195,7 +195,7 @@ def _add_push_flags(parser: argparse.ArgumentParser) -> None:
     add("--license", help="of the student (default: that of the models it began with)")
     add("--base_model", nargs="+", default=[], metavar="ORG/NAME", help="what the student's folder is on the Hub")
     add("--teacher", metavar="ORG/NAME", help="what the teacher's folder is on the Hub")
-    add("--recipe", type=Path, help="the recipe of a run that has no run.json")
+    add("--recipe", help="the recipe of a run that has no run.json")
     add("--comparison", type=Path, help="of `mmkd compare` (default: the run's, or one that names it)")
 
 

@@ -115,7 +115,8 @@ def _summary(student: Student) -> str:
     what = "A baseline, fine-tuned" if student.method == "sft" else f"A student, distilled{taught}"
     made = " and ".join(f"`{source.name}`" for source in student.base)
     start = f", starting at {made}" if made else ", starting at random weights"
-    size = "" if student.adapter else f" It has {student.parameters / 1e6:,.1f} million parameters."
+    millions = student.parameters / 1e6
+    size = "" if student.adapter else f" It has {millions:{',.1f' if millions >= 1 else '.2g'}} million parameters."
     return f"{what} with method `{student.method}` of mmkd {__version__}{start}.{size}"
 
 

@@ -16,6 +16,7 @@ from mmkd.cards.licences import conflicts
 from mmkd.cards.model import Student, model_card
 from mmkd.eval.model import EvalModel, find_model
 from mmkd.eval.scores import scores_of
+from mmkd.recipes import find_recipe
 from mmkd.record import data_facts
 from mmkd.report.runs import COMPARISON, RECORD, Log, comparison_of, parts_of, read_json, read_log, record_of
 from mmkd.run import method_of, read_recipe
@@ -43,8 +44,8 @@ class Wishes:
     """Hub ids of the models that the student began with, where those are folders here."""
     teacher: str | None = None
     """Hub id of the teacher, where that is a folder here."""
-    recipe: Path | None = None
-    """For runs that have no record."""
+    recipe: str | None = None
+    """Name or path, for runs that have no record."""
     comparison: Path | None = None
 
 
@@ -174,7 +175,7 @@ def _check_finished(run: Path, place: Path) -> None:
 def _recipe_of(place: Path, run: Path, wishes: Wishes) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keys of the recipe, and the record with at least the data's facts."""
     if wishes.recipe is not None:
-        keys = read_recipe(wishes.recipe)
+        keys = read_recipe(find_recipe(wishes.recipe))
         return keys, {"data": data_facts(method_of(keys, []), str(keys["data"]))}
     # A checkpoint's is that of its run.
     record = read_json(place / RECORD) or record_of(run) or read_json(place.parent / RECORD)
