@@ -63,13 +63,13 @@ def conflicts(
     declared: str | None,
     repo_id: str,
     base: Sequence[Source],
-    teacher: Source | None,
+    teachers: Sequence[Source],
     data: Sequence[Source],
 ) -> list[str]:
     """Sentences about what does not go together with publishing the student as `repo_id` under a licence."""
     own = terms_of(Source("", declared)) if declared else None
     found = []
-    if teacher is not None:
+    for teacher in teachers:
         found += _of_outputs(teacher, own, declared, repo_id, base)
     for role, source in [("base model", one) for one in base] + [("data", one) for one in data]:
         found += _of_part(role, source, own, declared)

@@ -22,12 +22,13 @@ class Student:
     """What the card of a student says."""
 
     repo_id: str
-    method: str
+    methods: Sequence[str]
+    """Of all trainings that led to it."""
     pipeline_tag: str
     adapter: bool
     parameters: int
     base: Sequence[Source]
-    teacher: Source | None
+    teachers: Sequence[Source]
     data: Sequence[Source]
     datasets: Sequence[str]
     """Hub ids of the data."""
@@ -40,7 +41,9 @@ class Student:
     comparison: Mapping[str, Any] | None
     machine: Mapping[str, Any]
     tokens: int | None
-    """Supervised tokens it was trained on."""
+    """Supervised tokens it was trained on, in the last training."""
+    earlier: Sequence[Mapping[str, Any]] = ()
+    """Recipes of the trainings before."""
     warnings: Sequence[str] = ()
 
 
@@ -60,7 +63,7 @@ def model_card(student: Student) -> ModelCard:
         base_model=base[0] if len(base) == 1 else base or None,
         base_model_relation="adapter" if student.adapter else "finetune" if base else None,
         datasets=list(student.datasets) or None,
-        tags=["mmkd", "distillation", student.method],
+        tags=["mmkd", "distillation", *student.methods],
         model_name=student.repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
     )
@@ -111,13 +114,18 @@ def eval_results(student: Student) -> list[EvalResult]:
 
 
 def _summary(student: Student) -> str:
-    taught = f" from `{student.teacher.name}`" if student.teacher else ""
-    what = "A baseline, fine-tuned" if student.method == "sft" else f"A student, distilled{taught}"
-    made = " and ".join(f"`{source.name}`" for source in student.base)
-    start = f", starting at {made}" if made else ", starting at random weights"
+    taught = f" from {_names(student.teachers)}" if student.teachers else ""
+    baseline = list(student.methods) == ["sft"]
+    what = "A baseline, fine-tuned" if baseline else f"A student, distilled{taught}"
+    start = f", starting at {_names(student.base)}" if student.base else ", starting at random weights"
     millions = student.parameters / 1e6
     size = "" if student.adapter else f" It has {millions:{',.1f' if millions >= 1 else '.2g'}} million parameters."
-    return f"{what} with method `{student.method}` of mmkd {__version__}{start}.{size}"
+    methods = " and ".join(f"`{method}`" for method in student.methods)
+    return f"{what} with {methods} of mmkd {__version__}{start}.{size}"
+
+
+def _names(sources: Sequence[Source]) -> str:
+    return " and ".join(f"`{source.name}`" for source in sources)
 
 
 def _usage(student: Student) -> str:
@@ -136,12 +144,11 @@ def _usage(student: Student) -> str:
 
 
 def _lineage(student: Student) -> dict[str, str]:
-    teacher = {"Teacher": f"`{student.teacher.name}`"} if student.teacher else {}
     return {
-        "Base model": ", ".join(f"`{source.name}`" for source in student.base) or "none: random weights",
-        **teacher,
-        "Method": f"`{student.method}`",
-        "Data": ", ".join(f"`{source.name}`" for source in student.data),
+        "Base model": _names(student.base) or "none: random weights",
+        **({"Teacher": _names(student.teachers)} if student.teachers else {}),
+        "Methods": ", ".join(f"`{method}`" for method in student.methods),
+        "Data": _names(student.data),
         "Made with": f"mmkd {student.machine.get('mmkd', __version__)}",
     }
 
@@ -169,21 +176,23 @@ def _score(score: Mapping[str, Any]) -> str:
 
 def _training(student: Student) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in student.machine.get("versions", {}).items())
+    names = ", ".join(f"`training/recipe-{number}.yaml`" for number in range(1, len(student.earlier) + 1))
+    before = f"Before it, in this order: {names}. " if names else ""
     seen = f"It saw {student.tokens:,} supervised tokens. " if student.tokens else ""
-    return f"{seen}Versions: {versions or 'not recorded'}."
+    return f"{before}{seen}Versions: {versions or 'not recorded'}."
 
 
 def _licences(student: Student) -> list[tuple[str, str, str]]:
     rows = [("this student", student.repo_id, student.license or "not stated")]
     rows += [("base model", source.name, source.license or "not stated") for source in student.base]
-    rows += [("teacher", source.name, source.license or "not stated") for source in filter(None, [student.teacher])]
+    rows += [("teacher", source.name, source.license or "not stated") for source in student.teachers]
     return rows + [("data", source.name, source.license or "not stated") for source in student.data]
 
 
 def _limitations(student: Student) -> str:
     told = [
         "A student inherits its teacher's errors and biases, and those of its data, and knows less than its teacher."
-        if student.teacher
+        if student.teachers
         else "The model has the errors and biases of its data.",
         "It was measured on nothing but what stands above, and not for safety."
         if student.scores or student.held_out or student.comparison

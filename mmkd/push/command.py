@@ -78,15 +78,16 @@ def push(found: Published, public: bool = False, collection: str | None = None, 
             made = api.create_collection(collection, namespace=owner, private=not public, exists_ok=True)
             slug = made.slug
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary, "student")
-        found.write(folder)
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
+        folder = Path(temporary)
+        found.write_texts(folder)
+        texts = sorted(path for path in folder.rglob("*") if path.is_file())
+        additions = [CommitOperationAdd(path.name, path) for path in found.files]
+        additions += [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in texts]
         ours = {addition.path_in_repo for addition in additions}
         stale = [CommitOperationDelete(name) for name in present if name not in ours and name not in _KEPT]
         with explained(repo_id, kind="model"):
             api.preupload_lfs_files(repo_id, additions)
-            message = f"{found.student.method} student, pushed by mmkd {__version__}"
+            message = f"{', '.join(found.student.methods)} student, pushed by mmkd {__version__}"
             api.create_commit(repo_id, [*additions, *stale], commit_message=message)
     if slug is not None:
         _collect(api, slug, repo_id, cache)

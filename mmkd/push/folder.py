@@ -21,7 +21,7 @@ from mmkd.record import data_facts
 from mmkd.report.runs import COMPARISON, RECORD, Log, comparison_of, parts_of, read_json, read_log, record_of
 from mmkd.run import method_of, read_recipe
 
-from .lineage import bases_of, data_ids, data_sources, portable, source_of
+from .lineage import bases_of, data_ids, data_sources, portable, source_of, teachers_of, trainings_of
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 MODEL_FILES += ("adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*")
@@ -66,12 +66,20 @@ class Published:
         """Writes all of it into a folder. Raises ValueError for one that is not empty."""
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty. Name another --output, or delete it.")
-        for name in ("training", "eval"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        self.write_texts(folder)
         for path in self.files:
             shutil.copyfile(path, folder / path.name)
-        recipe = yaml.safe_dump(dict(self.student.recipe), sort_keys=False, allow_unicode=True)
-        (folder / RECIPE).write_text(recipe, encoding="utf-8")
+
+    def write_texts(self, folder: Path) -> None:
+        """Writes what is not of the model itself, which may be large: card, recipes, log and results."""
+        for name in ("training", "eval"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        recipes = {RECIPE: self.student.recipe}
+        for number, recipe in enumerate(self.student.earlier, start=1):
+            recipes[f"training/recipe-{number}.yaml"] = recipe
+        for name, recipe in recipes.items():
+            text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+            (folder / name).write_text(text, encoding="utf-8")
         data = Path(str(self.keys["data"]))
         if data.is_file():
             shutil.copyfile(data, folder / "training" / data.name)
@@ -96,13 +104,13 @@ def prepare(run: Path, wishes: Wishes) -> Published:
     if not any(path.suffix == ".safetensors" for path in files):
         raise ValueError(f"{run} has no weights (*.safetensors) to push. Name the output_dir of a finished training.")
     _check_finished(run, place)
-    keys, record = _recipe_of(place, run, wishes)
+    record = _record_of(place, run, wishes)
     comparison = comparison_of(run, wishes.comparison)
     held_out = _held_out(place, comparison, model)
     if wishes.comparison is not None and held_out is None:
         raise ValueError(f"{wishes.comparison} does not compare {place}, so it says nothing about this student.")
     results = _results(place, model)
-    student = _student(model, place, keys, record, wishes)
+    student = _student(model, place, record, wishes)
     student = replace(
         student,
         scores=[score for entry in results.get("tasks", {}).values() for score in scores_of(entry)],
@@ -111,50 +119,51 @@ def prepare(run: Path, wishes: Wishes) -> Published:
     )
     student = replace(
         student,
-        warnings=conflicts(student.license, wishes.repo_id, student.base, student.teacher, student.data),
+        warnings=conflicts(student.license, wishes.repo_id, student.base, student.teachers, student.data),
     )
-    return Published(student, place, files, read_log(place), model_card(student), keys)
+    return Published(student, place, files, read_log(place), model_card(student), record["keys"])
 
 
-def _student(
-    model: EvalModel, place: Path, keys: Mapping[str, Any], record: Mapping[str, Any], wishes: Wishes
-) -> Student:
+def _student(model: EvalModel, place: Path, record: Mapping[str, Any], wishes: Wishes) -> Student:
     """All that is known before results."""
-    bases = [model.path] if model.adapter else bases_of(keys)
-    published = list(wishes.base_model)
-    if len(published) not in (0, len(bases)):
-        raise ValueError(f"--base_model has {len(published)} names, the student began with {len(bases)}: {bases}.")
-    base = [source_of(name, published[i] if published else None) for i, name in enumerate(bases)]
-    named = str(keys["teacher"]) if keys.get("teacher") else None
-    same = dict(zip(bases, published, strict=False))
-    teacher = wishes.teacher or same.get(named or "")
-    stated = [source.license for source in base]
-    log = read_log(place)
-    ids = {**same, **({named: teacher} if named and teacher else {})}
     if model.adapter and Path(model.path).is_dir():
         raise ValueError(
             f"{place} is an adapter of {model.path}, a folder here that nobody else has. Merge them (PEFT's "
             "merge_and_unload) and push the whole, or train it on a Hub id."
         )
+    keys, trainings = record["keys"], trainings_of(record)
+    bases = [model.path] if model.adapter else bases_of(trainings[0]["keys"])
+    published = list(wishes.base_model)
+    if len(published) not in (0, len(bases)):
+        raise ValueError(f"--base_model has {len(published)} names, the student began with {len(bases)}: {bases}.")
+    base = [source_of(name, published[i] if published else None) for i, name in enumerate(bases)]
+    taught = teachers_of(trainings)
+    ids = {
+        **({taught[0]: wishes.teacher} if wishes.teacher and taught else {}),
+        **dict(zip(bases, published, strict=False)),
+    }
+    stated = {source.license for source in base}
+    log = read_log(place)
     data = Path(str(keys["data"]))
     recipe = {**portable(keys, ids), **({"data": f"training/{data.name}"} if data.is_file() else {})}
     return Student(
         repo_id=wishes.repo_id,
-        method=str(keys["method"]),
+        methods=list(dict.fromkeys(one["keys"]["method"] for one in trainings)),
         pipeline_tag=_pipeline_tag(place, model),
         adapter=model.adapter is not None,
         parameters=_parameters(place),
         base=base,
-        teacher=None if named is None or keys["method"] == "sft" else source_of(named, teacher),
-        data=data_sources(record["data"]),
-        datasets=data_ids(record["data"]),
-        license=wishes.license or (stated[0] if stated and len(set(stated)) == 1 else None),
+        teachers=[source_of(name, ids.get(name)) for name in taught],
+        data=data_sources(trainings),
+        datasets=data_ids(trainings),
+        license=wishes.license or (stated.pop() if len(stated) == 1 else None),
         recipe=recipe,
         scores=[],
         held_out={},
         comparison=None,
         machine=record.get("machine", {}),
         tokens=next((entry["supervised_tokens"] for entry in reversed(log) if "supervised_tokens" in entry), None),
+        earlier=[portable(one["keys"], ids) for one in trainings[:-1]],
     )
 
 
@@ -172,11 +181,11 @@ def _check_finished(run: Path, place: Path) -> None:
         )
 
 
-def _recipe_of(place: Path, run: Path, wishes: Wishes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keys of the recipe, and the record with at least the data's facts."""
+def _record_of(place: Path, run: Path, wishes: Wishes) -> dict[str, Any]:
+    """The record of the run, or what of it the recipe knows."""
     if wishes.recipe is not None:
         keys = read_recipe(find_recipe(wishes.recipe))
-        return keys, {"data": data_facts(method_of(keys, []), str(keys["data"]))}
+        return {"keys": keys, "data": data_facts(method_of(keys, []), str(keys["data"]))}
     # A checkpoint's is that of its run.
     record = read_json(place / RECORD) or record_of(run) or read_json(place.parent / RECORD)
     if not record:
@@ -184,7 +193,7 @@ def _recipe_of(place: Path, run: Path, wishes: Wishes) -> tuple[dict[str, Any], 
             f"{run} does not say how it was trained: it has no {RECORD}, which mmkd-train writes. Name its recipe "
             "with --recipe, for the card is nothing without it."
         )
-    return record["keys"], record
+    return record
 
 
 def _results(place: Path, model: EvalModel) -> dict[str, Any]:

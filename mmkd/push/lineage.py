@@ -11,19 +11,30 @@ from mmkd.cards.licences import Source
 from mmkd.report.runs import record_of, with_parts
 
 
-def bases_of(keys: Mapping[str, Any]) -> list[str]:
-    """The models whose weights the student of a recipe began with, followed through earlier runs on this machine."""
-    made = keys.get("student_init", "pretrained")
+def trainings_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The records of all runs on this machine that led to a student, such as its stages, the first one first."""
+    keys = record["keys"]
+    starts_anew = keys.get("student_init") == "random"
+    start = None if starts_anew else keys.get("student") or keys.get("teacher")
+    earlier = record_of(Path(str(start))) if start and Path(str(start)).is_dir() else None
+    return [*(trainings_of(earlier) if earlier else []), record]
+
+
+def bases_of(first: Mapping[str, Any]) -> list[str]:
+    """The models whose weights a student began with, by the keys of the first recipe that trained it."""
+    made = first.get("student_init", "pretrained")
     if made == "random":
         return []
-    named = [keys.get("student") or keys.get("teacher")]
+    named = [first.get("student") or first.get("teacher")]
     if made == "llava":
-        named.append(keys.get("student_vision_tower"))
-    found = []
-    for name in (str(name) for name in named if name):
-        earlier = record_of(Path(name)).get("keys") if Path(name).is_dir() else None
-        found += bases_of(earlier) if earlier else [name]
-    return list(dict.fromkeys(found))
+        named.append(first.get("student_vision_tower"))
+    return list(dict.fromkeys(str(name) for name in named if name))
+
+
+def teachers_of(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those who taught it; the teacher of an SFT baseline is there to be compared with, and teaches nothing."""
+    taught = [one["keys"] for one in trainings if one["keys"]["method"] != "sft"]
+    return list(dict.fromkeys(str(keys["teacher"]) for keys in taught if keys.get("teacher")))
 
 
 def source_of(name: str, published: str | None = None) -> Source:
@@ -38,14 +49,15 @@ def source_of(name: str, published: str | None = None) -> Source:
     return Source(known or Path(name).resolve().name, license)
 
 
-def data_sources(facts: Mapping[str, Any]) -> list[Source]:
-    """The data recipes behind a run with their licences, mixtures before their parts."""
-    return [Source(one["name"], one["license"]) for one in with_parts(facts)]
+def data_sources(trainings: Sequence[Mapping[str, Any]]) -> list[Source]:
+    """The data recipes of all trainings with their licences, mixtures before their parts."""
+    facts = [one for training in trainings for one in with_parts(training["data"])]
+    return list(dict.fromkeys(Source(one["name"], one["license"]) for one in facts))
 
 
-def data_ids(facts: Mapping[str, Any]) -> list[str]:
-    """The data sets on the Hub behind a run."""
-    sources = [one["source"] or "" for one in with_parts(facts)]
+def data_ids(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The data sets on the Hub that a student was trained on."""
+    sources = [one["source"] or "" for training in trainings for one in with_parts(training["data"])]
     return [source for source in dict.fromkeys(sources) if source.count("/") == 1 and not Path(source).exists()]
 
 

@@ -26,8 +26,8 @@ def test_families_by_licence_or_by_name(name, license, family):
 
 
 def test_nothing_is_said_where_all_is_open():
-    assert conflicts("apache-2.0", "user/x", [OPEN], OPEN, [Source("words", "cc0-1.0")]) == []
-    assert conflicts("mit", "user/x", [], None, [Source("a", "odc-by"), Source("b", "MIT")]) == []
+    assert conflicts("apache-2.0", "user/x", [OPEN], [OPEN], [Source("words", "cc0-1.0")]) == []
+    assert conflicts("mit", "user/x", [], [], [Source("a", "odc-by"), Source("b", "MIT")]) == []
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_nothing_is_said_where_all_is_open():
     ],
 )
 def test_conflicts(declared, repo, base, teacher, data, words):
-    found = conflicts(declared, repo, [base], teacher, [data] if data else [])
+    found = conflicts(declared, repo, [base], [teacher] if teacher else [], [data] if data else [])
     assert len(found) == len(words)
     for sentence, part in zip(found, words, strict=True):
         assert part in sentence

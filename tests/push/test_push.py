@@ -160,7 +160,7 @@ def test_a_dry_run_writes_all_that_would_be_pushed(run, capsys):
     assert recipe["learning_rate"] == 0.01
     assert recipe["save_strategy"] == "no"
     text = card.text
-    for words in ("distilled from `org/teacher` with method `kd`", "| tiny_choice | acc ↑ | 8 | 0.7500 ± 0.1000 |"):
+    for words in ("distilled from `org/teacher` with `kd`", "| tiny_choice | acc ↑ | 8 | 0.7500 ± 0.1000 |"):
         assert words in text
     assert "tested" not in text
     assert str(run) not in (folder / "README.md").read_text()
@@ -303,6 +303,34 @@ def test_the_comparison_on_the_card(run, capsys):
     assert "another revision" in refused(capsys, str(run), "--repo", "user/x", *given)
     other = shutil.copytree(run, run.parent / "other")
     assert "says nothing about this student" in refused(capsys, str(other), "--repo", "user/x", *given)
+
+
+def test_the_lineage_of_stages(workplace, run, tmp_path, capsys):
+    """The last of two stages is plain SFT on other data, and still the student of the first one's teacher."""
+    root = tmp_path / "staged"
+    first = shutil.move(run, root / "1-KD")
+    last = shutil.copytree(first, root / "2-SFT")
+    record = json.loads((last / "run.json").read_text())
+    keys = {**record["keys"], "method": "sft", "student": str(first), "data": "questions"}
+    data = {"name": "questions", "license": "cc-by-sa-4.0", "homepage": None, "source": "org/questions"}
+    (last / "run.json").write_text(json.dumps({**record, "keys": keys, "data": data}))
+    card, folder = dry_run(root, "--base_model", "org/base", "--teacher", "org/teacher")
+    assert card.data.base_model == "org/base"
+    assert card.data.tags == ["mmkd", "distillation", "kd", "sft"]
+    assert card.data.datasets == ["org/questions"]
+    assert "distilled from `org/teacher` with `kd` and `sft`" in card.text
+    for row in (
+        "| teacher | org/teacher | gemma |",
+        "| data | words | cc-by-nc-4.0 |",
+        "| data | questions | cc-by-sa-",
+    ):
+        assert row in card.text
+    assert "`training/recipe-1.yaml`" in card.text
+    assert yaml.safe_load((folder / "training/recipe-1.yaml").read_text())["student"] == "org/base"
+    assert "share-alike" in capsys.readouterr().err
+    (root / "2-SFT/model.safetensors").unlink()
+    (root / "2-SFT/config.json").unlink()
+    assert "is not finished" in refused(capsys, str(root), "--repo", "user/x")
 
 
 def test_a_classifier(tmp_path):
