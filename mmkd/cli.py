@@ -156,7 +156,7 @@ def _add_eval_flags(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=int, default=64, help="held-out rows to measure on (default: 64)")
     add("--max_new_tokens", type=int, default=64, help="length of generations to measure (default: 64)")
     add("--ensemble", action="store_true", help="the models as one: the average of their log-probs")
-    add("--model_type", default="auto", help="hf, hf-multimodal, vllm or vllm-vlm of lm-eval (default: by the task)")
+    add("--model_type", default="auto", help="of lm-eval: hf, hf-multimodal, vllm, vllm-vlm, local-completions")
     add("--model_args", nargs="+", default=[], metavar="KEY=VALUE", help="further arguments of that model type")
     add("--dtype", default="auto", help="type of the weights (default: as they were saved)")
     add("--batch_size", default="8", help="requests at a time, or auto (default: 8)")

@@ -29,9 +29,9 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """The entries of the tasks, in order: from the model's results where they are known, else by running them.
 
-    A task that needs vision is left out for a model without it. Every task is kept as soon as it is done. Raises
-    ValueError for unknown tasks, missing data and results of other weights, before anything runs where that is
-    possible.
+    Their `samples` are the paths of their answers. A task that needs vision is left out for a model without it. Every
+    task is kept as soon as it is done. Raises ValueError for unknown tasks, missing data and results of other weights,
+    before anything runs where that is possible.
     """
     wanted = [task for task in tasks if task.needs != "vision" or model.vision]
     for task in tasks:
@@ -53,7 +53,7 @@ def evaluate(
             told, samples = found
             told = {**told, "seconds": time.monotonic() - begun, "date": datetime.now(UTC).isoformat("T", "seconds")}
             entry = results.add_task(key, {**told, "scores": scores_of(told)}, samples)
-        entries.append(entry)
+        entries.append({**entry, "samples": str(results.folder / entry["samples"])})
     return entries
 
 

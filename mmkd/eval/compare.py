@@ -1,6 +1,7 @@
 """`mmkd compare`: was distillation worth it? Teacher, SFT baseline and students over seeds, in one table."""
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from .commands import evaluate
 from .harness import Settings
 from .machine import machine
 from .model import find_model
-from .results import SCHEMA, Results, to_json, write_atomically
+from .results import SCHEMA, to_json, write_atomically
 from .suites import SuiteTask, load_suite
 from .tables import markdown, show
 from .trainings import Measured, Trainings, label, make_baseline
@@ -254,10 +255,7 @@ def _task_gains(row: Row, baseline: Row) -> dict[str, dict[str, Any] | None]:
     scores = [score for entry in (row.tasks[0] if row.tasks else []) for score in entry["scores"]]
     found = {}
     for score in scores:
-        sides = [
-            [_items(run, entries, score) for run, entries in zip(one.runs, one.tasks, strict=True)]
-            for one in (row, baseline)
-        ]
+        sides = [[_items(entries, score) for entries in one.tasks] for one in (row, baseline)]
         if all(items for side in sides for items in side):
             transform = (lambda mean: -mean / math.log(2)) if score["metric"].startswith("bits_per_byte") else _same
             found[_title(score)] = _interval(sides[0], sides[1], transform, score["higher_is_better"])
@@ -271,9 +269,9 @@ def _flips(row: Row, teacher: Row) -> dict[str, float]:
     """
     found = {}
     for score in (score for entry in (teacher.tasks[0] if teacher.tasks else []) for score in entry["scores"]):
-        theirs = np.array(_items(teacher.runs[0], teacher.tasks[0], score))
+        theirs = np.array(_items(teacher.tasks[0], score))
         if len(theirs) and np.isin(theirs[:, 0], (0, 1)).all() and (theirs[:, 1] == 1).all():
-            ours = [np.array(_items(run, asked, score)) for run, asked in zip(row.runs, row.tasks, strict=True)]
+            ours = [np.array(_items(entries, score)) for entries in row.tasks]
             found[_title(score)] = float(np.mean([one[:, 0] != theirs[:, 0] for one in ours]))
     return found
 
@@ -282,11 +280,10 @@ def _same(mean: Any) -> Any:
     return mean
 
 
-def _items(run: Measured, entries: Sequence[dict[str, Any]], score: dict[str, Any]) -> list[tuple[float, float]]:
+def _items(entries: Sequence[dict[str, Any]], score: dict[str, Any]) -> list[tuple[float, float]]:
     """(total, count) of every answer behind a score; none where its values have no mean."""
     entry = next(one for one in entries if any(_title(other) == _title(score) for other in one["scores"]))
-    model = find_model(run.folder)
-    samples = Results(model.results_folder, model.name, model.weights).samples(entry)
+    samples = map(json.loads, Path(entry["samples"]).read_text(encoding="utf-8").splitlines())
     metric, _, chosen = score["metric"].partition(",")
     values = [
         sample["metrics"][metric]

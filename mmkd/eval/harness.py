@@ -18,7 +18,7 @@ from .results import key_of
 from .suites import SuiteTask
 from .tasks import Task
 
-MODEL_TYPES = ("auto", "hf", "hf-multimodal", "vllm", "vllm-vlm")
+MODEL_TYPES = ("auto", "hf", "hf-multimodal", "vllm", "vllm-vlm", "local-completions")
 CHAT = ("auto", "on", "off")
 
 
@@ -48,8 +48,14 @@ class Settings:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}.")
         if self.model_type.startswith("vllm") and importlib.util.find_spec("vllm") is None:
             raise ValueError(
-                f"model_type {self.model_type} needs vLLM, which is not installed here: install mmkd and "
-                "lm-eval[vllm] in an environment of their own, since vLLM pins other versions, or use hf."
+                f"model_type {self.model_type} needs vLLM, which is not installed here. Where it pins versions that "
+                "mmkd cannot use, serve the model from an environment of its own (scripts/serve_teacher.sh) and use "
+                "--model_type local-completions --model_args base_url=URL, or use hf."
+            )
+        if self.model_type == "local-completions" and "base_url" not in self.model_args:
+            raise ValueError(
+                "model_type local-completions asks a server: say which with --model_args base_url=http://HOST:PORT "
+                "model=NAME, the name being the one that it serves the model under."
             )
         if self.limit is not None and self.limit <= 0:
             raise ValueError(f"limit is {self.limit}; give a number of items, or a share of them below 1.")
@@ -153,7 +159,14 @@ class Harness:
         named: dict[str, Any] = {"pretrained": model.path, **model_args}
         named |= {"revision": model.revision} if model.revision else {}
         named |= {"trust_remote_code": True} if model.trust_remote_code else {}
-        named |= {"peft": model.adapter} if model.adapter else {}
+        if model_type == "local-completions":
+            url = str(named["base_url"]).rstrip("/").removesuffix("/v1/completions").removesuffix("/v1")
+            # The server has the weights; here only texts are split.
+            named |= {"base_url": f"{url}/v1/completions", "tokenizer": model.path, "tokenizer_backend": "huggingface"}
+            named |= {"model": named.get("model", model.path)}
+            del named["pretrained"], named["dtype"], more["device"]
+        elif model.adapter:
+            named |= {"lora_local_path" if model_type.startswith("vllm") else "peft": model.adapter}
         return kind.create_from_arg_obj(named, more)
 
 

@@ -47,11 +47,6 @@ class Results:
         """Keeps a measurement; returns it as it is kept."""
         return self._add("measures", key, entry)
 
-    def samples(self, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The answers behind a task's entry."""
-        lines = (self.folder / entry["samples"]).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
-
     def _add(self, kind: str, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         self.folder.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(self.folder / ".results.lock"):

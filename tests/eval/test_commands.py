@@ -284,6 +284,7 @@ def test_a_vision_language_model_takes_text_tasks_too(folder, tmp_path):
         (["--suite", "ofline"], "The nearest: offline"),
         ([], "Say what to evaluate"),
         (["--tasks", "tiny_text", "--model_type", "vllm"], "needs vLLM"),
+        (["--tasks", "tiny_text", "--model_type", "local-completions"], "base_url"),
         (["--tasks", "tiny_text", "--model_type", "gpt"], "choose one of auto"),
         (["--tasks", "tiny_text", "--model_args", "a"], "write key=value"),
         (["--tasks", "tiny_text", "--limit", "0"], "limit is 0"),
@@ -325,3 +326,15 @@ def test_tasks_of_lmms_eval_are_handed_to_it(tmp_path, monkeypatch, capsys):
     asked.clear()
     assert main(command) == 0
     assert not asked
+
+
+def test_data_that_cannot_be_downloaded_is_said(student, tmp_path, capsys, monkeypatch):
+    def unreachable(*arguments, **options):
+        raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    (tmp_path / "far.yaml").write_text(TEXT.replace("json", "nobody/nothing").format(data="x").replace("tiny", "far"))
+    path = tmp_path / "far.yaml"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "dataset_kwargs" not in line))
+    assert main(["eval", str(student), "--tasks", "far_text", "--include_path", str(tmp_path)]) == 2
+    assert "The data of task far_text cannot be loaded: Couldn't reach" in capsys.readouterr().err

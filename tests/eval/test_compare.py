@@ -10,7 +10,7 @@ import yaml
 
 from mmkd.cli import main
 from mmkd.eval import trainings
-from scripts.make_tiny_models import sentences
+from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 
 
 @pytest.fixture
@@ -138,3 +138,19 @@ def test_recipes_that_others_compare_are_refused(workplace, capsys, keys, messag
     assert main(["compare", "other.yaml"]) == 2
     assert message in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_across_tokenizers_the_students_own_trainer_judges_a_baseline_without_teacher(workplace):
+    recipe = yaml.safe_load(Path("kd.yaml").read_text())
+    del recipe["temperature"]
+    other = make_tokenizer(vocab_size=280)
+    save(make_model(rows=len(other), seed=3), other, workplace / "other")
+    Path("alm.yaml").write_text(yaml.safe_dump({**recipe, "method": "alm", "student": "other", "max_steps": 2}))
+    assert main(["compare", "alm.yaml", "--output", "out"]) == 0
+    found = json.loads(Path("out/comparison.json").read_text())
+    assert found["judge"] == "alm.yaml"
+    assert "teacher" not in yaml.safe_load(Path("out/sft-baseline.yaml").read_text())
+    rows = {row["role"]: row for row in found["rows"]}
+    assert {"bits_per_byte", "chunk_gap"} <= set(rows["student"]["gain_over_sft"])
+    ratio = rows["teacher"]["metrics"]["bits_per_byte"]["mean"] / rows["student"]["metrics"]["bits_per_byte"]["mean"]
+    assert rows["student"]["retention"]["bits_per_byte"] == pytest.approx(100 * ratio)
