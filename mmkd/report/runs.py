@@ -72,7 +72,7 @@ def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:
         raise ValueError(f"{folder} is no folder of a run. Name the output_dir of a training, or of `mmkd compare`.")
     found = comparison_of(folder, comparison)
     parts = parts_of(folder)
-    lines = {} if found is None else _compared(found)
+    lines = {} if found is None else _compared(found, folder)
     if any(part.log for part in parts):
         known = {part.folder.resolve() for line in lines.values() for part in line}
         if not {part.folder.resolve() for part in parts} <= known:
@@ -188,16 +188,22 @@ def comparison_of(folder: Path, given: Path | None) -> dict[str, Any] | None:
     return beside if folder.resolve() in named else None
 
 
-def _compared(comparison: Mapping[str, Any]) -> dict[str, list[Part]]:
-    """The trainings of a comparison, the first seed of each."""
-    trained = {row["name"]: Path(row["folders"][0]) for row in comparison["rows"] if row["cost"]}
+def _seed_of(row: Mapping[str, Any], folder: Path) -> str:
+    """The folder that stands for a row of a comparison: the run's own, else that of the first seed."""
+    own = (name for name in row["folders"] if Path(name).resolve() == folder.resolve())
+    return next(own, row["folders"][0])
+
+
+def _compared(comparison: Mapping[str, Any], folder: Path) -> dict[str, list[Part]]:
+    """The trainings of a comparison, one seed of each."""
+    trained = {row["name"]: Path(_seed_of(row, folder)) for row in comparison["rows"] if row["cost"]}
     return {name: parts_of(path) for name, path in trained.items() if path.is_dir()}
 
 
 def _results(folder: Path, parts: list[Part], comparison: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Results of the run itself, or of all models of a comparison."""
     if comparison is not None:
-        places = {row["name"]: results_folder(row["folders"][0]) for row in comparison["rows"]}
+        places = {row["name"]: results_folder(_seed_of(row, folder)) for row in comparison["rows"]}
     else:
         last = parts[-1].folder if parts else folder
         own = folder if (folder / RESULTS).is_file() else last

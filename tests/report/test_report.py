@@ -137,6 +137,44 @@ def test_the_page_of_a_finished_run(run, tmp_path, capsys):
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+def test_the_run_stands_for_its_row_whatever_its_seed(run):
+    path = run.parent / "comparison.json"
+    comparison = json.loads(path.read_text())
+    comparison["rows"][-1]["folders"].insert(0, str(run.parent / "another seed"))
+    write_json(path, comparison)
+    found = read_run(run)
+    assert found.lines["kd"][0].folder == run
+    assert list(found.results) == ["sft", "kd"]
+    assert [name for name in found.lines] == ["sft", "kd"]
+
+
+def test_measurements_and_generations(tmp_path):
+    folder, picture = tmp_path / "run", tmp_path / "blue.png"
+    Image.new("RGB", (16, 16), "blue").save(picture)
+    speed = [{"batch_size": 1, "tokens_per_second": 12345.6}]
+    sample = {"prompt": "who?", "reference": "me", "student": "you", "teacher": "me", "images": [str(picture)]}
+    settings = {"held": {"data": "words"}}
+    values = {
+        "cost": {"student": {"parameters": 1000, "speed": speed}, "teacher": {"parameters": 2000}},
+        "agreement": {"kl": 0.25, "rows": 6},
+        "generation": {"student": {"tokens": 7.5}, "samples": [sample]},
+    }
+    measures = {name: {"measure": name, "settings": settings, "values": one} for name, one in values.items()}
+    write_json(folder / "eval/results.json", {"schema": 1, "weights": "a", "tasks": {}, "measures": measures})
+    pages = write_report(folder)
+    text = pages[1].read_text()
+    for line in (
+        "| cost | parameters | 1,000 | 2,000 |",
+        "| cost | tokens_per_second, batch 1 | 12,346 |  |",
+        "| agreement | kl | 0.25 |  |",
+        "| generation | tokens | 7.5 |  |",
+        "### run on words, greedy",
+        "| student |  | you |",
+    ):
+        assert line in text
+    assert "data:image/png" in pages[0].read_text()
+
+
 def test_the_markdown_page(run, tmp_path):
     _, page = write_report(run, tmp_path / "out")
     text = page.read_text()
