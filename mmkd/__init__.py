@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mmkd.teachers.server import ServerTeacher as ServerTeacher
     from mmkd.trainers.alm import ALMConfig as ALMConfig
     from mmkd.trainers.alm import ALMTrainer as ALMTrainer
+    from mmkd.trainers.comd import CoMDConfig as CoMDConfig
+    from mmkd.trainers.comd import CoMDTrainer as CoMDTrainer
     from mmkd.trainers.dho import DHOConfig as DHOConfig
     from mmkd.trainers.dho import DHOTrainer as DHOTrainer
     from mmkd.trainers.kd import KDConfig as KDConfig
@@ -32,6 +34,8 @@ _MODULES = {
     "ServerTeacher": "mmkd.teachers.server",
     "ALMConfig": "mmkd.trainers.alm",
     "ALMTrainer": "mmkd.trainers.alm",
+    "CoMDConfig": "mmkd.trainers.comd",
+    "CoMDTrainer": "mmkd.trainers.comd",
     "DHOConfig": "mmkd.trainers.dho",
     "DHOTrainer": "mmkd.trainers.dho",
     "DualHeadForImageClassification": "mmkd.models.dual_head",

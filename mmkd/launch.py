@@ -47,9 +47,13 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
                 launch_flags = [*launch_flags, f"--{key}", str(keys[key])]
         return _launch([recipe, *flags, *stage_flags], config, launch_flags)
     if run.arguments.dry_run:
-        return _dry_run(run)
+        return _dry_run(run, recipe, flags)
     if "stages" in keys:
         return train_stages(find_recipe(recipe), [*flags, *stage_flags], train)
+    if run.arguments.method == "comd":
+        from mmkd.comd.rounds import train_rounds
+
+        return train_rounds(run, find_recipe(recipe), flags, train)
     checkpoint = resume_point(run.training)
     if checkpoint is None and run.training.resume_from_checkpoint:
         print(f"No checkpoint in {run.training.output_dir}: starting from the beginning.", file=sys.stderr)
@@ -102,7 +106,7 @@ def _way_on(run: Run, recipe: str, flags: Sequence[str]) -> str:
     return f"Go on from {newest.name} with: mmkd-train {shlex.join([recipe, *flags])} --resume_from_checkpoint true"
 
 
-def _dry_run(run: Run) -> int:
+def _dry_run(run: Run, recipe: str, flags: Sequence[str]) -> int:
     run.training.push_to_hub = False
     with tempfile.TemporaryDirectory() as folder:
         run.training.output_dir = folder
@@ -110,6 +114,10 @@ def _dry_run(run: Run) -> int:
             from mmkd.classification import dry_run_dho
 
             dry_run_dho(run, Console())
+        elif run.arguments.method == "comd":
+            from mmkd.comd.dry_run import dry_run_comd
+
+            dry_run_comd(run, find_recipe(recipe), flags, Console())
         else:
             dry_run.report(build_trainer(run), Console())
     return 0

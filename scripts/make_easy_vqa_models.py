@@ -1,5 +1,5 @@
 """What a LLaVA student starts from, small enough for a CPU: a CLIP tower that knows shapes and colours, and two Llamas
-that can answer easy-VQA's questions about a description in words.
+that have read easy-VQA's questions and answers about descriptions in words.
 
     python scripts/make_easy_vqa_models.py [--data .cache/mmkd/easy_vqa]
 
@@ -99,7 +99,10 @@ def descriptions(data: Path) -> list[tuple[str, str]]:
 def make_language_model(
     texts: list[tuple[str, str]], tokenizer: Any, size: str, folder: Path, steps: int = 800
 ) -> float:
-    """Trains and saves one language model; returns the share of right tokens in its last batches."""
+    """Trains and saves one language model; returns the share of right tokens in its last batches.
+
+    It learns whole texts, as language models do, so that its head means something where no answer stands, too.
+    """
     torch.manual_seed(0)
     width, layers = SIZES[size]
     config = LlamaConfig(
@@ -123,7 +126,7 @@ def make_language_model(
     labels = torch.full_like(ids, -100)
     for row, (prompt, answer) in enumerate(encoded):
         ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+        labels[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
     right: list[float] = []
 
     def loss(rows: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def markers_of(tokenizer: Any) -> dict[str, set[tuple[int, ...]]]:
     texts = _template_texts(tokenizer)
     if any(text.startswith(tokenizer.bos_token or " ") for role, text in texts if not role.startswith("end")):
         # A header begins with what is called bos, so that it is none.
-        del found["bos"]
+        found.pop("bos", None)
     for role, text in texts:
         # A space before a text becomes part of it. The newline after an end may be missing.
         for spelling in {text.rstrip(" "), text.rstrip() if role.startswith("end") else text.rstrip(" ")}:

@@ -55,7 +55,7 @@ class Generator(ABC):
 
 
 class LocalGenerator(Generator):
-    """A model in this process; prompts with images are answered one by one, others in batches of like length."""
+    """A model in this process; `generate` takes prompts with images one by one, others in batches of like length."""
 
     def __init__(self, model: PreTrainedModel, processing_class: Any, run: Run):
         self.model: Any = model.eval()
@@ -85,13 +85,14 @@ class LocalGenerator(Generator):
             torch.manual_seed(seed)
             for batch in batches(lengths, budget):
                 places = [fitting[place] for place in batch]
-                found_of_batch = self._answers([rows[place].prompt() for place in places])
+                found_of_batch = self.answers([rows[place].prompt() for place in places])
                 for place, found in zip(places, found_of_batch, strict=True):
                     answers[place] = found
                     advance(sum(len(answer.ids) for answer in found))
         return answers
 
-    def _answers(self, prompts: list[Prompt]) -> list[list[Answer]]:
+    def answers(self, prompts: list[Prompt]) -> list[list[Answer]]:
+        """The answers to one batch of prompts, either all with images or all without."""
         settings = self.settings
         sampled = settings.cache_temperature > 0
         stops = self.stops
@@ -105,18 +106,23 @@ class LocalGenerator(Generator):
             eos_token_id=stops,
             pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stops[0],
         )
-        inputs = self._inputs(prompts)
+        inputs = self.inputs(prompts)
         width = inputs["input_ids"].shape[1]
         output = self.model.generate(**inputs, generation_config=config)[:, width:].tolist()
         found = [self._answer(ids, stops) for ids in output]
         return [found[i : i + settings.cache_samples] for i in range(0, len(found), settings.cache_samples)]
 
-    def _inputs(self, prompts: list[Prompt]) -> dict[str, Any]:
+    def inputs(self, prompts: list[Prompt]) -> dict[str, Any]:
+        """What the model reads of a batch of prompts, padded on the left."""
         if prompts[0].images:
-            (prompt,) = prompts
-            assert prompt.messages is not None
+            self.tokenizer.padding_side = "left"
             return self.processing_class.apply_chat_template(
-                prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                [prompt.messages for prompt in prompts],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": len(prompts) > 1},
             ).to(self.model.device)
         longest = max(len(prompt.ids) for prompt in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)

@@ -1,8 +1,5 @@
 """The sequences a teacher is asked about: exactly those that training with the same recipe sees."""
 
-import re
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,30 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Image, List
+from datasets import Dataset, DatasetDict
 from jaxtyping import Bool, Int
-from PIL import Image as PILImage
 from torch import Tensor
 
+from mmkd.data.images import UnusableRow as UnusableRow
+from mmkd.data.images import decoded as decoded
+from mmkd.data.images import undecoded
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.cached import images_of
 from mmkd.teachers.keys import image_hash, sequence_key
 from mmkd.trainers.base import DistillationConfig
 from mmkd.trainers.checks import check_training_data
 from mmkd.trainers.preparation import placeholder_trainer, preparation_of, sequences_of
-
-# What PIL's readers raise for broken files; they have no common class below Exception.
-UNDECODABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    PILImage.DecompressionBombError,
-)
 
 # Rows with images whose tokens are counted for the order in which a cache stores ids; reading all would cost too much.
 _COUNTED_IMAGES = 64
@@ -60,13 +46,6 @@ class TokenSequence:
     @property
     def key(self) -> bytes:
         return sequence_key(self.ids, self.supervised, self.images)
-
-
-@dataclass(frozen=True)
-class UnusableRow:
-    """Why a row cannot be read."""
-
-    reason: str
 
 
 class Sequences:
@@ -103,7 +82,7 @@ class VisionSequences:
     """The rows of one split with images, which become tokens only when they are asked for."""
 
     def __init__(self, dataset: Dataset, collator: Any, image_token_id: int | None):
-        self._images, self._dataset = dataset.features["images"].feature, _undecoded(dataset)
+        self._images, self._dataset = dataset.features["images"].feature, undecoded(dataset)
         self._collator, self._image_token_id = collator, image_token_id
         self.counts = np.zeros(0, dtype=np.int64)
         for _, sequence in usable(self, range(min(len(dataset), _COUNTED_IMAGES))):
@@ -172,16 +151,6 @@ class VisionSequences:
         )
 
 
-def decoded(feature: Any, image: Mapping[str, Any]) -> PILImage.Image | UnusableRow:
-    """An image from its encoded form, or why it cannot be decoded."""
-    try:
-        return feature.decode_example(image)
-    except UNDECODABLE as error:
-        # Where in memory its bytes lay is nobody's business, and another place in every build.
-        reason = re.sub(r"<[^>]* object at 0x[0-9a-f]+>", "of the row", str(error))
-        return UnusableRow(f"{type(error).__name__}: {reason}")
-
-
 @dataclass
 class Prepared:
     """What a recipe's training would see."""
@@ -211,7 +180,7 @@ class Prepared:
 def prepare(data: DatasetDict, args: DistillationConfig, processing_class: Any) -> Prepared:
     """The sequences of "train" and, if it is there, "eval". Raises ValueError for what training would refuse too."""
     # Looking at the columns should not fail where an image cannot be decoded.
-    unread = {str(split): _undecoded(dataset) for split, dataset in data.items()}
+    unread = {str(split): undecoded(dataset) for split, dataset in data.items()}
     check_training_data(unread["train"], unread.get("eval"), args, tokenizer_of(processing_class))
     trainer: Any = placeholder_trainer(args, processing_class, unread["train"], unread.get("eval"))
     vision = trainer._is_vision_dataset
@@ -229,12 +198,6 @@ def prepare(data: DatasetDict, args: DistillationConfig, processing_class: Any) 
         trainer.data_collator,
         vision,
     )
-
-
-def _undecoded(dataset: Dataset) -> Dataset:
-    if "images" not in dataset.column_names:
-        return dataset
-    return dataset.cast_column("images", List(Image(decode=False)))
 
 
 def usable(sequences: Sequences | VisionSequences, rows: range) -> Iterator[tuple[int, TokenSequence | UnusableRow]]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.data.images import undecoded
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import FusedLoss, Objective, fused_loss
 from mmkd.models.backbone import allow_consumers, devices_of, full_head, name_of
@@ -34,7 +36,7 @@ from .log import RunLog
 from .preparation import ROW_LENGTHS, RowLengths, preparation_of, sequences_of
 from .progress import DistillationProgress
 from .reports import ReportingTrainer
-from .vision import View, VisionCollator, processor_of_teacher, teacher_view
+from .vision import BAD_ROWS, VISUAL, ImageReader, View, VisionCollator, processor_of_teacher, teacher_view
 
 
 @dataclass
@@ -71,6 +73,14 @@ class DistillationConfig(SFTConfig):
             "language_model; the others are frozen. Default: all."
         },
     )
+    on_bad_row: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with a row whose images are missing, broken or cut by max_length: error (default), or "
+            "skip, which leaves it out, warns, and counts it in the logs as unreadable_rows or overlong_rows.",
+            "choices": ["error", "skip"],
+        },
+    )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments of from_pretrained for a teacher given by name, such as dtype."},
@@ -84,6 +94,8 @@ class DistillationConfig(SFTConfig):
             raise ValueError(f"ce_weight is {self.ce_weight}; it is a share and must lie between 0 and 1.")
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size is {self.chunk_size}; at least one token must be compared at a time.")
+        if self.on_bad_row not in ("error", "skip"):
+            raise ValueError(f"on_bad_row is {self.on_bad_row!r}; choose error or skip.")
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise ValueError(
                 "loss_type and label_smoothing_factor change SFT's own loss, which distillation replaces. Remove them."
@@ -166,6 +178,8 @@ class DistillationTrainer(ReportingTrainer):
             model, processing_class = self._load_student(model, args, processing_class, kwargs)
         if processing_class is None:
             processing_class = load_processing_class(name_of(model), "student")
+        # Read by `ImageReader`, which can say what is wrong with an image.
+        train_dataset, eval_dataset = _unread(train_dataset), _unread(eval_dataset)
         check_training_data(train_dataset, eval_dataset, args, tokenizer_of(processing_class))
         self._start_reports()
         if args.trainable is not None:
@@ -201,11 +215,16 @@ class DistillationTrainer(ReportingTrainer):
             )
         self.vision_collator = None
         if isinstance(self.data_collator, DataCollatorForVisionLanguageModeling):
-            self.data_collator = self.vision_collator = VisionCollator(self.data_collator)
+            self.data_collator = self.vision_collator = VisionCollator(self.data_collator, args.on_bad_row == "skip")
         self.data_collator = RowLengths(self.data_collator)
         self.vocab_size = full_head(self.model).vocab_size
         allow_consumers(self.model)
         self.teacher: Any = None if teacher is None else self.build_teacher(teacher, teacher_processing_class)
+        if self.vision_collator is not None:
+            self.data_collator = ImageReader(self.data_collator, args.on_bad_row == "skip")
+            if args.on_bad_row == "skip":
+                # Finds a row to put in the place of others before the first batch, which may hold none.
+                self.data_collator([dict(row) for row in islice(self.train_dataset, 8)])
         if self.teacher is not None:
             self.teacher.prepare(self.accelerator)
             self._ask_once()
@@ -416,6 +435,8 @@ class DistillationTrainer(ReportingTrainer):
         totals, reports = model(**view.inputs, consumer=consumer)
         reports["supervised_tokens"] = (view.supervised.sum(), 1)
         reports |= {f"loss/{kind}": (total, counts[kind]) for kind, total in totals.items() if not training}
+        if "skipped" in inputs.get(VISUAL, {}):
+            reports |= {name: (one, 1) for name, one in zip(BAD_ROWS, inputs[VISUAL]["skipped"], strict=True)}
         self._record(reports)
         loss = torch.stack([total / counts[kind].clamp(min=1) for kind, total in totals.items()]).sum()
         if training:
@@ -425,6 +446,10 @@ class DistillationTrainer(ReportingTrainer):
             return loss
         with torch.no_grad():
             return loss, model(**view.inputs)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's evaluation, of these rows or of those of the constructor."""
+        return super().evaluate(_unread(eval_dataset), *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's loop; the reports of this evaluation alone are logged, under its prefix."""
@@ -449,3 +474,9 @@ class DistillationTrainer(ReportingTrainer):
         else:
             kept[:, : row_lengths[:real].sum()] = True
         return labels.masked_fill(~kept, -100)
+
+
+def _unread(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {name: _unread(one) for name, one in data.items()}
+    return undecoded(data) if isinstance(data, Dataset) else data

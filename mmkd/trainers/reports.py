@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer
 
+from .vision import BAD_ROWS
+
 
 class ReportingTrainer(SFTTrainer):
     """trl's SFTTrainer whose logs are means over the items of all ranks since the last log."""
@@ -64,6 +66,8 @@ class ReportingTrainer(SFTTrainer):
         training = self.model.training
         mode = "train" if training else "eval"
         tokens = self._sums[mode].pop("supervised_tokens", None)
+        # All ranks have the same names, so that they reduce the same tensors.
+        counted = {name: self._summed(self._sums[mode].pop(name)[0]) for name in BAD_ROWS if name in self._sums[mode]}
         means = self._means(self._sums[mode])
         self._sums[mode] = {}
         if training and tokens is not None:
@@ -71,9 +75,11 @@ class ReportingTrainer(SFTTrainer):
             (seconds, steps), self._spent = self._spent, (0.0, 0)
             before = next((entry for entry in reversed(self.state.log_history) if "supervised_tokens" in entry), {})
             logs["supervised_tokens"] = before.get("supervised_tokens", 0) + int(tokens_seen)
+            logs |= {name: before.get(name, 0) + int(count) for name, count in counted.items()}
             logs["supervised_tokens_per_second"] = tokens_seen / seconds
             logs["eta_minutes"] = seconds / max(1, steps) * (self.state.max_steps - self.state.global_step) / 60
         if not training and means:
+            means |= {name: int(count) for name, count in counted.items()}
             means["loss"] = sum(means.pop(name) for name in list(means) if name.startswith("loss/"))
             means["perplexity"] = math.exp(min(means["ce"], 700.0))
         logs.update(means if training else {f"{self._prefix}_{name}": value for name, value in means.items()})

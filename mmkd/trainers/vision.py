@@ -1,24 +1,38 @@
 """Rows with images: what each model sees of them, which positions are visual tokens, and what cannot be right."""
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from datasets import Image
 from jaxtyping import Bool, Int
+from PIL import Image as PILImage
 from torch import Tensor
 from transformers import ProcessorMixin
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from mmkd.data.images import UnusableRow, decoded
 from mmkd.teachers.cached import images_of
+
+logger = logging.getLogger(__name__)
 
 VISUAL = "visual_tokens"
 """Where `VisionCollator` puts the mask of visual tokens and the size of each image."""
 
 TEACHER_INPUTS = "teacher_inputs"
 """Where it puts the teacher's version of the batch, made by the teacher's own processor."""
+
+BAD_ROWS = ("unreadable_rows", "overlong_rows")
+"""How many rows `on_bad_row: skip` left out, by what was wrong; in the logs, and in `VISUAL` as "skipped"."""
+
+_SKIPPED = "skipped"
+
+# transformers 5.23 fails to tell which tokens are the assistant's where a processor makes its own batches.
+_NO_ASSISTANT_MASK = ("Idefics3Processor", "InternVLProcessor")
 
 
 @dataclass(frozen=True)
@@ -83,18 +97,78 @@ def _answers(view: View) -> list[list[int]]:
     return [row[mask].tolist() for row, mask in zip(view.labels[:, 1:], view.supervised, strict=True)]
 
 
+class Spare:
+    """A usable row in the place of those that are not: batches keep their size, and nothing is learnt from it."""
+
+    def __init__(self) -> None:
+        self.row: Mapping[str, Any] | None = None
+
+    def replace(self, rows: list[Any], bad: Mapping[int, str], kind: str) -> list[dict[str, Any]]:
+        """The rows, the bad ones (number -> reason) replaced and marked. Raises ValueError where none is usable."""
+        marked = {
+            number: one[_SKIPPED] for number, one in enumerate(rows) if isinstance(one, dict) and _SKIPPED in one
+        }
+        usable = next((one for number, one in enumerate(rows) if number not in {*bad, *marked}), None)
+        self.row = self.row if usable is None else dict(usable)
+        for number, reason in bad.items():
+            if self.row is None:
+                raise ValueError(f"None of the first {len(rows)} rows can be used: {reason}")
+            if number not in marked:
+                logger.warning("Skipped a row: %s", reason)
+        # What replaced a bad row may be bad in another way, and still stands for the first.
+        return [
+            {**(self.row or {}), _SKIPPED: marked.get(number, kind)} if number in bad else one
+            for number, one in enumerate(rows)
+        ]
+
+
+class ImageReader:
+    """The outermost data collator of rows with images: decodes them.
+
+    Raises ValueError for an image that is broken or missing, unless such rows are skipped.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any], skip: bool):
+        self.collator, self.skip, self.spare = collator, skip, Spare()
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        rows = [_read(example) for example in examples]
+        bad = {number: row.reason for number, row in enumerate(rows) if isinstance(row, UnusableRow)}
+        if bad and not self.skip:
+            raise ValueError(
+                f"An image of the data cannot be read: {next(iter(bad.values()))}. Correct the row or remove it, or "
+                "set on_bad_row: skip to leave such rows out and count them."
+            )
+        return self.collator(self.spare.replace(rows, bad, BAD_ROWS[0]))
+
+
+def _read(example: Mapping[str, Any]) -> dict[str, Any] | UnusableRow:
+    encoded = example.get("images") or []
+    images = [one if isinstance(one, PILImage.Image) else decoded(Image(), one) for one in encoded]
+    bad = next((one for one in images if isinstance(one, UnusableRow)), None)
+    if bad is not None:
+        return bad
+    return {**example, "images": images} if encoded else dict(example)
+
+
 class VisionCollator:
     """trl's collator of rows with images, and what distillation must know of them: `VISUAL`, `TEACHER_INPUTS`.
 
     Raises ValueError for videos, for more or fewer images than placeholders, and where `max_length` would cut a row
-    within its images.
+    within its images, unless such rows are skipped.
     """
 
-    def __init__(self, collator: DataCollatorForVisionLanguageModeling):
+    def __init__(self, collator: DataCollatorForVisionLanguageModeling, skip: bool = False):
         self.student, self.teacher = collator, None
+        self.skip, self.spare = skip, Spare()
         # Cut here, where the loss of image tokens can be told from the loss of text.
         self.max_length, collator.max_length = collator.max_length, None
         require_image_tokens(collator.processor, "student")
+        if collator.assistant_only_loss and type(collator.processor).__name__ in _NO_ASSISTANT_MASK:
+            raise ValueError(
+                f"{type(collator.processor).__name__} cannot tell which tokens the assistant says. Map the data to "
+                "prompt and completion, and leave assistant_only_loss out."
+            )
 
     def add_teacher(self, processor: ProcessorMixin) -> None:
         """Gives the teacher its own version of every batch, if its processor makes another one."""
@@ -116,18 +190,25 @@ class VisionCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         for example in examples:
             _check_row(example, self.student.processor)
-        batch = self._collated(self.student, examples)
-        if self.teacher is not None:
-            batch[TEACHER_INPUTS] = self._collated(self.teacher, examples)
-        return batch
-
-    def _collated(self, collator: DataCollatorForVisionLanguageModeling, examples: list[dict[str, Any]]) -> dict:
-        processor: Any = collator.processor
+        sides = [self.student] if self.teacher is None else [self.student, self.teacher]
         # trl's collator writes into its examples.
-        batch = dict(collator([dict(example) for example in examples]))
+        batches = [dict(side([dict(example) for example in examples])) for side in sides]
+        lost = {row: why for one, side in zip(batches, sides, strict=True) for row, why in self._lost(one, side)}
+        if lost and not self.skip:
+            raise ValueError(next(iter(lost.values())))
+        examples = self.spare.replace(examples, lost, BAD_ROWS[1])
+        if lost:
+            return self(examples)
+        batch, *teacher = (self._finished(one, side, examples) for one, side in zip(batches, sides, strict=True))
+        return {**batch, TEACHER_INPUTS: teacher[0]} if teacher else batch
+
+    def _finished(
+        self, batch: dict[str, Any], collator: DataCollatorForVisionLanguageModeling, examples: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """A collated batch cut to `max_length`, with its `VISUAL`, in which skipped rows teach nothing."""
+        processor: Any = collator.processor
         ids = batch["input_ids"]
         mask = ids == processor.image_token_id
-        self._check_length(mask)
         if self.max_length is not None and ids.shape[1] > self.max_length:
             for key, value in batch.items():
                 if isinstance(value, Tensor) and value.shape[:2] == ids.shape and value.ndim == 2:
@@ -136,21 +217,31 @@ class VisionCollator:
         images = [images_of(example) for example in examples]
         sizes = [[row, size] for row, one in enumerate(images) for size in _sizes(mask[row], one, processor)]
         batch[VISUAL] = {"mask": mask, "images": torch.tensor(sizes, dtype=torch.long).reshape(-1, 2)}
+        if self.skip:
+            kinds = [example.get(_SKIPPED) for example in examples]
+            batch["labels"][[row for row, kind in enumerate(kinds) if kind is not None]] = -100
+            batch[VISUAL]["skipped"] = torch.tensor([kinds.count(kind) for kind in BAD_ROWS])
         return batch
 
-    def _check_length(self, mask: Bool[Tensor, "batch position"]) -> None:
+    def _lost(
+        self, batch: Mapping[str, Any], collator: DataCollatorForVisionLanguageModeling
+    ) -> list[tuple[int, str]]:
+        """The rows that `max_length` would cut within their images, and what to do."""
         if self.max_length is None:
-            return
+            return []
+        processor: Any = collator.processor
+        mask = batch["input_ids"] == processor.image_token_id
+        found = []
         # The last position predicts nothing, so an image that ends there has no text after it.
-        lost = mask[:, self.max_length - 1 :].any(1)
-        if lost.any():
-            row = int(lost.nonzero()[0])
+        for row in mask[:, self.max_length - 1 :].any(1).nonzero()[:, 0].tolist():
             last = int(mask[row].nonzero()[-1]) + 1
-            raise ValueError(
+            reason = (
                 f"max_length {self.max_length} would cut a row within its images: its {int(mask[row].sum())} image "
-                f"tokens end at position {last}. Raise max_length above {last} plus the answer, shrink the images, or "
-                "filter such rows out."
+                f"tokens end at position {last}. Raise max_length above {last} plus the answer, shrink the images, "
+                "filter such rows out, or set on_bad_row: skip to leave them out and count them."
             )
+            found.append((row, reason))
+        return found
 
 
 def require_image_tokens(processor: Any, role: str) -> None:
@@ -238,8 +329,11 @@ def _sizes(mask: Bool[Tensor, "position"], images: list[Any], processor: Any) ->
         return (ends - starts).tolist()
     # Images side by side, or cut into tiles: each is asked for alone.
     sizes = [_size_alone(image, processor) for image in images]
-    assert sum(sizes) == total, f"images of {sizes} tokens make {total}"
-    return sizes
+    if sum(sizes) == total:
+        return sizes
+    # LLaVA-OneVision cuts a lone image into tiles, and gives each of several the same number of tokens.
+    assert total % len(images) == 0, f"images of {sizes} tokens make {total}"
+    return [total // len(images)] * len(images)
 
 
 def _size_alone(image: Any, processor: Any) -> int:

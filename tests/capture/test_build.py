@@ -303,14 +303,14 @@ def test_answers_to_images_are_those_of_images_decoded_at_once(
 ) -> None:
     """One prompt at a time has its images decoded while a local teacher answers."""
     alive: list[int] = []
-    answers = LocalGenerator._answers
+    answers = LocalGenerator.answers
 
     def counted(self: Any, prompts: Any) -> Any:
         gc.collect()
         alive.append(sum(type(one).__name__ == "PngImageFile" for one in gc.get_objects()))
         return answers(self, prompts)
 
-    monkeypatch.setattr(LocalGenerator, "_answers", counted)
+    monkeypatch.setattr(LocalGenerator, "answers", counted)
     flags = ["--job", "generate", "--max_skipped", "1", "--cache_max_new_tokens", "8"]
     mmkd("cache", "build", "recipe.yaml", *pictures, *flags)
     assert len(alive) == 9

@@ -1,15 +1,33 @@
 """Recipes of classes: what is read, how labels and names fit, and what is refused."""
 
+import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
 
 from mmkd.data.classification import HIDDEN, ClassificationRecipe, load_classification
 from tests.classes import NAMES, pictures
 
+# The sources on the Hub: number of classes, splits, and columns besides image and label.
+HUB: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
+    "caltech101": (102, ("train", "test"), {}),
+    "dtd": (47, ("train", "test"), {}),
+    "eurosat": (10, ("train", "test"), {}),
+    "fgvc_aircraft": (100, ("train", "val", "test"), {}),
+    "food101": (101, ("train", "validation"), {}),
+    "imagenet_1k": (1000, ("train", "validation", "test"), {}),
+    "oxford_flowers": (102, ("train", "validation", "test"), {}),
+    "oxford_pets": (37, ("train", "test"), {"image_id": "string"}),
+    "stanford_cars": (196, ("train", "test"), {}),
+    "sun397": (397, ("train", "test"), {}),
+    "ucf101": (101, ("train", "test"), {"video_id": "string", "clip_id": "string", "frame": "int64"}),
+}
 SHIPPED = sorted((Path(__file__).parents[2] / "data_recipes" / "classification").glob("*.yaml"))
 
 
@@ -115,3 +133,43 @@ def test_shipped_recipes_say_what_a_reader_needs(path: Path) -> None:
     assert recipe.prompts
     assert "test" in recipe.splits
     assert "validation" in recipe.splits or recipe.validation_per_class
+    if "/" in recipe.source:
+        # Where no commit could be looked up, the recipe must say so.
+        unpinned = "# Not pinned to a commit" in path.read_text()
+        assert recipe.revision == "main" if unpinned else len(recipe.revision or "") == 40
+
+
+def test_shipped_recipes_read_the_hub() -> None:
+    assert {path.stem for path in SHIPPED if "/" in ClassificationRecipe.load(path).source} == set(HUB)
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_shipped_recipes_fit_their_sources(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    number, splits, others = HUB[name]
+    png = io.BytesIO()
+    PILImage.new("RGB", (2, 2)).save(png, "png")
+    cells = {"int64": 1, "string": "x", "image": {"bytes": png.getvalue(), "path": None}}
+    features = Features(
+        {"image": Image(), "label": ClassLabel(names=[f"class_{label}" for label in range(number)])}
+        | {column: Value(kind) for column, kind in others.items()}
+    )
+    asked: list[tuple[str, str, str]] = []
+
+    def load_dataset(source: str, *, name: None, revision: str, data_files: None, split: str) -> Dataset:
+        asked.append((source, revision, split))
+        assert split in splits
+        labels = [*range(number), *range(number)]
+        columns = {"image": [cells["image"]] * len(labels), "label": labels}
+        columns |= {column: [cells[kind]] * len(labels) for column, kind in others.items()}
+        return Dataset.from_dict(columns, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    recipe = ClassificationRecipe.load(f"classification/{name}")
+    held_out = recipe.validation_per_class and 1
+    data = load_classification(dataclasses.replace(recipe, validation_per_class=held_out))
+    assert asked == [(recipe.source, recipe.revision, split) for split in recipe.splits.values()]
+    assert data.train.column_names == ["image", "label"]
+    assert data.class_names == recipe.class_names or data.class_names[-1] == f"class {number - 1}"
+    assert len(data.train) == (number if held_out else 2 * number)
+    assert data.validation is not None
+    assert data.test is not None

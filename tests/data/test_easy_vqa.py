@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from scripts.make_easy_vqa import is_held_out, rows, what_it_shows
+from scripts.quickstart_vlm import SIDE, TEXT, WIDTH, contact_sheet
 
 
 @pytest.mark.parametrize(
@@ -45,3 +47,14 @@ def test_rows_are_conversations_about_one_picture() -> None:
 
 def test_about_one_picture_in_ten_is_held_out() -> None:
     assert 0.08 < sum(map(is_held_out, range(4000))) / 4000 < 0.12
+
+
+def test_the_contact_sheet_shows_the_pictures_and_what_is_wrong_in_red(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (0, 0, 200)).save(tmp_path / "7.png")
+    asked = rows([("what shape is it?", "circle", 7)] * 5, tmp_path)
+    sheet = contact_sheet(asked, {"student": ["circle"] * 4 + ["triangle"]})
+    assert sheet.size == (4 * WIDTH, 2 * (SIDE + TEXT))
+    assert sheet.getpixel((WIDTH // 2, SIDE // 2)) == (0, 0, 200)
+    below = [sheet.crop((0, top + SIDE + 8, WIDTH, top + SIDE + TEXT)) for top in (0, SIDE + TEXT)]
+    red = [(255, 0, 0) in {color for _, color in cell.getcolors(100_000) or []} for cell in below]
+    assert red == [False, True]

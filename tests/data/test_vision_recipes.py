@@ -1,4 +1,4 @@
-"""The shipped recipes of vision-language and maths data, on rows with their sources' documented schemas."""
+"""The shipped recipes of data on the Hub, on rows with their sources' documented schemas."""
 
 import json
 from pathlib import Path
@@ -58,9 +58,14 @@ def test_llava_sets(name: str) -> None:
         {"from": "human", "value": "Sure?"},
         {"from": "gpt", "value": "Yes."},
     ]
-    # Rows of text alone have no image key, and ids that are no number.
+    # Rows of text alone have a model in place of an image; some ids of the file are strings, others numbers.
     rows = shipped(
-        name, [{"id": "1", "image": "00453/a.png", "conversations": talk}, {"id": "x", "conversations": talk[2:]}]
+        name,
+        [
+            {"id": "000000033471", "image": "00453/a.png", "conversations": talk},
+            {"id": "wgByO4Y_0", "model": "gpt4", "conversations": talk[2:]},
+            {"id": 2354786, "image": "00453/a.png", "conversations": talk[:2]},
+        ],
     )
     first: Any = rows[0]
     assert first["messages"][0] == {"role": "user", "content": [text("Render a clear summary."), IMAGE]}
@@ -69,12 +74,17 @@ def test_llava_sets(name: str) -> None:
     second: Any = rows[1]
     assert second["images"] == []
     assert second["messages"][0]["content"] == [text("Sure?")]
+    assert len(rows) == 3
 
 
 def test_llava_onevision() -> None:
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "B"}]
+    spoken = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
     rows = Dataset.from_list(
-        [{"id": "1", "image": picture(), "conversations": talk, "data_source": "ai2d"}] * 2,
+        [
+            {"id": "1", "image": picture(), "conversations": talk, "data_source": "ai2d(gpt4v)"},
+            {"id": "2", "image": None, "conversations": spoken, "data_source": "ai2d(gpt4v)"},
+        ],
         features=Features(
             {
                 "id": Value("string"),
@@ -84,9 +94,10 @@ def test_llava_onevision() -> None:
             }
         ),
     )
-    found: Any = shipped("llava_onevision", rows)[1]
-    assert found["messages"][0]["content"] == [IMAGE, text("What?")]
-    assert len(found["images"]) == 1
+    found: Any = shipped("llava_onevision", rows)
+    assert found[0]["messages"][0]["content"] == [IMAGE, text("What?")]
+    assert found[1]["messages"][0]["content"] == [text("Why?")]
+    assert [len(row["images"]) for row in found] == [1, 0]
 
 
 @pytest.mark.parametrize("name", ["cauldron_vqav2", "cauldron_ai2d", "cauldron_textcaps"])
@@ -108,6 +119,8 @@ def test_the_cauldron(name: str) -> None:
 
 def test_scienceqa() -> None:
     row = {"question": "Which?", "choices": ["one", "two"], "answer": 1, "hint": "Look.", "task": "closed choice"}
+    others = ("grade", "subject", "topic", "category", "skill", "lecture", "solution")
+    row |= dict.fromkeys(others, "")
     rows = [{**row, "image": picture()}, {**row, "image": None, "hint": ""}]
     features = Features(
         {
@@ -117,6 +130,7 @@ def test_scienceqa() -> None:
             "answer": Value("int8"),
             "hint": Value("string"),
             "task": Value("string"),
+            **dict.fromkeys(others, Value("string")),
         }
     )
     found: Any = shipped("scienceqa", Dataset.from_list(rows, features=features))
@@ -140,11 +154,60 @@ def test_maths(name: str, row: dict[str, str]) -> None:
     assert found["messages"] == [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": answer}]
 
 
-def test_cosmopedia() -> None:
-    found: Any = shipped(
-        "cosmopedia_v2", [{"prompt": "p", "text": "A story.", "token_length": 3, "format": "blogpost"}]
-    )
-    assert found[0] == {"text": "A story."}
+@pytest.mark.parametrize(
+    "name, columns",
+    [
+        (
+            "cosmopedia_v2",
+            {"prompt": "p", "token_length": 3, "audience": "general", "format": "story", "seed_data": "w"},
+        ),
+        (
+            "fineweb_edu_10bt",
+            {
+                "id": "<urn:uuid:1>",
+                "dump": "CC-MAIN-2013-20",
+                "url": "http://x",
+                "file_path": "s3://x",
+                "language": "en",
+            }
+            | {"language_score": 0.9, "token_count": 3, "score": 3.1, "int_score": 3},
+        ),
+    ],
+)
+def test_texts(name: str, columns: dict[str, Any]) -> None:
+    found: Any = shipped(name, [{"text": "A story.", **columns}])[0]
+    assert found == {"text": "A story."}
+
+
+@pytest.mark.parametrize(
+    "name, columns",
+    [
+        ("ultrachat_200k", {"prompt": "Hi.", "prompt_id": "f0e3"}),
+        ("smoltalk", {"source": "smol-magpie-ultra"}),
+        ("tulu_3_sft", {"id": "oasst1_5921", "source": "ai2-adapt-dev/oasst1_converted"}),
+    ],
+)
+def test_chats(name: str, columns: dict[str, str]) -> None:
+    talk = [{"content": "Be brief.", "role": "system"}, {"content": "Hi.", "role": "user"}]
+    talk += [{"content": "Hello.", "role": "assistant"}]
+    features = {"messages": List({"content": Value("string"), "role": Value("string")})}
+    features |= {column: Value("string") for column in columns}
+    found: Any = shipped(name, Dataset.from_list([{"messages": talk, **columns}], features=Features(features)))
+    assert found.column_names == ["messages"]
+    assert found[0]["messages"] == talk
+
+
+def test_openhermes() -> None:
+    """The source is one JSON array whose rows lack most columns, and the system's words are a turn in some rows."""
+    turns = [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello.", "weight": None}]
+    rows: list[dict[str, Any]] = [
+        {"conversations": turns, "source": "airoboros2.2", "category": "orca", "skip_prompt_formatting": False},
+        {"conversations": [{"from": "system", "value": "Be brief."}, *turns], "system_prompt": "", "idx": 1},
+    ]
+    found: Any = shipped("openhermes_2_5", rows)
+    said = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    assert found[0]["messages"] == said
+    assert found[1]["messages"] == [{"role": "system", "content": "Be brief."}, *said]
 
 
 @pytest.mark.parametrize(

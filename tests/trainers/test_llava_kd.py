@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.features import relation_distance
@@ -292,3 +293,29 @@ def test_only_the_named_parts_are_trained(build_vlm: Build) -> None:
 def test_parts_that_are_none(build_vlm: Build, parts: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_vlm(LLaVAKDTrainer, vision_rows([1] * 4), trainable=parts)
+
+
+class VocabularyRows(TorchDispatchMode):
+    """Notes how many rows of logits any operation returns: what has the vocabulary as its last dimension."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size, self.most = vocab_size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(one, torch.Tensor) and one.ndim and one.shape[-1] == self.vocab_size:
+                self.most = max(self.most, one.numel() // self.vocab_size)
+        return result
+
+
+def test_visual_logits_are_never_held_in_full(build_vlm: Build) -> None:
+    """80 visual tokens, 4 rows of logits at a time; a transposed head with its bias has the vocabulary last, too."""
+    trainer: Any = build_vlm(LLaVAKDTrainer, vision_rows([5] * 4), chunk_size=4)
+    batch = one_batch(trainer)
+    width = max(trainer.model.lm_head.in_features, trainer.teacher.model.lm_head.in_features)
+    assert int(batch[VISUAL]["mask"].sum()) == 80
+    with VocabularyRows(trainer.vocab_size) as seen:
+        loss_and_gradients(trainer, batch)
+    assert 4 <= seen.most <= width + 1 < 80

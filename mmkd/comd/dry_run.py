@@ -1,0 +1,66 @@
+"""What a run of comd would do, before anything is asked or trained."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mmkd import dry_run
+from mmkd.arguments import Run
+from mmkd.run import STAGE_KEYS, build_trainer, load_rows_of, parse_run, read_recipe
+from mmkd.trainers.comd import CoMDConfig
+
+from . import recipe as recipes
+from .files import write_lines
+from .instructions import ImageStore, apart_from, read_instructions, row_of
+from .prompts import Prompts
+from .roles import Roles
+
+
+def dry_run_comd(run: Run, recipe: Path, flags: Sequence[str], console: Console) -> None:
+    """Prints the plan of all rounds, and that of training round 0, on the data's own answers in place of a teacher's.
+
+    Raises ValueError for what the loop would refuse before its first question.
+    """
+    folder = Path(run.training.output_dir or "")
+    if "stages" in read_recipe(recipe):
+        recipe = _stage(recipe, folder)
+        run = parse_run(str(recipe), [*flags, "--output_dir", str(folder)])
+    training = run.training
+    assert isinstance(training, CoMDConfig)
+    Roles(run)
+    Prompts.read(training.prompts)
+    store, data = ImageStore(folder / "images"), load_rows_of(run)
+    held_out = read_instructions(data["eval"], store) if "eval" in data else []
+    seeds = apart_from(read_instructions(data["train"], store), held_out)
+    arguments = run.arguments
+    teacher = arguments.teacher if arguments.teacher_server is None else ", ".join(arguments.teacher_server)
+    made = training.rounds * training.new_instructions
+    made = min(made, training.max_new_instructions or made) if training.augmentor != "none" else 0
+    table = Table(title="mmkd comd: dry run", show_header=False)
+    table.add_row("instructions", f"{len(seeds):,} of the data, {len(held_out):,} held out")
+    table.add_row("rounds", f"0 to {training.rounds}, each trained with {training.round_method}")
+    table.add_row("new instructions", f"up to {made:,}, {training.hard_ratio:.0%} of them from hard ones")
+    table.add_row("teacher", str(teacher))
+    for role in ("assessor", "augmentor"):
+        kind = getattr(training, role)
+        named = getattr(training, f"{role}_server") or getattr(training, f"{role}_model") or "the teacher"
+        table.add_row(role, f"{kind}, {named}" if kind in ("judge", "model") else kind)
+    longest = (len(seeds) + made) * training.answer_max_new_tokens
+    table.add_row(
+        "teacher's answers", f"at most {longest:,} tokens, budget {training.max_teacher_tokens or 'unlimited'}"
+    )
+    console.print(table)
+    write_lines(folder / "pool.jsonl", [row_of(one, one.reference or "?") for one in seeds])
+    recipes.write_data(folder, any(one.images for one in seeds), None)
+    path = recipes.write_round(run, recipe, folder, recipes.student_keys(run), 0)
+    dry_run.report(build_trainer(parse_run(str(path), recipes.round_flags(flags))), console)
+
+
+def _stage(recipe: Path, folder: Path) -> Path:
+    """Writes the recipe of the first stage of comd, as if the stages before it had left the student as it was."""
+    keys = read_recipe(recipe)
+    own = next(stage for stage in keys["stages"].values() if stage.get("method", keys["method"]) == "comd")
+    shared = {key: value for key, value in keys.items() if key not in STAGE_KEYS}
+    return recipes.write_recipe(folder / "stage.yaml", {**shared, **own}, "The stage of comd.")

@@ -1,0 +1,45 @@
+"""Files of a run: lines of JSON, and models with their adapters merged."""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from mmkd.models.load import load_model, load_processing_class
+from mmkd.teachers.manifest import write_file
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copies a saved model without the checkpoints of its training."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.startswith((PREFIX_CHECKPOINT_DIR, "training_args", "optimizer")):
+            shutil.copyfile(path, target / path.name)
+
+
+def merge_adapter(base: str, adapter: Path, target: Path, **kwargs: Any) -> None:
+    """Saves a model with a LoRA adapter merged into its weights, and its tokenizer or processor."""
+    model: Any = PeftModel.from_pretrained(load_model(base, "student", **kwargs), str(adapter))
+    model.merge_and_unload().save_pretrained(target)
+    load_processing_class(base, "student").save_pretrained(target)

@@ -1,0 +1,160 @@
+"""Rows with images that cannot be used: refused with a reason, or left out, counted and of no consequence."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+
+from mmkd.cli import main
+from mmkd.trainers.alm import ALMTrainer
+from mmkd.trainers.kd import KDTrainer
+from mmkd.trainers.llava_kd import LLaVAKDTrainer
+from mmkd.trainers.sft import SFTBaselineTrainer
+from tests.helpers import Build, losses_of
+from tests.vlms import make_llava, picture, vision_rows
+
+LONG = " long" * 100
+"""With its images behind it, a prompt that max_length 128 cuts within them."""
+
+
+@pytest.fixture(scope="session")
+def vlms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("vlms")
+    return {"teacher": make_llava(folder / "teacher", seed=1), "student": make_llava(folder / "student", seed=2)}
+
+
+def rows_with(tmp_path: Path, kinds: list[str]) -> Dataset:
+    """Rows of one image each: good, missing, broken, or with its image behind a long text."""
+    data = vision_rows([1] * len(kinds))
+    rows: list[dict[str, Any]] = []
+    for number, kind in enumerate(kinds):
+        path = tmp_path / f"{number}.png"
+        picture(100 * number).save(path)
+        if kind == "missing":
+            path.unlink()
+        elif kind == "broken":
+            path.write_bytes(path.read_bytes()[:60])
+        row: Any = data[number]
+        messages = row["messages"]
+        if kind == "long":
+            messages[0]["content"] = [{"type": "text", "text": LONG}, {"type": "image", "text": None}]
+        rows.append({"messages": messages, "images": [str(path)]})
+    features = data.features
+    return Dataset.from_list(rows).cast(features)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, vlms: dict[str, Path]) -> Path:
+    """A recipe of one good and one of each bad row, eight times over, as JSON and image files."""
+    messages = rows_with(tmp_path, ["good", "missing", "broken", "long"] * 2)["messages"]
+    lines = [{"messages": one, "images": [str(tmp_path / f"{number}.png")]} for number, one in enumerate(messages)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {"source": "json", "data_files": {"train": str(tmp_path / "rows.jsonl")}, "splits": {"train": "train"}}
+    data["columns"] = {"messages": "messages", "images": "images"}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
+    keys = {
+        "method": "llava_kd",
+        "teacher": str(vlms["teacher"]),
+        "student": str(vlms["student"]),
+        "data": str(tmp_path / "data.yaml"),
+        "output_dir": str(tmp_path / "run"),
+        "assistant_only_loss": True,
+        "max_length": 128,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    return path
+
+
+def test_bad_rows_are_counted_through_the_command_line(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["train", str(recipe), "--on_bad_row", "skip"]) == 0
+    state = json.loads((recipe.parent / "run" / "trainer_state.json").read_text())
+    logged = [entry for entry in state["log_history"] if "unreadable_rows" in entry]
+    # Eight rows, two of each kind, twice.
+    assert [logged[-1][name] for name in ("unreadable_rows", "overlong_rows")] == [8, 4]
+    assert logged[0]["unreadable_rows"] < logged[-1]["unreadable_rows"]
+    said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    for reason in ("FileNotFoundError", "truncated", "would cut a row within its images"):
+        assert any("Skipped a row" in one and reason in one for one in said), reason
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [("missing", "FileNotFoundError"), ("broken", "truncated"), ("long", "within its images")],
+)
+def test_bad_rows_are_refused_by_default(
+    build: Build, vlms: dict[str, Path], tmp_path: Path, kind: str, reason: str
+) -> None:
+    models = {"model": str(vlms["student"]), "teacher": str(vlms["teacher"])}
+    trainer = build(
+        LLaVAKDTrainer,
+        rows_with(tmp_path, ["good"] * 3 + [kind]),
+        trainer=models,
+        assistant_only_loss=True,
+        max_length=128,
+    )
+    with pytest.raises(ValueError, match=f"{reason}.*on_bad_row: skip"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("cls", [LLaVAKDTrainer, KDTrainer, SFTBaselineTrainer, ALMTrainer])
+def test_what_is_left_out_changes_nothing(build: Build, vlms: dict[str, Path], tmp_path: Path, cls: Any) -> None:
+    """The loss and gradient of two good rows, alone and between two bad ones."""
+    models = {"model": str(vlms["student"]), "teacher": None if cls is SFTBaselineTrainer else str(vlms["teacher"])}
+    found = []
+    for kinds in (["good", "missing", "broken", "good"], ["good", "good"]):
+        numbers = [number for number, kind in enumerate(kinds) if kind == "good"] if len(kinds) == 4 else [0, 3]
+        data = rows_with(tmp_path, ["good"] * 4 if len(kinds) == 2 else kinds).select(
+            range(4) if len(kinds) == 4 else numbers
+        )
+        trainer = build(
+            cls, data, trainer=models, assistant_only_loss=True, max_length=128, max_steps=1, on_bad_row="skip"
+        )
+        trainer.train()
+        found.append([losses_of(trainer)[0], losses_of(trainer, "grad_norm")[0], losses_of(trainer, "ce")[0]])
+        assert losses_of(trainer, "unreadable_rows") == [len(kinds) - 2]
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_counts_its_own(build: Build, vlms: dict[str, Path], tmp_path: Path) -> None:
+    models = {"model": str(vlms["student"]), "teacher": str(vlms["teacher"])}
+    trainer: Any = build(
+        LLaVAKDTrainer,
+        rows_with(tmp_path, ["good"] * 4),
+        trainer=models,
+        assistant_only_loss=True,
+        max_length=128,
+        on_bad_row="skip",
+    )
+    bad = rows_with(tmp_path, ["good", "broken", "good", "missing"])
+    evaluated = trainer.evaluate(eval_dataset=bad)
+    assert evaluated["eval_unreadable_rows"] == 2
+    assert evaluated["eval_overlong_rows"] == 0
+
+
+def test_nothing_but_bad_rows_is_an_error(build: Build, vlms: dict[str, Path], tmp_path: Path) -> None:
+    models = {"model": str(vlms["student"]), "teacher": str(vlms["teacher"])}
+    with pytest.raises(ValueError, match=r"None of the first 4 rows can be used.*FileNotFoundError"):
+        build(
+            LLaVAKDTrainer,
+            rows_with(tmp_path, ["missing"] * 4),
+            trainer=models,
+            assistant_only_loss=True,
+            max_length=128,
+            on_bad_row="skip",
+        )
+    with pytest.raises(ValueError, match="choose error or skip"):
+        build(LLaVAKDTrainer, vision_rows([1]), on_bad_row="ignore")

@@ -1,0 +1,59 @@
+"""CoMD's settings, and the loss of a round."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from datasets import Dataset
+
+from mmkd.run import parse_run
+from mmkd.stages import plan
+from mmkd.trainers.comd import CoMDConfig, CoMDTrainer
+from mmkd.trainers.sft import SFTBaselineTrainer
+from tests.helpers import Build, losses_of
+
+
+def test_a_round_learns_the_answers_as_sft_does(build: Build, completions: Dataset) -> None:
+    ours = build(CoMDTrainer, completions, trainer={"teacher": None})
+    theirs = build(SFTBaselineTrainer, completions, trainer={"teacher": None})
+    for trainer in (ours, theirs):
+        trainer.train()
+    assert losses_of(ours) == losses_of(theirs)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"ce_weight": 0.5}, "round_method: kd"),
+        ({"rounds": -1}, "give 0 or more"),
+        ({"new_instructions": 0}, "give 1 or more"),
+        ({"hard_ratio": 1.5}, "between 0 and 1"),
+        ({"max_teacher_tokens": 0}, "no limit"),
+        ({"assessor": "jury"}, "choose one of judge"),
+        ({"augmentor": "me"}, "choose one of model"),
+        ({"round_method": "dho"}, "choose one of sft, kd, taid"),
+        ({"train_on": "new", "augmentor": "none"}, "needs new instructions"),
+        ({"round_cache": True}, "does not read"),
+        ({"mutual": True, "assessor": "none"}, "whose answer is better"),
+        ({"judge_temperature": -1.0}, "must not be negative"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path: Any, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CoMDConfig(str(tmp_path), **wrong)
+
+
+def test_settings_of_a_round_may_be_a_flag(tmp_path: Any) -> None:
+    assert CoMDConfig(str(tmp_path), round_settings='{"divergence": "jsd"}').round_settings == {"divergence": "jsd"}
+
+
+@pytest.mark.parametrize("name", ["easy_vqa", "scienceqa_llava"])
+def test_stages_of_shipped_recipes_parse(name: str, tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "trainers" / "comd" / f"{name}.yaml"
+    stages, flags = plan(path, ["--output_dir", str(tmp_path)])
+    for stage in stages:
+        recipe = tmp_path / f"{stage.name}.yaml"
+        recipe.write_text(yaml.safe_dump(dict(stage.keys)))
+        run = parse_run(str(recipe), flags)
+        assert run.arguments.method == {"PT": "sft", "CoMD": "comd"}[stage.name]
