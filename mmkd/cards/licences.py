@@ -46,7 +46,10 @@ KNOWN = (
     Terms(r".*(non-?commercial|research use|research only).*", non_commercial=True),
 )  # fmt: skip
 
-_UNKNOWN = re.compile(r"other|unknown|not stated|see the homepage|.*keep their own.*|.*each subset keeps.*")
+# Texts that name no one licence, or terms of others beside it.
+_UNKNOWN = re.compile(
+    r"other|unknown|not stated|see the homepage|.*keep (their own|the licences)|.*each subset keeps|.*terms of use"
+)
 _FAMILY_NAMES = re.compile(r"(?i)(?:^|/)(?:meta-)?(llama-?[234](?:[.-][123](?!\d))?|gemma)")
 
 
@@ -73,7 +76,7 @@ def conflicts(
         found += _of_outputs(teacher, own, declared, repo_id, base)
     for role, source in [("base model", one) for one in base] + [("data", one) for one in data]:
         found += _of_part(role, source, own, declared)
-    if declared is None or _UNKNOWN.fullmatch(declared.lower()):
+    if declared is None or _UNKNOWN.match(declared.lower()):
         found.append("The student's own licence is not stated: pass --license.")
     return list(dict.fromkeys(found))
 

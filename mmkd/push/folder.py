@@ -18,7 +18,17 @@ from mmkd.eval.model import EvalModel, find_model
 from mmkd.eval.scores import scores_of
 from mmkd.recipes import find_recipe
 from mmkd.record import data_facts
-from mmkd.report.runs import COMPARISON, RECORD, Log, comparison_of, parts_of, read_json, read_log, record_of
+from mmkd.report.runs import (
+    COMPARISON,
+    RECORD,
+    Log,
+    comparison_of,
+    parts_of,
+    read_json,
+    read_log,
+    record_of,
+    stages_of,
+)
 from mmkd.run import method_of, read_recipe
 
 from .lineage import bases_of, data_ids, data_sources, portable, source_of, teachers_of, trainings_of
@@ -121,7 +131,7 @@ def prepare(run: Path, wishes: Wishes) -> Published:
         student,
         warnings=conflicts(student.license, wishes.repo_id, student.base, student.teachers, student.data),
     )
-    return Published(student, place, files, read_log(place), model_card(student), record["keys"])
+    return Published(student, place, files, _log_of(place), model_card(student), record["keys"])
 
 
 def _student(model: EvalModel, place: Path, record: Mapping[str, Any], wishes: Wishes) -> Student:
@@ -143,7 +153,7 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], wishes: W
         **dict(zip(bases, published, strict=False)),
     }
     stated = {source.license for source in base}
-    log = read_log(place)
+    log = _log_of(place)
     data = Path(str(keys["data"]))
     recipe = {**portable(keys, ids), **({"data": f"training/{data.name}"} if data.is_file() else {})}
     return Student(
@@ -169,11 +179,10 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], wishes: W
 
 def _check_finished(run: Path, place: Path) -> None:
     record = read_json(place / RECORD)
-    last = parts_of(run)[-1].folder
-    rounds = any(run.glob("round-*")) and not (run / "rounds.json").is_file()
+    last = [run, *stages_of(run)][-1]
+    rounds = any(last.glob("round-*")) and not (last / "rounds.json").is_file()
     checkpoint = place.name.startswith("checkpoint-") and place != run
-    later = last != place and not any(run.glob("round-*"))
-    if checkpoint or rounds or (later and not checkpoint) or (record and not record["finished"]):
+    if last != place or rounds or (record and not record["finished"]):
         found = f"its newest checkpoint is {place.name}" if checkpoint else f"{last} did not come to its end"
         raise ValueError(
             f"The run {run} is not finished: {found}. Go on with --resume_from_checkpoint true, or name the "
@@ -194,6 +203,13 @@ def _record_of(place: Path, run: Path, wishes: Wishes) -> dict[str, Any]:
             "with --recipe, for the card is nothing without it."
         )
     return record
+
+
+def _log_of(place: Path) -> Log:
+    """The log of a training; of rounds all of theirs, each entry with the name of its round."""
+    if not any(place.glob("round-*")):
+        return read_log(place)
+    return [{"part": part.name, **entry} for part in parts_of(place) for entry in part.log]
 
 
 def _results(place: Path, model: EvalModel) -> dict[str, Any]:

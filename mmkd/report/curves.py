@@ -1,6 +1,7 @@
 """The curves of a run as SVG: told apart by lines and markers, so that they are read in black and white too."""
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,7 @@ def _draw_panel(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Figure | No
         return None
     longest = max(runs.values(), key=lambda parts: sum(part.steps for part in parts))
     marks = list(_starts(longest))[1:] if len(longest) > 1 else []
-    scale = "log" if panel.log_scale and all(y > 0 for _, _, ys in lines for y in ys) else "linear"
+    scale = "log" if panel.log_scale and not any(y <= 0 for _, _, ys in lines for y in ys) else "linear"
     return _figure(panel.title, [(panel.unit, "optimizer step", lines)], scale=scale, marks=marks)
 
 
@@ -95,7 +96,7 @@ def _lines(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Iterator[Line]:
             ]
             label = name.removeprefix("eval_") + ", held out" if name.startswith("eval_") else name
             if points:
-                xs, ys = zip(*thinned(points), strict=True)
+                xs, ys = zip(*sorted([*thinned(points), *_gaps(name, parts, points)]), strict=True)
                 yield (label if len(runs) == 1 else f"{run}: {label}"), list(xs), list(ys)
 
 
@@ -105,6 +106,16 @@ def _starts(parts: Sequence[Part]) -> Iterator[tuple[str, int]]:
     for part in parts:
         yield part.name, start
         start += part.steps
+
+
+def _gaps(name: str, parts: Sequence[Part], points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Where a line is broken: in the middle of each part that does not log it, between others that do."""
+    silent = [
+        start + part.steps / 2
+        for part, (_, start) in zip(parts, _starts(parts), strict=True)
+        if not any(name in entry for entry in part.log)
+    ]
+    return [(x, math.nan) for x in silent if points[0][0] < x < points[-1][0]]
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

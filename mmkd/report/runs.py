@@ -52,13 +52,19 @@ class RunFiles:
     @property
     def state(self) -> str:
         """How far it has come, in a sentence."""
-        own = next(iter(self.lines.values()), [])
+        folder = self.folder.resolve()
+        lines = self.lines.values()
+        inside = [line for line in lines if any(one.folder.resolve().is_relative_to(folder) for one in line)]
+        own = inside[-1] if inside else []
         if not any(part.log for part in own):
             return "Nothing is logged."
         last = [part for part in own if part.log][-1]
         of = f" of {last.planned:,}" if last.planned else ""
-        part = f"{last.name}, " if len(own) > 1 else ""
-        done = read_json(last.folder / RECORD).get("finished") or last.steps == last.planned
+        part = f"{last.name}, " if last.name != self.folder.name else ""
+        places = [place for place in (last.folder, *last.folder.parents) if place.is_relative_to(self.folder)]
+        records = [record for place in places or [last.folder] if (record := read_json(place / RECORD))]
+        # A round that has come to its end is not the end of its loop.
+        done = all(record["finished"] for record in records) if records else last.steps == last.planned
         return f"{part}step {last.steps:,}{of}: {'finished' if done else 'not finished, or still running'}."
 
 
@@ -77,11 +83,14 @@ def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:
         known = {part.folder.resolve() for line in lines.values() for part in line}
         if not {part.folder.resolve() for part in parts} <= known:
             lines = {folder.name: parts, **lines}
+    elif found is None:
+        lines = _under_way(folder)
     results = _results(folder, parts, found)
     record = record_of(folder)
-    if not record and found is not None:
-        students = [row["folders"][0] for row in found["rows"] if row["role"] == "student"]
-        record = next((one for one in (record_of(Path(name)) for name in students if Path(name).is_dir()) if one), {})
+    if not record:
+        students = [row["folders"][0] for row in found["rows"] if row["role"] == "student"] if found else []
+        shown = [Path(name) for name in students] or [folder / name for name in reversed(lines)]
+        record = next((one for one in (record_of(path) for path in shown if path.is_dir()) if one), {})
     rounds = [read_json(path) for path in sorted(_deep(folder, ROUNDS), key=lambda path: _number(path.parent))]
     choices = [read_json(path) for path in _deep(folder, CHOICE)]
     logged = any(part.log for line in lines.values() for part in line)
@@ -106,14 +115,21 @@ def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:
 
 def parts_of(folder: Path, prefix: str = "") -> list[Part]:
     """The trainings of a run, in order."""
-    stages = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+-\w+", path.name)]
+    stages = stages_of(folder)
     if stages:
-        return [part for path in sorted(stages, key=_number) for part in parts_of(path, f"{path.name} ")]
+        several = len(stages) > 1
+        return [part for one in stages for part in parts_of(one, f"{one.name} " if several else "")]
     rounds = [path for path in folder.glob("round-*") if path.is_dir()]
     if rounds:
         trained = [(path, inner) for path in sorted(rounds, key=_number) for inner in _trained(path)]
         return [Part(f"{prefix}{path.name}", inner, read_log(inner)) for path, inner in trained]
     return [Part(prefix.strip() or folder.name, folder, read_log(folder))]
+
+
+def stages_of(folder: Path) -> list[Path]:
+    """The folders of a run's stages, in order."""
+    found = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+-\w+", path.name)]
+    return sorted(found, key=_number)
 
 
 def read_log(folder: Path) -> Log:
@@ -146,8 +162,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """What the run, or its last part, says about itself."""
-    places = [folder, *(part.folder for part in reversed(parts_of(folder)))]
+    """What the run, its last stage or its last part says about itself."""
+    places = [folder, *reversed(stages_of(folder)), *(part.folder for part in reversed(parts_of(folder)))]
     return next((record for place in places if (record := read_json(place / RECORD))), {})
 
 
@@ -198,6 +214,12 @@ def _compared(comparison: Mapping[str, Any], folder: Path) -> dict[str, list[Par
     """The trainings of a comparison, one seed of each."""
     trained = {row["name"]: Path(_seed_of(row, folder)) for row in comparison["rows"] if row["cost"]}
     return {name: parts_of(path) for name, path in trained.items() if path.is_dir()}
+
+
+def _under_way(folder: Path) -> dict[str, list[Part]]:
+    """The trainings that a comparison has begun, in their order; each has a record of its own."""
+    records = {path: read_json(path / RECORD) for path in folder.iterdir() if (path / RECORD).is_file()}
+    return {path.name: parts_of(path) for path in sorted(records, key=lambda path: records[path]["started"])}
 
 
 def _results(folder: Path, parts: list[Part], comparison: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:

@@ -47,6 +47,8 @@ def test_nothing_is_said_where_all_is_open():
         ("mit", "u/x", OPEN, None, Source("d", "cc-by-nc-sa-4.0"), ["non-commercial", "share-alike"]),
         ("mit", "u/x", OPEN, None, Source("d", "research use, see homepage"), ["non-commercial or research"]),
         ("mit", "u/x", OPEN, None, Source("d", "not stated (its sources differ)"), ["says 'not stated"]),
+        ("mit", "u/x", OPEN, None, Source("d", "cc-by-4.0 (under OpenAI's terms of use too)"), ['says "cc-by-4.0']),
+        ("mit", "u/x", OPEN, None, Source("d", "odc-by (its sets keep their own)"), ["says 'odc-by"]),
         ("mit", "u/x", OPEN, None, Source("d", "cc-by-nd-4.0"), ["allows no derivatives"]),
         (None, "u/x", OPEN, None, None, ["The student's own licence is not stated"]),
     ],

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from PIL import Image
 
 from mmkd.cli import main
 from mmkd.record import RECORD
-from mmkd.report import runs
+from mmkd.report import curves, runs
 from mmkd.report.curves import PANELS, POINTS, STYLES, draw, thinned
 from mmkd.report.page import FIGURES, write_report
 from mmkd.report.runs import read_log, read_run
@@ -199,6 +200,18 @@ def test_a_run_that_goes_on(tmp_path):
     assert "kl: 0.06667 at 30" in page
 
 
+def test_a_comparison_under_way(tmp_path):
+    for number, name in enumerate(("taid", "kd")):
+        write_lines(tmp_path / name / LOG, [entry(50 + 50 * (1 - number))])
+        finished = None if number else "2026-01-03"
+        write_json(tmp_path / name / RECORD, {"method": name, "started": f"2026-01-0{number}", "finished": finished})
+    (tmp_path / "measured").mkdir()
+    found = read_run(tmp_path)
+    assert list(found.lines) == ["taid", "kd"]
+    assert found.state == "kd, step 50 of 100: not finished, or still running."
+    assert found.record["method"] == "kd"
+
+
 def test_a_run_without_a_log_file_is_read_from_its_newest_state(tmp_path):
     for step in (9, 10):
         state = {"max_steps": 20, "log_history": [entry(step)]}
@@ -217,6 +230,29 @@ def test_stages_follow_one_another(tmp_path):
     loss = next(figure for figure in draw(run) if figure.title == PANELS[0].title)
     assert "loss: 0.03 at 300" in loss.words
     assert "2-SFT" in loss.svg.decode()
+
+
+def test_a_line_is_broken_where_a_stage_says_nothing(tmp_path):
+    for name in ("1-DPT", "2-SFT", "3-DFT", "4-SFT"):
+        silent = name.endswith("SFT")
+        rows = [entry(step) for step in (50, 100)]
+        rows = [{key: value for key, value in one.items() if key != "kl"} for one in rows] if silent else rows
+        write_lines(tmp_path / name / LOG, rows)
+    kl = next(panel for panel in PANELS if panel.names[0] == "kl")
+    ((_, xs, ys),) = curves._lines(kl, read_run(tmp_path).lines)
+    assert xs == [50, 100, 150, 250, 300]
+    assert [math.isnan(y) for y in ys] == [False, False, True, False, False]
+    write_report(tmp_path)
+
+
+def test_a_loop_goes_on_when_one_of_its_rounds_is_finished(tmp_path):
+    write_lines(tmp_path / "1-CoMD/round-0/student" / LOG, [entry(100)])
+    write_json(tmp_path / "1-CoMD/round-0/student" / RECORD, {"method": "sft", "finished": "2026-01-02"})
+    write_json(tmp_path / "1-CoMD" / RECORD, {"method": "comd", "finished": None})
+    assert read_run(tmp_path).record["method"] == "comd"
+    assert read_run(tmp_path).state == "round-0, step 100 of 100: not finished, or still running."
+    write_json(tmp_path / "1-CoMD" / RECORD, {"finished": "2026-01-02"})
+    assert read_run(tmp_path).state == "round-0, step 100 of 100: finished."
 
 
 def test_rounds_and_the_choice_of_heads(tmp_path):
