@@ -83,7 +83,7 @@ def test_licences_of_all_parts_of_a_mixture_and_of_classes():
     assert [part["license"] for part in facts["parts"]] == [
         "apache-2.0 (the new Smol-* sets; the public sets in it keep their own)",
         "mit",
-        "odc-by",
+        "odc-by (the collection; its sets keep their own, No Robots cc-by-nc-4.0)",
     ]
     assert data_facts("dho", "classification/dtd")["license"] == "research use, see homepage"
     json.dumps(facts)

@@ -233,7 +233,8 @@ def _held_out(place: Path, comparison: Mapping[str, Any] | None, model: EvalMode
         if place.resolve() not in folders:
             continue
         number = folders.index(place.resolve())
-        if "weights" in row and row["weights"][number] != model.weights:
+        # Comparisons of before they were written down have none.
+        if row.get("weights", [None] * len(folders))[number] not in (None, model.weights):
             raise ValueError(
                 f"The comparison is of another revision of {place}: its weights have changed since. Run "
                 "`mmkd compare` again with another --output."
