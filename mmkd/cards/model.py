@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mmkd import __version__
 from mmkd.cards.cache import hub_license
 from mmkd.cards.licences import Source
+from mmkd.eval.scores import is_partial, items_of
 from mmkd.eval.tables import markdown
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -86,7 +87,8 @@ def model_card(student: Student) -> ModelCard:
 
 
 def eval_results(student: Student) -> list[EvalResult]:
-    """The results as the Hub's `model-index` has them."""
+    """The results as the Hub's `model-index` has them: those of whole tasks, the last one of each."""
+    whole = {(score["task"], score["metric"]): score for score in student.scores if not is_partial(score)}
     found = [
         EvalResult(
             task_type=student.pipeline_tag,
@@ -96,7 +98,7 @@ def eval_results(student: Student) -> list[EvalResult]:
             metric_name=score["metric"].removesuffix(",none"),
             metric_value=score["value"],
         )
-        for score in student.scores
+        for score in whole.values()
     ]
     if student.data:
         data = student.data[0].name
@@ -105,6 +107,8 @@ def eval_results(student: Student) -> list[EvalResult]:
                 task_type=student.pipeline_tag,
                 dataset_type=student.datasets[0] if len(student.datasets) == 1 else data,
                 dataset_name=f"{data}, held-out rows",
+                # Else the Hub's client puts it together with a benchmark of the same name.
+                dataset_split="eval",
                 metric_type=name,
                 metric_value=value,
             )
@@ -169,9 +173,8 @@ def _results(student: Student) -> str:
 def _score(score: Mapping[str, Any]) -> str:
     sign = "↑" if score["higher_is_better"] else "↓"
     spread = f" ± {score['stderr']:.4f}" if score["stderr"] is not None else ""
-    items = f"{score['items']:,}" if score["items"] is not None else ""
     metric = score["metric"].removesuffix(",none")
-    return f"| {score['task']} | {metric} {sign} | {items} | {score['value']:.4f}{spread} |"
+    return f"| {score['task']} | {metric} {sign} | {items_of(score)} | {score['value']:.4f}{spread} |"
 
 
 def _training(student: Student) -> str:

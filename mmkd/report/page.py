@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 
 from mmkd import __version__
 from mmkd.eval.results import write_atomically
-from mmkd.eval.scores import scores_of
+from mmkd.eval.scores import items_of, scores_of
 from mmkd.eval.tables import markdown, tables
 
 from .curves import draw
@@ -131,8 +131,9 @@ def _benchmarks(results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     for name, result in results.items():
         for score in (score for entry in result["tasks"].values() for score in scores_of(entry)):
             sign = "↑" if score["higher_is_better"] else "↓"
-            items = f"{score['items']:,}" if score["items"] is not None else ""
-            row = rows.setdefault((score["task"], f"{score['metric'].removesuffix(',none')} {sign}", items), {})
+            row = rows.setdefault(
+                (score["task"], f"{score['metric'].removesuffix(',none')} {sign}", items_of(score)), {}
+            )
             row[name] = f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.4f}")
     names = [name for name, result in results.items() if result["tasks"]]
     lines = [[*key, *(row.get(name, "") for name in names)] for key, row in rows.items()]

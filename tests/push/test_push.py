@@ -115,8 +115,8 @@ def run(workplace: Path, tmp_path: Path) -> Path:
     return shutil.copytree(workplace / "run", tmp_path / "run")
 
 
-def add_results(folder: Path) -> None:
-    """What `mmkd eval` would have kept of a task."""
+def add_results(folder: Path, items: int = 8) -> None:
+    """What `mmkd eval` would have kept of a task of eight items."""
     model = find_model(str(folder))
     entry = {
         "task": "tiny_choice",
@@ -124,7 +124,7 @@ def add_results(folder: Path) -> None:
         "results": {"tiny_choice": {"acc,none": 0.75, "acc_stderr,none": 0.1, "alias": "tiny_choice"}},
         "groups": {},
         "higher_is_better": {"tiny_choice": {"acc": True}},
-        "n_samples": {"tiny_choice": {"effective": 8}},
+        "n_samples": {"tiny_choice": {"effective": items, "original": 8}},
     }
     Results(model.results_folder, model.name, model.weights).add_task("key", entry, [])
 
@@ -168,6 +168,13 @@ def test_a_dry_run_writes_all_that_would_be_pushed(run, capsys):
     assert "The teacher org/teacher (gemma) asks that what is distilled from it stays under its own terms" in told
     assert "The data words (cc-by-nc-4.0) is for non-commercial or research use" in told
     assert "(cc-by-nc-4.0) is for non-commercial" in text
+
+
+def test_a_part_of_a_benchmark_is_no_result_of_it(run):
+    add_results(run, items=4)
+    card, _ = dry_run(run)
+    assert "| tiny_choice | acc ↑ | 4 of 8 | 0.7500 ± 0.1000 |" in card.text
+    assert {one.dataset_type for one in card.data.eval_results or []} == {"words"}
 
 
 def test_folders_without_a_hub_id_go_by_their_names_and_not_into_the_metadata(run):
