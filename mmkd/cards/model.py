@@ -38,7 +38,11 @@ class Student:
     scores: Sequence[Mapping[str, Any]]
     """Of benchmarks, as `mmkd eval` keeps them."""
     held_out: Mapping[str, float]
-    """Metric -> value, of the data's held-out rows."""
+    """Metric -> value, of the held-out rows of the last training's data."""
+    held_out_data: str
+    """The name of that data's recipe."""
+    held_out_id: str | None
+    """Its Hub id, where it has one."""
     comparison: Mapping[str, Any] | None
     machine: Mapping[str, Any]
     tokens: int | None
@@ -100,20 +104,18 @@ def eval_results(student: Student) -> list[EvalResult]:
         )
         for score in whole.values()
     ]
-    if student.data:
-        data = student.data[0].name
-        found += [
-            EvalResult(
-                task_type=student.pipeline_tag,
-                dataset_type=student.datasets[0] if len(student.datasets) == 1 else data,
-                dataset_name=f"{data}, held-out rows",
-                # Else the Hub's client puts it together with a benchmark of the same name.
-                dataset_split="eval",
-                metric_type=name,
-                metric_value=value,
-            )
-            for name, value in student.held_out.items()
-        ]
+    found += [
+        EvalResult(
+            task_type=student.pipeline_tag,
+            dataset_type=student.held_out_id or student.held_out_data,
+            dataset_name=f"{student.held_out_data}, held-out rows",
+            # Else the Hub's client puts it together with a benchmark of the same name.
+            dataset_split="eval",
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in student.held_out.items()
+    ]
     return found
 
 
@@ -163,7 +165,7 @@ def _results(student: Student) -> str:
         parts.append(markdown(student.comparison).strip())
     elif student.held_out:
         lines = "\n".join(f"| {name} | {value:.4f} |" for name, value in student.held_out.items())
-        parts.append(f"On held-out rows of the data:\n\n| metric | value |\n|---|---|\n{lines}")
+        parts.append(f"On held-out rows of `{student.held_out_data}`:\n\n| metric | value |\n|---|---|\n{lines}")
     if student.scores:
         lines = "\n".join(_score(score) for score in student.scores)
         parts.append(f"Benchmarks, by `mmkd eval`:\n\n| task | metric | items | value |\n|---|---|---|---|\n{lines}")

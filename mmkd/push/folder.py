@@ -147,7 +147,7 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], wishes: W
     if len(published) not in (0, len(bases)):
         raise ValueError(f"--base_model has {len(published)} names, the student began with {len(bases)}: {bases}.")
     base = [source_of(name, published[i] if published else None) for i, name in enumerate(bases)]
-    taught = teachers_of(trainings)
+    taught, evaluated = teachers_of(trainings), data_ids(trainings[-1:])
     ids = {
         **({taught[0]: wishes.teacher} if wishes.teacher and taught else {}),
         **dict(zip(bases, published, strict=False)),
@@ -170,6 +170,8 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], wishes: W
         recipe=recipe,
         scores=[],
         held_out={},
+        held_out_data=trainings[-1]["data"]["name"],
+        held_out_id=evaluated[0] if len(evaluated) == 1 else None,
         comparison=None,
         machine=record.get("machine", {}),
         tokens=next((entry["supervised_tokens"] for entry in reversed(log) if "supervised_tokens" in entry), None),

@@ -1,5 +1,6 @@
 """Where a student comes from: the models and data behind a run, as they are known outside of this machine."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,12 @@ def source_of(name: str, published: str | None = None) -> Source:
     known = published or (name if not Path(name).is_dir() else None)
     if known is not None and license is None:
         license = _stated_there(known)
-    return Source(known or Path(name).resolve().name, license)
+    return Source(known or _name_of(Path(name).resolve()), license)
+
+
+def _name_of(folder: Path) -> str:
+    """A folder's name; a stage goes by the name of its run."""
+    return folder.parent.name if re.fullmatch(r"\d+-\w+", folder.name) else folder.name
 
 
 def data_sources(trainings: Sequence[Mapping[str, Any]]) -> list[Source]:

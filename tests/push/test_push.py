@@ -326,6 +326,9 @@ def test_the_lineage_of_stages(workplace, run, tmp_path, capsys):
     assert card.data.tags == ["mmkd", "distillation", "kd", "sft"]
     assert card.data.datasets == ["org/questions"]
     assert "distilled from `org/teacher` with `kd` and `sft`" in card.text
+    # Of the last stage's data.
+    assert {one.dataset_type for one in card.data.eval_results} == {"org/questions"}
+    assert "On held-out rows of `questions`" in card.text
     for row in (
         "| teacher | org/teacher | gemma |",
         "| data | words | cc-by-nc-4.0 |",
