@@ -38,7 +38,7 @@ MODEL_FILES += ("adapter_config.json", "tokenizer*", "special_tokens_map.json", 
 MODEL_FILES += ("merges.txt", "*.model", "chat_template*", "*processor*.json", "interpolation.json", "*.py")
 """What is published of a run's folder; optimizer, pickles and logs of the machine are not."""
 
-RECIPE, LOG, RESULTS = "training/recipe.yaml", "training/log.jsonl", "eval/results.json"
+RECIPE, LOG, SCORES = "training/recipe.yaml", "training/log.jsonl", "eval/scores.json"
 
 # Of the trainer's evaluation, what a card shows.
 _HELD_OUT = ("perplexity", "kl", "top1_agreement", "bits_per_byte", "chunk_gap", "accuracy", "loss")
@@ -94,7 +94,7 @@ class Published:
         if data.is_file():
             shutil.copyfile(data, folder / "training" / data.name)
         (folder / LOG).write_text("".join(f"{json.dumps(entry)}\n" for entry in self.log), encoding="utf-8")
-        _write(folder / RESULTS, {"scores": list(self.student.scores), "held_out": dict(self.student.held_out)})
+        _write(folder / SCORES, {"scores": list(self.student.scores), "held_out": dict(self.student.held_out)})
         if self.student.comparison is not None:
             _write(folder / "eval" / COMPARISON, self.student.comparison)
         self.card.save(folder / "README.md")

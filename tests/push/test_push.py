@@ -141,8 +141,10 @@ def test_a_dry_run_writes_all_that_would_be_pushed(run, capsys):
     card, folder = dry_run(run, "--base_model", "org/base", "--teacher", "org/teacher", "--license", "apache-2.0")
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert files >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"}
-    assert files >= {"training/recipe.yaml", "training/words.yaml", "training/log.jsonl", "eval/results.json"}
+    assert files >= {"training/recipe.yaml", "training/words.yaml", "training/log.jsonl", "eval/scores.json"}
     assert not {name for name in files if name.endswith((".bin", ".pt")) or "trainer_state" in name}
+    # `mmkd eval` keeps its own there, with samples, once the folder is evaluated itself.
+    assert not {name for name in files if name.startswith("eval/results.json") or "samples" in name}
     assert card.data.base_model == "org/base"
     assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
         "apache-2.0",
@@ -211,6 +213,20 @@ def test_an_interrupted_push_shows_nothing_and_goes_on(hub, client):
     assert client("push", "run", "--repo", "user/again")["value"] == 0
     assert not [request for request in hub.requests[before:] if request.startswith("PUT")]
     assert "model.safetensors" in hub.repos["model", "user/again"].files
+
+
+def test_weights_that_did_not_arrive_are_sent_again(hub, client, run):
+    """Others than before, or the Hub would know them."""
+    weights = load_file(run / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, run / "model.safetensors", {"format": "pt"})
+    hub.failing = "PUT /lfs/"
+    done = client("push", str(run), "--repo", "user/cut")
+    assert done["value"] == 2, done["err"]
+    assert hub.repos["model", "user/cut"].files == {}
+    hub.failing, before = None, len(hub.requests)
+    assert client("push", str(run), "--repo", "user/cut")["value"] == 0
+    assert sum(request.startswith("PUT") for request in hub.requests[before:]) == 1
+    assert hub.repos["model", "user/cut"].files["model.safetensors"] == (run / "model.safetensors").read_bytes()
 
 
 def test_pushing_again_deletes_what_is_no_more(hub, client):
