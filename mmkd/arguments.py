@@ -8,7 +8,7 @@ from trl.trainer.model_config import ModelConfig
 from mmkd.capture.arguments import CacheArguments
 from mmkd.teachers.cached import TAILS
 from mmkd.trainers import METHODS
-from mmkd.trainers.base import DistillationConfig
+from mmkd.trainers.config import DistillationConfig
 
 
 @dataclass

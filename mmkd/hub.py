@@ -298,6 +298,13 @@ def explained(repo_id: str, note: str = "", kind: str = "data set") -> Iterator[
                 "push, to write), or name a repository of your own."
             ) from error
         raise ValueError(f"The Hub failed on {repo_id}: {_line(error)} Try again: what was sent is kept.") from error
+    except RuntimeError as error:
+        # How the client tells of a large file that it could not upload.
+        if not isinstance(error.__cause__, HfHubHTTPError | HTTPError | OSError):
+            raise
+        raise ValueError(
+            f"The Hub failed on {repo_id}: {_line(error)} {_line(error.__cause__)} Try again: what was sent is kept."
+        ) from error
     except (HTTPError, OSError) as error:
         raise ValueError(
             f"The Hub could not be reached for {repo_id}{note}, or its files not be kept here: {_line(error)} Check "

@@ -33,7 +33,8 @@ from mmkd.run_teacher import teacher_identity as teacher_identity
 from mmkd.run_teacher import without_unreadable as without_unreadable
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.trainers import METHODS
-from mmkd.trainers.base import DistillationConfig, DistillationTrainer
+from mmkd.trainers.base import DistillationTrainer
+from mmkd.trainers.config import DistillationConfig
 
 _NUMBERS = {int: r"[+-]?\d+", float: r"[+-]?(\d+\.\d*|\.?\d+)([eE][+-]?\d+)?"}
 

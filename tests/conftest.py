@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from mmkd.trainers.base import DistillationConfig, DistillationTrainer
+from mmkd.trainers.base import DistillationTrainer
+from mmkd.trainers.config import DistillationConfig
 from scripts.make_tiny_models import make_tiny_models, make_tokenizer, sentences
 from tests.helpers import Build
 

@@ -141,7 +141,9 @@ class LoopbackHub:
     """By slug, as the API tells them."""
     requests: list[str] = field(default_factory=list)
     failing: str | None = None
-    """A regular expression; requests that it is found in are answered with status 500."""
+    """A regular expression; requests that it is found in are answered with `failing_with`."""
+    failing_with: int = 500
+    """The client tries again, and waits, at 500."""
     lock: Any = field(default_factory=threading.Lock)
 
     def dataset(self, repo_id: str) -> Repo:
@@ -173,7 +175,7 @@ class LoopbackHub:
         with self.lock:
             self.requests.append(f"{request.method} {request.path}")
             if self.failing is not None and re.search(self.failing, self.requests[-1]):
-                raise Refusal(500, "InternalError", "told to fail")
+                raise Refusal(self.failing_with, "InternalError", "told to fail")
             for method, pattern, handler in ROUTES:
                 match = pattern.fullmatch(request.path)
                 if match and method == request.method.replace("HEAD", "GET"):

@@ -10,7 +10,8 @@ from trl.trainer.sft_config import SFTConfig
 import mmkd
 from mmkd.run import parse_run, parser_of
 from mmkd.trainers import METHODS
-from mmkd.trainers.base import DistillationConfig, DistillationTrainer
+from mmkd.trainers.base import DistillationTrainer
+from mmkd.trainers.config import DistillationConfig
 
 ROOT = Path(__file__).parents[1]
 CLASSES = {"dho"}

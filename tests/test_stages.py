@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from safetensors import safe_open
+from transformers import AutoProcessor, CLIPVisionModel, LlavaForConditionalGeneration
 
 from mmkd.cli import main
 from mmkd.models.load import load_model
@@ -81,6 +82,9 @@ def test_three_stages_train_what_they_say_and_load_anywhere(recipe: Path, capsys
             assert torch.equal(tensor, third[name]), name
     assert not torch.equal(*(one["model.language_model.norm.weight"] for one in (first, second)))
     assert not torch.equal(*(one["model.language_model.norm.weight"] for one in (second, third)))
+    # The names of a published LLaVA, which vLLM reads.
+    with safe_open(root / "3-DFT" / "model.safetensors", framework="pt") as file:
+        assert "vision_tower.vision_model.post_layernorm.weight" in file.keys()  # noqa: SIM118
     # Plain transformers, without mmkd.
     model: Any = LlavaForConditionalGeneration.from_pretrained(root / "3-DFT")
     processor: Any = AutoProcessor.from_pretrained(root / "3-DFT")
@@ -94,6 +98,19 @@ def test_three_stages_train_what_they_say_and_load_anywhere(recipe: Path, capsys
     assert main(["train", str(recipe)]) == 0
     assert (root / "3-DFT" / "model.safetensors").stat().st_mtime_ns == before
     assert "finished, kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["kd", "taid"])
+def test_methods_without_stages_train_the_same_student(method: str, recipe: Path, tmp_path: Path) -> None:
+    keys = yaml.safe_load(recipe.read_text())
+    del keys["schedule"], keys["stages"]
+    recipe.write_text(yaml.safe_dump(keys | {"method": method, "trainable": ["connector", "language_model"]}))
+    assert main(["train", str(recipe)]) == 0
+    model: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "run")
+    given = dict(CLIPVisionModel.from_pretrained(keys["student_vision_tower"]).named_parameters())
+    assert all(torch.equal(tensor, given[name]) for name, tensor in model.model.vision_tower.named_parameters())
+    logs = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["kl"] > 0 for entry in logs if "loss" in entry] == [True, True]
 
 
 def test_a_stage_alone_is_the_stage_in_its_place(recipe: Path) -> None:

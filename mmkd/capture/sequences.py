@@ -17,8 +17,8 @@ from mmkd.data.images import undecoded
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.cached import images_of
 from mmkd.teachers.keys import image_hash, sequence_key
-from mmkd.trainers.base import DistillationConfig
 from mmkd.trainers.checks import check_training_data
+from mmkd.trainers.config import DistillationConfig
 from mmkd.trainers.preparation import placeholder_trainer, preparation_of, sequences_of
 
 # Rows with images whose tokens are counted for the order in which a cache stores ids; reading all would cost too much.

@@ -10,8 +10,8 @@ import yaml
 from mmkd.arguments import Run
 from mmkd.run import parser_of, read_recipe
 from mmkd.teachers.manifest import write_file
-from mmkd.trainers.base import DistillationConfig
 from mmkd.trainers.comd import CoMDConfig
+from mmkd.trainers.config import DistillationConfig
 
 _MAKING = ("student_init", "student_vision_tower", "student_vision_layer", "model_revision", "student_layers")
 _MAKING += ("student_intermediate_size", "student_num_attention_heads")

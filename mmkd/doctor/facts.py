@@ -17,7 +17,7 @@ from mmkd.data.load import load_data
 from mmkd.data.recipe import DataRecipe
 from mmkd.models.load import positions_of, tokenizer_of
 from mmkd.run import Run, student_processing_class, teacher_processing_class
-from mmkd.trainers.base import DistillationConfig
+from mmkd.trainers.config import DistillationConfig
 from mmkd.trainers.preparation import sequences_of
 
 TRAIN_ROWS = 256

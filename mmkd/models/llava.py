@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from .load import load_model
+from .restore import save_under_published_names
 
 IMAGE_TOKEN = "<image>"
 
@@ -81,6 +82,7 @@ def assemble_llava(
     model.tie_weights()
     model.generation_config = text.generation_config
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    save_under_published_names(model)
     return model
 
 

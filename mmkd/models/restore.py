@@ -1,9 +1,21 @@
 """Weights of a checkpoint back into a model in memory, under whatever names they were saved."""
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+
+def save_under_published_names(model: PreTrainedModel) -> None:
+    """Makes `save_pretrained` give the weights the names of the published models of this architecture.
+
+    transformers does so by itself for a model that it has loaded under such names, and translates them back; vLLM
+    knows a CLIP or SigLIP tower by no other names.
+    """
+    conversions: Any = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = conversions
 
 
 def renamed_on_disk(model: PreTrainedModel, folder: Path) -> bool:

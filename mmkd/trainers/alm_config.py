@@ -11,7 +11,7 @@ from mmkd.losses import chunks, divergences
 from mmkd.losses.chunks import POLICIES, binarised
 from mmkd.losses.combine import COMBINATIONS
 
-from .base import DistillationConfig
+from .config import DistillationConfig
 
 ChunkLoss = Callable[[Tensor, Tensor], Tensor]
 """(student's, teacher's log-likelihoods of chunks) -> nats per chunk."""

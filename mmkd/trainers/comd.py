@@ -7,7 +7,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .base import DistillationConfig, DistillationTrainer, ItemLosses, Supervised
+from .base import DistillationTrainer, ItemLosses, Supervised
+from .config import DistillationConfig
 
 _ASSESSORS = ("judge", "exact", "rouge", "likelihood", "agreement", "none")
 _AUGMENTORS = ("model", "templates", "random", "none")

@@ -10,7 +10,8 @@ from mmkd.losses.divergences import Divergence
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.signals import DenseSignal, SparseSignal, TopKSignal
 
-from .base import DistillationConfig, DistillationTrainer, ItemLosses, Supervised
+from .base import DistillationTrainer, ItemLosses, Supervised
+from .config import DistillationConfig
 
 DIVERGENCES: dict[str, Callable[["KDConfig"], Divergence]] = {
     "forward_kl": lambda config: divergences.forward_kl,

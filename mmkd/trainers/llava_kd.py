@@ -16,7 +16,8 @@ from mmkd.models.heads import LMHead
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal
 
-from .base import DistillationConfig, DistillationTrainer, ItemLosses, Supervised
+from .base import DistillationTrainer, ItemLosses, Supervised
+from .config import DistillationConfig
 from .vision import TEACHER_INPUTS, View
 
 

@@ -84,3 +84,14 @@ class ReportingTrainer(SFTTrainer):
             means["perplexity"] = math.exp(min(means["ce"], 700.0))
         logs.update(means if training else {f"{self._prefix}_{name}": value for name, value in means.items()})
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's loop; the reports of this evaluation alone are logged, under its prefix."""
+        self._sums["eval"], self._prefix = {}, metric_key_prefix
+        result = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if not (self.is_in_train or self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            # accelerate leaves a model alone that it has prepared for an evaluation: DDP would not wrap it, and the
+            # ranks of a training after this would drift apart.
+            self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
+            self.model._is_accelerate_prepared = False
+        return result

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base import DistillationConfig, DistillationTrainer, ItemLosses, Supervised
+from .base import DistillationTrainer, ItemLosses, Supervised
+from .config import DistillationConfig
 
 
 @dataclass

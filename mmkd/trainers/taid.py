@@ -9,7 +9,8 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from mmkd.losses.divergences import entropy, forward_kl, interpolated_log_probs
 
-from .base import DistillationConfig, DistillationTrainer, ItemLosses, Supervised
+from .base import DistillationTrainer, ItemLosses, Supervised
+from .config import DistillationConfig
 
 
 @dataclass

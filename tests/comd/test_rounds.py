@@ -339,12 +339,11 @@ def test_the_teacher_in_this_process_with_token_terms_from_a_cache(
     assert {row["text"] for row in lines(tmp_path / "run" / "round-0" / "answers.jsonl")} == {"house"}
 
 
+@pytest.mark.parametrize("learning_rate", [1e-6, 1.0])
 def test_the_teacher_learns_from_its_student_and_is_rolled_back_where_it_gets_worse(
-    recipe: Recipe, speaker: Path, tmp_path: Path
+    learning_rate: float, recipe: Recipe, speaker: Path, tmp_path: Path
 ) -> None:
     """A likelihood that calls every answer of the student better teaches the teacher; held-out scores decide."""
-    held_out = lines(tmp_path / "eval.jsonl")
-    (tmp_path / "eval.jsonl").write_text("".join(json.dumps({**row, "answer": "house"}) + "\n" for row in held_out))
     keys = {
         "teacher": str(speaker),
         "assessor": "likelihood",
@@ -353,24 +352,20 @@ def test_the_teacher_learns_from_its_student_and_is_rolled_back_where_it_gets_wo
         "rounds": 1,
         "mutual": True,
         "mutual_steps": 3,
-        "mutual_learning_rate": 1e-2,
+        "mutual_learning_rate": learning_rate,
         "lora_r": 4,
-        "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_target_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
     }
     path = recipe(**keys)
-    held_out_rows = (tmp_path / "eval.jsonl").read_text()
-    # `recipe` writes the data anew.
-    (tmp_path / "eval.jsonl").write_text(
-        "".join(json.dumps({**json.loads(row), "answer": "house"}) + "\n" for row in held_out_rows.splitlines())
-    )
+    held_out = lines(tmp_path / "eval.jsonl")
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps({**row, "answer": "house"}) + "\n" for row in held_out))
     assert main(["train", str(path)]) == 0
-    first, second = (one["mutual"] for one in read_rounds(tmp_path / "run"))
-    for one in (first, second):
-        assert one["lessons"] == 12
-        assert one["teacher_rolled_back"] == (one["teacher_after"] < one["teacher_before"])
-        # A teacher that got worse was put back: the next round starts from what it was.
-    assert first["teacher_before"] == 1.0
-    assert second["teacher_before"] == (1.0 if first["teacher_rolled_back"] else first["teacher_after"])
+    rounds = [one["mutual"] for one in read_rounds(tmp_path / "run")]
+    assert [one["lessons"] for one in rounds] == [12, 12]
+    # A teacher that got worse was put back: the next round starts from what it was.
+    assert [one["teacher_before"] for one in rounds] == [1.0, 1.0]
+    assert [one["teacher_after"] < 1 for one in rounds] == [learning_rate == 1] * 2
+    assert [one["teacher_rolled_back"] for one in rounds] == [learning_rate == 1] * 2
     assert (tmp_path / "run" / "round-0" / "teacher" / "model.safetensors").is_file()
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -70,6 +71,7 @@ def test_students_of_different_towers_load_in_plain_transformers(
     processor: Any = AutoProcessor.from_pretrained(tmp_path / "student")
     assert isinstance(loaded, LlavaForConditionalGeneration)
     assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     content = [{"type": "image", "image": picture(0)}, {"type": "text", "text": "the cat"}]
     said = {"role": "assistant", "content": [{"type": "text", "text": "saw birds"}]}
     inputs = processor.apply_chat_template(
@@ -84,6 +86,31 @@ def test_students_of_different_towers_load_in_plain_transformers(
     assert int((inputs["input_ids"] == processor.image_token_id).sum()) == 4
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def tower_names(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return {name for name in file.keys() if "vision_tower" in name}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("make", [make_tower, clip, siglip])
+def test_towers_are_saved_under_the_names_that_vllm_reads(make: Any, language_model: Path, tmp_path: Path) -> None:
+    """Of an assembled student, and of one that was loaded; the names of transformers 5 itself load as well."""
+    make(tmp_path / "tower")
+    model: Any = assemble_llava(tmp_path / "tower", language_model)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "first")
+    again = load_model(str(tmp_path / "first"))
+    again.save_pretrained(tmp_path / "second")
+    for folder in ("first", "second"):
+        names = tower_names(tmp_path / folder)
+        assert names
+        assert all(name.startswith("vision_tower.vision_model.") for name in names)
+    model._weight_conversions = None
+    model.save_pretrained(tmp_path / "flat")
+    assert not any("vision_model" in name for name in tower_names(tmp_path / "flat"))
+    for folder in ("first", "second", "flat"):
+        torch.testing.assert_close(load_model(str(tmp_path / folder)).state_dict(), expected, rtol=0, atol=0)
 
 
 def test_parts_are_the_pretrained_ones(language_model: Path, tmp_path: Path) -> None:

@@ -219,11 +219,12 @@ def test_weights_that_did_not_arrive_are_sent_again(hub, client, run):
     """Others than before, or the Hub would know them."""
     weights = load_file(run / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, run / "model.safetensors", {"format": "pt"})
-    hub.failing = "PUT /lfs/"
+    hub.failing, hub.failing_with = "PUT /lfs/", 400
     done = client("push", str(run), "--repo", "user/cut")
-    assert done["value"] == 2, done["err"]
+    hub.failing, hub.failing_with, before = None, 500, len(hub.requests)
+    assert done["value"] == 2
+    assert "The Hub failed on user/cut: Error while uploading 'model.safetensors'" in done["err"]
     assert hub.repos["model", "user/cut"].files == {}
-    hub.failing, before = None, len(hub.requests)
     assert client("push", str(run), "--repo", "user/cut")["value"] == 0
     assert sum(request.startswith("PUT") for request in hub.requests[before:]) == 1
     assert hub.repos["model", "user/cut"].files["model.safetensors"] == (run / "model.safetensors").read_bytes()

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from scripts.make_tiny_models import make_model, make_tokenizer, save
 from tests.teachers.vlm import make_vlm
+from tests.vlms import make_llava
 
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds: a start takes 30, the first one of a checkout installs vLLM before that.
@@ -90,4 +91,12 @@ def served_vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A random Idefics3 with its processor (tests/teachers/vlm.py), fp32, 256 tokens of context."""
     folder = tmp_path_factory.mktemp("served_vlm")
     with serve(make_vlm(folder / "model"), folder / "server.log") as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def served_llava(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A random LLaVA as `assemble_llava` makes and saves students, fp32, 256 tokens of context."""
+    folder = tmp_path_factory.mktemp("served_llava")
+    with serve(make_llava(folder / "model", seed=2, width=64), folder / "server.log") as served:
         yield served

@@ -9,10 +9,12 @@ import torch
 from accelerate import Accelerator
 from transformers import (
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
     LlamaForCausalLM,
+    LlavaForConditionalGeneration,
 )
 
 from mmkd.teachers.local import LocalTeacher
@@ -238,6 +240,35 @@ def test_greedy_answers_about_images_are_those_of_transformers(served_vlm):
     expected = vlm.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert not isinstance(answers, RowError)
     assert answers[0].ids == expected[0, len(ids) :].tolist()
+
+
+def test_a_llava_student_is_scored_and_answers_as_in_transformers(served_llava):
+    """Pictures of the tower's own size: the two sides resize with different libraries."""
+    processor: Any = AutoProcessor.from_pretrained(served_llava.folder)
+    student: Any = LlavaForConditionalGeneration.from_pretrained(served_llava.folder)
+    asked, expected = [], []
+    for images in ([make_image(seed, 8, 8) for seed in seeds] for seeds in ([0], [1, 2], [3], [])):
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": "the cat sat"}]
+        said = [{"role": "user", "content": content}, CHAT[1]]
+        inputs = processor(text=processor.apply_chat_template(said), images=images or None, return_tensors="pt")
+        ids = inputs["input_ids"][0].tolist()
+        asked.append(Question(ids, np.arange(len(ids)) >= len(ids) - 5, said, images))
+        with torch.no_grad():
+            expected.append(student(**inputs).logits[0, -6:-1].log_softmax(-1))
+    prompt = processor.apply_chat_template(CHAT[:1], add_generation_prompt=True)
+    inputs = processor(text=prompt, images=[make_image(0, 8, 8)], return_tensors="pt")
+    ids = inputs["input_ids"][0].tolist()
+    with VLLMClient(served_llava.url) as client:
+        client.check(str(served_llava.folder), 32, 100, processor.tokenizer)
+        for answer, log_probs in zip(client.score(asked, 32), expected, strict=True):
+            assert_same(answer, log_probs, 32)
+        (answers,) = client.generate(
+            [Prompt(ids, CHAT[:1], [make_image(0, 8, 8)])], {"max_tokens": 8, "temperature": 0}
+        )
+    assert (expected[0] - expected[2]).abs().max() > 100 * TOLERANCE
+    assert not isinstance(answers, RowError)
+    whole = student.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert answers[0].ids == whole[0, len(ids) :].tolist()
 
 
 @pytest.mark.slow
