@@ -155,6 +155,10 @@ class Run:
     training: DistillationConfig
     student: StudentArguments
     cache: CacheArguments
+    recipe: str = ""
+    """Path of the YAML."""
+    keys: dict[str, Any] = field(default_factory=dict)
+    """Of the YAML and of the flags after it, as they were given."""
 
     def hub(self, revision: str | None) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained` for something of this run."""

@@ -98,6 +98,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_compare_flags(against)
     against.set_defaults(run=_compare, takes_flags=True)
+    tell = commands.add_parser(
+        "report",
+        help="a run on one page: curves, comparison, samples, recipe",
+        description="Writes report.html, which needs no other file, and report.md. Works while the run is going on.",
+    )
+    tell.add_argument("folder", metavar="RUN", help="output_dir of a training, or of `mmkd compare`")
+    tell.add_argument("--output", type=Path, help="folder of the pages (default: the run's)")
+    tell.add_argument("--comparison", type=Path, help="of `mmkd compare` (default: the run's, or one that names it)")
+    tell.set_defaults(run=_report, parser=tell)
+    publish = commands.add_parser(
+        "push",
+        help="publish a finished student on the Hub, with a card",
+        description="Uploads weights, processor, recipe, results and a model card in one commit, private by default.",
+    )
+    _add_push_flags(publish)
+    publish.set_defaults(run=_push, parser=publish)
     examine = commands.add_parser("doctor", help="say whether a recipe would be a sound run, before anything is spent")
     examine.add_argument("recipe", help="path of a YAML file, or name of a shipped recipe")
     examine.set_defaults(run=_doctor, takes_flags=True)
@@ -182,6 +198,22 @@ def _add_compare_flags(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, default=Path("runs/compare"), help="folder to write (default: runs/compare)")
 
 
+def _add_push_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run_folder", metavar="RUN", help="output_dir of a finished training")
+    add("--repo", required=True, metavar="ORG/NAME", help="the model repository to write")
+    add("--public", action="store_true", help="everyone can read it (default: only you and your organisation)")
+    add("--dry_run", action="store_true", help="write the folder that would be pushed, and push nothing")
+    add("--output", type=Path, help="folder of --dry_run (default: push/ in the run's)")
+    add("--collection", metavar="TITLE", help="put the student, and its teacher's cache, in this collection")
+    add("--cache", metavar="ORG/NAME", help="the cache on the Hub (default: the recipe's teacher_cache)")
+    add("--license", help="of the student (default: that of the models it began with)")
+    add("--base_model", nargs="+", default=[], metavar="ORG/NAME", help="what the student's folder is on the Hub")
+    add("--teacher", metavar="ORG/NAME", help="what the teacher's folder is on the Hub")
+    add("--recipe", help="the recipe of a run that has no run.json")
+    add("--comparison", type=Path, help="of `mmkd compare` (default: the run's, or one that names it)")
+
+
 def _train(options: argparse.Namespace, flags: list[str]) -> int:
     from mmkd import launch
 
@@ -246,6 +278,18 @@ def _plan(options: argparse.Namespace, flags: list[str]) -> int:
     _needs_tokens(options.recipe, flags, "`mmkd-train RECIPE --dry_run` says what it takes")
     device = choose_device(options.gpu, options.memory, options.utilisation)
     return plan(options.recipe, flags, device, options.gpus, options.price, Console())
+
+
+def _report(options: argparse.Namespace, rest: list[str]) -> int:
+    from mmkd.report.page import report_command
+
+    return report_command(options.folder, options.output, options.comparison)
+
+
+def _push(options: argparse.Namespace, rest: list[str]) -> int:
+    from mmkd.push.command import push_command
+
+    return push_command(options)
 
 
 def _doctor(options: argparse.Namespace, flags: list[str]) -> int:

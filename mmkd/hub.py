@@ -55,7 +55,7 @@ def push_cache(
     folder = Path(folder)
     manifest = _checked(folder)
     api = HfApi(library_name="mmkd", library_version=__version__)
-    with _explained(repo_id):
+    with explained(repo_id):
         # Without a wish of the user's, an organisation's default decides.
         url = api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
         repo_id = url.repo_id
@@ -73,7 +73,7 @@ def push_cache(
             path = Path(temporary) / name
             _write_parquet(path, folder, manifest, split, numbers)
             additions.append(CommitOperationAdd(f"data/{name}", path))
-            with _explained(repo_id):
+            with explained(repo_id):
                 api.preupload_lfs_files(repo_id, additions[-1:], repo_type="dataset")
             # One file at a time, or a large cache would need its size again on this disk.
             if additions[-1].path_or_fileobj == b"":
@@ -82,7 +82,7 @@ def push_cache(
         additions += [CommitOperationAdd(name, folder / name) for name in _BESIDE if (folder / name).is_file()]
         ours = {addition.path_in_repo for addition in additions}
         stale = [path for path in present if path not in ours and (path.startswith("data/") or path in _BESIDE)]
-        with _explained(repo_id):
+        with explained(repo_id):
             api.create_commit(
                 repo_id,
                 [*additions, *map(CommitOperationDelete, stale)],
@@ -107,7 +107,7 @@ def local_cache(name: str, revision: str | None = None) -> Path:
             f"The teacher cache {name!r} does not exist. Make it with `mmkd cache build`, or name another folder, or "
             "a Hub id such as user/name."
         )
-    with _explained(repo_id, f" (and no folder has this name; one to build is written ./{name})"):
+    with explained(repo_id, f" (and no folder has this name; one to build is written ./{name})"):
         snapshot = snapshot_download(
             repo_id, repo_type="dataset", revision=revision or pinned or None, allow_patterns=list(_BESIDE)
         )
@@ -122,7 +122,7 @@ def local_cache(name: str, revision: str | None = None) -> Path:
     # The ranks of a run come here together.
     with WeakFileLock(home / f"{digest}.lock"):
         if not _is_whole(folder):
-            with _explained(repo_id):
+            with explained(repo_id):
                 snapshot_download(
                     repo_id,
                     repo_type="dataset",
@@ -276,7 +276,7 @@ def _damage_named(repo_id: str, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(repo_id: str, note: str = "") -> Iterator[None]:
+def explained(repo_id: str, note: str = "", kind: str = "data set") -> Iterator[None]:
     """Turns what the Hub's client raises into a ValueError that says what to do; `note` goes behind the name."""
     try:
         yield
@@ -284,11 +284,11 @@ def _explained(repo_id: str, note: str = "") -> Iterator[None]:
         raise ValueError(f"{repo_id!r} is no Hub id: {error} Write user/name.") from error
     except RevisionNotFoundError as error:
         raise ValueError(
-            f"The data set {repo_id} on the Hub has no such revision. Name a branch, tag or commit of it."
+            f"The {kind} {repo_id} on the Hub has no such revision. Name a branch, tag or commit of it."
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"There is no data set {repo_id} on the Hub that you may read{note}. Correct the name; for "
+            f"There is no {kind} {repo_id} on the Hub that you may read{note}. Correct the name; for "
             "a private or gated one log in with `hf auth login`."
         ) from error
     except HfHubHTTPError as error:
@@ -298,6 +298,13 @@ def _explained(repo_id: str, note: str = "") -> Iterator[None]:
                 "push, to write), or name a repository of your own."
             ) from error
         raise ValueError(f"The Hub failed on {repo_id}: {_line(error)} Try again: what was sent is kept.") from error
+    except RuntimeError as error:
+        # How the client tells of a large file that it could not upload.
+        if not isinstance(error.__cause__, HfHubHTTPError | HTTPError | OSError):
+            raise
+        raise ValueError(
+            f"The Hub failed on {repo_id}: {_line(error)} {_line(error.__cause__)} Try again: what was sent is kept."
+        ) from error
     except (HTTPError, OSError) as error:
         raise ValueError(
             f"The Hub could not be reached for {repo_id}{note}, or its files not be kept here: {_line(error)} Check "

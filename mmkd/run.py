@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from mmkd.models.assemble import prune
 from mmkd.models.llava import assemble_llava, llava_processor
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.recipes import find_recipe
+from mmkd.record import RunRecord
 from mmkd.run_teacher import check_cache as check_cache
 from mmkd.run_teacher import load_teacher as load_teacher
 from mmkd.run_teacher import server_teacher
@@ -33,6 +35,8 @@ from mmkd.teachers.cached import CachedTeacher
 from mmkd.trainers import METHODS
 from mmkd.trainers.base import DistillationTrainer
 from mmkd.trainers.config import DistillationConfig
+
+_NUMBERS = {int: r"[+-]?\d+", float: r"[+-]?(\d+\.\d*|\.?\d+)([eE][+-]?\d+)?"}
 
 STAGE_KEYS = ("stages", "schedule")
 """Keys of a recipe that is trained in stages; `mmkd.stages` reads them."""
@@ -64,7 +68,20 @@ def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = (
             word = flag.lstrip("-").partition("=")[0]
             advice = "." if flag.startswith("--") else "; write --key value."
             raise ValueError(f"{flag} is no flag of method {method}{advice}{_nearest(word, known)}")
-    return Run(arguments, training, student, cache)
+    return Run(arguments, training, student, cache, str(path), {**keys, **given_flags(flags)})
+
+
+def given_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """What flags say, as the keys of a recipe: one value, a list of several, True for none."""
+    found: dict[str, list[Any]] = {}
+    words: list[Any] = []
+    for flag in flags:
+        if flag.startswith("--"):
+            name, _, value = flag[2:].partition("=")
+            words = found[name.replace("-", "_")] = [_value(value)] if value else []
+        else:
+            words.append(_value(flag))
+    return {name: True if not words else words[0] if len(words) == 1 else words for name, words in found.items()}
 
 
 def parser_of(method: str) -> TrlParser:
@@ -86,13 +103,20 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def build_trainer(run: Run) -> DistillationTrainer:
     """The trainer of a run, with student, teacher and data loaded and checked."""
-    arguments, training = run.arguments, run.training
+    arguments = run.arguments
     if arguments.method == "dho":
         from mmkd.classification import build_dho_trainer
 
         # It shares what launching needs of a trainer: train, save, evaluate, push.
         trainer: Any = build_dho_trainer(run)
-        return trainer
+    else:
+        trainer = _build_token_trainer(run)
+    trainer.add_callback(RunRecord(run))
+    return trainer
+
+
+def _build_token_trainer(run: Run) -> DistillationTrainer:
+    arguments, training = run.arguments, run.training
     data = load_rows_of(run)
     model = None
     if arguments.teacher is not None and (_reads_teacher(arguments) or arguments.student is None):
@@ -222,6 +246,14 @@ def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
     if student.attn_implementation is not None:
         pruned.set_attn_implementation(student.attn_implementation)
     return pruned.to(_dtype(student, source.dtype))
+
+
+def _value(word: str) -> Any:
+    """A word of the command line as a YAML file would have it. By YAML 1.1 itself, 1e-3 is text and no is false."""
+    for kind in (int, float):
+        if re.fullmatch(_NUMBERS[kind], word):
+            return kind(word)
+    return {"true": True, "false": False, "none": None, "null": None}.get(word.lower(), word)
 
 
 def _reads_teacher(arguments: RunArguments) -> bool:

@@ -137,9 +137,13 @@ class LoopbackHub:
     repos: dict[tuple[str, str], Repo] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     """Uploaded LFS files by sha256, of any repository and not yet of a commit perhaps."""
+    collections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By slug, as the API tells them."""
     requests: list[str] = field(default_factory=list)
     failing: str | None = None
-    """A regular expression; requests that it is found in are answered with status 500."""
+    """A regular expression; requests that it is found in are answered with `failing_with`."""
+    failing_with: int = 500
+    """The client tries again, and waits, at 500."""
     lock: Any = field(default_factory=threading.Lock)
 
     def dataset(self, repo_id: str) -> Repo:
@@ -171,7 +175,7 @@ class LoopbackHub:
         with self.lock:
             self.requests.append(f"{request.method} {request.path}")
             if self.failing is not None and re.search(self.failing, self.requests[-1]):
-                raise Refusal(500, "InternalError", "told to fail")
+                raise Refusal(self.failing_with, "InternalError", "told to fail")
             for method, pattern, handler in ROUTES:
                 match = pattern.fullmatch(request.path)
                 if match and method == request.method.replace("HEAD", "GET"):
@@ -224,6 +228,9 @@ class LoopbackHub:
         repo = self.repo(request, kind, id)
         sha = repo.find(revision or "main")
         facts = {"_id": id, "id": id, "author": id.split("/")[0], "sha": sha, "private": repo.private, "gated": False}
+        card = repo.commits[sha].get("README.md", Blob(b"")).content.decode()
+        header = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+        facts |= {"cardData": yaml.safe_load(header[1])} if header else {}
         facts |= {"disabled": False, "downloads": 0, "likes": 0, "tags": [], "createdAt": DATE, "lastModified": DATE}
         return Answer({**facts, "siblings": [{"rfilename": path} for path in sorted(repo.commits[sha])]})
 
@@ -293,6 +300,32 @@ class LoopbackHub:
         sha = repo.commit(changes, revision)
         return Answer({"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{id}/commit/{sha}"})
 
+    def create_collection(self, request: Request) -> Answer:
+        asked = request.json
+        self.check_writer(request, asked["namespace"])
+        slug = f"{asked['namespace']}/{re.sub('[^a-z0-9]+', '-', asked['title'].lower())}-0123456789ab"
+        if slug in self.collections:
+            return Answer({"error": "This collection exists", "slug": slug}, 409)
+        facts = {"slug": slug, "title": asked["title"], "owner": {"name": asked["namespace"]}, "items": []}
+        facts |= {"lastUpdated": DATE, "position": 0, "private": asked["private"], "theme": "green", "upvotes": 0}
+        self.collections[slug] = facts
+        return Answer(facts)
+
+    def collection(self, request: Request, slug: str) -> Answer:
+        if slug not in self.collections:
+            raise Refusal(404, "", "Collection not found")
+        return Answer(self.collections[slug])
+
+    def add_to_collection(self, request: Request, slug: str) -> Answer:
+        self.check_writer(request, slug.split("/")[0])
+        items, item = self.collections[slug]["items"], request.json["item"]
+        if (item["type"], item["id"]) not in self.repos:
+            raise Refusal(404, "RepoNotFound", f"There is no {item['type']} {item['id']}")
+        if any(one["id"] == item["id"] for one in items):
+            raise Refusal(409, "", "It is in this collection")
+        items.append({**item, "_id": str(len(items)), "position": len(items)})
+        return Answer(self.collections[slug])
+
     def resolve(self, request: Request, kind: str, id: str, revision: str, path: str) -> Answer:
         repo = self.repo(request, kind, id)
         sha = repo.find(revision)
@@ -333,6 +366,9 @@ ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Answer]]] = [
         ("GET", r"/api/whoami-v2", LoopbackHub.whoami),
         ("POST", r"/api/repos/create", LoopbackHub.create_repo),
         ("POST", r"/api/validate-yaml", LoopbackHub.validate_yaml),
+        ("POST", r"/api/collections", LoopbackHub.create_collection),
+        ("GET", r"/api/collections/(?P<slug>[^/]+/[^/]+)", LoopbackHub.collection),
+        ("POST", r"/api/collections/(?P<slug>[^/]+/[^/]+)/items", LoopbackHub.add_to_collection),
         ("GET", rf"{_API}(?:/revision{_REVISION})?", LoopbackHub.info),
         ("GET", rf"{_API}/refs", LoopbackHub.refs),
         ("GET", rf"{_API}/tree{_REVISION}(?:/(?P<path>.*))?", LoopbackHub.tree),

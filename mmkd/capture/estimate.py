@@ -1,18 +1,22 @@
 """What a build would cost, from a timed sample: tokens, bytes and hours, before they are spent."""
 
 import time
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from .plan import ScorePlan
-from .sequences import Sequences, TokenSequence, UnusableRow, usable
+if TYPE_CHECKING:
+    from .plan import ScorePlan
 
 _SAMPLE_ROWS = 32
 
 
-def report_estimate(plan: ScorePlan, console: Console) -> None:
+def report_estimate(plan: "ScorePlan", console: Console) -> None:
     """Asks the teacher about some sequences spread over the data, and prints what all of them would take."""
+    # `readable_size` is of use to those who load no model.
+    from .sequences import Sequences, TokenSequence, UnusableRow, usable
+
     sequences, total = plan.prepared.splits["train"], sum(plan.manifest.total_rows.values())
     count = min(_SAMPLE_ROWS, len(sequences))
     places = [index * len(sequences) // count for index in range(count)]

@@ -10,7 +10,9 @@ from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mmkd.models.load import load_model, load_processing_class
+from mmkd.record import RECORD
 from mmkd.teachers.manifest import write_file
+from mmkd.trainers.log import LOG
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -31,10 +33,11 @@ def read_json(path: Path) -> Any:
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Copies a saved model without the checkpoints of its training."""
+    """Copies a saved model without the checkpoints, the log and the record of its training."""
     target.mkdir(parents=True, exist_ok=True)
+    left = (PREFIX_CHECKPOINT_DIR, "training_args", "optimizer", LOG, RECORD)
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith((PREFIX_CHECKPOINT_DIR, "training_args", "optimizer")):
+        if path.is_file() and not path.name.startswith(left):
             shutil.copyfile(path, target / path.name)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import PartialState
 from rich.console import Console
 
+from mmkd import record as run_record
 from mmkd.arguments import Run
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.run import last_checkpoint, load_rows_of
@@ -105,6 +106,7 @@ class Loop:
         self.roles = Roles(self.run)
         self.prompts = Prompts.read(self.training.prompts)
         check_identity(self.folder, self.run, self.recipe, self.given, self.prompts)
+        run_record.begin(self.run, self.folder)
         self.prompts.write(self.folder / "prompts")
         self.record = Record(self.folder / "record.jsonl")
         self.store = ImageStore(self.folder / "images")
@@ -221,6 +223,7 @@ class Loop:
         assert self.student is not None
         copy_model(self.student, self.folder)
         write_rounds(self.folder, self.reports, self.ended)
+        run_record.finish(self.folder)
         self.say(f"The loop ended: {self.ended}. The student is in {self.folder}.")
 
     # Parts of phases

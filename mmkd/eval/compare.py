@@ -180,6 +180,7 @@ def _summary(rows: Sequence[Row], seeds: Sequence[int], flags: Sequence[str], ju
                 "role": row.role,
                 "recipe": row.recipe,
                 "folders": [run.folder for run in row.runs],
+                "weights": [run.weights for run in row.runs],
                 "parameters": row.runs[0].parameters,
                 "tokens": [run.tokens for run in row.runs],
                 "metrics": {name: pairs[name] for name in shown},

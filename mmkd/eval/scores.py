@@ -7,8 +7,8 @@ from typing import Any
 def scores_of(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The scores of a task's entry: one, or where a name stands for several tasks without a mean, one for each.
 
-    A score is `{"task", "metric", "value", "stderr", "higher_is_better", "items"}`. Raises ValueError for a metric
-    that the task does not have.
+    A score is `{"task", "metric", "value", "stderr", "higher_is_better", "items", "of_items"}`: the last is how many
+    items the task has, all told. Raises ValueError for a metric that the task does not have.
     """
     task, metric = entry["task"], entry["metric"]
     everything = {**entry["results"], **entry["groups"]}
@@ -42,4 +42,17 @@ def _score(entry: Mapping[str, Any], task: str, numbers: dict[str, float], metri
         "stderr": stderr if isinstance(stderr, int | float) else None,
         "higher_is_better": (entry["higher_is_better"].get(task) or {}).get(name, True),
         "items": counts.get("effective"),
+        "of_items": counts.get("original"),
     }
+
+
+def items_of(score: Mapping[str, Any]) -> str:
+    """How many items a score is the mean of, in words."""
+    if score["items"] is None:
+        return ""
+    return f"{score['items']:,}" + (f" of {score['of_items']:,}" if is_partial(score) else "")
+
+
+def is_partial(score: Mapping[str, Any]) -> bool:
+    """Whether a score is of some of the task's items alone, as with --limit."""
+    return score["items"] is not None and score["of_items"] not in (None, score["items"])

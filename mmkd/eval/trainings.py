@@ -17,6 +17,7 @@ from mmkd.run import Run, build_trainer, parser_of, read_recipe
 from mmkd.teachers.store import Cache, read_log
 from mmkd.trainers import METHODS
 
+from .model import find_model
 from .results import key_of, to_json, write_atomically
 
 BASELINE = "sft-baseline.yaml"
@@ -44,6 +45,8 @@ class Measured:
     """Supervised tokens it was trained on."""
     cost: dict[str, Any] | None = None
     cache: dict[str, Any] | None = None
+    weights: str | None = None
+    """Of what was trained, as `mmkd push` compares them with those it finds."""
 
 
 class Trainings:
@@ -95,7 +98,8 @@ def measure(
     reports = trainer.batch_reports
     items = {name: [one.get(name, (0.0, 0.0)) for one in reports] for name in {key for one in reports for key in one}}
     place = str(run.arguments.teacher) if stage == "teacher" else str(folder)
-    return Measured(stage, place, parameters, metrics, items, tokens, cost, _cache_facts(run))
+    weights = find_model(place).weights if stage == "trained" else None
+    return Measured(stage, place, parameters, metrics, items, tokens, cost, _cache_facts(run), weights)
 
 
 def make_baseline(recipe: str, flags: Sequence[str], folder: Path) -> tuple[str, list[str]]:

@@ -32,6 +32,7 @@ from mmkd.teachers.signals import DenseSignal, TopKSignal
 
 from .checks import check_supervision, check_training_data
 from .config import DistillationConfig
+from .log import RunLog
 from .preparation import ROW_LENGTHS, RowLengths, preparation_of, sequences_of
 from .progress import DistillationProgress
 from .reports import ReportingTrainer
@@ -129,7 +130,7 @@ class DistillationTrainer(ReportingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*self.method_callbacks(args), *(kwargs.pop("callbacks", None) or [])],
+            callbacks=[RunLog(), *self.method_callbacks(args), *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
         if self.aux_loss_enabled:

@@ -27,6 +27,7 @@ from mmkd.teachers.class_logits import compute_class_logits
 from mmkd.teachers.classifiers import ClassTeacher, check_classes
 
 from .dho_config import DHOConfig as DHOConfig
+from .log import RunLog
 
 logger = logging.get_logger(__name__)
 
@@ -107,6 +108,7 @@ class DHOTrainer(Trainer):
             eval_dataset=validation,
             processing_class=processing_class,
             compute_metrics=self._accuracies,
+            callbacks=[RunLog(), *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
         self.choice: Interpolation | None = None

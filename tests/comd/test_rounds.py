@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 from mmkd.cli import main
 from mmkd.comd.report import read_rounds
 from mmkd.models.load import load_model
+from mmkd.push.folder import Wishes, prepare
+from mmkd.report.runs import parts_of
 from mmkd.teachers import endpoints
 from tests.comd.chat_server import ChatServer, chat_server, kind_of, said, scripted
 from tests.comd.conftest import Recipe
@@ -84,6 +86,12 @@ def test_rounds_leave_what_they_were_made_of(recipe: Recipe, tmp_path: Path, cap
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(student.parameters(), last.parameters(), strict=True))
     assert (run / "prompts" / "judge.txt").is_file()
     assert json.loads((run / "rounds.json").read_text())["ended"] == "all rounds are done"
+    # The record is that of the loop, and the log that of every round.
+    record = json.loads((run / "run.json").read_text())
+    assert record["method"] == "comd"
+    assert record["finished"]
+    assert not (run / "log.jsonl").exists()
+    assert [part.name for part in parts_of(run)] == ["round-0", "round-1", "round-2"]
     # Nothing is asked twice, and each pair is judged in both orders.
     assert set(asked(server).values()) == {1}
     assert server.count("judge") == len(orders_of(run))
@@ -410,6 +418,10 @@ def test_stages_with_pictures(tmp_path: Path, recipe: Recipe, tiny: dict[str, Pa
         assert not server.requests
         assert main(["train", str(path)]) == 0
         assert all("image_url" in json.dumps(body) for body in server.requests)
+    prepared = prepare(tmp_path / "run", Wishes("org/student"))
+    assert prepared.student.methods == ["sft", "comd"]
+    assert {entry["part"] for entry in prepared.log} == {"round-0", "round-1"}
+    assert "comd" in prepared.card.text
     run = tmp_path / "run" / "2-CoMD"
     LlavaForConditionalGeneration.from_pretrained(run)
     new = lines(run / "round-0" / "new.jsonl")

@@ -10,6 +10,8 @@ import yaml
 
 from mmkd.cli import main
 from mmkd.eval import trainings
+from mmkd.eval.model import find_model
+from mmkd.report.runs import read_log, record_of
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 
 
@@ -74,6 +76,11 @@ def test_one_recipe_against_its_baseline_over_seeds(workplace, monkeypatch, caps
     assert rows["baseline"]["name"] == "sft"
     assert rows["baseline"]["tokens"] == rows["student"]["tokens"]
     assert len(set(rows["student"]["folders"])) == 2
+    assert rows["student"]["weights"] == [find_model(folder).weights for folder in rows["student"]["folders"]]
+    assert rows["teacher"]["weights"] == [None]
+    # Curves and a record of each training, for reports and cards.
+    assert read_log(Path(rows["student"]["folders"][0]))
+    assert record_of(Path(rows["student"]["folders"][0]))["finished"]
     # Nothing of the teacher enters the baseline's loss, and it is asked nothing.
     assert rows["baseline"]["cost"]["teacher_tokens"] == 0 < rows["student"]["cost"]["teacher_tokens"]
     assert rows["teacher"]["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-4)

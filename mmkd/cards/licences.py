@@ -1,0 +1,131 @@
+"""What licences of models and data ask of a student: where they conflict with what it is published under."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something a student is made of: its name as it is published, and its licence as the Hub or a recipe says it."""
+
+    name: str
+    license: str | None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a licence asks for. Read it yourself: this is a reminder and no legal advice."""
+
+    pattern: str
+    non_commercial: bool = False
+    share_alike: bool = False
+    no_derivatives: bool = False
+    family: str | None = None
+    """Where what is trained on a model's outputs must stay under the licence of this family."""
+    no_training: bool = False
+    """Outputs may not be used to train models outside of the family."""
+    name_prefix: str | None = None
+    """What the name of a model that was trained on outputs must begin with."""
+
+
+KNOWN = (
+    Terms(r"llama-?2", family="llama2", no_training=True),
+    Terms(r"(meta-)?llama-?3[.-][123]", family="llama3", name_prefix="Llama"),
+    Terms(r"(meta-)?llama-?3", family="llama3", no_training=True),
+    Terms(r"llama-?4", family="llama4", name_prefix="Llama"),
+    Terms(r"gemma", family="gemma"),
+    Terms(r"(qwen|mrl|mistral-ai-research|nvidia-non-commercial|stabilityai-nc)[\w-]*(research|non-?commercial|nc)\b.*",
+          non_commercial=True),
+    Terms(r"cc-by-nc-sa.*", non_commercial=True, share_alike=True),
+    Terms(r"cc-by-nc-nd.*", non_commercial=True, no_derivatives=True),
+    Terms(r"cc-by-nc.*", non_commercial=True),
+    Terms(r"cc-by-nd.*", no_derivatives=True),
+    Terms(r"(cc-by-sa|gfdl|odbl|cdla-sharing).*", share_alike=True),
+    Terms(r"(a|l)?gpl-.*", share_alike=True),
+    Terms(r".*(non-?commercial|research use|research only).*", non_commercial=True),
+)  # fmt: skip
+
+# Texts that name no one licence, or terms of others beside it.
+_UNKNOWN = re.compile(
+    r"other|unknown|not stated|see the homepage|.*keep (their own|the licences)|.*each subset keeps|.*terms of use"
+)
+_FAMILY_NAMES = re.compile(r"(?i)(?:^|/)(?:meta-)?(llama-?[234](?:[.-][123](?!\d))?|gemma)")
+
+
+def terms_of(source: Source) -> Terms | None:
+    """What is known of a licence; of a model without one, by the family that its name says."""
+    license = source.license
+    if license is None and (match := _FAMILY_NAMES.search(source.name)):
+        license = match[1]
+    text = (license or "").lower()
+    return next((terms for terms in KNOWN if re.match(terms.pattern, text)), None)
+
+
+def conflicts(
+    declared: str | None,
+    repo_id: str,
+    base: Sequence[Source],
+    teachers: Sequence[Source],
+    data: Sequence[Source],
+) -> list[str]:
+    """Sentences about what does not go together with publishing the student as `repo_id` under a licence."""
+    own = terms_of(Source("", declared)) if declared else None
+    found = []
+    for teacher in teachers:
+        found += _of_outputs(teacher, own, declared, repo_id, base)
+    for role, source in [("base model", one) for one in base] + [("data", one) for one in data]:
+        found += _of_part(role, source, own, declared)
+    if declared is None or _UNKNOWN.match(declared.lower()):
+        found.append("The student's own licence is not stated: pass --license.")
+    return list(dict.fromkeys(found))
+
+
+def _of_outputs(
+    teacher: Source, own: Terms | None, declared: str | None, repo_id: str, base: Sequence[Source]
+) -> list[str]:
+    terms = terms_of(teacher)
+    if terms is None:
+        return [] if teacher.license else [_not_known("teacher", teacher)]
+    said = f"The teacher {teacher.name} ({teacher.license or terms.family})"
+    found = []
+    families = [one.family for source in base if (one := terms_of(source)) is not None]
+    if terms.no_training and not (families and all(family == terms.family for family in families)):
+        found.append(f"{said} forbids training other models on its outputs, and the student is none of its family.")
+    if terms.family is not None and (own is None or own.family != terms.family):
+        found.append(
+            f"{said} asks that what is distilled from it stays under its own terms, and the student is declared "
+            f"{declared or 'without a licence'}."
+        )
+    if terms.name_prefix and not repo_id.rpartition("/")[2].startswith(terms.name_prefix):
+        found.append(
+            f"{said} asks that a model trained on its outputs has a name that begins with {terms.name_prefix!r} and "
+            f"says 'Built with {terms.name_prefix}'; {repo_id} does not."
+        )
+    if terms.non_commercial and not (own and own.non_commercial):
+        found.append(f"{said} is for non-commercial use, and the student is declared {declared or 'without one'}.")
+    return found
+
+
+def _of_part(role: str, source: Source, own: Terms | None, declared: str | None) -> list[str]:
+    terms = terms_of(source)
+    if terms is None:
+        known = source.license and not _UNKNOWN.match(source.license.lower())
+        return [] if known else [_not_known(role, source)]
+    said = f"The {role} {source.name} ({source.license or terms.family})"
+    stated = f"and the student is declared {declared or 'without a licence'}."
+    found = []
+    if terms.non_commercial and not (own and own.non_commercial):
+        found.append(f"{said} is for non-commercial or research use, {stated}")
+    if terms.share_alike and not (own and own.share_alike and own.pattern == terms.pattern):
+        found.append(f"{said} is share-alike, {stated}")
+    if terms.no_derivatives:
+        found.append(f"{said} allows no derivatives.")
+    if terms.family and role == "base model" and (own is None or own.family != terms.family):
+        found.append(f"{said} passes its terms on, {stated}")
+    return found
+
+
+def _not_known(role: str, source: Source) -> str:
+    stated = f"says {source.license!r}" if source.license else "states no licence"
+    return f"The {role} {source.name} {stated}: find out what it allows before you publish."

@@ -1,0 +1,195 @@
+"""The curves of a run as SVG: told apart by lines and markers, so that they are read in black and white too."""
+
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .runs import Part, RunFiles
+
+POINTS = 300
+"""A line has at most so many."""
+
+STYLES = [
+    {"color": "#000000", "linestyle": "-", "marker": "o"},
+    {"color": "#b2182b", "linestyle": "--", "marker": "s"},
+    {"color": "#2166ac", "linestyle": "-.", "marker": "^"},
+    {"color": "#666666", "linestyle": ":", "marker": "D"},
+    {"color": "#000000", "linestyle": "--", "marker": "x"},
+    {"color": "#b2182b", "linestyle": "-.", "marker": "+"},
+    {"color": "#2166ac", "linestyle": ":", "marker": "v"},
+    {"color": "#666666", "linestyle": "-", "marker": "*"},
+]
+
+Line = tuple[str, list[float], list[float]]
+"""Name, x and y."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot of what the log says under some names; a name that ends in / stands for all that begin with it."""
+
+    title: str
+    unit: str
+    names: tuple[str, ...]
+    log_scale: bool = False
+
+
+PANELS = (
+    Panel("Loss and its terms", "", ("loss", "loss/", "eval_loss", "divergence", "visual_kl", "relation_distance")),
+    Panel("KL to the teacher", "nats per token", ("kl", "eval_kl", "eval_visual_kl")),
+    Panel("Top-1 agreement with the teacher", "share of tokens", ("top1_agreement", "eval_top1_agreement")),
+    Panel("TAID's t", "interpolation from student to teacher", ("taid_t",)),
+    Panel("Cross-entropy and entropies", "nats per token", ("ce", "eval_ce", "student_entropy", "teacher_entropy")),
+    Panel("Perplexity on held-out rows", "", ("eval_perplexity",), log_scale=True),
+    Panel("Chunks of text", "nats per chunk", ("chunk_gap", "chunk_kl", "eval_chunk_gap", "eval_chunk_kl")),
+    Panel("Bits per byte", "", ("bits_per_byte", "eval_bits_per_byte")),
+    Panel("Accuracy", "share of rows", ("accuracy", "eval_accuracy", "eval_ce_accuracy", "eval_kd_accuracy")),
+    Panel("Do the gradients of CE and KD agree?", "", ("gradient_cosine", "gradient_conflict")),
+    Panel("Learning rate", "", ("learning_rate",)),
+    Panel("Gradient norm", "", ("grad_norm",), log_scale=True),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn plot."""
+
+    name: str
+    title: str
+    svg: bytes
+    words: str
+    """The last value of each line, for who does not see the plot."""
+
+
+def draw(run: RunFiles) -> list[Figure]:
+    """All plots that the run has numbers for."""
+    figures = [_draw_panel(panel, run.lines) for panel in PANELS]
+    figures += [_draw_rounds(run.rounds), _draw_choice(run.choice)]
+    return [figure for figure in figures if figure is not None]
+
+
+def _draw_panel(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Figure | None:
+    lines = list(_lines(panel, runs))
+    if not lines:
+        return None
+    longest = max(runs.values(), key=lambda parts: sum(part.steps for part in parts))
+    marks = list(_starts(longest))[1:] if len(longest) > 1 else []
+    scale = "log" if panel.log_scale and not any(y <= 0 for _, _, ys in lines for y in ys) else "linear"
+    return _figure(panel.title, [(panel.unit, "optimizer step", lines)], scale=scale, marks=marks)
+
+
+def _lines(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Iterator[Line]:
+    for run, parts in runs.items():
+        logged = dict.fromkeys(key for part in parts for entry in part.log for key in entry)
+        names = [key for name in panel.names for key in logged if key == name or (name[-1] == "/" and name in key[:5])]
+        # Of several runs all terms of each would be too many lines.
+        held_out = [name for name in names if name.startswith("eval_")][:1]
+        chosen = dict.fromkeys(names if len(runs) == 1 else [*names[:1], *held_out])
+        for name in chosen:
+            points = [
+                (start + entry["step"], float(entry[name]))
+                for part, start in zip(parts, (start for _, start in _starts(parts)), strict=True)
+                for entry in part.log
+                if name in entry and "step" in entry
+            ]
+            label = name.removeprefix("eval_") + ", held out" if name.startswith("eval_") else name
+            if points:
+                xs, ys = zip(*sorted([*thinned(points), *_gaps(name, parts, points)]), strict=True)
+                yield (label if len(runs) == 1 else f"{run}: {label}"), list(xs), list(ys)
+
+
+def _starts(parts: Sequence[Part]) -> Iterator[tuple[str, int]]:
+    """The name of each part, and the step it begins at when all follow one another."""
+    start = 0
+    for part in parts:
+        yield part.name, start
+        start += part.steps
+
+
+def _gaps(name: str, parts: Sequence[Part], points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Where a line is broken: in the middle of each part that does not log it, between others that do."""
+    silent = [
+        start + part.steps / 2
+        for part, (_, start) in zip(parts, _starts(parts), strict=True)
+        if not any(name in entry for entry in part.log)
+    ]
+    return [(x, math.nan) for x in silent if points[0][0] < x < points[-1][0]]
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most POINTS of the points, evenly spread, the last one among them."""
+    every = -(-len(points) // POINTS)
+    return list(points[::-1][::every][::-1])
+
+
+def _draw_rounds(rounds: Sequence[Mapping[str, Any]]) -> Figure | None:
+    if not rounds:
+        return None
+    hard = [(one["round"], one["hard"] / one["assessed"]) for one in rounds if one.get("assessed")]
+    held = [one for one in rounds if one.get("held_out")]
+    sides = {side: [(one["round"], one["held_out"][side]) for one in held] for side in ("student", "teacher")}
+    pool = [(one["round"], one["pool"]) for one in rounds]
+    places = [
+        ("share of hard instructions", "round", _named({"hard": hard})),
+        ("held out", "round", _named(sides)),
+        ("instructions in the pool", "round", _named({"pool": pool})),
+    ]
+    return _figure("Rounds", [place for place in places if place[2]], whole=True)
+
+
+def _draw_choice(choice: Mapping[str, Any] | None) -> Figure | None:
+    if not choice or not choice.get("grid"):
+        return None
+    by_beta: dict[str, list[tuple[float, float]]] = {}
+    for one in choice["grid"]:
+        by_beta.setdefault(f"beta {one['beta']:g}", []).append((one["alpha"], one["accuracy"]))
+    chosen = {"chosen": [(choice["alpha"], choice["accuracy"])]}
+    title = "Interpolation of the two heads, on validation rows"
+    return _figure(title, [("accuracy", "alpha", _named({**by_beta, **chosen}))])
+
+
+def _named(lines: Mapping[str, Sequence[tuple[float, float]]]) -> list[Line]:
+    return [(name, [x for x, _ in points], [y for _, y in points]) for name, points in lines.items() if points]
+
+
+def _figure(
+    title: str,
+    places: Sequence[tuple[str, str, list[Line]]],
+    scale: str = "linear",
+    marks: Sequence[tuple[str, int]] = (),
+    whole: bool = False,
+) -> Figure:
+    """A figure with a plot for each place: label of y, label of x, lines."""
+    import matplotlib  # pyright: ignore[reportMissingImports]
+    from matplotlib.backends.backend_svg import FigureCanvasSVG  # pyright: ignore[reportMissingImports]
+    from matplotlib.figure import Figure as Canvas  # pyright: ignore[reportMissingImports]
+
+    # Words as words: smaller, and found by a reader's search.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmkd", "font.size": 9}):
+        figure = Canvas(figsize=(5.4 if len(places) == 1 else 3.6 * len(places), 3.1))
+        FigureCanvasSVG(figure)
+        for axes, (unit, across, lines) in zip(figure.subplots(1, len(places), squeeze=False)[0], places, strict=True):
+            for style, (name, xs, ys) in zip(_styles(len(lines)), lines, strict=True):
+                every = max(1, len(xs) // 12)
+                axes.plot(xs, ys, label=name, linewidth=1.2, markersize=4, markevery=every, **style)
+            axes.set(xlabel=across, ylabel=unit, yscale=scale)
+            axes.grid(color="#dddddd", linewidth=0.5)
+            axes.spines[["top", "right"]].set_visible(False)
+            if whole:
+                axes.xaxis.get_major_locator().set_params(integer=True)
+            for name, start in marks:
+                axes.axvline(start, color="#999999", linewidth=0.8, linestyle=":")
+                axes.annotate(name, (start, 1), xycoords=("data", "axes fraction"), fontsize=7, rotation=90, va="top")
+            if len(lines) > 1:
+                axes.legend(fontsize=8, framealpha=0.7)
+        figure.tight_layout()
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    words = "; ".join(f"{name}: {ys[-1]:.4g} at {xs[-1]:g}" for _, _, lines in places for name, xs, ys in lines)
+    return Figure(title.lower().replace(" ", "-").replace("'", "").strip("?"), title, file.getvalue(), words)
+
+
+def _styles(count: int) -> list[dict[str, Any]]:
+    return [STYLES[number % len(STYLES)] for number in range(count)]
