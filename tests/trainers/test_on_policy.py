@@ -1,5 +1,6 @@
 """On-policy distillation: which rows the student answers, and that a rollout is a batch's row like any other."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List
 from transformers import PreTrainedTokenizerFast
 
 from mmkd.cli import main
@@ -22,6 +23,7 @@ from mmkd.trainers.taid import TAIDTrainer
 from scripts.make_tiny_models import make_model, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.helpers import Build, environment, losses_of
+from tests.teachers.vlm import make_image, make_vlm
 from tests.vlms import make_llava, vision_rows
 
 GREEDY: dict[str, Any] = {"on_policy_fraction": 0.5, "rollout_max_tokens": 8, "rollout_temperature": 0.0}
@@ -31,7 +33,7 @@ RANKS_ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny teacher that reads with another tokenizer and another chat template."""
-    tokenizer = CHATTERS["gemma"]()
+    tokenizer = CHATTERS["llama"]()
     model = make_model(layers=3, width=48, seed=4, rows=len(tokenizer))
     return save(model, tokenizer, tmp_path_factory.mktemp("foreign") / "teacher")
 
@@ -145,6 +147,7 @@ def test_losses_do_not_depend_on_gradient_accumulation(
     assert single == [pytest.approx(pair, rel=1e-4) for pair in whole]
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_ranks(
     build: Build, completions: Dataset, tiny: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -168,7 +171,11 @@ def test_a_student_that_is_the_teacher_has_no_loss(
     build: Build, completions: Dataset, tiny: dict[str, Path], cls: Any
 ) -> None:
     settings = {"on_policy_fraction": 1.0, "rollout_max_tokens": 8, "max_steps": 1}
-    trainer = build(cls, completions, trainer={"model": str(tiny["teacher"])}, **settings)
+    trainer: Any = build(cls, completions, trainer={"model": str(tiny["teacher"])}, **settings)
+    if cls is ALMTrainer:
+        # Random weights say tokens that no tokenizer makes of their text.
+        ids = trainer.processing_class(" one dog saw red birds")["input_ids"]
+        trainer.rollouts.source.answer = lambda asked, seed: [Rollout([*ids, 1], True)] * len(asked)
     trainer.train()
     assert losses_of(trainer)[0] == pytest.approx(0, abs=1e-6)
     assert losses_of(trainer, "rollout_tokens")[0] > 4
@@ -237,11 +244,12 @@ def test_images_stay_with_their_prompts(build: Build, tmp_path: Path) -> None:
 def test_a_foreign_teacher_reads_the_text_of_rollouts(
     build: Build, foreign: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    data = request.getfixturevalue(kind)
+    data: Dataset = request.getfixturevalue(kind)
+    if kind == "chats":
+        talks = [row["messages"] for row in data.to_list()]
+        data = Dataset.from_list([{"prompt": turns[:1], "completion": turns[1:]} for turns in talks])
     settings: dict[str, Any] = {**GREEDY, "on_policy_fraction": 1.0, "chunks": "all", "tau": 5.0, "max_length": 200}
-    settings |= {"completions": {}, "chats": {"assistant_only_loss": True}, "texts": {"rollout_prompt_tokens": 3}}[
-        kind
-    ]
+    settings |= {"rollout_prompt_tokens": 3} if kind == "texts" else {}
     trainer: Any = build(ALMTrainer, data, trainer={"teacher": str(foreign)}, **settings)
     silent = trainer.rollouts.source.speech.stops
     # Bytes that are no text, which a trained student hardly ever says, would be read as something else.
@@ -253,6 +261,29 @@ def test_a_foreign_teacher_reads_the_text_of_rollouts(
     spoken = ~torch.isin(batch["labels"][:, 1:][supervised], torch.tensor(silent))
     assert (signal.alignment.student_chunk >= 0)[spoken].float().mean() > 0.9
     assert len(signal.log_probs) > 8
+
+
+def test_a_foreign_vision_teacher_reads_them_too(build: Build, tmp_path: Path) -> None:
+    other = copy.deepcopy(CHATTERS["llama"]())
+    other.pad_token = other.eos_token
+    models = {"model": str(make_vlm(tmp_path / "student")), "teacher": str(make_vlm(tmp_path / "teacher", other))}
+    pairs = zip(sentences(8, seed=1), sentences(8, seed=2), strict=True)
+    rows = [
+        {
+            "images": [make_image(number) for number in range(row % 3)],
+            "prompt": [{"role": "user", "content": question}],
+            "completion": [{"role": "assistant", "content": answer}],
+        }
+        for row, (question, answer) in enumerate(pairs)
+    ]
+    data = Dataset.from_list(rows, features=Features({**Dataset.from_list(rows).features, "images": List(Image())}))
+    settings = {**GREEDY, "on_policy_fraction": 1.0, "max_length": None, "chunks": "all", "tau": 5.0, "max_steps": 1}
+    trainer: Any = build(ALMTrainer, data, trainer=models, **settings)
+    spoken = trainer.processing_class.tokenizer(" one dog saw red birds")["input_ids"]
+    trainer.rollouts.source.answer = lambda asked, seed: [Rollout(spoken, False)] * len(asked)
+    trainer.train()
+    assert losses_of(trainer, "aligned") == [1.0]
+    assert losses_of(trainer, "supervised_tokens") == [4 * len(spoken)]
 
 
 def test_alm_losses_do_not_depend_on_gradient_accumulation(build: Build, completions: Dataset, foreign: Path) -> None:
