@@ -1,9 +1,11 @@
 """The part of the distillation step in which the student answers prompts of its batch itself."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from mmkd.models.load import tokenizer_of
@@ -12,6 +14,7 @@ from .answers import Placed
 from .config import DistillationConfig
 from .preparation import ROWS
 from .reports import ReportingTrainer
+from .rollout_server import ServerSource
 from .rollouts import Rollouts, Source, Speech, StudentSource, check_prompts
 
 
@@ -34,16 +37,26 @@ class OnPolicyTrainer(ReportingTrainer):
         check_prompts(args, self.train_dataset, self.data_collator, self._is_vision_dataset)
         tokenizer = tokenizer_of(self.processing_class)
         speech = Speech.of(self.model, tokenizer, self.vocab_size, text_only=not self.one_vocabulary)
-        source = self._source(speech, collate_alone)
+        source = self._source(speech, tokenizer, collate_alone)
         self.rollouts = Rollouts(source, args, speech.pad, args.process_index, args.world_size)
 
-    def _source(self, speech: Speech, collate_alone: Any) -> Source:
+    def _source(self, speech: Speech, tokenizer: Any, collate_alone: Any) -> Source:
+        args = self.args
         if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError(
                 "on_policy_fraction generates with a student whose weights are sharded (FSDP, ZeRO-3), which would "
-                "gather all of them for every token. Use DDP or ZeRO-2, or a rollout_server."
+                "gather all of them for every token. Use DDP or ZeRO-2, or on_policy_fraction: 0."
             )
-        return StudentSource(self.model, speech, collate_alone, self.accelerator, self.args)
+        if args.rollout_server is not None:
+            if self._is_vision_dataset or isinstance(self.model, PeftModel):
+                raise ValueError(
+                    "A rollout_server takes whole students that read text; this one has images or an adapter. Remove "
+                    "rollout_server to generate in this process."
+                )
+            # Its name keeps it out of what is pushed to the Hub.
+            folder = Path(args.rollout_server_folder or Path(args.output_dir or ".") / "_rollout_weights")
+            return ServerSource(self.model, speech, tokenizer, self.accelerator, args, folder)
+        return StudentSource(self.model, speech, collate_alone, self.accelerator, args)
 
     def with_rollouts(self, batch: dict[str, Any], placed: Mapping[int, Placed]) -> dict[str, Any]:
         """A micro-batch whose rollouts (row -> rollout) are in place, as the method's teacher reads it."""

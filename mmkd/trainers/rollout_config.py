@@ -76,7 +76,7 @@ class RolloutConfig(SFTConfig):
         default=None,
         metadata={
             "help": "Where the weights are handed to rollout_server, which must see the same path; fast storage such "
-            "as /dev/shm pays. Default: rollout_weights in output_dir."
+            "as /dev/shm pays. Default: _rollout_weights in output_dir."
         },
     )
 
