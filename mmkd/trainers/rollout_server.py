@@ -17,9 +17,9 @@ from .rollout_config import RolloutConfig
 from .rollouts import Question as Asked
 from .rollouts import Source, Speech, rollout_of
 
-# Nats per token between student and server. Types and kernels alone make less than the first; a server with other
-# weights of the same model makes more than the second.
-ROUNDING, WRONG = 0.05, 0.5
+# Nats per token between student and server that types and kernels may make when the servers first get the weights;
+# later so many times what they made then, and this share of what training has changed.
+ROUNDING, GROWTH, SHARE, EXACT = 0.1, 4.0, 0.1, 1e-3
 _PROBED = 48
 
 
@@ -43,7 +43,7 @@ class ServerSource(Source):
         self.client.check(max_length=args.max_length or args.rollout_max_tokens, tokenizer=tokenizer)
         self.weights = ServedWeights(args.rollout_server)
         self.probe: list[int] = tokenizer(PROBE, add_special_tokens=False)["input_ids"][:_PROBED]
-        self._before: np.ndarray | None = None
+        self._first: tuple[np.ndarray, float] | None = None
 
     def answer(self, questions: Sequence[Asked], seed: int) -> list[Rollout]:
         self._hand_over()
@@ -77,23 +77,27 @@ class ServerSource(Source):
 
     def _check(self) -> None:
         """Raises ValueError when the servers' log-probs of a text are not the student's of now."""
-        now = self._own_log_probs()
+        now, furthest = self._own_log_probs(), 0.0
         question = Question(self.probe, np.arange(len(self.probe)) > 0)
         for client in self.probed:
             (served,) = client.score([question], 1)
             if not isinstance(served, TopK):
                 raise ValueError(f"The rollout server cannot read a text of {len(self.probe)} tokens: {served.reason}")
             distance = float(np.abs(served.label_log_probs - now).mean())
-            before = np.inf if self._before is None else float(np.abs(served.label_log_probs - self._before).mean())
-            if distance > WRONG or (distance > ROUNDING and before < distance):
+            moved, limit = 0.0, ROUNDING
+            if self._first is not None:
+                moved = float(np.abs(now - self._first[0]).mean())
+                limit = max(EXACT, GROWTH * self._first[1], SHARE * moved)
+            if distance > limit:
                 raise ValueError(
                     "The weights of the rollout server are out of date: after it took the student's, its log-probs of "
-                    f"a text differ from the student's by {distance:.3f} nats per token"
-                    + (f", and from those of the step before by {before:.3f}." if before < distance else ".")
-                    + " Serve the model that is trained. On a CPU, vLLM does not renew a head that is tied to the "
-                    "embeddings: untie it (tie_word_embeddings: false) before you train and serve it."
+                    f"a text differ from the student's by {distance:.4f} nats per token, of which {limit:.4f} may be "
+                    f"rounding; training has changed the student's by {moved:.4f}. Serve what is trained. On "
+                    "a CPU, vLLM does not renew a head that is tied to the embeddings: untie it "
+                    "(tie_word_embeddings: false) before you train and serve it."
                 )
-        self._before = now
+            furthest = max(furthest, distance)
+        self._first = self._first or (now, furthest)
 
     @torch.no_grad()
     def _own_log_probs(self) -> np.ndarray:

@@ -80,7 +80,7 @@ def test_weights_that_do_not_follow_end_the_run(
     settings = {**SETTINGS, "max_steps": 20, "lr_scheduler_type": "constant"}
     with fake_vllm(ServedStudent, max_model_len=256, tokenizer=tokenizer, stuck_after=2) as fake:
         trainer = build(KDTrainer, completions, rollout_server=[fake.url], **settings)
-        with pytest.raises(ValueError, match=r"out of date.*step before"):
+        with pytest.raises(ValueError, match=r"out of date.*training has changed"):
             trainer.train()
     assert trainer.state.global_step <= 3
 
