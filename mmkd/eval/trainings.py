@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mmkd.recipes import find_recipe
 from mmkd.run import Run, build_trainer, parser_of, read_recipe
 from mmkd.teachers.store import Cache, read_log
 from mmkd.trainers import METHODS
+from mmkd.trainers.rollout_config import RolloutConfig
 
 from .model import find_model
 from .results import key_of, to_json, write_atomically
@@ -24,6 +25,7 @@ BASELINE = "sft-baseline.yaml"
 
 # Keys of a student's recipe that are not those of its baseline, although method sft knows them.
 _NOT_SFT = {"ce_weight", "teacher_cache", "teacher_server", "teacher_tail", "teacher_top_k", "temperature"}
+_NOT_SFT |= {part.name for part in fields(RolloutConfig) if part.name.startswith("rollout_")} | {"on_policy_fraction"}
 _PUBLISHING = {"push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"}
 _WHOLE = ("student_layers", "student_intermediate_size", "student_num_attention_heads", "student_vision_tower")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from jaxtyping import Bool, Int
 from safetensors.torch import load_file, save_file
@@ -31,8 +32,11 @@ from mmkd.teachers.signals import ChunkAlignment, ChunkSignal, DenseSignal, Labe
 
 from .alm_config import DIVERGENCES
 from .alm_config import ALMConfig as ALMConfig
+from .answers import Placed
 from .base import DistillationTrainer, ItemLosses, Supervised
+from .pair_rollouts import as_teacher_reads, questions_of, said
 from .pairs import (
+    QUESTION,
     SUPERVISED,
     Agreement,
     AlignedCollator,
@@ -43,7 +47,7 @@ from .pairs import (
     paired,
     teacher_sequences,
 )
-from .preparation import placeholder_trainer, preparation_of
+from .preparation import ROWS, placeholder_trainer, preparation_of
 
 logger = logging.get_logger(__name__)
 
@@ -103,7 +107,8 @@ class ALMTrainer(DistillationTrainer):
         theirs = reader._prepare_dataset(
             rows, reader.processing_class, reader.args, False, formatting_func, f"{name} (teacher's)"
         )
-        both = paired(ours, theirs)
+        questions = questions_of(dataset, args.rollout_prompt_tokens) if args.on_policy_fraction else None
+        both = paired(ours, theirs, questions)
         agreement = Agreement.of(counts_of(both, self._batch_aligner(processing_class, args)))
         if not agreement.chunks:
             raise ValueError(
@@ -120,7 +125,7 @@ class ALMTrainer(DistillationTrainer):
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
         if not self._is_vision_dataset and "teacher_input_ids" not in columns:
-            columns += ["teacher_input_ids", "teacher_labels", "teacher_seq_lengths"]
+            columns += ["teacher_input_ids", "teacher_labels", "teacher_seq_lengths", QUESTION]
 
     @property
     def _readers(self) -> dict[str, Any]:
@@ -160,7 +165,7 @@ class ALMTrainer(DistillationTrainer):
             tokens = len(tokenizer_of(reader.processing_class))
             teacher = LocalTeacher(model, min(tokens, full_head(model).vocab_size))
         cached = teacher if isinstance(teacher, CachedTeacher) else None
-        self.data_collator = AlignedCollator(self.data_collator, reader.data_collator, align, cached)
+        self.data_collator = self._aligned = AlignedCollator(self.data_collator, reader.data_collator, align, cached)
         device, pieces = self.accelerator.device, align.aligner
         self._boundaries, self._teacher_boundaries = (
             torch.from_numpy(boundary_mask(side)).to(device) if self.args.needs_boundaries else None
@@ -180,6 +185,19 @@ class ALMTrainer(DistillationTrainer):
             # A part of the student, so that optimizer and ranks treat it like all others; `_save` keeps it apart.
             base_of(self.model).add_module(_PROJECTION, nn.Linear(*widths, bias=False, device=device))
         return teacher
+
+    def with_rollouts(self, batch: dict[str, Any], placed: Mapping[int, Placed]) -> dict[str, Any]:
+        """The batch with the text of the rollouts in the teacher's tokens, aligned anew."""
+        if not placed:
+            return batch
+        examples, tokenizer = batch[ROWS].examples, tokenizer_of(self.processing_class)
+        reader = self._readers["reader"]
+        for row, one in placed.items():
+            text, whole = said(tokenizer, batch["input_ids"][row].tolist(), one)
+            examples[row] = as_teacher_reads(examples[row], text, whole, one.rollout.ended, reader)
+        on_cpu = send_to_device({name: value for name, value in batch.items() if name != BATCH_KEY}, "cpu")
+        aligned = self._aligned.aligned(on_cpu, self._aligned.read_by_teacher(examples), [])
+        return {**batch, BATCH_KEY: send_to_device(aligned[BATCH_KEY], self.accelerator.device)}
 
     def _check_cached_rows(self, teacher: CachedTeacher) -> None:
         evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -35,6 +36,8 @@ def _binarised(divergence: divergences.Divergence, config: "ALMConfig") -> Chunk
 @dataclass
 class ALMConfig(DistillationConfig):
     """Settings of method alm."""
+
+    learns_from_rollouts: ClassVar[bool] = True
 
     divergence: str = field(
         default="forward_kl",

@@ -33,9 +33,10 @@ from mmkd.teachers.signals import DenseSignal, TopKSignal
 from .checks import check_supervision, check_training_data
 from .config import DistillationConfig
 from .log import RunLog
-from .preparation import ROW_LENGTHS, RowLengths, preparation_of, sequences_of
+from .on_policy import OnPolicyTrainer
+from .preparation import ROW_LENGTHS, ROWS, KeptRows, RowLengths, preparation_of, sequences_of
 from .progress import DistillationProgress
-from .reports import ReportingTrainer
+from .rollouts import check_rollouts
 from .vision import BAD_ROWS, VISUAL, ImageReader, View, VisionCollator, processor_of_teacher, teacher_view
 
 
@@ -58,7 +59,7 @@ class ItemLosses:
     """Name in the logs -> (sum, number of items), without gradient."""
 
 
-class DistillationTrainer(ReportingTrainer):
+class DistillationTrainer(OnPolicyTrainer):
     """trl's SFTTrainer with a teacher. A method subclasses it and implements `item_losses`.
 
     Args:
@@ -74,16 +75,8 @@ class DistillationTrainer(ReportingTrainer):
     config_class: ClassVar[type[DistillationConfig]] = DistillationConfig
     accepts: ClassVar[tuple[type, ...]] = (DenseSignal, TopKSignal)
     needs_teacher: ClassVar[bool] = True
-    one_vocabulary: ClassVar[bool] = True
-    """Whether a token must be the same to student and teacher."""
     # `compute_loss` divides by counts of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
-
-    args: DistillationConfig
-    # transformers types these as unions with None, for trainers that are still without them.
-    model: Any
-    train_dataset: Any
-    processing_class: Any
 
     def __init__(
         self,
@@ -111,6 +104,8 @@ class DistillationTrainer(ReportingTrainer):
             )
         if isinstance(teacher, Teacher):
             self.check_teacher(teacher, args)
+        if args.on_policy_fraction:
+            check_rollouts(teacher, train_dataset)
         if isinstance(model, str):
             model, processing_class = self._load_student(model, args, processing_class, kwargs)
         if processing_class is None:
@@ -153,10 +148,12 @@ class DistillationTrainer(ReportingTrainer):
         self.vision_collator = None
         if isinstance(self.data_collator, DataCollatorForVisionLanguageModeling):
             self.data_collator = self.vision_collator = VisionCollator(self.data_collator, args.on_bad_row == "skip")
-        self.data_collator = RowLengths(self.data_collator)
+        self.data_collator = collate_alone = RowLengths(self.data_collator)
         self.vocab_size = full_head(self.model).vocab_size
         allow_consumers(self.model)
         self.teacher: Any = None if teacher is None else self.build_teacher(teacher, teacher_processing_class)
+        if args.on_policy_fraction:
+            self.data_collator = KeptRows(self.data_collator)
         if self.vision_collator is not None:
             self.data_collator = ImageReader(self.data_collator, args.on_bad_row == "skip")
             if args.on_bad_row == "skip":
@@ -165,6 +162,8 @@ class DistillationTrainer(ReportingTrainer):
         if self.teacher is not None:
             self.teacher.prepare(self.accelerator)
             self._ask_once()
+        if args.on_policy_fraction:
+            self._start_rollouts(collate_alone)
         if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(DistillationProgress)
@@ -302,6 +301,7 @@ class DistillationTrainer(ReportingTrainer):
         """Asks about the first row, so that a teacher that cannot answer fails before training."""
         inputs: Any = self._prepare_inputs(self.data_collator([dict(next(iter(self.train_dataset)))]))
         del inputs[ROW_LENGTHS]
+        inputs.pop(ROWS, None)
         self.ask_view(teacher_view(View.of(inputs), inputs))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -328,6 +328,8 @@ class DistillationTrainer(ReportingTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Collects one accumulated batch and counts its items of each kind over all ranks."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.rollouts is not None:
+            batches = self._answered(batches)
         counts: dict[str, Tensor] = {}
         for batch in batches:
             for kind, count in self.count_items(batch).items():
@@ -356,6 +358,7 @@ class DistillationTrainer(ReportingTrainer):
         training = self.model.training
         inputs = dict(inputs)
         row_lengths = inputs.pop(ROW_LENGTHS, None)
+        inputs.pop(ROWS, None)
         if not training and row_lengths is not None:
             inputs["labels"] = self._without_repeated_rows(inputs["labels"], row_lengths)
         counts = self._counts if training else self.count_items(inputs)

@@ -4,14 +4,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from trl.trainer.sft_config import SFTConfig
+
+from .rollout_config import RolloutConfig
 
 
 @dataclass
-class DistillationConfig(SFTConfig):
+class DistillationConfig(RolloutConfig):
     """What every method reads, besides everything of trl's SFTConfig."""
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*RolloutConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     ce_weight: float = field(
         default=0.0,
@@ -60,6 +61,11 @@ class DistillationConfig(SFTConfig):
         super().__post_init__()
         if not 0 <= self.ce_weight <= 1:
             raise ValueError(f"ce_weight is {self.ce_weight}; it is a share and must lie between 0 and 1.")
+        if self.on_policy_fraction and self.ce_weight:
+            raise ValueError(
+                "ce_weight is the share of the data's own answers, which a rollout replaces: it would train the "
+                "student on what it says anyway. Set ce_weight: 0, or on_policy_fraction: 0."
+            )
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size is {self.chunk_size}; at least one token must be compared at a time.")
         if self.on_bad_row not in ("error", "skip"):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from mmkd.losses import divergences
 from mmkd.losses.divergences import Divergence
@@ -27,6 +27,8 @@ DIVERGENCES: dict[str, Callable[["KDConfig"], Divergence]] = {
 @dataclass
 class KDConfig(DistillationConfig):
     """Settings of method kd."""
+
+    learns_from_rollouts: ClassVar[bool] = True
 
     divergence: str = field(
         default="forward_kl",

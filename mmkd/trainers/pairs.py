@@ -23,6 +23,9 @@ from mmkd.teachers.signals import ChunkAlignment
 SUPERVISED = "supervised"
 """Where `AlignedCollator` says which of the teacher's positions predict a supervised token."""
 
+QUESTION = "question"
+"""Column with a row's prompt as JSON, where the student may answer it anew."""
+
 _ROW = "mmkd_row"
 _COUNTED = 1000
 
@@ -32,14 +35,17 @@ def numbered(dataset: Dataset) -> Dataset:
     return dataset.add_column(_ROW, list(range(len(dataset))))  # pyright: ignore[reportCallIssue]
 
 
-def paired(student: Dataset, teacher: Dataset) -> Dataset:
-    """The numbered rows that both sides can use, the teacher's columns beside the student's."""
+def paired(student: Dataset, teacher: Dataset, questions: Sequence[str] | None = None) -> Dataset:
+    """The numbered rows that both sides can use, the teacher's columns beside the student's, and their `QUESTION`s."""
     ours, theirs = (np.asarray(side.with_format("numpy")[_ROW][:]) for side in (student, teacher))
-    _, keep_ours, keep_theirs = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
+    kept, keep_ours, keep_theirs = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
     student = student.select(keep_ours).select_columns(["input_ids", "labels"])
     teacher = teacher.select(keep_theirs).select_columns(["input_ids", "labels"])
     teacher = teacher.rename_columns({"input_ids": "teacher_input_ids", "labels": "teacher_labels"})
-    return concatenate_datasets([student, teacher], axis=1)
+    both = concatenate_datasets([student, teacher], axis=1)
+    if questions is None:
+        return both
+    return both.add_column(QUESTION, [questions[row] for row in kept])  # pyright: ignore[reportCallIssue]
 
 
 def packed(rows: Dataset, args: SFTConfig) -> Dataset:
@@ -260,8 +266,15 @@ class AlignedCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         # Before the collators, which may replace the images of their examples.
         images = [[image_hash(image) for image in images_of(example)] for example in examples]
-        theirs = dict(self.teacher_collator([part for example in examples for part in _teacher_parts(example)]))
-        batch = self.collator(examples)
+        theirs = self.read_by_teacher(examples)
+        return self.aligned(self.collator(examples), theirs, images)
+
+    def read_by_teacher(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The teacher's batch of the rows."""
+        return dict(self.teacher_collator([part for example in examples for part in _teacher_parts(example)]))
+
+    def aligned(self, batch: Any, theirs: dict[str, Any], images: list[list[str]]) -> Any:
+        """The student's batch, with the teacher's of the same rows and how they align."""
         teacher = read_batch(theirs)
         # Padding of a batch without rows looks like sequences of one token.
         student = read_batch(batch).first(len(teacher.lengths))

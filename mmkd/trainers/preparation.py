@@ -22,6 +22,9 @@ from .checks import check_supervision
 
 ROW_LENGTHS = "row_lengths"
 
+ROWS = "rows"
+"""Where `KeptRows` puts the rows that a batch was made of."""
+
 _READ = 1000
 
 
@@ -59,6 +62,24 @@ class RowLengths:
         lengths = [len(example["input_ids"]) if flat else batch["input_ids"].shape[1] for example in examples]
         batch[ROW_LENGTHS] = torch.tensor(lengths)
         return batch
+
+
+class Rows:
+    """The rows of a batch, which moving it to a device leaves alone."""
+
+    def __init__(self, examples: list[dict[str, Any]]):
+        self.examples = examples
+
+
+class KeptRows:
+    """A data collator that adds the rows of a batch themselves, for who wants to answer them in another way."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any]):
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        kept = Rows([dict(example) for example in examples])
+        return {**self.collator(examples), ROWS: kept}
 
 
 class _Preparation(SFTTrainer):

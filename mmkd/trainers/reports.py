@@ -37,8 +37,8 @@ class ReportingTrainer(SFTTrainer):
         step = self.state.global_step + 1
         return step % max(1, int(self.state.logging_steps)) == 0 or (step == 1 and self.args.logging_first_step)
 
-    def _record(self, reports: dict[str, tuple[Tensor, Tensor | int]]) -> None:
-        sums = self._sums["train" if self.model.training else "eval"]
+    def _record(self, reports: dict[str, tuple[Tensor, Tensor | int]], mode: str | None = None) -> None:
+        sums = self._sums[mode or ("train" if self.model.training else "eval")]
         if self.batch_reports is not None and not self.model.training:
             pairs = {name: (float(total), float(count)) for name, (total, count) in reports.items()}
             self.batch_reports.append(pairs)

@@ -17,6 +17,8 @@ from .config import DistillationConfig
 class TAIDConfig(DistillationConfig):
     """Settings of method taid."""
 
+    learns_from_rollouts: ClassVar[bool] = True
+
     t_start: float = field(
         default=0.4,
         metadata={

@@ -84,9 +84,9 @@ class FakeVLLM:
 
 
 @contextmanager
-def fake_vllm(**settings: Any) -> Iterator[FakeVLLM]:
+def fake_vllm(kind: type[FakeVLLM] = FakeVLLM, **settings: Any) -> Iterator[Any]:
     """A fake that runs on a free port of the loopback interface."""
-    fake = FakeVLLM(**settings)
+    fake = kind(**settings)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

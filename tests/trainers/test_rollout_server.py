@@ -1,0 +1,122 @@
+"""Rollouts by servers: they speak with the student's weights of this very step, or the run ends."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from mmkd.trainers.kd import KDTrainer
+from scripts.make_tiny_models import make_model, save
+from tests.helpers import Build, losses_of
+from tests.teachers.conftest import serve
+from tests.teachers.fake_vllm import FakeVLLM, fake_vllm
+
+SETTINGS: dict[str, Any] = {
+    "on_policy_fraction": 0.5,
+    "rollout_max_tokens": 8,
+    "rollout_temperature": 0.0,
+    "max_steps": 3,
+}
+
+
+@dataclass
+class ServedStudent(FakeVLLM):
+    """A fake that speaks with the weights of the folder it was last given."""
+
+    folder: str = ""
+    loads: int = 0
+    stuck_after: int = 1_000
+    """How many times it takes weights before it only says so."""
+    tokenizer: Any = None
+
+    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if path == "/tokenize":
+            return 200, {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
+        if path == "/collective_rpc":
+            self.loads += 1
+            if self.loads <= self.stuck_after:
+                self.folder = body["kwargs"]["weights_path"]
+                self.weights: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+            return 200, {"results": [None]}
+        return (200, {"success": True}) if path == "/reset_prefix_cache" else super().respond(path, body)
+
+    @torch.no_grad()
+    def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        ids, choice = list(body["prompt"]), {"text": "x", "index": 0, "finish_reason": "length"}
+        log_probs = self.weights(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        if "prompt_logprobs" in body:
+            told = zip(ids[1:], log_probs, strict=False)
+            entries = [{str(token): {"logprob": float(row[token]), "rank": 1}} for token, row in told]
+            return 200, {"choices": [{**choice, "token_ids": [0], "prompt_logprobs": [None, *entries]}]}
+        said: list[int] = []
+        while len(said) < body["max_tokens"] and said[-1:] != [1]:
+            said.append(int(self.weights(input_ids=torch.tensor([ids + said])).logits[0, -1].argmax()))
+        return 200, {"choices": [{**choice, "token_ids": said}]}
+
+
+def steps(trainer: Any) -> list[tuple[float, float]]:
+    trainer.train()
+    return list(zip(losses_of(trainer), losses_of(trainer, "grad_norm"), strict=True))
+
+
+def test_a_server_gives_the_losses_of_generating_here(
+    build: Build, completions: Dataset, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    here = steps(build(KDTrainer, completions, **SETTINGS))
+    with fake_vllm(ServedStudent, max_model_len=256, tokenizer=tokenizer) as fake:
+        there = steps(build(KDTrainer, completions, rollout_server=[fake.url], **SETTINGS))
+        assert fake.loads == 3
+    assert there == [pytest.approx(pair, rel=1e-4) for pair in here]
+    assert (tmp_path / "run" / "_rollout_weights" / "model.safetensors").is_file()
+
+
+def test_weights_that_do_not_follow_end_the_run(
+    build: Build, completions: Dataset, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    settings = {**SETTINGS, "max_steps": 20, "lr_scheduler_type": "constant"}
+    with fake_vllm(ServedStudent, max_model_len=256, tokenizer=tokenizer, stuck_after=2) as fake:
+        trainer = build(KDTrainer, completions, rollout_server=[fake.url], **settings)
+        with pytest.raises(ValueError, match=r"out of date.*training has changed"):
+            trainer.train()
+    assert trainer.state.global_step <= 3
+
+
+def test_a_server_that_takes_no_weights_says_what_to_do(
+    build: Build, completions: Dataset, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with fake_vllm(ServedStudent, max_model_len=256, tokenizer=tokenizer) as fake:
+        trainer = build(KDTrainer, completions, rollout_server=[fake.url], **SETTINGS)
+        original = fake.respond
+        fake.respond = lambda path, body: (
+            (404, {"detail": "Not Found"}) if path == "/collective_rpc" else original(path, body)
+        )
+        with pytest.raises(ValueError, match="VLLM_SERVER_DEV_MODE=1"):
+            trainer.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_real_vllm_follows_the_student(
+    build: Build,
+    completions: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tied: bool,
+) -> None:
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    student = save(make_model(width=64, seed=2, rows=len(tokenizer), tied=tied), tokenizer, tmp_path / "student")
+    models = {"model": str(student)}
+    here = steps(build(KDTrainer, completions, trainer=models, **SETTINGS))
+    with serve(student, tmp_path / "server.log") as served:
+        trainer = build(KDTrainer, completions, trainer=models, rollout_server=[served.url], **SETTINGS)
+        if tied:
+            # vLLM 0.32 keeps the old head on a CPU.
+            with pytest.raises(ValueError, match=r"out of date.*untie"):
+                trainer.train()
+        else:
+            assert steps(trainer) == [pytest.approx(pair, rel=1e-3) for pair in here]
