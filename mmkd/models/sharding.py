@@ -49,7 +49,8 @@ def settle_fsdp(accelerator: Accelerator, checkpoint_activations: bool) -> None:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether every rank holds a part of each weight only."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return accelerator.state.deepspeed_plugin.zero_stage == 3
+        plugin: Any = accelerator.state.deepspeed_plugin
+        return plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP
 
 
@@ -68,9 +69,18 @@ def cut_by_layers(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """Tells FSDP the layers by which to cut the student, where its configuration does not name them.
 
     accelerate would take every class that transformers ever wants whole, of which a vision-language model has some.
+    Raises ValueError for a student that FSDP cannot cut: trained weights of several types.
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+    if plugin is None:
+        return
+    types = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if len(types) > 1 and accelerator.mixed_precision == "no":
+        raise ValueError(
+            f"The student's trained weights are of {' and '.join(sorted(map(str, types)))}, which FSDP2 cannot lay "
+            "side by side. Load it in one type, or set bf16: true."
+        )
+    if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = _layers_of(model)
 
 

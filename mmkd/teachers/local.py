@@ -47,6 +47,11 @@ class LocalTeacher(Teacher[DenseSignal]):
                 f"device {here}. Load it without device_map, or with device_map="
                 f"{{'': '{here}'}}."
             )
+        if accelerator.distributed_type == DistributedType.DEEPSPEED and sharded and is_quantized(self.model):
+            raise ValueError(
+                "The teacher is quantised, and ZeRO-3 cannot cut its weights. Use accelerate_config fsdp2, which "
+                "leaves it whole on every rank, or zero2, or load the teacher in bfloat16."
+            )
         allow_consumers(self.model)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             self._sharded = sharded

@@ -152,7 +152,9 @@ class ImageReader:
         usable = self.spare.replace(rows, bad, BAD_ROWS[0])
         if self.companion is None or any(images_of(row) for row in usable):
             return self.collator(usable)
-        batch = self.collator([*usable, _read(self.companion)])
+        companion = _read(self.companion)
+        assert not isinstance(companion, UnusableRow), companion.reason
+        batch = self.collator([*usable, companion])
         batch["labels"][-1] = -100
         batch[ROW_LENGTHS][-1] = 0
         return batch

@@ -180,10 +180,12 @@ def test_losses_do_not_depend_on_ranks(alm: Any, completions: Dataset, ranks: An
         assert found[0]["weights"] == found[1]["weights"]
 
 
-def test_packing_changes_no_chunk(alm: Any, completions: Dataset) -> None:
-    plain, packed = (alm(completions, packing=packing, per_device_train_batch_size=24) for packing in (False, True))
-    assert len(packed.train_dataset) < len(plain.train_dataset)
-    results = [trainer.evaluate(completions) for trainer in (plain, packed)]
+@pytest.mark.parametrize("layout", [{"packing": True}, {"padding_free": True, "max_length": None}])
+def test_packing_and_padding_free_change_no_chunk(alm: Any, completions: Dataset, layout: dict[str, Any]) -> None:
+    settings = {"per_device_train_batch_size": 24, "max_steps": 1, "max_length": 128}
+    plain, flat = alm(completions, **settings), alm(completions, **{**settings, **layout})
+    assert steps(flat) == [pytest.approx(pair, rel=1e-4) for pair in steps(plain)]
+    results = [trainer.evaluate(completions) for trainer in (plain, flat)]
     for name in ("eval_loss", "eval_chunk_gap", "eval_ce", "eval_bits_per_byte"):
         assert results[0][name] == pytest.approx(results[1][name], rel=1e-4)
 

@@ -163,14 +163,31 @@ def test_a_batch_without_supervised_tokens_is_a_zero(build: Build, completions: 
     assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
 
 
-def test_packing_and_padding_free_see_the_same_tokens(build: Build, texts: Dataset) -> None:
-    padded = steps(build(KDTrainer, texts, max_steps=1, per_device_train_batch_size=24))
-    flat = steps(
-        build(KDTrainer, texts, max_steps=1, per_device_train_batch_size=24, padding_free=True, max_length=None)
-    )
-    packed = steps(build(KDTrainer, texts, max_steps=1, per_device_train_batch_size=24, packing=True))
+@pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer, SFTBaselineTrainer])
+def test_packing_and_padding_free_see_the_same_tokens(build: Build, texts: Dataset, cls: Any) -> None:
+    """Without flash-attn, where trl warns: what keeps sequences apart are their positions."""
+    settings = {"max_steps": 1, "per_device_train_batch_size": 24}
+    padded = steps(build(cls, texts, **settings))
+    flat = steps(build(cls, texts, **settings, padding_free=True, max_length=None))
+    packed = steps(build(cls, texts, **settings, packing=True))
     assert flat == [pytest.approx(pair, rel=1e-4) for pair in padded]
     assert packed == [pytest.approx(pair, rel=1e-4) for pair in padded]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a GPU")
+@pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer, SFTBaselineTrainer])
+def test_flash_attention_sees_what_eager_attention_sees(build: Build, texts: Dataset, cls: Any) -> None:
+    pytest.importorskip("flash_attn")
+    settings: dict[str, Any] = {"max_steps": 1, "per_device_train_batch_size": 24, "bf16": True}
+
+    def attention(name: str) -> dict[str, Any]:
+        return {f"{role}model_init_kwargs": {"attn_implementation": name} for role in ("", "teacher_")}
+
+    padded = steps(build(cls, texts, **settings, **attention("eager")))
+    flash: dict[str, Any] = {**settings, **attention("flash_attention_2")}
+    for layout in ({"padding_free": True, "max_length": None}, {"packing": True}):
+        assert steps(build(cls, texts, **flash, **layout)) == [pytest.approx(pair, rel=0.02) for pair in padded]
 
 
 def test_assistant_only_loss_supervises_the_assistant(build: Build, chats: Dataset, tokenizer: Any) -> None:

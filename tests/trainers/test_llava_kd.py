@@ -154,6 +154,14 @@ def test_losses_do_not_depend_on_ranks(build_vlm: Build, ranks: Any, how: str) -
         assert found[0]["weights"] == found[1]["weights"]
 
 
+@pytest.mark.parametrize(
+    "layout, reason", [({"packing": True}, "Packing is not"), ({"padding_free": True}, "Padding-free training is yet")]
+)
+def test_rows_with_images_are_not_laid_end_to_end(build_vlm: Build, layout: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        build_vlm(LLaVAKDTrainer, vision_rows([1] * 4), **layout)
+
+
 def test_an_image_alone_is_the_same_among_many(build_vlm: Build) -> None:
     trainer: Any = build_vlm(LLaVAKDTrainer, vision_rows([1, 1, 2, 1]), beta=0.0)
     rows = [dict(row) for row in trainer.train_dataset]

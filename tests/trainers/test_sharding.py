@@ -1,12 +1,16 @@
 """Students and teachers cut over two ranks by FSDP2; that losses are those of one rank is a test of each method."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM
 
 from mmkd.consolidate import consolidate
+from mmkd.models.sharding import cut_by_layers, settle_fsdp
+from mmkd.teachers.local import LocalTeacher
 from mmkd.trainers.kd import KDTrainer
 from tests.classes import dho
 from tests.helpers import Build, losses_of
@@ -72,3 +76,29 @@ def test_students_of_classes_are_not_cut(tmp_path: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr("mmkd.trainers.sharding.ShardedTrainer.create_accelerator_and_postprocess", under_fsdp)
     with pytest.raises(ValueError, match="ddp or zero2"):
         dho(tmp_path)
+
+
+def accelerator(kind: DistributedType, **state: Any) -> Any:
+    """What a machine with GPUs would have."""
+    state = {"deepspeed_plugin": SimpleNamespace(zero_stage=3), "fsdp_plugin": None, **state}
+    return SimpleNamespace(
+        distributed_type=kind,
+        device=torch.device("cpu"),
+        is_local_main_process=True,
+        is_fsdp2=False,
+        mixed_precision="no",
+        state=SimpleNamespace(**state),
+    )
+
+
+def test_what_cannot_be_cut_is_refused(tiny: Any) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny["teacher"])
+    with pytest.raises(ValueError, match="FSDP 1"):
+        settle_fsdp(accelerator(DistributedType.FSDP), False)
+    model.quantization_method = "bitsandbytes"
+    with pytest.raises(ValueError, match="ZeRO-3 cannot cut"):
+        LocalTeacher(model).prepare(accelerator(DistributedType.DEEPSPEED))
+    model.model.norm.to(torch.bfloat16)
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=None)
+    with pytest.raises(ValueError, match=r"bfloat16 and torch\.float32"):
+        cut_by_layers(accelerator(DistributedType.FSDP, fsdp_plugin=plugin), model.requires_grad_())

@@ -1,5 +1,6 @@
 """Started by torchrun in conftest.py: trains the tiny models on two gloo ranks and writes what each rank saw."""
 
+import importlib
 import json
 import os
 import sys
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
 from mmkd.trainers import METHODS
@@ -35,6 +35,10 @@ def zero(stage: int) -> dict[str, Any]:
     }
 
 
+# What FSDP2 gathers a group of parameters with, as its groups know it.
+_groups: Any = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param_group")
+
+
 def wrapping(how: str) -> dict[str, Any]:
     """The settings of a way to spread a training over ranks: ddp, fsdp2, zero2, zero3."""
     if how == "fsdp2":
@@ -46,7 +50,7 @@ def wrapping(how: str) -> dict[str, Any]:
 def gathers_of(*heads: Any) -> Iterator[list[int]]:
     """Counts how often each of the modules is gathered by FSDP2, and other gathered tensors in a last entry."""
     counts = [0] * (len(heads) + 1)
-    collective, full_tensor = _fsdp_param_group.foreach_all_gather, DTensor.full_tensor
+    collective, full_tensor = _groups.foreach_all_gather, DTensor.full_tensor
 
     def counted(fsdp_params: list[Any], *args: Any, **kwargs: Any) -> Any:
         modules = [
@@ -60,11 +64,11 @@ def gathers_of(*heads: Any) -> Iterator[list[int]]:
         counts[-1] += self.ndim == 2
         return full_tensor(self, **kwargs)
 
-    _fsdp_param_group.foreach_all_gather, DTensor.full_tensor = counted, counted_tensor
+    _groups.foreach_all_gather, DTensor.full_tensor = counted, counted_tensor
     try:
         yield counts
     finally:
-        _fsdp_param_group.foreach_all_gather, DTensor.full_tensor = collective, full_tensor
+        _groups.foreach_all_gather, DTensor.full_tensor = collective, full_tensor
 
 
 def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
