@@ -152,6 +152,10 @@ def _parser() -> argparse.ArgumentParser:
         "--pad_to_multiple_of", type=int, default=1, help="pad the vocabulary, for speed on GPUs (default: 1)"
     )
     transfer.set_defaults(run=_transfer_tokenizer, parser=transfer)
+    whole = commands.add_parser("consolidate", help="make one student of a checkpoint that was written in shards")
+    whole.add_argument("checkpoint", type=Path, help="a checkpoint-N folder of a run under fsdp2 or zero3")
+    whole.add_argument("output", type=Path, help="the folder to write")
+    whole.set_defaults(run=_consolidate, parser=whole)
     versions = commands.add_parser("env", help="print versions for a bug report")
     versions.set_defaults(run=_environment)
     for command in (info, merge, listing, show, copy, versions):
@@ -332,6 +336,13 @@ def _transfer_tokenizer(options: argparse.Namespace, rest: list[str]) -> int:
     return transfer_command(
         options.model, options.tokenizer, options.output_dir, options.untie, options.pad_to_multiple_of
     )
+
+
+def _consolidate(options: argparse.Namespace, rest: list[str]) -> int:
+    from mmkd.consolidate import consolidate
+
+    consolidate(options.checkpoint, options.output)
+    return 0
 
 
 def _find(name: str) -> Path:

@@ -1,6 +1,6 @@
 """Runs a recipe: in this process, or through accelerate in as many as its configuration says."""
 
-import importlib.resources
+import importlib.util
 import os
 import shlex
 import sys
@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from mmkd import dry_run
 from mmkd.recipes import find_recipe
@@ -19,8 +22,8 @@ from mmkd.stages import split_stages, train_stages
 from mmkd.trainers.base import DistillationTrainer
 from mmkd.trainers.interrupt import InterruptCallback
 
-PRESETS = {"single_gpu": "single_gpu", "ddp": "multi_gpu", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
-"""Our names of the accelerate configurations that trl ships."""
+PRESETS = ("single_gpu", "ddp", "fsdp2", "zero2", "zero3")
+"""The accelerate configurations in `_presets`."""
 
 _LAUNCHED = "MMKD_LAUNCHED"
 
@@ -124,10 +127,61 @@ def _dry_run(run: Run, recipe: str, flags: Sequence[str]) -> int:
 
 
 def _launch(arguments: list[str], config: str, launch_flags: list[str]) -> int:
-    options = ["--config_file", _config_file(config), *launch_flags, "--module", "mmkd.cli", "train", *arguments]
+    file = _config_file(config)
+    options = ["--config_file", file, *launch_flags, "--module", "mmkd.cli", "train", *arguments]
+    parsed = launch_command_parser().parse_args(options)
+    settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    if settings.get("distributed_type") == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(f"accelerate_config {config} needs DeepSpeed: pip install deepspeed, or use fsdp2.")
+    processes, machines = (
+        settings.get(key, 1) if getattr(parsed, key) is None else getattr(parsed, key)
+        for key in ("num_processes", "num_machines")
+    )
+    _check_world(config, settings.get("distributed_type", "NO"), processes, machines)
     os.environ[_LAUNCHED] = config
-    launch_command(launch_command_parser().parse_args(options))
+    try:
+        launch_command(parsed)
+    except ChildFailedError as error:
+        return _status_of(error)
     return 0
+
+
+def _status_of(error: ChildFailedError) -> int:
+    """The exit status of the rank that failed first; says which one it was, and how."""
+    rank, failure = error.get_first_failure()
+    code = failure.exitcode
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+    advice = "; 9 is often the system's, out of memory" if code == -9 else ", for the reason it gave above"
+    print(f"mmkd: rank {rank} {how}{advice}. The other ranks were stopped.", file=sys.stderr)
+    return 128 - code if code < 0 else code
+
+
+def _check_world(config: str, kind: str, processes: int, machines: int) -> None:
+    """Raises ValueError when a configuration does not fit the processes asked for, or those the GPUs here."""
+    if processes < 1 or machines < 1 or processes % machines:
+        raise ValueError(
+            f"num_processes is {processes} on num_machines {machines}: give every machine the same number, at least 1."
+        )
+    if kind == "NO" and processes > 1:
+        raise ValueError(
+            f"accelerate_config {config} is for one process, and num_processes is {processes}. Use ddp, fsdp2, zero2 "
+            "or zero3, or set num_processes to 1."
+        )
+    gpus, here = torch.cuda.device_count(), processes // machines
+    if gpus and here > gpus:
+        raise ValueError(
+            f"accelerate_config {config} wants {here} processes on this machine, which has {gpus} GPUs. Set "
+            f"num_processes to {gpus * machines}: one process drives one GPU."
+        )
+    if not gpus and kind == "DEEPSPEED":
+        raise ValueError(
+            f"accelerate_config {config} needs GPUs, and there are none here. Use ddp or fsdp2 to try out."
+        )
+    if not gpus and here > (os.cpu_count() or 1):
+        raise ValueError(
+            f"accelerate_config {config} wants {here} processes, and this machine has no GPU and {os.cpu_count()} "
+            "cores. Set num_processes, such as --num_processes 2."
+        )
 
 
 def _config_file(name: str) -> str:
@@ -135,7 +189,7 @@ def _config_file(name: str) -> str:
         return name
     if name not in PRESETS:
         raise ValueError(f"accelerate_config {name!r} is neither a file nor one of {', '.join(PRESETS)}.")
-    return str(importlib.resources.files("trl.accelerate_configs").joinpath(f"{PRESETS[name]}.yaml"))
+    return str(Path(__file__).parent / "_presets" / f"{name}.yaml")
 
 
 def _launch_keys(method: str) -> list[str]:

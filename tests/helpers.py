@@ -1,6 +1,9 @@
 """What tests import from one another."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,3 +34,17 @@ def environment() -> dict[str, str]:
     """For processes that a test starts: mmkd can be imported, one thread, wide lines."""
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def on_two_ranks(jobs: dict[str, dict[str, Any]], folder: Path, **variables: str) -> dict[str, list[dict[str, Any]]]:
+    """What each of two gloo ranks saw of the jobs that `tests/trainers/two_ranks.py` trains, one after the other."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "--module", "tests.trainers.two_ranks", str(folder / "jobs.json"), str(folder)]
+    root, variables = Path(__file__).parents[1], {**environment(), **variables}
+    done = subprocess.run(command, timeout=280, cwd=root, env=variables, capture_output=True, text=True)
+    # torchrun's own report comes last and says nothing.
+    reason = "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank"))
+    assert done.returncode == 0, (reason or done.stderr)[-3000:]
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return {name: [rank[name] for rank in ranks] for name in jobs}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.models.load import tokenizer_of
-from mmkd.trainers.preparation import ROW_LENGTHS
+from mmkd.trainers.vision import ROW_LENGTHS
 from mmkd.trainers.sft import SFTBaselineConfig, SFTBaselineTrainer
 from mmkd.trainers.vision import View, processor_of_teacher, teacher_view
 

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from trl.models.utils import prepare_deepspeed
 
 from mmkd.models.backbone import allow_consumers, devices_of, full_head
+from mmkd.models.heads import LMHead
+from mmkd.models.sharding import gathered, is_quantized, is_sharded, loads_on_one_rank, reshard, shard_frozen
 
 from .base import Teacher
 from .signals import DenseSignal
@@ -24,32 +26,43 @@ class LocalTeacher(Teacher[DenseSignal]):
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None):
         """`vocab_size` trims the padding rows of the teacher's vocabulary: the number of tokens both sides know."""
         self.model = model.eval().requires_grad_(False)
-        self.head = full_head(self.model)
-        if vocab_size is not None:
-            self.head = self.head.trimmed(vocab_size)
+        head = full_head(self.model)
+        self.vocab_size = head.vocab_size if vocab_size is None else vocab_size
+        self.softcap = head.softcap
+        self._sharded = False
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Moves to the accelerator's device, whole; only DeepSpeed ZeRO-3 shards the teacher like the student.
+        """Takes its place on the accelerator's device: sharded where the student is (FSDP2, ZeRO-3), else whole.
 
-        Raises ValueError when it cannot move: its weights are on the meta device, or were placed by `device_map`.
+        A quantised teacher stays whole on every rank under FSDP2, which cannot cut its weights. Raises ValueError when
+        it cannot come: its weights are on the meta device, or were placed by `device_map`.
         """
-        here = _with_index(accelerator.device)
+        sharded, here = is_sharded(accelerator), _with_index(accelerator.device)
         devices = devices_of(self.model)
         placed = getattr(self.model, "hf_device_map", None) is not None
-        if torch.device("meta") in devices or (placed and devices != {here}):
+        awaited = sharded and loads_on_one_rank(accelerator) and not accelerator.is_local_main_process
+        if (torch.device("meta") in devices and not awaited) or (placed and devices != {here}):
             raise ValueError(
                 f"The teacher is on {', '.join(sorted(map(str, devices)))} and cannot be moved to the student's "
                 f"device {here}. Load it without device_map, or with device_map="
                 f"{{'': '{here}'}}."
             )
+        if accelerator.distributed_type == DistributedType.DEEPSPEED and sharded and is_quantized(self.model):
+            raise ValueError(
+                "The teacher is quantised, and ZeRO-3 cannot cut its weights. Use accelerate_config fsdp2, which "
+                "leaves it whole on every rank, or zero2, or load the teacher in bfloat16."
+            )
         allow_consumers(self.model)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self._sharded = sharded
             self.wrapped = prepare_deepspeed(self.model, accelerator)
+        elif sharded and not is_quantized(self.model):
+            self._sharded = True
+            self.wrapped = shard_frozen(self.model, accelerator)
         else:
             if not placed:
                 self.model.to(device=here)  # pyright: ignore[reportCallIssue]
             self.wrapped = accelerator.prepare_model(self.model, evaluation_mode=True)
-            self.head = full_head(self.model).trimmed(self.head.vocab_size)
 
     def place(self, device: torch.device) -> None:
         """Moves to a device and answers in its own type, whatever the precision of a training around it."""
@@ -57,18 +70,26 @@ class LocalTeacher(Teacher[DenseSignal]):
             self.model.to(device=device)  # pyright: ignore[reportCallIssue]
         allow_consumers(self.model)
         self.wrapped = self.model
-        self.head = full_head(self.model).trimmed(self.head.vocab_size)
 
     @torch.no_grad()
     def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> DenseSignal:
         """Raises ValueError when a token is unknown to the teacher, or when it answers with NaN or infinity."""
-        hidden = self.wrapped(**self._readable(inputs), consumer=lambda hidden, head: hidden[:, :-1][supervised])
+        heads: list[LMHead] = []
+
+        def consumer(hidden: Tensor, head: LMHead) -> Tensor:
+            # Aside, since wrappers look into the output. A sharded head is whole in here only, and gathered once.
+            heads.append(gathered(head.trimmed(self.vocab_size)) if self._sharded else head.trimmed(self.vocab_size))
+            return hidden[:, :-1][supervised]
+
+        hidden = self.wrapped(**self._readable(inputs), consumer=consumer)
+        if self._sharded:
+            reshard(self.model)
         if not hidden.isfinite().all():
             raise ValueError(
                 "The teacher's last hidden state is not finite. In fp16 its activations probably overflow: load it in "
                 "bfloat16 or float32. Otherwise its weights are damaged."
             )
-        return DenseSignal(hidden, self.head)
+        return DenseSignal(hidden, heads[0])
 
     def _readable(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs without padding tokens that only the student's vocabulary has."""

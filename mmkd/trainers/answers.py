@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mmkd.teachers.cached import BATCH_KEY
 
-from .preparation import ROW_LENGTHS, ROWS
-from .vision import TEACHER_INPUTS, VISUAL
+from .preparation import ROWS
+from .vision import ROW_LENGTHS, TEACHER_INPUTS, VISUAL
 
 
 class Rollout(NamedTuple):

@@ -25,8 +25,9 @@ from mmkd.models.heads import LMHead
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.models.parts import train_only
 from mmkd.models.restore import renamed_on_disk, restore
+from mmkd.models.sharding import is_sharded
 from mmkd.teachers.base import Teacher
-from mmkd.teachers.cached import BATCH_KEY, CacheCollator, CachedTeacher
+from mmkd.teachers.cached import BATCH_KEY, CacheCollator, CachedTeacher, images_of
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal, TopKSignal
 
@@ -34,10 +35,20 @@ from .checks import check_supervision, check_training_data
 from .config import DistillationConfig
 from .log import RunLog
 from .on_policy import OnPolicyTrainer
-from .preparation import ROW_LENGTHS, ROWS, KeptRows, RowLengths, preparation_of, sequences_of
+from .preparation import ROWS, KeptRows, RowLengths, preparation_of, sequences_of
 from .progress import DistillationProgress
 from .rollouts import check_rollouts
-from .vision import BAD_ROWS, VISUAL, ImageReader, View, VisionCollator, processor_of_teacher, teacher_view
+from .sharding import ShardedTrainer
+from .vision import (
+    BAD_ROWS,
+    ROW_LENGTHS,
+    VISUAL,
+    ImageReader,
+    View,
+    VisionCollator,
+    processor_of_teacher,
+    teacher_view,
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class ItemLosses:
     """Name in the logs -> (sum, number of items), without gradient."""
 
 
-class DistillationTrainer(OnPolicyTrainer):
+class DistillationTrainer(ShardedTrainer, OnPolicyTrainer):
     """trl's SFTTrainer with a teacher. A method subclasses it and implements `item_losses`.
 
     Args:
@@ -155,7 +166,10 @@ class DistillationTrainer(OnPolicyTrainer):
         if args.on_policy_fraction:
             self.data_collator = KeptRows(self.data_collator)
         if self.vision_collator is not None:
-            self.data_collator = ImageReader(self.data_collator, args.on_bad_row == "skip")
+            companion = None
+            if is_sharded(self.accelerator):
+                companion = next((row for row in self.train_dataset if images_of(row)), None)
+            self.data_collator = ImageReader(self.data_collator, args.on_bad_row == "skip", companion)
             if args.on_bad_row == "skip":
                 # Finds a row to put in the place of others before the first batch, which may hold none.
                 self.data_collator([dict(row) for row in islice(self.train_dataset, 8)])
@@ -396,7 +410,8 @@ class DistillationTrainer(OnPolicyTrainer):
         state = self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return labels
-        real = max(0, state.remainder - self.accelerator.process_index * len(row_lengths))
+        rows = int((row_lengths > 0).sum())
+        real = max(0, state.remainder - self.accelerator.process_index * rows)
         kept = torch.zeros_like(labels, dtype=torch.bool)
         if len(labels) == len(row_lengths):
             kept[:real] = True

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction
 from transformers.utils import logging
 
 from mmkd.data.class_rows import ClassCollator, ClassRows, SemiSupervisedSampler
@@ -28,6 +28,7 @@ from mmkd.teachers.classifiers import ClassTeacher, check_classes
 
 from .dho_config import DHOConfig as DHOConfig
 from .log import RunLog
+from .sharding import ShardedTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -35,7 +36,7 @@ CHOICE = "interpolation.json"
 """File of a run with the chosen alpha and beta, and every pair that was tried."""
 
 
-class DHOTrainer(Trainer):
+class DHOTrainer(ShardedTrainer):
     """transformers' Trainer for a dual-head student, with labelled and unlabelled rows in every batch.
 
     Args:
@@ -114,6 +115,15 @@ class DHOTrainer(Trainer):
         self.choice: Interpolation | None = None
         self._counts: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's. Raises ValueError under FSDP."""
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "Students of classes are not trained under FSDP: accelerate cannot cut vision towers. They are small, "
+                "so use accelerate_config ddp or zero2."
+            )
 
     def _ask(self, teacher: Any, train: ClassRows, args: DHOConfig) -> Float[Tensor, "row class"] | None:
         if args.objective == "ce":

@@ -119,7 +119,7 @@ class LLaVAKDTrainer(DistillationTrainer):
         super().__init__(*args, **kwargs)
         if self.args.gamma and self.args.relation_on == "logits":
             assert isinstance(self.teacher, LocalTeacher)
-            if full_head(self.model).softcap is not None or self.teacher.head.softcap is not None:
+            if full_head(self.model).softcap is not None or self.teacher.softcap is not None:
                 raise ValueError(
                     "The logits of the student or the teacher are softcapped (Gemma 2), so their products do not "
                     "follow from the head alone. Set relation_on: hidden."

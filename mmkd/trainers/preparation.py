@@ -19,8 +19,8 @@ from mmkd.models.load import tokenizer_of
 from mmkd.teachers.keys import segments
 
 from .checks import check_supervision
-
-ROW_LENGTHS = "row_lengths"
+from .sharding import ShardedTrainer
+from .vision import ROW_LENGTHS
 
 ROWS = "rows"
 """Where `KeptRows` puts the rows that a batch was made of."""
@@ -82,7 +82,7 @@ class KeptRows:
         return {**self.collator(examples), ROWS: kept}
 
 
-class _Preparation(SFTTrainer):
+class _Preparation(ShardedTrainer, SFTTrainer):
     """trl's preparation of rows; the model is a placeholder that no one asks."""
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:

@@ -29,6 +29,9 @@ TEACHER_INPUTS = "teacher_inputs"
 BAD_ROWS = ("unreadable_rows", "overlong_rows")
 """How many rows `on_bad_row: skip` left out, by what was wrong; in the logs, and in `VISUAL` as "skipped"."""
 
+ROW_LENGTHS = "row_lengths"
+"""How many tokens each row of a batch has, 0 for one that only keeps ranks together."""
+
 _SKIPPED = "skipped"
 
 # transformers 5.23 fails to tell which tokens are the assistant's where a processor makes its own batches.
@@ -125,11 +128,18 @@ class Spare:
 class ImageReader:
     """The outermost data collator of rows with images: decodes them.
 
-    Raises ValueError for an image that is broken or missing, unless such rows are skipped.
+    A `companion`, a row with images, joins batches without any and teaches nothing: where models are sharded, the
+    vision towers of all ranks must run together. Raises ValueError for an image that is broken or missing, unless such
+    rows are skipped.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any], skip: bool):
-        self.collator, self.skip, self.spare = collator, skip, Spare()
+    def __init__(
+        self,
+        collator: Callable[[list[dict[str, Any]]], Any],
+        skip: bool,
+        companion: Mapping[str, Any] | None = None,
+    ):
+        self.collator, self.skip, self.companion, self.spare = collator, skip, companion, Spare()
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         rows = [_read(example) for example in examples]
@@ -139,7 +149,15 @@ class ImageReader:
                 f"An image of the data cannot be read: {next(iter(bad.values()))}. Correct the row or remove it, or "
                 "set on_bad_row: skip to leave such rows out and count them."
             )
-        return self.collator(self.spare.replace(rows, bad, BAD_ROWS[0]))
+        usable = self.spare.replace(rows, bad, BAD_ROWS[0])
+        if self.companion is None or any(images_of(row) for row in usable):
+            return self.collator(usable)
+        companion = _read(self.companion)
+        assert not isinstance(companion, UnusableRow), companion.reason
+        batch = self.collator([*usable, companion])
+        batch["labels"][-1] = -100
+        batch[ROW_LENGTHS][-1] = 0
+        return batch
 
 
 def _read(example: Mapping[str, Any]) -> dict[str, Any] | UnusableRow:

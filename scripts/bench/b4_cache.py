@@ -33,6 +33,7 @@ from mmkd.capture.plan import ScorePlan
 from mmkd.capture.scoring import score_tokens
 from mmkd.capture.sequences import TokenSequence
 from mmkd.losses.fused import Targets, fused_loss
+from mmkd.models.backbone import full_head
 from mmkd.models.heads import LMHead
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.codec import Codec, TokenOrder, TokenScores
@@ -96,7 +97,7 @@ def hidden_of(teacher: LocalTeacher, plan: ScorePlan, sequences: list[TokenSeque
     for start in range(0, len(sequences), 8):
         inputs, supervised = plan.prepared.batch(sequences[start : start + 8])
         states.append(teacher.ask(inputs, supervised).hidden)
-    return DenseSignal(torch.cat(states), teacher.head)
+    return DenseSignal(torch.cat(states), full_head(teacher.model).trimmed(teacher.vocab_size))
 
 
 # What mmkd writes

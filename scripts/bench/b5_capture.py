@@ -33,6 +33,7 @@ from mmkd.capture.plan import ScorePlan, ShardResult
 from mmkd.capture.scoring import score_tokens
 from mmkd.capture.sequences import usable
 from mmkd.losses.fused import starts
+from mmkd.models.backbone import full_head
 from mmkd.teachers.codec import TokenScores
 from mmkd.teachers.signals import DenseSignal
 from mmkd.teachers.store import TOKEN_ORDER, CacheWriter
@@ -67,7 +68,8 @@ class BareTeacher:
     """A model's forward, head and log-softmax, whose largest tensors exist once."""
 
     def __init__(self, engine: LocalEngine, chunk: int):
-        self.model, self.head = engine.teacher.model, engine.teacher.head.frozen()
+        self.model = engine.teacher.model
+        self.head = full_head(self.model).trimmed(engine.teacher.vocab_size).frozen()
         self.logits = torch.empty(chunk, self.head.vocab_size, dtype=self.head.weight.dtype)
         self.log_probs = torch.empty(chunk, self.head.vocab_size)
 

@@ -19,19 +19,10 @@ from mmkd.cli import main
 from mmkd.losses.chunks import binarised
 from mmkd.trainers.alm import DIVERGENCES, ALMConfig, ALMTrainer
 from mmkd.trainers.pairs import BatchAligner, read
-from scripts.make_tiny_models import make_model, save, sentences
+from scripts.make_tiny_models import make_model, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS, wordpiece
 from tests.helpers import Build, losses_of
 from tests.teachers.vlm import make_image, make_vlm
-from tests.trainers.test_base import two_ranks
-
-
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny teacher that reads with a SentencePiece-like tokenizer and a chat template of its own."""
-    tokenizer = CHATTERS["gemma"]()
-    model = make_model(layers=3, width=48, seed=4, rows=len(tokenizer))
-    return save(model, tokenizer, tmp_path_factory.mktemp("foreign") / "teacher")
 
 
 @pytest.fixture
@@ -174,26 +165,27 @@ def test_losses_do_not_depend_on_gradient_accumulation(alm: Any, completions: Da
     assert halves == [pytest.approx(pair, rel=1e-4) for pair in whole]
 
 
-def test_losses_do_not_depend_on_ranks(alm: Any, tiny: dict[str, Path], foreign: Path, tmp_path: Path) -> None:
-    models = tmp_path / "models"
-    models.mkdir()
-    (models / "teacher").symlink_to(foreign)
-    (models / "student").symlink_to(tiny["student"])
-    ranks = two_ranks(models, tmp_path, "alm")
-    data = Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": [f" {s}" for s in sentences(24, seed=4)]})
-    alone = alm(data, per_device_train_batch_size=4, chunks=ALMConfig.chunks, tau=ALMConfig.tau)
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_losses_do_not_depend_on_ranks(alm: Any, completions: Dataset, ranks: Any, how: str) -> None:
+    # As long as on the ranks: the tokenizer is trained anew, and the teacher may need more than 64 tokens.
+    settings = {"chunks": ALMConfig.chunks, "tau": ALMConfig.tau, "max_length": 128}
+    alone = alm(completions, per_device_train_batch_size=4, **settings)
     expected = steps(alone)
-    evaluated = alone.evaluate(eval_dataset=data.select(range(5)))
-    for rank in ranks:
+    evaluated = alone.evaluate(eval_dataset=completions.select(range(5)))
+    found = ranks[f"alm {how}"]
+    for rank in found:
         assert rank["steps"] == [pytest.approx(pair, rel=1e-4) for pair in expected]
         assert rank["evaluated"]["eval_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-4)
-    assert ranks[0]["weights"] == ranks[1]["weights"]
+    if how == "ddp":
+        assert found[0]["weights"] == found[1]["weights"]
 
 
-def test_packing_changes_no_chunk(alm: Any, completions: Dataset) -> None:
-    plain, packed = (alm(completions, packing=packing, per_device_train_batch_size=24) for packing in (False, True))
-    assert len(packed.train_dataset) < len(plain.train_dataset)
-    results = [trainer.evaluate(completions) for trainer in (plain, packed)]
+@pytest.mark.parametrize("layout", [{"packing": True}, {"padding_free": True, "max_length": None}])
+def test_packing_and_padding_free_change_no_chunk(alm: Any, completions: Dataset, layout: dict[str, Any]) -> None:
+    settings = {"per_device_train_batch_size": 24, "max_steps": 1, "max_length": 128}
+    plain, flat = alm(completions, **settings), alm(completions, **{**settings, **layout})
+    assert steps(flat) == [pytest.approx(pair, rel=1e-4) for pair in steps(plain)]
+    results = [trainer.evaluate(completions) for trainer in (plain, flat)]
     for name in ("eval_loss", "eval_chunk_gap", "eval_ce", "eval_bits_per_byte"):
         assert results[0][name] == pytest.approx(results[1][name], rel=1e-4)
 

@@ -1,9 +1,5 @@
 """The step that all methods share: what SFTTrainer gives is kept, and nothing depends on how a batch is cut."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +14,12 @@ from mmkd.losses.divergences import forward_kl
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.local import LocalTeacher
 from mmkd.trainers.base import DistillationTrainer
+from mmkd.trainers.comd import CoMDTrainer
 from mmkd.trainers.kd import KDTrainer
 from mmkd.trainers.sft import SFTBaselineTrainer
 from mmkd.trainers.taid import TAIDTrainer
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
-from tests.helpers import Build, losses_of
+from tests.helpers import Build, losses_of, on_two_ranks
 
 
 def dense_kl(trainer: DistillationTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -99,48 +96,43 @@ def test_a_rank_without_tokens_reports_what_the_others_do(build: Build, completi
     assert names[0] == names[1] >= {"divergence", "ce", "progress_loss"}
 
 
-def two_ranks(models: Path, output: Path, method: str, stage: str = "", **environment: str) -> list[dict[str, Any]]:
-    """What each of two gloo ranks saw; with a ZeRO stage, under DeepSpeed."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, "--module", "tests.trainers.two_ranks", method, str(models), str(output), stage]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        command, timeout=240, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", ["kd", "taid"])
 def test_sharding_by_zero3_changes_nothing(tmp_path: Path, tokenizer: Any, method: str, tied: bool) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not among mmkd's dependencies")
-    for name, layers, seed in (("teacher", 3, 1), ("student", 2, 2)):
-        save(make_model(layers=layers, seed=seed, rows=len(tokenizer), tied=tied), tokenizer, tmp_path / name)
-    whole, sharded = (two_ranks(tmp_path, tmp_path, method, stage, DS_ACCELERATOR="cpu") for stage in ("2", "3"))
+    models = {"teacher": {"layers": 3, "seed": 1}, "student": {"layers": 2, "seed": 2}}
+    for name, sizes in models.items():
+        save(make_model(**sizes, rows=len(tokenizer), tied=tied), tokenizer, tmp_path / name)
+    paths = {name: str(tmp_path / name) for name in models}
+    whole, sharded = (
+        on_two_ranks({"job": {"method": method, "how": how, **paths}}, tmp_path, DS_ACCELERATOR="cpu")["job"]
+        for how in ("zero2", "zero3")
+    )
     for rank in range(2):
         assert sharded[rank]["steps"] == [pytest.approx(pair, rel=1e-4) for pair in whole[rank]["steps"]]
         assert sharded[rank]["t"] == pytest.approx(whole[rank]["t"])
 
 
-@pytest.mark.parametrize("method", ["kd", "taid"])
-def test_losses_do_not_depend_on_ranks(build: Build, tiny: dict[str, Path], tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("cls", [SFTBaselineTrainer, KDTrainer, TAIDTrainer, CoMDTrainer])
+def test_losses_do_not_depend_on_ranks(build: Build, completions: Dataset, ranks: Any, cls: Any, how: str) -> None:
     """Two gloo ranks of two rows are one rank of four; TAID's t moves identically on both."""
-    ranks = two_ranks(tiny["teacher"].parent, tmp_path, method)
-    data = Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": [f" {s}" for s in sentences(24, seed=4)]})
-    alone: Any = build({"kd": KDTrainer, "taid": TAIDTrainer}[method], data, per_device_train_batch_size=4)
+    teacher = {} if cls.needs_teacher else {"teacher": None}
+    alone: Any = build(cls, completions, trainer=teacher, per_device_train_batch_size=4)
     expected = steps(alone)
-    for rank in ranks:
-        assert rank["steps"] == [pytest.approx(pair, rel=1e-4) for pair in expected]
-        assert rank["kl"] == pytest.approx(losses_of(alone, "kl"), rel=1e-4)
-    assert ranks[0]["weights"] == ranks[1]["weights"]
     # Five rows on two ranks of two: some are repeated to make the batches even, and must not count twice.
-    evaluated = alone.evaluate(eval_dataset=data.select(range(5)))
-    for rank in ranks:
+    evaluated = alone.evaluate(eval_dataset=completions.select(range(5)))
+    found = ranks[f"{cls.method} {how}"]
+    for rank in found:
+        assert rank["steps"] == [pytest.approx(pair, rel=1e-4) for pair in expected]
         assert rank["evaluated"] == pytest.approx({name: evaluated[name] for name in rank["evaluated"]}, rel=1e-4)
+        if cls.needs_teacher:
+            assert rank["kl"] == pytest.approx(losses_of(alone, "kl"), rel=1e-4)
+    if how == "ddp":
+        assert found[0]["weights"] == found[1]["weights"]
     if isinstance(alone, TAIDTrainer):
-        assert ranks[0]["t"] == ranks[1]["t"] == pytest.approx(losses_of(alone, "taid_t")[:4], rel=1e-6)
+        assert found[0]["t"] == found[1]["t"] == pytest.approx(losses_of(alone, "taid_t")[:4], rel=1e-6)
 
 
 @pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer])
@@ -171,14 +163,31 @@ def test_a_batch_without_supervised_tokens_is_a_zero(build: Build, completions: 
     assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
 
 
-def test_packing_and_padding_free_see_the_same_tokens(build: Build, texts: Dataset) -> None:
-    padded = steps(build(KDTrainer, texts, max_steps=1, per_device_train_batch_size=24))
-    flat = steps(
-        build(KDTrainer, texts, max_steps=1, per_device_train_batch_size=24, padding_free=True, max_length=None)
-    )
-    packed = steps(build(KDTrainer, texts, max_steps=1, per_device_train_batch_size=24, packing=True))
+@pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer, SFTBaselineTrainer])
+def test_packing_and_padding_free_see_the_same_tokens(build: Build, texts: Dataset, cls: Any) -> None:
+    """Without flash-attn, where trl warns: what keeps sequences apart are their positions."""
+    settings = {"max_steps": 1, "per_device_train_batch_size": 24}
+    padded = steps(build(cls, texts, **settings))
+    flat = steps(build(cls, texts, **settings, padding_free=True, max_length=None))
+    packed = steps(build(cls, texts, **settings, packing=True))
     assert flat == [pytest.approx(pair, rel=1e-4) for pair in padded]
     assert packed == [pytest.approx(pair, rel=1e-4) for pair in padded]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a GPU")
+@pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer, SFTBaselineTrainer])
+def test_flash_attention_sees_what_eager_attention_sees(build: Build, texts: Dataset, cls: Any) -> None:
+    pytest.importorskip("flash_attn")
+    settings: dict[str, Any] = {"max_steps": 1, "per_device_train_batch_size": 24, "bf16": True}
+
+    def attention(name: str) -> dict[str, Any]:
+        return {f"{role}model_init_kwargs": {"attn_implementation": name} for role in ("", "teacher_")}
+
+    padded = steps(build(cls, texts, **settings, **attention("eager")))
+    flash: dict[str, Any] = {**settings, **attention("flash_attention_2")}
+    for layout in ({"padding_free": True, "max_length": None}, {"packing": True}):
+        assert steps(build(cls, texts, **flash, **layout)) == [pytest.approx(pair, rel=0.02) for pair in padded]
 
 
 def test_assistant_only_loss_supervises_the_assistant(build: Build, chats: Dataset, tokenizer: Any) -> None:

@@ -1,8 +1,6 @@
 """DHO in training: heads, labels, ratios, the choice of alpha and beta, baselines, bad input, and the command line."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from mmkd.data.classification import HIDDEN, hide_labels
 from mmkd.losses.dual_head import distillation_loss, search_interpolation, supervised_loss
 from mmkd.trainers.dho import CHOICE, DHOConfig
 from tests.classes import NAMES, answers, dho, make_clip, pictures, pixels, vit
-from tests.helpers import environment, losses_of
+from tests.helpers import losses_of
 
 
 def batch_of(trainer: Any) -> dict[str, torch.Tensor]:
@@ -94,24 +92,19 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
-def test_ranks_change_nothing(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--module"]
-    command = [*torchrun, "tests.trainers.dho_ranks", str(tmp_path)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, timeout=240, cwd=root, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+def test_ranks_change_nothing(tmp_path: Path, ranks: Any) -> None:
     test = {"test_dataset": pictures(3, seed=2)}
     alone: Any = dho(tmp_path / "alone", test, per_device_train_batch_size=4, unlabeled_batch_size=8)
     alone.train()
     expected = [
         [entry["loss"], entry["grad_norm"], entry["ce"]] for entry in alone.state.log_history if "loss" in entry
     ]
-    for rank in ranks:
+    found = ranks["dho ddp"]
+    for rank in found:
         assert rank["steps"] == [pytest.approx(step, rel=1e-3) for step in expected]
         assert rank["test"] == losses_of(alone, "test_accuracy")
         assert rank["choice"] == [alone.model.config.alpha, alone.model.config.beta]
-    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert found[0]["weights"] == found[1]["weights"]
 
 
 def test_alpha_and_beta_are_chosen_on_validation_rows_and_saved(tmp_path: Path) -> None:

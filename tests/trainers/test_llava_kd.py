@@ -18,21 +18,9 @@ from mmkd.trainers.kd import KDTrainer
 from mmkd.trainers.llava_kd import LLaVAKDConfig, LLaVAKDTrainer, VisualSignal, VisualSupervised
 from mmkd.trainers.vision import TEACHER_INPUTS, VISUAL
 from tests.helpers import Build, losses_of
-from tests.trainers.test_base import two_ranks
-from tests.vlms import make_llava, vision_rows
+from tests.vlms import vision_rows
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "LLAVAKD_losses.npz")
-
-
-@pytest.fixture(scope="session")
-def vlms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A LLaVA teacher and students: one alike, one with another grid, one that ends in another width."""
-    folder = tmp_path_factory.mktemp("vlms")
-    return {
-        "teacher": make_llava(folder / "teacher", seed=1, layers=3, width=48),
-        "student": make_llava(folder / "student", seed=2),
-        "fine": make_llava(folder / "fine", seed=3, image_size=16),
-    }
 
 
 @pytest.fixture
@@ -151,17 +139,27 @@ def test_losses_do_not_depend_on_how_a_batch_is_cut(build_vlm: Build) -> None:
     assert single == [pytest.approx(pair, rel=1e-4) for pair in whole]
 
 
-def test_losses_do_not_depend_on_ranks(build_vlm: Build, vlms: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_losses_do_not_depend_on_ranks(build_vlm: Build, ranks: Any, how: str) -> None:
     """Two gloo ranks of two rows, with different numbers of images, are one rank of four."""
     data = vision_rows([1, 2, 0, 3] * 6)
-    ranks = two_ranks(vlms["teacher"].parent, tmp_path, "llava_kd")
     alone: Any = build_vlm(LLaVAKDTrainer, data)
     expected = steps(alone)
     evaluated = alone.evaluate(eval_dataset=data.select(range(5)))
-    for rank in ranks:
+    found = ranks[f"llava_kd {how}"]
+    for rank in found:
         assert rank["steps"] == [pytest.approx(pair, rel=1e-3) for pair in expected]
         assert rank["evaluated"] == pytest.approx({name: evaluated[name] for name in rank["evaluated"]}, rel=1e-3)
-    assert ranks[0]["weights"] == ranks[1]["weights"]
+    if how == "ddp":
+        assert found[0]["weights"] == found[1]["weights"]
+
+
+@pytest.mark.parametrize(
+    "layout, reason", [({"packing": True}, "Packing is not"), ({"padding_free": True}, "Padding-free training is yet")]
+)
+def test_rows_with_images_are_not_laid_end_to_end(build_vlm: Build, layout: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        build_vlm(LLaVAKDTrainer, vision_rows([1] * 4), **layout)
 
 
 def test_an_image_alone_is_the_same_among_many(build_vlm: Build) -> None:

@@ -1,14 +1,21 @@
-"""Started by torchrun in test_base.py: trains the tiny models on two gloo ranks and writes what each rank saw."""
+"""Started by torchrun in conftest.py: trains the tiny models on two gloo ranks and writes what each rank saw."""
 
+import importlib
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 
 from mmkd.trainers import METHODS
 from scripts.make_tiny_models import sentences
+from tests.classes import dho, pictures
 from tests.vlms import vision_rows
 
 
@@ -28,43 +35,127 @@ def zero(stage: int) -> dict[str, Any]:
     }
 
 
-def main(method: str, models: str, output: str, stage: str = "") -> None:
-    cls = METHODS[method]
+# What FSDP2 gathers a group of parameters with, as its groups know it.
+_groups: Any = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param_group")
+
+
+def wrapping(how: str) -> dict[str, Any]:
+    """The settings of a way to spread a training over ranks: ddp, fsdp2, zero2, zero3."""
+    if how == "fsdp2":
+        return {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    return {} if how == "ddp" else {"deepspeed": zero(int(how[-1]))}
+
+
+@contextmanager
+def gathers_of(*heads: Any) -> Iterator[list[int]]:
+    """Counts how often each of the modules is gathered by FSDP2, and other gathered tensors in a last entry."""
+    counts = [0] * (len(heads) + 1)
+    collective, full_tensor = _groups.foreach_all_gather, DTensor.full_tensor
+
+    def counted(fsdp_params: list[Any], *args: Any, **kwargs: Any) -> Any:
+        modules = [
+            module for one in fsdp_params for module in (one._module_info.module, *one._module_info.shared_modules)
+        ]
+        for number, head in enumerate(heads):
+            counts[number] += head in modules
+        return collective(fsdp_params, *args, **kwargs)
+
+    def counted_tensor(self: DTensor, **kwargs: Any) -> Any:
+        counts[-1] += self.ndim == 2
+        return full_tensor(self, **kwargs)
+
+    _groups.foreach_all_gather, DTensor.full_tensor = counted, counted_tensor
+    try:
+        yield counts
+    finally:
+        _groups.foreach_all_gather, DTensor.full_tensor = collective, full_tensor
+
+
+def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Trains what a job describes; what this rank saw of it."""
+    cls = METHODS[job["method"]]
     data = Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": [f" {s}" for s in sentences(24, seed=4)]})
-    if method == "llava_kd":
+    if job["method"] == "llava_kd":
         data = vision_rows([1, 2, 0, 3] * 6)
-    config = cls.config_class(
-        output_dir=f"{output}/run",
-        max_steps=4,
-        learning_rate=1e-2,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=2,
-        logging_steps=1,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        max_length=128,
-        assistant_only_loss=method == "llava_kd",
-        deepspeed=zero(int(stage)) if stage else None,
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "logging_steps": 1,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_length": 128,
+        "assistant_only_loss": job["method"] == "llava_kd",
+        **wrapping(job["how"]),
+        **job.get("settings", {}),
+    }
+    teacher = job["teacher"] if cls.needs_teacher else None
+    config = cls.config_class(**settings)
+    trainer = cls(model=job["student"], teacher=teacher, args=config, train_dataset=data)
+    heads = (
+        []
+        if teacher is None
+        else [trainer.model.get_output_embeddings(), trainer.teacher.model.get_output_embeddings()]
     )
-    trainer = cls(
-        model=f"{models}/student",
-        teacher=f"{models}/teacher",
-        args=config,
-        train_dataset=data,
-    )
-    trainer.train()
+    with gathers_of(*heads) as counts:
+        trainer.train(resume_from_checkpoint=job.get("resume"))
+    held = share(trainer.model)
     evaluated = trainer.evaluate(eval_dataset=data.select(range(5)))
+    if job.get("save"):
+        trainer.save_model()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    result = {
+    parameters = list(trainer.model.parameters())
+    return {
         "steps": [[entry["loss"], entry["grad_norm"]] for entry in history],
         "kl": [entry.get("kl") for entry in history],
         "t": [entry.get("taid_t") for entry in history],
         "evaluated": {name: evaluated[name] for name in ("eval_loss", "eval_kl", "eval_ce") if name in evaluated},
-        "weights": sum(float(parameter.double().sum()) for parameter in trainer.model.parameters()),
+        "weights": sum(float(local(one).double().sum()) for one in parameters),
+        "share": held,
+        "teacher_share": None if teacher is None else share(trainer.teacher.model),
+        "gathers": counts,
     }
-    Path(output, f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def share(model: Any) -> float:
+    """How much of a model's weights this rank holds."""
+    parameters = list(model.parameters())
+    return sum(local(one).numel() for one in parameters) / sum(one.numel() for one in parameters)
+
+
+def train_classes(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same for a dual-head student."""
+    tested = {"test_dataset": pictures(3, seed=2)}
+    trainer = dho(folder, tested, per_device_eval_batch_size=2, **wrapping(job["how"]))
+    trainer.train()
+    log = trainer.state.log_history
+    return {
+        "steps": [[entry["loss"], entry["grad_norm"], entry["ce"]] for entry in log if "loss" in entry],
+        "test": [entry["test_accuracy"] for entry in log if "test_accuracy" in entry],
+        "choice": [trainer.model.config.alpha, trainer.model.config.beta],
+        "weights": sum(float(local(one).double().sum()) for one in trainer.model.parameters()),
+        "share": share(trainer.model),
+    }
+
+
+def main(jobs: str, output: str) -> None:
+    """Trains the jobs of a JSON file (name -> job) one after the other."""
+    rank, results = 0, {}
+    for name, job in json.loads(Path(jobs).read_text()).items():
+        # accelerate says this to the processes that come after, and the next job would shard too.
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        run = train_classes if job["method"] == "dho" else train
+        results[name] = run(job, Path(output, "runs", name.replace(" ", "-")))
+        rank = torch.distributed.get_rank()
+    Path(output, f"rank{rank}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,115 @@
+"""Models spread over the ranks by FSDP2 or ZeRO-3: the student that accelerate prepares, and the frozen teacher."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from .heads import LMHead
+
+
+def allow_fsdp_on_cpu(wanted: bool) -> None:
+    """Lets accelerate shard over ranks without a GPU where FSDP is `wanted`; call it before the accelerator is made.
+
+    It would train whole copies there, without a word.
+    """
+    wanted = wanted or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wanted and PartialState().distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def settle_fsdp(accelerator: Accelerator, checkpoint_activations: bool) -> None:
+    """Makes accelerate's FSDP what training needs of it. Raises ValueError for FSDP 1.
+
+    `checkpoint_activations` has FSDP do it, which gathers every layer once less than the model's own checkpointing.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    if not accelerator.is_fsdp2:
+        raise ValueError(
+            "FSDP 1 is what FSDP2 replaced, and the fused loss does not run under it. Set fsdp_version: 2 in the "
+            "accelerate config, or use accelerate_config fsdp2."
+        )
+    plugin: Any = accelerator.state.fsdp_plugin
+    plugin.activation_checkpointing = plugin.activation_checkpointing or checkpoint_activations
+    if plugin.mixed_precision_policy is not None:
+        # accelerate would round the losses that the forward returns, and with them the gradient's scale, to 8 bits,
+        # and sum gradients over ranks in half precision.
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether every rank holds a part of each weight only."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin: Any = accelerator.state.deepspeed_plugin
+        return plugin.zero_stage == 3
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def loads_on_one_rank(accelerator: Accelerator) -> bool:
+    """Whether the first rank of a machine alone reads weights from disk, and the others get them when sharding."""
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    return plugin is not None and bool(plugin.cpu_ram_efficient_loading)
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether the weights are packed into integers."""
+    return bool(getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None))
+
+
+def cut_by_layers(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Tells FSDP the layers by which to cut the student, where its configuration does not name them.
+
+    accelerate would take every class that transformers ever wants whole, of which a vision-language model has some.
+    Raises ValueError for a student that FSDP cannot cut: trained weights of several types.
+    """
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    types = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if len(types) > 1 and accelerator.mixed_precision == "no":
+        raise ValueError(
+            f"The student's trained weights are of {' and '.join(sorted(map(str, types)))}, which FSDP2 cannot lay "
+            "side by side. Load it in one type, or set bf16: true."
+        )
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = _layers_of(model)
+
+
+def shard_frozen(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
+    """The model spread over the ranks by FSDP2, as accelerate does it for the student."""
+    plugin: Any = accelerator.state.fsdp_plugin
+    # The plugin would keep this model's layers as the ones by which to cut the student.
+    policy, layers = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    plugin.transformer_cls_names_to_wrap = _layers_of(model)
+    sharded = fsdp2_prepare_model(accelerator, model)
+    plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy, layers
+    return sharded
+
+
+def _layers_of(model: torch.nn.Module) -> list[str]:
+    """The classes of the model's blocks: those that transformers keeps whole and that come in lists."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    whole = set(getattr(model, "_no_split_modules", None) or ())
+    return sorted({type(block).__name__ for blocks in lists for block in blocks} & whole)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Frees what FSDP2 keeps whole after a forward until the backward pass, which a frozen model never has."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gathered(head: LMHead) -> LMHead:
+    """A copy of a sharded head, made where it is whole: in its module's forward."""
+    bias = None if head.bias is None else head.bias.detach().clone()
+    return replace(head, weight=head.weight.detach().clone(), bias=bias)

@@ -1,0 +1,55 @@
+"""What trainers share about sharded models: FSDP2 as it should be, and checkpoints that become one student."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch.distributed.fsdp import StateDictType
+from transformers import Trainer
+
+from mmkd.models.backbone import base_of
+from mmkd.models.sharding import allow_fsdp_on_cpu, cut_by_layers, settle_fsdp
+
+
+class ShardedTrainer(Trainer):
+    """transformers' Trainer under FSDP2 and ZeRO-3."""
+
+    # transformers types these as unions with None, for trainers that are still without them.
+    model: Any
+    processing_class: Any
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        allow_fsdp_on_cpu(bool(self.args.fsdp))
+        return super()._build_accelerator_args(**kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's; FSDP2 also without a GPU, with its own activation checkpointing."""
+        checkpoints, self.args.activation_checkpointing = self.args.activation_checkpointing, False
+        super().create_accelerator_and_postprocess()
+        settle_fsdp(self.accelerator, bool(checkpoints))
+        self.args.activation_checkpointing = checkpoints and not self.is_fsdp_enabled
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        cut_by_layers(self.accelerator, self.model)
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's, which leaves a student in sharded checkpoints alone.
+
+        Such a checkpoint gets what `mmkd consolidate` needs besides the shards; what a user asks for is the whole.
+        """
+        plugin: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is None or plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT:
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:
+            plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+            super().save_model(output_dir)
+            plugin.state_dict_type = StateDictType.SHARDED_STATE_DICT
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir or ".")
+            folder.mkdir(parents=True, exist_ok=True)
+            model = self.accelerator.unwrap_model(self.model)
+            if isinstance(model, PeftModel):
+                model.active_peft_config.save_pretrained(str(folder))
+            base_of(model).config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)

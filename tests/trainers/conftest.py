@@ -1,0 +1,87 @@
+"""Models that trainers of several methods share, and what two ranks saw of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.make_tiny_models import make_model, make_tokenizer, save
+from tests.alignment.tiny_tokenizers import CHATTERS
+from tests.helpers import on_two_ranks
+from tests.vlms import make_llava
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny teacher that reads with a SentencePiece-like tokenizer and a chat template of its own."""
+    tokenizer = CHATTERS["gemma"]()
+    model = make_model(layers=3, width=48, seed=4, rows=len(tokenizer))
+    return save(model, tokenizer, tmp_path_factory.mktemp("foreign") / "teacher")
+
+
+@pytest.fixture(scope="session")
+def vlms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A LLaVA teacher and students: one alike, one with another grid, one that ends in another width."""
+    folder = tmp_path_factory.mktemp("vlms")
+    return {
+        "teacher": make_llava(folder / "teacher", seed=1, layers=3, width=48),
+        "student": make_llava(folder / "student", seed=2),
+        "fine": make_llava(folder / "fine", seed=3, image_size=16),
+    }
+
+
+@pytest.fixture(scope="session")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A teacher and a student whose heads are not their embeddings."""
+    folder, tokenizer = tmp_path_factory.mktemp("untied"), make_tokenizer()
+    sizes = {"teacher": {"layers": 3, "width": 48, "seed": 1}, "student": {"seed": 2}}
+    return {
+        name: save(make_model(**size, rows=len(tokenizer), tied=False), tokenizer, folder / name)
+        for name, size in sizes.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def ranks(
+    tiny: dict[str, Path],
+    foreign: Path,
+    vlms: dict[str, Path],
+    untied: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, list[dict[str, Any]]]:
+    """What two ranks saw of every method under DDP and FSDP2; started once, since a start takes ten seconds.
+
+    `folder` is a job's output folder.
+    """
+    folder = tmp_path_factory.mktemp("ranks")
+    models: dict[str, dict[str, Any]] = {
+        "sft": tiny,
+        "kd": tiny,
+        "taid": tiny,
+        "comd": tiny,
+        "alm": {**tiny, "teacher": foreign},
+        "llava_kd": vlms,
+    }
+    jobs: dict[str, dict[str, Any]] = {
+        f"{method} {how}": {"method": method, "how": how, **pair}
+        for method, pair in models.items()
+        for how in ("ddp", "fsdp2")
+    }
+    jobs["dho ddp"] = {"method": "dho", "how": "ddp"}
+    kd = {"method": "kd", "how": "fsdp2", **untied}
+    chunks = {"chunk_size": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+    jobs["kd fsdp2 in chunks"] = {**kd, "settings": chunks}
+    jobs["kd fsdp2 in bf16"] = {**kd, "settings": {"bf16": True}}
+    taid = {"method": "taid", "how": "fsdp2", **tiny}
+    jobs["taid fsdp2 saved"] = {**taid, "settings": {"save_strategy": "steps", "save_steps": 2}, "save": True}
+    checkpoint = folder / "runs" / "taid-fsdp2-saved" / "checkpoint-2"
+    jobs["taid fsdp2 resumed"] = {**taid, "resume": checkpoint}
+    paths = {
+        name: {key: str(value) if isinstance(value, Path) else value for key, value in job.items()}
+        for name, job in jobs.items()
+    }
+    found = on_two_ranks(paths, folder)
+    for name, seen in found.items():
+        for rank in seen:
+            rank["folder"] = folder / "runs" / name.replace(" ", "-")
+    return found

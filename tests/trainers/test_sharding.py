@@ -1,0 +1,104 @@
+"""Students and teachers cut over two ranks by FSDP2; that losses are those of one rank is a test of each method."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from transformers import AutoModelForCausalLM
+
+from mmkd.consolidate import consolidate
+from mmkd.models.sharding import cut_by_layers, settle_fsdp
+from mmkd.teachers.local import LocalTeacher
+from mmkd.trainers.kd import KDTrainer
+from tests.classes import dho
+from tests.helpers import Build, losses_of
+
+
+@pytest.mark.parametrize("method", ["kd", "taid", "alm", "llava_kd"])
+def test_a_rank_holds_half_of_student_and_teacher(ranks: Any, method: str) -> None:
+    for rank in ranks[f"{method} fsdp2"]:
+        assert rank["share"] == pytest.approx(0.5, abs=0.01)
+        assert rank["teacher_share"] == pytest.approx(0.5, abs=0.01)
+    assert ranks[f"{method} ddp"][0]["teacher_share"] == 1
+
+
+def test_each_head_is_gathered_once_per_micro_batch(ranks: Any) -> None:
+    """Not once per chunk: of four steps with two micro-batches each, every one has several chunks."""
+    for rank in ranks["kd fsdp2 in chunks"]:
+        assert rank["gathers"] == [8, 8, 0]
+    for rank in ranks["alm fsdp2"]:
+        assert rank["gathers"] == [4, 4, 0]
+
+
+def test_chunks_and_accumulation_change_nothing(build: Build, completions: Any, ranks: Any, untied: Any) -> None:
+    models = {"model": str(untied["student"]), "teacher": str(untied["teacher"])}
+    alone = build(KDTrainer, completions, trainer=models)
+    alone.train()
+    expected = list(zip(losses_of(alone), losses_of(alone, "grad_norm"), strict=True))
+    for rank in ranks["kd fsdp2 in chunks"]:
+        assert rank["steps"] == [pytest.approx(step, rel=1e-4) for step in expected]
+    for rank in ranks["kd fsdp2 in bf16"]:
+        assert rank["steps"] == [pytest.approx(step, rel=0.03) for step in expected]
+        # accelerate would hand losses out in bf16.
+        losses = torch.tensor([step[0] for step in rank["steps"]])
+        assert not torch.equal(losses, losses.bfloat16().float())
+
+
+def test_resume_from_shards(ranks: Any) -> None:
+    for whole, resumed in zip(ranks["taid fsdp2 saved"], ranks["taid fsdp2 resumed"], strict=True):
+        assert resumed["steps"] == whole["steps"]
+        assert resumed["t"] == whole["t"]
+        assert resumed["evaluated"] == whole["evaluated"]
+
+
+def test_shards_become_one_student(ranks: Any, tmp_path: Any) -> None:
+    folder = ranks["taid fsdp2 saved"][0]["folder"]
+    consolidate(folder / "checkpoint-4", tmp_path / "student")
+    found, expected = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "student", folder))
+    for (name, ours), (_, theirs) in zip(found.named_parameters(), expected.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert {path.name for path in tmp_path.glob("student/*.safetensors")} == {"model.safetensors"}
+    assert (tmp_path / "student" / "tokenizer.json").is_file()
+    with pytest.raises(ValueError, match="not empty"):
+        consolidate(folder / "checkpoint-4", tmp_path / "student")
+    with pytest.raises(ValueError, match="whole student already"):
+        consolidate(folder, tmp_path / "again")
+    with pytest.raises(ValueError, match="no shards"):
+        consolidate(tmp_path, tmp_path / "again")
+
+
+def test_students_of_classes_are_not_cut(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def under_fsdp(trainer: Any) -> None:
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr("mmkd.trainers.sharding.ShardedTrainer.create_accelerator_and_postprocess", under_fsdp)
+    with pytest.raises(ValueError, match="ddp or zero2"):
+        dho(tmp_path)
+
+
+def accelerator(kind: DistributedType, **state: Any) -> Any:
+    """What a machine with GPUs would have."""
+    state = {"deepspeed_plugin": SimpleNamespace(zero_stage=3), "fsdp_plugin": None, **state}
+    return SimpleNamespace(
+        distributed_type=kind,
+        device=torch.device("cpu"),
+        is_local_main_process=True,
+        is_fsdp2=False,
+        mixed_precision="no",
+        state=SimpleNamespace(**state),
+    )
+
+
+def test_what_cannot_be_cut_is_refused(tiny: Any) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny["teacher"])
+    with pytest.raises(ValueError, match="FSDP 1"):
+        settle_fsdp(accelerator(DistributedType.FSDP), False)
+    model.quantization_method = "bitsandbytes"
+    with pytest.raises(ValueError, match="ZeRO-3 cannot cut"):
+        LocalTeacher(model).prepare(accelerator(DistributedType.DEEPSPEED))
+    model.model.norm.to(torch.bfloat16)
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=None)
+    with pytest.raises(ValueError, match=r"bfloat16 and torch\.float32"):
+        cut_by_layers(accelerator(DistributedType.FSDP, fsdp_plugin=plugin), model.requires_grad_())
