@@ -12,9 +12,8 @@ from torch import Tensor
 
 from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.models.load import tokenizer_of
-from mmkd.trainers.vision import ROW_LENGTHS
 from mmkd.trainers.sft import SFTBaselineConfig, SFTBaselineTrainer
-from mmkd.trainers.vision import View, processor_of_teacher, teacher_view
+from mmkd.trainers.vision import ROW_LENGTHS, View, processor_of_teacher, teacher_view
 
 BINS = 15
 """Of equal width, as in Guo et al. (2017)."""
