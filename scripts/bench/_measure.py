@@ -183,7 +183,7 @@ def report(
         _print_table(title, rows)
     for entry in verdicts:
         state = {None: "not measured", True: "met", False: "MISSED"}[entry["met"]]
-        print(f"{state:>12}: {entry['target']}: {_text(entry['measured'])} (limit {entry['limit']:.3g})")
+        print(f"{state:>12}: {entry['target']}: {format_cell(entry['measured'])} (limit {entry['limit']:.3g})")
     facts = machine(device)
     print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items()))
     data = {"bench": bench, "machine": facts, "settings": dict(settings or {}), "tables": tables, "targets": verdicts}
@@ -194,7 +194,7 @@ def _print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     print(f"\n{title}")
     if not rows:
         return
-    lines = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
+    lines = [list(rows[0]), *([format_cell(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for first, *others in lines:
         cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
@@ -202,7 +202,8 @@ def _print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     print(flush=True)
 
 
-def _text(value: Any) -> str:
+def format_cell(value: Any) -> str:
+    """A value as the tables show it."""
     if value is None:
         return "-"
     if not isinstance(value, float):
