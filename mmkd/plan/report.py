@@ -37,7 +37,16 @@ def plan(
     away = run.arguments.teacher_cache is not None or run.arguments.teacher_server is not None
     work = count_work(run, student, None if away else teacher, shape)
     strategies = [chosen] if chosen in STRATEGIES else list(STRATEGIES[:1] if devices == 1 else STRATEGIES)
-    console.print(_memory_table(recipe, work, strategies, devices, device))
+    console.print(
+        f"mmkd plan {recipe}: {devices} x {device.name} ({device.memory / GIB:.0f} GiB), {shape.rows} x "
+        f"{shape.tokens:,} tokens on each, {shape.supervised:,.0f} of a row compared.",
+        highlight=False,
+    )
+    console.print(_memory_table(work, strategies, devices, device))
+    console.print(
+        f"At {device.utilisation:.0%} of {device.flops / 1e12:,.3g} bf16 TFLOPS on each:",
+        highlight=False,
+    )
     console.print(_time_table(run, sample, work, strategies, devices, device, price))
     if teacher is not None:
         console.print(_cache(run, sample, shape, teacher, device), highlight=False)
@@ -53,13 +62,8 @@ def _fits(work: Work, strategy: str, devices: int, device: Device) -> bool:
     return sum(memory_of(work, strategy, devices).values()) <= _USABLE * device.memory
 
 
-def _memory_table(recipe: str, work: Work, strategies: Sequence[str], devices: int, device: Device) -> Table:
-    shape = work.shape
-    title = (
-        f"mmkd plan {recipe}: {devices} x {device.name} ({device.memory / GIB:.0f} GiB), "
-        f"{shape.rows} x {shape.tokens:,} tokens on each, {shape.supervised:,.0f} of a row compared"
-    )
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+def _memory_table(work: Work, strategies: Sequence[str], devices: int, device: Device) -> Table:
+    table = Table(box=box.SIMPLE)
     table.add_column("GiB on one device")
     parts = {name: memory_of(work, name, devices) for name in strategies}
     for name in strategies:
@@ -81,8 +85,7 @@ def _time_table(
     price: float | None,
 ) -> Table:
     args = run.training
-    title = f"At {device.utilisation:.0%} of {device.flops / 1e12:,.3g} bf16 TFLOPS a device"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    table = Table(box=box.SIMPLE)
     table.add_column("per optimizer step")
     for name in strategies:
         table.add_column(name if devices > 1 else "", justify="right")
