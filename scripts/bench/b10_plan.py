@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from _measure import MEGABYTE, arguments, report, verdict
-from _training import QUICK_STUDENT, QUICK_TEACHER, SMOLLM2_135M, SMOLLM2_360M, Shape, Training, measure_steps
-from transformers import LlamaConfig, LlamaForCausalLM
+from _training import QUICK_STUDENT, QUICK_TEACHER, SMOLLM2_135M, SMOLLM2_360M, Training, llama, measure_steps
 
 from mmkd.plan import predict
 from mmkd.plan.hardware import this_device
@@ -20,29 +19,14 @@ BATCHES = ((2, 512), (4, 256), (6, 512))
 CHUNK = 512
 
 
-def empty(shape: Shape) -> LlamaForCausalLM:
-    """A bf16 Llama of these sizes without data."""
-    config = LlamaConfig(
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.mlp,
-        vocab_size=shape.vocab,
-        tie_word_embeddings=True,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    assert isinstance(model, LlamaForCausalLM)
-    return model
-
-
 def planned(case: Training) -> predict.Work:
     """The plan of one step without optimizer."""
     shape = predict.Shape(case.batch, case.length, case.length - 1, 0.0, 1.0)
     sizes = (QUICK_STUDENT, QUICK_TEACHER) if case.quick else (SMOLLM2_135M, SMOLLM2_360M)
-    student = predict.facts_of(empty(sizes[0]), 0.0, shape, False, train=True)
-    teacher = predict.facts_of(empty(sizes[1]), 0.0, shape, False, train=False) if "online" in case.trainer else None
+    with torch.device("meta"):
+        models = [llama(size, 0) for size in sizes]
+    student = predict.facts_of(models[0], 0.0, shape, False, train=True)
+    teacher = predict.facts_of(models[1], 0.0, shape, False, train=False) if "online" in case.trainer else None
     chunk = min(CHUNK, case.batch * case.length) * case.vocab * 2
     head = 2.0 * case.vocab * student.width
     return predict.Work(shape, student, teacher, chunk if teacher is None else 2 * chunk, head, 0.0, False)
