@@ -25,6 +25,8 @@ from tests.teachers.vlm import make_image
 
 # Nats. In fp32 both sides agree to 2e-5.
 TOLERANCE = 1e-3
+# Nats, where an image is resized: vLLM does so with torchvision, and transformers here with Pillow.
+RESIZED = 5e-3
 ROOT = Path(__file__).resolve().parents[2]
 SMOLLM2 = ROOT / ".cache" / "mmkd" / "SmolLM2-135M-Instruct"
 
@@ -204,7 +206,7 @@ def test_images_are_scored_as_transformers_does(served_vlm):
     with VLLMClient(served_vlm.url) as client:
         client.check(str(served_vlm.folder), 32, 100, processor.tokenizer)
         for answer, log_probs in zip(client.score(asked, 32), expected, strict=True):
-            assert_same(answer, log_probs, 32)
+            assert_same(answer, log_probs, 32, RESIZED)
     # The image matters, or the test above would say little.
     assert (expected[0] - expected[3]).abs().max() > 100 * TOLERANCE
 
