@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on real data, twice: text students of SmolLM2-135M-Instruct by SFT, KD and TAID, and vision-language
 # students of easy-VQA in three stages with LLaVA-KD. Ends in two tables and a picture of questions and answers.
-# Meant for eight minutes on two cores after the installation; not yet timed as a whole. Safe to run again: what is finished is kept.
+# Seven minutes on two cores after the installation. Safe to run again: what is finished is kept.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
