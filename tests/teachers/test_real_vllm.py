@@ -51,7 +51,7 @@ def assert_same(answer: TopK | RowError, log_probs: torch.Tensor, k: int, tolera
     own = log_probs.gather(-1, torch.from_numpy(answer.ids).long())
     np.testing.assert_allclose(answer.log_probs, own.numpy(), atol=tolerance)
     assert all(len(set(row)) == k for row in answer.ids.tolist())
-    assert (answer.ids == ids.numpy()).mean() > 0.99
+    assert (answer.ids == ids.numpy()).mean() > 1 - 20 * tolerance
 
 
 @torch.no_grad()
