@@ -26,7 +26,7 @@ from tests.teachers.vlm import make_image
 # Nats. In fp32 both sides agree to 2e-5.
 TOLERANCE = 1e-3
 # Nats, where an image is resized: vLLM does so with torchvision, and transformers here with Pillow.
-RESIZED = 5e-3
+RESIZED = 2e-2
 ROOT = Path(__file__).resolve().parents[2]
 SMOLLM2 = ROOT / ".cache" / "mmkd" / "SmolLM2-135M-Instruct"
 
