@@ -53,7 +53,8 @@ def _weights(checkpoint: Path) -> dict[str, Tensor]:
             get_fp32_state_dict_from_zero_checkpoint,
         )
 
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+        weights: Any = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+        return weights
     if any(checkpoint.glob("*.safetensors")):
         raise ValueError(f"{checkpoint} holds a whole student already: load it as it is.")
     raise ValueError(

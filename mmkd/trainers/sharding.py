@@ -48,7 +48,7 @@ class ShardedTrainer(Trainer):
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
             folder.mkdir(parents=True, exist_ok=True)
-            model = self.accelerator.unwrap_model(self.model)
+            model: Any = self.accelerator.unwrap_model(self.model)
             if isinstance(model, PeftModel):
                 model.active_peft_config.save_pretrained(str(folder))
             base_of(model).config.save_pretrained(folder)
