@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,8 @@ def compare(
         trained.insert(0, (baseline, list(flags), "baseline"))
     elif baseline is None and "sft" not in methods:
         trained.insert(0, (*make_baseline(recipes[0], flags, output), "baseline"))
+    if judge is None:
+        _check_reading({recipe: own for recipe, own, _ in trained})
     trainings = Trainings(output, judge, bool(tasks))
     settings = settings or Settings()
 
@@ -159,6 +161,27 @@ def _check(recipe: str, flags: Sequence[str]) -> None:
         raise ValueError(
             f"{recipe} is trained in stages: scripts/compare_stages.py compares schedules, `mmkd eval` their students."
         )
+
+
+def _check_reading(recipes: Mapping[str, Sequence[str]]) -> None:
+    """Raises ValueError for recipes (name -> flags) that read the held-out rows as different tokens."""
+    (first, one), *others = ((recipe, _reading(recipe, flags)) for recipe, flags in recipes.items())
+    for recipe, other in others:
+        differing = [name for name in one if one[name] != other[name]]
+        if differing:
+            values = ", ".join(f"{name} {one[name]} and {other[name]}" for name in differing)
+            raise ValueError(
+                f"{first} and {recipe} read the held-out rows as different tokens ({values}), so that their numbers "
+                f"do not compare. Have one of them judge all students: --judge {first}."
+            )
+
+
+def _reading(recipe: str, flags: Sequence[str]) -> dict[str, Any]:
+    run, _ = parse_alone(recipe, flags)
+    args = run.training
+    packed = args.packing if args.eval_packing is None else args.eval_packing
+    facts = {"data": run.arguments.data, "max_eval_rows": run.arguments.max_eval_rows, "max_length": args.max_length}
+    return facts | {"packing": packed, "packing_strategy": args.packing_strategy if packed else None}
 
 
 def _summary(rows: Sequence[Row], seeds: Sequence[int], flags: Sequence[str], judge: str | None) -> dict[str, Any]:

@@ -147,6 +147,16 @@ def test_recipes_that_others_compare_are_refused(workplace, capsys, keys, messag
     assert not Path("runs").exists()
 
 
+def test_recipes_that_read_the_held_out_rows_differently_need_a_judge(workplace, capsys):
+    keys = yaml.safe_load(Path("kd.yaml").read_text())
+    Path("packed.yaml").write_text(yaml.safe_dump(keys | {"packing": True, "max_length": 32, "bf16": False}))
+    assert main(["compare", "kd.yaml", "packed.yaml", "--baseline", "none", "--output", "out"]) == 2
+    message = capsys.readouterr().err
+    assert "packing False and True" in message
+    assert "--judge kd.yaml" in message
+    assert not Path("out").exists()
+
+
 def test_across_tokenizers_the_students_own_trainer_judges_a_baseline_without_teacher(workplace):
     recipe = yaml.safe_load(Path("kd.yaml").read_text())
     del recipe["temperature"]
