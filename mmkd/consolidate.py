@@ -36,9 +36,9 @@ def consolidate(checkpoint: Path, output: Path) -> None:
         model.save_pretrained(output)
     for path in checkpoint.iterdir():
         # What a tokenizer or processor consists of.
-        if path.suffix in (".json", ".jinja", ".txt", ".model") and not (output / path.name).exists():
+        kept = path.suffix in (".json", ".jinja", ".txt", ".model") and path.name != "trainer_state.json"
+        if kept and not (output / path.name).exists():
             shutil.copy(path, output)
-    (output / "trainer_state.json").unlink(missing_ok=True)
 
 
 def _weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """What a run leaves about itself in its folder: its recipe with flags, its data and their licences, its versions."""
 
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from mmkd.arguments import Run
 from mmkd.data.classification import ClassificationRecipe
 from mmkd.data.recipe import DataRecipe
 from mmkd.eval.machine import machine
+from mmkd.eval.results import write_atomically
 
 RECORD = "run.json"
 """File of a run's folder that `mmkd report` and `mmkd push` read."""
@@ -73,7 +73,4 @@ def _facts(recipe: DataRecipe) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")

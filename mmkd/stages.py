@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 
+from mmkd.eval.results import write_atomically
 from mmkd.run import STAGE_KEYS, last_checkpoint, read_recipe
 
 RECIPE, RECORD = "recipe.yaml", "stage.json"
@@ -58,9 +58,9 @@ class Stage:
         """Writes the stage's recipe and how it stands."""
         self.folder.mkdir(parents=True, exist_ok=True)
         header = f"# Stage {self.name} of {' -> '.join(schedule)}; mmkd-train runs it alone.\n"
-        _write(self.recipe, header + yaml.safe_dump(dict(self.keys), sort_keys=False, allow_unicode=True))
+        write_atomically(self.recipe, header + yaml.safe_dump(dict(self.keys), sort_keys=False, allow_unicode=True))
         state = {"identity": self.identity, "schedule": list(schedule), "finished": finished}
-        _write(self.folder / RECORD, json.dumps(state, indent=1))
+        write_atomically(self.folder / RECORD, json.dumps(state, indent=1))
 
 
 def plan(recipe: Path, flags: Sequence[str]) -> tuple[list[Stage], list[str]]:
@@ -171,9 +171,3 @@ def _value_of(key: str, flags: Sequence[str]) -> tuple[str | None, list[str]]:
         else:
             others.append(flag)
     return found, others
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -50,6 +50,15 @@ TOWER: dict[str, Any] = {
     "num_attention_heads": 2,
     "initializer_range": 0.2,
 }
+QWEN_TOWER: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+    "initializer_range": 0.2,
+}
 
 
 def tokenizer_with(*special: str, **named: str) -> Any:
@@ -113,15 +122,9 @@ def qwen2_5_vl() -> tuple[Any, Any]:
     config = Qwen2_5_VLConfig(
         text_config=text_config(tokenizer, rope_parameters=rope),
         vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "patch_size": 4,
-            "out_hidden_size": 32,
+            **QWEN_TOWER,
             "window_size": 16,
             "fullatt_block_indexes": [1],
-            "initializer_range": 0.2,
         },
         **qwen_ids(tokenizer),
     )
@@ -137,15 +140,9 @@ def qwen3_vl() -> tuple[Any, Any]:
     config = Qwen3VLConfig(
         text_config=text_config(tokenizer, rope_parameters=rope),
         vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "patch_size": 4,
-            "out_hidden_size": 32,
+            **QWEN_TOWER,
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0],
-            "initializer_range": 0.2,
         },
         **qwen_ids(tokenizer),
     )

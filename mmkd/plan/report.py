@@ -53,7 +53,7 @@ def plan(
     fits = any(_fits(work, name, devices, device) for name in strategies)
     if not fits:
         console.print("It does not fit. What would change that, each by itself:", highlight=False)
-        for line in _ways(run, student, teacher, work, strategies, devices, device):
+        for line in _ways(run, student, work, strategies, devices, device):
             console.print(line, highlight=False)
     return 0 if fits else 1
 
@@ -140,7 +140,6 @@ def _cache(run: Run, sample: Sample, shape: Shape, teacher: Model, device: Devic
 def _ways(
     run: Run,
     student: Side,
-    teacher: Model | None,
     work: Work,
     strategies: Sequence[str],
     devices: int,
