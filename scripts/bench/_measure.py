@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import multiprocessing
+import os
 import platform
 import sys
 import time
@@ -45,6 +46,12 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: everything runs, nothing is measured")
     parser.add_argument("--no_memory", dest="memory", action="store_false", help="times only")
     return parser
+
+
+def add_peer(parser: argparse.ArgumentParser, name: str, repository: str) -> None:
+    """Adds the flag --name PATH of a peer that is measured from a checkout; the variable NAME gives its default."""
+    text = f"a checkout of {repository}, to measure beside (default: the variable {name.upper()})"
+    parser.add_argument(f"--{name}", metavar="PATH", default=os.environ.get(name.upper()), help=text)
 
 
 def installed(package: str) -> bool:

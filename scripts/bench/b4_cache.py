@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from _caching import parsed, plan_of, sequences_of, text_arguments, write_cache
-from _measure import Step, arguments, interleaved, report, verdict
+from _measure import Step, add_peer, arguments, interleaved, report, verdict
 from datasets import Dataset
 from torch import Tensor
 
@@ -345,7 +345,7 @@ def head_gradient(student: DenseSignal, targets: Targets) -> tuple[float, Tensor
 
 def main() -> None:
     parser = text_arguments(arguments(__doc__), sequences=52, length=512)
-    parser.add_argument("--distillkit", metavar="PATH", help="a checkout of arcee-ai/DistillKit, to measure beside")
+    add_peer(parser, "distillkit", "arcee-ai/DistillKit")
     parser.add_argument("--no_gradients", action="store_true")
     args = parsed(parser)
     torch.set_num_threads(args.threads)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from _caching import TEACHER as SMOLLM2
 from _caching import TEXT
-from _measure import Step, arguments, interleaved, ratio, report, verdict
+from _measure import Step, add_peer, arguments, interleaved, ratio, report, verdict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl.experimental.gold.gold_trainer import ULDLoss
@@ -168,7 +168,7 @@ def main() -> None:
         default=[f"SmolLM2={SMOLLM2}", f"Gemma={GEMMA}"],
         help="tokenizers; each is aligned with every one after it, as its teacher's, and one trained on the text",
     )
-    parser.add_argument("--tokenkit", metavar="PATH", help="a checkout of bminixhofer/tokenkit, to measure beside")
+    add_peer(parser, "tokenkit", "bminixhofer/tokenkit")
     parser.set_defaults(repeats=REPEATS)
     args = parser.parse_args()
     if args.device != "cpu":

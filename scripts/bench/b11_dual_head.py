@@ -1,11 +1,10 @@
-"""B8: one optimizer step of a dual-head student, beside the same student with one head and both losses.
+"""B11: one optimizer step of a dual-head student, beside the same student with one head and both losses.
 
 Both are DHOTrainers on the same rows, kept in memory, with the teacher's logits at hand. Steps of the two take turns,
-and the medians are compared, so that a machine that slows down slows both. Limit: 1.05.
+and the medians are compared, so that a machine that slows down slows both.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Features, Image, Value
+from _measure import arguments, report, verdict
 from PIL import Image as Pictures
 from transformers import ResNetConfig, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -39,18 +39,22 @@ BACKBONES: dict[str, tuple[Any, int]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=16, help="labelled rows of a batch, and as many unlabelled ones")
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if options.device != "cpu":
+        parser.error("this benchmark measures on a CPU only")
+    if options.quick:
+        options.steps, options.classes, options.rows = 2, 20, 4
     torch.set_num_threads(options.threads)
-    results = {}
+    rows = []
     for name, (config, size) in BACKBONES.items():
         seconds = measure(config, size, options)
-        results[name] = {**seconds, "ratio": seconds["dho"] / seconds["single_head"], "limit": LIMIT}
-        print(name, json.dumps(results[name]), flush=True)
+        rows.append({"backbone": name, **seconds, "ratio": seconds["dho"] / seconds["single_head"]})
+    targets = [verdict(f"two heads over one, {row['backbone']}", row["ratio"], LIMIT) for row in rows]
+    report("b11_dual_head", "cpu", {"CPU s/step": rows}, [] if options.quick else targets, vars(options))
 
 
 def measure(config: Any, size: int, options: argparse.Namespace) -> dict[str, float]:
