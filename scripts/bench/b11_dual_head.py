@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, Image, Value
 from _measure import arguments, report, verdict
+from datasets import Dataset, Features, Image, Value
 from PIL import Image as Pictures
 from transformers import ResNetConfig, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
