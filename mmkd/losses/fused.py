@@ -5,7 +5,7 @@ student, again for the teacher, and as much for their gradients. Here they exist
 project, compare, differentiate, multiply back into the gradients of hidden states and head, forget.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -52,11 +52,28 @@ class Outcomes(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of several teachers says about a chunk, and its share of the loss."""
+
+    teacher: str
+    weight: float
+    outcomes: Outcomes
+
+
 class Targets(Protocol):
     """What the teacher says about all tokens; the token signals of `mmkd.teachers.signals` are such targets."""
 
     def chunks(self, size: int) -> Iterator[Outcomes]:
         """The outcomes of `size` tokens at a time; a chunk is dead once the next one is asked for."""
+        ...
+
+
+class MixedTargets(Protocol):
+    """What several teachers say about all tokens."""
+
+    def chunks(self, size: int) -> Iterator[Sequence[Share]]:
+        """The shares of `size` tokens at a time; a chunk is dead once the next one is asked for."""
         ...
 
 
@@ -72,7 +89,7 @@ def fused_loss(
     hidden: Float[Tensor, "token width"],
     head: Head,
     labels: Int[Tensor, "token"],
-    targets: Targets | None = None,
+    targets: Targets | MixedTargets | None = None,
     objective: Objective = forward_kl,
     *,
     temperature: float = 1.0,
@@ -89,7 +106,8 @@ def fused_loss(
     Matrix products run in the autocast type or else in that of the head; `precise` computes logits in fp32 (bf16
     logits are off by up to 0.06 nats at a magnitude of 16) and sums the gradient of the head in fp32. The comparison
     is in fp32 either way. `diagnostics` adds the sums "ce", "token_accuracy" (tokens), "student_entropy" and, with
-    targets, "kl" to the teacher at temperature 1, "top1_agreement" (tokens) and "teacher_entropy".
+    targets, "kl" to the teacher at temperature 1, "top1_agreement" (tokens) and "teacher_entropy". Of several teachers
+    (targets whose chunks are shares), objective and diagnostics are weighted means, and "kl_NAME" is that to one.
 
     The gradient is ready when the call returns and can be used by one backward pass. Raises ValueError for a label
     outside the head's vocabulary.
@@ -210,7 +228,7 @@ class _Job:
 
     head: Head
     labels: Tensor
-    targets: Targets | None
+    targets: Targets | MixedTargets | None
     objective: Objective
     temperature: float
     ce_weight: float
@@ -229,12 +247,12 @@ class _Job:
         outcomes = iter(()) if self.targets is None else self.targets.chunks(self.chunk_size)
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in projection.chunks(hidden):
-                total += self._compare_chunk(chunk, next(outcomes, None), any(needs))
+                total += self._compare_chunk(chunk, _shares(next(outcomes, None)), any(needs))
                 if any(needs):
                     gradients.accumulate(chunk)
         return total, *gradients.result(self.head)
 
-    def _compare_chunk(self, chunk: LogitsChunk, outcomes: Outcomes | None, differentiate: bool) -> Tensor:
+    def _compare_chunk(self, chunk: LogitsChunk, shares: Sequence[Share], differentiate: bool) -> Tensor:
         """The chunk's loss; with `differentiate`, its gradient replaces the logits."""
         logits, labels = chunk.logits, self.labels[chunk.rows]
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -242,25 +260,25 @@ class _Job:
         for rows in chunk.tiles():
             leaf = logits[rows].to(wide).requires_grad_(differentiate)
             with torch.set_grad_enabled(differentiate):
-                loss = self._compare(leaf, labels[rows], outcomes, rows)
+                loss = self._compare(leaf, labels[rows], shares, rows)
             if differentiate:
                 logits[rows] = torch.autograd.grad(loss, leaf)[0]
             total += loss.detach()
         return total
 
-    def _compare(self, leaf: Tensor, labels: Tensor, outcomes: Outcomes | None, rows: slice) -> Tensor:
+    def _compare(self, leaf: Tensor, labels: Tensor, shares: Sequence[Share], rows: slice) -> Tensor:
         logits = self.head.finish(leaf)
         loss = logits.new_zeros(())
         # At temperature 1 and on the whole vocabulary, the compared log-probs serve cross-entropy and diagnostics too.
-        log_probs = teacher = None
-        if outcomes is not None and self.ce_weight < 1:
-            student, target = outcomes.compare(logits, rows, self.temperature)
-            if self.temperature == 1 and outcomes.whole_vocabulary:
-                log_probs, teacher = student, target
+        log_probs, teachers = None, {}
+        for share in shares if self.ce_weight < 1 else ():
+            student, target = share.outcomes.compare(logits, rows, self.temperature)
+            if self.temperature == 1 and share.outcomes.whole_vocabulary:
+                log_probs, teachers[share.teacher] = student, target
             result = self.objective(student, target)
             divergence, extra = result if isinstance(result, tuple) else (result, {})
-            divergence = self.temperature**2 * divergence.sum()
-            self._add(divergence=divergence, **{name: values.sum() for name, values in extra.items()})
+            divergence = share.weight * self.temperature**2 * divergence.sum()
+            self._add(divergence=divergence, **{name: share.weight * values.sum() for name, values in extra.items()})
             loss = loss + (1 - self.ce_weight) * divergence
         if log_probs is None and (self.ce_weight or self.diagnostics):
             log_probs = logits.log_softmax(-1)
@@ -269,30 +287,30 @@ class _Job:
             self._add(ce=cross_entropy)
             loss = loss + self.ce_weight * cross_entropy
         if self.diagnostics and log_probs is not None:
-            self._diagnose(logits.detach(), log_probs.detach(), teacher, labels, outcomes, rows)
+            self._diagnose(logits.detach(), log_probs.detach(), labels)
+            for share in shares:
+                self._diagnose_teacher(share, logits.detach(), log_probs.detach(), teachers.get(share.teacher), rows)
         return loss
 
     @torch.no_grad()
-    def _diagnose(
-        self,
-        logits: Tensor,
-        log_probs: Tensor,
-        teacher: Tensor | None,
-        labels: Tensor,
-        outcomes: Outcomes | None,
-        rows: slice,
-    ) -> None:
-        best = logits.argmax(-1)
-        self._add(student_entropy=entropy(log_probs).sum(), token_accuracy=(best == labels).sum())
+    def _diagnose(self, logits: Tensor, log_probs: Tensor, labels: Tensor) -> None:
+        self._add(student_entropy=entropy(log_probs).sum(), token_accuracy=(logits.argmax(-1) == labels).sum())
         if not self.ce_weight:
             self._add(ce=-log_probs.gather(-1, labels[:, None]).sum())
-        if outcomes is not None:
-            student, teacher = (log_probs, teacher) if teacher is not None else outcomes.compare(logits, rows, 1.0)
-            self._add(
-                kl=forward_kl(student, teacher).sum(),
-                teacher_entropy=entropy(teacher).sum(),
-                top1_agreement=(best == outcomes.top1(rows)).sum(),
-            )
+
+    @torch.no_grad()
+    def _diagnose_teacher(
+        self, share: Share, logits: Tensor, log_probs: Tensor, teacher: Tensor | None, rows: slice
+    ) -> None:
+        outcomes, weight = share.outcomes, share.weight
+        student, teacher = (log_probs, teacher) if teacher is not None else outcomes.compare(logits, rows, 1.0)
+        kl = forward_kl(student, teacher).sum()
+        self._add(
+            kl=weight * kl,
+            teacher_entropy=weight * entropy(teacher).sum(),
+            top1_agreement=weight * (logits.argmax(-1) == outcomes.top1(rows)).sum(),
+            **({f"kl_{share.teacher}": kl} if share.teacher else {}),
+        )
 
     def _add(self, **values: Tensor) -> None:
         for name, value in values.items():
@@ -311,6 +329,13 @@ def check_labels(labels: Int[Tensor, "token"], vocab_size: int) -> None:
 def starts(length: int, step: int) -> range:
     """Where the pieces of a batch begin. An empty batch is one empty piece: its sums are zeros and not missing."""
     return range(0, max(length, 1), step)
+
+
+def _shares(outcomes: Outcomes | Sequence[Share] | None) -> Sequence[Share]:
+    """What all teachers say about a chunk; a lone one has no name, and counts of its tokens stay whole numbers."""
+    if outcomes is None:
+        return ()
+    return outcomes if isinstance(outcomes, Sequence) else (Share("", 1, outcomes),)
 
 
 def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:

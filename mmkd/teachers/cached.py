@@ -161,23 +161,43 @@ class CacheCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         # Before the collator, which may replace the images of its examples.
-        images = [[image_hash(image) for image in images_of(example)] for example in examples]
+        images = hashed_images(examples)
         batch = self.collator(examples)
-        ids, supervised = batch["input_ids"].numpy(), batch["labels"].numpy() != -100
-        scores = []
-        for row in range(len(ids)):
-            for segment in spans_of_row(batch, row):
-                mask = supervised[row, segment].copy()
-                mask[:1] = False
-                if not mask.any():
-                    continue
-                found = self.teacher.look_up(ids[row, segment], mask, images[row])
-                if found is None:
-                    batch["labels"][row, segment] = -100
-                else:
-                    scores.append(found)
-        batch[BATCH_KEY] = self.teacher.tensors(scores)
+        scores = answers_of(batch, images, [{"": self.teacher}] * len(examples))
+        batch[BATCH_KEY] = self.teacher.tensors(scores.get("", []))
         return batch
+
+
+def answers_of(
+    batch: Any, images: Sequence[Sequence[str]], asked: Sequence[Mapping[str, CachedTeacher]]
+) -> dict[str, list[TokenScores]]:
+    """What the teachers on disk that each row asks, by name, hold about the supervised sequences of a collated batch.
+
+    `images` are hashes by row. Sequences that one of a row's teachers could not read lose their labels in the batch.
+    """
+    ids, supervised = batch["input_ids"].numpy(), batch["labels"].numpy() != -100
+    found: dict[str, list[TokenScores]] = {}
+    for row in range(len(ids)):
+        for place, segment in enumerate(spans_of_row(batch, row)):
+            mask = supervised[row, segment].copy()
+            mask[:1] = False
+            if not mask.any():
+                continue
+            # Rows end to end are the sequences of one row; packed rows all ask the same teachers.
+            teachers = asked[row if len(ids) == len(asked) else min(place, len(asked) - 1)]
+            answers = {name: one.look_up(ids[row, segment], mask, images[row]) for name, one in teachers.items()}
+            if any(answer is None for answer in answers.values()):
+                batch["labels"][row, segment] = -100
+                continue
+            for name, answer in answers.items():
+                assert answer is not None
+                found.setdefault(name, []).append(answer)
+    return found
+
+
+def hashed_images(examples: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The hashes of the images of each raw row."""
+    return [[image_hash(image) for image in images_of(example)] for example in examples]
 
 
 def images_of(example: Mapping[str, Any]) -> list[Any]:

@@ -91,6 +91,11 @@ class LocalTeacher(Teacher[DenseSignal]):
             )
         return DenseSignal(hidden, heads[0])
 
+    def nothing(self) -> DenseSignal:
+        """The signal about no token at all, without a forward pass."""
+        head = full_head(self.model).trimmed(self.vocab_size)
+        return DenseSignal(head.weight.new_empty(0, head.weight.shape[1]), head)
+
     def _readable(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs without padding tokens that only the student's vocabulary has."""
         ids, rows = inputs["input_ids"], self.model.get_input_embeddings().num_embeddings

@@ -1,15 +1,15 @@
 """What a teacher says about a batch: frozen values that know how to put the student on their own support."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmkd.losses.divergences import log_one_minus_exp
-from mmkd.losses.fused import starts
+from mmkd.losses.fused import Share, Targets, starts
 from mmkd.models.heads import LMHead
 
 
@@ -98,6 +98,26 @@ class TopKSignal(SparseSignal):
         inside, teacher = super().compare(logits, rows, 1)
         student = torch.cat([inside, log_one_minus_exp(inside.logsumexp(-1, keepdim=True))], dim=-1)
         return student, torch.cat([teacher, self.tail_log_prob[rows, None].to(teacher)], dim=-1)
+
+
+@dataclass(frozen=True)
+class MixedSignal:
+    """What several teachers, by name, say about the same tokens, each with its share of the loss."""
+
+    signals: Mapping[str, Targets]
+    weights: Mapping[str, float]
+
+    def chunks(self, size: int) -> Iterator[list[Share]]:
+        """The shares of `size` tokens at a time."""
+        for outcomes in zip(*(signal.chunks(size) for signal in self.signals.values()), strict=True):
+            yield [Share(name, self.weights[name], one) for name, one in zip(self.signals, outcomes, strict=True)]
+
+
+@dataclass(frozen=True)
+class RoutedSignal:
+    """What several teachers, by name, say each about its own tokens, of which the mask tells."""
+
+    parts: Mapping[str, tuple[Bool[Tensor, "token"], Any]]
 
 
 @dataclass(frozen=True)

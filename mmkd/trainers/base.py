@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.data.images import undecoded
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import FusedLoss, Objective, fused_loss
@@ -27,18 +26,18 @@ from mmkd.models.parts import train_only
 from mmkd.models.restore import renamed_on_disk, restore
 from mmkd.models.sharding import is_sharded
 from mmkd.teachers.base import Teacher
-from mmkd.teachers.cached import BATCH_KEY, CacheCollator, CachedTeacher, images_of
-from mmkd.teachers.local import LocalTeacher
-from mmkd.teachers.signals import DenseSignal, TopKSignal
+from mmkd.teachers.cached import BATCH_KEY, images_of
+from mmkd.teachers.signals import DenseSignal, RoutedSignal, TopKSignal
 
 from .checks import check_supervision, check_training_data
 from .config import DistillationConfig
 from .log import RunLog
 from .on_policy import OnPolicyTrainer
-from .preparation import ROWS, KeptRows, RowLengths, preparation_of, sequences_of
+from .preparation import ROWS, KeptRows, RowLengths
 from .progress import DistillationProgress
 from .rollouts import check_rollouts
 from .sharding import ShardedTrainer
+from .teaching import TaughtTrainer, check_teachers
 from .vision import (
     BAD_ROWS,
     ROW_LENGTHS,
@@ -46,7 +45,6 @@ from .vision import (
     ImageReader,
     View,
     VisionCollator,
-    processor_of_teacher,
     teacher_view,
 )
 
@@ -59,6 +57,10 @@ class Supervised:
     head: LMHead
     labels: Int[Tensor, "token"]
 
+    def only(self, tokens: Bool[Tensor, "token"]) -> "Supervised":
+        """The student at some of the positions."""
+        return Supervised(self.hidden[tokens], self.head, self.labels[tokens])
+
 
 @dataclass
 class ItemLosses:
@@ -70,12 +72,13 @@ class ItemLosses:
     """Name in the logs -> (sum, number of items), without gradient."""
 
 
-class DistillationTrainer(ShardedTrainer, OnPolicyTrainer):
+class DistillationTrainer(ShardedTrainer, TaughtTrainer, OnPolicyTrainer):
     """trl's SFTTrainer with a teacher. A method subclasses it and implements `item_losses`.
 
     Args:
         model: student: a Hub id, a local folder, or a (PEFT) model.
-        teacher: a Hub id, a local folder, a model, or a `Teacher`. Frozen; quantise and place it as you like.
+        teacher: a Hub id, a local folder, a model, or a `Teacher`, such as `SeveralTeachers`. Frozen; quantise and
+            place it as you like.
         teacher_processing_class: the teacher's tokenizer, to compare vocabularies; by default found by its name.
         args, train_dataset, eval_dataset, processing_class, peft_config, ...: as in SFTTrainer.
 
@@ -113,8 +116,7 @@ class DistillationTrainer(ShardedTrainer, OnPolicyTrainer):
             raise ValueError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}."
             )
-        if isinstance(teacher, Teacher):
-            self.check_teacher(teacher, args)
+        check_teachers(type(self), teacher, args, {"train": train_dataset, "eval": eval_dataset})
         if args.on_policy_fraction:
             check_rollouts(teacher, train_dataset)
         if isinstance(model, str):
@@ -267,56 +269,13 @@ class DistillationTrainer(ShardedTrainer, OnPolicyTrainer):
             processing_class = load_processing_class(name, "student", **hub)
         return load_model(name, "student", **init), processing_class
 
-    def build_teacher(self, teacher: Any, processing_class: Any) -> Teacher:
-        """The teacher of the constructor's arguments, checked against student and data."""
-        if isinstance(teacher, CachedTeacher):
-            self._use_cache(teacher)
-        elif not isinstance(teacher, Teacher):
-            teacher = self.load_teacher(teacher)
-            if processing_class is None:
-                trust = self.args.trust_remote_code
-                processing_class = load_processing_class(name_of(teacher), "teacher", trust_remote_code=trust)
-            if self.vision_collator is not None:
-                self.vision_collator.add_teacher(processor_of_teacher(processing_class, name_of(teacher)))
-            self.vocab_size = self._shared_vocabulary(tokenizer_of(processing_class), full_head(teacher).vocab_size)
-            teacher = LocalTeacher(teacher, self.vocab_size)
-        return teacher
-
-    def load_teacher(self, teacher: str | PreTrainedModel) -> PreTrainedModel:
-        """The model of a name, with `teacher_model_init_kwargs`; a model as it is."""
-        if not isinstance(teacher, str):
-            return teacher
-        given = self.args.teacher_model_init_kwargs or {}
-        assert isinstance(given, dict)
-        trust = self.args.trust_remote_code
-        return load_model(teacher, "teacher", **{"dtype": "auto", "trust_remote_code": trust, **given})
-
-    def _use_cache(self, teacher: CachedTeacher) -> None:
-        if teacher.vocab_size > self.vocab_size:
-            raise ValueError(
-                f"The cache {teacher.cache.folder} speaks of {teacher.vocab_size} tokens, the student has "
-                f"{self.vocab_size}. Build it again with this student."
-            )
-        self.vocab_size = teacher.vocab_size
-        teacher.check(preparation_of(self.processing_class, self.args, self.chat_template))
-        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        for name, dataset in {"train": self.train_dataset, **evaluation}.items():
-            if isinstance(dataset, Dataset) and "labels" in dataset.column_names:
-                teacher.check_sequences(((one.ids, one.supervised) for one in sequences_of(dataset)), name)
-        self.data_collator = CacheCollator(self.data_collator, teacher)
-
-    def _shared_vocabulary(self, teacher_tokenizer: Any, teacher_rows: int) -> int:
-        tokenizer: Any = tokenizer_of(self.processing_class)
-        added = {*tokenizer.get_added_vocab(), *teacher_tokenizer.get_added_vocab()}
-        tokens = shared_vocabulary(tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), added)
-        return min(tokens, self.vocab_size, teacher_rows)
-
     def _ask_once(self) -> None:
-        """Asks about the first row, so that a teacher that cannot answer fails before training."""
-        inputs: Any = self._prepare_inputs(self.data_collator([dict(next(iter(self.train_dataset)))]))
-        del inputs[ROW_LENGTHS]
-        inputs.pop(ROWS, None)
-        self.ask_view(teacher_view(View.of(inputs), inputs))
+        """Asks about a row, so that a teacher that cannot answer fails before training."""
+        for row in self._first_rows(self.teacher):
+            inputs: Any = self._prepare_inputs(self.data_collator([row]))
+            del inputs[ROW_LENGTHS]
+            inputs.pop(ROWS, None)
+            self.ask_view(teacher_view(View.of(inputs), inputs))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
@@ -382,7 +341,7 @@ class DistillationTrainer(ShardedTrainer, OnPolicyTrainer):
         view.inputs.pop(BATCH_KEY, None)
 
         def consumer(hidden: Tensor, head: LMHead) -> tuple[dict, dict]:
-            losses = self.item_losses(self.read_student(hidden, head.trimmed(self.vocab_size), view), signal)
+            losses = self._item_losses(self.read_student(hidden, head.trimmed(self.vocab_size), view), signal)
             # Plain containers: wrappers look for tensors in the output, and do not look into our dataclasses.
             return losses.totals, losses.reports
 
@@ -400,6 +359,21 @@ class DistillationTrainer(ShardedTrainer, OnPolicyTrainer):
             return loss
         with torch.no_grad():
             return loss, model(**view.inputs)
+
+    def _item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
+        """Those of the method; where each of several teachers speaks of its own tokens, their sums."""
+        if not isinstance(signal, RoutedSignal):
+            return self.item_losses(student, signal)
+        whole = ItemLosses()
+        for name, (tokens, one) in signal.parts.items():
+            part = self.item_losses(student.only(tokens), one)
+            for kind, total in part.totals.items():
+                whole.totals[kind] = whole.totals[kind] + total if kind in whole.totals else total
+            named = {f"kl_{name}": part.reports["kl"]} if "kl" in part.reports else {}
+            for report, (total, count) in {**part.reports, **named}.items():
+                before, items = whole.reports.get(report, (0, 0))
+                whole.reports[report] = (before + total, items + count)
+        return whole
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation, of these rows or of those of the constructor."""

@@ -74,6 +74,7 @@ class KDTrainer(DistillationTrainer):
     """Minimises `(1 - ce_weight) * temperature**2 * divergence(teacher, student) + ce_weight * cross-entropy`."""
 
     method = "kd"
+    takes_several = True
     config_class = KDConfig
     accepts = (DenseSignal, TopKSignal, SparseSignal)
     args: KDConfig

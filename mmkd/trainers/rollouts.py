@@ -17,6 +17,7 @@ from mmkd.models.backbone import base_of
 from mmkd.models.generation import silenced_tokens, speaking, stop_tokens
 from mmkd.models.load import positions_of
 from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.several import parts_of
 
 from .answers import Placed, Rollout, answer_starts, prompts_of, with_answers
 from .preparation import ROWS
@@ -221,7 +222,7 @@ class Rollouts:
 
 def check_rollouts(teacher: Any, data: Any) -> None:
     """Raises ValueError for rows that cannot be answered reproducibly, and for a teacher that cannot judge answers."""
-    if isinstance(teacher, CachedTeacher):
+    if any(isinstance(one, CachedTeacher) for one in parts_of(teacher)):
         raise ValueError(
             "A teacher_cache holds the teacher's words about the data's answers, not about what the student will say. "
             "Set on_policy_fraction: 0, or use the teacher itself (remove teacher_cache) or a teacher_server."

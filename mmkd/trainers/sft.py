@@ -23,6 +23,7 @@ class SFTBaselineTrainer(DistillationTrainer):
     """Cross-entropy with the data's tokens. A teacher is optional and only measures: it never enters the loss."""
 
     method = "sft"
+    takes_several = True
     config_class = SFTBaselineConfig
     needs_teacher = False
 

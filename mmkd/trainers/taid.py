@@ -121,6 +121,7 @@ class TAIDTrainer(DistillationTrainer):
     """Minimises KL(p_t || student), p_t = softmax((1 - t) student + t teacher) with the student there detached."""
 
     method = "taid"
+    takes_several = True
     config_class = TAIDConfig
     step_means = ("progress_loss",)
     args: TAIDConfig
