@@ -1,6 +1,8 @@
 """What a recipe says, as typed values."""
 
-from dataclasses import dataclass, field
+import difflib
+import json
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from trl.trainer.model_config import ModelConfig
@@ -98,6 +100,18 @@ class RunArguments:
             "mass has a gradient within 5 percent of the whole distribution's on a strong student."
         },
     )
+    teachers: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several teachers: {NAME: {teacher: ..., teacher_cache: ..., weight: 1, any teacher_ key}, ...}. "
+            "All teach every token by their weights (default: equal), or each its own rows (teacher_column). Keys "
+            "beside `teachers`, such as teacher_dtype, are for all that do not set them."
+        },
+    )
+    teacher_column: str | None = field(
+        default=None,
+        metadata={"help": "Of several teachers: the rows' column that holds the NAME of the one to ask about a row."},
+    )
     max_train_rows: int | None = field(default=None, metadata={"help": "Use at most so many rows to train."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Use at most so many rows to evaluate."})
     dry_run: bool = field(
@@ -116,8 +130,9 @@ class RunArguments:
             raise ValueError("student_init: llava and student_vision_tower go together: set both or neither.")
         pruned = [self.student_layers, self.student_intermediate_size, self.student_num_attention_heads]
         if self.student is None and (self.student_init != "prune" or self.teacher is None):
+            several = "" if self.teachers is None else " With several teachers, prune names its `student` too."
             raise ValueError(
-                "There is no student: set `student`, or `student_init: prune` to make one of the teacher."
+                f"There is no student: set `student`, or `student_init: prune` to make one of the teacher.{several}"
             )
         if (self.student_init == "prune") != any(part is not None for part in pruned):
             raise ValueError(
@@ -125,7 +140,8 @@ class RunArguments:
                 "student_num_attention_heads) go together: set both or neither."
             )
         sources = [self.teacher, self.teacher_cache, self.teacher_server]
-        if not any(sources) and METHODS[self.method].needs_teacher:
+        self._check_teachers(any(sources))
+        if not any(sources) and self.teachers is None and METHODS[self.method].needs_teacher:
             raise ValueError(
                 f"Method {self.method} needs a teacher: set `teacher` to a Hub id or a folder, or teacher_cache, or "
                 "teacher_server."
@@ -138,6 +154,34 @@ class RunArguments:
             raise ValueError(f"teacher_timeout is {self.teacher_timeout}; give a number of seconds above 0.")
         if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
             raise ValueError("teacher_load_in_4bit and teacher_load_in_8bit exclude each other: keep one.")
+
+    def _check_teachers(self, one_too: bool) -> None:
+        teachers = self.teachers = json.loads(self.teachers) if isinstance(self.teachers, str) else self.teachers
+        if teachers is None:
+            if self.teacher_column is not None:
+                raise ValueError(f"teacher_column is {self.teacher_column!r}, but there are no `teachers` to choose.")
+            return
+        if not isinstance(teachers, dict) or not all(isinstance(keys, dict) for keys in teachers.values()):
+            raise ValueError("teachers is no mapping of names to keys; write {NAME: {teacher: ...}, ...}.")
+        if one_too:
+            raise ValueError("teacher, teacher_cache and teacher_server say who teaches, and so does `teachers`.")
+        if not getattr(METHODS[self.method], "takes_several", False):
+            several = ", ".join(name for name, one in METHODS.items() if getattr(one, "takes_several", False))
+            raise ValueError(f"Method {self.method} learns from one teacher; `teachers` are for {several}.")
+        known = [part.name for part in fields(self) if part.name.startswith("teacher_")]
+        known = ["teacher", "weight", *(name for name in known if name != "teacher_column")]
+        for name, keys in teachers.items():
+            unknown = next((key for key in keys if key not in known), None)
+            if unknown is not None:
+                near = difflib.get_close_matches(str(unknown), known, n=1, cutoff=0.0)[0]
+                raise ValueError(f"teachers.{name} sets {unknown!r}, which no teacher has; did you mean {near!r}?")
+            weight = keys.get("weight", 1)
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise ValueError(f"teachers.{name}.weight is {weight!r}; give a number above 0.")
+            if not {"teacher", "teacher_cache", "teacher_server"} & keys.keys():
+                raise ValueError(f"teachers.{name} names nobody: set its teacher, teacher_cache or teacher_server.")
+        if self.teacher_column is not None and any("weight" in keys for keys in teachers.values()):
+            raise ValueError("teacher_column gives each row to one teacher, so that a weight says nothing: keep one.")
 
 
 @dataclass
@@ -159,6 +203,21 @@ class Run:
     """Path of the YAML."""
     keys: dict[str, Any] = field(default_factory=dict)
     """Of the YAML and of the flags after it, as they were given."""
+    own_rows: tuple[str, str] | None = None
+    """Of the run of one of several teachers: a column, and the value in it of the rows that concern this one."""
+
+    def by_teacher(self) -> dict[str, "Run"]:
+        """The run as it would be with each of several teachers alone, by name; the run itself, as "", without them."""
+        arguments = self.arguments
+        if arguments.teachers is None:
+            return {"": self}
+        assert isinstance(arguments.teachers, dict)
+        column, found = arguments.teacher_column, {}
+        for name, keys in arguments.teachers.items():
+            own = {key: value for key, value in keys.items() if key != "weight"}
+            alone = replace(arguments, teachers=None, teacher_column=None, **own)
+            found[name] = replace(self, arguments=alone, own_rows=None if column is None else (column, name))
+        return found
 
     def hub(self, revision: str | None) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained` for something of this run."""

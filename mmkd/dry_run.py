@@ -13,6 +13,7 @@ from torch import nn
 from mmkd.models.backbone import head_of
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.several import parts_of
 from mmkd.trainers.base import DistillationTrainer
 from mmkd.trainers.config import DistillationConfig
 
@@ -49,8 +50,9 @@ def estimate_memory(trainer: DistillationTrainer) -> Memory:
         "logits of one chunk": 2 * args.chunk_size * trainer.vocab_size * (4 if args.precise_logits else 2),
         "activations": per_layer * text.num_hidden_layers,
     }
-    if isinstance(trainer.teacher, LocalTeacher):
-        parts["teacher weights"] = _bytes(trainer.teacher.model)
+    local = [one.model for one in parts_of(trainer.teacher) if isinstance(one, LocalTeacher)]
+    if local:
+        parts["teacher weights"] = sum(map(_bytes, local))
     return Memory(parts)
 
 
@@ -97,9 +99,10 @@ def _models(trainer: DistillationTrainer) -> list[tuple[str, str]]:
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     head = head_of(trainer.model)
     rows = [("student", f"{_count(sum(p.numel() for p in parameters))} parameters, {_count(trainable)} trainable")]
-    if isinstance(trainer.teacher, LocalTeacher):
-        teacher = sum(p.numel() for p in trainer.teacher.model.parameters())
-        rows.append(("teacher", f"{_count(teacher)} parameters, {next(trainer.teacher.model.parameters()).dtype}"))
+    for teacher in parts_of(trainer.teacher):
+        if isinstance(teacher, LocalTeacher):
+            weights = list(teacher.model.parameters())
+            rows.append(("teacher", f"{_count(sum(p.numel() for p in weights))} parameters, {weights[0].dtype}"))
     vocabulary = f"{trainer.vocab_size:,} tokens compared"
     padding = len(head.weight) - trainer.vocab_size
     return [*rows, ("vocabulary", vocabulary + (f", {padding:,} padding rows left out" if padding else ""))]

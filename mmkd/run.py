@@ -20,18 +20,18 @@ from mmkd.arguments import RunArguments as RunArguments
 from mmkd.arguments import StudentArguments as StudentArguments
 from mmkd.capture.arguments import CacheArguments
 from mmkd.data.load import load_data
-from mmkd.hub import local_cache
 from mmkd.models.assemble import prune
 from mmkd.models.llava import assemble_llava, llava_processor
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.recipes import find_recipe
 from mmkd.record import RunRecord
+from mmkd.run_teacher import absent_teacher, reads_teacher, several_teachers
 from mmkd.run_teacher import check_cache as check_cache
 from mmkd.run_teacher import load_teacher as load_teacher
-from mmkd.run_teacher import server_teacher
 from mmkd.run_teacher import teacher_identity as teacher_identity
 from mmkd.run_teacher import without_unreadable as without_unreadable
 from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.several import parts_of
 from mmkd.trainers import METHODS
 from mmkd.trainers.base import DistillationTrainer
 from mmkd.trainers.config import DistillationConfig
@@ -119,16 +119,17 @@ def _build_token_trainer(run: Run) -> DistillationTrainer:
     arguments, training = run.arguments, run.training
     data = load_rows_of(run)
     model = None
-    if arguments.teacher is not None and (_reads_teacher(arguments) or arguments.student is None):
+    if arguments.teacher is not None and (reads_teacher(arguments) or arguments.student is None):
         model = load_teacher(run, arguments.teacher)
     student = _load_student(run, model)
-    teacher: Any = model if _reads_teacher(arguments) else None
-    if arguments.teacher_cache is not None:
-        teacher = CachedTeacher(local_cache(arguments.teacher_cache), arguments.teacher_tail)
-        check_cache(run, teacher.cache)
-        data = without_unreadable(data, teacher.cache)
-    elif arguments.teacher_server is not None:
-        teacher = server_teacher(run, arguments.teacher_server, tokenizer_of(student_processing_class(run)))
+    teacher: Any = model if reads_teacher(arguments) else None
+    if arguments.teachers is not None:
+        teacher = several_teachers(run, tokenizer_of(student_processing_class(run)))
+    elif not reads_teacher(arguments):
+        teacher = absent_teacher(run, tokenizer_of(student_processing_class(run)))
+    if run.arguments.teacher_column is None:
+        for one in parts_of(teacher):
+            data = without_unreadable(data, one.cache) if isinstance(one, CachedTeacher) else data
     method = METHODS[arguments.method]
     reads_apart = arguments.teacher is not None and not method.one_vocabulary
     return method(
@@ -144,9 +145,20 @@ def _build_token_trainer(run: Run) -> DistillationTrainer:
 
 
 def load_rows_of(run: Run) -> DatasetDict:
-    """The rows of a run's data recipe."""
+    """The rows of a run's data recipe; of the run of one of several teachers, those that concern it."""
     arguments = run.arguments
-    return load_data(arguments.data, max_train_rows=arguments.max_train_rows, max_eval_rows=arguments.max_eval_rows)
+    data = load_data(arguments.data, max_train_rows=arguments.max_train_rows, max_eval_rows=arguments.max_eval_rows)
+    if run.own_rows is None:
+        return data
+    column, name = run.own_rows
+    for split, rows in data.items():
+        if column not in rows.column_names:
+            raise ValueError(
+                f"teacher_column is {column!r}, which the {split} rows lack; they have "
+                f"{', '.join(rows.column_names)}. Map it in the data recipe."
+            )
+        data[split] = rows.select([row for row, value in enumerate(rows[column]) if value == name])
+    return data
 
 
 def student_processing_class(run: Run) -> Any:
@@ -254,10 +266,6 @@ def _value(word: str) -> Any:
         if re.fullmatch(_NUMBERS[kind], word):
             return kind(word)
     return {"true": True, "false": False, "none": None, "null": None}.get(word.lower(), word)
-
-
-def _reads_teacher(arguments: RunArguments) -> bool:
-    return arguments.teacher_cache is None and arguments.teacher_server is None
 
 
 def _dtype(student: StudentArguments, source: torch.dtype) -> torch.dtype:

@@ -10,11 +10,14 @@ from datasets import DatasetDict
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from mmkd.alignment.vocab import shared_vocabulary
-from mmkd.arguments import Run
+from mmkd.arguments import Run, RunArguments
 from mmkd.data.recipe import DataRecipe
+from mmkd.hub import local_cache
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
+from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.identity import is_same_teacher, weights_sha256
 from mmkd.teachers.server import ServerTeacher
+from mmkd.teachers.several import SeveralTeachers
 from mmkd.teachers.store import Cache
 from mmkd.trainers.config import DistillationConfig
 
@@ -65,6 +68,33 @@ def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher:
         concurrency=arguments.teacher_concurrency,
         timeout=arguments.teacher_timeout,
     )
+
+
+def reads_teacher(arguments: RunArguments) -> bool:
+    """Whether the teacher's weights are loaded to train, since neither a cache nor a server answers for it."""
+    return arguments.teacher_cache is None and arguments.teacher_server is None
+
+
+def absent_teacher(run: Run, student: Any) -> CachedTeacher | ServerTeacher:
+    """The teacher that answers from a run's cache or servers, for a student with this tokenizer."""
+    arguments = run.arguments
+    if arguments.teacher_cache is not None:
+        teacher = CachedTeacher(local_cache(arguments.teacher_cache), arguments.teacher_tail)
+        check_cache(run, teacher.cache)
+        return teacher
+    assert arguments.teacher_server is not None
+    return server_teacher(run, arguments.teacher_server, student)
+
+
+def several_teachers(run: Run, student: Any) -> SeveralTeachers:
+    """The teachers of a run that names several, for a student with this tokenizer."""
+    arguments, found = run.arguments, {}
+    assert isinstance(arguments.teachers, dict)
+    for name, one in run.by_teacher().items():
+        read = reads_teacher(one.arguments)
+        found[name] = load_teacher(one, str(one.arguments.teacher)) if read else absent_teacher(one, student)
+    weights = {name: float(keys.get("weight", 1)) for name, keys in arguments.teachers.items()}
+    return SeveralTeachers(found, None if arguments.teacher_column else weights, arguments.teacher_column)
 
 
 def teacher_identity(run: Run, download: bool = True) -> dict[str, Any]:

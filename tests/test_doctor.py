@@ -349,7 +349,7 @@ def test_memory_is_what_a_dry_run_counts_with_the_weights(place: Place, keys: di
     layers = {"student_layers": 2} if "student_init" in keys else {}
     run = parse_run(place.recipe(max_length=20, **keys, **layers))
     student = costs.empty_student(run, load_student(run))
-    ours = costs.memory_parts(run, student, load_teacher(run), longest=100)
+    ours = costs.memory_parts(run, student, [(run, load_teacher(run))], longest=100)
     assert ours == estimate_memory(build_trainer(run)).parts
 
 

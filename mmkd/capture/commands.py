@@ -23,19 +23,24 @@ from .plan import ScorePlan, check_place, make_plan
 
 
 def build_command(recipe: str, flags: Sequence[str]) -> int:
-    """Builds the cache of a recipe and prints its folder; with dry_run, prints what that would cost."""
+    """Builds the cache of a recipe, or those of its teachers, and prints the folders; with dry_run, what they cost."""
     run, _ = parse_alone(recipe, flags)
-    check_place(run)
-    plan = make_plan(run)
-    if run.arguments.dry_run:
-        if not isinstance(plan, ScorePlan):
-            raise ValueError("A dry run estimates scoring; how long the answers to generate get is not known before.")
-        report_estimate(plan, Console())
-        return 0
-    print(build(plan, Console(stderr=True)))
-    if run.cache.part is not None:
-        index, count = run.cache.part
-        print(f"Part {index} of {count} is done. With all parts in one place: mmkd cache merge {_cache_of(run)}")
+    plans = []
+    for one in _runs_with_cache(run):
+        check_place(one)
+        plans.append(make_plan(one))
+    for plan in plans:
+        if run.arguments.dry_run:
+            if not isinstance(plan, ScorePlan):
+                raise ValueError("A dry run estimates scoring; how long answers to generate get is not known before.")
+            report_estimate(plan, Console())
+            continue
+        print(build(plan, Console(stderr=True)))
+        if run.cache.part is not None:
+            index, count = run.cache.part
+            print(
+                f"Part {index} of {count} is done. With all parts in one place: mmkd cache merge {_cache_of(plan.run)}"
+            )
     return 0
 
 
@@ -133,7 +138,21 @@ def _run_of(target: str, flags: Sequence[str], known: Sequence[str]) -> Run | No
     return None
 
 
+def _runs_with_cache(run: Run) -> list[Run]:
+    """The run itself; of several teachers, the runs of those who have weights and a cache to write."""
+    if run.arguments.teachers is None:
+        return [run]
+    found = [one for one in run.by_teacher().values() if one.arguments.teacher and one.arguments.teacher_cache]
+    if not found:
+        raise ValueError(
+            "None of the `teachers` has both a teacher and a teacher_cache, so there is nothing to build."
+        )
+    return found
+
+
 def _cache_of(run: Run) -> str:
+    if run.arguments.teachers is not None:
+        raise ValueError("The recipe has several teachers; give this command the folder of the cache of one of them.")
     if run.arguments.teacher_cache is None:
         raise ValueError("The recipe names no teacher_cache.")
     return run.arguments.teacher_cache

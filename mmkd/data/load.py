@@ -112,6 +112,10 @@ def _mixture_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | Non
                 f"{recipe.name}: {need} rows of {part.data!r} are asked for, but it has {len(rows['train'])}, and no "
                 "row is used twice; lower its rows, or give weights."
             )
+    for part, rows in zip(recipe.mixture, parts, strict=True):
+        if part.domain is not None:
+            for split, one in rows.items():
+                rows[split] = one.add_column("domain", [part.domain] * len(one))
     mixed = DatasetDict()
     mixed["train"] = _mix([rows["train"] for rows in parts], shares, asked, recipe.shuffle_seed)
     if recipe.has_eval:

@@ -49,9 +49,9 @@ def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
                     f"{recipe.name}: columns.images reads {theirs!r}, which holds {feature}; it must hold images or "
                     "their paths, one a row or a list of them."
                 )
-        elif ours in ("text", "prompt", "completion") and not is_template(theirs):
+        elif ours in ("text", "prompt", "completion", "domain") and not is_template(theirs):
             feature = raw.features[theirs]
-            chat = ours != "text" and _is_struct_list(feature)
+            chat = ours in ("prompt", "completion") and _is_struct_list(feature)
             if getattr(feature, "dtype", None) not in ("string", "large_string") and not chat:
                 raise ValueError(
                     f"{recipe.name}: columns.{ours} reads {theirs!r}, which holds {feature} and not text; "

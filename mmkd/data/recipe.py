@@ -16,7 +16,7 @@ from typing import Any
 BUILDERS = ("json", "csv", "parquet", "text")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 LAYOUTS = (("text",), ("messages",), ("prompt", "completion"))
-OUTPUT_COLUMNS = ("text", "messages", "prompt", "completion", "images")
+OUTPUT_COLUMNS = ("text", "messages", "prompt", "completion", "images", "domain")
 
 # Raise it when the same recipe starts to give other rows: caches are keyed by it, and `datasets` knows a function of
 # ours by its name only, so neither would notice.
@@ -143,12 +143,22 @@ class DataFilters:
 
 @dataclass(frozen=True)
 class MixturePart:
-    """One recipe of a mixture, with its share of the mixture (`weight`) or its number of training rows (`rows`)."""
+    """One recipe of a mixture, with its share of the mixture (`weight`) or its number of training rows (`rows`).
+
+    A `domain` stands in the column of that name of all its rows, for whom several teachers are told apart by it.
+    """
 
     data: str
     recipe: "DataRecipe"
     weight: float | None = None
     rows: int | None = None
+    domain: str | None = None
+
+    @property
+    def output_columns(self) -> tuple[str, ...]:
+        """The columns that its rows have in the mixture."""
+        own = self.recipe.output_columns
+        return own if self.domain is None or "domain" in own else (*own, "domain")
 
 
 @dataclass(frozen=True)
@@ -211,7 +221,11 @@ class DataRecipe:
         },
     )
     mixture: tuple[MixturePart, ...] = field(
-        default=(), metadata={"help": "[{data: name or path, weight: share} or {data: ..., rows: ...}].", "yaml": list}
+        default=(),
+        metadata={
+            "help": "[{data: name or path, weight: share} or {data: ..., rows: ..., domain: ...}].",
+            "yaml": list,
+        },
     )
     folder: Path | None = field(default=None, compare=False, metadata={"help": "The YAML's folder."})
 
@@ -252,14 +266,18 @@ class DataRecipe:
     def output_columns(self) -> tuple[str, ...]:
         """The columns of this recipe's rows."""
         if self.mixture:
-            return self.mixture[0].recipe.output_columns
+            return self.mixture[0].output_columns
         return tuple(column for column in OUTPUT_COLUMNS if column in self.columns)
 
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) over what decides the rows, mixtures included; not over the files behind `data_files`."""
         content: dict[str, Any] = {key: getattr(self, key) for key in IDENTITY}
-        content["mixture"] = [[part.recipe.fingerprint, part.weight, part.rows] for part in self.mixture]
+        # A part without a domain is written as before there were any, which keeps the fingerprints of its caches.
+        content["mixture"] = [
+            [part.recipe.fingerprint, part.weight, part.rows, *([part.domain] if part.domain is not None else [])]
+            for part in self.mixture
+        ]
         content["conversion"] = CONVERSION
         text = json.dumps(content, sort_keys=True, default=_plain)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -358,17 +376,17 @@ def _check_columns(recipe: DataRecipe) -> None:
             raise ValueError(
                 f"{recipe.name}: columns.{ours} cannot be a question and an answer; map it to `messages`."
             )
-        if isinstance(mapping, MessagesColumn) and ours in ("text", "images"):
+        if isinstance(mapping, MessagesColumn) and ours in ("text", "images", "domain"):
             raise ValueError(f"{recipe.name}: columns.{ours} cannot be a list of messages; map it to `messages`.")
         if isinstance(mapping, str) and is_template(mapping):
             template_columns(mapping)
             if ours in ("messages", "images"):
                 raise ValueError(f"{recipe.name}: columns.{ours} cannot be a template; name the source's column.")
-    layout = tuple(column for column in recipe.output_columns if column != "images")
+    layout = tuple(column for column in recipe.output_columns if column not in ("images", "domain"))
     if layout not in LAYOUTS:
         raise ValueError(
             f"{recipe.name}: columns gives {', '.join(layout) or 'no text'}; TRL reads `text`, or `messages`, or "
-            "`prompt` with `completion`, each optionally with `images`."
+            "`prompt` with `completion`, each optionally with `images` and `domain`."
         )
 
 
@@ -406,10 +424,14 @@ def _check_mixture(recipe: DataRecipe) -> None:
             raise ValueError(f"{recipe.name}: the part {part.data!r} needs either a weight or rows, and not both.")
         if not 0 < (part.rows or part.weight or 0) < float("inf"):
             raise ValueError(f"{recipe.name}: the share of {part.data!r} must be above 0; leave the part out instead.")
-        if part.recipe.output_columns != recipe.output_columns:
+        if part.domain is not None and "domain" in part.recipe.output_columns:
             raise ValueError(
-                f"{recipe.name}: {part.data!r} gives {', '.join(part.recipe.output_columns)} but "
-                f"{recipe.mixture[0].data!r} gives {', '.join(recipe.output_columns)}; parts must share their columns."
+                f"{recipe.name}: {part.data!r} maps a column domain itself; remove that column, or the part's domain."
+            )
+        if part.output_columns != recipe.output_columns:
+            raise ValueError(
+                f"{recipe.name}: {part.data!r} gives {', '.join(part.output_columns)} but {recipe.mixture[0].data!r} "
+                f"gives {', '.join(recipe.output_columns)}; parts must share their columns."
             )
         if part.recipe.has_eval != recipe.has_eval:
             without = part if recipe.has_eval else recipe.mixture[0]

@@ -120,10 +120,13 @@ def _part(raw: Any, path: Path, root: Path | None, parents: tuple[Path, ...]) ->
     what = f"{path.name}: mixture"
     if not isinstance(raw, dict) or not isinstance(raw.get("data"), str):
         raise ValueError(f"{what} has {raw!r}; write each part as {{data: name or path, weight: share}}.")
-    _known(raw, ("data", "weight", "rows"), what)
+    _known(raw, ("data", "weight", "rows", "domain"), what)
     for key, kind in (("weight", (int, float)), ("rows", int)):
         if key in raw and (not isinstance(raw[key], kind) or isinstance(raw[key], bool)):
             raise ValueError(f"{what}: {key} of {raw['data']!r} is {raw[key]!r}, but must be a number.")
+    domain = raw.get("domain")
+    if domain is not None and (not isinstance(domain, str) or not domain):
+        raise ValueError(f"{what}: domain of {raw['data']!r} is {domain!r}, but must be a word.")
     recipe = _load(raw["data"], root=root, base=path.parent, parents=parents)
     weight = None if raw.get("weight") is None else float(raw["weight"])
-    return MixturePart(data=raw["data"], recipe=recipe, weight=weight, rows=raw.get("rows"))
+    return MixturePart(data=raw["data"], recipe=recipe, weight=weight, rows=raw.get("rows"), domain=domain)

@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,10 @@ SCALE_BITS = 0.5
 TEXT_BYTES = 5
 
 
+Loaded = Sequence[tuple[Run, Side]]
+"""The teachers that are loaded to train, each with the run of it alone."""
+
+
 def empty_student(run: Run, student: Side) -> PreTrainedModel:
     """The student without weights, cut as the recipe asks. Raises ValueError for sizes that cannot be."""
     arguments = run.arguments
@@ -58,11 +63,9 @@ def empty_student(run: Run, student: Side) -> PreTrainedModel:
     )
 
 
-def memory(
-    run: Run, student: PreTrainedModel, teacher: Side | None, rendered: Rendered, sharded: bool
-) -> list[Finding]:
-    """What one device holds at least, against what it has. `teacher` is None when it is not loaded."""
-    parts = memory_parts(run, student, teacher, max(len(one.ids) for one in rendered.usable))
+def memory(run: Run, student: PreTrainedModel, teachers: Loaded, rendered: Rendered, sharded: bool) -> list[Finding]:
+    """What one device holds at least, against what it has."""
+    parts = memory_parts(run, student, teachers, max(len(one.ids) for one in rendered.usable))
     device, room = device_memory()
     total = sum(parts.values())
     found = f"At least {size(total)} of the {size(room)} of {device}: " + ", ".join(
@@ -87,7 +90,7 @@ def memory(
     return [Finding(severity, "memory", f"{found}.", advice)]
 
 
-def memory_parts(run: Run, student: PreTrainedModel, teacher: Side | None, longest: int) -> dict[str, float]:
+def memory_parts(run: Run, student: PreTrainedModel, teachers: Loaded, longest: int) -> dict[str, float]:
     """Bytes of everything that `mmkd train --dry_run` counts, where the longest row has so many tokens."""
     args, peft = copy.copy(run.training), get_peft_config(run.student)
     # The estimate is to be a lower one, and rows may all be shorter than max_length.
@@ -103,8 +106,8 @@ def memory_parts(run: Run, student: PreTrainedModel, teacher: Side | None, longe
     parts["student weights"] = weight_bytes(
         model, student, bits_of(run.student.load_in_4bit, run.student.load_in_8bit)
     )
-    if teacher is not None:
-        parts["teacher weights"] = empty_teacher(run, teacher)[1]
+    if teachers:
+        parts["teacher weights"] = sum(empty_teacher(one, side)[1] for one, side in teachers)
     return parts
 
 

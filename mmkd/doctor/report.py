@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from mmkd.launch import parse_alone
 from mmkd.run import Run
+from mmkd.run_teacher import reads_teacher
 
 from . import costs, rows, teachers, tokens
 from .chunks import alignment
@@ -44,27 +46,34 @@ def examine(run: Run, sharded: bool = False) -> list[Finding]:
 
     `sharded` says that the run spreads its weights over several devices.
     """
-    book, arguments = _Book(), run.arguments
+    book, alone = _Book(), run.by_teacher()
     student = book.attempt("student", load_student, run)
-    teacher = None if arguments.teacher is None else book.attempt("teacher", load_teacher, run)
     sample = book.attempt("data", take_sample, run)
-    ours = theirs = None
+    ours = None
     if student is not None and sample is not None:
         ours = book.attempt("data", render, run, student, sample)
     trained = student if student is None or ours is None else student.prepared_as(ours, run)
-    if trained is not None and teacher is not None:
-        theirs = _against_teacher(book, run, trained, teacher, sample, ours)
-    if student is not None:
-        book.check("special tokens", tokens.special_tokens, student, teacher, ours, run)
-    if student is not None and sample is not None and ours is not None:
-        if sample.has_images:
-            book.check("images", rows.images, ours, theirs, sample, run)
-        if ours.usable:
-            book.check("end of answer", tokens.end_of_sequence, student, ours, run)
-            book.check("length", rows.lengths, ours, run, [side for side in (student, teacher) if side is not None])
-            _costs(book, run, student, teacher, sample, ours, sharded)
+    sides: dict[str, Side] = {}
+    for name, one in alone.items():
+        book.teacher = name
+        teacher = None if one.arguments.teacher is None else book.attempt("teacher", load_teacher, one)
+        theirs = None
+        if teacher is not None:
+            sides[name] = teacher
+            if trained is not None:
+                theirs = _against_teacher(book, one, trained, teacher, sample, ours)
+        if student is not None:
+            book.check("special tokens", tokens.special_tokens, student, teacher, ours, one)
+        if student is not None and sample is not None and ours is not None and sample.has_images:
+            book.check("images", rows.images, ours, theirs, sample, one)
+    book.teacher = ""
+    if student is not None and sample is not None and ours is not None and ours.usable:
+        book.check("end of answer", tokens.end_of_sequence, student, ours, run)
+        book.check("length", rows.lengths, ours, run, [student, *sides.values()])
+        _costs(book, run, student, sides, sample, ours, sharded)
     if student is not None and trained is not None:
-        _away(book, run, student, trained.rows, teacher, sample)
+        for book.teacher, one in alone.items():
+            _away(book, one, student, trained.rows, sides.get(book.teacher), sample)
     return book.findings
 
 
@@ -73,6 +82,8 @@ class _Book:
 
     def __init__(self):
         self.findings: list[Finding] = []
+        self.teacher = ""
+        """The one of several that the next checks are about."""
 
     def attempt(self, name: str, function: Callable[..., Found], *arguments: Any) -> Found | None:
         """What the function returns; None, and a problem written down, when it raises."""
@@ -88,8 +99,11 @@ class _Book:
         return None
 
     def check(self, name: str, function: Callable[..., list[Finding]], *arguments: Any) -> None:
-        """Writes down what a check found."""
-        self.findings += self.attempt(name, function, *arguments) or []
+        """Writes down what a check found; what was found about another teacher in the same words is there already."""
+        found = self.attempt(name, function, *arguments) or []
+        named = [replace(one, name=f"{one.name} ({self.teacher})") if self.teacher else one for one in found]
+        known = {(one.found, one.advice) for one in self.findings}
+        self.findings += [one for one in named if (one.found, one.advice) not in known]
 
 
 def _against_teacher(
@@ -117,15 +131,16 @@ def _against_teacher(
 
 
 def _costs(
-    book: _Book, run: Run, student: Side, teacher: Side | None, sample: Sample, ours: Rendered, sharded: bool
+    book: _Book, run: Run, student: Side, sides: dict[str, Side], sample: Sample, ours: Rendered, sharded: bool
 ) -> None:
-    arguments = run.arguments
-    loaded = teacher if arguments.teacher_cache is None and arguments.teacher_server is None else None
+    alone = run.by_teacher()
+    loaded = [(alone[name], side) for name, side in sides.items() if reads_teacher(alone[name].arguments)]
     model = book.attempt("student", costs.empty_student, run, student)
     if model is not None:
         book.check("memory", costs.memory, run, model, loaded, ours, sharded)
-    if arguments.teacher_cache is not None and costs.takes_room(arguments.teacher_cache):
-        book.check("disk", costs.cache_room, run, sample, ours)
+    for book.teacher, one in alone.items():
+        if one.arguments.teacher_cache is not None and costs.takes_room(one.arguments.teacher_cache):
+            book.check("disk", costs.cache_room, one, sample, ours)
 
 
 def _away(book: _Book, run: Run, student: Side, known: int, teacher: Side | None, sample: Sample | None) -> None:

@@ -1,6 +1,7 @@
 """What a run would need on devices that are not here: memory of one of them, seconds of a step."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class Model:
     width: int
     vocabulary: int
     passes: Passes
+    chunks: int = 1
+    """Of logits that exist at a time: one for each of several teachers that answer for the same tokens."""
 
 
 @dataclass(frozen=True)
@@ -142,15 +145,30 @@ def count_work(run: Run, student: Side, teacher: Model | None, shape: Shape) -> 
     bf16, checkpointing = bool(args.bf16), bool(args.activation_checkpointing)
     ours = facts_of(model, stored, shape, bf16, train=True)
     chunk = args.chunk_size * ours.vocabulary * (4 if args.precise_logits else 2)
-    return Work(
-        shape, ours, teacher, chunk if teacher is None else 2 * chunk, head_bytes, optimizer_bytes(args), checkpointing
-    )
+    chunks = 1 + (0 if teacher is None else teacher.chunks)
+    return Work(shape, ours, teacher, chunks * chunk, head_bytes, optimizer_bytes(args), checkpointing)
 
 
 def count_teacher(run: Run, teacher: Side, shape: Shape) -> Model:
     """The teacher's part of a micro-batch: a forward pass over the same rows."""
     empty, stored = costs.empty_teacher(run, teacher)
     return facts_of(empty, stored, shape, bool(run.training.bf16), train=False)
+
+
+def together(teachers: Sequence[Model], routed: bool) -> Model | None:
+    """Several teachers as one: all on every row, or where rows are `routed` each on an equal share of them."""
+    if not teachers:
+        return None
+    share = 1 / len(teachers) if routed else 1.0
+    passes = replace(teachers[0].passes, forward=share * sum(one.passes.forward for one in teachers))
+    return replace(
+        teachers[0],
+        weights=sum(one.weights for one in teachers),
+        largest_layer=max(one.largest_layer for one in teachers),
+        width=round(share * sum(one.width for one in teachers)),
+        passes=passes,
+        chunks=1 if routed else len(teachers),
+    )
 
 
 def facts_of(model: Any, stored: float, shape: Shape, bf16: bool, train: bool) -> Model:

@@ -12,9 +12,21 @@ from mmkd.doctor import costs
 from mmkd.doctor.facts import Sample, Side, load_student, load_teacher, render, take_sample
 from mmkd.launch import parse_alone
 from mmkd.run import Run
+from mmkd.run_teacher import reads_teacher
 
 from .hardware import GIB, Device
-from .predict import STRATEGIES, Model, Shape, Work, count_teacher, count_work, memory_of, seconds_of, shape_of
+from .predict import (
+    STRATEGIES,
+    Model,
+    Shape,
+    Work,
+    count_teacher,
+    count_work,
+    memory_of,
+    seconds_of,
+    shape_of,
+    together,
+)
 
 # Of a device's memory; the rest is for its libraries, and lost between blocks.
 _USABLE = 0.92
@@ -33,9 +45,12 @@ def plan(
     run, chosen = parse_alone(recipe, flags)
     student, sample = load_student(run), take_sample(run)
     shape = shape_of(run, sample, render(run, student, sample))
-    teacher = None if run.arguments.teacher is None else count_teacher(run, load_teacher(run), shape)
-    away = run.arguments.teacher_cache is not None or run.arguments.teacher_server is not None
-    work = count_work(run, student, None if away else teacher, shape)
+    alone = run.by_teacher()
+    teachers = {
+        name: count_teacher(one, load_teacher(one), shape) for name, one in alone.items() if one.arguments.teacher
+    }
+    loaded = [counted for name, counted in teachers.items() if reads_teacher(alone[name].arguments)]
+    work = count_work(run, student, together(loaded, run.arguments.teacher_column is not None), shape)
     strategies = [chosen] if chosen in STRATEGIES else list(STRATEGIES[:1] if devices == 1 else STRATEGIES)
     console.print(
         f"mmkd plan {recipe}: {devices} x {device.name} ({device.memory / GIB:.0f} GiB), {shape.rows} x "
@@ -48,8 +63,9 @@ def plan(
         highlight=False,
     )
     console.print(_time_table(run, sample, work, strategies, devices, device, price))
-    if teacher is not None:
-        console.print(_cache(run, sample, shape, teacher, device), highlight=False)
+    for name, teacher in teachers.items():
+        title = f"{name}: " if name else ""
+        console.print(title + _cache(alone[name], sample, shape, teacher, device), highlight=False)
     fits = any(_fits(work, name, devices, device) for name in strategies)
     if not fits:
         console.print("It does not fit. What would change that, each by itself:", highlight=False)
@@ -147,7 +163,10 @@ def _ways(
 ) -> Iterator[str]:
     """Settings that need less, with the least memory that any strategy then takes."""
     smaller = replace(work.shape, rows=1)
-    ways = {"a teacher_cache": replace(work, teacher=None, chunk_bytes=work.chunk_bytes / 2)} if work.teacher else {}
+    ways = {}
+    if work.teacher is not None:
+        chunk = work.chunk_bytes / (1 + work.teacher.chunks)
+        ways["a teacher_cache"] = replace(work, teacher=None, chunk_bytes=chunk)
     if not work.checkpointing:
         ways["activation_checkpointing: true"] = replace(work, checkpointing=True)
     if work.shape.rows > 1:

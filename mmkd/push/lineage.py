@@ -35,7 +35,8 @@ def bases_of(first: Mapping[str, Any]) -> list[str]:
 def teachers_of(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Those who taught it; the teacher of an SFT baseline is there to be compared with, and teaches nothing."""
     taught = [one["keys"] for one in trainings if one["keys"]["method"] != "sft"]
-    return list(dict.fromkeys(str(keys["teacher"]) for keys in taught if keys.get("teacher")))
+    asked = [one for keys in taught for one in (keys, *(keys.get("teachers") or {}).values())]
+    return list(dict.fromkeys(str(one["teacher"]) for one in asked if one.get("teacher")))
 
 
 def source_of(name: str, published: str | None = None) -> Source:

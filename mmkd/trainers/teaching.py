@@ -32,6 +32,7 @@ class TaughtTrainer(ReportingTrainer):
     # transformers types these as unions with None, for trainers that are still without them.
     train_dataset: Any
     processing_class: Any
+    data_collator: Any
     vision_collator: VisionCollator | None
     vocab_size: int
     _given_teacher: tuple[Any, Any]
