@@ -99,11 +99,20 @@ class _Book:
         return None
 
     def check(self, name: str, function: Callable[..., list[Finding]], *arguments: Any) -> None:
-        """Writes down what a check found; what was found about another teacher in the same words is there already."""
-        found = self.attempt(name, function, *arguments) or []
-        named = [replace(one, name=f"{one.name} ({self.teacher})") if self.teacher else one for one in found]
-        known = {(one.found, one.advice) for one in self.findings}
-        self.findings += [one for one in named if (one.found, one.advice) not in known]
+        """Writes down what a check found; one finding names all of several teachers that it is true of."""
+        for one in self.attempt(name, function, *arguments) or []:
+            place = self._said(one)
+            if place is not None:
+                self.findings[place] = replace(one, name=f"{self.findings[place].name[:-1]}, {self.teacher})")
+            else:
+                self.findings.append(replace(one, name=f"{one.name} ({self.teacher})") if self.teacher else one)
+
+    def _said(self, one: Finding) -> int | None:
+        """Where the same was found about another teacher."""
+        for place, known in enumerate(self.findings if self.teacher else []):
+            if known.name.startswith(f"{one.name} (") and (known.found, known.advice) == (one.found, one.advice):
+                return place
+        return None
 
 
 def _against_teacher(

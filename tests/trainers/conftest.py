@@ -76,6 +76,10 @@ def ranks(
     jobs["taid fsdp2 saved"] = {**taid, "settings": {"save_strategy": "steps", "save_steps": 2}, "save": True}
     checkpoint = folder / "runs" / "taid-fsdp2-saved" / "checkpoint-2"
     jobs["taid fsdp2 resumed"] = {**taid, "resume": checkpoint}
+    several = {"student": tiny["student"], "teacher": {"a": str(tiny["teacher"]), "b": str(untied["teacher"])}}
+    for how in ("ddp", "fsdp2"):
+        jobs[f"kd several {how}"] = {"method": "kd", "how": how, "column": None, **several}
+        jobs[f"kd routed {how}"] = {"method": "kd", "how": how, "column": "domain", **several}
     paths = {
         name: {key: str(value) if isinstance(value, Path) else value for key, value in job.items()}
         for name, job in jobs.items()

@@ -13,6 +13,8 @@ import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
 
+from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.several import SeveralTeachers
 from mmkd.trainers import METHODS
 from scripts.make_tiny_models import sentences
 from tests.classes import dho, pictures
@@ -94,11 +96,14 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         **job.get("settings", {}),
     }
     teacher = job["teacher"] if cls.needs_teacher else None
+    if isinstance(teacher, dict):
+        data = data.add_column("domain", ["a" if row % 5 in (0, 1, 4) else "b" for row in range(len(data))])
+        teacher = SeveralTeachers(teacher, column=job["column"])
     config = cls.config_class(**settings)
     trainer = cls(model=job["student"], teacher=teacher, args=config, train_dataset=data)
     heads = (
         []
-        if teacher is None
+        if teacher is None or isinstance(teacher, SeveralTeachers)
         else [trainer.model.get_output_embeddings(), trainer.teacher.model.get_output_embeddings()]
     )
     with gathers_of(*heads) as counts:
@@ -116,7 +121,7 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "evaluated": {name: evaluated[name] for name in ("eval_loss", "eval_kl", "eval_ce") if name in evaluated},
         "weights": sum(float(local(one).double().sum()) for one in parameters),
         "share": held,
-        "teacher_share": None if teacher is None else share(trainer.teacher.model),
+        "teacher_share": share(trainer.teacher.model) if isinstance(trainer.teacher, LocalTeacher) else None,
         "gathers": counts,
     }
 

@@ -1,0 +1,318 @@
+"""Several teachers: mixed by weights they add up, routed by a column each teaches its rows, in whatever batches."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from mmkd.cli import main
+from mmkd.doctor.report import examine
+from mmkd.push.lineage import teachers_of
+from mmkd.run import parse_run
+from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.server import ServerTeacher
+from mmkd.teachers.several import SeveralTeachers
+from mmkd.teachers.store import Cache
+from mmkd.trainers.alm import ALMTrainer
+from mmkd.trainers.kd import KDTrainer
+from mmkd.trainers.sft import SFTBaselineTrainer
+from mmkd.trainers.taid import TAIDTrainer
+from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
+from tests.helpers import Build, losses_of
+from tests.teachers.caches import write_recipe
+from tests.teachers.fake_vllm import fake_vllm
+
+VOCAB = 300
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second teacher with the vocabulary of the first."""
+    tokenizer = make_tokenizer()
+    model = make_model(layers=1, width=64, seed=9, rows=len(tokenizer))
+    return save(model, tokenizer, tmp_path_factory.mktemp("other") / "teacher")
+
+
+@pytest.fixture
+def routed() -> Dataset:
+    """Rows for teachers `a` and `b`, not in turns, so that some micro-batches have one of them only."""
+    names = ["a" if row % 5 in (0, 1, 4) else "b" for row in range(24)]
+    completions = [f" {text}" for text in sentences(24, seed=4)]
+    return Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": completions, "domain": names})
+
+
+def steps(trainer: Any) -> list[float]:
+    """Loss and gradient norm of every step."""
+    trainer.train()
+    return [*losses_of(trainer), *losses_of(trainer, "grad_norm")]
+
+
+def near(values: list[float]) -> Any:
+    return pytest.approx(values, rel=1e-4)
+
+
+def first(trainer: Any, name: str = "loss") -> float:
+    if not trainer.state.log_history:
+        trainer.train()
+    return losses_of(trainer, name)[0]
+
+
+@pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer])
+def test_the_same_teacher_twice_is_that_teacher(build: Build, completions: Dataset, tiny: Any, cls: Any) -> None:
+    twice = SeveralTeachers({"a": str(tiny["teacher"]), "b": str(tiny["teacher"])}, {"a": 1, "b": 3})
+    assert steps(build(cls, completions, {"teacher": twice}, max_steps=4)) == near(
+        steps(build(cls, completions, max_steps=4))
+    )
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        (KDTrainer, {"temperature": 2.0, "ce_weight": 0.3}),
+        (KDTrainer, {"divergence": "reverse_kl"}),
+        (TAIDTrainer, {}),
+        (SFTBaselineTrainer, {}),
+    ],
+)
+def test_mixed_losses_are_weighted_means(
+    build: Build, completions: Dataset, tiny: Any, other: Path, cls: Any, settings: dict[str, Any]
+) -> None:
+    settings = {"max_steps": 1, **settings}
+    names = {"a": str(tiny["teacher"]), "b": str(other)}
+    mixed = build(cls, completions, {"teacher": SeveralTeachers(names, {"a": 1.0, "b": 3.0})}, **settings)
+    alone = {name: build(cls, completions, {"teacher": folder}, **settings) for name, folder in names.items()}
+    assert first(mixed) == pytest.approx(0.25 * first(alone["a"]) + 0.75 * first(alone["b"]), rel=1e-4)
+    for report in ("kl", "top1_agreement", "teacher_entropy"):
+        expected = 0.25 * first(alone["a"], report) + 0.75 * first(alone["b"], report)
+        assert first(mixed, report) == pytest.approx(expected, rel=1e-4)
+    for name, one in alone.items():
+        assert first(mixed, f"kl_{name}") == pytest.approx(first(one, "kl"), rel=1e-4)
+
+
+def test_forward_kl_to_a_mix_pulls_to_the_mixture(build: Build, completions: Dataset, tiny: Any, other: Path) -> None:
+    """Its gradient is that of the KL to the mean of the teachers' distributions, computed here in full."""
+    names = {"a": str(tiny["teacher"]), "b": str(other)}
+    trainer = build(KDTrainer, completions, {"teacher": SeveralTeachers(names)}, max_grad_norm=1e9)
+    batch: Any = trainer.data_collator([dict(trainer.train_dataset[row]) for row in range(4)])
+    trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, dict(batch)).backward()
+    ours = {name: one.grad.clone() for name, one in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    labels = batch["labels"][:, 1:]
+    with torch.no_grad():
+        logits = [AutoModelForCausalLM.from_pretrained(path)(**inputs).logits for path in names.values()]
+    mean = torch.stack([one.softmax(-1)[:, :-1] for one in logits]).mean(0)
+    student = trainer.model(**inputs).logits[:, :-1].log_softmax(-1)
+    kept = labels != -100
+    (-(mean * student).sum(-1)[kept].mean()).backward()
+    for name, one in trainer.model.named_parameters():
+        torch.testing.assert_close(ours[name], one.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer])
+def test_routed_rows_learn_from_their_teacher_alone(
+    build: Build, routed: Dataset, tiny: Any, other: Path, cls: Any
+) -> None:
+    """The evaluation's KL is that of each teacher on its rows, and together by tokens."""
+    names = {"a": str(tiny["teacher"]), "b": str(other)}
+    trainer = build(cls, routed, {"teacher": SeveralTeachers(names, column="domain")})
+    trainer.teacher.prepare(trainer.accelerator)
+    whole = trainer.evaluate(trainer.train_dataset)
+    total = tokens = 0.0
+    for name, folder in names.items():
+        rows = routed.filter(lambda row, name=name: row["domain"] == name)
+        alone = build(cls, rows, {"teacher": folder})
+        kl = alone.evaluate(alone.train_dataset)["eval_kl"]
+        assert whole[f"eval_kl_{name}"] == pytest.approx(kl, rel=1e-4)
+        supervised = sum(label != -100 for row in alone.train_dataset["labels"] for label in row[1:])
+        total, tokens = total + kl * supervised, tokens + supervised
+    assert whole["eval_kl"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("column", [None, "domain"])
+@pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer])
+def test_batches_change_nothing(
+    build: Build, routed: Dataset, tiny: Any, other: Path, cls: Any, column: str | None
+) -> None:
+    def train(**settings: Any) -> list[float]:
+        teachers = SeveralTeachers({"a": str(tiny["teacher"]), "b": str(other)}, column=column)
+        return steps(build(cls, routed, {"teacher": teachers}, max_steps=3, ce_weight=0.2, **settings))
+
+    expected = near(train())
+    assert train(per_device_train_batch_size=1, gradient_accumulation_steps=4) == expected
+    assert train(per_device_train_batch_size=2, gradient_accumulation_steps=2, chunk_size=3) == expected
+    assert train(padding_free=True, max_length=None) == expected
+
+
+@pytest.mark.parametrize("job", ["kd several ddp", "kd routed ddp", "kd several fsdp2", "kd routed fsdp2"])
+def test_two_ranks_see_what_one_sees(
+    build: Build, routed: Dataset, ranks: Any, tiny: Any, untied: Any, job: str
+) -> None:
+    teachers = {"a": str(tiny["teacher"]), "b": str(untied["teacher"])}
+    column = "domain" if "routed" in job else None
+    alone = build(
+        KDTrainer, routed, {"teacher": SeveralTeachers(teachers, column=column)}, max_steps=4, learning_rate=1e-2
+    )
+    expected = near(steps(alone))
+    for rank in ranks[job]:
+        assert [loss for loss, _ in rank["steps"]] + [norm for _, norm in rank["steps"]] == expected
+
+
+@pytest.mark.parametrize("column", [None, "domain"])
+def test_caches_are_their_live_teachers(
+    build: Build, routed: Dataset, tiny: Any, other: Path, tmp_path: Path, column: str | None, capsys: Any
+) -> None:
+    """One local teacher, one on disk that knows all outcomes, built by the recipe that names both."""
+    teachers = {
+        "a": {"teacher": str(tiny["teacher"])},
+        "b": {"teacher": str(other), "teacher_cache": str(tmp_path / "b"), "teacher_top_k": VOCAB},
+    }
+    keys = {"teachers": teachers, "teacher_column": column, "max_length": None, "teacher": None, "teacher_cache": None}
+    recipe = write_recipe(tmp_path, tiny, {"train": routed}, **keys)
+    assert main(["cache", "build", str(recipe)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "b")
+    cache = Cache(tmp_path / "b")
+    rows = len(routed) if column is None else routed["domain"].count("b")
+    assert cache.manifest.total_rows == {"train": rows}
+    on_disk = SeveralTeachers({"a": str(tiny["teacher"]), "b": CachedTeacher(cache)}, column=column)
+    live = SeveralTeachers({"a": str(tiny["teacher"]), "b": str(other)}, column=column)
+    ours, theirs = (
+        build(KDTrainer, routed, {"teacher": one}, max_steps=3, max_length=None) for one in (on_disk, live)
+    )
+    ours.train()
+    theirs.train()
+    assert losses_of(ours) == pytest.approx(losses_of(theirs), rel=2e-3)
+    for settings in (
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"padding_free": True},
+    ):
+        again = build(KDTrainer, routed, {"teacher": on_disk}, max_steps=3, max_length=None, **settings)
+        again.train()
+        assert losses_of(again) == pytest.approx(losses_of(ours), rel=1e-4)
+    # The recipe reads the cache it has built.
+    assert main(["train", str(recipe), "--max_steps", "2"]) == 0
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert any("kl_a" in line and "kl_b" in line for line in logged)
+
+
+def test_a_served_teacher_beside_a_local_one(build: Build, routed: Dataset, tiny: Any) -> None:
+    """Routed: the server hears of its own rows only."""
+    with fake_vllm(vocab_size=VOCAB, cap=VOCAB) as fake:
+        served = ServerTeacher(fake.url, k=8)
+        several = SeveralTeachers({"a": str(tiny["teacher"]), "b": served}, column="domain")
+        trainer = build(KDTrainer, routed, {"teacher": several}, max_steps=6, per_device_train_batch_size=4)
+        fake.requests.clear()
+        trainer.train()
+        assert len(fake.requests) == routed["domain"].count("b")
+        assert losses_of(trainer, "kl_b")
+        served.client.close()
+
+
+def test_rollouts_are_judged_by_several(build: Build, routed: Dataset, tiny: Any, other: Path) -> None:
+    teachers = SeveralTeachers({"a": str(tiny["teacher"]), "b": str(other)}, column="domain")
+    settings = {"on_policy_fraction": 0.5, "rollout_max_tokens": 6, "rollout_patience": 0}
+    trainer = build(KDTrainer, routed, {"teacher": teachers}, max_steps=3, **settings)
+    trainer.train()
+    assert losses_of(trainer, "rollout_length")
+    assert all(map(lambda loss: 0 < loss < float("inf"), losses_of(trainer)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"teachers": {"a": "x"}}, "1 teachers"),
+        ({"weights": {"a": 1.0}}, "give each of them a number"),
+        ({"weights": {"a": 1.0, "b": 0.0}}, "above 0"),
+        ({"weights": {"a": 1.0, "b": 1.0}, "column": "domain"}, "nothing to weigh"),
+    ],
+)
+def test_teachers_that_cannot_be_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SeveralTeachers(**{"teachers": {"a": "x", "b": "y"}, **arguments})
+
+
+def test_runs_that_cannot_be_are_refused(build: Build, routed: Dataset, completions: Dataset, tiny: Any) -> None:
+    def refused(cls: Any, data: Dataset, message: str, column: str | None = "domain", **settings: Any) -> None:
+        teachers = SeveralTeachers({"a": str(tiny["teacher"]), "b": str(tiny["teacher"])}, column=column)
+        with pytest.raises(ValueError, match=message):
+            build(cls, data, {"teacher": teachers}, **settings)
+
+    refused(ALMTrainer, completions, "one teacher", column=None)
+    refused(KDTrainer, routed, "Packing joins rows", packing=True)
+    refused(KDTrainer, completions, "no column 'domain'")
+    strange = routed.map(lambda row: {"domain": "c" if row["domain"] == "b" else "a"})
+    refused(KDTrainer, strange, "teachers that there are not: c")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher_cach": "y"}}}, "did you mean 'teacher_cache'"),
+        ({"teachers": {"a": {"teacher": "x"}, "b": {}}}, "teachers.b names nobody"),
+        ({"teachers": ["x", "y"]}, "no mapping"),
+        ({"teachers": {"a": {"teacher": "x", "weight": "much"}, "b": {"teacher": "y"}}}, "weight is 'much'"),
+        ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher": "y"}}, "teacher": "z"}, "say who teaches"),
+        ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher": "y"}}, "method": "alm"}, "one teacher"),
+        (
+            {"teachers": {"a": {"teacher": "x", "weight": 2}, "b": {"teacher": "y"}}, "teacher_column": "domain"},
+            "a weight says nothing",
+        ),
+        ({"teacher": "x", "teacher_column": "domain"}, "no `teachers`"),
+        ({"teachers": {"a": {"teacher": "x", "teacher_load_in_4bit": True, "teacher_load_in_8bit": True}}}, "exclude"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"method": "kd", "student": "s", "data": "python_docs", **keys}))
+    with pytest.raises(ValueError, match=message):
+        parse_run(str(recipe)).by_teacher()
+
+
+def test_a_recipe_by_domains(tiny: Any, other: Path, tmp_path: Path, capsys: Any) -> None:
+    """A mixture whose parts are domains, trained, looked at and resumed through the CLI."""
+    for name, seed in (("math", 5), ("code", 6)):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps({"text": one}) for one in sentences(16, seed=seed))
+        )
+        source = {
+            "source": "json",
+            "data_files": {"train": f"{name}.jsonl"},
+            "columns": {"text": "text"},
+            "eval_rows": 4,
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(source))
+    parts = [{"data": f"./{name}.yaml", "weight": 1, "domain": name} for name in ("math", "code")]
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({"mixture": parts}))
+    recipe = write_recipe(tmp_path / "run", tiny, {"train": Dataset.from_dict({"text": ["unused"]})})
+    keys = yaml.safe_load(recipe.read_text())
+    teachers = {"math": {"teacher": str(tiny["teacher"])}, "code": {"teacher": str(other), "teacher_dtype": "float32"}}
+    for name in ("teacher", "teacher_cache"):
+        del keys[name]
+    keys |= {
+        "teachers": teachers,
+        "teacher_column": "domain",
+        "data": str(tmp_path / "both.yaml"),
+        "save_strategy": "steps",
+    }
+    recipe.write_text(yaml.safe_dump({**keys, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}))
+    findings = examine(parse_run(str(recipe)))
+    assert not [one for one in findings if one.severity == "problem"]
+    assert {one.name for one in findings} >= {"vocabulary (code, math)", "special tokens (code, math)", "memory"}
+    assert main(["train", str(recipe), "--dry_run"]) == 0
+    assert main(["plan", str(recipe), "--memory", "24"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("│ teacher ") == 2
+    assert "math: A teacher_cache takes" in shown
+    assert main(["train", str(recipe), "--max_steps", "2"]) == 0
+    assert main(["train", str(recipe), "--resume_from_checkpoint", "true"]) == 0
+    logged = [json.loads(line) for line in (Path(keys["output_dir"]) / "log.jsonl").read_text().splitlines()]
+    assert any("eval_kl_math" in line and "eval_kl_code" in line for line in logged)
+    record = {"keys": parse_run(str(recipe)).keys}
+    assert set(teachers_of([record])) == {str(tiny["teacher"]), str(other)}
