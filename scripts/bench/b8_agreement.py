@@ -1,7 +1,7 @@
 """B8: held-out agreement with the teacher over the time that training takes: SFT, KD, TAID and KD from a cache.
 
-The quickstart's recipes, each trained to the end of its schedule with several numbers of steps; the live teacher judges
-all students. SFT and the cache, which leave the teacher out of the step, take more steps in about the same time. SFT's
+The quickstart's recipes, each trained to the end of its schedule with several numbers of steps, and judged by the live
+teacher. SFT and the cache, which leave the teacher out of the step, take more steps in about the same time. SFT's
 agreement at another's time is interpolated. The cache is built before, which costs once what its row says.
 """
 

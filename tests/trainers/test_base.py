@@ -74,11 +74,21 @@ def steps(trainer: Any) -> list[tuple[float, float]]:
     return list(zip(losses_of(trainer), losses_of(trainer, "grad_norm"), strict=True))
 
 
-@pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer, SFTBaselineTrainer])
+TOKEN_METHODS = [KDTrainer, TAIDTrainer, SFTBaselineTrainer, CoMDTrainer]
+
+
+def taught(cls: Any) -> dict[str, Any]:
+    """Arguments of the constructor: no teacher for a method that has none."""
+    return {} if cls.needs_teacher else {"teacher": None}
+
+
+@pytest.mark.parametrize("cls", TOKEN_METHODS)
 def test_losses_do_not_depend_on_gradient_accumulation(build: Build, completions: Dataset, cls: Any) -> None:
-    whole = steps(build(cls, completions, per_device_train_batch_size=4))
-    halves = steps(build(cls, completions, per_device_train_batch_size=2, gradient_accumulation_steps=2))
-    single = steps(build(cls, completions, per_device_train_batch_size=1, gradient_accumulation_steps=4))
+    def cut(rows: int, micro_batches: int) -> list[tuple[float, float]]:
+        sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches}
+        return steps(build(cls, completions, trainer=taught(cls), **sizes))
+
+    whole, halves, single = cut(4, 1), cut(2, 2), cut(1, 4)
     assert halves == [pytest.approx(pair, rel=1e-4) for pair in whole]
     assert single == [pytest.approx(pair, rel=1e-4) for pair in whole]
 
@@ -115,11 +125,10 @@ def test_sharding_by_zero3_changes_nothing(tmp_path: Path, tokenizer: Any, metho
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("cls", [SFTBaselineTrainer, KDTrainer, TAIDTrainer, CoMDTrainer])
+@pytest.mark.parametrize("cls", TOKEN_METHODS)
 def test_losses_do_not_depend_on_ranks(build: Build, completions: Dataset, ranks: Any, cls: Any, how: str) -> None:
     """Two gloo ranks of two rows are one rank of four; TAID's t moves identically on both."""
-    teacher = {} if cls.needs_teacher else {"teacher": None}
-    alone: Any = build(cls, completions, trainer=teacher, per_device_train_batch_size=4)
+    alone: Any = build(cls, completions, trainer=taught(cls), per_device_train_batch_size=4)
     expected = steps(alone)
     # Five rows on two ranks of two: some are repeated to make the batches even, and must not count twice.
     evaluated = alone.evaluate(eval_dataset=completions.select(range(5)))
@@ -163,10 +172,10 @@ def test_a_batch_without_supervised_tokens_is_a_zero(build: Build, completions: 
     assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer, SFTBaselineTrainer])
+@pytest.mark.parametrize("cls", TOKEN_METHODS)
 def test_packing_and_padding_free_see_the_same_tokens(build: Build, texts: Dataset, cls: Any) -> None:
     """Without flash-attn, where trl warns: what keeps sequences apart are their positions."""
-    settings = {"max_steps": 1, "per_device_train_batch_size": 24}
+    settings = {"max_steps": 1, "per_device_train_batch_size": 24, "trainer": taught(cls)}
     padded = steps(build(cls, texts, **settings))
     flat = steps(build(cls, texts, **settings, padding_free=True, max_length=None))
     packed = steps(build(cls, texts, **settings, packing=True))
