@@ -92,7 +92,7 @@ def measure(
         trainer.save_model()
     if stage == "trained" and (judge is not None or run.arguments.teacher_cache is not None):
         # Judged by the teacher itself, like all others.
-        judging = run if judge is None else parse_alone(judge, alone)[0]
+        judging = run if judge is None else parse_alone(judge, [*alone, *flags])[0]
         _prepare(judging, folder / "judged")
         trainer = build_trainer(replace(judging, arguments=_of(judging, str(folder))))
     trainer.batch_reports = []

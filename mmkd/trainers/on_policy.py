@@ -42,10 +42,11 @@ class OnPolicyTrainer(ReportingTrainer):
 
     def _source(self, speech: Speech, tokenizer: Any, collate_alone: Any) -> Source:
         args = self.args
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        if is_deepspeed_zero3_enabled() or (self.is_fsdp_enabled and args.rollout_server is None):
             raise ValueError(
-                "on_policy_fraction generates with a student whose weights are sharded (FSDP, ZeRO-3), which would "
-                "gather all of them for every token. Use DDP or ZeRO-2, or on_policy_fraction: 0."
+                "on_policy_fraction generates with a student whose weights are sharded (FSDP2, ZeRO-3), which would "
+                "gather all of them for every token. Set rollout_server under fsdp2, which gathers them once per "
+                "step; or use DDP or ZeRO-2, or on_policy_fraction: 0."
             )
         if args.rollout_server is not None:
             if self._is_vision_dataset or isinstance(self.model, PeftModel):

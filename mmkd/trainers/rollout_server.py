@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from mmkd.models.backbone import base_of
+from mmkd.models.sharding import reshard, whole_weights
 from mmkd.teachers.served_weights import ServedWeights
 from mmkd.teachers.vllm_client import PROBE, Prompt, Question, RowError, TopK, VLLMClient
 
@@ -69,8 +70,9 @@ class ServerSource(Source):
     def _hand_over(self) -> None:
         # A rank that still waits for answers must not get them from the next weights.
         self.accelerator.wait_for_everyone()
+        weights = whole_weights(self.model, self.accelerator)
         if self.accelerator.is_main_process:
-            base_of(self.model).save_pretrained(self.folder)
+            base_of(self.model).save_pretrained(self.folder, state_dict=weights)
             self.weights.load(self.folder)
         self.accelerator.wait_for_everyone()
         self._check()
@@ -106,5 +108,6 @@ class ServerSource(Source):
         ids = torch.tensor([self.probe], device=self.accelerator.device)
         with self.accelerator.autocast():
             log_probs = base_of(self.model)(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        reshard(self.model)
         self.model.train(training)
         return log_probs.gather(-1, ids[0, 1:, None])[:, 0].cpu().numpy()

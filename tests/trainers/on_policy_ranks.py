@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
@@ -10,8 +11,9 @@ from mmkd.trainers.kd import KDConfig, KDTrainer
 from scripts.make_tiny_models import sentences
 
 
-def main(models: str, output: str) -> None:
+def main(models: str, output: str, *servers: str) -> None:
     data = Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": [f" {s}" for s in sentences(24, seed=4)]})
+    sharding: dict[str, Any] = {"fsdp": True} if servers else {}
     config = KDConfig(
         output_dir=f"{output}/run",
         max_steps=4,
@@ -27,6 +29,9 @@ def main(models: str, output: str) -> None:
         on_policy_fraction=0.5,
         rollout_max_tokens=8,
         rollout_temperature=0.0,
+        # With servers the student is sharded.
+        rollout_server=list(servers) or None,
+        **sharding,
     )
     trainer = KDTrainer(model=f"{models}/student", teacher=f"{models}/teacher", args=config, train_dataset=data)
     trainer.train()

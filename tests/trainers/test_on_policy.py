@@ -14,16 +14,19 @@ from datasets import Dataset, Features, Image, List
 from transformers import PreTrainedTokenizerFast
 
 from mmkd.cli import main
+from mmkd.teachers.cached import CachedTeacher
 from mmkd.trainers import METHODS
 from mmkd.trainers.alm import ALMTrainer
 from mmkd.trainers.answers import Rollout
 from mmkd.trainers.kd import KDConfig, KDTrainer
-from mmkd.trainers.rollouts import Rollouts, rollout_of
+from mmkd.trainers.rollouts import Rollouts, check_rollouts, rollout_of
 from mmkd.trainers.taid import TAIDTrainer
 from scripts.make_tiny_models import make_model, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.helpers import Build, environment, losses_of
+from tests.teachers.fake_vllm import fake_vllm
 from tests.teachers.vlm import make_image, make_vlm
+from tests.trainers.served_student import ServedStudent
 from tests.vlms import make_llava, vision_rows
 
 GREEDY: dict[str, Any] = {"on_policy_fraction": 0.5, "rollout_max_tokens": 8, "rollout_temperature": 0.0}
@@ -148,14 +151,24 @@ def test_losses_do_not_depend_on_gradient_accumulation(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
 def test_losses_do_not_depend_on_ranks(
-    build: Build, completions: Dataset, tiny: dict[str, Path], tmp_path: Path
+    build: Build,
+    completions: Dataset,
+    tiny: dict[str, Path],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    sharded: bool,
 ) -> None:
+    """Sharded by FSDP2, a server answers, which gets whole weights."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, "--module", "tests.trainers.on_policy_ranks", str(tiny["teacher"].parent), str(tmp_path)]
-    done = subprocess.run(
-        command, timeout=240, cwd=RANKS_ROOT, env=environment(), capture_output=True, text=True, check=False
-    )
+    with fake_vllm(ServedStudent, max_model_len=256, tokenizer=tokenizer) as fake:
+        command += [fake.url] if sharded else []
+        done = subprocess.run(
+            command, timeout=240, cwd=RANKS_ROOT, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert fake.loads == (4 if sharded else 0)
     assert done.returncode == 0, done.stderr[-3000:]
     alone = build(KDTrainer, completions, **GREEDY)
     alone.train()
@@ -164,6 +177,14 @@ def test_losses_do_not_depend_on_ranks(
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert found == [pytest.approx(step, rel=1e-4) for step in expected]
+
+
+def test_who_cannot_judge_or_answer_is_refused(build: Build, completions: Dataset, monkeypatch: Any) -> None:
+    with pytest.raises(ValueError, match="teacher_cache holds the teacher's words"):
+        check_rollouts(CachedTeacher.__new__(CachedTeacher), completions)
+    monkeypatch.setattr("mmkd.trainers.on_policy.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="gather all of them for every token"):
+        build(KDTrainer, completions, **GREEDY)
 
 
 @pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer, ALMTrainer])
