@@ -31,7 +31,7 @@ from mmkd.teachers.cached import BATCH_KEY, CacheCollator, CachedTeacher, images
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal, TopKSignal
 
-from .checks import check_supervision, check_training_data
+from .checks import check_precision, check_supervision, check_training_data
 from .config import DistillationConfig
 from .log import RunLog
 from .on_policy import OnPolicyTrainer
@@ -121,6 +121,7 @@ class DistillationTrainer(ShardedTrainer, OnPolicyTrainer):
             model, processing_class = self._load_student(model, args, processing_class, kwargs)
         if processing_class is None:
             processing_class = load_processing_class(name_of(model), "student")
+        check_precision(args)
         # Read by `ImageReader`, which can say what is wrong with an image.
         train_dataset, eval_dataset = _unread(train_dataset), _unread(eval_dataset)
         check_training_data(train_dataset, eval_dataset, args, tokenizer_of(processing_class))
