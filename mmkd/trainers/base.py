@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.data.images import undecoded
 from mmkd.losses.divergences import forward_kl
-from mmkd.losses.fused import FusedLoss, Objective, fused_loss
+from mmkd.losses.fused import FusedLoss, Objective
 from mmkd.models.backbone import allow_consumers, devices_of, full_head, name_of
 from mmkd.models.heads import LMHead
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
@@ -33,6 +33,7 @@ from mmkd.teachers.signals import DenseSignal, TopKSignal
 
 from .checks import check_precision, check_supervision, check_training_data
 from .config import DistillationConfig
+from .kernels import token_loss
 from .log import RunLog
 from .on_policy import OnPolicyTrainer
 from .preparation import ROWS, KeptRows, RowLengths, preparation_of, sequences_of
@@ -164,6 +165,7 @@ class DistillationTrainer(ShardedTrainer, OnPolicyTrainer):
         self.vocab_size = full_head(self.model).vocab_size
         allow_consumers(self.model)
         self.teacher: Any = None if teacher is None else self.build_teacher(teacher, teacher_processing_class)
+        self._token_loss = token_loss(args, self.model, self.teacher, is_sharded(self.accelerator))
         if args.on_policy_fraction:
             self.data_collator = KeptRows(self.data_collator)
         if self.vision_collator is not None:
@@ -238,7 +240,7 @@ class DistillationTrainer(ShardedTrainer, OnPolicyTrainer):
     ) -> ItemLosses:
         """The item losses of a token-level divergence mixed with cross-entropy, with all reports."""
         args = self.args
-        loss: FusedLoss = fused_loss(
+        loss: FusedLoss = self._token_loss(
             student.hidden,
             student.head,
             student.labels,
