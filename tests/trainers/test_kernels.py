@@ -58,12 +58,12 @@ def make_tokens(device: str = "cpu", dtype: torch.dtype = torch.float32, beta: f
     return replace(Tokens(normal(70, 16).requires_grad_(), head, labels, teacher, beta, 1.0, 512), **changes)
 
 
-def ours(tokens: Tokens, **settings: Any) -> torch.Tensor:
-    temperature = settings.pop("temperature", tokens.temperature)
-    objective = BETAS[tokens.beta]
-    return fused_loss(
-        tokens.hidden, tokens.head, tokens.labels, tokens.teacher, objective, temperature=temperature, **settings
-    ).total
+def ours(tokens: Tokens) -> torch.Tensor:
+    return checked_against(tokens)(tokens.hidden, tokens.head, tokens.labels, tokens.teacher).total
+
+
+def checked_against(tokens: Tokens) -> Any:
+    return partial(fused_loss, objective=BETAS[tokens.beta], temperature=tokens.temperature)
 
 
 def with_gradients(total: torch.Tensor, tokens: Tokens) -> list[torch.Tensor]:
@@ -108,10 +108,6 @@ def test_a_kernel_runs_in_the_type_of_autocast(name: str, device: str) -> None:
 @pytest.mark.parametrize("name", list(FOREIGN))
 def test_equal_kernels_pass_the_check(name: str, beta: float, device: str) -> None:
     check_equal(name, tokens := make_tokens(device, beta=beta), checked_against(tokens))
-
-
-def checked_against(tokens: Tokens, **settings: Any) -> Any:
-    return partial(fused_loss, objective=BETAS[tokens.beta], temperature=tokens.temperature, **settings)
 
 
 def test_a_student_that_is_its_own_teacher_passes_the_check() -> None:
