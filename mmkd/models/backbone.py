@@ -46,6 +46,9 @@ def allow_consumers(model: PreTrainedModel | PeftModel) -> None:
         bound.__func__ if isinstance(bound, types.MethodType) else lambda _, *args, **kwargs: bound(*args, **kwargs)
     )
 
+    # torch.compile gets the backbone alone: the consumer is a new function in each step, and a loss that reads values
+    # and computes its own gradients would be compiled in pieces, anew for every number of tokens.
+    @torch.compiler.disable(recursive=False)
     @functools.wraps(type(base).forward)
     def forward(self: PreTrainedModel, *args: Any, consumer: Consumer | None = None, **kwargs: Any) -> Any:
         if consumer is None:
@@ -82,6 +85,7 @@ def _require_plain_head(model: PreTrainedModel) -> None:
         )
 
 
+@torch.compiler.disable()
 def _inside(module: torch.nn.Module | None, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
     """Calls the function as the forward of the head's module, whose hooks gather sharded weights and gradients."""
     if module is None:

@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mmkd.data.images import undecoded
 from mmkd.losses.divergences import forward_kl
-from mmkd.losses.fused import FusedLoss, Objective, fused_loss
+from mmkd.losses.fused import FusedLoss, Objective
 from mmkd.models.backbone import allow_consumers, devices_of, full_head, name_of
 from mmkd.models.heads import LMHead
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
@@ -29,8 +29,9 @@ from mmkd.teachers.base import Teacher
 from mmkd.teachers.cached import BATCH_KEY, images_of
 from mmkd.teachers.signals import DenseSignal, RoutedSignal, TopKSignal
 
-from .checks import check_supervision, check_training_data
+from .checks import check_precision, check_supervision, check_training_data
 from .config import DistillationConfig
+from .kernels import token_loss
 from .log import RunLog
 from .on_policy import OnPolicyTrainer
 from .preparation import ROWS, KeptRows, RowLengths
@@ -123,6 +124,7 @@ class DistillationTrainer(ShardedTrainer, TaughtTrainer, OnPolicyTrainer):
             model, processing_class = self._load_student(model, args, processing_class, kwargs)
         if processing_class is None:
             processing_class = load_processing_class(name_of(model), "student")
+        check_precision(args)
         # Read by `ImageReader`, which can say what is wrong with an image.
         train_dataset, eval_dataset = _unread(train_dataset), _unread(eval_dataset)
         check_training_data(train_dataset, eval_dataset, args, tokenizer_of(processing_class))
@@ -165,6 +167,7 @@ class DistillationTrainer(ShardedTrainer, TaughtTrainer, OnPolicyTrainer):
         self.vocab_size = full_head(self.model).vocab_size
         allow_consumers(self.model)
         self.teacher: Any = None if teacher is None else self.build_teacher(teacher, teacher_processing_class)
+        self._token_loss = token_loss(args, self.model, self.teacher, is_sharded(self.accelerator))
         if args.on_policy_fraction:
             self.data_collator = KeptRows(self.data_collator)
         if self.vision_collator is not None:
@@ -239,7 +242,7 @@ class DistillationTrainer(ShardedTrainer, TaughtTrainer, OnPolicyTrainer):
     ) -> ItemLosses:
         """The item losses of a token-level divergence mixed with cross-entropy, with all reports."""
         args = self.args
-        loss: FusedLoss = fused_loss(
+        loss: FusedLoss = self._token_loss(
             student.hidden,
             student.head,
             student.labels,

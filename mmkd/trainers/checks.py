@@ -30,6 +30,12 @@ def check_training_data(train: Any, evaluation: Any, args: SFTConfig, tokenizer:
             )
 
 
+def check_precision(args: SFTConfig) -> None:
+    """Raises ValueError for fp16 on a CPU, where accelerate would train in fp32 and say nothing."""
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16 trains on a GPU, and this is a CPU. Set bf16: true, or neither of them for fp32.")
+
+
 def check_supervision(
     raw: Dataset | IterableDataset, prepared: Dataset | IterableDataset, max_length: int | None
 ) -> None:

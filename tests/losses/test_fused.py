@@ -417,6 +417,20 @@ def test_fp32_parameters_under_bf16_autocast_get_fp32_gradients(precise, limit):
     assert {leaf.grad.dtype for leaf in case.leaves if leaf.grad is not None} == {torch.float32}
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_gradients_of_a_wide_vocabulary_survive_fp16(divergence):
+    """They are formed before the loss is scaled, per token and not yet divided by the number of tokens."""
+    case = make_case(16, 20_000, 32, dtype=torch.float32)
+    objective = OBJECTIVES[divergence]
+    exact = torch.autograd.grad(run(case, objective).total, case.leaves)
+    with torch.autocast("cpu", torch.float16):
+        total = run(case, objective).total * 2**16
+    scaled = torch.autograd.grad(total, case.leaves)
+    for gradient, expected in zip(scaled, exact, strict=True):
+        assert gradient.isfinite().all()
+        assert (gradient / 2**16 - expected).norm() < 0.01 * expected.norm()
+
+
 def test_autocast_is_what_it_was_after_the_call():
     case, _ = rounded_case(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

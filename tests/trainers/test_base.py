@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mmkd.losses.divergences import forward_kl
@@ -461,3 +462,22 @@ def test_mixture_of_experts_with_a_balancing_loss_is_refused(
     save(MixtralForCausalLM(config), tokenizer, tmp_path / "moe")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="router_aux_loss_coef"):
         build(KDTrainer, texts, trainer={"model": str(tmp_path / "moe")})
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_backbones_give_the_same_steps(build: Build, completions: Dataset, backend: str) -> None:
+    """The loss is in no graph: its consumer is another function in each step, and it reads values."""
+    settings = {"max_steps": 2, "per_device_train_batch_size": 24}
+    plain = steps(build(KDTrainer, completions, **settings))
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = build(KDTrainer, completions, **settings, torch_compile=True, torch_compile_backend=backend)
+    assert steps(compiled) == [pytest.approx(pair, rel=1e-4) for pair in plain]
+    # The teacher for the first row, then teacher and student for the batch.
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+
+
+def test_fp16_without_a_gpu_is_refused(build: Build, texts: Dataset) -> None:
+    with pytest.raises(ValueError, match=r"fp16 trains on a GPU.*bf16: true"):
+        build(KDTrainer, texts, fp16=True, use_cpu=True)
