@@ -90,6 +90,7 @@ class BalancedTrainer(DistillationTrainer):
                 "weights, or train that layer too (trainable, target_modules, layers_to_transform)."
             )
         checkpointing = self.args.activation_checkpointing_kwargs or {}
+        assert isinstance(checkpointing, dict)
         if self.args.activation_checkpointing and checkpointing.get("use_reentrant"):
             raise ValueError(
                 "combine: gradmag differentiates before the backward pass, which reentrant checkpointing cannot. Set "

@@ -73,7 +73,10 @@ class KDConfig(DistillationConfig):
 
 
 class KDTrainer(BalancedTrainer):
-    """Minimises `(1 - ce_weight) * temperature**2 * divergence(teacher, student) + ce_weight * cross-entropy`."""
+    """Minimises `(1 - ce_weight) * temperature**2 * divergence(teacher, student) + ce_weight * cross-entropy`.
+
+    With `combine: gradmag` the two are balanced first, see `BalancedTrainer`.
+    """
 
     method = "kd"
     config_class = KDConfig
