@@ -18,41 +18,51 @@ def combination_weights(
     """The factor of each of the named losses, without gradient.
 
     `sum`: 1 each. `weights`: those given. `gradmag`: see `gradmag_weights`; `gradients` has a row for each loss in
-    turn. Raises ValueError for an unknown combination, and for weights that are missing, too many or of no use.
+    turn, and weights, if given, are its shares. Raises ValueError for an unknown combination, and for weights that are
+    missing, too many or of no use.
     """
     if combination not in COMBINATIONS:
         raise ValueError(f"Combination {combination!r} is unknown; choose one of {', '.join(COMBINATIONS)}.")
-    if combination != "weights" and weights is not None:
-        raise ValueError(f"Combination {combination} makes no use of weights; leave them out, or combine by weights.")
+    if combination == "sum" and weights is not None:
+        raise ValueError("Combination sum makes no use of weights; leave them out, or combine by weights.")
     if combination == "weights" and weights is None:
         raise ValueError(f"Combination weights needs a weight for each of {', '.join(losses)}.")
-    if weights is not None:
-        if set(weights) != set(losses):
-            raise ValueError(f"There are weights for {', '.join(weights)}, but the losses are {', '.join(losses)}.")
-        return {name: weights[name] for name in losses}
+    if weights is not None and set(weights) != set(losses):
+        raise ValueError(f"There are weights for {', '.join(weights)}, but the losses are {', '.join(losses)}.")
     if combination == "sum":
         return dict.fromkeys(losses, 1.0)
+    shares = None if weights is None else [weights[name] for name in losses]
+    if combination == "weights":
+        assert shares is not None
+        return dict(zip(losses, shares, strict=True))
     assert gradients is not None, "gradmag needs the gradients of the losses"
-    return dict(zip(losses, gradmag_weights(gradients), strict=True))
+    return dict(zip(losses, gradmag_weights(gradients, shares), strict=True))
 
 
-def gradmag_weights(gradients: Float[Tensor, "loss parameter"]) -> Float[Tensor, "loss"]:
-    """The inverse norms of the gradients, scaled to a sum of 1, so that all weighted gradients are of one length.
+def gradmag_weights(
+    gradients: Float[Tensor, "loss parameter"], shares: Sequence[float] | None = None
+) -> Float[Tensor, "loss"]:
+    """`s_i / |G_i|`, scaled to the sum of the shares s, so that the weighted gradients G are as long as their shares.
 
-    ALM's GradMag in the approximation that its authors train with: the gradients are those of the last layer only. A
-    loss without any gradient (a batch without a chunk) weighs 0, where the authors let it stop all others.
+    Without shares, all weighted gradients are of one length and the weights sum to 1: ALM's GradMag with its magnitude
+    preserved, in the approximation that its authors train with, the gradients of the last layer only. With shares, the
+    weights are the shares themselves where all gradients are of one length. A loss without any gradient (a batch
+    without a chunk) weighs 0 and its share is not given to others; the authors let it stop all others.
     """
     wide = torch.promote_types(gradients.dtype, torch.float32)
     norms = torch.linalg.vector_norm(gradients.detach(), dim=-1, dtype=wide)
-    inverse = torch.where(norms > 0, 1 / (norms + 1e-8), 0)
-    return inverse / inverse.sum().clamp(min=torch.finfo(wide).tiny)
+    present = norms > 0
+    wanted = present / present.sum().clamp(min=1) if shares is None else present * norms.new_tensor(shares)
+    weights = wanted / (norms + 1e-8)
+    return weights * (wanted.sum() / weights.sum().clamp(min=torch.finfo(wide).tiny))
 
 
 def gradients_of(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Float[Tensor, "loss parameter"]:
     """The gradient of each loss by all the parameters in a row; the graph stays for the backward pass.
 
-    The losses must be such as can be backpropagated twice, which that of `fused_loss` cannot. On several ranks these
-    are the gradients of one rank: average them before their norms are taken, or ranks weigh differently.
+    The losses must be such as can be backpropagated twice; those of `fused_loss` and `relation_loss` are where they
+    are made `repeatable`. On several ranks these are the gradients of one rank: sum them before their norms are taken,
+    or ranks weigh differently.
     """
     rows = []
     for loss in losses:

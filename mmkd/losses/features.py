@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .fused import ReadyGradients
+
 # Rows of the head that exist in fp32 at a time.
 _ROWS = 8192
 
@@ -76,15 +78,16 @@ def relation_loss(
     weight: Float[Tensor, "token width"] | None = None,
     bias: Float[Tensor, "token"] | None = None,
     normalized: bool = False,
+    repeatable: bool = False,
 ) -> Float[Tensor, ""]:
     """Sum over images of `relation_distance` to the teacher's relations: of logits with a head, else of hidden states.
 
     The gradients for hidden states and head are computed in the forward pass, where a sharded head is whole; they can
-    be used by one backward pass.
+    be used by one backward pass, or with `repeatable` by as many as the graph is kept for.
     """
     job = (list(tokens), list(teacher), normalized)
     if torch.is_grad_enabled():
-        loss = _RelationLoss.apply(hidden, weight, bias, job)
+        loss = _RelationLoss.apply(hidden, weight, bias, job, repeatable)
         assert isinstance(loss, Tensor)
         return loss
     metric = None if weight is None else logit_metric(weight, bias, centered=normalized)
@@ -126,7 +129,7 @@ def _sum_of_distances(hidden: Tensor, metric: Tensor | None, job: tuple[list[int
 
 class _RelationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, job):
+    def forward(ctx, hidden, weight, bias, job, repeatable):
         needs_head = any(ctx.needs_input_grad[1:3])
         with torch.enable_grad():
             states = hidden.detach().requires_grad_()
@@ -140,15 +143,13 @@ class _RelationLoss(torch.autograd.Function):
         if weight is not None and needs_head and found[1] is not None:
             gradients[1:] = _head_gradients(weight, bias, found[1], centered=job[2])
         needs = ctx.needs_input_grad[:3]
-        ctx.gradients = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+        asked = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+        ctx.gradients = ReadyGradients(asked, repeatable)
         return loss.detach()
 
     @staticmethod
     def backward(ctx, grad_loss):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.gradients is None:
-            raise RuntimeError("The relation loss scales its gradients in place and can be backpropagated only once.")
-        gradients, ctx.gradients = ctx.gradients, None
-        return *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients), None
+        return *ctx.gradients.scaled(grad_loss), None, None
 
 
 def _head_gradients(

@@ -97,6 +97,7 @@ def fused_loss(
     chunk_size: int = 512,
     precise: bool = False,
     diagnostics: bool = False,
+    repeatable: bool = False,
 ) -> FusedLoss:
     """Sum over tokens of `(1 - ce_weight) * temperature**2 * objective + ce_weight * cross-entropy`.
 
@@ -109,14 +110,15 @@ def fused_loss(
     targets, "kl" to the teacher at temperature 1, "top1_agreement" (tokens) and "teacher_entropy". Of several teachers
     (targets whose chunks are shares), objective and diagnostics are weighted means, and "kl_NAME" is that to one.
 
-    The gradient is ready when the call returns and can be used by one backward pass. Raises ValueError for a label
-    outside the head's vocabulary.
+    The gradient is ready when the call returns and can be used by one backward pass; with `repeatable` by as many as
+    the graph is kept for, each of which copies the head's gradient. Raises ValueError for a label outside the head's
+    vocabulary.
     """
     check_labels(labels, head.vocab_size)
     ce_weight = ce_weight if targets is not None else 1.0
     job = _Job(head, labels, targets, objective, temperature, ce_weight, chunk_size, precise, diagnostics)
     if torch.is_grad_enabled():
-        total = _FusedLoss.apply(hidden, head.weight, head.bias, job)
+        total = _FusedLoss.apply(hidden, head.weight, head.bias, job, repeatable)
         assert isinstance(total, Tensor)
     else:
         total = job.run(hidden, (False, False, False))[0]
@@ -125,16 +127,35 @@ def fused_loss(
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, job):
-        total, *ctx.gradients = job.run(hidden, ctx.needs_input_grad[:3])
+    def forward(ctx, hidden, weight, bias, job, repeatable):
+        total, *gradients = job.run(hidden, ctx.needs_input_grad[:3])
+        ctx.gradients = ReadyGradients(gradients, repeatable)
         return total
 
     @staticmethod
     def backward(ctx, grad_total):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.gradients is None:
-            raise RuntimeError("The fused loss scales its gradients in place and can be backpropagated only once.")
-        gradients, ctx.gradients = ctx.gradients, None
-        return *(None if gradient is None else gradient.mul_(grad_total) for gradient in gradients), None
+        return *ctx.gradients.scaled(grad_total), None, None
+
+
+class ReadyGradients:
+    """Gradients that the forward pass computed: for one backward pass, or for several with `repeatable`."""
+
+    def __init__(self, gradients: Sequence[Tensor | None], repeatable: bool):
+        self._gradients: Sequence[Tensor | None] | None = gradients
+        self._repeatable = repeatable
+
+    def scaled(self, factor: Tensor) -> list[Tensor | None]:
+        """The gradients times the factor: in place and given away, or copies of them."""
+        if self._gradients is None:
+            raise RuntimeError(
+                "The gradients of this loss are scaled in place and can be backpropagated only once. Ask for a "
+                "repeatable loss."
+            )
+        gradients = self._gradients
+        if self._repeatable:
+            return [None if gradient is None else gradient * factor for gradient in gradients]
+        self._gradients = None
+        return [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
 
 
 @dataclass(frozen=True)

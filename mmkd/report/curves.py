@@ -38,6 +38,7 @@ class Panel:
 
 PANELS = (
     Panel("Loss and its terms", "", ("loss", "loss/", "eval_loss", "divergence", "visual_kl", "relation_distance")),
+    Panel("Factors of the loss's terms", "", ("balance/",), log_scale=True),
     Panel("KL to the teacher", "nats per token", ("kl", "eval_kl", "eval_visual_kl")),
     Panel("Top-1 agreement with the teacher", "share of tokens", ("top1_agreement", "eval_top1_agreement")),
     Panel("TAID's t", "interpolation from student to teacher", ("taid_t",)),
@@ -83,7 +84,9 @@ def _draw_panel(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Figure | No
 def _lines(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Iterator[Line]:
     for run, parts in runs.items():
         logged = dict.fromkeys(key for part in parts for entry in part.log for key in entry)
-        names = [key for name in panel.names for key in logged if key == name or (name[-1] == "/" and name in key[:5])]
+        names = [
+            key for name in panel.names for key in logged if key == name or (name[-1] == "/" and key.startswith(name))
+        ]
         # Of several runs all terms of each would be too many lines.
         held_out = [name for name in names if name.startswith("eval_")][:1]
         chosen = dict.fromkeys(names if len(runs) == 1 else [*names[:1], *held_out])

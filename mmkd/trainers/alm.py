@@ -19,11 +19,11 @@ from mmkd.alignment.nearest_tokens import nearest_tokens
 from mmkd.alignment.pieces import boundary_mask
 from mmkd.losses import divergences
 from mmkd.losses.chunks import ChunkGroups, binarised, chunk_log_probs, group_chunks
-from mmkd.losses.combine import combination_weights, gradients_of
+from mmkd.losses.combine import combination_weights
 from mmkd.losses.fused import fused_loss
 from mmkd.losses.likelihood import token_log_probs
 from mmkd.losses.other_vocabulary import MappedTargets, SortedTargets, uld
-from mmkd.models.backbone import base_of, full_head, last_layer, name_of
+from mmkd.models.backbone import base_of, full_head, name_of
 from mmkd.models.load import load_processing_class, tokenizer_of
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.cached import BATCH_KEY, CachedTeacher
@@ -33,7 +33,8 @@ from mmkd.teachers.signals import ChunkAlignment, ChunkSignal, DenseSignal, Labe
 from .alm_config import DIVERGENCES
 from .alm_config import ALMConfig as ALMConfig
 from .answers import Placed
-from .base import DistillationTrainer, ItemLosses, Supervised
+from .balance import BalancedTrainer
+from .base import ItemLosses, Supervised
 from .pair_rollouts import as_teacher_reads, questions_of, said
 from .pairs import (
     QUESTION,
@@ -53,8 +54,11 @@ logger = logging.get_logger(__name__)
 
 _PROJECTION = "alm_projection"
 
+_ITEMS = {"divergence": "chunk", "ce": "token", "hidden": "end"}
+"""Term of the loss -> kind of the items that it sums."""
 
-class ALMTrainer(DistillationTrainer):
+
+class ALMTrainer(BalancedTrainer):
     """Minimises a divergence of likelihoods per chunk of text that ends a token on both sides.
 
     The teacher reads the same rows in its own tokens and by its own chat template. Besides the base's arguments:
@@ -266,21 +270,20 @@ class ALMTrainer(DistillationTrainer):
         after = None if boundary is None else _after(boundary, alignment.student_next)
         ours = items.log_probs(of_chunks, after)
         theirs = items.log_probs(signal.log_probs, signal.boundary_log_probs)
-        terms = {"chunk": self._divergence(student, signal, ours, theirs), "token": -log_probs.sum()}
-        shares = {"chunk": 1 - args.ce_weight, "token": args.ce_weight}
+        terms = {"divergence": self._divergence(student, signal, ours, theirs), "ce": -log_probs.sum()}
         if args.hidden_weight:
-            terms["end"], shares["end"] = self._hidden_distance(student, signal), args.hidden_weight
+            terms["hidden"] = self._hidden_distance(student, signal)
         tokens, aligned = len(student.labels), (alignment.student_chunk >= 0).sum()
         reports = {
-            "divergence": (terms["chunk"], len(items)),
-            "ce": (terms["token"], tokens),
+            "divergence": (terms["divergence"], len(items)),
+            "ce": (terms["ce"], tokens),
             # Of all chunks as they are, so that runs with different settings can be compared.
             "chunk_gap": ((of_chunks - signal.log_probs).abs().sum(), len(alignment)),
             "chunk_kl": (binarised(of_chunks, signal.log_probs, temperature=1).sum(), len(alignment)),
             "aligned": (aligned, tokens),
-            "bits_per_byte": (terms["token"] / math.log(2), self._bytes[student.labels].sum()),
+            "bits_per_byte": (terms["ce"] / math.log(2), self._bytes[student.labels].sum()),
         }
-        return ItemLosses(self._combined(terms, shares), reports)
+        return ItemLosses(self._combined(terms, args.term_weights), reports)
 
     def _divergence(self, student: Supervised, signal: ChunkSignal, ours: Tensor, theirs: Tensor) -> Tensor:
         """The sum over chunks of what the objective compares."""
@@ -295,7 +298,7 @@ class ALMTrainer(DistillationTrainer):
         else:
             objective, targets = divergences.forward_kl, MappedTargets(targets, self._teacher_tokens)
         labels = student.labels[first]
-        chunk = {"chunk_size": args.chunk_size, "precise": args.precise_logits, "diagnostics": False}
+        chunk = {"chunk_size": args.chunk_size, "precise": args.precise_logits, "repeatable": self.balances}
         return fused_loss(student.hidden[first], student.head, labels, targets, objective, **chunk).total
 
     def _hidden_distance(self, student: Supervised, signal: ChunkSignal) -> Tensor:
@@ -309,19 +312,15 @@ class ALMTrainer(DistillationTrainer):
         return (distance / (theirs.square().mean(0) + 1e-8)).mean(-1).sum()
 
     def _combined(self, terms: dict[str, Tensor], shares: dict[str, float]) -> dict[str, Tensor]:
-        """The terms that count, each times its factor."""
-        counted = [name for name, share in shares.items() if share]
-        weights, gradients = None, None
-        if self.args.combine == "weights":
-            weights = {name: shares[name] for name in counted}
-        elif self.args.combine == "gradmag" and self.model.training:
-            means = [terms[name] / self._counts[name].clamp(min=1) for name in counted]
-            parameters = [one for one in last_layer(self.model).parameters() if one.requires_grad]
-            # Of all ranks, or each would weigh the terms in its own way.
-            gradients = self._summed(gradients_of(means, parameters))
-        combine = self.args.combine if self.model.training or weights is not None else "sum"
-        factors = combination_weights(combine, counted, weights, gradients)
-        return {name: terms[name] * factors[name] for name in counted}
+        """The terms that count, each times its factor, by the kind of their items."""
+        counted = {name: terms[name] for name, share in shares.items() if share}
+        if self.balances:
+            # All alike, whatever their weights: so do the authors.
+            return self.balanced(counted, _ITEMS)
+        weighted = self.args.combine == "weights"
+        weights = {name: shares[name] for name in counted} if weighted else None
+        factors = combination_weights("weights" if weighted else "sum", list(counted), weights)
+        return {_ITEMS[name]: total * factors[name] for name, total in counted.items()}
 
     # The projection of hidden states, which no one needs after training
 

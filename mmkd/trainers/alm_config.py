@@ -38,6 +38,7 @@ class ALMConfig(DistillationConfig):
     """Settings of method alm."""
 
     learns_from_rollouts: ClassVar[bool] = True
+    combinations: ClassVar[tuple[str, ...]] = COMBINATIONS
 
     divergence: str = field(
         default="forward_kl",
@@ -75,7 +76,7 @@ class ALMConfig(DistillationConfig):
         metadata={
             "help": "How the terms whose weight is not 0 become one loss. weights: (1 - ce_weight) ALM + ce_weight "
             "cross-entropy + hidden_weight hidden states. sum: as they are. gradmag: each with the same norm of its "
-            "gradient in the last layer, in every micro-batch.",
+            "gradient in the last layer, in every micro-batch, whatever its weight (as the authors do).",
             "choices": ["weights", "sum", "gradmag"],
         },
     )
@@ -104,7 +105,6 @@ class ALMConfig(DistillationConfig):
         for name, choices in (
             ("divergence", DIVERGENCES),
             ("chunks", POLICIES),
-            ("combine", COMBINATIONS),
             ("objective", OBJECTIVES),
         ):
             if getattr(self, name) not in choices:
@@ -126,8 +126,6 @@ class ALMConfig(DistillationConfig):
                 f"packing_strategy {self.packing_strategy} cuts sequences where the other tokenizer has no cut. Use "
                 "bfd, or packing: false."
             )
-        if self.objective != "alm" and self.combine == "gradmag":
-            raise ValueError(f"gradmag differentiates each term twice, which objective {self.objective} cannot be.")
 
     def for_teacher(self) -> "ALMConfig":
         """The settings by which rows become the teacher's tokens."""
@@ -137,6 +135,11 @@ class ALMConfig(DistillationConfig):
         # These are about the student's tokenizer.
         side.chat_template_path = side.eos_token = side.pad_token = None
         return side
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """The weight of each term of the loss, by the term's name in the logs."""
+        return {**super().term_weights, "hidden": self.hidden_weight}
 
     @property
     def needs_boundaries(self) -> bool:

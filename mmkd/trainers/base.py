@@ -253,6 +253,7 @@ class DistillationTrainer(ShardedTrainer, TaughtTrainer, OnPolicyTrainer):
             chunk_size=args.chunk_size,
             precise=args.precise_logits,
             diagnostics=self._reports_now(),
+            repeatable=args.combine == "gradmag",
         )
         tokens = len(student.labels)
         return ItemLosses({"token": loss.total}, {name: (total, tokens) for name, total in loss.sums.items()})

@@ -22,6 +22,16 @@ class DistillationConfig(RolloutConfig):
             "rest. 0 (default) is pure distillation; try 0.1 to 0.5 when the data is better than the teacher."
         },
     )
+    combine: str = field(
+        default="weights",
+        metadata={
+            "help": "How the terms of the loss become one (kd and taid with 0 < ce_weight < 1, llava_kd). weights "
+            "(default): each times its weight. gradmag: each times weight / |its gradient|, times sum(weights) / "
+            "sum(weights / |gradients|), with gradients in the last layer in every micro-batch, so that weights are "
+            "shares of the gradient whatever the temperature. Costs a backward pass of the last layer per term.",
+            "choices": ["weights", "gradmag"],
+        },
+    )
     chunk_size: int = field(
         default=512,
         metadata={
@@ -66,6 +76,14 @@ class DistillationConfig(RolloutConfig):
         metadata={"help": "Keyword arguments of from_pretrained for a teacher given by name, such as dtype."},
     )
 
+    combinations: ClassVar[tuple[str, ...]] = ("weights",)
+    """How the method can combine the terms of its loss."""
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """The weight of each term of the loss, by the term's name in the logs."""
+        return {"divergence": 1 - self.ce_weight, "ce": self.ce_weight}
+
     def __post_init__(self) -> None:
         # transformers wants this said before it allows bf16 on a machine without an accelerator.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -77,6 +95,7 @@ class DistillationConfig(RolloutConfig):
                 "ce_weight is the share of the data's own answers, which a rollout replaces: it would train the "
                 "student on what it says anyway. Set ce_weight: 0, or on_policy_fraction: 0."
             )
+        check_combination(self)
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size is {self.chunk_size}; at least one token must be compared at a time.")
         if self.on_bad_row not in ("error", "skip"):
@@ -91,3 +110,21 @@ class DistillationConfig(RolloutConfig):
     def kernel_beta(self) -> float | None:
         """The divergence as Liger and TRL write it, from 0, forward KL, to 1, reverse KL; None: one they have not."""
         return None
+
+
+def check_combination(config: DistillationConfig) -> None:
+    """Raises ValueError where the terms of the loss cannot be combined as asked."""
+    if config.combine == "gradmag" and config.combinations == ("weights",):
+        raise ValueError(
+            f"combine is gradmag, but the loss of {type(config).__name__} has no terms to balance. Set combine: "
+            "weights, or use a method with several terms: kd or taid with ce_weight between 0 and 1, alm or llava_kd. "
+            "Rounds of comd take it in round_settings."
+        )
+    if config.combine not in config.combinations:
+        raise ValueError(f"combine is {config.combine!r}; choose one of {', '.join(config.combinations)}.")
+    terms = [name for name, weight in config.term_weights.items() if weight]
+    if config.combine == "gradmag" and len(terms) < 2:
+        raise ValueError(
+            f"combine is gradmag, but {' and '.join(terms)} is the only term whose weight is not 0, which leaves "
+            "nothing to balance. Give another term a weight, such as ce_weight: 0.5, or set combine: weights."
+        )

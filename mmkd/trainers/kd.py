@@ -10,7 +10,8 @@ from mmkd.losses.divergences import Divergence
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.signals import DenseSignal, SparseSignal, TopKSignal
 
-from .base import DistillationTrainer, ItemLosses, Supervised
+from .balance import BalancedTrainer
+from .base import ItemLosses, Supervised
 from .config import DistillationConfig
 
 DIVERGENCES: dict[str, Callable[["KDConfig"], Divergence]] = {
@@ -29,6 +30,7 @@ class KDConfig(DistillationConfig):
     """Settings of method kd."""
 
     learns_from_rollouts: ClassVar[bool] = True
+    combinations: ClassVar[tuple[str, ...]] = ("weights", "gradmag")
 
     divergence: str = field(
         default="forward_kl",
@@ -75,8 +77,11 @@ class KDConfig(DistillationConfig):
         return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": self.beta}.get(self.divergence)
 
 
-class KDTrainer(DistillationTrainer):
-    """Minimises `(1 - ce_weight) * temperature**2 * divergence(teacher, student) + ce_weight * cross-entropy`."""
+class KDTrainer(BalancedTrainer):
+    """Minimises `(1 - ce_weight) * temperature**2 * divergence(teacher, student) + ce_weight * cross-entropy`.
+
+    With `combine: gradmag` the two are balanced first, see `BalancedTrainer`.
+    """
 
     method = "kd"
     takes_several = True

@@ -16,7 +16,8 @@ from mmkd.models.heads import LMHead
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal
 
-from .base import DistillationTrainer, ItemLosses, Supervised
+from .balance import BalancedTrainer
+from .base import ItemLosses, Supervised
 from .config import DistillationConfig
 from .vision import TEACHER_INPUTS, View
 
@@ -24,6 +25,8 @@ from .vision import TEACHER_INPUTS, View
 @dataclass
 class LLaVAKDConfig(DistillationConfig):
     """Settings of method llava_kd."""
+
+    combinations: ClassVar[tuple[str, ...]] = ("weights", "gradmag")
 
     ce_weight: float = field(
         default=0.0, metadata={"help": "Always 0: alpha, beta and gamma weigh the terms, cross-entropy counts 1."}
@@ -79,6 +82,15 @@ class LLaVAKDConfig(DistillationConfig):
         if self.visual_mismatch not in ("error", "pool"):
             raise ValueError(f"visual_mismatch is {self.visual_mismatch!r}; choose error or pool.")
 
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """The weight of each term of the loss, by the term's name in the logs."""
+        return {"ce": 1.0, "divergence": self.alpha, "visual_kl": self.beta, "relation_distance": self.gamma}
+
+
+_ITEMS = {"ce": "token", "divergence": "token", "visual_kl": "visual_token", "relation_distance": "image"}
+"""Term of the loss -> kind of the items that it sums."""
+
 
 @dataclass(frozen=True)
 class VisualSupervised(Supervised):
@@ -98,7 +110,7 @@ class VisualSignal:
     images: Int[Tensor, "image"]
 
 
-class LLaVAKDTrainer(DistillationTrainer):
+class LLaVAKDTrainer(BalancedTrainer):
     """Minimises `cross-entropy + alpha KL(answer) + beta KL(visual tokens) + gamma (1 - cos of their relations)`.
 
     The terms are means over tokens, visual tokens and images of the whole accumulated batch on all ranks. Rows without
@@ -156,27 +168,31 @@ class LLaVAKDTrainer(DistillationTrainer):
         """The weighted terms of one micro-batch, each with its own kind of item."""
         assert isinstance(student, VisualSupervised)
         args = self.args
-        # CE + alpha KL as a mixture, which the fused loss computes in one pass.
-        mixed = self.fused(student, signal.answer, ce_weight=1 / (1 + args.alpha))
-        mixed.totals["token"] = (1 + args.alpha) * mixed.totals["token"]
         common = self._common(student.images, signal.images)
         ours = pooled(student.visual, student.images.tolist(), common)
         theirs = pooled(signal.visual.hidden, signal.images.tolist(), common)
         visual = self._visual_kl(ours, student.head, DenseSignal(theirs, signal.visual.head))
         relation = self._relation(ours, student.head, theirs, signal.visual.head, common)
-        mixed.totals |= {"visual_token": args.beta * visual, "image": args.gamma * relation}
-        mixed.reports["visual_kl"] = (visual.detach(), sum(common))
-        mixed.reports["relation_distance"] = (relation.detach(), len(common))
-        return mixed
+        if self.balances:
+            terms, reports = self.apart(student, signal.answer)
+            terms |= {"visual_kl": visual, "relation_distance": relation}
+            losses = ItemLosses(self.balanced(terms, _ITEMS, args.term_weights), reports)
+        else:
+            # CE + alpha KL as a mixture, which the fused loss computes in one pass.
+            losses = self.fused(student, signal.answer, ce_weight=1 / (1 + args.alpha))
+            losses.totals["token"] = (1 + args.alpha) * losses.totals["token"]
+            losses.totals |= {"visual_token": args.beta * visual, "image": args.gamma * relation}
+        losses.reports["visual_kl"] = (visual.detach(), sum(common))
+        losses.reports["relation_distance"] = (relation.detach(), len(common))
+        return losses
 
     def _visual_kl(self, hidden: Tensor, head: LMHead, teacher: DenseSignal) -> Tensor:
         if not self.args.beta:
             return hidden.float().sum() * 0
         labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
         args = self.args
-        return fused_loss(
-            hidden, head, labels, teacher, forward_kl, chunk_size=args.chunk_size, precise=args.precise_logits
-        ).total
+        settings = {"chunk_size": args.chunk_size, "precise": args.precise_logits, "repeatable": self.balances}
+        return fused_loss(hidden, head, labels, teacher, forward_kl, **settings).total
 
     def _relation(
         self, hidden: Tensor, head: LMHead, teacher: Tensor, teacher_head: LMHead, tokens: list[int]
@@ -187,13 +203,14 @@ class LLaVAKDTrainer(DistillationTrainer):
         normalized = args.relation_normalized
         if args.relation_on == "hidden":
             target = relations(teacher, tokens, normalized=normalized)
-            return relation_loss(hidden, tokens, target, normalized=normalized)
+            return relation_loss(hidden, tokens, target, normalized=normalized, repeatable=self.balances)
         if self._teacher_metric is None:
             frozen = teacher_head.frozen()
             self._teacher_metric = logit_metric(frozen.weight, frozen.bias, centered=normalized)
         target = relations(teacher, tokens, self._teacher_metric, normalized=normalized)
         weight, bias = head.weight[: head.vocab_size], None if head.bias is None else head.bias[: head.vocab_size]
-        return relation_loss(hidden, tokens, target, weight=weight, bias=bias, normalized=normalized)
+        own = {"weight": weight, "bias": bias, "normalized": normalized}
+        return relation_loss(hidden, tokens, target, repeatable=self.balances, **own)
 
     def _common(self, student: Int[Tensor, "image"], teacher: Int[Tensor, "image"]) -> list[int]:
         """Visual tokens to compare of each image. Raises ValueError where the two sides differ and must not."""

@@ -9,7 +9,8 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from mmkd.losses.divergences import entropy, forward_kl, interpolated_log_probs
 
-from .base import DistillationTrainer, ItemLosses, Supervised
+from .balance import BalancedTrainer
+from .base import ItemLosses, Supervised
 from .config import DistillationConfig
 
 
@@ -18,6 +19,7 @@ class TAIDConfig(DistillationConfig):
     """Settings of method taid."""
 
     learns_from_rollouts: ClassVar[bool] = True
+    combinations: ClassVar[tuple[str, ...]] = ("weights", "gradmag")
 
     t_start: float = field(
         default=0.4,
@@ -117,7 +119,7 @@ def _sigmoid(value: float) -> float:
     return (1 + math.tanh(value / 2)) / 2
 
 
-class TAIDTrainer(DistillationTrainer):
+class TAIDTrainer(BalancedTrainer):
     """Minimises KL(p_t || student), p_t = softmax((1 - t) student + t teacher) with the student there detached."""
 
     method = "taid"

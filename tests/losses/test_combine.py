@@ -38,6 +38,25 @@ def test_a_loss_without_gradient_does_not_stop_the_others():
     assert gradmag_weights(torch.zeros(2, 3)).tolist() == [0, 0]
 
 
+def test_shares_are_the_lengths_of_the_weighted_gradients_and_their_sum_that_of_the_weights():
+    gradients = torch.tensor([[3.0, 4.0], [0.0, 100.0], [0.5, 0.0]])
+    weights = gradmag_weights(gradients, [1.0, 0.5, 2.0])
+    lengths = (weights[:, None] * gradients).norm(dim=-1)
+    assert (lengths / lengths[0]).tolist() == pytest.approx([1, 0.5, 2])
+    assert weights.sum().item() == pytest.approx(3.5)
+
+
+def test_shares_are_the_weights_where_gradients_are_of_one_length():
+    gradients = torch.tensor([[0.0, 2.0], [2.0, 0.0], [0.0, 0.0]])
+    # The share of a loss without gradient goes to no other.
+    assert gradmag_weights(gradients, [1.0, 0.5, 2.0]).tolist() == pytest.approx([1, 0.5, 0])
+
+
+def test_without_shares_all_are_equal():
+    gradients = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gradmag_weights(gradients), gradmag_weights(gradients, [1 / 3] * 3))
+
+
 def test_norms_of_gradients_in_bf16_are_taken_in_fp32():
     gradients = torch.full((2, 100_000), 1e-3, dtype=torch.bfloat16)
     weights = gradmag_weights(gradients)
@@ -60,6 +79,8 @@ def test_combinations_give_a_factor_per_loss():
     assert combination_weights("weights", names, {"token": 3, "chunk": 2}) == {"chunk": 2, "token": 3}
     balanced = combination_weights("gradmag", names, gradients=torch.tensor([[1.0], [-3.0]]))
     assert {name: float(weight) for name, weight in balanced.items()} == pytest.approx({"chunk": 0.75, "token": 0.25})
+    shared = combination_weights("gradmag", names, {"token": 3, "chunk": 1}, torch.tensor([[1.0], [-3.0]]))
+    assert {name: float(weight) for name, weight in shared.items()} == pytest.approx({"chunk": 2, "token": 2})
 
 
 def test_unknown_combinations_and_wrong_weights_are_refused():

@@ -66,6 +66,11 @@ def test_relation_of_logits_without_logits(monkeypatch: pytest.MonkeyPatch, norm
     torch.testing.assert_close(loss, expected)
     for found, wanted in zip(torch.autograd.grad(3 * loss, leaves), gradients, strict=True):
         torch.testing.assert_close(found, 3 * wanted)
+    often = relation_loss(hidden, [5], [target], weight=weight, bias=bias, normalized=normalized, repeatable=True)
+    for factor in (3, 2):
+        again = torch.autograd.grad(factor * often, leaves, retain_graph=True)
+        for found, wanted in zip(again, gradients, strict=True):
+            torch.testing.assert_close(found, factor * wanted)
 
 
 def test_metric_gives_the_products_of_logits() -> None:

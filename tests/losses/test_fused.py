@@ -341,6 +341,16 @@ def test_second_backward_is_refused():
         loss.backward()
 
 
+def test_a_repeatable_loss_is_backpropagated_as_often_as_its_graph_is_kept():
+    case = make_case(bias=True)
+    loss = run(case, repeatable=True).total
+    expected = torch.autograd.grad(dense_loss(case, forward_kl), case.leaves)
+    for factor in (3, 2):
+        found = torch.autograd.grad(factor * loss, case.leaves, retain_graph=True)
+        for one, gradient in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, factor * gradient)
+
+
 @pytest.mark.parametrize("why", ["no_grad", "inference_mode", "nothing to train"])
 def test_no_gradient_is_computed_when_nobody_asks(why, monkeypatch):
     case = make_case(bias=True)

@@ -68,6 +68,9 @@ def ranks(
         for method, pair in models.items()
         for how in ("ddp", "fsdp2")
     }
+    balanced = {"ce_weight": 0.3, "combine": "gradmag"}
+    jobs["kd balanced"] = {"method": "kd", "how": "ddp", **tiny, "settings": balanced}
+    jobs["llava_kd balanced"] = {"method": "llava_kd", "how": "ddp", **vlms, "settings": {"combine": "gradmag"}}
     jobs["dho ddp"] = {"method": "dho", "how": "ddp"}
     kd = {"method": "kd", "how": "fsdp2", **untied}
     chunks = {"chunk_size": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}

@@ -395,7 +395,6 @@ def test_a_cache_that_does_not_fit(recipe: Path, capsys: pytest.CaptureFixture[s
         ({"hidden_weight": -1.0}, "hidden_weight is -1.0"),
         ({"ce_weight": 1.0}, "ce_weight is 1"),
         ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy wrapped"),
-        ({"objective": "uld", "combine": "gradmag"}, "gradmag differentiates"),
         ({"teacher_max_length": 1}, "teacher_max_length is 1"),
     ],
 )

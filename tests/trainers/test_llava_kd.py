@@ -47,18 +47,21 @@ def loss_and_gradients(trainer: Any, batch: dict[str, Any]) -> tuple[float, dict
     return loss.item(), {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-def dense_terms(trainer: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+def dense_terms(
+    trainer: Any, batch: dict[str, Any], relation_on: str = "logits", **others: Any
+) -> dict[str, torch.Tensor]:
     """The four terms from both models' logits in full."""
     extra = ("labels", "row_lengths", VISUAL, TEACHER_INPUTS)
     inputs = {key: value for key, value in batch.items() if key not in extra}
-    student = trainer.model(**inputs).logits
-    teacher = trainer.teacher.model(**inputs).logits.detach()
+    both = [model(**inputs, output_hidden_states=True) for model in (trainer.model, trainer.teacher.model)]
+    student, teacher = both[0].logits, both[1].logits.detach()
     labels = batch["labels"][:, 1:]
     answer, visual = labels != -100, batch[VISUAL]["mask"]
     log_probs = student[:, :-1].log_softmax(-1)[answer]
     kl = forward_kl(student.log_softmax(-1), teacher.log_softmax(-1))
     tokens = batch[VISUAL]["images"][:, 1].tolist()
-    pairs = zip(student[visual].split(tokens), teacher[visual].split(tokens), strict=True)
+    features = (student, teacher) if relation_on == "logits" else [one.hidden_states[-1] for one in both]
+    pairs = zip(*(one[visual].split(tokens) for one in features), strict=True)
     distances = [relation_distance(ours @ ours.T, theirs @ theirs.T) for ours, theirs in pairs]
     return {
         "reg": -log_probs.gather(-1, labels[answer][:, None]).mean(),
@@ -115,6 +118,47 @@ def test_loss_and_gradient_are_those_of_logits_in_full(build_vlm: Build, images:
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("images", [[1, 2, 0, 1], [0, 0, 0, 0]])
+@pytest.mark.parametrize("settings", [{}, {"relation_on": "hidden"}, {"beta": 0.0}])
+def test_gradmag_makes_the_weights_shares_of_the_gradient(
+    build_vlm: Build, images: list[int], settings: dict[str, Any]
+) -> None:
+    """Against plain autograd; a term without items leaves the others their shares."""
+    keys = {"alpha": 0.7, "beta": 0.9, "gamma": 0.5, **settings}
+    trainer: Any = build_vlm(LLaVAKDTrainer, vision_rows(images), combine="gradmag", **keys)
+    batch = one_batch(trainer)
+    weights = {"reg": 1.0, "res": 0.7, "vis": keys["beta"], "rel": 0.5}
+    terms = {name: term for name, term in dense_terms(trainer, batch, **settings).items() if weights[name]}
+    layer = list(trainer.model.get_decoder().layers[-1].parameters())
+    norms = {}
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(term, layer, retain_graph=True, materialize_grads=True)
+        norms[name] = torch.stack([one.norm() for one in gradients]).norm()
+    present = [name for name in terms if norms[name] > 0]
+    assert present == [name for name in terms if any(images) or name in ("reg", "res")]
+    common = sum(weights[name] for name in present) / sum(weights[name] / norms[name] for name in present)
+    expected: Any = sum(weights[name] / norms[name] * common * terms[name] for name in present)
+    expected.backward()
+    wanted = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    loss, found = loss_and_gradients(trainer, batch)
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_balanced_losses_do_not_depend_on_ranks(build_vlm: Build, ranks: Any) -> None:
+    expected = steps(build_vlm(LLaVAKDTrainer, vision_rows([1, 2, 0, 3] * 6), combine="gradmag"))
+    found = ranks["llava_kd balanced"]
+    for rank in found:
+        assert rank["steps"] == [pytest.approx(pair, rel=1e-3) for pair in expected]
+    assert found[0]["weights"] == found[1]["weights"]
+
+
+def test_balance_needs_a_last_layer_that_is_trained(build_vlm: Build) -> None:
+    with pytest.raises(ValueError, match="of which nothing is trained"):
+        build_vlm(LLaVAKDTrainer, vision_rows([1] * 4), combine="gradmag", trainable=["connector"])
 
 
 def test_rows_without_images_alone_learn_from_the_answer(build_vlm: Build) -> None:
