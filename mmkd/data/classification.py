@@ -18,7 +18,8 @@ from datasets import ClassLabel, Dataset
 from jaxtyping import Int
 from PIL import Image, UnidentifiedImageError
 
-from mmkd.data.recipe import BUILDERS, nearest
+from mmkd.data.columns import nearest
+from mmkd.data.recipe import BUILDERS
 from mmkd.recipes import find_recipe
 
 SPLITS = ("train", "validation", "test", "unlabeled")

@@ -10,8 +10,9 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, DatasetDict
 
+from mmkd.data.columns import nearest
 from mmkd.data.mapping import Sieve, check_columns, map_rows, read_rows, row_key
-from mmkd.data.recipe import BUILDERS, DataRecipe, nearest
+from mmkd.data.recipe import BUILDERS, DataRecipe
 
 logger = logging.getLogger(__name__)
 

@@ -12,16 +12,8 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, Image, Json, List, Value
 
-from mmkd.data.recipe import (
-    CONVERSION,
-    ROLES,
-    DataRecipe,
-    MessagesColumn,
-    TurnColumns,
-    is_template,
-    nearest,
-    template_columns,
-)
+from mmkd.data.columns import ROLES, MessagesColumn, TurnColumns, is_template, nearest, template_columns
+from mmkd.data.recipe import CONVERSION, DataRecipe
 
 # Rows read at a time: enough to hide the cost of a batch, few enough for rows with images.
 _BATCH = 1000

@@ -4,17 +4,16 @@ One YAML under `data_recipes/` is one data set or one mixture of recipes. `mmkd.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .columns import MessagesColumn, TurnColumns, is_template, nearest, template_columns
+
 BUILDERS = ("json", "csv", "parquet", "text")
-ROLES = ("system", "developer", "user", "assistant", "tool")
 LAYOUTS = (("text",), ("messages",), ("prompt", "completion"))
 OUTPUT_COLUMNS = ("text", "messages", "prompt", "completion", "images", "domain")
 
@@ -36,76 +35,6 @@ _MIXTURE_FIELDS = (
     "mixture",
     "folder",
 )
-
-
-def nearest(word: object, choices: Sequence[str]) -> str:
-    """The choice spelled most like `word`; `choices` must not be empty."""
-    return difflib.get_close_matches(str(word), choices, n=1, cutoff=0.0)[0]
-
-
-@dataclass(frozen=True)
-class MessagesColumn:
-    """A column that holds a list of messages, and how its roles and contents are called there."""
-
-    column: str = field(metadata={"help": "The source's column: a list of objects, one per message.", "yaml": str})
-    role_key: str = field(
-        default="role", metadata={"help": "The key of the speaker; 'from' in ShareGPT.", "yaml": str}
-    )
-    content_key: str = field(
-        default="content", metadata={"help": "The key of what is said; 'value' in ShareGPT.", "yaml": str}
-    )
-    role_map: Mapping[str, str] = field(
-        default_factory=dict,
-        metadata={"help": "The source's role -> ours, such as {human: user, gpt: assistant}.", "yaml": dict},
-    )
-
-    image_token: str | None = field(
-        default=None,
-        metadata={
-            "help": "How the source marks an image within the text, such as '<image>' in LLaVA's sets: it becomes a "
-            "part {type: image}, and the rest parts of text.",
-            "yaml": str,
-        },
-    )
-    user_key: str | None = field(
-        default=None,
-        metadata={
-            "help": "For lists of pairs such as The Cauldron's: the key of the question; images stand before the "
-            "first one.",
-            "yaml": str,
-        },
-    )
-    assistant_key: str | None = field(
-        default=None, metadata={"help": "For lists of pairs: the key of the answer.", "yaml": str}
-    )
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a role that chat templates do not know, and for half a pair."""
-        if (self.user_key is None) != (self.assistant_key is None):
-            raise ValueError("user_key and assistant_key name the two sides of a pair: give both or neither.")
-        for role in self.role_map.values():
-            if role not in ROLES:
-                raise ValueError(
-                    f"role_map: {role!r} is no role; did you mean {nearest(role, ROLES)!r}? "
-                    f"The roles are {', '.join(ROLES)}."
-                )
-
-
-@dataclass(frozen=True)
-class TurnColumns:
-    """One question and its answer as templates over the source's columns; the row's images stand before the question.
-
-    Besides `{column}`, `{choices:letters}` writes a list as lettered lines and `{answer:letter}` a number as a letter.
-    """
-
-    user: str = field(metadata={"help": "The question, such as '{question}'.", "yaml": str})
-    assistant: str = field(metadata={"help": "The answer, such as '{answer}'.", "yaml": str})
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for text that reads no column."""
-        for key in ("user", "assistant"):
-            if not is_template(getattr(self, key)):
-                raise ValueError(f"{key} is {getattr(self, key)!r}, which reads no column; write '{{column}}'.")
 
 
 @dataclass(frozen=True)
@@ -305,25 +234,6 @@ class DataRecipe:
         }
         title = f"{self.name}: {' '.join(self.description.split())}" if self.description else self.name
         return "\n".join([title, *(f"  {key:<9} {value}" for key, value in lines.items() if value)])
-
-
-def is_template(mapping: str) -> bool:
-    """Whether a column's mapping is a `{column}` template rather than the name of a column."""
-    return "{" in mapping
-
-
-def template_columns(template: str) -> list[str]:
-    """The source columns a template reads. Raises ValueError for one that str.format cannot read or fill by name."""
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise ValueError(f"template {template!r}: {error}; write {{{{ and }}}} for braces that are text.") from error
-    for name in names:
-        if not name or name.isdigit() or "." in name or "[" in name:
-            raise ValueError(
-                f"template {template!r}: {{{name}}} is no plain column name; use {{column}}, one pair of braces each."
-            )
-    return names
 
 
 def _plain(value: Any) -> Any:

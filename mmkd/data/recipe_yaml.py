@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from mmkd.data.recipe import DataFilters, DataRecipe, MessagesColumn, MixturePart, TurnColumns, is_template, nearest
+from mmkd.data.columns import MessagesColumn, TurnColumns, is_template, nearest
+from mmkd.data.recipe import DataFilters, DataRecipe, MixturePart
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _KINDS |= {dict: "{key: value}", list: "a list"}

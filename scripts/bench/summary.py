@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,14 @@ def plot(data: dict[str, Any], path: Path) -> Path:
         sizes, seconds = [row[name] for row in rows], [row["s"] for row in rows]
         axis.loglog(sizes, seconds, "ko-")
         axis.set(xlabel=name, ylabel="CPU seconds", title=f"time ~ {name}^{exponent(sizes, seconds):.2f}")
+        # Wide enough that what hardly grows looks so.
+        middle = math.sqrt(min(seconds) * max(seconds))
+        axis.set_ylim(min(0.8 * min(seconds), middle / 4), max(1.25 * max(seconds), 4 * middle))
         if all(row["beyond MB"] is not None for row in rows):
             memory = axis.twinx()
             memory.plot(sizes, [row["beyond MB"] for row in rows], "s--", color="0.5")
             memory.set_ylabel("MB beyond the necessary (dashed)")
-            memory.set_ylim(bottom=0)
+            memory.set_ylim(0, max(40, *(1.25 * row["beyond MB"] for row in rows)))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     return path
