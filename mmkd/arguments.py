@@ -156,17 +156,22 @@ class RunArguments:
             raise ValueError("teacher_load_in_4bit and teacher_load_in_8bit exclude each other: keep one.")
 
     def _check_teachers(self, one_too: bool) -> None:
-        teachers = self.teachers = json.loads(self.teachers) if isinstance(self.teachers, str) else self.teachers
+        teachers = self.teachers = self._read_teachers()
         if teachers is None:
             if self.teacher_column is not None:
                 raise ValueError(f"teacher_column is {self.teacher_column!r}, but there are no `teachers` to choose.")
             return
         if not isinstance(teachers, dict) or not all(isinstance(keys, dict) for keys in teachers.values()):
             raise ValueError("teachers is no mapping of names to keys; write {NAME: {teacher: ...}, ...}.")
+        strange = next((name for name in teachers if not isinstance(name, str)), None)
+        if strange is not None:
+            raise ValueError(f"teachers has the name {strange!r}, which YAML reads as no text: put it into quotes.")
+        if len(teachers) < 2:
+            raise ValueError(f"teachers holds {len(teachers)}; name two or more, or set `teacher` to the only one.")
         if one_too:
             raise ValueError("teacher, teacher_cache and teacher_server say who teaches, and so does `teachers`.")
-        if not getattr(METHODS[self.method], "takes_several", False):
-            several = ", ".join(name for name, one in METHODS.items() if getattr(one, "takes_several", False))
+        if not METHODS[self.method].takes_several:
+            several = ", ".join(name for name, one in METHODS.items() if one.takes_several)
             raise ValueError(f"Method {self.method} learns from one teacher; `teachers` are for {several}.")
         known = [part.name for part in fields(self) if part.name.startswith("teacher_")]
         known = ["teacher", "weight", *(name for name in known if name != "teacher_column")]
@@ -176,12 +181,22 @@ class RunArguments:
                 near = difflib.get_close_matches(str(unknown), known, n=1, cutoff=0.0)[0]
                 raise ValueError(f"teachers.{name} sets {unknown!r}, which no teacher has; did you mean {near!r}?")
             weight = keys.get("weight", 1)
-            if isinstance(weight, bool) or not isinstance(weight, int | float):
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
                 raise ValueError(f"teachers.{name}.weight is {weight!r}; give a number above 0.")
-            if not {"teacher", "teacher_cache", "teacher_server"} & keys.keys():
+            if not any(keys.get(source) for source in ("teacher", "teacher_cache", "teacher_server")):
                 raise ValueError(f"teachers.{name} names nobody: set its teacher, teacher_cache or teacher_server.")
         if self.teacher_column is not None and any("weight" in keys for keys in teachers.values()):
             raise ValueError("teacher_column gives each row to one teacher, so that a weight says nothing: keep one.")
+
+    def _read_teachers(self) -> Any:
+        if not isinstance(self.teachers, str):
+            return self.teachers
+        try:
+            return json.loads(self.teachers)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'--teachers is no JSON ({error}): write --teachers \'{{"NAME": {{"teacher": "..."}}, ...}}\'.'
+            ) from error
 
 
 @dataclass

@@ -47,13 +47,19 @@ def estimate_memory(trainer: DistillationTrainer) -> Memory:
         "student weights": _bytes(model),
         "gradients": sum(parameter.numel() * parameter.element_size() for parameter in trainable),
         f"optimizer ({_optimizer(args)})": optimizer_bytes(args) * sum(parameter.numel() for parameter in trainable),
-        "logits of one chunk": 2 * args.chunk_size * trainer.vocab_size * (4 if args.precise_logits else 2),
+        "logits of one chunk": args.chunk_size * trainer.vocab_size * (4 if args.precise_logits else 2),
         "activations": per_layer * text.num_hidden_layers,
     }
     local = [one.model for one in parts_of(trainer.teacher) if isinstance(one, LocalTeacher)]
     if local:
+        parts["logits of one chunk"] *= 1 + at_a_time(len(local), getattr(trainer.teacher, "column", None))
         parts["teacher weights"] = sum(map(_bytes, local))
     return Memory(parts)
+
+
+def at_a_time(teachers: int, column: str | None) -> int:
+    """How many of so many teachers have logits of one token at a time: all, or where rows name theirs one."""
+    return teachers if column is None else min(1, teachers)
 
 
 def optimizer_bytes(args: DistillationConfig) -> float:

@@ -68,7 +68,10 @@ def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = (
             word = flag.lstrip("-").partition("=")[0]
             advice = "." if flag.startswith("--") else "; write --key value."
             raise ValueError(f"{flag} is no flag of method {method}{advice}{_nearest(word, known)}")
-    return Run(arguments, training, student, cache, str(path), {**keys, **given_flags(flags)})
+    given = {**keys, **given_flags(flags)}
+    # A flag says it as JSON.
+    given |= {} if arguments.teachers is None else {"teachers": arguments.teachers}
+    return Run(arguments, training, student, cache, str(path), given)
 
 
 def given_flags(flags: Sequence[str]) -> dict[str, Any]:
@@ -128,8 +131,7 @@ def _build_token_trainer(run: Run) -> DistillationTrainer:
     elif not reads_teacher(arguments):
         teacher = absent_teacher(run, tokenizer_of(student_processing_class(run)))
     if run.arguments.teacher_column is None:
-        for one in parts_of(teacher):
-            data = without_unreadable(data, one.cache) if isinstance(one, CachedTeacher) else data
+        data = without_unreadable(data, [one.cache for one in parts_of(teacher) if isinstance(one, CachedTeacher)])
     method = METHODS[arguments.method]
     reads_apart = arguments.teacher is not None and not method.one_vocabulary
     return method(
@@ -148,17 +150,23 @@ def load_rows_of(run: Run) -> DatasetDict:
     """The rows of a run's data recipe; of the run of one of several teachers, those that concern it."""
     arguments = run.arguments
     data = load_data(arguments.data, max_train_rows=arguments.max_train_rows, max_eval_rows=arguments.max_eval_rows)
+    return own_rows_of(run, data)
+
+
+def own_rows_of(run: Run, data: DatasetDict) -> DatasetDict:
+    """The rows that concern a run; raises ValueError where rows of several teachers do not name theirs."""
     if run.own_rows is None:
         return data
     column, name = run.own_rows
+    own = DatasetDict()
     for split, rows in data.items():
         if column not in rows.column_names:
             raise ValueError(
                 f"teacher_column is {column!r}, which the {split} rows lack; they have "
                 f"{', '.join(rows.column_names)}. Map it in the data recipe."
             )
-        data[split] = rows.select([row for row, value in enumerate(rows[column]) if value == name])
-    return data
+        own[split] = rows.select([row for row, value in enumerate(rows[column]) if value == name])
+    return own
 
 
 def student_processing_class(run: Run) -> Any:

@@ -1,6 +1,6 @@
 """The teacher of a run, in whichever form it answers, and whether a cache is of the teacher and data that it names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -155,16 +155,20 @@ def from_main_process(args: DistillationConfig, compute: Callable[[], Found]) ->
     return found
 
 
-def without_unreadable(data: DatasetDict, cache: Cache) -> DatasetDict:
-    """The rows without those that nobody could read when the cache was built."""
-    for split, rows in cache.manifest.skipped.items():
-        unreadable = {row for row, entry in rows.items() if entry.key is None}
-        if unreadable and split in data:
-            if len(data[split]) != cache.manifest.total_rows[split]:
+def without_unreadable(data: DatasetDict, caches: Sequence[Cache]) -> DatasetDict:
+    """The rows without those that nobody could read when the caches were built."""
+    unreadable: dict[str, set[int]] = {}
+    for cache in caches:
+        for split, rows in cache.manifest.skipped.items():
+            bad = {row for row, entry in rows.items() if entry.key is None}
+            if bad and split in data and len(data[split]) != cache.manifest.total_rows[split]:
                 raise ValueError(
                     f"The cache {cache.folder} leaves out rows that could not be read, by their number among "
                     f"{cache.manifest.total_rows[split]} rows of {split}; the run has {len(data[split])}. Give the "
                     "same max_train_rows and max_eval_rows as for the build."
                 )
-            data[split] = data[split].select([row for row in range(len(data[split])) if row not in unreadable])
+            unreadable[split] = unreadable.get(split, set()) | bad
+    for split, bad in unreadable.items():
+        if bad and split in data:
+            data[split] = data[split].select([row for row in range(len(data[split])) if row not in bad])
     return data

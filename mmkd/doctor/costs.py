@@ -22,10 +22,10 @@ from transformers import (
 )
 from trl.trainer.utils import get_peft_config
 
-from mmkd.dry_run import estimate_memory
+from mmkd.dry_run import at_a_time, estimate_memory
 from mmkd.hub import is_hub_id
 from mmkd.models.assemble import prune
-from mmkd.run import Run
+from mmkd.run import Run, own_rows_of
 from mmkd.teachers.manifest import NAME
 
 from .facts import Finding, Rendered, Sample, Side, kept
@@ -107,6 +107,7 @@ def memory_parts(run: Run, student: PreTrainedModel, teachers: Loaded, longest: 
         model, student, bits_of(run.student.load_in_4bit, run.student.load_in_8bit)
     )
     if teachers:
+        parts["logits of one chunk"] *= 1 + at_a_time(len(teachers), run.arguments.teacher_column)
         parts["teacher weights"] = sum(empty_teacher(one, side)[1] for one, side in teachers)
     return parts
 
@@ -174,7 +175,7 @@ def cache_room(run: Run, sample: Sample, rendered: Rendered) -> list[Finding]:
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     per_row = sum(row_bytes(run, int(one.supervised[kept(one, run.training)].sum())) for one in rendered.usable)
-    per_row /= len(rendered.usable)
+    per_row *= own_share(run, sample) / len(rendered.usable)
     counts = [count for count in sample.totals.values() if count is not None]
     if len(counts) < len(sample.totals):
         each = f"about {size(1e6 * per_row)} per million rows; how many rows there are is not documented"
@@ -185,6 +186,11 @@ def cache_room(run: Run, sample: Sample, rendered: Rendered) -> list[Finding]:
     found = f"The cache takes about {size(total)} ({sum(counts):,} rows, {what}); {size(free)} are free at {parent}."
     advice = "Lower teacher_top_k, or name a folder with more room."
     return [Finding(severity, "disk", found, advice if severity != "ok" else "")]
+
+
+def own_share(run: Run, sample: Sample) -> float:
+    """The share of the training rows that concern a run of one of several teachers, in the sample."""
+    return len(own_rows_of(run, sample.rows)["train"]) / len(sample.rows["train"])
 
 
 def row_bytes(run: Run, supervised: int) -> float:

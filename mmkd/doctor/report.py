@@ -53,6 +53,8 @@ def examine(run: Run, sharded: bool = False) -> list[Finding]:
     if student is not None and sample is not None:
         ours = book.attempt("data", render, run, student, sample)
     trained = student if student is None or ours is None else student.prepared_as(ours, run)
+    if sample is not None and run.arguments.teacher_column is not None:
+        book.check("routes", rows.routes, sample, run)
     sides: dict[str, Side] = {}
     for name, one in alone.items():
         book.teacher = name

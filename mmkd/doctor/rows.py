@@ -1,9 +1,12 @@
 """Checks of `mmkd doctor` on rows: images, supervision and lengths."""
 
 import json
+from collections import Counter
 
 from mmkd.capture.sequences import TokenSequence, UnusableRow
 from mmkd.run import Run
+from mmkd.teachers.several import SeveralTeachers
+from mmkd.trainers import METHODS
 
 from .facts import Finding, Rendered, Sample, Side, cuts, kept, listed
 
@@ -64,6 +67,23 @@ def images(student: Rendered, teacher: Rendered | None, sample: Sample, run: Run
         "ok", "images", f"{len(ours)} rows have {_range(counts)} image tokens each, the same on both sides."
     )
     return findings or [equal]
+
+
+def routes(sample: Sample, run: Run) -> list[Finding]:
+    """How many of the sample's rows name each of several teachers. Raises ValueError where they name others."""
+    column, teachers = run.arguments.teacher_column, run.arguments.teachers
+    assert isinstance(teachers, dict)
+    assert column is not None
+    several = SeveralTeachers(dict.fromkeys(teachers), column=column)
+    METHODS[run.arguments.method].check_several(several, run.training, sample.rows)
+    named = Counter(sample.rows["train"][column])
+    found = (
+        f"Of {named.total()} rows, by {column}: " + ", ".join(f"{named[name]} for {name}" for name in teachers) + "."
+    )
+    if all(named[name] for name in teachers):
+        return [Finding("ok", "routes", found)]
+    advice = "The run is refused if no later row names a teacher either: look at the names."
+    return [Finding("warning", "routes", found, advice)]
 
 
 def unusable_rows(sample: Sample, rendered: Rendered, severity: str) -> list[Finding]:

@@ -2,10 +2,12 @@
 
 import copy
 
+from datasets import DatasetDict
+
 from mmkd.capture.plan import check_place, check_settings
 from mmkd.capture.sequences import TokenSequence, prepare, usable
 from mmkd.hub import local_cache
-from mmkd.run import Run, check_cache
+from mmkd.run import Run, check_cache, own_rows_of
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.store import Cache
@@ -92,7 +94,11 @@ def origin(run: Run, found: Cache) -> list[Finding]:
 
 def preparation(run: Run, student: Side, sample: Sample, teacher: CachedTeacher) -> list[Finding]:
     """Whether a cache has the sample's sequences. Raises ValueError when it was built with other settings."""
-    prepared = prepare(sample.rows, run.training, copy.deepcopy(student.processing_class))
+    rows = own_rows_of(run, sample.rows)
+    rows = DatasetDict({split: some for split, some in rows.items() if len(some)})
+    if "train" not in rows:
+        return [Finding("ok", "cache", "None of the sample's rows are of this teacher, so none were looked up.")]
+    prepared = prepare(rows, run.training, copy.deepcopy(student.processing_class))
     teacher.check(prepared.preparation)
     if run.training.packing and run.training.packing_strategy == "wrapped":
         text = "Where wrapped sequences begin depends on all rows, so the sample's were not looked up."

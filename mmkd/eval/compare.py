@@ -132,7 +132,7 @@ def compare(
         trained.insert(0, (*make_baseline(recipes[0], flags, output), "baseline"))
     if judge is None:
         _check_reading({recipe: own for recipe, own, _ in trained})
-    trainings = Trainings(output, judge, bool(tasks))
+    trainings = Trainings(output, judge, bool(tasks), flags)
     settings = settings or Settings()
 
     def asked(run: Measured) -> list[dict[str, Any]]:

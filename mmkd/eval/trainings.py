@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import yaml
 
 from mmkd.launch import parse_alone
 from mmkd.recipes import find_recipe
-from mmkd.run import Run, build_trainer, parser_of, read_recipe
+from mmkd.run import Run, RunArguments, build_trainer, parser_of, read_recipe
 from mmkd.teachers.store import Cache, read_log
 from mmkd.trainers import METHODS
 from mmkd.trainers.rollout_config import RolloutConfig
@@ -26,6 +26,7 @@ BASELINE = "sft-baseline.yaml"
 # Keys of a student's recipe that are not those of its baseline, although method sft knows them.
 _NOT_SFT = {"ce_weight", "teacher_cache", "teacher_server", "teacher_tail", "teacher_top_k", "temperature"}
 _NOT_SFT |= {part.name for part in fields(RolloutConfig) if part.name.startswith("rollout_")} | {"on_policy_fraction"}
+_TEACHERS = {"teachers", "teacher_column"}
 _PUBLISHING = {"push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"}
 _WHOLE = ("student_layers", "student_intermediate_size", "student_num_attention_heads", "student_vision_tower")
 
@@ -54,34 +55,45 @@ class Measured:
 class Trainings:
     """The trainings of a comparison by everything that decides them; each is kept as soon as it is measured."""
 
-    def __init__(self, folder: Path, judge: str | None, save_untrained: bool) -> None:
-        self.folder, self.judge, self.save_untrained = folder, judge, save_untrained
+    def __init__(self, folder: Path, judge: str | None, save_untrained: bool, flags: Sequence[str] = ()) -> None:
+        """`flags` are those of the judge, for all students alike."""
+        self.folder, self.judge, self.save_untrained, self.flags = folder, judge, save_untrained, list(flags)
 
     def get(self, recipe: str, flags: Sequence[str], stage: str = "trained") -> Measured:
         """The measurements of one training, from the folder or by running it."""
         texts = [find_recipe(name).read_text(encoding="utf-8") for name in (recipe, self.judge) if name]
-        key = key_of(texts, list(flags), stage, self.save_untrained if stage == "untrained" else None)
+        judged = self.flags if self.judge else []
+        key = key_of(texts, list(flags), judged, stage, self.save_untrained if stage == "untrained" else None)
         path = self.folder / "measured" / f"{key[:16]}.json"
         if path.is_file():
             return Measured(**json.loads(path.read_text(encoding="utf-8")))
         # What a cut-off training left is started over.
         place = self.folder / f"{label(recipe).replace(', ', '-')}-{stage}-{key[:6]}"
         shutil.rmtree(place, ignore_errors=True)
-        found = measure(recipe, flags, stage, place, self.judge, self.save_untrained)
+        judge = None if self.judge is None else (self.judge, self.flags)
+        found = measure(recipe, flags, stage, place, judge, self.save_untrained)
         write_atomically(path, to_json(vars(found), indent=1))
         return found
 
 
 def measure(
-    recipe: str, flags: Sequence[str], stage: str, folder: Path, judge: str | None, save_untrained: bool
+    recipe: str,
+    flags: Sequence[str],
+    stage: str,
+    folder: Path,
+    judge: tuple[str, Sequence[str]] | None,
+    save_untrained: bool,
 ) -> Measured:
-    """Evaluates the recipe's teacher ("teacher") or its student, "untrained" or "trained", which is saved."""
+    """Evaluates the recipe's teacher ("teacher") or its student, "untrained" or "trained", which is saved.
+
+    A judge is a recipe with flags of its own: a baseline's lack those that its method does not know.
+    """
     alone = ["--per_device_eval_batch_size", "1", "--save_strategy", "no"]
     # Items to resample are batches of held-out rows; flags of the user come later and win.
     run, _ = parse_alone(recipe, [*alone, *flags])
     _prepare(run, folder)
-    if stage != "trained" and run.arguments.teacher is not None:
-        run = replace(run, arguments=replace(run.arguments, teacher_cache=None))
+    if stage != "trained" and all(one.arguments.teacher is not None for one in run.by_teacher().values()):
+        run = replace(run, arguments=_without_caches(run.arguments))
     if stage == "teacher":
         run = replace(run, arguments=_of(run, run.arguments.teacher))
     trainer = build_trainer(run)
@@ -90,9 +102,10 @@ def measure(
         tokens, cost = _train(trainer, run)
     if stage == "trained" or (stage == "untrained" and save_untrained):
         trainer.save_model()
-    if stage == "trained" and (judge is not None or run.arguments.teacher_cache is not None):
+    cached = any(one.arguments.teacher_cache is not None for one in run.by_teacher().values())
+    if stage == "trained" and (judge is not None or cached):
         # Judged by the teacher itself, like all others.
-        judging = run if judge is None else parse_alone(judge, [*alone, *flags])[0]
+        judging = run if judge is None else parse_alone(judge[0], [*alone, *judge[1]])[0]
         _prepare(judging, folder / "judged")
         trainer = build_trainer(replace(judging, arguments=_of(judging, str(folder))))
     trainer.batch_reports = []
@@ -115,6 +128,12 @@ def make_baseline(recipe: str, flags: Sequence[str], folder: Path) -> tuple[str,
     if not METHODS[run.arguments.method].one_vocabulary and run.arguments.student is not None:
         known -= {key for key in known if key.startswith("teacher")}
     kept = {key: value for key, value in keys.items() if key in known and not key.startswith("cache_")}
+    if isinstance(teachers := run.arguments.teachers, dict):
+        # Of the recipe or of a flag, which would win.
+        known -= {"teachers"}
+        kept["teachers"] = {name: _without(keys, _NOT_SFT) for name, keys in teachers.items()}
+        if not all(keys.get("teacher") for keys in kept["teachers"].values()):
+            kept, known = _without(kept, _TEACHERS), known - _TEACHERS
     header = f"# The SFT baseline of {recipe}: its student, data and settings, without its teacher in the loss.\n"
     path = folder / BASELINE
     write_atomically(path, header + yaml.safe_dump({**kept, "method": "sft"}, sort_keys=False, allow_unicode=True))
@@ -145,7 +164,19 @@ def _of(run: Run, model: str | None) -> Any:
     if model is None:
         raise ValueError("The recipe names no `teacher`, so that nobody can be judged by it: set it beside its cache.")
     own = {"student": model, "student_init": "pretrained", **dict.fromkeys(_WHOLE)}
-    return replace(run.arguments, **own, teacher_cache=None)
+    return replace(_without_caches(run.arguments), **own)
+
+
+def _without_caches(arguments: RunArguments) -> RunArguments:
+    """The same teachers, who answer themselves."""
+    teachers = arguments.teachers
+    if isinstance(teachers, dict):
+        teachers = {name: _without(keys, {"teacher_cache"}) for name, keys in teachers.items()}
+    return replace(arguments, teacher_cache=None, teachers=teachers)
+
+
+def _without(keys: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key not in names}
 
 
 def _train(trainer: Any, run: Run) -> tuple[int, dict[str, Any]]:
@@ -157,7 +188,7 @@ def _train(trainer: Any, run: Run) -> tuple[int, dict[str, Any]]:
     runtime = trainer.train().metrics["train_runtime"]
     seconds, spent = time.monotonic() - begun, time.process_time() - spent
     tokens = next(entry for entry in reversed(trainer.state.log_history) if "supervised_tokens" in entry)
-    live = trainer.needs_teacher and run.arguments.teacher_cache is None
+    live = trainer.needs_teacher and any(one.arguments.teacher_cache is None for one in run.by_teacher().values())
     devices = torch.cuda.device_count() if cuda else 1
     cost = {
         "unit": "GPU-hours" if cuda else "CPU-hours",

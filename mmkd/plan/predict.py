@@ -11,7 +11,7 @@ from trl.trainer.utils import get_peft_config
 
 from mmkd.doctor import costs
 from mmkd.doctor.facts import Rendered, Sample, Side, kept
-from mmkd.dry_run import optimizer_bytes
+from mmkd.dry_run import at_a_time, optimizer_bytes
 from mmkd.models.backbone import base_of
 from mmkd.models.parts import train_only
 from mmkd.run import Run
@@ -155,11 +155,11 @@ def count_teacher(run: Run, teacher: Side, shape: Shape) -> Model:
     return facts_of(empty, stored, shape, bool(run.training.bf16), train=False)
 
 
-def together(teachers: Sequence[Model], routed: bool) -> Model | None:
-    """Several teachers as one: all on every row, or where rows are `routed` each on an equal share of them."""
+def together(teachers: Sequence[Model], column: str | None) -> Model | None:
+    """Several teachers as one: all on every row, or where a column names theirs each on an equal share of them."""
     if not teachers:
         return None
-    share = 1 / len(teachers) if routed else 1.0
+    share = 1.0 if column is None else 1 / len(teachers)
     passes = replace(teachers[0].passes, forward=share * sum(one.passes.forward for one in teachers))
     return replace(
         teachers[0],
@@ -167,7 +167,7 @@ def together(teachers: Sequence[Model], routed: bool) -> Model | None:
         largest_layer=max(one.largest_layer for one in teachers),
         width=round(share * sum(one.width for one in teachers)),
         passes=passes,
-        chunks=1 if routed else len(teachers),
+        chunks=at_a_time(len(teachers), column),
     )
 
 

@@ -50,7 +50,7 @@ def plan(
         name: count_teacher(one, load_teacher(one), shape) for name, one in alone.items() if one.arguments.teacher
     }
     loaded = [counted for name, counted in teachers.items() if reads_teacher(alone[name].arguments)]
-    work = count_work(run, student, together(loaded, run.arguments.teacher_column is not None), shape)
+    work = count_work(run, student, together(loaded, run.arguments.teacher_column), shape)
     strategies = [chosen] if chosen in STRATEGIES else list(STRATEGIES[:1] if devices == 1 else STRATEGIES)
     console.print(
         f"mmkd plan {recipe}: {devices} x {device.name} ({device.memory / GIB:.0f} GiB), {shape.rows} x "
@@ -146,7 +146,7 @@ def _cache(run: Run, sample: Sample, shape: Shape, teacher: Model, device: Devic
     if rows is None:
         many, found = 1e6, "per million rows of training"
     else:
-        many, found = rows / shape.data_rows, f"for {rows:,} rows"
+        many, found = rows * costs.own_share(run, sample) / shape.data_rows, f"for {rows:,} rows"
     return (
         f"A teacher_cache takes {costs.size(many * per_row)} {found}, and {many * seconds / 3600:,.3g} device-hours "
         "of the teacher to build."

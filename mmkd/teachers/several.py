@@ -116,7 +116,7 @@ class TeachersCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         # Before the collator, which may replace the images of its examples.
-        images = hashed_images(examples)
+        images = hashed_images(examples) if self.caches else []
         batch = self.collator(examples)
         asked: Sequence[Mapping[str, CachedTeacher]] = [self.caches] * len(examples)
         kept: dict[str, Any] = {}
@@ -144,7 +144,9 @@ class TeachersCollator:
         numbers = torch.tensor([self.names.index(name) for name in names])
         if len(batch["input_ids"]) == len(examples):
             return numbers[:, None]
-        return numbers.repeat_interleave(torch.tensor([len(example["input_ids"]) for example in examples]))[None]
+        route = numbers.repeat_interleave(torch.tensor([len(example["input_ids"]) for example in examples]))
+        # Padding to a multiple, after the last of them, is nobody's.
+        return torch.nn.functional.pad(route, (0, batch["input_ids"].shape[1] - len(route)), value=-1)[None]
 
 
 def parts_of(teacher: Any) -> list[Any]:

@@ -20,8 +20,8 @@ class BalancedTrainer(DistillationTrainer):
     With weights w_i and G_i the gradient of the term's mean in the last layer, term i is multiplied by
     `w_i / |G_i| * sum(w) / sum(w_k / |G_k|)`: its gradient is as long as w_i times the weighted harmonic mean of all
     norms. Where the norms are equal this is the weighted sum. The norms are those of a micro-batch over all ranks:
-    ranks weigh alike, while a batch that is accumulated from parts is balanced part by part. Evaluations are mixed by
-    the weights.
+    ranks weigh alike, while a batch that is accumulated from parts is balanced part by part, and rows that name their
+    teachers one teacher at a time. Evaluations are mixed by the weights.
 
     Raises ValueError too where the last layer's gradients cannot be had before the backward pass.
     """
@@ -71,7 +71,8 @@ class BalancedTrainer(DistillationTrainer):
         gradients = self._summed(gradients_of(means, trained(last_layer(self.model))))
         shares = None if weights is None else {name: weights[name] for name in counted}
         factors: dict[str, Any] = combination_weights("gradmag", counted, shares, gradients)
-        self._record({f"balance/{name}": (factor, 1) for name, factor in factors.items()})
+        # A term without gradient, of a teacher without rows say, has no factor to speak of.
+        self._record({f"balance/{name}": (factor, factor > 0) for name, factor in factors.items()})
         totals: dict[str, Tensor] = {}
         for name, factor in factors.items():
             total = terms[name] * factor

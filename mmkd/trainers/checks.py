@@ -3,7 +3,7 @@
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl.data_utils import is_conversational, is_conversational_from_value
 from trl.trainer.sft_config import SFTConfig
 
@@ -30,7 +30,7 @@ def check_training_data(train: Any, evaluation: Any, args: SFTConfig, tokenizer:
             )
 
 
-def check_precision(args: SFTConfig) -> None:
+def check_precision(args: TrainingArguments) -> None:
     """Raises ValueError for fp16 on a CPU, where accelerate would train in fp32 and say nothing."""
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 trains on a GPU, and this is a CPU. Set bf16: true, or neither of them for fp32.")

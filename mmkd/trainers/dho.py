@@ -26,6 +26,7 @@ from mmkd.models.dual_head import DualHeadOutput
 from mmkd.teachers.class_logits import compute_class_logits
 from mmkd.teachers.classifiers import ClassTeacher, check_classes
 
+from .checks import check_precision
 from .dho_config import DHOConfig as DHOConfig
 from .log import RunLog
 from .sharding import ShardedTrainer
@@ -55,6 +56,7 @@ class DHOTrainer(ShardedTrainer):
     method: ClassVar[str] = "dho"
     config_class: ClassVar[type[DHOConfig]] = DHOConfig
     needs_teacher: ClassVar[bool] = False
+    takes_several: ClassVar[bool] = False
     # `compute_loss` divides by counts of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
 
@@ -81,6 +83,7 @@ class DHOTrainer(ShardedTrainer):
             raise ValueError(
                 "DHO needs train_dataset, and the student's image processor or tokenizer as processing_class."
             )
+        check_precision(args)
         self.class_names = [model.config.id2label[number] for number in range(model.config.num_labels)]
         train = self._rows(train_dataset, processing_class, args, "train")
         _check_range(train.labels, self.class_names, "train")

@@ -33,7 +33,7 @@ class ReportingTrainer(SFTTrainer):
     def _reports_now(self) -> bool:
         """Whether this micro-batch computes diagnostics: always in evaluation, else in the steps that are logged."""
         if not self.model.training or self.args.logging_strategy != "steps":
-            return True
+            return not self.model.training or self.args.logging_strategy != "no"
         step = self.state.global_step + 1
         return step % max(1, int(self.state.logging_steps)) == 0 or (step == 1 and self.args.logging_first_step)
 

@@ -13,6 +13,7 @@ from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.cached import CacheCollator, CachedTeacher
 from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers, TeachersCollator, parts_of
 
 from .config import DistillationConfig
@@ -52,7 +53,9 @@ class TaughtTrainer(ReportingTrainer):
                 f"Packing joins rows of different teachers, so that the column {teachers.column!r} cannot say whom to "
                 "ask. Set packing: false (padding_free: true wastes nothing either), or mix the teachers by weights."
             )
-        for split, rows in data.items():
+        evaluation = data.get("eval")
+        splits = data if not isinstance(evaluation, Mapping) else {**data, **evaluation}
+        for split, rows in splits.items():
             if not isinstance(rows, Dataset):
                 continue
             if teachers.column not in rows.column_names:
@@ -60,11 +63,11 @@ class TaughtTrainer(ReportingTrainer):
                     f"The {split} data has no column {teachers.column!r} to name the teacher of each row; it has "
                     f"{', '.join(rows.column_names)}. Map one in the data recipe, or mix the teachers by weights."
                 )
-            unknown = sorted({*map(str, rows.unique(teachers.column))} - teachers.teachers.keys())
+            unknown = sorted(map(repr, {*rows.unique(teachers.column)} - teachers.teachers.keys()))
             if unknown:
                 raise ValueError(
                     f"The {split} data names teachers that there are not: {', '.join(unknown[:8])}. The teachers are "
-                    f"{', '.join(teachers.teachers)}."
+                    f"{', '.join(map(repr, teachers.teachers))}."
                 )
 
     def build_teacher(self, teacher: Any, processing_class: Any) -> Teacher:
@@ -100,18 +103,22 @@ class TaughtTrainer(ReportingTrainer):
 
     def _build_several(self, several: SeveralTeachers, processing_class: Any) -> SeveralTeachers:
         for name, teacher in several.teachers.items():
+            if several.column and isinstance(self.train_dataset, Dataset):
+                self._check_named(several.column, name)
             if isinstance(teacher, CachedTeacher):
                 self._use_cache(teacher)
                 self._check_sequences(teacher, several.column, name)
             elif not isinstance(teacher, Teacher):
                 several.teachers[name] = self._build_local(teacher, processing_class)
+            elif isinstance(teacher, LocalTeacher | ServerTeacher) and teacher.vocab_size is not None:
+                self.vocab_size = min(self.vocab_size, teacher.vocab_size)
         if self.vision_collator is not None and self.vision_collator.teacher is not None:
             raise ValueError(
                 "One of several teachers reads images in another way than the student, and a batch holds one version "
                 "besides the student's. Use teachers with the student's processor, or one teacher."
             )
         for name, teacher in several.teachers.items():
-            if isinstance(teacher, LocalTeacher):
+            if isinstance(teacher, LocalTeacher | ServerTeacher):
                 teacher.vocab_size = self.vocab_size
             elif isinstance(teacher, CachedTeacher) and teacher.vocab_size > self.vocab_size:
                 raise ValueError(
@@ -120,6 +127,13 @@ class TaughtTrainer(ReportingTrainer):
                 )
         self.data_collator = TeachersCollator(self.data_collator, several)
         return several
+
+    def _check_named(self, column: str, name: str) -> None:
+        if not len(_rows_of(self.train_dataset, column, name)):
+            raise ValueError(
+                f"No row of the train data names {name!r} in its {column}. Correct the name, or remove a teacher that "
+                "has nothing to teach."
+            )
 
     def _use_cache(self, teacher: CachedTeacher) -> None:
         if teacher.vocab_size > full_head(self.model).vocab_size:

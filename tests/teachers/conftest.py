@@ -6,7 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +49,9 @@ def serve(folder: Path, log: Path, *flags: str) -> Iterator[Served]:
         await_health(url, server, log)
         yield Served(url, folder, len(AutoTokenizer.from_pretrained(folder)))
     finally:
-        # Its own session, so that the engine's processes go with it.
-        os.killpg(server.pid, signal.SIGTERM)
+        # Its own session, so that the engine's processes go with it; it may have ended by itself.
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
         try:
             server.wait(timeout=20)
         except subprocess.TimeoutExpired:

@@ -2,19 +2,24 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM
 
 from mmkd.cli import main
 from mmkd.doctor.report import examine
+from mmkd.dry_run import estimate_memory
+from mmkd.eval.trainings import make_baseline
 from mmkd.push.lineage import teachers_of
 from mmkd.run import parse_run
+from mmkd.run_teacher import without_unreadable
 from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.teachers.store import Cache
@@ -149,6 +154,56 @@ def test_batches_change_nothing(
     assert train(per_device_train_batch_size=1, gradient_accumulation_steps=4) == expected
     assert train(per_device_train_batch_size=2, gradient_accumulation_steps=2, chunk_size=3) == expected
     assert train(padding_free=True, max_length=None) == expected
+    assert train(padding_free=True, max_length=None, pad_to_multiple_of=64) == expected
+
+
+@pytest.mark.parametrize("sizes", [(4, 1), (2, 2)])
+def test_terms_of_routed_teachers_are_balanced(
+    build: Build, routed: Dataset, tiny: Any, other: Path, sizes: tuple[int, int]
+) -> None:
+    """Batches in which one teacher has no row say nothing about its factors."""
+    teachers = SeveralTeachers({"a": str(tiny["teacher"]), "b": str(other)}, column="domain")
+    rows, parts = sizes
+    batches = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts}
+    trainer = build(KDTrainer, routed, {"teacher": teachers}, max_steps=6, ce_weight=0.5, combine="gradmag", **batches)
+    trainer.train()
+    for name in ("balance/ce", "balance/divergence"):
+        # Of two terms of weight 0.5, one is made shorter and one longer; at most all weight goes to one.
+        assert all(0 < factor < 1 for factor in losses_of(trainer, name))
+    assert losses_of(trainer)[-1] < losses_of(trainer)[0]
+
+
+@pytest.mark.parametrize("strategy", ["no", "epoch"])
+def test_diagnostics_are_computed_where_they_are_logged(build: Build, completions: Dataset, strategy: str) -> None:
+    trainer = build(KDTrainer, completions, logging_strategy=strategy, logging_first_step=False, max_steps=2)
+    trainer.model.train()
+    assert trainer._reports_now() == (strategy != "no")
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_the_least_vocabulary_counts(build: Build, completions: Dataset, tiny: Any, other: Path, served: bool) -> None:
+    """Given teachers may know fewer tokens than their heads have rows."""
+    known = VOCAB - 20
+    with fake_vllm(vocab_size=VOCAB, cap=VOCAB) as fake:
+        model = AutoModelForCausalLM.from_pretrained(other)
+        teacher = ServerTeacher(fake.url, k=8, vocab_size=known) if served else LocalTeacher(model, known)
+        several = SeveralTeachers({"a": str(tiny["teacher"]), "b": teacher})
+        trainer = build(KDTrainer, completions, {"teacher": several}, max_steps=1)
+        assert trainer.vocab_size == known
+        assert {one.vocab_size for one in trainer.teacher.teachers.values()} == {known}
+        if served:
+            trainer.teacher.teachers["b"].client.close()
+
+
+def test_the_estimate_counts_logits_of_all_that_teach_a_token(
+    build: Build, routed: Dataset, tiny: Any, other: Path
+) -> None:
+    def estimate(column: str | None) -> float:
+        teachers = SeveralTeachers({"a": str(tiny["teacher"]), "b": str(other)}, column=column)
+        return estimate_memory(build(KDTrainer, routed, {"teacher": teachers})).parts["logits of one chunk"]
+
+    one = estimate_memory(build(KDTrainer, routed)).parts["logits of one chunk"]
+    assert (estimate("domain"), estimate(None)) == (one, 1.5 * one)
 
 
 @pytest.mark.parametrize("job", ["kd several ddp", "kd routed ddp", "kd several fsdp2", "kd routed fsdp2"])
@@ -196,6 +251,10 @@ def test_caches_are_their_live_teachers(
         again = build(KDTrainer, routed, {"teacher": on_disk}, max_steps=3, max_length=None, **settings)
         again.train()
         assert losses_of(again) == pytest.approx(losses_of(ours), rel=1e-4)
+    found = examine(parse_run(str(recipe)))
+    assert not [one for one in found if one.severity == "problem"]
+    if column is not None:
+        assert any("It knows the 10 sequences" in one.found for one in found)
     # The recipe reads the cache it has built.
     assert main(["train", str(recipe), "--max_steps", "2"]) == 0
     logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -241,14 +300,20 @@ def test_teachers_that_cannot_be_are_refused(arguments: dict[str, Any], message:
 def test_runs_that_cannot_be_are_refused(build: Build, routed: Dataset, completions: Dataset, tiny: Any) -> None:
     def refused(cls: Any, data: Dataset, message: str, column: str | None = "domain", **settings: Any) -> None:
         teachers = SeveralTeachers({"a": str(tiny["teacher"]), "b": str(tiny["teacher"])}, column=column)
+        given = {name: settings.pop(name) for name in ("eval_dataset",) if name in settings}
         with pytest.raises(ValueError, match=message):
-            build(cls, data, {"teacher": teachers}, **settings)
+            build(cls, data, {"teacher": teachers, **given}, **settings)
 
     refused(ALMTrainer, completions, "one teacher", column=None)
     refused(KDTrainer, routed, "Packing joins rows", packing=True)
     refused(KDTrainer, completions, "no column 'domain'")
     strange = routed.map(lambda row: {"domain": "c" if row["domain"] == "b" else "a"})
-    refused(KDTrainer, strange, "teachers that there are not: c")
+    refused(KDTrainer, strange, "teachers that there are not: 'c'. The teachers are 'a', 'b'")
+    refused(KDTrainer, routed, "held data names teachers that there are not", eval_dataset={"held": strange})
+    numbers = Dataset.from_list([{**row, "domain": number % 2} for number, row in enumerate(routed.to_list())])
+    refused(KDTrainer, numbers, "teachers that there are not: 0, 1")
+    alone = routed.filter(lambda row: row["domain"] == "a")
+    refused(KDTrainer, alone, "No row of the train data names 'b' in its domain")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +322,13 @@ def test_runs_that_cannot_be_are_refused(build: Build, routed: Dataset, completi
         ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher_cach": "y"}}}, "did you mean 'teacher_cache'"),
         ({"teachers": {"a": {"teacher": "x"}, "b": {}}}, "teachers.b names nobody"),
         ({"teachers": ["x", "y"]}, "no mapping"),
+        ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher": None}}}, "teachers.b names nobody"),
+        ({"teachers": {"a": {"teacher": "x"}}}, "teachers holds 1; name two or more"),
+        ({"teachers": {1: {"teacher": "x"}, 2: {"teacher": "y"}}}, "the name 1, .* quotes"),
         ({"teachers": {"a": {"teacher": "x", "weight": "much"}, "b": {"teacher": "y"}}}, "weight is 'much'"),
+        ({"teachers": {"a": {"teacher": "x", "weight": 0}, "b": {"teacher": "y"}}}, "weight is 0"),
+        ({"teachers": {"a": {"teacher": "x", "weight": float("inf")}, "b": {"teacher": "y"}}}, "weight is inf"),
+        ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher": "y"}}, "method": "dho"}, "one teacher"),
         ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher": "y"}}, "teacher": "z"}, "say who teaches"),
         ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher": "y"}}, "method": "alm"}, "one teacher"),
         (
@@ -265,7 +336,15 @@ def test_runs_that_cannot_be_are_refused(build: Build, routed: Dataset, completi
             "a weight says nothing",
         ),
         ({"teacher": "x", "teacher_column": "domain"}, "no `teachers`"),
-        ({"teachers": {"a": {"teacher": "x", "teacher_load_in_4bit": True, "teacher_load_in_8bit": True}}}, "exclude"),
+        (
+            {
+                "teachers": {
+                    "a": {"teacher": "x", "teacher_load_in_4bit": True, "teacher_load_in_8bit": True},
+                    "b": {"teacher": "y"},
+                }
+            },
+            "exclude",
+        ),
     ],
 )
 def test_recipes_that_cannot_be_are_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
@@ -273,6 +352,40 @@ def test_recipes_that_cannot_be_are_refused(tmp_path: Path, keys: dict[str, Any]
     recipe.write_text(yaml.safe_dump({"method": "kd", "student": "s", "data": "python_docs", **keys}))
     with pytest.raises(ValueError, match=message):
         parse_run(str(recipe)).by_teacher()
+
+
+def test_teachers_as_a_flag(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"method": "kd", "student": "s", "data": "python_docs"}))
+    teachers = {"a": {"teacher": "x"}, "b": {"teacher": "y"}}
+    run = parse_run(str(recipe), ["--teachers", json.dumps(teachers)])
+    assert run.arguments.teachers == run.keys["teachers"] == teachers
+    assert set(teachers_of([{"keys": run.keys}])) == {"x", "y"}
+    with pytest.raises(ValueError, match=r"--teachers is no JSON .*write --teachers"):
+        parse_run(str(recipe), ["--teachers", "{a: x}"])
+
+
+def test_rows_that_no_cache_could_read_are_left_out_once() -> None:
+    """Both caches count among the same rows, before any is left out."""
+    entry = SimpleNamespace(key=None)
+    manifest = SimpleNamespace(skipped={"train": {3: entry}}, total_rows={"train": 6})
+    caches: Any = [SimpleNamespace(folder="c", manifest=manifest)] * 2
+    rows = DatasetDict({"train": Dataset.from_dict({"text": list("abcdef")})})
+    assert without_unreadable(rows, caches)["train"]["text"] == list("abcef")
+
+
+def test_the_baseline_of_several_teachers_hears_of_no_cache(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"method": "kd", "student": "s", "data": "python_docs", "teacher_column": "domain"}
+    cached = {"teacher_cache": "c", "teacher_tail": "unbiased"}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(keys | {"teachers": {"a": {"teacher": "x", **cached}, "b": {"teacher": "y"}}}))
+    made = yaml.safe_load(Path(make_baseline(str(recipe), [], tmp_path)[0]).read_text())
+    assert made["teachers"] == {"a": {"teacher": "x"}, "b": {"teacher": "y"}}
+    # Who is not named cannot measure the baseline.
+    flag = json.dumps({"a": cached, "b": {"teacher": "y"}})
+    path, rest = make_baseline(str(recipe), ["--teachers", flag, "--max_steps", "3"], tmp_path)
+    assert rest == ["--max_steps", "3"]
+    assert not {"teachers", "teacher_column"} & yaml.safe_load(Path(path).read_text()).keys()
 
 
 def test_a_recipe_by_domains(tiny: Any, other: Path, tmp_path: Path, capsys: Any) -> None:
@@ -305,6 +418,15 @@ def test_a_recipe_by_domains(tiny: Any, other: Path, tmp_path: Path, capsys: Any
     findings = examine(parse_run(str(recipe)))
     assert not [one for one in findings if one.severity == "problem"]
     assert {one.name for one in findings} >= {"vocabulary (code, math)", "special tokens (code, math)", "memory"}
+    (named,) = [one for one in findings if one.name == "routes"]
+    assert named.found == "Of 24 rows, by domain: 12 for code, 12 for math."
+    for flag, value, problem in (
+        ("--teacher_column", "topic", "no column 'topic'"),
+        ("--packing", "true", "Packing joins rows"),
+        ("--teachers", json.dumps({"math": teachers["math"], "codes": teachers["code"]}), "are not: 'code'"),
+    ):
+        found = examine(parse_run(str(recipe), [flag, value]))
+        assert any(one.severity == "problem" and problem in one.found for one in found if one.name == "routes")
     assert main(["train", str(recipe), "--dry_run"]) == 0
     assert main(["plan", str(recipe), "--memory", "24"]) == 0
     shown = capsys.readouterr().out
