@@ -26,6 +26,8 @@ def consolidate(checkpoint: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if (checkpoint / _ADAPTER).is_file():
         shutil.copy(checkpoint / _ADAPTER, output)
+        # ZeRO's shards name the adapter in each of its weights, which PEFT's files do not.
+        weights = {name.replace(".default.", "."): one for name, one in weights.items()}
         save_file(weights, output / "adapter_model.safetensors", metadata={"format": "pt"})
     else:
         config = AutoConfig.from_pretrained(checkpoint)

@@ -36,6 +36,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
+LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
 def on_two_ranks(jobs: dict[str, dict[str, Any]], folder: Path, **variables: str) -> dict[str, list[dict[str, Any]]]:
     """What each of two gloo ranks saw of the jobs that `tests/trainers/two_ranks.py` trains, one after the other."""
     (folder / "jobs.json").write_text(json.dumps(jobs))

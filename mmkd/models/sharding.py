@@ -8,10 +8,12 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from .backbone import base_of
 from .heads import LMHead
 
 
@@ -83,6 +85,26 @@ def cut_by_layers(accelerator: Accelerator, model: torch.nn.Module) -> None:
         )
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = _layers_of(model)
+
+
+def check_cut(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Raises ValueError for a student that FSDP2 is to evaluate and has not cut yet."""
+    if accelerator.distributed_type == DistributedType.FSDP and not isinstance(model, FSDPModule):
+        raise ValueError(
+            "FSDP2 cuts a student together with its optimizer, so that nothing can be evaluated before training. Set "
+            "eval_on_start: true to evaluate first, or evaluate on one device."
+        )
+
+
+def checkpoint_under_adapters(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Has a student with adapters checkpoint its activations itself, where FSDP would do it.
+
+    PEFT finds no adapter to save below the wrappers that FSDP puts around layers for that, and says nothing.
+    """
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.activation_checkpointing and isinstance(model, PeftModel):
+        plugin.activation_checkpointing = False
+        base_of(model).activation_checkpointing_enable()
 
 
 def shard_frozen(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:

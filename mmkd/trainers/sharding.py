@@ -8,7 +8,7 @@ from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 
 from mmkd.models.backbone import base_of
-from mmkd.models.sharding import allow_fsdp_on_cpu, cut_by_layers, settle_fsdp
+from mmkd.models.sharding import allow_fsdp_on_cpu, check_cut, checkpoint_under_adapters, cut_by_layers, settle_fsdp
 
 
 class ShardedTrainer(Trainer):
@@ -29,9 +29,12 @@ class ShardedTrainer(Trainer):
         settle_fsdp(self.accelerator, bool(checkpoints))
         self.args.activation_checkpointing = checkpoints and not self.is_fsdp_enabled
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _wrap_model(self, model: Any, training: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if not training:
+            check_cut(self.accelerator, self.model)
         cut_by_layers(self.accelerator, self.model)
-        return super()._prepare_for_training(*args, **kwargs)
+        checkpoint_under_adapters(self.accelerator, self.model)
+        return super()._wrap_model(model, training, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's, which leaves a student in sharded checkpoints alone.

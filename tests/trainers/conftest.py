@@ -8,7 +8,7 @@ import pytest
 
 from scripts.make_tiny_models import make_model, make_tokenizer, save
 from tests.alignment.tiny_tokenizers import CHATTERS
-from tests.helpers import on_two_ranks
+from tests.helpers import LORA, on_two_ranks
 from tests.vlms import make_llava
 
 
@@ -82,6 +82,10 @@ def ranks(
     jobs["taid fsdp2 saved"] = {**taid, "settings": {"save_strategy": "steps", "save_steps": 2}, "save": True}
     checkpoint = folder / "runs" / "taid-fsdp2-saved" / "checkpoint-2"
     jobs["taid fsdp2 resumed"] = {**taid, "resume": checkpoint}
+    adapted = {"method": "kd", "how": "fsdp2", **tiny, "lora": LORA}
+    jobs["kd fsdp2 lora saved"] = {**adapted, "settings": {"save_strategy": "steps", "save_steps": 2}, "save": True}
+    checkpoint = folder / "runs" / "kd-fsdp2-lora-saved" / "checkpoint-2"
+    jobs["kd fsdp2 lora resumed"] = {**adapted, "resume": checkpoint}
     several = {"student": tiny["student"], "teacher": {"a": str(tiny["teacher"]), "b": str(untied["teacher"])}}
     for how in ("ddp", "fsdp2"):
         jobs[f"kd several {how}"] = {"method": "kd", "how": how, "column": None, **several}

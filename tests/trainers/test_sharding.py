@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mmkd.consolidate import consolidate
-from mmkd.models.sharding import cut_by_layers, settle_fsdp
+from mmkd.models.sharding import check_cut, cut_by_layers, settle_fsdp
 from mmkd.teachers.local import LocalTeacher
 from mmkd.trainers.kd import KDTrainer
 from tests.classes import dho
-from tests.helpers import Build, losses_of
+from tests.helpers import LORA, Build, losses_of, on_two_ranks
 
 
 @pytest.mark.parametrize("method", ["kd", "taid", "alm", "llava_kd"])
@@ -69,6 +71,52 @@ def test_shards_become_one_student(ranks: Any, tmp_path: Any) -> None:
         consolidate(tmp_path, tmp_path / "again")
 
 
+def test_adapters_are_cut_saved_and_resumed(
+    build: Build, completions: Any, ranks: Any, tiny: Any, tmp_path: Any
+) -> None:
+    """Below FSDP's own activation checkpointing PEFT would find no adapter, and write empty files."""
+    torch.manual_seed(0)
+    alone = build(KDTrainer, completions, trainer={"peft_config": LoraConfig(**LORA)}, max_steps=4)
+    alone.train()
+    expected = list(zip(losses_of(alone), losses_of(alone, "grad_norm"), strict=True))
+    for rank, resumed in zip(ranks["kd fsdp2 lora saved"], ranks["kd fsdp2 lora resumed"], strict=True):
+        assert rank["steps"] == [pytest.approx(step, rel=1e-4) for step in expected]
+        assert resumed["steps"] == rank["steps"]
+        assert resumed["evaluated"] == rank["evaluated"]
+    folder = ranks["kd fsdp2 lora saved"][0]["folder"]
+    consolidate(folder / "checkpoint-4", tmp_path / "student")
+    trained = get_peft_model_state_dict(alone.model)
+    for path in (tmp_path / "student", folder):
+        student: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny["student"]), path)
+        found = get_peft_model_state_dict(student)
+        assert found.keys() == trained.keys()
+        for name, weights in trained.items():
+            torch.testing.assert_close(found[name], weights, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("how", ["zero2", "zero3"])
+def test_shards_of_zero_become_one_student(tiny: Any, tmp_path: Any, how: str, adapted: bool) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not among mmkd's dependencies")
+    saved = {"settings": {"save_strategy": "steps", "save_steps": 4}, "save": True}
+    job = {"method": "kd", "how": how, **{name: str(path) for name, path in tiny.items()}, **saved}
+    on_two_ranks({"job": {**job, **({"lora": LORA} if adapted else {})}}, tmp_path, DS_ACCELERATOR="cpu")
+    folder = tmp_path / "runs" / "job"
+    consolidate(folder / "checkpoint-4", tmp_path / "student")
+    (found,) = map(load_file, (tmp_path / "student").glob("*.safetensors"))
+    assert (tmp_path / "student" / "tokenizer.json").is_file()
+    if adapted:
+        expected = load_file(folder / "adapter_model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], weights) for name, weights in expected.items())
+    else:
+        ours, expected = (
+            AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "student", folder)
+        )
+        assert all(torch.equal(ours[name], weights) for name, weights in expected.items())
+
+
 def test_students_of_classes_are_not_cut(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def under_fsdp(trainer: Any) -> None:
         trainer.is_fsdp_enabled = True
@@ -95,6 +143,8 @@ def test_what_cannot_be_cut_is_refused(tiny: Any) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(tiny["teacher"])
     with pytest.raises(ValueError, match="FSDP 1"):
         settle_fsdp(accelerator(DistributedType.FSDP), False)
+    with pytest.raises(ValueError, match=r"nothing can be evaluated before training.*eval_on_start"):
+        check_cut(accelerator(DistributedType.FSDP), model)
     model.quantization_method = "bitsandbytes"
     with pytest.raises(ValueError, match="ZeRO-3 cannot cut"):
         LocalTeacher(model).prepare(accelerator(DistributedType.DEEPSPEED))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from mmkd.teachers.local import LocalTeacher
@@ -30,7 +31,7 @@ def zero(stage: int) -> dict[str, Any]:
     optimizer = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
     automatic = dict.fromkeys(sizes, "auto")
     return {
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
         "optimizer": optimizer,
         "zero_force_ds_cpu_optimizer": False,
         **automatic,
@@ -100,7 +101,10 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         data = data.add_column("domain", ["a" if row % 5 in (0, 1, 4) else "b" for row in range(len(data))])
         teacher = SeveralTeachers(teacher, column=job["column"])
     config = cls.config_class(**settings)
-    trainer = cls(model=job["student"], teacher=teacher, args=config, train_dataset=data)
+    # An adapter starts with random weights.
+    torch.manual_seed(0)
+    adapter = LoraConfig(**job["lora"]) if "lora" in job else None
+    trainer = cls(model=job["student"], teacher=teacher, args=config, train_dataset=data, peft_config=adapter)
     heads = (
         []
         if teacher is None or isinstance(teacher, SeveralTeachers)
