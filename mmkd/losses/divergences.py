@@ -105,14 +105,14 @@ def adaptive_kl(
     log_p, log_q = _finite(teacher_log_probs), _finite(student_log_probs)
     p, q = log_p.exp(), log_q.exp()
     gap = (p - q).abs()
-    order, head = _head(p.detach(), mu, likeliest=p.shape[-1] if taid_parity else 4096)
     forward, reverse = forward_kl(log_q, log_p), reverse_kl(log_q, log_p)
     if taid_parity:
-        head_gap = (gap * head.flip(-1)).sum(-1)
+        top = p.detach().sort(-1, descending=True).values
+        head_gap = (gap * (top.cumsum(-1) - top < mu).flip(-1)).sum(-1)
         forward = forward - (p * log_p).sum(-1)
     else:
         gap = gap.detach()
-        head_gap = (gap.gather(-1, order) * head).sum(-1)
+        head_gap = _head_gap(p.detach(), gap, mu)
     total_gap = gap.sum(-1)
     head_share = head_gap / total_gap.clamp(min=torch.finfo(gap.dtype).tiny)
     return head_share * forward + (1 - head_share) * reverse
@@ -214,15 +214,21 @@ def _apply(function: type[torch.autograd.Function], student: Tensor, teacher: Te
     return value
 
 
-def _head(p: Tensor, mu: float, likeliest: int) -> tuple[Tensor, Tensor]:
-    """The smallest set of likeliest outcomes with mass mu: their order, and which of the ordered ones belong to it."""
-    if likeliest < p.shape[-1]:
-        top, order = p.topk(likeliest, dim=-1)
-        # Sorting a whole vocabulary costs several times the divergence, and only flat distributions need it.
-        if (top.sum(-1) >= mu).all():
-            return order, top.cumsum(-1) - top < mu
-    top, order = p.sort(-1, descending=True)
-    return order, top.cumsum(-1) - top < mu
+def _head_gap(p: Tensor, gap: Tensor, mu: float) -> Tensor:
+    """The gap over the smallest set of likeliest outcomes with mass mu, per item."""
+    items, outcomes = p.shape[:-1], p.shape[-1]
+    p, gap = p.reshape(-1, outcomes), gap.reshape(-1, outcomes)
+    found = p.new_zeros(len(p))
+    left = torch.arange(len(p), device=p.device)
+    # Sorting a whole vocabulary costs several times the divergence, and only flat distributions need it.
+    for size in [*(size for size in (64, 4096) if size < outcomes), outcomes]:
+        top, order = p.topk(size)
+        found[left] = (gap.gather(-1, order) * (top.cumsum(-1) - top < mu)).sum(-1)
+        short = (top.sum(-1) < mu).nonzero()[:, 0]
+        if not len(short):
+            break
+        left, p, gap = left[short], p[short], gap[short]
+    return found.reshape(items)
 
 
 def _finite(log_probs: Tensor) -> Tensor:
