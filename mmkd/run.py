@@ -28,6 +28,7 @@ from mmkd.record import RunRecord
 from mmkd.run_teacher import absent_teacher, reads_teacher, several_teachers
 from mmkd.run_teacher import check_cache as check_cache
 from mmkd.run_teacher import load_teacher as load_teacher
+from mmkd.run_teacher import own_rows_of as own_rows_of
 from mmkd.run_teacher import teacher_identity as teacher_identity
 from mmkd.run_teacher import without_unreadable as without_unreadable
 from mmkd.teachers.cached import CachedTeacher
@@ -130,8 +131,8 @@ def _build_token_trainer(run: Run) -> DistillationTrainer:
         teacher = several_teachers(run, tokenizer_of(student_processing_class(run)))
     elif not reads_teacher(arguments):
         teacher = absent_teacher(run, tokenizer_of(student_processing_class(run)))
-    if run.arguments.teacher_column is None:
-        data = without_unreadable(data, [one.cache for one in parts_of(teacher) if isinstance(one, CachedTeacher)])
+    asked = zip(run.by_teacher().values(), parts_of(teacher), strict=True)
+    data = without_unreadable(data, [(one, part.cache) for one, part in asked if isinstance(part, CachedTeacher)])
     method = METHODS[arguments.method]
     reads_apart = arguments.teacher is not None and not method.one_vocabulary
     return method(
@@ -151,22 +152,6 @@ def load_rows_of(run: Run) -> DatasetDict:
     arguments = run.arguments
     data = load_data(arguments.data, max_train_rows=arguments.max_train_rows, max_eval_rows=arguments.max_eval_rows)
     return own_rows_of(run, data)
-
-
-def own_rows_of(run: Run, data: DatasetDict) -> DatasetDict:
-    """The rows that concern a run; raises ValueError where rows of several teachers do not name theirs."""
-    if run.own_rows is None:
-        return data
-    column, name = run.own_rows
-    own = DatasetDict()
-    for split, rows in data.items():
-        if column not in rows.column_names:
-            raise ValueError(
-                f"teacher_column is {column!r}, which the {split} rows lack; they have "
-                f"{', '.join(rows.column_names)}. Map it in the data recipe."
-            )
-        own[split] = rows.select([row for row, value in enumerate(rows[column]) if value == name])
-    return own
 
 
 def student_processing_class(run: Run) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from mmkd.alignment.vocab import shared_vocabulary
@@ -155,20 +155,41 @@ def from_main_process(args: DistillationConfig, compute: Callable[[], Found]) ->
     return found
 
 
-def without_unreadable(data: DatasetDict, caches: Sequence[Cache]) -> DatasetDict:
-    """The rows without those that nobody could read when the caches were built."""
+def own_rows_of(run: Run, data: DatasetDict) -> DatasetDict:
+    """The rows that concern a run; raises ValueError where rows of several teachers do not name theirs."""
+    if run.own_rows is None:
+        return data
+    return DatasetDict({split: rows.select(_own_numbers(run, rows, str(split))) for split, rows in data.items()})
+
+
+def _own_numbers(run: Run, rows: Dataset, split: str) -> list[int]:
+    if run.own_rows is None:
+        return list(range(len(rows)))
+    column, name = run.own_rows
+    if column not in rows.column_names:
+        raise ValueError(
+            f"teacher_column is {column!r}, which the {split} rows lack; they have {', '.join(rows.column_names)}. "
+            "Map it in the data recipe."
+        )
+    return [number for number, value in enumerate(rows[column]) if value == name]
+
+
+def without_unreadable(data: DatasetDict, caches: Sequence[tuple[Run, Cache]]) -> DatasetDict:
+    """The rows without those that nobody could read when the caches were built, each by the run of its teacher."""
     unreadable: dict[str, set[int]] = {}
-    for cache in caches:
-        for split, rows in cache.manifest.skipped.items():
-            bad = {row for row, entry in rows.items() if entry.key is None}
-            if bad and split in data and len(data[split]) != cache.manifest.total_rows[split]:
+    for run, cache in caches:
+        for split, skipped in cache.manifest.skipped.items():
+            bad = [row for row, entry in skipped.items() if entry.key is None]
+            if not bad or split not in data:
+                continue
+            own = _own_numbers(run, data[split], split)
+            if len(own) != cache.manifest.total_rows[split]:
                 raise ValueError(
                     f"The cache {cache.folder} leaves out rows that could not be read, by their number among "
-                    f"{cache.manifest.total_rows[split]} rows of {split}; the run has {len(data[split])}. Give the "
-                    "same max_train_rows and max_eval_rows as for the build."
+                    f"{cache.manifest.total_rows[split]} rows of {split}; the run has {len(own)}. Give the same "
+                    "max_train_rows and max_eval_rows as for the build."
                 )
-            unreadable[split] = unreadable.get(split, set()) | bad
+            unreadable.setdefault(split, set()).update(own[row] for row in bad)
     for split, bad in unreadable.items():
-        if bad and split in data:
-            data[split] = data[split].select([row for row in range(len(data[split])) if row not in bad])
+        data[split] = data[split].select([row for row in range(len(data[split])) if row not in bad])
     return data

@@ -365,13 +365,19 @@ def test_teachers_as_a_flag(tmp_path: Path) -> None:
         parse_run(str(recipe), ["--teachers", "{a: x}"])
 
 
-def test_rows_that_no_cache_could_read_are_left_out_once() -> None:
-    """Both caches count among the same rows, before any is left out."""
-    entry = SimpleNamespace(key=None)
-    manifest = SimpleNamespace(skipped={"train": {3: entry}}, total_rows={"train": 6})
-    caches: Any = [SimpleNamespace(folder="c", manifest=manifest)] * 2
-    rows = DatasetDict({"train": Dataset.from_dict({"text": list("abcdef")})})
-    assert without_unreadable(rows, caches)["train"]["text"] == list("abcef")
+@pytest.mark.parametrize(("names", "left"), [("******", "abcef"), ("xxyxxy", "abcd"), ("xyxyxy", "abcef")])
+def test_rows_that_no_cache_could_read_are_left_out_once(names: str, left: str) -> None:
+    """A cache counts among its own rows: all, or those of its teacher."""
+    rows = DatasetDict({"train": Dataset.from_dict({"text": list("abcdef"), "domain": list(names)})})
+    entry, caches = SimpleNamespace(key=None), []
+    for name in dict.fromkeys(names):
+        run = SimpleNamespace(own_rows=None if name == "*" else ("domain", name))
+        number = {"*": 3, "x": 3, "y": 1}[name]
+        skipped = {"train": {number: entry}} if names.count(name) > number else {}
+        manifest = SimpleNamespace(skipped=skipped, total_rows={"train": 6 if name == "*" else names.count(name)})
+        caches.append((run, SimpleNamespace(folder="c", manifest=manifest)))
+    found: Any = without_unreadable(rows, [caches[0], *caches])
+    assert "".join(found["train"]["text"]) == left
 
 
 def test_the_baseline_of_several_teachers_hears_of_no_cache(tmp_path: Path) -> None:
