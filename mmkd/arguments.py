@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -204,6 +205,12 @@ class StudentArguments(ModelConfig):
     """trl's ModelConfig for the student: type, attention, quantisation and LoRA. The model itself is `student`."""
 
     model_name_or_path: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # trl unpacks a list of one, and PEFT reads text as a pattern of whole names, which one name alone never is.
+        if isinstance(self.lora_target_modules, str) and re.fullmatch(r"[\w.]+", self.lora_target_modules):
+            self.lora_target_modules = [self.lora_target_modules]
 
 
 @dataclass

@@ -119,7 +119,22 @@ def build_trainer(run: Run) -> DistillationTrainer:
     return trainer
 
 
+def check_student(run: Run) -> None:
+    """Raises ValueError for a student that could not be trained, or not be saved."""
+    init, quantised = run.arguments.student_init, run.student.load_in_4bit or run.student.load_in_8bit
+    if quantised and init != "pretrained":
+        raise ValueError(f"student_init: {init} makes new weights, which cannot be quantised yet.")
+    if run.student.use_peft and init != "pretrained":
+        raise ValueError(
+            f"student_init: {init} makes new weights, which an adapter's folder does not hold, so that nobody could "
+            "load the student. Train it whole first, and then its folder with use_peft; or set use_peft: false."
+        )
+    if quantised and not run.student.use_peft:
+        raise ValueError("A quantised student has no weights to train: set use_peft: true, or do not quantise it.")
+
+
 def _build_token_trainer(run: Run) -> DistillationTrainer:
+    check_student(run)
     arguments, training = run.arguments, run.training
     data = load_rows_of(run)
     model = None
@@ -133,6 +148,10 @@ def _build_token_trainer(run: Run) -> DistillationTrainer:
         teacher = absent_teacher(run, tokenizer_of(student_processing_class(run)))
     asked = zip(run.by_teacher().values(), parts_of(teacher), strict=True)
     data = without_unreadable(data, [(one, part.cache) for one, part in asked if isinstance(part, CachedTeacher)])
+    adapter: Any = get_peft_config(run.student)
+    if adapter is not None:
+        # What the adapter belongs to; PEFT would load it onto the newest revision.
+        adapter.revision = run.student.model_revision
     method = METHODS[arguments.method]
     reads_apart = arguments.teacher is not None and not method.one_vocabulary
     return method(
@@ -143,7 +162,7 @@ def _build_token_trainer(run: Run) -> DistillationTrainer:
         eval_dataset=data.get("eval"),
         processing_class=student_processing_class(run),
         teacher_processing_class=teacher_processing_class(run) if reads_apart else None,
-        peft_config=get_peft_config(run.student),
+        peft_config=adapter,
     )
 
 
@@ -210,8 +229,6 @@ def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
     # Before anything random; the Trainer sets it again when it has its model.
     set_seed(run.training.seed)
     quantization = get_quantization_config(student)
-    if quantization is not None and arguments.student_init != "pretrained":
-        raise ValueError(f"student_init: {arguments.student_init} makes new weights, which cannot be quantised yet.")
     init = run.training.model_init_kwargs or {}
     assert isinstance(init, dict)
     run.training.model_init_kwargs = None

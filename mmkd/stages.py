@@ -13,7 +13,7 @@ import yaml
 from accelerate import PartialState
 
 from mmkd.eval.results import write_atomically
-from mmkd.run import STAGE_KEYS, last_checkpoint, read_recipe
+from mmkd.run import STAGE_KEYS, given_flags, last_checkpoint, read_recipe
 
 RECIPE, RECORD = "recipe.yaml", "stage.json"
 """Files of a stage's folder: the recipe of this stage alone, and what it was trained after."""
@@ -93,12 +93,19 @@ def plan(recipe: Path, flags: Sequence[str]) -> tuple[list[Stage], list[str]]:
         # A model of an earlier stage, say, and not the language model to make one of.
         start = {key: value for key, value in start.items() if key not in _MAKING}
     found: list[Stage] = []
+    given = given_flags(flags)
     for number, name in enumerate(schedule, start=1):
         folder = root / f"{number}-{name}"
         own = {key: value for key, value in {**start, **stages[name]}.items() if value is not None}
         if found:
             own = {key: value for key, value in own.items() if key not in _MAKING}
             own["student"] = str(found[-1].folder)
+            before = {**found[-1].keys, **given}
+            if before.get("use_peft") and before.get("method") != "comd":
+                raise ValueError(
+                    f"Stage {found[-1].name} trains an adapter (use_peft), and {name} after it begins with a whole "
+                    "student. Set use_peft in the last stage only."
+                )
         own["output_dir"] = str(folder)
         content = {key: value for key, value in own.items() if key not in ("output_dir", "student") or number == 1}
         content.pop("output_dir", None)

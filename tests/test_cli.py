@@ -89,6 +89,14 @@ def test_the_other_methods_train(mmkd: Run, workplace: Path, tiny: dict[str, Pat
     assert json.loads((workplace / "other" / "config.json").read_text())["num_hidden_layers"] == 2
 
 
+def test_an_adapter_names_the_revision_of_its_model(workplace: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(workplace)
+    assert (
+        main(["train", "recipe.yaml", "--use_peft", "true", "--model_revision", "v1", "--output_dir", "adapter"]) == 0
+    )
+    assert json.loads((workplace / "adapter" / "adapter_config.json").read_text())["revision"] == "v1"
+
+
 def test_flags_win_over_the_recipe(mmkd: Run, workplace: Path) -> None:
     done = mmkd("train", "recipe.yaml", "--max_steps", "2", "--divergence", "jsd", "--output_dir", "short")
     assert done.returncode == 0, done.stderr
@@ -107,6 +115,13 @@ def test_flags_win_over_the_recipe(mmkd: Run, workplace: Path) -> None:
         ({"student": None}, [], "There is no student"),
         ({"teacher": None}, [], "Method kd needs a teacher"),
         ({"student_layers": 2}, [], "go together"),
+        (
+            {"student_init": "prune", "student_layers": 1, "use_peft": True},
+            [],
+            "which an adapter's folder does not hold",
+        ),
+        ({"student_init": "random", "load_in_4bit": True}, [], "cannot be quantised yet"),
+        ({"load_in_8bit": True}, [], "A quantised student has no weights to train: set use_peft: true"),
         ({"temperature": 0}, [], "temperature is 0"),
         ({"data": "no_such_data"}, [], "no_such_data"),
         ({"student": "nowhere/at/all"}, [], "there is no such folder"),

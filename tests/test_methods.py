@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 import mmkd
+from mmkd.arguments import StudentArguments
 from mmkd.run import parse_run, parser_of
 from mmkd.trainers import METHODS
 from mmkd.trainers.base import DistillationTrainer
@@ -16,6 +17,12 @@ from mmkd.trainers.config import DistillationConfig
 ROOT = Path(__file__).parents[1]
 CLASSES = {"dho"}
 """Methods that predict classes rather than tokens."""
+
+
+def test_one_name_of_a_module_is_no_pattern() -> None:
+    """trl makes text of a list of one, in which PEFT then finds no module."""
+    for given, found in ((["q_proj"], ["q_proj"]), (["all-linear"], "all-linear"), ([".*q_proj"], ".*q_proj")):
+        assert StudentArguments(lora_target_modules=given).lora_target_modules == found
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -193,3 +193,14 @@ def test_flags_of_stages() -> None:
     assert split_stages(["--a", "1", "--stages", "X", "Y", "--b"]) == (["X", "Y"], ["--a", "1", "--b"])
     assert split_stages(["--stages=X"]) == (["X"], [])
     assert split_stages(["--a", "1"]) == (None, ["--a", "1"])
+
+
+def test_an_adapter_is_for_the_last_stage(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = yaml.safe_load(recipe.read_text())
+    keys["stages"]["SFT"] |= {"use_peft": True, "trainable": None}
+    recipe.write_text(yaml.safe_dump(keys))
+    assert [stage.name for stage in plan(recipe, ["--stages", "DPT", "SFT"])[0]] == ["DPT", "SFT"]
+    for flags in ([], ["--stages", "DPT", "DFT", "--use_peft"]):
+        assert main(["train", str(recipe), *flags]) == 2
+        assert "Set use_peft in the last stage only" in capsys.readouterr().err
+    assert not (recipe.parent / "run").exists()

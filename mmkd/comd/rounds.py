@@ -14,7 +14,7 @@ from rich.console import Console
 from mmkd import record as run_record
 from mmkd.arguments import Run
 from mmkd.models.load import load_model, load_processing_class
-from mmkd.run import last_checkpoint, load_rows_of
+from mmkd.run import check_student, last_checkpoint, load_rows_of
 from mmkd.run_teacher import from_main_process
 from mmkd.trainers.comd import CoMDConfig
 
@@ -42,6 +42,7 @@ def train_rounds(run: Run, recipe: Path, flags: Sequence[str], train: Train) -> 
 
     The last student is left in output_dir, each round in a folder of its own. Raises ValueError for what cannot be.
     """
+    check_student(run)
     loop = Loop(run, recipe, flags, train)
     training = run.training
     from_main_process(training, loop.start)
@@ -147,7 +148,7 @@ class Loop:
         held_out = self.folder / "held_out.jsonl" if evaluated else None
         recipes.write_data(folder, any(one.images for one, _ in rows), held_out)
         keys = recipes.student_keys(self.run) if self.student is None else {"student": str(self.student)}
-        self.base = str(keys["student"])
+        self.base, self.base_revision = str(keys["student"]), keys.get("model_revision")
         self.size, self.added = len(rows), len(joined)
         self.roles.close()
         return str(recipes.write_round(self.run, self.recipe, folder, keys, number, self.roles.taught))
@@ -171,7 +172,7 @@ class Loop:
             return status
         if PartialState().is_main_process:
             if lora:
-                merge_adapter(self.base, trained, output)
+                merge_adapter(self.base, trained, output, revision=self.base_revision)
             write_json(done, {"seconds": round(time.perf_counter() - start, 3)})
         PartialState().wait_for_everyone()
         return 0

@@ -16,7 +16,7 @@ from mmkd.capture.sequences import Prepared, Sequences, TokenSequence, UnusableR
 from mmkd.data.load import load_data
 from mmkd.data.recipe import DataRecipe
 from mmkd.models.load import positions_of, tokenizer_of
-from mmkd.run import Run, student_processing_class, teacher_processing_class
+from mmkd.run import Run, check_student, student_processing_class, teacher_processing_class
 from mmkd.trainers.config import DistillationConfig
 from mmkd.trainers.preparation import sequences_of
 
@@ -75,7 +75,8 @@ class Side:
 
 
 def load_student(run: Run) -> Side:
-    """Raises ValueError when its config or tokenizer cannot be loaded."""
+    """Raises ValueError when its config or tokenizer cannot be loaded, or nothing could be trained or saved of it."""
+    check_student(run)
     arguments = run.arguments
     if arguments.student is not None:
         name, revision = arguments.student, run.student.model_revision

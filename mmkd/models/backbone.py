@@ -103,7 +103,8 @@ def _inside(module: torch.nn.Module | None, function: Callable[[Tensor], Any], h
 def head_of(model: PreTrainedModel | PeftModel) -> LMHead:
     """The head as it is now: weights are read on each call, since FSDP and PEFT replace them.
 
-    Raises ValueError for a head that is not a plain matrix: one with an adapter, or a quantised one.
+    Raises ValueError for a head that is not a plain matrix: one with an adapter, or a quantised one; and for one that
+    would get the embeddings' adapter when it is merged.
     """
     base = base_of(model)
     module = base.get_output_embeddings()
@@ -115,6 +116,13 @@ def head_of(model: PreTrainedModel | PeftModel) -> LMHead:
         raise ValueError(
             "The lm_head carries a PEFT adapter. The fused loss multiplies with lm_head.weight itself, so the adapter "
             "would never be trained. Remove 'lm_head' from target_modules; train it whole with modules_to_save."
+        )
+    embeddings: Any = base.get_input_embeddings()
+    if isinstance(embeddings, BaseTunerLayer) and embeddings.get_base_layer().weight is module.weight:
+        raise ValueError(
+            "The embeddings carry a PEFT adapter and share their weights with the lm_head. Merging would change both, "
+            "and make another model than the one that was trained. Remove 'embed_tokens' from target_modules; train "
+            "it whole with modules_to_save."
         )
     weight, bias = module.weight, getattr(module, "bias", None)
     if not weight.is_floating_point():

@@ -80,6 +80,8 @@ def _hint(name: str) -> str:
     if not name:
         return "it was not loaded from anywhere, so name it: pass its tokenizer as an argument;"
     folder = Path(name)
+    if (folder / "adapter_config.json").is_file():
+        return "the folder holds an adapter: merge it into its model (PEFT's merge_and_unload) and name the result;"
     if folder.is_dir():
         return f"the folder holds {', '.join(sorted(p.name for p in folder.iterdir())[:5]) or 'nothing'};"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

@@ -9,6 +9,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -72,11 +73,17 @@ def cut_by_layers(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """Tells FSDP the layers by which to cut the student, where its configuration does not name them.
 
     accelerate would take every class that transformers ever wants whole, of which a vision-language model has some.
-    Raises ValueError for a student that FSDP cannot cut: trained weights of several types.
+    Raises ValueError for a student that FSDP cannot cut: trained weights of several types,
+    or a copy of tied embeddings.
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return
+    if isinstance(model, PeftModel) and _unties(model):
+        raise ValueError(
+            "modules_to_save copies embeddings that are the lm_head too, and FSDP2 would tie them again: the "
+            "adapter would not be the student that was trained. Remove embed_tokens and lm_head from it, or use ddp."
+        )
     types = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if len(types) > 1 and accelerator.mixed_precision == "no":
         raise ValueError(
@@ -85,6 +92,14 @@ def cut_by_layers(accelerator: Accelerator, model: torch.nn.Module) -> None:
         )
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = _layers_of(model)
+
+
+def _unties(model: PeftModel) -> bool:
+    """Whether PEFT trains a copy of embeddings or of a head that share their weights."""
+    base = base_of(model)
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    tied = bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
+    return tied and any(isinstance(end, AuxiliaryTrainingWrapper) for end in ends)
 
 
 def check_cut(accelerator: Accelerator, model: torch.nn.Module) -> None:

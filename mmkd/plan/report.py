@@ -171,7 +171,7 @@ def _ways(
         ways["activation_checkpointing: true"] = replace(work, checkpointing=True)
     if work.shape.rows > 1:
         ways["per_device_train_batch_size: 1"] = count_work(run, student, work.teacher, smaller)
-    if not run.student.use_peft:
+    if not run.student.use_peft and run.arguments.student_init == "pretrained":
         lora = replace(run, student=replace(run.student, use_peft=True))
         ways["use_peft: true (LoRA)"] = count_work(lora, student, work.teacher, work.shape)
     for name, way in ways.items():

@@ -7,7 +7,6 @@ from peft import PeftModel
 from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 
-from mmkd.models.backbone import base_of
 from mmkd.models.sharding import allow_fsdp_on_cpu, check_cut, checkpoint_under_adapters, cut_by_layers, settle_fsdp
 
 
@@ -52,7 +51,7 @@ class ShardedTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir or ".")
             folder.mkdir(parents=True, exist_ok=True)
             model: Any = self.accelerator.unwrap_model(self.model)
-            if isinstance(model, PeftModel):
-                model.active_peft_config.save_pretrained(str(folder))
-            base_of(model).config.save_pretrained(folder)
+            # A folder with both configs would be taken for one with a whole model.
+            config = model.active_peft_config if isinstance(model, PeftModel) else model.config
+            config.save_pretrained(str(folder))
             self.processing_class.save_pretrained(folder)

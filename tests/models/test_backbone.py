@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -184,6 +185,16 @@ def test_lora_on_the_head_is_refused_with_what_to_do():
     model = get_peft_model(text_model(), LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=r"lm_head carries a PEFT adapter.*Remove 'lm_head'.*modules_to_save"):
         head_of(model)
+
+
+def test_lora_on_embeddings_is_refused_where_they_are_the_head():
+    """Merged, it would be the head's too."""
+    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    for tied in (True, False):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, tie_word_embeddings=tied))
+        expected = pytest.raises(ValueError, match="share their weights with the lm_head") if tied else nullcontext()
+        with expected:
+            head_of(get_peft_model(model, config))
 
 
 # Consumers

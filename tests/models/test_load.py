@@ -137,6 +137,13 @@ def test_folder_without_configuration_is_refused_with_its_contents(tmp_path, loa
 
 
 @loaders
+def test_adapter_is_refused_with_what_to_do(tmp_path, loader):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with refused(tmp_path, "holds an adapter: merge it"):
+        loader(str(tmp_path), "teacher")
+
+
+@loaders
 def test_empty_folder_is_refused(tmp_path, loader):
     with refused(tmp_path, "the folder holds nothing;"):
         loader(str(tmp_path), "teacher")

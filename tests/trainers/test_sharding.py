@@ -1,19 +1,22 @@
 """Students and teachers cut over two ranks by FSDP2; that losses are those of one rank is a test of each method."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mmkd.consolidate import consolidate
+from mmkd.eval.model import find_model
 from mmkd.models.sharding import check_cut, cut_by_layers, settle_fsdp
 from mmkd.teachers.local import LocalTeacher
 from mmkd.trainers.kd import KDTrainer
+from scripts.make_tiny_models import make_model
 from tests.classes import dho
 from tests.helpers import LORA, Build, losses_of, on_two_ranks
 
@@ -87,6 +90,8 @@ def test_adapters_are_cut_saved_and_resumed(
     consolidate(folder / "checkpoint-4", tmp_path / "student")
     trained = get_peft_model_state_dict(alone.model)
     for path in (tmp_path / "student", folder):
+        model = find_model(str(path))
+        assert (model.path, model.adapter) == (str(tiny["student"]), str(path))
         student: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny["student"]), path)
         found = get_peft_model_state_dict(student)
         assert found.keys() == trained.keys()
@@ -152,3 +157,13 @@ def test_what_cannot_be_cut_is_refused(tiny: Any) -> None:
     plugin = SimpleNamespace(transformer_cls_names_to_wrap=None)
     with pytest.raises(ValueError, match=r"bfloat16 and torch\.float32"):
         cut_by_layers(accelerator(DistributedType.FSDP, fsdp_plugin=plugin), model.requires_grad_())
+
+
+@pytest.mark.parametrize(("tied", "saved"), [(True, "lm_head"), (True, "embed_tokens"), (False, "lm_head")])
+def test_a_copy_of_tied_embeddings_is_refused(tied: bool, saved: str) -> None:
+    """FSDP2 is prepared by tying weights once more."""
+    model = get_peft_model(make_model(tied=tied), LoraConfig(**LORA, modules_to_save=[saved]))
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=None)
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no")
+    with pytest.raises(ValueError, match="tie them again") if tied else nullcontext():
+        cut_by_layers(accelerator, model)
