@@ -73,8 +73,8 @@ def cut_by_layers(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """Tells FSDP the layers by which to cut the student, where its configuration does not name them.
 
     accelerate would take every class that transformers ever wants whole, of which a vision-language model has some.
-    Raises ValueError for a student that FSDP cannot cut: trained weights of several types,
-    or a copy of tied embeddings.
+    Raises ValueError for a student that FSDP cannot cut: trained weights of several types, or a copy of tied
+    embeddings.
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
