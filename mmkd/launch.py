@@ -13,6 +13,7 @@ import torch
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from rich.console import Console
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from mmkd import dry_run
@@ -143,6 +144,9 @@ def _launch(arguments: list[str], config: str, launch_flags: list[str]) -> int:
         launch_command(parsed)
     except ChildFailedError as error:
         return _status_of(error)
+    except SignalException as error:
+        print(f"mmkd: stopped by {error.sigval.name}, and all ranks with it.", file=sys.stderr)
+        return 128 + error.sigval
     return 0
 
 

@@ -1,6 +1,7 @@
 """Several processes from one command: presets, checkpoints in shards, and ranks that die."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -58,13 +59,29 @@ def test_fsdp2_is_one_process_and_its_checkpoints_become_one_student(
     assert main(["consolidate", "run", "other"]) == main(["consolidate", "run/checkpoint-4", "whole"]) == 2
 
 
-def test_a_rank_that_dies_ends_the_run(workplace: Path) -> None:
+def train_until_saved(workplace: Path) -> subprocess.Popen[str]:
+    """A long run of two ranks that has written a checkpoint."""
     edit(workplace, accelerate_config="ddp", mixed_precision="no", max_steps=100_000)
     edit(workplace, save_strategy="steps", save_steps=5, save_total_limit=1)
     process = launched(workplace)
     start = time.monotonic()
     while last_checkpoint(workplace / "run") is None and time.monotonic() < start + 120:
         time.sleep(0.2)
+    return process
+
+
+def test_interrupting_ranks_says_how_to_go_on(workplace: Path) -> None:
+    process = train_until_saved(workplace)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "stopped by SIGINT" in errors
+    assert "--resume_from_checkpoint true" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_rank_that_dies_ends_the_run(workplace: Path) -> None:
+    process = train_until_saved(workplace)
     ranks = [one for one in psutil.Process(process.pid).children(recursive=True) if one.environ().get("RANK") == "1"]
     ranks[0].kill()
     errors = process.communicate(timeout=60)[1]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
-from transformers.trainer_utils import IntervalStrategy
 
 from mmkd.capture.sequences import Prepared, Sequences, TokenSequence, UnusableRow, prepare
 from mmkd.data.load import load_data
@@ -226,12 +225,11 @@ def render(run: Run, side: Side, sample: Sample) -> Rendered:
 
 
 def whole(training: DistillationConfig) -> DistillationConfig:
-    """The same settings without those that cut, pack, shuffle or evaluate."""
+    """The same settings without those that cut, pack or shuffle."""
     args = copy.copy(training)
     args.max_length = None
     args.packing = args.shuffle_dataset = False
     args.eval_packing = args.padding_free = False
-    args.eval_strategy = IntervalStrategy.NO
     return args
 
 

@@ -336,8 +336,15 @@ class ALMTrainer(BalancedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_projection(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_projection(str(self.state.best_model_checkpoint))
+
+    def _load_projection(self, checkpoint: str) -> None:
         if self.args.hidden_weight:
-            saved = load_file(Path(resume_from_checkpoint) / f"{_PROJECTION}.safetensors")
+            saved = load_file(Path(checkpoint) / f"{_PROJECTION}.safetensors")
             getattr(base_of(self.model), _PROJECTION).load_state_dict(saved)
 
 

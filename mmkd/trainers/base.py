@@ -29,7 +29,7 @@ from mmkd.teachers.base import Teacher
 from mmkd.teachers.cached import BATCH_KEY, images_of
 from mmkd.teachers.signals import DenseSignal, RoutedSignal, TopKSignal
 
-from .checks import check_precision, check_supervision, check_training_data
+from .checks import check_precision, check_stream, check_supervision, check_training_data
 from .config import DistillationConfig
 from .kernels import token_loss
 from .log import RunLog
@@ -305,6 +305,10 @@ class DistillationTrainer(ShardedTrainer, TaughtTrainer, OnPolicyTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Collects one accumulated batch and counts its items of each kind over all ranks."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if 0 < len(batches) < num_batches:
+            # A stream ends. The Trainer takes no step of too few, and would add their gradient to the next epoch's.
+            check_stream(len(batches), num_batches, self.state.global_step)
+            batches = []
         if self.rollouts is not None:
             batches = self._answered(batches)
         counts: dict[str, Tensor] = {}

@@ -52,3 +52,12 @@ def check_supervision(
         raise ValueError(
             "No row has a supervised token: every label is -100. Check the completion or assistant masks of the data."
         )
+
+
+def check_stream(found: int, wanted: int, step: int) -> None:
+    """Raises ValueError when a stream ends after fewer micro-batches than one step takes, before any step."""
+    if step == 0:
+        raise ValueError(
+            f"The train data is a stream of {found} batches, and gradient_accumulation_steps {wanted} takes as many "
+            "for one step. Lower it or per_device_train_batch_size, or bring more rows."
+        )

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from jaxtyping import Bool, Int
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -100,6 +101,8 @@ def placeholder_trainer(args: SFTConfig, processing_class: Any, train: Any, eval
     )
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir, args.report_to, args.push_to_hub, args.disable_tqdm = folder, [], False, True
+        # With a schedule of evaluations the Trainer insists on rows for them.
+        args.eval_strategy = IntervalStrategy.NO
         return _Preparation(
             model=LlamaForCausalLM(config),
             args=args,

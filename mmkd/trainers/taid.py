@@ -135,8 +135,12 @@ class TAIDTrainer(BalancedTrainer):
 
     def method_callbacks(self, args: TAIDConfig) -> list[TrainerCallback]:
         """The schedule, which the Trainer saves and restores with its state."""
-        self.schedule = TAIDSchedule(args.t_start, args.t_end, args.taid_alpha, args.taid_beta, args.adaptive)
-        return [self.schedule]
+        return [TAIDSchedule(args.t_start, args.t_end, args.taid_alpha, args.taid_beta, args.adaptive)]
+
+    @property
+    def schedule(self) -> TAIDSchedule:
+        """The one in use; `restore_callback_states_from_checkpoint` puts another in its place."""
+        return next(one for one in self.callback_handler.callbacks if isinstance(one, TAIDSchedule))
 
     def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
         """One KL to the intermediate teacher per supervised token."""

@@ -90,6 +90,26 @@ def test_loss_is_the_mean_divergence_of_the_models_own_chunk_likelihoods(alm: An
     assert losses_of(trainer, "aligned") == [1.0]
 
 
+def test_a_training_evaluates_by_its_schedule(alm: Any, texts: Dataset) -> None:
+    held_out = texts.select(range(5))
+    trainer = alm(texts, {"eval_dataset": held_out}, max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert len(found := losses_of(trainer, "eval_chunk_gap")) == 2
+    assert trainer.evaluate(held_out)["eval_chunk_gap"] == pytest.approx(found[-1], rel=1e-6)
+
+
+def test_the_best_student_has_its_projection(alm: Any, texts: Dataset) -> None:
+    held_out = texts.select(range(5))
+    every: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    # Not the last one: the loss falls.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = alm(texts, {"eval_dataset": held_out}, max_steps=3, hidden_weight=0.5, **every, **best)
+    trainer.train()
+    found = losses_of(trainer, "eval_loss")
+    assert found[0] == max(found)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_bits_per_byte_are_those_of_the_text(alm: Any, texts: Dataset) -> None:
     trainer = alm(texts, max_steps=1)
     before = trainer.evaluate(texts)

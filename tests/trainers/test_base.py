@@ -83,6 +83,18 @@ def taught(cls: Any) -> dict[str, Any]:
     return {} if cls.needs_teacher else {"teacher": None}
 
 
+def test_a_stream_drops_the_batches_with_which_it_ends(build: Build, completions: Dataset) -> None:
+    """6 micro-batches, of which 4 make a step: the others are not in the next epoch's gradient."""
+    stream = completions.to_iterable_dataset()
+    trainer = build(KDTrainer, stream, gradient_accumulation_steps=4, max_steps=3, learning_rate=0.0)
+    trainer.train()
+    first, *others = zip(losses_of(trainer), losses_of(trainer, "grad_norm"), strict=True)
+    assert others == [pytest.approx(first)] * 2
+    short = build(KDTrainer, completions.select(range(8)).to_iterable_dataset(), gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match="a stream of 2 batches"):
+        short.train()
+
+
 @pytest.mark.parametrize("cls", TOKEN_METHODS)
 def test_losses_do_not_depend_on_gradient_accumulation(build: Build, completions: Dataset, cls: Any) -> None:
     def cut(rows: int, micro_batches: int) -> list[tuple[float, float]]:

@@ -124,6 +124,18 @@ def test_progress_by_kl_or_cross_entropy(build: Build, texts: Dataset) -> None:
     assert losses_of(cross_entropy, "progress_loss")[0] > losses_of(cross_entropy, "loss")[0] + 0.1
 
 
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_resumed_run_goes_on_with_its_schedule(build: Build, texts: Dataset, tmp_path: Path, restored: bool) -> None:
+    """Also where the Trainer makes the checkpoint's callbacks anew."""
+    settings: dict[str, Any] = {"taid_alpha": 0.5, "restore_callback_states_from_checkpoint": restored}
+    whole: Any = build(TAIDTrainer, texts, save_strategy="steps", save_steps=2, **settings)
+    whole.train()
+    resumed: Any = build(TAIDTrainer, texts, output_dir=str(tmp_path / "resumed"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for name in ("loss", "taid_t", "taid_momentum"):
+        assert losses_of(resumed, name) == pytest.approx(losses_of(whole, name), rel=1e-5)
+
+
 def test_a_second_training_starts_its_schedule_anew(build: Build, texts: Dataset) -> None:
     trainer: Any = build(TAIDTrainer, texts, max_steps=3)
     trainer.train()
