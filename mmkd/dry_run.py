@@ -105,10 +105,12 @@ def _models(trainer: DistillationTrainer) -> list[tuple[str, str]]:
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     head = head_of(trainer.model)
     rows = [("student", f"{_count(sum(p.numel() for p in parameters))} parameters, {_count(trainable)} trainable")]
-    for teacher in parts_of(trainer.teacher):
+    names = getattr(trainer.teacher, "teachers", [""])
+    for name, teacher in zip(names, parts_of(trainer.teacher), strict=True):
         if isinstance(teacher, LocalTeacher):
             weights = list(teacher.model.parameters())
-            rows.append(("teacher", f"{_count(sum(p.numel() for p in weights))} parameters, {weights[0].dtype}"))
+            size = f"{_count(sum(p.numel() for p in weights))} parameters, {weights[0].dtype}"
+            rows.append((f"teacher {name}".strip(), size))
     vocabulary = f"{trainer.vocab_size:,} tokens compared"
     padding = len(head.weight) - trainer.vocab_size
     return [*rows, ("vocabulary", vocabulary + (f", {padding:,} padding rows left out" if padding else ""))]
