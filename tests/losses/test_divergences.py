@@ -261,6 +261,18 @@ def test_adaptive_kl_and_its_gradient_are_those_of_frozen_shares(mu):
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), student)[0])
 
 
+def test_adaptive_kl_sorts_as_much_of_a_wide_vocabulary_as_each_item_needs():
+    """Half the mass is on less than 64, less than 4096 and more outcomes, in turns."""
+    student, teacher = random_log_probs(6, 9000)
+    sharpness = torch.tensor([2.0, 0.5, 0.01, 0.01, 0.5, 2.0])[:, None]
+    teacher = (sharpness * teacher).log_softmax(-1)
+    counts = (teacher.exp().sort(-1, descending=True).values.cumsum(-1) < 0.5).sum(-1)
+    assert [int(torch.bucketize(count, torch.tensor([64, 4096]))) for count in counts] == [0, 1, 2, 2, 1, 0]
+    shape = (2, 3, 9000)
+    found = adaptive_kl(student.reshape(shape), teacher.reshape(shape))
+    torch.testing.assert_close(found.flatten(), adaptive_kl_by_hand(student, teacher, 0.5))
+
+
 def test_adaptive_kl_takes_as_few_outcomes_as_reach_mu():
     teacher, student = torch.tensor([[0.5, 0.3, 0.2]]).double().log(), torch.tensor([[0.2, 0.2, 0.6]]).double().log()
     forward, reverse = forward_kl(student, teacher), reverse_kl(student, teacher)
