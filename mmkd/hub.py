@@ -23,8 +23,9 @@ from huggingface_hub.utils import WeakFileLock
 
 from mmkd import __version__
 from mmkd.cards.cache import DATA_RECIPE, cache_card
+from mmkd.files import write_file
 from mmkd.teachers.manifest import NAME as MANIFEST
-from mmkd.teachers.manifest import Manifest, write_file
+from mmkd.teachers.manifest import Manifest
 from mmkd.teachers.store import (
     LOG,
     TOKEN_ORDER,

@@ -11,7 +11,7 @@ from mmkd.arguments import Run
 from mmkd.data.classification import ClassificationRecipe
 from mmkd.data.recipe import DataRecipe
 from mmkd.eval.machine import machine
-from mmkd.eval.results import write_atomically
+from mmkd.files import write_file
 
 RECORD = "run.json"
 """File of a run's folder that `mmkd report` and `mmkd push` read."""
@@ -73,4 +73,4 @@ def _facts(recipe: DataRecipe) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+    write_file(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")

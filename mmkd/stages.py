@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 
-from mmkd.eval.results import write_atomically
+from mmkd.files import write_file
 from mmkd.run import STAGE_KEYS, given_flags, last_checkpoint, read_recipe
 
 RECIPE, RECORD = "recipe.yaml", "stage.json"
@@ -56,11 +56,10 @@ class Stage:
 
     def record(self, schedule: Sequence[str], finished: bool) -> None:
         """Writes the stage's recipe and how it stands."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         header = f"# Stage {self.name} of {' -> '.join(schedule)}; mmkd-train runs it alone.\n"
-        write_atomically(self.recipe, header + yaml.safe_dump(dict(self.keys), sort_keys=False, allow_unicode=True))
+        write_file(self.recipe, header + yaml.safe_dump(dict(self.keys), sort_keys=False, allow_unicode=True))
         state = {"identity": self.identity, "schedule": list(schedule), "finished": finished}
-        write_atomically(self.folder / RECORD, json.dumps(state, indent=1))
+        write_file(self.folder / RECORD, json.dumps(state, indent=1))
 
 
 def plan(recipe: Path, flags: Sequence[str]) -> tuple[list[Stage], list[str]]:

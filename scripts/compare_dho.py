@@ -12,7 +12,6 @@ to go on.
 
 import argparse
 import json
-import os
 import platform
 import statistics
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers.trainer_utils import set_seed
 
 from mmkd.classification import build_dho_trainer, load_class_teacher, new_student
 from mmkd.data.classification import ClassificationRecipe, hide_labels, load_classification
+from mmkd.files import write_file
 from mmkd.losses.dual_head import ALPHAS, BETAS, interpolate, search_interpolation
 from mmkd.run import parse_run
 from mmkd.teachers.class_logits import compute_class_logits
@@ -90,9 +90,7 @@ class Bench:
         return self.known[key]
 
     def _save(self) -> None:
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text(json.dumps(self.known))
-        os.replace(partial, self.path)
+        write_file(self.path, json.dumps(self.known))
 
     def _shared(self) -> DHOTrainer:
         if self.base is None:

@@ -25,6 +25,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from mmkd.files import write_file
 from mmkd.launch import train
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.recipes import find_recipe
@@ -133,10 +134,7 @@ class Results:
         key = f"{identity} {self.what}"
         if key not in self.known:
             self.known[key] = measure(folder, rows)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".tmp")
-            partial.write_text(json.dumps(self.known, indent=1))
-            os.replace(partial, self.path)
+            write_file(self.path, json.dumps(self.known, indent=1))
         return self.known[key]
 
 

@@ -10,7 +10,6 @@ test set), and captions.jsonl: what the training pictures show, as their questio
 import argparse
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,6 +17,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from mmkd.files import write_file
 
 PACKAGE = "easy-vqa==1.0"
 SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
@@ -94,10 +95,7 @@ def make_easy_vqa(output_dir: Path) -> dict[str, int]:
         "captions": rows(captions, images / "train"),
     }
     for name, part in parts.items():
-        path = output_dir / f"{name}.jsonl"
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-        os.replace(partial, path)
+        write_file(output_dir / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
     return {name: len(part) for name, part in parts.items()}
 
 

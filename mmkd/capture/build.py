@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mmkd.teachers.manifest import Manifest, write_file
+from mmkd.files import write_file
+from mmkd.teachers.manifest import Manifest
 from mmkd.teachers.store import CacheWriter
 
 from .engines import Advance

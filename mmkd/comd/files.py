@@ -9,22 +9,20 @@ from typing import Any
 from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mmkd.files import write_file
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.record import RECORD
-from mmkd.teachers.manifest import write_file
 from mmkd.trainers.log import LOG
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(value, indent=1, ensure_ascii=False).encode())
+    write_file(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def read_json(path: Path) -> Any:

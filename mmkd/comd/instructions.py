@@ -12,8 +12,8 @@ from datasets import Dataset
 from PIL import Image
 
 from mmkd.data.mapping import read_rows
+from mmkd.files import write_file
 from mmkd.teachers.keys import image_hash
-from mmkd.teachers.manifest import write_file
 
 from .text import normalised, words
 
@@ -66,7 +66,6 @@ class ImageStore:
         suffix = Path(image.get("path") or "").suffix or ".png"
         path = self.folder / f"{hashlib.blake2b(content, digest_size=16).hexdigest()}{suffix}"
         if not path.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_file(path, content)
         return str(path)
 

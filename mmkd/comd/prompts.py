@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmkd.teachers.manifest import write_file
+from mmkd.files import write_file
 
 SHIPPED = Path(__file__).with_name("prompts")
 
@@ -58,9 +58,8 @@ class Prompts:
 
     def write(self, folder: Path) -> None:
         """Copies the prompts to a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
         for name, text in self.texts.items():
-            write_file(folder / f"{name}.txt", text.encode())
+            write_file(folder / f"{name}.txt", text)
 
 
 def _check(path: Path, text: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from mmkd.arguments import Run
+from mmkd.files import write_file
 from mmkd.run import parser_of, read_recipe
-from mmkd.teachers.manifest import write_file
 from mmkd.trainers.comd import CoMDConfig
 from mmkd.trainers.config import DistillationConfig
 
@@ -84,9 +84,8 @@ def write_round(
 
 def write_recipe(path: Path, keys: dict[str, Any], comment: str) -> Path:
     """Writes a recipe under a comment and returns its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = f"# {comment}\n" + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
-    write_file(path, text.encode())
+    write_file(path, text)
     return path
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from mmkd.files import write_file
 from mmkd.launch import parse_alone
 from mmkd.recipes import find_recipe
 from mmkd.run import STAGE_KEYS, method_of, read_recipe
@@ -22,7 +23,7 @@ from .commands import evaluate
 from .harness import Settings
 from .machine import machine
 from .model import find_model
-from .results import SCHEMA, to_json, write_atomically
+from .results import SCHEMA, to_json
 from .suites import SuiteTask, load_suite
 from .tables import markdown, show
 from .trainings import Measured, Trainings, label, make_baseline
@@ -148,8 +149,8 @@ def compare(
         runs = [trainings.get(recipe, [*own, "--seed", str(seed)]) for seed in seeds]
         rows.append(Row(label(recipe), role, recipe, runs, [asked(run) for run in runs]))
     found = _summary(rows, seeds, flags, judge)
-    write_atomically(output / NAME, to_json(found, indent=1) + "\n")
-    write_atomically(output / PAGE, markdown(found))
+    write_file(output / NAME, to_json(found, indent=1) + "\n")
+    write_file(output / PAGE, markdown(found))
     return found
 
 

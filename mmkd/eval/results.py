@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import WeakFileLock
+
+from mmkd.files import write_file
 
 SCHEMA = 1
 """Of results.json; eval/README.md documents it."""
@@ -40,7 +41,7 @@ class Results:
     def add_task(self, key: str, entry: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Keeps an entry, with the answers it stands on in a file of their own; returns the entry as it is kept."""
         name = f"samples/{entry['task']}-{key[:12]}.jsonl"
-        write_atomically(self.folder / name, "".join(f"{to_json(sample)}\n" for sample in samples))
+        write_file(self.folder / name, "".join(f"{to_json(sample)}\n" for sample in samples))
         return self._add("tasks", key, {**entry, "samples": name})
 
     def add_measure(self, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +53,7 @@ class Results:
         with WeakFileLock(self.folder / ".results.lock"):
             content = self._read()
             content[kind][key] = json.loads(to_json(entry))
-            write_atomically(self.path, to_json(content, indent=1) + "\n")
+            write_file(self.path, to_json(content, indent=1) + "\n")
         return content[kind][key]
 
     def _read(self) -> dict[str, Any]:
@@ -79,14 +80,6 @@ def key_of(*parts: Any) -> str:
 def to_json(value: Any, **options: Any) -> str:
     """JSON, of numpy's numbers too."""
     return json.dumps(value, ensure_ascii=False, default=_plain, **options)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is either the old one or the new one, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _plain(value: Any) -> Any:

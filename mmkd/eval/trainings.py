@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from mmkd.files import write_file
 from mmkd.launch import parse_alone
 from mmkd.recipes import find_recipe
 from mmkd.run import Run, RunArguments, build_trainer, parser_of, read_recipe
@@ -19,7 +20,7 @@ from mmkd.trainers import METHODS
 from mmkd.trainers.rollout_config import RolloutConfig
 
 from .model import find_model
-from .results import key_of, to_json, write_atomically
+from .results import key_of, to_json
 
 BASELINE = "sft-baseline.yaml"
 
@@ -72,7 +73,7 @@ class Trainings:
         shutil.rmtree(place, ignore_errors=True)
         judge = None if self.judge is None else (self.judge, self.flags)
         found = measure(recipe, flags, stage, place, judge, self.save_untrained)
-        write_atomically(path, to_json(vars(found), indent=1))
+        write_file(path, to_json(vars(found), indent=1))
         return found
 
 
@@ -136,7 +137,7 @@ def make_baseline(recipe: str, flags: Sequence[str], folder: Path) -> tuple[str,
             kept, known = _without(kept, _TEACHERS), known - _TEACHERS
     header = f"# The SFT baseline of {recipe}: its student, data and settings, without its teacher in the loss.\n"
     path = folder / BASELINE
-    write_atomically(path, header + yaml.safe_dump({**kept, "method": "sft"}, sort_keys=False, allow_unicode=True))
+    write_file(path, header + yaml.safe_dump({**kept, "method": "sft"}, sort_keys=False, allow_unicode=True))
     rest: list[str] = []
     keep = True
     for flag in flags:

@@ -14,9 +14,9 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from mmkd import __version__
-from mmkd.eval.results import write_atomically
 from mmkd.eval.scores import items_of, scores_of
 from mmkd.eval.tables import markdown, tables
+from mmkd.files import write_file
 
 from .curves import draw
 from .runs import RunFiles, read_run, with_parts
@@ -67,12 +67,12 @@ def write_report(folder: Path, output: Path | None = None, comparison: Path | No
     output = output or folder
     templates = files("mmkd.report")
     for figure in facts["figures"]:
-        write_atomically(output / FIGURES / f"{figure['name']}.svg", figure["svg"])
+        write_file(output / FIGURES / f"{figure['name']}.svg", figure["svg"])
     for name, escape in ((HTML, True), (MARKDOWN, False)):
         environment = Environment(autoescape=escape, undefined=StrictUndefined, keep_trailing_newline=True)
         environment.filters["cell"] = _cell
         template = templates.joinpath(name.replace("report", "page")).read_text(encoding="utf-8")
-        write_atomically(output / name, environment.from_string(template).render(**facts))
+        write_file(output / name, environment.from_string(template).render(**facts))
     return output / HTML, output / MARKDOWN
 
 

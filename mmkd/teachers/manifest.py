@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mmkd.files import write_file
 
 FORMAT = 1
 """Raised by whoever changes what the bytes of a cache mean, or which bytes the same answers become."""
@@ -171,28 +172,6 @@ def identity_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> 
     if ours["teacher"]["weights"] and theirs["teacher"]["weights"]:
         ignored += ["teacher.name: ", "teacher.revision: "]
     return [one for one in differences(ours, theirs) if not one.startswith(tuple(ignored))]
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file so that after a crash there is the old one or the new one. Raises ValueError on a full disk."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(
-            f"{path} ({len(content):,} bytes) cannot be written: {error.strerror}. Make room, or choose another "
-            "folder; what was finished before is kept, and the same command goes on from there."
-        ) from error
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from datasets import Features
 
-from .manifest import Manifest, identity_differences, write_file
+from mmkd.files import write_file
+
+from .manifest import Manifest, identity_differences
 from .store import LOG, CacheWriter, damaged_shards, read_shard, shard_path, whole_lines
 
 

@@ -23,10 +23,12 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
+from mmkd.files import write_file
+
 from .codec import Codec, TokenOrder, TokenScores
 from .identity import file_sha256
 from .keys import KEY_BYTES
-from .manifest import Manifest, ShardEntry, Skipped, differences, identity_differences, write_file
+from .manifest import Manifest, ShardEntry, Skipped, differences, identity_differences
 
 SIGNAL_FEATURES = Features(
     {

@@ -1,7 +1,6 @@
 """DHO: a supervised and a distillation head on shared features, joined after training (2505.07675)."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from transformers.utils import logging
 
 from mmkd.data.class_rows import ClassCollator, ClassRows, SemiSupervisedSampler
 from mmkd.data.classification import HIDDEN, hide_labels
+from mmkd.files import write_file
 from mmkd.losses.dual_head import (
     Interpolation,
     distillation_loss,
@@ -366,9 +366,7 @@ def write_choice(path: Path, choice: Interpolation, rows: int) -> None:
     """Writes alpha, beta and the whole grid, and by which rows they were chosen."""
     grid = [dict(zip(("alpha", "beta", "accuracy"), point, strict=True)) for point in choice.grid]
     chosen = {"alpha": choice.alpha, "beta": choice.beta, "accuracy": choice.accuracy}
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps({**chosen, "split": "validation", "rows": rows, "grid": grid}, indent=1))
-    os.replace(partial, path)
+    write_file(path, json.dumps({**chosen, "split": "validation", "rows": rows, "grid": grid}, indent=1))
 
 
 def _check_range(labels: np.ndarray, class_names: Sequence[str], name: str) -> None:

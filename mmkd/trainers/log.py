@@ -1,11 +1,12 @@
 """The log of a run on disk, line by line: it can be read while the run is going on."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
+
+from mmkd.files import write_file
 
 LOG = "log.jsonl"
 """File of a run's folder with everything that was logged, one JSON object per line."""
@@ -22,10 +23,7 @@ class RunLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._path = Path(args.output_dir, LOG)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_name(f".{LOG}.{os.getpid()}")
-        partial.write_text("".join(_line(entry, state) for entry in state.log_history), encoding="utf-8")
-        os.replace(partial, self._path)
+        write_file(self._path, "".join(_line(entry, state) for entry in state.log_history))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds the newest entry, in one write."""

@@ -23,8 +23,9 @@ from rich.console import Console
 
 from mmkd.capture.build import build
 from mmkd.capture.plan import Plan
+from mmkd.files import write_file
 from mmkd.teachers.codec import Codec, TokenOrder, TokenScores
-from mmkd.teachers.manifest import Manifest, Skipped, write_file
+from mmkd.teachers.manifest import Manifest, Skipped
 from mmkd.teachers.store import (
     LOG,
     SIGNAL_FEATURES,

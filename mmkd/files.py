@@ -1,0 +1,36 @@
+"""Writing a file so that there is always a whole one: the old or the new."""
+
+import os
+from pathlib import Path
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Writes a file, text as UTF-8, so that after a crash there is the old one or the new one; makes its folder.
+
+    Raises ValueError where it cannot be written, on a full disk say.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(
+            f"{path} ({len(content):,} bytes) cannot be written: {error.strerror}. Make room, or choose another "
+            "folder; what was finished before is kept, and the same command goes on from there."
+        ) from error
+    temporary.replace(path)
+    if os.name == "posix":
+        _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
