@@ -11,12 +11,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+
+from tests.loopback import QuietHandler, listening
 
 LFS_SUFFIXES = (".safetensors", ".parquet", ".npy", ".bin", ".arrow", ".png")
 LFS_BYTES = 10_000_000
@@ -387,9 +388,7 @@ def loopback_hub() -> Iterator[LoopbackHub]:
     """A Hub on a free port of the loopback interface; everything is forgotten in the end."""
     hub = LoopbackHub()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(QuietHandler):
         def handle_request(self) -> None:
             url = urlsplit(self.path)
             token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
@@ -422,14 +421,5 @@ def loopback_hub() -> Iterator[LoopbackHub]:
             self.rfile.readline()
             return b"".join(parts)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield hub
-    server.shutdown()
-    server.server_close()
+    with listening(Handler) as hub.url:
+        yield hub

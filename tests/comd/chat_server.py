@@ -1,14 +1,14 @@
 """A loopback server of OpenAI's chat protocol whose replies are a function of what is asked."""
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from email.message import Message
 from typing import Any
 
 from scripts.make_tiny_models import WORDS as TINY_WORDS
+from tests.loopback import answering
 
 WORDS = TINY_WORDS.split()
 
@@ -56,7 +56,7 @@ class ChatServer:
     def count(self, kind: str) -> int:
         return sum(kind_of(body) == kind for body in self.requests)
 
-    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def respond(self, path: str, headers: Message, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if path == "/v1/models":
             return 200, {"data": [{"id": model} for model in self.models]}
         with self.lock:
@@ -72,35 +72,5 @@ class ChatServer:
 def chat_server(**settings: Any) -> Iterator[ChatServer]:
     """A server on a free port of the loopback interface."""
     fake = ChatServer(**settings)
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            self.answer({})
-
-        def do_POST(self) -> None:
-            self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def answer(self, body: dict[str, Any]) -> None:
-            status, answer = fake.respond(self.path, body)
-            page = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(page)))
-            self.end_headers()
-            self.wfile.write(page)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 64
-
-    server = Server(("127.0.0.1", 0), Handler)
-    fake.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield fake
-    server.shutdown()
-    server.server_close()
+    with answering(fake.respond) as fake.url:
+        yield fake

@@ -1,16 +1,17 @@
 """A loopback server that answers like vLLM and can be told to misbehave."""
 
-import json
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from email.message import Message
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+
+from tests.loopback import answering
 
 
 @dataclass
@@ -44,6 +45,18 @@ class FakeVLLM:
         """The distribution after a token: the same order for all, turned by the token."""
         raw = -0.3 * np.roll(np.arange(self.vocab_size), 7 * token)
         return raw - np.log(np.exp(raw).sum())
+
+    def answer(self, path: str, headers: Message, body: dict[str, Any]) -> tuple[int, Any]:
+        """What `respond` says, to those who have the key."""
+        with self.lock:
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        status, answer = self.respond(path, body)
+        with self.lock:
+            self.at_once -= 1
+        if self.key is not None and headers["Authorization"] != f"Bearer {self.key}":
+            return 401, self.page or {"error": "Unauthorized"}
+        return status, self.page or answer
 
     def respond(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if path == "/v1/models":
@@ -87,45 +100,5 @@ class FakeVLLM:
 def fake_vllm(kind: type[FakeVLLM] = FakeVLLM, **settings: Any) -> Iterator[Any]:
     """A fake that runs on a free port of the loopback interface."""
     fake = kind(**settings)
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            self.answer({})
-
-        def do_POST(self) -> None:
-            self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def answer(self, body: dict[str, Any]) -> None:
-            with fake.lock:
-                fake.at_once += 1
-                fake.most_at_once = max(fake.most_at_once, fake.at_once)
-            status, answer = fake.respond(self.path, body)
-            if fake.key is not None and self.headers["Authorization"] != f"Bearer {fake.key}":
-                status, answer = 401, {"error": "Unauthorized"}
-            with fake.lock:
-                fake.at_once -= 1
-            page = (fake.page or json.dumps(answer)).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "text/html" if fake.page else "application/json")
-            self.send_header("Content-Length", str(len(page)))
-            self.end_headers()
-            self.wfile.write(page)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            """A client that gave up waiting is what some tests want."""
-
-    server = Server(("127.0.0.1", 0), Handler)
-    fake.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield fake
-    server.shutdown()
-    server.server_close()
+    with answering(fake.answer) as fake.url:
+        yield fake
