@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from mmkd.losses.fused import logits_bytes
 from mmkd.models.backbone import head_of
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.local import LocalTeacher
@@ -47,14 +48,19 @@ def estimate_memory(trainer: DistillationTrainer) -> Memory:
         "student weights": _bytes(model),
         "gradients": sum(parameter.numel() * parameter.element_size() for parameter in trainable),
         f"optimizer ({_optimizer(args)})": optimizer_bytes(args) * sum(parameter.numel() for parameter in trainable),
-        "logits of one chunk": args.chunk_size * trainer.vocab_size * (4 if args.precise_logits else 2),
         "activations": per_layer * text.num_hidden_layers,
     }
     local = [one.model for one in parts_of(trainer.teacher) if isinstance(one, LocalTeacher)]
+    chunks = at_a_time(len(local), getattr(trainer.teacher, "column", None))
+    parts["logits of one chunk"] = logits_of(args, trainer.vocab_size, chunks, args.device.type)
     if local:
-        parts["logits of one chunk"] *= 1 + at_a_time(len(local), getattr(trainer.teacher, "column", None))
         parts["teacher weights"] = sum(map(_bytes, local))
     return Memory(parts)
+
+
+def logits_of(args: DistillationConfig, vocab_size: int, teachers: int, device_type: str) -> int:
+    """Bytes of the logits that exist at a time, with so many teachers' beside the student's."""
+    return logits_bytes(vocab_size, args.chunk_size, 1 + teachers, args.precise_logits, device_type)
 
 
 def at_a_time(teachers: int, column: str | None) -> int:

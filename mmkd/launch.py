@@ -61,6 +61,11 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
     checkpoint = resume_point(run.training)
     if checkpoint is None and run.training.resume_from_checkpoint:
         print(f"No checkpoint in {run.training.output_dir}: starting from the beginning.", file=sys.stderr)
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and run.training.world_size == 1:
+        print(
+            f"Training on one of {gpus} GPUs: accelerate_config ddp, fsdp2, zero2 or zero3 takes all.", file=sys.stderr
+        )
     trainer = build_trainer(run)
     if not _train(trainer, checkpoint):
         print(f"\nInterrupted at step {trainer.state.global_step}. {_way_on(run, recipe, flags)}", file=sys.stderr)

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 
 from mmkd.data.mapping import read_rows
+from mmkd.models.generation import seeded
 from mmkd.models.load import positions_of, tokenizer_of
 from mmkd.run import Run, load_rows_of, load_teacher, teacher_processing_class
 from mmkd.teachers.keys import image_hash
@@ -81,8 +82,7 @@ class LocalGenerator(Generator):
         ]
         budget = 0 if any(one.images for one in rows) else settings.cache_batch_tokens
         # The prompts alone would not say which random numbers they get: those are of this shard and batch.
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(self.model, seed):
             for batch in batches(lengths, budget):
                 places = [fitting[place] for place in batch]
                 found_of_batch = self.answers([rows[place].prompt() for place in places])

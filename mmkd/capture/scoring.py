@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmkd.losses.divergences import log_one_minus_exp
-from mmkd.losses.fused import CPU_TILE_ELEMENTS
+from mmkd.losses.fused import tile_rows
 from mmkd.teachers.codec import TokenScores
 from mmkd.teachers.signals import DenseSignal
 
@@ -23,7 +23,7 @@ def score_tokens(signal: DenseSignal, k: int, m: int, offsets: Float[np.ndarray,
     parts: list[tuple[Tensor, ...]] = []
     for start, chunk in zip(range(0, len(signal.hidden), _CHUNK), signal.chunks(_CHUNK), strict=False):
         rows, vocab = chunk.logits.shape
-        tile = max(1, CPU_TILE_ELEMENTS // vocab) if chunk.logits.device.type == "cpu" else rows
+        tile = tile_rows(vocab, chunk.logits.device.type)
         for first in range(0, rows, tile):
             log_probs = chunk.head.finish(chunk.logits[first : first + tile].float()).log_softmax(-1)
             values, ids = log_probs.topk(k)

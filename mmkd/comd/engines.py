@@ -17,6 +17,7 @@ from mmkd.arguments import Run
 from mmkd.capture.generate import LocalGenerator
 from mmkd.capture.scoring import label_log_probs
 from mmkd.models.backbone import allow_consumers
+from mmkd.models.generation import seeded
 from mmkd.models.load import positions_of, tokenizer_of
 from mmkd.teachers import vllm_wire as wire
 from mmkd.teachers.endpoints import Endpoints, Refusal
@@ -99,8 +100,7 @@ class LocalEngine(Engine):
                 f"A question to {self.name} has {longest} tokens and may be answered in {sampling.max_new_tokens}, "
                 f"but the model has room for {positions}. Lower answer_max_new_tokens, or filter long rows out."
             )
-        with torch.random.fork_rng():
-            torch.manual_seed(_seed(sampling.seed, asked))
+        with seeded(generator.model, _seed(sampling.seed, asked)):
             answers = generator.answers(prompts)
         return [Reply(one.text.strip(), len(one.ids), one.finish_reason, 0.0) for (one,) in answers]
 
@@ -227,13 +227,12 @@ class ChatServer(Engine):
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
         }
-        body = {"model": model, "seed": sampling.seed, **settings}
+        body = {"model": model, **settings}
         endpoints = self._endpoints
 
         async def ask(question: Question) -> Reply:
             images = [open_image(path) for path in question.images]
-            # Asked again, the same seed would give the same reply.
-            own = {**body, "seed": sampling.seed + question.sample}
+            own = {**body, "seed": _seed(sampling.seed, [question])}
             own["messages"] = wire.openai_messages(question.messages, images)
             try:
                 answer = await endpoints.request("/v1/chat/completions", msgspec.json.encode(own))

@@ -22,7 +22,7 @@ from transformers import (
 )
 from trl.trainer.utils import get_peft_config
 
-from mmkd.dry_run import at_a_time, estimate_memory
+from mmkd.dry_run import at_a_time, estimate_memory, logits_of
 from mmkd.hub import is_hub_id
 from mmkd.models.assemble import prune
 from mmkd.run import Run, own_rows_of
@@ -107,7 +107,8 @@ def memory_parts(run: Run, student: PreTrainedModel, teachers: Loaded, longest: 
         model, student, bits_of(run.student.load_in_4bit, run.student.load_in_8bit)
     )
     if teachers:
-        parts["logits of one chunk"] *= 1 + at_a_time(len(teachers), run.arguments.teacher_column)
+        chunks = at_a_time(len(teachers), run.arguments.teacher_column)
+        parts["logits of one chunk"] = logits_of(args, tokens, chunks, args.device.type)
         parts["teacher weights"] = sum(empty_teacher(one, side)[1] for one, side in teachers)
     return parts
 

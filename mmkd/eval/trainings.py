@@ -190,10 +190,9 @@ def _train(trainer: Any, run: Run) -> tuple[int, dict[str, Any]]:
     seconds, spent = time.monotonic() - begun, time.process_time() - spent
     tokens = next(entry for entry in reversed(trainer.state.log_history) if "supervised_tokens" in entry)
     live = trainer.needs_teacher and any(one.arguments.teacher_cache is None for one in run.by_teacher().values())
-    devices = torch.cuda.device_count() if cuda else 1
     cost = {
         "unit": "GPU-hours" if cuda else "CPU-hours",
-        "hours": (seconds * devices if cuda else spent) / 3600,
+        "hours": (seconds * trainer.args.world_size if cuda else spent) / 3600,
         "seconds": seconds,
         "tokens_per_second": tokens["supervised_tokens"] / runtime,
         "teacher_tokens": int(trainer.state.num_input_tokens_seen) if live else 0,

@@ -232,8 +232,9 @@ def _head_gap(p: Tensor, gap: Tensor, mu: float) -> Tensor:
 
 
 def _finite(log_probs: Tensor) -> Tensor:
-    # Looking for -inf first: differentiating a clamp costs more than the divergence, and is almost never needed.
-    needed = log_probs.numel() > 0 and not log_probs.detach().amin() > -torch.inf
+    # Looking for -inf first: differentiating a clamp costs more than the divergence, and is almost never needed. A GPU
+    # would have to finish all that it was given before it could say.
+    needed = log_probs.device.type != "cpu" or (log_probs.numel() > 0 and not log_probs.detach().amin() > -torch.inf)
     return log_probs.clamp(min=_LOG_ZERO) if needed else log_probs
 
 

@@ -19,8 +19,11 @@ Objective = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, dict[str, Tensor]]
 """(student log-probs, teacher log-probs) -> nats per token, optionally with more values per token to report."""
 
 
-# fp32 logits compared at a time on a CPU: they stay in its cache, while larger tiles are read anew by every operation.
+# fp32 logits compared at a time. On a CPU they stay in its cache, while larger tiles are read anew by every operation.
+# A GPU wants enough of them to be busy, and its memory pays for temporaries: at most so many bytes for each logit.
 CPU_TILE_ELEMENTS = 1 << 17
+GPU_TILE_ELEMENTS = 1 << 23
+TILE_BYTES = 64
 
 
 class Head(Protocol):
@@ -200,11 +203,11 @@ class LogitsChunk:
     logits: Float[Tensor, "token vocab"]
 
     def tiles(self) -> Iterator[slice]:
-        """The rows to compare at a time: all of them, but on a CPU as many as its cache holds."""
+        """The rows to compare at a time."""
         length, vocab = self.logits.shape
-        size = CPU_TILE_ELEMENTS // vocab if self.logits.device.type == "cpu" else length
-        for start in starts(length, max(1, size)):
-            yield slice(start, min(start + max(1, size), length))
+        size = tile_rows(vocab, self.logits.device.type)
+        for start in starts(length, size):
+            yield slice(start, min(start + size, length))
 
 
 @dataclass
@@ -340,11 +343,23 @@ class _Job:
 
 def check_labels(labels: Int[Tensor, "token"], vocab_size: int) -> None:
     """Raises ValueError when a label is no token of the vocabulary."""
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
+    low, high = torch.stack(labels.aminmax()).tolist() if len(labels) else (0, 0)
+    if not 0 <= low <= high < vocab_size:
         raise ValueError(
-            f"Labels run from {int(labels.min())} to {int(labels.max())} but the head has {vocab_size} tokens; "
+            f"Labels run from {low} to {high} but the head has {vocab_size} tokens; "
             "the text was tokenised with another vocabulary."
         )
+
+
+def tile_rows(vocab_size: int, device_type: str) -> int:
+    """How many rows of logits are compared at a time, in fp32."""
+    return max(1, (CPU_TILE_ELEMENTS if device_type == "cpu" else GPU_TILE_ELEMENTS) // vocab_size)
+
+
+def logits_bytes(vocab_size: int, chunk_size: int, models: int, precise: bool, device_type: str) -> int:
+    """The most that logits take at a time: a chunk of each model's, and the comparison of a tile."""
+    compared = min(chunk_size, tile_rows(vocab_size, device_type))
+    return (chunk_size * (2 * models + 2 * precise) + compared * TILE_BYTES) * vocab_size
 
 
 def starts(length: int, step: int) -> range:
@@ -363,6 +378,10 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right`; where the types differ, in blocks of rows, so that the product is never held whole."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+        return
+    if total.device.type == "cuda":
+        # Without rounding the product first.
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
     for start in range(0, len(left), 4096):
         block = slice(start, start + 4096)

@@ -2,8 +2,8 @@
 
 import functools
 import types
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -73,7 +73,7 @@ def _require_plain_head(model: PreTrainedModel) -> None:
     model.eval()
     # FlashAttention takes half precision only, as training in mixed precision gives it.
     mixed = model.device.type == "cuda" and model.dtype == torch.float32
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+    with _attention_for(model), torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
         expected = model(input_ids=ids).logits.float()
         ours = model(input_ids=ids, consumer=lambda hidden, head: head.log_probs(hidden))
     model.train(training)
@@ -83,6 +83,21 @@ def _require_plain_head(model: PreTrainedModel) -> None:
             "(times a scale, softcapped). The fused loss would train another model than the one you run. Please open "
             "an issue that names the model."
         )
+
+
+@contextmanager
+def _attention_for(model: PreTrainedModel) -> Iterator[None]:
+    """Attention that runs where the model is: one that waits on the CPU for its GPU may be set to FlashAttention."""
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    chosen = [config._attn_implementation for config in configs]
+    if model.device.type == "cpu" and not {*chosen} <= {"eager", "sdpa"}:
+        model.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        # Whole models first, which tell their parts.
+        for config, attention in zip(configs, chosen, strict=True):
+            config._attn_implementation = attention
 
 
 @torch.compiler.disable()

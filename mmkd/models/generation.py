@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from .backbone import base_of, full_head
@@ -26,6 +27,16 @@ def silenced_tokens(model: PreTrainedModel, vocab_size: int) -> list[int]:
     told = [getattr(model.config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id")]
     images = [token for token in told if isinstance(token, int)]
     return sorted({*range(vocab_size, rows), *images})
+
+
+@contextmanager
+def seeded(model: Any, seed: int) -> Iterator[None]:
+    """Inside, the random numbers of this process and of the model's device follow from a seed; then they go on."""
+    device = base_of(model).device
+    # By default it would take hold of every GPU of the machine.
+    with torch.random.fork_rng({"cuda": [device], "cpu": []}.get(device.type)):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

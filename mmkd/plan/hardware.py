@@ -1,7 +1,7 @@
 """What a device can do: from data sheets, or measured on this machine."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,8 @@ class Device:
     """Bytes per second between devices of one machine, in one direction."""
     utilisation: float
     """Share of `flops` that a training step reaches."""
+    kind: str = "cuda"
+    """As torch names it."""
 
 
 # Share of a data sheet's FLOPs that well-set-up training of transformers reaches, by many reports 0.3 to 0.5.
@@ -68,7 +70,7 @@ def choose_device(name: str | None, memory: float | None, utilisation: float | N
         largest = max(DEVICES.values(), key=lambda one: one.memory)
         device = next((one for one in DEVICES.values() if one.memory >= memory * GIB), largest)
     memory_bytes = device.memory if memory is None else memory * GIB
-    return Device(device.name, memory_bytes, device.flops, device.link, utilisation or device.utilisation)
+    return replace(device, memory=memory_bytes, utilisation=utilisation or device.utilisation)
 
 
 def this_device() -> Device:
@@ -79,7 +81,7 @@ def this_device() -> Device:
     size = 8192 if device == "cuda" else 1024
     left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     seconds = min(_product_seconds(left, right) for _ in range(10))
-    return Device(name, memory, 2 * size**3 / seconds, 10e9, _USUAL)
+    return Device(name, memory, 2 * size**3 / seconds, 10e9, _USUAL, device)
 
 
 def _product_seconds(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ from trl.trainer.utils import get_peft_config
 
 from mmkd.doctor import costs
 from mmkd.doctor.facts import Rendered, Sample, Side, kept
-from mmkd.dry_run import at_a_time, optimizer_bytes
+from mmkd.dry_run import at_a_time, logits_of, optimizer_bytes
 from mmkd.models.backbone import base_of
 from mmkd.models.parts import train_only
 from mmkd.run import Run
@@ -62,7 +62,8 @@ class Work:
     shape: Shape
     student: Model
     teacher: Model | None
-    chunk_bytes: float
+    logits: float
+    """Bytes that exist at a time, of student and teacher, with their comparison."""
     head_gradient: float
     optimizer: float
     """Bytes per trainable parameter."""
@@ -104,7 +105,7 @@ def memory_of(work: Work, strategy: str, devices: int) -> dict[str, float]:
         "teacher weights": 0.0 if teacher is None else teacher.weights / weights,
         "gathered layers": 0.0,
         "activations": work.activations,
-        "loss": work.chunk_bytes + work.head_gradient,
+        "loss": work.logits + work.head_gradient,
     }
     if weights > 1:
         # The layer that is computed and the one that is fetched meanwhile.
@@ -128,7 +129,7 @@ def seconds_of(work: Work, strategy: str, devices: int, accumulation: int, devic
     return compute, sent / device.link
 
 
-def count_work(run: Run, student: Side, teacher: Model | None, shape: Shape) -> Work:
+def count_work(run: Run, student: Side, teacher: Model | None, shape: Shape, device_type: str = "cuda") -> Work:
     """Counts a recipe's micro-batch. `teacher` is None when it does not run in the training process."""
     args = run.training
     base = costs.empty_student(run, student)
@@ -144,9 +145,8 @@ def count_work(run: Run, student: Side, teacher: Model | None, shape: Shape) -> 
     head_bytes = float(head.weight.numel() * head.weight.element_size()) if head.weight.requires_grad else 0.0
     bf16, checkpointing = bool(args.bf16), bool(args.activation_checkpointing)
     ours = facts_of(model, stored, shape, bf16, train=True)
-    chunk = args.chunk_size * ours.vocabulary * (4 if args.precise_logits else 2)
-    chunks = 1 + (0 if teacher is None else teacher.chunks)
-    return Work(shape, ours, teacher, chunks * chunk, head_bytes, optimizer_bytes(args), checkpointing)
+    logits = logits_of(args, ours.vocabulary, 0 if teacher is None else teacher.chunks, device_type)
+    return Work(shape, ours, teacher, logits, head_bytes, optimizer_bytes(args), checkpointing)
 
 
 def count_teacher(run: Run, teacher: Side, shape: Shape) -> Model:

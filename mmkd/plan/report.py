@@ -50,7 +50,7 @@ def plan(
         name: count_teacher(one, load_teacher(one), shape) for name, one in alone.items() if one.arguments.teacher
     }
     loaded = [counted for name, counted in teachers.items() if reads_teacher(alone[name].arguments)]
-    work = count_work(run, student, together(loaded, run.arguments.teacher_column), shape)
+    work = count_work(run, student, together(loaded, run.arguments.teacher_column), shape, device.kind)
     strategies = [chosen] if chosen in STRATEGIES else list(STRATEGIES[:1] if devices == 1 else STRATEGIES)
     console.print(
         f"mmkd plan {recipe}: {devices} x {device.name} ({device.memory / GIB:.0f} GiB), {shape.rows} x "
@@ -165,15 +165,14 @@ def _ways(
     smaller = replace(work.shape, rows=1)
     ways = {}
     if work.teacher is not None:
-        chunk = work.chunk_bytes / (1 + work.teacher.chunks)
-        ways["a teacher_cache"] = replace(work, teacher=None, chunk_bytes=chunk)
+        ways["a teacher_cache"] = count_work(run, student, None, work.shape, device.kind)
     if not work.checkpointing:
         ways["activation_checkpointing: true"] = replace(work, checkpointing=True)
     if work.shape.rows > 1:
-        ways["per_device_train_batch_size: 1"] = count_work(run, student, work.teacher, smaller)
+        ways["per_device_train_batch_size: 1"] = count_work(run, student, work.teacher, smaller, device.kind)
     if not run.student.use_peft and run.arguments.student_init == "pretrained":
         lora = replace(run, student=replace(run.student, use_peft=True))
-        ways["use_peft: true (LoRA)"] = count_work(lora, student, work.teacher, work.shape)
+        ways["use_peft: true (LoRA)"] = count_work(lora, student, work.teacher, work.shape, device.kind)
     for name, way in ways.items():
         least = min(sum(memory_of(way, strategy, devices).values()) for strategy in strategies)
         verdict = "fits" if least <= _USABLE * device.memory else "does not fit either"

@@ -7,7 +7,7 @@ made of them is compared with the row's ids.
 
 import asyncio
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -249,7 +249,8 @@ class VLLMClient:
         """`n` continuations of every prompt, prompt by prompt in their order.
 
         `sampling` holds vLLM's sampling parameters, of which max_tokens is required. Those that are left out are
-        neutral (temperature 1, no filter, no penalty), whatever the model's generation_config.json says.
+        neutral (temperature 1, no filter, no penalty), whatever the model's generation_config.json says. Each prompt
+        gets a seed of its own from the given one: a server draws the same random numbers for all that have the same.
         """
         unknown = sorted(set(sampling) - SAMPLING)
         if unknown or "max_tokens" not in sampling or n < 1:
@@ -261,7 +262,15 @@ class VLLMClient:
         if n > 1 and sampling.get("temperature") == 0:
             raise ValueError(f"temperature 0 gives n={n} times the same answer; set n: 1, or a temperature above 0.")
         body = {**NEUTRAL_SAMPLING, **sampling, "n": n, "model": (self._facts or self.check()).model}
-        return self._endpoints.map(lambda prompt: self._generate(prompt, body), prompts)
+        seed = body.pop("seed", None)
+
+        def ask(numbered: tuple[int, Prompt | Ids]) -> Coroutine[Any, Any, list[Answer] | RowError]:
+            number, prompt = numbered
+            # Far apart: the n answers to a prompt have the seeds that follow its own.
+            own = {} if seed is None else {"seed": (seed + number * 2654435761) % 2**32}
+            return self._generate(prompt, body | own)
+
+        return self._endpoints.map(ask, enumerate(prompts))
 
     async def _score(self, question: Question, k: int, vocab_size: int | None, model: str) -> TopK | RowError:
         wanted = np.flatnonzero(question.supervised).tolist()

@@ -117,6 +117,11 @@ class ALMConfig(DistillationConfig):
             raise ValueError(f"gamma is {self.gamma}; it is a probability and must lie between 0 and 1, not on them.")
         if self.hidden_weight < 0:
             raise ValueError(f"hidden_weight is {self.hidden_weight}; it must not be negative.")
+        if self.hidden_weight and self.rollout_server is not None:
+            raise ValueError(
+                "hidden_weight learns a projection beside the student, which the model on a rollout_server has not. "
+                "Set hidden_weight: 0, or remove rollout_server to generate in this process."
+            )
         if self.teacher_max_length is not None and self.teacher_max_length < 2:
             raise ValueError(f"teacher_max_length is {self.teacher_max_length}; nothing predicts the first token.")
         if self.ce_weight == 1:

@@ -36,7 +36,7 @@ class DistillationConfig(RolloutConfig):
         default=512,
         metadata={
             "help": "Supervised tokens whose logits exist at a time. Larger is slightly faster on a GPU and costs "
-            "chunk_size x vocabulary x 2 bytes (bf16) per model."
+            "chunk_size x vocabulary x 2 bytes (bf16) per model, beside at most 0.5 GiB to compare them."
         },
     )
     precise_logits: bool = field(
@@ -88,6 +88,8 @@ class DistillationConfig(RolloutConfig):
         # transformers wants this said before it allows bf16 on a machine without an accelerator.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        # A process drives one GPU: with several in sight the Trainer would split batches over all by nn.DataParallel.
+        self._n_gpu = min(self.n_gpu, 1)
         if not 0 <= self.ce_weight <= 1:
             raise ValueError(f"ce_weight is {self.ce_weight}; it is a share and must lie between 0 and 1.")
         if self.on_policy_fraction and self.ce_weight:

@@ -131,6 +131,8 @@ class DHOConfig(TrainingArguments):
         # The collator reads columns that no model takes.
         self.remove_unused_columns = False
         super().__post_init__()
+        # A process drives one GPU: with several in sight the Trainer would split batches over all by nn.DataParallel.
+        self._n_gpu = min(self.n_gpu, 1)
         for name, choices in (
             ("objective", OBJECTIVES),
             ("kd_head", ("linear", "cosine")),

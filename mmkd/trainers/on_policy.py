@@ -71,20 +71,20 @@ class OnPolicyTrainer(ReportingTrainer):
         for batch in batches:
             del batch[ROWS]
         self._spent = (self._spent[0] + mixed.seconds, self._spent[1])
-        facts, device = mixed.facts, self.accelerator.device
+        facts = mixed.facts
         self._record(
             {
                 **{
-                    f"rollouts_{kind}": _pair(facts[kind], facts["rollouts"])
+                    f"rollouts_{kind}": self._pair(facts[kind], facts["rollouts"])
                     for kind in ("ended", "truncated", "empty")
                 },
-                "rollout_length": _pair(facts["tokens"], facts["rollouts"]),
-                "rollout_tokens": _pair(facts["tokens"], 1),
-                "rollout_seconds": _pair(mixed.seconds, 1),
+                "rollout_length": self._pair(facts["tokens"], facts["rollouts"]),
+                "rollout_tokens": self._pair(facts["tokens"], 1),
+                "rollout_seconds": self._pair(mixed.seconds, 1),
             },
             "train",
         )
-        totals = self._summed(torch.tensor(list(facts.values()), device=device)).tolist()
+        totals = self._summed(torch.tensor(list(facts.values()), device=self.accelerator.device)).tolist()
         self.rollouts.judge(dict(zip(facts, totals, strict=True)))
         return batches
 
@@ -101,6 +101,6 @@ class OnPolicyTrainer(ReportingTrainer):
             logs["rollout_tokens_per_second"] = tokens / max(logs["rollout_seconds"], 1e-9)
         super().log(logs, start_time)
 
-
-def _pair(total: float, count: int) -> tuple[torch.Tensor, int]:
-    return torch.tensor(float(total)), count
+    def _pair(self, total: float, count: int) -> tuple[torch.Tensor, int]:
+        # Where the other reports are: they are reduced together, by NCCL perhaps, which knows no others.
+        return torch.tensor(float(total), device=self.accelerator.device), count

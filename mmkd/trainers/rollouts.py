@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mmkd.models.backbone import base_of
-from mmkd.models.generation import silenced_tokens, speaking, stop_tokens
+from mmkd.models.generation import seeded, silenced_tokens, speaking, stop_tokens
 from mmkd.models.load import positions_of
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.several import parts_of
@@ -103,8 +103,7 @@ class StudentSource(Source):
         # Prompts of like length share a batch, in an order that says nothing about how the batch was cut.
         order = sorted(range(len(questions)), key=lambda place: (len(questions[place].ids), place))
         found: dict[int, Rollout] = {}
-        with torch.random.fork_rng(), speaking(self.model):
-            torch.manual_seed(seed)
+        with seeded(self.model, seed), speaking(self.model):
             for first in range(0, len(order), size):
                 places = order[first : first + size]
                 rollouts = self._answers([questions[place] for place in places])

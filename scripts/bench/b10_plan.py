@@ -11,6 +11,7 @@ import torch
 from _measure import MEGABYTE, arguments, report, verdict
 from _training import QUICK_STUDENT, QUICK_TEACHER, SMOLLM2_135M, SMOLLM2_360M, Training, llama, measure_steps
 
+from mmkd.losses.fused import logits_bytes
 from mmkd.plan import predict
 from mmkd.plan.hardware import this_device
 
@@ -27,9 +28,9 @@ def planned(case: Training) -> predict.Work:
         models = [llama(size, 0) for size in sizes]
     student = predict.facts_of(models[0], 0.0, shape, False, train=True)
     teacher = predict.facts_of(models[1], 0.0, shape, False, train=False) if "online" in case.trainer else None
-    chunk = min(CHUNK, case.batch * case.length) * case.vocab * 2
-    head = 2.0 * case.vocab * student.width
-    return predict.Work(shape, student, teacher, chunk if teacher is None else 2 * chunk, head, 0.0, False)
+    chunk, models = min(CHUNK, case.batch * case.length), 1 if teacher is None else 2
+    logits = logits_bytes(case.vocab, chunk, models, False, case.device)
+    return predict.Work(shape, student, teacher, logits, 2.0 * case.vocab * student.width, 0.0, False)
 
 
 def main() -> None:

@@ -90,6 +90,7 @@ def stepper(config: Any, size: int, objective: str, options: argparse.Namespace,
         unlabeled_batch_size=options.rows,
         logging_steps=10**6,
         keep_rows=True,
+        use_cpu=True,
         report_to="none",
         **settings,
     )

@@ -102,6 +102,7 @@ def stepper(case: Case) -> Step:
         "assistant_only_loss": True,
         "max_length": None,
         "bf16": False,
+        "use_cpu": True,
         "activation_checkpointing": False,
         "per_device_train_batch_size": case.batch,
         "logging_steps": 10**6,

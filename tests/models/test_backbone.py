@@ -28,8 +28,10 @@ from transformers import (
     LlavaConfig,
     ModernBertDecoderConfig,
     PhiConfig,
+    PreTrainedModel,
     SiglipVisionConfig,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmkd.losses.fused import fused_loss
 from mmkd.models.backbone import allow_consumers, base_of, devices_of, full_head, head_of
@@ -288,6 +290,24 @@ def test_consumer_keeps_no_cache():
     model.base_model.register_forward_hook(lambda module, args, output: seen.append(output.past_key_values))
     model(**inputs, use_cache=True, consumer=all_log_probs)
     assert seen == [None]
+
+
+@pytest.mark.parametrize("make", [text_model, llava])
+def test_a_model_that_waits_on_the_cpu_may_be_set_to_flash_attention(make, monkeypatch):
+    model = make()
+
+    def on_a_gpu_only(*args, **kwargs):
+        raise RuntimeError("FlashAttention only supports CUDA tensors")
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash", on_a_gpu_only)
+    text = model.config.get_text_config()
+    text._attn_implementation = "flash"
+    chosen = [module.config._attn_implementation for module in model.modules() if isinstance(module, PreTrainedModel)]
+    with pytest.raises(RuntimeError, match="only supports CUDA"):
+        model(**text_inputs())
+    allow_consumers(model)
+    assert text._attn_implementation == "flash"
+    assert chosen == [one.config._attn_implementation for one in model.modules() if isinstance(one, PreTrainedModel)]
 
 
 @each_family

@@ -464,6 +464,18 @@ def test_live_teacher_answers_in_row_major_order(fake, form):
     torch.testing.assert_close(signal.tail_log_prob, torch.log1p(-values.exp().sum(-1)).float())
 
 
+def test_prompts_are_sampled_apart_and_again_alike(fake):
+    with VLLMClient(fake.url, model="teacher") as client:
+        for _ in range(2):
+            list(client.generate([[1, 2], [3, 4], [1, 2]], {"max_tokens": 4, "seed": 7}, n=2))
+        list(client.generate([[1, 2]], {"max_tokens": 4}))
+    *seeded, unseeded = (body.get("seed") for body in fake.requests)
+    assert sorted(seeded[:3]) == sorted(seeded[3:])
+    # A server gives the second answer to a prompt the seed that follows that of the first.
+    assert len({seed + answer for seed in seeded[:3] for answer in range(2)}) == 6
+    assert unseeded is None
+
+
 def test_batch_without_a_supervised_token_asks_nothing(fake):
     inputs, supervised = batch()
     signal = ServerTeacher(fake.url, k=6).ask(inputs, torch.zeros_like(supervised))

@@ -1,5 +1,6 @@
 """The step that all methods share: what SFTTrainer gives is kept, and nothing depends on how a batch is cut."""
 
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,18 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 from mmkd.losses.divergences import forward_kl
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.local import LocalTeacher
+from mmkd.trainers import METHODS
 from mmkd.trainers.base import DistillationTrainer
 from mmkd.trainers.comd import CoMDTrainer
 from mmkd.trainers.kd import KDTrainer
@@ -341,6 +349,23 @@ def test_a_teacher_that_cannot_come_to_the_device_is_refused(build: Build, texts
     teacher.config.name_or_path = str(tiny["teacher"])
     with pytest.raises(ValueError, match="on meta and cannot be moved"):
         build(KDTrainer, texts, trainer={"teacher": teacher})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_process_takes_one_of_several_gpus(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = TrainingArguments._setup_devices.func  # pyright: ignore[reportFunctionMemberAccess]
+
+    def with_two(self: Any) -> torch.device:
+        device = found(self)
+        self._n_gpu = 2
+        return device
+
+    devices = cached_property(with_two)
+    devices.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
+    settings: dict[str, Any] = {"labels_per_class": 1} if method == "dho" else {"bf16": False}
+    args = METHODS[method].config_class(str(tmp_path), report_to="none", per_device_train_batch_size=4, **settings)
+    assert (args.n_gpu, args.train_batch_size) == (1, 4)
 
 
 @pytest.mark.parametrize(

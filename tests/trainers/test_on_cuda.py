@@ -1,0 +1,87 @@
+"""Steps, logs and evaluations of every method where models and batches are on a pretended GPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import send_to_device
+from datasets import Dataset
+
+from mmkd.teachers.several import SeveralTeachers
+from mmkd.trainers import METHODS
+from tests.classes import dho
+from tests.helpers import Build
+from tests.pretended_cuda import CUDA, CUDATensor, on_cuda, steps_on_cuda
+from tests.vlms import vision_rows
+
+GENERATES = {"on_policy_fraction": 0.5, "rollout_max_tokens": 8}
+ALM = {"teacher": "foreign", "chunks": "all"}
+CASES: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "kd": {},
+    "kd without a log": {"logging_steps": 10},
+    "kd tempered": {"ce_weight": 0.3, "temperature": 2.0, "divergence": "jsd"},
+    "kd precise": {"precise_logits": True, "model_init_kwargs": {"dtype": "bfloat16"}},
+    "kd adaptive": {"divergence": "adaptive_kl"},
+    "kd skewed": {"divergence": "skew_reverse_kl"},
+    "kd balanced": {"ce_weight": 0.3, "combine": "gradmag"},
+    "kd packed": {"data": "texts", "packing": True, "packing_strategy": "wrapped", "max_length": 32},
+    "kd padding-free": {"padding_free": True, "max_length": None},
+    "kd on policy": GENERATES,
+    "kd several": {"teacher": None},
+    "kd routed": {"teacher": "domain"},
+    "kd vlm": {"data": "images", "on_bad_row": "skip"},
+    "kd vlm on policy": {"data": "images", **GENERATES},
+    "taid": {},
+    "taid on policy": GENERATES,
+    "alm merge": {**ALM, "chunks": "merge", "ce_weight": 0.5, "hidden_weight": 1.0, "combine": "gradmag"},
+    "alm all": ALM,
+    "alm uld": {**ALM, "objective": "uld"},
+    "alm mined": {**ALM, "objective": "mined"},
+    "alm on policy": {**ALM, **GENERATES},
+    "llava_kd": {"data": "images"},
+    "llava_kd balanced": {"data": "images", "combine": "gradmag"},
+    "llava_kd pooled": {"data": "images", "teacher": "fine", "visual_mismatch": "pool", "relation_on": "hidden"},
+}
+
+
+@pytest.fixture
+def make(build: Build, tiny: Any, vlms: Any, foreign: Path, completions: Dataset, texts: Dataset) -> Any:
+    """The trainer of a case."""
+
+    def made(case: str) -> Any:
+        settings = dict(CASES[case])
+        models = {name: str(path) for name, path in tiny.items()}
+        data: Any = {"texts": texts, "images": None}.get(settings.pop("data", ""), completions)
+        if data is None:
+            models, data = {name: str(path) for name, path in vlms.items()}, vision_rows([1, 2, 0, 1, 1, 1, 0, 2])
+            settings |= {"assistant_only_loss": True, "max_length": 128}
+        teacher: Any = settings.pop("teacher", "teacher")
+        if teacher in (None, "domain"):
+            data = data.add_column("domain", ["a", "b"] * (len(data) // 2))
+            teachers = {"a": models["teacher"], "b": models["student"]}
+            teacher = SeveralTeachers(teachers, column=teacher)
+        else:
+            teacher = str(foreign) if teacher == "foreign" else models[teacher]
+        return build(
+            METHODS[case.split()[0]], data, trainer={"model": models["student"], "teacher": teacher}, **settings
+        )
+
+    return made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_left_on_the_cpu(make: Any, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps_on_cuda(make(case), monkeypatch)
+
+
+@pytest.mark.parametrize("objective", ["dho", "kd", "ce"])
+def test_nor_of_two_heads(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"unlabeled_batch_size": 0} if objective == "ce" else {}
+    trainer: Any = dho(tmp_path, objective=objective, conflict_steps=1, **settings)
+    (batch,), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    with on_cuda(trainer, monkeypatch):
+        trainer.training_step(trainer.model, send_to_device(batch, CUDA))
+        assert all(isinstance(one.grad, CUDATensor) for one in trainer.model.parameters() if one.grad is not None)
+        trainer.log({"loss": 0.0})
