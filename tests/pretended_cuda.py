@@ -10,13 +10,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from accelerate.utils import send_to_device
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-
-from mmkd.teachers.local import LocalTeacher
-from mmkd.teachers.several import parts_of
-from mmkd.trainers.base import DistillationTrainer
 
 CUDA = torch.device("cuda:0")
 # Of operators that take tensors of two devices: copies from one to the other, and indices that may be the CPU's.
@@ -90,6 +85,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], backward: bool) -> Any:
     tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
     ours = {id(one.inner): one for one in tensors if isinstance(one, CUDATensor)}
     _check(name, tensors, bool(ours))
+    if name in ("pin_memory", "_pin_memory"):
+        return args[0]
     here = bool(ours)
     if (place := kwargs.get("device")) is not None:
         # In the backward pass autograd makes zeros where the tensors really are.
@@ -147,56 +144,40 @@ def _move(module: torch.nn.Module) -> None:
     known: dict[int, torch.nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
-            if parameter is not None:
+            if parameter is not None and not isinstance(parameter, CUDATensor):
                 new = torch.nn.Parameter(CUDATensor(parameter.data), parameter.requires_grad)
                 part._parameters[name] = known.setdefault(id(parameter), new)
         for name, buffer in part._buffers.items():
-            if buffer is not None:
+            if buffer is not None and not isinstance(buffer, CUDATensor):
                 part._buffers[name] = CUDATensor(buffer)
 
 
-@contextmanager
-def on_cuda(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Inside, a trainer is there with its models."""
-    teachers = parts_of(trainer.teacher) if isinstance(trainer, DistillationTrainer) else []
-    for model in [trainer.model, *(one.model for one in teachers if isinstance(one, LocalTeacher))]:
-        _move(model)
-    for name, value in vars(trainer).items():
-        if isinstance(value, torch.Tensor):
-            setattr(trainer, name, CUDATensor(value))
-    with monkeypatch.context() as patch, _pretended(patch):
-        patch.setattr(trainer.accelerator.state, "device", CUDA, raising=False)
-        patch.setitem(vars(trainer.args), "_setup_devices", CUDA)
-        yield
+def _moved(to: Callable[..., Any]) -> Callable[..., Any]:
+    def moved(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if device is not None and device.type == "cuda":
+            _move(self)
+        return self if dtype is None else to(self, dtype)
+
+    return moved
 
 
-def steps_on_cuda(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An optimizer step of two micro-batches there without its update, an evaluation, and the logs of both."""
-    rows = [dict(trainer.train_dataset[row]) for row in range(8)]
-    collated = [trainer.data_collator(rows[:4]), trainer.data_collator(rows[4:])]
-    with on_cuda(trainer, monkeypatch):
-        trainer.state.logging_steps, trainer.state.max_steps = trainer.args.logging_steps, 4
-        trainer.model.train()
-        batches = iter([send_to_device(batch, CUDA) for batch in collated])
-        accumulated, _ = trainer.get_batch_samples(batches, 2, CUDA)
-        for batch in accumulated:
-            loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
-            assert isinstance(loss, CUDATensor)
-            assert loss.isfinite()
-            loss.backward()
-        gradients = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
-        assert gradients
-        assert all(isinstance(gradient, CUDATensor) for gradient in gradients)
-        trainer._spent = (1.0, 1)
-        trainer.log({"loss": 0.0})
-        trainer.model.eval()
-        with torch.no_grad():
-            trainer.compute_loss(trainer.model, send_to_device(collated[0], CUDA))
-        trainer.log({})
+def _with_index(to: Callable[..., Any]) -> Callable[..., Any]:
+    """Without an index, torch would ask CUDA for its current device."""
+
+    def place(value: Any) -> Any:
+        return CUDA if isinstance(value, str | torch.device) and torch.device(value).type == "cuda" else value
+
+    def moved(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and isinstance(args[0], CUDATensor):
+            args = (CUDA, args[0].dtype, *args[1:])
+        return to(self, *map(place, args), **{name: place(value) for name, value in kwargs.items()})
+
+    return moved
 
 
 @contextmanager
-def _pretended(patch: pytest.MonkeyPatch) -> Iterator[None]:
+def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside, what is made on cuda:0 is pretended to be there."""
     mode = _Mode()
 
@@ -220,13 +201,25 @@ def _pretended(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
         return counted
 
-    patch.setattr(torch, "tensor", maker(torch.tensor))
-    patch.setattr(torch, "as_tensor", maker(torch.as_tensor))
-    patch.setattr(torch.autograd, "grad", engine(torch.autograd.grad))
-    patch.setattr(torch.Tensor, "backward", engine(torch.Tensor.backward))
-    patch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
-    patch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
-    patch.setitem(PartialState._shared_state, "device", CUDA)
-    with mode:
-        yield
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", maker(torch.tensor))
+        patch.setattr(torch, "as_tensor", maker(torch.as_tensor))
+        patch.setattr(torch.autograd, "grad", engine(torch.autograd.grad))
+        patch.setattr(torch.Tensor, "backward", engine(torch.Tensor.backward))
+        patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
+        patch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
+        patch.setattr(torch.cuda, "get_device_name", lambda device=None: "pretended")
+        patch.setattr(torch.nn.Module, "to", _moved(torch.nn.Module.to))
+        patch.setattr(torch.Tensor, "to", _with_index(torch.Tensor.to))
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "set_device", lambda device: None)
+        patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        PartialState._reset_state()
+        with mode:
+            yield

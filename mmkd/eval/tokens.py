@@ -63,6 +63,7 @@ def batches(model: Any, processing_class: Any, rows: Dataset, max_length: int, t
             activation_checkpointing=False,
             report_to="none",
             disable_tqdm=True,
+            use_cpu=model.device.type == "cpu",
         )
         trainer = SFTBaselineTrainer(
             model, args=config, train_dataset=rows, eval_dataset=rows, processing_class=processing_class

@@ -30,7 +30,7 @@ from mmkd.trainers.sft import SFTBaselineTrainer
 from mmkd.trainers.taid import TAIDTrainer
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.helpers import Build, environment, losses_of
-from tests.pretended_cuda import steps_on_cuda
+from tests.pretended_cuda import pretended_cuda
 from tests.teachers.cached_ranks import VARIANTS, results
 from tests.teachers.caches import build_cache, plan_of, write_recipe
 from tests.teachers.vlm import make_image, make_vlm
@@ -195,7 +195,11 @@ def test_streamed_rows_are_looked_up_as_they_come(build: Build, tiny: dict[str, 
 
 @pytest.mark.parametrize("tail", ["bucket", "unbiased", "renormalise"])
 def test_answers_come_to_the_gpu(build: Build, sparse: Path, tail: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps_on_cuda(build(KDTrainer, TRAIN, trainer={"teacher": CachedTeacher(sparse, tail)}), monkeypatch)
+    arguments = {"teacher": CachedTeacher(sparse, tail), "eval_dataset": EVAL}
+    with pretended_cuda(monkeypatch):
+        trainer = build(KDTrainer, TRAIN, trainer=arguments, max_steps=2)
+        trainer.train()
+        trainer.evaluate()
 
 
 def test_an_unknown_row_in_a_stream_is_named_when_it_comes(build: Build, whole: Path) -> None:

@@ -1,18 +1,18 @@
-"""Steps, logs and evaluations of every method where models and batches are on a pretended GPU."""
+"""Runs of every method on a pretended GPU: nothing is left on the CPU."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from accelerate.utils import send_to_device
 from datasets import Dataset
+from peft import LoraConfig
 
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.trainers import METHODS
 from tests.classes import dho
-from tests.helpers import Build
-from tests.pretended_cuda import CUDA, CUDATensor, on_cuda, steps_on_cuda
+from tests.helpers import LORA, Build, losses_of
+from tests.pretended_cuda import CUDA, pretended_cuda
 from tests.vlms import vision_rows
 
 GENERATES = {"on_policy_fraction": 0.5, "rollout_max_tokens": 8}
@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kd on policy": GENERATES,
     "kd several": {"teacher": None},
     "kd routed": {"teacher": "domain"},
+    "kd lora": {"lora": True, "activation_checkpointing": True, "bf16": True},
     "kd vlm": {"data": "images", "on_bad_row": "skip"},
     "kd vlm on policy": {"data": "images", **GENERATES},
     "taid": {},
@@ -64,24 +65,27 @@ def make(build: Build, tiny: Any, vlms: Any, foreign: Path, completions: Dataset
             teacher = SeveralTeachers(teachers, column=teacher)
         else:
             teacher = str(foreign) if teacher == "foreign" else models[teacher]
-        return build(
-            METHODS[case.split()[0]], data, trainer={"model": models["student"], "teacher": teacher}, **settings
-        )
+        run: dict[str, Any] = {"max_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+        run |= settings
+        arguments = {"model": models["student"], "teacher": teacher, "eval_dataset": data.select(range(4))}
+        arguments |= {"peft_config": LoraConfig(**LORA)} if run.pop("lora", False) else {}
+        return build(METHODS[case.split()[0]], data, trainer=arguments, **run)
 
     return made
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_is_left_on_the_cpu(make: Any, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps_on_cuda(make(case), monkeypatch)
+def test_a_run_on_a_gpu(make: Any, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended_cuda(monkeypatch):
+        trainer = make(case)
+        assert trainer.model.device == CUDA
+        trainer.train()
+        assert all(math.isfinite(loss) for loss in losses_of(trainer, "loss"))
+        trainer.evaluate()
 
 
 @pytest.mark.parametrize("objective", ["dho", "kd", "ce"])
-def test_nor_of_two_heads(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_two_heads(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"unlabeled_batch_size": 0} if objective == "ce" else {}
-    trainer: Any = dho(tmp_path, objective=objective, conflict_steps=1, **settings)
-    (batch,), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
-    with on_cuda(trainer, monkeypatch):
-        trainer.training_step(trainer.model, send_to_device(batch, CUDA))
-        assert all(isinstance(one.grad, CUDATensor) for one in trainer.model.parameters() if one.grad is not None)
-        trainer.log({"loss": 0.0})
+    with pretended_cuda(monkeypatch):
+        dho(tmp_path, objective=objective, conflict_steps=1, **settings).train()
