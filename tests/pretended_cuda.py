@@ -5,11 +5,13 @@ It computes what a CPU does, and tells nothing of a GPU's kernels, types or spee
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import PartialState
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -55,6 +57,12 @@ class CUDATensor(torch.Tensor):
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.inner.untyped_storage()
+
     def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.inner.detach()
 
@@ -89,9 +97,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], backward: bool) -> Any:
         return args[0]
     here = bool(ours)
     if (place := kwargs.get("device")) is not None:
+        place = torch.device(place).type
         # In the backward pass autograd makes zeros where the tensors really are.
-        here = backward or torch.device(place).type == "cuda"
-        kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"} | {"device": "cpu"}
+        here = place == "cuda" or (backward and place == "cpu")
+        if here:
+            kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"} | {"device": "cpu"}
     args, kwargs = tree_map(_bare, args), tree_map(_bare, kwargs)
     out = _product(*args, **kwargs) if "dtype" in func._overloadname and "mm" in name else func(*args, **kwargs)
 
@@ -201,6 +211,8 @@ def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         return counted
 
+    # Kept for good by its first call, which must find what is replaced below.
+    _device_constructors()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "tensor", maker(torch.tensor))
         patch.setattr(torch, "as_tensor", maker(torch.as_tensor))
@@ -212,6 +224,7 @@ def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
         patch.setattr(torch.cuda, "get_device_name", lambda device=None: "pretended")
+        patch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(total_memory=1 << 34))
         patch.setattr(torch.nn.Module, "to", _moved(torch.nn.Module.to))
         patch.setattr(torch.Tensor, "to", _with_index(torch.Tensor.to))
         patch.setattr(torch.cuda, "is_available", lambda: True)
