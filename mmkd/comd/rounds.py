@@ -204,6 +204,8 @@ class Loop:
                 report["mutual"] = self._mutual(number, pairs, previous, held_out)
             if go_on and not hard:
                 go_on, self.ended = False, f"no instruction is hard any more after round {number}"
+            if go_on and not easy and not training.hard_ratio:
+                go_on, self.ended = False, f"no instruction is easy after round {number}, and hard_ratio is 0"
         engine.close()
         self.new = []
         if go_on and training.augmentor != "none":
@@ -286,17 +288,19 @@ class Loop:
         cap = min(training.new_instructions, left)
         if cap < 1:
             return {"wanted": 0}
-        parents: dict[str, Sequence[Instruction]] = {"any": [one for one, _ in self.pool.values()]}
+        everything = [one for one, _ in self.pool.values()]
+        parents: dict[str, Sequence[Instruction]] = {"any": everything}
         wanted = {"any": cap}
         if training.assessor != "none":
+            parents = {
+                kind: [self.pool[one.key][0] for one in scores] for kind, scores in (("hard", hard), ("easy", easy))
+            }
+            shares = {"hard": training.hard_ratio, "easy": 1 - training.hard_ratio}
+            kinds = [kind for kind in parents if parents[kind] and shares[kind]]
             count = round(training.hard_ratio * cap)
             wanted = {"hard": count, "easy": cap - count}
-            parents = {
-                "hard": [self.pool[one.key][0] for one in hard],
-                "easy": [self.pool[one.key][0] for one in easy],
-            }
-            wanted = {kind: count for kind, count in wanted.items() if count and parents[kind]}
-        everything = [one for one, _ in self.pool.values()]
+            # The share of a last one may round to the kind that there is none of.
+            wanted = {kind: wanted[kind] for kind in kinds if wanted[kind]} or {kinds[0]: 1}
         fit = Filter(everything, self.kept_out, training.max_rouge, training.min_words, training.max_words)
         augmentor = self.roles.make_augmentor(self.record, self.prompts, everything, self.store, self.similar)
         with progress(self.console, phase, sum(wanted.values())) as advance:

@@ -170,10 +170,12 @@ def test_nothing_that_is_held_out_ever_enters_a_pool(recipe: Recipe, tmp_path: P
 
 def test_budgets(recipe: Recipe, tmp_path: Path) -> None:
     with chat_server() as server:
-        path = recipe(teacher_server=[server.url], max_new_instructions=2, rounds=3)
+        # All are hard, or the rounds may end for want of hard ones.
+        path = recipe(teacher_server=[server.url], max_new_instructions=2, rounds=3, hard_threshold=-9.0)
         assert main(["train", str(path)]) == 0
         reports = read_rounds(tmp_path / "run")
-        assert [one["pool"] for one in reports] == [12, 14]
+        # Half of those that a round may make: easy ones have no parents.
+        assert [one["pool"] for one in reports] == [12, 13, 14]
         ended = json.loads((tmp_path / "run" / "rounds.json").read_text())["ended"]
         assert ended == "max_new_instructions 2 are made"
         # Two tokens an answer: eight of twelve fit, in batches of four; neither judge nor augmentor is asked.
@@ -194,6 +196,17 @@ def test_an_empty_hard_set_ends_the_loop(recipe: Recipe, tmp_path: Path, capsys:
     assert len(read_rounds(tmp_path / "run")) == 1
     assert "no instruction is hard any more after round 0" in " ".join(capsys.readouterr().err.split())
     assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_where_all_are_hard_a_last_instruction_is_made_of_them(recipe: Recipe, tmp_path: Path) -> None:
+    settings = {"max_new_instructions": 1, "hard_threshold": -9.0, "rounds": 2}
+    with chat_server() as server:
+        assert main(["train", str(recipe(teacher_server=[server.url], **settings))]) == 0
+        assert [one["pool"] for one in read_rounds(tmp_path / "run")] == [12, 13]
+        easy = ["--hard_ratio", "0", "--output_dir", str(tmp_path / "easy")]
+        assert main(["train", str(recipe(teacher_server=[server.url], **settings)), *easy]) == 0
+    ended = json.loads((tmp_path / "easy" / "rounds.json").read_text())["ended"]
+    assert ended == "no instruction is easy after round 0, and hard_ratio is 0"
 
 
 @pytest.mark.parametrize(
