@@ -20,7 +20,7 @@ Objective = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, dict[str, Tensor]]
 
 
 # fp32 logits compared at a time. On a CPU they stay in its cache, while larger tiles are read anew by every operation.
-# A GPU wants enough of them to be busy, and its memory pays for temporaries: at most so many bytes for each logit.
+# A GPU wants enough of them to be busy, and its memory pays for temporaries: about so many bytes for each logit.
 CPU_TILE_ELEMENTS = 1 << 17
 GPU_TILE_ELEMENTS = 1 << 23
 TILE_BYTES = 64

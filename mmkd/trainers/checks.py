@@ -30,6 +30,11 @@ def check_training_data(train: Any, evaluation: Any, args: SFTConfig, tokenizer:
             )
 
 
+def take_one_gpu(args: TrainingArguments) -> None:
+    """Keeps the Trainer from splitting batches over all GPUs in sight by nn.DataParallel: a process drives one."""
+    args._n_gpu = min(args.n_gpu, 1)
+
+
 def check_precision(args: TrainingArguments) -> None:
     """Raises ValueError for fp16 on a CPU, where accelerate would train in fp32 and say nothing."""
     if args.fp16 and args.device.type == "cpu":

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from .checks import take_one_gpu
 from .kernels import KERNELS, check_recipe
 from .rollout_config import RolloutConfig
 
@@ -36,7 +37,7 @@ class DistillationConfig(RolloutConfig):
         default=512,
         metadata={
             "help": "Supervised tokens whose logits exist at a time. Larger is slightly faster on a GPU and costs "
-            "chunk_size x vocabulary x 2 bytes (bf16) per model, beside at most 0.5 GiB to compare them."
+            "chunk_size x vocabulary x 2 bytes (bf16) per model, beside about 0.5 GiB on a GPU to compare them."
         },
     )
     precise_logits: bool = field(
@@ -51,8 +52,8 @@ class DistillationConfig(RolloutConfig):
         metadata={
             "help": "Who computes kd's forward_kl, reverse_kl and jsd: torch (mmkd's own), triton (TRL's, on CUDA) or "
             "liger (pip install liger-kernel). The last two need a teacher model and run in steps that are not "
-            "logged, once the first batch has shown the loss and the gradients of torch. auto (default) is torch "
-            "everywhere, since none was measured on a GPU yet.",
+            "logged, once the first batch has shown the loss and the gradients of torch, for which both heads are "
+            "copied to fp32. auto (default) is torch everywhere, since none was measured on a GPU yet.",
             "choices": list(KERNELS),
         },
     )
@@ -88,8 +89,7 @@ class DistillationConfig(RolloutConfig):
         # transformers wants this said before it allows bf16 on a machine without an accelerator.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
-        # A process drives one GPU: with several in sight the Trainer would split batches over all by nn.DataParallel.
-        self._n_gpu = min(self.n_gpu, 1)
+        take_one_gpu(self)
         if not 0 <= self.ce_weight <= 1:
             raise ValueError(f"ce_weight is {self.ce_weight}; it is a share and must lie between 0 and 1.")
         if self.on_policy_fraction and self.ce_weight:

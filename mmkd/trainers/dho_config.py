@@ -9,6 +9,8 @@ from transformers import TrainingArguments
 from mmkd.data.class_rows import AUGMENTATIONS
 from mmkd.losses.dual_head import ALPHAS, BETAS, check_interpolation
 
+from .checks import take_one_gpu
+
 OBJECTIVES = ("dho", "ce", "kd", "single_head")
 TEACHER_KINDS = ("zero_shot", "tip_adapter", "question", "classifier")
 
@@ -131,8 +133,7 @@ class DHOConfig(TrainingArguments):
         # The collator reads columns that no model takes.
         self.remove_unused_columns = False
         super().__post_init__()
-        # A process drives one GPU: with several in sight the Trainer would split batches over all by nn.DataParallel.
-        self._n_gpu = min(self.n_gpu, 1)
+        take_one_gpu(self)
         for name, choices in (
             ("objective", OBJECTIVES),
             ("kd_head", ("linear", "cosine")),
