@@ -187,8 +187,6 @@ def _teacher_logits(run: Run, data: ClassificationData, rows: ClassRows) -> tupl
     # open_clip keeps its weights in files of its own; its names are precise.
     weights = None if name.startswith(OPEN_CLIP) else weights_sha256(name, arguments.teacher_revision)
     identity = class_identity(name, weights, teacher, data.class_names, digest)
-    if has_class_logits(folder):
-        return read_class_logits(folder, identity).logits, teacher
     training = _config(run)
     # One rank asks, the others read what it wrote.
     with training.main_process_first(desc="teacher logits"):

@@ -1,6 +1,7 @@
 """Writing a file so that there is always a whole one: the old or the new."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -10,22 +11,24 @@ def write_file(path: Path, content: bytes | str) -> None:
     Raises ValueError where it cannot be written, on a full disk say.
     """
     content = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
+    # By the process, since another may write the same file now.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        temporary.replace(path)
+        if os.name == "posix":
+            _sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ValueError(
             f"{path} ({len(content):,} bytes) cannot be written: {error.strerror}. Make room, or choose another "
             "folder; what was finished before is kept, and the same command goes on from there."
         ) from error
-    temporary.replace(path)
-    if os.name == "posix":
-        _sync(path.parent)
 
 
 def _sync(folder: Path) -> None:

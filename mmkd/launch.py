@@ -62,7 +62,7 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
     if checkpoint is None and run.training.resume_from_checkpoint:
         print(f"No checkpoint in {run.training.output_dir}: starting from the beginning.", file=sys.stderr)
     gpus = torch.cuda.device_count()
-    if gpus > 1 and run.training.world_size == 1:
+    if gpus > 1 and run.training.world_size == 1 and not run.training.use_cpu:
         print(
             f"Training on one of {gpus} GPUs: accelerate_config ddp, fsdp2, zero2 or zero3 takes all.", file=sys.stderr
         )

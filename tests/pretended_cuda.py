@@ -1,6 +1,7 @@
 """A GPU that is none: CPU tensors which say they are on cuda:0 and, as CUDA's do, refuse to be mixed with others.
 
-It computes what a CPU does, and tells nothing of a GPU's kernels, types or speed. It finds what was left on the CPU.
+It computes what a CPU does and tells nothing of a GPU's kernels, types or speed; autocast for CUDA does nothing here.
+It finds what was left on the CPU, though not a factory in a backward pass that lacks its device.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers.utils import import_utils
 
 CUDA = torch.device("cuda:0")
 # Of operators that take tensors of two devices: copies from one to the other, and indices that may be the CPU's.
 MIXING = {"_to_copy", "copy_", "_local_scalar_dense", "set_"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
-_INDEX_TYPES = {torch.int64, torch.int32, torch.bool, torch.uint8}
 
 
 class CUDATensor(torch.Tensor):
@@ -64,7 +65,7 @@ class CUDATensor(torch.Tensor):
         return self.inner.untyped_storage()
 
     def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.inner.detach()
+        return self.inner.detach().clone()
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         places = [kwargs.get("device"), *args]
@@ -92,7 +93,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], backward: bool) -> Any:
     name = func.overloadpacket.__name__
     tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
     ours = {id(one.inner): one for one in tensors if isinstance(one, CUDATensor)}
-    _check(name, tensors, bool(ours))
+    _check(name, tensors, tree_leaves(args[1:2]), bool(ours))
     if name in ("pin_memory", "_pin_memory"):
         return args[0]
     here = bool(ours)
@@ -114,12 +115,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], backward: bool) -> Any:
     return tree_map(named, out) if here and name != "_local_scalar_dense" else out
 
 
-def _check(name: str, tensors: list[torch.Tensor], any_here: bool) -> None:
+def _check(name: str, tensors: list[torch.Tensor], indices: list[Any], any_here: bool) -> None:
     foreign = [one for one in tensors if not isinstance(one, CUDATensor)]
     if not any_here or not foreign or name in MIXING:
         return
     if name in INDEXING:
-        foreign = [one for one in foreign if one.dtype not in _INDEX_TYPES]
+        foreign = [one for one in foreign if not any(one is index for index in indices)]
     # Numbers may come from anywhere, but not to be joined.
     wrong = foreign if name in ("stack", "cat") else [one for one in foreign if one.dim()]
     if wrong or (name.endswith("_") and not isinstance(tensors[0], CUDATensor)):
@@ -186,6 +187,14 @@ def _with_index(to: Callable[..., Any]) -> Callable[..., Any]:
     return moved
 
 
+def _forget() -> None:
+    """Drops what was found out about this machine's devices, and kept."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for known in vars(import_utils).values():
+        if hasattr(known, "cache_clear"):
+            known.cache_clear()
+
+
 @contextmanager
 def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside, what is made on cuda:0 is pretended to be there."""
@@ -233,6 +242,9 @@ def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         patch.setattr(torch.accelerator, "is_available", lambda: True)
-        PartialState._reset_state()
-        with mode:
-            yield
+        try:
+            _forget()
+            with mode:
+                yield
+        finally:
+            _forget()

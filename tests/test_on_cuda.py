@@ -33,7 +33,7 @@ def test_a_teacher_answers_for_a_cache(
     with pretended_cuda(monkeypatch):
         build_cache(recipe, *flags, str(folders[1]))
     here, there = (contents(folder) for folder in folders)
-    assert {name for name in here if here[name] != there.get(name)} <= {"manifest.json"}
+    assert {name for name in {*here, *there} if here.get(name) != there.get(name)} <= {"manifest.json"}
 
 
 def test_student_and_teacher_are_measured(

@@ -3,7 +3,7 @@
 import logging
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -31,6 +31,7 @@ def shards_on_ray(plan: Plan, missing: list[tuple[str, int]]) -> Iterator[ShardR
     if started:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     try:
+        _check_gpus(plan, ray.cluster_resources())
         ray.data.DataContext.get_current().enable_progress_bars = False
         shards = ray.data.from_items(
             [{"split": split, "number": number} for split, number in missing], override_num_blocks=len(missing)
@@ -52,6 +53,15 @@ def shards_on_ray(plan: Plan, missing: list[tuple[str, int]]) -> Iterator[ShardR
     finally:
         if started:
             ray.shutdown()
+
+
+def _check_gpus(plan: Plan, resources: Mapping[str, float]) -> None:
+    """Raises ValueError where all workers would take the first GPU: Ray hides none from those that asked for none."""
+    if resources.get("GPU") and not plan.arguments.cache_worker_gpus and plan.run.arguments.teacher_server is None:
+        raise ValueError(
+            "cache_worker_gpus is 0, so that all Ray workers would load their teacher onto the first GPU. Set "
+            "cache_worker_gpus: 1, or a share of one where several teachers fit."
+        )
 
 
 def _explained(rows: Iterable[Any], died: type[Exception]) -> Iterator[Any]:

@@ -1,6 +1,5 @@
 """Who replies: a transformers model in this process, or any server that speaks OpenAI's chat protocol."""
 
-import gc
 import hashlib
 import os
 import time
@@ -10,6 +9,7 @@ from typing import Any
 
 import msgspec
 import torch
+from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
@@ -50,9 +50,7 @@ class LocalEngine(Engine):
 
     def close(self) -> None:
         self._loaded, self._scores = None, False
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
 
     def replies(self, questions: Sequence[Question], sampling: Sampling) -> Iterator[list[tuple[int, Reply]]]:
         generator = self._generator(sampling)
@@ -282,5 +280,5 @@ def _tokens(generator: LocalGenerator, prompt: Prompt) -> int:
 
 
 def _seed(seed: int, asked: list[Question]) -> int:
-    text = f"{seed} {[(question.messages[-1], question.sample) for question in asked]}"
+    text = f"{seed} {[(question.messages[-1], question.digests, question.sample) for question in asked]}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 
 from mmkd import record as run_record
@@ -167,6 +168,8 @@ class Loop:
         print(f"Round {number} of {self.training.rounds}: {trained}", file=sys.stderr)
         resume = ["--resume_from_checkpoint", "true"] if last_checkpoint(trained) is not None else []
         status = self.train(str(recipe), [*self.flags, *resume])
+        # The trainer is in circles of references, and would stay beside the models that answer now.
+        clear_device_cache(garbage_collection=True)
         PartialState().wait_for_everyone()
         if status:
             return status

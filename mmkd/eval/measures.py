@@ -167,9 +167,7 @@ class Taking:
         for batch in batches(self.model("student"), model.processing_class, self.rows, self.held.max_length, teacher):
             said = {"student": say(self.model("student").eval(), batch.ours, size)}
             if teacher is not None:
-                # Where the trainer that makes the batches has brought them and the student.
-                beside = self.model("teacher").to(self.model("student").device)
-                said["teacher"] = say(beside, batch.theirs, size)
+                said["teacher"] = say(self.model("teacher"), batch.theirs, size)
                 agreement.add(said["student"], said["teacher"])
             for side, one in said.items():
                 calibrations[side].add(one.confidence, one.right)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -53,6 +54,7 @@ def batches(model: Any, processing_class: Any, rows: Dataset, max_length: int, t
     Raises ValueError where student and teacher would be supervised on different tokens.
     """
     template = getattr(processing_class, "chat_template", None) or tokenizer_of(processing_class).chat_template or ""
+    device = model.device
     with tempfile.TemporaryDirectory() as folder:
         config = SFTBaselineConfig(
             folder,
@@ -63,15 +65,18 @@ def batches(model: Any, processing_class: Any, rows: Dataset, max_length: int, t
             activation_checkpointing=False,
             report_to="none",
             disable_tqdm=True,
-            use_cpu=model.device.type == "cpu",
+            use_cpu=device.type == "cpu",
         )
         trainer = SFTBaselineTrainer(
             model, args=config, train_dataset=rows, eval_dataset=rows, processing_class=processing_class
         )
         if trainer.vision_collator is not None and teacher is not None:
             trainer.vision_collator.add_teacher(processor_of_teacher(teacher.processing_class, teacher.name))
+        # The trainer takes it, and batches, to the first GPU.
+        model.to(device)
         for batch in trainer.get_eval_dataloader():
             batch.pop(ROW_LENGTHS, None)
+            batch: Any = send_to_device(batch, device)
             ours = View.of(batch)
             yield Batch(ours, teacher_view(ours, batch))
 

@@ -182,7 +182,8 @@ class TipAdapterTeacher(ClassTeacher):
         seed: int = 0,
     ) -> "TipAdapterTeacher":
         """The teacher whose keys start as the images' features and are trained with AdamW on their labels."""
-        features, targets = zero_shot.features(images), torch.as_tensor(labels)
+        parts = [zero_shot.features(images[row : row + batch_size]) for row in range(0, len(images), batch_size)]
+        features, targets = torch.cat(parts), torch.as_tensor(labels)
         keys = features.clone().requires_grad_()
         teacher = cls(zero_shot, keys, targets, alpha, beta)
         optimizer = torch.optim.AdamW([keys], lr=learning_rate, eps=1e-4)
@@ -232,7 +233,7 @@ class ClassifierTeacher(ClassTeacher):
         if isinstance(rows[0], str):
             inputs = self.processor(list(rows), padding=True, truncation=True, return_tensors="pt")
         else:
-            inputs = self.processor(images=list(rows), return_tensors="pt")
+            inputs = self.processor(images=list(rows), return_tensors="pt").to(self.model.dtype)
         return self.model(**inputs.to(self.model.device)).logits.float().cpu()
 
     @property

@@ -102,6 +102,8 @@ class CacheWriter:
                     "delete this one."
                 )
             self.manifest = found
+        for leftover in self.folder.rglob("*.tmp"):
+            leftover.unlink()
         for split in self.manifest.total_rows:
             (self.folder / split).mkdir(exist_ok=True)
         for split, number in damaged_shards(self.folder, self.manifest):

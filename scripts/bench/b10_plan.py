@@ -28,8 +28,8 @@ def planned(case: Training) -> predict.Work:
         models = [llama(size, 0) for size in sizes]
     student = predict.facts_of(models[0], 0.0, shape, False, train=True)
     teacher = predict.facts_of(models[1], 0.0, shape, False, train=False) if "online" in case.trainer else None
-    chunk, models = min(CHUNK, case.batch * case.length), 1 if teacher is None else 2
-    logits = logits_bytes(case.vocab, chunk, models, False, case.device)
+    chunk, at_once = min(CHUNK, case.batch * case.length), 1 if teacher is None else 2
+    logits = logits_bytes(case.vocab, chunk, at_once, False, case.device)
     return predict.Work(shape, student, teacher, logits, 2.0 * case.vocab * student.width, 0.0, False)
 
 

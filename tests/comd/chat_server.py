@@ -36,7 +36,7 @@ def scripted(body: dict[str, Any]) -> str:
         return " ".join(map(str, scores)) + "\nShorter is better."
     number = sum(map(ord, text)) + seed
     if kind_of(body) == "augment":
-        return "New instruction: " + " ".join(WORDS[(number * k * k + 7 * k) % len(WORDS)] for k in range(1, 8))
+        return "New instruction: " + " ".join(WORDS[(number // 13**k) % len(WORDS)] for k in range(8))
     return WORDS[number % len(WORDS)]
 
 

@@ -719,21 +719,23 @@ def test_a_cache_of_answers_is_no_cache_of_scores(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("name", ["train/00001.arrow.tmp", "manifest.json.tmp", "train/state.json.tmp", LOG])
+@pytest.mark.parametrize("name", ["train/00001.arrow", "manifest.json", "train/state.json", LOG])
 def test_a_full_disk_stops_the_build_and_it_goes_on_later(finished: Path, tmp_path: Path, name: str) -> None:
     """Each file in turn is the one that does not fit: written to a device that is always full."""
 
+    # The log is the only file that is added to, and not replaced.
+    written = tmp_path / (name if name == LOG else f"{name}.{os.getpid()}.tmp")
+
     def disk_is_full(place: int) -> None:
         if place == 1:
-            (tmp_path / name).unlink(missing_ok=True)
-            (tmp_path / name).symlink_to("/dev/full")
+            written.unlink(missing_ok=True)
+            written.symlink_to("/dev/full")
 
     with pytest.raises(ValueError, match=r"cannot be written: No space left on device\. Make room"):
         fill(tmp_path, before=disk_is_full)
     assert not list(tmp_path.rglob("*.tmp"))
     if name == LOG:
-        # The only file that is added to, and not replaced.
-        (tmp_path / LOG).unlink()
+        written.unlink()
     assert len(fill(tmp_path)) <= 3
     assert contents(tmp_path) == contents(finished)
 
