@@ -220,20 +220,22 @@ class ChatServer(Engine):
         if self._endpoints is None:
             self._endpoints = Endpoints(self._urls, *self._settings, self._retries)
         model = self.model or self._only_model(self._endpoints)
-        settings = {
+        body = {
+            "model": model,
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
         }
-        body = {"model": model, **settings}
         endpoints = self._endpoints
 
         async def ask(question: Question) -> Reply:
             images = [open_image(path) for path in question.images]
-            own = {**body, "seed": _seed(sampling.seed, [question])}
-            own["messages"] = wire.openai_messages(question.messages, images)
+            own = {
+                "seed": _seed(sampling.seed, [question]),
+                "messages": wire.openai_messages(question.messages, images),
+            }
             try:
-                answer = await endpoints.request("/v1/chat/completions", msgspec.json.encode(own))
+                answer = await endpoints.request("/v1/chat/completions", msgspec.json.encode(body | own))
             except Refusal as refusal:
                 if refusal.status in (400, 413, 422):
                     return Reply("", 0, f"refused: {refusal.message}", 0.0)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mmkd.doctor import costs
 from mmkd.doctor.facts import Sample, Side, load_student, load_teacher, render, take_sample
+from mmkd.dry_run import logits_of
 from mmkd.launch import parse_alone
 from mmkd.run import Run
 from mmkd.run_teacher import reads_teacher
@@ -165,7 +166,8 @@ def _ways(
     smaller = replace(work.shape, rows=1)
     ways = {}
     if work.teacher is not None:
-        ways["a teacher_cache"] = count_work(run, student, None, work.shape, device.kind)
+        alone = logits_of(run.training, work.student.vocabulary, 0, device.kind)
+        ways["a teacher_cache"] = replace(work, teacher=None, logits=alone)
     if not work.checkpointing:
         ways["activation_checkpointing: true"] = replace(work, checkpointing=True)
     if work.shape.rows > 1:

@@ -13,6 +13,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmkd.files import write_file
+
 from .classifiers import ClassTeacher, check_classes
 from .identity import file_sha256
 
@@ -49,9 +51,7 @@ def write_class_logits(folder: str | Path, cached: ClassLogits) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
     save_file({"logits": cached.logits.contiguous()}, folder / LOGITS)
     manifest = {"identity": cached.identity, "sha256": file_sha256(folder / LOGITS)}
-    partial = folder / f".{MANIFEST}"
-    partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    write_file(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def has_class_logits(folder: str | Path) -> bool:

@@ -104,8 +104,6 @@ class CacheWriter:
             self.manifest = found
         for leftover in self.folder.rglob("*.tmp"):
             leftover.unlink()
-        for split in self.manifest.total_rows:
-            (self.folder / split).mkdir(exist_ok=True)
         for split, number in damaged_shards(self.folder, self.manifest):
             del self.manifest.shards[split][number]
             span = self.manifest.span(split, number)

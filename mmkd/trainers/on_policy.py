@@ -71,20 +71,20 @@ class OnPolicyTrainer(ReportingTrainer):
         for batch in batches:
             del batch[ROWS]
         self._spent = (self._spent[0] + mixed.seconds, self._spent[1])
-        facts = mixed.facts
+        facts, device = mixed.facts, self.accelerator.device
+        # Where the other reports are: they are reduced together, by NCCL perhaps, which knows no others.
+        counts = torch.tensor(list(facts.values()), device=device)
+        told = dict(zip(facts, counts, strict=True))
         self._record(
             {
-                **{
-                    f"rollouts_{kind}": self._pair(facts[kind], facts["rollouts"])
-                    for kind in ("ended", "truncated", "empty")
-                },
-                "rollout_length": self._pair(facts["tokens"], facts["rollouts"]),
-                "rollout_tokens": self._pair(facts["tokens"], 1),
-                "rollout_seconds": self._pair(mixed.seconds, 1),
+                **{f"rollouts_{kind}": (told[kind], facts["rollouts"]) for kind in ("ended", "truncated", "empty")},
+                "rollout_length": (told["tokens"], facts["rollouts"]),
+                "rollout_tokens": (told["tokens"], 1),
+                "rollout_seconds": (torch.tensor(mixed.seconds, device=device), 1),
             },
             "train",
         )
-        totals = self._summed(torch.tensor(list(facts.values()), device=self.accelerator.device)).tolist()
+        totals = self._summed(counts).tolist()
         self.rollouts.judge(dict(zip(facts, totals, strict=True)))
         return batches
 
@@ -100,7 +100,3 @@ class OnPolicyTrainer(ReportingTrainer):
             logs["rollout_seconds"] = seconds / self.args.world_size
             logs["rollout_tokens_per_second"] = tokens / max(logs["rollout_seconds"], 1e-9)
         super().log(logs, start_time)
-
-    def _pair(self, total: float, count: int) -> tuple[torch.Tensor, int]:
-        # Where the other reports are: they are reduced together, by NCCL perhaps, which knows no others.
-        return torch.tensor(float(total), device=self.accelerator.device), count
