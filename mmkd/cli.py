@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmkd import __version__, recipes
+from mmkd.errors import UserError
 
 
 def train_main() -> None:
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options, rest)
     except ValueError as error:
-        if not _is_ours(error):
+        if not isinstance(error, UserError) and not _is_ours(error):
             raise
         print(f"mmkd: {error}", file=sys.stderr)
         return 2
