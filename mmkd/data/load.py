@@ -11,7 +11,8 @@ import datasets
 from datasets import Dataset, DatasetDict
 
 from mmkd.data.columns import nearest
-from mmkd.data.mapping import Sieve, check_columns, map_rows, read_rows, row_key
+from mmkd.data.filters import Sieve, row_key
+from mmkd.data.mapping import check_columns, map_rows, read_rows
 from mmkd.data.recipe import BUILDERS, DataRecipe
 
 logger = logging.getLogger(__name__)

@@ -1,11 +1,9 @@
 """A source's rows in our columns, and the filters that decide which of them stay."""
 
-import hashlib
 import itertools
 import json
 import string
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,67 +78,6 @@ def _reads(theirs: str | MessagesColumn | TurnColumns) -> list[str]:
     if isinstance(theirs, TurnColumns):
         return [*template_columns(theirs.user), *template_columns(theirs.assistant)]
     return template_columns(theirs) if is_template(theirs) else [theirs]
-
-
-class Sieve:
-    """The filters of a recipe on one split: which rows stay, and how many each filter removed."""
-
-    def __init__(self, recipe: DataRecipe, split: str, held_out: set[bytes] | None = None) -> None:
-        self.split = split
-        self.filters = recipe.filters
-        self.held_out = held_out or set()
-        self.seen: set[bytes] = set()
-        self.removed: Counter[str] = Counter()
-
-    def equal(self, raw: Dataset) -> Sequence[int]:
-        """The indices of the rows with the values that `equals` asks for."""
-        if not self.filters.equals:
-            return range(len(raw))
-        rows = read_rows(raw, list(self.filters.equals))
-        kept = [i for i, row in enumerate(rows) if all(row[k] == v for k, v in self.filters.equals.items())]
-        if len(kept) < len(raw):
-            self.removed["equals"] += len(raw) - len(kept)
-        return kept
-
-    def keep(self, rows: Dataset, limit: int | None) -> list[int]:
-        """The indices of the first `limit` rows that no filter removes."""
-        compared = self.filters.dedupe or self.held_out
-        columns = [name for name in rows.column_names if compared or name != "images"]
-        kept: list[int] = []
-        for i, row in enumerate(read_rows(rows, columns)):
-            if limit is not None and len(kept) == limit:
-                break
-            reason = self._reason(row)
-            if reason is None:
-                kept.append(i)
-            else:
-                self.removed[reason] += 1
-        return kept
-
-    def _reason(self, row: Mapping[str, Any]) -> str | None:
-        filters, said = self.filters, _answer(row)
-        if filters.drop_empty and not said.strip():
-            return "drop_empty"
-        if filters.min_chars is not None and len(said) < filters.min_chars:
-            return "min_chars"
-        if filters.max_chars is not None and len(said) > filters.max_chars:
-            return "max_chars"
-        if not (filters.dedupe or self.held_out):
-            return None
-        key = row_key(row)
-        if key in self.held_out:
-            return "equal to an eval row"
-        if not filters.dedupe:
-            return None
-        if key in self.seen:
-            return "dedupe"
-        self.seen.add(key)
-        return None
-
-    def report(self) -> str:
-        """How many rows each filter removed, in words."""
-        counts = [f"{name} removed {count}" for name, count in sorted(self.removed.items())]
-        return ", ".join(counts) or "no filter removed any"
 
 
 def map_rows(raw: Dataset, recipe: DataRecipe) -> Dataset:
@@ -373,24 +310,3 @@ def read_rows(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, Any]]:
     """The rows as plain Python values, images undecoded."""
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH):
         yield from _plain_rows(table, dataset.features)
-
-
-def _answer(row: Mapping[str, Any]) -> str:
-    """What the student learns to say in a row: the text, the completion, or all that the assistant says."""
-    if "text" in row:
-        return row["text"] or ""
-    said = row["completion"] if "completion" in row else row["messages"]
-    if isinstance(said, str) or said is None:
-        return said or ""
-    return "\n".join(_spoken(message["content"]) for message in said if message["role"] == "assistant")
-
-
-def _spoken(content: str | list[dict[str, Any]] | None) -> str:
-    # Vision-language sets write content as parts, of which only those of text are said.
-    if isinstance(content, list):
-        return "\n".join(part.get("text") or "" for part in content)
-    return content or ""
-
-
-def row_key(row: Mapping[str, Any]) -> bytes:
-    return hashlib.blake2b(repr(sorted(row.items())).encode(), digest_size=16).digest()
