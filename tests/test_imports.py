@@ -14,13 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "errors": set(),
     "files": set(),
+    "precision": {"errors"},
     "losses": {"errors"},
     "alignment": {"errors"},
     "recipes": {"errors"},
-    "models": {"alignment", "errors", "losses"},
+    "models": {"alignment", "errors", "losses", "precision"},
     "data": {"errors", "files", "recipes"},
-    "teachers": {"alignment", "data", "errors", "files", "losses", "models"},
-    "trainers": {"alignment", "data", "errors", "files", "losses", "models", "teachers"},
+    "teachers": {"alignment", "data", "errors", "files", "losses", "models", "precision"},
+    "trainers": {"alignment", "data", "errors", "files", "losses", "models", "teachers", "precision"},
 }
 
 # Slow to import, or not installed with mmkd at all: a user of something else must not pay for them.

@@ -19,7 +19,7 @@ class LeftOut:
         return sum(map(len, self.rows.values()))
 
     def add(self, row: int, reason: str) -> None:
-        """Leaves out a row, counted from 0; `reason` goes on after "left out: 2 rows", such as "without completion"."""
+        """Leaves out a row, counted from 0; `reason` goes on after "left out: 2", such as "without completion"."""
         self.rows[reason].append(row)
 
     def describe(self, of: int) -> str:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from mmkd.precision import native_dtype
+
 MEGABYTE = 1 << 20
 PACKAGES = ("torch", "transformers", "trl", "liger_kernel", "mmkd")
 
@@ -41,11 +43,21 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """The flags that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        help="of models and products (default: bfloat16 where the device has instructions for it)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; ratios are steadiest with 1")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each variant, of which the fastest counts")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: everything runs, nothing is measured")
     parser.add_argument("--no_memory", dest="memory", action="store_false", help="times only")
     return parser
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype:
+    """The type that is measured: the one asked for, else what the device multiplies natively."""
+    return native_dtype(args.device) if args.dtype is None else getattr(torch, args.dtype)
 
 
 def add_peer(parser: argparse.ArgumentParser, name: str, repository: str) -> None:
@@ -192,8 +204,12 @@ def report(
         state = {None: "not measured", True: "met", False: "MISSED"}[entry["met"]]
         print(f"{state:>12}: {entry['target']}: {format_cell(entry['measured'])} (limit {entry['limit']:.3g})")
     facts = machine(device)
+    settings = dict(settings or {})
+    if "dtype" in settings:
+        settings["dtype"] = settings["dtype"] or str(native_dtype(device)).removeprefix("torch.")
+        print(f"in {settings['dtype']}")
     print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items()))
-    data = {"bench": bench, "machine": facts, "settings": dict(settings or {}), "tables": tables, "targets": verdicts}
+    data = {"bench": bench, "machine": facts, "settings": settings, "tables": tables, "targets": verdicts}
     print(json.dumps(data, default=str), flush=True)
 
 

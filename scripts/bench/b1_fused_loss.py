@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from _measure import Step, alone, arguments, faster, installed, interleaved, ratio, report, verdict
+from _measure import Step, alone, arguments, dtype_of, faster, installed, interleaved, ratio, report, verdict
 from torch import Tensor
 
 from mmkd.losses.divergences import forward_kl
@@ -57,6 +57,7 @@ class Case:
     share: float = 1.0
     device: str = "cpu"
     chunk_size: int = 512
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def name(self) -> str:
@@ -70,7 +71,7 @@ class Case:
 
 @dataclass
 class Inputs:
-    """bf16 hidden states and heads; the student's carry gradients."""
+    """Hidden states and heads; the student's carry gradients."""
 
     hidden: Tensor
     weight: Tensor
@@ -86,12 +87,12 @@ class Inputs:
         return self.labels.masked_fill(position % period >= 64, IGNORED)
 
 
-def make_inputs(sizes: Sizes, device: str) -> Inputs:
+def make_inputs(sizes: Sizes, device: str, dtype: torch.dtype) -> Inputs:
     """Random heads whose logits have a standard deviation of 2, a little less than a real model's."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        values = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        values = torch.empty(shape, dtype=dtype, device=device)
         return values.normal_(0, scale, generator=generator)
 
     def head(width: int) -> Tensor:
@@ -229,7 +230,8 @@ RUNS: dict[str, Callable[[Case, Inputs, Tensor], Callable[[], Tensor | None]]] =
 def build(case: Case) -> tuple[Step, Step]:
     """A tiny run and the run of one case, each with inputs of its own."""
     small = replace(case, sizes=WARM_UP, share=1.0)
-    return make_step(small, make_inputs(WARM_UP, case.device)), make_step(case, make_inputs(case.sizes, case.device))
+    warm_up = make_step(small, make_inputs(WARM_UP, case.device, case.dtype))
+    return warm_up, make_step(case, make_inputs(case.sizes, case.device, case.dtype))
 
 
 # What is compared
@@ -237,7 +239,7 @@ def build(case: Case) -> tuple[Step, Step]:
 
 def cases_of(sizes: Sizes, args: argparse.Namespace, shares: tuple[float, ...]) -> list[Case]:
     """Floors, every divergence of mmkd and the peers; in the first column also with fewer supervised tokens."""
-    base = Case("mmkd", "forward_kl", sizes, 1.0, args.device, args.chunk_size)
+    base = Case("mmkd", "forward_kl", sizes, 1.0, args.device, args.chunk_size, dtype_of(args))
     floors = [replace(base, kind="floor,", divergence=f"{count} matmuls") for count in (4, 3)]
     names = args.divergences or [*DIVERGENCES, "taid", f"top-{sizes.k}"]
     peers = [replace(base, kind=kind, divergence=name) for kind in _peers(args) for name in PEER_BETA]
@@ -260,7 +262,7 @@ def _package(kind: str) -> str:
 
 def measure_column(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the table: seconds, over the floor, peak MB and the loss."""
-    inputs = make_inputs(cases[0].sizes, args.device)
+    inputs = make_inputs(cases[0].sizes, args.device, dtype_of(args))
     steps = {case.name: make_step(case, inputs) for case in cases}
     repeats = {case.name: args.repeats if case.kind in ("floor,", "mmkd") else args.peer_repeats for case in cases}
     # The run that measures memory is one of the repeats.

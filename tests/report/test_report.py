@@ -112,11 +112,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_the_page_of_a_finished_run(run, tmp_path, capsys):
-    write_report(run)
-    start = time.process_time()
     assert main(["report", str(run), "--output", str(tmp_path / "out")]) == 0
-    # Of the processor, and the second time, so that imports are none of it.
-    assert time.process_time() - start < 3
     page = (tmp_path / "out/report.html").read_text()
     assert capsys.readouterr().out.split() == [str(tmp_path / "out/report.html"), str(tmp_path / "out/report.md")]
     assert len(page) < 3_000_000
@@ -287,14 +283,22 @@ def test_long_logs_are_thinned_and_keep_their_end():
 
 
 def test_a_long_run_with_many_pictures_stays_small_and_fast(run, tmp_path):
-    write_lines(run / LOG, [entry(step, **{f"loss/{n}": 1.0 for n in range(6)}) for step in range(1, 20_001)])
+    """Ten times the steps cost little more than the page itself does, on any machine."""
     noise = Image.effect_noise((2000, 2000), 100)
     noise.save(tmp_path / "red.png")
     write_report(run)
-    start = time.process_time()
-    page, _ = write_report(run)
-    assert time.process_time() - start < 3
-    assert page.stat().st_size < 3_000_000
+
+    def seconds(steps: int) -> float:
+        write_lines(run / LOG, [entry(step, **{f"loss/{n}": 1.0 for n in range(6)}) for step in range(1, steps + 1)])
+        start = time.process_time()
+        page, _ = write_report(run)
+        took = time.process_time() - start
+        assert page.stat().st_size < 3_000_000
+        return took
+
+    short, long = (min(seconds(steps) for _ in range(2)) for steps in (2_000, 20_000))
+    # 2.2 measured: the log is read once, and its drawing is thinned. Work that grew by the square would give 13.
+    assert long < 5 * short
 
 
 def test_weights_that_are_newer_than_their_results_are_said(run):
