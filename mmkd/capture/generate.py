@@ -17,7 +17,7 @@ from datasets import Image as ImageFeature
 from transformers import GenerationConfig, PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 
-from mmkd.data.mapping import read_rows
+from mmkd.data.arrow import read_rows
 from mmkd.models.generation import seeded
 from mmkd.models.load import positions_of, tokenizer_of
 from mmkd.run import Run, load_rows_of, load_teacher, teacher_processing_class

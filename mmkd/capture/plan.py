@@ -14,8 +14,8 @@ from transformers import AutoConfig
 
 from mmkd import __version__
 from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.data.arrow import read_rows
 from mmkd.data.filters import row_key
-from mmkd.data.mapping import read_rows
 from mmkd.data.recipe import DataRecipe
 from mmkd.hub import is_hub_id
 from mmkd.models.load import tokenizer_of

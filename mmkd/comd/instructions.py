@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
-from mmkd.data.mapping import read_rows
+from mmkd.data.arrow import read_rows
 from mmkd.files import write_file
 from mmkd.teachers.keys import image_hash
 

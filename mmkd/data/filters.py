@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmkd.data.mapping import read_rows
+from mmkd.data.arrow import read_rows
 from mmkd.data.recipe import DataRecipe
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, DatasetDict
 
+from mmkd.data.arrow import read_rows
 from mmkd.data.columns import nearest
 from mmkd.data.filters import Sieve, row_key
-from mmkd.data.mapping import check_columns, map_rows, read_rows
+from mmkd.data.mapping import check_columns, map_rows
 from mmkd.data.recipe import BUILDERS, DataRecipe
 
 logger = logging.getLogger(__name__)

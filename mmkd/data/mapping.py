@@ -1,20 +1,15 @@
 """A source's rows in our columns, and the filters that decide which of them stay."""
 
-import itertools
-import json
 import string
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, Features, Image, Json, List, Value
 
+from mmkd.data.arrow import BATCH, decoded_json, image_counts, image_lists, is_struct_list, plain_rows, storage
 from mmkd.data.columns import ROLES, MessagesColumn, TurnColumns, is_template, nearest, template_columns
 from mmkd.data.recipe import CONVERSION, DataRecipe
-
-# Rows read at a time: enough to hide the cost of a batch, few enough for rows with images.
-_BATCH = 1000
 
 
 def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
@@ -41,7 +36,7 @@ def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
                 )
         elif ours in ("text", "prompt", "completion", "domain") and not is_template(theirs):
             feature = raw.features[theirs]
-            chat = ours in ("prompt", "completion") and _is_struct_list(feature)
+            chat = ours in ("prompt", "completion") and is_struct_list(feature)
             if getattr(feature, "dtype", None) not in ("string", "large_string") and not chat:
                 raise ValueError(
                     f"{recipe.name}: columns.{ours} reads {theirs!r}, which holds {feature} and not text; "
@@ -50,7 +45,7 @@ def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
 
 
 def _check_messages(recipe: DataRecipe, ours: str, theirs: MessagesColumn, feature: Any) -> None:
-    if _is_struct_list(feature):
+    if is_struct_list(feature):
         for option in _keys_of(theirs):
             _check_key(theirs, option, list(feature.feature))
     elif not isinstance(getattr(feature, "feature", feature), Json):
@@ -98,7 +93,7 @@ def map_rows(raw: Dataset, recipe: DataRecipe) -> Dataset:
         .map(
             _convert,
             batched=True,
-            batch_size=_BATCH,
+            batch_size=BATCH,
             fn_kwargs={
                 "columns": columns,
                 "source": raw.features,
@@ -145,28 +140,28 @@ def _convert(
     """
     arrays = {}
     images = columns.get("images")
-    counts = [0] * len(table) if not isinstance(images, str) else _image_counts(table.column(images))
+    counts = [0] * len(table) if not isinstance(images, str) else image_counts(table.column(images))
     for ours, theirs in columns.items():
         if ours == "images":
             assert isinstance(theirs, str)
-            arrays[ours] = _images(table.column(theirs), folder)
+            arrays[ours] = image_lists(table.column(theirs), folder)
         elif isinstance(theirs, TurnColumns):
-            rows = _plain_rows(table.select(list(dict.fromkeys(_reads(theirs)))), source)
+            rows = plain_rows(table.select(list(dict.fromkeys(_reads(theirs)))), source)
             turns = [_turns(theirs, row, count, images is not None) for row, count in zip(rows, counts, strict=True)]
-            arrays[ours] = pa.array(turns, type=_storage(features.arrow_schema.field(ours).type))
+            arrays[ours] = pa.array(turns, type=storage(features.arrow_schema.field(ours).type))
         elif isinstance(theirs, MessagesColumn):
             rows = table.column(theirs.column).to_pylist()
-            ragged = not _is_struct_list(source[theirs.column])
+            ragged = not is_struct_list(source[theirs.column])
             if ragged:
-                rows = [_decoded(row, source[theirs.column]) for row in rows]
-            type_ = _storage(features.arrow_schema.field(ours).type)
+                rows = [decoded_json(row, source[theirs.column]) for row in rows]
+            type_ = storage(features.arrow_schema.field(ours).type)
             found = [_messages(row, theirs, ragged) for row in rows]
             if images is not None and (theirs.user_key is not None or theirs.image_token is not None):
                 found = [_in_parts(row, theirs, count) for row, count in zip(found, counts, strict=True)]
             arrays[ours] = pa.array(found, type=type_)
         elif is_template(theirs):
             names = template_columns(theirs)
-            rows = _plain_rows(table.select(list(dict.fromkeys(names))), source)
+            rows = plain_rows(table.select(list(dict.fromkeys(names))), source)
             arrays[ours] = pa.array([_filled(theirs, row) for row in rows], type=pa.string())
         else:
             arrays[ours] = table.column(theirs)
@@ -204,65 +199,6 @@ def _messages(row: list[dict[str, Any]] | None, theirs: MessagesColumn, ragged: 
             )
         messages.append({"role": role, "content": message[theirs.content_key]})
     return messages
-
-
-def _is_struct_list(feature: Any) -> bool:
-    return isinstance(feature, List) and isinstance(feature.feature, dict)
-
-
-def _storage(type_: pa.DataType) -> pa.DataType:
-    """The type with JSON as the text it is stored as: Arrow cannot build extension types from Python values."""
-    if isinstance(type_, pa.BaseExtensionType):
-        return type_.storage_type
-    if pa.types.is_list(type_):
-        return pa.list_(_storage(type_.value_type))
-    if pa.types.is_struct(type_):
-        return pa.struct([(field.name, _storage(field.type)) for field in type_])
-    return type_
-
-
-def _decoded(value: Any, feature: Any) -> Any:
-    """The value with its JSON read: `datasets` stores objects whose keys differ from row to row as JSON text."""
-    if value is None:
-        return None
-    if isinstance(feature, Json):
-        return json.loads(value)
-    if isinstance(feature, List):
-        return [_decoded(item, feature.feature) for item in value]
-    if isinstance(feature, dict):
-        return {key: _decoded(item, feature[key]) for key, item in value.items()}
-    return value
-
-
-def _plain_rows(table: pa.Table, features: Features) -> list[dict[str, Any]]:
-    columns = {
-        name: [_decoded(v, features[name]) for v in table.column(name).to_pylist()] for name in table.column_names
-    }
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _images(column: pa.ChunkedArray, folder: str | None = None) -> pa.ChunkedArray:
-    """Lists of images: a column that has one image a row gets lists of one, or of none. Paths may be strings."""
-    nested = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    paths = pa.types.is_string(column.type.value_type if nested else column.type)
-    if folder is not None and paths:
-        rows = [row if nested else [row] for row in column.to_pylist()]
-        joined = [[str(Path(folder, path)) for path in row or [] if path] for row in rows]
-        return pa.chunked_array([pa.array(joined, type=pa.list_(pa.string()))])
-    if nested:
-        return column
-    chunks = []
-    for chunk in column.chunks:
-        starts = [0, *itertools.accumulate(int(present) for present in chunk.is_valid().to_pylist())]
-        chunks.append(pa.ListArray.from_arrays(pa.array(starts, pa.int32()), chunk.drop_null()))
-    return pa.chunked_array(chunks, type=pa.list_(column.type))
-
-
-def _image_counts(column: pa.ChunkedArray) -> list[int]:
-    """How many images each row has."""
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        return [len(images or []) for images in column.to_pylist()]
-    return [int(present) for present in column.is_valid().to_pylist()]
 
 
 class _Letters(string.Formatter):
@@ -304,9 +240,3 @@ def _in_parts(messages: list[dict[str, Any]], theirs: MessagesColumn, images: in
                 parts.append({"type": "text", "text": text})
         found.append({"role": message["role"], "content": parts})
     return found
-
-
-def read_rows(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows as plain Python values, images undecoded."""
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH):
-        yield from _plain_rows(table, dataset.features)
