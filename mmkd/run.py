@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import DatasetDict
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
@@ -20,6 +19,7 @@ from mmkd.arguments import RunArguments as RunArguments
 from mmkd.arguments import StudentArguments as StudentArguments
 from mmkd.capture.arguments import CacheArguments
 from mmkd.data.load import load_data
+from mmkd.errors import UserError
 from mmkd.models.assemble import prune
 from mmkd.models.llava import assemble_llava, llava_processor
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
@@ -36,6 +36,7 @@ from mmkd.teachers.several import parts_of
 from mmkd.trainers import METHODS
 from mmkd.trainers.base import DistillationTrainer
 from mmkd.trainers.config import DistillationConfig
+from mmkd.yaml_files import AsWritten, read_yaml
 
 _NUMBERS = {int: r"[+-]?\d+", float: r"[+-]?(\d+\.\d*|\.?\d+)([eE][+-]?\d+)?"}
 
@@ -95,13 +96,17 @@ def parser_of(method: str) -> TrlParser:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys of a recipe. Raises ValueError when the file is not a YAML mapping."""
-    try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    """The keys of a recipe. Raises ValueError when the file is no YAML mapping, or has a key twice."""
+    keys = read_yaml(path)
     if not isinstance(keys, dict):
         raise ValueError(f"{path} is no recipe: it must hold `key: value` lines, with at least method and data.")
+    if isinstance(keys.get("env"), dict):
+        for name, value in read_yaml(path, as_written=True)["env"].items():
+            # TRL writes str(value) into the environment: True for yes, 321 for 00501.
+            if isinstance(value, AsWritten | bool):
+                raise UserError(
+                    f"{path}: env.{name} is text that YAML reads as {keys['env'][name]!r}; put it in quotes."
+                )
     return keys
 
 

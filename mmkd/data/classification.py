@@ -13,14 +13,15 @@ from typing import Any
 
 import datasets
 import numpy as np
-import yaml
 from datasets import ClassLabel, Dataset
 from jaxtyping import Int
 from PIL import Image, UnidentifiedImageError
 
 from mmkd.data.columns import nearest
 from mmkd.data.recipe import BUILDERS
+from mmkd.errors import UserError
 from mmkd.recipes import find_recipe
+from mmkd.yaml_files import AsWritten, read_yaml
 
 SPLITS = ("train", "validation", "test", "unlabeled")
 HIDDEN = -100
@@ -86,10 +87,7 @@ class ClassificationRecipe:
     def load(cls, name_or_path: str | Path) -> "ClassificationRecipe":
         """The recipe at a path, or that ships under that name. Raises ValueError when it cannot be read."""
         path = find_recipe(name_or_path, "data_recipes")
-        try:
-            keys = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        keys = read_yaml(path, as_written=True)
         fields = [one.name for one in dataclasses.fields(cls) if one.name != "folder"]
         if not isinstance(keys, dict):
             raise ValueError(f"{path} is no data recipe: it must hold `key: value` lines.")
@@ -99,10 +97,19 @@ class ClassificationRecipe:
                     f"{path.name}: unknown key {key!r}; did you mean {nearest(key, fields)!r}? A recipe of classes "
                     "lies under data_recipes/classification/ and has the keys " + ", ".join(fields) + "."
                 )
+        for key in ("validation_per_class", "split_seed"):
+            if isinstance(keys.get(key), AsWritten):
+                keys[key] = keys[key].value
         for key in ("class_names", "prompts"):
             if key in keys:
-                keys[key] = tuple(str(text) for text in keys[key])
+                keys[key] = tuple(_text(value, f"{path.name}: {key}") for value in keys[key])
         return cls(**{"name": path.stem, **keys, "folder": path.parent})
+
+
+def _text(value: Any, where: str) -> str:
+    if value is None or isinstance(value, bool):
+        raise UserError(f"{where} has {value!r}, which YAML does not read as text; put it in quotes.")
+    return str(value)
 
 
 @dataclass(frozen=True)

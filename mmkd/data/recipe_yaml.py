@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmkd.data.columns import MessagesColumn, TurnColumns, is_template, nearest
 from mmkd.data.recipe import DataFilters, DataRecipe, MixturePart
+from mmkd.yaml_files import AsWritten, read_yaml
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _KINDS |= {dict: "{key: value}", list: "a list"}
@@ -51,10 +50,7 @@ def _load(name_or_path: str, *, root: Path | None, base: Path | None, parents: t
     if path in parents:
         chain = " -> ".join(p.stem for p in (*parents, path))
         raise ValueError(f"the mixture is cyclic: {chain}; a recipe cannot be a part of itself.")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    raw = read_yaml(path, as_written=True)
     if not isinstance(raw, dict):
         raise ValueError(
             f"{path} holds {type(raw).__name__}, not keys and values; start with `source:` or `mixture:`."
@@ -62,9 +58,13 @@ def _load(name_or_path: str, *, root: Path | None, base: Path | None, parents: t
     raw = {"name": path.stem, **raw}
     values = _values(raw, DataRecipe, path.name)
     if "columns" in values:
-        values["columns"] = {ours: _column(ours, theirs, path.name) for ours, theirs in raw["columns"].items()}
+        values["columns"] = {ours: _column(ours, theirs, path.name) for ours, theirs in values["columns"].items()}
     if "data_files" in values:
-        values["data_files"] = {split: _paths(split, files, path.name) for split, files in raw["data_files"].items()}
+        values["data_files"] = {
+            split: _paths(split, files, path.name) for split, files in values["data_files"].items()
+        }
+    if "rows" in values:
+        values["rows"] = {split: _read_as(count, int) for split, count in raw["rows"].items()}
     if "filters" in values:
         values["filters"] = DataFilters(**_values(raw["filters"], DataFilters, f"{path.name}: filters"))
     if "mixture" in values:
@@ -78,14 +78,32 @@ def _values(raw: Mapping[str, Any], cls: type, what: str) -> dict[str, Any]:
     """What a YAML mapping gives for a dataclass. Raises ValueError for unknown keys, wrong types and missing ones."""
     fields = {f.name: f for f in dataclasses.fields(cls) if "yaml" in f.metadata}
     _known(raw, tuple(fields), what)
-    for key, value in raw.items():
+    values = {key: _read_as(value, fields[key].metadata["yaml"]) for key, value in raw.items()}
+    for key, value in values.items():
         kind = fields[key].metadata["yaml"]
         if value is None and (kind is int or fields[key].default is None):
             continue
         number = kind is float and isinstance(value, int)
         if not (isinstance(value, kind) or number) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{what}: {key} is {value!r}, but must be {_KINDS[kind]}. {fields[key].metadata['help']}")
-    return dict(raw)
+            quote = f"; to mean the text, write {key}: '{value}'" if kind is str and _is_scalar(value) else ""
+            raise ValueError(
+                f"{what}: {key} is {value!r}, but must be {_KINDS[kind]}{quote}. {fields[key].metadata['help']}"
+            )
+    return values
+
+
+def _read_as(value: Any, kind: type) -> Any:
+    """A value where a recipe needs this kind: text stays as it was written, a number is what YAML reads."""
+    if isinstance(value, AsWritten):
+        return value.value if kind in (int, float, bool) else str(value)
+    if isinstance(value, dict):
+        # What stands in mappings and lists is text, such as names of columns, or is checked where it is used.
+        return {key: _read_as(one, dict) for key, one in value.items()}
+    return [_read_as(one, list) for one in value] if isinstance(value, list) else value
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float)
 
 
 def _known(raw: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
@@ -103,9 +121,11 @@ def _column(ours: str, theirs: Any, what: str) -> str | MessagesColumn | TurnCol
     if isinstance(theirs, dict) and {"user", "assistant"} <= theirs.keys():
         return TurnColumns(**_values(theirs, TurnColumns, f"{what}: columns.{ours}"))
     if not isinstance(theirs, dict) or "column" not in theirs:
+        quote = f" To mean a column of this name, write '{theirs}'." if _is_scalar(theirs) else ""
         raise ValueError(
             f"{what}: columns.{ours} is {theirs!r}; give the source's column, a '{{column}}' template, "
             "{user: template, assistant: template}, or {column: ..., role_key: ..., content_key: ..., role_map: ...}."
+            + quote
         )
     return MessagesColumn(**_values(theirs, MessagesColumn, f"{what}: columns.{ours}"))
 
@@ -119,6 +139,9 @@ def _paths(split: str, files: Any, what: str) -> tuple[str, ...]:
 
 def _part(raw: Any, path: Path, root: Path | None, parents: tuple[Path, ...]) -> MixturePart:
     what = f"{path.name}: mixture"
+    if isinstance(raw, dict):
+        kinds = {"weight": float, "rows": int}
+        raw = {key: _read_as(value, kinds.get(key, str)) for key, value in raw.items()}
     if not isinstance(raw, dict) or not isinstance(raw.get("data"), str):
         raise ValueError(f"{what} has {raw!r}; write each part as {{data: name or path, weight: share}}.")
     _known(raw, ("data", "weight", "rows", "domain"), what)
