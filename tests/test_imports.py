@@ -18,8 +18,9 @@ ALLOWED = {
     "losses": {"errors"},
     "alignment": {"errors"},
     "recipes": {"errors"},
+    "yaml_files": {"errors"},
     "models": {"alignment", "errors", "losses", "precision"},
-    "data": {"errors", "files", "recipes"},
+    "data": {"errors", "files", "recipes", "yaml_files"},
     "teachers": {"alignment", "data", "errors", "files", "losses", "models", "precision"},
     "trainers": {"alignment", "data", "errors", "files", "losses", "models", "teachers", "precision"},
 }
