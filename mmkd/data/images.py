@@ -1,15 +1,35 @@
-"""Images of rows, decoded where their failure can be told: what cannot be read is a row's fault, not the run's."""
+"""Pictures of rows: the one place where a picture in whatever form becomes the pixels that models see."""
 
+import base64
+import binascii
+import io
+import logging
 import re
 import struct
 import zlib
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
 
+import numpy as np
 from datasets import Dataset, Image, List
+
+# What datasets' own Image reads places outside the file system with; it has no public name.
+from datasets.utils.file_utils import xopen
 from PIL import Image as PILImage
+from PIL import ImageOps
+from PIL.ExifTags import Base as ExifTag
+
+from mmkd.data.colours import has_alpha, in_eight_bits, in_rgba, in_srgb, on_white
+from mmkd.data.image_urls import download, is_url
+from mmkd.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # What PIL's readers raise for broken files; they have no common class below Exception.
 UNDECODABLE = (
@@ -24,6 +44,20 @@ UNDECODABLE = (
     PILImage.DecompressionBombError,
 )
 
+STORED = "mmkd_stored"
+"""Where an image's `info` keeps the picture as its file has it, if the same pixels had another mode there."""
+
+_SHOWN = 40
+_LONGEST_PATH = 4096
+# The base64 of the smallest pictures there are has some 40 characters.
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-]{24,}={0,2}")
+# Of these, frames after the first are previews or sizes of the same picture.
+_ONE_PICTURE = ("MPO", "ICO", "ICNS", "CUR")
+
+
+class UnreadableImage(UserError):
+    """A picture that cannot be read, and why."""
+
 
 @dataclass(frozen=True)
 class UnusableRow:
@@ -32,14 +66,205 @@ class UnusableRow:
     reason: str
 
 
+def read_image(value: Any, *, folder: str | Path | None = None, allow_urls: bool = False) -> PILImage.Image:
+    """The picture in RGB with 8 bits per channel, as a person sees it.
+
+    `value` is a PIL image, the bytes of a file, a path (relative ones are looked for in `folder` too), base64, a data
+    URL, an http(s) URL if `allow_urls`, a dict with one of them (`bytes`, `path`, `url`), or an array of uint8
+    [height, width, channels]. The EXIF orientation is applied, what is transparent lies on white, colours are
+    converted from the picture's profile (or PNG gamma) to sRGB, 16 bits of grey become 8 (65,535 is white), and of an
+    animation the first frame is read. Raises UnreadableImage for everything else.
+    """
+    try:
+        image = _opened(value, folder, allow_urls)
+        return _as_seen(image, ours=image is not value)
+    except UnreadableImage:
+        raise
+    except UserError as error:
+        raise UnreadableImage(f"{describe(value)}: {error}") from error
+    except PILImage.DecompressionBombError as error:
+        raise UnreadableImage(
+            f"{describe(value)}: {error} Shrink the picture, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        ) from error
+    except UNDECODABLE as error:
+        # Where in memory its bytes lay is nobody's business, and another place in every build.
+        reason = re.sub(r"<[^>]* object at 0x[0-9a-f]+>", "the picture's bytes", str(error))
+        raise UnreadableImage(f"{type(error).__name__}: {reason} ({describe(value)})") from error
+
+
+def read_row(row: Mapping[str, Any]) -> dict[str, Any] | UnusableRow:
+    """The row with the pictures of its column `images` read, or why one of them cannot be."""
+    values = row.get("images")
+    if values is None:
+        return {**row, "images": []} if "images" in row else dict(row)
+    if not isinstance(values, (list, tuple)):
+        values = [values]
+    images = []
+    for number, value in enumerate(values):
+        try:
+            images.append(read_image(value))
+        except UnreadableImage as error:
+            return UnusableRow(f"images[{number}]: {error}")
+    return {**row, "images": images}
+
+
+def describe(value: Any) -> str:
+    """What kind of thing stands for a picture, never the whole of it."""
+    if isinstance(value, Mapping):
+        given = {key: one for key in ("bytes", "path", "url", "data", "base64") if (one := value.get(key)) is not None}
+        name, one = next(iter(given.items()), (None, None))
+        return f"a dict without bytes or path, its keys are {sorted(value)}" if name is None else describe(one)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"{len(value):,} bytes"
+    if isinstance(value, (str, Path)):
+        text = str(value)
+        if text.startswith("data:"):
+            return f"data URL {_cut(text)}"
+        if is_url(text):
+            return f"URL {text}"
+        kind = "base64" if len(text) > _LONGEST_PATH or (_is_base64(text) and "." not in text) else "path"
+        return f"{kind} {_cut(text) if kind == 'base64' else text}"
+    if isinstance(value, PILImage.Image):
+        return f"a PIL image of {value.width} x {value.height} in mode {value.mode}"
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape} and type {value.dtype}"
+    return "nothing (None)" if value is None else f"a value of type {type(value).__name__}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
+
+
+def _opened(value: Any, folder: str | Path | None, allow_urls: bool) -> PILImage.Image:
+    """The picture as its file has it, decoded."""
+    if isinstance(value, PILImage.Image):
+        value.load()
+        return value
+    if isinstance(value, np.ndarray):
+        return _of_array(value)
+    if isinstance(value, Mapping):
+        return _of_mapping(value, folder, allow_urls)
+    if isinstance(value, (str, Path)):
+        value = _content(str(value), folder, allow_urls)
+    if not isinstance(value, (bytes, bytearray, memoryview, Path)):
+        raise UnreadableImage(
+            f"{describe(value)} where a picture is needed. Give a path, the bytes of a picture file, base64, a data "
+            "URL, a PIL image, or a dict with bytes or path; a row without pictures has an empty list"
+        )
+    # Lazily opened files stay open until they are garbage: rows by the thousand would run out of handles.
+    with PILImage.open(value if isinstance(value, Path) else io.BytesIO(value)) as image:
+        # Counting the frames moves to another one, so it comes before loading.
+        if getattr(image, "is_animated", False) and image.format not in _ONE_PICTURE:
+            _say_first_frame(str(image.format))
+        image.load()
+    return image
+
+
+def _of_mapping(value: Mapping[str, Any], folder: str | Path | None, allow_urls: bool) -> PILImage.Image:
+    for key in ("bytes", "path", "url", "base64", "data"):
+        one = value.get(key)
+        if one is not None:
+            if isinstance(one, Mapping):
+                break
+            return _opened(one, folder, allow_urls)
+    raise UnreadableImage(
+        f"{describe(value)}. A picture as a dict has its file in `bytes` or where it lies in `path` or `url`"
+    )
+
+
+def _of_array(array: np.ndarray) -> PILImage.Image:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise UnreadableImage(
+            f"{describe(array)}: an array is a picture if it is of uint8 from 0 to 255, [height, width] or [height, "
+            "width, 1, 3 or 4 channels]. Convert it first: nothing says which value of another type is white"
+        )
+    return PILImage.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
+
+
+def _content(text: str, folder: str | Path | None, allow_urls: bool) -> bytes | Path:
+    """The bytes that a string stands for, or the path of the file that has them."""
+    if not text:
+        raise UnreadableImage("an empty string where a picture is needed; a row without pictures has an empty list")
+    if text.startswith("data:"):
+        header, comma, content = text.partition(",")
+        if not comma or not header.startswith("data:image/"):
+            raise UnreadableImage(
+                f"data URL {_cut(text)} is none of a picture: it begins with data:image/TYPE;base64,"
+            )
+        return _decoded(content) if header.endswith(";base64") else unquote(content, "latin-1").encode("latin-1")
+    if is_url(text):
+        if not allow_urls:
+            raise UnreadableImage(
+                f"URL {text} is not downloaded unasked. Set `image_urls: true` in the data recipe (in Python: call "
+                "mmkd.data.image_urls.download_images on the rows), which downloads every picture once. If it is "
+                "set, this download failed; a warning at the start says why"
+            )
+        return download(text)
+    if text.startswith("file:"):
+        return Path(url2pathname(urlsplit(text).path))
+    if "://" in text and len(text) < _LONGEST_PATH:
+        # Places that datasets knows: hf://, files within archives (zip://a.png::b.zip).
+        with xopen(text, "rb") as file:
+            return file.read()
+    if len(text) < _LONGEST_PATH and "\0" not in text:
+        places = [Path(text), *([Path(folder, text)] if folder is not None else [])]
+        found = next((place for place in places if place.is_file()), None)
+        if found is not None or not _is_base64(text):
+            return found or places[-1]
+    return _decoded(text)
+
+
+def _is_base64(text: str) -> bool:
+    return _BASE64.fullmatch(re.sub(r"\s", "", text)) is not None
+
+
+def _decoded(text: str) -> bytes:
+    """The bytes of base64 in either alphabet, with or without its padding."""
+    compact = re.sub(r"\s", "", unquote(text)).rstrip("=").translate(str.maketrans("-_", "+/"))
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except binascii.Error as error:
+        raise UnreadableImage(
+            f"{_cut(text)} is neither a file that is there nor the base64 of one ({error})"
+        ) from error
+
+
+@cache
+def _say_first_frame(kind: str) -> None:
+    logger.warning("A picture of the data is an animation or has several pages (%s): its first one is read.", kind)
+
+
+def _as_seen(image: PILImage.Image, ours: bool) -> PILImage.Image:
+    """A decoded picture in RGB. `ours` may be changed, others are left as they are."""
+    if image.getexif().get(ExifTag.Orientation) is not None:
+        image, ours = ImageOps.exif_transpose(image), True
+    if image.mode == "RGB" and not image.info.keys() - {STORED}:
+        return image
+    eight = in_eight_bits(image)
+    coloured = in_srgb(eight)
+    if has_alpha(coloured):
+        seen = on_white(coloured)
+    else:
+        seen = coloured if coloured.mode == "RGB" else coloured.convert("RGB")
+    if seen is image and not ours:
+        seen = seen.copy()
+    # What its colours meant, how it was turned and what was transparent no longer holds.
+    seen.info = {}
+    if image.mode != "RGB" and coloured is image and not _is_transparent(image):
+        seen.info[STORED] = image
+    return seen
+
+
+def _is_transparent(image: PILImage.Image) -> bool:
+    return has_alpha(image) and in_rgba(image).getchannel("A").getextrema()[0] != 255
+
+
 def decoded(feature: Any, image: Mapping[str, Any]) -> PILImage.Image | UnusableRow:
     """An image from its encoded form, or why it cannot be decoded."""
     try:
-        return feature.decode_example(image)
-    except UNDECODABLE as error:
-        # Where in memory its bytes lay is nobody's business, and another place in every build.
-        reason = re.sub(r"<[^>]* object at 0x[0-9a-f]+>", "of the row", str(error))
-        return UnusableRow(f"{type(error).__name__}: {reason}")
+        return read_image(image)
+    except UnreadableImage as error:
+        return UnusableRow(str(error))
 
 
 def undecoded(dataset: Dataset) -> Dataset:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from mmkd.data.images import STORED
+
 KEY_BYTES = 16
 
 
@@ -28,7 +30,12 @@ def sequence_key(
 
 
 def image_hash(image: Any) -> str:
-    """sha256 (hex) over the pixels, size and mode of a PIL image."""
+    """sha256 (hex) over the pixels, size and mode of a PIL image.
+
+    Of one that `read_image` brought into RGB without changing a pixel, such as a grey one, those that its file has:
+    caches from before all pictures were read in RGB know it by them.
+    """
+    image = image.info.get(STORED, image)
     # The pixels of a palette image are places in a palette of its own.
     image = image.convert("RGBA") if image.mode in ("P", "PA") else image
     digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
