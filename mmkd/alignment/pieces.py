@@ -13,12 +13,17 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 from numpy import ndarray
 
+from mmkd.alignment.normal_form import NormalForm
+
 BOUNDARY_BYTES = b" \t\n"
 """What a new pretoken begins with, apart from special tokens."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # These lose letters or spaces of ordinary text, so that pieces without their text say nothing.
 _LOSSY_NORMALIZERS = {"BertNormalizer", "Lowercase", "StripAccents"}
+_BOUNDARIES = {bytes([byte]) for byte in BOUNDARY_BYTES}
+# White space of many kinds, to see which of it a tokenizer keeps.
+_SPACED = "a  b\n\nc\td e "
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class TokenPieces:
     """The bytes of every token of a vocabulary: none for special tokens, those of the content for other added ones.
 
     Where `lossless` is false the pieces of ordinary text do not add up to it (they lack spaces or capitals), and
-    tokens can be placed only in a text that is given.
+    tokens have places only in a text that is given. What else they lack says `form`. `opening` tokens begin a word,
+    and `unknown` (-1 where there is none) stands for a text that nobody can tell.
     """
 
     name: str
@@ -67,6 +73,9 @@ class TokenPieces:
     added: Bool[ndarray, "vocab"]
     literals: Mapping[int, bytes]
     lossless: bool
+    opening: Bool[ndarray, "vocab"]
+    unknown: int
+    form: NormalForm
 
     @classmethod
     def of(cls, tokenizer: Any) -> Self:
@@ -101,7 +110,19 @@ class TokenPieces:
         lengths = np.fromiter(map(len, pieces), np.int32, len(pieces))
         data = np.frombuffer(b"".join(pieces) + b"\0", np.uint8)
         starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        return cls(name, data, starts, lengths, flags[0], flags[1], literals, spelling.lossless)
+        return cls(
+            name,
+            data,
+            starts,
+            lengths,
+            flags[0],
+            flags[1],
+            literals,
+            spelling.lossless,
+            spelling.opening(pieces, vocabulary),
+            vocabulary.get(spelling.unknown or "", -1),
+            _form_of(tokenizer, pieces, spelling),
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -149,13 +170,11 @@ class TokenPieces:
     ) -> Tokens:
         """Rows of so many tokens each, given end to end without padding, with the bytes that their tokens cover.
 
-        Without texts these are the pieces. Raises ValueError as `spans` does.
+        Without texts these are the pieces, whatever they lack. Raises ValueError as `spans` does.
         """
         ids, rows = np.asarray(ids), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         assert rows[-1] == len(ids), "lengths of rows do not add up to the tokens"
         if texts is None:
-            if not self.lossless:
-                self.spans(ids)
             return Tokens(ids, rows, self)
         base, starts, ends = 0, np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
         for row, text in enumerate(texts):
@@ -191,9 +210,8 @@ class TokenPieces:
 
 
 def boundary_mask(pieces: TokenPieces) -> Bool[ndarray, "vocab"]:
-    """Which tokens begin a new pretoken: with a space, tab or newline, or as special tokens."""
-    first = pieces.data[pieces.starts]
-    return pieces.special | (np.isin(first, np.frombuffer(BOUNDARY_BYTES, np.uint8)) & (pieces.lengths > 0))
+    """Which tokens begin a new pretoken: with a space, tab or newline, as a new word, or as special tokens."""
+    return pieces.special | pieces.opening
 
 
 def spelling_numbers(
@@ -278,6 +296,19 @@ class _Spelling:
             and not kinds["normalizer"] & _LOSSY_NORMALIZERS,
         )
 
+    def opening(self, pieces: Sequence[bytes], vocabulary: Mapping[str, int]) -> Bool[ndarray, "vocab"]:
+        """Which tokens begin a word, given the pieces of all.
+
+        Where words are marked at their ends every token may, as nothing in a token tells what it follows.
+        """
+        opening = np.array([piece[:1] in _BOUNDARIES for piece in pieces], bool)
+        if self.suffix:
+            opening[:] = True
+        elif self.prefix:
+            first = [index for token, index in vocabulary.items() if not token.startswith(self.prefix)]
+            opening[first] = True
+        return opening
+
     def piece(self, token: str) -> bytes:
         """The bytes of a token of the vocabulary that is not an added one."""
         if self.byte_tokens and (match := _BYTE_TOKEN.fullmatch(token)):
@@ -286,6 +317,19 @@ class _Spelling:
         if self.alphabet is not None and all(character in self.alphabet for character in token):
             return bytes(self.alphabet[character] for character in token)
         return (token.replace(self.space, " ") if self.space else token).encode()
+
+
+def _form_of(tokenizer: Any, pieces: Sequence[bytes], spelling: _Spelling) -> NormalForm:
+    """What the tokenizer rewrites, its pieces being these."""
+    if not tokenizer.is_fast:
+        return NormalForm()
+    ids = tokenizer(_SPACED, add_special_tokens=False)["input_ids"]
+    read = b"".join(pieces[index] for index in ids).decode(errors="replace")
+    spaces = ["".join(one for one in text if one.isspace()) for text in (read, _SPACED)]
+    # SentencePiece puts one before what it reads.
+    kept = spaces[0] in (spaces[1], f" {spaces[1]}")
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return NormalForm.of(normalizer, spaces=not kept, metaspace=spelling.space == "\u2581")
 
 
 def _components(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

@@ -2,35 +2,35 @@
 
 Everything works on whole batches: tokens end to end, their cumulative lengths, and a table of the bytes at which the
 teacher's tokens end. Where a chunk is one token on both sides, a table made once says whether they are the same bytes;
-only those of other chunks are compared.
+only those of other chunks are compared. Texts that turn out not to be the same bytes, as one side rewrites them (NFC,
+small letters, no accents, fewer spaces) or knows no token for a part, are aligned once more, each for itself, in a
+form that neither side rewrites.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, UInt8
+from jaxtyping import Bool, Int, Int32
 from numpy import ndarray
 
-from mmkd.alignment.markers import MarkerTable, Occurrences, marker_tables, markers_of, pair_occurrences
-from mmkd.alignment.pieces import (
-    BOUNDARY_BYTES,
-    TokenPieces,
-    Tokens,
-    boundary_mask,
-    ragged_ranges,
-    running,
-    spelling_numbers,
-)
+from mmkd.alignment.common_runs import common_runs
+from mmkd.alignment.markers import MarkerTable, marker_tables, markers_of, pair_occurrences
+from mmkd.alignment.normal_form import NormalForm
+from mmkd.alignment.pieces import TokenPieces, Tokens, boundary_mask, running, spelling_numbers
+from mmkd.alignment.sides import Side, Spans, records_of, table_of
+
+# What stands for unknown tokens of either side: no byte of UTF-8, and not the same, as their texts may differ.
+_UNKNOWN = 0xFE, 0xFF
 
 
 @dataclass(frozen=True)
 class RowCounts:
     """What became of each row; `unaligned` counts supervised tokens that are in no chunk.
 
-    `differing` counts the texts between markers whose bytes are not the same on both sides; what follows the first
-    difference in such a text is in no chunk.
+    `differing` counts the texts between markers that are not the same on both sides, even in a form that neither of
+    them rewrites; what differs in such a text is in no chunk.
     """
 
     chunks: Int[ndarray, "row"]
@@ -82,10 +82,20 @@ class Aligner:
     @cached_property
     def _tables(self) -> tuple[ndarray, ndarray]:
         spelling = spelling_numbers(self.teacher, self.student)
+        opens = boundary_mask(self.teacher), boundary_mask(self.student)
+        # A side without spaces calls what follows any sign a word; the other one sees the spaces.
+        for own, pieces, other in ((0, self.teacher, self.student), (1, self.student, self.teacher)):
+            if pieces.form.spaces and not other.form.spaces:
+                opens[own][:] = pieces.special
         return (
-            _table(self.teacher, self.teacher_markers, spelling[0]),
-            _table(self.student, self.student_markers, spelling[1]),
+            table_of(self.teacher, self.teacher_markers, spelling[0], opens[0]),
+            table_of(self.student, self.student_markers, spelling[1], opens[1]),
         )
+
+    @cached_property
+    def _form(self) -> NormalForm:
+        """What neither side rewrites."""
+        return self.teacher.form | self.student.form
 
     def align(
         self,
@@ -98,27 +108,33 @@ class Aligner:
 
         Rows are made of texts between paired markers, and each is aligned for itself: a marker or special token that
         has no partner stands for nothing. Spaces at the start of a text that only one side has (SentencePiece's, or a
-        template's) are overlooked; after them bytes are compared, and nothing is paired beyond a difference.
+        template's) are overlooked; after them bytes are compared, in a form that neither tokenizer rewrites where they
+        differ. What differs in that form, too, or is an unknown token on one side, is left out, and what follows is
+        paired again.
 
         With masks of supervised tokens, chunks of texts are kept where all of their tokens are supervised on both
         sides, and markers where some are, which are then their tokens. A first token that nothing predicts must not
         be supervised.
         """
         assert len(teacher.rows) == len(student.rows), "teacher and student have different numbers of rows"
-        records = _records(self._tables[0], teacher), _records(self._tables[1], student)
+        records = records_of(self._tables[0], teacher), records_of(self._tables[1], student)
         found = (
             self.teacher_markers.find(teacher, np.flatnonzero(records[0]["marks"])),
             self.student_markers.find(student, np.flatnonzero(records[1]["marks"])),
         )
         partners = pair_occurrences(*found, teacher, student)
-        ours = _Side.of(teacher, records[0], found[0], partners[0], teacher_supervised)
-        theirs = _Side.of(student, records[1], found[1], partners[1], student_supervised)
+        ours = Side.of(teacher, records[0], found[0], partners[0], teacher_supervised)
+        theirs = Side.of(student, records[1], found[1], partners[1], student_supervised)
         spaces = ours.leading_spaces() - theirs.leading_spaces()
         ours, theirs = ours.without_spaces(spaces), theirs.without_spaces(-spaces)
         segment, closing = _common_ends(ours, theirs)
         spans = ours.spans(closing[0], segment), theirs.spans(closing[1], segment)
-        boundary = ours.at_boundary(spans[0], segment) | theirs.at_boundary(spans[1], segment)
         same, differing = _compared(ours, theirs, spans, segment)
+        rewritten = np.flatnonzero(differing | ours.has_unknown | theirs.has_unknown)
+        if len(rewritten):
+            segment, closing, same = _realigned(ours, theirs, self._form, rewritten, segment, closing, same, differing)
+            spans = ours.spans(closing[0], segment), theirs.spans(closing[1], segment)
+        boundary = ours.at_boundary(spans[0], segment) | theirs.at_boundary(spans[1], segment)
         keep = same & ours.supervised(spans[0], teacher_supervised) & theirs.supervised(spans[1], student_supervised)
         if not keep.all():
             kept = np.flatnonzero(keep)
@@ -147,207 +163,8 @@ class Aligner:
         )
 
 
-class _Spans(NamedTuple):
-    """Runs of tokens, from the first up to the one after the last."""
-
-    starts: Int[ndarray, "chunk"]
-    stops: Int[ndarray, "chunk"]
-
-    def take(self, which: Int[ndarray, "kept"]) -> "_Spans":
-        return _Spans(self.starts.take(which), self.stops.take(which))
-
-    def pairs(self) -> Int[ndarray, "chunk 2"]:
-        pairs = np.empty((len(self.starts), 2), np.int64)
-        pairs[:, 0], pairs[:, 1] = self
-        return pairs
-
-
-# What is known of a token, together: looking it up waits for memory once.
-_RECORD = np.dtype(
-    [
-        ("start", np.int32),
-        ("length", np.int32),
-        # Tokens with the same number have the same bytes; -1 says nothing.
-        ("spelling", np.int32),
-        # In no chunk: a special token that is not part of a paired marker.
-        ("skipped", bool),
-        # Begins with what is a boundary.
-        ("opens", bool),
-        # May be the first token of a marker.
-        ("marks", bool),
-    ],
-    align=True,
-)
-_IS_BOUNDARY = np.isin(np.arange(256), np.frombuffer(BOUNDARY_BYTES, np.uint8))
-
-
-def _table(pieces: TokenPieces, markers: MarkerTable, spelling: Int32[ndarray, "vocab"]) -> ndarray:
-    """The records of a vocabulary."""
-    table = np.zeros(len(pieces), _RECORD)
-    table["start"], table["length"], table["spelling"] = pieces.starts, pieces.lengths, spelling
-    table["skipped"], table["opens"], table["marks"] = pieces.special, boundary_mask(pieces), markers.begins
-    return table
-
-
-def _records(table: ndarray, tokens: Tokens) -> ndarray:
-    """The records of tokens, where they are placed in a text with what they cover there."""
-    records = table.take(tokens.ids)
-    if tokens.placed:
-        records["start"], records["length"], data = tokens.placed
-        records["spelling"], records["opens"] = -1, _IS_BOUNDARY[data[tokens.placed[0]]]
-    return records
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One side's tokens in segments: in every row a text, a paired marker, a text and so on up to a last text.
-
-    Both sides have the same segments. A marker is one byte long, on its last token, and has the byte zero. `skipped`
-    tokens belong to no chunk; other ones without bytes (a part of a character) belong to that of the bytes after them.
-    """
-
-    text: UInt8[ndarray, "byte"]
-    records: ndarray
-    bounds: Int[ndarray, "segment+1"]
-    rows: Int[ndarray, "segment"]
-    is_marker: Bool[ndarray, "segment"]
-
-    @classmethod
-    def of(
-        cls,
-        tokens: Tokens,
-        records: ndarray,
-        found: Occurrences,
-        partners: Int[ndarray, "pair"],
-        supervised: Bool[ndarray, "token"] | None,
-    ) -> Self:
-        """The tokens divided at those markers that have partners; other ones that no text spells are skipped."""
-        count = len(tokens.rows) - 1
-        if not len(found.starts):
-            return cls(tokens.data, records, tokens.rows, np.arange(count), np.zeros(count, bool))
-        lengths, skipped = records["length"], records["skipped"]
-        alone = np.ones(len(found.starts), bool)
-        alone[partners] = False
-        members = found[alone & found.hard].tokens()
-        lengths[members], skipped[members] = 0, True
-        paired = found[partners]
-        members, last = paired.tokens(), paired.stops - 1
-        lengths[members], skipped[members] = 0, False
-        if supervised is not None:
-            # Half of a marker may be supervised: the end of a turn, but not the newline after it.
-            sizes = paired.stops - paired.starts
-            taught = np.where(supervised[members], members, -1)
-            latest = np.maximum.reduceat(taught, np.cumsum(sizes) - sizes) if len(sizes) else last
-            skipped[members] = (taught < 0) & np.repeat(latest >= 0, sizes)
-            last = np.where(latest >= 0, latest, last)
-        lengths[last], records["start"][last], records["spelling"][last] = 1, len(tokens.data) - 1, -1
-        numbers = 2 * np.arange(len(partners)) + paired.rows
-        bounds = np.empty(2 * len(partners) + count + 1, np.int64)
-        bounds[2 * np.searchsorted(paired.rows, np.arange(count + 1)) + np.arange(count + 1)] = tokens.rows
-        bounds[numbers + 1], bounds[numbers + 2] = paired.starts, paired.stops
-        is_marker = np.zeros(len(bounds) - 1, bool)
-        is_marker[numbers + 1] = True
-        rows = np.repeat(np.arange(count), 2 * np.bincount(paired.rows, minlength=count) + 1)
-        return cls(tokens.data, records, bounds, rows, is_marker)
-
-    @cached_property
-    def ends(self) -> Int[ndarray, "token+1"]:
-        """The bytes before each token, and at last all of them."""
-        return running(self.records["length"])
-
-    @cached_property
-    def sizes(self) -> Int[ndarray, "segment"]:
-        """The bytes in each segment."""
-        return np.diff(self.ends[self.bounds])
-
-    @cached_property
-    def blank(self) -> Bool[ndarray, "token"]:
-        """The tokens without bytes."""
-        return self.records["length"] == 0
-
-    def leading_spaces(self) -> Int[ndarray, "segment"]:
-        """How many spaces each segment begins with."""
-        begins, stops = self.ends[self.bounds[:-1]], self.ends[self.bounds[1:]]
-        spaces = np.zeros(len(begins), np.int64)
-        open_, width = np.flatnonzero(begins < stops), 1
-        while len(open_):
-            places = (begins[open_] + spaces[open_])[:, None] + np.arange(width)
-            inside = places < stops[open_, None]
-            tokens = np.searchsorted(self.ends[:-1], places, "right") - 1
-            data = self.text.take(self.records["start"][tokens] + places - self.ends[tokens], mode="clip")
-            run = np.logical_and.accumulate(inside & (data == ord(" ")), 1).sum(1)
-            spaces[open_] += run
-            open_, width = open_[run == width], 32 * width
-        return spaces
-
-    def without_spaces(self, counts: Int[ndarray, "segment"]) -> Self:
-        """The same without the first so many bytes (none if negative) of each segment."""
-        if not (counts > 0).any():
-            return self
-        dropped = ragged_ranges(self.ends[self.bounds[:-1]], np.maximum(counts, 0))
-        tokens = np.searchsorted(self.ends, dropped, "right") - 1
-        records = self.records.copy()
-        np.add.at(records["start"], tokens, 1)
-        np.subtract.at(records["length"], tokens, 1)
-        records["spelling"][tokens] = -1
-        return replace(self, records=records)
-
-    def spans(self, closing: Int[ndarray, "chunk"], segment: Int[ndarray, "chunk"]) -> _Spans:
-        """The chunks that end with these tokens, from the first token that belongs to them."""
-        stops = closing + 1
-        starts = self.bounds.take(segment)
-        np.maximum(starts[1:], stops[:-1], out=starts[1:])
-        while (outside := self.records["skipped"][starts]).any():
-            starts += outside
-        return _Spans(starts, stops)
-
-    def at_boundary(self, spans: _Spans, segment: Int[ndarray, "chunk"]) -> Bool[ndarray, "chunk"]:
-        """Whether whitespace or nothing follows a chunk in its segment."""
-        after, last = spans.stops, self.bounds[1:].take(segment)
-        # Tokens without bytes are passed over.
-        while (passed := (after < last) & self.blank.take(after, mode="clip")).any():
-            after = after + passed
-        return (after >= last) | self.records["opens"].take(after, mode="clip")
-
-    def rests(self, spans: _Spans, edges: Int[ndarray, "segment+1"]) -> _Spans:
-        """The tokens of each segment that follow its last span; those of segment s are `edges[s] : edges[s + 1]`."""
-        starts = self.bounds[:-1].copy()
-        some = np.flatnonzero(np.diff(edges))
-        starts[some] = spans.stops[edges[some + 1] - 1]
-        return _Spans(starts, self.bounds[1:])
-
-    def sizes_of(self, spans: _Spans) -> Int[ndarray, "span"]:
-        """The bytes in each span."""
-        return self.ends[spans.stops] - self.ends[spans.starts]
-
-    def data(self, spans: _Spans, counts: Int[ndarray, "span"]) -> UInt8[ndarray, "byte"]:
-        """The first so many bytes of each span, end to end."""
-        tokens = ragged_ranges(spans.starts, spans.stops - spans.starts)
-        records = self.records.take(tokens)
-        data = self.text.take(ragged_ranges(records["start"], records["length"]))
-        sizes = self.sizes_of(spans)
-        return data if (sizes == counts).all() else data[ragged_ranges(np.cumsum(sizes) - sizes, counts)]
-
-    def supervised(self, spans: _Spans, supervised: Bool[ndarray, "token"] | None) -> Bool[ndarray, "chunk"]:
-        """Whether all tokens of a chunk are supervised."""
-        if supervised is None:
-            return np.ones(len(spans.starts), bool)
-        lacking = running(~(supervised | self.records["skipped"]))
-        return lacking.take(spans.starts) == lacking.take(spans.stops)
-
-    def chunk_of(self, spans: _Spans) -> Int32[ndarray, "token"]:
-        """The number of every token's chunk, or -1."""
-        chunk_of = np.full(len(self.records), -1, np.int32)
-        chunk_of[spans.starts] = np.arange(len(spans.starts), dtype=np.int32)
-        widths = spans.stops - spans.starts
-        wide = np.flatnonzero(widths > 1)
-        tokens, numbers = ragged_ranges(spans.starts[wide], widths[wide]), np.repeat(wide, widths[wide])
-        chunk_of[tokens] = np.where(self.records["skipped"][tokens], -1, numbers)
-        return chunk_of
-
-
 def _common_ends(
-    ours: _Side, theirs: _Side
+    ours: Side, theirs: Side
 ) -> tuple[Int[ndarray, "chunk"], tuple[Int[ndarray, "chunk"], Int[ndarray, "chunk"]]]:
     """Where tokens of both sides end at the same byte: its segment, and the token of each side."""
     room = np.maximum(ours.sizes, theirs.sizes)
@@ -369,7 +186,7 @@ def _common_ends(
 
 
 def _compared(
-    ours: _Side, theirs: _Side, spans: tuple[_Spans, _Spans], segment: Int[ndarray, "chunk"]
+    ours: Side, theirs: Side, spans: tuple[Spans, Spans], segment: Int[ndarray, "chunk"]
 ) -> tuple[Bool[ndarray, "chunk"], Bool[ndarray, "segment"]]:
     """Which chunks no difference precedes in their segment, and which segments have one as far as both sides go."""
     (starts, stops), (other_starts, other_stops) = spans
@@ -384,7 +201,7 @@ def _compared(
     open_ = np.flatnonzero(left)
     counts = np.concatenate([ours.sizes_of(spans[0].take(unsure)), left[open_]])
     data = [
-        side.data(_Spans(*map(np.concatenate, zip(one.take(unsure), rest.take(open_), strict=True))), counts)
+        side.data(Spans(*map(np.concatenate, zip(one.take(unsure), rest.take(open_), strict=True))), counts)
         for side, one, rest in zip((ours, theirs), spans, rests, strict=True)
     ]
     differing = np.zeros(len(ours.rows), bool)
@@ -397,3 +214,62 @@ def _compared(
         np.minimum.at(first, segment[wrong], wrong)
         same = np.arange(len(segment)) < first.take(segment)
     return same, differing
+
+
+def _realigned(
+    ours: Side,
+    theirs: Side,
+    form: NormalForm,
+    rewritten: Int[ndarray, "rewritten"],
+    segment: Int[ndarray, "chunk"],
+    closing: tuple[Int[ndarray, "chunk"], Int[ndarray, "chunk"]],
+    same: Bool[ndarray, "chunk"],
+    differing: Bool[ndarray, "segment"],
+) -> tuple[Int[ndarray, "chunk"], tuple[ndarray, ndarray], Bool[ndarray, "chunk"]]:
+    """The same chunks, those of `rewritten` segments found anew; marks in `differing` which of these still differ."""
+    kept = ~np.isin(segment, rewritten)
+    parts = [(segment[kept], closing[0][kept], closing[1][kept], same[kept])]
+    for number in rewritten.tolist():
+        first, second, alike, differing[number] = _ends_in_form(ours, theirs, form, number)
+        parts.append((np.full(len(first), number), first, second, alike))
+    segment, first, second, same = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    order = np.argsort(segment, kind="stable")
+    return segment[order], (first[order], second[order]), same[order]
+
+
+def _ends_in_form(
+    ours: Side, theirs: Side, form: NormalForm, segment: int
+) -> tuple[Int[ndarray, "chunk"], Int[ndarray, "chunk"], Bool[ndarray, "chunk"], bool]:
+    """Where chunks of a segment may end on both sides, which of them are the same text, and whether anything differs.
+
+    A chunk that is not the same text takes in what differs before the next one begins.
+    """
+    texts, tokens, ends = [], [], []
+    for side, unknown in zip((ours, theirs), _UNKNOWN, strict=True):
+        data, stops = side.covered(segment, unknown)
+        text, places = form.fold(data)
+        end = places[stops]
+        # Tokens of which nothing is left (a space, say) belong to those after them.
+        adding = np.flatnonzero(end > np.maximum.accumulate(np.append(0, end))[:-1])
+        texts.append(text)
+        tokens.append(side.bounds[segment] + adding)
+        ends.append(end[adding])
+    runs = common_runs(texts[0], texts[1], _UNKNOWN)
+    chosen, same = [np.zeros((2, 0), np.int64)], [np.zeros(0, bool)]
+    for *starts, length in runs:
+        inside = [
+            np.flatnonzero((end >= start) & (end <= start + length)) for end, start in zip(ends, starts, strict=True)
+        ]
+        _, *which = np.intersect1d(
+            *(end[one] - start for end, one, start in zip(ends, inside, starts, strict=True)),
+            assume_unique=True,
+            return_indices=True,
+        )
+        chosen.append(np.stack([inside[0][which[0]], inside[1][which[1]]]))
+        alike = np.ones(len(which[0]), bool)
+        # Before the first end in a run something differs, unless the texts begin with it.
+        alike[:1] = starts == [0, 0]
+        same.append(alike)
+    pairs = np.concatenate(chosen, 1)
+    whole = runs[0][2] if len(runs) == 1 and runs[0][:2] == (0, 0) else 0
+    return tokens[0][pairs[0]], tokens[1][pairs[1]], np.concatenate(same), whole < min(map(len, texts))

@@ -142,12 +142,17 @@ def test_normalised_text_without_offsets_is_refused_with_a_sample():
         pieces.spans(ids_of(tokenizer, "Cafe\u0301"), "Cafe\u0301")
 
 
-def test_lossy_pieces_without_their_texts_are_refused():
+def test_lossy_pieces_have_no_places_without_their_texts():
     pieces = TokenPieces.of(wordpiece())
     assert not pieces.lossless
     ids = ids_of(wordpiece(), "the dog")
     with pytest.raises(ValueError, match=r"lack spaces or capitals.*Pass the texts"):
-        pieces.cover(ids, np.array([len(ids)]))
+        pieces.spans(ids)
+    # Aligned they are all the same, in a form that lacks spaces and capitals on both sides.
+    assert pieces.form.spaces
+    assert pieces.form.case
+    tokens = pieces.cover(ids, np.array([len(ids)]))
+    assert b"".join(pieces[index] for index in tokens.ids) == b"thedog"
 
 
 def test_tokenizer_without_bytes_or_offsets_is_refused_by_name():
@@ -163,6 +168,14 @@ def test_tokenizer_without_bytes_or_offsets_is_refused_by_name():
 
 
 # Boundaries and rows
+
+
+def test_words_of_wordpiece_begin_where_nothing_says_that_they_continue():
+    tokenizer = wordpiece()
+    mask = boundary_mask(TokenPieces.of(tokenizer))
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(mask))))
+    assert mask.tolist() == [not token.startswith("##") for token in tokens]
+    assert {True, False} == set(mask.tolist())
 
 
 def test_boundary_tokens_begin_with_whitespace_or_are_special():

@@ -65,6 +65,13 @@ def byte_level(
     return _fast(tokenizer, special, template, **names)
 
 
+def normalising(normalizer: normalizers.Normalizer) -> PreTrainedTokenizerFast:
+    """Byte-level BPE behind a normalizer."""
+    tokenizer = Tokenizer.from_str(byte_level(320).backend_tokenizer.to_str())
+    tokenizer.normalizer = normalizer
+    return _fast(tokenizer, (), None)
+
+
 @cache
 def metaspace(
     size: int = 420, special: tuple[str, ...] = (), template: str | None = None, scheme: str = "always", **names: str
