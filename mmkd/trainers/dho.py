@@ -27,6 +27,7 @@ from mmkd.teachers.class_logits import compute_class_logits
 from mmkd.teachers.classifiers import ClassTeacher, check_classes
 
 from .checks import check_precision
+from .counts import CountingTrainer
 from .dho_config import DHOConfig as DHOConfig
 from .log import RunLog
 from .sharding import ShardedTrainer
@@ -37,7 +38,7 @@ CHOICE = "interpolation.json"
 """File of a run with the chosen alpha and beta, and every pair that was tried."""
 
 
-class DHOTrainer(ShardedTrainer):
+class DHOTrainer(ShardedTrainer, CountingTrainer):
     """transformers' Trainer for a dual-head student, with labelled and unlabelled rows in every batch.
 
     Args:
@@ -336,11 +337,12 @@ class DHOTrainer(ShardedTrainer):
 
     # Reports
 
+    def _unlogged(self) -> dict[str, Tensor]:
+        return self._sums
+
     def _record(self, reports: dict[str, tuple[Tensor, Any]]) -> None:
         for name, (total, count) in reports.items():
-            device = total.device
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            entry = torch.stack([total.detach().to(dtype), torch.as_tensor(count, dtype=dtype, device=device)])
+            entry = self._entry(total, count)
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -351,11 +353,6 @@ class DHOTrainer(ShardedTrainer):
             logs |= {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
             self._sums = {}
         super().log(logs, start_time)
-
-    def _summed(self, tensor: Tensor) -> Tensor:
-        total = self.accelerator.reduce(tensor, reduction="sum")
-        assert isinstance(total, Tensor)
-        return total
 
     def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
         """The Trainer's card, which calls the data set `dataset`."""

@@ -91,12 +91,10 @@ class OnPolicyTrainer(ReportingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the tokens of rollouts since the start, the seconds they took since the last log, and their speed."""
         sums = self._sums["train"]
-        if self.model.training and "rollout_tokens" in sums:
-            tokens, seconds = (
-                self._summed(sums.pop(name)[0]).item() for name in ("rollout_tokens", "rollout_seconds")
-            )
-            before = next((entry for entry in reversed(self.state.log_history) if "rollout_tokens" in entry), {})
-            logs["rollout_tokens"] = before.get("rollout_tokens", 0) + int(tokens)
+        if not self._evaluating and "rollout_tokens" in sums:
+            # The tokens are counted where the supervised ones are.
+            tokens, seconds = (self._summed(sums[name][0]).item() for name in ("rollout_tokens", "rollout_seconds"))
+            del sums["rollout_seconds"]
             logs["rollout_seconds"] = seconds / self.args.world_size
             logs["rollout_tokens_per_second"] = tokens / max(logs["rollout_seconds"], 1e-9)
         super().log(logs, start_time)

@@ -8,15 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer
 
+from .counts import CountingTrainer
 from .vision import BAD_ROWS
 
 
-class ReportingTrainer(SFTTrainer):
+class ReportingTrainer(CountingTrainer, SFTTrainer):
     """trl's SFTTrainer whose logs are means over the items of all ranks since the last log."""
 
-    # transformers types it as a union with None, for trainers that are still without it.
-    model: Any
-
+    cumulative = ("supervised_tokens", "training_seconds", "rollout_tokens", *BAD_ROWS)
     step_means: ClassVar[tuple[str, ...]] = ()
     """Reports that are also wanted once per optimizer step. Empty: nothing is reduced."""
 
@@ -29,6 +28,15 @@ class ReportingTrainer(SFTTrainer):
         self.batch_reports: list[dict[str, tuple[float, float]]] | None = None
         # Seconds and optimizer steps of training since the last log, evaluation and saving left out.
         self._spent = (0.0, 0)
+        self._totals = {}
+        self._evaluating = False
+
+    def _unlogged(self) -> dict[str, Float[Tensor, "2"]]:
+        return self._sums["train"]
+
+    def _spent_unlogged(self, spent: tuple[float, int] | None = None) -> tuple[float, int]:
+        self._spent = self._spent if spent is None else spent
+        return self._spent
 
     def _reports_now(self) -> bool:
         """Whether this micro-batch computes diagnostics: always in evaluation, else in the steps that are logged."""
@@ -43,8 +51,7 @@ class ReportingTrainer(SFTTrainer):
             pairs = {name: (float(total), float(count)) for name, (total, count) in reports.items()}
             self.batch_reports.append(pairs)
         for name, (total, count) in reports.items():
-            dtype = torch.float32 if total.device.type == "mps" else torch.float64
-            entry = torch.stack([total.detach().to(dtype), torch.as_tensor(count, dtype=dtype, device=total.device)])
+            entry = self._entry(total, count)
             for store in (sums, self._step_sums) if name in self.step_means and self.model.training else (sums,):
                 store[name] = store[name] + entry if name in store else entry
 
@@ -56,34 +63,48 @@ class ReportingTrainer(SFTTrainer):
         totals = self._summed(torch.stack([sums[name] for name in names])).tolist()
         return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
 
-    def _summed(self, tensor: Tensor) -> Tensor:
-        total = self.accelerator.reduce(tensor, reduction="sum")
-        assert isinstance(total, Tensor)
-        return total
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the reports since the last log: averages over their items, speed and time left."""
-        training = self.model.training
-        mode = "train" if training else "eval"
-        tokens = self._sums[mode].pop("supervised_tokens", None)
-        # All ranks have the same names, so that they reduce the same tensors.
-        counted = {name: self._summed(self._sums[mode].pop(name)[0]) for name in BAD_ROWS if name in self._sums[mode]}
-        means = self._means(self._sums[mode])
-        self._sums[mode] = {}
-        if training and tokens is not None:
-            tokens_seen = self._summed(tokens[0]).item()
+        """Adds the reports since the last log: averages over their items, counts, speed and time left."""
+        # The model is still in evaluation where training ends right after one, and what it counted is to be logged.
+        if self._evaluating:
+            self._add_evaluation(logs)
+        else:
+            self._add_training(logs)
+        super().log(logs, start_time)
+
+    def _add_training(self, logs: dict[str, float]) -> None:
+        sums, self._sums["train"] = self._sums["train"], {}
+        counted = self._counted(sums)
+        if "supervised_tokens" in counted:
             (seconds, steps), self._spent = self._spent, (0.0, 0)
-            before = next((entry for entry in reversed(self.state.log_history) if "supervised_tokens" in entry), {})
-            logs["supervised_tokens"] = before.get("supervised_tokens", 0) + int(tokens_seen)
-            logs |= {name: before.get(name, 0) + int(count) for name, count in counted.items()}
-            logs["supervised_tokens_per_second"] = tokens_seen / seconds
+            logs |= self._count({**counted, "training_seconds": seconds})
+            logs["supervised_tokens_per_second"] = counted["supervised_tokens"] / seconds
             logs["eta_minutes"] = seconds / max(1, steps) * (self.state.max_steps - self.state.global_step) / 60
-        if not training and means:
-            means |= {name: int(count) for name, count in counted.items()}
+        logs.update(self._means(sums))
+
+    def _add_evaluation(self, logs: dict[str, float]) -> None:
+        sums, self._sums["eval"] = self._sums["eval"], {}
+        counted = self._counted(sums)
+        counted.pop("supervised_tokens", None)
+        means = self._means(sums)
+        if means:
+            means |= counted
             means["loss"] = sum(means.pop(name) for name in list(means) if name.startswith("loss/"))
             means["perplexity"] = math.exp(min(means["ce"], 700.0))
-        logs.update(means if training else {f"{self._prefix}_{name}": value for name, value in means.items()})
-        super().log(logs, start_time)
+        logs.update({f"{self._prefix}_{name}": value for name, value in means.items()})
+
+    def _counted(self, sums: dict[str, Float[Tensor, "2"]]) -> dict[str, float]:
+        """The sums over all ranks of what is counted and not averaged, taken out of the others."""
+        # All ranks have the same names, so that they reduce the same tensors.
+        return {name: int(self._summed(sums.pop(name)[0])) for name in self.cumulative if name in sums}
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's evaluation, whose log has its own reports."""
+        self._evaluating = True
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._evaluating = False
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's loop; the reports of this evaluation alone are logged, under its prefix."""

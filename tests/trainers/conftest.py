@@ -82,6 +82,10 @@ def ranks(
     jobs["taid fsdp2 saved"] = {**taid, "settings": {"save_strategy": "steps", "save_steps": 2}, "save": True}
     checkpoint = folder / "runs" / "taid-fsdp2-saved" / "checkpoint-2"
     jobs["taid fsdp2 resumed"] = {**taid, "resume": checkpoint}
+    between = {"max_steps": 5, "logging_steps": 4, "save_strategy": "steps", "save_steps": 3}
+    counted = {"method": "kd", "how": "ddp", **tiny, "settings": between}
+    jobs["kd counted"] = counted
+    jobs["kd counted resumed"] = {**counted, "resume": folder / "runs" / "kd-counted" / "checkpoint-3"}
     adapted = {"method": "kd", "how": "fsdp2", **tiny, "lora": LORA}
     jobs["kd fsdp2 lora saved"] = {**adapted, "settings": {"save_strategy": "steps", "save_steps": 2}, "save": True}
     checkpoint = folder / "runs" / "kd-fsdp2-lora-saved" / "checkpoint-2"
