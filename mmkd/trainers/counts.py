@@ -28,7 +28,7 @@ class CountingTrainer(Trainer):
     _resumed: dict[str, Any] | None = None
 
     def _unlogged(self) -> dict[str, Tensor]:
-        """Report -> (sum, number of items) of the training steps of this rank since the last log; may be written to."""
+        """Report -> (sum, number of items) of this rank since the last log; may be written to."""
         raise NotImplementedError
 
     def _spent_unlogged(self, spent: tuple[float, int] | None = None) -> tuple[float, int]:
