@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from mmkd import dry_run
+from mmkd.phases import check_phases, evaluate_alone, finish, trains
 from mmkd.recipes import find_recipe
 from mmkd.run import Run, build_trainer, last_checkpoint, method_of, parse_run, parser_of, read_recipe, resume_point
 from mmkd.stages import split_stages, train_stages
@@ -50,6 +51,7 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
             if key in keys and f"--{key}" not in launch_flags:
                 launch_flags = [*launch_flags, f"--{key}", str(keys[key])]
         return _launch([recipe, *flags, *stage_flags], config, launch_flags)
+    check_phases(run)
     if run.arguments.dry_run:
         return _dry_run(run, recipe, flags)
     if "stages" in keys:
@@ -58,6 +60,9 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
         from mmkd.comd.rounds import train_rounds
 
         return train_rounds(run, find_recipe(recipe), flags, train)
+    if not trains(run):
+        evaluate_alone(build_trainer(run), run)
+        return 0
     checkpoint = resume_point(run.training)
     if checkpoint is None and run.training.resume_from_checkpoint:
         print(f"No checkpoint in {run.training.output_dir}: starting from the beginning.", file=sys.stderr)
@@ -67,15 +72,14 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
             f"Training on one of {gpus} GPUs: accelerate_config ddp, fsdp2, zero2 or zero3 takes all.", file=sys.stderr
         )
     trainer = build_trainer(run)
+    if run.training.push_to_hub:
+        from mmkd.push.folder import describe
+
+        trainer.describe = describe
     if not _train(trainer, checkpoint):
         print(f"\nInterrupted at step {trainer.state.global_step}. {_way_on(run, recipe, flags)}", file=sys.stderr)
         return 130
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.eval_dataset is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
-    if run.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=run.arguments.data)
+    finish(trainer, run)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -132,6 +133,17 @@ def prepare(run: Path, wishes: Wishes) -> Published:
         warnings=conflicts(student.license, wishes.repo_id, student.base, student.teachers, student.data),
     )
     return Published(student, place, files, _log_of(place), model_card(student), record["keys"])
+
+
+def describe(place: Path, folder: Path, repo_id: str) -> None:
+    """Writes the card of a model, and what it speaks of, into a folder that the Trainer uploads.
+
+    `place` is the folder of the model: the uploaded one, or a checkpoint of its run. Raises ValueError as `prepare`.
+    """
+    found = prepare(place, Wishes(repo_id))
+    found.write_texts(folder)
+    for warning in found.student.warnings if place == folder else ():
+        print(f"Mind: {warning}", file=sys.stderr)
 
 
 def _student(model: EvalModel, place: Path, record: Mapping[str, Any], wishes: Wishes) -> Student:

@@ -36,6 +36,7 @@ from .log import RunLog
 from .on_policy import OnPolicyTrainer
 from .preparation import ROWS, KeptRows, RowLengths
 from .progress import DistillationProgress
+from .publishing import PublishingTrainer
 from .rollouts import check_rollouts
 from .sharding import ShardedTrainer
 from .teaching import TaughtTrainer, check_teachers
@@ -73,7 +74,7 @@ class ItemLosses:
     """Name in the logs -> (sum, number of items), without gradient."""
 
 
-class DistillationTrainer(ShardedTrainer, TaughtTrainer, OnPolicyTrainer):
+class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPolicyTrainer):
     """trl's SFTTrainer with a teacher. A method subclasses it and implements `item_losses`.
 
     Args:

@@ -52,6 +52,16 @@ class CountingTrainer(Trainer):
             self._totals[name] = self._totals.get(name, 0) + count
         return self._totals
 
+    def last_evaluation(self) -> dict[str, float] | None:
+        """What training's own evaluation said of the student as it is now; None where there was none of it."""
+        state, best = self.state, self.args.load_best_model_at_end
+        if best and state.best_global_step not in (None, state.global_step):
+            # Another student than that of the last step.
+            return None
+        logged = [entry for entry in state.log_history if entry["step"] == state.global_step]
+        found = {name: value for entry in logged if "eval_runtime" in entry for name, value in entry.items()}
+        return {name: value for name, value in found.items() if name != "step"} or None
+
     # Private places of the Trainer: a public hook between its reset of what it has logged and the first step, or
     # between the last log and what is written, would do instead.
 

@@ -30,6 +30,7 @@ from .checks import check_precision
 from .counts import CountingTrainer
 from .dho_config import DHOConfig as DHOConfig
 from .log import RunLog
+from .publishing import PublishingTrainer
 from .sharding import ShardedTrainer
 
 logger = logging.get_logger(__name__)
@@ -38,7 +39,7 @@ CHOICE = "interpolation.json"
 """File of a run with the chosen alpha and beta, and every pair that was tried."""
 
 
-class DHOTrainer(ShardedTrainer, CountingTrainer):
+class DHOTrainer(PublishingTrainer, ShardedTrainer, CountingTrainer):
     """transformers' Trainer for a dual-head student, with labelled and unlabelled rows in every batch.
 
     Args:
@@ -335,6 +336,10 @@ class DHOTrainer(ShardedTrainer, CountingTrainer):
             write_choice(Path(self.args.output_dir or ".") / CHOICE, self.choice, len(labels))
         return self.choice
 
+    def last_evaluation(self) -> dict[str, float] | None:
+        """That of the two heads as they are joined now: training's own came before alpha and beta were chosen."""
+        return super().last_evaluation() if self.choice is None else None
+
     # Reports
 
     def _unlogged(self) -> dict[str, Tensor]:
@@ -353,10 +358,6 @@ class DHOTrainer(ShardedTrainer, CountingTrainer):
             logs |= {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
             self._sums = {}
         super().log(logs, start_time)
-
-    def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
-        """The Trainer's card, which calls the data set `dataset`."""
-        super().create_model_card(*args, **{"dataset": dataset_name, **kwargs})
 
 
 def write_choice(path: Path, choice: Interpolation, rows: int) -> None:

@@ -425,3 +425,23 @@ def test_results_of_another_revision_are_refused(run, capsys):
     name = next(iter(weights))
     save_file({**weights, name: weights[name] + 1}, run / "model.safetensors", {"format": "pt"})
     assert "is of another revision" in refused(capsys, str(run), "--repo", "user/x")
+
+
+def test_what_training_publishes_has_the_card_of_push(hub, client, workplace):
+    """With every checkpoint one of it, at the end that of the finished student."""
+    saving = ["--save_strategy", "steps", "--save_steps", "1", "--hub_strategy", "every_save"]
+    publishing = ["--push_to_hub", "true", "--hub_model_id", "user/trained", "--output_dir", "published"]
+    done = client("train", "kd.yaml", *saving, *publishing, "--hub_always_push", "true")
+    assert done["value"] == 0, done["err"]
+    assert "Mind: " in done["err"]
+    repo = hub.repos["model", "user/trained"]
+    cards = [commit["README.md"].content.decode() for commit in repo.commits.values() if "README.md" in commit]
+    assert all("distilled from `teacher` with `kd` of mmkd" in card for card in cards)
+    assert not any("None" in card for card in cards)
+    assert "On held-out rows" not in cards[0]
+    output = workplace / "published"
+    assert main(["push", str(output), "--repo", "user/trained", "--dry_run"]) == 0
+    pushed = {path.relative_to(output / "push").as_posix() for path in (output / "push").rglob("*") if path.is_file()}
+    assert pushed <= {*repo.files}
+    assert repo.files["README.md"] == (output / "push/README.md").read_bytes()
+    assert b"On held-out rows of `words`" in repo.files["README.md"]
