@@ -17,6 +17,7 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mmkd.data.images import undecoded
+from mmkd.data.layouts import canonical
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import FusedLoss, Objective
 from mmkd.models.backbone import allow_consumers, devices_of, full_head, name_of
@@ -118,6 +119,11 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
             raise ValueError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}."
             )
+        self._reads_rows = kwargs.get("formatting_func") is None and not _skips_preparation(args)
+        if self._reads_rows:
+            skip = args.on_bad_row == "skip"
+            train_dataset = canonical(train_dataset, "train", skip=skip, text_field=args.dataset_text_field)
+            eval_dataset = canonical(eval_dataset, "eval", skip=skip, text_field=args.dataset_text_field)
         check_teachers(type(self), teacher, args, {"train": train_dataset, "eval": eval_dataset})
         if args.on_policy_fraction:
             check_rollouts(teacher, train_dataset)
@@ -386,6 +392,9 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation, of these rows or of those of the constructor."""
+        if self._reads_rows and not isinstance(eval_dataset, str):
+            skip = self.args.on_bad_row == "skip"
+            eval_dataset = canonical(eval_dataset, "eval", skip=skip, text_field=self.args.dataset_text_field)
         return super().evaluate(_unread(eval_dataset), *args, **kwargs)
 
     def _without_repeated_rows(self, labels: Tensor, row_lengths: Tensor) -> Tensor:
@@ -401,6 +410,11 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
         else:
             kept[:, : row_lengths[:real].sum()] = True
         return labels.masked_fill(~kept, -100)
+
+
+def _skips_preparation(args: Any) -> bool:
+    """Whether the rows are ready for the collator, whatever they look like."""
+    return bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
 
 
 def _unread(data: Any) -> Any:

@@ -1,0 +1,308 @@
+"""Data sets of any layout in TRL's columns: all rows are checked, and copied only where something has to change."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Json, LargeList, List, Value
+
+from mmkd.data.arrow import BATCH, has_json, image_counts, image_lists, plain_rows, storage
+from mmkd.data.canonical import CHATS, OURS, Facts, Layout, canonical_row, features_of, finished, image_column_of
+from mmkd.data.columns import ROLES
+from mmkd.data.left_out import LeftOut
+from mmkd.data.messages import IMAGE_MARK, Pictures, missing, stored, without_nulls
+from mmkd.errors import UserError
+
+# Raise it when the same rows start to come out otherwise: `datasets` knows a function of ours by its name only.
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How the rows of one split become rows in TRL's columns, and which of them are left out."""
+
+    split: str
+    left_out: LeftOut | None = None
+    """Where rows are counted that are left out; without it rows that lack something stay."""
+    skip: bool = False
+    """Whether rows that cannot be read are left out too."""
+    folders: tuple[Path, ...] = ()
+
+    def converted(
+        self, dataset: Dataset, layout: Layout, kept: Sequence[str], numbers: Sequence[int] | None = None
+    ) -> Dataset:
+        """The rows in TRL's columns, with the columns `kept` of the source.
+
+        `numbers` are the rows' numbers in the source; by default those of the data set behind a selection.
+        Raises UserError for the first row that cannot be read.
+        """
+        numbers = source_rows(dataset) if numbers is None else numbers
+        images = image_column_of(dataset.column_names, layout)
+        facts, out = self._facts(dataset, layout, images, numbers)
+        features = features_of(facts, layout, dataset.features, kept)
+        own = [name for name in features if name in OURS and name != "images"]
+        if (
+            not layout.as_is
+            or facts.changed
+            or facts.brought
+            or any(not _alike(features[name], dataset.features.get(name)) for name in own)
+        ):
+            chosen = dataset if not out else dataset.select(_without(len(dataset), out))
+            return _copied(chosen, layout, facts, features, images, self.folders)
+        columns = [name for name in dataset.column_names if name in (*layout.reads, *kept, images)]
+        same: Any = dataset if columns == dataset.column_names else dataset.select_columns(columns)
+        return same if not out else same.select(_without(len(dataset), out))
+
+    def _facts(
+        self, dataset: Dataset, layout: Layout, images: str | None, numbers: Sequence[int]
+    ) -> tuple[Facts, set[int]]:
+        """What the rows decide together, and which of them are left out."""
+        facts, out = Facts(images is not None), set()
+        for place, row, pictures in _looked_at(dataset, layout, images, self.folders):
+            try:
+                ours = canonical_row(row, layout, pictures, nulls=_has_nulls(dataset.features, layout))
+                if images is None and pictures.places and ours.get("images") is None:
+                    raise UserError(
+                        f"its messages have places for {len(pictures.places)} images, and the row has no image. Give "
+                        "the images in the parts or in a column `images`"
+                    )
+            except UserError as error:
+                if not self.skip or self.left_out is None:
+                    raise UserError(f"{self.split} row {numbers[place]}: {error}.") from error
+                self.left_out.add(numbers[place], f"that cannot be read: {error}")
+                out.add(place)
+                continue
+            reason = None if self.left_out is None else missing(ours)
+            if self.left_out is not None and reason is not None:
+                self.left_out.add(numbers[place], reason)
+                out.add(place)
+                continue
+            facts.images |= ours.get("images") is not None
+            facts.see(ours)
+            facts.changed |= layout.as_is and not facts.changed and _differs(row, ours)
+        for name in layout.reads if layout.as_is else ():
+            if name in ("text", *CHATS):
+                facts.columns.setdefault(name, not _is_text(dataset.features[name]))
+        return facts, out
+
+
+def source_rows(dataset: Dataset) -> Sequence[int]:
+    """The number of each row in the data set from which a shuffle or a selection took it."""
+    # Only this knows; a column with numbers would travel through everything that reads the rows.
+    indices: Any = dataset._indices
+    return range(len(dataset)) if indices is None else indices.column(0).to_numpy()
+
+
+def _looked_at(
+    dataset: Dataset, layout: Layout, images: str | None, folders: tuple[Path, ...]
+) -> Iterator[tuple[int, dict[str, Any], Pictures]]:
+    """The rows that Python has to look at, with their places: of columns of plain text, those that look wrong."""
+    columns = [*layout.reads, *([] if images is None else [images])]
+    first = 0
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=BATCH):
+        suspect = _suspects(table, dataset.features, layout)
+        places = np.flatnonzero(suspect).tolist()
+        if places:
+            counts = [0] * len(table) if images is None else image_counts(table.column(images))
+            rows = plain_rows(table.select(list(layout.reads)).take(places), dataset.features)
+            for place, row in zip(places, rows, strict=True):
+                read = _reads_images(table, images, place)
+                yield first + place, row, Pictures(counts[place], read, folders)
+        first += len(table)
+
+
+def _reads_images(table: pa.Table, column: str | None, place: int) -> Callable[[], list[Any]]:
+    def read() -> list[Any]:
+        value = None if column is None else table.column(column)[place].as_py()
+        return value if isinstance(value, list) else [] if value is None else [value]
+
+    return read
+
+
+def _suspects(table: pa.Table, features: Features, layout: Layout) -> np.ndarray:
+    """Which rows of a table may need a change or be left out, found without making Python values of them."""
+    suspect = np.zeros(len(table), dtype=bool)
+    for name in layout.reads:
+        feature = features[name]
+        if layout.as_is and name in ("text", "prompt", "completion") and _is_text(feature):
+            suspect |= _blank(table.column(name))
+        elif layout.as_is and layout.mark is None and not layout.parts and _is_plain_chat(feature):
+            suspect |= _odd_chats(table.column(name).combine_chunks(), name)
+        else:
+            suspect[:] = True
+    return suspect
+
+
+def _odd_chats(column: Any, name: str) -> np.ndarray:
+    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    flat_, parents = column.flatten(), np.asarray(pc.call_function("list_parent_indices", [column]))
+    role, content = flat_.field("role"), flat_.field("content")
+    roles = [pc.call_function("equal", [role, pa.scalar(one, role.type)]) for one in ROLES]
+    known = np.any([np.asarray(one.fill_null(False)) for one in roles], axis=0)
+    said, null = ~_blank(content), np.asarray(content.is_null())
+    marked = pc.call_function("match_substring", [content], pc.MatchSubstringOptions(IMAGE_MARK))
+    user, assistant = (np.asarray(roles[ROLES.index(one)].fill_null(False)) for one in ("user", "assistant"))
+    odd = ~known | null | (user & ~said) | np.asarray(marked.fill_null(False))
+    suspect = np.bincount(parents[odd], minlength=len(column)) > 0
+    answered = np.bincount(parents[assistant & said], minlength=len(column)) > 0
+    lengths = np.bincount(parents, minlength=len(column))
+    return suspect | (lengths == 0) | (~answered if name != "prompt" else False)
+
+
+def _blank(column: Any) -> np.ndarray:
+    trimmed = pc.call_function("utf8_trim_whitespace", [column])
+    empty = pc.call_function("equal", [pc.call_function("binary_length", [trimmed]), pa.scalar(0)])
+    return np.asarray(empty.fill_null(True))
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def _is_plain_chat(feature: Any) -> bool:
+    inner = feature.feature if isinstance(feature, List | LargeList) else None
+    return isinstance(inner, dict) and inner.keys() == {"role", "content"} and all(map(_is_text, inner.values()))
+
+
+def _has_nulls(features: Features, layout: Layout) -> bool:
+    return not any(has_json(features[name]) for name in layout.reads)
+
+
+def _alike(ours: Any, theirs: Any) -> bool:
+    """Whether values of two types are the same to Python: only how long they may be differs."""
+    if isinstance(ours, List) and isinstance(theirs, List | LargeList):
+        return _alike(ours.feature, theirs.feature)
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(_alike(ours[key], theirs[key]) for key in ours)
+    return ours == theirs or (_is_text(ours) and _is_text(theirs))
+
+
+def _differs(row: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    return any(name in row and without_nulls(row[name]) != without_nulls(ours[name]) for name in ours)
+
+
+def _without(count: int, out: set[int]) -> list[int]:
+    return [place for place in range(count) if place not in out]
+
+
+def _copied(
+    dataset: Dataset, layout: Layout, facts: Facts, features: Features, images: str | None, folders: tuple[Path, ...]
+) -> Dataset:
+    if images is not None and images != "images":
+        dataset = dataset.remove_columns([name for name in ("images",) if name in dataset.column_names])
+    return (
+        dataset.with_format("arrow")
+        .map(
+            _convert,
+            batched=True,
+            batch_size=BATCH,
+            fn_kwargs={
+                "layout": layout,
+                "facts": facts,
+                "source": dataset.features,
+                "features": features,
+                "images": images,
+                "folders": folders,
+                "version": _VERSION,
+            },
+            remove_columns=dataset.column_names,
+            features=features,
+            desc=f"Reading {layout.name}",
+        )
+        .with_format(None)
+    )
+
+
+def _convert(
+    table: pa.Table,
+    layout: Layout,
+    facts: Facts,
+    source: Features,
+    features: Features,
+    images: str | None,
+    folders: tuple[Path, ...],
+    version: int,
+) -> pa.Table:
+    """A batch in our columns. It stays in Arrow, so that no image is decoded on the way."""
+    counts = [0] * len(table) if images is None else image_counts(table.column(images))
+    nulls = _has_nulls(source, layout)
+    rows, pictures = [], []
+    for place, row in enumerate(plain_rows(table.select(list(layout.reads)), source)):
+        own = Pictures(counts[place], _reads_images(table, images, place), folders)
+        ours = canonical_row(row, layout, own, nulls=nulls)
+        brought = ours.pop("images", None)
+        if facts.brought:
+            pictures.append([stored(one, folders) for one in own.read()] if brought is None else brought)
+        rows.append(finished(ours, layout, facts, counts[place] if brought is None else len(brought)))
+    arrays: dict[str, Any] = {}
+    for name, feature in features.items():
+        type_ = storage(features.arrow_schema.field(name).type)
+        if name == "images" and facts.images:
+            arrays[name] = pa.array(pictures, type=type_) if facts.brought else image_lists(table.column(str(images)))
+        elif name in OURS:
+            arrays[name] = pa.array([_encoded(row.get(name), feature) for row in rows], type=type_)
+        else:
+            arrays[name] = table.column(name)
+    return pa.table(arrays)
+
+
+def _encoded(value: Any, feature: Any) -> Any:
+    """The value with its JSON as text. `datasets` would write ten digits of a number."""
+    if value is None:
+        return None
+    if isinstance(feature, Json):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(feature, List):
+        return [_encoded(one, feature.feature) for one in value]
+    return value
+
+
+def aligned(parts: Sequence[Dataset]) -> list[Dataset]:
+    """Data sets of one source with the same columns and types, where some have rows that need more than others."""
+    widest: dict[str, Any] = {}
+    for part in parts:
+        for name, feature in part.features.items():
+            if name not in widest or isinstance(getattr(feature, "feature", None), Json):
+                widest[name] = feature
+            elif isinstance(feature, List) and feature != widest[name] and not _is_json_list(widest[name]):
+                widest[name] = List(Json())
+    features = Features(widest)
+    return [part if part.features == features else _widened(part, features) for part in parts]
+
+
+def _is_json_list(feature: Any) -> bool:
+    return isinstance(getattr(feature, "feature", None), Json)
+
+
+def _widened(dataset: Dataset, features: Features) -> Dataset:
+    return (
+        dataset.with_format("arrow")
+        .map(
+            _widen,
+            batched=True,
+            batch_size=BATCH,
+            fn_kwargs={"source": dataset.features, "features": features},
+            features=features,
+            remove_columns=dataset.column_names,
+        )
+        .with_format(None)
+    )
+
+
+def _widen(table: pa.Table, source: Features, features: Features) -> pa.Table:
+    arrays: dict[str, Any] = {}
+    for name, feature in features.items():
+        type_ = storage(features.arrow_schema.field(name).type)
+        if name not in source:
+            arrays[name] = pa.array([[] if name == "images" else None] * len(table), type=type_)
+        elif source[name] == feature or not _is_json_list(feature):
+            arrays[name] = table.column(name)
+        else:
+            rows = plain_rows(table.select([name]), source)
+            arrays[name] = pa.array([_encoded(without_nulls(row[name]), feature) for row in rows], type=type_)
+    return pa.table(arrays)

@@ -1,0 +1,292 @@
+"""The layouts in which data sets come: recognised by their columns and first rows, and read into TRL's columns."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+
+from mmkd.data.arrow import read_rows
+from mmkd.data.canonical import CHATS, OURS, Layout
+from mmkd.data.conversion import Conversion
+from mmkd.data.left_out import LeftOut
+from mmkd.data.messages import Message
+from mmkd.data.streams import converted_stream
+from mmkd.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+CARRIED = ("tools",)
+"""Columns that belong to the messages of a row and reach the chat template with them."""
+
+_TALKS = ("conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+_ANSWERS = ("output", "response", "answer", "completion", "target", "solution", "assistant")
+_QUESTIONS = ("question", "query", "prompt", "input", "instruction", "problem", "user")
+# Columns that say where a row comes from or how good it is. Any other beside a question may be a part of it.
+_ABOUT = ("id", "idx", "index", "uuid", "row_id", "source", "dataset", "category", "domain", "topic", "type", "task")
+_ABOUT += ("language", "lang", "split", "license", "url", "model", "score", "difficulty", "level", "hash", "timestamp")
+# What TRL, transformers or we would read although it belongs to another layout than the one that is read.
+_MISLEADING = ("text", *CHATS, *_TALKS, "chosen", "rejected", "image", "labels", "completion_mask", "assistant_masks")
+_LOOKED_AT = 100
+_KNOWN = (
+    "text; messages; conversations (ShareGPT, LLaVA); prompt and completion; prompt and chosen; instruction, input "
+    "and output (Alpaca); a question and an answer; body (OpenAI batch)"
+)
+
+
+def recognised(sample: Mapping[str, Any], what: str, text_field: str = "text") -> Layout:
+    """The layout of rows of which one looks like `sample`: each column with a value that it has in some row.
+
+    Raises UserError, which names the columns, where no layout or more than one fits. `what` is whose rows they are.
+    """
+    readers = (_messages, _talk, _batch, _preference, partial(_pair_of_ours), partial(_text, text_field=text_field))
+    for reader in (*readers, _alpaca, _question, _prompt):
+        layout = reader(sample)
+        if layout is not None:
+            return layout
+    hint = ""
+    if isinstance(sample.get("response"), Mapping) and "custom_id" in sample:
+        hint = " These are an OpenAI batch's answers without its questions: join both files by custom_id."
+    raise UserError(
+        f"{what}: no layout is known with the columns {', '.join(sample) or '(none)'}.{hint} The known ones are "
+        f"{_KNOWN}. Rename the columns, or map them with `columns:` in a data recipe."
+    )
+
+
+def _carried(sample: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name in CARRIED if sample.get(name) is not None)
+
+
+def _messages(sample: Mapping[str, Any]) -> Layout | None:
+    value = sample.get("messages")
+    if "messages" not in sample or (isinstance(value, str) and not value.lstrip().startswith("[")):
+        return None
+    reads = ("messages", *_carried(sample))
+    return Layout("messages", reads, partial(_picked, names=reads), as_is=True)
+
+
+def _talk(sample: Mapping[str, Any]) -> Layout | None:
+    name = next((one for one in _TALKS if _is_chat(sample.get(one))), None)
+    if name is None and all(value is None for value in sample.values()):
+        name = next((one for one in _TALKS if one in sample), None)
+    if name is None:
+        return None
+    extra = tuple(one for one in ("system", "system_prompt") if isinstance(sample.get(one), str))[:1]
+    carried = _carried(sample)
+    images = "image" in sample or "images" in sample
+    shared = "from" in dict(sample[name][0]) if sample[name] is not None else True
+    title = ("LLaVA" if images else "ShareGPT") if shared else name
+    return Layout(title, (name, *extra, *carried), partial(_read_talk, name=name, system=extra, carried=carried))
+
+
+def _read_talk(row: Mapping[str, Any], name: str, system: tuple[str, ...], carried: tuple[str, ...]) -> dict[str, Any]:
+    messages = row[name]
+    told = next((row[one] for one in system if row[one]), None)
+    if told and messages is not None:
+        messages = [{"role": "system", "content": told}, *messages]
+    return {"messages": messages, **_picked(row, carried)}
+
+
+def _batch(sample: Mapping[str, Any]) -> Layout | None:
+    body = sample.get("body")
+    if not isinstance(body, Mapping) or "messages" not in body:
+        return None
+    reads = ("body", *(("response",) if "response" in sample else ()))
+    return Layout("OpenAI batch", reads, _read_batch)
+
+
+def _read_batch(row: Mapping[str, Any]) -> dict[str, Any]:
+    body, response = row["body"] or {}, row.get("response") or {}
+    messages = body.get("messages")
+    choices = (response.get("body") or response).get("choices") or []
+    if choices and messages is not None:
+        messages = [*messages, choices[0].get("message")]
+    return {"messages": messages, "tools": body.get("tools")}
+
+
+def _preference(sample: Mapping[str, Any]) -> Layout | None:
+    if "chosen" not in sample or ("prompt" not in sample and not _is_chat(sample["chosen"])):
+        return None
+    carried = _carried(sample)
+    reads = ("prompt",) if "prompt" in sample else ()
+    unread = ("rejected",) if "rejected" in sample else ()
+    return Layout(
+        "prompt and chosen", (*reads, "chosen", *carried), partial(_read_preference, carried=carried), unread
+    )
+
+
+def _read_preference(row: Mapping[str, Any], carried: tuple[str, ...]) -> dict[str, Any]:
+    prompt, chosen = row.get("prompt"), row["chosen"]
+    others = _picked(row, carried)
+    # Many sets write the whole conversation as chosen, the prompt in it.
+    if _is_chat(chosen) and any(_role_of(one) != "assistant" for one in chosen):
+        return {"messages": chosen, **others}
+    return {"prompt": prompt, "completion": chosen, **others}
+
+
+def _pair_of_ours(sample: Mapping[str, Any]) -> Layout | None:
+    if not {"prompt", "completion"} <= sample.keys():
+        return None
+    reads = ("prompt", "completion", *_carried(sample))
+    return Layout("prompt and completion", reads, partial(_picked, names=reads), as_is=True)
+
+
+def _text(sample: Mapping[str, Any], text_field: str) -> Layout | None:
+    if not isinstance(sample.get(text_field), str | None) or text_field not in sample:
+        return None
+    if text_field == "text":
+        return Layout("text", ("text",), partial(_picked, names=("text",)), as_is=True)
+    return Layout(text_field, (text_field,), partial(_renamed, names={"text": text_field}))
+
+
+def _alpaca(sample: Mapping[str, Any]) -> Layout | None:
+    answers = [name for name in ("output", "response", "completion") if name in sample]
+    if "instruction" not in sample or len(answers) != 1:
+        return None
+    optional = tuple(name for name in ("input", "context", "system", "history") if name in sample)
+    reads = ("instruction", answers[0], *optional, *_carried(sample))
+    return Layout("Alpaca", reads, partial(_read_alpaca, answer=answers[0]))
+
+
+def _read_alpaca(row: Mapping[str, Any], answer: str) -> dict[str, Any]:
+    messages: list[Message] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for turn in row["history"] if row.get("history") is not None else []:
+        question, said = turn
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+    asked = [row[name] for name in ("instruction", "input", "context") if row.get(name)]
+    messages.append({"role": "user", "content": "\n".join(asked)})
+    messages.append({"role": "assistant", "content": row[answer]})
+    return {"messages": messages, **_picked(row, CARRIED)}
+
+
+def _question(sample: Mapping[str, Any]) -> Layout | None:
+    questions = [name for name in _QUESTIONS if isinstance(sample.get(name), str)]
+    answers = [name for name in _ANSWERS if isinstance(sample.get(name), str)]
+    others = sample.keys() - {*questions, *answers, *_ABOUT, *CARRIED, "image", "images", "system"}
+    if len(questions) != 1 or len(answers) != 1 or others:
+        return None
+    system = ("system",) if "system" in sample else ()
+    reads = (questions[0], answers[0], *system, *_carried(sample))
+    name = f"{questions[0]} and {answers[0]}"
+    return Layout(name, reads, partial(_read_question, question=questions[0], answer=answers[0]))
+
+
+def _read_question(row: Mapping[str, Any], question: str, answer: str) -> dict[str, Any]:
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    turns = [{"role": "user", "content": row[question]}, {"role": "assistant", "content": row[answer]}]
+    return {"messages": [*system, *turns], **_picked(row, CARRIED)}
+
+
+def _prompt(sample: Mapping[str, Any]) -> Layout | None:
+    """Prompts alone, for a student or a teacher that answers them itself."""
+    if "prompt" not in sample or any(name in sample for name in _ANSWERS):
+        return None
+    reads = ("prompt", *_carried(sample))
+    return Layout("prompts", reads, partial(_picked, names=reads), as_is=True)
+
+
+def _picked(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: row[name] for name in names if name in row}
+
+
+def _renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {ours: row[theirs] for ours, theirs in names.items()}
+
+
+def _is_chat(value: Any) -> bool:
+    if not isinstance(value, list | tuple | np.ndarray) or not len(value):
+        return False
+    return isinstance(value[0], Mapping) and any(key in value[0] for key in ("role", "from", "speaker"))
+
+
+def _role_of(message: Mapping[str, Any]) -> Any:
+    return message.get("role") or message.get("from")
+
+
+# Data sets of any layout
+
+
+def canonical(
+    data: Any,
+    split: str = "train",
+    *,
+    skip: bool = False,
+    text_field: str = "text",
+    folders: Sequence[Path] = (),
+) -> Any:
+    """A data set's rows in TRL's columns: `text`, `messages`, or `prompt` and `completion`, with `images` and `tools`.
+
+    Args:
+        data: a Dataset or IterableDataset, or a dict of them by name. Rows that are tokens already stay as they are.
+        split: what messages about rows call them.
+        skip: whether rows that cannot be read are left out and counted, as those that lack a text always are.
+        text_field: the column of plain text.
+        folders: where relative paths of images within messages start; the current folder unless given.
+
+    Columns that belong to no layout stay. Raises UserError for a layout that is not known, for the first row that
+    cannot be read (unless `skip`), and where no row is left.
+    """
+    if isinstance(data, dict):
+        return {
+            name: canonical(one, str(name), skip=skip, text_field=text_field, folders=folders)
+            for name, one in data.items()
+        }
+    if not isinstance(data, Dataset | IterableDataset):
+        return data
+    sample = sample_of(data)
+    if not sample or "input_ids" in sample:
+        return data
+    layout = recognised(sample, f"The {split} data", text_field)
+    conversion = Conversion(split, LeftOut(split), skip, tuple(folders))
+    kept = _kept(sample, layout, split)
+    if isinstance(data, IterableDataset):
+        say(layout, split, None)
+        return converted_stream(data, layout, kept, conversion, list(sample))
+    rows = conversion.converted(data, layout, kept)
+    assert conversion.left_out is not None
+    say(layout, split, len(data))
+    if not len(rows):
+        raise UserError(f"{conversion.left_out.describe(len(data))} None is left to train on.")
+    conversion.left_out.say(len(data))
+    return rows
+
+
+def sample_of(data: Dataset | IterableDataset) -> dict[str, Any]:
+    """Each column with a value that it has in one of the first rows; None where it has none. Empty without rows."""
+    if isinstance(data, Dataset):
+        if data.format["type"] == "custom":
+            # The rows are what a transform of the user's makes of them.
+            return dict(next(iter(data), {}))
+        names = [name for name in data.column_names if name not in ("image", "images")]
+        rows: Iterable[Mapping[str, Any]] = read_rows(data.select(range(min(len(data), _LOOKED_AT))), names)
+        sample: dict[str, Any] = dict.fromkeys(data.column_names) if len(data) else {}
+    else:
+        rows, sample = islice(iter(data), 1), {}
+    for row in rows:
+        for name, value in row.items():
+            if sample.get(name) is None or (isinstance(value, list) and not sample[name]):
+                sample[name] = value
+    return sample
+
+
+def _kept(sample: Mapping[str, Any], layout: Layout, split: str) -> list[str]:
+    """The columns that stay beside those of the layout."""
+    others = [name for name in sample if name not in layout.reads]
+    dropped = [name for name in others if name in (*_MISLEADING, *layout.unread)]
+    if "images" not in others and "image" in dropped:
+        dropped.remove("image")
+    if dropped:
+        logger.warning("%s: rows are read as %s, without %s.", split, layout.name, ", ".join(dropped))
+    return [name for name in others if name not in (*dropped, "image", "images", *OURS)]
+
+
+def say(layout: Layout, split: str, rows: int | None) -> None:
+    """Says as what rows are read, where that is not in their columns' names."""
+    if not layout.as_is:
+        count = "rows" if rows is None else "1 row" if rows == 1 else f"{rows:,} rows"
+        columns = ", ".join(layout.reads)
+        logger.warning("%s: %s read as %s (%s).", split, count, layout.name, columns)

@@ -1,0 +1,391 @@
+"""Messages as chat templates read them: roles, contents, tool calls, and the images that stand in their parts."""
+
+import base64
+import binascii
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+
+from mmkd.data.columns import ROLES, nearest
+from mmkd.errors import UserError
+
+Message = dict[str, Any]
+
+ROLE_NAMES = {
+    **{name: "user" for name in ("human", "prompter")},
+    **{name: "assistant" for name in ("gpt", "chatgpt", "bing", "bard", "bot", "model", "ai")},
+    **{name: "tool" for name in ("observation", "function", "function_response", "tool_response", "ipython")},
+}
+"""What other formats call the roles of chat templates. `function_call` is an assistant's turn and a tool call."""
+
+CALL_ROLES = ("function_call", "tool_call")
+IMAGE_MARK = "<image>"
+"""How LLaVA's files mark an image within a text."""
+
+SAID_BESIDES = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Keys of a message, besides its content, in which a model says something."""
+
+_SPEAKER = ("role", "from", "speaker")
+_SAID = ("content", "value")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+_PICTURE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes", "data")
+# LLaVA puts its mark on a line of its own; elsewhere in a text it may be a tag that the text is about.
+_LLAVA_LINE = re.compile(r"\A<image>\n|\n<image>\Z")
+
+
+@dataclass
+class Pictures:
+    """The images of one row: those of its column, and those that its messages bring."""
+
+    count: int = 0
+    """How many the row's column has."""
+    read: Callable[[], Sequence[Any]] = list
+    """Reads the column; images may be large, and most rows need only their number."""
+    folders: tuple[Path, ...] = ()
+    """Where relative paths of parts start; the current folder without any."""
+    brought: list[dict[str, Any]] = field(default_factory=list)
+    """The images of parts as `datasets` stores them: their bytes, or a path."""
+    places: list[bool] = field(default_factory=list)
+    """For each image part in order, whether it brings its image."""
+
+    def place(self, value: Any = None, *, is_base64: bool = False) -> None:
+        """An image part with its image, or one that stands for the next image of the column."""
+        self.places.append(value is not None)
+        if value is not None:
+            self.brought.append(stored(value, self.folders, is_base64=is_base64))
+
+    def merged(self) -> list[Any] | None:
+        """The row's images in the order of its parts, or None where they are those of the column.
+
+        Raises UserError where parts and column tell different images.
+        """
+        if not self.brought:
+            return None
+        column = list(self.read()) if self.count else []
+        if not column and all(self.places):
+            return self.brought
+        if all(self.places) and len(column) == len(self.brought):
+            # Cookbooks name the same images twice.
+            if all(_same(a, stored(b, self.folders)) for a, b in zip(self.brought, column, strict=True)):
+                return None
+        elif self.places.count(False) == len(column):
+            brought, others = iter(self.brought), iter(column)
+            return [next(brought) if own else stored(next(others), self.folders) for own in self.places]
+        raise UserError(
+            f"its messages bring {len(self.brought)} images in {len(self.places)} places, and its image column has "
+            f"{len(column)} others. Name every image once: in the column, or in the messages"
+        )
+
+
+def stored(value: Any, folders: Sequence[Path] = (), *, is_base64: bool = False) -> dict[str, Any]:
+    """An image as `datasets` stores it, {bytes, path}; it is not decoded.
+
+    Raises UserError for what cannot be an image.
+    """
+    if isinstance(value, Mapping):
+        given = next(((key, value[key]) for key in _PICTURE_KEYS if value.get(key) is not None), None)
+        if given is None:
+            raise UserError(
+                f"an image is given as an object with the keys {', '.join(map(str, value))}, none of them known"
+            )
+        if value.get("bytes") is not None:
+            return {"bytes": value["bytes"], "path": value.get("path")}
+        return stored(given[1], folders, is_base64=given[0] in ("base64", "data"))
+    if isinstance(value, bytes | bytearray | memoryview):
+        return {"bytes": bytes(value), "path": None}
+    if isinstance(value, np.ndarray):
+        value = PILImage.fromarray(value)
+    if isinstance(value, PILImage.Image):
+        file = io.BytesIO()
+        value.save(file, "TIFF" if value.mode in ("F", "CMYK", "YCbCr", "LAB") else "PNG")
+        return {"bytes": file.getvalue(), "path": None}
+    if not isinstance(value, str | Path):
+        raise UserError(f"an image is given as {type(value).__name__}; give a path, a data URL, bytes or a PIL image")
+    text = str(value)
+    if is_base64 or text.startswith("data:"):
+        try:
+            return {"bytes": base64.b64decode(text.partition(",")[2] or text, validate=True), "path": None}
+        except binascii.Error as error:
+            raise UserError(f"the base64 of an image ({text[:40]}...) cannot be read: {error}") from error
+    return {"bytes": None, "path": _placed(text, folders)}
+
+
+def _placed(path: str, folders: Sequence[Path]) -> str:
+    if "://" in path or Path(path).is_absolute() or not folders:
+        return path
+    places = [folder / path for folder in folders]
+    return str(next((place for place in places if place.is_file()), places[0]))
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    if a["bytes"] is not None and b["bytes"] is not None:
+        return a["bytes"] == b["bytes"]
+    if a["path"] is not None and b["path"] is not None:
+        # Files that were read into a data set keep their names alone.
+        return Path(a["path"]).name == Path(b["path"]).name if a["bytes"] or b["bytes"] else a["path"] == b["path"]
+    bytes_, path = a["bytes"] or b["bytes"], a["path"] or b["path"]
+    return path is not None and Path(path).is_file() and Path(path).read_bytes() == bytes_
+
+
+def canonical_messages(messages: Any, pictures: Pictures, *, nulls: bool, column: str = "messages") -> list[Message]:
+    """Messages with `role`, `content` and every other key that they have, as chat templates read them.
+
+    Images of parts go to `pictures` and leave `{"type": "image"}` behind. Arguments of tool calls become objects.
+    `nulls` says that absent keys may be null, as Arrow makes them where messages of a data set have different keys.
+    Raises UserError for what is no message, roles that no template knows, and parts that are neither text nor image.
+    """
+    if messages is None:
+        return []
+    if isinstance(messages, str):
+        messages = _from_json(messages, column)
+    if isinstance(messages, Mapping) or not isinstance(messages, Iterable):
+        raise UserError(f"{column} is {_kind(messages)}, not a list of messages")
+    return [_message(one, f"{column}[{i}]", pictures, nulls) for i, one in enumerate(messages)]
+
+
+def _message(message: Any, where: str, pictures: Pictures, nulls: bool) -> Message:
+    if not isinstance(message, Mapping):
+        raise UserError(f"{where} is {_kind(message)}, not an object with role and content")
+    speaker = next((key for key in _SPEAKER if message.get(key) is not None), None)
+    if speaker is None:
+        raise UserError(f"{where} has no role; its keys are {', '.join(map(str, message))}")
+    said = next((key for key in _SAID if key in message), None)
+    others = {
+        key: without_nulls(value) if nulls else value
+        for key, value in message.items()
+        if key not in (speaker, said) and value is not None
+    }
+    role = _role(message[speaker], where)
+    content = None if said is None else _content(message[said], where, pictures, nulls)
+    if role in CALL_ROLES:
+        return {"role": "assistant", "content": "", "tool_calls": _calls(content, where), **others}
+    if others.get("tool_calls") is not None:
+        others["tool_calls"] = _decoded_calls(others["tool_calls"], where)
+        if not others["tool_calls"]:
+            # Some templates ask only whether there is such a key.
+            del others["tool_calls"]
+    if said is None and not others:
+        raise UserError(f"{where} has no content; its only key is {speaker}")
+    if said is None and not ({"tool_calls", "function_call"} & others.keys()):
+        raise UserError(f"{where} has no content; its keys are {', '.join(map(str, message))}")
+    return {"role": role, **({} if said is None else {"content": content}), **others}
+
+
+def _role(name: Any, where: str) -> str:
+    role = str(name).strip().lower()
+    role = ROLE_NAMES.get(role, role)
+    if role not in ROLES and role not in CALL_ROLES:
+        known = [*ROLES, *ROLE_NAMES, *CALL_ROLES]
+        raise UserError(
+            f"{where} has the role {name!r}, which no chat template knows (did you mean {nearest(role, known)!r}?). "
+            f"The roles are {', '.join(ROLES)}; in a data recipe, map others with role_map"
+        )
+    return role
+
+
+def _content(content: Any, where: str, pictures: Pictures, nulls: bool) -> Any:
+    if content is None or isinstance(content, str):
+        return content
+    if isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, Iterable):
+        raise UserError(f"{where}.content is {_kind(content)}; it must be text or a list of parts")
+    return [_part(part, f"{where}.content[{i}]", pictures, nulls) for i, part in enumerate(content)]
+
+
+def _part(part: Any, where: str, pictures: Pictures, nulls: bool) -> Message:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, Mapping):
+        raise UserError(f"{where} is {_kind(part)}, not a part such as {{type: text, text: ...}}")
+    given = {key: without_nulls(one) if nulls else one for key, one in part.items() if one is not None}
+    picture = next((key for key in _PICTURE_KEYS if key in given), None)
+    kind = given.pop("type", None) or ("text" if "text" in given else "image" if picture else None)
+    if kind in _TEXT_PARTS:
+        return {"type": "text", "text": given.pop("text", ""), **given}
+    if kind in _IMAGE_PARTS:
+        value = None if picture is None else given.pop(picture)
+        pictures.place(value, is_base64=picture in ("base64", "data"))
+        # How finely OpenAI's models look at an image is nothing that a file of weights could read.
+        return {
+            "type": "image",
+            **{key: one for key, one in given.items() if key not in (*_PICTURE_KEYS, "detail", "text")},
+        }
+    videos = " mmkd does not train on videos yet; map its frames to images." if kind == "video" else ""
+    raise UserError(
+        f"{where} is of type {kind!r}, but only text and image can be trained on.{videos} Leave such rows out, or say "
+        "it in a part of text (thoughts belong into the message's reasoning_content, calls into its tool_calls)"
+    )
+
+
+def _calls(content: Any, where: str) -> list[Any]:
+    """The tool calls that ShareGPT writes as the JSON text of a turn."""
+    said = _from_json(content, where) if isinstance(content, str) else content
+    calls = said if isinstance(said, list) else [said]
+    return _decoded_calls(
+        [call if "function" in call else {"type": "function", "function": call} for call in calls], where
+    )
+
+
+def _decoded_calls(calls: Any, where: str) -> list[Any]:
+    """Tool calls whose arguments are objects: OpenAI writes them as JSON text, which templates would quote again."""
+    if isinstance(calls, str):
+        calls = _from_json(calls, f"{where}.tool_calls")
+    if isinstance(calls, Mapping) or not isinstance(calls, Iterable):
+        raise UserError(f"{where}.tool_calls is {_kind(calls)}, not a list of calls")
+    return [_decoded_call(call) for call in calls]
+
+
+def _decoded_call(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _decoded_call(call["function"])}
+    if not isinstance(call.get("arguments"), str):
+        return dict(call)
+    try:
+        arguments = json.loads(call["arguments"])
+    except json.JSONDecodeError:
+        # A model may be taught to write arguments of another form.
+        return dict(call)
+    return {**call, "arguments": arguments if isinstance(arguments, dict) else call["arguments"]}
+
+
+def canonical_tools(tools: Any, *, nulls: bool) -> list[Any] | None:
+    """Descriptions of tools as a list, also where they are JSON text; None for none.
+
+    Raises UserError for anything else.
+    """
+    if isinstance(tools, str):
+        tools = _from_json(tools, "tools") if tools.strip() else None
+    if isinstance(tools, Mapping):
+        tools = [tools]
+    if tools is None:
+        return None
+    if not isinstance(tools, Iterable):
+        raise UserError(f"tools is {_kind(tools)}, not a list of descriptions of functions")
+    return [without_nulls(tool) if nulls else tool for tool in tools] or None
+
+
+def in_parts(messages: Sequence[Message], images: int, mark: str | None = None) -> list[Message]:
+    """The messages with content in parts; images stand where the text marks them, else before the first question."""
+    found = []
+    unmarked = images if mark is None else 0
+    for message in messages:
+        parts: list[Message] = []
+        if message["role"] == "user" and unmarked:
+            parts, unmarked = [{"type": "image"}] * unmarked, 0
+        content = message.get("content")
+        texts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+        for part in texts:
+            parts += _split(part, mark) if part["type"] == "text" else [part]
+        found.append({**message, "content": parts} if "content" in message else message)
+    return found
+
+
+def _split(part: Message, mark: str | None) -> list[Message]:
+    if mark is None:
+        return [part]
+    parts: list[Message] = []
+    pieces = part["text"].split(mark)
+    for number, piece in enumerate(pieces):
+        if number:
+            parts.append({"type": "image"})
+        # LLaVA writes marks on lines of their own, and the template writes what stands between image and text.
+        text = piece.strip("\n")
+        if text or len(pieces) == 1:
+            parts.append({**part, "text": text})
+    return parts
+
+
+def flat(messages: Sequence[Message]) -> list[Message]:
+    """The messages with parts of text joined: templates of language models read contents that are texts."""
+    return [
+        {**one, "content": "\n".join(part["text"] for part in one["content"])}
+        if isinstance(one.get("content"), list) and all(part.keys() == {"type", "text"} for part in one["content"])
+        else one
+        for one in messages
+    ]
+
+
+def texts_of(message: Message) -> list[str]:
+    """The texts of a message's content."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return [part["text"] for part in content if part["type"] == "text"]
+    return [] if content is None else [content]
+
+
+def marks_images(messages: Iterable[Message]) -> bool:
+    """Whether a user's text has LLaVA's mark of an image on a line of its own."""
+    return any(
+        text == IMAGE_MARK or _LLAVA_LINE.search(text)
+        for one in messages
+        if one["role"] == "user"
+        for text in texts_of(one)
+    )
+
+
+def is_said(message: Message) -> bool:
+    """Whether a message says anything: text, an image, a call, thoughts."""
+    content = message.get("content")
+    if isinstance(content, str):
+        said = bool(content.strip())
+    else:
+        said = any(part["type"] == "image" or part["text"].strip() for part in content or [])
+    return said or any(message.get(key) for key in SAID_BESIDES)
+
+
+def missing(row: Mapping[str, Any]) -> str | None:
+    """What a row in our columns lacks to be learnt from, in words that go on after "2 rows"; None for nothing."""
+    for column in ("text", "prompt", "completion", "messages"):
+        if column not in row:
+            continue
+        value = row[column]
+        if value is None or not len(value) or (isinstance(value, str) and not value.strip()):
+            return f"without {column}"
+        lack = None if isinstance(value, str) else _lack(value, column != "prompt")
+        if lack is not None:
+            return lack
+    return None
+
+
+def _lack(messages: Sequence[Message], answered: bool) -> str | None:
+    for message in messages:
+        if message["role"] == "user" and not is_said(message):
+            return "with an empty message of a user"
+        if message.get("content") is None and not is_said(message):
+            return "with a message without content"
+    told = [message for message in messages if message["role"] == "assistant"]
+    if answered and not any(map(is_said, told)):
+        return "without an answer" if told else "without a turn of the assistant"
+    return None
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without null keys: Arrow gives every object of a column the keys of all."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [without_nulls(one) for one in value]
+    return value
+
+
+def _from_json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{what} is text that is not valid JSON ({error}): {text[:60]!r}") from error
+
+
+def _kind(value: Any) -> str:
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return "nothing" if value is None else names.get(type(value), f"of type {type(value).__name__}")

@@ -1,0 +1,78 @@
+"""Streams of any layout in TRL's columns: a row is read when it comes, and those left out are said as they come."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import IterableDataset
+
+from mmkd.data.arrow import has_json
+from mmkd.data.canonical import CHATS, Facts, Layout, canonical_row, finished, image_column_of
+from mmkd.data.conversion import Conversion
+from mmkd.data.messages import Pictures, missing
+from mmkd.errors import UserError
+
+
+def converted_stream(
+    data: IterableDataset, layout: Layout, kept: Sequence[str], conversion: Conversion, columns: list[str]
+) -> IterableDataset:
+    """The stream's rows in TRL's columns with the columns `kept`. What is wrong with a row is raised when it comes."""
+    images = image_column_of(columns, layout)
+    nulls = data.features is not None and not any(has_json(data.features[name]) for name in layout.reads)
+    reader = _Reader(layout, kept, conversion, images, nulls)
+    return data.map(reader, with_indices=True, batched=True, batch_size=1, remove_columns=columns)
+
+
+class _Reader:
+    """Reads one row of a stream at a time."""
+
+    def __init__(
+        self, layout: Layout, kept: Sequence[str], conversion: Conversion, images: str | None, nulls: bool
+    ) -> None:
+        self.layout, self.kept, self.conversion, self.images, self.nulls = layout, kept, conversion, images, nulls
+        self.out: set[int] = set()
+        self.names: list[str] = []
+
+    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        row = {name: values[0] for name, values in batch.items()}
+        ours = self._read(row, indices[0])
+        self.names = self.names or list(ours or ())
+        return {name: [] if ours is None else [ours[name]] for name in self.names}
+
+    def _read(self, row: Mapping[str, Any], number: int) -> dict[str, Any] | None:
+        """The row in our columns, or None where it is left out."""
+        value = None if self.images is None else row[self.images]
+        images = value if isinstance(value, list) else [] if value is None else [value]
+        own = Pictures(len(images), lambda: images, self.conversion.folders)
+        try:
+            ours = canonical_row(row, self.layout, own, nulls=self.nulls)
+            if own.places and self.images is None and "images" not in ours:
+                raise UserError("its messages have places for images, and the row has no image")
+        except UserError as error:
+            if not self.conversion.skip:
+                raise UserError(f"{self.conversion.split} row {number}: {error}.") from error
+            return self._leave_out(number, f"that cannot be read: {error}")
+        reason = missing(ours)
+        if reason is not None:
+            return self._leave_out(number, reason)
+        images = ours.pop("images", images)
+        parts = any(isinstance(one.get("content"), list) for name in CHATS for one in _chat(ours.get(name)))
+        with_images = self.images is not None or bool(images)
+        ours = finished(ours, self.layout, Facts(with_images, parts=parts), len(images))
+        if ours["tools"] is None and "tools" not in self.layout.reads:
+            del ours["tools"]
+        return {**ours, **({"images": images} if with_images else {}), **{name: row[name] for name in self.kept}}
+
+    def _leave_out(self, number: int, reason: str) -> None:
+        # A stream is begun anew in every epoch, and to look at its first row.
+        left_out = self.conversion.left_out
+        if left_out is None or number in self.out:
+            return
+        self.out.add(number)
+        left_out.add(number, reason)
+        # Nobody knows where a stream ends: said at 1, 10, 100 and so on.
+        if str(len(self.out)).strip("0") == "1":
+            left_out.say(number + 1)
+
+
+def _chat(value: Any) -> Sequence[Mapping[str, Any]]:
+    return value if isinstance(value, list) else ()
