@@ -5,12 +5,11 @@ import importlib.metadata
 import os
 import platform
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmkd import __version__, recipes
-from mmkd.errors import UserError
+from mmkd.errors import is_for_users
 
 
 def train_main() -> None:
@@ -28,16 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options, rest)
     except ValueError as error:
-        if not isinstance(error, UserError) and not _is_ours(error):
+        if not is_for_users(error):
             raise
         print(f"mmkd: {error}", file=sys.stderr)
         return 2
-
-
-def _is_ours(error: ValueError) -> bool:
-    """Whether mmkd raised it, to tell the user what to change; what others raise needs its traceback."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(__file__).parent)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +18,11 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from mmkd import dry_run
+from mmkd.files import write_file
 from mmkd.phases import check_phases, evaluate_alone, finish, trains
 from mmkd.recipes import find_recipe
 from mmkd.run import Run, build_trainer, last_checkpoint, method_of, parse_run, parser_of, read_recipe, resume_point
-from mmkd.stages import split_stages, train_stages
+from mmkd.stages import plan, split_stages, train_stages
 from mmkd.trainers.base import DistillationTrainer
 from mmkd.trainers.interrupt import InterruptCallback
 
@@ -53,9 +55,17 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
         return _launch([recipe, *flags, *stage_flags], config, launch_flags)
     check_phases(run)
     if run.arguments.dry_run:
-        return _dry_run(run, recipe, flags)
+        if "stages" in keys:
+            return _dry_run_stages(find_recipe(recipe), [*flags, *stage_flags], launch_keys)
+        with tempfile.TemporaryDirectory() as folder:
+            _dry_run(run, find_recipe(recipe), flags, folder)
+        return 0
     if "stages" in keys:
-        return train_stages(find_recipe(recipe), [*flags, *stage_flags], train)
+        from mmkd.doctor.stages import check_stages
+
+        read_elsewhere = ["accelerate_config", *launch_keys]
+        check = partial(check_stages, ignored=read_elsewhere)
+        return train_stages(find_recipe(recipe), [*flags, *stage_flags], train, check)
     if run.arguments.method == "comd":
         from mmkd.comd.rounds import train_rounds
 
@@ -99,11 +109,17 @@ def _train(trainer: DistillationTrainer, checkpoint: str | None) -> bool:
 
 def parse_alone(recipe: str, flags: Sequence[str]) -> tuple[Run, str | None]:
     """The run of a recipe in this process alone, and the accelerate_config that training would be launched with."""
+    flags, config, ignored = alone(recipe, flags)
+    return parse_run(recipe, flags, ignored), config
+
+
+def alone(recipe: str, flags: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
+    """The flags of a run without those that launch it, its accelerate_config, and the keys that launching reads."""
     chosen, flags = _split(flags, ["accelerate_config"])
     keys = read_recipe(find_recipe(recipe))
     config = chosen[-1].rpartition("=")[2] if chosen else keys.get("accelerate_config")
     known = _launch_keys(method_of(keys, flags)) if config is not None else []
-    return parse_run(recipe, _split(flags, known)[1], ["accelerate_config", *known]), config
+    return _split(flags, known)[1], config, ["accelerate_config", *known]
 
 
 def print_keys(recipe: str, flags: Sequence[str]) -> int:
@@ -119,20 +135,42 @@ def _way_on(run: Run, recipe: str, flags: Sequence[str]) -> str:
     return f"Go on from {newest.name} with: mmkd-train {shlex.join([recipe, *flags])} --resume_from_checkpoint true"
 
 
-def _dry_run(run: Run, recipe: str, flags: Sequence[str]) -> int:
+def _dry_run(run: Run, recipe: Path, flags: Sequence[str], folder: str) -> DistillationTrainer | None:
+    """Says what a run would do, which may write to a folder; returns its trainer if the run has one over tokens."""
     run.training.push_to_hub = False
-    with tempfile.TemporaryDirectory() as folder:
-        run.training.output_dir = folder
-        if run.arguments.method == "dho":
-            from mmkd.classification import dry_run_dho
+    run.training.output_dir = folder
+    if run.arguments.method == "dho":
+        from mmkd.classification import dry_run_dho
 
-            dry_run_dho(run, Console())
-        elif run.arguments.method == "comd":
-            from mmkd.comd.dry_run import dry_run_comd
+        dry_run_dho(run, Console())
+        return None
+    if run.arguments.method == "comd":
+        from mmkd.comd.dry_run import dry_run_comd
 
-            dry_run_comd(run, find_recipe(recipe), flags, Console())
-        else:
-            dry_run.report(build_trainer(run), Console())
+        return dry_run_comd(run, recipe, flags, Console())
+    trainer = build_trainer(run)
+    dry_run.report(trainer, Console())
+    return trainer
+
+
+def _dry_run_stages(recipe: Path, flags: Sequence[str], launch_keys: Sequence[str]) -> int:
+    """Says what each stage would do; one that is not trained yet hands its student on as it began."""
+    stages, flags = plan(recipe, flags)
+    ignored = ["accelerate_config", *launch_keys]
+    for stage in stages:
+        stage.parse(flags, ignored, {})
+    moved: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, stage in enumerate(stages, start=1):
+            Console().print(f"Stage {number} of {len(stages)}, {stage.name}", style="bold", highlight=False)
+            folder = Path(scratch, stage.folder.name)
+            # comd makes recipes of this one.
+            path = folder / "recipe.yaml"
+            write_file(path, yaml.safe_dump(stage.moved_keys(moved), sort_keys=False, allow_unicode=True))
+            trainer = _dry_run(stage.parse(flags, ignored, moved), path, flags, str(folder))
+            if trainer is not None and number < len(stages) and not stage.finished:
+                trainer.save_model(str(folder / "student"))
+                moved[str(stage.folder)] = str(folder / "student")
     return 0
 
 
@@ -207,7 +245,7 @@ def _config_file(name: str) -> str:
 
 def _launch_keys(method: str) -> list[str]:
     """What accelerate launch reads and a recipe of this method does not."""
-    ours = {action.dest for action in parser_of(method)._actions}
+    ours = set(parser_of(method).names)
     return [action.dest for action in launch_command_parser()._actions if action.dest not in {*ours, "module", "m"}]
 
 

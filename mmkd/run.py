@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,14 @@ import torch
 from datasets import DatasetDict
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
-from trl.scripts.utils import TrlParser
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from mmkd.arguments import Run as Run
 from mmkd.arguments import RunArguments as RunArguments
 from mmkd.arguments import StudentArguments as StudentArguments
-from mmkd.capture.arguments import CacheArguments
 from mmkd.data.load import load_data
 from mmkd.errors import UserError
+from mmkd.keys import KeyParser, set_environment
 from mmkd.models.assemble import prune
 from mmkd.models.llava import assemble_llava, llava_processor
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
@@ -51,29 +50,30 @@ def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = (
     nearest real one, and for values that cannot be.
     """
     path = find_recipe(recipe)
-    keys = read_recipe(path)
+    return parse_keys(read_recipe(path), str(path), flags, ignored)
+
+
+def parse_keys(keys: Mapping[str, Any], recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = ()) -> Run:
+    """The run of a recipe's keys and the flags after it; `recipe` names it. Raises ValueError as `parse_run` does."""
     method = method_of(keys, flags)
     parser = parser_of(method)
-    known = [action.dest for action in parser._actions if action.dest != "help"]
     # Of a recipe in stages, this is what all of them share.
-    ignored = [*ignored, *STAGE_KEYS]
+    ignored = [*ignored, *STAGE_KEYS, "env"]
     for key in keys:
-        if key not in (*known, "env", *ignored):
-            raise ValueError(f"{path} sets {key!r}, which method {method} does not know.{_nearest(key, known)}")
-    arguments, training, student, cache, unknown = parser.parse_args_and_config(
-        ["--config", str(path), *flags], return_remaining_strings=True
-    )
-    # Keys that somebody else reads come back as flags, with their values.
-    skipped = {text for key in ignored if key in keys for text in (f"--{key}", str(keys[key]))}
+        if key not in (*parser.names, *ignored):
+            raise ValueError(
+                f"{recipe} sets {key!r}, which method {method} does not know.{_nearest(key, parser.names)}"
+            )
+    set_environment(keys)
+    (arguments, training, student, cache), unknown = parser.read(keys, flags)
     for flag in unknown:
-        if flag not in skipped:
-            word = flag.lstrip("-").partition("=")[0]
-            advice = "." if flag.startswith("--") else "; write --key value."
-            raise ValueError(f"{flag} is no flag of method {method}{advice}{_nearest(word, known)}")
+        word = flag.lstrip("-").partition("=")[0]
+        advice = "." if flag.startswith("--") else "; write --key value."
+        raise ValueError(f"{flag} is no flag of method {method}{advice}{_nearest(word, parser.names)}")
     given = {**keys, **given_flags(flags)}
     # A flag says it as JSON.
     given |= {} if arguments.teachers is None else {"teachers": arguments.teachers}
-    return Run(arguments, training, student, cache, str(path), given)
+    return Run(arguments, training, student, cache, recipe, given)
 
 
 def given_flags(flags: Sequence[str]) -> dict[str, Any]:
@@ -89,10 +89,9 @@ def given_flags(flags: Sequence[str]) -> dict[str, Any]:
     return {name: True if not words else words[0] if len(words) == 1 else words for name, words in found.items()}
 
 
-def parser_of(method: str) -> TrlParser:
+def parser_of(method: str) -> KeyParser:
     """The parser of every key that a recipe of this method may set."""
-    types: list[Any] = [RunArguments, METHODS[method].config_class, StudentArguments, CacheArguments]
-    return TrlParser(types, prog=f"mmkd-train ({method})", allow_abbrev=False)
+    return KeyParser(method)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -290,7 +289,7 @@ def _dtype(student: StudentArguments, source: torch.dtype) -> torch.dtype:
     return getattr(torch, student.dtype or "float32")
 
 
-def method_of(keys: dict[str, Any], flags: Sequence[str]) -> str:
+def method_of(keys: Mapping[str, Any], flags: Sequence[str]) -> str:
     """The method of a recipe, or of the flags after it. Raises ValueError when it is none of METHODS."""
     method = keys.get("method")
     for flag, value in zip(flags, [*flags[1:], ""], strict=False):

@@ -12,11 +12,14 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 
+from mmkd.errors import UserError, is_for_users
 from mmkd.files import write_file
-from mmkd.run import STAGE_KEYS, given_flags, last_checkpoint, read_recipe
+from mmkd.run import STAGE_KEYS, Run, given_flags, last_checkpoint, parse_keys, read_recipe
 
 RECIPE, RECORD = "recipe.yaml", "stage.json"
 """Files of a stage's folder: the recipe of this stage alone, and what it was trained after."""
+
+_TRAINED = ("*.safetensors", "*.bin", "*.distcp", "checkpoint-*", "round-*")
 
 _MAKING = ("student_init", "student_vision_tower", "student_vision_layer", "model_revision")
 _MAKING += ("student_layers", "student_intermediate_size", "student_num_attention_heads")
@@ -45,10 +48,25 @@ class Stage:
         path = self.folder / RECORD
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
+    def parse(self, flags: Sequence[str], ignored: Sequence[str], moved: Mapping[str, str]) -> Run:
+        """The run of this stage, with other folders in the place of those in `moved`. Raises ValueError, naming it."""
+        try:
+            return parse_keys(self.moved_keys(moved), str(self.recipe), flags, ignored)
+        except ValueError as error:
+            if not is_for_users(error):
+                raise
+            # Its recipe is not written yet.
+            text = str(error).replace(f"{self.recipe} sets", "it sets")
+            raise UserError(f"Stage {self.name}: {text}") from error
+
+    def moved_keys(self, moved: Mapping[str, str]) -> dict[str, Any]:
+        """The keys with other folders in the place of those in `moved`."""
+        return {key: moved.get(value, value) if isinstance(value, str) else value for key, value in self.keys.items()}
+
     def check(self) -> None:
         """Raises ValueError when the folder holds a stage that was trained in another way."""
         before = self._record()
-        if before and before["identity"] != self.identity:
+        if before and before["identity"] != self.identity and holds_training(self.folder):
             raise ValueError(
                 f"{self.folder} was trained after {' -> '.join(before['schedule'][:-1]) or 'nothing'} with other "
                 "settings than now. Name another output_dir, or delete the folder."
@@ -60,6 +78,11 @@ class Stage:
         write_file(self.recipe, header + yaml.safe_dump(dict(self.keys), sort_keys=False, allow_unicode=True))
         state = {"identity": self.identity, "schedule": list(schedule), "finished": finished}
         write_file(self.folder / RECORD, json.dumps(state, indent=1))
+
+
+def holds_training(folder: Path) -> bool:
+    """Whether a run has left weights in its folder: a model, an adapter, a checkpoint, or rounds of comd."""
+    return any(any(folder.glob(pattern)) for pattern in _TRAINED)
 
 
 def plan(recipe: Path, flags: Sequence[str]) -> tuple[list[Stage], list[str]]:
@@ -113,15 +136,22 @@ def plan(recipe: Path, flags: Sequence[str]) -> tuple[list[Stage], list[str]]:
     return found, flags
 
 
-def train_stages(recipe: Path, flags: Sequence[str], train: Callable[[str, list[str]], int]) -> int:
+def train_stages(
+    recipe: Path,
+    flags: Sequence[str],
+    train: Callable[[str, list[str]], int],
+    check: Callable[[Sequence[Stage], Sequence[str]], None],
+) -> int:
     """Trains the stages that are not finished; the exit status of the first that fails, else 0.
 
-    A stage that was interrupted goes on from its last checkpoint. `train` runs one recipe.
+    A stage that was interrupted goes on from its last checkpoint. `train` runs one recipe; `check` raises ValueError
+    for a stage that could not be trained, before the first one is.
     """
     stages, flags = plan(recipe, flags)
     schedule = [stage.name for stage in stages]
     for stage in stages:
         stage.check()
+    check(stages, flags)
     for number, stage in enumerate(stages, start=1):
         if stage.finished:
             print(f"Stage {number}, {stage.name}: finished, kept in {stage.folder}.", file=sys.stderr)

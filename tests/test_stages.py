@@ -204,3 +204,61 @@ def test_an_adapter_is_for_the_last_stage(recipe: Path, capsys: pytest.CaptureFi
         assert main(["train", str(recipe), *flags]) == 2
         assert "Set use_peft in the last stage only" in capsys.readouterr().err
     assert not (recipe.parent / "run").exists()
+
+
+def edit(recipe: Path, stage: str, **keys: Any) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    content["stages"][stage] |= keys
+    recipe.write_text(yaml.safe_dump(content))
+
+
+def test_a_bad_stage_is_refused_before_the_first_is_trained(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound = recipe.read_text()
+    for stage, keys, reason in [
+        ("DFT", {"learning_rat": 1.0}, "Stage DFT: it sets 'learning_rat', which"),
+        ("DFT", {"max_steps": "many"}, "Stage DFT: max_steps is 'many', which is no whole number"),
+        ("DFT", {"teacher": "not/there/at/all"}, "Stage DFT could not be trained: The teacher 'not/there/at/all'"),
+        ("SFT", {"data": "no_such_data"}, "Stage SFT could not be trained: 'no_such_data' is neither"),
+        ("DFT", {"method": "kd", "teacher_cache": "./not_there"}, "build it first with `mmkd cache build`"),
+    ]:
+        edit(recipe, stage, **keys)
+        assert main(["train", str(recipe)]) == 2
+        assert reason in capsys.readouterr().err.strip().splitlines()[-1]
+        assert not (recipe.parent / "run").exists()
+        recipe.write_text(sound)
+
+
+def test_a_folder_in_which_nothing_was_trained_is_used_again(recipe: Path) -> None:
+    stages, _ = plan(recipe, [])
+    stages[0].record(["DPT"], finished=False)
+    edit(recipe, "DPT", learning_rate=2e-2)
+    plan(recipe, [])[0][0].check()
+    (stages[0].folder / "checkpoint-1").mkdir()
+    with pytest.raises(ValueError, match="with other settings than now"):
+        plan(recipe, [])[0][0].check()
+
+
+def test_doctor_plan_and_dry_run_look_at_every_stage(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(recipe)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    # The image token that the student is given is a token like any other to its teacher.
+    for words in ("stage 1 of 3: DPT", "stage 2 of 3: SFT", "stage 3 of 3: DFT", "Sound: 0 problems"):
+        assert words in text
+    assert text.count("tokens are the same to both") == 2
+    assert main(["plan", str(recipe), "--memory", "8"]) == 0
+    assert capsys.readouterr().out.count("steps of the run") == 3
+    assert main(["train", str(recipe), "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert [text.count(words) for words in ("llava_kd: dry run", "sft: dry run", "Stage 3 of 3, DFT")] == [2, 1, 1]
+    assert not (recipe.parent / "run").exists()
+    edit(recipe, "DFT", teacher=str(recipe.parent / "llm"))
+    assert main(["doctor", str(recipe)]) == 1
+    assert "reads text only" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_an_earlier_stage_leaves_may_teach_a_later_one(recipe: Path) -> None:
+    edit(recipe, "DFT", method="kd", teacher=str(recipe.parent / "run" / "1-DPT"))
+    assert main(["doctor", str(recipe)]) == 0
+    assert main(["train", str(recipe), "--max_steps", "1"]) == 0

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from mmkd import dry_run
 from mmkd.arguments import Run
-from mmkd.run import STAGE_KEYS, build_trainer, load_rows_of, parse_run, read_recipe
+from mmkd.run import build_trainer, load_rows_of, parse_run
+from mmkd.trainers.base import DistillationTrainer
 from mmkd.trainers.comd import CoMDConfig
 
 from . import recipe as recipes
@@ -18,15 +19,12 @@ from .prompts import Prompts
 from .roles import Roles
 
 
-def dry_run_comd(run: Run, recipe: Path, flags: Sequence[str], console: Console) -> None:
+def dry_run_comd(run: Run, recipe: Path, flags: Sequence[str], console: Console) -> DistillationTrainer:
     """Prints the plan of all rounds, and that of training round 0, on the data's own answers in place of a teacher's.
 
-    Raises ValueError for what the loop would refuse before its first question.
+    Returns the trainer of round 0. Raises ValueError for what the loop would refuse before its first question.
     """
     folder = Path(run.training.output_dir or "")
-    if "stages" in read_recipe(recipe):
-        recipe = _stage(recipe, folder)
-        run = parse_run(str(recipe), [*flags, "--output_dir", str(folder)])
     training = run.training
     assert isinstance(training, CoMDConfig)
     Roles(run)
@@ -55,12 +53,6 @@ def dry_run_comd(run: Run, recipe: Path, flags: Sequence[str], console: Console)
     write_lines(folder / "pool.jsonl", [row_of(one, one.reference or "?") for one in seeds])
     recipes.write_data(folder, any(one.images for one in seeds), None)
     path = recipes.write_round(run, recipe, folder, recipes.student_keys(run), 0)
-    dry_run.report(build_trainer(parse_run(str(path), recipes.round_flags(flags))), console)
-
-
-def _stage(recipe: Path, folder: Path) -> Path:
-    """Writes the recipe of the first stage of comd, as if the stages before it had left the student as it was."""
-    keys = read_recipe(recipe)
-    own = next(stage for stage in keys["stages"].values() if stage.get("method", keys["method"]) == "comd")
-    shared = {key: value for key, value in keys.items() if key not in STAGE_KEYS}
-    return recipes.write_recipe(folder / "stage.yaml", {**shared, **own}, "The stage of comd.")
+    trainer = build_trainer(parse_run(str(path), recipes.round_flags(flags)))
+    dry_run.report(trainer, console)
+    return trainer

@@ -26,7 +26,8 @@ def check_identity(folder: Path, run: Run, recipe: Path, flags: Sequence[str], p
     keys = {key: value for key, value in read_recipe(recipe).items() if key not in _FREE}
     content = json.dumps([keys, split_flags(flags, _FREE)], sort_keys=True, default=str)
     ours = {"settings": hashlib.sha256(content.encode()).hexdigest()[:16], "prompts": prompts.digests}
-    theirs = read_json(folder / _FILE)
+    # Without a round there is nothing that other settings could mix with.
+    theirs = read_json(folder / _FILE) if any(folder.glob("round-*")) else None
     if theirs is not None and theirs["settings"] != ours["settings"]:
         raise ValueError(
             f"The rounds in {folder} were made with other settings than now. Name another output_dir, or delete the "

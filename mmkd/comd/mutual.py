@@ -49,7 +49,7 @@ def teach_teacher(
         "save_strategy": "no",
         "seed": training.seed,
     }
-    assert keys.keys() <= {action.dest for action in parser_of("sft")._actions}
+    assert keys.keys() <= set(parser_of("sft").names)
     assert not keys.keys() & OWN_KEYS
     path = write_recipe(lessons / "recipe.yaml", keys, "What the teacher learns from its student.")
     resume = ["--resume_from_checkpoint", "true"] if last_checkpoint(lessons / ADAPTER) is not None else []

@@ -67,7 +67,7 @@ def write_round(
     """Writes the recipe of a round and returns its path; `teacher` stands for the run's own."""
     training = run.training
     assert isinstance(training, CoMDConfig)
-    known = {action.dest for action in parser_of(training.round_method)._actions}
+    known = set(parser_of(training.round_method).names)
     keys = {key: value for key, value in read_recipe(recipe).items() if key in known and key not in _SET_HERE}
     keys = {"method": training.round_method, **student, "data": str(folder / "data.yaml"), **keys}
     keys["output_dir"] = str(folder / (ADAPTER if run.student.use_peft else STUDENT))
@@ -103,7 +103,7 @@ def write_data(folder: Path, images: bool, held_out: Path | None) -> Path:
 def _settings(training: CoMDConfig) -> dict[str, Any]:
     settings = training.round_settings or {}
     assert isinstance(settings, dict)
-    known = {action.dest for action in parser_of(training.round_method)._actions}
+    known = set(parser_of(training.round_method).names)
     for key in settings:
         if key not in known or key in _SET_HERE - {"ce_weight"}:
             raise ValueError(f"round_settings has {key!r}, which a recipe of {training.round_method} cannot set here.")

@@ -13,10 +13,8 @@ from accelerate import init_empty_weights
 from peft import get_peft_model
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    LlavaConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -49,8 +47,6 @@ def empty_student(run: Run, student: Side) -> PreTrainedModel:
     arguments = run.arguments
     # A student with fresh weights has the type of no file.
     saved = None if arguments.student_init == "random" else student.config.dtype
-    if arguments.student_init == "llava":
-        return _empty(_llava_config(run, student), _dtype(run.student.dtype, saved), run)
     model = _empty(student.config, _dtype(run.student.dtype, saved), run)
     if arguments.student_init != "prune":
         return model
@@ -111,15 +107,6 @@ def memory_parts(run: Run, student: PreTrainedModel, teachers: Loaded, longest: 
         parts["logits of one chunk"] = logits_of(args, tokens, chunks, args.device.type)
         parts["teacher weights"] = sum(empty_teacher(one, side)[1] for one, side in teachers)
     return parts
-
-
-def _llava_config(run: Run, student: Side) -> LlavaConfig:
-    """That of the model which `assemble_llava` will make of a tower and a language model."""
-    trust = run.training.trust_remote_code
-    assert run.arguments.student_vision_tower is not None
-    tower = AutoConfig.from_pretrained(run.arguments.student_vision_tower, trust_remote_code=trust)
-    vision = getattr(tower, "vision_config", tower)
-    return LlavaConfig(vision_config=vision.to_dict(), text_config=student.config.to_dict())
 
 
 def weight_bytes(model: nn.Module, base: PreTrainedModel, bits: int | None) -> float:

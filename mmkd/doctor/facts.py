@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, LlavaConfig, PreTrainedConfig
 
 from mmkd.capture.sequences import Prepared, Sequences, TokenSequence, UnusableRow, prepare
 from mmkd.data.load import load_data
@@ -82,7 +82,30 @@ def load_student(run: Run) -> Side:
     else:
         assert arguments.teacher is not None
         name, revision = arguments.teacher, arguments.teacher_revision
-    return _side(run, "student", name, revision, student_processing_class(run))
+    side = _side(run, "student", name, revision, student_processing_class(run))
+    if arguments.student_init != "llava":
+        return side
+    config = _llava_config(run, side)
+    return replace(side, config=config, rows=config.get_text_config().vocab_size)
+
+
+def _llava_config(run: Run, side: Side) -> LlavaConfig:
+    """That of the model which `assemble_llava` will make of a tower and the language model of a side."""
+    trust, name = run.training.trust_remote_code, run.arguments.student_vision_tower
+    assert name is not None
+    if hasattr(side.config, "vision_config"):
+        raise ValueError(f"{side.name} is a vision-language model already; use it as the student itself.")
+    tower = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    config = LlavaConfig(
+        vision_config=getattr(tower, "vision_config", tower).to_dict(),
+        text_config=side.config.to_dict(),
+        image_token_index=side.processing_class.image_token_id,
+        tie_word_embeddings=side.config.tie_word_embeddings,
+    )
+    # The embeddings get a row for the image token where the language model has none to spare.
+    config.get_text_config().vocab_size = max(side.rows, len(side.tokenizer))
+    config.dtype = side.config.dtype
+    return config
 
 
 def load_teacher(run: Run) -> Side:

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmkd.launch import parse_alone
 from mmkd.run import Run
 from mmkd.run_teacher import reads_teacher
 
 from . import costs, rows, teachers, tokens
 from .chunks import alignment
 from .facts import Finding, Rendered, Sample, Side, load_student, load_teacher, render, take_sample
+from .stages import each_run
 
 Found = TypeVar("Found")
 
@@ -31,10 +31,15 @@ def doctor(recipe: str, flags: Sequence[str], console: Console) -> int:
 
     Loads configs, tokenizers and a sample of rows, and no weights. Raises ValueError for a recipe that cannot be read.
     """
-    run, config = parse_alone(recipe, flags)
-    with _quiet():
-        findings = examine(run, sharded=config not in (None, "single_gpu", "ddp"))
-    console.print(_table(recipe, findings))
+    findings: list[Finding] = []
+    for one in each_run(recipe, flags):
+        with _quiet():
+            found = examine(one.run, sharded=one.config not in (None, "single_gpu", "ddp"))
+        found = [
+            replace(finding, found=one.place(finding.found), advice=one.place(finding.advice)) for finding in found
+        ]
+        console.print(_table(one.title, found))
+        findings += found
     problems, warnings = (sum(one.severity == severity for one in findings) for severity in ("problem", "warning"))
     verdict = Text("Not sound: " if problems else "Sound: ", style=STYLES["problem" if problems else "ok"])
     console.print(verdict + Text(f"{_count(problems, 'problem')}, {_count(warnings, 'warning')}."))

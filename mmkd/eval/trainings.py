@@ -125,7 +125,7 @@ def make_baseline(recipe: str, flags: Sequence[str], folder: Path) -> tuple[str,
     """
     run, _ = parse_alone(recipe, flags)
     keys = read_recipe(find_recipe(recipe))
-    known = {action.dest for action in parser_of("sft")._actions} - _NOT_SFT - _PUBLISHING
+    known = set(parser_of("sft").names) - _NOT_SFT - _PUBLISHING
     if not METHODS[run.arguments.method].one_vocabulary and run.arguments.student is not None:
         known -= {key for key in known if key.startswith("teacher")}
     kept = {key: value for key, value in keys.items() if key in known and not key.startswith("cache_")}

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from mmkd.doctor import costs
 from mmkd.doctor.facts import Sample, Side, load_student, load_teacher, render, take_sample
+from mmkd.doctor.stages import StageRun, each_run
 from mmkd.dry_run import logits_of
-from mmkd.launch import parse_alone
 from mmkd.run import Run
 from mmkd.run_teacher import reads_teacher
 
@@ -43,7 +43,12 @@ def plan(
     """
     if devices < 1:
         raise ValueError(f"--gpus is {devices}; a run needs at least one.")
-    run, chosen = parse_alone(recipe, flags)
+    # Any stage that fits nowhere ends the run there.
+    return max(_plan_one(one, device, devices, price, console) for one in each_run(recipe, flags))
+
+
+def _plan_one(one: StageRun, device: Device, devices: int, price: float | None, console: Console) -> int:
+    recipe, run, chosen = one.title, one.run, one.config
     student, sample = load_student(run), take_sample(run)
     shape = shape_of(run, sample, render(run, student, sample))
     alone = run.by_teacher()
