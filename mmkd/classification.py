@@ -1,6 +1,7 @@
 """The trainer of a recipe of method dho: data, teacher with its cached logits, and student."""
 
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from jaxtyping import Bool, Int
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -47,6 +49,9 @@ from mmkd.teachers.classifiers import (
 from mmkd.teachers.identity import weights_sha256
 from mmkd.trainers.dho import DHOConfig, DHOTrainer
 
+_JUDGED = 256
+"""Rows that a dry run judges the teacher by, at most."""
+
 LOGITS_FOLDER = "teacher_logits"
 """Where in output_dir a run without teacher_cache keeps its teacher's logits."""
 
@@ -58,11 +63,11 @@ _READ |= {"teacher_cache", "student", "student_init", "max_train_rows", "max_eva
 def build_dho_trainer(run: Run) -> DHOTrainer:
     """The trainer of a recipe of method dho. Raises ValueError for what a classifier's run cannot use."""
     arguments, training = run.arguments, _config(run)
-    _check_arguments(run)
+    check_arguments(run)
     recipe = ClassificationRecipe.load(arguments.data)
     data = load_classification(recipe, max_train_rows=arguments.max_train_rows, max_eval_rows=arguments.max_eval_rows)
-    train = _with_unlabeled(data)
-    processing_class = _processing_class(run, text=recipe.text is not None)
+    train = with_unlabeled(data)
+    processing_class = student_processor(run, text=recipe.text is not None)
     rows = ClassRows(
         train,
         processing_class,
@@ -95,13 +100,13 @@ def build_dho_trainer(run: Run) -> DHOTrainer:
 def dry_run_dho(run: Run, console: Console) -> None:
     """Prints the plan of a run: student, classes, rows and steps, and how long the teacher takes, by a few rows."""
     arguments, training = run.arguments, _config(run)
-    _check_arguments(run)
+    check_arguments(run)
     data = load_classification(
         ClassificationRecipe.load(arguments.data),
         max_train_rows=arguments.max_train_rows,
         max_eval_rows=arguments.max_eval_rows,
     )
-    rows = ClassRows(_with_unlabeled(data), _processing_class(run, data.recipe.text is not None))
+    rows = ClassRows(with_unlabeled(data), student_processor(run, data.recipe.text is not None))
     shown = hide_labels(
         rows.labels, data.class_names, training.labels_per_class, training.label_fraction, training.label_seed
     )
@@ -114,15 +119,39 @@ def dry_run_dho(run: Run, console: Console) -> None:
     for name, split in (("validation", data.validation), ("test", data.test)):
         table.add_row(name, "none" if split is None else f"{len(split):,} rows")
     if training.objective != "ce" and arguments.teacher is not None:
-        teacher, some = load_class_teacher(run, data, rows), min(len(rows), training.teacher_batch_size)
+        teacher = load_class_teacher(run, data, rows)
+        places = _sampled(rows.labels)
         start = time.perf_counter()
-        answers = compute_class_logits(teacher, rows.raw, some, training.teacher_batch_size).argmax(-1).numpy()
-        seconds = (time.perf_counter() - start) / some
-        known = rows.labels[:some] != HIDDEN
-        right = (answers == rows.labels[:some])[known].mean() if known.any() else float("nan")
-        table.add_row("teacher", f"{teacher.kind}; {right:.0%} of {int(known.sum())} rows right")
+        answers = compute_class_logits(
+            teacher, lambda row: rows.raw(int(places[row])), len(places), training.teacher_batch_size
+        )
+        seconds = (time.perf_counter() - start) / len(places)
+        known = rows.labels[places] != HIDDEN
+        right = (answers.argmax(-1).numpy() == rows.labels[places])[known]
+        table.add_row("teacher", f"{teacher.kind}; {_accuracy(right)}")
         table.add_row("teacher's pass", f"about {seconds * len(rows) / 60:.1f} minutes, once")
     console.print(table)
+
+
+def _sampled(labels: Int[np.ndarray, "row"]) -> Int[np.ndarray, "row"]:
+    """Rows to judge a teacher by, drawn from all that have a label, or from all where none has: files are often sorted
+    by class, so that the first rows would be of one class alone."""
+    known = np.flatnonzero(labels != HIDDEN)
+    rows = known if len(known) else np.arange(len(labels))
+    return np.sort(np.random.default_rng(0).permutation(rows)[:_JUDGED])
+
+
+def _accuracy(right: Bool[np.ndarray, "row"]) -> str:
+    """The share of right answers, with Wilson's 95 % interval, which holds for few rows and near 0 and 1."""
+    n = len(right)
+    if n == 0:
+        return "no row has a label to judge it by"
+    share, z = float(right.mean()), 1.96
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return (
+        f"{share:.0%} of {n:,} rows drawn at random right (95 % interval {middle - half:.0%} to {middle + half:.0%})"
+    )
 
 
 def _config(run: Run) -> DHOConfig:
@@ -131,7 +160,8 @@ def _config(run: Run) -> DHOConfig:
     return config
 
 
-def _check_arguments(run: Run) -> None:
+def check_arguments(run: Run) -> None:
+    """Raises ValueError for keys of tokens, and for a student that cannot be trained."""
     for one in dataclasses.fields(RunArguments):
         if one.name not in _READ and getattr(run.arguments, one.name) != one.default:
             raise ValueError(f"Method dho does not read {one.name}; it is about tokens. Remove it.")
@@ -141,13 +171,15 @@ def _check_arguments(run: Run) -> None:
         raise ValueError("Set `student` to a vision model, a text model or, with student_init: random, its config.")
 
 
-def _with_unlabeled(data: ClassificationData) -> datasets.Dataset:
+def with_unlabeled(data: ClassificationData) -> datasets.Dataset:
+    """The rows of train, and those of the unlabelled split after them."""
     if data.unlabeled is None:
         return data.train
     return datasets.concatenate_datasets([data.train, data.unlabeled.cast(data.train.features)])
 
 
-def _processing_class(run: Run, text: bool) -> Any:
+def student_processor(run: Run, text: bool) -> Any:
+    """The image processor or tokenizer of the student. Raises ValueError when there is none."""
     auto_class: Any = AutoTokenizer if text else AutoImageProcessor
     hub = {"revision": run.student.model_revision, "trust_remote_code": run.training.trust_remote_code}
     try:

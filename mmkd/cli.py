@@ -273,7 +273,6 @@ def _plan(options: argparse.Namespace, flags: list[str]) -> int:
     from mmkd.plan.hardware import choose_device
     from mmkd.plan.report import plan
 
-    _needs_tokens(options.recipe, flags, "`mmkd-train RECIPE --dry_run` says what it takes")
     device = choose_device(options.gpu, options.memory, options.utilisation)
     return plan(options.recipe, flags, device, options.gpus, options.price, Console())
 
@@ -295,7 +294,6 @@ def _doctor(options: argparse.Namespace, flags: list[str]) -> int:
 
     from mmkd.doctor import doctor
 
-    _needs_tokens(options.recipe, flags, "`mmkd-train RECIPE --dry_run` checks it, teacher included")
     return doctor(options.recipe, flags, Console())
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from transformers import TrainingArguments
 
 from mmkd.losses.fused import logits_bytes
 from mmkd.models.backbone import head_of
@@ -68,12 +69,12 @@ def at_a_time(teachers: int, column: str | None) -> int:
     return teachers if column is None else min(1, teachers)
 
 
-def optimizer_bytes(args: DistillationConfig) -> float:
+def optimizer_bytes(args: TrainingArguments) -> float:
     """Bytes of state that the optimizer of a run keeps per trainable parameter."""
     return next((size for name, size in _OPTIMIZER_BYTES.items() if _optimizer(args).startswith(name)), 8)
 
 
-def _optimizer(args: DistillationConfig) -> str:
+def _optimizer(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 

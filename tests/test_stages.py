@@ -212,15 +212,13 @@ def edit(recipe: Path, stage: str, **keys: Any) -> None:
     recipe.write_text(yaml.safe_dump(content))
 
 
-def test_a_bad_stage_is_refused_before_the_first_is_trained(
-    recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_stage_is_refused_before_the_first_is_trained(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sound = recipe.read_text()
     for stage, keys, reason in [
         ("DFT", {"learning_rat": 1.0}, "Stage DFT: it sets 'learning_rat', which"),
         ("DFT", {"max_steps": "many"}, "Stage DFT: max_steps is 'many', which is no whole number"),
         ("DFT", {"teacher": "not/there/at/all"}, "Stage DFT could not be trained: The teacher 'not/there/at/all'"),
-        ("SFT", {"data": "no_such_data"}, "Stage SFT could not be trained: 'no_such_data' is neither"),
+        ("SFT", {"data": "no_such_data"}, "Stage SFT could not be trained: unknown data recipe 'no_such_data'"),
         ("DFT", {"method": "kd", "teacher_cache": "./not_there"}, "build it first with `mmkd cache build`"),
     ]:
         edit(recipe, stage, **keys)

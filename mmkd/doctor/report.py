@@ -1,11 +1,8 @@
 """The checks of a recipe one after the other, and what they found as a table."""
 
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar
 
 import datasets
 from rich import box
@@ -17,11 +14,11 @@ from mmkd.run import Run
 from mmkd.run_teacher import reads_teacher
 
 from . import costs, rows, teachers, tokens
+from .book import Book
 from .chunks import alignment
+from .classes import examine_classes
 from .facts import Finding, Rendered, Sample, Side, load_student, load_teacher, render, take_sample
 from .stages import each_run
-
-Found = TypeVar("Found")
 
 STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
@@ -51,7 +48,9 @@ def examine(run: Run, sharded: bool = False) -> list[Finding]:
 
     `sharded` says that the run spreads its weights over several devices.
     """
-    book, alone = _Book(), run.by_teacher()
+    if run.arguments.method == "dho":
+        return examine_classes(run)
+    book, alone = Book(), run.by_teacher()
     student = book.attempt("student", load_student, run)
     sample = book.attempt("data", take_sample, run)
     ours = None
@@ -84,46 +83,8 @@ def examine(run: Run, sharded: bool = False) -> list[Finding]:
     return book.findings
 
 
-class _Book:
-    """Findings, written down check by check."""
-
-    def __init__(self):
-        self.findings: list[Finding] = []
-        self.teacher = ""
-        """The one of several that the next checks are about."""
-
-    def attempt(self, name: str, function: Callable[..., Found], *arguments: Any) -> Found | None:
-        """What the function returns; None, and a problem written down, when it raises."""
-        # What templates, tokenizers, image libraries and trl raise has no common class below Exception.
-        try:
-            return function(*arguments)
-        except ValueError as error:
-            self.findings.append(Finding("problem", name, str(error)))
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(place.filename).name}:{place.lineno}"
-            self.findings.append(Finding("problem", name, f"{type(error).__name__}: {error} ({where})"))
-        return None
-
-    def check(self, name: str, function: Callable[..., list[Finding]], *arguments: Any) -> None:
-        """Writes down what a check found; one finding names all of several teachers that it is true of."""
-        for one in self.attempt(name, function, *arguments) or []:
-            place = self._said(one)
-            if place is not None:
-                self.findings[place] = replace(one, name=f"{self.findings[place].name[:-1]}, {self.teacher})")
-            else:
-                self.findings.append(replace(one, name=f"{one.name} ({self.teacher})") if self.teacher else one)
-
-    def _said(self, one: Finding) -> int | None:
-        """Where the same was found about another teacher."""
-        for place, known in enumerate(self.findings if self.teacher else []):
-            if known.name.startswith(f"{one.name} (") and (known.found, known.advice) == (one.found, one.advice):
-                return place
-        return None
-
-
 def _against_teacher(
-    book: _Book, run: Run, student: Side, teacher: Side, sample: Sample | None, ours: Rendered | None
+    book: Book, run: Run, student: Side, teacher: Side, sample: Sample | None, ours: Rendered | None
 ) -> Rendered | None:
     """Compares vocabularies and templates; returns the sample as the teacher renders it."""
     if tokens.compares_tokens(run):
@@ -147,7 +108,7 @@ def _against_teacher(
 
 
 def _costs(
-    book: _Book, run: Run, student: Side, sides: dict[str, Side], sample: Sample, ours: Rendered, sharded: bool
+    book: Book, run: Run, student: Side, sides: dict[str, Side], sample: Sample, ours: Rendered, sharded: bool
 ) -> None:
     alone = run.by_teacher()
     loaded = [(alone[name], side) for name, side in sides.items() if reads_teacher(alone[name].arguments)]
@@ -159,7 +120,7 @@ def _costs(
             book.check("disk", costs.cache_room, one, sample, ours)
 
 
-def _away(book: _Book, run: Run, student: Side, known: int, teacher: Side | None, sample: Sample | None) -> None:
+def _away(book: Book, run: Run, student: Side, known: int, teacher: Side | None, sample: Sample | None) -> None:
     """Looks at a teacher that answers from a server or a cache."""
     arguments = run.arguments
     there = arguments.teacher_cache is not None and not costs.is_to_be_built(arguments.teacher_cache)
@@ -174,7 +135,7 @@ def _away(book: _Book, run: Run, student: Side, known: int, teacher: Side | None
         book.check("server", teachers.server, run, student, teacher, sample)
 
 
-def _cache(book: _Book, run: Run, student: Side, known: int, sample: Sample | None) -> None:
+def _cache(book: Book, run: Run, student: Side, known: int, sample: Sample | None) -> None:
     teacher = book.attempt("cache", teachers.open_cache, run)
     if teacher is not None:
         book.check("cache", teachers.cache, run, known, teacher)

@@ -74,16 +74,16 @@ def _decoder(base: PreTrainedModel, rows: int, tokens: int, width: int, bf16: bo
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor) if train else torch.no_grad(),
         ]
         with modes[0], modes[1]:
-            hidden, forward = _counted(
+            hidden, forward = counted(
                 lambda: decoder(inputs_embeds=embedded, use_cache=False, position_ids=None).last_hidden_state
             )
-        backward = _counted(lambda: hidden.sum().backward())[1] if train else 0.0
+        backward = counted(lambda: hidden.sum().backward())[1] if train else 0.0
         size = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
         layers = base.config.get_text_config().num_hidden_layers
         return Passes(forward, backward, size, layers * embedded.untyped_storage().nbytes() if train else 0.0, layers)
 
 
-def _counted(function: Callable[[], Any]) -> tuple[Any, float]:
+def counted(function: Callable[[], Any]) -> tuple[Any, float]:
     """What a function returns, and its FLOPs."""
     attention = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,

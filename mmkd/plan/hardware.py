@@ -8,6 +8,9 @@ import torch
 from mmkd.doctor.costs import device_memory
 
 GIB = 1 << 30
+USABLE = 0.92
+"""Of a device's memory; the rest is for its libraries, and lost between blocks."""
+
 HERE = "here"
 """Names the device of this machine, whose speed is measured."""
 

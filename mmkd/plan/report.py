@@ -15,7 +15,8 @@ from mmkd.dry_run import logits_of
 from mmkd.run import Run
 from mmkd.run_teacher import reads_teacher
 
-from .hardware import GIB, Device
+from .classes import plan_classes
+from .hardware import GIB, USABLE, Device
 from .predict import (
     STRATEGIES,
     Model,
@@ -28,9 +29,6 @@ from .predict import (
     shape_of,
     together,
 )
-
-# Of a device's memory; the rest is for its libraries, and lost between blocks.
-_USABLE = 0.92
 
 
 def plan(
@@ -49,6 +47,8 @@ def plan(
 
 def _plan_one(one: StageRun, device: Device, devices: int, price: float | None, console: Console) -> int:
     recipe, run, chosen = one.title, one.run, one.config
+    if run.arguments.method == "dho":
+        return plan_classes(one, device, devices, price, console)
     student, sample = load_student(run), take_sample(run)
     shape = shape_of(run, sample, render(run, student, sample))
     alone = run.by_teacher()
@@ -81,7 +81,7 @@ def _plan_one(one: StageRun, device: Device, devices: int, price: float | None, 
 
 
 def _fits(work: Work, strategy: str, devices: int, device: Device) -> bool:
-    return sum(memory_of(work, strategy, devices).values()) <= _USABLE * device.memory
+    return sum(memory_of(work, strategy, devices).values()) <= USABLE * device.memory
 
 
 def _memory_table(work: Work, strategies: Sequence[str], devices: int, device: Device) -> Table:
@@ -182,7 +182,7 @@ def _ways(
         ways["use_peft: true (LoRA)"] = count_work(lora, student, work.teacher, work.shape, device.kind)
     for name, way in ways.items():
         least = min(sum(memory_of(way, strategy, devices).values()) for strategy in strategies)
-        verdict = "fits" if least <= _USABLE * device.memory else "does not fit either"
+        verdict = "fits" if least <= USABLE * device.memory else "does not fit either"
         yield f"  {name}: {_gib(least)} GiB, {verdict}"
     yield "  more devices: --gpus, with zero3 or fsdp2"
 

@@ -92,18 +92,10 @@ class DHOTrainer(PublishingTrainer, ShardedTrainer, CountingTrainer):
         train = train.relabeled(
             hide_labels(train.labels, self.class_names, args.labels_per_class, args.label_fraction, args.label_seed)
         )
-        if args.objective != "ce" and not (train.labels == HIDDEN).any():
-            raise ValueError(
-                "There is no unlabelled row: every label of train is shown. Hide some with labels_per_class or "
-                "label_fraction, add rows labelled -100 (splits.unlabeled of a data recipe), or use objective ce."
-            )
+        args.check_unlabeled(train.labels)
         validation = self._evaluated(eval_dataset, processing_class, args, "validation")
         self.test_dataset = self._evaluated(test_dataset, processing_class, args, "test")
-        if args.objective == "dho" and args.alpha is None and validation is None:
-            raise ValueError(
-                "alpha and beta are chosen on validation rows, and there are none: add a validation split "
-                "(validation_per_class of a data recipe), or set alpha and beta (the paper's 0.5 and 0.5)."
-            )
+        args.check_validation(validation is not None)
         logits = self._ask(teacher, train, args)
         self._prepare_model(model, args)
         super().__init__(

@@ -3,10 +3,13 @@
 import importlib.util
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from transformers import TrainingArguments
 
 from mmkd.data.class_rows import AUGMENTATIONS
+from mmkd.data.classification import HIDDEN
 from mmkd.losses.dual_head import ALPHAS, BETAS, check_interpolation
 
 from .checks import take_one_gpu
@@ -159,6 +162,22 @@ class DHOConfig(TrainingArguments):
             raise ValueError("label_smoothing_factor changes the Trainer's own loss, which DHO replaces. Remove it.")
         if self.plot_conflict and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("plot_conflict needs matplotlib: pip install 'mmkd[plot]', or leave it out.")
+
+    def check_unlabeled(self, labels: Int[np.ndarray, "row"]) -> None:
+        """Raises ValueError when all labels are shown to an objective that learns from rows without one."""
+        if self.objective != "ce" and not (labels == HIDDEN).any():
+            raise ValueError(
+                "There is no unlabelled row: every label of train is shown. Hide some with labels_per_class or "
+                "label_fraction, add rows labelled -100 (splits.unlabeled of a data recipe), or use objective ce."
+            )
+
+    def check_validation(self, validation: bool) -> None:
+        """Raises ValueError when alpha and beta are to be chosen and there are no rows to choose them on."""
+        if self.objective == "dho" and self.alpha is None and not validation:
+            raise ValueError(
+                "alpha and beta are chosen on validation rows, and there are none: add a validation split "
+                "(validation_per_class of a data recipe), or set alpha and beta (the paper's 0.5 and 0.5)."
+            )
 
     def _check_labels(self) -> None:
         if self.labels_per_class is not None and self.label_fraction is not None:

@@ -18,10 +18,14 @@ from transformers import (
     pipeline,
 )
 
+from mmkd import classification
 from mmkd.cli import main
 from mmkd.data.class_rows import ClassRows, SemiSupervisedSampler, augmented
 from mmkd.data.classification import HIDDEN, hide_labels
+from mmkd.doctor.facts import Finding
+from mmkd.doctor.report import examine
 from mmkd.losses.dual_head import distillation_loss, search_interpolation, supervised_loss
+from mmkd.run import parse_run
 from mmkd.trainers.dho import CHOICE, DHOConfig
 from tests.classes import NAMES, answers, dho, make_clip, pictures, pixels, vit
 from tests.helpers import losses_of
@@ -396,16 +400,12 @@ def test_the_teacher_is_asked_once_for_all_runs(recipe: Path, tmp_path: Path, ca
         (["--alpha", "2", "--beta", "1"], "alpha is 2"),
         (["--teacher_server", "http://localhost:1"], "does not read teacher_server"),
         (["--use_peft", "true"], "trains the whole student"),
-        (["--teacher_kind", "tip_adaptr"], "invalid choice"),
+        (["--teacher_kind", "tip_adaptr"], "classifier. Did you mean 'tip_adapter'?"),
         (["--head_init", "text"], "the teacher's width"),
     ],
 )
 def test_bad_flags_say_what_to_do(recipe: Path, tmp_path: Path, capsys: Any, flags: list[str], says: str) -> None:
-    try:
-        status = train(recipe, tmp_path / "run", *flags)
-    except SystemExit as refusal:
-        status = refusal.code
-    assert status == 2
+    assert train(recipe, tmp_path / "run", *flags) == 2
     assert says in capsys.readouterr().err
 
 
@@ -421,10 +421,80 @@ def test_dry_run_asks_a_few_rows_and_trains_nothing(recipe: Path, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", [["doctor"], ["cache", "build"]])
-def test_commands_about_tokens_refuse_a_recipe_of_classes(recipe: Path, capsys: Any, command: list[str]) -> None:
-    assert main([*command, str(recipe)]) == 2
+def test_a_dry_run_judges_the_teacher_on_rows_of_all_classes() -> None:
+    """Files lie class after class, and a teacher that always says the first one is right on a third of them."""
+    rows = np.repeat(np.arange(3), 400)
+    places = classification._sampled(rows)
+    assert len(places) == classification._JUDGED
+    right = rows[places] == 0
+    text = classification._accuracy(right)
+    assert text == f"{right.mean():.0%} of 256 rows drawn at random right (95 % interval 24% to 35%)"
+    assert (classification._sampled(np.where(rows == 1, rows, HIDDEN)) // 400 == 1).all()
+    assert "no row has a label" in classification._accuracy(right[:0])
+    assert classification._accuracy(np.ones(10, bool)).endswith("interval 72% to 100%)")
+
+
+def test_building_a_cache_of_classes_is_refused(recipe: Path, capsys: Any) -> None:
+    assert main(["cache", "build", str(recipe)]) == 2
     assert "predicts classes" in capsys.readouterr().err
+
+
+def examined(recipe: Path, **keys: Any) -> list[Finding]:
+    changed = {**yaml.safe_load(recipe.read_text()), "output_dir": str(recipe.parent / "none"), **keys}
+    path = recipe.with_name("examined.yaml")
+    path.write_text(yaml.safe_dump({key: value for key, value in changed.items() if value is not None}))
+    return examine(parse_run(str(path)))
+
+
+def test_doctor_and_plan_know_recipes_of_classes(recipe: Path, capsys: Any) -> None:
+    assert main(["doctor", str(recipe)]) == 0
+    text = capsys.readouterr().out
+    for words in ("3 classes, 12 to 12 labelled rows", "6 rows are learnt with their label, 30 without", "36 of 36"):
+        assert words in text
+    assert "Sound: 0 problems, 0 warnings" in text
+    assert main(["plan", str(recipe), "--gpu", "L4", "--price", "1"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "6 rows on each" in text
+    assert "steps of the run 2" in text
+    assert "once over 36 rows" in text
+    flops = 2 * 6 * sum(part.numel() for name, part in vit().named_parameters() if part.ndim > 1)
+    assert float(text.split("TFLOPs per optimizer step ")[1].split()[0]) * 1e12 > flops
+    assert main(["plan", str(recipe), "--memory", "0.0001"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "name", "says"),
+    [
+        ({"use_peft": True}, "settings", "trains the whole student"),
+        ({"data": "classification/not_there"}, "data", "not_there"),
+        ({"labels_per_class": None}, "labels", "There is no unlabelled row"),
+        ({"labels_per_class": 40}, "labels", "so labels_per_class 40 cannot be"),
+        ({"teacher": "not/there/at/all"}, "teacher", "not/there/at/all"),
+        ({"teacher_kind": "classifier"}, "teacher", "classes"),
+        ({"teacher": "STUDENT"}, "teacher", "does not embed images and texts in one space"),
+        ({"student": "not/there/at/all"}, "student", "has no loadable image processor"),
+    ],
+)
+def test_doctor_names_what_a_run_of_classes_cannot_use(
+    recipe: Path, keys: dict[str, Any], name: str, says: str
+) -> None:
+    keys = {key: str(recipe.parent / "student") if value == "STUDENT" else value for key, value in keys.items()}
+    problems = [one for one in examined(recipe, **keys) if one.severity == "problem"]
+    assert [one.name for one in problems] == [name]
+    assert says in problems[0].found
+
+
+def test_doctor_names_pictures_that_cannot_be_read(recipe: Path, tmp_path: Path) -> None:
+    rows = pictures(12)
+    cells = [*rows["image"][:4], {"bytes": b"no picture", "path": "broken.png"}, *rows["image"][5:]]
+    broken = Dataset.from_dict({"image": cells, "label": rows["label"]}, features=rows.features)
+    broken.to_parquet(str(tmp_path / "train.parquet"))
+    data = yaml.safe_load((recipe.parent / "data.yaml").read_text())
+    data["data_files"]["train"] = str(tmp_path / "train.parquet")
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
+    (one,) = [one for one in examined(recipe, data=str(tmp_path / "data.yaml")) if one.severity == "problem"]
+    assert one.name == "images"
+    assert "Row 4 of" in one.found
 
 
 # Texts
