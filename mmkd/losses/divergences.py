@@ -95,13 +95,17 @@ def adaptive_kl(
     """Forward and reverse KL weighted by where the two distributions differ, in nats (AKL, 2404.02657).
 
     The head is the smallest set of the teacher's most likely outcomes with a mass of at least `mu`, the tail is the
-    rest; forward KL has the head's share of the L1 gap, reverse KL the tail's. The shares carry no gradient.
+    rest; forward KL has the head's share of the L1 gap, reverse KL the tail's. The shares carry no gradient. With
+    `mu` = 1 this is the forward KL, with 0 the reverse KL.
 
     `taid_parity` repeats the defects of the TAID repository, for golden tests only: the head's mask is applied to the
     gaps in vocabulary order, the shares carry gradient and the forward part lacks the teacher's entropy. Raises
     ValueError when mu is outside [0, 1].
     """
     _check_weight("mu", mu)
+    if mu == 1 and not taid_parity:
+        # Rounded sums of probabilities reach 1 before the last outcome, which would leave a tail.
+        return forward_kl(student_log_probs, teacher_log_probs)
     log_p, log_q = _finite(teacher_log_probs), _finite(student_log_probs)
     p, q = log_p.exp(), log_q.exp()
     gap = (p - q).abs()
@@ -220,11 +224,13 @@ def _head_gap(p: Tensor, gap: Tensor, mu: float) -> Tensor:
     p, gap = p.reshape(-1, outcomes), gap.reshape(-1, outcomes)
     found = p.new_zeros(len(p))
     left = torch.arange(len(p), device=p.device)
+    # In half precision a sum stops growing long before its mass is reached.
+    precise = torch.promote_types(p.dtype, torch.float32)
     # Sorting a whole vocabulary costs several times the divergence, and only flat distributions need it.
     for size in [*(size for size in (64, 4096) if size < outcomes), outcomes]:
         top, order = p.topk(size)
-        found[left] = (gap.gather(-1, order) * (top.cumsum(-1) - top < mu)).sum(-1)
-        short = (top.sum(-1) < mu).nonzero()[:, 0]
+        found[left] = (gap.gather(-1, order) * (top.cumsum(-1, dtype=precise) - top < mu)).sum(-1)
+        short = (top.sum(-1, dtype=precise) < mu).nonzero()[:, 0]
         if not len(short):
             break
         left, p, gap = left[short], p[short], gap[short]

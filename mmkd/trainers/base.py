@@ -1,6 +1,5 @@
 """The distillation step, owned once: shift, mask, ask the teacher, sum, normalise, log. A method adds item losses."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -147,7 +146,7 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[RunLog(), *self.method_callbacks(args), *(kwargs.pop("callbacks", None) or [])],
+            callbacks=[RunLog(), self._clock, *self.method_callbacks(args), *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
         if self.aux_loss_enabled:
@@ -311,6 +310,7 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Collects one accumulated batch and counts its items of each kind over all ranks."""
+        self._clock.begin()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if 0 < len(batches) < num_batches:
             # A stream ends. The Trainer takes no step of too few, and would add their gradient to the next epoch's.
@@ -327,7 +327,6 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; after the last one of an optimizer step, `step_ended`."""
-        start = time.monotonic()
         loss = super().training_step(*args, **kwargs)
         last = self.accelerator.sync_gradients
         if self.step_means and last:
@@ -336,7 +335,6 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
             # A step without a single item has no mean to learn from.
             if means:
                 self.step_ended(means)
-        self._spent = (self._spent[0] + time.monotonic() - start, self._spent[1] + last)
         return loss
 
     def compute_loss(

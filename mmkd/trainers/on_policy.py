@@ -70,7 +70,6 @@ class OnPolicyTrainer(ReportingTrainer):
         batches = [self.with_rollouts(batch, mixed.of(number)) for number, batch in enumerate(batches)]
         for batch in batches:
             del batch[ROWS]
-        self._spent = (self._spent[0] + mixed.seconds, self._spent[1])
         facts, device = mixed.facts, self.accelerator.device
         # Where the other reports are: they are reduced together, by NCCL perhaps, which knows no others.
         counts = torch.tensor(list(facts.values()), device=device)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer
 
+from .clock import StepClock
 from .counts import CountingTrainer
 from .vision import BAD_ROWS
 
@@ -26,8 +27,7 @@ class ReportingTrainer(CountingTrainer, SFTTrainer):
         self._prefix = "eval"
         # Set to a list, it gets the reports of every batch of an evaluation, for who wants to resample them.
         self.batch_reports: list[dict[str, tuple[float, float]]] | None = None
-        # Seconds and optimizer steps of training since the last log, evaluation and saving left out.
-        self._spent = (0.0, 0)
+        self._clock = StepClock()
         self._totals = {}
         self._evaluating = False
 
@@ -35,8 +35,8 @@ class ReportingTrainer(CountingTrainer, SFTTrainer):
         return self._sums["train"]
 
     def _spent_unlogged(self, spent: tuple[float, int] | None = None) -> tuple[float, int]:
-        self._spent = self._spent if spent is None else spent
-        return self._spent
+        self._clock.spent = self._clock.spent if spent is None else spent
+        return self._clock.spent
 
     def _reports_now(self) -> bool:
         """Whether this micro-batch computes diagnostics: always in evaluation, else in the steps that are logged."""
@@ -76,7 +76,7 @@ class ReportingTrainer(CountingTrainer, SFTTrainer):
         sums, self._sums["train"] = self._sums["train"], {}
         counted = self._counted(sums)
         if "supervised_tokens" in counted:
-            (seconds, steps), self._spent = self._spent, (0.0, 0)
+            (seconds, steps), self._clock.spent = self._clock.spent, (0.0, 0)
             logs |= self._count({**counted, "training_seconds": seconds})
             logs["supervised_tokens_per_second"] = counted["supervised_tokens"] / seconds
             logs["eta_minutes"] = seconds / max(1, steps) * (self.state.max_steps - self.state.global_step) / 60

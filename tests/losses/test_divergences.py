@@ -287,6 +287,20 @@ def test_adaptive_kl_without_head_is_reverse_and_without_tail_forward_kl():
     torch.testing.assert_close(adaptive_kl(student, teacher, 1.0), forward_kl(student, teacher))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adaptive_kl_without_tail_is_forward_kl_however_probabilities_are_rounded(dtype):
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(8, 5000, generator=generator).log_softmax(-1).to(dtype) for _ in range(2))
+    torch.testing.assert_close(adaptive_kl(student, teacher, 1.0), forward_kl(student, teacher), rtol=1e-6, atol=0)
+
+
+def test_adaptive_kl_finds_a_head_of_many_outcomes_in_half_precision():
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(8, 5000, generator=generator).log_softmax(-1) for _ in range(2))
+    found = adaptive_kl(student.bfloat16(), teacher.bfloat16(), 0.5).float()
+    torch.testing.assert_close(found, adaptive_kl(student, teacher, 0.5), rtol=0.03, atol=0)
+
+
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 2**32), mu=st.floats(0, 1))
 def test_adaptive_kl_lies_between_forward_and_reverse_kl(seed, mu):

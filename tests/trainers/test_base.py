@@ -473,6 +473,32 @@ def test_logs_say_what_users_watch(build: Build, texts: Dataset) -> None:
     assert logs[1]["eta_minutes"] == 0
 
 
+def test_speed_and_time_left_count_the_teacher_wherever_it_is_asked_and_no_evaluation(
+    build: Build, texts: Dataset, monkeypatch: Any
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("mmkd.trainers.clock.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class Slow(KDTrainer):
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            batches = super().get_batch_samples(*args, **kwargs)
+            now[0] += 5
+            return batches
+
+        def ask_view(self, view: Any) -> Any:
+            now[0] += 2 if self.model.training else 1000
+            return super().ask_view(view)
+
+    settings = {"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = build(Slow, texts, trainer={"eval_dataset": texts.select(range(2))}, **settings)
+    trainer.train()
+    first, second = (entry for entry in trainer.state.log_history if "eta_minutes" in entry)
+    assert first["supervised_tokens_per_second"] == pytest.approx(first["supervised_tokens"] / 14)
+    assert first["eta_minutes"] == pytest.approx(14 / 60)
+    learnt = second["supervised_tokens"] - first["supervised_tokens"]
+    assert second["supervised_tokens_per_second"] == pytest.approx(learnt / 14)
+
+
 def test_resume_gives_the_losses_of_an_uninterrupted_run(build: Build, texts: Dataset, tmp_path: Path) -> None:
     whole = build(TAIDTrainer, texts, max_steps=6, taid_alpha=0.5, taid_beta=0.5)
     whole.train()
