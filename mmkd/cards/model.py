@@ -45,8 +45,8 @@ class Student:
     """Its Hub id, where it has one."""
     comparison: Mapping[str, Any] | None
     machine: Mapping[str, Any]
-    tokens: int | None
-    """Supervised tokens it was trained on, in the last training."""
+    tokens: Sequence[int]
+    """Supervised tokens of each training that led to it, the last one last; 0 where none are counted."""
     earlier: Sequence[Mapping[str, Any]] = ()
     """Recipes of the trainings before."""
     warnings: Sequence[str] = ()
@@ -183,7 +183,9 @@ def _training(student: Student) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in student.machine.get("versions", {}).items())
     names = ", ".join(f"`training/recipe-{number}.yaml`" for number in range(1, len(student.earlier) + 1))
     before = f"Before it, in this order: {names}. " if names else ""
-    seen = f"It saw {student.tokens:,} supervised tokens. " if student.tokens else ""
+    whole, last = sum(student.tokens), student.tokens[-1] if student.tokens else 0
+    share = f", {last:,} of them in the last training" if last != whole else ""
+    seen = f"It saw {whole:,} supervised tokens{share}. " if whole else ""
     return f"{before}{seen}Versions: {versions or 'not recorded'}."
 
 

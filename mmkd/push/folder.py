@@ -153,7 +153,8 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], wishes: W
             f"{place} is an adapter of {model.path}, a folder here that nobody else has. Merge them (PEFT's "
             "merge_and_unload) and push the whole, or train it on a Hub id."
         )
-    keys, trainings = record["keys"], trainings_of(record)
+    keys, past = record["keys"], trainings_of(record, place)
+    trainings = [one.record for one in past]
     bases = [model.path] if model.adapter else bases_of(trainings[0]["keys"])
     published = list(wishes.base_model)
     if len(published) not in (0, len(bases)):
@@ -165,7 +166,6 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], wishes: W
         **dict(zip(bases, published, strict=False)),
     }
     stated = {source.license for source in base}
-    log = _log_of(place)
     data = Path(str(keys["data"]))
     recipe = {**portable(keys, ids), **({"data": f"training/{data.name}"} if data.is_file() else {})}
     return Student(
@@ -186,7 +186,7 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], wishes: W
         held_out_id=evaluated[0] if len(evaluated) == 1 else None,
         comparison=None,
         machine=record.get("machine", {}),
-        tokens=next((entry["supervised_tokens"] for entry in reversed(log) if "supervised_tokens" in entry), None),
+        tokens=[one.tokens for one in past],
         earlier=[portable(one["keys"], ids) for one in trainings[:-1]],
     )
 

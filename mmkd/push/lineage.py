@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,58 @@ from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
 from mmkd.cards.licences import Source
-from mmkd.report.runs import record_of, with_parts
+from mmkd.report.runs import RECORD, parts_of, read_json, record_of, stages_of, tokens_of, with_parts
 
 
-def trainings_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The records of all runs on this machine that led to a student, such as its stages, the first one first."""
-    keys = record["keys"]
-    starts_anew = keys.get("student_init") == "random"
-    start = None if starts_anew else keys.get("student") or keys.get("teacher")
-    earlier = record_of(Path(str(start))) if start and Path(str(start)).is_dir() else None
-    return [*(trainings_of(earlier) if earlier else []), record]
+@dataclass(frozen=True)
+class Training:
+    """A training on this machine that led to a student."""
+
+    record: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def tokens(self) -> int:
+        """Supervised tokens it saw, in all of its rounds."""
+        return tokens_of(parts_of(self.folder)) or 0
+
+
+def trainings_of(record: Mapping[str, Any], place: Path) -> list[Training]:
+    """All trainings on this machine that led to a student, such as its stages, the first one first.
+
+    `record` is that of the last one, `place` the folder of its weights.
+    """
+    earlier = _start_of(record["keys"], place.parent if place.name.startswith("checkpoint-") else place)
+    before = None if earlier is None else training_in(earlier)
+    return [*(trainings_of(before.record, before.folder) if before else []), Training(record, place)]
+
+
+def training_in(folder: Path) -> Training | None:
+    """The training whose student lies in a folder: of a run, its last stage, or a checkpoint; None without one."""
+    for place in (folder, *reversed(stages_of(folder))):
+        # A checkpoint's record is that of its run.
+        of = place.parent if place.name.startswith("checkpoint-") else place
+        if record := read_json(of / RECORD):
+            return Training(record, place)
+    record = record_of(folder)
+    return Training(record, folder) if record else None
+
+
+def _start_of(keys: Mapping[str, Any], folder: Path) -> Path | None:
+    """The folder that the training in a folder took its student from; None for a Hub id or random weights."""
+    start = keys.get("student") or keys.get("teacher")
+    if keys.get("student_init") == "random" or not start:
+        return None
+    before = Path(str(start))
+    # Stages lie side by side, wherever their run has been moved since and from wherever it is looked at.
+    beside = folder.parent / before.name
+    if _is_stage(folder) and _is_stage(before) and beside.is_dir():
+        return beside
+    return before if before.is_dir() else None
+
+
+def _is_stage(folder: Path) -> bool:
+    return re.fullmatch(r"\d+-\w+", folder.name) is not None
 
 
 def bases_of(first: Mapping[str, Any]) -> list[str]:
@@ -53,7 +96,7 @@ def source_of(name: str, published: str | None = None) -> Source:
 
 def _name_of(folder: Path) -> str:
     """A folder's name; a stage goes by the name of its run."""
-    return folder.parent.name if re.fullmatch(r"\d+-\w+", folder.name) else folder.name
+    return folder.parent.name if _is_stage(folder) else folder.name
 
 
 def data_sources(trainings: Sequence[Mapping[str, Any]]) -> list[Source]:

@@ -19,7 +19,7 @@ from mmkd.eval.tables import markdown, tables
 from mmkd.files import write_file
 
 from .curves import draw
-from .runs import RunFiles, read_run, with_parts
+from .runs import RunFiles, read_run, tokens_of, with_parts
 from .samples import samples_of
 
 HTML, MARKDOWN, FIGURES = "report.html", "report.md", "report-figures"
@@ -79,6 +79,7 @@ def write_report(folder: Path, output: Path | None = None, comparison: Path | No
 def page_facts(run: RunFiles) -> dict[str, Any]:
     """What the templates show."""
     record = run.record
+    records = run.stages or ({"": record} if record else {})
     figures = [
         {
             "name": one.name,
@@ -89,21 +90,47 @@ def page_facts(run: RunFiles) -> dict[str, Any]:
         }
         for one in draw(run)
     ]
-    started = f"started on {record['started']}" if record else "its beginning is not recorded"
+    methods = ", ".join(dict.fromkeys(one["method"] for one in records.values() if "method" in one))
     return {
-        "title": f"{record.get('method', 'Report of')} {run.folder.name}",
+        "title": f"{methods or 'Report of'} {run.folder.name}",
         "state": run.state,
         "written": datetime.now(UTC).isoformat(" ", "seconds"),
         "version": __version__,
         "warnings": _warnings(run),
         "sections": [one for one in _sections(run) if one.tables or one.note],
-        "closing": [Section("Data", _data(run.record)), Section("Versions", _versions(run))],
+        "closing": [Section("Data", _data(records)), Section("Versions", _versions(run))],
         "figures": figures,
         "folder": FIGURES,
         "samples": samples_of(run),
-        "recipe": yaml.safe_dump(record["keys"], sort_keys=False, allow_unicode=True) if record else "",
-        "recipe_note": f"{record.get('recipe', '')} with its flags, {started}.",
+        "recipes": [_recipe(name, one) for name, one in records.items() if "keys" in one],
     }
+
+
+def _recipe(stage: str, record: Mapping[str, Any]) -> dict[str, str]:
+    """A recipe as it was run, and where it comes from."""
+    note = f"{record.get('recipe', '')} with its flags, started on {record['started']}."
+    keys = yaml.safe_dump(record["keys"], sort_keys=False, allow_unicode=True)
+    return {"note": f"Stage {stage}: {note}" if stage else note, "keys": keys}
+
+
+def _training(run: RunFiles) -> list[Table]:
+    """What each training has seen, of a run in stages or rounds all of them together too."""
+    tables = []
+    for name, parts in run.lines.items():
+        lines = [_counts(part.name, part.steps, part.tokens, part.seconds) for part in parts if part.log]
+        if len(lines) > 1:
+            seconds = [part.seconds for part in parts if part.seconds is not None]
+            steps = sum(part.steps for part in parts)
+            lines.append(_counts("all", steps, tokens_of(parts), sum(seconds) if seconds else None))
+        if lines:
+            title = name if len(run.lines) > 1 else ""
+            tables.append(Table(title, ["training", "steps", "supervised tokens", "hours"], lines))
+    return tables
+
+
+def _counts(name: str, steps: int, tokens: int | None, seconds: float | None) -> list[str]:
+    hours = "" if seconds is None else f"{seconds / 3600:.3g}"
+    return [name, f"{steps:,}", "" if tokens is None else f"{tokens:,}", hours]
 
 
 def _sections(run: RunFiles) -> list[Section]:
@@ -112,6 +139,7 @@ def _sections(run: RunFiles) -> list[Section]:
         page = markdown(run.comparison).strip()
         cells = [Table(*one) for one in tables(run.comparison)]
         found.append(Section("Comparison", cells, page.rpartition("\n\n")[2]))
+    found.append(Section("Training", _training(run)))
     found += [Section("Benchmarks", _benchmarks(run.results)), Section("Measurements", _measures(run.results))]
     return found
 
@@ -173,12 +201,12 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value or "")
 
 
-def _data(record: Mapping[str, Any]) -> list[Table]:
-    if "data" not in record:
-        return []
-    lines = [[one["name"], one["license"] or "not stated", one["source"] or one["homepage"] or ""] for one in
-             with_parts(record["data"])]  # fmt: skip
-    return [Table("", ["data recipe", "licence", "source"], lines)]
+def _data(records: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """The data of all stages, each once."""
+    facts = [one for record in records.values() if "data" in record for one in with_parts(record["data"])]
+    lines = [[one["name"], one["license"] or "not stated", one["source"] or one["homepage"] or ""] for one in facts]
+    unique = [list(line) for line in dict.fromkeys(map(tuple, lines))]
+    return [Table("", ["data recipe", "licence", "source"], unique)] if unique else []
 
 
 def _versions(run: RunFiles) -> list[Table]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,16 @@ class Part:
         return max((int(entry["step"]) for entry in self.log if "step" in entry), default=0)
 
     @property
+    def tokens(self) -> int | None:
+        """Supervised tokens it has seen, over all sessions; None where nothing counts them, as for classes."""
+        return next((int(one["supervised_tokens"]) for one in reversed(self.log) if "supervised_tokens" in one), None)
+
+    @property
+    def seconds(self) -> float | None:
+        """What its steps took, over all sessions."""
+        return next((one["training_seconds"] for one in reversed(self.log) if "training_seconds" in one), None)
+
+    @property
     def planned(self) -> int | None:
         """How many steps there will be, where that is known."""
         return next((entry["max_steps"] for entry in reversed(self.log) if "max_steps" in entry), None)
@@ -43,6 +53,8 @@ class RunFiles:
     record: dict[str, Any]
     results: dict[str, dict[str, Any]]
     """Name of a model -> its results.json."""
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of a run in stages, the name of each -> its record."""
     comparison: dict[str, Any] | None = None
     rounds: Log = field(default_factory=list)
     choice: dict[str, Any] | None = None
@@ -106,6 +118,7 @@ def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:
         lines,
         record,
         results,
+        {path.name: own for path in stages_of(folder) if (own := record_of(path))},
         found,
         rounds,
         choices[-1] if choices else None,
@@ -124,6 +137,12 @@ def parts_of(folder: Path, prefix: str = "") -> list[Part]:
         trained = [(path, inner) for path in sorted(rounds, key=_number) for inner in _trained(path)]
         return [Part(f"{prefix}{path.name}", inner, read_log(inner)) for path, inner in trained]
     return [Part(prefix.strip() or folder.name, folder, read_log(folder))]
+
+
+def tokens_of(parts: Sequence[Part]) -> int | None:
+    """Supervised tokens of trainings together; None where none of them counts any."""
+    counted = [part.tokens for part in parts if part.tokens is not None]
+    return sum(counted) if counted else None
 
 
 def stages_of(folder: Path) -> list[Path]:

@@ -20,6 +20,8 @@ from mmkd.cli import main
 from mmkd.eval.model import find_model
 from mmkd.eval.results import Results
 from mmkd.models.load import load_model
+from mmkd.push.lineage import trainings_of
+from mmkd.report.runs import read_log
 from scripts.make_tiny_models import sentences
 from tests.classes import pixels, vit
 from tests.helpers import environment
@@ -355,6 +357,13 @@ def test_the_lineage_of_stages(workplace, run, tmp_path, capsys):
     assert "`training/recipe-1.yaml`" in card.text
     assert yaml.safe_load((folder / "training/recipe-1.yaml").read_text())["student"] == "org/base"
     assert "share-alike" in capsys.readouterr().err
+    seen = next(one["supervised_tokens"] for one in reversed(read_log(last)) if "supervised_tokens" in one)
+    assert f"It saw {2 * seen:,} supervised tokens, {seen:,} of them in the last training." in card.text
+    shutil.rmtree(folder)
+    # Moved, and looked at from elsewhere: its stages are still those beside each other.
+    moved = Path(shutil.move(root, tmp_path / "moved"))
+    assert f"It saw {2 * seen:,} supervised tokens" in dry_run(moved)[0].text
+    shutil.move(moved, root)
     (root / "2-SFT/model.safetensors").unlink()
     (root / "2-SFT/config.json").unlink()
     assert "is not finished" in refused(capsys, str(root), "--repo", "user/x")
@@ -445,3 +454,20 @@ def test_what_training_publishes_has_the_card_of_push(hub, client, workplace):
     assert pushed <= {*repo.files}
     assert repo.files["README.md"] == (output / "push/README.md").read_bytes()
     assert b"On held-out rows of `words`" in repo.files["README.md"]
+
+
+def test_the_tokens_of_a_checkpoint_that_a_run_began_with(run, tmp_path):
+    """And of all rounds of a loop, which count each for itself."""
+    entry = {"loss": 1.0, "step": 1}
+    (run / "checkpoint-1").mkdir()
+    state = {"max_steps": 2, "log_history": [{**entry, "supervised_tokens": 7}, {"eval_loss": 1.0, "step": 1}]}
+    (run / "checkpoint-1/trainer_state.json").write_text(json.dumps(state))
+    record = json.loads((run / "run.json").read_text())
+    keys = {**record["keys"], "student": str(run / "checkpoint-1"), "method": "comd"}
+    for number in range(2):
+        inner = tmp_path / f"loop/round-{number}/student"
+        inner.mkdir(parents=True)
+        (inner / "log.jsonl").write_text(json.dumps({**entry, "supervised_tokens": 10}) + "\n")
+    first, last = trainings_of({**record, "keys": keys}, tmp_path / "loop")
+    assert (first.folder, first.tokens, last.tokens) == (run / "checkpoint-1", 7, 20)
+    assert first.record["keys"]["student"] == "student"

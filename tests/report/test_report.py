@@ -228,6 +228,24 @@ def test_stages_follow_one_another(tmp_path):
     assert "2-SFT" in loss.svg.decode()
 
 
+def test_a_report_knows_all_stages(tmp_path):
+    """Recipes, data, licences and tokens of all of them, not of the last one only."""
+    for number, (name, method, data) in enumerate((("1-PT", "kd", "captions"), ("2-SFT", "sft", "questions"))):
+        counts = {"supervised_tokens": 2701 - 1832 * number, "training_seconds": 3600.0}
+        write_lines(tmp_path / name / LOG, [entry(50), entry(100, **counts), {"eval_loss": 1.0, "step": 100}])
+        facts = {"name": data, "license": f"licence-{data}", "source": "org/rows", "homepage": None}
+        times = {"started": "2026-01-02", "finished": "2026-01-03"}
+        keys = {"method": method, "data": data}
+        write_json(
+            tmp_path / name / RECORD, {"method": method, "keys": keys, "recipe": "x.yaml", "data": facts, **times}
+        )
+    for text in (path.read_text() for path in write_report(tmp_path)):
+        for words in ("kd, sft", "licence-captions", "licence-questions", "data: captions", "data: questions"):
+            assert words in text
+    assert "| 1-PT | 100 | 2,701 | 1 |\n| 2-SFT | 100 | 869 | 1 |\n| all | 200 | 3,570 | 2 |" in text
+    assert "Stage 1-PT: x.yaml with its flags, started on 2026-01-02." in text
+
+
 def test_a_line_is_broken_where_a_stage_says_nothing(tmp_path):
     for name in ("1-DPT", "2-SFT", "3-DFT", "4-SFT"):
         silent = name.endswith("SFT")
