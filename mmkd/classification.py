@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from jaxtyping import Bool, Int
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +26,7 @@ from transformers.trainer_utils import set_seed
 from mmkd.data.class_rows import ClassRows
 from mmkd.data.classification import HIDDEN, ClassificationData, ClassificationRecipe, hide_labels, load_classification
 from mmkd.models.dual_head import DualHeadForImageClassification, DualHeadForSequenceClassification
-from mmkd.models.load import load_model
+from mmkd.models.load import computed_dtype, load_model
 from mmkd.run import Run, RunArguments
 from mmkd.teachers.class_logits import (
     ClassLogits,
@@ -201,6 +202,9 @@ def new_student(run: Run, data: ClassificationData) -> Any:
         backbone, loading = AutoConfig.from_pretrained(arguments.student, **hub), {}
     if run.student.attn_implementation is not None and loading:
         loading["attn_implementation"] = run.student.attn_implementation
+    if loading:
+        config = AutoConfig.from_pretrained(backbone, **hub)
+        loading["dtype"] = computed_dtype(loading["dtype"], config, training.device)
     return cls.from_backbone(
         backbone, list(data.class_names), pooling=training.pooling, kd_head=training.kd_head, **loading
     )
@@ -240,7 +244,7 @@ def load_class_teacher(run: Run, data: ClassificationData, rows: ClassRows) -> C
         zero_shot = _zero_shot(run, data)
         return zero_shot if kind == "zero_shot" else _tip_adapter(training, zero_shot, data, rows)
     hub = {"revision": arguments.teacher_revision, "trust_remote_code": training.trust_remote_code}
-    loading = {"dtype": arguments.teacher_dtype, **hub}
+    loading = {"dtype": _teacher_dtype(run), **hub}
     if arguments.teacher_attn_implementation is not None:
         loading["attn_implementation"] = arguments.teacher_attn_implementation
     if kind == "classifier":
@@ -253,6 +257,15 @@ def load_class_teacher(run: Run, data: ClassificationData, rows: ClassRows) -> C
     return QuestionTeacher(model.to(training.device), processor, data.class_names, training.teacher_question)
 
 
+def _teacher_dtype(run: Run) -> str | torch.dtype:
+    """The type that a teacher of transformers is loaded in, one that the run's device multiplies."""
+    arguments = run.arguments
+    assert arguments.teacher is not None
+    hub = {"revision": arguments.teacher_revision, "trust_remote_code": run.training.trust_remote_code}
+    config = AutoConfig.from_pretrained(arguments.teacher, **hub)
+    return computed_dtype(arguments.teacher_dtype, config, run.training.device)
+
+
 def _zero_shot(run: Run, data: ClassificationData) -> ZeroShotTeacher:
     arguments, training = run.arguments, _config(run)
     name = arguments.teacher
@@ -262,7 +275,7 @@ def _zero_shot(run: Run, data: ClassificationData) -> ZeroShotTeacher:
         embedder: Any = OpenClipEmbedder(name, training.device)
     else:
         hub = {"revision": arguments.teacher_revision, "trust_remote_code": training.trust_remote_code}
-        embedder = TransformersEmbedder.load(name, dtype=arguments.teacher_dtype, **hub)
+        embedder = TransformersEmbedder.load(name, dtype=_teacher_dtype(run), **hub)
         embedder.model.to(training.device)
     return ZeroShotTeacher(embedder, data.class_names, data.recipe.prompts, training.normalize_prompt_mean)
 

@@ -22,6 +22,7 @@ from mmkd.keys import KeyParser, set_environment
 from mmkd.models.assemble import prune
 from mmkd.models.llava import assemble_llava, llava_processor
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
+from mmkd.precision import product_dtype, say_float32
 from mmkd.recipes import find_recipe
 from mmkd.record import RunRecord
 from mmkd.run_teacher import absent_teacher, reads_teacher, several_teachers
@@ -229,7 +230,7 @@ def resume_point(training: DistillationConfig) -> str | None:
 
 
 def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
-    arguments, student = run.arguments, run.student
+    arguments, student, device = run.arguments, run.student, run.training.device
     # Before anything random; the Trainer sets it again when it has its model.
     set_seed(run.training.seed)
     quantization = get_quantization_config(student)
@@ -246,7 +247,7 @@ def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
         assert arguments.student is not None
         config = AutoConfig.from_pretrained(arguments.student, **run.hub(student.model_revision))
         attention = {"attn_implementation": student.attn_implementation} if student.attn_implementation else {}
-        return AutoModelForCausalLM.from_config(config, dtype=_dtype(student, torch.float32), **attention)
+        return AutoModelForCausalLM.from_config(config, dtype=_dtype(student, torch.float32, device), **attention)
     if arguments.student_init == "llava":
         assert arguments.student is not None
         assert arguments.student_vision_tower is not None
@@ -254,13 +255,15 @@ def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
             arguments.student_vision_tower,
             arguments.student,
             vision_feature_layer=arguments.student_vision_layer,
-            dtype=_dtype(student, torch.float32),
+            dtype=_dtype(student, torch.float32, device),
             trust_remote_code=run.training.trust_remote_code,
         )
     if arguments.student_init == "pretrained":
         assert arguments.student is not None
-        return load_model(arguments.student, "student", quantization_config=quantization, **settings)
-    source = teacher if arguments.student is None else load_model(arguments.student, "student", **settings)
+        return load_model(arguments.student, "student", device=device, quantization_config=quantization, **settings)
+    source = (
+        teacher if arguments.student is None else load_model(arguments.student, "student", device=device, **settings)
+    )
     assert source is not None
     layers = arguments.student_layers
     pruned: Any = prune(
@@ -271,7 +274,7 @@ def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
     )
     if student.attn_implementation is not None:
         pruned.set_attn_implementation(student.attn_implementation)
-    return pruned.to(_dtype(student, source.dtype))
+    return pruned.to(_dtype(student, source.dtype, device))
 
 
 def _value(word: str) -> Any:
@@ -282,11 +285,13 @@ def _value(word: str) -> Any:
     return {"true": True, "false": False, "none": None, "null": None}.get(word.lower(), word)
 
 
-def _dtype(student: StudentArguments, source: torch.dtype) -> torch.dtype:
-    """The type of a student that is made here: that of its source for auto."""
-    if student.dtype == "auto":
-        return source
-    return getattr(torch, student.dtype or "float32")
+def _dtype(student: StudentArguments, source: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type of a student that is made here: that of its source for auto, and one that the device multiplies."""
+    wanted = source if student.dtype == "auto" else getattr(torch, student.dtype or "float32")
+    computed = product_dtype(wanted, device)
+    if computed != wanted:
+        say_float32()
+    return computed
 
 
 def method_of(keys: Mapping[str, Any], flags: Sequence[str]) -> str:

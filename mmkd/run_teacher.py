@@ -14,6 +14,7 @@ from mmkd.arguments import Run, RunArguments
 from mmkd.data.recipe import DataRecipe
 from mmkd.hub import local_cache
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
+from mmkd.precision import native_dtype
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.identity import is_same_teacher, weights_sha256
 from mmkd.teachers.server import ServerTeacher
@@ -24,21 +25,25 @@ from mmkd.trainers.config import DistillationConfig
 Found = TypeVar("Found")
 
 
-def load_teacher(run: Run, name: str) -> PreTrainedModel:
-    """The teacher's model as the run says. Raises ValueError when it cannot be loaded."""
-    arguments = run.arguments
+def load_teacher(run: Run, name: str, dtype: str | None = None) -> PreTrainedModel:
+    """The teacher's model as the run says, in a type that the run's device multiplies, or in the given one.
+
+    Raises ValueError when it cannot be loaded.
+    """
+    arguments, device = run.arguments, run.training.device
     quantization = None
     if arguments.teacher_load_in_4bit or arguments.teacher_load_in_8bit:
         quantization = BitsAndBytesConfig(
             load_in_4bit=arguments.teacher_load_in_4bit,
             load_in_8bit=arguments.teacher_load_in_8bit,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=native_dtype(device),
         )
     return load_model(
         name,
         "teacher",
-        dtype=arguments.teacher_dtype,
+        device=device if dtype is None else None,
+        dtype=dtype or arguments.teacher_dtype,
         attn_implementation=arguments.teacher_attn_implementation,
         quantization_config=quantization,
         **run.hub(arguments.teacher_revision),
@@ -130,8 +135,9 @@ def check_cache(run: Run, cache: Cache) -> None:
 
 def _check_dtype(wanted: str, cache: Cache) -> None:
     found = cache.manifest.identity["teacher"]["dtype"]
-    # A server does not say in which type it computes; auto asks for nothing.
-    if wanted != "auto" and found is not None and getattr(torch, wanted, wanted) != getattr(torch, found, found):
+    # A server does not say in which type it computes; auto asks for nothing. float32 is what a CPU that only emulates
+    # half types computes of a recipe that asks for them.
+    if wanted != "auto" and found not in (None, "float32") and getattr(torch, wanted, wanted) != getattr(torch, found):
         raise ValueError(
             f"The cache {cache.folder} was computed by a teacher in {found}, the recipe's teacher_dtype is {wanted}. "
             f"Set teacher_dtype: {found} (or auto), or build a cache with teacher_dtype: {wanted} in another folder."

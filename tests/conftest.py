@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and data that many tests share."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,14 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from mmkd.precision import NATIVE_BF16
 from mmkd.trainers.base import DistillationTrainer
 from mmkd.trainers.config import DistillationConfig
 from scripts.make_tiny_models import make_tiny_models, make_tokenizer, sentences
 from tests.helpers import Build
+
+# What asks for bf16 gets it, so that a test means the same on every CPU; tests/test_precision.py sets it otherwise.
+os.environ[NATIVE_BF16] = "1"
 
 
 @pytest.fixture(scope="session")

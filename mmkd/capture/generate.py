@@ -174,7 +174,7 @@ class GeneratePlan(Plan):
         if settings.teacher_server is not None:
             return ServerGenerator(client_of(self.run, self.processing_class), self.run)
         assert settings.teacher is not None
-        return LocalGenerator(load_teacher(self.run, settings.teacher), self.processing_class, self.run)
+        return LocalGenerator(load_teacher(self.run, settings.teacher, self.dtype), self.processing_class, self.run)
 
     def files(self) -> dict[str, bytes]:
         return {DATA_RECIPE: yaml.safe_dump(self._recipe(), sort_keys=False).encode()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict, Features
 from transformers import AutoConfig
 
@@ -19,6 +20,7 @@ from mmkd.data.filters import row_key
 from mmkd.data.recipe import DataRecipe
 from mmkd.hub import is_hub_id
 from mmkd.models.load import tokenizer_of
+from mmkd.precision import name_of_dtype, product_dtype, say_float32
 from mmkd.run import (
     Run,
     load_rows_of,
@@ -52,7 +54,7 @@ class ShardResult:
 
 @dataclass
 class Plan(ABC):
-    """A build before it starts; the same recipe gives the same plan on every machine."""
+    """A build before it starts; a recipe gives the same plan on all machines that compute in the same type."""
 
     run: Run
     folder: Path
@@ -70,6 +72,12 @@ class Plan(ABC):
     @property
     def arguments(self) -> CacheArguments:
         return self.run.cache
+
+    @property
+    def dtype(self) -> str:
+        """The type that a local teacher is loaded in wherever a shard is computed: the one that is recorded."""
+        recorded = self.manifest.identity["teacher"]["dtype"]
+        return "float32" if recorded == "float32" else self.run.arguments.teacher_dtype
 
     def refuse(self, skipped: dict[int, Skipped], split: str) -> None:
         """Raises ValueError for rows that would have to be left out when that was not asked for."""
@@ -96,7 +104,7 @@ class ScorePlan(Plan):
         if run.arguments.teacher_server is not None:
             return ServerEngine(client_of(run, self.prepared.processing_class), wanted)
         assert run.arguments.teacher is not None
-        model = load_teacher(run, run.arguments.teacher)
+        model = load_teacher(run, run.arguments.teacher, self.dtype)
         return LocalEngine(model, self.prepared, wanted, self.arguments.cache_batch_tokens)
 
     def files(self) -> dict[str, bytes]:
@@ -270,7 +278,14 @@ def _precision(run: Run, facts: ServerFacts | None) -> dict[str, Any]:
         dtype = _config(run, settings.teacher).dtype
         if dtype is None:
             dtype = saved_dtype(settings.teacher, settings.teacher_revision)
-        dtype = str(dtype).removeprefix("torch.")
+    # Ray's workers have the GPUs that they are given, whatever this machine has.
+    device = "cuda" if run.cache.engine == "ray" and run.cache.cache_worker_gpus else run.training.device
+    # What is recorded is what is computed; a wrong name is told where the teacher is loaded.
+    known = getattr(torch, name_of_dtype(dtype), None)
+    if isinstance(known, torch.dtype) and product_dtype(known, device) != known:
+        say_float32()
+        dtype = product_dtype(known, device)
+    dtype = name_of_dtype(dtype)
     quantization = "nf4" if settings.teacher_load_in_4bit else "int8" if settings.teacher_load_in_8bit else None
     return {"backend": "transformers", "dtype": dtype, "quantization": quantization}
 

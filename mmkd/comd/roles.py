@@ -4,8 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from mmkd.arguments import Run
-from mmkd.models.load import load_model, load_processing_class
+from mmkd.models.load import computed_dtype, load_model, load_processing_class
+from mmkd.precision import name_of_dtype
 from mmkd.run_teacher import load_teacher, teacher_identity
 from mmkd.teachers.identity import weights_sha256
 from mmkd.trainers.comd import CoMDConfig
@@ -105,7 +108,9 @@ class Roles:
         name = arguments.teacher
         assert name is not None
         facts = teacher_identity(self.run)
-        how: dict[str, Any] = {"dtype": arguments.teacher_dtype}
+        config = AutoConfig.from_pretrained(name, **self.run.hub(arguments.teacher_revision))
+        dtype = computed_dtype(arguments.teacher_dtype, config, self.training.device)
+        how: dict[str, Any] = {"dtype": name_of_dtype(dtype)}
         how |= {"quantised": 4 if arguments.teacher_load_in_4bit else 8 if arguments.teacher_load_in_8bit else None}
         return self._local(
             "The teacher", name, {"weights": facts["weights"], **how}, lambda: load_teacher(self.run, name)
@@ -130,7 +135,8 @@ class Roles:
         self, title: str, name: str, identity: Mapping[str, Any], load: Callable[[], Any] | None = None
     ) -> LocalEngine:
         hub = self.run.hub(self.run.arguments.teacher_revision if title == "The teacher" else None)
-        make = load or (lambda: load_model(name, title.split()[-1], trust_remote_code=hub["trust_remote_code"]))
+        where = {"device": self.training.device, "trust_remote_code": hub["trust_remote_code"]}
+        make = load or (lambda: load_model(name, title.split()[-1], **where))
         return LocalEngine(
             f"{title} {name!r}",
             identity,

@@ -394,7 +394,7 @@ class Loop:
     def _first_student(self) -> tuple[Any, Any]:
         """The student of round 0: pictures look alike to it in the same way in all rounds."""
         folder = str(self._round(0) / recipes.STUDENT)
-        return load_model(folder), load_processing_class(folder)
+        return load_model(folder, device=self.training.device), load_processing_class(folder)
 
 
 def _build_cache(recipe: Path, flags: Sequence[str]) -> None:

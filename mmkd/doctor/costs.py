@@ -23,6 +23,7 @@ from trl.trainer.utils import get_peft_config
 from mmkd.dry_run import at_a_time, estimate_memory, logits_of
 from mmkd.hub import is_hub_id
 from mmkd.models.assemble import prune
+from mmkd.precision import product_dtype
 from mmkd.run import Run, own_rows_of
 from mmkd.teachers.manifest import NAME
 
@@ -42,12 +43,16 @@ Loaded = Sequence[tuple[Run, Side]]
 """The teachers that are loaded to train, each with the run of it alone."""
 
 
-def empty_student(run: Run, student: Side) -> PreTrainedModel:
-    """The student without weights, cut as the recipe asks. Raises ValueError for sizes that cannot be."""
+def empty_student(run: Run, student: Side, device: str | torch.device | None = None) -> PreTrainedModel:
+    """The student without weights, cut as the recipe asks, in the type that it has on `device` (the run's own).
+
+    Raises ValueError for sizes that cannot be.
+    """
     arguments = run.arguments
+    device = device or run.training.device
     # A student with fresh weights has the type of no file.
     saved = None if arguments.student_init == "random" else student.config.dtype
-    model = _empty(student.config, _dtype(run.student.dtype, saved), run)
+    model = _empty(student.config, _dtype(run.student.dtype, saved, device), run)
     if arguments.student_init != "prune":
         return model
     layers = arguments.student_layers
@@ -123,10 +128,11 @@ def weight_bytes(model: nn.Module, base: PreTrainedModel, bits: int | None) -> f
     )
 
 
-def empty_teacher(run: Run, teacher: Side) -> tuple[PreTrainedModel, float]:
-    """The teacher without weights, and the bytes that they take once they are loaded."""
+def empty_teacher(run: Run, teacher: Side, device: str | torch.device | None = None) -> tuple[PreTrainedModel, float]:
+    """The teacher without weights, and the bytes that they take once they are loaded on `device` (the run's own)."""
     arguments, folder = run.arguments, Path(teacher.name)
-    model = _empty(teacher.config, _dtype(arguments.teacher_dtype, teacher.config.dtype), run)
+    device = device or run.training.device
+    model = _empty(teacher.config, _dtype(arguments.teacher_dtype, teacher.config.dtype, device), run)
     if "quantization_config" in teacher.config.to_dict() and folder.is_dir():
         return model, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     bits = bits_of(arguments.teacher_load_in_4bit, arguments.teacher_load_in_8bit)
@@ -215,7 +221,8 @@ def bits_of(in_4bit: bool, in_8bit: bool) -> int | None:
     return 4 if in_4bit else 8 if in_8bit else None
 
 
-def _dtype(name: str | None, saved: str | torch.dtype | None) -> torch.dtype:
-    """The type that a recipe names, that of the files for auto."""
+def _dtype(name: str | None, saved: str | torch.dtype | None, device: str | torch.device) -> torch.dtype:
+    """The type that a recipe names, that of the files for auto, as it is computed on a device."""
     dtype = saved if name == "auto" else name
-    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")
+    wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")
+    return product_dtype(wanted, device)

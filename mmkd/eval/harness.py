@@ -89,9 +89,13 @@ class Harness:
         fewshot = suite_task.num_fewshot if settings.num_fewshot is None else settings.num_fewshot
         seed = settings.seed
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+        model_type, dtype = self._model_type(task), settings.dtype
+        if model_type.startswith("hf"):
+            # lm-eval loads the model itself, and on a CPU computes in whatever type that has.
+            dtype = self.model.computed_dtype(dtype, device_of(settings))
         return {
-            "model": self._model_type(task),
-            "model_args": {"dtype": settings.dtype, **settings.model_args},
+            "model": model_type,
+            "model_args": {"dtype": dtype, **settings.model_args},
             "batch_size": settings.batch_size,
             "num_fewshot": fewshot,
             "limit": settings.limit,

@@ -4,7 +4,7 @@ import importlib.util
 from importlib.metadata import version
 from typing import Any
 
-from .harness import Settings, numbers_of
+from .harness import Settings, device_of, numbers_of
 from .model import EvalModel
 from .results import key_of
 from .suites import SuiteTask
@@ -49,7 +49,8 @@ def lmms_settings(model: EvalModel, settings: Settings) -> dict[str, Any]:
             f"{model.name} is a {kind}, for which mmkd knows no model of lmms-eval: name it with "
             "--model_args lmms_model=NAME (`python -m lmms_eval --help` tells how to list them)."
         )
-    path = {"pretrained": model.path, **({"dtype": settings.dtype} if settings.dtype != "auto" else {})}
+    dtype = model.computed_dtype(settings.dtype, device_of(settings))
+    path = {"pretrained": model.path, **({"dtype": dtype} if dtype != "auto" else {})}
     return {
         "model": name,
         "model_args": {**path, **arguments},

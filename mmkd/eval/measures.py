@@ -70,10 +70,13 @@ def measure(
     results = Results(output or model.results_folder, model.name, model.weights)
     taking = Taking(model, teacher, rows, held, settings)
     found: dict[str, dict[str, Any]] = {}
+    device = device_of(settings)
+    types = [side.computed_dtype(settings.dtype, device) for side in taking.sides.values()]
     for name in chosen:
         told = {
-            "device": device_of(settings),
-            "dtype": settings.dtype,
+            "device": device,
+            # Of both sides, where the CPU emulates the type of one of them.
+            "dtype": types[0] if len(set(types)) == 1 else types,
             # Of no consequence to what is not measured on rows.
             "held": None if held is None or name == "cost" else vars(held),
             "teacher": None if teacher is None else {"name": teacher.name, "weights": teacher.weights},

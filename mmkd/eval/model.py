@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import AutoConfig
 
 from mmkd.models.ensemble import load_ensemble
-from mmkd.models.load import load_model, load_processing_class, tokenizer_of
+from mmkd.models.load import computed_dtype, load_model, load_processing_class, tokenizer_of
+from mmkd.precision import name_of_dtype
 from mmkd.run import last_checkpoint
 from mmkd.teachers.identity import weights_sha256
 
@@ -64,12 +66,19 @@ class EvalModel:
             parts.append(hashlib.sha256(words.encode()).hexdigest())
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
+    def computed_dtype(self, dtype: str, device: str) -> str:
+        """`dtype`, or float32 where it stands for a half type that the CPU only emulates: results are kept by it."""
+        names = [member.path for member in self.members] or [self.path]
+        configs = (AutoConfig.from_pretrained(name, **self.hub) for name in names)
+        found = [name_of_dtype(computed_dtype(dtype, config, device)) for config in configs]
+        return "float32" if "float32" in found else dtype
+
     def load(self, dtype: str = "auto", device: str = "cpu") -> Any:
-        """The model itself, ready to be asked."""
+        """The model itself, ready to be asked, in a type that the device multiplies."""
         if self.members:
-            loaded: Any = load_ensemble([member.path for member in self.members], dtype=dtype)
+            loaded: Any = load_ensemble([member.path for member in self.members], dtype=dtype, device=device)
         else:
-            loaded = load_model(self.path, dtype=dtype, **self.hub)
+            loaded = load_model(self.path, dtype=dtype, device=device, **self.hub)
         if self.adapter:
             loaded = PeftModel.from_pretrained(loaded, self.adapter).merge_and_unload()  # pyright: ignore
         return loaded.to(device).eval()

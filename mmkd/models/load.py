@@ -17,14 +17,19 @@ from transformers import (
     ProcessorMixin,
 )
 
+from mmkd.precision import product_dtype, say_float32
+
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
-def load_model(name: str, role: str = "model", **kwargs: Any) -> PreTrainedModel:
+def load_model(
+    name: str, role: str = "model", *, device: str | torch.device | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """The causal LM or VLM of a Hub id or a local folder, from safetensors; `kwargs` go to `from_pretrained`.
 
-    `dtype` may be a name such as "bfloat16"; `trust_remote_code` is off unless passed. `role` names the model in
-    errors. Raises ValueError when nothing loadable is there.
+    `dtype` may be a name such as "bfloat16"; `trust_remote_code` is off unless passed. A model that is to compute on
+    `device` comes in a type that the device multiplies (`mmkd.precision`). `role` names the model in errors. Raises
+    ValueError when nothing loadable is there.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] != "auto":
@@ -34,6 +39,10 @@ def load_model(name: str, role: str = "model", **kwargs: Any) -> PreTrainedModel
         config = AutoConfig.from_pretrained(name, **hub)
         vision = hasattr(config, "vision_config")
         auto_class: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        # Quantised weights have no type to choose.
+        chosen = device if "quantization_config" not in kwargs and not hasattr(config, "quantization_config") else None
+        if chosen is not None:
+            kwargs["dtype"] = computed_dtype(kwargs.get("dtype", "auto"), config, chosen)
         model, info = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **kwargs)
     except _UNREADABLE as error:
         raise ValueError(f"The {role} {name!r} cannot be loaded: {_hint(name)} ({_first_line(error)})") from error
@@ -43,7 +52,26 @@ def load_model(name: str, role: str = "model", **kwargs: Any) -> PreTrainedModel
             f"The {role} {name!r} lacks {len(missing)} of the weights that its config promises ({missing[0]}, ...); "
             "they would be random. Its weight files are incomplete, or its config belongs to another model."
         )
+    if chosen is not None and product_dtype(model.dtype, chosen) != model.dtype:
+        # The config names no type, so that only the weights told which one it is.
+        say_float32()
+        model.float()
     return model
+
+
+def computed_dtype(
+    wanted: str | torch.dtype, config: PreTrainedConfig, device: str | torch.device
+) -> str | torch.dtype:
+    """`wanted`, or float32 where the type that it stands for is one that the device's CPU only emulates.
+
+    auto stands for the config's type. The change is said once.
+    """
+    saved = config.dtype if wanted == "auto" else wanted
+    dtype = getattr(torch, saved) if isinstance(saved, str) else saved
+    if dtype is None or product_dtype(dtype, device) == dtype:
+        return wanted
+    say_float32()
+    return torch.float32
 
 
 def load_processing_class(name: str, role: str = "model", **kwargs: Any) -> PreTrainedTokenizerBase | ProcessorMixin:

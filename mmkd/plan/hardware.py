@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mmkd.doctor.costs import device_memory
+from mmkd.precision import native_dtype
 
 GIB = 1 << 30
 USABLE = 0.92
@@ -23,13 +24,14 @@ class Device:
     memory: float
     """Bytes."""
     flops: float
-    """Of dense bf16 products per second, as the data sheet says or as measured."""
+    """Of dense products in `dtype` per second, as the data sheet says or as measured."""
     link: float
     """Bytes per second between devices of one machine, in one direction."""
     utilisation: float
     """Share of `flops` that a training step reaches."""
     kind: str = "cuda"
     """As torch names it."""
+    dtype: str = "bf16"
 
 
 # Share of a data sheet's FLOPs that well-set-up training of transformers reaches, by many reports 0.3 to 0.5.
@@ -77,14 +79,16 @@ def choose_device(name: str | None, memory: float | None, utilisation: float | N
 
 
 def this_device() -> Device:
-    """The device that would train here, with the bf16 FLOPs that products of matrices reach on it now."""
+    """The device that would train here, with the FLOPs that products reach on it now, in bf16 if it has that."""
     name, memory = device_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Wide enough for the device to reach its speed, and far from its memory.
+    dtype = native_dtype(device)
     size = 8192 if device == "cuda" else 1024
-    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     seconds = min(_product_seconds(left, right) for _ in range(10))
-    return Device(name, memory, 2 * size**3 / seconds, 10e9, _USUAL, device)
+    short = "bf16" if dtype == torch.bfloat16 else "fp32"
+    return Device(name, memory, 2 * size**3 / seconds, 10e9, _USUAL, device, short)
 
 
 def _product_seconds(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -15,6 +15,7 @@ from mmkd.dry_run import at_a_time, logits_of, optimizer_bytes
 from mmkd.models.backbone import base_of
 from mmkd.models.parts import train_only
 from mmkd.run import Run
+from mmkd.trainers.config import DistillationConfig
 
 from .count import Passes, count_passes
 from .hardware import Device
@@ -132,7 +133,7 @@ def seconds_of(work: Work, strategy: str, devices: int, accumulation: int, devic
 def count_work(run: Run, student: Side, teacher: Model | None, shape: Shape, device_type: str = "cuda") -> Work:
     """Counts a recipe's micro-batch. `teacher` is None when it does not run in the training process."""
     args = run.training
-    base = costs.empty_student(run, student)
+    base = costs.empty_student(run, student, device_type)
     model: Any = base
     if args.trainable is not None:
         train_only(base, args.trainable)
@@ -143,16 +144,21 @@ def count_work(run: Run, student: Side, teacher: Model | None, shape: Shape, dev
     head = base.get_output_embeddings()
     assert head is not None
     head_bytes = float(head.weight.numel() * head.weight.element_size()) if head.weight.requires_grad else 0.0
-    bf16, checkpointing = bool(args.bf16), bool(args.activation_checkpointing)
+    bf16, checkpointing = uses_bf16(args, device_type), bool(args.activation_checkpointing)
     ours = facts_of(model, stored, shape, bf16, train=True)
     logits = logits_of(args, ours.vocabulary, 0 if teacher is None else teacher.chunks, device_type)
     return Work(shape, ours, teacher, logits, head_bytes, optimizer_bytes(args), checkpointing)
 
 
-def count_teacher(run: Run, teacher: Side, shape: Shape) -> Model:
+def count_teacher(run: Run, teacher: Side, shape: Shape, device_type: str = "cuda") -> Model:
     """The teacher's part of a micro-batch: a forward pass over the same rows."""
-    empty, stored = costs.empty_teacher(run, teacher)
-    return facts_of(empty, stored, shape, bool(run.training.bf16), train=False)
+    empty, stored = costs.empty_teacher(run, teacher, device_type)
+    return facts_of(empty, stored, shape, uses_bf16(run.training, device_type), train=False)
+
+
+def uses_bf16(args: DistillationConfig, device_type: str) -> bool:
+    """Whether a run is in bf16 on a device of this kind: what the CPU here only emulates an accelerator has."""
+    return bool(args.bf16) or (args.emulated_bf16 and device_type != "cpu")
 
 
 def together(teachers: Sequence[Model], column: str | None) -> Model | None:

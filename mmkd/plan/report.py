@@ -53,7 +53,9 @@ def _plan_one(one: StageRun, device: Device, devices: int, price: float | None, 
     shape = shape_of(run, sample, render(run, student, sample))
     alone = run.by_teacher()
     teachers = {
-        name: count_teacher(one, load_teacher(one), shape) for name, one in alone.items() if one.arguments.teacher
+        name: count_teacher(one, load_teacher(one), shape, device.kind)
+        for name, one in alone.items()
+        if one.arguments.teacher
     }
     loaded = [counted for name, counted in teachers.items() if reads_teacher(alone[name].arguments)]
     work = count_work(run, student, together(loaded, run.arguments.teacher_column), shape, device.kind)
@@ -65,7 +67,7 @@ def _plan_one(one: StageRun, device: Device, devices: int, price: float | None, 
     )
     console.print(_memory_table(work, strategies, devices, device))
     console.print(
-        f"At {device.utilisation:.0%} of {device.flops / 1e12:,.3g} bf16 TFLOPS on each:",
+        f"At {device.utilisation:.0%} of {device.flops / 1e12:,.3g} {device.dtype} TFLOPS on each:",
         highlight=False,
     )
     console.print(_time_table(run, sample, work, strategies, devices, device, price))

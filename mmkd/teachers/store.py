@@ -24,6 +24,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
 from mmkd.files import write_file
+from mmkd.precision import NATIVE_BF16
 
 from .codec import Codec, TokenOrder, TokenScores
 from .identity import file_sha256
@@ -98,8 +99,7 @@ class CacheWriter:
             ]
             if different:
                 raise ValueError(
-                    f"{self.folder} holds a cache of something else: {'; '.join(different)}. Name another folder, or "
-                    "delete this one."
+                    f"{self.folder} holds a cache of something else: {'; '.join(different)}. {_advice(different)}"
                 )
             self.manifest = found
         for leftover in self.folder.rglob("*.tmp"):
@@ -400,3 +400,13 @@ def _allow_open_files(count: int) -> None:
             "-Hn), or build with a larger cache_shard_rows."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (count + 500, hard))
+
+
+def _advice(different: Sequence[str]) -> str:
+    """What to do about a folder that holds another cache."""
+    if len(different) == 1 and different[0].startswith("teacher.dtype: "):
+        return (
+            "A cache is of one type. Set teacher_dtype to the type it has, or name another folder. Where this CPU "
+            f"only emulates that type, go on on a machine like the first, or set {NATIVE_BF16}=1 to emulate it."
+        )
+    return "Name another folder, or delete this one."

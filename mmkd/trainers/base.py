@@ -25,6 +25,7 @@ from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.models.parts import train_only
 from mmkd.models.restore import renamed_on_disk, restore
 from mmkd.models.sharding import is_sharded
+from mmkd.precision import say_emulated
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.cached import BATCH_KEY, images_of
 from mmkd.teachers.signals import DenseSignal, RoutedSignal, TopKSignal
@@ -130,7 +131,8 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
             model, processing_class = self._load_student(model, args, processing_class, kwargs)
         if processing_class is None:
             processing_class = load_processing_class(name_of(model), "student")
-        check_precision(args)
+        check_precision(args, args.emulated_bf16)
+        say_emulated("student", model.dtype, args.device)
         # Read by `ImageReader`, which can say what is wrong with an image.
         train_dataset, eval_dataset = _unread(train_dataset), _unread(eval_dataset)
         check_training_data(train_dataset, eval_dataset, args, tokenizer_of(processing_class))
@@ -277,7 +279,7 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
         if processing_class is None:
             hub = {key: init.get(key) for key in ("revision", "trust_remote_code")}
             processing_class = load_processing_class(name, "student", **hub)
-        return load_model(name, "student", **init), processing_class
+        return load_model(name, "student", device=args.device, **init), processing_class
 
     def _ask_once(self) -> None:
         """Asks about a row, so that a teacher that cannot answer fails before training."""

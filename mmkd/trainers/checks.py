@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl.data_utils import is_conversational, is_conversational_from_value
 from trl.trainer.sft_config import SFTConfig
+
+from mmkd.precision import cpu_multiplies, say_float32
 
 from .vision import check_no_videos
 
@@ -35,10 +38,28 @@ def take_one_gpu(args: TrainingArguments) -> None:
     args._n_gpu = min(args.n_gpu, 1)
 
 
-def check_precision(args: TrainingArguments) -> None:
-    """Raises ValueError for fp16 on a CPU, where accelerate would train in fp32 and say nothing."""
+def without_emulated_bf16(args: TrainingArguments) -> bool:
+    """Turns bf16 off where the CPU would only emulate it, and returns whether it was on.
+
+    It may come from the recipe, from TRL's default, or from an accelerate config (`mixed_precision`).
+    """
+    asked = args.bf16 or args.bf16_full_eval or args.mixed_precision == "bf16"
+    if not asked or not args.use_cpu or cpu_multiplies(torch.bfloat16):
+        return False
+    args.bf16 = args.bf16_full_eval = False
+    args.mixed_precision = "no"
+    return True
+
+
+def check_precision(args: TrainingArguments, emulated_bf16: bool) -> None:
+    """Says where `without_emulated_bf16` turned bf16 off.
+
+    Raises ValueError for fp16 on a CPU, where accelerate would train in fp32 and say nothing.
+    """
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 trains on a GPU, and this is a CPU. Set bf16: true, or neither of them for fp32.")
+    if emulated_bf16:
+        say_float32()
 
 
 def check_supervision(

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .checks import take_one_gpu
+from .checks import take_one_gpu, without_emulated_bf16
 from .kernels import KERNELS, check_recipe
 from .rollout_config import RolloutConfig
 
@@ -77,6 +77,9 @@ class DistillationConfig(RolloutConfig):
         metadata={"help": "Keyword arguments of from_pretrained for a teacher given by name, such as dtype."},
     )
 
+    emulated_bf16: bool = field(init=False, default=False)
+    """Whether bf16 was asked for and is computed in fp32, since this CPU would only emulate it."""
+
     combinations: ClassVar[tuple[str, ...]] = ("weights",)
     """How the method can combine the terms of its loss."""
 
@@ -90,6 +93,7 @@ class DistillationConfig(RolloutConfig):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         take_one_gpu(self)
+        self.emulated_bf16 = without_emulated_bf16(self)
         if not 0 <= self.ce_weight <= 1:
             raise ValueError(f"ce_weight is {self.ce_weight}; it is a share and must lie between 0 and 1.")
         if self.on_policy_fraction and self.ce_weight:

@@ -85,7 +85,7 @@ class DHOTrainer(PublishingTrainer, ShardedTrainer, CountingTrainer):
             raise ValueError(
                 "DHO needs train_dataset, and the student's image processor or tokenizer as processing_class."
             )
-        check_precision(args)
+        check_precision(args, args.emulated_bf16)
         self.class_names = [model.config.id2label[number] for number in range(model.config.num_labels)]
         train = self._rows(train_dataset, processing_class, args, "train")
         _check_range(train.labels, self.class_names, "train")

@@ -12,7 +12,7 @@ from mmkd.data.class_rows import AUGMENTATIONS
 from mmkd.data.classification import HIDDEN
 from mmkd.losses.dual_head import ALPHAS, BETAS, check_interpolation
 
-from .checks import take_one_gpu
+from .checks import take_one_gpu, without_emulated_bf16
 
 OBJECTIVES = ("dho", "ce", "kd", "single_head")
 TEACHER_KINDS = ("zero_shot", "tip_adapter", "question", "classifier")
@@ -130,6 +130,9 @@ class DHOConfig(TrainingArguments):
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with models on the Hub."})
 
+    emulated_bf16: bool = field(init=False, default=False)
+    """Whether bf16 was asked for and is computed in fp32, since this CPU would only emulate it."""
+
     def __post_init__(self) -> None:
         # transformers wants this said before it allows bf16 on a machine without an accelerator.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -137,6 +140,7 @@ class DHOConfig(TrainingArguments):
         self.remove_unused_columns = False
         super().__post_init__()
         take_one_gpu(self)
+        self.emulated_bf16 = without_emulated_bf16(self)
         for name, choices in (
             ("objective", OBJECTIVES),
             ("kd_head", ("linear", "cosine")),

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.models.backbone import full_head, name_of
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
+from mmkd.precision import say_emulated
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.cached import CacheCollator, CachedTeacher
 from mmkd.teachers.local import LocalTeacher
@@ -89,10 +90,12 @@ class TaughtTrainer(ReportingTrainer):
         given = self.args.teacher_model_init_kwargs or {}
         assert isinstance(given, dict)
         trust = self.args.trust_remote_code
-        return load_model(teacher, "teacher", **{"dtype": "auto", "trust_remote_code": trust, **given})
+        init = {"dtype": "auto", "trust_remote_code": trust, **given}
+        return load_model(teacher, "teacher", device=self.args.device, **init)
 
     def _build_local(self, teacher: str | PreTrainedModel, processing_class: Any) -> LocalTeacher:
         model = self.load_teacher(teacher)
+        say_emulated("teacher", model.dtype, self.args.device)
         if processing_class is None:
             trust = self.args.trust_remote_code
             processing_class = load_processing_class(name_of(model), "teacher", trust_remote_code=trust)

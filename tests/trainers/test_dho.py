@@ -25,7 +25,9 @@ from mmkd.data.classification import HIDDEN, hide_labels
 from mmkd.doctor.facts import Finding
 from mmkd.doctor.report import examine
 from mmkd.losses.dual_head import distillation_loss, search_interpolation, supervised_loss
+from mmkd.precision import NATIVE_BF16
 from mmkd.run import parse_run
+from mmkd.teachers.classifiers import TransformersEmbedder
 from mmkd.trainers.dho import CHOICE, DHOConfig
 from tests.classes import NAMES, answers, dho, make_clip, pictures, pixels, vit
 from tests.helpers import losses_of
@@ -391,6 +393,24 @@ def test_the_teacher_is_asked_once_for_all_runs(recipe: Path, tmp_path: Path, ca
     assert train(tmp_path / "alone.yaml", tmp_path / "three", "--teacher_cache", cache) == 0
     assert train(recipe, tmp_path / "four", "--teacher_cache", cache, "--max_train_rows", "30") == 2
     assert "made with another rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0", torch.float32), ("1", torch.bfloat16)])
+def test_half_types_are_computed_where_the_cpu_has_them(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, value: str, expected: torch.dtype
+) -> None:
+    monkeypatch.setenv(NATIVE_BF16, value)
+    monkeypatch.setattr("mmkd.precision._said", [])
+    loaded, load = [], TransformersEmbedder.load
+
+    def recorded(*args: Any, **kwargs: Any) -> TransformersEmbedder:
+        loaded.append(load(*args, **kwargs))
+        return loaded[-1]
+
+    monkeypatch.setattr(TransformersEmbedder, "load", recorded)
+    assert train(recipe, tmp_path / "run", "--teacher_dtype", "bfloat16", "--bf16", "true") == 0
+    assert [embedder.model.dtype for embedder in loaded] == [expected]
+    assert caplog.text.count("is computed in float32") == (value == "0")
 
 
 @pytest.mark.parametrize(
