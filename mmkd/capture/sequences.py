@@ -11,9 +11,9 @@ from datasets import Dataset, DatasetDict
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mmkd.data.image_columns import image_column
 from mmkd.data.images import UnusableRow as UnusableRow
-from mmkd.data.images import decoded as decoded
-from mmkd.data.images import undecoded
+from mmkd.data.images import read_row
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.cached import images_of
 from mmkd.teachers.keys import image_hash, sequence_key
@@ -82,7 +82,7 @@ class VisionSequences:
     """The rows of one split with images, which become tokens only when they are asked for."""
 
     def __init__(self, dataset: Dataset, collator: Any, image_token_id: int | None):
-        self._images, self._dataset = dataset.features["images"].feature, undecoded(dataset)
+        self._dataset = dataset
         self._collator, self._image_token_id = collator, image_token_id
         self.counts = np.zeros(0, dtype=np.int64)
         for _, sequence in usable(self, range(min(len(dataset), _COUNTED_IMAGES))):
@@ -120,10 +120,7 @@ class VisionSequences:
         return TokenSequence(ids.astype(np.int32), supervised, images, count, partial(self._readable, row))
 
     def _example(self, row: int) -> Mapping[str, Any] | UnusableRow:
-        example = self._dataset[row]
-        images = [decoded(self._images, image) for image in example["images"] or []]
-        bad = next((image for image in images if isinstance(image, UnusableRow)), None)
-        return bad or {**example, "images": images}
+        return read_row(self._dataset[row])
 
     def _readable(self, row: int) -> Mapping[str, Any]:
         """A row that could be read before. Raises ValueError when that is no longer so."""
@@ -180,11 +177,11 @@ class Prepared:
 def prepare(data: DatasetDict, args: DistillationConfig, processing_class: Any) -> Prepared:
     """The sequences of "train" and, if it is there, "eval". Raises ValueError for what training would refuse too."""
     # Looking at the columns should not fail where an image cannot be decoded.
-    unread = {str(split): undecoded(dataset) for split, dataset in data.items()}
+    unread = {str(split): image_column(dataset) for split, dataset in data.items()}
     check_training_data(unread["train"], unread.get("eval"), args, tokenizer_of(processing_class))
     trainer: Any = placeholder_trainer(args, processing_class, unread["train"], unread.get("eval"))
     vision = trainer._is_vision_dataset
-    prepared = data if vision else {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
+    prepared = unread if vision else {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
     image_token_id = getattr(processing_class, "image_token_id", None)
     return Prepared(
         {

@@ -1,13 +1,10 @@
 """Rows of data sets as Arrow stores them: nothing is copied that need not be, and no image is decoded."""
 
-import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Features, Json, LargeList, List
 
 BATCH = 1000
@@ -66,28 +63,3 @@ def storage(type_: pa.DataType) -> pa.DataType:
     if pa.types.is_struct(type_):
         return pa.struct([(field.name, storage(field.type)) for field in type_])
     return type_
-
-
-def image_lists(column: pa.ChunkedArray, folder: str | None = None) -> pa.ChunkedArray:
-    """Lists of images: a column that has one image a row gets lists of one, or of none. Paths may be strings."""
-    nested = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    paths = pa.types.is_string(column.type.value_type if nested else column.type)
-    if folder is not None and paths:
-        rows = [row if nested else [row] for row in column.to_pylist()]
-        joined = [[str(Path(folder, path)) for path in row or [] if path] for row in rows]
-        return pa.chunked_array([pa.array(joined, type=pa.list_(pa.string()))])
-    if nested:
-        return column
-    chunks = []
-    for chunk in column.chunks:
-        starts = [0, *itertools.accumulate(int(present) for present in chunk.is_valid().to_pylist())]
-        chunks.append(pa.ListArray.from_arrays(pa.array(starts, pa.int32()), chunk.drop_null()))
-    return pa.chunked_array(chunks, type=pa.list_(column.type))
-
-
-def image_counts(column: pa.ChunkedArray) -> list[int]:
-    """How many images each row has."""
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        # By the lengths: as Python values, the bytes of all pictures would be copied.
-        return [count or 0 for count in pc.call_function("list_value_length", [column]).to_pylist()]
-    return [int(present) for present in column.is_valid().to_pylist()]

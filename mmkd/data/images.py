@@ -4,20 +4,19 @@ import base64
 import binascii
 import io
 import logging
+import os
 import re
 import struct
 import zlib
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
-from datasets import Dataset, Image, List
 
 # What datasets' own Image reads places outside the file system with; it has no public name.
 from datasets.utils.file_utils import xopen
@@ -47,10 +46,12 @@ UNDECODABLE = (
 STORED = "mmkd_stored"
 """Where an image's `info` keeps the picture as its file has it, if the same pixels had another mode there."""
 
-_SHOWN = 40
+# Characters of base64, and of paths and URLs, that errors show.
+_SHOWN, _LONG = 40, 300
 _LONGEST_PATH = 4096
-# The base64 of the smallest pictures there are has some 40 characters.
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\-]{24,}={0,2}")
+# How the base64 of a picture file begins: PNG, JPEG, GIF, WebP, BMP, TIFF, AVIF and JPEG 2000, JPEG 2000, PNM.
+_BASE64_STARTS = ("iVBOR", "/9j/", "_9j_", "R0lG", "UklG", "Qk", "SUkq", "TU0A", "AAAA", "/0//", "UD")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{24,}={0,2}\s*")
 # Of these, frames after the first are previews or sizes of the same picture.
 _ONE_PICTURE = ("MPO", "ICO", "ICNS", "CUR")
 
@@ -69,7 +70,7 @@ class UnusableRow:
 def read_image(value: Any, *, folder: str | Path | None = None, allow_urls: bool = False) -> PILImage.Image:
     """The picture in RGB with 8 bits per channel, as a person sees it.
 
-    `value` is a PIL image, the bytes of a file, a path (relative ones are looked for in `folder` too), base64, a data
+    `value` is a PIL image, the bytes of a file, a path (relative ones start at `folder`), base64, a data
     URL, an http(s) URL if `allow_urls`, a dict with one of them (`bytes`, `path`, `url`), or an array of uint8
     [height, width, channels]. The EXIF orientation is applied, what is transparent lies on white, colours are
     converted from the picture's profile (or PNG gamma) to sRGB, 16 bits of grey become 8 (65,535 is white), and of an
@@ -97,8 +98,6 @@ def read_row(row: Mapping[str, Any]) -> dict[str, Any] | UnusableRow:
     values = row.get("images")
     if values is None:
         return {**row, "images": []} if "images" in row else dict(row)
-    if not isinstance(values, (list, tuple)):
-        values = [values]
     images = []
     for number, value in enumerate(values):
         try:
@@ -112,8 +111,10 @@ def describe(value: Any) -> str:
     """What kind of thing stands for a picture, never the whole of it."""
     if isinstance(value, Mapping):
         given = {key: one for key in ("bytes", "path", "url", "data", "base64") if (one := value.get(key)) is not None}
-        name, one = next(iter(given.items()), (None, None))
-        return f"a dict without bytes or path, its keys are {sorted(value)}" if name is None else describe(one)
+        if not given:
+            return f"a dict without bytes or path, its keys are {sorted(map(str, value))}"
+        kind = describe(next(iter(given.values())))
+        return f"{kind} named {_cut(str(given['path']), _LONG)}" if {"bytes", "path"} <= set(given) else kind
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"{len(value):,} bytes"
     if isinstance(value, (str, Path)):
@@ -121,9 +122,8 @@ def describe(value: Any) -> str:
         if text.startswith("data:"):
             return f"data URL {_cut(text)}"
         if is_url(text):
-            return f"URL {text}"
-        kind = "base64" if len(text) > _LONGEST_PATH or (_is_base64(text) and "." not in text) else "path"
-        return f"{kind} {_cut(text) if kind == 'base64' else text}"
+            return f"URL {_cut(text, _LONG)}"
+        return f"base64 {_cut(text)}" if _is_base64(text) else f"path {_cut(text, _LONG)}"
     if isinstance(value, PILImage.Image):
         return f"a PIL image of {value.width} x {value.height} in mode {value.mode}"
     if isinstance(value, np.ndarray):
@@ -131,8 +131,8 @@ def describe(value: Any) -> str:
     return "nothing (None)" if value is None else f"a value of type {type(value).__name__}"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
+def _cut(text: str, most: int = _SHOWN) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def _opened(value: Any, folder: str | Path | None, allow_urls: bool) -> PILImage.Image:
@@ -143,7 +143,7 @@ def _opened(value: Any, folder: str | Path | None, allow_urls: bool) -> PILImage
     if isinstance(value, np.ndarray):
         return _of_array(value)
     if isinstance(value, Mapping):
-        return _of_mapping(value, folder, allow_urls)
+        value = file_of(value)
     if isinstance(value, (str, Path)):
         value = _content(str(value), folder, allow_urls)
     if not isinstance(value, (bytes, bytearray, memoryview, Path)):
@@ -160,13 +160,14 @@ def _opened(value: Any, folder: str | Path | None, allow_urls: bool) -> PILImage
     return image
 
 
-def _of_mapping(value: Mapping[str, Any], folder: str | Path | None, allow_urls: bool) -> PILImage.Image:
+def file_of(value: Mapping[str, Any]) -> bytes | str | Path:
+    """What a dict has as its picture: the bytes of a file, or a text that says where it is. Raises UnreadableImage."""
     for key in ("bytes", "path", "url", "base64", "data"):
         one = value.get(key)
-        if one is not None:
-            if isinstance(one, Mapping):
-                break
-            return _opened(one, folder, allow_urls)
+        if isinstance(one, (bytes, bytearray, memoryview)):
+            return bytes(one)
+        if isinstance(one, (str, Path)) and str(one):
+            return one
     raise UnreadableImage(
         f"{describe(value)}. A picture as a dict has its file in `bytes` or where it lies in `path` or `url`"
     )
@@ -185,48 +186,59 @@ def _content(text: str, folder: str | Path | None, allow_urls: bool) -> bytes | 
     """The bytes that a string stands for, or the path of the file that has them."""
     if not text:
         raise UnreadableImage("an empty string where a picture is needed; a row without pictures has an empty list")
-    if text.startswith("data:"):
-        header, comma, content = text.partition(",")
-        if not comma or not header.startswith("data:image/"):
-            raise UnreadableImage(
-                f"data URL {_cut(text)} is none of a picture: it begins with data:image/TYPE;base64,"
-            )
-        return _decoded(content) if header.endswith(";base64") else unquote(content, "latin-1").encode("latin-1")
     if is_url(text):
         if not allow_urls:
             raise UnreadableImage(
-                f"URL {text} is not downloaded unasked. Set `image_urls: true` in the data recipe (in Python: call "
-                "mmkd.data.image_urls.download_images on the rows), which downloads every picture once. If it is "
-                "set, this download failed; a warning at the start says why"
+                f"URL {_cut(text, _LONG)} is not downloaded unasked. Set `image_urls: true` in the data recipe (in "
+                "Python: call mmkd.data.image_urls.download_images on the rows), which downloads every picture once. "
+                "If it is set, this download failed; a warning at the start says why"
             )
         return download(text)
-    if text.startswith("file:"):
-        return Path(url2pathname(urlsplit(text).path))
-    if "://" in text and len(text) < _LONGEST_PATH:
+    if "://" in text and not text.startswith(("data:", "file:")) and len(text) < _LONGEST_PATH:
         # Places that datasets knows: hf://, files within archives (zip://a.png::b.zip).
         with xopen(text, "rb") as file:
             return file.read()
-    if len(text) < _LONGEST_PATH and "\0" not in text:
-        places = [Path(text), *([Path(folder, text)] if folder is not None else [])]
-        found = next((place for place in places if place.is_file()), None)
-        if found is not None or not _is_base64(text):
-            return found or places[-1]
+    content = content_of_text(text, folder)
+    if isinstance(content, Path) and not os.path.isfile(content):
+        raise UnreadableImage(f"FileNotFoundError: there is no file {_cut(str(content), _LONG)}")
+    return content
+
+
+def content_of_text(text: str, folder: str | Path | None = None) -> bytes | Path:
+    """The bytes that a data URL or base64 stands for, else the path that it is, which need not be there.
+
+    Relative paths start at `folder`. Raises UnreadableImage for broken base64.
+    """
+    if text.startswith("data:"):
+        header, comma, content = text.partition(",")
+        if not comma or not header.startswith("data:image/"):
+            raise UnreadableImage(f"{_cut(text)} is no picture's data URL, which begins with data:image/TYPE;base64,")
+        if not header.endswith(";base64"):
+            return unquote_to_bytes(content)
+        return _decoded(unquote(content))
+    if text.startswith("file:"):
+        return Path(url2pathname(urlsplit(text).path))
+    if len(text) < _LONGEST_PATH:
+        path = Path(folder, text) if folder is not None else Path(text)
+        # Base64 has the letters of paths, a slash among them.
+        if not _is_base64(text) or os.path.isfile(path):
+            return path
+    elif not _is_base64(text):
+        raise UnreadableImage(f"{_cut(text)} is too long for a path, and not the base64 of a picture")
     return _decoded(text)
 
 
 def _is_base64(text: str) -> bool:
-    return _BASE64.fullmatch(re.sub(r"\s", "", text)) is not None
+    return text.startswith(_BASE64_STARTS) and _BASE64.fullmatch(text) is not None
 
 
 def _decoded(text: str) -> bytes:
     """The bytes of base64 in either alphabet, with or without its padding."""
-    compact = re.sub(r"\s", "", unquote(text)).rstrip("=").translate(str.maketrans("-_", "+/"))
+    compact = re.sub(r"\s", "", text).rstrip("=").translate(str.maketrans("-_", "+/"))
     try:
         return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
     except binascii.Error as error:
-        raise UnreadableImage(
-            f"{_cut(text)} is neither a file that is there nor the base64 of one ({error})"
-        ) from error
+        raise UnreadableImage(f"{_cut(text)} is not base64: {error}") from error
 
 
 @cache
@@ -257,22 +269,3 @@ def _as_seen(image: PILImage.Image, ours: bool) -> PILImage.Image:
 
 def _is_transparent(image: PILImage.Image) -> bool:
     return has_alpha(image) and in_rgba(image).getchannel("A").getextrema()[0] != 255
-
-
-def decoded(feature: Any, image: Mapping[str, Any]) -> PILImage.Image | UnusableRow:
-    """An image from its encoded form, or why it cannot be decoded."""
-    try:
-        return read_image(image)
-    except UnreadableImage as error:
-        return UnusableRow(str(error))
-
-
-def undecoded(dataset: Dataset) -> Dataset:
-    """The same rows with their images as stored: reading one cannot fail, and nothing is copied."""
-    if dataset.features.get("images") != List(Image()):
-        return dataset
-    info = deepcopy(dataset.info)
-    assert info.features is not None
-    info.features["images"] = List(Image(decode=False))
-    # cast_column would rewrite all the files: only for a plain Image does it know that storage stays the same.
-    return Dataset(dataset.data, info=info, split=dataset.split, indices_table=dataset._indices)

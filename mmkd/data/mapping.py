@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, Json, List, Value
 
-from mmkd.data.arrow import BATCH, decoded_json, image_counts, image_lists, is_struct_list, plain_rows, storage
+from mmkd.data.arrow import BATCH, decoded_json, is_struct_list, plain_rows, storage
 from mmkd.data.columns import ROLES, MessagesColumn, TurnColumns, is_template, nearest, template_columns
+from mmkd.data.image_columns import check_images, image_lists
 from mmkd.data.recipe import CONVERSION, DataRecipe
 
 
@@ -27,13 +29,7 @@ def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
         if isinstance(theirs, MessagesColumn):
             _check_messages(recipe, ours, theirs, raw.features[theirs.column])
         elif ours == "images":
-            feature = raw.features[theirs]
-            one = feature.feature if isinstance(feature, List) else feature
-            if not isinstance(one, Image) and getattr(one, "dtype", None) not in ("string", "large_string"):
-                raise ValueError(
-                    f"{recipe.name}: columns.images reads {theirs!r}, which holds {feature}; it must hold images or "
-                    "their paths, one a row or a list of them."
-                )
+            check_images(raw.features[theirs], f"{recipe.name}: columns.images reads {theirs!r}, which")
         elif ours in ("text", "prompt", "completion", "domain") and not is_template(theirs):
             feature = raw.features[theirs]
             chat = ours in ("prompt", "completion") and is_struct_list(feature)
@@ -138,14 +134,17 @@ def _convert(
 
     `conversion` is read by nothing but the cache key of `map`, which else would not notice that this function changed.
     """
-    arrays = {}
+    arrays: dict[str, Any] = {}
     images = columns.get("images")
-    counts = [0] * len(table) if not isinstance(images, str) else image_counts(table.column(images))
+    counts = [0] * len(table)
+    if isinstance(images, str):
+        arrays["images"] = image_lists(table.column(images), folder, feature=source[images], embed=True)
+        # By the lengths: as Python values, the bytes of all pictures would be copied.
+        counts = pc.call_function("list_value_length", [arrays["images"]]).to_pylist()
     for ours, theirs in columns.items():
         if ours == "images":
-            assert isinstance(theirs, str)
-            arrays[ours] = image_lists(table.column(theirs), folder)
-        elif isinstance(theirs, TurnColumns):
+            continue
+        if isinstance(theirs, TurnColumns):
             rows = plain_rows(table.select(list(dict.fromkeys(_reads(theirs)))), source)
             turns = [_turns(theirs, row, count, images is not None) for row, count in zip(rows, counts, strict=True)]
             arrays[ours] = pa.array(turns, type=storage(features.arrow_schema.field(ours).type))
@@ -165,7 +164,7 @@ def _convert(
             arrays[ours] = pa.array([_filled(theirs, row) for row in rows], type=pa.string())
         else:
             arrays[ours] = table.column(theirs)
-    return pa.table(arrays)
+    return pa.table({ours: arrays[ours] for ours in columns})
 
 
 def _filled(template: str, row: Mapping[str, Any]) -> str:

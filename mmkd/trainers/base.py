@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from mmkd.data.images import undecoded
+from mmkd.data.image_columns import image_column
 from mmkd.data.layouts import canonical
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import FusedLoss, Objective
@@ -420,4 +420,4 @@ def _skips_preparation(args: Any) -> bool:
 def _unread(data: Any) -> Any:
     if isinstance(data, dict):
         return {name: _unread(one) for name, one in data.items()}
-    return undecoded(data) if isinstance(data, Dataset) else data
+    return image_column(data)

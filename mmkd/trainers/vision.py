@@ -7,15 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from datasets import Image
 from jaxtyping import Bool, Int
-from PIL import Image as PILImage
 from torch import Tensor
 from transformers import ProcessorMixin
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from mmkd.data.images import UnusableRow, decoded
+from mmkd.data.images import UnusableRow, read_row
 from mmkd.teachers.cached import images_of
 
 logger = logging.getLogger(__name__)
@@ -142,7 +140,7 @@ class ImageReader:
         self.collator, self.skip, self.companion, self.spare = collator, skip, companion, Spare()
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        rows = [_read(example) for example in examples]
+        rows = [read_row(example) for example in examples]
         bad = {number: row.reason for number, row in enumerate(rows) if isinstance(row, UnusableRow)}
         if bad and not self.skip:
             raise ValueError(
@@ -152,21 +150,12 @@ class ImageReader:
         usable = self.spare.replace(rows, bad, BAD_ROWS[0])
         if self.companion is None or any(images_of(row) for row in usable):
             return self.collator(usable)
-        companion = _read(self.companion)
+        companion = read_row(self.companion)
         assert not isinstance(companion, UnusableRow), companion.reason
         batch = self.collator([*usable, companion])
         batch["labels"][-1] = -100
         batch[ROW_LENGTHS][-1] = 0
         return batch
-
-
-def _read(example: Mapping[str, Any]) -> dict[str, Any] | UnusableRow:
-    encoded = example.get("images") or []
-    images = [one if isinstance(one, PILImage.Image) else decoded(Image(), one) for one in encoded]
-    bad = next((one for one in images if isinstance(one, UnusableRow)), None)
-    if bad is not None:
-        return bad
-    return {**example, "images": images} if encoded else dict(example)
 
 
 class VisionCollator:

@@ -354,7 +354,7 @@ def test_a_reason_does_not_say_where_in_memory_an_image_was(processor: Any, tmp_
     rows = [{**row, "images": [{"bytes": b"no image", "path": None}]} for row in image_rows(1)]
     _, sequences = vision(Dataset.from_list(rows).cast_column("images", List(Image())), processor, tmp_path)
     reason = sequences[0].reason
-    assert reason.startswith("UnidentifiedImageError: cannot identify image file")
+    assert reason.startswith("images[0]: UnidentifiedImageError: cannot identify image file")
     assert "0x" not in reason
     assert sequences[0] == UnusableRow(reason)
 

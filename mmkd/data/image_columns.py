@@ -1,0 +1,241 @@
+"""Columns of pictures: whatever form a data set has them in, a list of undecoded pictures per row."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Image, IterableDataset, List
+from datasets.fingerprint import Hasher
+from PIL import Image as PILImage
+
+from mmkd.data.arrow import decoded_json, has_json
+from mmkd.data.image_urls import is_url
+from mmkd.data.images import UnreadableImage, content_of_text, describe, file_of
+from mmkd.errors import UserError
+
+STORED_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+"""How `datasets` stores a picture."""
+
+UNDECODED = List(Image(decode=False))
+"""The type of the column `images` whose rows can be read though their pictures may be broken."""
+
+
+def image_column(dataset: Any) -> Any:
+    """The rows with their pictures in a column `images` of lists, as they are stored: nothing is decoded or copied.
+
+    A column `image` or `images` may hold one picture per row or a list of them, each a path, base64, a data URL,
+    bytes, or a struct of bytes and path; a row with none has an empty list. Data sets without such a column, and what
+    is no data set of `datasets`, come back as they are. Raises UserError for a column of another type, and where both
+    columns are there.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return dataset
+    # A stream may know its columns only by its rows.
+    names = dataset.column_names or list(next(iter(dataset), {}))
+    if "image" in names and "images" in names:
+        raise UserError(
+            "The rows have both a column image and a column images, and only one can be meant. Remove or rename the "
+            "other: dataset.remove_columns(...)."
+        )
+    name = next((name for name in ("image", "images") if name in names), None)
+    if name is None:
+        return dataset
+    return _of_rows(dataset, name) if isinstance(dataset, Dataset) else _of_stream(dataset, name)
+
+
+def _of_rows(dataset: Dataset, name: str) -> Dataset:
+    feature = dataset.features[name]
+    check_images(feature, f"The column {name!r}")
+    if name == "images" and feature == UNDECODED:
+        return dataset
+    info = deepcopy(dataset.info)
+    assert info.features is not None
+    info.features = Features({("images" if key == name else key): one for key, one in info.features.items()})
+    info.features["images"] = UNDECODED
+    table = dataset.data
+    if feature != List(Image()) or name == "image":
+        place = table.column_names.index(name)
+        lists = image_lists(table.column(name), feature=feature)
+        # A table of datasets knows how it was made, to be sent to workers by that; this column was made by none of its
+        # ways. The other columns stay where they are, on disk or in memory.
+        table = pa.table(table.columns, schema=table.table.schema.remove_metadata())
+        table = table.set_column(place, "images", lists)
+    return Dataset(
+        table,  # pyright: ignore[reportArgumentType]
+        info=info,
+        split=dataset.split,
+        indices_table=dataset._indices,
+        # Without one `datasets` hashes all of the table.
+        fingerprint=Hasher.hash((dataset._fingerprint, "image_column")),
+    )
+
+
+def _of_stream(dataset: IterableDataset, name: str) -> IterableDataset:
+    features = dataset.features
+    feature = features[name] if features is not None else None
+    if feature == List(Image()) and name == "images":
+        return dataset.cast_column("images", UNDECODED)
+    if feature == Image():
+        dataset = dataset.cast_column(name, Image(decode=False))
+    elif feature == List(Image()):
+        dataset = dataset.cast_column(name, UNDECODED)
+    return dataset.map(_listed, fn_kwargs={"name": name}, remove_columns=[name])
+
+
+def _listed(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    values = row[name]
+    if values is None or values == "":
+        return {"images": []}
+    return {"images": values if isinstance(values, list) else [values]}
+
+
+def image_lists(
+    column: pa.ChunkedArray, folder: str | None = None, *, feature: Any = None, embed: bool = False
+) -> pa.ChunkedArray:
+    """The pictures of each row as lists of structs of bytes and path.
+
+    A column that has one picture a row gets lists of one, or of none. Relative paths are those in `folder`; `embed`
+    turns base64 and data URLs into bytes. Raises UserError for a column of another type.
+    """
+    if feature is not None and has_json(feature):
+        rows = [decoded_json(value, feature) for value in column.to_pylist()]
+        return pa.chunked_array([_lists_of_values(rows)])
+    chunks = [_lists(_plain(chunk)) for chunk in column.chunks]
+    if folder is not None or embed:
+        chunks = [_with_texts(chunk, folder, embed) for chunk in chunks]
+    return pa.chunked_array(chunks, type=pa.list_(STORED_IMAGE))
+
+
+def check_images(feature: Any, what: str) -> None:
+    """Raises UserError, beginning with `what`, for a type of which no value is a picture or a list of them."""
+    if has_json(feature):
+        return
+    type_ = Features({"images": feature}).arrow_schema.field("images").type
+    try:
+        _lists(pa.array([], type_))
+    except UserError as error:
+        raise UserError(f"{what} {error}") from error
+
+
+def stored_image(value: Any) -> dict[str, Any]:
+    """A picture in any form that `read_image` knows, as `datasets` stores one; it is not decoded.
+
+    Raises UnreadableImage for something else.
+    """
+    if isinstance(value, PILImage.Image):
+        return dict(Image().encode_example(value))
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return {"bytes": bytes(value), "path": None}
+    if isinstance(value, (str, Path)):
+        return {"bytes": None, "path": str(value)}
+    if isinstance(value, Mapping):
+        one = file_of(value)
+        if isinstance(one, bytes):
+            return {"bytes": one, "path": value.get("path")}
+        return stored_image(one)
+    raise UnreadableImage(f"{describe(value)} where a picture is needed")
+
+
+def _lists_of_values(rows: list[Any]) -> pa.Array:
+    lists = [
+        [None if value is None else stored_image(value) for value in (row if isinstance(row, list) else [row])]
+        for row in (row if row is not None and row != "" else [] for row in rows)
+    ]
+    return pa.array(lists, type=pa.list_(STORED_IMAGE))
+
+
+def _plain(array: pa.Array) -> pa.Array:
+    return array.storage if isinstance(array, pa.ExtensionArray) else array
+
+
+def _lists(array: pa.Array) -> pa.Array:
+    type_ = array.type
+    if pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_) or pa.types.is_list_view(type_):
+        array = array.cast(pa.list_(type_.value_type))
+    if pa.types.is_list(array.type):
+        counts = pc.call_function("list_value_length", [array])
+        return _grouped(pc.call_function("coalesce", [counts, pa.scalar(0, pa.int32())]), _structs(array.flatten()))
+    present = array.is_valid()
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        # What a CSV has where there is no picture.
+        present = pc.call_function("coalesce", [pc.call_function("not_equal", [array, ""]), pa.scalar(False)])
+    return _grouped(present.cast(pa.int32()), _structs(array.filter(present)))
+
+
+def _grouped(counts: pa.Array, values: pa.Array) -> pa.Array:
+    """Lists of so many values each."""
+    offsets = pa.concat_arrays([pa.array([0], pa.int32()), pc.call_function("cumulative_sum", [counts])])
+    return pa.ListArray.from_arrays(offsets, values)
+
+
+def _structs(array: pa.Array) -> pa.Array:
+    """Pictures as structs of bytes and path."""
+    array = _plain(array)
+    type_, none = array.type, pa.nulls(len(array))
+    if pa.types.is_dictionary(type_):
+        return _structs(array.dictionary_decode())
+    if pa.types.is_null(type_):
+        return pa.nulls(len(array), STORED_IMAGE)
+    if _is_text(type_):
+        return _struct(none, array, array.is_null())
+    if pa.types.is_binary(type_) or pa.types.is_large_binary(type_):
+        return _struct(array, none, array.is_null())
+    if pa.types.is_struct(type_) and {field.name for field in type_} & {"bytes", "path", "url"}:
+        bytes_, path = (_field(array, name) for name in ("bytes", "path"))
+        # A URL is told from a path by its beginning; base64 where bytes belong is text as well.
+        url, text = _field(array, "url"), _field(array, "bytes") if _is_text(bytes_.type) else none
+        bytes_ = none if _is_text(bytes_.type) else bytes_
+        texts = [one.cast(pa.string()) for one in (text, path, url)]
+        return _struct(bytes_, pc.call_function("coalesce", texts), array.is_null())
+    hint = (
+        ". Lists of numbers say neither their range nor their order: make them pictures with PIL.Image.fromarray"
+        if pa.types.is_nested(type_) or pa.types.is_integer(type_) or pa.types.is_floating(type_)
+        else ""
+    )
+    raise UserError(
+        f"holds values of type {type_}; it must hold images or their paths (paths, base64, data URLs, bytes, or "
+        f"structs with bytes or path), one per row or lists of them{hint}."
+    )
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
+
+
+def _field(array: pa.Array, name: str) -> pa.Array:
+    if array.type.get_field_index(name) < 0:
+        return pa.nulls(len(array))
+    return pc.call_function("struct_field", [array], pc.StructFieldOptions([name]))
+
+
+def _struct(bytes_: pa.Array, path: pa.Array, missing: pa.Array) -> pa.Array:
+    fields = [bytes_.cast(pa.binary()), path.cast(pa.string())]
+    return pa.StructArray.from_arrays(fields, fields=list(STORED_IMAGE), mask=missing)
+
+
+def _with_texts(lists: pa.Array, folder: str | None, embed: bool) -> pa.Array:
+    """The lists with relative paths joined to a folder, and texts that are pictures themselves as their bytes."""
+    values = lists.values
+    texts = pc.call_function("struct_field", [values], pc.StructFieldOptions(["path"])).to_pylist()
+    bytes_ = pc.call_function("struct_field", [values], pc.StructFieldOptions(["bytes"]))
+    known = bytes_.is_valid().to_pylist()
+    found: dict[int, bytes] = {}
+    for place, text in enumerate(texts):
+        if not text or known[place] or is_url(text) or ("://" in text and not text.startswith("data:")):
+            continue
+        try:
+            content = content_of_text(text, folder)
+        except UnreadableImage:
+            # Whoever reads the row says so, or leaves it out.
+            continue
+        if isinstance(content, Path):
+            texts[place] = str(content)
+        elif embed:
+            found[place], texts[place] = content, None
+    if found:
+        bytes_ = pa.array([found.get(place, one) for place, one in enumerate(bytes_.to_pylist())], pa.binary())
+    structs = _struct(bytes_, pa.array(texts, pa.string()), values.is_null())
+    return pa.ListArray.from_arrays(lists.offsets, structs)
