@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Json, LargeList, List, Value
 
-from mmkd.data.arrow import BATCH, has_json, image_counts, image_lists, plain_rows, storage
+from mmkd.data.arrow import BATCH, has_json, plain_rows, storage
 from mmkd.data.canonical import CHATS, OURS, Facts, Layout, canonical_row, features_of, finished, image_column_of
 from mmkd.data.columns import ROLES
+from mmkd.data.image_columns import image_counts, image_lists
 from mmkd.data.left_out import LeftOut
 from mmkd.data.messages import IMAGE_MARK, Pictures, missing, stored, without_nulls
 from mmkd.errors import UserError
@@ -103,23 +104,29 @@ def _looked_at(
 ) -> Iterator[tuple[int, dict[str, Any], Pictures]]:
     """The rows that Python has to look at, with their places: of columns of plain text, those that look wrong."""
     columns = [*layout.reads, *([] if images is None else [images])]
+    tables: Any = dataset.select_columns(columns).with_format("arrow").iter(batch_size=BATCH)
     first = 0
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=BATCH):
+    for table in tables:
         suspect = _suspects(table, dataset.features, layout)
         places = np.flatnonzero(suspect).tolist()
         if places:
-            counts = [0] * len(table) if images is None else image_counts(table.column(images))
+            counts = [0] * len(table) if images is None else _counts(table, dataset.features, images)
             rows = plain_rows(table.select(list(layout.reads)).take(places), dataset.features)
             for place, row in zip(places, rows, strict=True):
-                read = _reads_images(table, images, place)
+                read = _reads_images(table, dataset.features, images, place)
                 yield first + place, row, Pictures(counts[place], read, folders)
         first += len(table)
 
 
-def _reads_images(table: pa.Table, column: str | None, place: int) -> Callable[[], list[Any]]:
+def _counts(table: pa.Table, features: Features, column: str) -> list[int]:
+    return image_counts(table.column(column), features[column])
+
+
+def _reads_images(table: pa.Table, features: Features, column: str | None, place: int) -> Callable[[], list[Any]]:
     def read() -> list[Any]:
-        value = None if column is None else table.column(column)[place].as_py()
-        return value if isinstance(value, list) else [] if value is None else [value]
+        if column is None:
+            return []
+        return image_lists(table.column(column).slice(place, 1), feature=features[column])[0].as_py()
 
     return read
 
@@ -229,21 +236,26 @@ def _convert(
     version: int,
 ) -> pa.Table:
     """A batch in our columns. It stays in Arrow, so that no image is decoded on the way."""
-    counts = [0] * len(table) if images is None else image_counts(table.column(images))
+    counts = [0] * len(table) if images is None else _counts(table, source, images)
     nulls = _has_nulls(source, layout)
     rows, pictures = [], []
     for place, row in enumerate(plain_rows(table.select(list(layout.reads)), source)):
-        own = Pictures(counts[place], _reads_images(table, images, place), folders)
+        own = Pictures(counts[place], _reads_images(table, source, images, place), folders)
         ours = canonical_row(row, layout, own, nulls=nulls)
         brought = ours.pop("images", None)
         if facts.brought:
-            pictures.append([stored(one, folders) for one in own.read()] if brought is None else brought)
+            pictures.append([one and stored(one, folders) for one in own.read()] if brought is None else brought)
         rows.append(finished(ours, layout, facts, counts[place] if brought is None else len(brought)))
     arrays: dict[str, Any] = {}
     for name, feature in features.items():
         type_ = storage(features.arrow_schema.field(name).type)
         if name == "images" and facts.images:
-            arrays[name] = pa.array(pictures, type=type_) if facts.brought else image_lists(table.column(str(images)))
+            column = str(images)
+            # What anyone decodes, and not base64 where a path belongs.
+            lists = (
+                pictures if facts.brought else image_lists(table.column(column), feature=source[column], embed=True)
+            )
+            arrays[name] = pa.array(lists, type=type_) if facts.brought else lists
         elif name in OURS:
             arrays[name] = pa.array([_encoded(row.get(name), feature) for row in rows], type=type_)
         else:

@@ -5,6 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, List
@@ -13,7 +14,7 @@ from PIL import Image as PILImage
 
 from mmkd.data.arrow import decoded_json, has_json
 from mmkd.data.image_urls import is_url
-from mmkd.data.images import UnreadableImage, content_of_text, describe, file_of
+from mmkd.data.images import UnreadableImage, content_of_text, describe, file_of, image_of_array
 from mmkd.errors import UserError
 
 STORED_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -109,6 +110,12 @@ def image_lists(
     return pa.chunked_array(chunks, type=pa.list_(STORED_IMAGE))
 
 
+def image_counts(column: pa.ChunkedArray, feature: Any = None) -> list[int]:
+    """How many pictures each row has."""
+    # By the lengths: as Python values, the bytes of all pictures would be copied.
+    return pc.call_function("list_value_length", [image_lists(column, feature=feature)]).to_pylist()
+
+
 def check_images(feature: Any, what: str) -> None:
     """Raises UserError, beginning with `what`, for a type of which no value is a picture or a list of them."""
     if has_json(feature):
@@ -125,6 +132,8 @@ def stored_image(value: Any) -> dict[str, Any]:
 
     Raises UnreadableImage for something else.
     """
+    if isinstance(value, np.ndarray):
+        value = image_of_array(value)
     if isinstance(value, PILImage.Image):
         return dict(Image().encode_example(value))
     if isinstance(value, (bytes, bytearray, memoryview)):

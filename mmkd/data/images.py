@@ -141,7 +141,7 @@ def _opened(value: Any, folder: str | Path | None, allow_urls: bool) -> PILImage
         value.load()
         return value
     if isinstance(value, np.ndarray):
-        return _of_array(value)
+        return image_of_array(value)
     if isinstance(value, Mapping):
         value = file_of(value)
     if isinstance(value, (str, Path)):
@@ -173,7 +173,8 @@ def file_of(value: Mapping[str, Any]) -> bytes | str | Path:
     )
 
 
-def _of_array(array: np.ndarray) -> PILImage.Image:
+def image_of_array(array: np.ndarray) -> PILImage.Image:
+    """The picture that an array of uint8 is. Raises UnreadableImage for other arrays."""
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise UnreadableImage(
             f"{describe(array)}: an array is a picture if it is of uint8 from 0 to 255, [height, width] or [height, "
@@ -215,7 +216,7 @@ def content_of_text(text: str, folder: str | Path | None = None) -> bytes | Path
             raise UnreadableImage(f"{_cut(text)} is no picture's data URL, which begins with data:image/TYPE;base64,")
         if not header.endswith(";base64"):
             return unquote_to_bytes(content)
-        return _decoded(unquote(content))
+        return decoded_base64(unquote(content))
     if text.startswith("file:"):
         return Path(url2pathname(urlsplit(text).path))
     if len(text) < _LONGEST_PATH:
@@ -225,15 +226,15 @@ def content_of_text(text: str, folder: str | Path | None = None) -> bytes | Path
             return path
     elif not _is_base64(text):
         raise UnreadableImage(f"{_cut(text)} is too long for a path, and not the base64 of a picture")
-    return _decoded(text)
+    return decoded_base64(text)
 
 
 def _is_base64(text: str) -> bool:
     return text.startswith(_BASE64_STARTS) and _BASE64.fullmatch(text) is not None
 
 
-def _decoded(text: str) -> bytes:
-    """The bytes of base64 in either alphabet, with or without its padding."""
+def decoded_base64(text: str) -> bytes:
+    """The bytes of base64 in either alphabet, with or without its padding. Raises UnreadableImage for other text."""
     compact = re.sub(r"\s", "", text).rstrip("=").translate(str.maketrans("-_", "+/"))
     try:
         return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)

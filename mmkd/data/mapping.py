@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, Json, List, Value
 
 from mmkd.data.arrow import BATCH, decoded_json, is_struct_list, plain_rows, storage
 from mmkd.data.columns import ROLES, MessagesColumn, TurnColumns, is_template, nearest, template_columns
-from mmkd.data.image_columns import check_images, image_lists
+from mmkd.data.image_columns import check_images, image_counts, image_lists
 from mmkd.data.recipe import CONVERSION, DataRecipe
 
 
@@ -139,8 +138,7 @@ def _convert(
     counts = [0] * len(table)
     if isinstance(images, str):
         arrays["images"] = image_lists(table.column(images), folder, feature=source[images], embed=True)
-        # By the lengths: as Python values, the bytes of all pictures would be copied.
-        counts = pc.call_function("list_value_length", [arrays["images"]]).to_pylist()
+        counts = image_counts(arrays["images"])
     for ours, theirs in columns.items():
         if ours == "images":
             continue

@@ -1,8 +1,5 @@
 """Messages as chat templates read them: roles, contents, tool calls, and the images that stand in their parts."""
 
-import base64
-import binascii
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image as PILImage
 
 from mmkd.data.columns import ROLES, nearest
+from mmkd.data.image_columns import stored_image
+from mmkd.data.images import content_of_text, decoded_base64
 from mmkd.errors import UserError
 
 Message = dict[str, Any]
@@ -99,23 +97,14 @@ def stored(value: Any, folders: Sequence[Path] = (), *, is_base64: bool = False)
         if value.get("bytes") is not None:
             return {"bytes": value["bytes"], "path": value.get("path")}
         return stored(given[1], folders, is_base64=given[0] in ("base64", "data"))
-    if isinstance(value, bytes | bytearray | memoryview):
-        return {"bytes": bytes(value), "path": None}
-    if isinstance(value, np.ndarray):
-        value = PILImage.fromarray(value)
-    if isinstance(value, PILImage.Image):
-        file = io.BytesIO()
-        value.save(file, "TIFF" if value.mode in ("F", "CMYK", "YCbCr", "LAB") else "PNG")
-        return {"bytes": file.getvalue(), "path": None}
-    if not isinstance(value, str | Path):
-        raise UserError(f"an image is given as {type(value).__name__}; give a path, a data URL, bytes or a PIL image")
-    text = str(value)
-    if is_base64 or text.startswith("data:"):
-        try:
-            return {"bytes": base64.b64decode(text.partition(",")[2] or text, validate=True), "path": None}
-        except binascii.Error as error:
-            raise UserError(f"the base64 of an image ({text[:40]}...) cannot be read: {error}") from error
-    return {"bytes": None, "path": _placed(text, folders)}
+    image = stored_image(value)
+    text = image["path"]
+    if image["bytes"] is not None or ("://" in text and not text.startswith(("data:", "file:"))):
+        return image
+    content = decoded_base64(text) if is_base64 and not text.startswith("data:") else content_of_text(text)
+    if isinstance(content, bytes):
+        return {"bytes": content, "path": None}
+    return {"bytes": None, "path": _placed(str(content), folders)}
 
 
 def _placed(path: str, folders: Sequence[Path]) -> str:
