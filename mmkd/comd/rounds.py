@@ -60,6 +60,24 @@ def train_rounds(run: Run, recipe: Path, flags: Sequence[str], train: Train) -> 
     return 0
 
 
+def check_rounds(run: Run) -> None:
+    """Raises ValueError for settings that contradict each other."""
+    training = run.training
+    assert isinstance(training, CoMDConfig)
+    if training.push_to_hub:
+        raise ValueError("push_to_hub would push every round of comd. Leave it out, and upload the last student.")
+    if training.mutual and (training.world_size > 1 or run.arguments.teacher_server is not None):
+        raise ValueError(
+            "mutual trains the teacher in this process: give it as a folder or Hub id without teacher_server, and "
+            "run a single process."
+        )
+    if training.assessor == "likelihood" and run.arguments.teacher_server is not None:
+        raise ValueError(
+            "assessor: likelihood needs the teacher's log-probs, which a chat server does not give. Give the "
+            "teacher as a folder or Hub id without teacher_server, or choose another assessor."
+        )
+
+
 class Loop:
     """The state of a run; all but `learn` happens on the main process alone.
 
@@ -83,23 +101,7 @@ class Loop:
         self.student: Path | None = None
         self.best = 0.0
         self.made = 0
-        self.check()
-
-    def check(self) -> None:
-        """Raises ValueError for settings that contradict each other."""
-        training = self.training
-        if training.push_to_hub:
-            raise ValueError("push_to_hub would push every round of comd. Leave it out, and upload the last student.")
-        if training.mutual and (training.world_size > 1 or self.run.arguments.teacher_server is not None):
-            raise ValueError(
-                "mutual trains the teacher in this process: give it as a folder or Hub id without teacher_server, and "
-                "run a single process."
-            )
-        if training.assessor == "likelihood" and self.run.arguments.teacher_server is not None:
-            raise ValueError(
-                "assessor: likelihood needs the teacher's log-probs, which a chat server does not give. Give the "
-                "teacher as a folder or Hub id without teacher_server, or choose another assessor."
-            )
+        check_rounds(run)
 
     # Phases, in their order
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from mmkd.run import Run
 from mmkd.run_teacher import reads_teacher
 
-from . import costs, rows, teachers, tokens
+from . import costs, rounds, rows, teachers, tokens
 from .book import Book
 from .chunks import alignment
 from .classes import examine_classes
@@ -59,6 +59,10 @@ def examine(run: Run, sharded: bool = False) -> list[Finding]:
     trained = student if student is None or ours is None else student.prepared_as(ours, run)
     if sample is not None and run.arguments.teacher_column is not None:
         book.check("routes", rows.routes, sample, run)
+    if run.arguments.method == "comd":
+        book.check("roles", rounds.roles, run)
+        if sample is not None:
+            book.check("budget", rounds.budget, sample, run)
     sides: dict[str, Side] = {}
     for name, one in alone.items():
         book.teacher = name

@@ -446,3 +446,20 @@ def test_stages_with_pictures(tmp_path: Path, recipe: Recipe, tiny: dict[str, Pa
         assert not set(one["images"]) & kept_out
     # The PT stage's connector is where the rounds begin.
     assert yaml.safe_load((run / "round-0" / "recipe.yaml").read_text())["student"] == str(tmp_path / "run" / "1-PT")
+
+
+def test_doctor_looks_at_roles_and_budget(
+    recipe: Recipe, tiny: dict[str, Path], capsys: pytest.CaptureFixture
+) -> None:
+    teacher = str(tiny["teacher"])
+    assert main(["doctor", str(recipe(teacher=teacher, augmentor="random", assessor="likelihood"))]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "rounds 0 to 2, each trained with sft" in text
+    assert "up to 12 instructions and 8 new ones, at most 160 tokens" in text
+    for keys, reason in [
+        ({"assessor_server_model": "judge", "assessor": "judge"}, "assessor_server_model is set without"),
+        ({"mutual": True, "teacher_server": ["http://127.0.0.1:9"]}, "mutual trains the teacher in this process"),
+        ({"per_device_train_batch_size": 16}, "12 instructions are fewer than a batch of 16"),
+    ]:
+        assert main(["doctor", str(recipe(teacher=teacher, **keys))]) == 1
+        assert reason in " ".join(capsys.readouterr().out.split())
