@@ -11,6 +11,9 @@ from pathlib import Path
 from mmkd import __version__, recipes
 from mmkd.errors import is_for_users
 
+_TRACEBACK = "MMKD_TRACEBACK"
+"""Set, an error of another library keeps its traceback."""
+
 
 def train_main() -> None:
     """Entry point of mmkd-train."""
@@ -30,6 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_for_users(error):
             raise
         print(f"mmkd: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        # Libraries name the package that a setting needs in words of their own.
+        if _TRACEBACK in os.environ:
+            raise
+        reason = " ".join(str(error).split())
+        print(f"mmkd: {reason} ({_TRACEBACK}=1 shows where this was needed)", file=sys.stderr)
         return 2
 
 

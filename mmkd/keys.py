@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +10,6 @@ from dataclasses import fields
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
 
-from transformers.hf_argparser import string_to_bool
 from trl.scripts.utils import TrlParser
 
 from mmkd.arguments import RunArguments, StudentArguments
@@ -17,13 +17,16 @@ from mmkd.capture.arguments import CacheArguments
 from mmkd.errors import UserError, is_for_users
 from mmkd.trainers import METHODS
 
-_KINDS: dict[Any, str] = {
-    int: "no whole number (int)",
-    float: "no number (float)",
-    string_to_bool: "neither true nor false",
+# By the names of what reads them: trl wraps int where none is allowed too.
+_KINDS = {
+    "int": "no whole number (int)",
+    "float": "no number (float)",
+    "string_to_bool": "neither true nor false",
 }
+_TRUTH = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
 # More choices than these are not listed in an error.
 _SHOWN = 10
+_POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _NOTHING = ("none", "null")
 _OURS = {field.name for part in (RunArguments, CacheArguments) for field in fields(part)}
 
@@ -57,14 +60,19 @@ class KeyParser(TrlParser):
         actions = self._by_dest()
         values = {name: self._checked(actions[name], value) for name, value in keys.items() if name in actions}
         flags, unset = self._without_nothing(flags, actions)
-        self.set_defaults_with_config(**values, **dict.fromkeys(unset))
+        self.set_defaults_with_config(**{**values, **dict.fromkeys(unset)})
         try:
             *found, unknown = self.parse_args_into_dataclasses(args=list(flags), return_remaining_strings=True)
         except (ValueError, TypeError) as error:
             if isinstance(error, ValueError) and is_for_users(error):
                 raise
+            if isinstance(error, json.JSONDecodeError):
+                raise UserError(f"{error.doc!r} is no JSON ({error.msg}): write it as '{{\"name\": 1}}'.") from error
             # transformers and trl say so of a combination of keys; the values of each have been looked at above.
-            raise UserError(f"These settings cannot be: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"These settings cannot be: {' '.join(str(error).split())}") from error
+        for name in _POSITIVE:
+            if getattr(found[1], name) < 1:
+                raise UserError(f"{name} is {getattr(found[1], name)}; give 1 or more.")
         return found, unknown
 
     def _by_dest(self) -> dict[str, argparse.Action]:
@@ -97,7 +105,7 @@ class KeyParser(TrlParser):
         if not isinstance(value, str) or value.lower() not in _NOTHING or action.dest not in self.optional:
             return False
         # What others read as text may give the word a meaning, as report_to does.
-        return action.dest in _OURS or action.type in _KINDS or value.lower() == "null"
+        return action.dest in _OURS or _kind(action) in _KINDS or value.lower() == "null"
 
     def _checked(self, action: argparse.Action, value: Any) -> Any:
         """A recipe's value for a key, one value of a list as a list. Raises UserError for one that cannot be."""
@@ -112,15 +120,15 @@ class KeyParser(TrlParser):
         return _checked_item(action, value)
 
 
+def _kind(action: argparse.Action) -> str:
+    return getattr(action.type, "__name__", "")
+
+
 def _checked_item(action: argparse.Action, value: Any) -> Any:
-    name, kind = action.dest, action.type
+    name, kind = action.dest, _kind(action)
     if kind in _KINDS:
-        if isinstance(value, list | dict) and kind is not string_to_bool:
-            raise UserError(f"{name} is {value!r}, which is {_KINDS[kind]}: it takes one.")
-        try:
-            _converted(kind, value)
-        except (ValueError, TypeError, argparse.ArgumentTypeError):
-            raise UserError(f"{name} is {value!r}, which is {_KINDS[kind]}.") from None
+        if not _is_of(kind, value):
+            raise UserError(f"{name} is {value!r}, which is {_KINDS[kind]}.")
         return value
     if action.choices is not None and value not in action.choices:
         if isinstance(value, bool):
@@ -128,18 +136,25 @@ def _checked_item(action: argparse.Action, value: Any) -> Any:
                 f'{name} is {value}: YAML reads no, off, yes and on as truth values. Put the word in quotes: "no".'
             )
         raise UserError(_no_choice(name, value, action.choices))
-    if kind is str and name in _OURS - {"teachers", "shard"} and not isinstance(value, str):
+    if action.type is str and name in _OURS - {"teachers", "shard"} and not isinstance(value, str):
         raise UserError(f"{name} is {value!r}, which is no text. Put it in quotes if it is a name.")
     return value
 
 
-def _converted(kind: Any, value: Any) -> Any:
-    if isinstance(value, str) or kind is string_to_bool:
-        return kind(value)
-    # True is a whole number to Python, and 2.5 would become 2.
-    if isinstance(value, bool) or (kind is int and not isinstance(value, int)):
-        raise ValueError
-    return kind(value)
+def _is_of(kind: str, value: Any) -> bool:
+    """Whether a value of YAML is of a kind, or text that is read as one."""
+    if kind == "string_to_bool":
+        return isinstance(value, bool) or str(value).lower() in _TRUTH
+    # True is a whole number to Python.
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, str):
+        try:
+            int(value) if kind == "int" else float(value)
+        except ValueError:
+            return False
+        return True
+    return isinstance(value, int) or (kind == "float" and isinstance(value, float))
 
 
 def _no_choice(name: str, value: Any, choices: Iterable[Any]) -> str:
@@ -164,12 +179,12 @@ def _in_one_line(message: str, actions: Mapping[str, argparse.Action]) -> str:
     action = actions.get(name)
     if "expected" in complaint and "argument" in complaint:
         return f"--{name} stands there without a value: write --{name} VALUE."
-    value = re.search(r"(?:value|choice|got):? '?(.*?)'?(?: \(choose from| but expected|$)", complaint, re.DOTALL)
+    value = re.search(r"(?:value: |choice: |got )'?(.*?)'?(?: \(choose from| but expected|$)", complaint, re.DOTALL)
     if action is None or value is None:
         return f"{name}: {complaint}"
     if action.choices is not None and "choice" in complaint:
         return _no_choice(name, value[1], action.choices)
-    return f"{name} is {value[1]!r}, which is {_KINDS.get(action.type, f'not what it takes ({complaint})')}."
+    return f"{name} is {value[1]!r}, which is {_KINDS.get(_kind(action), f'not what it takes ({complaint})')}."
 
 
 def _refuse_fsdp(keys: Mapping[str, Any]) -> None:

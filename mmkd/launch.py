@@ -21,7 +21,17 @@ from mmkd import dry_run
 from mmkd.files import write_file
 from mmkd.phases import check_phases, evaluate_alone, finish, trains
 from mmkd.recipes import find_recipe
-from mmkd.run import Run, build_trainer, last_checkpoint, method_of, parse_run, parser_of, read_recipe, resume_point
+from mmkd.run import (
+    Run,
+    build_trainer,
+    check_surroundings,
+    last_checkpoint,
+    method_of,
+    parse_run,
+    parser_of,
+    read_recipe,
+    resume_point,
+)
 from mmkd.stages import plan, split_stages, train_stages
 from mmkd.trainers.base import DistillationTrainer
 from mmkd.trainers.interrupt import InterruptCallback
@@ -54,6 +64,7 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
                 launch_flags = [*launch_flags, f"--{key}", str(keys[key])]
         return _launch([recipe, *flags, *stage_flags], config, launch_flags)
     check_phases(run)
+    check_surroundings(run)
     if run.arguments.dry_run:
         if "stages" in keys:
             return _dry_run_stages(find_recipe(recipe), [*flags, *stage_flags], launch_keys)

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from datasets import DatasetDict
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
@@ -37,6 +39,10 @@ from mmkd.trainers import METHODS
 from mmkd.trainers.base import DistillationTrainer
 from mmkd.trainers.config import DistillationConfig
 from mmkd.yaml_files import AsWritten, read_yaml
+
+# Of the trackers, those whose callbacks refuse to be made without their package.
+_CHECKED = {"azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune"}
+_CHECKED |= {"swanlab", "tensorboard", "trackio", "wandb"}
 
 _NUMBERS = {int: r"[+-]?\d+", float: r"[+-]?(\d+\.\d*|\.?\d+)([eE][+-]?\d+)?"}
 
@@ -136,6 +142,27 @@ def check_student(run: Run) -> None:
         )
     if quantised and not run.student.use_peft:
         raise ValueError("A quantised student has no weights to train: set use_peft: true, or do not quantise it.")
+
+
+def check_surroundings(run: Run) -> None:
+    """Raises UserError for a tracker that is not installed and an output_dir that cannot be written."""
+    known, here = set(INTEGRATION_TO_CALLBACK), set(get_available_reporting_integrations())
+    trackers = run.training.report_to
+    for name in [trackers] if isinstance(trackers, str) else trackers or []:
+        if name not in {*known, "all", "none"}:
+            raise UserError(f"report_to is {name!r}; choose one of none, all, {', '.join(sorted(known))}.")
+        if name in _CHECKED and name not in here:
+            package = {"comet_ml": "comet-ml", "azure_ml": "azureml-sdk"}.get(name, name)
+            raise UserError(
+                f"report_to is {name}, which is not installed: pip install {package}, or set report_to: none."
+            )
+    folder = Path(run.training.output_dir or ".").absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"output_dir {run.training.output_dir} cannot be a folder: {folder} is a file. Name another.")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"output_dir {run.training.output_dir} cannot be written: no right to write in {folder}.")
 
 
 def _build_token_trainer(run: Run) -> DistillationTrainer:

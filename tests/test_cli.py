@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from mmkd.cli import main
+from mmkd.run import parse_run
 from scripts.make_tiny_models import sentences
 from tests.helpers import environment
 
@@ -232,3 +233,113 @@ def test_launching_through_accelerate(mmkd: Run, workplace: Path) -> None:
     done = mmkd("train", "recipe.yaml", "--accelerate_config", "accelerate.yaml", "--num_processes", "1")
     assert done.returncode == 0, done.stderr
     assert len(logged(workplace / "run")) == 4
+
+
+# Values of keys and flags
+
+
+def one_line(workplace: Path, capsys: Any, *flags: str, **keys: Any) -> str:
+    """What is said of the recipe with other keys and flags, which is refused in one line."""
+    write_recipe(workplace, "bad.yaml", **(yaml.safe_load((workplace / "recipe.yaml").read_text()) | keys))
+    capsys.readouterr()
+    assert main(["train", "bad.yaml", *flags]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mmkd: ")]
+    return said
+
+
+def test_a_value_of_another_type_is_one_line(workplace: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(workplace)
+    for name, value, reason in [
+        ("learning_rate", "abc", "learning_rate is 'abc', which is no number (float)."),
+        ("learning_rate", [1.0], "learning_rate is [1.0], which is no number (float)."),
+        ("max_steps", 2.5, "max_steps is 2.5, which is no whole number (int)."),
+        ("save_steps", True, "save_steps is True, which is no number (float)."),
+        ("dataset_num_proc", "two", "dataset_num_proc is 'two', which is no whole number (int)."),
+        ("bf16", "maybe", "bf16 is 'maybe', which is neither true nor false."),
+        ("save_strategy", False, "save_strategy is False: YAML reads no, off, yes and on as truth values. Put"),
+        (
+            "optim",
+            "adamwtorch",
+            "(--help_keys lists them). Did you mean 'adamw_torch'?",
+        ),
+        ("teacher_tail", "buckets", "choose one of bucket, unbiased, renormalise. Did you mean 'bucket'?"),
+        ("max_steps", None, "max_steps is null, and it needs a value. Leave it out for its default, -1."),
+        ("teacher", 135, "teacher is 135, which is no text."),
+        ("gradient_accumulation_steps", 0, "gradient_accumulation_steps is 0; give 1 or more."),
+        ("fsdp", "full_shard", "fsdp does not shard a run here. Remove it and set accelerate_config: fsdp2"),
+        ("fsdp_config", {"version": 2}, "fsdp_config does not shard a run here."),
+        ("env", ["A=1"], "write a mapping of variables to values"),
+    ]:
+        assert reason in one_line(workplace, capsys, **{name: value}), name
+    for flags, reason in [
+        (["--learning_rate", "abc"], "learning_rate is 'abc', which is no number (float)."),
+        (["--max-steps=2.5"], "max_steps is '2.5', which is no whole number (int)."),
+        (["--bf16", "maybe"], "bf16 is 'maybe', which is neither true nor false."),
+        (["--teacher_tail", "buckets"], "choose one of bucket, unbiased, renormalise. Did you mean 'bucket'?"),
+        (["--learning_rate"], "--learning_rate stands there without a value: write --learning_rate VALUE."),
+        (["--fsdp", "full_shard"], "accelerate_config: fsdp2"),
+        (["--model_init_kwargs", "{a"], "'{a' is no JSON"),
+        (
+            ["--save_strategy=steps", "--load_best_model_at_end=1"],
+            "These settings cannot be: --load_best_model_at_end requires",
+        ),
+    ]:
+        assert reason in one_line(workplace, capsys, *flags), flags
+    assert not (workplace / "run").exists()
+
+
+def test_none_and_null_mean_nothing_there(workplace: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(workplace)
+    write_recipe(workplace, "other.yaml", method="kd", student="s", teacher="t", teacher_cache="c", max_train_rows=3)
+    for word in ("null", "none", "None"):
+        run = parse_run("other.yaml", ["--teacher_cache", word, f"--max_train_rows={word}", "--max_length", word])
+        assert (run.arguments.teacher_cache, run.arguments.max_train_rows, run.training.max_length) == (None,) * 3
+    assert parse_run("other.yaml", ["--teacher_cache", "none", "--teacher_cache", "d"]).arguments.teacher_cache == "d"
+    write_recipe(workplace, "other.yaml", method="kd", student="s", teacher="t", teacher_cache="none")
+    assert parse_run("other.yaml").arguments.teacher_cache is None
+    # To trackers the word means something else.
+    assert parse_run("other.yaml", ["--report_to", "none"]).training.report_to == []
+
+
+def test_one_value_of_a_list_is_a_list(workplace: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(workplace)
+    write_recipe(workplace, "other.yaml", method="kd", student="s", teacher="t", trainable="connector")
+    assert parse_run("other.yaml").training.trainable == ["connector"]
+
+
+def test_places_and_trackers_are_looked_at_before_models(workplace: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(workplace)
+    (workplace / "file").write_text("")
+    (workplace / "folder").mkdir()
+    (workplace / "model").mkdir()
+    for keys, reason in [
+        ({"report_to": "clearml"}, "report_to is clearml, which is not installed: pip install clearml, or set"),
+        ({"report_to": ["wanb"]}, "report_to is 'wanb'; choose one of none, all, "),
+        ({"output_dir": "file/run"}, "file is a file. Name another."),
+        ({"student": "my model"}, "The student 'my model' cannot be loaded"),
+        ({"student": "model"}, "The student 'model' cannot be loaded: the folder holds nothing;"),
+    ]:
+        monkeypatch.setattr("mmkd.run.get_available_reporting_integrations", list)
+        assert reason in one_line(workplace, capsys, **keys)
+    (workplace / "model" / "adapter_config.json").write_text("{}")
+    assert "the folder holds an adapter: merge it" in one_line(workplace, capsys, teacher="model")
+    for recipe, reason in [
+        ("folder", "'folder' is a folder; it holds no .yaml file."),
+        (".", "is a folder; name a recipe in it, such as"),
+        ("empty.yaml", "is no recipe: it must hold"),
+        ("list.yaml", "is no recipe: it must hold"),
+    ]:
+        (workplace / "empty.yaml").write_text("")
+        (workplace / "list.yaml").write_text("- method\n- data\n")
+        assert main(["train", recipe]) == 2
+        assert reason in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_package_that_a_setting_needs_is_one_line(workplace: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(workplace)
+    said = one_line(workplace, capsys, attn_implementation="flash_attention_2")
+    assert "FlashAttention2" in said
+    assert "MMKD_TRACEBACK=1" in said
+    monkeypatch.setenv("MMKD_TRACEBACK", "1")
+    with pytest.raises(ImportError):
+        main(["train", "bad.yaml"])

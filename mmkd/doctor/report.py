@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmkd.run import Run
+from mmkd.run import Run, check_surroundings
 from mmkd.run_teacher import reads_teacher
 
 from . import costs, rounds, rows, teachers, tokens
@@ -48,9 +48,10 @@ def examine(run: Run, sharded: bool = False) -> list[Finding]:
 
     `sharded` says that the run spreads its weights over several devices.
     """
-    if run.arguments.method == "dho":
-        return examine_classes(run)
     book, alone = Book(), run.by_teacher()
+    book.attempt("settings", check_surroundings, run)
+    if run.arguments.method == "dho":
+        return [*book.findings, *examine_classes(run)]
     student = book.attempt("student", load_student, run)
     sample = book.attempt("data", take_sample, run)
     ours = None
