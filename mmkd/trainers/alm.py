@@ -94,6 +94,7 @@ class ALMTrainer(BalancedTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         packing, formatting_func, name = rest
+        args = self.settings_given(args)
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"The {name} data is a stream. alm reads every row twice and pairs the readings; load it whole."

@@ -46,8 +46,10 @@ def answer_starts(batch: Mapping[str, Any], prompt_tokens: int | None = None) ->
     lengths = _lengths(batch)
     starts: list[int | None] = []
     for row, places in enumerate(begins):
+        # Tokens of images are never supervised, also where everything else is.
+        asked = not (VISUAL in batch and supervised[row, 0])
         found = places.nonzero()
-        if len(found):
+        if len(found) and asked:
             start = int(found[-1])
             # An image after the answer, in a turn that nobody answers, would lose its tokens.
             late = VISUAL in batch and bool(batch[VISUAL]["mask"][row, start:].any())

@@ -13,7 +13,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mmkd.data.image_columns import image_column
 from mmkd.data.layouts import canonical
@@ -30,9 +29,10 @@ from mmkd.teachers.base import Teacher
 from mmkd.teachers.cached import BATCH_KEY, images_of
 from mmkd.teachers.signals import DenseSignal, RoutedSignal, TopKSignal
 
-from .checks import check_precision, check_stream, check_supervision, check_training_data
+from .checks import check_precision, check_stream, check_training_data
 from .config import DistillationConfig
 from .kernels import token_loss
+from .labelling import LabellingTrainer
 from .log import RunLog
 from .on_policy import OnPolicyTrainer
 from .preparation import ROWS, KeptRows, RowLengths
@@ -50,6 +50,7 @@ from .vision import (
     VisionCollator,
     teacher_view,
 )
+from .vision_labels import VisionLabels
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class ItemLosses:
     """Name in the logs -> (sum, number of items), without gradient."""
 
 
-class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPolicyTrainer):
+class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPolicyTrainer, LabellingTrainer):
     """trl's SFTTrainer with a teacher. A method subclasses it and implements `item_losses`.
 
     Args:
@@ -169,7 +170,7 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
                 "with accelerate_config zero3 or fsdp2."
             )
         self.vision_collator = None
-        if isinstance(self.data_collator, DataCollatorForVisionLanguageModeling):
+        if isinstance(self.data_collator, VisionLabels):
             self.data_collator = self.vision_collator = VisionCollator(self.data_collator, args.on_bad_row == "skip")
         self.data_collator = collate_alone = RowLengths(self.data_collator)
         self.vocab_size = full_head(self.model).vocab_size
@@ -288,11 +289,6 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
             del inputs[ROW_LENGTHS]
             inputs.pop(ROWS, None)
             self.ask_view(teacher_view(View.of(inputs), inputs))
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
-        check_supervision(dataset, prepared, args.max_length)
-        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -14,12 +14,11 @@ from jaxtyping import Bool, Int
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.keys import segments
 
-from .checks import check_supervision
+from .labelling import LabellingTrainer
 from .sharding import ShardedTrainer
 from .vision import ROW_LENGTHS
 
@@ -83,16 +82,13 @@ class KeptRows:
         return {**self.collator(examples), ROWS: kept}
 
 
-class _Preparation(ShardedTrainer, SFTTrainer):
-    """trl's preparation of rows; the model is a placeholder that no one asks."""
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
-        check_supervision(dataset, prepared, args.max_length)
-        return prepared
+class _Preparation(ShardedTrainer, LabellingTrainer):
+    """The preparation of rows; the model is a placeholder that no one asks."""
 
 
-def placeholder_trainer(args: SFTConfig, processing_class: Any, train: Any, evaluation: Any = None) -> SFTTrainer:
+def placeholder_trainer(
+    args: SFTConfig, processing_class: Any, train: Any, evaluation: Any = None
+) -> LabellingTrainer:
     """A trainer that prepares rows as training would, without a model. Leaves its arguments as they are."""
     args = copy(args)
     tokenizer: Any = tokenizer_of(processing_class)

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import ProcessorMixin
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mmkd.data.images import UnusableRow, read_row
 from mmkd.teachers.cached import images_of
+
+from .turns import Turns
+from .vision_labels import VisionLabels
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +32,6 @@ ROW_LENGTHS = "row_lengths"
 """How many tokens each row of a batch has, 0 for one that only keeps ranks together."""
 
 _SKIPPED = "skipped"
-
-# transformers 5.23 fails to tell which tokens are the assistant's where a processor makes its own batches.
-_NO_ASSISTANT_MASK = ("Idefics3Processor", "InternVLProcessor")
 
 
 @dataclass(frozen=True)
@@ -165,33 +163,24 @@ class VisionCollator:
     within its images, unless such rows are skipped.
     """
 
-    def __init__(self, collator: DataCollatorForVisionLanguageModeling, skip: bool = False):
+    def __init__(self, collator: VisionLabels, skip: bool = False):
         self.student, self.teacher = collator, None
         self.skip, self.spare = skip, Spare()
         # Cut here, where the loss of image tokens can be told from the loss of text.
         self.max_length, collator.max_length = collator.max_length, None
         require_image_tokens(collator.processor, "student")
-        if collator.assistant_only_loss and type(collator.processor).__name__ in _NO_ASSISTANT_MASK:
-            raise ValueError(
-                f"{type(collator.processor).__name__} cannot tell which tokens the assistant says. Map the data to "
-                "prompt and completion, and leave assistant_only_loss out."
-            )
 
     def add_teacher(self, processor: ProcessorMixin) -> None:
         """Gives the teacher its own version of every batch, if its processor makes another one."""
         if processing_facts(processor) == processing_facts(self.student.processor):
             return
         require_image_tokens(processor, "teacher")
-        template, own = None, processor.chat_template
-        if self.student.assistant_only_loss and own is not None and not has_generation_markers(own):
-            template = get_training_chat_template(processor)
-        self.teacher = DataCollatorForVisionLanguageModeling(
+        turns = Turns.of(processor) if self.student.assistant_only_loss else None
+        self.teacher = replace(
+            self.student,
             processor=processor,
-            completion_only_loss=self.student.completion_only_loss,
-            pad_to_multiple_of=self.student.pad_to_multiple_of,
-            dataset_text_field=self.student.dataset_text_field,
-            assistant_only_loss=self.student.assistant_only_loss,
-            chat_template=template,
+            chat_template=None if turns is None else turns.template,
+            turns=turns,
         )
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -210,7 +199,7 @@ class VisionCollator:
         return {**batch, TEACHER_INPUTS: teacher[0]} if teacher else batch
 
     def _finished(
-        self, batch: dict[str, Any], collator: DataCollatorForVisionLanguageModeling, examples: list[dict[str, Any]]
+        self, batch: dict[str, Any], collator: VisionLabels, examples: list[dict[str, Any]]
     ) -> dict[str, Any]:
         """A collated batch cut to `max_length`, with its `VISUAL`, in which skipped rows teach nothing."""
         processor: Any = collator.processor
@@ -230,9 +219,7 @@ class VisionCollator:
             batch[VISUAL]["skipped"] = torch.tensor([kinds.count(kind) for kind in BAD_ROWS])
         return batch
 
-    def _lost(
-        self, batch: Mapping[str, Any], collator: DataCollatorForVisionLanguageModeling
-    ) -> list[tuple[int, str]]:
+    def _lost(self, batch: Mapping[str, Any], collator: VisionLabels) -> list[tuple[int, str]]:
         """The rows that `max_length` would cut within their images, and what to do."""
         if self.max_length is None:
             return []

@@ -1,0 +1,150 @@
+"""The part of a trainer that turns rows into tokens and labels: trl's, which supervises what the user means."""
+
+import logging
+import math
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from jaxtyping import Bool
+from transformers.trainer_callback import TrainerCallback
+from trl.data_utils import get_dataset_column_names, is_conversational, is_conversational_from_value
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling, SFTTrainer
+
+from mmkd.data.images import UnusableRow
+from mmkd.errors import UserError
+
+from .checks import check_supervision
+from .supervision import TokenCounts, supervised_of, teaching
+from .turns import Turns, assistant_labels
+from .vision import read_images
+from .vision_labels import VisionLabels
+
+logger = logging.getLogger(__name__)
+
+SAMPLED = 16
+"""Rows with images that are counted, at most: each goes through an image processor."""
+
+
+class LabellingTrainer(SFTTrainer):
+    """trl's SFTTrainer; `assistant_only_loss` works with any chat template, and what is left out is counted and said.
+
+    Raises UserError where what the assistant says cannot be told from the rest.
+    """
+
+    # transformers types these as unions with None, for trainers that are still without them.
+    train_dataset: Any
+    processing_class: Any
+
+    def __init__(self, *, args: SFTConfig, train_dataset: Any, **kwargs: Any):
+        self._assistant_only = args.assistant_only_loss
+        # Split -> what it has, where it is neither a stream nor has images.
+        self.token_counts: dict[str, TokenCounts] = {}
+        first = next(iter(train_dataset), None) if self._assistant_only else None
+        if first is not None and not (is_conversational(first) or is_conversational_from_value(first)):
+            raise UserError(
+                "assistant_only_loss needs conversations, and the data is plain text: nobody speaks in it. Set "
+                "assistant_only_loss: false, or map the data to messages."
+            )
+        # trl refuses templates that neither mark the assistant's turns nor are known to it, and `Turns` does not.
+        args.assistant_only_loss = False
+        try:
+            super().__init__(args=args, train_dataset=train_dataset, **kwargs)
+        finally:
+            args.assistant_only_loss = self._assistant_only
+        if isinstance(self.data_collator, DataCollatorForVisionLanguageModeling):
+            self.data_collator = self.vision_labels = self._vision_labels(self.data_collator)
+        self.add_callback(SupervisionNote(self))
+
+    def count_tokens(self) -> TokenCounts | None:
+        """What the train data has, images over a sample of its rows; None for a stream."""
+        data = self.train_dataset
+        if not self._is_vision_dataset or not isinstance(data, Dataset):
+            return self.token_counts.get("train")
+        whole, rows = replace(self.vision_labels, max_length=None), len(data)
+        sample = [data[row] for row in range(0, rows, math.ceil(rows / SAMPLED))]
+        supervised = [one for row in sample if (one := _supervised(row, whole)) is not None]
+        return TokenCounts.count(supervised, self.args, of=rows if len(supervised) < rows else None)
+
+    def settings_given(self, args: SFTConfig) -> SFTConfig:
+        """The settings as the user gave them, also while trl's constructor is kept from reading one of them."""
+        given = copy(args)
+        given.assistant_only_loss = self._assistant_only
+        return given
+
+    def _vision_labels(self, collator: DataCollatorForVisionLanguageModeling) -> VisionLabels:
+        settings = {one.name: getattr(collator, one.name) for one in fields(collator)}
+        turns = self._turns(self.processing_class) if self._assistant_only else None
+        return VisionLabels(
+            **{
+                **settings,
+                "chat_template": None if turns is None else turns.template,
+                "assistant_only_loss": self._assistant_only,
+                "turns": turns,
+            }
+        )
+
+    def _turns(self, processing_class: Any) -> Turns:
+        """Who finds the assistant's turns; trl's own training template, if any, is used for everything."""
+        turns = Turns.of(processing_class)
+        self.chat_template = turns.template
+        return turns
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        # trl drops them from rows with images, which its collator and ours read.
+        more = (self.args.dataset_text_field, "tools", "chat_template_kwargs") if self._is_vision_dataset else ()
+        columns += [name for name in more if name not in columns]
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        rows, alone, cut = dataset, copy(args), copy(args)
+        alone.max_length, alone.shuffle_dataset, cut.packing = None, False, packing
+        columns = get_dataset_column_names(dataset)
+        if self._assistant_only and formatting_func is None and "input_ids" not in columns:
+            settings = {
+                "turns": self._turns(processing_class),
+                "completion_only": self.completion_only_loss,
+                "split": dataset_name,
+            }
+            rows = rows.map(assistant_labels, with_indices=True, fn_kwargs=settings)
+        # Tokens and labels of whole rows, which trl then cuts, packs and shuffles as it would at once.
+        labelled = super()._prepare_dataset(rows, processing_class, alone, False, formatting_func, dataset_name)
+        if isinstance(labelled, Dataset):
+            self.token_counts[dataset_name] = TokenCounts.count(supervised_of(labelled), cut)
+            labelled = teaching(labelled, cut, dataset_name)
+            check_supervision(dataset, labelled, args.max_length)
+        return super()._prepare_dataset(labelled, processing_class, args, packing, None, dataset_name)
+
+
+class SupervisionNote(TrainerCallback):
+    """Says once, when training begins, how much of the data is learnt from."""
+
+    def __init__(self, trainer: LabellingTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Says it in the process that speaks for all."""
+        counts = self.trainer.count_tokens() if state.is_world_process_zero else None
+        if counts is not None:
+            # Not a warning, but the level that is shown wherever nobody has set one up.
+            logger.warning("Training data: %s", counts)
+
+
+def _supervised(row: Mapping[str, Any], collator: VisionLabels) -> Bool[np.ndarray, "token"] | None:
+    """Which tokens of a row with images are supervised; None for a row that training would not take either."""
+    example = read_images(row)
+    if isinstance(example, UnusableRow):
+        return None
+    # Image processors say in ways of their own that an image is none for them; training says it, or skips the row.
+    try:
+        batch = collator([example])
+    except Exception:
+        return None
+    return batch["labels"][0].numpy() != -100

@@ -1,0 +1,136 @@
+"""trl's collator of rows with images, with labels as text has them: answers end, and no image is a target."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from PIL import Image as PILImage
+from trl.data_utils import is_conversational
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from mmkd.models.load import tokenizer_of
+from mmkd.teachers.cached import images_of
+
+from .turns import Turns, overlapping, template_settings
+
+# Tiles of Idefics3 and SmolVLM, of which a small image shows none.
+_TILE = re.compile(r"<row_\d+_col_\d+>")
+
+
+@dataclass
+class VisionLabels(DataCollatorForVisionLanguageModeling):
+    """trl's collator; plain text ends with EOS, tools reach the template, and tokens of images are never labels.
+
+    Raises UserError where `turns` cannot tell what the assistant says.
+    """
+
+    turns: Turns | None = None
+    """Tells what is supervised under assistant_only_loss."""
+    eos_token: str | None = None
+    """Ends plain text; by default that of the processor's tokenizer."""
+    image_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.image_ids = image_token_ids(self.processor)
+        self.eos_token = self.eos_token or tokenizer_of(self.processor).eos_token
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of rows with their images decoded."""
+        examples = [self._ended(example) for example in examples]
+        turns = Turns(self.processor, self.chat_template) if self.turns is None else self.turns
+        settings = [value for example in examples for value in template_settings(example).values()]
+        # trl's own way gives one set of tools to all rows of a batch, and no place to what the assistant says in some
+        # processors.
+        if is_conversational(examples[0]) and (turns.how != "all" or any(settings)):
+            batch = self._collate_conversations(examples, turns)
+        else:
+            batch = dict(super().torch_call(examples))
+        labels = batch["labels"]
+        batch["labels"] = labels.masked_fill(torch.isin(labels, torch.tensor(sorted(self.image_ids))), -100)
+        return batch
+
+    def _ended(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        """A row whose plain text ends as trl ends that of rows without images."""
+        for name in (self.dataset_text_field, "completion"):
+            text = example.get(name)
+            if isinstance(text, str) and self.eos_token is not None:
+                return {**example, name: text if text.endswith(self.eos_token) else text + self.eos_token}
+        return dict(example)
+
+    def _collate_conversations(self, examples: list[dict[str, Any]], turns: Turns) -> dict[str, Any]:
+        """Conversations, each rendered with its own tools and supervised where `turns` says so."""
+        images = [images_of(example) for example in examples]
+        read = [
+            turns.read(example, self.completion_only_loss, shown)
+            for example, shown in zip(examples, images, strict=True)
+        ]
+        batch = self.processor(
+            text=[text for text, _ in read],
+            # Processors take no batch of rows that are all without images.
+            images=images if any(images) else None,
+            padding=True,
+            padding_side="right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            truncation=self.max_length is not None,
+            max_length=self.max_length,
+            # The template writes them.
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+        )
+        offsets, shifts = batch.pop("offset_mapping"), batch.pop("text_replacement_offsets", None)
+        # Tensors only now: Idefics3's and InternVL's processors fail to leave the offsets out of them.
+        batch.convert_to_tensors("pt")
+        spans = [
+            [(_shifted(start, inserted), _shifted(end, inserted)) for start, end in rendering.spans]
+            for rendering, inserted in zip(read, shifts or [[]] * len(read), strict=True)
+        ]
+        said = np.stack([overlapping(one, told) for one, told in zip(offsets, spans, strict=True)])
+        ids, present = batch["input_ids"], batch["attention_mask"].bool()
+        return {**batch, "labels": ids.masked_fill(~(torch.from_numpy(said) & present), -100)}
+
+
+def image_token_ids(processor: Any) -> frozenset[int]:
+    """The tokens that stand for an image: its patches, and the special tokens that processor and template put around.
+
+    Nobody writes them: the processor does, wherever a row has an image.
+    """
+    if getattr(processor, "image_token_id", None) is None:
+        return frozenset()
+    special = tokenizer_of(processor).get_added_vocab()
+    placeholder = getattr(processor, "boi_token", None) or processor.image_token
+    image = PILImage.new("RGB", (64, 64))
+    expanded = processor(text=[placeholder], images=[[image]], add_special_tokens=False)["input_ids"][0]
+    around = _around_image(processor)
+    found = {processor.image_token_id, *expanded, *around}
+    tiles = {index for token, index in special.items() if _TILE.fullmatch(token)}
+    return frozenset((found & {*special.values(), processor.image_token_id}) | tiles)
+
+
+def _around_image(processor: Any) -> set[int]:
+    """What a message with an image has and one without has not."""
+    if processor.chat_template is None:
+        return set()
+    text = {"type": "text", "text": "a"}
+    contents: list[Any] = [[text], [{"type": "image"}, text]]
+    # A template that takes no parts renders no images either.
+    try:
+        without, with_image = (
+            processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            for content in contents
+        )
+    except (TemplateError, TypeError):
+        return set()
+    tokenizer = tokenizer_of(processor)
+    ids = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in (without, with_image)]
+    return {*ids[1]} - {*ids[0]}
+
+
+def _shifted(place: int, inserted: list[dict[str, Any]]) -> int:
+    """Where a character stands once placeholders before it have been replaced by the tokens of their images."""
+    gains = [one["new_span"][1] - one["span"][1] for one in inserted if one["span"][1] <= place]
+    return place + (gains[-1] if gains else 0)
