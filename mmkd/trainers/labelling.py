@@ -68,7 +68,8 @@ class LabellingTrainer(SFTTrainer):
         whole, rows = replace(self.vision_labels, max_length=None), len(data)
         sample = [data[row] for row in range(0, rows, math.ceil(rows / SAMPLED))]
         supervised = [one for row in sample if (one := _supervised(row, whole)) is not None]
-        return TokenCounts.count(supervised, self.args, of=rows if len(supervised) < rows else None)
+        args: Any = self.args
+        return TokenCounts.count(supervised, args, of=rows if len(supervised) < rows else None)
 
     def settings_given(self, args: SFTConfig) -> SFTConfig:
         """The settings as the user gave them, also while trl's constructor is kept from reading one of them."""
@@ -97,8 +98,9 @@ class LabellingTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
+        args: Any = self.args
         # trl drops them from rows with images, which its collator and ours read.
-        more = (self.args.dataset_text_field, "tools", "chat_template_kwargs") if self._is_vision_dataset else ()
+        more = (args.dataset_text_field, "tools", "chat_template_kwargs") if self._is_vision_dataset else ()
         columns += [name for name in more if name not in columns]
 
     def _prepare_dataset(

@@ -152,14 +152,12 @@ class LLaVAKDTrainer(BalancedTrainer):
     def ask_view(self, view: View) -> VisualSignal:
         """One pass of the teacher, read at the answer and at its visual tokens."""
         visual = view.visual[:, :-1]
-        self._require_text_labels(view)
         signal = self.teacher.ask(view.inputs, looked_at := view.supervised | visual)
         answer, seen = (DenseSignal(signal.hidden[mask[looked_at]], signal.head) for mask in (view.supervised, visual))
         return VisualSignal(answer, seen, view.images[:, 1])
 
     def read_student(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Supervised:
         """The student at the same positions of its own sequence."""
-        self._require_text_labels(view)
         one = super().read_student(hidden, head, view)
         seen = hidden[:, :-1][view.visual[:, :-1]]
         return VisualSupervised(one.hidden, one.head, one.labels, seen, view.images[:, 1])
@@ -222,10 +220,3 @@ class LLaVAKDTrainer(BalancedTrainer):
                 "common grid, or beta: 0 and gamma: 0 with visual_mismatch: pool to compare answers only."
             )
         return [common_tokens(*pair) for pair in zip(ours, theirs, strict=True)]
-
-    def _require_text_labels(self, view: View) -> None:
-        if (view.visual & (view.labels != -100)).any():
-            raise ValueError(
-                "The image tokens themselves are labels, so the student would learn to write them. Set "
-                "assistant_only_loss: true (with messages), or map the data to prompt and completion."
-            )

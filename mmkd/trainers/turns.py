@@ -60,7 +60,7 @@ class Turns:
         marked = template is not None or has_generation_markers(own)
         if marked and not is_chat_template_stop_token_trained(processing_class, chat_template=template):
             logger.warning(
-                "The chat template leaves the token that ends an assistant's turn outside of {%% generation %%}: the "
+                "The chat template leaves the token that ends an assistant's turn outside of {% generation %}: the "
                 "student may not learn to stop. Move it inside, or set assistant_only_loss: false."
             )
         return cls(processing_class, template, "marks" if marked else "turns")
@@ -110,7 +110,7 @@ class Turns:
             add_generation_prompt=False,
             **{**tokenizer_of(self.processing_class).special_tokens_map, "chat_template": template, **settings},
         )
-        return Rendering(texts[0], [(start, end) for start, end in spans[0]])
+        return Rendering(texts[0], [(int(start), int(end)) for start, end in spans[0]])
 
     def _told_apart(self, messages: list[Any], settings: Mapping[str, Any]) -> Rendering:
         """The rendering, where a turn is what it adds to the messages before it and the prompt to speak."""
@@ -126,7 +126,8 @@ class Turns:
             )
             through = text if place + 1 == len(messages) else self._render(messages[: place + 1], settings)
             # Some templates end every conversation with EOS, which goes when it goes on.
-            ends = ("", tokenizer_of(self.processing_class).eos_token or "")
+            tokenizer: Any = tokenizer_of(self.processing_class)
+            ends = ("", tokenizer.eos_token or "")
             end = next((len(through) - len(end) for end in ends if _continues(text, through, end)), None)
             start = self._start(before, text)
             bare = "" if start == len(before) else self._render(messages[:place], settings)
@@ -145,7 +146,7 @@ class Turns:
         common = _common(prompt, text)
         if common == len(prompt):
             return common
-        tokenizer = tokenizer_of(self.processing_class)
+        tokenizer: Any = tokenizer_of(self.processing_class)
         offsets = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return max((end for _, end in offsets if end <= common), default=0)
 
@@ -168,7 +169,7 @@ def assistant_labels(
         text, spans = turns.read(row, completion_only)
     except UserError as error:
         raise UserError(f"Row {number} of the {split} data: {error}") from error
-    tokenizer = tokenizer_of(turns.processing_class)
+    tokenizer: Any = tokenizer_of(turns.processing_class)
     # As `apply_chat_template` of a processor does, unlike that of a tokenizer.
     begins = isinstance(turns.processing_class, ProcessorMixin) and not _starts_with_bos(text, tokenizer)
     encoded = tokenizer(text, add_special_tokens=begins, return_offsets_mapping=True)

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int
 from jinja2 import TemplateError
 from PIL import Image as PILImage
+from torch import Tensor
 from trl.data_utils import is_conversational
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -19,6 +21,7 @@ from .turns import Turns, overlapping, template_settings
 
 # Tiles of Idefics3 and SmolVLM, of which a small image shows none.
 _TILE = re.compile(r"<row_\d+_col_\d+>")
+_IMAGE = PILImage.new("RGB", (64, 64))
 
 
 @dataclass
@@ -32,11 +35,12 @@ class VisionLabels(DataCollatorForVisionLanguageModeling):
     """Tells what is supervised under assistant_only_loss."""
     eos_token: str | None = None
     """Ends plain text; by default that of the processor's tokenizer."""
-    image_ids: frozenset[int] = field(init=False)
+    image_tokens: "ImageTokens" = field(init=False)
 
     def __post_init__(self) -> None:
-        self.image_ids = image_token_ids(self.processor)
-        self.eos_token = self.eos_token or tokenizer_of(self.processor).eos_token
+        self.image_tokens = ImageTokens.made_by(self.processor)
+        tokenizer: Any = tokenizer_of(self.processor)
+        self.eos_token = self.eos_token or tokenizer.eos_token
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of rows with their images decoded."""
@@ -49,16 +53,16 @@ class VisionLabels(DataCollatorForVisionLanguageModeling):
             batch = self._collate_conversations(examples, turns)
         else:
             batch = dict(super().torch_call(examples))
-        labels = batch["labels"]
-        batch["labels"] = labels.masked_fill(torch.isin(labels, torch.tensor(sorted(self.image_ids))), -100)
+        batch["labels"] = batch["labels"].masked_fill(self.image_tokens.of(batch["input_ids"]), -100)
         return batch
 
     def _ended(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """A row whose plain text ends as trl ends that of rows without images."""
         for name in (self.dataset_text_field, "completion"):
             text = example.get(name)
-            if isinstance(text, str) and self.eos_token is not None:
-                return {**example, name: text if text.endswith(self.eos_token) else text + self.eos_token}
+            end = self.eos_token or ""
+            if isinstance(text, str):
+                return {**example, name: text if text.endswith(end) else text + end}
         return dict(example)
 
     def _collate_conversations(self, examples: list[dict[str, Any]], turns: Turns) -> dict[str, Any]:
@@ -68,7 +72,8 @@ class VisionLabels(DataCollatorForVisionLanguageModeling):
             turns.read(example, self.completion_only_loss, shown)
             for example, shown in zip(examples, images, strict=True)
         ]
-        batch = self.processor(
+        processor: Any = self.processor
+        batch = processor(
             text=[text for text, _ in read],
             # Processors take no batch of rows that are all without images.
             images=images if any(images) else None,
@@ -94,21 +99,40 @@ class VisionLabels(DataCollatorForVisionLanguageModeling):
         return {**batch, "labels": ids.masked_fill(~(torch.from_numpy(said) & present), -100)}
 
 
-def image_token_ids(processor: Any) -> frozenset[int]:
-    """The tokens that stand for an image: its patches, and the special tokens that processor and template put around.
+@dataclass(frozen=True)
+class ImageTokens:
+    """The tokens that a processor writes wherever a row has an image, and nobody else."""
 
-    Nobody writes them: the processor does, wherever a row has an image.
-    """
-    if getattr(processor, "image_token_id", None) is None:
-        return frozenset()
-    special = tokenizer_of(processor).get_added_vocab()
-    placeholder = getattr(processor, "boi_token", None) or processor.image_token
-    image = PILImage.new("RGB", (64, 64))
-    expanded = processor(text=[placeholder], images=[[image]], add_special_tokens=False)["input_ids"][0]
-    around = _around_image(processor)
-    found = {processor.image_token_id, *expanded, *around}
-    tiles = {index for token, index in special.items() if _TILE.fullmatch(token)}
-    return frozenset((found & {*special.values(), processor.image_token_id}) | tiles)
+    ids: Int[Tensor, "id"]
+    """Patches, and the special tokens that processor and template put around them."""
+    blank: Int[Tensor, "id"]
+    """What else a processor puts there, such as empty lines: an image's where it touches the image."""
+
+    @classmethod
+    def made_by(cls, processor: Any) -> "ImageTokens":
+        """Those of a processor, seen in what it makes of an image."""
+        patch = getattr(processor, "image_token_id", None)
+        if patch is None:
+            return cls(torch.tensor([], dtype=torch.long), torch.tensor([], dtype=torch.long))
+        added = tokenizer_of(processor).get_added_vocab()
+        placeholder = getattr(processor, "boi_token", None) or processor.image_token
+        expanded = set(processor(text=[placeholder], images=[[_IMAGE]], add_special_tokens=False)["input_ids"][0])
+        special = {patch, *added.values()}
+        tiles = {index for token, index in added.items() if _TILE.fullmatch(token)}
+        ids = {patch, *((expanded | _around_image(processor)) & special), *tiles}
+        return cls(torch.tensor(sorted(ids)), torch.tensor(sorted(expanded - special), dtype=torch.long))
+
+    def of(self, ids: Int[Tensor, "batch position"]) -> Bool[Tensor, "batch position"]:
+        """Which tokens of a batch are an image's."""
+        found, blank = torch.isin(ids, self.ids), torch.isin(ids, self.blank)
+        while True:
+            beside = torch.zeros_like(found)
+            beside[:, 1:] |= found[:, :-1]
+            beside[:, :-1] |= found[:, 1:]
+            grown = found | (blank & beside)
+            if torch.equal(grown, found):
+                return found
+            found = grown
 
 
 def _around_image(processor: Any) -> set[int]:
@@ -125,7 +149,7 @@ def _around_image(processor: Any) -> set[int]:
         )
     except (TemplateError, TypeError):
         return set()
-    tokenizer = tokenizer_of(processor)
+    tokenizer: Any = tokenizer_of(processor)
     ids = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in (without, with_image)]
     return {*ids[1]} - {*ids[0]}
 

@@ -284,8 +284,6 @@ def test_bad_input(build_vlm: Build, vlms: Any, tiny: Any, tmp_path: Path) -> No
         build_vlm(LLaVAKDTrainer, data, trainer={"teacher": str(tiny["teacher"])})
     with pytest.raises(ValueError, match="would cut a row within its images"):
         build_vlm(LLaVAKDTrainer, data, max_length=8)
-    with pytest.raises(ValueError, match="assistant_only_loss"):
-        build_vlm(LLaVAKDTrainer, data, assistant_only_loss=False)
     for count, advice in ((2, "remove the surplus images"), (0, "add the missing images")):
         rows = data.map(lambda row, count=count: {"images": row["images"] * count}, features=data.features)
         with pytest.raises(ValueError, match=advice):

@@ -31,12 +31,8 @@ def built(build: Build, cls: Any, family: Any, same: bool = False, **settings: A
         "processing_class": processor,
         "teacher_processing_class": processor,
     }
-    data, masks = vision_rows(IMAGES), type(processor).__name__ not in ("Idefics3Processor", "InternVLProcessor")
-    if not masks:
-        data = data.map(lambda row: {"prompt": row["messages"][:1], "completion": row["messages"][1:]})
-        data = data.remove_columns("messages")
-    defaults = {"assistant_only_loss": masks, "max_length": None, "max_steps": 2}
-    return build(cls, data, trainer=models, **{**defaults, **settings})
+    defaults = {"assistant_only_loss": True, "max_length": None, "max_steps": 2}
+    return build(cls, vision_rows(IMAGES), trainer=models, **{**defaults, **settings})
 
 
 def test_llava_kd_is_that_of_logits_in_full(build: Build, family: Any) -> None:

@@ -1,0 +1,300 @@
+"""What is supervised: answers and their end, whatever the template; never an image; counted, and said."""
+
+import copy
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import trl.chat_template_utils as templates
+from datasets import Dataset, Features, Image, List, Value
+
+from mmkd.errors import UserError
+from mmkd.trainers.kd import KDTrainer
+from mmkd.trainers.labelling import LabellingTrainer
+from mmkd.trainers.preparation import placeholder_trainer
+from mmkd.trainers.sft import SFTBaselineConfig
+from mmkd.trainers.supervision import TokenCounts, kept
+from mmkd.trainers.turns import Turns, assistant_labels
+from scripts.make_tiny_models import CHAT_TEMPLATE, make_tokenizer, sentences
+from tests.families import FAMILIES, made
+from tests.helpers import Build
+from tests.vlms import picture, vision_rows
+
+TALK = [
+    {"role": "user", "content": "the cat"},
+    {"role": "assistant", "content": "a mat"},
+    {"role": "user", "content": "one dog"},
+    {"role": "assistant", "content": "an old tree"},
+]
+UNMARKED = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tokenizer_of_template(template: str) -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def said(template: str, messages: list[Any], **row: Any) -> list[str]:
+    """The texts that are supervised, turn by turn, where a template marks nothing."""
+    text, spans = Turns.of(tokenizer_of_template(template)).read({"messages": messages, **row})
+    return [text[start:end] for start, end in spans]
+
+
+def rows_of(processing_class: Any, data: Dataset, **settings: Any) -> LabellingTrainer:
+    config = SFTBaselineConfig("unused", bf16=False, use_cpu=True, **{"max_length": None, **settings})
+    return placeholder_trainer(config, processing_class, data)
+
+
+def labels_of(processing_class: Any, data: Dataset, **settings: Any) -> tuple[Any, list[str]]:
+    """A collated batch of rows with images, and the text that each row supervises."""
+    trainer = rows_of(processing_class, data, **settings)
+    batch = trainer.data_collator([dict(row) for row in data])
+    tokenizer = processing_class.tokenizer
+    return batch, [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+
+
+# Turns of the assistant
+
+
+def test_turns_of_any_template_end_with_their_own_token() -> None:
+    """SmolLM2 marks nothing; its default system prompt and the headers are no answers."""
+    assert said(SMOLLM2, TALK) == ["a mat<|im_end|>\n", "an old tree<|im_end|>\n"]
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["cohere2", "gemma3", "gemma", "idefics3", "lfm2", "llama3", "qwen2_5_vl", "qwen3_instruct_2507", "smolvlm"],
+)
+def test_turns_told_by_rendering_are_those_that_trl_marks(family: str) -> None:
+    tokenizer = tokenizer_of_template(getattr(templates, f"{family}_chat_template"))
+    tokenizer.bos_token = "<|system|>"
+    parts = family in ("idefics3", "qwen2_5_vl", "smolvlm")
+    told = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in TALK] if parts else TALK
+    marks = Turns.of(tokenizer)
+    assert marks.how == "marks"
+    labels = [
+        assistant_labels({"messages": told}, 0, turns, False, "train")
+        for turns in (marks, Turns(tokenizer, None, "turns"))
+    ]
+    assert labels[0] == labels[1]
+    assert any(label != -100 for label in labels[0]["labels"])
+
+
+def test_a_marked_template_gives_the_masks_of_transformers() -> None:
+    tokenizer = make_tokenizer()
+    theirs: Any = tokenizer.apply_chat_template(
+        TALK, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ours = assistant_labels({"messages": TALK}, 0, Turns.of(tokenizer), False, "train")
+    assert ours["input_ids"] == theirs["input_ids"]
+    assert [int(label != -100) for label in ours["labels"]] == theirs["assistant_masks"]
+
+
+def test_a_turn_with_tools_is_supervised_whole() -> None:
+    template = (
+        "{% for tool in tools or [] %}<tool>{{ tool.function.name }}{% endfor %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"
+        "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}{% endfor %}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look"}}]}
+    told = [TALK[0], call, {"role": "tool", "content": "rain"}, {"role": "assistant", "content": "wet"}]
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    assert said(template, told, tools=tools) == ["<call>look<end>", "wet<end>"]
+    text, _ = Turns.of(tokenizer_of_template(template)).read(
+        {"messages": told, "tools": '[{"function": {"name": "x"}}]'}
+    )
+    assert text.startswith("<tool>x")
+
+
+def test_a_talk_that_begins_with_the_assistant() -> None:
+    assert said(SMOLLM2, TALK[1:])[0] == "a mat<|im_end|>\n"
+
+
+def test_the_eos_that_ends_a_whole_conversation_is_supervised_once() -> None:
+    template = UNMARKED + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    assert said(template, TALK) == ["a mat<|end|>", "an old tree<|end|><|end|>"]
+
+
+def test_a_prompt_that_opens_a_thought_parts_from_the_answer_at_a_token() -> None:
+    template = UNMARKED.replace("<|assistant|>{% endif %}", "<|assistant|><|system|>{% endif %}")
+    assert said(template, TALK[:2]) == ["a mat<|end|>"]
+
+
+def test_a_turn_that_later_ones_change_is_refused_with_the_way_out() -> None:
+    forgetful = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{{ m.content if loop.last or m.role == 'user' else '...' }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"Row 7 of the train data: .* message 1 .*chat_template_path"):
+        assistant_labels({"messages": TALK}, 7, Turns.of(tokenizer_of_template(forgetful)), False, "train")
+    assert said(forgetful, TALK[:2]) == ["a mat<end>"]
+
+
+def test_assistant_only_loss_trains_a_student_whose_template_marks_nothing(build: Build) -> None:
+    trainer = build(
+        KDTrainer,
+        Dataset.from_list([{"messages": TALK}] * 8),
+        trainer={"processing_class": tokenizer_of_template(UNMARKED)},
+        assistant_only_loss=True,
+        max_steps=1,
+    )
+    row, tokenizer = trainer.train_dataset[0], make_tokenizer()
+    marked = assistant_labels({"messages": TALK}, 0, Turns.of(tokenizer), False, "train")
+    assert (row["input_ids"], row["labels"]) == (marked["input_ids"], marked["labels"])
+    assert trainer.args.assistant_only_loss
+    trainer.train()
+
+
+def test_prompt_and_completion_are_supervised_in_the_completion_only() -> None:
+    data = Dataset.from_list([{"prompt": TALK[:3], "completion": TALK[3:]}] * 2)
+    row = rows_of(tokenizer_of_template(UNMARKED), data, assistant_only_loss=True).train_dataset[0]
+    told = [index for index in row["labels"] if index != -100]
+    assert make_tokenizer().decode(told) == "an old tree<|end|>"
+
+
+def test_plain_text_has_no_assistant(texts: Dataset) -> None:
+    with pytest.raises(UserError, match="needs conversations"):
+        rows_of(make_tokenizer(), texts, assistant_only_loss=True)
+
+
+# Images
+
+
+@pytest.fixture(params=list(FAMILIES))
+def processor(request: pytest.FixtureRequest) -> Any:
+    return made(request.param)[1]
+
+
+def test_no_token_of_an_image_is_a_target(processor: Any) -> None:
+    """Without masks, in an answer, and in plain text."""
+    question = [{"type": "image", "text": None}, {"type": "text", "text": "the cat"}]
+    answer = [{"type": "text", "text": "a mat"}, {"type": "image", "text": None}]
+    placeholder = getattr(processor, "boi_token", None) or processor.image_token
+    talk = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    processor.chat_template = processor.chat_template.replace(
+        "{{ message['content'][0]['text'] }}",
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+        + placeholder
+        + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}",
+    )
+    shown = {"images": [picture(0), picture(1)]}
+    plain = {"text": f"{placeholder}the cat{placeholder} a mat"}
+    for row, settings, expected in (
+        (talk, {}, "<|user|>the cat<|end|><|assistant|>a mat<|end|>"),
+        (talk, {"assistant_only_loss": True}, "a mat<|end|>"),
+        (plain, {}, "the cat a mat<|end|>"),
+    ):
+        batch, told = labels_of(processor, Dataset.from_list([{**row, **shown}]), **settings)
+        assert int((batch["input_ids"] == processor.image_token_id).sum()) > 0
+        assert told == [expected]
+
+
+def test_assistants_are_told_apart_in_rows_with_images(processor: Any) -> None:
+    """By marks and by rendering alike, in every family, with two images, one and none."""
+    data = vision_rows([2, 1, 0])
+    _, marked = labels_of(processor, data, assistant_only_loss=True)
+    processor.chat_template = processor.chat_template.replace("{% generation %}", "").replace(
+        "{% endgeneration %}", ""
+    )
+    _, rendered = labels_of(processor, data, assistant_only_loss=True)
+    answers = [row["messages"][1]["content"][0]["text"] for row in data]
+    assert marked == rendered == [f"{answer}<|end|>" for answer in answers]
+
+
+def test_plain_completions_with_images_end_like_those_without() -> None:
+    processor = made("LLaVA-OneVision")[1]
+    rows = [{"prompt": "<image>the cat", "completion": completion} for completion in (" a mat", " a mat<|end|>")]
+    _, told = labels_of(processor, Dataset.from_list([{**row, "images": [picture(0)]} for row in rows]))
+    assert told == [" a mat<|end|>"] * 2
+    text = rows_of(processor.tokenizer, Dataset.from_list(rows)).train_dataset
+    assert [[i for i in row["labels"] if i != -100] for row in text] == [
+        processor.tokenizer(" a mat<|end|>")["input_ids"]
+    ] * 2
+
+
+def test_text_with_images_trains(build: Build, vlms: Any) -> None:
+    features = Features({"text": Value("string"), "images": List(Image())})
+    rows = [{"text": f"<image>{text}", "images": [picture(i)]} for i, text in enumerate(sentences(4))]
+    models = {"model": str(vlms["student"]), "teacher": str(vlms["teacher"])}
+    trainer = build(KDTrainer, Dataset.from_list(rows, features=features), trainer=models, max_steps=1)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    tokens = sum(len(make_tokenizer()(text)["input_ids"]) + 1 for text in sentences(4))
+    # The first token after an image is predicted by its last patch.
+    assert logged["supervised_tokens"] == tokens
+
+
+def test_tools_reach_the_template_of_rows_with_images() -> None:
+    processor = made("LLaVA-OneVision")[1]
+    processor.chat_template = "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}" + processor.chat_template
+    data = vision_rows([1, 1]).add_column("tools", [f'[{{"name": "{name}"}}]' for name in ("dog", "bird")])
+    batch, _ = labels_of(processor, data)
+    texts = processor.tokenizer.batch_decode(batch["input_ids"])
+    assert [text.split("<|user|>")[0] for text in texts] == ["dog", "bird"]
+
+
+# Counts
+
+
+def test_counts_say_what_max_length_costs() -> None:
+    args = SFTBaselineConfig("unused", bf16=False, use_cpu=True, max_length=4)
+    flags = [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1], [0, 0]]
+    counts = TokenCounts.count([np.array(one, dtype=bool) for one in flags], args)
+    assert (counts.rows, counts.tokens, counts.supervised, counts.longest) == (4, 16, 7, 6)
+    assert (counts.cut, counts.lost_tokens, counts.lost_supervised) == (2, 3, 3)
+    assert (counts.silent, counts.emptied) == (1, 1)
+    assert "7 of them supervised (44%)" in str(counts)
+    assert "max_length 4 cuts 2 of 4 rows (50%)" in str(counts)
+    args.truncation_mode = "keep_end"
+    assert kept(6, args) == slice(2, 6)
+
+
+def test_rows_without_anything_to_learn_are_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    short, silent = {"prompt": "the", "completion": " cat"}, {"prompt": "the cat", "completion": ""}
+    data = Dataset.from_list([short, {"prompt": "a mat " * 20, "completion": " dog"}, short])
+    with caplog.at_level(logging.WARNING):
+        trainer = rows_of(make_tokenizer(), data, max_length=8)
+    assert len(trainer.train_dataset) == 2
+    assert "1 of 3 train rows are left out: 1 with no supervised token within max_length 8 (row 1)." in caplog.text
+    talks = Dataset.from_list([{"messages": TALK}, {"messages": TALK[:1]}])
+    with caplog.at_level(logging.WARNING):
+        trainer = rows_of(make_tokenizer(), talks, assistant_only_loss=True)
+    assert len(trainer.train_dataset) == 1
+    assert "1 without a supervised token (row 1)" in caplog.text
+    # EOS alone is an answer.
+    assert len(rows_of(make_tokenizer(), Dataset.from_list([short, silent])).train_dataset) == 2
+
+
+def test_training_begins_with_what_it_learns_from(build: Build, vlms: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        build(KDTrainer, Dataset.from_list([{"messages": TALK}] * 8), assistant_only_loss=True, max_steps=1).train()
+    note = [record.getMessage() for record in caplog.records if "Training data" in record.getMessage()]
+    assert len(note) == 1
+    assert note[0].startswith("Training data: 8 rows, ")
+    assert "of them supervised" in note[0]
+    assert "max_length 64 cuts none" in note[0]
+    models = {"model": str(vlms["student"]), "teacher": str(vlms["teacher"])}
+    trainer = build(KDTrainer, vision_rows([1] * 40), trainer=models, assistant_only_loss=True)
+    counts = trainer.count_tokens()
+    assert counts is not None
+    assert (counts.rows, counts.of) == (14, 40)
+    assert "a sample of 14 of 40 rows" in str(counts)
+
+
+def test_settings_are_left_as_they_were(tokenizer: Any) -> None:
+    config = SFTBaselineConfig("unused", bf16=False, use_cpu=True, assistant_only_loss=True, max_length=None)
+    before = copy.copy(config)
+    with pytest.raises(UserError):
+        placeholder_trainer(config, tokenizer, Dataset.from_dict({"text": ["a"]}))
+    assert config.assistant_only_loss
+    assert before.to_dict() == config.to_dict()
