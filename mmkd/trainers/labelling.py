@@ -15,13 +15,12 @@ from trl.data_utils import get_dataset_column_names, is_conversational, is_conve
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling, SFTTrainer
 
-from mmkd.data.images import UnusableRow
+from mmkd.data.images import UnusableRow, read_row
 from mmkd.errors import UserError
 
 from .checks import check_supervision
 from .supervision import TokenCounts, supervised_of, teaching
 from .turns import Turns, assistant_labels
-from .vision import read_images
 from .vision_labels import VisionLabels
 
 logger = logging.getLogger(__name__)
@@ -141,7 +140,7 @@ class SupervisionNote(TrainerCallback):
 
 def _supervised(row: Mapping[str, Any], collator: VisionLabels) -> Bool[np.ndarray, "token"] | None:
     """Which tokens of a row with images are supervised; None for a row that training would not take either."""
-    example = read_images(row)
+    example = read_row(row)
     if isinstance(example, UnusableRow):
         return None
     # Image processors say in ways of their own that an image is none for them; training says it, or skips the row.
