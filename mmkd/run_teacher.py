@@ -124,8 +124,8 @@ def check_cache(run: Run, cache: Cache) -> None:
                 "`teacher`, or build a cache of it."
             )
     _check_dtype(arguments.teacher_dtype, cache)
-    fingerprint = DataRecipe.load(arguments.data).fingerprint
-    if fingerprint != identity["data"]["fingerprint"]:
+    fingerprint, *earlier = DataRecipe.load(arguments.data).fingerprints
+    if identity["data"]["fingerprint"] not in (fingerprint, *earlier):
         raise ValueError(
             f"The cache {cache.folder} was built on the data {identity['data']['name']!r} with the fingerprint "
             f"{identity['data']['fingerprint']}, the recipe's data has {fingerprint}. Use that data, or build a cache "

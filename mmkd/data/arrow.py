@@ -1,11 +1,12 @@
 """Rows of data sets as Arrow stores them: nothing is copied that need not be, and no image is decoded."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, Features, Json, LargeList, List
+
+from mmkd.data.json_rows import parse_json
 
 BATCH = 1000
 """Rows read at a time: enough to hide the cost of a batch, few enough for rows with images."""
@@ -41,7 +42,7 @@ def decoded_json(value: Any, feature: Any) -> Any:
     if value is None:
         return None
     if isinstance(feature, Json):
-        return json.loads(value)
+        return parse_json(value)
     if isinstance(feature, List | LargeList):
         return [decoded_json(item, feature.feature) for item in value]
     if isinstance(feature, dict):

@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mmkd.data.columns import nearest
 from mmkd.data.recipe import BUILDERS
+from mmkd.data.sources import local_files, read_files, read_hub
 from mmkd.errors import UserError
 from mmkd.recipes import find_recipe
 from mmkd.yaml_files import AsWritten, read_yaml
@@ -194,18 +195,11 @@ def read_image(cell: Any, where: str) -> Image.Image:
 def _load_split(recipe: ClassificationRecipe, split: str) -> Dataset:
     if recipe.source not in BUILDERS:
         files = {split: recipe.data_files[split]} if recipe.data_files else None
-        return datasets.load_dataset(
-            recipe.source, name=recipe.config, revision=recipe.revision, data_files=files, split=split
-        )
+        return read_hub(recipe.name, recipe.source, recipe.config, recipe.revision, files, split)
     if split not in recipe.data_files:
         raise ValueError(f"{recipe.name}: splits asks for {split!r}, which data_files does not list.")
-    path = Path(recipe.data_files[split])
-    places = [Path.cwd() / path, *([recipe.folder / path] if recipe.folder is not None else [])]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        hint = f"make it with `{recipe.prepare}`" if recipe.prepare else "check data_files"
-        raise ValueError(f"{recipe.name}: there is no file {places[0]}; {hint}.")
-    return datasets.load_dataset(recipe.source, data_files={split: str(found)}, split=split)
+    files = local_files(recipe.name, recipe.data_files[split], recipe.folder, recipe.prepare)
+    return read_files(recipe.name, recipe.source, files, split)
 
 
 def _class_names(recipe: ClassificationRecipe, train: Dataset) -> tuple[str, ...]:
@@ -253,7 +247,7 @@ def _labels(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_na
             "one class per row (softmax); keep the rows and the column of a single class."
         )
     if any(isinstance(value, str) for value in values[:100]):
-        numbers = {name: number for number, name in enumerate(class_names)}
+        numbers = _numbers_of_texts(recipe, set(values), split, class_names)
         unknown = next((value for value in values if value not in numbers), None)
         if unknown is not None:
             raise ValueError(
@@ -268,6 +262,31 @@ def _labels(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_na
             f"{len(class_names) - 1}. Give one name per class; rows without a label belong to splits.unlabeled."
         )
     return [int(value) for value in values]
+
+
+def _numbers_of_texts(
+    recipe: ClassificationRecipe, values: set[Any], split: str, class_names: Sequence[str]
+) -> dict[str, int]:
+    """The classes of labels that are text: names, or numbers, which in CSV are text too."""
+    by_name = {name: number for number, name in enumerate(class_names)}
+    if not all(isinstance(value, str) and value.isdecimal() for value in values):
+        return by_name
+    by_number = {value: int(value) for value in values}
+    outside = [value for value, number in by_number.items() if number >= len(class_names)]
+    if not values <= by_name.keys():
+        if outside:
+            raise UserError(
+                f"{recipe.name}: {split} has the label {outside[0]}, but there are {len(class_names)} class names, "
+                f"for 0 to {len(class_names) - 1}. Give one name per class."
+            )
+        return by_number
+    other = [value for value, number in by_number.items() if number != by_name[value]]
+    if other and not outside:
+        raise UserError(
+            f"{recipe.name}: the label {other[0]!r} of {split} is one class as a name and another as a number from 0. "
+            "Write numbers in a JSON or Parquet file, or names in words."
+        )
+    return by_name
 
 
 def _hold_out(recipe: ClassificationRecipe, train: Dataset, class_names: Sequence[str]) -> tuple[Dataset, Dataset]:

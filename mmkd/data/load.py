@@ -1,6 +1,5 @@
 """Rows from a data recipe: load the source, map its columns, filter, hold rows out, mix."""
 
-import glob
 import logging
 import math
 from collections.abc import Sequence
@@ -11,10 +10,10 @@ import datasets
 from datasets import Dataset, DatasetDict
 
 from mmkd.data.arrow import read_rows
-from mmkd.data.columns import nearest
 from mmkd.data.filters import Sieve, row_key
 from mmkd.data.mapping import check_columns, map_rows
-from mmkd.data.recipe import BUILDERS, DataRecipe
+from mmkd.data.recipe import DataRecipe
+from mmkd.data.sources import load_split
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ def load_rows(
 
 
 def _source_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None) -> DatasetDict:
-    raw = {ours: _load_split(recipe, theirs) for ours, theirs in recipe.splits.items()}
+    raw = {ours: load_split(recipe, theirs) for ours, theirs in recipe.splits.items()}
     for ours, dataset in raw.items():
         check_columns(recipe, dataset)
         raw[ours] = dataset if recipe.shuffle_seed is None else dataset.shuffle(seed=recipe.shuffle_seed)
@@ -152,74 +151,6 @@ def _ceil(share: Fraction, total: int | None) -> int | None:
 
 def _cap(dataset: Dataset, rows: int | None) -> Dataset:
     return dataset if rows is None else dataset.select(range(min(rows, len(dataset))))
-
-
-def _load_split(recipe: DataRecipe, split: str) -> Dataset:
-    """The source's own rows of one of its splits. Raises ValueError for a file, folder or split that is not there."""
-    if recipe.source in BUILDERS:
-        files = [file for pattern in recipe.data_files[split] for file in _local_files(recipe, pattern)]
-        return datasets.load_dataset(recipe.source, data_files={split: files}, split=split)
-    folder = _saved_folder(recipe)
-    if folder is not None:
-        saved = datasets.load_from_disk(str(folder))
-        saved = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
-        if split not in saved:
-            names = [str(name) for name in saved]
-            raise ValueError(
-                f"{recipe.name}: {folder} has no split {split!r}; did you mean {nearest(split, names)!r}? "
-                f"It has {', '.join(names)}; name it under splits."
-            )
-        return saved[split]
-    files = {split: list(recipe.data_files[split])} if recipe.data_files else None
-    return datasets.load_dataset(
-        recipe.source, name=recipe.config, revision=recipe.revision, data_files=files, split=split
-    )
-
-
-def _places(recipe: DataRecipe, path: str) -> list[Path]:
-    # What a user's script has just written lies in the current folder; what travels with a YAML lies beside it.
-    folders = (Path.cwd(), recipe.folder) if path != "." else (recipe.folder, Path.cwd())
-    return [folder / Path(path).expanduser() for folder in folders if folder is not None]
-
-
-def _local_files(recipe: DataRecipe, pattern: str) -> list[str]:
-    if "://" in pattern:
-        return [pattern]
-    for place in _places(recipe, pattern):
-        files = [str(place)] if place.is_file() else sorted(glob.glob(str(place), recursive=True))
-        if files:
-            return files
-    hint = f"make it with `{recipe.prepare}`" if recipe.prepare else "check the path under data_files"
-    looked = " or ".join(str(place) for place in dict.fromkeys(_places(recipe, pattern)))
-    raise ValueError(f"{recipe.name}: there is no file {looked}; {hint}.")
-
-
-def _saved_folder(recipe: DataRecipe) -> Path | None:
-    """The folder `save_to_disk` wrote, or None when the source is on the Hub. Raises ValueError when it is neither."""
-    folders = [place for place in _places(recipe, recipe.source) if place.is_dir()]
-    folder = next((place for place in folders if _is_saved(place)), next(iter(folders), None))
-    if folder is None:
-        looks_like_path = recipe.source.startswith((".", "/", "~")) or recipe.source.count("/") != 1
-        if looks_like_path:
-            hint = f"did you mean {nearest(recipe.source, BUILDERS)!r}? " if "/" not in recipe.source else ""
-            raise ValueError(
-                f"{recipe.name}: source {recipe.source!r} is no folder here; {hint}A source is owner/name on the Hub, "
-                f"one of {', '.join(BUILDERS)}, or a folder that save_to_disk wrote."
-            )
-        return None
-    if not _is_saved(folder):
-        raise ValueError(
-            f"{recipe.name}: {folder} was not written by save_to_disk; for the files in it write "
-            f"`source: parquet` (or {', '.join(BUILDERS)}) and `data_files:`."
-        )
-    unused = [key for key in ("config", "revision", "data_files") if getattr(recipe, key)]
-    if unused:
-        raise ValueError(f"{recipe.name}: {', '.join(unused)} cannot apply to the saved folder {folder}; remove it.")
-    return folder
-
-
-def _is_saved(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _sift(raw: Dataset, recipe: DataRecipe, sieve: Sieve, limit: int | None) -> tuple[Dataset, int]:

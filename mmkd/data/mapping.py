@@ -1,6 +1,5 @@
 """A source's rows in our columns, and the filters that decide which of them stay."""
 
-import string
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from mmkd.data.arrow import BATCH, decoded_json, is_struct_list, plain_rows, sto
 from mmkd.data.columns import ROLES, MessagesColumn, TurnColumns, is_template, nearest, template_columns
 from mmkd.data.image_columns import check_images, image_counts, image_lists
 from mmkd.data.recipe import CONVERSION, DataRecipe
+from mmkd.data.templates import filled, filled_answer
 
 
 def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
@@ -32,7 +32,7 @@ def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
         elif ours in ("text", "prompt", "completion", "domain") and not is_template(theirs):
             feature = raw.features[theirs]
             chat = ours in ("prompt", "completion") and is_struct_list(feature)
-            if getattr(feature, "dtype", None) not in ("string", "large_string") and not chat:
+            if getattr(feature, "dtype", None) not in ("string", "large_string", "string_view") and not chat:
                 raise ValueError(
                     f"{recipe.name}: columns.{ours} reads {theirs!r}, which holds {feature} and not text; "
                     f"write a template, {ours}: '{{{theirs}}}', to turn it into text."
@@ -118,7 +118,8 @@ def _feature(ours: str, theirs: str | MessagesColumn | TurnColumns, source: Feat
         return List({"role": Value("string"), "content": content})
     if ours == "images":
         return List(Image())
-    return Value("string") if is_template(theirs) else source[theirs]
+    # Views are what polars writes, and little else reads.
+    return Value("string") if is_template(theirs) or source[theirs] == Value("string_view") else source[theirs]
 
 
 def _convert(
@@ -159,15 +160,11 @@ def _convert(
         elif is_template(theirs):
             names = template_columns(theirs)
             rows = plain_rows(table.select(list(dict.fromkeys(names))), source)
-            arrays[ours] = pa.array([_filled(theirs, row) for row in rows], type=pa.string())
+            fill = filled if ours in ("prompt", "domain") else filled_answer
+            arrays[ours] = pa.array([fill(theirs, row) for row in rows], type=pa.string())
         else:
             arrays[ours] = table.column(theirs)
     return pa.table({ours: arrays[ours] for ours in columns})
-
-
-def _filled(template: str, row: Mapping[str, Any]) -> str:
-    # Optional columns such as Alpaca's `input` are null where there is none, and "None" is no text.
-    return template.format(**{name: "" if value is None else value for name, value in row.items()})
 
 
 def _messages(row: list[dict[str, Any]] | None, theirs: MessagesColumn, ragged: bool) -> list[dict[str, Any]]:
@@ -198,19 +195,8 @@ def _messages(row: list[dict[str, Any]] | None, theirs: MessagesColumn, ragged: 
     return messages
 
 
-class _Letters(string.Formatter):
-    """str.format with `{list:letters}` for lettered lines and `{number:letter}` for one letter."""
-
-    def format_field(self, value: Any, format_spec: str) -> str:
-        if format_spec == "letters":
-            return "\n".join(f"{string.ascii_uppercase[i]}. {choice}" for i, choice in enumerate(value))
-        if format_spec == "letter":
-            return string.ascii_uppercase[int(value)]
-        return super().format_field("" if value is None else value, format_spec)
-
-
 def _turns(theirs: TurnColumns, row: Mapping[str, Any], images: int, parts: bool) -> list[dict[str, Any]]:
-    question, answer = (_Letters().vformat(text, (), row).strip() for text in (theirs.user, theirs.assistant))
+    question, answer = filled(theirs.user, row).strip(), filled_answer(theirs.assistant, row).strip()
     if not parts:
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     asked = [*({"type": "image", "text": None} for _ in range(images)), {"type": "text", "text": question}]

@@ -19,7 +19,8 @@ OUTPUT_COLUMNS = ("text", "messages", "prompt", "completion", "images", "domain"
 
 # Raise it when the same recipe starts to give other rows: caches are keyed by it, and `datasets` knows a function of
 # ours by its name only, so neither would notice.
-CONVERSION = 1
+# 2: what CSV cells and templates say is what the file says.
+CONVERSION = 2
 
 # The fields that decide which rows come out. The others only describe, so that mending a typo keeps every cache.
 IDENTITY = ("source", "config", "revision", "data_files", "splits", "columns", "filters")
@@ -201,13 +202,31 @@ class DataRecipe:
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) over what decides the rows, mixtures included; not over the files behind `data_files`."""
+        return self._fingerprint(CONVERSION)
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """This recipe's, and those under which earlier versions kept rows, most of which are the same today.
+
+        A cache finds an answer by the tokens of its row, so that a row that is another today is missed, not mistaken.
+        """
+        return tuple(dict.fromkeys(self._fingerprint(number) for number in range(CONVERSION, 0, -1)))
+
+    def _fingerprint(self, conversion: int) -> str:
         content: dict[str, Any] = {key: getattr(self, key) for key in IDENTITY}
         # A part without a domain is written as before there were any, which keeps the fingerprints of its caches.
         content["mixture"] = [
-            [part.recipe.fingerprint, part.weight, part.rows, *([part.domain] if part.domain is not None else [])]
+            [
+                part.recipe._fingerprint(conversion),
+                part.weight,
+                part.rows,
+                *([part.domain] if part.domain is not None else []),
+            ]
             for part in self.mixture
         ]
-        content["conversion"] = CONVERSION
+        # Only cells of CSV files and templates give other rows since 2: caches of all others stay what they are.
+        changed = self.source == "csv" or any(_fills_template(theirs) for theirs in self.columns.values())
+        content["conversion"] = conversion if changed else 1
         text = json.dumps(content, sort_keys=True, default=_plain)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -234,6 +253,10 @@ class DataRecipe:
         }
         title = f"{self.name}: {' '.join(self.description.split())}" if self.description else self.name
         return "\n".join([title, *(f"  {key:<9} {value}" for key, value in lines.items() if value)])
+
+
+def _fills_template(theirs: str | MessagesColumn | TurnColumns) -> bool:
+    return isinstance(theirs, TurnColumns) or (isinstance(theirs, str) and is_template(theirs))
 
 
 def _plain(value: Any) -> Any:

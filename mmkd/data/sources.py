@@ -1,0 +1,149 @@
+"""Where a recipe's rows lie: files here, a folder that `save_to_disk` wrote, or a data set on the Hub."""
+
+import glob
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+from mmkd.data.columns import nearest
+from mmkd.data.recipe import BUILDERS, DataRecipe
+from mmkd.data.table_files import READERS, read_table_files
+from mmkd.errors import UserError
+
+_KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+
+
+def load_split(recipe: DataRecipe, split: str) -> Dataset:
+    """The source's own rows of one of its splits. Raises ValueError for a file, folder or split that is not there."""
+    if recipe.source in BUILDERS:
+        files = [
+            file
+            for pattern in recipe.data_files[split]
+            for file in local_files(recipe.name, pattern, recipe.folder, recipe.prepare)
+        ]
+        return read_files(recipe.name, recipe.source, files, split)
+    folder = _saved_folder(recipe)
+    if folder is None:
+        files = {split: list(recipe.data_files[split])} if recipe.data_files else None
+        return read_hub(recipe.name, recipe.source, recipe.config, recipe.revision, files, split)
+    saved = datasets.load_from_disk(str(folder))
+    saved = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
+    if split not in saved:
+        names = [str(name) for name in saved]
+        raise ValueError(
+            f"{recipe.name}: {folder} has no split {split!r}; did you mean {nearest(split, names)!r}? "
+            f"It has {', '.join(names)}; name it under splits."
+        )
+    return saved[split]
+
+
+def read_files(name: str, kind: str, files: Sequence[str], split: str) -> Dataset:
+    """The rows of files of one kind. Raises UserError for files of another kind, and for broken or empty ones."""
+    for file in files:
+        suffixes = [suffix.lower() for suffix in Path(file).suffixes if suffix.lower() not in _PACKED]
+        is_of = _KINDS.get(suffixes[-1]) if suffixes else None
+        # Any file can be read as lines of text.
+        if is_of not in (None, kind) and kind != "text":
+            raise UserError(f"{name}: {file} looks like {is_of}, and not like {kind}; write `source: {is_of}`.")
+    if kind in READERS:
+        return read_table_files(kind, list(files), split)
+    try:
+        return datasets.load_dataset(kind, data_files={split: list(files)}, split=split)
+    except (DatasetsError, OSError, ValueError) as error:
+        shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+        raise UserError(f"{name}: {shown} cannot be read as {kind}: {_reason(error)}") from error
+
+
+def read_hub(
+    name: str, source: str, config: str | None, revision: str | None, files: Mapping[str, Any] | None, split: str
+) -> Dataset:
+    """The rows of a data set on the Hub. Raises UserError where it cannot be had, with what to set."""
+    try:
+        return datasets.load_dataset(source, name=config, revision=revision, data_files=files, split=split)
+    except DatasetNotFoundError as error:
+        if "gated" in str(error):
+            raise UserError(
+                f"{name}: {source} is gated. Accept its terms at https://huggingface.co/datasets/{source} and log in "
+                "with `hf auth login`, or set HF_TOKEN."
+            ) from error
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"{name}: the Hub has no data set {source}{at} that you may read. Correct `source` (or `revision`); if "
+            "it is private, log in with `hf auth login`."
+        ) from error
+    except ConnectionError as error:
+        raise UserError(
+            f"{name}: {source} is not on this machine, and the Hub cannot be reached ({_reason(error)}). Unset "
+            "HF_HUB_OFFLINE where it is set, run once with a network (rows are kept in HF_HOME), or write `source: "
+            "parquet` and `data_files:` for files that you have."
+        ) from error
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{name}: split {split!r} of {source} cannot be read: {_reason(error)} Correct `splits`, `config` or "
+            "`data_files`."
+        ) from error
+
+
+def local_files(name: str, path: str, folder: Path | None, prepare: str | None) -> list[str]:
+    """The files of a path or glob, from the current folder, then the YAML's. Raises UserError where there is none."""
+    if "://" in path:
+        return [path]
+    for place in _places(path, folder):
+        files = [str(place)] if place.is_file() else sorted(glob.glob(str(place), recursive=True))
+        files = [file for file in files if Path(file).is_file()]
+        if files:
+            return files
+    places = _places(path, folder)
+    hint = f"make it with `{prepare}`" if prepare else "check the path under data_files"
+    inside = next((place for place in places if place.is_dir()), None)
+    if inside is not None:
+        raise UserError(f"{name}: {inside} is a folder; for the files in it write {path.rstrip('/')}/*.jsonl or so.")
+    looked = " or ".join(str(place) for place in dict.fromkeys(places))
+    raise UserError(f"{name}: there is no file {looked}; {hint}.")
+
+
+def _places(path: str, folder: Path | None) -> list[Path]:
+    # What a user's script has just written lies in the current folder; what travels with a YAML lies beside it.
+    folders = (Path.cwd(), folder) if path != "." else (folder, Path.cwd())
+    return [one / Path(path).expanduser() for one in folders if one is not None]
+
+
+def _saved_folder(recipe: DataRecipe) -> Path | None:
+    """The folder `save_to_disk` wrote, or None when the source is on the Hub. Raises ValueError when it is neither."""
+    folders = [place for place in _places(recipe.source, recipe.folder) if place.is_dir()]
+    folder = next((place for place in folders if _is_saved(place)), next(iter(folders), None))
+    if folder is None:
+        looks_like_path = recipe.source.startswith((".", "/", "~")) or recipe.source.count("/") != 1
+        if looks_like_path:
+            hint = f"did you mean {nearest(recipe.source, BUILDERS)!r}? " if "/" not in recipe.source else ""
+            raise ValueError(
+                f"{recipe.name}: source {recipe.source!r} is no folder here; {hint}A source is owner/name on the Hub, "
+                f"one of {', '.join(BUILDERS)}, or a folder that save_to_disk wrote."
+            )
+        return None
+    if not _is_saved(folder):
+        raise ValueError(
+            f"{recipe.name}: {folder} was not written by save_to_disk; for the files in it write "
+            f"`source: parquet` (or {', '.join(BUILDERS)}) and `data_files:`."
+        )
+    unused = [key for key in ("config", "revision", "data_files") if getattr(recipe, key)]
+    if unused:
+        raise ValueError(f"{recipe.name}: {', '.join(unused)} cannot apply to the saved folder {folder}; remove it.")
+    return folder
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost error's first line: what `datasets` wraps around it says only that there was one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")[:300] + "."

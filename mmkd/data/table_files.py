@@ -1,0 +1,73 @@
+"""JSON and CSV files as rows on disk, read by readers of our own: those of `datasets` guess what text means."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from datasets import ArrowBasedBuilder, BuilderConfig, Dataset, DatasetInfo, DownloadManager, SplitGenerator
+from datasets.builder import Key
+from datasets.exceptions import DatasetGenerationError
+
+from mmkd.data.csv_rows import csv_features, csv_tables
+from mmkd.data.json_rows import json_features, json_tables
+from mmkd.errors import UserError
+
+READERS = {"json": (json_features, json_tables), "csv": (csv_features, csv_tables)}
+
+# Raise it when the same file starts to give other rows: what was read before is kept under it.
+_VERSION = 1
+
+
+def read_table_files(kind: str, files: list[str], split: str) -> Dataset:
+    """The rows of the files of one split, read once and kept in the cache of `datasets`.
+
+    Raises UserError for files that are broken or empty, with the line.
+    """
+    builder = TableFiles(
+        dataset_name=f"mmkd_{kind}", hash=f"{kind}-{_VERSION}", kind=kind, data_files={split: files}, split=split
+    )
+    try:
+        builder.download_and_prepare()
+    except DatasetGenerationError as error:
+        # Errors below `_generate_tables` come wrapped.
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    rows = builder.as_dataset(split=split)
+    assert isinstance(rows, Dataset)
+    return rows
+
+
+@dataclass
+class TableConfig(BuilderConfig):
+    """Which reader reads the files, and the split they are."""
+
+    kind: str = "json"
+    split: str = "train"
+
+
+class TableFiles(ArrowBasedBuilder):
+    """The part of `datasets` that keeps rows on disk and finds them again when files have not changed."""
+
+    BUILDER_CONFIG_CLASS = TableConfig
+
+    def _info(self) -> DatasetInfo:
+        return DatasetInfo()
+
+    def _split_generators(self, dl_manager: DownloadManager) -> list[SplitGenerator]:
+        config: Any = self.config
+        names = list(config.data_files[config.split])
+        files = list(zip(dl_manager.download_and_extract(names), names, strict=True))
+        self.info.features = READERS[config.kind][0](files)
+        return [SplitGenerator(name=config.split, gen_kwargs={"files": files})]
+
+    def _generate_shards(self, files: list[tuple[str, str]]) -> Iterator[str]:
+        yield from (path for path, _ in files)
+
+    def _generate_tables(self, files: list[tuple[str, str]]) -> Iterator[tuple[Key, pa.Table]]:
+        config: Any = self.config
+        assert self.info.features is not None
+        for shard, (path, name) in enumerate(files):
+            for number, table in enumerate(READERS[config.kind][1](path, name, self.info.features)):
+                yield Key(shard, number), table
