@@ -85,12 +85,17 @@ def _require_plain_head(model: PreTrainedModel) -> None:
         )
 
 
+def attention_now(model: PreTrainedModel) -> set[str]:
+    """The implementations of attention that a model and its parts are set to."""
+    return {module.config._attn_implementation for module in model.modules() if isinstance(module, PreTrainedModel)}
+
+
 @contextmanager
 def _attention_for(model: PreTrainedModel) -> Iterator[None]:
     """Attention that runs where the model is: one that waits on the CPU for its GPU may be set to FlashAttention."""
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     chosen = [config._attn_implementation for config in configs]
-    if model.device.type == "cpu" and not {*chosen} <= {"eager", "sdpa"}:
+    if model.device.type == "cpu" and not attention_now(model) <= {"eager", "sdpa"}:
         model.config._attn_implementation = "eager"
     try:
         yield

@@ -189,6 +189,9 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
                 self.data_collator([dict(row) for row in islice(self.train_dataset, 8)])
         if self.teacher is not None:
             self.teacher.prepare(self.accelerator)
+        if self.padding_free:
+            self._check_packing(collate_alone.collator)
+        if self.teacher is not None:
             self._ask_once()
         if args.on_policy_fraction:
             self._start_rollouts(collate_alone)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.models.backbone import full_head, name_of
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
+from mmkd.models.packing import check_packing
 from mmkd.precision import say_emulated
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.cached import CacheCollator, CachedTeacher
@@ -27,11 +28,13 @@ class TaughtTrainer(ReportingTrainer):
     """trl's SFTTrainer that can build a teacher of what its constructor was given."""
 
     method: ClassVar[str]
+    one_vocabulary: ClassVar[bool]
     takes_several: ClassVar[bool] = False
     """Whether several teachers may teach at a time."""
 
     args: DistillationConfig
     # transformers types these as unions with None, for trainers that are still without them.
+    teacher: Any
     train_dataset: Any
     processing_class: Any
     data_collator: Any
@@ -130,6 +133,15 @@ class TaughtTrainer(ReportingTrainer):
                 )
         self.data_collator = TeachersCollator(self.data_collator, several)
         return several
+
+    def _check_packing(self, collate: Any) -> None:
+        """Looks whether rows that are laid end to end stay apart in student and teachers."""
+        tokenizer: Any = tokenizer_of(self.processing_class)
+        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        check_packing(self.model, "student", collate, special)
+        for teacher in parts_of(self.teacher) if self.one_vocabulary else []:
+            if isinstance(teacher, LocalTeacher):
+                check_packing(teacher.model, "teacher", collate, special, teacher.wrapped)
 
     def _check_named(self, column: str, name: str) -> None:
         if not len(_rows_of(self.train_dataset, column, name)):

@@ -13,6 +13,8 @@ from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    FalconConfig,
+    FalconForCausalLM,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     TrainingArguments,
@@ -202,6 +204,21 @@ def test_packing_and_padding_free_see_the_same_tokens(build: Build, texts: Datas
     packed = steps(build(cls, texts, **settings, packing=True))
     assert flat == [pytest.approx(pair, rel=1e-4) for pair in padded]
     assert packed == [pytest.approx(pair, rel=1e-4) for pair in padded]
+
+
+@pytest.mark.parametrize("role", ["model", "teacher"])
+@pytest.mark.parametrize("layout", [{"packing": True}, {"padding_free": True, "max_length": None}])
+def test_packing_is_refused_where_rows_would_see_each_other(
+    build: Build, texts: Dataset, tokenizer: Any, role: str, layout: dict[str, Any]
+) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = FalconConfig(vocab_size=len(tokenizer), initializer_range=0.2, **sizes, **ids)
+    models = {role: FalconForCausalLM(config), "processing_class": tokenizer, "teacher_processing_class": tokenizer}
+    name = "student" if role == "model" else "teacher"
+    with pytest.raises(ValueError, match=rf"The {name} \(FalconForCausalLM.*packing: false"):
+        build(KDTrainer, texts, trainer=models, **layout)
+    build(KDTrainer, texts, trainer=models, packing=True, packing_strategy="wrapped")
 
 
 @pytest.mark.gpu
