@@ -76,6 +76,14 @@ class CacheArguments:
     )
     cache_samples: int = field(default=1, metadata={"help": "generate: answers per prompt."})
     cache_max_new_tokens: int = field(default=512, metadata={"help": "generate: longest answer, in tokens."})
+    cache_keep_truncated: bool = field(
+        default=False,
+        metadata={
+            "help": "generate: also train on answers that cache_max_new_tokens cut off. The data.yaml beside the "
+            "answers leaves them out by default: the template ends them where the teacher had more to say, which "
+            "teaches to stop anywhere. Build again with another value to change data.yaml; nothing is asked anew."
+        },
+    )
     cache_temperature: float = field(
         default=1.0, metadata={"help": "generate: sampling temperature; 0 is greedy decoding."}
     )

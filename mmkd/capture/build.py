@@ -33,6 +33,8 @@ def build(plan: Plan, console: Console) -> Path:
                     break
         if writer.manifest.skipped_rows():
             console.print(f"Skipped: {writer.manifest.skipped_summary()}", highlight=False, markup=False)
+        for line in plan.summary(writer.manifest):
+            console.print(line, highlight=False, markup=False)
         if not writer.manifest.missing():
             writer.finish()
     if _too_many_skipped(plan, writer.manifest):

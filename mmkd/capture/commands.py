@@ -19,6 +19,7 @@ from mmkd.teachers.store import Cache, damaged_shards, read_log, shard_path
 from .build import build
 from .estimate import readable_size, report_estimate
 from .fidelity import measure_fidelity
+from .generate import DATA_RECIPE, describe_answers
 from .plan import ScorePlan, check_place, make_plan
 
 
@@ -69,6 +70,8 @@ def info_command(name: str) -> int:
     ]
     if identity["signal"]["kind"] == "top_k" and not missing and manifest.part is None:
         rows.insert(3, ("mass kept by the top-k", f"{mass_kept(Cache(folder)):.4f}"))
+    if identity["signal"]["kind"] == "text" and (folder / DATA_RECIPE).is_file():
+        rows.append(("answers", describe_answers(folder, manifest)))
     if manifest.part is not None:
         rows.append(("part", f"{manifest.part[0]} of {manifest.part[1]}"))
     table = Table(title=str(folder), show_header=False)

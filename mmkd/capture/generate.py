@@ -4,9 +4,11 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ from mmkd.models.generation import seeded
 from mmkd.models.load import positions_of, tokenizer_of
 from mmkd.run import Run, load_rows_of, load_teacher, teacher_processing_class
 from mmkd.teachers.keys import image_hash
-from mmkd.teachers.manifest import Skipped
+from mmkd.teachers.manifest import Manifest, Skipped
+from mmkd.teachers.store import read_shard
 from mmkd.teachers.vllm_client import Answer, Ids, Prompt, RowError, VLLMClient
 from mmkd.trainers.preparation import preparation_of
 
@@ -179,6 +182,9 @@ class GeneratePlan(Plan):
     def files(self) -> dict[str, bytes]:
         return {DATA_RECIPE: yaml.safe_dump(self._recipe(), sort_keys=False).encode()}
 
+    def summary(self, manifest: Manifest) -> list[str]:
+        return [describe_answers(self.folder, manifest)]
+
     def shard(self, split: str, number: int, advance: Advance) -> ShardResult:
         start, span, dataset = time.perf_counter(), self.manifest.span(split, number), self.data[split]
         raw = dict(zip(span, read_rows(dataset.select(span), dataset.column_names), strict=True))
@@ -201,6 +207,8 @@ class GeneratePlan(Plan):
         return ShardResult(split, number, rows, skipped, {"seconds": round(time.perf_counter() - start, 3)})
 
     def _asked(self, row: int, values: Mapping[str, Any]) -> AskedRow | UnusableRow:
+        if not prompt_of(values):
+            return UnusableRow("It asks nothing: its prompt is empty, or nobody speaks before the assistant")
         prompt = self._prompt(values)
         if isinstance(prompt, UnusableRow):
             return prompt
@@ -247,7 +255,10 @@ class GeneratePlan(Plan):
         return {"key": key.digest(), "tokens": len(answer.ids), "prompt": asked, "completion": said, **images, **facts}
 
     def _recipe(self) -> dict[str, Any]:
-        """A data recipe of the answers that ended by themselves: a cut answer would teach to stop anywhere."""
+        """A data recipe of the answers, unless asked otherwise of those that ended by themselves.
+
+        A cut answer would teach to stop anywhere.
+        """
         identity = self.manifest.identity
         teacher, data = identity["teacher"]["name"], identity["data"]
         columns = {name: name for name in ("prompt", "completion", "images") if name in self.features}
@@ -258,7 +269,7 @@ class GeneratePlan(Plan):
             "source": ".",
             "splits": {split: split for split in self.manifest.total_rows},
             "columns": columns,
-            "filters": {"equals": {"finish_reason": "stop"}},
+            **({} if self.arguments.cache_keep_truncated else {"filters": {"equals": {"finish_reason": "stop"}}}),
         }
 
 
@@ -292,6 +303,25 @@ def make_generate_plan(run: Run) -> GeneratePlan:
     rows = {str(split): len(dataset) for split, dataset in data.items()}
     manifest = manifest_of(run, teacher, data, rows, signal={"kind": "text"}, preparation=rendering, sampling=sampling)
     return GeneratePlan(run, folder_of(run), manifest, _features(data["train"]), data, processing_class)
+
+
+def describe_answers(folder: Path, manifest: Manifest) -> str:
+    """How many answers a folder holds, how many of them were cut off, and what becomes of those, in one line."""
+    reasons: Counter[str] = Counter()
+    for split, entries in manifest.shards.items():
+        for number, entry in entries.items():
+            reasons.update(read_shard(folder, split, number, entry)["finish_reason"].to_pylist())
+    total, cut = reasons.total(), reasons["length"]
+    if not cut:
+        return f"{total:,} answers, none cut off."
+    longest = manifest.identity["sampling"]["max_new_tokens"]
+    said = f"{total:,} answers, {cut:,} of them cut off at cache_max_new_tokens {longest}"
+    if "filters" in (yaml.safe_load((folder / DATA_RECIPE).read_text(encoding="utf-8")) or {}):
+        return (
+            f"{said}: {DATA_RECIPE} leaves those out of training. Raise cache_max_new_tokens and name another folder "
+            "to get them whole, or build again with cache_keep_truncated: true to train on them as they are."
+        )
+    return f"{said}, which {DATA_RECIPE} trains on as they are (cache_keep_truncated)."
 
 
 def prompt_of(row: Mapping[str, Any]) -> str | list[dict[str, Any]]:

@@ -69,6 +69,10 @@ class Plan(ABC):
         """What lies beside the shards from the start."""
         return {}
 
+    def summary(self, manifest: Manifest) -> list[str]:
+        """What to say of the rows once they are written, in lines."""
+        return []
+
     @property
     def arguments(self) -> CacheArguments:
         return self.run.cache

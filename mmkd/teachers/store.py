@@ -91,10 +91,17 @@ class CacheWriter:
         mine = self.manifest
         if (self.folder / "manifest.json").exists():
             found = Manifest.read(self.folder)
+            other = identity_differences(mine.identity, found.identity)
+            if not other and mine.total_rows == found.total_rows and mine.shard_rows != found.shard_rows:
+                raise ValueError(
+                    f"{self.folder} was begun with cache_shard_rows: {found.shard_rows}, and now it is "
+                    f"{mine.shard_rows}. Set it back to {found.shard_rows} to go on ({len(found.missing())} of "
+                    f"{len(found.planned())} shards are missing), or name another folder."
+                )
             plan = {"shard_rows": mine.shard_rows, "rows": mine.total_rows, "part": mine.part}
             found_plan = {"shard_rows": found.shard_rows, "rows": found.total_rows, "part": found.part}
             different = [
-                *identity_differences(mine.identity, found.identity),
+                *other,
                 *differences({"plan": plan}, {"plan": found_plan}),
             ]
             if different:

@@ -21,6 +21,7 @@ from mmkd.capture.arguments import CacheArguments
 from mmkd.capture.distributed import shards_on_ray
 from mmkd.capture.generate import LocalGenerator
 from mmkd.cli import main
+from mmkd.data.load import load_data
 from mmkd.models.load import load_model
 from mmkd.teachers.manifest import Manifest
 from mmkd.teachers.store import LOG, Cache
@@ -223,8 +224,51 @@ def test_answers_are_data_to_train_on_and_to_score(mmkd: Run, workplace: Path) -
     assert Manifest.read(workplace / "scores").total_rows["train"] <= finished
     mmkd("train", "recipe.yaml", *score, "--max_steps", "2")
     assert len(losses(workplace / "run")) == 2
-    text = mmkd("cache", "build", "recipe.yaml", "--job", "generate", "--teacher_cache", "none", status=2)
+    text = mmkd("cache", "build", "recipe.yaml", "--job", "generate", "--teacher_cache", "none_yet", status=2)
     assert "plain text without prompts" in text
+
+
+def test_answers_that_were_cut_off_are_said_and_kept_when_asked(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    command = ["cache", "build", "recipe.yaml", "--job", "generate", "--data", "chats.yaml"]
+    command += [
+        "--teacher_cache",
+        "short",
+        "--cache_max_new_tokens",
+        "3",
+        "--max_train_rows",
+        "12",
+        "--max_eval_rows",
+        "4",
+    ]
+    assert main(command) == 0
+    reasons = [row["finish_reason"] for part in datasets.load_from_disk("short").values() for row in part]
+    cut = reasons.count("length")
+    assert cut
+    said = f"16 answers, {cut} of them cut off at cache_max_new_tokens 3"
+    assert f"{said}: data.yaml leaves those out of training. Raise" in " ".join(capfd.readouterr().err.split())
+    assert main(["cache", "info", "short"]) == 0
+    assert "leaves those out" in " ".join(capfd.readouterr().out.replace("│", " ").split())
+    before = Path("short/manifest.json").read_bytes()
+    assert main([*command, "--cache_keep_truncated", "true"]) == 0
+    assert f"{said}, which data.yaml trains on as they are" in " ".join(capfd.readouterr().err.split())
+    assert Path("short/manifest.json").read_bytes() == before
+    rows = load_data("short/data.yaml")
+    assert sum(map(len, rows.values())) == sum(bool(text) for text in said_texts("short"))
+
+
+def said_texts(folder: str) -> list[str]:
+    """What the teacher said, also nothing at all."""
+    return [row["completion"][0]["content"] for part in datasets.load_from_disk(folder).values() for row in part]
+
+
+def test_a_build_goes_on_with_the_shards_it_began_with(mmkd: Run, workplace: Path) -> None:
+    mmkd("cache", "build", "recipe.yaml")
+    began = Manifest.read(workplace / "cache").shard_rows
+    again = mmkd("cache", "build", "recipe.yaml", "--cache_shard_rows", "5", status=2)
+    assert f"was begun with cache_shard_rows: {began}, and now it is 5. Set it back to {began} to go on (0 of" in again
 
 
 def test_images_that_cannot_be_decoded(mmkd: Run, workplace: Path) -> None:
