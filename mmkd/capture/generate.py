@@ -15,11 +15,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, Features, List, Value
-from datasets import Image as ImageFeature
 from transformers import GenerationConfig, PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 
 from mmkd.data.arrow import read_rows
+from mmkd.data.images import read_row
 from mmkd.models.generation import seeded
 from mmkd.models.load import positions_of, tokenizer_of
 from mmkd.run import Run, load_rows_of, load_teacher, teacher_processing_class
@@ -31,7 +31,7 @@ from mmkd.trainers.preparation import preparation_of
 
 from .engines import Advance, batches
 from .plan import Plan, ShardResult, client_of, described_teacher, folder_of, manifest_of
-from .sequences import UnusableRow, decoded
+from .sequences import UnusableRow
 
 DATA_RECIPE = "data.yaml"
 
@@ -218,13 +218,10 @@ class GeneratePlan(Plan):
         return AskedRow(row, prompt.ids, images, make)
 
     def _prompt(self, row: Mapping[str, Any]) -> Prompt | UnusableRow:
-        asked = prompt_of(row)
-        images = []
-        for encoded in row.get("images") or []:
-            image = decoded(ImageFeature(), encoded)
-            if isinstance(image, UnusableRow):
-                return image
-            images.append(image)
+        read = read_row(row)
+        if isinstance(read, UnusableRow):
+            return read
+        asked, images = prompt_of(row), read.get("images") or []
         if isinstance(asked, str):
             if images:
                 raise ValueError("A prompt with images must be messages, but it is plain text. Map it to messages.")
