@@ -106,7 +106,12 @@ def canonical_row(row: Mapping[str, Any], layout: Layout, pictures: Pictures, *,
     if images is not None:
         ours["images"] = images
     count = pictures.count if images is None else len(images)
-    _place_images(ours, layout, count, bool(pictures.places))
+    if not pictures.exist and pictures.places and images is None:
+        raise UserError(
+            f"its messages have places for {len(pictures.places)} images, and the row has none. Give the images in "
+            "the parts or in a column `images`"
+        )
+    _place_images(ours, layout, count if pictures.exist or images else None, bool(pictures.places))
     if ours["tools"] and count:
         raise UserError(
             "it has tools and images, and TRL's collator of images gives no tools to a chat template. Write the tools "
@@ -115,21 +120,20 @@ def canonical_row(row: Mapping[str, Any], layout: Layout, pictures: Pictures, *,
     return ours
 
 
-def _place_images(row: dict[str, Any], layout: Layout, count: int, placed: bool) -> None:
-    """Puts parts where the texts of a row mark its images. Raises UserError for marks without images."""
+def _place_images(row: dict[str, Any], layout: Layout, count: int | None, placed: bool) -> None:
+    """Puts parts where the texts of a row mark its images. Raises UserError for marks where rows have no images."""
     chats = {column: row[column] for column in CHATS if isinstance(row.get(column), list)}
     if placed or not chats:
         return
-    mark = layout.mark
-    if mark is None and count:
-        marks = sum(text.count(IMAGE_MARK) for one in chats.values() for message in one for text in texts_of(message))
-        mark = IMAGE_MARK if marks == count else None
-    if count == 0 and any(map(marks_images, chats.values())):
+    mark = layout.mark or IMAGE_MARK
+    marks = sum(text.count(mark) for one in chats.values() for message in one for text in texts_of(message))
+    told = layout.mark is not None or any(map(marks_images, chats.values()))
+    if count is None and marks and told:
         raise UserError(
-            f"its text has the mark {IMAGE_MARK} of an image, and the row has no image. Give the images in a column "
-            "`images` (in a data recipe: map it under columns), or take the mark out of the text"
+            f"its text has the mark {mark} of an image, and the rows have no images. Give them in a column `images` "
+            "(in a data recipe: map it under columns), or take the mark out of the text"
         )
-    if mark is not None:
+    if count is not None and (layout.mark is not None or (marks and (marks == count or told))):
         row |= {column: in_parts(messages, 0, mark) for column, messages in chats.items()}
 
 

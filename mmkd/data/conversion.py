@@ -33,6 +33,9 @@ class Conversion:
     skip: bool = False
     """Whether rows that cannot be read are left out too."""
     folders: tuple[Path, ...] = ()
+    """Where relative paths of images in messages start."""
+    image_folder: str | None = None
+    """Where those of a column of images start."""
 
     def converted(
         self, dataset: Dataset, layout: Layout, kept: Sequence[str], numbers: Sequence[int] | None = None
@@ -53,11 +56,38 @@ class Conversion:
             or facts.brought
             or any(not _alike(features[name], dataset.features.get(name)) for name in own)
         ):
-            chosen = dataset if not out else dataset.select(_without(len(dataset), out))
-            return _copied(chosen, layout, facts, features, images, self.folders)
+            chosen: Any = dataset if not out else dataset.select(_without(len(dataset), out))
+            return self._copied(chosen, layout, facts, features, images)
         columns = [name for name in dataset.column_names if name in (*layout.reads, *kept, images)]
         same: Any = dataset if columns == dataset.column_names else dataset.select_columns(columns)
         return same if not out else same.select(_without(len(dataset), out))
+
+    def _copied(
+        self, dataset: Dataset, layout: Layout, facts: Facts, features: Features, images: str | None
+    ) -> Dataset:
+        """The rows in TRL's columns, written anew."""
+        return (
+            dataset.with_format("arrow")
+            .map(
+                _convert,
+                batched=True,
+                batch_size=BATCH,
+                fn_kwargs={
+                    "layout": layout,
+                    "facts": facts,
+                    "source": dataset.features,
+                    "features": features,
+                    "images": images,
+                    "folders": self.folders,
+                    "image_folder": self.image_folder,
+                    "version": _VERSION,
+                },
+                remove_columns=dataset.column_names,
+                features=features,
+                desc=f"Reading {layout.name}",
+            )
+            .with_format(None)
+        )
 
     def _facts(
         self, dataset: Dataset, layout: Layout, images: str | None, numbers: Sequence[int]
@@ -67,12 +97,7 @@ class Conversion:
         for place, row, pictures in _looked_at(dataset, layout, images, self.folders):
             try:
                 ours = canonical_row(row, layout, pictures, nulls=_has_nulls(dataset.features, layout))
-                if images is None and pictures.places and ours.get("images") is None:
-                    raise UserError(
-                        f"its messages have places for {len(pictures.places)} images, and the row has no image. Give "
-                        "the images in the parts or in a column `images`"
-                    )
-            except UserError as error:
+            except ValueError as error:
                 if not self.skip or self.left_out is None:
                     raise UserError(f"{self.split} row {numbers[place]}: {error}.") from error
                 self.left_out.add(numbers[place], f"that cannot be read: {error}")
@@ -96,7 +121,7 @@ def source_rows(dataset: Dataset) -> Sequence[int]:
     """The number of each row in the data set from which a shuffle or a selection took it."""
     # Only this knows; a column with numbers would travel through everything that reads the rows.
     indices: Any = dataset._indices
-    return range(len(dataset)) if indices is None else indices.column(0).to_numpy()
+    return range(len(dataset)) if indices is None else indices.column(0).to_pylist()
 
 
 def _looked_at(
@@ -114,7 +139,7 @@ def _looked_at(
             rows = plain_rows(table.select(list(layout.reads)).take(places), dataset.features)
             for place, row in zip(places, rows, strict=True):
                 read = _reads_images(table, dataset.features, images, place)
-                yield first + place, row, Pictures(counts[place], read, folders)
+                yield first + place, row, Pictures(images is not None, counts[place], read, folders)
         first += len(table)
 
 
@@ -197,34 +222,6 @@ def _without(count: int, out: set[int]) -> list[int]:
     return [place for place in range(count) if place not in out]
 
 
-def _copied(
-    dataset: Dataset, layout: Layout, facts: Facts, features: Features, images: str | None, folders: tuple[Path, ...]
-) -> Dataset:
-    if images is not None and images != "images":
-        dataset = dataset.remove_columns([name for name in ("images",) if name in dataset.column_names])
-    return (
-        dataset.with_format("arrow")
-        .map(
-            _convert,
-            batched=True,
-            batch_size=BATCH,
-            fn_kwargs={
-                "layout": layout,
-                "facts": facts,
-                "source": dataset.features,
-                "features": features,
-                "images": images,
-                "folders": folders,
-                "version": _VERSION,
-            },
-            remove_columns=dataset.column_names,
-            features=features,
-            desc=f"Reading {layout.name}",
-        )
-        .with_format(None)
-    )
-
-
 def _convert(
     table: pa.Table,
     layout: Layout,
@@ -233,6 +230,7 @@ def _convert(
     features: Features,
     images: str | None,
     folders: tuple[Path, ...],
+    image_folder: str | None,
     version: int,
 ) -> pa.Table:
     """A batch in our columns. It stays in Arrow, so that no image is decoded on the way."""
@@ -240,7 +238,7 @@ def _convert(
     nulls = _has_nulls(source, layout)
     rows, pictures = [], []
     for place, row in enumerate(plain_rows(table.select(list(layout.reads)), source)):
-        own = Pictures(counts[place], _reads_images(table, source, images, place), folders)
+        own = Pictures(images is not None, counts[place], _reads_images(table, source, images, place), folders)
         ours = canonical_row(row, layout, own, nulls=nulls)
         brought = ours.pop("images", None)
         if facts.brought:
@@ -249,13 +247,12 @@ def _convert(
     arrays: dict[str, Any] = {}
     for name, feature in features.items():
         type_ = storage(features.arrow_schema.field(name).type)
-        if name == "images" and facts.images:
+        if name == "images" and facts.brought:
+            arrays[name] = pa.array(pictures, type=type_)
+        elif name == "images" and facts.images:
             column = str(images)
             # What anyone decodes, and not base64 where a path belongs.
-            lists = (
-                pictures if facts.brought else image_lists(table.column(column), feature=source[column], embed=True)
-            )
-            arrays[name] = pa.array(lists, type=type_) if facts.brought else lists
+            arrays[name] = image_lists(table.column(column), image_folder, feature=source[column], embed=True)
         elif name in OURS:
             arrays[name] = pa.array([_encoded(row.get(name), feature) for row in rows], type=type_)
         else:

@@ -1,6 +1,7 @@
 """The filters of a data recipe: which mapped rows stay, and why the others do not."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from mmkd.data.arrow import read_rows
+from mmkd.data.messages import missing, texts_of
 from mmkd.data.recipe import DataRecipe
 
 
@@ -48,7 +50,7 @@ class Sieve:
 
     def _reason(self, row: Mapping[str, Any]) -> str | None:
         filters, said = self.filters, _answer(row)
-        if filters.drop_empty and not said.strip():
+        if filters.drop_empty and missing(row) is not None:
             return "drop_empty"
         if filters.min_chars is not None and len(said) < filters.min_chars:
             return "min_chars"
@@ -79,14 +81,13 @@ def _answer(row: Mapping[str, Any]) -> str:
     said = row["completion"] if "completion" in row else row["messages"]
     if isinstance(said, str) or said is None:
         return said or ""
-    return "\n".join(_spoken(message["content"]) for message in said if message["role"] == "assistant")
+    return "\n".join(_spoken(message) for message in said if message["role"] == "assistant")
 
 
-def _spoken(content: str | list[dict[str, Any]] | None) -> str:
+def _spoken(message: Mapping[str, Any]) -> str:
+    calls = message.get("tool_calls")
     # Vision-language sets write content as parts, of which only those of text are said.
-    if isinstance(content, list):
-        return "\n".join(part.get("text") or "" for part in content)
-    return content or ""
+    return "\n".join([*texts_of(message), *([] if calls is None else [json.dumps(calls)])])
 
 
 def row_key(row: Mapping[str, Any]) -> bytes:

@@ -10,8 +10,10 @@ import datasets
 from datasets import Dataset, DatasetDict
 
 from mmkd.data.arrow import read_rows
+from mmkd.data.conversion import aligned, source_rows
 from mmkd.data.filters import Sieve, row_key
-from mmkd.data.mapping import check_columns, map_rows
+from mmkd.data.layouts import say
+from mmkd.data.mapping import check_columns, layout_of_source, map_rows
 from mmkd.data.recipe import DataRecipe
 from mmkd.data.sources import load_split
 
@@ -60,6 +62,8 @@ def _source_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None
     raw = {ours: load_split(recipe, theirs) for ours, theirs in recipe.splits.items()}
     for ours, dataset in raw.items():
         check_columns(recipe, dataset)
+        if not recipe.columns:
+            say(layout_of_source(dataset, recipe, ours), f"{recipe.name}: {ours}", len(dataset))
         raw[ours] = dataset if recipe.shuffle_seed is None else dataset.shuffle(seed=recipe.shuffle_seed)
     if not recipe.has_eval:
         return DatasetDict({"train": _sift(raw["train"], recipe, Sieve(recipe, "train"), train_cap)[0]})
@@ -139,6 +143,7 @@ def mixture_counts(sizes: Sequence[int], shares: Sequence[Fraction], cap: int | 
 
 def _mix(parts: list[Dataset], shares: list[Fraction], cap: int | None, seed: int | None) -> Dataset:
     counts = mixture_counts([len(part) for part in parts], shares, cap)
+    parts = aligned(parts)
     first = parts[0].features
     parts = [part if part.features == first else part.cast(first) for part in parts]
     taken = [part.select(range(count)) for part, count in zip(parts, counts, strict=True)]
@@ -160,11 +165,12 @@ def _sift(raw: Dataset, recipe: DataRecipe, sieve: Sieve, limit: int | None) -> 
     """
     block = max(1, len(raw)) if limit is None else max(4 * limit, _BLOCK)
     parts: list[Dataset] = []
+    numbers = source_rows(raw)
     used, missing = 0, limit
     while used < len(raw) and missing != 0:
         span = raw.select(range(used, min(used + block, len(raw))))
         equal = sieve.equal(span)
-        rows = map_rows(span.select(equal), recipe)
+        rows = map_rows(span.select(equal), recipe, sieve.split, [numbers[used + place] for place in equal])
         kept = sieve.keep(rows, missing)
         parts.append(rows.select(kept))
         missing = None if missing is None else missing - len(kept)
@@ -176,4 +182,4 @@ def _sift(raw: Dataset, recipe: DataRecipe, sieve: Sieve, limit: int | None) -> 
         )
     if sieve.removed.total():
         logger.info("%s: %s: %s of the %d rows read", recipe.name, sieve.split, sieve.report(), used)
-    return datasets.concatenate_datasets(parts), used
+    return datasets.concatenate_datasets(aligned([part for part in parts if len(part)])), used

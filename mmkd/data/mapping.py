@@ -1,16 +1,26 @@
-"""A source's rows in our columns, and the filters that decide which of them stay."""
+"""A source's rows in our columns, as a recipe maps them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, Features, Image, Json, List, Value
+from datasets import Dataset, Features, Image, Json, LargeList, List, Value
 
-from mmkd.data.arrow import BATCH, decoded_json, is_struct_list, plain_rows, storage
+from mmkd.data.arrow import BATCH, is_struct_list, plain_rows, storage
+from mmkd.data.canonical import CHATS, PARTS, Layout, image_column_of
 from mmkd.data.columns import ROLES, MessagesColumn, TurnColumns, is_template, nearest, template_columns
+from mmkd.data.conversion import Conversion
 from mmkd.data.image_columns import check_images, image_counts, image_lists
-from mmkd.data.recipe import CONVERSION, DataRecipe
+from mmkd.data.layouts import CARRIED, recognised, sample_of
+from mmkd.data.messages import SAID_BESIDES
+from mmkd.data.recipe import CONVERSION, OUTPUT_COLUMNS, DataRecipe
 from mmkd.data.templates import filled, filled_answer
+
+Column = str | MessagesColumn | TurnColumns
+_DOMAIN = ("domain",)
 
 
 def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
@@ -58,11 +68,11 @@ def _check_key(theirs: MessagesColumn, option: str, keys: list[str]) -> None:
     key = getattr(theirs, option)
     if key not in keys:
         raise ValueError(
-            f"the messages in {theirs.column!r} have no {key!r}; set {option} to one of their keys: {', '.join(keys)}."
+            f"the messages in {theirs.column!r} have no {key!r}; set {option} to one of their keys: {', '.join(keys)}"
         )
 
 
-def _reads(theirs: str | MessagesColumn | TurnColumns) -> list[str]:
+def _reads(theirs: Column) -> list[str]:
     if isinstance(theirs, MessagesColumn):
         return [theirs.column]
     if isinstance(theirs, TurnColumns):
@@ -70,12 +80,81 @@ def _reads(theirs: str | MessagesColumn | TurnColumns) -> list[str]:
     return template_columns(theirs) if is_template(theirs) else [theirs]
 
 
-def map_rows(raw: Dataset, recipe: DataRecipe) -> Dataset:
-    """The rows in our columns and no others."""
-    columns = {ours: recipe.columns[ours] for ours in recipe.output_columns}
+def map_rows(raw: Dataset, recipe: DataRecipe, split: str, numbers: Sequence[int]) -> Dataset:
+    """The rows in our columns and no others; `numbers` are the rows' numbers in the source.
+
+    Raises UserError for the first row whose messages cannot be read.
+    """
+    if not len(raw):
+        return raw
+    folders = [Path(recipe.image_folder)] if recipe.image_folder is not None else [Path.cwd(), recipe.folder]
+    conversion = Conversion(f"{recipe.name}: {split}", folders=tuple(one for one in folders if one is not None))
+    layout = None if recipe.columns else layout_of_source(raw, recipe, split)
+    if layout is not None and not layout.as_is:
+        conversion = replace(conversion, image_folder=recipe.image_folder)
+        return conversion.converted(raw, layout, _DOMAIN, numbers)
+    columns = _columns_of(recipe, raw, layout)
+    mapped = _in_our_columns(raw, recipe, columns)
+    return conversion.converted(mapped, _layout_of(columns), _DOMAIN, numbers)
+
+
+def layout_of_source(raw: Dataset, recipe: DataRecipe, split: str) -> Layout:
+    """How rows of a recipe without `columns` are read. Raises UserError where nothing says so."""
+    return recognised(sample_of(raw), f"{recipe.name}: {split}")
+
+
+def _columns_of(recipe: DataRecipe, raw: Dataset, layout: Layout | None) -> Mapping[str, Column]:
+    """The recipe's columns, or those that its rows have; what belongs to messages comes with them."""
+    columns = dict(recipe.columns) if layout is None else {name: _by_name(raw, name) for name in layout.reads}
+    if layout is not None:
+        images = image_column_of(raw.column_names, layout)
+        columns |= {"images": images} if images is not None else {}
+        columns |= {name: name for name in _DOMAIN if name in raw.column_names}
+    read = {name for theirs in columns.values() for name in _reads(theirs)}
+    chats = any(_is_chat(columns[name], raw.features) for name in CHATS if name in columns)
+    for name in CARRIED:
+        if chats and name in raw.column_names and name not in columns and name not in read:
+            columns[name] = name
+    return {name: columns[name] for name in OUTPUT_COLUMNS if name in columns}
+
+
+def _by_name(raw: Dataset, name: str) -> Column:
+    return name if name not in CHATS or not _is_chat(name, raw.features) else MessagesColumn(name)
+
+
+def _is_chat(theirs: Column, source: Features) -> bool:
+    if not isinstance(theirs, str):
+        return isinstance(theirs, MessagesColumn)
+    feature = None if is_template(theirs) else source[theirs]
+    return isinstance(feature, List | LargeList | Json)
+
+
+def _layout_of(columns: Mapping[str, Column]) -> Layout:
+    """How rows in our columns say what TRL's say: their messages may still have other keys and roles."""
+    chats = {ours: theirs for ours, theirs in columns.items() if isinstance(theirs, MessagesColumn)}
+    turns = any(isinstance(theirs, TurnColumns) for theirs in columns.values())
+    pairs = any(theirs.user_key is not None for theirs in chats.values())
+    marks = [theirs.image_token for theirs in chats.values() if theirs.image_token is not None]
+    return Layout(
+        "the recipe's columns",
+        tuple(name for name in columns if name not in ("images", *_DOMAIN)),
+        partial(_read_mapped, chats=chats),
+        mark=marks[0] if marks else None,
+        parts="images" in columns and (turns or pairs or bool(marks)),
+        as_is=not marks and all(theirs == MessagesColumn(theirs.column) for theirs in chats.values()),
+    )
+
+
+def _read_mapped(row: Mapping[str, Any], chats: Mapping[str, MessagesColumn]) -> dict[str, Any]:
+    return {name: _messages(value, chats[name]) if name in chats else value for name, value in row.items()}
+
+
+def _in_our_columns(raw: Dataset, recipe: DataRecipe, columns: Mapping[str, Column]) -> Dataset:
+    """The rows with our columns' names; messages still as the source has them."""
     parts = "images" in columns
     features = Features({ours: _feature(ours, theirs, raw.features, parts) for ours, theirs in columns.items()})
-    renamed = {theirs: ours for ours, theirs in columns.items() if isinstance(theirs, str)}
+    sources = {ours: _reads(theirs)[0] for ours, theirs in columns.items() if _is_named(theirs)}
+    renamed = {theirs: ours for ours, theirs in sources.items()}
     if (
         len(renamed) == len(columns)
         and recipe.image_folder is None
@@ -104,18 +183,15 @@ def map_rows(raw: Dataset, recipe: DataRecipe) -> Dataset:
     )
 
 
-_PARTS = List({"type": Value("string"), "text": Value("string")})
+def _is_named(theirs: Column) -> bool:
+    return isinstance(theirs, MessagesColumn) or (isinstance(theirs, str) and not is_template(theirs))
 
 
-def _feature(ours: str, theirs: str | MessagesColumn | TurnColumns, source: Features, images: bool) -> Any:
+def _feature(ours: str, theirs: Column, source: Features, images: bool) -> Any:
     if isinstance(theirs, TurnColumns):
-        return List({"role": Value("string"), "content": _PARTS if images else Value("string")})
+        return List({"role": Value("string"), "content": PARTS if images else Value("string")})
     if isinstance(theirs, MessagesColumn):
-        if theirs.user_key is not None or theirs.image_token is not None:
-            return List({"role": Value("string"), "content": _PARTS if images else Value("string")})
-        keys = getattr(source[theirs.column], "feature", None)
-        content = keys[theirs.content_key] if isinstance(keys, dict) else Value("string")
-        return List({"role": Value("string"), "content": content})
+        return source[theirs.column]
     if ours == "images":
         return List(Image())
     # Views are what polars writes, and little else reads.
@@ -124,7 +200,7 @@ def _feature(ours: str, theirs: str | MessagesColumn | TurnColumns, source: Feat
 
 def _convert(
     table: pa.Table,
-    columns: Mapping[str, str | MessagesColumn | TurnColumns],
+    columns: Mapping[str, Column],
     source: Features,
     features: Features,
     folder: str | None,
@@ -148,15 +224,7 @@ def _convert(
             turns = [_turns(theirs, row, count, images is not None) for row, count in zip(rows, counts, strict=True)]
             arrays[ours] = pa.array(turns, type=storage(features.arrow_schema.field(ours).type))
         elif isinstance(theirs, MessagesColumn):
-            rows = table.column(theirs.column).to_pylist()
-            ragged = not is_struct_list(source[theirs.column])
-            if ragged:
-                rows = [decoded_json(row, source[theirs.column]) for row in rows]
-            type_ = storage(features.arrow_schema.field(ours).type)
-            found = [_messages(row, theirs, ragged) for row in rows]
-            if images is not None and (theirs.user_key is not None or theirs.image_token is not None):
-                found = [_in_parts(row, theirs, count) for row, count in zip(found, counts, strict=True)]
-            arrays[ours] = pa.array(found, type=type_)
+            arrays[ours] = table.column(theirs.column)
         elif is_template(theirs):
             names = template_columns(theirs)
             rows = plain_rows(table.select(list(dict.fromkeys(names))), source)
@@ -167,31 +235,32 @@ def _convert(
     return pa.table({ours: arrays[ours] for ours in columns})
 
 
-def _messages(row: list[dict[str, Any]] | None, theirs: MessagesColumn, ragged: bool) -> list[dict[str, Any]]:
-    """Messages with the keys `role` and `content`.
+def _messages(row: Any, theirs: MessagesColumn) -> list[Any] | None:
+    """Messages whose roles and contents have the keys that templates know; all others stay.
 
-    Raises ValueError for a missing key, a role that chat templates do not know, and content without a type of its own.
+    Raises ValueError for a missing key, and for a role that the recipe does not map.
     """
+    if row is None:
+        return None
     messages = []
-    for message in row or []:
+    for message in row:
         if theirs.user_key is not None and theirs.assistant_key is not None:
             for role, key in (("user", theirs.user_key), ("assistant", theirs.assistant_key)):
                 messages.append({"role": role, "content": message[key]})
             continue
-        for option in ("role_key", "content_key"):
-            _check_key(theirs, option, list(message))
-        if ragged and not isinstance(message[theirs.content_key], str | None):
-            raise ValueError(
-                f"the messages in {theirs.column!r} differ in their keys ({', '.join(message)}, ...) and hold more "
-                "than text; give all of them the same keys in the file."
-            )
+        _check_key(theirs, "role_key", list(message))
+        others = {key: one for key, one in message.items() if key not in (theirs.role_key, theirs.content_key)}
+        if theirs.content_key in message:
+            others["content"] = message[theirs.content_key]
+        elif not any(others.get(key) for key in SAID_BESIDES):
+            _check_key(theirs, "content_key", list(message))
         role = theirs.role_map.get(message[theirs.role_key], message[theirs.role_key])
-        if role not in ROLES:
+        if theirs.role_map and role not in ROLES:
             raise ValueError(
                 f"the messages in {theirs.column!r} have the role {role!r}; map it to one of {', '.join(ROLES)} "
-                f"with role_map: {{{role}: {nearest(role, ROLES)}}}."
+                f"with role_map: {{{role}: {nearest(role, ROLES)}}}"
             )
-        messages.append({"role": role, "content": message[theirs.content_key]})
+        messages.append({"role": role, **others})
     return messages
 
 
@@ -204,22 +273,3 @@ def _turns(theirs: TurnColumns, row: Mapping[str, Any], images: int, parts: bool
         {"role": "user", "content": asked},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]
-
-
-def _in_parts(messages: list[dict[str, Any]], theirs: MessagesColumn, images: int) -> list[dict[str, Any]]:
-    """The messages with content in parts; images stand where the source marks them, else before the first question."""
-    found = []
-    unmarked = images if theirs.image_token is None else 0
-    for message in messages:
-        pieces = (message["content"] or "").split(theirs.image_token) if theirs.image_token else [message["content"]]
-        parts: list[dict[str, Any]] = []
-        if message["role"] == "user" and unmarked:
-            parts, unmarked = [{"type": "image", "text": None}] * unmarked, 0
-        for number, piece in enumerate(pieces):
-            if number:
-                parts.append({"type": "image", "text": None})
-            text = (piece or "").strip("\n") if theirs.image_token else piece or ""
-            if text or len(pieces) == 1:
-                parts.append({"type": "text", "text": text})
-        found.append({"role": message["role"], "content": parts})
-    return found

@@ -43,8 +43,10 @@ _LLAVA_LINE = re.compile(r"\A<image>\n|\n<image>\Z")
 class Pictures:
     """The images of one row: those of its column, and those that its messages bring."""
 
+    exist: bool = False
+    """Whether the rows have a column of images."""
     count: int = 0
-    """How many the row's column has."""
+    """How many it has in this row."""
     read: Callable[[], Sequence[Any]] = list
     """Reads the column; images may be large, and most rows need only their number."""
     folders: tuple[Path, ...] = ()
@@ -305,7 +307,7 @@ def flat(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
-def texts_of(message: Message) -> list[str]:
+def texts_of(message: Mapping[str, Any]) -> list[str]:
     """The texts of a message's content."""
     content = message.get("content")
     if isinstance(content, list):
@@ -339,7 +341,9 @@ def missing(row: Mapping[str, Any]) -> str | None:
         if column not in row:
             continue
         value = row[column]
-        if value is None or not len(value) or (isinstance(value, str) and not value.strip()):
+        # An answer may follow on nothing: text that is written from its beginning.
+        blank = isinstance(value, str) and column != "prompt" and not value.strip()
+        if value is None or blank or (isinstance(value, list) and not value):
             return f"without {column}"
         lack = None if isinstance(value, str) else _lack(value, column != "prompt")
         if lack is not None:

@@ -15,7 +15,7 @@ from .columns import MessagesColumn, TurnColumns, is_template, nearest, template
 
 BUILDERS = ("json", "csv", "parquet", "text")
 LAYOUTS = (("text",), ("messages",), ("prompt", "completion"))
-OUTPUT_COLUMNS = ("text", "messages", "prompt", "completion", "images", "domain")
+OUTPUT_COLUMNS = ("text", "messages", "prompt", "completion", "images", "tools", "domain")
 
 # Raise it when the same recipe starts to give other rows: caches are keyed by it, and `datasets` knows a function of
 # ours by its name only, so neither would notice.
@@ -127,7 +127,8 @@ class DataRecipe:
     columns: Mapping[str, str | MessagesColumn | TurnColumns] = field(
         default_factory=dict,
         metadata={
-            "help": "{our column: source column, '{a} {b}' template or messages}; others are dropped.",
+            "help": "{our column: source column, '{a} {b}' template or messages}; others are dropped, save the tools "
+            "of messages. Unset: the layout is recognised (messages, ShareGPT, Alpaca, LLaVA, OpenAI batch, ...).",
             "yaml": dict,
         },
     )
@@ -194,9 +195,9 @@ class DataRecipe:
 
     @property
     def output_columns(self) -> tuple[str, ...]:
-        """The columns of this recipe's rows."""
+        """The columns of this recipe's rows; empty where they are recognised when the rows are read."""
         if self.mixture:
-            return self.mixture[0].output_columns
+            return next((part.output_columns for part in self.mixture if part.recipe.output_columns), ())
         return tuple(column for column in OUTPUT_COLUMNS if column in self.columns)
 
     @property
@@ -299,6 +300,9 @@ def _check_source(recipe: DataRecipe) -> None:
 
 
 def _check_columns(recipe: DataRecipe) -> None:
+    if not recipe.columns:
+        # Recognised by the rows themselves.
+        return
     for ours, mapping in recipe.columns.items():
         if ours not in OUTPUT_COLUMNS:
             raise ValueError(
@@ -309,17 +313,17 @@ def _check_columns(recipe: DataRecipe) -> None:
             raise ValueError(
                 f"{recipe.name}: columns.{ours} cannot be a question and an answer; map it to `messages`."
             )
-        if isinstance(mapping, MessagesColumn) and ours in ("text", "images", "domain"):
+        if isinstance(mapping, MessagesColumn) and ours in ("text", "images", "tools", "domain"):
             raise ValueError(f"{recipe.name}: columns.{ours} cannot be a list of messages; map it to `messages`.")
         if isinstance(mapping, str) and is_template(mapping):
             template_columns(mapping)
-            if ours in ("messages", "images"):
+            if ours in ("messages", "images", "tools"):
                 raise ValueError(f"{recipe.name}: columns.{ours} cannot be a template; name the source's column.")
-    layout = tuple(column for column in recipe.output_columns if column not in ("images", "domain"))
+    layout = tuple(column for column in recipe.output_columns if column not in ("images", "tools", "domain"))
     if layout not in LAYOUTS:
         raise ValueError(
             f"{recipe.name}: columns gives {', '.join(layout) or 'no text'}; TRL reads `text`, or `messages`, or "
-            "`prompt` with `completion`, each optionally with `images` and `domain`."
+            "`prompt` with `completion`, each optionally with `images`, `tools` and `domain`."
         )
 
 
@@ -337,6 +341,11 @@ def _check_held_out(recipe: DataRecipe) -> None:
         raise ValueError(
             f"{recipe.name}: {asked[0]} needs a shuffle_seed, or it would hold out the source's first rows."
         )
+
+
+def _shared(columns: tuple[str, ...]) -> list[str]:
+    # Parts without tools have none in the mixture's rows.
+    return [column for column in columns if column != "tools"]
 
 
 def _check_mixture(recipe: DataRecipe) -> None:
@@ -361,9 +370,9 @@ def _check_mixture(recipe: DataRecipe) -> None:
             raise ValueError(
                 f"{recipe.name}: {part.data!r} maps a column domain itself; remove that column, or the part's domain."
             )
-        if part.output_columns != recipe.output_columns:
+        if _shared(part.output_columns) != _shared(recipe.output_columns) and part.recipe.output_columns:
             raise ValueError(
-                f"{recipe.name}: {part.data!r} gives {', '.join(part.output_columns)} but {recipe.mixture[0].data!r} "
+                f"{recipe.name}: {part.data!r} gives {', '.join(part.output_columns)} but another part "
                 f"gives {', '.join(recipe.output_columns)}; parts must share their columns."
             )
         if part.recipe.has_eval != recipe.has_eval:

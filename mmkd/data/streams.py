@@ -42,11 +42,9 @@ class _Reader:
         """The row in our columns, or None where it is left out."""
         value = None if self.images is None else row[self.images]
         images = value if isinstance(value, list) else [] if value is None else [value]
-        own = Pictures(len(images), lambda: images, self.conversion.folders)
+        own = Pictures(self.images is not None, len(images), lambda: images, self.conversion.folders)
         try:
             ours = canonical_row(row, self.layout, own, nulls=self.nulls)
-            if own.places and self.images is None and "images" not in ours:
-                raise UserError("its messages have places for images, and the row has no image")
         except UserError as error:
             if not self.conversion.skip:
                 raise UserError(f"{self.conversion.split} row {number}: {error}.") from error

@@ -118,16 +118,15 @@ def test_sharegpt_conversations_become_messages():
     assert rows.column_names == ["messages"]
     assert rows[1]["messages"] == [
         {"role": "user", "content": "question 1"},
-        {"role": "assistant", "content": "answer 1"},
+        {"role": "assistant", "content": "answer 1", "weight": 1.0},
     ]
 
 
-def test_messages_by_name_keep_only_role_and_content():
+def test_messages_keep_every_key():
     chat = [{"role": "user", "content": "hi", "id": 1}, {"role": "assistant", "content": "hello", "id": 2}]
     write_jsonl("a.jsonl", [{"messages": chat}])
     path = write_recipe(source="json", data_files={"train": "a.jsonl"}, columns={"messages": "messages"})
-    rows = load_data(path)["train"]
-    assert rows[0]["messages"] == [{key: turn[key] for key in ("role", "content")} for turn in chat]
+    assert load_data(path)["train"][0]["messages"] == chat
 
 
 def test_prompt_and_completion_may_be_messages():
@@ -140,12 +139,13 @@ def test_prompt_and_completion_may_be_messages():
 
 
 def test_messages_that_datasets_stores_as_json():
-    """Vision-language parts and ragged keys come out of `datasets` as JSON text, mixed columns too."""
+    """Parts and ragged keys come out of `datasets` as JSON text, mixed columns too; without images, text is text."""
     said = [{"type": "text", "text": "a cat"}]
-    chat = [{"role": "user", "content": [{"type": "image"}, *said]}, {"role": "assistant", "content": said}]
+    chat = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
     mixed = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": said}]
     silent = [chat[0], {"role": "assistant", "content": [{"type": "text", "text": " "}]}]
-    for rows, kept in (([chat, silent], [chat]), ([mixed, silent], [mixed])):
+    for rows, asked in (([chat, silent], "a cat"), ([mixed, silent], "what?")):
+        kept = [[{"role": "user", "content": asked}, {"role": "assistant", "content": "a cat"}]]
         write_jsonl("a.jsonl", [{"messages": row} for row in rows])
         path = write_recipe(source="json", data_files={"train": "a.jsonl"}, columns={"messages": "messages"})
         assert load_data(path)["train"]["messages"][:] == kept
@@ -464,7 +464,7 @@ PART: list[Any] = [{"data": "./part.yaml", "weight": 1}]
         (BASE | {"licence": "mit"}, "unknown key 'licence'; did you mean 'license'"),
         (BASE | {"filters": {"min_char": 3}}, "unknown key 'min_char'; did you mean 'min_chars'"),
         (BASE | {"columns": {"texts": "a"}}, "columns has 'texts'; did you mean 'text'"),
-        (BASE | {"columns": {}}, "columns gives no text; TRL reads"),
+        (BASE | {"columns": {"images": "a"}}, "columns gives no text; TRL reads"),
         (BASE | {"columns": {"prompt": "a"}}, "columns gives prompt; TRL reads"),
         (BASE | {"columns": {"text": "a", "messages": "b"}}, "columns gives text, messages; TRL reads"),
         (BASE | {"columns": {"text": 3}}, "columns.text is 3"),
@@ -571,9 +571,8 @@ def test_messages_with_other_keys_or_roles_are_named():
     column = {"column": "conversations", "role_key": "from", "content_key": "value", "role_map": {"human": "user"}}
     with pytest.raises(ValueError, match="have the role 'gpt'; map it to one of"):
         load_data(write_recipe(columns={"messages": column}, **keys))
-    ragged = [{"role": "user", "content": ["parts"], "id": 1}, {"role": "assistant", "content": "a"}]
-    write_jsonl("a.jsonl", [{"messages": ragged}])
-    with pytest.raises(ValueError, match=r"differ in their keys \(role, content, id"):
+    write_jsonl("a.jsonl", [{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "a"}]}])
+    with pytest.raises(ValueError, match=r"train row 0: messages\[0\].content is a number; it must be text"):
         load_data(write_recipe(columns={"messages": "messages"}, **keys))
     write_jsonl("a.jsonl", [{"messages": [{"role": "user"}, {"content": "a"}, {"content": "a", "id": 1}]}])
     with pytest.raises(ValueError, match="have no 'content'; set content_key to one of"):
