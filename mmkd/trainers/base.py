@@ -37,6 +37,7 @@ from .log import RunLog
 from .on_policy import OnPolicyTrainer
 from .preparation import ROWS, KeptRows, RowLengths
 from .progress import DistillationProgress
+from .prompts import with_open_answers
 from .publishing import PublishingTrainer
 from .rollouts import check_rollouts
 from .sharding import ShardedTrainer
@@ -125,6 +126,8 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
             skip = args.on_bad_row == "skip"
             train_dataset = canonical(train_dataset, "train", skip=skip, text_field=args.dataset_text_field)
             eval_dataset = canonical(eval_dataset, "eval", skip=skip, text_field=args.dataset_text_field)
+        if args.on_policy_fraction == 1:
+            train_dataset = with_open_answers(train_dataset)
         check_teachers(type(self), teacher, args, {"train": train_dataset, "eval": eval_dataset})
         if args.on_policy_fraction:
             check_rollouts(teacher, train_dataset)

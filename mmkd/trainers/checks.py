@@ -8,8 +8,10 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl.data_utils import is_conversational, is_conversational_from_value
 from trl.trainer.sft_config import SFTConfig
 
+from mmkd.errors import UserError
 from mmkd.precision import cpu_multiplies, say_float32
 
+from .prompts import is_prompt_alone
 from .vision import check_no_videos
 
 
@@ -25,6 +27,12 @@ def check_training_data(train: Any, evaluation: Any, args: SFTConfig, tokenizer:
         if row is None:
             raise ValueError(f"The {name} data set is empty; check the data recipe's splits and filters.")
         check_no_videos(row, name)
+        if is_prompt_alone(row):
+            raise UserError(
+                f"The rows of the {name} data are prompts without answers to learn from or to judge. Add a column "
+                "`completion`, let the teacher answer them (`job: generate`), or train on what the student answers "
+                "(on_policy_fraction: 1, without evaluation)."
+            )
         templated = is_conversational(row) or is_conversational_from_value(row)
         if templated and tokenizer.chat_template is None and args.chat_template_path is None:
             raise ValueError(

@@ -74,6 +74,23 @@ def test_rollouts_are_what_the_student_says_token_by_token(build: Build, complet
         assert (batch["labels"][row, length:] == -100).all()
 
 
+@pytest.mark.parametrize("chats", [False, True])
+def test_prompts_need_no_answers(build: Build, completions: Dataset, chats: bool) -> None:
+    """The student answers what it would have answered with the data's answers beside."""
+    rows = completions
+    if chats:
+        turns = [("prompt", "user"), ("completion", "assistant")]
+        rows = Dataset.from_list(
+            [{k: [{"role": role, "content": row[k]}] for k, role in turns} for row in completions]
+        )
+    settings = {**GREEDY, "on_policy_fraction": 1.0}
+    whole, alone = (mixed(build(KDTrainer, data, **settings)) for data in (rows, rows.remove_columns("completion")))
+    assert torch.equal(whole[0]["input_ids"], alone[0]["input_ids"])
+    assert torch.equal(whole[0]["labels"], alone[0]["labels"])
+    with pytest.raises(ValueError, match="rows of the train data are prompts without answers to learn from"):
+        build(KDTrainer, rows.remove_columns("completion"), **GREEDY)
+
+
 def test_the_share_is_exact_and_in_other_rows_at_each_step(build: Build, completions: Dataset) -> None:
     trainer: Any = build(KDTrainer, completions, **{**GREEDY, "on_policy_fraction": 0.3})
     batches = list(trainer.get_train_dataloader())[:5]
