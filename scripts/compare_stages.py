@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 import yaml
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from mmkd.data.images import read_image
 from mmkd.files import write_file
 from mmkd.launch import train
 from mmkd.models.load import load_model, load_processing_class
@@ -178,14 +178,10 @@ def answers(folder: Path, rows: list[dict[str, Any]], batch: int = 128, tokens: 
 def _with_images(row: dict[str, Any]) -> dict[str, Any]:
     message, images = row["messages"][0], iter(row["images"])
     content = [
-        {"type": "image", "image": _image(next(images))} if part["type"] == "image" else part
+        {"type": "image", "image": read_image(next(images))} if part["type"] == "image" else part
         for part in message["content"]
     ]
     return {"role": message["role"], "content": content}
-
-
-def _image(image: Any) -> Image.Image:
-    return (Image.open(image) if isinstance(image, str) else image).convert("RGB")
 
 
 def show(rows: list[tuple[str, list[dict[str, float]]]], seeds: Sequence[int], count: int) -> None:

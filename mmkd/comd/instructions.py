@@ -12,6 +12,7 @@ from datasets import Dataset
 from PIL import Image
 
 from mmkd.data.arrow import read_rows
+from mmkd.data.images import STORED, UnreadableImage, read_image
 from mmkd.files import write_file
 from mmkd.teachers.keys import image_hash
 
@@ -149,12 +150,14 @@ def answered(prompt: Sequence[Message], answer: str) -> list[Message]:
 
 
 def open_image(path: str) -> Image.Image:
-    """The image of a file, in RGB as models read it. Raises ValueError for a file that is none."""
+    """The image of a file as models read it. Raises ValueError for a file that is none."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
+        image = read_image(path)
+    except UnreadableImage as error:
         raise ValueError(f"{path} is no image that can be read ({error}). Correct the data's images.") from error
+    # Instructions are named by the pixels in RGB, whatever the file has.
+    image.info.pop(STORED, None)
+    return image
 
 
 def row_of(one: Instruction, answer: str) -> dict[str, Any]:

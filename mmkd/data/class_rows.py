@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-from mmkd.data.classification import HIDDEN, read_image
+from mmkd.data.classification import HIDDEN, read_cell
 
 AUGMENTATIONS = ("none", "flip", "crop_flip")
 
@@ -54,7 +54,7 @@ class ClassRows(TorchDataset[dict[str, Any]]):
     def raw(self, row: int) -> Any:
         """The image (RGB) or text of a row, as a teacher reads it."""
         cell = self.dataset[row]
-        return cell["text"] if self.is_text else read_image(cell["image"], f"Row {row} of {self.name}")
+        return cell["text"] if self.is_text else read_cell(cell["image"], f"Row {row} of {self.name}")
 
     def content(self, row: int) -> bytes:
         """The bytes of a row's image or text, to recognise it."""

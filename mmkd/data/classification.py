@@ -4,7 +4,6 @@ One YAML under `data_recipes/classification/` is one data set.
 """
 
 import dataclasses
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +14,10 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset
 from jaxtyping import Int
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mmkd.data.columns import nearest
+from mmkd.data.images import UnreadableImage, read_image
 from mmkd.data.recipe import BUILDERS
 from mmkd.data.sources import local_files, read_files, read_hub
 from mmkd.errors import UserError
@@ -177,18 +177,15 @@ def hide_labels(
     return shown
 
 
-def read_image(cell: Any, where: str) -> Image.Image:
-    """The image of a cell (a PIL image, bytes, or a path) in RGB. Raises ValueError for one that cannot be read."""
-    if isinstance(cell, Image.Image):
-        return cell.convert("RGB")
-    source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+def read_cell(cell: Any, where: str) -> Image.Image:
+    """The image of a cell, in any form that `read_image` knows. Raises UserError for one that cannot be read."""
     try:
-        with Image.open(source) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(
-            f"{where} ({cell['path'] or 'bytes without a name'}) cannot be read as an image: {error}. Repair or "
-            "remove it; a row is never skipped silently."
+        return read_image(cell)
+    except UnreadableImage as error:
+        path = cell.get("path") if isinstance(cell, Mapping) else None
+        name = f" ({path})" if path and len(path) < 200 else ""
+        raise UserError(
+            f"{where}{name} cannot be read as an image: {error}. Repair or remove it; a row is never skipped silently."
         ) from error
 
 
@@ -234,7 +231,7 @@ def _ours(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_name
     if theirs != ours:
         rows = rows.rename_column(theirs, ours)
     if ours == "image":
-        # Read by `read_image`, which can say which row is broken.
+        # Read by `read_cell`, which can say which row is broken.
         rows = rows.cast_column("image", datasets.Image(decode=False))
     return rows.add_column("label", labels)  # pyright: ignore[reportCallIssue]
 

@@ -12,6 +12,8 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, GenerationConfig, LlavaConfig, PreTrainedConfig
 
 from mmkd.capture.sequences import Prepared, Sequences, TokenSequence, UnusableRow, prepare
+from mmkd.data.image_columns import image_column
+from mmkd.data.images import read_row
 from mmkd.data.load import load_data
 from mmkd.data.recipe import DataRecipe
 from mmkd.models.load import positions_of, tokenizer_of
@@ -187,14 +189,8 @@ def _documented(recipe: DataRecipe, split: str, dataset: Dataset) -> int | None:
 
 
 def _unreadable(rows: Dataset) -> dict[int, str]:
-    bad: dict[int, str] = {}
-    for row in range(len(rows)):
-        # What an image library raises for a broken file has no common class below Exception.
-        try:
-            rows[row]
-        except Exception as error:
-            bad[row] = f"{type(error).__name__}: {error}"
-    return bad
+    read = enumerate(map(read_row, image_column(rows)))
+    return {number: row.reason for number, row in read if isinstance(row, UnusableRow)}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from mmkd.data.images import UnreadableImage, read_image
 
 from .runs import RunFiles, read_lines
 
@@ -70,8 +70,10 @@ class Pictures:
         """A data URI, or what to read instead."""
         if not Path(path).is_file():
             return f"{Path(path).name} is not here"
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
+        try:
+            image = read_image(path)
+        except UnreadableImage:
+            return f"{Path(path).name} cannot be read"
         small = max(image.size) <= PICTURE
         image.thumbnail((PICTURE, PICTURE))
         file = io.BytesIO()

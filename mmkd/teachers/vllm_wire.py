@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
+from mmkd.data.images import read_image
+
 Kind = TypeVar("Kind")
 
 
@@ -155,8 +157,8 @@ def _openai_part(part: Mapping[str, Any], images: Any) -> dict[str, Any]:
 
 def _data_url(image: Image.Image) -> str:
     file = io.BytesIO()
-    # To RGB as transformers does it. vLLM would lay a transparent image on white instead.
-    image.convert("RGB").save(file, "PNG", compress_level=1)
+    # The pixels that a model in this process would be given.
+    read_image(image).save(file, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 

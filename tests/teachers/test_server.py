@@ -393,8 +393,8 @@ def test_images_fill_their_places_and_strings_stay():
     prefix, data = image["image_url"]["url"].split(",")
     assert prefix == "data:image/png;base64"
     sent = Image.open(io.BytesIO(base64.b64decode(data)))
-    # The colour that transformers' processors see under a transparent pixel, not vLLM's white.
-    assert (sent.mode, sent.getpixel((0, 0))) == ("RGB", (255, 0, 0))
+    # What a model in this process sees: transparent pixels lie on white.
+    assert (sent.mode, sent.getpixel((0, 0))) == ("RGB", (255, 255, 255))
 
 
 def test_images_that_cannot_be_sent_are_row_errors(fake):
