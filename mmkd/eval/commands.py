@@ -37,7 +37,7 @@ def evaluate(
     for task in tasks:
         if task not in wanted:
             print(f"{task.task} needs a vision-language model, which {model.name} is not: left out.", file=sys.stderr)
-    results = Results(output or model.results_folder, model.name, model.weights)
+    results = Results.of(model, output)
     planned = _plan(model, wanted, settings, include)
     if settings.chat_template == "auto" and not model.has_chat_template:
         print(f"{model.name} has no chat template: it is asked in plain text.", file=sys.stderr)

@@ -67,7 +67,7 @@ def measure(
     _check(names, held, teacher, model)
     rows = None if held is None else held.load()
     chosen = [name for name in MEASURES if name in names] if names else _possible(model, rows, teacher)
-    results = Results(output or model.results_folder, model.name, model.weights)
+    results = Results.of(model, output)
     taking = Taking(model, teacher, rows, held, settings)
     found: dict[str, dict[str, Any]] = {}
     device = device_of(settings)

@@ -1,5 +1,6 @@
 """The model that is evaluated: where it lies, what it can do, and what makes a result its own."""
 
+import difflib
 import hashlib
 import json
 import re
@@ -11,9 +12,11 @@ from typing import Any
 from peft import PeftModel
 from transformers import AutoConfig
 
+from mmkd.errors import UserError
 from mmkd.models.ensemble import load_ensemble
 from mmkd.models.load import computed_dtype, load_model, load_processing_class, tokenizer_of
 from mmkd.precision import name_of_dtype
+from mmkd.report.runs import results_before, results_folder
 from mmkd.run import last_checkpoint
 from mmkd.teachers.identity import weights_sha256
 
@@ -36,7 +39,10 @@ class EvalModel:
 
     @cached_property
     def processing_class(self) -> Any:
-        return load_processing_class(self.path, **self.hub)
+        try:
+            return load_processing_class(self.path, **self.hub)
+        except ValueError as error:
+            raise UserError(f"{error}{_nearest(self.name)}") from error
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -58,9 +64,10 @@ class EvalModel:
         if self.members:
             parts = [member.weights for member in self.members]
         else:
+            # First, since it is small and what is missing is said in one line.
+            tokenizer: Any = tokenizer_of(self.processing_class)
             parts = [weights_sha256(self.path, self.revision)]
             parts += [weights_sha256(self.adapter)] if self.adapter else []
-            tokenizer: Any = tokenizer_of(self.processing_class)
             template = getattr(self.processing_class, "chat_template", None) or tokenizer.chat_template
             words = json.dumps([template, tokenizer.get_vocab()], sort_keys=True)
             parts.append(hashlib.sha256(words.encode()).hexdigest())
@@ -85,21 +92,31 @@ class EvalModel:
 
     @property
     def results_folder(self) -> Path:
-        """Where its results are kept: under the run, or under runs/eval for what has no folder of its own."""
-        own = Path(self.adapter or self.path)
-        if own.is_dir() and not self.members:
-            return own / "eval"
-        return Path("runs/eval", re.sub(r"[^\w.+@-]+", "--", self.name).strip("-"))
+        """Where its results are kept: under the run, or under runs/eval for what mmkd did not make."""
+        own = self.adapter or self.path
+        return results_folder(own if Path(own).is_dir() and not self.members else self.name)
+
+    @property
+    def results_before(self) -> Path | None:
+        """Where earlier versions of mmkd kept them, if that was elsewhere and they are still there."""
+        return None if self.members else results_before(self.adapter or self.path)
 
 
 def find_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> EvalModel:
     """The model of a run's folder, of any other folder, or of a Hub id.
 
     A run that was trained in stages stands for its last stage, one that was cut off for its newest checkpoint. Raises
-    ValueError for a folder without a model.
+    ValueError for a folder without a model, and for a path that leads nowhere.
     """
     folder = Path(name)
+    if folder.is_file():
+        raise UserError(f"{name} is a file, and a model is a folder. Name the folder: {folder.parent}.")
     if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UserError(
+                f"There is no folder {name}, and it cannot be a Hub id (user/name).{_nearest(name)} Name the "
+                "output_dir of a training, the folder of a model, or a Hub id."
+            )
         return EvalModel(name, name, revision, trust_remote_code)
     found = _model_in(folder)
     if found is None:
@@ -123,6 +140,17 @@ def ensemble_of(models: list[EvalModel]) -> EvalModel:
             f"{adapted[0]} is an adapter; merge it into its model (PEFT's merge_and_unload) to average it."
         )
     return EvalModel("+".join(Path(model.name).name for model in models), models[0].path, members=tuple(models))
+
+
+def _nearest(name: str) -> str:
+    """The folder here that a name which leads nowhere was meant for, as a question; nothing where none is alike."""
+    if Path(name).is_dir():
+        return ""
+    places = {Path(name).parent, Path("runs"), Path()}
+    folders = [path for place in places if place.is_dir() for path in place.iterdir() if path.is_dir()]
+    names = {**{path.name: str(path) for path in folders}, **{str(path): str(path) for path in folders}}
+    close = difflib.get_close_matches(name, names, n=1) or difflib.get_close_matches(Path(name).name, names, n=1)
+    return f" Did you mean the folder {names[close[0]]}?" if close else ""
 
 
 def _model_in(folder: Path) -> Path | None:

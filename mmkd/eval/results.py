@@ -10,6 +10,8 @@ from huggingface_hub.utils import WeakFileLock
 
 from mmkd.files import write_file
 
+from .model import EvalModel
+
 SCHEMA = 1
 """Of results.json; eval/README.md documents it."""
 
@@ -19,12 +21,20 @@ NAME = "results.json"
 class Results:
     """What is known of a model: task results and measurements, by everything that decides them.
 
-    Raises ValueError when the folder holds results of other weights.
+    `before` is a folder that is read where there is nothing in `folder` yet, and not written to. Raises ValueError
+    when the folder holds results of other weights.
     """
 
-    def __init__(self, folder: Path, model: str, weights: str) -> None:
-        self.folder, self.model, self.weights = folder, model, weights
+    def __init__(self, folder: Path, model: str, weights: str, before: Path | None = None) -> None:
+        self.folder, self.model, self.weights, self.before = folder, model, weights, before
         self._read()
+
+    @classmethod
+    def of(cls, model: EvalModel, output: Path | None = None) -> "Results":
+        """Those of a model, in a folder of the user's or its own."""
+        if output is not None:
+            return cls(output, model.name, model.weights)
+        return cls(model.results_folder, model.name, model.weights, model.results_before)
 
     @property
     def path(self) -> Path:
@@ -58,7 +68,7 @@ class Results:
 
     def _read(self) -> dict[str, Any]:
         if not self.path.is_file():
-            return {"schema": SCHEMA, "model": self.model, "weights": self.weights, "tasks": {}, "measures": {}}
+            return self._read_before()
         content = json.loads(self.path.read_text(encoding="utf-8"))
         if content["schema"] != SCHEMA:
             raise ValueError(
@@ -70,6 +80,16 @@ class Results:
                 f"{self.model} now has {self.weights[:12]}. Name another --output, or delete the folder."
             )
         return content
+
+    def _read_before(self) -> dict[str, Any]:
+        """What is known without a file: what an earlier one says of the same weights, its answers by absolute path."""
+        content = {"schema": SCHEMA, "model": self.model, "weights": self.weights, "tasks": {}, "measures": {}}
+        earlier = {} if self.before is None else json.loads((self.before / NAME).read_text(encoding="utf-8"))
+        if self.before is None or any(earlier[key] != content[key] for key in ("schema", "weights")):
+            return content
+        for key, entry in earlier["tasks"].items():
+            content["tasks"][key] = {**entry, "samples": str((self.before / entry["samples"]).resolve())}
+        return {**content, "measures": earlier["measures"]}
 
 
 def key_of(*parts: Any) -> str:

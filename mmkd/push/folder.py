@@ -227,7 +227,9 @@ def _log_of(place: Path) -> Log:
 
 
 def _results(place: Path, model: EvalModel) -> dict[str, Any]:
-    path = place / "eval" / "results.json"
+    # Of a folder without a record, pushed with --recipe, they may lie elsewhere.
+    folder = next((one for one in (place / "eval", model.results_folder) if (one / "results.json").is_file()), place)
+    path = folder / "results.json"
     results = read_json(path)
     if results and results["weights"] != model.weights:
         raise ValueError(

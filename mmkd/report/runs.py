@@ -1,5 +1,6 @@
 """What lies in a run's folder, finished or not, as far as a report needs it; loads neither torch nor a model."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -191,10 +192,28 @@ def with_parts(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [data, *(one for part in data.get("parts", []) for one in with_parts(part))]
 
 
-def results_folder(model: str) -> Path:
-    """Where `mmkd eval` keeps the results of a model."""
+def results_folder(model: str | Path) -> Path:
+    """Where `mmkd eval` keeps the results of a model: in the folder of a run, for any other one under runs/eval."""
     own = Path(model)
-    return own / "eval" if own.is_dir() else Path("runs/eval", re.sub(r"[^\w.+@-]+", "--", model).strip("-"))
+    if not own.is_dir():
+        return Path("runs/eval", re.sub(r"[^\w.+@-]+", "--", str(model)).strip("-"))
+    if _is_of_a_run(own):
+        return own / "eval"
+    # Whatever it is called from here; other folders have the same name.
+    place = own.resolve()
+    return Path("runs/eval", f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}")
+
+
+def results_before(model: str | Path) -> Path | None:
+    """Where earlier versions of mmkd kept results of a folder that is not theirs; None where there are none."""
+    own = Path(model) / "eval"
+    return own if (own / Path(RESULTS).name).is_file() and own != results_folder(model) else None
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    """Whether mmkd made a folder: that of a run, or a checkpoint, stage, round or measured student in one."""
+    places = [folder, *list(folder.resolve().parents)[:3]]
+    return any((place / name).exists() for place in places for name in (RECORD, "stage.json", COMPARISON, "measured"))
 
 
 def _trained(round_folder: Path) -> list[Path]:
@@ -244,16 +263,22 @@ def _under_way(folder: Path) -> dict[str, list[Part]]:
 def _results(folder: Path, parts: list[Part], comparison: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Results of the run itself, or of all models of a comparison."""
     if comparison is not None:
-        places = {row["name"]: results_folder(_seed_of(row, folder)) for row in comparison["rows"]}
+        places = {row["name"]: _kept(_seed_of(row, folder)) for row in comparison["rows"]}
     else:
         last = parts[-1].folder if parts else folder
         own = folder if (folder / RESULTS).is_file() else last
         places = {folder.name: own / "eval"}
         teacher = record_of(folder).get("keys", {}).get("teacher")
         if teacher:
-            places = {"teacher": results_folder(str(teacher)), **places}
+            places = {"teacher": _kept(str(teacher)), **places}
     found = {name: (place, read_json(place / "results.json")) for name, place in places.items()}
     return {name: {**content, "folder": str(place)} for name, (place, content) in found.items() if content}
+
+
+def _kept(model: str) -> Path:
+    """The folder with a model's results, of before where there are no newer ones."""
+    folder = results_folder(model)
+    return folder if (folder / Path(RESULTS).name).is_file() else results_before(model) or folder
 
 
 def _number(path: Path) -> int:

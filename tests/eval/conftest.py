@@ -1,6 +1,14 @@
 """What tests of evaluation share."""
 
+from pathlib import Path
+
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of models that no run trained are kept under runs/eval."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)

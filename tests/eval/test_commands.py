@@ -16,6 +16,7 @@ from mmkd.eval.harness import Harness, Settings
 from mmkd.eval.model import find_model
 from mmkd.eval.suites import SuiteTask
 from mmkd.recipes import recipe_root
+from mmkd.report.runs import RECORD, results_folder
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.vlms import make_llava, picture
 
@@ -72,12 +73,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def student(tiny: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of the tiny student whose folder may be written to."""
-    return copy_of(tiny["student"], tmp_path / "student")
+    """A copy of the tiny student as the folder of a run, which may be written to."""
+    (copy_of(tiny["student"], tmp_path / "student") / RECORD).write_text("{}")
+    return tmp_path / "student"
 
 
 def copy_of(source: Path, target: Path) -> Path:
-    target.mkdir()
+    target.mkdir(parents=True)
     for path in source.iterdir():
         if path.is_file():
             (target / path.name).write_bytes(path.read_bytes())
@@ -233,7 +235,7 @@ def test_an_adapter_is_evaluated_on_its_model(tiny, folder, tmp_path):
     (entry,) = evaluate(adapted, [SuiteTask("tiny_text")], settings, include=[folder])
     (plain,) = evaluate(find_model(str(tiny["student"])), [SuiteTask("tiny_text")], settings, tmp_path / "x", [folder])
     assert entry["scores"][0]["value"] != plain["scores"][0]["value"]
-    assert (tmp_path / "adapter/eval/results.json").is_file()
+    assert (results_folder(tmp_path / "adapter") / "results.json").is_file()
 
 
 def test_questions_with_images_go_to_vision_language_models_only(student, tmp_path, capsys):
@@ -252,7 +254,8 @@ def test_questions_with_images_go_to_vision_language_models_only(student, tmp_pa
     folder = make_llava(tmp_path / "llava")
     command = ["--tasks", "easy_vqa", "--include_path", str(tasks)]
     assert main(["eval", str(folder), *command]) == 0
-    (entry,) = json.loads((folder / "eval/results.json").read_text())["tasks"].values()
+    kept = results_folder(folder)
+    (entry,) = json.loads((kept / "results.json").read_text())["tasks"].values()
     theirs = own_call(
         ["easy_vqa"],
         tasks,
@@ -264,7 +267,7 @@ def test_questions_with_images_go_to_vision_language_models_only(student, tmp_pa
     )
     assert entry["results"] == json.loads(json.dumps(theirs))
     assert entry["settings"]["model"] == "hf-multimodal"
-    answers = (folder / "eval" / entry["samples"]).read_text().splitlines()
+    answers = (kept / entry["samples"]).read_text().splitlines()
     assert json.loads(answers[2])["images"] == [str(tmp_path / "2.png")]
     assert main(["eval", str(student), *command]) == 2
     assert "is no vision-language model" in capsys.readouterr().err
@@ -338,3 +341,46 @@ def test_data_that_cannot_be_downloaded_is_said(student, tmp_path, capsys, monke
     path.write_text("\n".join(line for line in path.read_text().splitlines() if "dataset_kwargs" not in line))
     assert main(["eval", str(student), "--tasks", "far_text", "--include_path", str(tmp_path)]) == 2
     assert "The data of task far_text cannot be loaded: Couldn't reach" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tiny, folder, tmp_path, capsys):
+    """Its results are in runs/eval; those that were written beside it before are read, and nothing is asked again."""
+    teacher = copy_of(tiny["teacher"], tmp_path / "models/teacher")
+    before = sorted(teacher.rglob("*"))
+    command = ["eval", "models/teacher", "--tasks", "tiny_choice", "--include_path", str(folder)]
+    assert main(command) == 0
+    assert sorted(teacher.rglob("*")) == before
+    told = Path(capsys.readouterr().out.split()[-1])
+    assert told.parent.parent == Path("runs/eval")
+    assert told.parent.name.startswith("teacher-")
+    assert results_folder(teacher) == told.parent
+    (first,) = json.loads(told.read_text())["tasks"].values()
+    shutil.move(told.parent, teacher / "eval")
+    # Of earlier versions, and kept: another task goes to the new place, with what is known.
+    assert main([*command[:-2], "tiny_text", *command[-2:]]) == 0
+    again = json.loads(told.read_text())["tasks"].values()
+    assert [entry["task"] for entry in again] == ["tiny_choice", "tiny_text"]
+    assert next(iter(again))["date"] == first["date"]
+    assert Path(next(iter(again))["samples"]).is_file()
+    assert len(json.loads((teacher / "eval/results.json").read_text())["tasks"]) == 1
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoint-3", "run/2-SFT", "run/round-1/student"])
+def test_results_lie_in_the_folder_of_a_run(tmp_path, place):
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "run" / RECORD).write_text("{}")
+    assert results_folder(tmp_path / place) == tmp_path / place / "eval"
+
+
+def test_a_path_that_leads_nowhere(student, tmp_path, capsys):
+    (tmp_path / "runs/kd-quick").mkdir(parents=True)
+    for name, words in (
+        ("runs/kd-quikc", "Did you mean the folder runs/kd-quick?"),
+        ("./runs/kd-quikc", "There is no folder ./runs/kd-quikc, and it cannot be a Hub id (user/name). Did you mean"),
+        ("runs/2024/gone/", "There is no folder runs/2024/gone/"),
+        ("zzz", "neither a local folder nor reachable as a Hub id"),
+        ("student/config.json", "is a file, and a model is a folder. Name the folder: student."),
+    ):
+        assert main(["eval", name, "--measures", "cost"]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mmkd: ")]
+        assert words in line

@@ -15,6 +15,7 @@ from mmkd.eval.generations import generate, prompt_of, summary
 from mmkd.eval.model import find_model
 from mmkd.eval.tokens import Agreement, Calibration, Said, batches, say
 from mmkd.models.load import load_model, load_processing_class
+from mmkd.report.runs import results_folder
 from mmkd.trainers.kd import KDTrainer
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.vlms import make_llava, vision_rows
@@ -143,7 +144,7 @@ def test_models_of_different_vocabularies_are_compared_in_bytes(tiny, workplace,
     save(make_model(rows=len(other), seed=3), other, workplace / "other")
     command = ["eval", "other", "--teacher", str(tiny["teacher"]), "--data", "words.yaml", "--rows", "2"]
     assert main([*command, "--measures", "--max_new_tokens", "2"]) == 0
-    kept = json.loads(Path("other/eval/results.json").read_text())["measures"].values()
+    kept = json.loads((results_folder("other") / "results.json").read_text())["measures"].values()
     assert [entry["measure"] for entry in kept] == ["cost", "generation", "bytes"]
     values = next(entry["values"] for entry in kept if entry["measure"] == "bytes")
     assert values["student"]["bytes"] == values["teacher"]["bytes"]
