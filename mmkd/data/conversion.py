@@ -159,6 +159,8 @@ def _reads_images(table: pa.Table, features: Features, column: str | None, place
 def _suspects(table: pa.Table, features: Features, layout: Layout) -> np.ndarray:
     """Which rows of a table may need a change or be left out, found without making Python values of them."""
     suspect = np.zeros(len(table), dtype=bool)
+    # A prompt of text before a completion of messages becomes a message.
+    suspect[:] = len({_is_text(features[name]) for name in layout.reads if name in CHATS}) > 1
     for name in layout.reads:
         feature = features[name]
         if layout.as_is and name in ("text", "prompt", "completion") and _is_text(feature):

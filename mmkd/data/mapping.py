@@ -244,6 +244,10 @@ def _messages(row: Any, theirs: MessagesColumn) -> list[Any] | None:
         return None
     messages = []
     for message in row:
+        if not isinstance(message, Mapping):
+            # What is wrong with it is said for all layouts alike.
+            messages.append(message)
+            continue
         if theirs.user_key is not None and theirs.assistant_key is not None:
             for role, key in (("user", theirs.user_key), ("assistant", theirs.assistant_key)):
                 messages.append({"role": role, "content": message[key]})
