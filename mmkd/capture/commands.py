@@ -58,10 +58,7 @@ def info_command(name: str) -> int:
         ("teacher", " ".join(str(part) for part in identity["teacher"].values() if part)),
         ("data", f"{identity['data']['name']} ({identity['data']['license'] or 'licence not stated'})"),
         ("signal", ", ".join(f"{key} {value}" for key, value in identity["signal"].items() if key != "token_order")),
-        *[
-            (split, f"{sum(entry.rows for entry in shards.values()):,} of {manifest.total_rows[split]:,} sequences")
-            for split, shards in manifest.shards.items()
-        ],
+        *[(split, _progress(manifest, split)) for split in manifest.shards],
         ("skipped rows", manifest.skipped_summary() if manifest.skipped_rows() else "0"),
         ("supervised tokens", f"{tokens:,}"),
         ("size", f"{readable_size(size)}, {size / max(1, tokens):.1f} bytes per token"),
@@ -79,6 +76,16 @@ def info_command(name: str) -> int:
         table.add_row(*row)
     Console().print(table)
     return 0
+
+
+def _progress(manifest: Manifest, split: str) -> str:
+    """How much of a split is there: sequences one by one, of answers those to a prompt together."""
+    shards, total = manifest.shards[split], manifest.total_rows[split]
+    held = sum(entry.rows for entry in shards.values())
+    if manifest.identity["signal"]["kind"] != "text":
+        return f"{held:,} of {total:,} sequences"
+    done = {row for number in shards for row in manifest.span(split, number)}
+    return f"{held:,} answers to {len(done - manifest.skipped[split].keys()):,} of {total:,} prompts"
 
 
 def verify_command(target: str, flags: Sequence[str], rows: int) -> int:

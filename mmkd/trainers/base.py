@@ -270,8 +270,12 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
             diagnostics=self._reports_now(),
             repeatable=args.combine == "gradmag",
         )
+        sums = loss.sums
+        if self.logs_apart and "divergence" in sums:
+            # Of the tokens that "kl" is about; "divergence" itself is of all steps since the last log.
+            sums = {**sums, "step_divergence": sums["divergence"]}
         tokens = len(student.labels)
-        return ItemLosses({"token": loss.total}, {name: (total, tokens) for name, total in loss.sums.items()})
+        return ItemLosses({"token": loss.total}, {name: (total, tokens) for name, total in sums.items()})
 
     # Construction
 

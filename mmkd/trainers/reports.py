@@ -45,6 +45,12 @@ class ReportingTrainer(CountingTrainer, SFTTrainer):
         step = self.state.global_step + 1
         return step % max(1, int(self.state.logging_steps)) == 0 or (step == 1 and self.args.logging_first_step)
 
+    @property
+    def logs_apart(self) -> bool:
+        """Whether this micro-batch is of a logged step whose log covers others before it as well."""
+        every = self.state.logging_steps if self.args.logging_strategy == "steps" else 1
+        return self.model.training and every > 1 and self._reports_now()
+
     def _record(self, reports: dict[str, tuple[Tensor, Tensor | int]], mode: str | None = None) -> None:
         sums = self._sums[mode or ("train" if self.model.training else "eval")]
         if self.batch_reports is not None and not self.model.training:

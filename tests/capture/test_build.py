@@ -215,6 +215,7 @@ def test_answers_are_data_to_train_on_and_to_score(mmkd: Run, workplace: Path) -
     row = answers["train"][0]
     assert [message["role"] for message in (*row["prompt"], *row["completion"])] == ["user", "assistant"]
     assert row["tokens"] <= 60
+    assert "96 answers to 48 of 48 prompts" in mmkd("cache", "info", "answers")
     # A shard is the same whoever builds it.
     part = Manifest.read(workplace / "again.part-1-of-3").shards["train"][1]
     assert part == Manifest.read(workplace / "answers").shards["train"][1]
@@ -250,7 +251,9 @@ def test_answers_that_were_cut_off_are_said_and_kept_when_asked(
     said = f"16 answers, {cut} of them cut off at cache_max_new_tokens 3"
     assert f"{said}: data.yaml leaves those out of training. Raise" in " ".join(capfd.readouterr().err.split())
     assert main(["cache", "info", "short"]) == 0
-    assert "leaves those out" in " ".join(capfd.readouterr().out.replace("│", " ").split())
+    told = " ".join(capfd.readouterr().out.replace("│", " ").split())
+    assert "leaves those out" in told
+    assert "train 12 answers to 12 of 12 prompts" in told
     before = Path("short/manifest.json").read_bytes()
     assert main([*command, "--cache_keep_truncated", "true"]) == 0
     assert f"{said}, which data.yaml trains on as they are" in " ".join(capfd.readouterr().err.split())

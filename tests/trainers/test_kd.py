@@ -35,3 +35,15 @@ def test_temperature_leaves_the_reported_kl_alone(build: Build, texts: Dataset) 
     assert losses_of(warm, "kl") == pytest.approx(losses_of(plain, "kl"), rel=1e-4)
     assert losses_of(plain, "divergence") == pytest.approx(losses_of(plain, "kl"), rel=1e-4)
     assert losses_of(warm, "divergence")[0] != pytest.approx(losses_of(plain, "divergence")[0], rel=1e-2)
+
+
+def test_kl_and_divergence_of_the_same_step_agree(build: Build, texts: Dataset) -> None:
+    """`kl` is of the logged step alone, `divergence` the mean since the last log, as `loss` is."""
+    each = build(KDTrainer, texts)
+    each.train()
+    assert not losses_of(each, "step_divergence")
+    trainer = build(KDTrainer, texts, logging_steps=2)
+    trainer.train()
+    assert losses_of(trainer, "step_divergence") == pytest.approx(losses_of(trainer, "kl"), rel=1e-4)
+    assert losses_of(trainer, "divergence") == pytest.approx(losses_of(trainer), rel=1e-2)
+    assert losses_of(trainer, "kl") == pytest.approx(losses_of(each, "kl")[1::2], rel=1e-4)
