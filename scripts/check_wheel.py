@@ -73,6 +73,9 @@ def check_installed(wheel: Path, venv: Path, elsewhere: Path) -> None:
         expect(any(name.startswith(f"{kind}/") for name in shipped), f"There is no recipe under {kind}/.")
     listed = set(run(str(venv / "bin" / "mmkd"), "recipes", "ls", cwd=elsewhere).split())
     expect_all(shipped, listed, "the output of `mmkd recipes ls`")
+    run(str(venv / "bin" / "mmkd"), "prepare", "python_docs", cwd=elsewhere)
+    made = elsewhere / ".cache" / "mmkd" / "python_docs" / "train.jsonl"
+    expect(made.is_file(), f"`mmkd prepare python_docs` of the installed wheel did not write {made}.")
 
 
 def files_under(*folders: str) -> set[str]:

@@ -1,66 +1,6 @@
-"""Write Fashion-MNIST (Zalando, MIT) as Parquet for data_recipes/classification/fashion_mnist.yaml.
+"""Fashion-MNIST as Parquet: `mmkd prepare fashion_mnist`."""
 
-    apt-get install dataset-fashion-mnist        # the four original files; or download them into --source
-    python scripts/make_fashion_mnist.py
-
-The 60,000 training images are cut by a fixed seed into captions.parquet (for a teacher that has not seen the student's
-images), train.parquet and validation.parquet; test.parquet is the original test split, whole and in order.
-"""
-
-import argparse
-import gzip
-import io
-from pathlib import Path
-
-import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image
-from jaxtyping import UInt8
-from PIL import Image as Pictures
-
-CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-SIZES = {"captions": 10_000, "train": 6_000, "validation": 1_000}
-SOURCE = Path("/usr/share/datasets/fashion-mnist")
-OUTPUT_DIR = Path(".cache/mmkd/fashion_mnist")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, default=SOURCE, help="folder of the four *-ubyte.gz files")
-    parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR)
-    options = parser.parse_args()
-    images, labels = read(options.source, "train")
-    order = np.random.default_rng(0).permutation(len(images))
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    first = 0
-    for name, size in SIZES.items():
-        rows = order[first : first + size]
-        write(options.output_dir / f"{name}.parquet", images[rows], labels[rows])
-        first += size
-    write(options.output_dir / "test.parquet", *read(options.source, "t10k"))
-
-
-def read(folder: Path, part: str) -> tuple[UInt8[np.ndarray, "row 28 28"], UInt8[np.ndarray, "row"]]:
-    """Images and labels of one part. Raises ValueError when the files are not there."""
-    paths = [folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"]
-    if not all(path.is_file() for path in paths):
-        raise ValueError(f"{folder} lacks {paths[0].name}: install the Debian package dataset-fashion-mnist.")
-    images, labels = (np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8) for path in paths)
-    return images[16:].reshape(-1, 28, 28), labels[8:]
-
-
-def write(path: Path, images: UInt8[np.ndarray, "row 28 28"], labels: UInt8[np.ndarray, "row"]) -> None:
-    """One Parquet file of PNGs and class numbers."""
-    rows = {"image": [{"bytes": _png(image), "path": None} for image in images], "label": labels.tolist()}
-    features = Features({"image": Image(), "label": ClassLabel(names=CLASSES)})
-    Dataset.from_dict(rows, features=features).to_parquet(str(path))
-    print(f"{path}: {len(labels):,} images")
-
-
-def _png(image: UInt8[np.ndarray, "28 28"]) -> bytes:
-    buffer = io.BytesIO()
-    Pictures.fromarray(image).save(buffer, format="PNG")
-    return buffer.getvalue()
-
+from mmkd.prepare.fashion_mnist import main as main
 
 if __name__ == "__main__":
     main()

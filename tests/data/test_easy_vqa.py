@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from scripts.make_easy_vqa import is_held_out, rows, what_it_shows
+from mmkd.prepare.easy_vqa import is_held_out, rows, what_it_shows
 from scripts.quickstart_vlm import SIDE, TEXT, WIDTH, contact_sheet
 
 

@@ -1,6 +1,5 @@
 """The quickstart's corpus: rows of whole paragraphs, nothing held out that is also trained on."""
 
-import importlib.util
 import json
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -8,18 +7,14 @@ from pydoc_data.topics import topics
 import pytest
 
 from mmkd.data.load import load_data
+from mmkd.prepare import python_docs
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_python_docs", ROOT / "scripts" / "make_python_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return python_docs
 
 
 @pytest.fixture(scope="module")

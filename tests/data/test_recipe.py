@@ -692,7 +692,7 @@ def test_shipped_names_are_found_without_a_root():
 
 
 def test_shipped_files_that_are_missing_say_how_to_make_them():
-    with pytest.raises(ValueError, match=r"make it with `python scripts/make_python_docs.py`"):
+    with pytest.raises(ValueError, match=r"make it with `mmkd prepare python_docs`"):
         load_data("python_docs", root=SHIPPED)
 
 

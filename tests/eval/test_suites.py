@@ -1,14 +1,14 @@
 """The suites and tasks that ship: well formed, known to their harness, and what is wrong with others."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from mmkd.eval.suites import SuiteTask, load_suite, suite_names
 from mmkd.eval.tasks import Tasks
+from mmkd.prepare.command import PREPARATIONS
+from mmkd.prepare.eval_data import humaneval_rows, mmlu_rows
 from mmkd.recipes import recipe_root
-from scripts.make_eval_data import humaneval_rows, mmlu_rows
 
 
 def test_every_shipped_suite_loads_and_says_what_it_is():
@@ -31,8 +31,9 @@ def test_every_shipped_task_is_in_a_folder_of_its_name_and_says_how_its_data_is_
     known = Tasks([folder.name for folder in folders])
     for folder in folders:
         config = known.manager.task_index[folder.name].cfg
-        assert config["metadata"]["prepare"].startswith("python scripts/")
-        assert Path(recipe_root("eval").parent, config["metadata"]["prepare"].split()[1]).is_file()
+        command, action, name = config["metadata"]["prepare"].split()
+        assert (command, action) == ("mmkd", "prepare")
+        assert name in PREPARATIONS
         assert config["metadata"]["license"]
 
 
