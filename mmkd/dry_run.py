@@ -124,21 +124,16 @@ def _models(trainer: DistillationTrainer) -> list[tuple[str, str]]:
 
 
 def _data(trainer: DistillationTrainer) -> list[tuple[str, str]]:
-    data, args = trainer.train_dataset, trainer.args
-    if not isinstance(data, Dataset) or "labels" not in data.column_names:
-        return [("data", "streamed or prepared on the fly; not counted")]
-    labels = data.with_format("numpy")["labels"]
-    tokens = sum(len(row) for row in labels)
-    supervised = sum(int((row[1:] != -100).sum()) for row in labels)
+    data, args, counts = trainer.train_dataset, trainer.args, trainer.count_tokens()
+    if counts is None or not isinstance(data, Dataset):
+        return [("data", "streamed; not counted")]
+    told = [("data", f"{counts.size}."), ("length", f"{counts.cutting}.")]
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / batch) * args.num_train_epochs)
-    return [
-        ("data", f"{len(data):,} rows, {tokens:,} tokens, {supervised:,} supervised ({supervised / tokens:.0%})"),
-        (
-            "steps",
-            f"{steps:,} optimizer steps of {batch} rows, about {steps * batch * supervised // len(data):,} tokens",
-        ),
-    ]
+    # A row of a pack holds several of those that were counted.
+    rows = len(data) if args.packing else counts.rows - counts.silent - counts.emptied
+    tokens = steps * batch * (counts.supervised - counts.lost_supervised) // max(1, rows)
+    return [*told, ("steps", f"{steps:,} optimizer steps of {batch} rows, about {tokens:,} tokens")]
 
 
 def _runs(ids: list[int], supervised: list[bool]) -> list[tuple[list[int], bool]]:

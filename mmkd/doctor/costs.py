@@ -26,8 +26,9 @@ from mmkd.models.assemble import prune
 from mmkd.precision import product_dtype
 from mmkd.run import Run, own_rows_of
 from mmkd.teachers.manifest import NAME
+from mmkd.trainers.supervision import kept
 
-from .facts import Finding, Rendered, Sample, Side, kept
+from .facts import Finding, Rendered, Sample, Side
 
 # Bytes per supervised token, measured on SmolLM2-135M-Instruct over text with 48 thousand and 152 thousand ids.
 EXACT_BYTES, DRAW_BYTES, TOKEN_BYTES = 2.0, 1.4, 2.0
@@ -168,7 +169,9 @@ def cache_room(run: Run, sample: Sample, rendered: Rendered) -> list[Finding]:
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
-    per_row = sum(row_bytes(run, int(one.supervised[kept(one, run.training)].sum())) for one in rendered.usable)
+    per_row = sum(
+        row_bytes(run, int(one.supervised[kept(len(one.ids), run.training)].sum())) for one in rendered.usable
+    )
     per_row *= own_share(run, sample) / len(rendered.usable)
     counts = [count for count in sample.totals.values() if count is not None]
     if len(counts) < len(sample.totals):

@@ -258,22 +258,6 @@ def clones_template(training: DistillationConfig) -> bool:
     return template is not None and not template.endswith((".jinja", ".j2"))
 
 
-def cuts(training: DistillationConfig) -> bool:
-    """Whether what lies beyond max_length is lost; some ways of packing begin a new sequence with it instead."""
-    return training.max_length is not None and (not training.packing or training.packing_strategy == "bfd")
-
-
-def kept(one: TokenSequence, training: DistillationConfig) -> slice:
-    """The part of a whole sequence that training sees."""
-    if not cuts(training):
-        return slice(0, len(one.ids))
-    assert training.max_length is not None
-    # Packing cuts at the end, whatever truncation_mode says.
-    if training.truncation_mode == "keep_end" and not training.packing:
-        return slice(max(0, len(one.ids) - training.max_length), len(one.ids))
-    return slice(0, training.max_length)
-
-
 def _ids(value: int | list[int] | None) -> list[int]:
     return [] if value is None else [value] if isinstance(value, int) else list(value)
 

@@ -7,8 +7,9 @@ from mmkd.capture.sequences import TokenSequence, UnusableRow
 from mmkd.run import Run
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.trainers import METHODS
+from mmkd.trainers.supervision import TokenCounts, kept
 
-from .facts import Finding, Rendered, Sample, Side, cuts, kept, listed
+from .facts import Finding, Rendered, Sample, Side, listed
 
 # What, set differently, makes the same pixels mean something else.
 PIXEL_KEYS = {"do_normalize", "do_rescale", "image_mean", "image_std", "rescale_factor"}
@@ -130,45 +131,32 @@ def _pixels(student: Rendered, teacher: Rendered) -> list[Finding]:
 def lengths(rendered: Rendered, run: Run, sides: list[Side]) -> list[Finding]:
     """The share of supervised tokens, and what max_length costs."""
     rows = rendered.usable
-    tokens = sum(len(one.ids) for one in rows)
-    supervised = sum(int(one.supervised.sum()) for one in rows)
-    silent = sum(not one.supervised.any() for one in rows)
-    shares = f"{len(rows):,} rows, {tokens:,} tokens, {supervised:,} of them supervised ({supervised / tokens:.0%})"
+    counts = TokenCounts.count([one.supervised for one in rows], run.training)
     findings = [
         Finding(
-            "problem" if silent == len(rows) else "warning" if silent else "ok",
+            "problem" if counts.silent == counts.rows else "warning" if counts.silent else "ok",
             "supervision",
-            shares + (f"; {silent} rows have no supervised token and teach nothing." if silent else "."),
-            "Check the completion and assistant masks of the data." if silent else "",
+            f"{counts.size}.",
+            "Check the completion and assistant masks of the data." if counts.silent else "",
         )
     ]
-    return [*findings, _truncation(rows, run), *_positions(rows, run, sides), *_lost_images(rendered, run)]
+    return [*findings, _truncation(counts, run), *_positions(rows, run, sides), *_lost_images(rendered, run)]
 
 
-def _truncation(rows: list[TokenSequence], run: Run) -> Finding:
-    training, longest = run.training, max(len(one.ids) for one in rows)
-    if not cuts(training):
+def _truncation(counts: TokenCounts, run: Run) -> Finding:
+    found = f"{counts.cutting[0].upper()}{counts.cutting[1:]}"
+    if counts.max_length is None:
+        training = run.training
         how = "no max_length" if training.max_length is None else f"packing_strategy {training.packing_strategy}"
-        return Finding("ok", "length", f"The longest row has {longest:,} tokens; nothing is cut off ({how}).")
-    cut = [one for one in rows if len(one.ids) > (training.max_length or 0)]
-    if not cut:
-        return Finding(
-            "ok", "length", f"The longest row has {longest:,} tokens; max_length {training.max_length} cuts none."
-        )
-    tokens, supervised = sum(len(one.ids) for one in rows), sum(int(one.supervised.sum()) for one in rows)
-    spans = [(one, kept(one, training)) for one in cut]
-    lost = sum(len(one.ids) - len(one.ids[span]) for one, span in spans)
-    unlearnt = sum(int(one.supervised.sum() - one.supervised[span].sum()) for one, span in spans)
-    dropped = sum(bool(one.supervised.any()) and not one.supervised[span][1:].any() for one, span in spans)
-    costly = max(lost / tokens, unlearnt / max(1, supervised)) >= 0.01
+        return Finding("ok", "length", f"{found} ({how}).")
+    if not counts.cut:
+        return Finding("ok", "length", f"{found}.")
+    costly = max(counts.lost_tokens / counts.tokens, counts.lost_supervised / max(1, counts.supervised)) >= 0.01
     return Finding(
-        "problem" if dropped == len(rows) else "warning" if costly else "ok",
+        "problem" if counts.emptied == counts.rows else "warning" if costly else "ok",
         "length",
-        f"max_length {training.max_length} cuts {len(cut):,} of {len(rows):,} rows ({len(cut) / len(rows):.0%}; the "
-        f"longest has {longest:,} tokens) and loses {lost / tokens:.1%} of the tokens, "
-        f"{unlearnt / max(1, supervised):.1%} of the supervised ones"
-        + (f"; {dropped} rows keep nothing to learn and are dropped." if dropped else "."),
-        f"Raise max_length (to {longest} for all of this sample), or filter long rows in the data recipe.",
+        f"{found}.",
+        f"Raise max_length (to {counts.longest} for all of this sample), or filter long rows in the data recipe.",
     )
 
 
@@ -205,7 +193,7 @@ def _lost_images(rendered: Rendered, run: Run) -> list[Finding]:
         for row, one in enumerate(rendered.sequences)
         if isinstance(one, TokenSequence)
         and one.images
-        and int((one.ids[kept(one, run.training)] == rendered.image_token).sum()) < one.image_tokens
+        and int((one.ids[kept(len(one.ids), run.training)] == rendered.image_token).sum()) < one.image_tokens
     ]
     if not lost:
         return []

@@ -191,7 +191,7 @@ def _padding_with_eos(rendered: Rendered) -> Finding:
     )
 
 
-def end_of_sequence(student: Side, rendered: Rendered, run: Run) -> list[Finding]:
+def end_of_sequence(student: Side, rendered: Rendered, sample: Sample, run: Run) -> list[Finding]:
     """Whether the student is taught to stop: what follows the last supervised words, and whether it is supervised."""
     name, tokenizer = "end of answer", rendered.tokenizer
     stops = stops_after_training(student, rendered, run)
@@ -211,6 +211,8 @@ def end_of_sequence(student: Side, rendered: Rendered, run: Run) -> list[Finding
         else:
             absent += 1
     total, findings = len(rows), []
+    # Of messages; plain text does not go through a template.
+    templated = is_conversational(dict(next(iter(sample.rows["train"]))))
     unless = "warning" if taught else "problem"
     if taught:
         ends = listed(_token(tokenizer, index) for index in taught)
@@ -235,7 +237,7 @@ def end_of_sequence(student: Side, rendered: Rendered, run: Run) -> list[Finding
                 f"{ends} follows the answer in {masked.total()} of {total} rows but is not supervised: the student "
                 "is not taught to stop.",
                 "With assistant_only_loss, put the token inside {% generation %} ... {% endgeneration %} of the chat "
-                "template (chat_template_path), or set assistant_only_loss: false.",
+                "template (chat_template_path), or take these marks out of it: the turns are then found without them.",
             )
         )
     if absent:
@@ -245,7 +247,10 @@ def end_of_sequence(student: Side, rendered: Rendered, run: Run) -> list[Finding
                 name,
                 f"{absent} of {total} rows end without EOS or an end-of-turn token: the student is not taught to "
                 "stop.",
-                "Use a chat template that ends a turn with a token of its own, and set eos_token to it.",
+                "Use a chat template that ends a turn with a token of its own, and set eos_token to it."
+                if templated
+                else "Plain text ends with the tokenizer's EOS, which is added; these rows were tokenised before, so "
+                "add it to their input_ids and labels.",
             )
         )
     return findings

@@ -108,13 +108,17 @@ def supervised_of(dataset: Dataset) -> Iterable[Bool[np.ndarray, "token"]]:
 
 
 def teaching(dataset: Dataset, args: SFTConfig, split: str) -> Dataset:
-    """The labelled rows that have something to learn, those left out counted and said."""
+    """The labelled rows without those that trl drops, which are counted and said.
+
+    It drops rows without a label where it cuts; others it leaves alone, which changes nothing about what is learnt.
+    """
+    if args.max_length is None or args.packing:
+        return dataset
     left_out = LeftOut(split)
     for row, supervised in enumerate(supervised_of(dataset)):
         if not supervised.any():
             left_out.add(row, "without a supervised token")
-        # Packing drops none of them.
-        elif not args.packing and not supervised[kept(len(supervised), args)].any():
+        elif not supervised[kept(len(supervised), args)].any():
             left_out.add(row, f"with no supervised token within max_length {args.max_length}")
     left_out.say(len(dataset))
     if not len(left_out):

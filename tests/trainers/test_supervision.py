@@ -268,7 +268,7 @@ def test_rows_without_anything_to_learn_are_left_out_and_said(caplog: pytest.Log
     assert "1 of 3 train rows are left out: 1 with no supervised token within max_length 8 (row 1)." in caplog.text
     talks = Dataset.from_list([{"messages": TALK}, {"messages": TALK[:1]}])
     with caplog.at_level(logging.WARNING):
-        trainer = rows_of(make_tokenizer(), talks, assistant_only_loss=True)
+        trainer = rows_of(make_tokenizer(), talks, assistant_only_loss=True, max_length=64)
     assert len(trainer.train_dataset) == 1
     assert "1 without a supervised token (row 1)" in caplog.text
     # EOS alone is an answer.
