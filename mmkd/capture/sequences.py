@@ -20,6 +20,7 @@ from mmkd.teachers.keys import image_hash, sequence_key
 from mmkd.trainers.checks import check_training_data
 from mmkd.trainers.config import DistillationConfig
 from mmkd.trainers.preparation import placeholder_trainer, preparation_of, sequences_of
+from mmkd.trainers.template import TemplateReport
 
 # Rows with images whose tokens are counted for the order in which a cache stores ids; reading all would cost too much.
 _COUNTED_IMAGES = 64
@@ -157,6 +158,8 @@ class Prepared:
     preparation: dict[str, Any]
     collator: Any
     vision: bool
+    template: TemplateReport
+    """What the chat template makes of the training rows."""
 
     def batch(self, sequences: Sequence[TokenSequence]) -> tuple[dict[str, Any], Bool[Tensor, "batch position"]]:
         """Model inputs and the positions that predict a supervised token."""
@@ -194,6 +197,7 @@ def prepare(data: DatasetDict, args: DistillationConfig, processing_class: Any) 
         preparation_of(trainer.processing_class, args, trainer.chat_template),
         trainer.data_collator,
         vision,
+        trainer.template_reports["train"],
     )
 
 

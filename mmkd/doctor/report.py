@@ -79,6 +79,7 @@ def examine(run: Run, sharded: bool = False) -> list[Finding]:
             book.check("images", rows.images, ours, theirs, sample, one)
     book.teacher = ""
     if student is not None and sample is not None and ours is not None and ours.usable:
+        book.check("rendering", tokens.rendering, ours)
         book.check("end of answer", tokens.end_of_sequence, student, ours, sample, run)
         book.check("length", rows.lengths, ours, run, [student, *sides.values()])
         _costs(book, run, student, sides, sample, ours, sharded)

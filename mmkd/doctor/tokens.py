@@ -299,6 +299,16 @@ def chat_template(student: Rendered, teacher: Rendered, teacher_name: str) -> li
     ]
 
 
+def rendering(rendered: Rendered) -> list[Finding]:
+    """Whether the student's template says what the rows say, and nothing else."""
+    name, report = "rendering", rendered.prepared.template
+    findings = [Finding("warning", name, warning) for warning in report.warnings]
+    if report.note is not None:
+        findings.append(Finding("ok", name, report.note))
+    told = Finding("ok", name, f"The chat template writes all that {report.rows} rows say.")
+    return findings or ([told] if report.rows else [])
+
+
 def without_template(sample: Sample, teacher: Side) -> Finding | None:
     """A finding when the rows are messages and the teacher has no template to render them."""
     row = dict(next(iter(sample.rows["train"])))

@@ -20,6 +20,7 @@ from mmkd.errors import UserError
 
 from .checks import check_supervision
 from .supervision import TokenCounts, supervised_of, teaching
+from .template import TemplateReport, look_at
 from .turns import Turns, assistant_labels
 from .vision_labels import VisionLabels
 
@@ -43,6 +44,8 @@ class LabellingTrainer(SFTTrainer):
         self._assistant_only = args.assistant_only_loss
         # Split -> what it has, where it is neither a stream nor has images.
         self.token_counts: dict[str, TokenCounts] = {}
+        # Split -> what the template makes of it.
+        self.template_reports: dict[str, TemplateReport] = {}
         first = next(iter(train_dataset), None) if self._assistant_only else None
         if first is not None and not (is_conversational(first) or is_conversational_from_value(first)):
             raise UserError(
@@ -57,6 +60,10 @@ class LabellingTrainer(SFTTrainer):
             args.assistant_only_loss = self._assistant_only
         if isinstance(self.data_collator, DataCollatorForVisionLanguageModeling):
             self.data_collator = self.vision_labels = self._vision_labels(self.data_collator)
+            evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+            for split, rows in {"train": self.train_dataset, **evaluation}.items():
+                if rows is not None:
+                    self._look_at(rows, self.processing_class, split)
         self.add_callback(SupervisionNote(self))
 
     def count_tokens(self) -> TokenCounts | None:
@@ -88,6 +95,9 @@ class LabellingTrainer(SFTTrainer):
             }
         )
 
+    def _look_at(self, rows: Any, processing_class: Any, split: str) -> None:
+        self.template_reports[split] = look_at(rows, Turns(processing_class, self.chat_template), split)
+
     def _turns(self, processing_class: Any) -> Turns:
         """Who finds the assistant's turns; trl's own training template, if any, is used for everything."""
         turns = Turns.of(processing_class)
@@ -115,6 +125,9 @@ class LabellingTrainer(SFTTrainer):
                 "split": dataset_name,
             }
             rows = rows.map(assistant_labels, with_indices=True, fn_kwargs=settings)
+        self.template_reports[dataset_name] = TemplateReport()
+        if formatting_func is None and "input_ids" not in columns:
+            self._look_at(dataset, processing_class, dataset_name)
         # Tokens and labels of whole rows, which trl then cuts, packs and shuffles as it would at once.
         labelled = super()._prepare_dataset(rows, processing_class, alone, False, formatting_func, dataset_name)
         if isinstance(labelled, Dataset):
@@ -136,6 +149,10 @@ class SupervisionNote(TrainerCallback):
         if counts is not None:
             # Not a warning, but the level that is shown wherever nobody has set one up.
             logger.warning("Training data: %s", counts)
+        report = self.trainer.template_reports.get("train")
+        if report is not None and state.is_world_process_zero:
+            for warning in (*report.warnings, *filter(None, [report.note])):
+                logger.warning(warning)
 
 
 def _supervised(row: Mapping[str, Any], collator: VisionLabels) -> Bool[np.ndarray, "token"] | None:

@@ -74,12 +74,12 @@ class Turns:
         messages = self._as_read([*prompt, *(row.get("completion") or [])], images)
         settings = template_settings(row)
         if self.how == "all":
-            text = self._render(messages, settings)
+            text = self.render(messages, settings)
             spans = [(0, len(text))]
         else:
             text, spans = (self._marked if self.how == "marks" else self._told_apart)(messages, settings)
         if completion_only and row.get("completion"):
-            asked = self._render(messages[: len(prompt)], settings, add_generation_prompt=True)
+            asked = self.render(messages[: len(prompt)], settings, add_generation_prompt=True)
             first = self._start(asked, text)
             spans = [(max(first, start), end) for start, end in spans if end > first]
         return Rendering(text, spans)
@@ -89,7 +89,8 @@ class Turns:
             return prepare_multimodal_messages(messages, images=list(images))
         return messages
 
-    def _render(self, messages: list[Any], settings: Mapping[str, Any], add_generation_prompt: bool = False) -> str:
+    def render(self, messages: list[Any], settings: Mapping[str, Any], add_generation_prompt: bool = False) -> str:
+        """The text of messages, as the processing class takes them; `settings` are those of their row."""
         return self.processing_class.apply_chat_template(
             messages,
             **{"chat_template": self.template, **settings},
@@ -114,23 +115,23 @@ class Turns:
 
     def _told_apart(self, messages: list[Any], settings: Mapping[str, Any]) -> Rendering:
         """The rendering, where a turn is what it adds to the messages before it and the prompt to speak."""
-        text, spans = self._render(messages, settings), []
+        text, spans = self.render(messages, settings), []
         for place, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             # Without messages there is nothing to render: the turn begins where another content would.
             before = (
-                self._render(messages[:place], settings, add_generation_prompt=True)
+                self.render(messages[:place], settings, add_generation_prompt=True)
                 if place
-                else text[: _common(text, self._render([_otherwise(message)], settings))]
+                else text[: _common(text, self.render([_otherwise(message)], settings))]
             )
-            through = text if place + 1 == len(messages) else self._render(messages[: place + 1], settings)
+            through = text if place + 1 == len(messages) else self.render(messages[: place + 1], settings)
             # Some templates end every conversation with EOS, which goes when it goes on.
             tokenizer: Any = tokenizer_of(self.processing_class)
             ends = ("", tokenizer.eos_token or "")
             end = next((len(through) - len(end) for end in ends if _continues(text, through, end)), None)
             start = self._start(before, text)
-            bare = "" if start == len(before) else self._render(messages[:place], settings)
+            bare = "" if start == len(before) else self.render(messages[:place], settings)
             if end is None or start < len(bare):
                 raise UserError(
                     f"The chat template writes message {place} differently once others follow it, so that what the "

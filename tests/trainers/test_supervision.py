@@ -15,6 +15,7 @@ from mmkd.trainers.labelling import LabellingTrainer
 from mmkd.trainers.preparation import placeholder_trainer
 from mmkd.trainers.sft import SFTBaselineConfig
 from mmkd.trainers.supervision import TokenCounts, kept
+from mmkd.trainers.template import look_at
 from mmkd.trainers.turns import Turns, assistant_labels
 from scripts.make_tiny_models import CHAT_TEMPLATE, make_tokenizer, sentences
 from tests.families import FAMILIES, made
@@ -28,6 +29,7 @@ TALK = [
     {"role": "assistant", "content": "an old tree"},
 ]
 UNMARKED = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+TRIMMED = UNMARKED.replace("['content'] }}", "['content'] | trim }}")
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
@@ -298,3 +300,95 @@ def test_settings_are_left_as_they_were(tokenizer: Any) -> None:
         placeholder_trainer(config, tokenizer, Dataset.from_dict({"text": ["a"]}))
     assert config.assistant_only_loss
     assert before.to_dict() == config.to_dict()
+
+
+# What a template makes of the rows
+
+
+def report_of(template: str, rows: list[dict[str, Any]]) -> Any:
+    return look_at(rows, Turns(tokenizer_of_template(template)), "train")
+
+
+SOUND = [
+    {"messages": TALK},
+    {"messages": [{"role": "system", "content": " be kind \n"}, *TALK]},
+    # The same words twice, and one inside of the other.
+    {"messages": [{"role": "user", "content": "ok"}, {"role": "assistant", "content": "ok ok"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "日本\n\n```py\nx = 1\n```  "},
+            {"role": "assistant", "content": '"a" <b>'},
+        ]
+    },
+    {"prompt": TALK[:1], "completion": TALK[1:2]},
+    {"messages": [{**one, "tool_calls": None, "name": ""} for one in TALK]},
+    {"text": "plain"},
+]
+
+
+@pytest.mark.parametrize("template", [UNMARKED, CHAT_TEMPLATE, SMOLLM2, TRIMMED])
+def test_sound_rows_are_passed_in_silence(template: str) -> None:
+    report = report_of(template, SOUND)
+    assert report.warnings == []
+    assert report.rows == 6
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5", "llama3_2", "gptoss", "glm4moe", "nemotron_3_nano"])
+def test_tools_and_thoughts_that_a_family_writes_are_found(family: str) -> None:
+    call = {"function": {"name": "look", "arguments": {"where": 'the "old" tree', "at": [1, "noon"]}}}
+    talk: list[dict[str, Any]] = [
+        TALK[0],
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", **call}]},
+        {"role": "tool", "name": "look", "content": "rain"},
+    ]
+    last = {"role": "assistant", "content": "it is wet"}
+    if family in ("qwen3", "glm4moe", "nemotron_3_nano"):
+        last["reasoning_content"] = "it rains, so"
+    tools = [{"type": "function", "function": {"name": "look", "description": "looks", "parameters": {}}}]
+    report = report_of(getattr(templates, f"{family}_chat_template"), [{"messages": [*talk, last], "tools": tools}])
+    assert [one for one in report.warnings if "leaves out" in one] == []
+
+
+def test_what_a_template_swallows_is_found() -> None:
+    call = {"function": {"name": "look", "arguments": '{"where": "here"}'}}
+    told = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(UserError, match=r"Row 1 of the train data: .* tool call of the assistant in message 1"):
+        report_of(UNMARKED, [{"messages": TALK}, {"messages": told}])
+    thought = {"role": "assistant", "content": "a mat", "reasoning_content": "it sat"}
+    with pytest.raises(UserError, match=r"reasoning_content of the assistant in message 1 \('it sat'\)"):
+        report_of(UNMARKED, [{"messages": [TALK[0], thought]}])
+    # Thoughts before the last question, as Qwen3 leaves them out on purpose.
+    qwen3 = templates.qwen3_chat_template
+    earlier = [TALK[0], {"role": "assistant", "content": "<think>\nit sat\n</think>\n\na mat"}, *TALK[2:]]
+    warnings = report_of(qwen3, [{"messages": earlier}]).warnings
+    assert len(warnings) == 1
+    assert "row 0: the thought of the assistant in message 1 ('it sat')" in warnings[0]
+    skipped = "{% if message['role'] == 'system' %}{% continue %}{% endif %}"
+    silent = UNMARKED.replace("<|{{ message['role'] }}|>", skipped)
+    system = {"messages": [{"role": "system", "content": "be kind"}, *TALK]}
+    assert "the content of the system in message 0 ('be kind')" in report_of(silent, [system]).warnings[0]
+    weighted = {"messages": [{**one, "weight": 0} for one in TALK]}
+    assert "weight" in report_of(UNMARKED, [weighted]).warnings[0]
+
+
+def test_what_a_template_adds_is_found() -> None:
+    assert "named SmolLM, trained by Hugging Face" in report_of(SMOLLM2, [{"messages": TALK}]).note
+    system = {"messages": [{"role": "system", "content": "be kind"}, *TALK]}
+    assert report_of(SMOLLM2, [system]).note is None
+    assert report_of(UNMARKED, [{"messages": TALK}]).note is None
+    dated = "{{ strftime_now('%d %b %Y') }}" + UNMARKED
+    assert "today's date" in report_of(dated, [{"messages": TALK}]).warnings[0]
+
+
+def test_a_refused_conversation_is_named() -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + UNMARKED
+    system = {"messages": [{"role": "system", "content": "be kind"}, *TALK]}
+    with pytest.raises(UserError, match="Row 1 of the train data: the chat template refuses it: no system"):
+        report_of(strict, [{"messages": TALK}, system])
+
+
+def test_a_trainer_says_once_what_its_template_does(build: Build, caplog: pytest.LogCaptureFixture) -> None:
+    data = Dataset.from_list([{"messages": [{**one, "weight": 1} for one in TALK]}] * 8)
+    with caplog.at_level(logging.WARNING):
+        build(KDTrainer, data, max_steps=1).train()
+    assert caplog.text.count("does not know these keys of messages, and leaves them out: weight") == 1
