@@ -159,9 +159,9 @@ def test_no_weights_are_read(place: Place) -> None:
 
 def test_a_broken_check_is_a_problem_with_its_place(place: Place) -> None:
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    tokenizer.chat_template = "{{ 1 / 0 }}"
     findings = place.examine(student=place.model("student", tokenizer), assistant_only_loss=False)
-    assert "TemplateError: no such role" in of(findings, "data", "problem")
+    assert "ZeroDivisionError: division by zero" in of(findings, "data", "problem")
     assert of(findings, "special tokens", "ok")
 
 
@@ -243,6 +243,31 @@ def test_a_template_without_an_end_of_turn(place: Place) -> None:
     assert "20 of 20 rows end without EOS" in of(findings, "end of answer", "problem")
 
 
+def test_a_template_without_marks_tells_the_assistant_all_the_same(place: Place) -> None:
+    plain = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    (place.folder / "plain.jinja").write_text(plain)
+    unmarked, marked = (
+        of(place.examine(**settings), "supervision", "ok")
+        for settings in ({"chat_template_path": str(place.folder / "plain.jinja")}, {})
+    )
+    assert unmarked == marked
+
+
+def test_what_a_template_leaves_out_is_found(place: Place) -> None:
+    assert "writes all that 20 rows say" in of(place.examine(), "rendering", "ok")
+    deaf = CHAT_TEMPLATE.replace("{% else %}{{ message['content'] }}", "{% else %}?")
+    (place.folder / "deaf.jinja").write_text(deaf)
+    path = str(place.folder / "deaf.jinja")
+    assert "row 0: the content of the user in message 0" in of(
+        place.examine(chat_template_path=path), "rendering", "warning"
+    )
+    (place.folder / "dumb.jinja").write_text(
+        CHAT_TEMPLATE.replace("{{ message['content'] }}<|end|>{% endgen", "<|end|>{% endgen")
+    )
+    findings = place.examine(chat_template_path=str(place.folder / "dumb.jinja"))
+    assert "leaves out what the student is to learn" in of(findings, "data", "problem")
+
+
 def test_white_space_after_eos_does_not_hide_it(place: Place) -> None:
     (place.folder / "lines.jinja").write_text(CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n"))
     findings = place.examine(chat_template_path=str(place.folder / "lines.jinja"))
@@ -280,7 +305,7 @@ def test_another_context_is_a_warning_that_shows_the_first_differing_token(place
 
 def test_other_supervised_tokens_are_a_problem_and_the_teachers_template_the_way_out(place: Place) -> None:
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ message['content'] }}<|end|>{% endgen", "ok<|end|>{% endgen")
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>{% endgen", "<|system|>{% endgen")
     teacher = place.model("other", tokenizer)
     findings = place.examine(teacher=teacher)
     assert "Supervised tokens differ" in of(findings, "chat template", "problem")

@@ -177,12 +177,19 @@ class Prepared:
         return {"input_ids": ids, "attention_mask": mask}, supervised[:, 1:]
 
 
-def prepare(data: DatasetDict, args: DistillationConfig, processing_class: Any) -> Prepared:
-    """The sequences of "train" and, if it is there, "eval". Raises ValueError for what training would refuse too."""
+def prepare(
+    data: DatasetDict, args: DistillationConfig, processing_class: Any, judges_template: bool = True
+) -> Prepared:
+    """The sequences of "train" and, if it is there, "eval". Raises ValueError for what training would refuse too.
+
+    Of a teacher that is compared with its student, the chat template is not judged.
+    """
     # Looking at the columns should not fail where an image cannot be decoded.
     unread = {str(split): image_column(dataset) for split, dataset in data.items()}
     check_training_data(unread["train"], unread.get("eval"), args, tokenizer_of(processing_class))
-    trainer: Any = placeholder_trainer(args, processing_class, unread["train"], unread.get("eval"))
+    trainer: Any = placeholder_trainer(
+        args, processing_class, unread["train"], unread.get("eval"), judges_template=judges_template
+    )
     vision = trainer._is_vision_dataset
     prepared = unread if vision else {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
     image_token_id = getattr(processing_class, "image_token_id", None)

@@ -232,7 +232,7 @@ def render(run: Run, side: Side, sample: Sample) -> Rendered:
         args.assistant_only_loss = False
     rows = DatasetDict({"train": sample.rows["train"]})
     # Preparation changes the template and special tokens of what it is given.
-    prepared = prepare(rows, args, copy.deepcopy(side.processing_class))
+    prepared = prepare(rows, args, copy.deepcopy(side.processing_class), judges_template=side.role == "student")
     found = prepared.splits["train"]
     image_token = getattr(prepared.processing_class, "image_token_id", None)
     if not isinstance(found, Sequences):

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
@@ -35,6 +35,9 @@ class LabellingTrainer(SFTTrainer):
 
     Raises UserError where what the assistant says cannot be told from the rest.
     """
+
+    judges_template: ClassVar[bool] = True
+    """Whether a chat template that swallows answers is refused."""
 
     # transformers types these as unions with None, for trainers that are still without them.
     train_dataset: Any
@@ -96,7 +99,10 @@ class LabellingTrainer(SFTTrainer):
         )
 
     def _look_at(self, rows: Any, processing_class: Any, split: str) -> None:
-        self.template_reports[split] = look_at(rows, Turns(processing_class, self.chat_template), split)
+        report = look_at(rows, Turns(processing_class, self.chat_template), split)
+        if report.error is not None and self.judges_template:
+            raise UserError(report.error)
+        self.template_reports[split] = report
 
     def _turns(self, processing_class: Any) -> Turns:
         """Who finds the assistant's turns; trl's own training template, if any, is used for everything."""
@@ -165,4 +171,6 @@ def _supervised(row: Mapping[str, Any], collator: VisionLabels) -> Bool[np.ndarr
         batch = collator([example])
     except Exception:
         return None
-    return batch["labels"][0].numpy() != -100
+    supervised = batch["labels"][0].numpy() != -100
+    supervised[:1] = False
+    return supervised

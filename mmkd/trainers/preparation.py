@@ -86,10 +86,19 @@ class _Preparation(ShardedTrainer, LabellingTrainer):
     """The preparation of rows; the model is a placeholder that no one asks."""
 
 
+class _Reading(_Preparation):
+    """The same by somebody who is only compared with the student."""
+
+    judges_template = False
+
+
 def placeholder_trainer(
-    args: SFTConfig, processing_class: Any, train: Any, evaluation: Any = None
+    args: SFTConfig, processing_class: Any, train: Any, evaluation: Any = None, judges_template: bool = True
 ) -> LabellingTrainer:
-    """A trainer that prepares rows as training would, without a model. Leaves its arguments as they are."""
+    """A trainer that prepares rows as training would, without a model. Leaves its arguments as they are.
+
+    Raises UserError for a chat template that swallows answers, unless it is not to be judged.
+    """
     args = copy(args)
     tokenizer: Any = tokenizer_of(processing_class)
     config = LlamaConfig(
@@ -99,7 +108,7 @@ def placeholder_trainer(
         args.output_dir, args.report_to, args.push_to_hub, args.disable_tqdm = folder, [], False, True
         # With a schedule of evaluations the Trainer insists on rows for them.
         args.eval_strategy = IntervalStrategy.NO
-        return _Preparation(
+        return (_Preparation if judges_template else _Reading)(
             model=LlamaForCausalLM(config),
             args=args,
             train_dataset=train,

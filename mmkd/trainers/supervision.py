@@ -54,12 +54,13 @@ class TokenCounts:
     def count(
         cls, sequences: Iterable[Bool[np.ndarray, "token"]], args: SFTConfig, of: int | None = None
     ) -> "TokenCounts":
-        """Of sequences, given by which of their tokens are supervised; the first token of one never is."""
+        """Of sequences, given by which of their tokens are supervised."""
         numbers = dict.fromkeys(("rows", "tokens", "supervised", "silent", "cut"), 0)
         numbers |= dict.fromkeys(("lost_tokens", "lost_supervised", "emptied", "longest"), 0)
         for one in sequences:
-            length, supervised, part = len(one), int(one[1:].sum()), kept(len(one), args)
-            learnt = int(one[part][1:].sum())
+            length, supervised, part = len(one), int(one.sum()), kept(len(one), args)
+            # Nothing predicts the first token that is kept.
+            learnt = int(one[part].sum()) - (part.start > 0 and bool(one[part.start]))
             numbers["rows"] += 1
             numbers["tokens"] += length
             numbers["supervised"] += supervised
@@ -100,11 +101,13 @@ class TokenCounts:
 
 
 def supervised_of(dataset: Dataset) -> Iterable[Bool[np.ndarray, "token"]]:
-    """Which tokens of each row of a labelled data set are supervised."""
+    """Which tokens of each row of a labelled data set are supervised; the first never is, as nothing predicts it."""
     for batch in dataset.select_columns("labels").with_format("numpy").iter(_READ):
         rows: Any = batch
         for labels in rows["labels"]:
-            yield np.asarray(labels) != -100
+            supervised = np.asarray(labels) != -100
+            supervised[:1] = False
+            yield supervised
 
 
 def teaching(dataset: Dataset, args: SFTConfig, split: str) -> Dataset:

@@ -36,6 +36,8 @@ class TemplateReport:
     """A system prompt of the template's own."""
     date: str | None = None
     """Today, where the template writes it."""
+    error: str | None = None
+    """What of an answer is missing, of the first row in which that is so."""
 
     @property
     def warnings(self) -> list[str]:
@@ -69,11 +71,11 @@ class TemplateReport:
 def look_at(rows: Any, turns: Turns, split: str) -> TemplateReport:
     """What the template does to rows of a split.
 
-    Raises UserError, with the row's number, where it refuses a conversation or swallows what is to be learnt.
+    Raises UserError, with the row's number, where it refuses a conversation.
     """
     template = turns.template or turns.processing_class.chat_template
     template = "\n".join(template.values()) if isinstance(template, dict) else template or ""
-    looked, missing, unknown, system, date = 0, {}, set(), None, None
+    looked, missing, unknown, system, date, wrong = 0, {}, set(), None, None, None
     today = [datetime.now().strftime(form) for form in _DATES] if "strftime_now" in template else []
     for number, row in _sample(rows):
         if not is_conversational(row):
@@ -87,8 +89,8 @@ def look_at(rows: Any, turns: Turns, split: str) -> TemplateReport:
             raise UserError(f"Row {number} of the {split} data: the chat template refuses it: {error}.") from error
         lost = swallowed(messages, settings.get("tools"), rendered)
         answer = next((one for one in lost if one.answer), None)
-        if answer is not None:
-            raise UserError(
+        if answer is not None and wrong is None:
+            wrong = (
                 f"Row {number} of the {split} data: the chat template leaves out what the student is to learn, "
                 f"{answer}. Use a template that writes it (chat_template_path), or remove it from the data."
             )
@@ -98,7 +100,7 @@ def look_at(rows: Any, turns: Turns, split: str) -> TemplateReport:
         unknown |= unknown_keys(messages, template)
         system = system or added(rendered, messages)
         date = date or next((day for day in today if day in rendered and day not in str(messages)), None)
-    return TemplateReport(looked, missing, frozenset(unknown), system, date)
+    return TemplateReport(looked, missing, frozenset(unknown), system, date, wrong)
 
 
 def _sample(rows: Any) -> Iterable[tuple[int, dict[str, Any]]]:

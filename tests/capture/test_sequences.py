@@ -25,6 +25,7 @@ from mmkd.capture.sequences import (
 from mmkd.teachers.cached import BATCH_KEY, CacheCollator
 from mmkd.teachers.keys import image_hash, segments, sequence_key
 from mmkd.trainers.kd import KDConfig, KDTrainer
+from mmkd.trainers.vision_labels import ImageTokens
 from scripts.make_tiny_models import sentences
 from tests.helpers import Build
 from tests.teachers.vlm import make_image, make_vlm
@@ -304,7 +305,11 @@ def test_rows_with_images_are_asked_about_as_they_are_looked_up(processor: Any, 
     assert all(isinstance(one, TokenSequence) for one in found)
     keys = [cast(TokenSequence, one).key for one in found]
     assert len(set(keys)) == len(rows)
-    whole = [cast(TokenSequence, one).supervised[1:].all() for one in found]
+    image = ImageTokens.made_by(processor)
+    whole = [
+        bool((one.supervised | image.of(torch.from_numpy(one.ids)[None])[0].numpy())[1:].all())
+        for one in cast(list[TokenSequence], found)
+    ]
     assert all(whole) == (layout == "messages")
     for batch in ([0], [4, 1, 2], [3, 0, 1, 2, 4]):
         collator([rows[row] for row in batch])

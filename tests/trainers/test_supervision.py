@@ -250,7 +250,7 @@ def test_tools_reach_the_template_of_rows_with_images() -> None:
 
 def test_counts_say_what_max_length_costs() -> None:
     args = SFTBaselineConfig("unused", bf16=False, use_cpu=True, max_length=4)
-    flags = [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1], [0, 0]]
+    flags = [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1], [0, 1, 1], [0, 0]]
     counts = TokenCounts.count([np.array(one, dtype=bool) for one in flags], args)
     assert (counts.rows, counts.tokens, counts.supervised, counts.longest) == (4, 16, 7, 6)
     assert (counts.cut, counts.lost_tokens, counts.lost_supervised) == (2, 3, 3)
@@ -306,7 +306,10 @@ def test_settings_are_left_as_they_were(tokenizer: Any) -> None:
 
 
 def report_of(template: str, rows: list[dict[str, Any]]) -> Any:
-    return look_at(rows, Turns(tokenizer_of_template(template)), "train")
+    report = look_at(rows, Turns(tokenizer_of_template(template)), "train")
+    if report.error is not None:
+        raise UserError(report.error)
+    return report
 
 
 SOUND = [
