@@ -34,6 +34,7 @@ class LeftOut:
 
 
 def _listed(rows: list[int]) -> str:
-    shown = ", ".join(map(str, rows[:_SHOWN]))
+    # Shuffled rows come in any order.
+    shown = ", ".join(map(str, sorted(rows)[:_SHOWN]))
     more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
     return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

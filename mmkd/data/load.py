@@ -16,6 +16,7 @@ from mmkd.data.layouts import say
 from mmkd.data.mapping import check_columns, layout_of_source, map_rows
 from mmkd.data.recipe import DataRecipe
 from mmkd.data.sources import load_split
+from mmkd.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -170,16 +171,16 @@ def _sift(raw: Dataset, recipe: DataRecipe, sieve: Sieve, limit: int | None) -> 
     while used < len(raw) and missing != 0:
         span = raw.select(range(used, min(used + block, len(raw))))
         equal = sieve.equal(span)
-        rows = map_rows(span.select(equal), recipe, sieve.split, [numbers[used + place] for place in equal])
-        kept = sieve.keep(rows, missing)
+        places = [numbers[used + place] for place in equal]
+        rows = map_rows(span.select(equal), recipe, sieve.split, places)
+        kept = sieve.keep(rows, missing, places)
         parts.append(rows.select(kept))
         missing = None if missing is None else missing - len(kept)
         used += equal[kept[-1]] + 1 if missing == 0 else len(span)
     if not any(len(part) for part in parts):
-        raise ValueError(
-            f"{recipe.name}: no {sieve.split} row is left of {len(raw)} ({sieve.report()}); loosen filters, or check "
-            "that columns reads the right ones."
+        raise UserError(
+            f"{recipe.name}: no {sieve.split} row is left of {len(raw)}. {sieve.describe(used)} Loosen filters, or "
+            "check that columns reads the right ones."
         )
-    if sieve.removed.total():
-        logger.info("%s: %s: %s of the %d rows read", recipe.name, sieve.split, sieve.report(), used)
+    sieve.say(used)
     return datasets.concatenate_datasets(aligned([part for part in parts if len(part)])), used

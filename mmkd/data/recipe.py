@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmkd.errors import UserError
+
 from .columns import MessagesColumn, TurnColumns, is_template, nearest, template_columns
 
 BUILDERS = ("json", "csv", "parquet", "text")
-LAYOUTS = (("text",), ("messages",), ("prompt", "completion"))
+LAYOUTS = (("text",), ("messages",), ("prompt", "completion"), ("prompt",))
 OUTPUT_COLUMNS = ("text", "messages", "prompt", "completion", "images", "tools", "domain")
 
 # Raise it when the same recipe starts to give other rows: caches are keyed by it, and `datasets` knows a function of
@@ -323,8 +325,12 @@ def _check_columns(recipe: DataRecipe) -> None:
     if layout not in LAYOUTS:
         raise ValueError(
             f"{recipe.name}: columns gives {', '.join(layout) or 'no text'}; TRL reads `text`, or `messages`, or "
-            "`prompt` with `completion`, each optionally with `images`, `tools` and `domain`."
+            "`prompt` with `completion` (or alone, where a run answers it), each optionally with `images`, `tools` "
+            "and `domain`."
         )
+    for key in ("min_chars", "max_chars"):
+        if layout == ("prompt",) and getattr(recipe.filters, key) is not None:
+            raise UserError(f"{recipe.name}: filters.{key} is about answers, and these rows are prompts; remove it.")
 
 
 def _check_held_out(recipe: DataRecipe) -> None:

@@ -3,11 +3,13 @@
 import datetime
 import gzip
 import json
+import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import datasets
+import datasets.exceptions
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -340,3 +342,123 @@ def test_caches_of_before_stay_readable() -> None:
     template = DataRecipe.load(recipe("t.jsonl", {"text": "{q}"}))
     assert template.fingerprints[0] == template.fingerprint
     assert len(template.fingerprints) == 2
+
+
+# Rows that are left out
+
+
+def left_out(caplog: Any, rows: list[dict[str, Any]], columns: Any, **keys: Any) -> tuple[list[Any], str]:
+    """The numbers of the rows that stay, and what is said of the others."""
+    Path("t.jsonl").write_text("".join(json.dumps({"id": f"{i}", **row}) + "\n" for i, row in enumerate(rows)))
+    found = load_data(recipe("t.jsonl", {**columns, "domain": "id"}, **keys))["train"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    return sorted(found["domain"]), "\n".join(warnings)
+
+
+ASKED = {"role": "user", "content": "q"}
+TOLD = {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "said"),
+    [
+        (
+            [{"q": "q", "a": "a"}, {"q": None, "a": "a"}],
+            {"prompt": "q", "completion": "a"},
+            "1 without prompt (row 1)",
+        ),
+        ([{"q": "q", "a": "a"}, {"q": "q"}], {"prompt": "q", "completion": "a"}, "1 without completion (row 1)"),
+        (
+            [{"q": "q", "a": "a"}, {"q": "q", "a": " "}],
+            {"prompt": "q", "completion": "a"},
+            "1 without completion (row 1)",
+        ),
+        (
+            [{"q": "q", "a": "a"}, {"q": "q"}],
+            {"prompt": "q", "completion": "Answer: {a}"},
+            "1 without completion (row 1)",
+        ),
+        ([{"a": "x", "b": None}, {"a": "", "b": None}], {"text": "{a}/{b}."}, "1 without text (row 1)"),
+        (
+            [{"q": "q", "a": "a"}, {"q": "q"}],
+            {"messages": {"user": "{q}", "assistant": "So: {a}"}},
+            "1 without an answer",
+        ),
+        ([{"m": [ASKED, TOLD]}, {"m": None}], {"messages": "m"}, "1 without messages (row 1)"),
+        ([{"m": [ASKED, TOLD]}, {"m": [ASKED]}], {"messages": "m"}, "1 without a turn of the assistant (row 1)"),
+        (
+            [{"m": [ASKED, TOLD]}, {"m": [{**ASKED, "content": None}, TOLD]}],
+            {"messages": "m"},
+            "empty message of a user",
+        ),
+        ([{"q": "q"}, {"q": " "}], {"prompt": "q"}, "1 without prompt (row 1)"),
+    ],
+)
+def test_rows_that_lack_a_text_are_left_out_and_counted(caplog, rows: Any, columns: Any, said: str) -> None:
+    kept, warnings = left_out(caplog, rows, columns)
+    assert kept == ["0"]
+    assert f"1 of 2 data train rows are left out: {said}" in warnings or said in warnings
+    assert warnings.count("\n") == 0
+
+
+def test_row_numbers_are_those_of_the_file_however_rows_are_shuffled(caplog) -> None:
+    rows = [{"a": None if i in (3, 17, 40, 41) else f"text {i}"} for i in range(60)]
+    _, warnings = left_out(caplog, rows, {"text": "a"}, shuffle_seed=7, eval_rows=20)
+    named = [int(row) for listed in re.findall(r"\(rows? ([^)]*)\)", warnings) for row in listed.split(", ")]
+    assert sorted(named) == [3, 17, 40, 41]
+
+
+def test_nothing_is_said_where_no_row_is_left_out(caplog) -> None:
+    assert left_out(caplog, [{"a": "x"}, {"a": "y"}], {"text": "a"}) == (["0", "1"], "")
+
+
+def test_empty_rows_stay_where_that_is_asked_for(caplog) -> None:
+    rows = [{"q": "q", "a": ""}, {"q": None, "a": "a"}]
+    columns = {"prompt": "q", "completion": "a"}
+    assert left_out(caplog, rows, columns, filters={"drop_empty": False}) == (["0", "1"], "")
+
+
+def test_an_empty_cell_of_csv_is_nothing(caplog) -> None:
+    assert answers("t.csv", "q,a\nred?,yes\n,no\nblue?,\n") == ["yes"]
+    assert (
+        "2 of 3 data train rows are left out: 1 without prompt (row 1); 1 without completion (row 2)." in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("cells", "asked", "kept"),
+    [
+        (["3", "3.0", "4"], 3, ["0"]),
+        (["no", "yes", "off"], "no", ["0"]),
+        (["true", "True", "false"], True, ["0"]),
+        (["02139", "2139"], "02139", ["0"]),
+        (["", "x"], None, ["0"]),
+        ([3, 4, None], 3, ["0"]),
+        ([3, 4], "3", ["0"]),
+        ([2.5, 4.0], "2.50", ["0"]),
+        ([True, False], "yes", ["0"]),
+        ([True, "true", 1], True, ["0", "1", "2"]),
+        ([None, "x"], None, ["0"]),
+    ],
+)
+def test_equals_compares_what_the_file_says(cells: list[Any], asked: Any, kept: list[str]) -> None:
+    keys: Any = {"filters": {"equals": {"c": asked}}}
+    if all(isinstance(cell, str) for cell in cells):
+        Path("t.csv").write_text("id,c\n" + "".join(f"{number},{cell}\n" for number, cell in enumerate(cells)))
+        rows = load_data(recipe("t.csv", {"text": "id"}, **keys))
+    else:
+        lines = [json.dumps({"id": f"{number}", "c": cell}) for number, cell in enumerate(cells)]
+        Path("t.jsonl").write_text("\n".join(lines))
+        rows = load_data(recipe("t.jsonl", {"text": "id"}, **keys))
+    assert rows["train"]["text"][:] == kept
+
+
+def test_equals_that_no_row_has_names_what_rows_have() -> None:
+    Path("t.csv").write_text("q,n\na,3.0\nb,4.0\n")
+    with pytest.raises(ValueError, match=r"equals asks for n 3, and rows have 3\.0, 4\.0"):
+        load_data(recipe("t.csv", {"text": "q"}, filters={"equals": {"n": 3}}))
+
+
+def test_filters_for_answers_of_prompts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"filters\.min_chars is about answers, and these rows are prompts"):
+        DataRecipe.load(recipe("t.jsonl", {"prompt": "q"}, filters={"min_chars": 3}))
