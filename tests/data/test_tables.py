@@ -402,10 +402,10 @@ def test_rows_that_lack_a_text_are_left_out_and_counted(caplog, rows: Any, colum
 
 
 def test_row_numbers_are_those_of_the_file_however_rows_are_shuffled(caplog) -> None:
-    rows = [{"a": None if i in (3, 17, 40, 41) else f"text {i}"} for i in range(60)]
+    rows = [{"a": None if i in (3, 17, 41) else f"text {i}"} for i in range(60)]
     _, warnings = left_out(caplog, rows, {"text": "a"}, shuffle_seed=7, eval_rows=20)
     named = [int(row) for listed in re.findall(r"\(rows? ([^)]*)\)", warnings) for row in listed.split(", ")]
-    assert sorted(named) == [3, 17, 40, 41]
+    assert sorted(named) == [3, 17, 41]
 
 
 def test_nothing_is_said_where_no_row_is_left_out(caplog) -> None:
