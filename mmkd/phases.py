@@ -1,5 +1,7 @@
 """What a run does besides training: whether it trains at all, its last evaluation, and what it publishes."""
 
+from pathlib import Path
+
 from transformers.trainer_utils import IntervalStrategy
 
 from mmkd.arguments import Run
@@ -22,6 +24,12 @@ def check_phases(run: Run) -> None:
         if run.keys.get(key) not in (None, False):
             raise UserError(f"{key} has no effect in a recipe: {advice}.")
     training = run.training
+    student = run.arguments.student
+    if training.push_to_hub and run.student.use_peft and student is not None and Path(student).is_dir():
+        raise UserError(
+            f"push_to_hub would publish an adapter of {student}, a folder here that nobody else has. Train it on a Hub "
+            "id, or publish the merged student with `mmkd push`."
+        )
     strategy = IntervalStrategy(training.eval_strategy)
     if run.keys.get("do_eval") is False and strategy != IntervalStrategy.NO:
         raise UserError(

@@ -84,12 +84,17 @@ def test_a_run_that_does_not_evaluate(evaluations: list[int]) -> None:
         ({"do_eval": False, "eval_strategy": "steps", "eval_steps": 1}, "eval_strategy is steps, which evaluates"),
         ({"do_predict": True}, "do_predict has no effect in a recipe"),
         ({"teacher_model_init_kwargs": {"dtype": "float32"}}, "Set teacher_dtype"),
+        (
+            {"push_to_hub": True, "use_peft": True, "student": "there"},
+            "an adapter of there, a folder here",
+        ),
         ({"include_for_metrics": ["loss"]}, "set in Python only"),
     ],
 )
 def test_what_would_be_ignored_is_refused(
     evaluations: list[int], keys: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("there").mkdir()
     data = yaml.safe_load(Path("words.yaml").read_text())
     del data["data_files"]["eval"], data["splits"]["eval"]
     Path("held.yaml").write_text(yaml.safe_dump(data))

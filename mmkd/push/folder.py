@@ -101,8 +101,8 @@ class Published:
         self.card.save(folder / "README.md")
 
 
-def prepare(run: Path, wishes: Wishes) -> Published:
-    """What is published of a run.
+def prepare(run: Path, wishes: Wishes, measured: bool = True) -> Published:
+    """What is published of a run, with results and comparison where it is `measured`.
 
     Raises ValueError for a run without weights, one that is not finished, one whose recipe is not known, and for
     results of other weights.
@@ -116,11 +116,11 @@ def prepare(run: Path, wishes: Wishes) -> Published:
         raise ValueError(f"{run} has no weights (*.safetensors) to push. Name the output_dir of a finished training.")
     _check_finished(run, place)
     record = _record_of(place, run, wishes)
-    comparison = comparison_of(run, wishes.comparison)
+    comparison = comparison_of(run, wishes.comparison) if measured else None
     held_out = _held_out(place, comparison, model)
     if wishes.comparison is not None and held_out is None:
         raise ValueError(f"{wishes.comparison} does not compare {place}, so it says nothing about this student.")
-    results = _results(place, model)
+    results = _results(place, model) if measured else {}
     student = _student(model, place, record, wishes)
     student = replace(
         student,
@@ -140,7 +140,8 @@ def describe(place: Path, folder: Path, repo_id: str) -> None:
 
     `place` is the folder of the model: the uploaded one, or a checkpoint of its run. Raises ValueError as `prepare`.
     """
-    found = prepare(place, Wishes(repo_id))
+    # What is being trained has no results yet: those that lie there are of weights before.
+    found = prepare(place, Wishes(repo_id), measured=False)
     found.write_texts(folder)
     for warning in found.student.warnings if place == folder else ():
         print(f"Mind: {warning}", file=sys.stderr)

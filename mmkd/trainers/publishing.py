@@ -46,7 +46,9 @@ class PublishingTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # TRL writes its card before there is a checkpoint, and ours reads what it describes.
+        folder, repo_id = Path(checkpoint_folder), self.hub_model_id
         pushes = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
-        if pushes and self.describe is not None and self.hub_model_id is not None:
-            self.describe(Path(checkpoint_folder), Path(self.args.output_dir or "."), self.hub_model_id)
+        # A checkpoint in shards holds no student that somebody could load, and is not copied to the output folder.
+        if pushes and self.describe is not None and repo_id is not None and any(folder.glob("*.safetensors")):
+            self.describe(folder, Path(self.args.output_dir or "."), repo_id)
         super()._push_from_checkpoint(checkpoint_folder)
