@@ -16,10 +16,11 @@ import yaml
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import GenerationConfig, PreTrainedModel
-from trl.data_utils import prepare_multimodal_messages
 
 from mmkd.data.arrow import read_rows
 from mmkd.data.images import read_row
+from mmkd.data.prompts import IllustratedText, model_inputs, question_of, with_pictures
+from mmkd.errors import UserError
 from mmkd.models.generation import seeded
 from mmkd.models.load import positions_of, tokenizer_of
 from mmkd.run import Run, load_rows_of, load_teacher, teacher_processing_class
@@ -118,15 +119,8 @@ class LocalGenerator(Generator):
     def inputs(self, prompts: list[Prompt]) -> dict[str, Any]:
         """What the model reads of a batch of prompts, padded on the left."""
         if prompts[0].images:
-            self.tokenizer.padding_side = "left"
-            return self.processing_class.apply_chat_template(
-                [prompt.messages for prompt in prompts],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": len(prompts) > 1},
-            ).to(self.model.device)
+            asked = [one.messages or IllustratedText(one.text or "", tuple(one.images)) for one in prompts]
+            return model_inputs(self.processing_class, asked).to(self.model.device)
         longest = max(len(prompt.ids) for prompt in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -207,7 +201,7 @@ class GeneratePlan(Plan):
         return ShardResult(split, number, rows, skipped, {"seconds": round(time.perf_counter() - start, 3)})
 
     def _asked(self, row: int, values: Mapping[str, Any]) -> AskedRow | UnusableRow:
-        if not prompt_of(values):
+        if not question_of(values):
             return UnusableRow("It asks nothing: its prompt is empty, or nobody speaks before the assistant")
         prompt = self._prompt(values)
         if isinstance(prompt, UnusableRow):
@@ -221,19 +215,19 @@ class GeneratePlan(Plan):
         read = read_row(row)
         if isinstance(read, UnusableRow):
             return read
-        asked, images = prompt_of(row), read.get("images") or []
-        if isinstance(asked, str):
-            if images:
-                raise ValueError("A prompt with images must be messages, but it is plain text. Map it to messages.")
-            return Prompt(tokenizer_of(self.processing_class)(asked)["input_ids"])
-        messages = [dict(message) for message in asked]
-        rendered = prepare_multimodal_messages(messages, images=images) if images else messages
-        output = self.processing_class.apply_chat_template(
-            rendered, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        ids = output["input_ids"]
-        # Processors answer with a batch of one.
-        return Prompt(ids[0] if isinstance(ids[0], list) else ids, rendered if images else None, images)
+        images = read.get("images")
+        try:
+            asked = with_pictures(question_of(read), images)
+        except UserError as error:
+            return UnusableRow(str(error))
+        text = asked.text if isinstance(asked, IllustratedText) and images else None
+        if text is not None and self.run.arguments.teacher_server is not None:
+            raise ValueError(
+                "A server is asked about images through messages, but the prompts are plain text. Map them to "
+                "messages, or use a local teacher (remove teacher_server)."
+            )
+        ids = model_inputs(self.processing_class, [asked])["input_ids"][0].tolist()
+        return Prompt(ids, asked if images and isinstance(asked, list) else None, images or (), text)
 
     def _prompt_again(self, number: int, row: Mapping[str, Any]) -> Prompt:
         prompt = self._prompt(row)
@@ -242,7 +236,7 @@ class GeneratePlan(Plan):
         return prompt
 
     def _row(self, row: Mapping[str, Any], prompt: AskedRow, sample: int, answer: Answer) -> dict[str, Any]:
-        asked = prompt_of(row)
+        asked = question_of(row)
         said = answer.text if isinstance(asked, str) else [{"role": "assistant", "content": answer.text}]
         key = hashlib.blake2b(json.dumps([list(map(int, prompt.ids)), sample]).encode(), digest_size=16)
         for image in prompt.images:
@@ -319,16 +313,6 @@ def describe_answers(folder: Path, manifest: Manifest) -> str:
             "to get them whole, or build again with cache_keep_truncated: true to train on them as they are."
         )
     return f"{said}, which {DATA_RECIPE} trains on as they are (cache_keep_truncated)."
-
-
-def prompt_of(row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
-    """What the teacher is asked: the prompt, or the messages before the assistant's last turn."""
-    if "prompt" in row:
-        return row["prompt"]
-    messages = list(row["messages"])
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    return messages
 
 
 def too_long_prompt(tokens: int, room: int | None) -> UnusableRow | None:

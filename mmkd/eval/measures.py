@@ -16,11 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mmkd import __version__
+from mmkd.data.image_columns import image_column
 from mmkd.data.load import load_data
+from mmkd.data.prompts import prompt_of, text_of, words_of
 from mmkd.models.load import tokenizer_of
 
 from . import speed
-from .generations import Answer, generate, prompt_of, summary, text_of
+from .generations import Answer, generate, summary
 from .harness import Settings, device_of
 from .machine import machine
 from .model import EvalModel
@@ -48,7 +50,7 @@ class Held:
         found = load_data(self.data, max_eval_rows=self.rows, max_train_rows=1)
         if "eval" not in found:
             raise ValueError(f"The data recipe {self.data} holds nothing out, so there is nothing fair to measure on.")
-        return found["eval"]
+        return image_column(found["eval"])
 
 
 def measure(
@@ -123,7 +125,7 @@ class Taking:
             for side, model in self.sides.items()
         }
         samples = [
-            {"prompt": _readable(prompt), "reference": reference}
+            {"prompt": words_of(prompt), "reference": reference}
             | {side: answers[place].text for side, answers in said.items()}
             for place, (prompt, reference) in enumerate(pairs[:SAMPLES])
         ]
@@ -236,20 +238,26 @@ def _possible(model: EvalModel, rows: Dataset | None, teacher: EvalModel | None)
 
 
 def _digest(rows: Dataset | None) -> str:
-    """Of the rows' words; pictures belong to them."""
+    """Of the rows' words and pictures."""
     if rows is None:
         return ""
-    words = rows.remove_columns("images") if "images" in rows.column_names else rows
-    return hashlib.sha256(json.dumps(words.to_list(), default=str).encode()).hexdigest()
+    words = rows.to_list()
+    if "images" in rows.column_names:
+        words = [{**row, "images": [_picture(image) for image in row["images"] or []]} for row in words]
+    return hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest()
+
+
+def _picture(image: Mapping[str, Any] | None) -> str | None:
+    """What a stored picture is known by: its content, or where it lies."""
+    if image is None or image["bytes"] is None:
+        return None if image is None else image["path"]
+    return hashlib.sha256(image["bytes"]).hexdigest()
 
 
 def _text(row: Mapping[str, Any]) -> str:
     if "text" in row:
         return row["text"]
-    messages = row.get("messages") or []
-    texts = [text_of(message["content"]) for message in messages] or [row["prompt"] + row["completion"]]
-    return "\n".join(texts)
-
-
-def _readable(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(text_of(message["content"]) for message in prompt)
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"] + row["completion"]
+    messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+    return "\n".join(text_of(message.get("content")) for message in messages)

@@ -50,12 +50,14 @@ class Prompt:
     """Tokens to continue. With images also the messages they stand in, whose rendering must give these ids.
 
     `messages` are in the form of transformers and TRL: a content is a string, or a list of `{"type": "image"}` and
-    `{"type": "text", "text": ...}`, and the images fill their places in order.
+    `{"type": "text", "text": ...}`, and the images fill their places in order. `text` has their places where there are
+    no messages; no server can be asked so.
     """
 
     ids: Ids
     messages: list[dict[str, Any]] | None = None
     images: Sequence[Image.Image] = ()
+    text: str | None = None
 
 
 @dataclass(frozen=True)

@@ -287,7 +287,7 @@ def test_images_that_cannot_be_decoded(mmkd: Run, workplace: Path) -> None:
     write_data(workplace, "pictures", "pictures-", {"messages": "messages", "images": "images"})
     (workplace / "3.png").write_bytes(b"no image")
     flags = ["--student", "vlm", "--teacher", "vlm", "--data", "pictures.yaml", "--max_length", "200"]
-    assert "data cannot be used: UnidentifiedImageError" in mmkd("cache", "build", "recipe.yaml", *flags, status=2)
+    assert "data cannot be used: images[0]: UnidentifiedImageError" in mmkd("cache", "build", "recipe.yaml", *flags, status=2)
     mmkd("cache", "build", "recipe.yaml", *flags, "--on_error", "skip")
     skipped = Manifest.read(workplace / "cache").skipped
     assert sum(len(rows) for rows in skipped.values()) == 1

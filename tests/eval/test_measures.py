@@ -11,7 +11,8 @@ import yaml
 
 from mmkd.cli import main
 from mmkd.data.load import load_data
-from mmkd.eval.generations import generate, prompt_of, summary
+from mmkd.data.prompts import prompt_of
+from mmkd.eval.generations import generate, summary
 from mmkd.eval.model import find_model
 from mmkd.eval.tokens import Agreement, Calibration, Said, batches, say
 from mmkd.models.load import load_model, load_processing_class
