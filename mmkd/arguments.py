@@ -53,7 +53,11 @@ class RunArguments:
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "The teacher's branch, tag or commit."})
     teacher_dtype: str = field(
-        default="auto", metadata={"help": "The teacher's type; auto (default) is the one it was saved in."}
+        default="auto",
+        metadata={
+            "help": "The teacher's type; auto (default) is the one it was saved in. A CPU without instructions for it "
+            "computes in float32, and says so; MMKD_NATIVE_BF16=1 in the environment insists."
+        },
     )
     teacher_attn_implementation: str | None = field(
         default=None,

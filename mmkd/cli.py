@@ -195,7 +195,11 @@ def _add_eval_flags(parser: argparse.ArgumentParser) -> None:
     add("--ensemble", action="store_true", help="the models as one: the average of their log-probs")
     add("--model_type", default="auto", help="of lm-eval: hf, hf-multimodal, vllm, vllm-vlm, local-completions")
     add("--model_args", nargs="+", default=[], metavar="KEY=VALUE", help="further arguments of that model type")
-    add("--dtype", default="auto", help="type of the weights (default: as they were saved)")
+    add(
+        "--dtype",
+        default="auto",
+        help="type of the weights (default: as saved; float32 on a CPU without instructions for it)",
+    )
     add("--batch_size", default="8", help="requests at a time, or auto (default: 8)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--limit", type=float, help="at most so many items of each task, or below 1 a share of them: to try out")

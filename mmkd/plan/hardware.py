@@ -78,12 +78,12 @@ def choose_device(name: str | None, memory: float | None, utilisation: float | N
     return replace(device, memory=memory_bytes, utilisation=utilisation or device.utilisation)
 
 
-def this_device() -> Device:
-    """The device that would train here, with the FLOPs that products reach on it now, in bf16 if it has that."""
+def this_device(dtype: torch.dtype | None = None) -> Device:
+    """The device that would train here, with the FLOPs that products reach on it now, by default in its fast type."""
     name, memory = device_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Wide enough for the device to reach its speed, and far from its memory.
-    dtype = native_dtype(device)
+    dtype = dtype or native_dtype(device)
     size = 8192 if device == "cuda" else 1024
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     seconds = min(_product_seconds(left, right) for _ in range(10))

@@ -39,13 +39,17 @@ class Run:
     megabytes: float | None = None
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The flags that every benchmark has."""
+DTYPES = ("bfloat16", "float32")
+
+
+def arguments(description: str | None, dtypes: Sequence[str] = DTYPES) -> argparse.ArgumentParser:
+    """The flags that every benchmark has; `dtypes` are the types that it can measure."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--dtype",
-        choices=["bfloat16", "float32"],
+        choices=dtypes,
+        default=None if len(dtypes) > 1 else dtypes[0],
         help="of models and products (default: bfloat16 where the device has instructions for it)",
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; ratios are steadiest with 1")

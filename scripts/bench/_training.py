@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from _caching import write_cache
-from _measure import Run, Step, alone, arguments, faster, interleaved, timed
+from _measure import Run, Step, alone, arguments, dtype_of, faster, interleaved, timed
 from datasets import Dataset, DatasetDict, disable_progress_bars
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -28,6 +28,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from mmkd.capture.sequences import TokenSequence, prepare, usable
+from mmkd.precision import name_of_dtype
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.codec import Codec, TokenOrder, TokenScores
 from mmkd.teachers.local import LocalTeacher
@@ -69,6 +70,7 @@ class Training:
     logged: bool = False
     quick: bool = False
     device: str = "cpu"
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def vocab(self) -> int:
@@ -91,7 +93,7 @@ def step_arguments(description: str | None) -> argparse.ArgumentParser:
 def base_case(args: argparse.Namespace) -> Training:
     """The batch and the device that the flags ask for."""
     batch, length = (2, 64) if args.quick else (args.batch, args.length)
-    return Training("", "", batch, length, args.supervised, quick=args.quick, device=args.device)
+    return Training("", "", batch, length, args.supervised, quick=args.quick, device=args.device, dtype=dtype_of(args))
 
 
 def random_cache(case: Training, settings: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> CachedTeacher:
@@ -123,8 +125,8 @@ class ModelsOnlyTrainer(KDTrainer):
         return ItemLosses({"token": student.hidden.sum()})
 
 
-def llama(shape: Shape, seed: int) -> LlamaForCausalLM:
-    """A bf16 Llama with random weights and a tied head."""
+def llama(shape: Shape, seed: int, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A Llama with random weights and a tied head."""
     config = LlamaConfig(
         hidden_size=shape.width,
         num_hidden_layers=shape.layers,
@@ -135,8 +137,8 @@ def llama(shape: Shape, seed: int) -> LlamaForCausalLM:
         tie_word_embeddings=True,
     )
     torch.manual_seed(seed)
-    # In bf16 from the start: a fp32 copy of the teacher would be the highest peak of the process.
-    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    # In its type from the start: a fp32 copy of the teacher would be the highest peak of the process.
+    model = LlamaForCausalLM._from_config(config, dtype=dtype)
     assert isinstance(model, LlamaForCausalLM)
     return model
 
@@ -144,8 +146,8 @@ def llama(shape: Shape, seed: int) -> LlamaForCausalLM:
 def student_of(case: Training) -> Any:
     """SmolLM2-135M, the real one where scripts/get_teacher.py has made it."""
     if REAL_STUDENT.is_dir() and not case.quick:
-        return AutoModelForCausalLM.from_pretrained(REAL_STUDENT, dtype=torch.bfloat16)
-    return llama(QUICK_STUDENT if case.quick else SMOLLM2_135M, 0)
+        return AutoModelForCausalLM.from_pretrained(REAL_STUDENT, dtype=case.dtype)
+    return llama(QUICK_STUDENT if case.quick else SMOLLM2_135M, 0, case.dtype)
 
 
 def title_of(case: Training) -> str:
@@ -153,7 +155,7 @@ def title_of(case: Training) -> str:
     real = "SmolLM2-135M-Instruct" if REAL_STUDENT.is_dir() else "random weights in the shape of SmolLM2-135M"
     student = "a tiny random student" if case.quick else real
     batch = f"{case.batch} x {case.length} tokens, {100 * case.supervised:g} % supervised"
-    return f"One step of {student}, bf16, {batch}"
+    return f"One step of {student}, {name_of_dtype(case.dtype)}, {batch}"
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -173,7 +175,7 @@ def make_rows(case: Training) -> list[dict[str, Any]]:
 
 
 def make_trainer(case: Training, rows: list[dict[str, Any]], folder: str) -> Trainer:
-    """The real trainer of a variant on these rows. Weights are bf16, so none uses autocast or checkpointing."""
+    """The real trainer of a variant on these rows. Weights are in the type that is measured: none uses autocast."""
     disable_progress_bars()
     student = student_of(case)
     settings: dict[str, Any] = {
@@ -198,7 +200,7 @@ def make_trainer(case: Training, rows: list[dict[str, Any]], folder: str) -> Tra
     if case.trainer == "mmkd cached":
         teacher = random_cache(case, settings, rows, Path(folder) / "cache")
         return KDTrainer(student, teacher, KDConfig(**settings), **common)
-    model = llama(QUICK_TEACHER if case.quick else SMOLLM2_360M, 1)
+    model = llama(QUICK_TEACHER if case.quick else SMOLLM2_360M, 1, case.dtype)
     if case.trainer == "mmkd online":
         return KDTrainer(student, LocalTeacher(model), KDConfig(**settings, divergence=case.loss), **common)
     if case.trainer == "models only":

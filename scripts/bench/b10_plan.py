@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from _measure import MEGABYTE, arguments, report, verdict
+from _measure import MEGABYTE, arguments, dtype_of, report, verdict
 from _training import QUICK_STUDENT, QUICK_TEACHER, SMOLLM2_135M, SMOLLM2_360M, Training, llama, measure_steps
 
 from mmkd.losses.fused import logits_bytes
@@ -25,7 +25,7 @@ def planned(case: Training) -> predict.Work:
     shape = predict.Shape(case.batch, case.length, case.length - 1, 0.0, 1.0)
     sizes = (QUICK_STUDENT, QUICK_TEACHER) if case.quick else (SMOLLM2_135M, SMOLLM2_360M)
     with torch.device("meta"):
-        models = [llama(size, 0) for size in sizes]
+        models = [llama(size, 0, case.dtype) for size in sizes]
     student = predict.facts_of(models[0], 0.0, shape, False, train=True)
     teacher = predict.facts_of(models[1], 0.0, shape, False, train=False) if "online" in case.trainer else None
     chunk, at_once = min(CHUNK, case.batch * case.length), 1 if teacher is None else 2
@@ -36,10 +36,10 @@ def planned(case: Training) -> predict.Work:
 def main() -> None:
     args = arguments(__doc__).parse_args()
     torch.set_num_threads(args.threads)
-    speed = this_device().flops
+    speed = this_device(dtype_of(args)).flops
     rows: list[dict[str, Any]] = []
     for batch, length in [(2, 64)] if args.quick else BATCHES:
-        base = Training("", "", batch, length, quick=args.quick, device=args.device)
+        base = Training("", "", batch, length, quick=args.quick, device=args.device, dtype=dtype_of(args))
         cases = [replace(base, trainer=trainer, loss=loss) for trainer, loss in VARIANTS.items()]
         runs = measure_steps(cases, args)
         works = {case.name: planned(case) for case in cases}

@@ -39,7 +39,7 @@ BACKBONES: dict[str, tuple[Any, int]] = {
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, dtypes=["float32"])
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=16, help="labelled rows of a batch, and as many unlabelled ones")

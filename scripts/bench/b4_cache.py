@@ -345,7 +345,7 @@ def head_gradient(student: DenseSignal, targets: Targets) -> tuple[float, Tensor
 
 
 def main() -> None:
-    parser = text_arguments(arguments(__doc__), sequences=52, length=512)
+    parser = text_arguments(arguments(__doc__, dtypes=["float32"]), sequences=52, length=512)
     add_peer(parser, "distillkit", "arcee-ai/DistillKit")
     parser.add_argument("--no_gradients", action="store_true")
     args = parsed(parser)

@@ -217,7 +217,7 @@ def main() -> None:
     parser = text_arguments(arguments(__doc__), sequences=32, length=256)
     parser.add_argument("--k", type=int, default=64, help="exact entries per token")
     parser.add_argument("--draws", type=int, default=0, help="draws from the tail per token, of the local teacher")
-    parser.add_argument("--dtype", default="float32", help="of the local teacher")
+    parser.set_defaults(dtype="float32")
     parser.add_argument("--chunk", type=int, default=256, help="tokens whose logits the bare loop forms at a time")
     parser.add_argument("--served_repeats", type=int, default=2, help="shards through the server")
     parser.add_argument("--no_local", action="store_true")

@@ -158,7 +158,7 @@ def pair_rows(
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, dtypes=["float32"])
     parser.add_argument("--sequences", type=int, default=32, help="rows of text in the batch")
     parser.add_argument("--length", type=int, default=512, help="tokens of each of them, about")
     parser.add_argument(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from _measure import MEGABYTE, Run, alone, arguments, exponent, faster, interleaved, report, verdict
+from _measure import MEGABYTE, Run, alone, arguments, dtype_of, exponent, faster, interleaved, report, verdict
 from b1_fused_loss import Case, Sizes, build, make_inputs, make_step
 
 # Runs of more tokens are repeated less; all of it stays within about five minutes of one core.
@@ -17,11 +17,11 @@ LONG = 8192
 
 
 def necessary_megabytes(case: Case) -> float:
-    """Gradients of head and hidden states, and one bf16 chunk of logits per model."""
+    """Gradients of head and hidden states, and one chunk of logits per model."""
     sizes = case.sizes
     models = 1 if case.divergence.startswith("top") else 2
     chunk = models * min(case.chunk_size, sizes.tokens) * sizes.vocab
-    return 2 * (sizes.student_width * (sizes.vocab + sizes.tokens) + chunk) / MEGABYTE
+    return case.dtype.itemsize * (sizes.student_width * (sizes.vocab + sizes.tokens) + chunk) / MEGABYTE
 
 
 def repeats_of(case: Case, args: argparse.Namespace) -> int:
@@ -35,7 +35,7 @@ def measure(cases: list[Case], args: argparse.Namespace) -> list[Run]:
     for turn in range(args.repeats):
         for case in cases if turn % 2 == 0 else reversed(cases):
             if turn < repeats_of(case, args) - args.memory:
-                step = make_step(case, make_inputs(case.sizes, case.device))
+                step = make_step(case, make_inputs(case.sizes, case.device, case.dtype))
                 best[case] = faster(best.get(case), interleaved({"": step}, {"": 1}, case.device)[""])
     if args.memory:
         best = {case: faster(best.get(case), alone(build, case, case.device)) for case in cases}
@@ -78,7 +78,7 @@ def main() -> None:
     vocabs = args.vocabs or ([4096, 8192, 16384] if args.quick else [49152, 98304, 151936, 262144])
     ks = args.ks or ([8, 32, 128] if args.quick else [8, 16, 32, 64, 128, 256])
     sizes = Sizes(512, 64, 96, 4096) if args.quick else Sizes(1024, 576, 960, 49152)
-    base = Case("mmkd", args.divergence, sizes, 1.0, args.device, args.chunk_size)
+    base = Case("mmkd", args.divergence, sizes, 1.0, args.device, args.chunk_size, dtype_of(args))
     wide = replace(sizes, tokens=2 * sizes.tokens)
     sweeps = {
         "tokens": (tokens, [replace(base, sizes=replace(sizes, tokens=value)) for value in tokens]),

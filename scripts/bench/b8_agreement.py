@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import arguments, report, verdict
+from _measure import arguments, dtype_of, report, verdict
 from rich.console import Console
 
 from mmkd.capture.build import build
@@ -69,6 +69,8 @@ def measure_arms(args: argparse.Namespace, cache: str) -> None:
     steps, few = (
         ([1, 2], ["--max_train_rows", "8", "--max_eval_rows", "2"]) if args.quick else (sorted(args.steps), [])
     )
+    half = dtype_of(args) == torch.bfloat16
+    few += ["--bf16", str(half).lower(), "--teacher_dtype", "bfloat16" if half else "float32"]
     begun = time.process_time()
     run, _ = parse_alone(ARMS["kd, cached"][0], [*few, "--teacher_cache", cache])
     build(make_plan(run), Console(stderr=True))

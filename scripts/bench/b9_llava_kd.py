@@ -54,7 +54,7 @@ class Case:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, dtypes=["float32"])
     parser.add_argument("--batch", type=int, default=4, help="rows of one image")
     parser.add_argument("--patches", type=int, default=18, help="visual tokens along one edge of an image")
     parser.add_argument("--vocab", type=int, default=32000)

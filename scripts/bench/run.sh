@@ -4,6 +4,7 @@
 #   bash scripts/bench/run.sh                 # all; about two hours of one core
 #   bash scripts/bench/run.sh --quick         # a few minutes: everything runs, nothing is judged
 #   bash scripts/bench/run.sh b1 b7           # some of them; what was measured before stays in the table
+#   bash scripts/bench/run.sh --dtype=float32 # flags go to every benchmark; those with a value need the =
 #
 # A benchmark that cannot run here, for want of a model or a peer, says so in its file and in the table.
 set -euo pipefail
