@@ -267,6 +267,33 @@ def said_texts(folder: str) -> list[str]:
     return [row["completion"][0]["content"] for part in datasets.load_from_disk(folder).values() for row in part]
 
 
+def test_every_prompt_is_answered_or_named(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: Any
+) -> None:
+    monkeypatch.chdir(workplace)
+    rows = [{"question": text} for text in ["one cat", "", "two birds", None, "a dog"]]
+    write_rows(workplace / "asked.jsonl", rows)
+    data = {"source": "json", "data_files": {"train": "asked.jsonl"}, "columns": {"prompt": "question"}}
+    (workplace / "asked.yaml").write_text(yaml.safe_dump({**data, "shuffle_seed": None}))
+    command = [
+        "cache",
+        "build",
+        "recipe.yaml",
+        "--job",
+        "generate",
+        "--data",
+        "asked.yaml",
+        "--teacher_cache",
+        "asked",
+    ]
+    assert main([*command, "--cache_max_new_tokens", "4", "--cache_temperature", "0"]) == 0
+    answers = datasets.load_from_disk("asked")["train"]
+    assert answers["prompt"] == ["one cat", "two birds", "a dog"]
+    assert "3 answers" in capfd.readouterr().err
+    assert "2 of 5 asked train rows are left out" in caplog.text
+    assert "rows 1, 3" in caplog.text
+
+
 def test_a_build_goes_on_with_the_shards_it_began_with(mmkd: Run, workplace: Path) -> None:
     mmkd("cache", "build", "recipe.yaml")
     began = Manifest.read(workplace / "cache").shard_rows
@@ -287,7 +314,9 @@ def test_images_that_cannot_be_decoded(mmkd: Run, workplace: Path) -> None:
     write_data(workplace, "pictures", "pictures-", {"messages": "messages", "images": "images"})
     (workplace / "3.png").write_bytes(b"no image")
     flags = ["--student", "vlm", "--teacher", "vlm", "--data", "pictures.yaml", "--max_length", "200"]
-    assert "data cannot be used: images[0]: UnidentifiedImageError" in mmkd("cache", "build", "recipe.yaml", *flags, status=2)
+    assert "data cannot be used: images[0]: UnidentifiedImageError" in mmkd(
+        "cache", "build", "recipe.yaml", *flags, status=2
+    )
     mmkd("cache", "build", "recipe.yaml", *flags, "--on_error", "skip")
     skipped = Manifest.read(workplace / "cache").skipped
     assert sum(len(rows) for rows in skipped.values()) == 1
