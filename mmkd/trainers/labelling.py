@@ -14,6 +14,7 @@ from transformers.trainer_callback import TrainerCallback
 from trl.data_utils import get_dataset_column_names, is_conversational, is_conversational_from_value
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling, SFTTrainer
+from trl.trainer.utils import global_then_local_main_first
 
 from mmkd.data.images import UnusableRow, read_row
 from mmkd.errors import UserError
@@ -130,7 +131,10 @@ class LabellingTrainer(SFTTrainer):
                 "completion_only": self.completion_only_loss,
                 "split": dataset_name,
             }
-            rows = rows.map(assistant_labels, with_indices=True, fn_kwargs=settings)
+            # A stream is read in one process.
+            processes = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+            with global_then_local_main_first():
+                rows = rows.map(assistant_labels, with_indices=True, fn_kwargs=settings, **processes)
         self.template_reports[dataset_name] = TemplateReport()
         if formatting_func is None and "input_ids" not in columns:
             self._look_at(dataset, processing_class, dataset_name)

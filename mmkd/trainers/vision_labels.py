@@ -114,7 +114,8 @@ class ImageTokens:
         patch = getattr(processor, "image_token_id", None)
         if patch is None:
             return cls(torch.tensor([], dtype=torch.long), torch.tensor([], dtype=torch.long))
-        added = tokenizer_of(processor).get_added_vocab()
+        tokenizer: Any = tokenizer_of(processor)
+        added = tokenizer.get_added_vocab()
         placeholder = getattr(processor, "boi_token", None) or processor.image_token
         expanded = set(processor(text=[placeholder], images=[[_IMAGE]], add_special_tokens=False)["input_ids"][0])
         special = {patch, *added.values()}

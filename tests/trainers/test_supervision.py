@@ -1,6 +1,7 @@
 """What is supervised: answers and their end, whatever the template; never an image; counted, and said."""
 
 import copy
+import io
 import logging
 from typing import Any
 
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import trl.chat_template_utils as templates
 from datasets import Dataset, Features, Image, List, Value
+from rich.console import Console
 
+from mmkd.dry_run import report
 from mmkd.errors import UserError
 from mmkd.trainers.kd import KDTrainer
 from mmkd.trainers.labelling import LabellingTrainer
@@ -209,7 +212,7 @@ def test_assistants_are_told_apart_in_rows_with_images(processor: Any) -> None:
         "{% endgeneration %}", ""
     )
     _, rendered = labels_of(processor, data, assistant_only_loss=True)
-    answers = [row["messages"][1]["content"][0]["text"] for row in data]
+    answers = [messages[1]["content"][0]["text"] for messages in data["messages"]]
     assert marked == rendered == [f"{answer}<|end|>" for answer in answers]
 
 
@@ -291,6 +294,19 @@ def test_training_begins_with_what_it_learns_from(build: Build, vlms: Any, caplo
     assert counts is not None
     assert (counts.rows, counts.of) == (14, 40)
     assert "a sample of 14 of 40 rows" in str(counts)
+
+
+def test_a_dry_run_says_the_same(build: Build) -> None:
+    data = Dataset.from_list([{"messages": [{**one, "weight": 1} for one in TALK]}] * 8)
+    trainer, sink = build(KDTrainer, data, assistant_only_loss=True), io.StringIO()
+    report(trainer, Console(file=sink, width=400))
+    counts = trainer.count_tokens()
+    assert counts is not None
+    assert f"{counts.size}." in sink.getvalue()
+    assert f"{counts.cutting}." in sink.getvalue()
+    assert "leaves them out: weight" in sink.getvalue()
+    # 4 steps of 4 rows.
+    assert f"about {16 * counts.supervised // 8} tokens" in sink.getvalue()
 
 
 def test_settings_are_left_as_they_were(tokenizer: Any) -> None:
