@@ -128,6 +128,39 @@ def test_a_half_that_fails_shows_its_end_and_stops_the_other(tmp_path: Path) -> 
     assert halves[1].process.poll() is not None
 
 
+def test_a_terminal_shows_both_halves_in_one_screen(tmp_path: Path) -> None:
+    written = io.StringIO()
+    shown = Console(file=written, width=120, force_terminal=True, force_interactive=True, color_system=None)
+    phases = [Phase("sft", 60.0, lambda: (0.5, "step 4 of 8"))]
+    program = "import time\ntime.sleep(0.3)"
+    halves = [half(tmp_path, name, program, phases=phases) for name in ("text", "vision and language")]
+    assert run_halves(halves, shown) == 0
+    lines = [line for line in written.getvalue().splitlines() if "sft step 4 of 8, about 0 min left" in line]
+    for name in ("text ", "vision and language "):
+        assert any(name in line for line in lines)
+
+
+def test_both_tables_end_it_and_say_what_was_smaller(tmp_path: Path) -> None:
+    row = {"name": "kd", "role": "student", "recipe": "kd.yaml", "folders": ["a"], "parameters": 1_000_000}
+    row |= {
+        "tokens": [100],
+        "metrics": {"kl": {"title": "KL to teacher (nats)", "values": [1.5], "mean": 1.5, "std": None}},
+    }
+    row |= {"tasks": {}, "retention": {}, "flips": {}, "gain_over_sft": {}, "cost": None, "cache": None}
+    machine = {"device": "cpu", "processor": "some CPU", "threads": 1, "versions": {"torch": "2.13.0"}}
+    comparison = {"schema": 1, "seeds": [0], "flags": [], "machine": machine, "rows": [row]}
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison))
+    (tmp_path / "easy_vqa.log").write_text("noise\n┏━━━┓\n┃ LLaVA-KD ┃\n2000 questions\n")
+    for size in (SIZES[0], SIZES[-1]):
+        shown, written = console()
+        quickstart.results(tmp_path, size, "float32", shown)
+        words = written.getvalue()
+        assert words.startswith("┏━━━┓\n┃ LLaVA-KD ┃\n2000 questions\n")
+        assert "KL to teacher (nats)" in words
+        assert ("A smaller text half" in words) == (size == SIZES[-1])
+        assert "Products in float32." in words
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_both_halves(tmp_path: Path, number: int) -> None:
     ready = [tmp_path / name for name in ("a", "b")]
