@@ -219,13 +219,18 @@ def test_a_student_that_would_not_stop_where_the_teacher_does(place: Place) -> N
     config = json.loads((Path(student) / "config.json").read_text())
     (Path(student) / "config.json").write_text(json.dumps({**config, "eos_token_id": 4}))
     (Path(student) / "generation_config.json").unlink()
-    findings = place.examine(student=student)
+    (place.folder / "other.jinja").write_text(CHAT_TEMPLATE.replace("<|end|>", "<|system|>"))
+    findings = place.examine(student=student, chat_template_path=str(place.folder / "other.jinja"))
     assert "may never stop: its EOS '<|system|>' is none of" in of(findings, "special tokens", "warning")
-    assert "20 of 20 rows end with '<|end|>'" in of(findings, "end of answer", "warning")
-    assert "Set eos_token: '<|end|>'" in of(findings, "end of answer", "warning")
-    # As advised.
-    findings = place.examine(student=student, eos_token="<|end|>")
+    # With a template that ends answers as the teacher does, training adds what ends them.
+    findings = place.examine(student=student)
     assert {one.severity for one in findings} == {"ok"}
+    assert "20 of 20 rows. Training lets the student's generation stop at <|end|> (1)" in of(
+        findings, "end of answer", "ok"
+    )
+    assert "stops at <|end|> (1), " in of(findings, "special tokens", "ok")
+    # A model that stops there by itself needs nothing.
+    assert "Training lets" not in of(place.examine(student=student, eos_token="<|end|>"), "end of answer", "ok")
 
 
 def test_a_token_that_ends_an_answer_unsupervised(place: Place) -> None:
@@ -344,7 +349,8 @@ def test_more_tokens_than_a_model_has_positions_for(place: Place) -> None:
     text = of(place.examine(max_length=None, dataset_num_proc=1), "length", "ok")
     assert "nothing is cut off" not in text
     findings = place.examine(max_length=1000)
-    assert "The student is made for 256 tokens, the sample has sequences of" in of(findings, "length", "problem")
+    # Rotary positions can be computed for more.
+    assert "The student is made for 256 tokens, the data has sequences of" in of(findings, "length", "warning")
 
 
 @pytest.mark.parametrize(("silent", "severity"), [(0, "ok"), (1, "warning"), (3, "problem")])

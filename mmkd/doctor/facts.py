@@ -16,9 +16,10 @@ from mmkd.data.image_columns import image_column
 from mmkd.data.images import read_row
 from mmkd.data.load import load_data
 from mmkd.data.recipe import DataRecipe
-from mmkd.models.load import positions_of, tokenizer_of
+from mmkd.models.load import tokenizer_of
 from mmkd.run import Run, check_student, student_processing_class, teacher_processing_class
 from mmkd.trainers.config import DistillationConfig
+from mmkd.trainers.fit import Misfit
 from mmkd.trainers.preparation import sequences_of
 
 TRAIN_ROWS = 256
@@ -36,6 +37,11 @@ class Finding:
     name: str
     found: str
     advice: str = ""
+
+
+def finding_of(misfit: Misfit, name: str) -> Finding:
+    """What a check of training found, a problem where training refuses it."""
+    return Finding("problem" if misfit.fatal else "warning", name, misfit.found, misfit.advice)
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,6 @@ class Side:
     @property
     def is_vision(self) -> bool:
         return hasattr(self.config, "vision_config")
-
-    @property
-    def positions(self) -> int | None:
-        """The longest context that the model is made for, in tokens, if it has a limit."""
-        return positions_of(self.config)
 
     def stops(self) -> set[int]:
         """The ids at which the model's own generation ends."""

@@ -7,9 +7,10 @@ from mmkd.capture.sequences import TokenSequence, UnusableRow
 from mmkd.run import Run
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.trainers import METHODS
+from mmkd.trainers.fit import lacking_positions
 from mmkd.trainers.supervision import TokenCounts, kept
 
-from .facts import Finding, Rendered, Sample, Side, listed
+from .facts import Finding, Rendered, Sample, Side, finding_of, listed
 
 # What, set differently, makes the same pixels mean something else.
 PIXEL_KEYS = {"do_normalize", "do_rescale", "image_mean", "image_std", "rescale_factor"}
@@ -162,27 +163,16 @@ def _truncation(counts: TokenCounts, run: Run) -> Finding:
 
 def _positions(rows: list[TokenSequence], run: Run, sides: list[Side]) -> list[Finding]:
     """Findings about sequences that are longer than a model is made for."""
-    training, findings = run.training, []
+    training = run.training
+    findings: list[Finding] = []
     longest = max(len(one.ids) for one in rows)
     if training.max_length is not None:
         # Packs that ignore where rows begin are read as one sequence.
         wrapped = training.packing and training.packing_strategy == "wrapped"
         longest = training.max_length if wrapped else min(longest, training.max_length)
     for side in sides:
-        if side.positions is None or max(longest, training.max_length or 0) <= side.positions:
-            continue
-        reached = longest > side.positions
-        findings.append(
-            Finding(
-                "problem" if reached else "warning",
-                "length",
-                f"The {side.role} is made for {side.positions:,} tokens, "
-                + (
-                    f"the sample has sequences of {longest:,}." if reached else f"max_length is {training.max_length}."
-                ),
-                f"Set max_length: {side.positions}.",
-            )
-        )
+        misfits = lacking_positions(side.role, side.config, longest, training.max_length)
+        findings += [finding_of(one, "length") for one in misfits]
     return findings
 
 

@@ -12,8 +12,9 @@ from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.capture.sequences import TokenSequence
 from mmkd.run import Run
 from mmkd.trainers import METHODS
+from mmkd.trainers.fit import answer_ends, lacking_tokens
 
-from .facts import Finding, Rendered, Sample, Side, clones_template, listed
+from .facts import Finding, Rendered, Sample, Side, clones_template, finding_of, listed
 
 # Rows whose rendering by both sides is compared.
 COMPARED = 32
@@ -110,7 +111,9 @@ def stops_after_training(student: Side, rendered: Rendered | None, run: Run) -> 
     if rendered is None:
         return student.stops()
     eos = rendered.tokenizer.eos_token_id
-    own = set() if eos is None else {eos}
+    # Training adds what most answers end with.
+    sequences = ((one.ids, one.supervised) for one in rendered.usable)
+    own = {*answer_ends(sequences, rendered.tokenizer), eos} - {None}
     return own if clones_template(run.training) else student.stops() | own
 
 
@@ -136,7 +139,7 @@ def special_tokens(student: Side, teacher: Side | None, rendered: Rendered | Non
     if teacher is not None:
         theirs = teacher.tokenizer
         teacher_stops = {theirs.convert_ids_to_tokens(index) for index in teacher.stops()}
-        if ours.eos_token not in teacher_stops:
+        if not teacher_stops & {*ours.convert_ids_to_tokens(sorted(stops))}:
             findings.append(
                 Finding(
                     "warning",
@@ -157,6 +160,10 @@ def special_tokens(student: Side, teacher: Side | None, rendered: Rendered | Non
                     f"Set eos_token: {theirs.eos_token!r}, or chat_template_path: {teacher.name}.",
                 )
             )
+    if rendered is not None:
+        needed = {} if run.training.padding_free else {"the padding token": ours.pad_token_id}
+        rows, highest = student.prepared_as(rendered, run).rows, max(rendered.counts[0], default=-1)
+        findings += [finding_of(one, name) for one in lacking_tokens("student", rows, highest, needed)]
     if rendered is not None and ours.pad_token_id == ours.eos_token_id:
         findings.append(_padding_with_eos(rendered))
     return findings
@@ -216,7 +223,16 @@ def end_of_sequence(student: Side, rendered: Rendered, sample: Sample, run: Run)
     unless = "warning" if taught else "problem"
     if taught:
         ends = listed(_token(tokenizer, index) for index in taught)
-        findings.append(Finding("ok", name, f"{ends} is supervised in {taught.total()} of {total} rows."))
+        known = student.stops() | {tokenizer.eos_token_id}
+        added = listed(_token(tokenizer, index) for index in taught if index not in known)
+        findings.append(
+            Finding(
+                "ok",
+                name,
+                f"{ends} is supervised in {taught.total()} of {total} rows."
+                + (f" Training lets the student's generation stop at {added}." if added else ""),
+            )
+        )
     if other:
         ends = listed(repr(tokenizer.convert_ids_to_tokens(index)) for index in other)
         findings.append(

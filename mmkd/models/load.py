@@ -19,6 +19,18 @@ from transformers import (
 
 from mmkd.precision import product_dtype, say_float32
 
+# Their first position is the one after that of padding.
+_COUNTS_FROM_PADDING = {
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+# Without positions, or with a table that grows.
+_WITHOUT_TABLE = {"jamba", "xglm"}
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
@@ -94,7 +106,19 @@ def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
     """The longest context that a model is made for, in tokens, if its config has a limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and text.model_type in _COUNTS_FROM_PADDING:
+        positions -= (text.pad_token_id or 0) + 1
+    return positions
+
+
+def learns_positions(config: PreTrainedConfig) -> bool:
+    """Whether a model keeps a vector for each position, so that it has none beyond the longest context."""
+    text = config.get_text_config()
+    # Rotary embeddings and ALiBi are computed for any position.
+    computed = getattr(text, "rope_parameters", None) is not None or getattr(text, "alibi", False)
+    return positions_of(config) is not None and not computed and text.model_type not in _WITHOUT_TABLE
 
 
 def _dtype(name: str, role: str) -> torch.dtype:

@@ -179,6 +179,8 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
         self.vocab_size = full_head(self.model).vocab_size
         allow_consumers(self.model)
         self.teacher: Any = None if teacher is None else self.build_teacher(teacher, teacher_processing_class)
+        self._check_fit()
+        self._stop_where_answers_end()
         self._token_loss = token_loss(args, self.model, self.teacher, is_sharded(self.accelerator))
         if args.on_policy_fraction:
             self.data_collator = KeptRows(self.data_collator)

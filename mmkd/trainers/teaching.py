@@ -6,9 +6,11 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from mmkd.alignment.vocab import shared_vocabulary
-from mmkd.models.backbone import full_head, name_of
+from mmkd.errors import UserError
+from mmkd.models.backbone import base_of, full_head, name_of
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.models.packing import check_packing
 from mmkd.precision import say_emulated
@@ -19,9 +21,12 @@ from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers, TeachersCollator, parts_of
 
 from .config import DistillationConfig
+from .fit import Extent, Misfit, add_stops, answer_ends, lacking_positions, lacking_tokens, unknown_answers
 from .preparation import preparation_of, sequences_of
 from .reports import ReportingTrainer
 from .vision import VisionCollator, processor_of_teacher
+
+logger = logging.get_logger(__name__)
 
 
 class TaughtTrainer(ReportingTrainer):
@@ -133,6 +138,49 @@ class TaughtTrainer(ReportingTrainer):
                 )
         self.data_collator = TeachersCollator(self.data_collator, several)
         return several
+
+    def _check_fit(self) -> None:
+        """Raises UserError where the data has tokens or positions that a model lacks; says what may go wrong."""
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        tokenizer: Any = tokenizer_of(self.processing_class)
+        sides: list[tuple[str, Any, str]] = [("student", self.model, "")]
+        for teacher in parts_of(self.teacher):
+            if isinstance(teacher, LocalTeacher):
+                sides.append(("teacher", teacher.model, "" if self.one_vocabulary else "teacher_"))
+        misfits: list[Misfit] = []
+        for role, model, prefix in sides:
+            extent, config = Extent(), base_of(model).config
+            for dataset in (self.train_dataset, *evaluation.values()):
+                extent |= Extent.of(dataset, prefix)
+            needed: dict[str, int | None] = {}
+            if role == "student":
+                needed["the image token"] = getattr(config, "image_token_id", None)
+                if not self.padding_free:
+                    needed["the padding token"] = tokenizer.pad_token_id
+                misfits += unknown_answers(extent.supervised, self.vocab_size, tokenizer)
+            embeddings: Any = base_of(model).get_input_embeddings()
+            misfits += lacking_tokens(role, embeddings.num_embeddings, extent.highest, needed)
+            misfits += lacking_positions(role, config, extent.longest, None)
+        if fatal := [str(one) for one in misfits if one.fatal]:
+            raise UserError(" ".join(fatal))
+        for one in misfits:
+            logger.warning(str(one))
+
+    def _stop_where_answers_end(self) -> None:
+        """Lets the student's generation stop at what most answers of the data end with, as their template says."""
+        base, tokenizer = base_of(self.model), tokenizer_of(self.processing_class)
+        dataset: Any = self.train_dataset
+        if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names or base.generation_config is None:
+            return
+        ends = answer_ends(((one.ids, one.supervised) for one in sequences_of(dataset)), tokenizer)
+        # The Trainer adds the tokenizer's EOS itself.
+        added = add_stops(base.generation_config, [index for index in ends if index != tokenizer.eos_token_id])
+        if added:
+            told = ", ".join(map(str, tokenizer.convert_ids_to_tokens(added)))
+            logger.warning(
+                f"The answers end with {told}, at which the student's generation did not stop. From now on it does, "
+                "and so does the saved student (generation_config.eos_token_id)."
+            )
 
     def _check_packing(self, collate: Any) -> None:
         """Looks whether rows that are laid end to end stay apart in student and teachers."""
