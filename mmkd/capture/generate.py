@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import GenerationConfig, PreTrainedModel
 
-from mmkd.data.arrow import read_rows
+from mmkd.data.arrow import encoded_json, read_rows
 from mmkd.data.images import read_row
 from mmkd.data.prompts import IllustratedText, model_inputs, question_of, with_pictures
 from mmkd.errors import UserError
@@ -226,7 +226,7 @@ class GeneratePlan(Plan):
                 "A server is asked about images through messages, but the prompts are plain text. Map them to "
                 "messages, or use a local teacher (remove teacher_server)."
             )
-        ids = model_inputs(self.processing_class, [asked])["input_ids"][0].tolist()
+        ids = model_inputs(self.processing_class, [asked], [row.get("tools")])["input_ids"][0].tolist()
         return Prompt(ids, asked if images and isinstance(asked, list) else None, images or (), text)
 
     def _prompt_again(self, number: int, row: Mapping[str, Any]) -> Prompt:
@@ -241,9 +241,11 @@ class GeneratePlan(Plan):
         key = hashlib.blake2b(json.dumps([list(map(int, prompt.ids)), sample]).encode(), digest_size=16)
         for image in prompt.images:
             key.update(bytes.fromhex(image))
-        images = {"images": row["images"]} if "images" in row else {}
+        others = {name: row[name] for name in ("images", "tools") if name in row}
+        own = {"prompt": asked, "completion": said, **others}
+        own = {name: encoded_json(value, self.features[name]) for name, value in own.items()}
         facts = {"sample": sample, "finish_reason": answer.finish_reason}
-        return {"key": key.digest(), "tokens": len(answer.ids), "prompt": asked, "completion": said, **images, **facts}
+        return {"key": key.digest(), "tokens": len(answer.ids), **own, **facts}
 
     def _recipe(self) -> dict[str, Any]:
         """A data recipe of the answers, unless asked otherwise of those that ended by themselves.
@@ -252,7 +254,7 @@ class GeneratePlan(Plan):
         """
         identity = self.manifest.identity
         teacher, data = identity["teacher"]["name"], identity["data"]
-        columns = {name: name for name in ("prompt", "completion", "images") if name in self.features}
+        columns = {name: name for name in ("prompt", "completion", "images", "tools") if name in self.features}
         return {
             "name": f"{data['name']}-answers",
             "description": f"Answers of {teacher} to the prompts of {data['name']}.",
@@ -327,7 +329,7 @@ def too_long_prompt(tokens: int, room: int | None) -> UnusableRow | None:
 
 def _features(data: Dataset) -> Features:
     prompt = data.features["prompt" if "prompt" in data.column_names else "messages"]
-    images = {"images": data.features["images"]} if "images" in data.column_names else {}
+    others = {name: data.features[name] for name in ("images", "tools") if name in data.column_names}
     message = {"role": Value("string"), "content": Value("string")}
     return Features(
         {
@@ -336,7 +338,7 @@ def _features(data: Dataset) -> Features:
             "crc32": Value("uint32"),
             "prompt": prompt,
             "completion": prompt if isinstance(prompt, Value) else List(message),
-            **images,
+            **others,
             "sample": Value("int32"),
             "finish_reason": Value("string"),
         }

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmkd.data.image_columns import image_column
 from mmkd.data.images import UnusableRow as UnusableRow
 from mmkd.data.images import read_row
+from mmkd.data.layouts import canonical
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.cached import images_of
 from mmkd.teachers.keys import image_hash, sequence_key
@@ -185,7 +186,7 @@ def prepare(
     Of a teacher that is compared with its student, the chat template is not judged.
     """
     # Looking at the columns should not fail where an image cannot be decoded.
-    unread = {str(split): image_column(dataset) for split, dataset in data.items()}
+    unread = {str(split): image_column(canonical(dataset, str(split))) for split, dataset in data.items()}
     check_training_data(unread["train"], unread.get("eval"), args, tokenizer_of(processing_class))
     trainer: Any = placeholder_trainer(
         args, processing_class, unread["train"], unread.get("eval"), judges_template=judges_template

@@ -1,5 +1,6 @@
 """Rows of data sets as Arrow stores them: nothing is copied that need not be, and no image is decoded."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,17 @@ def decoded_json(value: Any, feature: Any) -> Any:
         return [decoded_json(item, feature.feature) for item in value]
     if isinstance(feature, dict):
         return {key: decoded_json(item, feature[key]) for key, item in value.items()}
+    return value
+
+
+def encoded_json(value: Any, feature: Any) -> Any:
+    """The value with its JSON as text, as it is stored: `datasets` itself would write ten digits of a number."""
+    if value is None:
+        return None
+    if isinstance(feature, Json):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(feature, List | LargeList):
+        return [encoded_json(one, feature.feature) for one in value]
     return value
 
 

@@ -1,6 +1,5 @@
 """Data sets of any layout in TRL's columns: all rows are checked, and copied only where something has to change."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Json, LargeList, List, Value
 
-from mmkd.data.arrow import BATCH, has_json, plain_rows, storage
+from mmkd.data.arrow import BATCH, encoded_json, has_json, plain_rows, storage
 from mmkd.data.canonical import CHATS, OURS, Facts, Layout, canonical_row, features_of, finished, image_column_of
 from mmkd.data.columns import ROLES
 from mmkd.data.image_columns import image_counts, image_lists
@@ -256,21 +255,10 @@ def _convert(
             # What anyone decodes, and not base64 where a path belongs.
             arrays[name] = image_lists(table.column(column), image_folder, feature=source[column], embed=True)
         elif name in OURS:
-            arrays[name] = pa.array([_encoded(row.get(name), feature) for row in rows], type=type_)
+            arrays[name] = pa.array([encoded_json(row.get(name), feature) for row in rows], type=type_)
         else:
             arrays[name] = table.column(name)
     return pa.table(arrays)
-
-
-def _encoded(value: Any, feature: Any) -> Any:
-    """The value with its JSON as text. `datasets` would write ten digits of a number."""
-    if value is None:
-        return None
-    if isinstance(feature, Json):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(feature, List):
-        return [_encoded(one, feature.feature) for one in value]
-    return value
 
 
 def aligned(parts: Sequence[Dataset]) -> list[Dataset]:
@@ -315,5 +303,5 @@ def _widen(table: pa.Table, source: Features, features: Features) -> pa.Table:
             arrays[name] = table.column(name)
         else:
             rows = plain_rows(table.select([name]), source)
-            arrays[name] = pa.array([_encoded(without_nulls(row[name]), feature) for row in rows], type=type_)
+            arrays[name] = pa.array([encoded_json(without_nulls(row[name]), feature) for row in rows], type=type_)
     return pa.table(arrays)

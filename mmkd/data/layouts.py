@@ -6,6 +6,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from datasets import Dataset, IterableDataset
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 CARRIED = ("tools",)
 """Columns that belong to the messages of a row and reach the chat template with them."""
+
+_READ: WeakSet[Dataset] = WeakSet()
+"""Data sets whose rows were read by a recipe, which may keep rows on purpose that say nothing (drop_empty: false)."""
 
 _TALKS = ("conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 _ANSWERS = ("output", "response", "answer", "completion", "target", "solution", "assistant")
@@ -235,7 +239,7 @@ def canonical(
             name: canonical(one, str(name), skip=skip, text_field=text_field, folders=folders)
             for name, one in data.items()
         }
-    if not isinstance(data, Dataset | IterableDataset):
+    if not isinstance(data, Dataset | IterableDataset) or data in _READ:
         return data
     sample = sample_of(data)
     if not sample or "input_ids" in sample:
@@ -253,6 +257,11 @@ def canonical(
         raise UserError(f"{conversion.left_out.describe(len(data))} None is left to train on.")
     conversion.left_out.say(len(data))
     return rows
+
+
+def read_by_recipe(rows: Dataset) -> None:
+    """Says that these rows are as a recipe wants them, so that `canonical` leaves them alone."""
+    _READ.add(rows)
 
 
 def sample_of(data: Dataset | IterableDataset) -> dict[str, Any]:

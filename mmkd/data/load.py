@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from mmkd.data.arrow import read_rows
 from mmkd.data.conversion import aligned, source_rows
 from mmkd.data.filters import Sieve, row_key
-from mmkd.data.layouts import say
+from mmkd.data.layouts import read_by_recipe, say
 from mmkd.data.mapping import check_columns, layout_of_source, map_rows
 from mmkd.data.recipe import DataRecipe
 from mmkd.data.sources import load_split
@@ -56,6 +56,7 @@ def load_rows(
     rows = (_mixture_rows if recipe.mixture else _source_rows)(recipe, min(caps, default=None), max_eval_rows)
     for split, dataset in rows.items():
         logger.info("%s: %d %s rows", recipe.name, len(dataset), split)
+        read_by_recipe(dataset)
     return rows
 
 

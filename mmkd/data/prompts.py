@@ -92,9 +92,10 @@ def words_of(asked: Asked) -> str:
     return asked if isinstance(asked, str) else asked.text
 
 
-def model_inputs(processing_class: Any, prompts: Sequence[Asked]) -> Any:
+def model_inputs(processing_class: Any, prompts: Sequence[Asked], tools: Sequence[Any] | None = None) -> Any:
     """What a model reads of a batch of prompts of one kind, padded on the left, as training renders them.
 
+    `tools` are what the template says of functions, for each prompt of messages.
     Raises UserError for prompts with pictures and a model that reads text only.
     """
     first = prompts[0]
@@ -109,27 +110,20 @@ def model_inputs(processing_class: Any, prompts: Sequence[Asked]) -> Any:
                 "The rows have images, but the model reads text only: it has no processor. Use a vision-language "
                 "model, or data without images."
             )
-        return processing_class.apply_chat_template(
-            list(prompts),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=len(prompts) > 1,
-            tokenizer_kwargs={"padding_side": "left"},
-        )
+    tools = tools or [None] * len(prompts)
+    texts = [_rendered(processing_class, prompt, own) for prompt, own in zip(prompts, tools, strict=True)]
+    # The template has written the special tokens, and TRL's collator leaves them out of plain text with images too.
+    options = {
+        "padding": len(prompts) > 1,
+        "padding_side": "left",
+        "add_special_tokens": False,
+        "return_tensors": "pt",
+    }
+    if not is_processor:
+        return processing_class(texts, **options)
     images = [pictures_of(prompt) for prompt in prompts]
-    processor: Any = processing_class
-    return processor(
-        # Processors take no batch without a picture.
-        images=images if any(images) else None,
-        text=[_rendered(processing_class, prompt) for prompt in prompts],
-        padding=len(prompts) > 1,
-        padding_side="left",
-        # The template has written them, and TRL's collator leaves them out of plain text with images too.
-        add_special_tokens=False,
-        return_tensors="pt",
-    )
+    # Processors take no batch without a picture.
+    return processing_class(images=images if any(images) else None, text=texts, **options)
 
 
 def pictures_of(asked: Asked) -> list[Image.Image]:
@@ -144,9 +138,11 @@ def pictures_of(asked: Asked) -> list[Image.Image]:
     ]
 
 
-def _rendered(processor: Any, asked: Asked) -> str:
+def _rendered(processing_class: Any, asked: Asked, tools: Any) -> str:
     if isinstance(asked, IllustratedText):
         return asked.text
     assert isinstance(asked, list)
-    messages = prepare_multimodal_messages(asked, images=[])
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    # A language model's template reads contents as they are.
+    is_processor = isinstance(processing_class, ProcessorMixin)
+    messages = prepare_multimodal_messages(asked, images=[]) if is_processor else asked
+    return processing_class.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)

@@ -25,7 +25,12 @@ class Answer:
 
 @torch.no_grad()
 def generate(
-    model: Any, processing_class: Any, prompts: Sequence[Asked], max_new_tokens: int, batch_size: int = 8
+    model: Any,
+    processing_class: Any,
+    prompts: Sequence[Asked],
+    max_new_tokens: int,
+    batch_size: int = 8,
+    tools: Sequence[Any] | None = None,
 ) -> list[Answer]:
     """Greedy answers to prompts as `prompt_of` makes them: messages go through the chat template."""
     tokenizer: Any = tokenizer_of(processing_class)
@@ -35,7 +40,9 @@ def generate(
     ends = {tokenizer.eos_token_id} if ends is None else {*([ends] if isinstance(ends, int) else ends)}
     found: list[Answer] = []
     for start in range(0, len(prompts), batch_size):
-        inputs = model_inputs(processing_class, prompts[start : start + batch_size]).to(model.device)
+        batch = slice(start, start + batch_size)
+        own = None if tools is None else tools[batch]
+        inputs = model_inputs(processing_class, prompts[batch], own).to(model.device)
         ids = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

@@ -120,8 +120,10 @@ class Taking:
         assert self.held is not None
         pairs = [prompt_of(dict(row)) for row in self.rows]  # pyright: ignore
         prompts = [prompt for prompt, _ in pairs]
+        tools = list(self.rows["tools"]) if "tools" in self.rows.column_names else None
+        tokens = self.held.max_new_tokens
         said: dict[str, list[Answer]] = {
-            side: generate(self.model(side), model.processing_class, prompts, self.held.max_new_tokens)
+            side: generate(self.model(side), model.processing_class, prompts, tokens, tools=tools)
             for side, model in self.sides.items()
         }
         samples = [
