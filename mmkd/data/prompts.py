@@ -104,12 +104,11 @@ def model_inputs(processing_class: Any, prompts: Sequence[Asked], tools: Sequenc
         tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
         # A tokenizer need not have a pad token where there is nothing to pad.
         return tokenizer(list(prompts), padding=len(prompts) > 1, padding_side="left", return_tensors="pt")
-    if not is_processor:
-        if isinstance(first, IllustratedText) or any(map(pictures_of, prompts)):
-            raise UserError(
-                "The rows have images, but the model reads text only: it has no processor. Use a vision-language "
-                "model, or data without images."
-            )
+    if not is_processor and (isinstance(first, IllustratedText) or any(map(pictures_of, prompts))):
+        raise UserError(
+            "The rows have images, but the model reads text only: it has no processor. Use a vision-language model, "
+            "or data without images."
+        )
     tools = tools or [None] * len(prompts)
     texts = [_rendered(processing_class, prompt, own) for prompt, own in zip(prompts, tools, strict=True)]
     # The template has written the special tokens, and TRL's collator leaves them out of plain text with images too.
