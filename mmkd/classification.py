@@ -27,6 +27,7 @@ from mmkd.data.class_rows import ClassRows
 from mmkd.data.classification import HIDDEN, ClassificationData, ClassificationRecipe, hide_labels, load_classification
 from mmkd.models.dual_head import DualHeadForImageClassification, DualHeadForSequenceClassification
 from mmkd.models.load import computed_dtype, load_model
+from mmkd.precision import name_of_dtype
 from mmkd.run import Run, RunArguments
 from mmkd.teachers.class_logits import (
     ClassLogits,
@@ -47,7 +48,7 @@ from mmkd.teachers.classifiers import (
     TransformersEmbedder,
     ZeroShotTeacher,
 )
-from mmkd.teachers.identity import weights_sha256
+from mmkd.teachers.identity import saved_dtype, weights_sha256
 from mmkd.trainers.dho import DHOConfig, DHOTrainer
 
 _JUDGED = 256
@@ -229,7 +230,8 @@ def _teacher_logits(run: Run, data: ClassificationData, rows: ClassRows) -> tupl
         if not has_class_logits(folder):
             print(f"Asking the teacher about {len(rows):,} rows, once: {folder}", file=sys.stderr)
             logits = compute_class_logits(teacher, rows.raw, len(rows), training.teacher_batch_size)
-            write_class_logits(folder, ClassLogits(logits, identity))
+            # Recorded, and not compared: the same teacher in another type is the same teacher.
+            write_class_logits(folder, ClassLogits(logits, identity | _computed_in(run)))
     return read_class_logits(folder, identity).logits, teacher
 
 
@@ -264,6 +266,20 @@ def _teacher_dtype(run: Run) -> str | torch.dtype:
     hub = {"revision": arguments.teacher_revision, "trust_remote_code": run.training.trust_remote_code}
     config = AutoConfig.from_pretrained(arguments.teacher, **hub)
     return computed_dtype(arguments.teacher_dtype, config, run.training.device)
+
+
+def _computed_in(run: Run) -> dict[str, str]:
+    """What the class logits' record says of the type they were computed in; nothing of open_clip's own models."""
+    arguments = run.arguments
+    assert arguments.teacher is not None
+    if arguments.teacher.startswith(OPEN_CLIP):
+        return {}
+    dtype = _teacher_dtype(run)
+    return {
+        "dtype": saved_dtype(arguments.teacher, arguments.teacher_revision)
+        if dtype == "auto"
+        else name_of_dtype(dtype)
+    }
 
 
 def _zero_shot(run: Run, data: ClassificationData) -> ZeroShotTeacher:

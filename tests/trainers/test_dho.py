@@ -410,6 +410,8 @@ def test_half_types_are_computed_where_the_cpu_has_them(
     monkeypatch.setattr(TransformersEmbedder, "load", recorded)
     assert train(recipe, tmp_path / "run", "--teacher_dtype", "bfloat16", "--bf16", "true") == 0
     assert [embedder.model.dtype for embedder in loaded] == [expected]
+    record = json.loads(next((tmp_path / "run").glob("*/class_logits.json")).read_text())
+    assert record["identity"]["dtype"] == str(expected).removeprefix("torch.")
     assert caplog.text.count("is computed in float32") == (value == "0")
 
 
