@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except ImportError as error:
         # Libraries name the package that a setting needs in words of their own.
-        if _TRACEBACK in os.environ:
+        if _TRACEBACK in os.environ or (error.name or "").startswith("mmkd"):
             raise
         reason = " ".join(str(error).split())
         print(f"mmkd: {reason} ({_TRACEBACK}=1 shows where this was needed)", file=sys.stderr)

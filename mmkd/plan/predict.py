@@ -10,12 +10,13 @@ from torch import nn
 from trl.trainer.utils import get_peft_config
 
 from mmkd.doctor import costs
-from mmkd.doctor.facts import Rendered, Sample, Side, kept
+from mmkd.doctor.facts import Rendered, Sample, Side
 from mmkd.dry_run import at_a_time, logits_of, optimizer_bytes
 from mmkd.models.backbone import base_of
 from mmkd.models.parts import train_only
 from mmkd.run import Run
 from mmkd.trainers.config import DistillationConfig
+from mmkd.trainers.supervision import kept
 
 from .count import Passes, count_passes
 from .hardware import Device
@@ -202,7 +203,7 @@ def shape_of(run: Run, sample: Sample, rendered: Rendered) -> Shape:
     args = run.training
     if not rendered.usable:
         raise ValueError("None of the sampled rows can be used, so nothing can be counted. `mmkd doctor` says why.")
-    parts = [one.supervised[kept(one, args)] for one in rendered.usable]
+    parts = [one.supervised[kept(len(one.ids), args)] for one in rendered.usable]
     tokens, supervised = sum(len(one) for one in parts), sum(int(one.sum()) for one in parts)
     images = 0
     if sample.has_images:
