@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import trl.chat_template_utils as templates
 from datasets import Dataset, Features, Image, List, Value
 from rich.console import Console
 
 from mmkd.dry_run import report
 from mmkd.errors import UserError
+from mmkd.trainers.answers import answer_starts
 from mmkd.trainers.kd import KDTrainer
 from mmkd.trainers.labelling import LabellingTrainer
 from mmkd.trainers.preparation import placeholder_trainer
@@ -20,6 +22,7 @@ from mmkd.trainers.sft import SFTBaselineConfig
 from mmkd.trainers.supervision import TokenCounts, kept
 from mmkd.trainers.template import look_at
 from mmkd.trainers.turns import Turns, assistant_labels
+from mmkd.trainers.vision import VISUAL
 from scripts.make_tiny_models import CHAT_TEMPLATE, make_tokenizer, sentences
 from tests.families import FAMILIES, made
 from tests.helpers import Build
@@ -237,6 +240,12 @@ def test_text_with_images_trains(build: Build, vlms: Any) -> None:
     tokens = sum(len(make_tokenizer()(text)["input_ids"]) + 1 for text in sentences(4))
     # The first token after an image is predicted by its last patch.
     assert logged["supervised_tokens"] == tokens
+
+
+def test_a_row_that_supervises_all_but_its_image_has_no_prompt() -> None:
+    labels = torch.tensor([[1, -100, -100, 4, 5], [-100, -100, -100, 4, 5]])
+    images = {"mask": torch.tensor([[0, 1, 1, 0, 0]] * 2, dtype=torch.bool), "images": torch.tensor([[0, 2], [1, 2]])}
+    assert answer_starts({"input_ids": labels.abs(), "labels": labels, VISUAL: images}) == [None, 3]
 
 
 def test_tools_reach_the_template_of_rows_with_images() -> None:
