@@ -27,8 +27,8 @@ def check_phases(run: Run) -> None:
     student = run.arguments.student
     if training.push_to_hub and run.student.use_peft and student is not None and Path(student).is_dir():
         raise UserError(
-            f"push_to_hub would publish an adapter of {student}, a folder here that nobody else has. Train it on a Hub "
-            "id, or publish the merged student with `mmkd push`."
+            f"push_to_hub would publish an adapter of {student}, a folder here that nobody else has. Train it on a "
+            "Hub id, or publish the merged student with `mmkd push`."
         )
     strategy = IntervalStrategy(training.eval_strategy)
     if run.keys.get("do_eval") is False and strategy != IntervalStrategy.NO:
