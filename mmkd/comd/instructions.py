@@ -13,6 +13,8 @@ from PIL import Image
 
 from mmkd.data.arrow import read_rows
 from mmkd.data.images import STORED, UnreadableImage, read_image
+from mmkd.data.messages import without_nulls
+from mmkd.errors import UserError
 from mmkd.files import write_file
 from mmkd.teachers.keys import image_hash
 
@@ -111,6 +113,11 @@ def read_instructions(dataset: Dataset, store: ImageStore) -> list[Instruction]:
         said = list(row.get("completion") or [])
         while prompt and prompt[-1]["role"] == "assistant":
             said.insert(0, prompt.pop())
+        if row.get("tools"):
+            raise UserError(
+                "A row has tools, of which the judge and the augmentor of comd would not know. Leave such rows out, "
+                "or take the column `tools` out of the data."
+            )
         if not any(message["role"] == "user" for message in prompt):
             raise ValueError("A row asks nothing: it has no message of a user. Leave such rows out with filters.")
         images = [store.path_of(image) for image in row.get("images") or []]
@@ -128,7 +135,7 @@ def apart_from(instructions: Iterable[Instruction], held_out: Iterable[Instructi
 
 def text_of(message: Message) -> str:
     """What a message says, its images left out."""
-    content = message["content"]
+    content = message.get("content")
     if isinstance(content, str) or content is None:
         return content or ""
     return "\n".join(part["text"] for part in content if part["type"] == "text" and part.get("text"))
@@ -173,8 +180,8 @@ def child_of_round(one: Instruction, number: int) -> Instruction:
 
 
 def _plain(message: Message) -> dict[str, Any]:
-    """Role and content alone, parts with their type and text alone: columns of a data set hold much that is null."""
-    content = message["content"]
+    """The message without null keys, its parts with type and text alone: columns of a data set hold much null."""
+    content = message.get("content")
     if not isinstance(content, str) and content is not None:
         content = [{"type": part["type"], "text": part.get("text")} for part in content]
-    return {"role": message["role"], "content": content or ""}
+    return {**without_nulls(message), "content": content or ""}

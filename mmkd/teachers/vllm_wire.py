@@ -137,14 +137,16 @@ def openai_messages(messages: Sequence[Mapping[str, Any]], images: Sequence[Imag
     return [
         {**message, "content": [_openai_part(part, left) for part in _parts(message)]}
         # A plain string stays one: a template may treat it unlike a list of one text.
-        if not isinstance(message["content"], str)
+        if _parts(message)
         else dict(message)
         for message in messages
     ]
 
 
 def _parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    return [] if isinstance(message["content"], str) else message["content"]
+    content = message.get("content")
+    # A message that only calls tools has none.
+    return [] if content is None or isinstance(content, str) else content
 
 
 def _openai_part(part: Mapping[str, Any], images: Any) -> dict[str, Any]:

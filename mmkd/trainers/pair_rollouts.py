@@ -88,7 +88,7 @@ def _without_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _turn(text: str, others: list[dict[str, Any]]) -> dict[str, Any]:
-    in_parts = any(isinstance(message["content"], list) for message in others)
+    in_parts = any(isinstance(message.get("content"), list) for message in others)
     return {"role": "assistant", "content": [{"type": "text", "text": text}] if in_parts else text}
 
 

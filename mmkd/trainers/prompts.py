@@ -24,5 +24,5 @@ def is_prompt_alone(row: Any) -> bool:
 def _with_open_answer(row: dict[str, Any]) -> dict[str, Any]:
     if isinstance(row["prompt"], str):
         return {"completion": ""}
-    in_parts = any(isinstance(message["content"], list) for message in row["prompt"])
+    in_parts = any(isinstance(message.get("content"), list) for message in row["prompt"])
     return {"completion": [{"role": "assistant", "content": [{"type": "text", "text": ""}] if in_parts else ""}]}
