@@ -29,6 +29,7 @@ from mmkd.teachers.manifest import Manifest, Skipped
 from mmkd.teachers.store import read_shard
 from mmkd.teachers.vllm_client import Answer, Ids, Prompt, RowError, VLLMClient
 from mmkd.trainers.preparation import preparation_of
+from mmkd.trainers.vision import refusal
 
 from .engines import Advance, batches
 from .plan import Plan, ShardResult, client_of, described_teacher, folder_of, manifest_of
@@ -226,7 +227,14 @@ class GeneratePlan(Plan):
                 "A server is asked about images through messages, but the prompts are plain text. Map them to "
                 "messages, or use a local teacher (remove teacher_server)."
             )
-        ids = model_inputs(self.processing_class, [asked], [row.get("tools")])["input_ids"][0].tolist()
+        try:
+            ids = model_inputs(self.processing_class, [asked], [row.get("tools")])["input_ids"][0].tolist()
+        except Exception:
+            # Processors have exceptions of their own for images that they do not take.
+            refused = refusal(images or (), self.processing_class)
+            if refused is None:
+                raise
+            return UnusableRow(f"The processor refuses it: {refused}")
         return Prompt(ids, asked if images and isinstance(asked, list) else None, images or (), text)
 
     def _prompt_again(self, number: int, row: Mapping[str, Any]) -> Prompt:

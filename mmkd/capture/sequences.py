@@ -22,6 +22,7 @@ from mmkd.trainers.checks import check_training_data
 from mmkd.trainers.config import DistillationConfig
 from mmkd.trainers.preparation import placeholder_trainer, preparation_of, sequences_of
 from mmkd.trainers.template import TemplateReport
+from mmkd.trainers.vision import refusal
 
 # Rows with images whose tokens are counted for the order in which a cache stores ids; reading all would cost too much.
 _COUNTED_IMAGES = 64
@@ -103,6 +104,9 @@ class VisionSequences:
             batch = self._collator([dict(example)])
         except Exception as error:
             # Processors say in ways of their own that an image no longer fits its tokens.
+            refused = refusal(images_of(example), self._collator.processor)
+            if refused is not None:
+                return UnusableRow(f"The processor refuses it: {refused}")
             cut = self._cut(example)
             if cut is None:
                 error.add_note(f"It was raised for row {row} of the data.")

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from mmkd.data.prompts import Asked, model_inputs
+from mmkd.data.prompts import Asked
+from mmkd.data.prompts import model_inputs as _inputs
+from mmkd.data.prompts import prompt_of as prompt_of
 from mmkd.models.load import tokenizer_of
 
 
@@ -42,7 +44,7 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         own = None if tools is None else tools[batch]
-        inputs = model_inputs(processing_class, prompts[batch], own).to(model.device)
+        inputs = _inputs(processing_class, prompts[batch], own).to(model.device)
         ids = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

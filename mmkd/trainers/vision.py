@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from mmkd.data.images import UnusableRow, read_row
+from mmkd.errors import UserError
 from mmkd.teachers.cached import images_of
 
 from .turns import Turns
@@ -187,8 +188,20 @@ class VisionCollator:
         for example in examples:
             _check_row(example, self.student.processor)
         sides = [self.student] if self.teacher is None else [self.student, self.teacher]
-        # trl's collator writes into its examples.
-        batches = [dict(side([dict(example) for example in examples])) for side in sides]
+        try:
+            # trl's collator writes into its examples.
+            batches = [dict(side([dict(example) for example in examples])) for side in sides]
+        except Exception:
+            # Processors have exceptions of their own for images that they do not take, and name no row.
+            refused = self._refused(examples)
+            if not refused:
+                raise
+            if not self.skip:
+                raise UserError(
+                    f"{next(iter(refused.values()))}. Correct the row or remove it, or set on_bad_row: skip to leave "
+                    "such rows out and count them."
+                ) from None
+            return self(self.spare.replace(examples, refused, BAD_ROWS[0]))
         lost = {row: why for one, side in zip(batches, sides, strict=True) for row, why in self._lost(one, side)}
         if lost and not self.skip:
             raise ValueError(next(iter(lost.values())))
@@ -197,6 +210,17 @@ class VisionCollator:
             return self(examples)
         batch, *teacher = (self._finished(one, side, examples) for one, side in zip(batches, sides, strict=True))
         return {**batch, TEACHER_INPUTS: teacher[0]} if teacher else batch
+
+    def _refused(self, examples: list[dict[str, Any]]) -> dict[int, str]:
+        """The rows with an image that a side's processor does not take, and why."""
+        sides = {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
+        found: dict[int, str] = {}
+        for number, example in enumerate(examples):
+            for role, side in sides.items():
+                reason = refusal(images_of(example), side.processor)
+                if reason is not None:
+                    found.setdefault(number, f"The {role}'s processor refuses an image of a row: {reason}")
+        return found
 
     def _finished(
         self, batch: dict[str, Any], collator: VisionLabels, examples: list[dict[str, Any]]
@@ -236,6 +260,20 @@ class VisionCollator:
             )
             found.append((row, reason))
         return found
+
+
+def refusal(images: Sequence[Any], processor: Any) -> str | None:
+    """Why a processor does not take one of a row's images, which can be read; None where it takes all of them."""
+    image_processor: Any = getattr(processor, "image_processor", None)
+    if image_processor is None:
+        return None
+    for number, image in enumerate(images):
+        try:
+            image_processor(images=[image], return_tensors="pt")
+        except Exception as error:
+            size = f"{image.width} x {image.height} pixels"
+            return f"images[{number}], {size}: {type(error).__name__}: {error}"
+    return None
 
 
 def require_image_tokens(processor: Any, role: str) -> None:

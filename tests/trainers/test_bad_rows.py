@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List, Value
 
 from mmkd.cli import main
 from mmkd.trainers.alm import ALMTrainer
 from mmkd.trainers.kd import KDTrainer
 from mmkd.trainers.llava_kd import LLaVAKDTrainer
 from mmkd.trainers.sft import SFTBaselineTrainer
+from tests.families import made, model_of
 from tests.helpers import Build, losses_of
 from tests.vlms import make_llava, picture, vision_rows
 
@@ -158,3 +159,41 @@ def test_nothing_but_bad_rows_is_an_error(build: Build, vlms: dict[str, Path], t
         )
     with pytest.raises(ValueError, match="choose error or skip"):
         build(LLaVAKDTrainer, vision_rows([1]), on_bad_row="ignore")
+
+
+# Pictures that can be read, and that a processor refuses all the same
+
+
+def picture_rows(kinds: list[str]) -> Dataset:
+    """Rows whose picture is good, a line of 900 x 2 pixels (wider than Qwen2.5-VL takes), or not there."""
+    files = {"good": picture(0), "line": picture(0).resize((900, 2)), "missing": None}
+    prompt, completion = [{"role": "user", "content": "the cat"}], [{"role": "assistant", "content": "sat"}]
+    message = List({"role": Value("string"), "content": Value("string")})
+    features = Features({"prompt": message, "completion": message, "images": List(Image())})
+    encoded = {kind: None if file is None else Image().encode_example(file) for kind, file in files.items()}
+    rows = [{"prompt": prompt, "completion": completion, "images": [encoded[kind]]} for kind in kinds]
+    return Dataset.from_list(rows, features=features)
+
+
+@pytest.fixture(scope="module")
+def qwen() -> dict[str, Any]:
+    make, processor = made("Qwen2.5-VL")
+    processors = {"processing_class": processor, "teacher_processing_class": processor}
+    return {"model": model_of(make, 0), "teacher": model_of(make, 1), **processors}
+
+
+def test_what_a_processor_refuses_is_left_out(build: Build, qwen: dict[str, Any]) -> None:
+    bad = picture_rows(["good", "line", "missing", "good"])
+    settings: dict[str, Any] = {"max_length": None, "max_steps": 1, "on_bad_row": "skip"}
+    trainer: Any = build(KDTrainer, bad, trainer=qwen, **settings)
+    trainer.train()
+    assert losses_of(trainer, "unreadable_rows") == [2]
+    assert trainer.evaluate(eval_dataset=bad)["eval_unreadable_rows"] == 2
+    with pytest.raises(ValueError, match=r"None of the first 2 rows can be used.*900 x 2 pixels"):
+        build(KDTrainer, picture_rows(["line"] * 2), trainer=qwen, **settings)
+
+
+def test_what_a_processor_refuses_is_named(build: Build, qwen: dict[str, Any]) -> None:
+    reason = r"student's processor refuses an image of a row: images\[0\], 900 x 2 pixels: .*on_bad_row: skip"
+    with pytest.raises(ValueError, match=reason):
+        build(KDTrainer, picture_rows(["good", "line"]), trainer=qwen, max_length=None, max_steps=1).train()
