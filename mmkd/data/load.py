@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict
 from mmkd.data.arrow import read_rows
 from mmkd.data.conversion import aligned, source_rows
 from mmkd.data.filters import Sieve, row_key
+from mmkd.data.guessed_types import say_guessed_types
 from mmkd.data.layouts import read_by_recipe, say
 from mmkd.data.mapping import check_columns, layout_of_source, map_rows
 from mmkd.data.recipe import DataRecipe
@@ -64,6 +65,7 @@ def _source_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None
     raw = {ours: load_split(recipe, theirs) for ours, theirs in recipe.splits.items()}
     for ours, dataset in raw.items():
         check_columns(recipe, dataset)
+        say_guessed_types(recipe, dataset)
         if not recipe.columns:
             say(layout_of_source(dataset, recipe, ours), f"{recipe.name}: {ours}", len(dataset))
         raw[ours] = dataset if recipe.shuffle_seed is None else dataset.shuffle(seed=recipe.shuffle_seed)

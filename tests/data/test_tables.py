@@ -18,6 +18,7 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmkd.cli import main
 from mmkd.data.arrow import read_rows
 from mmkd.data.classification import ClassificationRecipe, load_classification
 from mmkd.data.json_rows import WrittenNumber, json_text, parse_json
@@ -462,3 +463,46 @@ def test_equals_that_no_row_has_names_what_rows_have() -> None:
 def test_filters_for_answers_of_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"filters\.min_chars is about answers, and these rows are prompts"):
         DataRecipe.load(recipe("t.jsonl", {"prompt": "q"}, filters={"min_chars": 3}))
+
+
+# Types that were guessed elsewhere
+
+
+@pytest.mark.parametrize(
+    ("values", "template", "said"),
+    [
+        ([1.0, None], "{n}", True),
+        ([1.0, None], "{n:.0f}", False),
+        ([1.0, 2.0], "{n}", False),
+        ([1.5, None], "{n}", False),
+    ],
+)
+def test_whole_numbers_that_became_floats_are_said(caplog, values: list[Any], template: str, said: bool) -> None:
+    Dataset.from_dict({"q": ["x", "y"], "n": values}).to_parquet("t.parquet")
+    load_data(recipe("t.parquet", {"prompt": "q", "completion": template}))
+    assert ("column n holds whole numbers as 1.0" in caplog.text) == said
+
+
+@pytest.mark.parametrize(("kind", "said"), [("csv", True), ("json", False), ("parquet", False)])
+def test_tables_on_the_hub_are_read_by_guesses(monkeypatch, caplog, kind: str, said: bool) -> None:
+    def load_dataset(*_: Any, **__: Any) -> Dataset:
+        rows = Dataset.from_dict({"text": ["a"]})
+        rows.info.builder_name = kind
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    Path("data.yaml").write_text("source: o/n\ncolumns: {text: text}\n")
+    load_data("./data.yaml")
+    assert ("o/n holds csv files, and their reader on the Hub takes None, NA" in caplog.text) == said
+
+
+def test_the_command_line_says_it_in_one_line(capsys) -> None:
+    """Before anything is loaded: a broken line is the recipe's fault, not the library's."""
+    Path("t.jsonl").write_text('{"q": 1}\n{"q": }\n')
+    data = recipe("t.jsonl", {"text": "q"})
+    keys = {"method": "kd", "teacher": "nobody/here", "student": "nobody/here", "data": data, "output_dir": "run"}
+    Path("run.yaml").write_text(yaml.safe_dump(keys))
+    assert main(["doctor", "run.yaml"]) != 0
+    said = capsys.readouterr()
+    assert "t.jsonl, line 2, column 7: this is no JSON" in said.out + said.err
+    assert "Traceback" not in said.out + said.err
