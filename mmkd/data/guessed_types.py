@@ -1,6 +1,7 @@
 """Types that another program guessed before a recipe reads them: said, since nothing tells what the file said."""
 
 import logging
+from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset, Value
@@ -56,7 +57,8 @@ def _filled_by_name(recipe: DataRecipe) -> list[str]:
 
 def _are_whole_but_for_nulls(raw: Dataset, column: str) -> bool:
     nulls = False
-    for table in raw.select_columns([column]).with_format("arrow").iter(batch_size=100_000):
+    tables: Any = raw.select_columns([column]).with_format("arrow").iter(batch_size=100_000)
+    for table in tables:
         values = table.column(column)
         nulls |= values.null_count > 0
         if not pc.call_function(
