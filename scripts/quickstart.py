@@ -170,7 +170,7 @@ class Half:
             share, words = phase.done()
             passed += share * phase.seconds
             if share < 1:
-                what = " ".join(filter(None, (phase.name, words)))
+                what = ": ".join(filter(None, (phase.name, words)))
                 break
         share, elapsed = passed / total, time.monotonic() - self.begun
         if self.kept is None:
@@ -255,10 +255,10 @@ def vision_half(output: Path) -> Half:
     names = {"tower": "vision tower", "large": "teacher's language model", "small": "student's language model"}
     phases = [Phase(f"making the {name}", 0.1 * VISION, exists(models / folder)) for folder, name in names.items()]
     teacher = ROOT / "runs/easy_vqa/teacher"
-    phases += [stage("teacher, stage 1,", 0.06, teacher / "1-PT"), stage("teacher, stage 2,", 0.26, teacher / "2-SFT")]
+    phases += [stage("teacher, stage 1", 0.06, teacher / "1-PT"), stage("teacher, stage 2", 0.26, teacher / "2-SFT")]
     for schedule, share in (("PT-SFT-SFT", 0.14), ("DPT-SFT-DFT", 0.18)):
         phases += [
-            stage(f"{schedule}, stage {number},", share / 3, place / f"{schedule}-seed0" / f"{number}-{name}")
+            stage(f"{schedule}, stage {number}", share / 3, place / f"{schedule}-seed0" / f"{number}-{name}")
             for number, name in enumerate(schedule.split("-"), 1)
         ]
     phases.append(Phase("answering the test questions", 0.06 * VISION, exists(place / "answers.png")))

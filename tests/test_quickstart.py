@@ -77,7 +77,7 @@ def test_progress_is_read_from_logs_and_results(tmp_path: Path) -> None:
     entries = [json.dumps({"step": step, "max_steps": 30}) for step in (5, 10)]
     log.write_text("\n".join(entries) + '\n{"step": 1')
     share, what, _ = one.progress()
-    assert (share, what) == (pytest.approx(0.3 + 0.7 * 0.9 / 3), "kd step 10 of 30")
+    assert (share, what) == (pytest.approx(0.3 + 0.7 * 0.9 / 3), "kd: step 10 of 30")
     (tmp_path / "measured" / "b.json").write_text("{}")
     assert one.progress()[0] == 0.99
     one.status = 0
@@ -135,7 +135,7 @@ def test_a_terminal_shows_both_halves_in_one_screen(tmp_path: Path) -> None:
     program = "import time\ntime.sleep(0.3)"
     halves = [half(tmp_path, name, program, phases=phases) for name in ("text", "vision and language")]
     assert run_halves(halves, shown) == 0
-    lines = [line for line in written.getvalue().splitlines() if "sft step 4 of 8, about 0 min left" in line]
+    lines = [line for line in written.getvalue().splitlines() if "sft: step 4 of 8, about 0 min left" in line]
     for name in ("text ", "vision and language "):
         assert any(name in line for line in lines)
 
