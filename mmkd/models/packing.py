@@ -43,7 +43,7 @@ def check_packing(
     model.eval()
     try:
         alone, behind, behind_other = (
-            _last_states(model, collate(_examples(parts)), run or model)
+            _last_states(model, collate(_examples(parts)), run or model, sum(map(len, parts)))
             for parts in ([second], [first, second], [other, second])
         )
     finally:
@@ -64,8 +64,10 @@ def _examples(rows: list[list[int]]) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _last_states(model: PreTrainedModel | PeftModel, batch: dict[str, Any], run: Callable[..., Any]) -> Tensor:
-    """The hidden states of the last sequence of a batch."""
+def _last_states(
+    model: PreTrainedModel | PeftModel, batch: dict[str, Any], run: Callable[..., Any], tokens: int
+) -> Tensor:
+    """The hidden states of the last sequence of a batch of so many tokens, which padding to a multiple may follow."""
     device = base_of(model).device
     inputs = {name: one.to(device) if isinstance(one, Tensor) else one for name, one in batch.items()}
     del inputs["labels"]
@@ -73,4 +75,4 @@ def _last_states(model: PreTrainedModel | PeftModel, batch: dict[str, Any], run:
     mixed = device.type == "cuda" and base_of(model).dtype == torch.float32
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         hidden = run(**inputs, consumer=lambda hidden, head: hidden)
-    return hidden[0, -_SHORT:]
+    return hidden[0, tokens - _SHORT : tokens]
