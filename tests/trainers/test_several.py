@@ -184,8 +184,8 @@ def test_diagnostics_are_computed_where_they_are_logged(build: Build, completion
 def test_the_least_vocabulary_counts(build: Build, completions: Dataset, tiny: Any, other: Path, served: bool) -> None:
     """Given teachers may know fewer tokens than their heads have rows; the answers hold none of the others."""
     known = VOCAB - 20
-    tokenizer = make_tokenizer()
-    completions = completions.filter(lambda row: max(tokenizer(row["completion"])["input_ids"]) < known)
+    # Single letters, each a token of the alphabet that all vocabularies begin with.
+    completions = completions.map(lambda row: {"completion": "x y z"})
     with fake_vllm(vocab_size=VOCAB, cap=VOCAB) as fake:
         model = AutoModelForCausalLM.from_pretrained(other)
         teacher = ServerTeacher(fake.url, k=8, vocab_size=known) if served else LocalTeacher(model, known)
