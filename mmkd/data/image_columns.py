@@ -1,10 +1,15 @@
 """Columns of pictures: whatever form a data set has them in, a list of undecoded pictures per row."""
 
+import hashlib
+import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets.config
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,9 +18,12 @@ from datasets.fingerprint import Hasher
 from PIL import Image as PILImage
 
 from mmkd.data.arrow import decoded_json, has_json
-from mmkd.data.image_urls import is_url
+from mmkd.data.image_urls import download, is_url
 from mmkd.data.images import UnreadableImage, content_of_text, describe, file_of, image_of_array
 from mmkd.errors import UserError
+from mmkd.files import write_file
+
+logger = logging.getLogger(__name__)
 
 STORED_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 """How `datasets` stores a picture."""
@@ -108,6 +116,40 @@ def image_lists(
     if folder is not None or embed:
         chunks = [_with_texts(chunk, folder, embed) for chunk in chunks]
     return pa.chunked_array(chunks, type=pa.list_(STORED_IMAGE))
+
+
+def download_images(dataset: Dataset) -> Dataset:
+    """The rows whose pictures are http(s) URLs with local copies of them, downloaded once into the datasets cache.
+
+    What cannot be downloaded stays a URL, which is said here and is an unreadable picture of its row.
+    """
+    dataset = image_column(dataset)
+    if "images" not in dataset.column_names:
+        return dataset
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "mmkd_images")
+    texts = {image["path"] for row in dataset["images"] for image in row or [] if image and image["path"]}
+    with ThreadPoolExecutor(16) as pool:
+        places = dict(pool.map(partial(_downloaded, folder=folder), sorted(filter(is_url, texts))))
+    features = dataset.features.copy()
+    features["images"] = List(Image())
+    return dataset.map(_placed, fn_kwargs={"places": places}, features=features, desc="Placing images")
+
+
+def _downloaded(url: str, folder: Path) -> tuple[str, str]:
+    path = folder / hashlib.sha256(url.encode()).hexdigest()
+    if not path.is_file():
+        try:
+            content = download(url)
+        except UserError as error:
+            logger.warning("%s", error)
+            return url, url
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(path, content)
+    return url, str(path)
+
+
+def _placed(row: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
+    return {"images": [one and {**one, "path": places.get(one["path"], one["path"])} for one in row["images"]]}
 
 
 def image_counts(column: pa.ChunkedArray, feature: Any = None) -> list[int]:

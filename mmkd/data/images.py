@@ -191,8 +191,8 @@ def _content(text: str, folder: str | Path | None, allow_urls: bool) -> bytes | 
         if not allow_urls:
             raise UnreadableImage(
                 f"URL {_cut(text, _LONG)} is not downloaded unasked. Set `image_urls: true` in the data recipe (in "
-                "Python: call mmkd.data.image_urls.download_images on the rows), which downloads every picture once. "
-                "If it is set, this download failed; a warning at the start says why"
+                "Python: call mmkd.data.image_columns.download_images on the rows), and every picture is downloaded "
+                "once. If it is set, this download failed; a warning at the start says why"
             )
         return download(text)
     if "://" in text and not text.startswith(("data:", "file:")) and len(text) < _LONGEST_PATH:

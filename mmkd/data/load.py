@@ -13,6 +13,7 @@ from mmkd.data.arrow import read_rows
 from mmkd.data.conversion import aligned, source_rows
 from mmkd.data.filters import Sieve, row_key
 from mmkd.data.guessed_types import say_guessed_types
+from mmkd.data.image_columns import download_images
 from mmkd.data.layouts import read_by_recipe, say
 from mmkd.data.mapping import check_columns, layout_of_source, map_rows
 from mmkd.data.recipe import DataRecipe
@@ -55,6 +56,8 @@ def load_rows(
             raise ValueError(f"{name} is {rows}; give 1 or more, or leave it out for all rows.")
     caps = [cap for cap in (recipe.max_rows, max_train_rows) if cap is not None]
     rows = (_mixture_rows if recipe.mixture else _source_rows)(recipe, min(caps, default=None), max_eval_rows)
+    if recipe.image_urls:
+        rows = DatasetDict({split: download_images(dataset) for split, dataset in rows.items()})
     for split, dataset in rows.items():
         logger.info("%s: %d %s rows", recipe.name, len(dataset), split)
         read_by_recipe(dataset)

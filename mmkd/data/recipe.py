@@ -138,6 +138,10 @@ class DataRecipe:
         default=None,
         metadata={"help": "Where relative paths of images start: a folder, from the current one.", "yaml": str},
     )
+    image_urls: bool = field(
+        default=False,
+        metadata={"help": "Whether images that are http(s) URLs are downloaded, each once.", "yaml": bool},
+    )
     filters: DataFilters = field(default_factory=DataFilters, metadata={"help": "Which rows stay.", "yaml": dict})
     eval_rows: int | None = field(
         default=None, metadata={"help": "Rows to hold out of train when there is no eval split.", "yaml": int}

@@ -187,3 +187,26 @@ def test_json_lines_may_mix_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     keys["columns"] = {"prompt": "q", "completion": "q", "images": "picture"}
     Path("data.yaml").write_text(yaml.safe_dump(keys))
     assert shades(image_column(load_data("./data.yaml")["train"])) == [[10], [20, 30], [], [20]]
+
+
+def test_urls_are_downloaded_once_where_the_recipe_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    asked = []
+
+    def download(url: str) -> bytes:
+        asked.append(url)
+        if "gone" in url:
+            raise UserError("404")
+        return FILES[0]
+
+    monkeypatch.setattr("mmkd.data.image_columns.download", download)
+    lines = [{"q": "what", "picture": f"http://127.0.0.1/{name}.png"} for name in ("a", "a", "gone")]
+    Path("rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keys = {"source": "json", "data_files": {"train": "rows.jsonl"}, "shuffle_seed": None, "image_urls": True}
+    keys["columns"] = {"prompt": "q", "completion": "q", "images": "picture"}
+    Path("data.yaml").write_text(yaml.safe_dump(keys))
+    rows = image_column(load_data("./data.yaml")["train"])
+    assert shades(rows.select([0, 1])) == [[10], [10]]
+    assert isinstance(read_row(rows[2]), UnusableRow)
+    assert sorted(asked) == ["http://127.0.0.1/a.png", "http://127.0.0.1/gone.png"]
