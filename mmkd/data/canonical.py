@@ -112,11 +112,6 @@ def canonical_row(row: Mapping[str, Any], layout: Layout, pictures: Pictures, *,
             "the parts or in a column `images`"
         )
     _place_images(ours, layout, count if pictures.exist or images else None, bool(pictures.places))
-    if ours["tools"] and count:
-        raise UserError(
-            "it has tools and images, and TRL's collator of images gives no tools to a chat template. Write the tools "
-            "into a system message, or leave such rows out"
-        )
     return ours
 
 

@@ -155,6 +155,9 @@ def _message(message: Any, where: str, pictures: Pictures, nulls: bool) -> Messa
         if key not in (speaker, said) and value is not None
     }
     role = _role(message[speaker], where)
+    weight = others.get("weight", 1)
+    if role in ("assistant", *CALL_ROLES) and (isinstance(weight, str) or weight not in (0, 1)):
+        raise UserError(f"{where}.weight is {weight!r}; it must be 1, or 0 for a turn that is not learnt from")
     content = None if said is None else _content(message[said], where, pictures, nulls)
     if role in CALL_ROLES:
         return {"role": "assistant", "content": "", "tool_calls": _calls(content, where), **others}
@@ -323,6 +326,11 @@ def marks_images(messages: Iterable[Message]) -> bool:
         if one["role"] == "user"
         for text in texts_of(one)
     )
+
+
+def is_learnt(message: Mapping[str, Any]) -> bool:
+    """Whether a turn of the assistant is learnt from: in OpenAI's format, one of weight 0 is only read."""
+    return message.get("role") == "assistant" and message.get("weight") != 0
 
 
 def is_said(message: Message) -> bool:

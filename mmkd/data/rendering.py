@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmkd.data.messages import is_learnt
+
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # Said by the template itself, or looked at part by part.
-_KNOWN = {"role", "content", "tool_calls", "tool_call_id", *_THOUGHTS}
+_KNOWN = {"role", "content", "tool_calls", "tool_call_id", "weight", *_THOUGHTS}
 _SHOWN = 60
 
 
@@ -79,7 +81,7 @@ def added(rendered: str, messages: Sequence[Mapping[str, Any]]) -> str | None:
 def _pieces(message: Mapping[str, Any], learnt: bool) -> list[_Piece]:
     """What must occur of a message; `learnt` where its thoughts are a part of the answer too."""
     role = str(message.get("role"))
-    answers = role == "assistant"
+    answers = is_learnt(message)
     of = f"of the {role}"
     found = [
         _Piece(f"{key} {of}", text.strip(), answers and learnt)

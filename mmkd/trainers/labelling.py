@@ -24,6 +24,7 @@ from .supervision import TokenCounts, supervised_of, teaching
 from .template import TemplateReport, look_at
 from .turns import Turns, assistant_labels
 from .vision_labels import VisionLabels
+from .weights import check_all_weights
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class LabellingTrainer(SFTTrainer):
             evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
             for split, rows in {"train": self.train_dataset, **evaluation}.items():
                 if rows is not None:
+                    if not self._assistant_only and isinstance(rows, Dataset):
+                        check_all_weights(rows, split, self.completion_only_loss)
                     self._look_at(rows, self.processing_class, split)
         self.add_callback(SupervisionNote(self))
 
@@ -135,6 +138,8 @@ class LabellingTrainer(SFTTrainer):
             processes = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
             with global_then_local_main_first():
                 rows = rows.map(assistant_labels, with_indices=True, fn_kwargs=settings, **processes)
+        elif formatting_func is None and "input_ids" not in columns:
+            rows = check_all_weights(rows, dataset_name, self.completion_only_loss)
         self.template_reports[dataset_name] = TemplateReport()
         if formatting_func is None and "input_ids" not in columns:
             self._look_at(dataset, processing_class, dataset_name)

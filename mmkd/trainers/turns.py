@@ -23,6 +23,7 @@ from trl.data_utils import (
     prepare_multimodal_messages,
 )
 
+from mmkd.data.messages import is_learnt
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 
@@ -78,6 +79,7 @@ class Turns:
             spans = [(0, len(text))]
         else:
             text, spans = (self._marked if self.how == "marks" else self._told_apart)(messages, settings)
+            spans = self._learnt(messages, settings, spans)
         if completion_only and row.get("completion"):
             asked = self.render(messages[: len(prompt)], settings, add_generation_prompt=True)
             first = self._start(asked, text)
@@ -97,6 +99,20 @@ class Turns:
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
+
+    def _learnt(
+        self, messages: list[Any], settings: Mapping[str, Any], spans: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """The spans without those of turns whose weight is 0."""
+        learnt = [is_learnt(message) for message in messages if message["role"] == "assistant"]
+        if all(learnt):
+            return spans
+        if len(spans) == len(learnt):
+            return [span for span, told in zip(spans, learnt, strict=True) if told]
+        # Some templates mark a turn in pieces, or not all turns.
+        turns = self._told_apart(messages, settings).spans
+        read = [turn for turn, told in zip(turns, learnt, strict=True) if not told]
+        return [(a, b) for a, b in spans if not any(a < end and start < b for start, end in read)]
 
     def _marked(self, messages: list[Any], settings: Mapping[str, Any]) -> Rendering:
         template: Any = self.template or self.processing_class.chat_template

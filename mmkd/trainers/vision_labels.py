@@ -18,6 +18,7 @@ from mmkd.models.load import tokenizer_of
 from mmkd.teachers.cached import images_of
 
 from .turns import Turns, overlapping, template_settings
+from .weights import check_weights
 
 # Tiles of Idefics3 and SmolVLM, of which a small image shows none.
 _TILE = re.compile(r"<row_\d+_col_\d+>")
@@ -46,6 +47,10 @@ class VisionLabels(DataCollatorForVisionLanguageModeling):
         """A batch of rows with their images decoded."""
         examples = [self._ended(example) for example in examples]
         turns = Turns(self.processor, self.chat_template) if self.turns is None else self.turns
+        if turns.how == "all":
+            for number, example in enumerate(examples):
+                # Rows of a stream, or of an evaluation, that nobody has looked at before.
+                check_weights(example, number, "batch", self.completion_only_loss)
         settings = [value for example in examples for value in template_settings(example).values()]
         # trl's own way gives one set of tools to all rows of a batch, and no place to what the assistant says in some
         # processors.

@@ -204,6 +204,15 @@ def test_thoughts_names_and_other_keys_stay(read: Any) -> None:
     assert read([{"messages": chat}, CHAT])[1]["messages"] == CHAT["messages"]
 
 
+@pytest.mark.parametrize("read", [by_python, by_recipe])
+def test_a_weight_is_0_or_1(read: Any) -> None:
+    with pytest.raises(UserError, match=r"row 1: messages\[1\].weight is 0.5; it must be 1, or 0 for a turn"):
+        read([CHAT, {"messages": [ASKED, turn("assistant", "a", weight=0.5)]}])
+    # Others' turns are never learnt from, whatever they weigh.
+    chat = [turn("user", "q", weight=0.5), turn("assistant", "a", weight=0.0), turn("assistant", "b", weight=1.0)]
+    assert read([{"messages": chat}])[0]["messages"] == chat
+
+
 def test_parts_of_text_are_text_where_there_are_no_images() -> None:
     row = {"messages": [turn("user", [text("q"), text("more")]), turn("assistant", [text("a")])]}
     assert by_python([row])[0]["messages"] == [turn("user", "q\nmore"), SAID]

@@ -2,16 +2,19 @@
 
 import copy
 import io
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import trl.chat_template_utils as templates
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from rich.console import Console
 
+from mmkd.data.load import load_data
 from mmkd.dry_run import report
 from mmkd.errors import UserError
 from mmkd.trainers.answers import answer_starts
@@ -56,7 +59,7 @@ def said(template: str, messages: list[Any], **row: Any) -> list[str]:
     return [text[start:end] for start, end in spans]
 
 
-def rows_of(processing_class: Any, data: Dataset, **settings: Any) -> LabellingTrainer:
+def rows_of(processing_class: Any, data: Dataset | IterableDataset, **settings: Any) -> LabellingTrainer:
     config = SFTBaselineConfig("unused", bf16=False, use_cpu=True, **{"max_length": None, **settings})
     return placeholder_trainer(config, processing_class, data)
 
@@ -257,6 +260,79 @@ def test_tools_reach_the_template_of_rows_with_images() -> None:
     assert [text.split("<|user|>")[0] for text in texts] == ["dog", "bird"]
 
 
+@pytest.mark.parametrize("how", ["recipe", "python"])
+def test_rows_with_images_and_tools_train(how: str, build: Build, vlms: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    models = {"model": str(vlms["student"]), "teacher": str(vlms["teacher"])}
+    rows = [
+        {"messages": TALK, "images": [picture(n)], "tools": [{"name": name}]}
+        for n, name in enumerate(["dog", "bird"] * 4)
+    ]
+    if how == "python":
+        data = Dataset.from_list(rows)
+    else:
+        monkeypatch.chdir(tmp_path)
+        for n, row in enumerate(rows):
+            row["images"][0].save(f"{n}.png")
+        lines = [json.dumps({**row, "images": [f"{n}.png"]}) for n, row in enumerate(rows)]
+        Path("rows.jsonl").write_text("\n".join(lines))
+        Path("mine.yaml").write_text("source: json\ndata_files: {train: rows.jsonl}\nshuffle_seed: null\n")
+        data = load_data("./mine.yaml")["train"]
+    trainer = build(KDTrainer, data, trainer=models, assistant_only_loss=True, max_steps=1)
+    processor: Any = trainer.processing_class
+    processor.chat_template = "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}" + processor.chat_template
+    batch = trainer.data_collator([dict(row) for row in trainer.train_dataset.select(range(2))])
+    texts = processor.tokenizer.batch_decode(batch["input_ids"])
+    assert [text.split("USER")[0] for text in texts] == ["dog", "bird"]
+    trainer.train()
+
+
+# Weights of turns
+
+WEIGHED = [TALK[0], {**TALK[1], "weight": 0}, TALK[2], {**TALK[3], "weight": 1}]
+# A turn of the assistant in two pieces, as templates that write thoughts apart mark it.
+TWICE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'][:2] }}{% endgeneration %}"
+    "{% generation %}{{ message['content'][2:] }}<|end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, UNMARKED, TWICE], ids=["marks", "turns", "pieces"])
+def test_turns_of_weight_0_are_read_and_not_learnt(template: str) -> None:
+    assert "".join(said(template, WEIGHED)) == "an old tree<|end|>"
+    assert "".join(said(template, [{**one, "weight": 1} for one in TALK])) == "a mat<|end|>an old tree<|end|>"
+    pair = Turns.of(tokenizer_of_template(template)).read({"prompt": WEIGHED[:1], "completion": WEIGHED[1:]})
+    assert "".join(pair.text[start:end] for start, end in pair.spans) == "an old tree<|end|>"
+
+
+def test_weights_hold_for_rows_with_images() -> None:
+    processor = made("LLaVA-OneVision")[1]
+    data = Dataset.from_list([{"messages": WEIGHED, "images": [picture(0)]}])
+    _, texts = labels_of(processor, data, assistant_only_loss=True)
+    assert [text.strip() for text in texts] == ["an old tree<|end|>"]
+    with pytest.raises(UserError, match=r"Row 0 of the train data: messages\[1\] has weight 0.*assistant_only_loss"):
+        rows_of(processor, data)
+
+
+def test_weights_are_refused_where_every_turn_is_learnt() -> None:
+    tokenizer, plain = make_tokenizer(), {"messages": TALK}
+    data = Dataset.from_list([plain, {"messages": WEIGHED}])
+    rows = rows_of(tokenizer, data, assistant_only_loss=True).train_dataset
+    told = [[label for label in row["labels"] if label != -100] for row in rows]
+    assert tokenizer.decode(told[1]) == "an old tree<|end|>"
+    with pytest.raises(UserError, match=r"Row 1 of the train data: messages\[1\] has weight 0"):
+        rows_of(tokenizer, data)
+    with pytest.raises(UserError, match=r"Row 0 of the train data: completion\[0\] has weight 0"):
+        rows_of(tokenizer, Dataset.from_list([{"prompt": WEIGHED[:1], "completion": WEIGHED[1:]}]))
+    # A prompt is only read anyway.
+    rows_of(tokenizer, Dataset.from_list([{"prompt": WEIGHED[:3], "completion": TALK[3:]}]))
+    stream = IterableDataset.from_generator(lambda: iter([{"messages": WEIGHED}]))
+    with pytest.raises(UserError, match="Row 0 of the train data"):
+        next(iter(rows_of(tokenizer, stream, max_steps=1).train_dataset))
+
+
 # Counts
 
 
@@ -306,14 +382,14 @@ def test_training_begins_with_what_it_learns_from(build: Build, vlms: Any, caplo
 
 
 def test_a_dry_run_says_the_same(build: Build) -> None:
-    data = Dataset.from_list([{"messages": [{**one, "weight": 1} for one in TALK]}] * 8)
+    data = Dataset.from_list([{"messages": [{**one, "mood": 1} for one in TALK]}] * 8)
     trainer, sink = build(KDTrainer, data, assistant_only_loss=True), io.StringIO()
     report(trainer, Console(file=sink, width=400))
     counts = trainer.count_tokens()
     assert counts is not None
     assert f"{counts.size}." in sink.getvalue()
     assert f"{counts.cutting}." in sink.getvalue()
-    assert "leaves them out: weight" in sink.getvalue()
+    assert "leaves them out: mood" in sink.getvalue()
     # 4 steps of 4 rows.
     assert f"about {16 * counts.supervised // 8} tokens" in sink.getvalue()
 
@@ -395,8 +471,10 @@ def test_what_a_template_swallows_is_found() -> None:
     silent = UNMARKED.replace("<|{{ message['role'] }}|>", skipped)
     system = {"messages": [{"role": "system", "content": "be kind"}, *TALK]}
     assert "the content of the system in message 0 ('be kind')" in report_of(silent, [system]).warnings[0]
-    weighted = {"messages": [{**one, "weight": 0} for one in TALK]}
-    assert "weight" in report_of(UNMARKED, [weighted]).warnings[0]
+    moody = {"messages": [{**one, "mood": 0} for one in TALK]}
+    assert "mood" in report_of(UNMARKED, [moody]).warnings[0]
+    # It says what is learnt from, and belongs into no text.
+    assert report_of(UNMARKED, [{"messages": [{**one, "weight": 1} for one in TALK]}]).warnings == []
 
 
 def test_what_a_template_adds_is_found() -> None:
@@ -416,7 +494,7 @@ def test_a_refused_conversation_is_named() -> None:
 
 
 def test_a_trainer_says_once_what_its_template_does(build: Build, caplog: pytest.LogCaptureFixture) -> None:
-    data = Dataset.from_list([{"messages": [{**one, "weight": 1} for one in TALK]}] * 8)
+    data = Dataset.from_list([{"messages": [{**one, "mood": 1} for one in TALK]}] * 8)
     with caplog.at_level(logging.WARNING):
         build(KDTrainer, data, max_steps=1).train()
-    assert caplog.text.count("does not know these keys of messages, and leaves them out: weight") == 1
+    assert caplog.text.count("does not know these keys of messages, and leaves them out: mood") == 1
