@@ -47,6 +47,7 @@ class Input:
         kinds = {"csv": "csv", "parquet": "parquet", "txt": "text"}
         source = kinds.get(first.rpartition(".")[2], "json")
         keys = {"source": source, "data_files": {"train": first}, **self.data}
+        keys = {key: value for key, value in keys.items() if value is not None}
         (folder / "data.yaml").write_text(yaml.safe_dump(keys, sort_keys=False, allow_unicode=True))
 
 
