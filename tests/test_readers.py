@@ -21,6 +21,7 @@ from mmkd import KDConfig, KDTrainer
 from mmkd.capture.plan import make_plan
 from mmkd.comd.instructions import ImageStore, open_image, read_instructions
 from mmkd.data.load import load_data
+from mmkd.data.prompts import model_inputs, prompt_of
 from mmkd.run import build_trainer, parse_run
 from mmkd.teachers.vllm_wire import openai_messages
 from scripts.make_tiny_models import WORDS
@@ -230,16 +231,23 @@ def check(rows: list[Row], folder: Path, models: dict[str, str], caplog: pytest.
     loaded = load_data("./data.yaml")["train"]
     store = ImageStore(folder / "store")
     for number, batch in enumerate(by_recipe):
+        row = loaded[number]
+        asked, said = prompt_of(row)
+        assert said == usable[number].answer
+        inputs = model_inputs(processor, [asked])
+        length = inputs["input_ids"].shape[1]
+        assert inputs["input_ids"][0].tolist() == batch["input_ids"][0, :length].tolist()
+        assert ("pixel_values" in inputs) == ("pixel_values" in batch)
         if "pixel_values" not in batch:
             continue
-        row = loaded[number]
+        torch.testing.assert_close(inputs["pixel_values"], batch["pixel_values"], rtol=0, atol=0)
         parts = openai_messages(row["messages"], row["images"])[0]["content"]
         urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
         sent = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
         torch.testing.assert_close(pixels(sent), batch["pixel_values"], rtol=0, atol=0)
-    asked = {one.text: one for one in read_instructions(loaded, store)}
+    instructions = {one.text: one for one in read_instructions(loaded, store)}
     for row in usable:
-        one = asked[row.question]
+        one = instructions[row.question]
         if len(one.images) == len(row.pictures) > 0 and sum(r.question == row.question for r in usable) == 1:
             for path, picture in zip(one.images, row.pictures, strict=True):
                 np.testing.assert_array_equal(np.asarray(open_image(path)), picture.seen)
