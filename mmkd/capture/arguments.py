@@ -80,8 +80,9 @@ class CacheArguments:
         default=False,
         metadata={
             "help": "generate: also train on answers that cache_max_new_tokens cut off. The data.yaml beside the "
-            "answers leaves them out by default: the template ends them where the teacher had more to say, which "
-            "teaches to stop anywhere. Build again with another value to change data.yaml; nothing is asked anew."
+            "answers leaves them out by default. Kept, they are marked (column `truncated`), and the end that the "
+            "template writes after them is not learnt: the teacher had more to say. Build again with another value "
+            "to change data.yaml; nothing is asked anew."
         },
     )
     cache_temperature: float = field(

@@ -256,10 +256,7 @@ class GeneratePlan(Plan):
         return {"key": key.digest(), "tokens": len(answer.ids), **own, **facts}
 
     def _recipe(self) -> dict[str, Any]:
-        """A data recipe of the answers, unless asked otherwise of those that ended by themselves.
-
-        A cut answer would teach to stop anywhere.
-        """
+        """A data recipe of the answers that ended by themselves, or where asked of all, with the cut ones marked."""
         identity = self.manifest.identity
         teacher, data = identity["teacher"]["name"], identity["data"]
         columns = {name: name for name in ("prompt", "completion", "images", "tools") if name in self.features}
@@ -269,8 +266,11 @@ class GeneratePlan(Plan):
             "license": data["license"],
             "source": ".",
             "splits": {split: split for split in self.manifest.total_rows},
-            "columns": columns,
-            **({} if self.arguments.cache_keep_truncated else {"filters": {"equals": {"finish_reason": "stop"}}}),
+            **(
+                {"columns": {**columns, "truncated": "finish_reason"}}
+                if self.arguments.cache_keep_truncated
+                else {"columns": columns, "filters": {"equals": {"finish_reason": "stop"}}}
+            ),
         }
 
 
@@ -320,9 +320,10 @@ def describe_answers(folder: Path, manifest: Manifest) -> str:
     if "filters" in (yaml.safe_load((folder / DATA_RECIPE).read_text(encoding="utf-8")) or {}):
         return (
             f"{said}: {DATA_RECIPE} leaves those out of training. Raise cache_max_new_tokens and name another folder "
-            "to get them whole, or build again with cache_keep_truncated: true to train on them as they are."
+            "to get them whole, or build again with cache_keep_truncated: true to train on them up to where they were "
+            "cut."
         )
-    return f"{said}, which {DATA_RECIPE} trains on as they are (cache_keep_truncated)."
+    return f"{said}, which {DATA_RECIPE} trains on up to where they were cut (cache_keep_truncated)."
 
 
 def too_long_prompt(tokens: int, room: int | None) -> UnusableRow | None:

@@ -32,7 +32,20 @@ _ANSWERS = ("output", "response", "answer", "completion", "target", "solution", 
 _QUESTIONS = ("question", "query", "prompt", "input", "instruction", "problem", "user")
 # Columns that say where a row comes from or how good it is. Any other beside a question may be a part of it.
 _ABOUT = ("id", "idx", "index", "uuid", "row_id", "source", "dataset", "category", "domain", "topic", "type", "task")
-_ABOUT += ("language", "lang", "split", "license", "url", "model", "score", "difficulty", "level", "hash", "timestamp")
+_ABOUT += (
+    "language",
+    "lang",
+    "split",
+    "license",
+    "url",
+    "model",
+    "score",
+    "difficulty",
+    "level",
+    "hash",
+    "timestamp",
+    "truncated",
+)
 # What TRL, transformers or we would read although it belongs to another layout than the one that is read.
 _MISLEADING = ("text", *CHATS, *_TALKS, "chosen", "rejected", "image", "labels", "completion_mask", "assistant_masks")
 _LOOKED_AT = 100

@@ -18,9 +18,11 @@ from mmkd.data.layouts import CARRIED, recognised, sample_of
 from mmkd.data.messages import SAID_BESIDES
 from mmkd.data.recipe import CONVERSION, OUTPUT_COLUMNS, DataRecipe
 from mmkd.data.templates import filled, filled_answer
+from mmkd.errors import UserError
 
 Column = str | MessagesColumn | TurnColumns
-_DOMAIN = ("domain",)
+_ABOUT = ("domain", "truncated")
+"""Columns about a row that stay beside what it says."""
 
 
 def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
@@ -39,6 +41,13 @@ def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
             _check_messages(recipe, ours, theirs, raw.features[theirs.column])
         elif ours == "images":
             check_images(raw.features[theirs], f"{recipe.name}: columns.images reads {theirs!r}, which")
+        elif ours == "truncated":
+            feature = raw.features[theirs]
+            if getattr(feature, "dtype", None) not in ("bool", "null", "string", "large_string"):
+                raise UserError(
+                    f"{recipe.name}: columns.truncated reads {theirs!r}, which holds {feature}, and must say true or "
+                    "false, or why a server stopped (finish_reason)."
+                )
         elif ours in ("text", "prompt", "completion", "domain") and not is_template(theirs):
             feature = raw.features[theirs]
             chat = ours in ("prompt", "completion") and is_struct_list(feature)
@@ -92,10 +101,10 @@ def map_rows(raw: Dataset, recipe: DataRecipe, split: str, numbers: Sequence[int
     layout = None if recipe.columns else layout_of_source(raw, recipe, split)
     if layout is not None and not layout.as_is:
         conversion = replace(conversion, image_folder=recipe.image_folder)
-        return conversion.converted(raw, layout, _DOMAIN, numbers)
+        return conversion.converted(raw, layout, _ABOUT, numbers)
     columns = _columns_of(recipe, raw, layout)
     mapped = _in_our_columns(raw, recipe, columns)
-    return conversion.converted(mapped, _layout_of(columns), _DOMAIN, numbers)
+    return conversion.converted(mapped, _layout_of(columns), _ABOUT, numbers)
 
 
 def layout_of_source(raw: Dataset, recipe: DataRecipe, split: str) -> Layout:
@@ -109,7 +118,7 @@ def _columns_of(recipe: DataRecipe, raw: Dataset, layout: Layout | None) -> Mapp
     if layout is not None:
         images = image_column_of(raw.column_names, layout)
         columns |= {"images": images} if images is not None else {}
-        columns |= {name: name for name in _DOMAIN if name in raw.column_names}
+        columns |= {name: name for name in _ABOUT if name in raw.column_names}
     read = {name for theirs in columns.values() for name in _reads(theirs)}
     chats = any(_is_chat(columns[name], raw.features) for name in CHATS if name in columns)
     for name in CARRIED:
@@ -137,7 +146,7 @@ def _layout_of(columns: Mapping[str, Column]) -> Layout:
     marks = [theirs.image_token for theirs in chats.values() if theirs.image_token is not None]
     return Layout(
         "the recipe's columns",
-        tuple(name for name in columns if name not in ("images", *_DOMAIN)),
+        tuple(name for name in columns if name not in ("images", *_ABOUT)),
         partial(_read_mapped, chats=chats),
         mark=marks[0] if marks else None,
         parts="images" in columns and (turns or pairs or bool(marks)),

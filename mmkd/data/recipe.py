@@ -17,7 +17,8 @@ from .columns import MessagesColumn, TurnColumns, is_template, nearest, template
 
 BUILDERS = ("json", "csv", "parquet", "text")
 LAYOUTS = (("text",), ("messages",), ("prompt", "completion"), ("prompt",))
-OUTPUT_COLUMNS = ("text", "messages", "prompt", "completion", "images", "tools", "domain")
+BESIDES = ("images", "tools", "domain", "truncated")
+OUTPUT_COLUMNS = ("text", "messages", "prompt", "completion", *BESIDES)
 
 # Raise it when the same recipe starts to give other rows: caches are keyed by it, and `datasets` knows a function of
 # ours by its name only, so neither would notice.
@@ -130,7 +131,8 @@ class DataRecipe:
         default_factory=dict,
         metadata={
             "help": "{our column: source column, '{a} {b}' template or messages}; others are dropped, save the tools "
-            "of messages. Unset: the layout is recognised (messages, ShareGPT, Alpaca, LLaVA, OpenAI batch, ...).",
+            "of messages. `truncated` (true or false, or a server's finish_reason) says which answers were cut off, "
+            "whose end is not learnt. Unset: the layout is recognised (messages, ShareGPT, Alpaca, LLaVA, ...).",
             "yaml": dict,
         },
     )
@@ -319,18 +321,18 @@ def _check_columns(recipe: DataRecipe) -> None:
             raise ValueError(
                 f"{recipe.name}: columns.{ours} cannot be a question and an answer; map it to `messages`."
             )
-        if isinstance(mapping, MessagesColumn) and ours in ("text", "images", "tools", "domain"):
+        if isinstance(mapping, MessagesColumn) and ours in ("text", "images", "tools", "domain", "truncated"):
             raise ValueError(f"{recipe.name}: columns.{ours} cannot be a list of messages; map it to `messages`.")
         if isinstance(mapping, str) and is_template(mapping):
             template_columns(mapping)
-            if ours in ("messages", "images", "tools"):
+            if ours in ("messages", "images", "tools", "truncated"):
                 raise ValueError(f"{recipe.name}: columns.{ours} cannot be a template; name the source's column.")
-    layout = tuple(column for column in recipe.output_columns if column not in ("images", "tools", "domain"))
+    layout = tuple(column for column in recipe.output_columns if column not in BESIDES)
     if layout not in LAYOUTS:
         raise ValueError(
             f"{recipe.name}: columns gives {', '.join(layout) or 'no text'}; TRL reads `text`, or `messages`, or "
-            "`prompt` with `completion` (or alone, where a run answers it), each optionally with `images`, `tools` "
-            "and `domain`."
+            "`prompt` with `completion` (or alone, where a run answers it), each optionally with `images`, `tools`, "
+            "`domain` and `truncated`."
         )
     for key in ("min_chars", "max_chars"):
         if layout == ("prompt",) and getattr(recipe.filters, key) is not None:
@@ -354,8 +356,8 @@ def _check_held_out(recipe: DataRecipe) -> None:
 
 
 def _shared(columns: tuple[str, ...]) -> list[str]:
-    # Parts without tools have none in the mixture's rows.
-    return [column for column in columns if column != "tools"]
+    # Parts without tools, or without answers that were cut off, have none in the mixture's rows.
+    return [column for column in columns if column not in ("tools", "truncated")]
 
 
 def _check_mixture(recipe: DataRecipe) -> None:

@@ -51,16 +51,16 @@ class Said:
 def batches(model: Any, processing_class: Any, rows: Dataset, max_length: int, teacher: Any = None) -> Iterator[Batch]:
     """The rows one by one, tokenised, masked and cut as method sft does it; chats are supervised on the answers.
 
-    Raises ValueError where student and teacher would be supervised on different tokens.
+    Raises ValueError for a template in which nobody can tell what the assistant says, and where
+    student and teacher would be supervised on different tokens.
     """
-    template = getattr(processing_class, "chat_template", None) or tokenizer_of(processing_class).chat_template or ""
     device = model.device
     with tempfile.TemporaryDirectory() as folder:
         config = SFTBaselineConfig(
             folder,
             per_device_eval_batch_size=1,
             max_length=max_length,
-            assistant_only_loss="messages" in rows.column_names and "{% generation" in str(template),
+            assistant_only_loss="messages" in rows.column_names,
             bf16=False,
             activation_checkpointing=False,
             report_to="none",

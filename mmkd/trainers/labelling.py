@@ -22,6 +22,7 @@ from mmkd.errors import UserError
 from .checks import check_supervision
 from .supervision import TokenCounts, supervised_of, teaching
 from .template import TemplateReport, look_at
+from .truncated import TRUNCATED, Ending, unended
 from .turns import Turns, assistant_labels
 from .vision_labels import VisionLabels
 from .weights import check_all_weights
@@ -119,7 +120,7 @@ class LabellingTrainer(SFTTrainer):
         columns: Any = self._signature_columns
         args: Any = self.args
         # trl drops them from rows with images, which its collator and ours read.
-        more = (args.dataset_text_field, "tools", "chat_template_kwargs") if self._is_vision_dataset else ()
+        more = (args.dataset_text_field, "tools", "chat_template_kwargs", TRUNCATED) if self._is_vision_dataset else ()
         columns += [name for name in more if name not in columns]
 
     def _prepare_dataset(
@@ -145,6 +146,13 @@ class LabellingTrainer(SFTTrainer):
             self._look_at(dataset, processing_class, dataset_name)
         # Tokens and labels of whole rows, which trl then cuts, packs and shuffles as it would at once.
         labelled = super()._prepare_dataset(rows, processing_class, alone, False, formatting_func, dataset_name)
+        if TRUNCATED in columns and formatting_func is None and "input_ids" not in columns:
+            first: Any = next(iter(dataset))
+            ending = Ending.of(Turns(processing_class, self.chat_template), first, args.eos_token)
+            with global_then_local_main_first():
+                labelled = labelled.map(
+                    unended, with_indices=True, fn_kwargs={"ending": ending, "split": dataset_name}
+                )
         if isinstance(labelled, Dataset):
             self.token_counts[dataset_name] = TokenCounts.count(supervised_of(labelled), cut)
             labelled = teaching(labelled, cut, dataset_name)

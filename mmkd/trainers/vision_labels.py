@@ -14,9 +14,11 @@ from torch import Tensor
 from trl.data_utils import is_conversational
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.cached import images_of
 
+from .truncated import Ending, is_truncated
 from .turns import Turns, overlapping, template_settings
 from .weights import check_weights
 
@@ -59,7 +61,22 @@ class VisionLabels(DataCollatorForVisionLanguageModeling):
         else:
             batch = dict(super().torch_call(examples))
         batch["labels"] = batch["labels"].masked_fill(self.image_tokens.of(batch["input_ids"]), -100)
+        for number, example in enumerate(examples):
+            if is_truncated(example):
+                self._unend(example, turns, batch, number)
         return batch
+
+    def _unend(self, example: Mapping[str, Any], turns: Turns, batch: Mapping[str, Any], row: int) -> None:
+        """Takes the labels from the end of an answer that was cut off."""
+        (present,) = batch["attention_mask"][row].nonzero(as_tuple=True)
+        ending = Ending.of(turns, example, self.eos_token)
+        count = ending.tokens(example, batch["input_ids"][row, present].tolist())
+        if count is None and self.max_length is None:
+            raise UserError(
+                f"A row is marked as truncated, and does not end as other answers do ({ending.text!r}). Remove the "
+                "row, or use another template (chat_template_path)."
+            )
+        batch["labels"][row, present[len(present) - (count or 0) :]] = -100
 
     def _ended(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """A row whose plain text ends as trl ends that of rows without images."""

@@ -25,7 +25,9 @@ from mmkd.data.load import load_data
 from mmkd.models.load import load_model
 from mmkd.teachers.manifest import Manifest
 from mmkd.teachers.store import LOG, Cache
-from scripts.make_tiny_models import sentences
+from mmkd.trainers.preparation import placeholder_trainer
+from mmkd.trainers.sft import SFTBaselineConfig
+from scripts.make_tiny_models import make_tokenizer, sentences
 from tests.helpers import environment
 from tests.teachers.vlm import make_image, make_vlm
 
@@ -256,10 +258,14 @@ def test_answers_that_were_cut_off_are_said_and_kept_when_asked(
     assert "train 12 answers to 12 of 12 prompts" in told
     before = Path("short/manifest.json").read_bytes()
     assert main([*command, "--cache_keep_truncated", "true"]) == 0
-    assert f"{said}, which data.yaml trains on as they are" in " ".join(capfd.readouterr().err.split())
+    assert f"{said}, which data.yaml trains on up to where they were cut" in " ".join(capfd.readouterr().err.split())
     assert Path("short/manifest.json").read_bytes() == before
     rows = load_data("short/data.yaml")
     assert sum(map(len, rows.values())) == sum(bool(text) for text in said_texts("short"))
+    # Their words are learnt, and the end that the template writes after them is not.
+    settings = SFTBaselineConfig("unused", bf16=False, use_cpu=True, max_length=None)
+    for row in placeholder_trainer(settings, make_tokenizer(), rows["train"]).train_dataset:
+        assert (row["labels"][-1] == -100) == (row["truncated"] == "length")
 
 
 def said_texts(folder: str) -> list[str]:

@@ -367,6 +367,31 @@ def test_rows_that_cannot_be_read_are_skipped_where_asked(caplog: pytest.LogCapt
     assert "1 of 2 train rows are left out: 1 that cannot be read: messages[1] has the role" in caplog.text
 
 
+@pytest.mark.parametrize("read", [by_python, by_recipe])
+def test_a_column_that_says_which_answers_were_cut_stays(read: Any) -> None:
+    assert [row["truncated"] for row in read([{**CHAT, "truncated": True}, {**CHAT, "truncated": None}])] == [
+        True,
+        None,
+    ]
+    asked = {"question": "q", "answer": "a", "truncated": "length"}
+    assert read([asked])[0] == {"messages": [ASKED, SAID], "truncated": "length"}
+
+
+def test_a_column_of_recipes_says_which_answers_were_cut() -> None:
+    columns = {"messages": "messages", "truncated": "why"}
+    row = {**CHAT, "why": "length"}
+    assert load_data(recipe([row], columns=columns))["train"][0] == {**CHAT, "truncated": "length"}
+    with pytest.raises(UserError, match=r"columns.truncated reads 'why', which holds .*, and must say true or false"):
+        load_data(recipe([{**row, "why": ["length"]}], columns=columns))
+    part = {"source": "json", "data_files": {"train": "rows.jsonl"}}
+    recipe([row])
+    Path("a.yaml").write_text(yaml.safe_dump({**part, "columns": columns}))
+    Path("b.yaml").write_text(yaml.safe_dump({**part, "columns": {"messages": "messages"}}))
+    mixture = [{"data": "./a.yaml", "weight": 0.5}, {"data": "./b.yaml", "weight": 0.5}]
+    Path("both.yaml").write_text(yaml.safe_dump({"mixture": mixture}))
+    assert {row["truncated"] for row in load_data("./both.yaml")["train"]} == {None, "length"}  # pyright: ignore
+
+
 def test_a_mixture_of_rows_with_and_without_tools() -> None:
     part = {"source": "json", "columns": {"messages": "messages"}}
     for name, row in {

@@ -62,6 +62,18 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy_weighted_b
     assert sure.result()["ece"] == 0
 
 
+def test_chats_are_supervised_on_the_answers_with_any_template(tiny, chats):
+    processing_class = find_model(str(tiny["student"])).processing_class
+    model, found = load_model(str(tiny["student"]), dtype="float32"), []
+    marked = processing_class.chat_template
+    for template in (marked, marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")):
+        processing_class.chat_template = template
+        views = [batch.ours for batch in batches(model, processing_class, chats.select(range(3)), 64)]
+        found.append([view.labels[0][view.labels[0] != -100].tolist() for view in views])
+    assert found[0] == found[1]
+    assert processing_class.decode(found[0][0]) == chats[0]["messages"][1]["content"] + "<|end|>"
+
+
 @pytest.mark.parametrize("kind", ["texts", "chats", "images"])
 def test_agreement_is_what_training_evaluates(kind, tiny, build, texts, chats, tmp_path):
     if kind == "images":

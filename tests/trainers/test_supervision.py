@@ -333,6 +333,60 @@ def test_weights_are_refused_where_every_turn_is_learnt() -> None:
         next(iter(rows_of(tokenizer, stream, max_steps=1).train_dataset))
 
 
+# Answers that were cut off
+
+CUT = {"messages": TALK, "truncated": True}
+
+
+def learnt(tokenizer: Any, rows: list[Any], **settings: Any) -> list[str]:
+    """The text that each row supervises."""
+    found = rows_of(tokenizer, Dataset.from_list(rows), **settings).train_dataset
+    return [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in found]
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, UNMARKED, SMOLLM2], ids=["marks", "turns", "no token of its own"])
+def test_the_end_of_an_answer_that_was_cut_off_is_not_learnt(template: str) -> None:
+    tokenizer = tokenizer_of_template(template)
+    whole = {"messages": TALK, "truncated": False}
+    both = learnt(tokenizer, [whole, CUT], assistant_only_loss=True)
+    end = "<|im_end|>\n" if template == SMOLLM2 else "<|end|>"
+    assert both == [f"a mat{end}an old tree{end}", f"a mat{end}an old tree"]
+    everything, but_its_end = learnt(tokenizer, [whole, CUT])
+    assert everything == but_its_end + end
+    pair = {"prompt": TALK[:3], "completion": TALK[3:]}
+    assert learnt(tokenizer, [{**pair, "truncated": "stop"}, {**pair, "truncated": "length"}]) == [
+        f"an old tree{end}",
+        "an old tree",
+    ]
+
+
+def test_plain_text_that_was_cut_off_does_not_end() -> None:
+    tokenizer = make_tokenizer()
+    pair, eos = {"prompt": "the", "completion": " cat"}, tokenizer.eos_token
+    cut = [{**pair, "truncated": None}, {**pair, "truncated": "length"}]
+    assert learnt(tokenizer, cut) == [f" cat{eos}", " cat"]
+    text = [{"text": "the cat", "truncated": False}, {"text": "the cat", "truncated": True}]
+    assert learnt(tokenizer, text) == [f"the cat{eos}", "the cat"]
+    # A question is no answer.
+    asked = {"messages": TALK[:3], "truncated": True}
+    assert learnt(tokenizer, [asked], assistant_only_loss=True) == ["a mat<|end|>"]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_answers_about_images_that_were_cut_off_do_not_end(masked: bool) -> None:
+    processor = made("LLaVA-OneVision")[1]
+    rows = [{"messages": TALK, "images": [picture(0)], "truncated": cut} for cut in (False, True)]
+    _, (whole, cut) = labels_of(processor, Dataset.from_list(rows), assistant_only_loss=masked)
+    assert whole.startswith(cut)
+    assert (whole.strip()[-7:], cut[-4:]) == ("<|end|>", "tree")
+
+
+def test_a_row_whose_end_cannot_be_told_is_named() -> None:
+    template = "{% if messages | length > 2 %}" + UNMARKED + "{% else %}" + SMOLLM2 + "{% endif %}"
+    with pytest.raises(UserError, match="Row 1 of the train data is marked as truncated, and does not end"):
+        learnt(tokenizer_of_template(template), [{"messages": TALK, "truncated": False}, CUT])
+
+
 # Counts
 
 
