@@ -19,7 +19,8 @@ from mmkd.data.messages import IMAGE_MARK, Pictures, missing, stored, without_nu
 from mmkd.errors import UserError
 
 # Raise it when the same rows start to come out otherwise: `datasets` knows a function of ours by its name only.
-_VERSION = 1
+# 2: answers that stand apart in the source are completions.
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Conversion:
             facts.changed |= layout.as_is and not facts.changed and _differs(row, ours)
         for name in layout.reads if layout.as_is else ():
             if name in ("text", *CHATS):
-                facts.columns.setdefault(name, not _is_text(dataset.features[name]))
+                facts.columns.setdefault(name, not is_text(dataset.features[name]))
         return facts, out
 
 
@@ -159,10 +160,10 @@ def _suspects(table: pa.Table, features: Features, layout: Layout) -> np.ndarray
     """Which rows of a table may need a change or be left out, found without making Python values of them."""
     suspect = np.zeros(len(table), dtype=bool)
     # A prompt of text before a completion of messages becomes a message.
-    suspect[:] = len({_is_text(features[name]) for name in layout.reads if name in CHATS}) > 1
+    suspect[:] = len({is_text(features[name]) for name in layout.reads if name in CHATS}) > 1
     for name in layout.reads:
         feature = features[name]
-        if layout.as_is and name in ("text", "prompt", "completion") and _is_text(feature):
+        if layout.as_is and name in ("text", "prompt", "completion") and is_text(feature):
             suspect |= _blank(table.column(name))
         elif layout.as_is and layout.mark is None and not layout.parts and _is_plain_chat(feature):
             suspect |= _odd_chats(table.column(name).combine_chunks(), name)
@@ -193,13 +194,13 @@ def _blank(column: Any) -> np.ndarray:
     return np.asarray(empty.fill_null(True))
 
 
-def _is_text(feature: Any) -> bool:
+def is_text(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def _is_plain_chat(feature: Any) -> bool:
     inner = feature.feature if isinstance(feature, List | LargeList) else None
-    return isinstance(inner, dict) and inner.keys() == {"role", "content"} and all(map(_is_text, inner.values()))
+    return isinstance(inner, dict) and inner.keys() == {"role", "content"} and all(map(is_text, inner.values()))
 
 
 def _has_nulls(features: Features, layout: Layout) -> bool:
@@ -212,7 +213,7 @@ def _alike(ours: Any, theirs: Any) -> bool:
         return _alike(ours.feature, theirs.feature)
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return ours.keys() == theirs.keys() and all(_alike(ours[key], theirs[key]) for key in ours)
-    return ours == theirs or (_is_text(ours) and _is_text(theirs))
+    return ours == theirs or (is_text(ours) and is_text(theirs))
 
 
 def _differs(row: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:

@@ -51,7 +51,8 @@ _MISLEADING = ("text", *CHATS, *_TALKS, "chosen", "rejected", "image", "labels",
 _LOOKED_AT = 100
 _KNOWN = (
     "text; messages; conversations (ShareGPT, LLaVA); prompt and completion; prompt and chosen; instruction, input "
-    "and output (Alpaca); a question and an answer; body (OpenAI batch)"
+    "and output (Alpaca); a question and an answer; body (OpenAI batch); input and preferred_output (OpenAI "
+    "preferences)"
 )
 
 
@@ -60,14 +61,20 @@ def recognised(sample: Mapping[str, Any], what: str, text_field: str = "text") -
 
     Raises UserError, which names the columns, where no layout or more than one fits. `what` is whose rows they are.
     """
-    readers = (_messages, _talk, _batch, _preference, partial(_pair_of_ours), partial(_text, text_field=text_field))
-    for reader in (*readers, _alpaca, _question, _prompt):
+    readers = (_messages, _talk, _batch, _openai_preference, _preference, _pair_of_ours)
+    for reader in (*readers, partial(_text, text_field=text_field), _alpaca, _question, _prompt):
         layout = reader(sample)
         if layout is not None:
             return layout
     hint = ""
     if isinstance(sample.get("response"), Mapping) and "custom_id" in sample:
         hint = " These are an OpenAI batch's answers without its questions: join both files by custom_id."
+    if isinstance(sample.get("chosen"), str):
+        hint = (
+            " `chosen` is a text here, and without a column `prompt` nothing says where its answer begins. Split it "
+            "into the columns prompt and completion, or learn from all of it by naming the column text (in a data "
+            "recipe: `columns: {text: chosen}`)."
+        )
     raise UserError(
         f"{what}: no layout is known with the columns {', '.join(sample) or '(none)'}.{hint} The known ones are "
         f"{_KNOWN}. Rename the columns, or map them with `columns:` in a data recipe."
@@ -112,17 +119,32 @@ def _batch(sample: Mapping[str, Any]) -> Layout | None:
     body = sample.get("body")
     if not isinstance(body, Mapping) or "messages" not in body:
         return None
-    reads = ("body", *(("response",) if "response" in sample else ()))
-    return Layout("OpenAI batch", reads, _read_batch)
+    answered = sample.get("response") is not None
+    reads = ("body", *(("response",) if answered else ()))
+    return Layout("OpenAI batch", reads, partial(_read_batch, answered=answered))
 
 
-def _read_batch(row: Mapping[str, Any]) -> dict[str, Any]:
+def _read_batch(row: Mapping[str, Any], answered: bool) -> dict[str, Any]:
     body, response = row["body"] or {}, row.get("response") or {}
     messages = body.get("messages")
+    if not answered:
+        return {"messages": messages, "tools": body.get("tools")}
     choices = (response.get("body") or response).get("choices") or []
-    if choices and messages is not None:
-        messages = [*messages, choices[0].get("message")]
-    return {"messages": messages, "tools": body.get("tools")}
+    said = [choices[0].get("message")] if choices else None
+    return {"prompt": messages, "completion": said, "tools": body.get("tools")}
+
+
+def _openai_preference(sample: Mapping[str, Any]) -> Layout | None:
+    asked = sample.get("input")
+    if not isinstance(asked, Mapping) or "messages" not in asked or "preferred_output" not in sample:
+        return None
+    unread = ("non_preferred_output",) if "non_preferred_output" in sample else ()
+    return Layout("OpenAI preference", ("input", "preferred_output"), _read_openai_preference, unread)
+
+
+def _read_openai_preference(row: Mapping[str, Any]) -> dict[str, Any]:
+    asked = row["input"] or {}
+    return {"prompt": asked.get("messages"), "completion": row["preferred_output"], "tools": asked.get("tools")}
 
 
 def _preference(sample: Mapping[str, Any]) -> Layout | None:
@@ -176,8 +198,8 @@ def _read_alpaca(row: Mapping[str, Any], answer: str) -> dict[str, Any]:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
     asked = [row[name] for name in ("instruction", "input", "context") if row.get(name)]
     messages.append({"role": "user", "content": "\n".join(asked)})
-    messages.append({"role": "assistant", "content": row[answer]})
-    return {"messages": messages, **_picked(row, CARRIED)}
+    # Apart, as in the file: then the answer alone is learnt, with any chat template.
+    return {"prompt": messages, "completion": row[answer], **_picked(row, CARRIED)}
 
 
 def _question(sample: Mapping[str, Any]) -> Layout | None:
@@ -194,8 +216,8 @@ def _question(sample: Mapping[str, Any]) -> Layout | None:
 
 def _read_question(row: Mapping[str, Any], question: str, answer: str) -> dict[str, Any]:
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    turns = [{"role": "user", "content": row[question]}, {"role": "assistant", "content": row[answer]}]
-    return {"messages": [*system, *turns], **_picked(row, CARRIED)}
+    asked = [*system, {"role": "user", "content": row[question]}]
+    return {"prompt": asked, "completion": row[answer], **_picked(row, CARRIED)}
 
 
 def _prompt(sample: Mapping[str, Any]) -> Layout | None:

@@ -2,15 +2,17 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Json, List
 
 from mmkd.data.arrow import read_rows
-from mmkd.data.conversion import aligned, source_rows
+from mmkd.data.canonical import CHATS
+from mmkd.data.conversion import aligned, is_text, source_rows
 from mmkd.data.filters import Sieve, row_key
 from mmkd.data.guessed_types import say_guessed_types
 from mmkd.data.image_columns import download_images
@@ -150,11 +152,51 @@ def mixture_counts(sizes: Sequence[int], shares: Sequence[Fraction], cap: int | 
 
 def _mix(parts: list[Dataset], shares: list[Fraction], cap: int | None, seed: int | None) -> Dataset:
     counts = mixture_counts([len(part) for part in parts], shares, cap)
-    parts = aligned(parts)
+    parts = aligned(_of_one_kind(parts))
     first = parts[0].features
     parts = [part if part.features == first else part.cast(first) for part in parts]
     taken = [part.select(range(count)) for part, count in zip(parts, counts, strict=True)]
     return datasets.concatenate_datasets(taken).shuffle(seed=seed)
+
+
+def _of_one_kind(parts: list[Dataset]) -> list[Dataset]:
+    """The parts, those of prompts and completions as messages where others have messages.
+
+    Raises UserError for parts of which some are text and some are conversations.
+    """
+    kinds = {_kind_of(part) for part in parts}
+    if len(kinds) == 1:
+        return parts
+    if kinds != {"messages", "prompt and completion of messages"}:
+        raise UserError(
+            f"The parts of a mixture are of different kinds: {', '.join(sorted(kinds))}. A model learns from them in "
+            "different ways, so bring them to one kind with `columns` in the parts' recipes."
+        )
+    logger.warning(
+        "Some parts of the mixture have answers of their own and others are messages: all become messages. Set "
+        "assistant_only_loss: true to learn from the answers alone."
+    )
+    return [part if "messages" in part.column_names else _joined(part) for part in parts]
+
+
+def _kind_of(rows: Dataset) -> str:
+    own = [name for name in ("text", *CHATS) if name in rows.column_names]
+    chat = own[0] == "prompt" and not is_text(rows.features["prompt"])
+    return " and ".join(own) + (" of messages" if chat else "")
+
+
+def _joined(rows: Dataset) -> Dataset:
+    """Prompts and completions as one conversation; pictures stay as they are."""
+    pair = ["prompt", "completion"]
+    asked, said = (rows.features[name] for name in pair)
+    features = Features({"messages": asked if asked == said else List(Json())})
+    talks = rows.select_columns(pair).map(_join, remove_columns=pair, features=features, desc="Joining messages")
+    others = rows.remove_columns(pair)
+    return datasets.concatenate_datasets([talks, others], axis=1) if others.column_names else talks
+
+
+def _join(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"messages": [*row["prompt"], *row["completion"]]}
 
 
 def _ceil(share: Fraction, total: int | None) -> int | None:

@@ -132,7 +132,8 @@ class DataRecipe:
         metadata={
             "help": "{our column: source column, '{a} {b}' template or messages}; others are dropped, save the tools "
             "of messages. `truncated` (true or false, or a server's finish_reason) says which answers were cut off, "
-            "whose end is not learnt. Unset: the layout is recognised (messages, ShareGPT, Alpaca, LLaVA, ...).",
+            "whose end is not learnt. Unset: the layout is recognised (messages, ShareGPT, Alpaca, LLaVA, ...); "
+            "an answer in a column of its own becomes the completion, and is all that is learnt.",
             "yaml": dict,
         },
     )

@@ -47,6 +47,7 @@ def text(said: str) -> dict[str, Any]:
 
 ASKED, SAID = turn("user", "q"), turn("assistant", "a")
 CHAT = {"messages": [ASKED, SAID]}
+APART = {"prompt": [ASKED], "completion": [SAID]}
 PICTURE = {"type": "image", "text": None}
 """What is left of an image's part where all parts of a data set have the same keys."""
 
@@ -100,13 +101,17 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "conversations of role and content": ({"conversations": [ASKED, SAID]}, CHAT),
     "roles of other formats": ({"messages": [turn("human", "q"), turn("gpt", "a")]}, CHAT),
-    "Alpaca": ({"instruction": "do", "input": "this", "output": "a"}, {"messages": [turn("user", "do\nthis"), SAID]}),
-    "Alpaca without input": ({"instruction": "q", "input": "", "output": "a"}, CHAT),
+    "Alpaca": ({"instruction": "do", "input": "this", "output": "a"}, {**APART, "prompt": [turn("user", "do\nthis")]}),
+    "Alpaca without input": ({"instruction": "q", "input": "", "output": "a"}, APART),
     "Alpaca with history": (
         {"instruction": "q", "input": "", "output": "a", "system": "s", "history": [["x", "y"]]},
-        {"messages": [turn("system", "s"), turn("user", "x"), turn("assistant", "y"), ASKED, SAID]},
+        {"prompt": [turn("system", "s"), turn("user", "x"), turn("assistant", "y"), ASKED], "completion": [SAID]},
     ),
-    "a question and an answer": ({"id": "7", "question": "q", "answer": "a"}, CHAT),
+    "a question and an answer": ({"id": "7", "question": "q", "answer": "a"}, APART),
+    "a question, an answer and a system message": (
+        {"system": "s", "question": "q", "answer": "a"},
+        {"prompt": [turn("system", "s"), ASKED], "completion": [SAID]},
+    ),
     "preferences": ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "completion": "a"}),
     "preferences of conversations": (
         {"prompt": "q", "chosen": [ASKED, SAID], "rejected": [ASKED, turn("assistant", "b")]},
@@ -122,7 +127,15 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "body": {"model": "m", "messages": [ASKED]},
             "response": {"status_code": 200, "body": {"choices": [{"index": 0, "message": SAID}]}},
         },
-        CHAT,
+        APART,
+    ),
+    "an OpenAI preference": (
+        {
+            "input": {"messages": [ASKED], "tools": TOOLS, "parallel_tool_calls": True},
+            "preferred_output": [SAID],
+            "non_preferred_output": [turn("assistant", "b")],
+        },
+        {**APART, "tools": TOOLS},
     ),
 }
 
@@ -406,6 +419,38 @@ def test_a_mixture_of_rows_with_and_without_tools() -> None:
     assert rows.features["messages"] == List(Json())
     assert sorted(len(row["messages"][1]) for row in rows) == [2, 2, 3, 3]  # pyright: ignore
     assert sorted(row["tools"] is not None for row in rows) == [False, False, True, True]  # pyright: ignore
+
+
+def mixture_of(**rows: dict[str, Any]) -> str:
+    for name, row in rows.items():
+        Path(f"{name}.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row))
+        part = {"source": "json", "data_files": {"train": f"{name}.jsonl"}}
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(part))
+    Path("both.yaml").write_text(
+        yaml.safe_dump({"mixture": [{"data": f"./{name}.yaml", "weight": 1} for name in rows]})
+    )
+    return "./both.yaml"
+
+
+def test_parts_of_a_mixture_become_messages_where_one_has_them(caplog: pytest.LogCaptureFixture) -> None:
+    alpaca = {"instruction": "q", "input": "", "output": "a"}
+    rows = load_data(mixture_of(a=alpaca, b=CHAT))["train"]
+    assert list(rows) == [CHAT] * 4
+    assert "all become messages. Set assistant_only_loss: true" in caplog.text
+    picture = {"image": "img/1.png"}
+    rows = load_data(mixture_of(a={**alpaca, **picture}, b=asked_of({"type": "image", "image": "img/2.png"})))["train"]
+    assert sorted(seen(row)[0] for row in rows) == [1, 1, 2, 2]  # pyright: ignore
+    for row in ({"prompt": "q", "completion": "a"}, {"text": "t"}):
+        with pytest.raises(UserError, match="parts of a mixture are of different kinds: messages, "):
+            load_data(mixture_of(a=CHAT, b=row))
+
+
+def test_texts_of_preferences_without_prompts_are_refused_with_the_way_out() -> None:
+    rows = [{"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}]
+    with pytest.raises(
+        UserError, match=r"columns chosen, rejected\. `chosen` is a text here.*columns: {text: chosen}"
+    ):
+        by_python(rows)
 
 
 def test_pictures_are_not_decoded_on_the_way() -> None:

@@ -105,6 +105,16 @@ def test_rows_of_other_layouts_are_trained_on_as_what_they_say(build: Build, tok
         trainer.evaluate(Dataset.from_list([{"x": 1, "y": 2}]))
 
 
+@pytest.mark.parametrize("assistant_only", [False, True])
+def test_of_an_answer_in_a_column_of_its_own_only_that_is_learnt(
+    build: Build, tokenizer: Any, assistant_only: bool
+) -> None:
+    row = {"instruction": "q", "input": "", "output": "a", "system": "s", "history": [["x", "y"]]}
+    trainer = build(KDTrainer, Dataset.from_list([row, {**row, "output": None}]), assistant_only_loss=assistant_only)
+    whole = "<|system|>s<|end|><|user|>x<|end|><|assistant|>y<|end|><|user|>q<|end|><|assistant|>a<|end|>"
+    assert said(trainer.train_dataset, tokenizer) == [(whole, "a<|end|>")]
+
+
 def test_evaluation_rows_by_name_are_read_too(build: Build, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     rows = Dataset.from_list([{"prompt": "q", "completion": " a"}, {"prompt": "q", "completion": None}])
     trainer = build(KDTrainer, rows.select([0]), {"eval_dataset": {"mine": rows}})
