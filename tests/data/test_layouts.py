@@ -387,7 +387,7 @@ def test_a_column_that_says_which_answers_were_cut_stays(read: Any) -> None:
         None,
     ]
     asked = {"question": "q", "answer": "a", "truncated": "length"}
-    assert read([asked])[0] == {"messages": [ASKED, SAID], "truncated": "length"}
+    assert read([asked])[0] == {**APART, "truncated": "length"}
 
 
 def test_a_column_of_recipes_says_which_answers_were_cut() -> None:
