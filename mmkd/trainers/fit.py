@@ -52,6 +52,14 @@ class Extent:
         )
 
     @classmethod
+    def of_rows(cls, rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> "Extent":
+        """Of (ids, supervised) of some rows."""
+        found = cls()
+        for ids, supervised in rows:
+            found |= cls(len(ids), ids.max(initial=-1).item(), ids[supervised].max(initial=-1).item())
+        return found
+
+    @classmethod
     def of(cls, dataset: Any, prefix: str = "") -> "Extent":
         """Of a prepared data set, by the columns with this prefix; of a stream or of rows with images nothing."""
         ids, labels, lengths = (f"{prefix}{name}" for name in ("input_ids", "labels", "seq_lengths"))

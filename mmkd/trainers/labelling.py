@@ -2,14 +2,15 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import fields, replace
-from typing import Any, ClassVar
+from itertools import islice
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from datasets import Dataset
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from transformers.trainer_callback import TrainerCallback
 from trl.data_utils import get_dataset_column_names, is_conversational, is_conversational_from_value
 from trl.trainer.sft_config import SFTConfig
@@ -18,6 +19,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from mmkd.data.images import UnusableRow, read_row
 from mmkd.errors import UserError
+from mmkd.teachers.keys import segments
 
 from .checks import check_supervision
 from .supervision import TokenCounts, supervised_of, teaching
@@ -30,7 +32,14 @@ from .weights import check_all_weights
 logger = logging.getLogger(__name__)
 
 SAMPLED = 16
-"""Rows with images that are counted, at most: each goes through an image processor."""
+"""Rows that are looked at, at most, where looking costs: each goes through an image processor, or is downloaded."""
+
+
+class SampledRow(NamedTuple):
+    """The tokens of a row as training makes them, before `max_length` cuts images' rows."""
+
+    ids: Int[np.ndarray, "token"]
+    supervised: Bool[np.ndarray, "token"]
 
 
 class LabellingTrainer(SFTTrainer):
@@ -50,6 +59,7 @@ class LabellingTrainer(SFTTrainer):
         self._assistant_only = args.assistant_only_loss
         # Split -> what it has, where it is neither a stream nor has images.
         self.token_counts: dict[str, TokenCounts] = {}
+        self._sample: tuple[Any, list[SampledRow]] = None, []
         # Split -> what the template makes of it.
         self.template_reports: dict[str, TemplateReport] = {}
         first = next(iter(train_dataset), None) if self._assistant_only else None
@@ -79,11 +89,21 @@ class LabellingTrainer(SFTTrainer):
         data = self.train_dataset
         if not self._is_vision_dataset or not isinstance(data, Dataset):
             return self.token_counts.get("train")
-        whole, rows = replace(self.vision_labels, max_length=None), len(data)
-        sample = [data[row] for row in range(0, rows, math.ceil(rows / SAMPLED))]
-        supervised = [one for row in sample if (one := _supervised(row, whole)) is not None]
-        args: Any = self.args
-        return TokenCounts.count(supervised, args, of=rows if len(supervised) < rows else None)
+        sample, args = self.sampled_rows(), self.args
+        assert isinstance(args, SFTConfig)
+        supervised = [one.supervised for one in sample]
+        return TokenCounts.count(supervised, args, of=len(data) if len(sample) < len(data) else None)
+
+    def sampled_rows(self) -> list[SampledRow]:
+        """Rows of the train data where reading all of them costs: evenly spread ones with images, or a stream's first.
+
+        Of other data none, and none that training would not take either. They are read once.
+        """
+        data = self.train_dataset
+        if self._sample[0] is not data:
+            collator = self.vision_labels if self._is_vision_dataset else None
+            self._sample = data, sample_of(data, collator)
+        return self._sample[1]
 
     def settings_given(self, args: SFTConfig) -> SFTConfig:
         """The settings as the user gave them, also while trl's constructor is kept from reading one of them."""
@@ -178,8 +198,36 @@ class SupervisionNote(TrainerCallback):
                 logger.warning(warning)
 
 
-def _supervised(row: Mapping[str, Any], collator: VisionLabels) -> Bool[np.ndarray, "token"] | None:
-    """Which tokens of a row with images are supervised; None for a row that training would not take either."""
+def sample_of(data: Any, collator: VisionLabels | None, prefix: str = "") -> list[SampledRow]:
+    """Up to SAMPLED rows with images as this collator makes them, or of a stream those whose columns have the prefix.
+
+    Of text that is no stream there is no need of a sample: the list is empty.
+    """
+    stream = not isinstance(data, Dataset)
+    if collator is None and not stream:
+        return []
+    if stream:
+        rows = list(islice(data, SAMPLED))
+    else:
+        rows = [data[row] for row in range(0, len(data), math.ceil(len(data) / SAMPLED))]
+    if collator is None:
+        return [one for row in rows for one in _labelled(row, prefix)]
+    whole = replace(collator, max_length=None)
+    return [one for row in rows if (one := _collated(row, whole)) is not None]
+
+
+def _labelled(row: Mapping[str, Any], prefix: str) -> Iterator[SampledRow]:
+    """A row of a stream, or what is packed into it; nothing of one that was not prepared here."""
+    names = [f"{prefix}{name}" for name in ("input_ids", "labels")]
+    if {*names} <= row.keys():
+        ids, labels = (np.asarray(row[name]) for name in names)
+        ends = np.cumsum(row.get(f"{prefix}seq_lengths", [len(ids)]))[:-1].tolist()
+        for span in segments([0, *ends], len(ids)):
+            yield _sampled(ids[span], labels[span])
+
+
+def _collated(row: Mapping[str, Any], collator: VisionLabels) -> SampledRow | None:
+    """A row with images; None for one that training would not take either."""
     example = read_row(row)
     if isinstance(example, UnusableRow):
         return None
@@ -188,6 +236,11 @@ def _supervised(row: Mapping[str, Any], collator: VisionLabels) -> Bool[np.ndarr
         batch = collator([example])
     except Exception:
         return None
-    supervised = batch["labels"][0].numpy() != -100
+    present = batch["attention_mask"][0].bool()
+    return _sampled(batch["input_ids"][0][present].numpy(), batch["labels"][0][present].numpy())
+
+
+def _sampled(ids: Int[np.ndarray, "token"], labels: Int[np.ndarray, "token"]) -> SampledRow:
+    supervised = labels != -100
     supervised[:1] = False
-    return supervised
+    return SampledRow(ids, supervised)

@@ -1,6 +1,6 @@
 """The part of the distillation trainer that finds its teacher, or several, and fits them to student and data."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from mmkd.teachers.several import SeveralTeachers, TeachersCollator, parts_of
 
 from .config import DistillationConfig
 from .fit import Extent, Misfit, add_stops, answer_ends, lacking_positions, lacking_tokens, unknown_answers
+from .labelling import LabellingTrainer, SampledRow, sample_of
 from .preparation import preparation_of, sequences_of
 from .reports import ReportingTrainer
 from .vision import VisionCollator, processor_of_teacher
@@ -29,7 +30,7 @@ from .vision import VisionCollator, processor_of_teacher
 logger = logging.get_logger(__name__)
 
 
-class TaughtTrainer(ReportingTrainer):
+class TaughtTrainer(ReportingTrainer, LabellingTrainer):
     """trl's SFTTrainer that can build a teacher of what its constructor was given."""
 
     method: ClassVar[str]
@@ -149,7 +150,7 @@ class TaughtTrainer(ReportingTrainer):
                 sides.append(("teacher", teacher.model, "" if self.one_vocabulary else "teacher_"))
         misfits: list[Misfit] = []
         for role, model, prefix in sides:
-            extent, config = Extent(), base_of(model).config
+            extent, config = Extent.of_rows(self._sample_seen_by(role, prefix)), base_of(model).config
             for dataset in (self.train_dataset, *evaluation.values()):
                 extent |= Extent.of(dataset, prefix)
             needed: dict[str, int | None] = {}
@@ -166,13 +167,25 @@ class TaughtTrainer(ReportingTrainer):
         for one in misfits:
             logger.warning(str(one))
 
+    def _sample_seen_by(self, role: str, prefix: str) -> list[SampledRow]:
+        """`sampled_rows` as a side sees them: by its own processor, or in its own columns, and within max_length."""
+        vision, rows = self.vision_collator, self.sampled_rows()
+        if vision is not None:
+            if role == "teacher" and vision.teacher is not None:
+                rows = sample_of(self.train_dataset, vision.teacher)
+            return [SampledRow(*(part[: vision.max_length] for part in row)) for row in rows]
+        return sample_of(self.train_dataset, None, prefix) if prefix else rows
+
     def _stop_where_answers_end(self) -> None:
         """Lets the student's generation stop at what most answers of the data end with, as their template says."""
         base, tokenizer = base_of(self.model), tokenizer_of(self.processing_class)
         dataset: Any = self.train_dataset
-        if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names or base.generation_config is None:
+        if base.generation_config is None:
             return
-        ends = answer_ends(((one.ids, one.supervised) for one in sequences_of(dataset)), tokenizer)
+        rows: Iterable[tuple[Any, Any]] = self._sample_seen_by("student", "")
+        if isinstance(dataset, Dataset) and "labels" in dataset.column_names:
+            rows = ((one.ids, one.supervised) for one in sequences_of(dataset))
+        ends = answer_ends(rows, tokenizer)
         # The Trainer adds the tokenizer's EOS itself.
         added = add_stops(base.generation_config, [index for index in ends if index != tokenizer.eos_token_id])
         if added:

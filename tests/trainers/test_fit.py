@@ -9,6 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
     BertConfig,
     BloomConfig,
     FalconConfig,
@@ -27,10 +29,13 @@ from mmkd.models.load import learns_positions, positions_of
 from mmkd.trainers.alm import ALMTrainer
 from mmkd.trainers.fit import Extent, add_stops, answer_ends, lacking_positions, lacking_tokens
 from mmkd.trainers.kd import KDTrainer
+from mmkd.trainers.labelling import SAMPLED, SampledRow, sample_of
 from mmkd.trainers.sft import SFTBaselineTrainer
 from scripts.make_tiny_models import make_tokenizer, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
+from tests.families import made, model_of
 from tests.helpers import Build
+from tests.vlms import make_llava, picture, vision_rows
 
 
 @pytest.fixture
@@ -257,3 +262,97 @@ def test_what_ends_answers_is_special_and_ends_most_of_them(tokenizer: Any) -> N
     assert add_stops(generation, [eos]) == []
     assert add_stops(generation, [end]) == [end]
     assert generation.eos_token_id == [eos, end]
+
+
+# Rows that are not read before training: with images, or of a stream
+
+
+def eyes(family: str, folder: Path) -> tuple[Any, Any]:
+    """A vision-language model and its processor, whose template ends answers with a token that is not EOS."""
+    if family == "LLaVA":
+        path = make_llava(folder)
+        model, processor = AutoModelForImageTextToText.from_pretrained(path), AutoProcessor.from_pretrained(path)
+        processor.chat_template = made("Idefics3")[1].chat_template
+    else:
+        make, processor = made(family)
+        model = model_of(make, 0)
+    processor.tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    processor.chat_template = processor.chat_template.replace("<|end|>{% endgeneration", "<|im_end|>{% endgeneration")
+    return model, processor
+
+
+@pytest.mark.parametrize("family", ["LLaVA", "Idefics3", "Qwen2.5-VL"])
+def test_rows_with_images_fit_like_others(build: Build, family: str, tmp_path: Path) -> None:
+    model, processor = eyes(family, tmp_path / "model")
+    trainer = {"model": model, "processing_class": processor, "teacher": None}
+    settings: dict[str, Any] = {"trainer": trainer, "assistant_only_loss": True, "max_length": 256}
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    rows = vision_rows([1, 1, 2, 1])
+    trainer["model"] = copy.deepcopy(model)
+    if model.get_input_embeddings().num_embeddings <= end:
+        with pytest.raises(UserError, match=f"The student has embeddings for .* a token of the data is {end}"):
+            build(SFTBaselineTrainer, rows, **settings)
+    model.resize_token_embeddings(end + 1)
+    trainer["model"] = model
+    eos = processor.tokenizer.eos_token_id
+    model.generation_config.eos_token_id = eos
+    built = build(SFTBaselineTrainer, rows, **settings)
+    assert built.model.generation_config.eos_token_id == [eos, end]
+    # The line of counts is about the same rows, which are read once.
+    sample = built.sampled_rows()
+    assert built.sampled_rows() is sample
+    counts = built.count_tokens()
+    assert counts is not None
+    assert (counts.rows, counts.longest) == (4, max(len(row.ids) for row in sample))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_images_count_as_positions(build: Build, vlms: Any, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 patches and some words do not fit into a table of 24 positions, unless max_length cuts the answer."""
+    monkeypatch.setattr("mmkd.trainers.fit.learns_positions", lambda config: True)
+    model = AutoModelForImageTextToText.from_pretrained(vlms["fine"])
+    model.config.text_config.max_position_embeddings = 24
+    answer = [{"type": "text", "text": " ".join(["dog"] * 20)}]
+    question = [{"type": "image", "text": None}, {"type": "text", "text": "cat"}]
+    talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    rows: Any = Dataset.from_list([{"messages": talk, "images": [picture(0)]}] * 4)
+    rows = rows.to_iterable_dataset() if stream else rows
+    trainer = {"model": model, "processing_class": AutoProcessor.from_pretrained(vlms["fine"]), "teacher": None}
+    with pytest.raises(UserError, match=r"The student is made for 24 tokens, the data has .* no place"):
+        build(SFTBaselineTrainer, rows, trainer=trainer, max_length=None)
+    build(SFTBaselineTrainer, rows, trainer=trainer, max_length=24)
+
+
+def test_of_many_images_a_sample_is_read(build: Build, vlms: Any) -> None:
+    trainer = {"model": str(vlms["student"]), "teacher": str(vlms["fine"])}
+    built = build(KDTrainer, vision_rows([1] * 40), trainer=trainer, assistant_only_loss=True, max_length=128)
+    ours, theirs = (built._sample_seen_by(role, "") for role in ("student", "teacher"))
+    assert len(ours) == len(theirs) <= SAMPLED
+    # The teacher's grid is finer: 16 patches for 4.
+    assert {len(other.ids) - len(mine.ids) for mine, other in zip(ours, theirs, strict=True)} == {12}
+
+
+def test_a_stream_fits_by_its_first_rows(build: Build, tokenizer: Any) -> None:
+    trainer = {"model": gpt2(tokenizer, 64), "processing_class": tokenizer, "teacher": None}
+    with pytest.raises(UserError, match="The student is made for 64 tokens"):
+        build(SFTBaselineTrainer, long_rows(100).to_iterable_dataset(), trainer=trainer, max_length=None)
+    chat = chatty(tokenizer)
+    talk = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on a mat"}]
+    stream = Dataset.from_list([{"messages": talk}] * 40).to_iterable_dataset()
+    trainer = {"model": gpt2(tokenizer, 64), "processing_class": chat, "teacher": None}
+    with pytest.raises(UserError, match="a token of the data is"):
+        build(SFTBaselineTrainer, stream, trainer=trainer)
+    trainer["model"] = gpt2(chat, 64, eos_token_id=chat.eos_token_id)
+    built = build(SFTBaselineTrainer, stream, trainer=trainer, max_steps=1)
+    assert chat.convert_tokens_to_ids("<|im_end|>") in built.model.generation_config.eos_token_id
+    assert built.train()
+
+
+def test_a_stream_of_packs_is_taken_apart() -> None:
+    row = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, -100, 8], "seq_lengths": [3, 1]}
+    assert [[*map(list, one)] for one in sample_of(iter([row] * 40), None)[:2]] == [
+        [[5, 6, 7], [False, True, False]],
+        [[8], [False]],
+    ]
+    empty = SampledRow(np.array([], int), np.array([], bool))
+    assert Extent.of_rows([empty]) == Extent()
