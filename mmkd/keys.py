@@ -2,13 +2,14 @@
 
 import argparse
 import difflib
+import functools
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 from trl.scripts.utils import TrlParser
 
@@ -16,6 +17,7 @@ from mmkd.arguments import RunArguments, StudentArguments
 from mmkd.capture.arguments import CacheArguments
 from mmkd.errors import UserError, is_for_users
 from mmkd.trainers import METHODS
+from mmkd.yaml_files import AsWritten
 
 # By the names of what reads them: trl wraps int where none is allowed too.
 _KINDS = {
@@ -29,6 +31,41 @@ _SHOWN = 10
 _POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _NOTHING = ("none", "null")
 _OURS = {field.name for part in (RunArguments, CacheArguments) for field in fields(part)}
+# Keys with text for values of which true or false, yes or no say something of their own.
+_TRUE_TOO = {"teachers", "shard", "resume_from_checkpoint"}
+
+
+@functools.cache
+def _hints() -> dict[str, set[Any]]:
+    """Key -> the types that some method gives its value, those of a list's items among them."""
+    kinds = (RunArguments, StudentArguments, CacheArguments, *(method.config_class for method in METHODS.values()))
+    found: dict[str, set[Any]] = {}
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for name in (field.name for field in fields(kind)):
+            found.setdefault(name, set()).update(get_args(hints[name]) or {hints[name]})
+    return found
+
+
+def _is_text(name: str) -> bool:
+    """Whether a key's value, or each item of its list, is text, and no number or truth value."""
+    kinds = _hints().get(name, set())
+    takes_text = not kinds.isdisjoint({str, list[str]})
+    return takes_text and kinds.isdisjoint({bool, int, float, Literal[False]}) and name not in _TRUE_TOO
+
+
+def with_text(keys: Mapping[Any, Any], written: Mapping[str, Any]) -> dict[Any, Any]:
+    """A recipe's keys; of those that take text, what YAML 1.1 reads as something else is as it was written.
+
+    `written` are the same keys as `read_yaml` gives them as written.
+    """
+    return {key: _text(value, written.get(key)) if _is_text(key) else value for key, value in keys.items()}
+
+
+def _text(value: Any, written: Any) -> Any:
+    if isinstance(value, list) and isinstance(written, list):
+        return [_text(one, spelled) for one, spelled in zip(value, written, strict=True)]
+    return str(written) if isinstance(written, AsWritten) else value
 
 
 class KeyParser(TrlParser):
@@ -136,9 +173,12 @@ def _checked_item(action: argparse.Action, value: Any) -> Any:
                 f'{name} is {value}: YAML reads no, off, yes and on as truth values. Put the word in quotes: "no".'
             )
         raise UserError(_no_choice(name, value, action.choices))
-    if action.type is str and name in _OURS - {"teachers", "shard"} and not isinstance(value, str):
+    if action.type is str and name in _OURS - _TRUE_TOO and not isinstance(value, str):
         raise UserError(f"{name} is {value!r}, which is no text. Put it in quotes if it is a name.")
-    return value
+    # Where a mapping or nothing can be given too, false may say nothing.
+    if isinstance(value, bool) and _is_text(name) and _hints()[name] <= {str, NoneType, list[str]}:
+        raise UserError(f"{name} is {value}, which is no text. Put it in quotes if it is a name.")
+    return str(value) if _is_text(name) and isinstance(value, int | float) else value
 
 
 def _is_of(kind: str, value: Any) -> bool:

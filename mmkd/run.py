@@ -20,7 +20,7 @@ from mmkd.arguments import RunArguments as RunArguments
 from mmkd.arguments import StudentArguments as StudentArguments
 from mmkd.data.load import load_data
 from mmkd.errors import UserError
-from mmkd.keys import KeyParser, set_environment
+from mmkd.keys import KeyParser, set_environment, with_text
 from mmkd.models.assemble import prune
 from mmkd.models.llava import assemble_llava, llava_processor
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
@@ -102,18 +102,28 @@ def parser_of(method: str) -> KeyParser:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys of a recipe. Raises ValueError when the file is no YAML mapping, or has a key twice."""
+    """The keys of a recipe, text as it was written. Raises ValueError when the file is no YAML mapping.
+
+    No key may stand there twice.
+    """
     keys = read_yaml(path)
     if not isinstance(keys, dict):
         raise ValueError(f"{path} is no recipe: it must hold `key: value` lines, with at least method and data.")
+    written = read_yaml(path, as_written=True)
     if isinstance(keys.get("env"), dict):
-        for name, value in read_yaml(path, as_written=True)["env"].items():
+        for name, value in written["env"].items():
             # TRL writes str(value) into the environment: True for yes, 321 for 00501.
             if isinstance(value, AsWritten | bool):
                 raise UserError(
                     f"{path}: env.{name} is text that YAML reads as {keys['env'][name]!r}; put it in quotes."
                 )
-    return keys
+    stages = keys.get("stages")
+    if isinstance(stages, dict):
+        keys["stages"] = {
+            name: with_text(own, written["stages"].get(str(name), {})) if isinstance(own, dict) else own
+            for name, own in stages.items()
+        }
+    return with_text(keys, written)
 
 
 def build_trainer(run: Run) -> DistillationTrainer:

@@ -7,7 +7,9 @@ import pytest
 
 from mmkd.data.classification import ClassificationRecipe
 from mmkd.data.recipe import DataRecipe
-from mmkd.run import read_recipe
+from mmkd.errors import UserError
+from mmkd.run import parse_run, read_recipe
+from mmkd.stages import plan
 from mmkd.yaml_files import read_yaml
 
 DATA = "source: json\ndata_files: {train: a.jsonl}\n"
@@ -18,7 +20,10 @@ def data_recipe(folder: Path, text: str) -> DataRecipe:
     return DataRecipe.load(folder / "data.yaml")
 
 
-@pytest.mark.parametrize("word", ["no", "yes", "On", "off", "00501", "0x1F", "1e-3", "2024-01-31", "12:30", "1_000"])
+WORDS = ["no", "yes", "On", "off", "00501", "0x1F", "1e-3", "2024-01-31", "12:30", "1_000", "2.50", ".inf"]
+
+
+@pytest.mark.parametrize("word", WORDS)
 def test_text_stays_as_it_was_written(tmp_path: Path, word: str) -> None:
     recipe = data_recipe(
         tmp_path, f"name: {word}\ncolumns: {{text: {word}}}\nfilters: {{equals: {{{word}: {word}}}}}\n"
@@ -82,3 +87,47 @@ def test_names_of_classes_stay_text(tmp_path: Path) -> None:
     recipe.write_text(keys + "class_names: [a, null]\n")
     with pytest.raises(ValueError, match="class_names has None, which YAML does not read as text; put it in quotes"):
         ClassificationRecipe.load(recipe)
+
+
+RUN = "method: kd\ndata: d\nteacher: t\n"
+
+
+@pytest.mark.parametrize("word", [*WORDS, "7", "1e3", "-0"])
+def test_text_of_runs_stays_as_it_was_written(tmp_path: Path, word: str) -> None:
+    keys = f"student: a/{word}\nrun_name: {word}\noutput_dir: {word}\ntrainable: [{word}, x]\n"
+    (tmp_path / "run.yaml").write_text(f"{RUN}{keys}optim_target_modules: {word}\nlora_target_modules: [{word}, x]\n")
+    run = parse_run(str(tmp_path / "run.yaml"))
+    training: Any = run.training
+    assert (training.run_name, training.output_dir, training.optim_target_modules) == (word,) * 3
+    assert training.trainable == [word, "x"]
+    assert run.student.lora_target_modules == [word, "x"]
+
+
+@pytest.mark.parametrize("word", ["no", "007", "1e3", "2024-01-31", "12:30"])
+def test_text_of_stages_survives_their_recipes(tmp_path: Path, word: str) -> None:
+    stages = f"stages:\n  A: {{run_name: {word}, student: {word}, save_strategy: no, max_steps: 1_0}}\n"
+    (tmp_path / "run.yaml").write_text(f"{RUN}report_to: none\noutput_dir: {tmp_path}/run\n{stages}")
+    (stage,), _ = plan(tmp_path / "run.yaml", [])
+    stage.record(["A"], finished=False)
+    for run in (stage.parse([], [], {}), parse_run(str(stage.recipe))):
+        assert (run.training.run_name, run.arguments.student) == (word, word)
+        assert (run.training.save_strategy, run.training.max_steps) == ("no", 10)
+
+
+def test_what_is_no_text_is_read_as_before(tmp_path: Path) -> None:
+    keys = "student: s\nbf16: no\nmax_steps: 0x10\nlearning_rate: 1e-3\nseed: 1_0\nresume_from_checkpoint: yes\n"
+    kwargs = "model_init_kwargs: {a: no, b: 2024-01-31, c: 010}\n"
+    plain = f"{RUN}{keys}{kwargs}beta: 1\nmax_length: ~\n"
+    (tmp_path / "run.yaml").write_text(plain)
+    assert read_recipe(tmp_path / "run.yaml") == read_yaml(tmp_path / "run.yaml")
+    training: Any = parse_run(str(tmp_path / "run.yaml")).training
+    assert (training.bf16, training.max_steps, training.learning_rate, training.seed) == (False, 16, 0.001, 10)
+    assert (training.resume_from_checkpoint, training.max_length) == (True, None)
+    assert training.model_init_kwargs["c"] == 8
+
+
+@pytest.mark.parametrize("keys", ["run_name: true", "student: 7", "output_dir: false", "teacher_dtype: True"])
+def test_truth_is_no_text(tmp_path: Path, keys: str) -> None:
+    (tmp_path / "run.yaml").write_text(f"{RUN}{keys}\n")
+    with pytest.raises(UserError, match="in quotes"):
+        parse_run(str(tmp_path / "run.yaml"))
