@@ -58,6 +58,13 @@ def half(tiny: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     return folders
 
 
+def without_dtype(folder: Path) -> None:
+    """Takes the type out of a model's config, as older ones have none."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture
 def recipe(half: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A KD recipe of models in bf16 that names no type."""
@@ -197,9 +204,7 @@ def test_models_of_the_python_trainers_come_in_the_type_that_is_computed(
 
 
 def test_the_type_of_weights_whose_config_names_none_is_found(hidden: None, half: dict[str, Path]) -> None:
-    config = json.loads((half["teacher"] / "config.json").read_text())
-    del config["dtype"]
-    (half["teacher"] / "config.json").write_text(json.dumps(config))
+    without_dtype(half["teacher"])
     assert load_model(str(half["teacher"]), device="cpu").dtype == torch.float32
     assert load_model(str(half["teacher"])).dtype == torch.bfloat16
 
@@ -236,11 +241,14 @@ def test_a_cache_in_bf16_is_read_where_it_cannot_be_gone_on_with(
     assert f"set {NATIVE_BF16}=1 to emulate it" in refused
 
 
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize(("value", "expected"), [("0", "float32"), ("1", "auto")])
 def test_results_are_kept_by_the_type_that_was_computed(
-    half: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, expected: str
+    half: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, expected: str, named: bool
 ) -> None:
     monkeypatch.setenv(NATIVE_BF16, value)
+    if not named:
+        without_dtype(half["student"])
     model = find_model(str(half["student"]))
     for dtype in ("auto", "bfloat16"):
         told = expected if value == "0" else dtype
@@ -252,6 +260,27 @@ def test_results_are_kept_by_the_type_that_was_computed(
     entry = measure(model, ["cost"], None, Settings(device="cpu"), output=tmp_path / "results")["cost"]
     assert entry["settings"]["dtype"] == expected
     assert entry["values"]["student"]["dtype"] == ("float32" if value == "0" else "bfloat16")
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0", torch.float32), ("1", torch.bfloat16)])
+def test_lm_eval_computes_in_the_type_that_is_recorded(
+    half: dict[str, Path], monkeypatch: pytest.MonkeyPatch, value: str, expected: torch.dtype
+) -> None:
+    monkeypatch.setenv(NATIVE_BF16, value)
+    without_dtype(half["student"])
+    harness = Harness(find_model(str(half["student"])), Settings(model_type="hf", device="cpu"))
+    task: Any = type("Task", (), {"vision": False, "name": "some"})
+    asked = harness.settings_of(SuiteTask("some"), task)
+    assert harness._load("hf", asked["model_args"]).model.dtype == expected
+    # What the user says about it stands.
+    told = Harness(harness.model, Settings(model_type="hf", device="cpu", model_args={"dtype": "bfloat16"}))
+    assert told.settings_of(SuiteTask("some"), task)["model_args"]["dtype"] == "bfloat16"
+
+
+def test_weights_of_float32_need_no_other_type(hidden: None, tiny: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny["student"], tmp_path / "whole"))
+    without_dtype(folder)
+    assert find_model(str(folder)).computed_dtype("auto", "cpu") == "auto"
 
 
 def test_roles_of_comd_compute_and_record_float32(hidden: None, half: dict[str, Path], recipe: Path) -> None:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import AutoConfig
 
@@ -18,7 +19,7 @@ from mmkd.models.load import computed_dtype, load_model, load_processing_class, 
 from mmkd.precision import name_of_dtype
 from mmkd.report.runs import results_before, results_folder
 from mmkd.run import last_checkpoint
-from mmkd.teachers.identity import weights_sha256
+from mmkd.teachers.identity import saved_dtype, weights_sha256
 
 ADAPTER = "adapter_config.json"
 
@@ -75,10 +76,16 @@ class EvalModel:
 
     def computed_dtype(self, dtype: str, device: str) -> str:
         """`dtype`, or float32 where it stands for a half type that the CPU only emulates: results are kept by it."""
-        names = [member.path for member in self.members] or [self.path]
-        configs = (AutoConfig.from_pretrained(name, **self.hub) for name in names)
-        found = [name_of_dtype(computed_dtype(dtype, config, device)) for config in configs]
-        return "float32" if "float32" in found else dtype
+        emulated = [member.emulates(dtype, device) for member in self.members or (self,)]
+        return "float32" if any(emulated) else dtype
+
+    def emulates(self, dtype: str, device: str) -> bool:
+        """Whether the device's CPU only emulates the type that `dtype` stands for, auto being that of the weights."""
+        config = AutoConfig.from_pretrained(self.path, **self.hub)
+        if dtype == "auto" and config.dtype is None and torch.device(device).type == "cpu":
+            # Of a config that names no type, transformers, and so lm-eval, takes that of the weights.
+            dtype = saved_dtype(self.path, self.revision)
+        return name_of_dtype(computed_dtype(dtype, config, device)) != dtype
 
     def load(self, dtype: str = "auto", device: str = "cpu") -> Any:
         """The model itself, ready to be asked, in a type that the device multiplies."""
