@@ -44,6 +44,11 @@ from mmkd.yaml_files import AsWritten, read_yaml
 _CHECKED = {"azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune"}
 _CHECKED |= {"swanlab", "tensorboard", "trackio", "wandb"}
 
+# What TRL's scripts and trainers call keys of ours whose names are too unlike theirs to be found by spelling.
+_NAMES_ELSEWHERE = {name: "student" for name in ("model", "model_name_or_path", "student_model")}
+_NAMES_ELSEWHERE |= {name: "teacher" for name in ("teacher_model", "teacher_model_name_or_path")}
+_NAMES_ELSEWHERE |= {name: "data" for name in ("dataset", "dataset_name", "train_dataset")}
+
 _NUMBERS = {int: r"[+-]?\d+", float: r"[+-]?(\d+\.\d*|\.?\d+)([eE][+-]?\d+)?"}
 
 STAGE_KEYS = ("stages", "schedule")
@@ -347,6 +352,8 @@ def method_of(keys: Mapping[str, Any], flags: Sequence[str]) -> str:
 
 
 def _nearest(word: str, choices: Any) -> str:
+    if _NAMES_ELSEWHERE.get(word) in choices:
+        return f" Here it is {_NAMES_ELSEWHERE[word]!r}."
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else " `mmkd-train --help` lists all."
 

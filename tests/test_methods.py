@@ -1,6 +1,7 @@
 """A method is complete: module, card, recipe, test, public names."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from mmkd.run import parse_run, parser_of
 from mmkd.trainers import METHODS
 from mmkd.trainers.base import DistillationTrainer
 from mmkd.trainers.config import DistillationConfig
+from mmkd.trainers.kd import KDConfig
 
 ROOT = Path(__file__).parents[1]
 CLASSES = {"dho"}
@@ -63,3 +65,12 @@ def test_every_field_says_what_it_does(method: str) -> None:
 def test_help_lists_every_key(method: str) -> None:
     text = parser_of(method).format_help()
     assert all(f"--{name}" in text for name in ("student_layers", "ce_weight", "use_peft", "learning_rate"))
+
+
+@pytest.mark.parametrize("given", [{}, {"gradient_checkpointing": False}, {"activation_checkpointing": False}])
+def test_a_sound_config_warns_of_nothing(given: dict[str, bool], tmp_path: Path) -> None:
+    """trl sets its default of activation checkpointing by a name that transformers warns of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = KDConfig(output_dir=str(tmp_path), **given)  # pyright: ignore[reportArgumentType]
+    assert config.activation_checkpointing is config.gradient_checkpointing is (not given)

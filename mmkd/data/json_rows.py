@@ -131,7 +131,9 @@ def _blocks(path: str, name: str) -> Iterator[list[tuple[str, dict[str, Any]]]]:
         for number, line in enumerate(lines, start):
             if not line.isspace():
                 where = f"line {number}"
-                block.append((where, _row(_parsed(_decoded(line, name, number), name, number), name, where)))
+                # Without its end: JSON that stops short would be said to break in the line after.
+                text = _decoded(line, name, number).rstrip("\r\n")
+                block.append((where, _row(_parsed(text, name, number), name, where)))
         yield block
 
 

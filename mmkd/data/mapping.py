@@ -252,7 +252,7 @@ def _messages(row: Any, theirs: MessagesColumn) -> list[Any] | None:
     if row is None:
         return None
     messages = []
-    for message in row:
+    for place, message in enumerate(row):
         if not isinstance(message, Mapping):
             # What is wrong with it is said for all layouts alike.
             messages.append(message)
@@ -266,6 +266,12 @@ def _messages(row: Any, theirs: MessagesColumn) -> list[Any] | None:
         if theirs.content_key in message:
             others["content"] = message[theirs.content_key]
         elif not any(others.get(key) for key in SAID_BESIDES):
+            if any(isinstance(one, Mapping) and theirs.content_key in one for one in row[:place]):
+                # The key is right, and this message is broken.
+                raise ValueError(
+                    f"{theirs.column}[{place}] has no {theirs.content_key!r}; write what the "
+                    f"{message[theirs.role_key]} says, or remove the message"
+                )
             _check_key(theirs, "content_key", list(message))
         role = theirs.role_map.get(message[theirs.role_key], message[theirs.role_key])
         if theirs.role_map and role not in ROLES:

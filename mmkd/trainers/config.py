@@ -91,6 +91,9 @@ class DistillationConfig(RolloutConfig):
     def __post_init__(self) -> None:
         # transformers wants this said before it allows bf16 on a machine without an accelerator.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.activation_checkpointing is None:
+            # trl still sets its default by the old name, of which transformers warns every run.
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         take_one_gpu(self)
         self.emulated_bf16 = without_emulated_bf16(self)

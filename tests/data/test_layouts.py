@@ -354,7 +354,7 @@ def test_a_call_of_a_tool_is_an_answer() -> None:
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([ASKED, {"role": "assistant", "mine": 1}], "have no 'content'|has no content"),
+        ([ASKED, {"role": "assistant", "mine": 1}], r"messages\[1\] has no '?content'?"),
         ([ASKED, turn("asistant", "a")], "'asistant'.*'assistant'"),
         ([ASKED, {"content": "a"}], "have no 'role'|has no role"),
         ([ASKED, "a"], r"messages\[1\] is text, not an object"),

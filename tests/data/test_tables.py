@@ -222,6 +222,7 @@ def test_other_types_are_text_where_a_template_says_so(array: pa.Array, name: st
     [
         ("t.jsonl", '{"q": 1}\n' * 6 + '{"q": }\n', "t.jsonl, line 7, column 7: this is no JSON"),
         ("t.jsonl", '{"q": 1}\n{"q": 1', "t.jsonl, line 2, column 8: this is no JSON"),
+        ("t.jsonl", '{"q": 1}\n{"q": \n{"q": 3}\n', "t.jsonl, line 2, column .: this is no JSON"),
         ("t.jsonl", '{"q": 1,}\n', "t.jsonl, line 1, column .: this is no JSON .a comma before the closing bracket"),
         ("t.json", '[{"q": 1},\n {"q": 2},\n]', "t.json, line ., column .*a comma before the closing bracket"),
         ("t.json", '[{"q": 1},\n {"q" 2}]', "t.json, line 2, column 7: this is no JSON"),
