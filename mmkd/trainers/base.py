@@ -40,6 +40,7 @@ from .progress import DistillationProgress
 from .prompts import with_open_answers
 from .publishing import PublishingTrainer
 from .rollouts import check_rollouts
+from .row_names import RowNames
 from .sharding import ShardedTrainer
 from .teaching import TaughtTrainer, check_teachers
 from .vision import (
@@ -172,9 +173,12 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
                 "The student is spread over several devices by device_map. Load it without device_map and shard it "
                 "with accelerate_config zero3 or fsdp2."
             )
-        self.vision_collator = None
+        self.vision_collator, self._row_names = None, RowNames()
         if isinstance(self.data_collator, VisionLabels):
-            self.data_collator = self.vision_collator = VisionCollator(self.data_collator, args.on_bad_row == "skip")
+            self._row_names.add(self.train_dataset, "train")
+            self._row_names.add(self.eval_dataset, "eval")
+            skip = args.on_bad_row == "skip"
+            self.data_collator = self.vision_collator = VisionCollator(self.data_collator, skip, self._row_names)
         self.data_collator = collate_alone = RowLengths(self.data_collator)
         self.vocab_size = full_head(self.model).vocab_size
         allow_consumers(self.model)
@@ -188,7 +192,7 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
             companion = None
             if is_sharded(self.accelerator):
                 companion = next((row for row in self.train_dataset if images_of(row)), None)
-            self.data_collator = ImageReader(self.data_collator, args.on_bad_row == "skip", companion)
+            self.data_collator = ImageReader(self.data_collator, args.on_bad_row == "skip", companion, self._row_names)
             if args.on_bad_row == "skip":
                 # Finds a row to put in the place of others before the first batch, which may hold none.
                 self.data_collator([dict(row) for row in islice(self.train_dataset, 8)])
@@ -403,7 +407,10 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
         if self._reads_rows and not isinstance(eval_dataset, str):
             skip = self.args.on_bad_row == "skip"
             eval_dataset = canonical(eval_dataset, "eval", skip=skip, text_field=self.args.dataset_text_field)
-        return super().evaluate(_unread(eval_dataset), *args, **kwargs)
+        eval_dataset = _unread(eval_dataset)
+        if self.vision_collator is not None and eval_dataset is not None:
+            self._row_names.add(eval_dataset, "eval")
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _without_repeated_rows(self, labels: Tensor, row_lengths: Tensor) -> Tensor:
         """The labels without those of rows that ranks repeat to make the last batch of an evaluation even."""

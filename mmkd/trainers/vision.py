@@ -15,6 +15,7 @@ from mmkd.data.images import UnusableRow, read_row
 from mmkd.errors import UserError
 from mmkd.teachers.cached import images_of
 
+from .row_names import STORED_IMAGES, RowNames
 from .turns import Turns
 from .vision_labels import VisionLabels
 
@@ -127,7 +128,7 @@ class ImageReader:
 
     A `companion`, a row with images, joins batches without any and teaches nothing: where models are sharded, the
     vision towers of all ranks must run together. Raises ValueError for an image that is broken or missing, unless such
-    rows are skipped.
+    rows are skipped; `names` says which row it is.
     """
 
     def __init__(
@@ -135,16 +136,22 @@ class ImageReader:
         collator: Callable[[list[dict[str, Any]]], Any],
         skip: bool,
         companion: Mapping[str, Any] | None = None,
+        names: RowNames | None = None,
     ):
         self.collator, self.skip, self.companion, self.spare = collator, skip, companion, Spare()
+        self.names = names or RowNames()
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        rows = [read_row(example) for example in examples]
-        bad = {number: row.reason for number, row in enumerate(rows) if isinstance(row, UnusableRow)}
+        rows = [_read(example) for example in examples]
+        bad = {
+            number: f"{self.names.of(examples[number])} has an image that cannot be read: {row.reason}"
+            for number, row in enumerate(rows)
+            if isinstance(row, UnusableRow)
+        }
         if bad and not self.skip:
-            raise ValueError(
-                f"An image of the data cannot be read: {next(iter(bad.values()))}. Correct the row or remove it, or "
-                "set on_bad_row: skip to leave such rows out and count them."
+            raise UserError(
+                f"{next(iter(bad.values()))}. Correct the row or remove it, or set on_bad_row: skip to leave such "
+                "rows out and count them."
             )
         usable = self.spare.replace(rows, bad, BAD_ROWS[0])
         if self.companion is None or any(images_of(row) for row in usable):
@@ -157,15 +164,22 @@ class ImageReader:
         return batch
 
 
+def _read(example: Mapping[str, Any]) -> dict[str, Any] | UnusableRow:
+    """The row with its images decoded, and as they were."""
+    row = read_row(example)
+    return row if isinstance(row, UnusableRow) else {**row, STORED_IMAGES: example.get("images")}
+
+
 class VisionCollator:
     """trl's collator of rows with images, and what distillation must know of them: `VISUAL`, `TEACHER_INPUTS`.
 
     Raises ValueError for videos, for more or fewer images than placeholders, and where `max_length` would cut a row
-    within its images, unless such rows are skipped.
+    within its images, unless such rows are skipped; `names` says which row it is.
     """
 
-    def __init__(self, collator: VisionLabels, skip: bool = False):
+    def __init__(self, collator: VisionLabels, skip: bool = False, names: RowNames | None = None):
         self.student, self.teacher = collator, None
+        self.names = names or RowNames()
         self.skip, self.spare = skip, Spare()
         # Cut here, where the loss of image tokens can be told from the loss of text.
         self.max_length, collator.max_length = collator.max_length, None
@@ -186,7 +200,7 @@ class VisionCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         for example in examples:
-            _check_row(example, self.student.processor)
+            _check_row(example, self.student.processor, self.names)
         sides = [self.student] if self.teacher is None else [self.student, self.teacher]
         try:
             # trl's collator writes into its examples.
@@ -202,9 +216,11 @@ class VisionCollator:
                     "such rows out and count them."
                 ) from None
             return self(self.spare.replace(examples, refused, BAD_ROWS[0]))
-        lost = {row: why for one, side in zip(batches, sides, strict=True) for row, why in self._lost(one, side)}
+        lost = {
+            row: why for one, side in zip(batches, sides, strict=True) for row, why in self._lost(one, side, examples)
+        }
         if lost and not self.skip:
-            raise ValueError(next(iter(lost.values())))
+            raise UserError(next(iter(lost.values())))
         examples = self.spare.replace(examples, lost, BAD_ROWS[1])
         if lost:
             return self(examples)
@@ -218,8 +234,9 @@ class VisionCollator:
         for number, example in enumerate(examples):
             for role, side in sides.items():
                 reason = refusal(images_of(example), side.processor)
-                if reason is not None:
-                    found.setdefault(number, f"The {role}'s processor refuses an image of a row: {reason}")
+                if reason is not None and number not in found:
+                    name = self.names.of(example)
+                    found[number] = f"{name} has an image that the {role}'s processor refuses: {reason}"
         return found
 
     def _finished(
@@ -235,7 +252,11 @@ class VisionCollator:
                     batch[key] = value[:, : self.max_length]
             mask = mask[:, : self.max_length]
         images = [images_of(example) for example in examples]
-        sizes = [[row, size] for row, one in enumerate(images) for size in _sizes(mask[row], one, processor)]
+        sizes = [
+            [row, size]
+            for row, one in enumerate(images)
+            for size in _sizes(mask[row], one, processor, lambda row=row: self.names.of(examples[row]))
+        ]
         batch[VISUAL] = {"mask": mask, "images": torch.tensor(sizes, dtype=torch.long).reshape(-1, 2)}
         if self.skip:
             kinds = [example.get(_SKIPPED) for example in examples]
@@ -243,7 +264,9 @@ class VisionCollator:
             batch[VISUAL]["skipped"] = torch.tensor([kinds.count(kind) for kind in BAD_ROWS])
         return batch
 
-    def _lost(self, batch: Mapping[str, Any], collator: VisionLabels) -> list[tuple[int, str]]:
+    def _lost(
+        self, batch: Mapping[str, Any], collator: VisionLabels, examples: Sequence[Mapping[str, Any]]
+    ) -> list[tuple[int, str]]:
         """The rows that `max_length` would cut within their images, and what to do."""
         if self.max_length is None:
             return []
@@ -254,9 +277,10 @@ class VisionCollator:
         for row in mask[:, self.max_length - 1 :].any(1).nonzero()[:, 0].tolist():
             last = int(mask[row].nonzero()[-1]) + 1
             reason = (
-                f"max_length {self.max_length} would cut a row within its images: its {int(mask[row].sum())} image "
-                f"tokens end at position {last}. Raise max_length above {last} plus the answer, shrink the images, "
-                "filter such rows out, or set on_bad_row: skip to leave them out and count them."
+                f"{self.names.of(examples[row])}: max_length {self.max_length} would cut it within its images, whose "
+                f"{int(mask[row].sum())} tokens end at position {last}. Raise max_length above {last} plus the "
+                "answer, shrink the images, filter such rows out, or set on_bad_row: skip to leave them out and "
+                "count them."
             )
             found.append((row, reason))
         return found
@@ -326,7 +350,7 @@ def _parts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return found
 
 
-def _check_row(row: Mapping[str, Any], processor: Any) -> None:
+def _check_row(row: Mapping[str, Any], processor: Any, names: RowNames) -> None:
     """Raises ValueError when the placeholders of a row are not as many as its images."""
     images = len(images_of(row))
     conversation = row.get("messages", row.get("prompt"))
@@ -339,18 +363,18 @@ def _check_row(row: Mapping[str, Any], processor: Any) -> None:
         placeholders = text.count(getattr(processor, "boi_token", None) or processor.image_token)
     if placeholders != images:
         advice = "remove the surplus images" if images > placeholders else "add the missing images"
-        raise ValueError(
-            f"A row has {images} images and {placeholders} placeholders for them: {advice}, or put as many parts "
-            "{type: image} into its messages."
+        raise UserError(
+            f"{names.of(row)} has {images} images and {placeholders} placeholders for them: {advice}, or put as many "
+            "parts {type: image} into its messages."
         )
 
 
-def _sizes(mask: Bool[Tensor, "position"], images: list[Any], processor: Any) -> list[int]:
-    """How many visual tokens each image of a row has. Raises ValueError where images and tokens do not match."""
+def _sizes(mask: Bool[Tensor, "position"], images: list[Any], processor: Any, name: Callable[[], str]) -> list[int]:
+    """How many visual tokens each image of a row has. Raises UserError where images and tokens do not match."""
     total = int(mask.sum())
     if bool(total) != bool(images):
-        raise ValueError(
-            f"A row has {len(images)} images but {total} image tokens: "
+        raise UserError(
+            f"{name()} has {len(images)} images but {total} image tokens: "
             + ("its chat template drops them." if images else f"its text holds {processor.image_token!r} itself.")
         )
     edges = torch.diff(mask.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))

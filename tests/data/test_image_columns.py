@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import yaml
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 
-from mmkd.data.image_columns import UNDECODED, image_column, image_lists, stored_image
+from mmkd.data.image_columns import UNDECODED, download_images, image_column, image_lists, stored_image
 from mmkd.data.images import UnreadableImage, UnusableRow, read_image, read_row
 from mmkd.data.load import load_data
 from mmkd.errors import UserError
+from tests.loopback import QuietHandler, listening
 
 
 def png(shade: int) -> bytes:
@@ -210,3 +212,48 @@ def test_urls_are_downloaded_once_where_the_recipe_asks(tmp_path: Path, monkeypa
     assert shades(rows.select([0, 1])) == [[10], [10]]
     assert isinstance(read_row(rows[2]), UnusableRow)
     assert sorted(asked) == ["http://127.0.0.1/a.png", "http://127.0.0.1/gone.png"]
+
+
+def test_servers_of_pictures_are_read_within_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("mmkd.data.image_urls.LARGEST", 10_000)
+    monkeypatch.setattr("mmkd.data.image_urls.TIMEOUT", 2.0)
+    monkeypatch.setattr("mmkd.data.image_urls.LONGEST", 3.0)
+    asked, ended = [], threading.Event()
+
+    class Server(QuietHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response({"/gone": 404, "/moved": 302}.get(self.path, 200))
+            if self.path == "/moved":
+                self.send_header("Location", "/picture")
+            content = {"/picture": FILES[0], "/large": bytes(20_000)}.get(self.path, b"")
+            endless = self.path in ("/silent", "/trickle")
+            self.send_header("Content-Length", str(100_000 if endless else len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+            while endless and not ended.wait(0.05):
+                if self.path == "/trickle":
+                    self.wfile.write(b"x")
+
+    before = set(threading.enumerate())
+    with listening(Server) as url:
+        names = ["picture", "moved", "gone", "large", "silent", "trickle", "picture"]
+        data = Dataset.from_dict({"image": [f"{url}/{name}" for name in names]})
+        rows = image_column(download_images(data))
+        # Who asked has gone, and no thread of ours waits for a server.
+        assert not [one for one in set(threading.enumerate()) - before if "ThreadPoolExecutor" in one.name]
+        ended.set()
+        assert asked.count("/picture") == 2
+        assert asked.count("/silent") == asked.count("/trickle") == 1
+        assert shades(rows.select([0, 1, 6])) == [[10], [10], [10]]
+        for row, reason in enumerate(
+            ["404 Not Found", "more than 10,000 bytes", "ReadTimeout", "longer than 3 sec"], 2
+        ):
+            assert isinstance(read_row(rows[row]), UnusableRow)
+            assert f"URL {url}/{names[row]} " in caplog.text
+            assert reason in caplog.text
+        download_images(data.select([0]))
+        assert asked.count("/picture") == 2

@@ -11,9 +11,12 @@ import yaml
 from datasets import Dataset, Features, Image, List, Value
 
 from mmkd.cli import main
+from mmkd.data.image_columns import UNDECODED
+from mmkd.errors import UserError
 from mmkd.trainers.alm import ALMTrainer
 from mmkd.trainers.kd import KDTrainer
 from mmkd.trainers.llava_kd import LLaVAKDTrainer
+from mmkd.trainers.row_names import STORED_IMAGES, RowNames
 from mmkd.trainers.sft import SFTBaselineTrainer
 from tests.families import made, model_of
 from tests.helpers import Build, losses_of
@@ -88,13 +91,13 @@ def test_bad_rows_are_counted_through_the_command_line(recipe: Path, caplog: pyt
     assert [logged[-1][name] for name in ("unreadable_rows", "overlong_rows")] == [8, 4]
     assert logged[0]["unreadable_rows"] < logged[-1]["unreadable_rows"]
     said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    for reason in ("FileNotFoundError", "truncated", "would cut a row within its images"):
-        assert any("Skipped a row" in one and reason in one for one in said), reason
+    for reason in ("FileNotFoundError", "truncated", "would cut it within its images"):
+        assert any("Skipped a row: Row " in one and reason in one for one in said), reason
 
 
 @pytest.mark.parametrize(
     "kind, reason",
-    [("missing", "FileNotFoundError"), ("broken", "truncated"), ("long", "within its images")],
+    [("missing", "FileNotFoundError"), ("broken", "truncated"), ("long", "cut it within its images")],
 )
 def test_bad_rows_are_refused_by_default(
     build: Build, vlms: dict[str, Path], tmp_path: Path, kind: str, reason: str
@@ -107,7 +110,8 @@ def test_bad_rows_are_refused_by_default(
         assistant_only_loss=True,
         max_length=128,
     )
-    with pytest.raises(ValueError, match=f"{reason}.*on_bad_row: skip"):
+    name = r"^Row 3 of the train data \(from 0, after filters and shuffle\)"
+    with pytest.raises(UserError, match=f"{name}.*{reason}.*on_bad_row: skip"):
         trainer.train()
 
 
@@ -130,7 +134,9 @@ def test_what_is_left_out_changes_nothing(build: Build, vlms: dict[str, Path], t
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-4, atol=1e-6)
 
 
-def test_evaluation_counts_its_own(build: Build, vlms: dict[str, Path], tmp_path: Path) -> None:
+def test_evaluation_counts_its_own(
+    build: Build, vlms: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     models = {"model": str(vlms["student"]), "teacher": str(vlms["teacher"])}
     trainer: Any = build(
         LLaVAKDTrainer,
@@ -140,10 +146,12 @@ def test_evaluation_counts_its_own(build: Build, vlms: dict[str, Path], tmp_path
         max_length=128,
         on_bad_row="skip",
     )
-    bad = rows_with(tmp_path, ["good", "broken", "good", "missing"])
+    (tmp_path / "eval").mkdir()
+    bad = rows_with(tmp_path / "eval", ["good", "broken", "good", "missing"])
     evaluated = trainer.evaluate(eval_dataset=bad)
     assert evaluated["eval_unreadable_rows"] == 2
     assert evaluated["eval_overlong_rows"] == 0
+    assert "Skipped a row: Row 3 of the eval data (from 0, after filters and shuffle) has an image" in caplog.text
 
 
 def test_nothing_but_bad_rows_is_an_error(build: Build, vlms: dict[str, Path], tmp_path: Path) -> None:
@@ -159,6 +167,34 @@ def test_nothing_but_bad_rows_is_an_error(build: Build, vlms: dict[str, Path], t
         )
     with pytest.raises(ValueError, match="choose error or skip"):
         build(LLaVAKDTrainer, vision_rows([1]), on_bad_row="ignore")
+
+
+def test_rows_are_known_by_their_words_and_pictures() -> None:
+    data = vision_rows([1, 1, 1])
+    words = data[0]["messages"]
+    files = [{"bytes": content, "path": None} for content in (b"abc", b"xyz", b"a longer one")]
+    rows: Any = Dataset.from_list([{"messages": words, "images": [one]} for one in files]).cast(
+        Features({**data.features, "images": UNDECODED})
+    )
+    names = RowNames()
+    names.add({"mine": rows.select([2, 0]), "other": rows}, "eval")
+    assert [names.of(row).split(" (")[0] for row in rows] == [
+        "Row 1 of the mine data",
+        "Row 1 of the other data",
+        "Row 0 of the mine data",
+    ]
+    decoded = {**rows[1], "images": [picture(0)], STORED_IMAGES: rows[1]["images"]}
+    assert names.of(decoded).startswith("Row 1 of the other data")
+    assert names.of({**rows[1], "messages": words[:1]}) == "A row"
+
+
+def test_rows_with_more_images_than_places_are_named(build: Build, vlms: dict[str, Path], tmp_path: Path) -> None:
+    rows: Any = list(rows_with(tmp_path, ["good"] * 2).cast_column("images", UNDECODED))
+    rows[1]["images"] *= 2
+    data = Dataset.from_list(rows, features=vision_rows([1]).features)
+    trainer = build(SFTBaselineTrainer, data, trainer={"model": str(vlms["student"]), "teacher": None}, max_length=128)
+    with pytest.raises(UserError, match=r"Row 1 of the train data .* has 2 images and 1 placeholders for them"):
+        trainer.train()
 
 
 # Pictures that can be read, and that a processor refuses all the same
@@ -194,6 +230,7 @@ def test_what_a_processor_refuses_is_left_out(build: Build, qwen: dict[str, Any]
 
 
 def test_what_a_processor_refuses_is_named(build: Build, qwen: dict[str, Any]) -> None:
-    reason = r"student's processor refuses an image of a row: images\[0\], 900 x 2 pixels: .*on_bad_row: skip"
+    name = r"Row 1 of the train data .* has an image that the student's processor refuses: "
+    reason = name + r"images\[0\], 900 x 2 pixels: .*on_bad_row: skip"
     with pytest.raises(ValueError, match=reason):
         build(KDTrainer, picture_rows(["good", "line"]), trainer=qwen, max_length=None, max_steps=1).train()

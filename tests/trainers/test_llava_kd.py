@@ -282,7 +282,7 @@ def test_bad_input(build_vlm: Build, vlms: Any, tiny: Any, tmp_path: Path) -> No
     data = vision_rows([1] * 4)
     with pytest.raises(ValueError, match="reads text only"):
         build_vlm(LLaVAKDTrainer, data, trainer={"teacher": str(tiny["teacher"])})
-    with pytest.raises(ValueError, match="would cut a row within its images"):
+    with pytest.raises(ValueError, match="would cut it within its images"):
         build_vlm(LLaVAKDTrainer, data, max_length=8)
     for count, advice in ((2, "remove the surplus images"), (0, "add the missing images")):
         rows = data.map(lambda row, count=count: {"images": row["images"] * count}, features=data.features)
