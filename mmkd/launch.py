@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from mmkd import dry_run
 from mmkd.files import write_file
+from mmkd.launch_flags import launch_keys_of, split
 from mmkd.phases import check_phases, evaluate_alone, finish, trains
 from mmkd.recipes import find_recipe
 from mmkd.run import (
@@ -55,8 +56,8 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
     # Those of --stages go to the processes that are launched.
     stage_flags, flags = ([], flags) if chosen is None else (["--stages", *chosen], own_flags)
     config = accelerate_config or keys.get("accelerate_config") or os.environ.get(_LAUNCHED)
-    launch_keys = _launch_keys(method_of(keys, flags)) if config is not None else []
-    launch_flags, flags = _split(flags, launch_keys)
+    launch_keys = launch_keys_of(method_of(keys, flags)) if config is not None else []
+    launch_flags, flags = split(flags, launch_keys)
     run = parse_run(recipe, flags, ["accelerate_config", *launch_keys])
     if config is not None and _LAUNCHED not in os.environ:
         for key in launch_keys:
@@ -116,21 +117,6 @@ def _train(trainer: DistillationTrainer, checkpoint: str | None) -> bool:
     except KeyboardInterrupt:
         return False
     return not interrupt.asked
-
-
-def parse_alone(recipe: str, flags: Sequence[str]) -> tuple[Run, str | None]:
-    """The run of a recipe in this process alone, and the accelerate_config that training would be launched with."""
-    flags, config, ignored = alone(recipe, flags)
-    return parse_run(recipe, flags, ignored), config
-
-
-def alone(recipe: str, flags: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
-    """The flags of a run without those that launch it, its accelerate_config, and the keys that launching reads."""
-    chosen, flags = _split(flags, ["accelerate_config"])
-    keys = read_recipe(find_recipe(recipe))
-    config = chosen[-1].rpartition("=")[2] if chosen else keys.get("accelerate_config")
-    known = _launch_keys(method_of(keys, flags)) if config is not None else []
-    return _split(flags, known)[1], config, ["accelerate_config", *known]
 
 
 def print_keys(recipe: str, flags: Sequence[str]) -> int:
@@ -252,20 +238,3 @@ def _config_file(name: str) -> str:
     if name not in PRESETS:
         raise ValueError(f"accelerate_config {name!r} is neither a file nor one of {', '.join(PRESETS)}.")
     return str(Path(__file__).parent / "_presets" / f"{name}.yaml")
-
-
-def _launch_keys(method: str) -> list[str]:
-    """What accelerate launch reads and a recipe of this method does not."""
-    ours = set(parser_of(method).names)
-    return [action.dest for action in launch_command_parser()._actions if action.dest not in {*ours, "module", "m"}]
-
-
-def _split(flags: Sequence[str], keys: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flags named in `keys`, with their values, and the others."""
-    chosen: tuple[list[str], list[str]] = ([], [])
-    target = 1
-    for flag in flags:
-        if flag.startswith("--"):
-            target = 0 if flag[2:].partition("=")[0].replace("-", "_") in keys else 1
-        chosen[target].append(flag)
-    return chosen

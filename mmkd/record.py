@@ -11,10 +11,8 @@ from mmkd.arguments import Run
 from mmkd.data.classification import ClassificationRecipe
 from mmkd.data.recipe import DataRecipe
 from mmkd.eval.machine import machine
+from mmkd.eval.places import RECORD
 from mmkd.files import write_file
-
-RECORD = "run.json"
-"""File of a run's folder that `mmkd report` and `mmkd push` read."""
 
 SCHEMA = 1
 

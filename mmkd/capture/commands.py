@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mmkd.cards.cache import mass_kept
 from mmkd.hub import local_cache, push_cache
-from mmkd.launch import parse_alone
+from mmkd.launch_flags import parse_alone
 from mmkd.recipes import list_recipes
 from mmkd.run import Run
 from mmkd.teachers.manifest import Manifest

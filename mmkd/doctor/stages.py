@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmkd.errors import UserError
 from mmkd.hub import is_hub_id
-from mmkd.launch import alone, parse_alone
+from mmkd.launch_flags import alone, parse_alone
 from mmkd.recipes import find_recipe
 from mmkd.run import Run, read_recipe
 from mmkd.run_teacher import reads_teacher

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from mmkd.files import write_file
-from mmkd.launch import parse_alone
+from mmkd.launch_flags import parse_alone
 from mmkd.recipes import find_recipe
 from mmkd.run import STAGE_KEYS, method_of, read_recipe
 from mmkd.trainers import METHODS

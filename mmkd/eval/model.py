@@ -17,9 +17,10 @@ from mmkd.errors import UserError
 from mmkd.models.ensemble import load_ensemble
 from mmkd.models.load import computed_dtype, load_model, load_processing_class, tokenizer_of
 from mmkd.precision import name_of_dtype
-from mmkd.report.runs import results_before, results_folder
 from mmkd.run import last_checkpoint
 from mmkd.teachers.identity import saved_dtype, weights_sha256
+
+from .places import results_before, results_folder
 
 ADAPTER = "adapter_config.json"
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from mmkd.files import write_file
-from mmkd.launch import parse_alone
+from mmkd.launch_flags import parse_alone
 from mmkd.recipes import find_recipe
 from mmkd.run import Run, RunArguments, build_trainer, parser_of, read_recipe
 from mmkd.teachers.store import Cache, read_log

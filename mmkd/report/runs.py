@@ -1,6 +1,5 @@
 """What lies in a run's folder, finished or not, as far as a report needs it; loads neither torch nor a model."""
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -8,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LOG, RECORD, STATE = "log.jsonl", "run.json", "trainer_state.json"
-RESULTS, COMPARISON = "eval/results.json", "comparison.json"
+from mmkd.eval.places import COMPARISON, RECORD, RESULTS, results_before, results_folder
+
+LOG, STATE = "log.jsonl", "trainer_state.json"
 ROUNDS, CHOICE = "round-*/report.json", "interpolation.json"
 
 Log = list[dict[str, Any]]
@@ -190,30 +190,6 @@ def record_of(folder: Path) -> dict[str, Any]:
 def with_parts(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A data recipe's facts and those of all its parts."""
     return [data, *(one for part in data.get("parts", []) for one in with_parts(part))]
-
-
-def results_folder(model: str | Path) -> Path:
-    """Where `mmkd eval` keeps the results of a model: in the folder of a run, for any other one under runs/eval."""
-    own = Path(model)
-    if not own.is_dir():
-        return Path("runs/eval", re.sub(r"[^\w.+@-]+", "--", str(model)).strip("-"))
-    if _is_of_a_run(own):
-        return own / "eval"
-    # Whatever it is called from here; other folders have the same name.
-    place = own.resolve()
-    return Path("runs/eval", f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}")
-
-
-def results_before(model: str | Path) -> Path | None:
-    """Where earlier versions of mmkd kept results of a folder that is not theirs; None where there are none."""
-    own = Path(model) / "eval"
-    return own if (own / Path(RESULTS).name).is_file() and own != results_folder(model) else None
-
-
-def _is_of_a_run(folder: Path) -> bool:
-    """Whether mmkd made a folder: that of a run, or a checkpoint, stage, round or measured student in one."""
-    places = [folder, *list(folder.resolve().parents)[:3]]
-    return any((place / name).exists() for place in places for name in (RECORD, "stage.json", COMPARISON, "measured"))
 
 
 def _trained(round_folder: Path) -> list[Path]:
