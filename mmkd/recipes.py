@@ -33,7 +33,7 @@ def find_recipe(name_or_path: str | Path, kind: str = "trainers") -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    if path.is_dir():
+    if name_or_path != "" and path.is_dir():
         inside = sorted(file.name for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
         hint = f"name a recipe in it, such as {os.fspath(path / inside[0])!r}" if inside else "it holds no .yaml file"
         raise ValueError(f"{os.fspath(name_or_path)!r} is a folder; {hint}.")
