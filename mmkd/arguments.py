@@ -8,7 +8,7 @@ from typing import Any
 
 from trl.trainer.model_config import ModelConfig
 
-from mmkd.capture.arguments import CacheArguments
+from mmkd.cache_arguments import CacheArguments
 from mmkd.teachers.cached import TAILS
 from mmkd.trainers import METHODS
 from mmkd.trainers.config import DistillationConfig

@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, get_args, get_type_hints
 from trl.scripts.utils import TrlParser
 
 from mmkd.arguments import RunArguments, StudentArguments
-from mmkd.capture.arguments import CacheArguments
+from mmkd.cache_arguments import CacheArguments
 from mmkd.errors import UserError, is_for_users
 from mmkd.trainers import METHODS
 from mmkd.yaml_files import AsWritten

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from mmkd import __version__
 from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.cache_arguments import CacheArguments
 from mmkd.data.arrow import read_rows
 from mmkd.data.filters import row_key
 from mmkd.data.recipe import DataRecipe
@@ -36,7 +37,6 @@ from mmkd.teachers.store import SIGNAL_FEATURES, TOKEN_ORDER, order_bytes
 from mmkd.teachers.vllm_client import ServerFacts, VLLMClient
 from mmkd.trainers.alm import ALMConfig
 
-from .arguments import CacheArguments
 from .engines import Advance, Engine, LocalEngine, ServerEngine, Wanted
 from .sequences import Prepared, TokenSequence, UnusableRow, prepare, usable
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmkd.capture.arguments import CacheArguments
+from mmkd.cache_arguments import CacheArguments
 from mmkd.capture.distributed import shards_on_ray
 from mmkd.capture.generate import LocalGenerator
 from mmkd.cli import main
