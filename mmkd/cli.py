@@ -9,7 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmkd import __version__, recipes
+from mmkd.command_flags import add_compare_flags, add_eval_flags, add_push_flags
 from mmkd.errors import is_for_users
+
+Commands = argparse._SubParsersAction
+"""What `add_subparsers` gives, which argparse has no public name for."""
 
 _TRACEBACK = "MMKD_TRACEBACK"
 """Set, an error of another library keeps its traceback."""
@@ -52,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mmkd", description="Distil large language models into small ones.")
     parser.add_argument("--version", action="version", version=f"mmkd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_add_train, _add_cache, _add_results, _add_forecasts, _add_recipes, _add_models):
+        add(commands)
+    return parser
+
+
+def _add_train(commands: Commands) -> None:
     train = commands.add_parser(
         "train",
         help="run a recipe",
@@ -65,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
         "--with_baseline", action="store_true", help="also train the SFT baseline and compare: see `mmkd compare`"
     )
     train.set_defaults(run=_train, takes_flags=True)
+
+
+def _add_cache(commands: Commands) -> None:
     cache = commands.add_parser("cache", help="write what a teacher says to disk, once, and look after it")
     cached = cache.add_subparsers(dest="action", required=True)
     build = cached.add_parser("build", help="run the teacher of a recipe over its data; run it again to go on")
@@ -89,13 +102,18 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("cache", help="the folder to write")
     merge.add_argument("parts", nargs="*", help="folders of the parts (default: CACHE.part-*-of-* beside it)")
     merge.set_defaults(run=_merge_cache)
+    for command in (info, merge):
+        command.set_defaults(parser=command)
+
+
+def _add_results(commands: Commands) -> None:
     judge = commands.add_parser(
         "eval",
         help="benchmarks of a run or any model, through lm-eval",
         description="Runs the tasks of a suite, or tasks by name, on one model or several. What is finished is kept "
         "under the run and not run again. eval/README.md says what the suites are.",
     )
-    _add_eval_flags(judge)
+    add_eval_flags(judge)
     judge.set_defaults(run=_eval, parser=judge)
     against = commands.add_parser(
         "compare",
@@ -105,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains recipes and an SFT baseline at equal tokens, evaluates them with the teacher, and writes "
         "OUTPUT/comparison.json and .md. Every key of the recipes is a flag. What is finished is kept.",
     )
-    _add_compare_flags(against)
+    add_compare_flags(against)
     against.set_defaults(run=_compare, takes_flags=True)
     tell = commands.add_parser(
         "report",
@@ -121,8 +139,11 @@ def _parser() -> argparse.ArgumentParser:
         help="publish a finished student on the Hub, with a card",
         description="Uploads weights, processor, recipe, results and a model card in one commit, private by default.",
     )
-    _add_push_flags(publish)
+    add_push_flags(publish)
     publish.set_defaults(run=_push, parser=publish)
+
+
+def _add_forecasts(commands: Commands) -> None:
     examine = commands.add_parser("doctor", help="say whether a recipe would be a sound run, before anything is spent")
     examine.add_argument("recipe", help="path of a YAML file, or name of a shipped recipe")
     examine.set_defaults(run=_doctor, takes_flags=True)
@@ -141,6 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--price", type=float, help="of a device for an hour")
     predict.set_defaults(run=_plan, takes_flags=True)
+
+
+def _add_recipes(commands: Commands) -> None:
     shipped = commands.add_parser("recipes", help="list, show or copy the shipped recipes")
     actions = shipped.add_subparsers(dest="action", required=True)
     listing = actions.add_parser("ls", help="list them")
@@ -152,6 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("name")
     copy.add_argument("destination", nargs="?", default=".")
     copy.set_defaults(run=_copy_recipe)
+    for command in (listing, show, copy):
+        command.set_defaults(parser=command)
+
+
+def _add_models(commands: Commands) -> None:
     transfer = commands.add_parser("transfer-tokenizer", help="give a model another tokenizer, or one of bytes")
     transfer.add_argument("model", help="Hub id or folder")
     transfer.add_argument("tokenizer", help="Hub id or folder of the tokenizer, or the word bytes")
@@ -175,69 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--source", type=Path, help="fashion_mnist: folder of the four original *-ubyte.gz files")
     make.set_defaults(run=_prepare, parser=make)
     versions = commands.add_parser("env", help="print versions for a bug report")
-    versions.set_defaults(run=_environment)
-    for command in (info, merge, listing, show, copy, versions):
-        command.set_defaults(parser=command)
-    return parser
-
-
-def _add_eval_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("models", nargs="+", metavar="RUN_OR_MODEL", help="a run's folder, another folder, or a Hub id")
-    add("--suite", nargs="+", default=[], help="offline, open_llm, math, vlm, or the path of a suite's YAML")
-    add("--tasks", nargs="+", default=[], help="tasks of lm-eval or mmkd by name or pattern (arc_*)")
-    add("--include_path", nargs="+", default=[], help="folders with tasks of your own, in lm-eval's YAML")
-    add("--measures", nargs="*", help="also cost, generation, bytes, agreement, calibration (none named: all)")
-    add("--data", help="data recipe on whose held-out rows is measured")
-    add("--teacher", help="model to measure beside, a folder or a Hub id")
-    add("--rows", type=int, default=64, help="held-out rows to measure on (default: 64)")
-    add("--max_new_tokens", type=int, default=64, help="length of generations to measure (default: 64)")
-    add("--ensemble", action="store_true", help="the models as one: the average of their log-probs")
-    add("--model_type", default="auto", help="of lm-eval: hf, hf-multimodal, vllm, vllm-vlm, local-completions")
-    add("--model_args", nargs="+", default=[], metavar="KEY=VALUE", help="further arguments of that model type")
-    add(
-        "--dtype",
-        default="auto",
-        help="type of the weights (default: as saved; float32 on a CPU without instructions for it)",
-    )
-    add("--batch_size", default="8", help="requests at a time, or auto (default: 8)")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    add("--limit", type=float, help="at most so many items of each task, or below 1 a share of them: to try out")
-    add("--num_fewshot", type=int, help="examples before each question, instead of what the suite says")
-    add("--chat_template", default="auto", help="auto: where the model has one and the task wants it; on; off")
-    add("--seed", type=int, help="of few-shot examples and of sampling (default: lm-eval's own)")
-    add("--revision", help="branch, tag or commit of a Hub id")
-    add("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    add("--output", type=Path, help="folder of the results (default: eval/ in the model's folder)")
-
-
-def _add_compare_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("recipes", nargs="+", metavar="RECIPE", help="recipes to compare, by name or path")
-    add("--seeds", nargs="+", type=int, default=[0], help="each recipe is trained with each (default: 0)")
-    add("--baseline", help="recipe of method sft, or none (default: the one given, else made of the first recipe)")
-    add("--judge", help="recipe whose trainer evaluates all students (default: each one's own)")
-    add("--suite", nargs="+", default=[], help="also evaluate all of them on a suite, as `mmkd eval` does")
-    add("--tasks", nargs="+", default=[], help="also evaluate all of them on tasks, by name or pattern")
-    add("--include_path", nargs="+", default=[], help="folders with tasks of your own, in lm-eval's YAML")
-    add("--limit", type=float, help="at most so many items of each task, or below 1 a share of them")
-    add("--output", type=Path, default=Path("runs/compare"), help="folder to write (default: runs/compare)")
-
-
-def _add_push_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run_folder", metavar="RUN", help="output_dir of a finished training")
-    add("--repo", required=True, metavar="ORG/NAME", help="the model repository to write")
-    add("--public", action="store_true", help="everyone can read it (default: only you and your organisation)")
-    add("--dry_run", action="store_true", help="write the folder that would be pushed, and push nothing")
-    add("--output", type=Path, help="folder of --dry_run (default: push/ in the run's)")
-    add("--collection", metavar="TITLE", help="put the student, and its teacher's cache, in this collection")
-    add("--cache", metavar="ORG/NAME", help="the cache on the Hub (default: the recipe's teacher_cache)")
-    add("--license", help="of the student (default: that of the models it began with)")
-    add("--base_model", nargs="+", default=[], metavar="ORG/NAME", help="what the student's folder is on the Hub")
-    add("--teacher", metavar="ORG/NAME", help="what the teacher's folder is on the Hub")
-    add("--recipe", help="the recipe of a run that has no run.json")
-    add("--comparison", type=Path, help="of `mmkd compare` (default: the run's, or one that names it)")
+    versions.set_defaults(run=_environment, parser=versions)
 
 
 def _train(options: argparse.Namespace, flags: list[str]) -> int:

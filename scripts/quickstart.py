@@ -24,9 +24,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
-from mmkd.eval.tables import show
 from mmkd.files import write_file
 from mmkd.precision import name_of_dtype, native_dtype
+from mmkd.tables import show
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONE, VOCABULARY, WIDTH, FEED_FORWARD = 134_515_008, 49_152, 576, 1536

@@ -117,16 +117,7 @@ class Aligner:
         be supervised.
         """
         assert len(teacher.rows) == len(student.rows), "teacher and student have different numbers of rows"
-        records = records_of(self._tables[0], teacher), records_of(self._tables[1], student)
-        found = (
-            self.teacher_markers.find(teacher, np.flatnonzero(records[0]["marks"])),
-            self.student_markers.find(student, np.flatnonzero(records[1]["marks"])),
-        )
-        partners = pair_occurrences(*found, teacher, student)
-        ours = Side.of(teacher, records[0], found[0], partners[0], teacher_supervised)
-        theirs = Side.of(student, records[1], found[1], partners[1], student_supervised)
-        spaces = ours.leading_spaces() - theirs.leading_spaces()
-        ours, theirs = ours.without_spaces(spaces), theirs.without_spaces(-spaces)
+        ours, theirs = self._sides(teacher, student, teacher_supervised, student_supervised)
         segment, closing = _common_ends(ours, theirs)
         spans = ours.spans(closing[0], segment), theirs.spans(closing[1], segment)
         same, differing = _compared(ours, theirs, spans, segment)
@@ -161,6 +152,25 @@ class Aligner:
             *chunk_of,
             counts,
         )
+
+    def _sides(
+        self,
+        teacher: Tokens,
+        student: Tokens,
+        teacher_supervised: Bool[ndarray, "teacher_token"] | None,
+        student_supervised: Bool[ndarray, "student_token"] | None,
+    ) -> tuple[Side, Side]:
+        """Both sides cut into texts between paired markers, without the spaces that only one of them starts with."""
+        records = records_of(self._tables[0], teacher), records_of(self._tables[1], student)
+        found = (
+            self.teacher_markers.find(teacher, np.flatnonzero(records[0]["marks"])),
+            self.student_markers.find(student, np.flatnonzero(records[1]["marks"])),
+        )
+        partners = pair_occurrences(*found, teacher, student)
+        ours = Side.of(teacher, records[0], found[0], partners[0], teacher_supervised)
+        theirs = Side.of(student, records[1], found[1], partners[1], student_supervised)
+        spaces = ours.leading_spaces() - theirs.leading_spaces()
+        return ours.without_spaces(spaces), theirs.without_spaces(-spaces)
 
 
 def _common_ends(

@@ -15,9 +15,10 @@ from mmkd.run import Run
 from mmkd.teachers.manifest import Manifest
 from mmkd.teachers.merge import merge_parts
 from mmkd.teachers.store import Cache, damaged_shards, read_log, shard_path
+from mmkd.units import readable_size
 
 from .build import build
-from .estimate import readable_size, report_estimate
+from .estimate import report_estimate
 from .fidelity import measure_fidelity
 from .generate import DATA_RECIPE, describe_answers
 from .plan import ScorePlan, check_place, make_plan

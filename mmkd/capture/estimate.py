@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from mmkd.units import readable_size
+
+from .sequences import Sequences, TokenSequence, UnusableRow, usable
+
 if TYPE_CHECKING:
     from .plan import ScorePlan
 
@@ -14,9 +18,6 @@ _SAMPLE_ROWS = 32
 
 def report_estimate(plan: "ScorePlan", console: Console) -> None:
     """Asks the teacher about some sequences spread over the data, and prints what all of them would take."""
-    # `readable_size` is of use to those who load no model.
-    from .sequences import Sequences, TokenSequence, UnusableRow, usable
-
     sequences, total = plan.prepared.splits["train"], sum(plan.manifest.total_rows.values())
     count = min(_SAMPLE_ROWS, len(sequences))
     places = [index * len(sequences) // count for index in range(count)]
@@ -59,8 +60,3 @@ def report_estimate(plan: "ScorePlan", console: Console) -> None:
     ):
         table.add_row(name, value)
     console.print(table)
-
-
-def readable_size(size: float) -> str:
-    """Bytes in the unit that suits them."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mmkd import __version__
 from mmkd.cards.cache import hub_license
 from mmkd.cards.licences import Source
-from mmkd.eval.scores import is_partial, items_of
-from mmkd.eval.tables import markdown
+from mmkd.scores import is_partial, items_of
+from mmkd.tables import markdown
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

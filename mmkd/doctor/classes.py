@@ -19,9 +19,10 @@ from mmkd.run import Run
 from mmkd.teachers.class_logits import has_class_logits, read_class_logits
 from mmkd.teachers.classifiers import OPEN_CLIP, check_classes
 from mmkd.trainers.dho_config import DHOConfig
+from mmkd.units import readable_size
 
 from .book import Book
-from .costs import device_memory, size
+from .costs import device_memory
 from .facts import Finding, listed
 
 # Each is opened and decoded.
@@ -142,8 +143,8 @@ def _student(found: Classes, run: Run) -> list[Finding]:
     # Weights, gradients and what the optimizer keeps; activations of students of classes are small beside a teacher.
     total = parameters * (8 + optimizer_bytes(args))
     device, room = device_memory()
-    text = f"{parameters / 1e6:.2f} M parameters; weights, gradients and optimizer take {size(total)} of the "
-    text += f"{size(room)} of {device}."
+    text = f"{parameters / 1e6:.2f} M parameters; weights, gradients and optimizer take {readable_size(total)} of the "
+    text += f"{readable_size(room)} of {device}."
     return [Finding("ok" if total < 0.8 * room else "warning", "student", text)]
 
 

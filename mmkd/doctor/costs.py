@@ -27,6 +27,7 @@ from mmkd.precision import product_dtype
 from mmkd.run import Run, own_rows_of
 from mmkd.teachers.manifest import NAME
 from mmkd.trainers.supervision import kept
+from mmkd.units import readable_size
 
 from .facts import Finding, Rendered, Sample, Side
 
@@ -70,8 +71,8 @@ def memory(run: Run, student: PreTrainedModel, teachers: Loaded, rendered: Rende
     parts = memory_parts(run, student, teachers, max(len(one.ids) for one in rendered.usable))
     device, room = device_memory()
     total = sum(parts.values())
-    found = f"At least {size(total)} of the {size(room)} of {device}: " + ", ".join(
-        f"{name} {size(part)}" for name, part in parts.items()
+    found = f"At least {readable_size(total)} of the {readable_size(room)} of {device}: " + ", ".join(
+        f"{name} {readable_size(part)}" for name, part in parts.items()
     )
     severity, advice = "ok", ""
     if total > 0.8 * room:
@@ -175,12 +176,13 @@ def cache_room(run: Run, sample: Sample, rendered: Rendered) -> list[Finding]:
     per_row *= own_share(run, sample) / len(rendered.usable)
     counts = [count for count in sample.totals.values() if count is not None]
     if len(counts) < len(sample.totals):
-        each = f"about {size(1e6 * per_row)} per million rows; how many rows there are is not documented"
-        return [Finding("ok", "disk", f"The cache takes {each}. {size(free)} are free at {parent}.")]
+        each = f"about {readable_size(1e6 * per_row)} per million rows; how many rows there are is not documented"
+        return [Finding("ok", "disk", f"The cache takes {each}. {readable_size(free)} are free at {parent}.")]
     total = sum(counts) * per_row
     severity = "problem" if total > free else "warning" if total > 0.5 * free else "ok"
     what = f"{_token_bytes(run):.0f} bytes per token" if run.cache.job == "score" else "answers as long as allowed"
-    found = f"The cache takes about {size(total)} ({sum(counts):,} rows, {what}); {size(free)} are free at {parent}."
+    found = f"The cache takes about {readable_size(total)} ({sum(counts):,} rows, {what}); "
+    found += f"{readable_size(free)} are free at {parent}."
     advice = "Lower teacher_top_k, or name a folder with more room."
     return [Finding(severity, "disk", found, advice if severity != "ok" else "")]
 
@@ -211,12 +213,6 @@ def is_to_be_built(cache: str) -> bool:
 def takes_room(cache: str) -> bool:
     """Whether a build would write here: a folder that holds no cache, finished or not."""
     return not (Path(cache) / NAME).is_file() and (Path(cache).exists() or not is_hub_id(cache))
-
-
-def size(count: float) -> str:
-    """Bytes for a reader."""
-    unit = next((i for i in range(4) if count < 1000 * 1024**i), 4)
-    return f"{count / 1024**unit:.{0 if unit == 0 else 1}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
 
 def bits_of(in_4bit: bool, in_8bit: bool) -> int | None:

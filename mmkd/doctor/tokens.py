@@ -202,22 +202,8 @@ def end_of_sequence(student: Side, rendered: Rendered, sample: Sample, run: Run)
     """Whether the student is taught to stop: what follows the last supervised words, and whether it is supervised."""
     name, tokenizer = "end of answer", rendered.tokenizer
     stops = stops_after_training(student, rendered, run)
-    special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
-    taught, masked, other, absent = Counter(), Counter(), Counter(), 0
-    rows = [one for one in rendered.usable if one.supervised.any()]
-    for one in rows:
-        last = _last_word(one, tokenizer)
-        following = next((i for i in one.ids[last + 1 :].tolist() if tokenizer.decode([i]).strip()), None)
-        index = int(one.ids[last])
-        if index in stops:
-            taught[index] += 1
-        elif index in special:
-            other[index] += 1
-        elif following in stops or following in special:
-            masked[following] += 1
-        else:
-            absent += 1
-    total, findings = len(rows), []
+    taught, other, masked, absent = _ends(rendered, stops)
+    total, findings = taught.total() + other.total() + masked.total() + absent, []
     # Of messages; plain text does not go through a template.
     templated = is_conversational(dict(next(iter(sample.rows["train"]))))
     unless = "warning" if taught else "problem"
@@ -270,6 +256,28 @@ def end_of_sequence(student: Side, rendered: Rendered, sample: Sample, run: Run)
             )
         )
     return findings
+
+
+def _ends(rendered: Rendered, stops: set[int]) -> tuple[Counter[int], Counter[int], Counter[int], int]:
+    """How many rows end with which supervised stop, other special token or unsupervised end, and with none of them."""
+    tokenizer = rendered.tokenizer
+    special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+    taught, other, masked, absent = Counter(), Counter(), Counter(), 0
+    for one in rendered.usable:
+        if not one.supervised.any():
+            continue
+        last = _last_word(one, tokenizer)
+        following = next((i for i in one.ids[last + 1 :].tolist() if tokenizer.decode([i]).strip()), None)
+        index = int(one.ids[last])
+        if index in stops:
+            taught[index] += 1
+        elif index in special:
+            other[index] += 1
+        elif following in stops or following in special:
+            masked[following] += 1
+        else:
+            absent += 1
+    return taught, other, masked, absent
 
 
 def _last_word(one: TokenSequence, tokenizer: Any) -> int:

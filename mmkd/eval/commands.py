@@ -13,13 +13,14 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from mmkd.scores import scores_of
+
 from . import measures
 from .harness import Harness, Settings
 from .lmms import check_lmms, lmms_key, lmms_settings, run_lmms
 from .measures import Held, measure
 from .model import EvalModel, ensemble_of, find_model
 from .results import NAME, Results
-from .scores import scores_of
 from .suites import SuiteTask, load_suite, suite_names
 from .tasks import Tasks
 

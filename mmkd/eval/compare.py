@@ -14,18 +14,18 @@ from rich.console import Console
 
 from mmkd.files import write_file
 from mmkd.launch_flags import parse_alone
+from mmkd.machine import machine
 from mmkd.recipes import find_recipe
 from mmkd.run import STAGE_KEYS, method_of, read_recipe
+from mmkd.tables import markdown, show
 from mmkd.trainers import METHODS
 
 from .bootstrap import paired_bootstrap
 from .commands import evaluate
 from .harness import Settings
-from .machine import machine
 from .model import find_model
 from .results import SCHEMA, to_json
 from .suites import SuiteTask, load_suite
-from .tables import markdown, show
 from .trainings import Measured, Trainings, label, make_baseline
 
 NAME, PAGE = "comparison.json", "comparison.md"

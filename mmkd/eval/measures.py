@@ -19,12 +19,12 @@ from mmkd import __version__
 from mmkd.data.image_columns import image_column
 from mmkd.data.load import load_data
 from mmkd.data.prompts import prompt_of, text_of, words_of
+from mmkd.machine import machine
 from mmkd.models.load import tokenizer_of
 
 from . import speed
 from .generations import Answer, generate, summary
 from .harness import Settings, device_of
-from .machine import machine
 from .model import EvalModel
 from .results import Results, key_of
 from .tokens import Agreement, Calibration, batches, common_tokens, say

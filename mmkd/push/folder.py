@@ -16,7 +16,6 @@ from safetensors import safe_open
 from mmkd.cards.licences import conflicts
 from mmkd.cards.model import Student, model_card
 from mmkd.eval.model import EvalModel, find_model
-from mmkd.eval.scores import scores_of
 from mmkd.recipes import find_recipe
 from mmkd.record import data_facts
 from mmkd.report.runs import (
@@ -31,6 +30,7 @@ from mmkd.report.runs import (
     stages_of,
 )
 from mmkd.run import method_of, read_recipe
+from mmkd.scores import scores_of
 
 from .lineage import bases_of, data_ids, data_sources, portable, source_of, teachers_of, trainings_of
 

@@ -14,9 +14,9 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from mmkd import __version__
-from mmkd.eval.scores import items_of, scores_of
-from mmkd.eval.tables import markdown, tables
 from mmkd.files import write_file
+from mmkd.scores import items_of, scores_of
+from mmkd.tables import markdown, tables
 
 from .curves import draw
 from .runs import RunFiles, read_run, tokens_of, with_parts

@@ -34,7 +34,7 @@ from .alm_config import DIVERGENCES
 from .alm_config import ALMConfig as ALMConfig
 from .answers import Placed
 from .balance import BalancedTrainer
-from .base import ItemLosses, Supervised
+from .items import ItemLosses, Supervised
 from .pair_rollouts import as_teacher_reads, questions_of, said
 from .pairs import (
     QUESTION,

@@ -11,7 +11,8 @@ from mmkd.losses.fused import Objective
 from mmkd.models.backbone import last_layer
 from mmkd.models.sharding import is_sharded
 
-from .base import DistillationTrainer, ItemLosses, Supervised
+from .base import DistillationTrainer
+from .items import ItemLosses, Supervised
 
 
 class BalancedTrainer(DistillationTrainer):

@@ -1,14 +1,13 @@
 """The distillation step, owned once: shift, mask, ask the teacher, sum, normalise, log. A method adds item losses."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -18,7 +17,7 @@ from mmkd.data.image_columns import image_column
 from mmkd.data.layouts import canonical
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import FusedLoss, Objective
-from mmkd.models.backbone import allow_consumers, devices_of, full_head, name_of
+from mmkd.models.backbone import allow_consumers, full_head, name_of
 from mmkd.models.heads import LMHead
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.models.parts import train_only
@@ -29,13 +28,14 @@ from mmkd.teachers.base import Teacher
 from mmkd.teachers.cached import BATCH_KEY, images_of
 from mmkd.teachers.signals import DenseSignal, RoutedSignal, TopKSignal
 
-from .checks import check_precision, check_stream, check_training_data
+from .checks import check_precision, check_stream, check_student, check_training_data
 from .config import DistillationConfig
+from .items import ItemLosses, Supervised
 from .kernels import token_loss
 from .labelling import LabellingTrainer
 from .log import RunLog
 from .on_policy import OnPolicyTrainer
-from .preparation import ROWS, KeptRows, RowLengths
+from .preparation import ROWS, KeptRows, RowLengths, without_repeated_rows
 from .progress import DistillationProgress
 from .prompts import with_open_answers
 from .publishing import PublishingTrainer
@@ -53,29 +53,6 @@ from .vision import (
     teacher_view,
 )
 from .vision_labels import VisionLabels
-
-
-@dataclass(frozen=True)
-class Supervised:
-    """The student at the positions that predict a supervised token; row i predicts `labels[i]`."""
-
-    hidden: Float[Tensor, "token width"]
-    head: LMHead
-    labels: Int[Tensor, "token"]
-
-    def only(self, tokens: Bool[Tensor, "token"]) -> "Supervised":
-        """The student at some of the positions."""
-        return Supervised(self.hidden[tokens], self.head, self.labels[tokens])
-
-
-@dataclass
-class ItemLosses:
-    """What one micro-batch adds up to."""
-
-    totals: dict[str, Tensor] = field(default_factory=dict)
-    """Kind of item -> sum of the losses of its items, with gradient. Each is divided by its own global count."""
-    reports: dict[str, tuple[Tensor, Tensor | int]] = field(default_factory=dict)
-    """Name in the logs -> (sum, number of items), without gradient."""
 
 
 class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPolicyTrainer, LabellingTrainer):
@@ -115,18 +92,13 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
         self._name = type(self).__name__.removesuffix("Trainer")
         if teacher is None and self.needs_teacher:
             raise ValueError(f"Method {self.method} needs a teacher: pass a Hub id, a folder, a model or a Teacher.")
-        if args is None:
-            name = (model if isinstance(model, str) else name_of(model)).rstrip("/").split("/")[-1]
-            args = self.config_class(f"{name or 'student'}-{self.method}")
-        if not isinstance(args, self.config_class):
-            raise ValueError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(args).__name__}."
-            )
+        args = self._config(model, args)
         self._reads_rows = kwargs.get("formatting_func") is None and not _skips_preparation(args)
         if self._reads_rows:
-            skip = args.on_bad_row == "skip"
-            train_dataset = canonical(train_dataset, "train", skip=skip, text_field=args.dataset_text_field)
-            eval_dataset = canonical(eval_dataset, "eval", skip=skip, text_field=args.dataset_text_field)
+            train_dataset, eval_dataset = (
+                _canonical(train_dataset, "train", args),
+                _canonical(eval_dataset, "eval", args),
+            )
         if args.on_policy_fraction == 1:
             train_dataset = with_open_answers(train_dataset)
         check_teachers(type(self), teacher, args, {"train": train_dataset, "eval": eval_dataset})
@@ -143,9 +115,7 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
         check_training_data(train_dataset, eval_dataset, args, tokenizer_of(processing_class))
         self._start_reports()
         if args.trainable is not None:
-            if kwargs.get("peft_config") is not None or isinstance(model, PeftModel):
-                raise ValueError("trainable and PEFT both say what is trained: choose target_modules, or no adapter.")
-            train_only(model, args.trainable)
+            _train_parts(model, args.trainable, kwargs.get("peft_config"))
         self._counts: dict[str, Tensor] = {}
         super().__init__(
             model=model,
@@ -156,57 +126,8 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
             callbacks=[RunLog(), self._clock, *self.method_callbacks(args), *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
-        if self.aux_loss_enabled:
-            raise ValueError(
-                "The student is a mixture of experts with a load-balancing loss, which distillation does not add. Set "
-                "router_aux_loss_coef: 0 to train it without."
-            )
-        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
-            raise ValueError("Prompt learning adds positions that the teacher does not have. Use LoRA instead.")
-        if self.get_cp_size() * self.get_sp_size() > 1:
-            raise ValueError(
-                "Context and sequence parallelism cut a sequence between ranks; the teacher would see fragments. Set "
-                "their sizes to 1 and shard with FSDP or ZeRO-3."
-            )
-        if len(devices_of(self.model)) > 1:
-            raise ValueError(
-                "The student is spread over several devices by device_map. Load it without device_map and shard it "
-                "with accelerate_config zero3 or fsdp2."
-            )
-        self.vision_collator, self._row_names = None, RowNames()
-        if isinstance(self.data_collator, VisionLabels):
-            self._row_names.add(self.train_dataset, "train")
-            self._row_names.add(self.eval_dataset, "eval")
-            skip = args.on_bad_row == "skip"
-            self.data_collator = self.vision_collator = VisionCollator(self.data_collator, skip, self._row_names)
-        self.data_collator = collate_alone = RowLengths(self.data_collator)
-        self.vocab_size = full_head(self.model).vocab_size
-        allow_consumers(self.model)
-        self.teacher: Any = None if teacher is None else self.build_teacher(teacher, teacher_processing_class)
-        self._check_fit()
-        self._stop_where_answers_end()
-        self._token_loss = token_loss(args, self.model, self.teacher, is_sharded(self.accelerator))
-        if args.on_policy_fraction:
-            self.data_collator = KeptRows(self.data_collator)
-        if self.vision_collator is not None:
-            companion = None
-            if is_sharded(self.accelerator):
-                companion = next((row for row in self.train_dataset if images_of(row)), None)
-            self.data_collator = ImageReader(self.data_collator, args.on_bad_row == "skip", companion, self._row_names)
-            if args.on_bad_row == "skip":
-                # Finds a row to put in the place of others before the first batch, which may hold none.
-                self.data_collator([dict(row) for row in islice(self.train_dataset, 8)])
-        if self.teacher is not None:
-            self.teacher.prepare(self.accelerator)
-        if self.padding_free:
-            self._check_packing(collate_alone.collator)
-        if self.teacher is not None:
-            self._ask_once()
-        if args.on_policy_fraction:
-            self._start_rollouts(collate_alone)
-        if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
-            self.remove_callback(ProgressCallback)
-            self.add_callback(DistillationProgress)
+        check_student(self)
+        self._get_ready(teacher, teacher_processing_class)
 
     # What a method implements
 
@@ -285,6 +206,16 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
 
     # Construction
 
+    @classmethod
+    def _config(cls, student: Any, args: DistillationConfig | None) -> Any:
+        """The settings, or the default ones. Raises ValueError for those of another method."""
+        if args is None:
+            name = (student if isinstance(student, str) else name_of(student)).rstrip("/").split("/")[-1]
+            args = cls.config_class(f"{name or 'student'}-{cls.method}")
+        if not isinstance(args, cls.config_class):
+            raise ValueError(f"{cls.__name__} takes a {cls.config_class.__name__}, not a {type(args).__name__}.")
+        return args
+
     def _load_student(
         self, name: str, args: DistillationConfig, processing_class: Any, kwargs: dict[str, Any]
     ) -> tuple[PreTrainedModel, Any]:
@@ -297,6 +228,48 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
             hub = {key: init.get(key) for key in ("revision", "trust_remote_code")}
             processing_class = load_processing_class(name, "student", **hub)
         return load_model(name, "student", device=args.device, **init), processing_class
+
+    def _get_ready(self, teacher: Any, teacher_processing_class: Any) -> None:
+        """Makes the teacher and what turns rows into batches, and asks once before training."""
+        args = self.args
+        self.vision_collator, self._row_names = None, RowNames()
+        if isinstance(self.data_collator, VisionLabels):
+            self._row_names.add(self.train_dataset, "train")
+            self._row_names.add(self.eval_dataset, "eval")
+            skip = args.on_bad_row == "skip"
+            self.data_collator = self.vision_collator = VisionCollator(self.data_collator, skip, self._row_names)
+        self.data_collator = collate_alone = RowLengths(self.data_collator)
+        self.vocab_size = full_head(self.model).vocab_size
+        allow_consumers(self.model)
+        self.teacher: Any = None if teacher is None else self.build_teacher(teacher, teacher_processing_class)
+        self._check_fit()
+        self._stop_where_answers_end()
+        self._token_loss = token_loss(args, self.model, self.teacher, is_sharded(self.accelerator))
+        if args.on_policy_fraction:
+            self.data_collator = KeptRows(self.data_collator)
+        if self.vision_collator is not None:
+            self._read_images()
+        if self.teacher is not None:
+            self.teacher.prepare(self.accelerator)
+        if self.padding_free:
+            self._check_packing(collate_alone.collator)
+        if self.teacher is not None:
+            self._ask_once()
+        if args.on_policy_fraction:
+            self._start_rollouts(collate_alone)
+        if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(DistillationProgress)
+
+    def _read_images(self) -> None:
+        """Puts a reader of images before the collator."""
+        skip, companion = self.args.on_bad_row == "skip", None
+        if is_sharded(self.accelerator):
+            companion = next((row for row in self.train_dataset if images_of(row)), None)
+        self.data_collator = ImageReader(self.data_collator, skip, companion, self._row_names)
+        if skip:
+            # Finds a row to put in the place of others before the first batch, which may hold none.
+            self.data_collator([dict(row) for row in islice(self.train_dataset, 8)])
 
     def _ask_once(self) -> None:
         """Asks about a row, so that a teacher that cannot answer fails before training."""
@@ -360,7 +333,7 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
         row_lengths = inputs.pop(ROW_LENGTHS, None)
         inputs.pop(ROWS, None)
         if not training and row_lengths is not None:
-            inputs["labels"] = self._without_repeated_rows(inputs["labels"], row_lengths)
+            inputs["labels"] = without_repeated_rows(inputs["labels"], row_lengths, self.accelerator)
         counts = self._counts if training else self.count_items(inputs)
         view = View.of(inputs)
         asks = self.teacher is not None and (self.needs_teacher or self._reports_now())
@@ -391,45 +364,33 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
         """Those of the method; where each of several teachers speaks of its own tokens, their sums."""
         if not isinstance(signal, RoutedSignal):
             return self.item_losses(student, signal)
-        whole = ItemLosses()
-        for name, (tokens, one) in signal.parts.items():
-            part = self.item_losses(student.only(tokens), one)
-            for kind, total in part.totals.items():
-                whole.totals[kind] = whole.totals[kind] + total if kind in whole.totals else total
-            named = {f"kl_{name}": part.reports["kl"]} if "kl" in part.reports else {}
-            for report, (total, count) in {**part.reports, **named}.items():
-                before, items = whole.reports.get(report, (0, 0))
-                whole.reports[report] = (before + total, items + count)
-        return whole
+        return ItemLosses.of_parts(
+            {name: self.item_losses(student.only(tokens), one) for name, (tokens, one) in signal.parts.items()}
+        )
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation, of these rows or of those of the constructor."""
         if self._reads_rows and not isinstance(eval_dataset, str):
-            skip = self.args.on_bad_row == "skip"
-            eval_dataset = canonical(eval_dataset, "eval", skip=skip, text_field=self.args.dataset_text_field)
+            eval_dataset = _canonical(eval_dataset, "eval", self.args)
         eval_dataset = _unread(eval_dataset)
         if self.vision_collator is not None and eval_dataset is not None:
             self._row_names.add(eval_dataset, "eval")
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def _without_repeated_rows(self, labels: Tensor, row_lengths: Tensor) -> Tensor:
-        """The labels without those of rows that ranks repeat to make the last batch of an evaluation even."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return labels
-        rows = int((row_lengths > 0).sum())
-        real = max(0, state.remainder - self.accelerator.process_index * rows)
-        kept = torch.zeros_like(labels, dtype=torch.bool)
-        if len(labels) == len(row_lengths):
-            kept[:real] = True
-        else:
-            kept[:, : row_lengths[:real].sum()] = True
-        return labels.masked_fill(~kept, -100)
-
 
 def _skips_preparation(args: Any) -> bool:
     """Whether the rows are ready for the collator, whatever they look like."""
     return bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
+
+
+def _canonical(data: Any, split: str, args: Any) -> Any:
+    return canonical(data, split, skip=args.on_bad_row == "skip", text_field=args.dataset_text_field)
+
+
+def _train_parts(model: Any, parts: Any, peft_config: Any) -> None:
+    if peft_config is not None or isinstance(model, PeftModel):
+        raise ValueError("trainable and PEFT both say what is trained: choose target_modules, or no adapter.")
+    train_only(model, parts)
 
 
 def _unread(data: Any) -> Any:

@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl.data_utils import is_conversational, is_conversational_from_value
 from trl.trainer.sft_config import SFTConfig
 
 from mmkd.errors import UserError
+from mmkd.models.backbone import devices_of
 from mmkd.precision import cpu_multiplies, say_float32
 
 from .prompts import is_prompt_alone
@@ -39,6 +41,27 @@ def check_training_data(train: Any, evaluation: Any, args: SFTConfig, tokenizer:
                 f"The {name} data set holds messages but the student's tokenizer has no chat template. Set "
                 "chat_template_path to a Jinja file or to a model whose template the student should use (the teacher)."
             )
+
+
+def check_student(trainer: Any) -> None:
+    """Raises ValueError for students that a trainer over tokens cannot distil into."""
+    if trainer.aux_loss_enabled:
+        raise ValueError(
+            "The student is a mixture of experts with a load-balancing loss, which distillation does not add. Set "
+            "router_aux_loss_coef: 0 to train it without."
+        )
+    if isinstance(trainer.model, PeftModel) and trainer.model.active_peft_config.is_prompt_learning:
+        raise ValueError("Prompt learning adds positions that the teacher does not have. Use LoRA instead.")
+    if trainer.get_cp_size() * trainer.get_sp_size() > 1:
+        raise ValueError(
+            "Context and sequence parallelism cut a sequence between ranks; the teacher would see fragments. Set "
+            "their sizes to 1 and shard with FSDP or ZeRO-3."
+        )
+    if len(devices_of(trainer.model)) > 1:
+        raise ValueError(
+            "The student is spread over several devices by device_map. Load it without device_map and shard it "
+            "with accelerate_config zero3 or fsdp2."
+        )
 
 
 def take_one_gpu(args: TrainingArguments) -> None:

@@ -7,8 +7,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .base import DistillationTrainer, ItemLosses, Supervised
+from .base import DistillationTrainer
 from .config import DistillationConfig
+from .items import ItemLosses, Supervised
 
 _ASSESSORS = ("judge", "exact", "rouge", "likelihood", "agreement", "none")
 _AUGMENTORS = ("model", "templates", "random", "none")

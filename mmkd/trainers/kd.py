@@ -11,8 +11,8 @@ from mmkd.teachers.base import Teacher
 from mmkd.teachers.signals import DenseSignal, SparseSignal, TopKSignal
 
 from .balance import BalancedTrainer
-from .base import ItemLosses, Supervised
 from .config import DistillationConfig
+from .items import ItemLosses, Supervised
 
 DIVERGENCES: dict[str, Callable[["KDConfig"], Divergence]] = {
     "forward_kl": lambda config: divergences.forward_kl,

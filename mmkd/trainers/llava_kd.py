@@ -17,8 +17,8 @@ from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal
 
 from .balance import BalancedTrainer
-from .base import ItemLosses, Supervised
 from .config import DistillationConfig
+from .items import ItemLosses, Supervised
 from .vision import TEACHER_INPUTS, View
 
 

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from jaxtyping import Bool, Int
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.sft_config import SFTConfig
@@ -155,3 +157,18 @@ def _tokenizer_json(tokenizer: Any) -> str:
 
 def _sha256(text: Any) -> str | None:
     return None if text is None else hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
+
+
+def without_repeated_rows(labels: Tensor, row_lengths: Tensor, accelerator: Accelerator) -> Tensor:
+    """The labels without those of rows that ranks repeat to make the last batch of an evaluation even."""
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return labels
+    rows = int((row_lengths > 0).sum())
+    real = max(0, state.remainder - accelerator.process_index * rows)
+    kept = torch.zeros_like(labels, dtype=torch.bool)
+    if len(labels) == len(row_lengths):
+        kept[:real] = True
+    else:
+        kept[:, : row_lengths[:real].sum()] = True
+    return labels.masked_fill(~kept, -100)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base import DistillationTrainer, ItemLosses, Supervised
+from .base import DistillationTrainer
 from .config import DistillationConfig
+from .items import ItemLosses, Supervised
 
 
 @dataclass

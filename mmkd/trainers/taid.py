@@ -10,8 +10,8 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from mmkd.losses.divergences import entropy, forward_kl, interpolated_log_probs
 
 from .balance import BalancedTrainer
-from .base import ItemLosses, Supervised
 from .config import DistillationConfig
+from .items import ItemLosses, Supervised
 
 
 @dataclass

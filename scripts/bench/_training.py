@@ -32,7 +32,7 @@ from mmkd.precision import name_of_dtype
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.codec import Codec, TokenOrder, TokenScores
 from mmkd.teachers.local import LocalTeacher
-from mmkd.trainers.base import ItemLosses, Supervised
+from mmkd.trainers.items import ItemLosses, Supervised
 from mmkd.trainers.kd import KDConfig, KDTrainer
 from mmkd.trainers.sft import SFTBaselineConfig, SFTBaselineTrainer
 

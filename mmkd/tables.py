@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mmkd.capture.estimate import readable_size
+from mmkd.units import readable_size
 
 Cells = tuple[str, list[str], list[list[str]]]
 """Title, header, lines."""

@@ -1,0 +1,46 @@
+"""What a method sees of the student, and what it answers: the losses of the items of one micro-batch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mmkd.models.heads import LMHead
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The student at the positions that predict a supervised token; row i predicts `labels[i]`."""
+
+    hidden: Float[Tensor, "token width"]
+    head: LMHead
+    labels: Int[Tensor, "token"]
+
+    def only(self, tokens: Bool[Tensor, "token"]) -> "Supervised":
+        """The student at some of the positions."""
+        return Supervised(self.hidden[tokens], self.head, self.labels[tokens])
+
+
+@dataclass
+class ItemLosses:
+    """What one micro-batch adds up to."""
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    """Kind of item -> sum of the losses of its items, with gradient. Each is divided by its own global count."""
+    reports: dict[str, tuple[Tensor, Tensor | int]] = field(default_factory=dict)
+    """Name in the logs -> (sum, number of items), without gradient."""
+
+    @classmethod
+    def of_parts(cls, parts: Mapping[str, Self]) -> Self:
+        """The sums of the losses of several teachers, each over its own tokens, with the "kl" of each by its name."""
+        whole = cls()
+        for name, part in parts.items():
+            for kind, total in part.totals.items():
+                whole.totals[kind] = whole.totals[kind] + total if kind in whole.totals else total
+            named = {f"kl_{name}": part.reports["kl"]} if "kl" in part.reports else {}
+            for report, (total, count) in {**part.reports, **named}.items():
+                before, items = whole.reports.get(report, (0, 0))
+                whole.reports[report] = (before + total, items + count)
+        return whole
