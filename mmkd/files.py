@@ -25,10 +25,23 @@ def write_file(path: Path, content: bytes | str) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise ValueError(
-            f"{path} ({len(content):,} bytes) cannot be written: {error.strerror}. Make room, or choose another "
-            "folder; what was finished before is kept, and the same command goes on from there."
-        ) from error
+        raise _unwritable(f"{path} ({len(content):,} bytes)", error) from error
+
+
+def append_to_file(path: Path, line: bytes) -> None:
+    """Adds a line to a file, which may end in half of one after a crash. Raises ValueError where it cannot."""
+    try:
+        with open(path, "ab") as file:
+            file.write(line)
+    except OSError as error:
+        raise _unwritable(str(path), error) from error
+
+
+def _unwritable(what: str, error: OSError) -> ValueError:
+    return ValueError(
+        f"{what} cannot be written: {error.strerror}. Make room, or choose another folder; what was finished before "
+        "is kept, and the same command goes on from there."
+    )
 
 
 def _sync(folder: Path) -> None:

@@ -22,6 +22,7 @@ from mmkd.trainers.comd import CoMDConfig
 from . import recipe as recipes
 from .assess import ASSESSORS, Assessment, Pair, match, question_of
 from .augment import Filter, augment, in_ratio
+from .checks import check_rounds
 from .files import copy_model, merge_adapter, read_json, write_json, write_lines
 from .identity import check_identity
 from .instructions import ImageStore, Instruction, apart_from, child_of_round, read_instructions, row_of
@@ -58,24 +59,6 @@ def train_rounds(run: Run, recipe: Path, flags: Sequence[str], train: Train) -> 
             break
     from_main_process(training, loop.finish)
     return 0
-
-
-def check_rounds(run: Run) -> None:
-    """Raises ValueError for settings that contradict each other."""
-    training = run.training
-    assert isinstance(training, CoMDConfig)
-    if training.push_to_hub:
-        raise ValueError("push_to_hub would push every round of comd. Leave it out, and upload the last student.")
-    if training.mutual and (training.world_size > 1 or run.arguments.teacher_server is not None):
-        raise ValueError(
-            "mutual trains the teacher in this process: give it as a folder or Hub id without teacher_server, and "
-            "run a single process."
-        )
-    if training.assessor == "likelihood" and run.arguments.teacher_server is not None:
-        raise ValueError(
-            "assessor: likelihood needs the teacher's log-probs, which a chat server does not give. Give the "
-            "teacher as a folder or Hub id without teacher_server, or choose another assessor."
-        )
 
 
 class Loop:

@@ -3,10 +3,10 @@
 import tempfile
 from pathlib import Path
 
+from mmkd.comd.checks import check_rounds
 from mmkd.comd.instructions import ImageStore, read_instructions
 from mmkd.comd.prompts import Prompts
 from mmkd.comd.roles import Roles
-from mmkd.comd.rounds import check_rounds
 from mmkd.run import Run
 from mmkd.trainers.comd import CoMDConfig
 

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmkd.files import write_file
+from mmkd.precision import NATIVE_BF16
 
 FORMAT = 1
 """Raised by whoever changes what the bytes of a cache mean, or which bytes the same answers become."""
@@ -176,3 +177,13 @@ def identity_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> 
 
 def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def advice_on(different: Sequence[str]) -> str:
+    """What to do about a folder that holds another cache."""
+    if len(different) == 1 and different[0].startswith("teacher.dtype: "):
+        return (
+            "A cache is of one type. Set teacher_dtype to the type it has, or name another folder. Where this CPU "
+            f"only emulates that type, continue on a machine like the first, or set {NATIVE_BF16}=1 to emulate it."
+        )
+    return "Name another folder, or delete this one."

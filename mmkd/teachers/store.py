@@ -23,13 +23,12 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
-from mmkd.files import write_file
-from mmkd.precision import NATIVE_BF16
+from mmkd.files import append_to_file, write_file
 
 from .codec import Codec, TokenOrder, TokenScores
 from .identity import file_sha256
 from .keys import KEY_BYTES
-from .manifest import Manifest, ShardEntry, Skipped, differences, identity_differences
+from .manifest import Manifest, ShardEntry, Skipped, advice_on, differences, identity_differences
 
 SIGNAL_FEATURES = Features(
     {
@@ -100,13 +99,10 @@ class CacheWriter:
                 )
             plan = {"shard_rows": mine.shard_rows, "rows": mine.total_rows, "part": mine.part}
             found_plan = {"shard_rows": found.shard_rows, "rows": found.total_rows, "part": found.part}
-            different = [
-                *other,
-                *differences({"plan": plan}, {"plan": found_plan}),
-            ]
+            different = [*other, *differences({"plan": plan}, {"plan": found_plan})]
             if different:
                 raise ValueError(
-                    f"{self.folder} holds a cache of something else: {'; '.join(different)}. {_advice(different)}"
+                    f"{self.folder} holds a cache of something else: {'; '.join(different)}. {advice_on(different)}"
                 )
             self.manifest = found
         for leftover in self.folder.rglob("*.tmp"):
@@ -145,7 +141,7 @@ class CacheWriter:
         )
         write_file(shard_path(self.folder, split, number), content)
         line = json.dumps({"split": split, "shard": number, "tokens": entry.tokens, **cost}) + "\n"
-        _append(self.folder / LOG, line.encode())
+        append_to_file(self.folder / LOG, line.encode())
         self.manifest.shards[split][number] = entry
         self.manifest.skipped[split] |= dict(skipped)
         self.manifest.write(self.folder)
@@ -351,18 +347,6 @@ def describe_for_datasets(folder: Path, manifest: Manifest, features: Features) 
     write_file(folder / "dataset_dict.json", json.dumps({"splits": list(manifest.shards)}).encode())
 
 
-def _append(path: Path, line: bytes) -> None:
-    """Adds a line to a file that decides nothing, and may end in half of one after a crash."""
-    try:
-        with open(path, "ab") as file:
-            file.write(line)
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be written: {error.strerror}. Make room, or choose another folder; what was finished "
-            "before is kept, and the same command goes on from there."
-        ) from error
-
-
 def _head(content: bytes) -> tuple[int, int]:
     """Length and crc32 of a stream up to the bytes of its only batch of rows, if it has one."""
     messages = list(pa.ipc.MessageReader.open_stream(content))
@@ -407,13 +391,3 @@ def _allow_open_files(count: int) -> None:
             "-Hn), or build with a larger cache_shard_rows."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (count + 500, hard))
-
-
-def _advice(different: Sequence[str]) -> str:
-    """What to do about a folder that holds another cache."""
-    if len(different) == 1 and different[0].startswith("teacher.dtype: "):
-        return (
-            "A cache is of one type. Set teacher_dtype to the type it has, or name another folder. Where this CPU "
-            f"only emulates that type, go on on a machine like the first, or set {NATIVE_BF16}=1 to emulate it."
-        )
-    return "Name another folder, or delete this one."
