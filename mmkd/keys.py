@@ -203,7 +203,7 @@ def _no_choice(name: str, value: Any, choices: Iterable[Any]) -> str:
     hint = f" Did you mean {near[0]!r}?" if near else ""
     if len(known) <= _SHOWN:
         return f"{name} is {value!r}; choose one of {', '.join(known)}.{hint}"
-    return f"{name} is {value!r}, which is none of its {len(known)} choices (--help_keys lists them).{hint}"
+    return f"{name} is {value!r}, which is not one of its {len(known)} choices (--help_keys lists them).{hint}"
 
 
 def _in_one_line(message: str, actions: Mapping[str, argparse.Action]) -> str:
@@ -214,7 +214,7 @@ def _in_one_line(message: str, actions: Mapping[str, argparse.Action]) -> str:
         if missing is None:
             return message
         names = re.findall(r"--(\w+)", missing[1])
-        return f"The recipe does not set {' and '.join(dict.fromkeys(names))}, and there is no run without."
+        return f"The recipe does not set {' and '.join(dict.fromkeys(names))}, and no run is possible without."
     name, complaint = found[1].replace("-", "_"), found[2]
     action = actions.get(name)
     if "expected" in complaint and "argument" in complaint:

@@ -203,7 +203,7 @@ class GeneratePlan(Plan):
 
     def _asked(self, row: int, values: Mapping[str, Any]) -> AskedRow | UnusableRow:
         if not question_of(values):
-            return UnusableRow("It asks nothing: its prompt is empty, or nobody speaks before the assistant")
+            return UnusableRow("It asks nothing: its prompt is empty, or no message comes before the assistant's")
         prompt = self._prompt(values)
         if isinstance(prompt, UnusableRow):
             return prompt

@@ -115,7 +115,7 @@ def read_instructions(dataset: Dataset, store: ImageStore) -> list[Instruction]:
             said.insert(0, prompt.pop())
         if row.get("tools"):
             raise UserError(
-                "A row has tools, of which the judge and the augmentor of comd would not know. Leave such rows out, "
+                "A row has tools, which the judge and the augmentor of comd would not see. Leave such rows out, "
                 "or take the column `tools` out of the data."
             )
         if not any(message["role"] == "user" for message in prompt):

@@ -22,7 +22,7 @@ def is_url(text: str) -> bool:
 
 
 def download(url: str) -> bytes:
-    """The content of a URL. Raises UserError when it cannot be had, is too large or takes too long."""
+    """The content of a URL. Raises UserError when it cannot be downloaded, is too large or takes too long."""
     end = time.monotonic() + LONGEST
     try:
         with (

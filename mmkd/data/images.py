@@ -190,7 +190,7 @@ def _content(text: str, folder: str | Path | None, allow_urls: bool) -> bytes | 
     if is_url(text):
         if not allow_urls:
             raise UnreadableImage(
-                f"URL {_cut(text, _LONG)} is not downloaded unasked. Set `image_urls: true` in the data recipe (in "
+                f"URL {_cut(text, _LONG)} is not downloaded by default. Set `image_urls: true` in the data recipe (in "
                 "Python: call mmkd.data.image_columns.download_images on the rows), and every picture is downloaded "
                 "once. If it is set, this download failed; a warning at the start says why"
             )

@@ -215,8 +215,8 @@ def _part(part: Any, where: str, pictures: Pictures, nulls: bool) -> Message:
         }
     videos = " mmkd does not train on videos yet; map its frames to images." if kind == "video" else ""
     raise UserError(
-        f"{where} is of type {kind!r}, but only text and image can be trained on.{videos} Leave such rows out, or say "
-        "it in a part of text (thoughts belong into the message's reasoning_content, calls into its tool_calls)"
+        f"{where} is of type {kind!r}, but only text and image can be trained on.{videos} Leave such rows out, or put "
+        "it in a text part (thoughts belong in the message's reasoning_content, calls in its tool_calls)"
     )
 
 

@@ -65,7 +65,7 @@ class LabellingTrainer(SFTTrainer):
         first = next(iter(train_dataset), None) if self._assistant_only else None
         if first is not None and not (is_conversational(first) or is_conversational_from_value(first)):
             raise UserError(
-                "assistant_only_loss needs conversations, and the data is plain text: nobody speaks in it. Set "
+                "assistant_only_loss needs conversations, and the data is plain text. Set "
                 "assistant_only_loss: false, or map the data to messages."
             )
         # trl refuses templates that neither mark the assistant's turns nor are known to it, and `Turns` does not.

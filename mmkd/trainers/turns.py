@@ -179,7 +179,7 @@ def assistant_labels(
         row = maybe_convert_to_chatml(dict(row))
     if not is_conversational(dict(row)):
         raise UserError(
-            f"Row {number} of the {split} data is not a conversation, so nobody speaks in it. Set "
+            f"Row {number} of the {split} data is not a conversation, so it has no assistant's turns. Set "
             "assistant_only_loss: false, or map the data to messages."
         )
     try:
