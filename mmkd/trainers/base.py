@@ -92,7 +92,7 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
         self._name = type(self).__name__.removesuffix("Trainer")
         if teacher is None and self.needs_teacher:
             raise ValueError(f"Method {self.method} needs a teacher: pass a Hub id, a folder, a model or a Teacher.")
-        args = self._config(model, args)
+        args = self._settings_of(model, args)
         self._reads_rows = kwargs.get("formatting_func") is None and not _skips_preparation(args)
         if self._reads_rows:
             train_dataset, eval_dataset = (
@@ -207,7 +207,7 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
     # Construction
 
     @classmethod
-    def _config(cls, student: Any, args: DistillationConfig | None) -> Any:
+    def _settings_of(cls, student: Any, args: DistillationConfig | None) -> DistillationConfig:
         """The settings, or the default ones. Raises ValueError for those of another method."""
         if args is None:
             name = (student if isinstance(student, str) else name_of(student)).rstrip("/").split("/")[-1]
