@@ -105,7 +105,7 @@ def unusable_rows(sample: Sample, rendered: Rendered, severity: str) -> list[Fin
             severity,
             "images",
             f"{len(bad)} of {total} rows cannot be read: {reasons}",
-            "Correct them; a cache built with on_error: skip leaves them out.",
+            "Correct them. on_bad_row: skip leaves such rows out of training, on_error: skip out of a cache.",
         )
     ]
 

@@ -77,8 +77,11 @@ class DistillationConfig(RolloutConfig):
         metadata={"help": "Keyword arguments of from_pretrained for a teacher given by name, such as dtype."},
     )
 
-    emulated_bf16: bool = field(init=False, default=False)
-    """Whether bf16 was asked for and is computed in fp32, since this CPU would only emulate it."""
+    emulated_bf16: bool = field(
+        init=False,
+        default=False,
+        metadata={"help": "Whether bf16 was asked for and is computed in fp32, since this CPU would only emulate it."},
+    )
 
     combinations: ClassVar[tuple[str, ...]] = ("weights",)
     """How the method can combine the terms of its loss."""

@@ -130,8 +130,11 @@ class DHOConfig(TrainingArguments):
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with models on the Hub."})
 
-    emulated_bf16: bool = field(init=False, default=False)
-    """Whether bf16 was asked for and is computed in fp32, since this CPU would only emulate it."""
+    emulated_bf16: bool = field(
+        init=False,
+        default=False,
+        metadata={"help": "Whether bf16 was asked for and is computed in fp32, since this CPU would only emulate it."},
+    )
 
     def __post_init__(self) -> None:
         # transformers wants this said before it allows bf16 on a machine without an accelerator.

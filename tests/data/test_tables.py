@@ -497,8 +497,9 @@ def test_tables_on_the_hub_are_read_by_guesses(monkeypatch, caplog, kind: str, s
     assert ("o/n holds csv files, and their reader on the Hub takes None, NA" in caplog.text) == said
 
 
-def test_the_command_line_says_it_in_one_line(capsys) -> None:
+def test_the_command_line_says_it_in_one_line(capsys, monkeypatch) -> None:
     """Before anything is loaded: a broken line is the recipe's fault, not the library's."""
+    monkeypatch.setenv("COLUMNS", "200")
     Path("t.jsonl").write_text('{"q": 1}\n{"q": }\n')
     data = recipe("t.jsonl", {"text": "q"})
     keys = {"method": "kd", "teacher": "nobody/here", "student": "nobody/here", "data": data, "output_dir": "run"}
