@@ -26,5 +26,6 @@ vllm=$!
 .venv/bin/ruff format --check .
 .venv/bin/pyright
 wait "$vllm" || echo "vLLM could not be installed: tests against a real server will be skipped." >&2
-.venv/bin/python -m pytest
+# A worker per core; one file stays with one worker, whose fixtures (models, servers) are made once.
+.venv/bin/python -m pytest --numprocesses auto --dist loadfile
 .venv/bin/python scripts/check_wheel.py
