@@ -23,12 +23,12 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
+from mmkd.arguments import Run, RunArguments
 from mmkd.data.class_rows import ClassRows
 from mmkd.data.classification import HIDDEN, ClassificationData, ClassificationRecipe, hide_labels, load_classification
 from mmkd.models.dual_head import DualHeadForImageClassification, DualHeadForSequenceClassification
 from mmkd.models.load import computed_dtype, load_model
 from mmkd.precision import name_of_dtype
-from mmkd.run import Run, RunArguments
 from mmkd.teachers.class_logits import (
     ClassLogits,
     class_identity,

@@ -10,9 +10,9 @@ from transformers.trainer_callback import TrainerCallback
 from mmkd.arguments import Run
 from mmkd.data.classification import ClassificationRecipe
 from mmkd.data.recipe import DataRecipe
-from mmkd.eval.places import RECORD
 from mmkd.files import write_file
 from mmkd.machine import machine
+from mmkd.places import RECORD
 
 SCHEMA = 1
 

@@ -4,6 +4,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,21 @@ def wrong_directions(imports: list[Import]) -> list[str]:
     ]
 
 
+def circles(imports: list[Import]) -> list[list[str]]:
+    """Parts of mmkd that import each other, over however many others in between; deferred imports count too."""
+    below: dict[str, set[str]] = {}
+    for item in imports:
+        part, other = part_of(item.source), part_of(item.target)
+        if item.package == "mmkd" and part and other and part != other:
+            below.setdefault(part, set()).add(other)
+    sorter = TopologicalSorter(below)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        return [error.args[1]]
+    return []
+
+
 def foreign_packages(imports: list[Import]) -> list[str]:
     """Imports of packages ruled out for losses (torch only), alignment (no transformers) and recipes (yaml only)."""
     light = {"losses": {"torch", "jaxtyping"}, "recipes": {"yaml"}}
@@ -144,6 +160,16 @@ def imports() -> list[Import]:
 
 def test_parts_import_only_the_parts_below_them(imports):
     assert wrong_directions(imports) == []
+
+
+def test_parts_import_each_other_in_no_circle(imports):
+    assert circles(imports) == []
+
+
+def test_a_circle_over_three_parts_is_found():
+    chain = [("run", "eval"), ("eval", "report"), ("report", "run")]
+    (found,) = circles([Import(f"mmkd.{a}.x", f"mmkd.{b}", 1, True) for a, b in chain])
+    assert {*found} == {"run", "eval", "report"}
 
 
 def test_losses_alignment_and_recipes_keep_to_light_packages(imports):

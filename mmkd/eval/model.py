@@ -16,11 +16,10 @@ from transformers import AutoConfig
 from mmkd.errors import UserError
 from mmkd.models.ensemble import load_ensemble
 from mmkd.models.load import computed_dtype, load_model, load_processing_class, tokenizer_of
+from mmkd.places import results_before, results_folder
 from mmkd.precision import name_of_dtype
 from mmkd.run import last_checkpoint
 from mmkd.teachers.identity import saved_dtype, weights_sha256
-
-from .places import results_before, results_folder
 
 ADAPTER = "adapter_config.json"
 

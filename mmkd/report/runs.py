@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmkd.eval.places import COMPARISON, RECORD, RESULTS, results_before, results_folder
+from mmkd.places import COMPARISON, RECORD, RESULTS, results_before, results_folder
 
 LOG, STATE = "log.jsonl", "trainer_state.json"
 ROUNDS, CHOICE = "round-*/report.json", "interpolation.json"

@@ -14,8 +14,8 @@ from mmkd.cli import main
 from mmkd.eval.commands import evaluate
 from mmkd.eval.harness import Harness, Settings
 from mmkd.eval.model import find_model
-from mmkd.eval.places import RECORD, results_folder
 from mmkd.eval.suites import SuiteTask
+from mmkd.places import RECORD, results_folder
 from mmkd.recipes import recipe_root
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.vlms import make_llava, picture
