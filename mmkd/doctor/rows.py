@@ -104,7 +104,7 @@ def unusable_rows(sample: Sample, rendered: Rendered, severity: str) -> list[Fin
         Finding(
             severity,
             "images",
-            f"{len(bad)} of {total} rows cannot be read: {reasons}",
+            f"{len(bad)} of {total} rows cannot be read (numbers from 0, after filters and shuffle): {reasons}",
             "Correct them. on_bad_row: skip leaves such rows out of training, on_error: skip out of a cache.",
         )
     ]
