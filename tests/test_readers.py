@@ -18,12 +18,14 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from mmkd import KDConfig, KDTrainer
-from mmkd.capture.plan import make_plan
+from mmkd.capture.plan import make_score_plan
+from mmkd.capture.sequences import TokenSequence
 from mmkd.comd.instructions import ImageStore, open_image, read_instructions
 from mmkd.data.load import load_data
 from mmkd.data.prompts import model_inputs, prompt_of
 from mmkd.run import build_trainer, parse_run
 from mmkd.teachers.vllm_wire import openai_messages
+from mmkd.trainers.base import DistillationTrainer
 from scripts.make_tiny_models import WORDS
 from tests.vlms import make_llava
 
@@ -170,7 +172,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def collated(trainer: KDTrainer) -> list[dict[str, torch.Tensor]]:
+def collated(trainer: DistillationTrainer) -> list[dict[str, torch.Tensor]]:
     """The rows of a trainer's data set, each as the batch of one row that its models get."""
     return [trainer.data_collator([dict(row)]) for row in trainer.train_dataset]
 
@@ -221,10 +223,11 @@ def check(rows: list[Row], folder: Path, models: dict[str, str], caplog: pytest.
     for ours, theirs in zip(by_recipe, collated(in_python), strict=True):
         same(ours, theirs)
 
-    sequences = make_plan(parse_run("run.yaml", ["--teacher_cache", "cache"])).prepared.splits["train"]
+    sequences = make_score_plan(parse_run("run.yaml", ["--teacher_cache", "cache"])).prepared.splits["train"]
     assert len(sequences) == len(usable)
     for number, batch in enumerate(by_recipe):
         sequence = sequences[number]
+        assert isinstance(sequence, TokenSequence)
         assert sequence.ids.tolist() == batch["input_ids"][0].tolist()
         assert sequence.supervised[1:].tolist() == (batch["labels"][0, 1:] != -100).tolist()
 

@@ -112,7 +112,7 @@ def model_inputs(processing_class: Any, prompts: Sequence[Asked], tools: Sequenc
     tools = tools or [None] * len(prompts)
     texts = [_rendered(processing_class, prompt, own) for prompt, own in zip(prompts, tools, strict=True)]
     # The template has written the special tokens, and TRL's collator leaves them out of plain text with images too.
-    options = {
+    options: dict[str, Any] = {
         "padding": len(prompts) > 1,
         "padding_side": "left",
         "add_special_tokens": False,
@@ -120,7 +120,7 @@ def model_inputs(processing_class: Any, prompts: Sequence[Asked], tools: Sequenc
     }
     if not is_processor:
         return processing_class(texts, **options)
-    images = [pictures_of(prompt) for prompt in prompts]
+    images: Any = [pictures_of(prompt) for prompt in prompts]
     # Processors take no batch without a picture.
     return processing_class(images=images if any(images) else None, text=texts, **options)
 

@@ -85,7 +85,7 @@ def _require_plain_head(model: PreTrainedModel) -> None:
         )
 
 
-def attention_now(model: PreTrainedModel) -> set[str]:
+def attention_now(model: PreTrainedModel) -> set[str | None]:
     """The implementations of attention that a model and its parts are set to."""
     return {module.config._attn_implementation for module in model.modules() if isinstance(module, PreTrainedModel)}
 

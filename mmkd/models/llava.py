@@ -53,7 +53,7 @@ def assemble_llava(
     embeddings get a row for `<image>` where the language model has none to spare. `llava_processor` makes its
     processor. Raises ValueError for a tower whose layout of tokens is not known.
     """
-    hub = {"trust_remote_code": trust_remote_code}
+    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text = load_model(str(language_model), "language model", dtype=dtype, **hub)
     if hasattr(text.config, "vision_config"):
         raise ValueError(f"{language_model} is a vision-language model already; use it as the student itself.")

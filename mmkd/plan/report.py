@@ -14,6 +14,7 @@ from mmkd.doctor.stages import StageRun, each_run
 from mmkd.dry_run import logits_of
 from mmkd.run import Run
 from mmkd.run_teacher import reads_teacher
+from mmkd.units import readable_size
 
 from .classes import plan_classes
 from .hardware import GIB, USABLE, Device
@@ -156,8 +157,8 @@ def _cache(run: Run, sample: Sample, shape: Shape, teacher: Model, device: Devic
     else:
         many, found = rows * costs.own_share(run, sample) / shape.data_rows, f"for {rows:,} rows"
     return (
-        f"A teacher_cache takes {costs.size(many * per_row)} {found}, and {many * seconds / 3600:,.3g} device-hours "
-        "of the teacher to build."
+        f"A teacher_cache takes {readable_size(many * per_row)} {found}, and {many * seconds / 3600:,.3g} "
+        "device-hours of the teacher to build."
     )
 
 

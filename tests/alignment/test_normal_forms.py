@@ -74,10 +74,10 @@ def loosest(data: bytes) -> str:
 
 
 def both_texts(chunks: Chunks, teacher: Tokens, student: Tokens) -> list[tuple[bytes, bytes]]:
-    return [
-        tuple(b"".join(side.pieces[i] for i in side.ids[slice(*span)]) for side, span in ((teacher, a), (student, b)))
-        for a, b in zip(chunks.teacher, chunks.student, strict=True)
-    ]
+    def text(side: Tokens, span: Any) -> bytes:
+        return b"".join(side.pieces[i] for i in side.ids[slice(*span)])
+
+    return [(text(teacher, a), text(student, b)) for a, b in zip(chunks.teacher, chunks.student, strict=True)]
 
 
 @settings(max_examples=150, deadline=None)

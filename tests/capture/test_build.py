@@ -247,7 +247,8 @@ def test_answers_that_were_cut_off_are_said_and_kept_when_asked(
         "4",
     ]
     assert main(command) == 0
-    reasons = [row["finish_reason"] for part in datasets.load_from_disk("short").values() for row in part]
+    saved: Any = datasets.load_from_disk("short")
+    reasons = [row["finish_reason"] for part in saved.values() for row in part]
     cut = reasons.count("length")
     assert cut
     said = f"16 answers, {cut} of them cut off at cache_max_new_tokens 3"
@@ -270,7 +271,8 @@ def test_answers_that_were_cut_off_are_said_and_kept_when_asked(
 
 def said_texts(folder: str) -> list[str]:
     """What the teacher said, also nothing at all."""
-    return [row["completion"][0]["content"] for part in datasets.load_from_disk(folder).values() for row in part]
+    saved: Any = datasets.load_from_disk(folder)
+    return [row["completion"][0]["content"] for part in saved.values() for row in part]
 
 
 def test_every_prompt_is_answered_or_named(
@@ -293,7 +295,7 @@ def test_every_prompt_is_answered_or_named(
         "asked",
     ]
     assert main([*command, "--cache_max_new_tokens", "4", "--cache_temperature", "0"]) == 0
-    answers = datasets.load_from_disk("asked")["train"]
+    answers: Any = datasets.load_from_disk("asked")["train"]
     assert answers["prompt"] == ["one cat", "two birds", "a dog"]
     assert "3 answers" in capfd.readouterr().err
     assert "2 of 5 asked train rows are left out" in caplog.text

@@ -358,7 +358,9 @@ def test_an_image_that_cannot_be_decoded_is_reported_with_its_reason(processor: 
 def test_a_reason_does_not_say_where_in_memory_an_image_was(processor: Any, tmp_path: Path) -> None:
     rows = [{**row, "images": [{"bytes": b"no image", "path": None}]} for row in image_rows(1)]
     _, sequences = vision(Dataset.from_list(rows).cast_column("images", List(Image())), processor, tmp_path)
-    reason = sequences[0].reason
+    broken = sequences[0]
+    assert isinstance(broken, UnusableRow)
+    reason = broken.reason
     assert reason.startswith("images[0]: UnidentifiedImageError: cannot identify image file")
     assert "0x" not in reason
     assert sequences[0] == UnusableRow(reason)

@@ -119,9 +119,11 @@ def test_generations_end_repeat_and_do_not_depend_on_their_batch(tiny):
 
 
 def test_prompts_of_all_kinds_of_rows(chats):
+    asked: Any
     asked, answer = prompt_of(dict(chats[0]))
     assert ([message["role"] for message in asked], answer) == (["user"], chats[0]["messages"][1]["content"])
     text = "word " * 100
+    start: Any
     start, rest = prompt_of({"text": text})
     assert start + rest == text
     assert len(start) <= 200

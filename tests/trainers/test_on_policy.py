@@ -81,7 +81,7 @@ def test_prompts_need_no_answers(build: Build, completions: Dataset, chats: bool
     if chats:
         turns = [("prompt", "user"), ("completion", "assistant")]
         rows = Dataset.from_list(
-            [{k: [{"role": role, "content": row[k]}] for k, role in turns} for row in completions]
+            [{k: [{"role": role, "content": row[k]}] for k, role in turns} for row in completions.to_list()]
         )
     settings = {**GREEDY, "on_policy_fraction": 1.0}
     whole, alone = (mixed(build(KDTrainer, data, **settings)) for data in (rows, rows.remove_columns("completion")))
