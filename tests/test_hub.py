@@ -35,14 +35,14 @@ REPO = "user/words"
 DRIVER = """
 import json, os, sys
 import mmkd.hub
-from mmkd.cli import _is_ours
+from mmkd.errors import is_for_users
 mmkd.hub.FILE_BYTES = int(os.environ.get("FILE_BYTES", mmkd.hub.FILE_BYTES))
 said = []
 for name, arguments, keywords in json.loads(sys.argv[1]):
     try:
         said.append(str(getattr(mmkd.hub, name)(*arguments, **keywords)))
     except ValueError as error:
-        assert _is_ours(error)
+        assert is_for_users(error)
         said.append(f"refused: {error}")
 print(json.dumps(said))
 """

@@ -21,6 +21,8 @@ RECORDED_ONLY = ("mmkd", "batch_tokens")
 write alike; the size of a batch, since padding moves a teacher's numbers by roundings of its type only, as the batches
 of a live teacher do (and generated answers, whose random numbers are those of a batch, are draws either way)."""
 
+_PARTICULARS = re.compile(r"'[^']*'|\((path|URL|base64|data URL) [^()]*(\([^()]*\))?\)|0x[0-9a-f]+|[0-9]+")
+
 
 @dataclass(frozen=True)
 class ShardEntry:
@@ -93,8 +95,8 @@ class Manifest:
         found: dict[str, list[str]] = {}
         for rows in self.skipped.values():
             for _, entry in sorted(rows.items()):
-                # Numbers and names of files do not make another reason.
-                found.setdefault(re.sub(r"'[^']*'|0x[0-9a-f]+|[0-9]+", "", entry.reason), []).append(entry.reason)
+                # Numbers and what stands for a picture do not make another reason.
+                found.setdefault(_PARTICULARS.sub("", entry.reason), []).append(entry.reason)
         return sorted(((len(reasons), reasons[0]) for reasons in found.values()), key=lambda pair: -pair[0])
 
     def skipped_summary(self) -> str:
