@@ -22,7 +22,7 @@ from mmkd.models.load import load_model
 from mmkd.push.folder import Wishes, prepare
 from mmkd.report.runs import parts_of
 from mmkd.teachers import endpoints
-from tests.comd.chat_server import ChatServer, chat_server, kind_of, said, scripted
+from tests.comd.chat_server import ChatServer, chat_server, judged, kind_of, said, scripted
 from tests.comd.conftest import Recipe
 from tests.helpers import environment
 from tests.vlms import make_tower, picture
@@ -45,6 +45,15 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def asked(server: ChatServer) -> Counter[str]:
     return Counter(json.dumps(body, sort_keys=True) for body in server.requests)
+
+
+def repeated(server: ChatServer) -> list[str]:
+    """What was asked more than once, but for the two orders of equal answers, which are one question to a judge."""
+    return [
+        body
+        for body, times in asked(server).items()
+        if times > 1 and (kind_of(json.loads(body)) != "judge" or len({*judged(json.loads(body))}) > 1 or times > 2)
+    ]
 
 
 def test_rounds_leave_what_they_were_made_of(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -93,7 +102,7 @@ def test_rounds_leave_what_they_were_made_of(recipe: Recipe, tmp_path: Path, cap
     assert not (run / "log.jsonl").exists()
     assert [part.name for part in parts_of(run)] == ["round-0", "round-1", "round-2"]
     # Nothing is asked twice, and each pair is judged in both orders.
-    assert set(asked(server).values()) == {1}
+    assert repeated(server) == []
     assert server.count("judge") == len(orders_of(run))
     assert "round-0/answer" in capsys.readouterr().err
 
@@ -246,8 +255,7 @@ def test_an_unreachable_judge(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, c
         # It is there again: what it said and what the teacher said is not asked for again.
         judge.fail_after = None
         assert main(["train", str(path)]) == 0
-        assert set(asked(teacher).values()) == {1}
-        assert set(asked(judge).values()) == {1}
+        assert repeated(teacher) == repeated(judge) == []
         assert teacher.count("judge") == judge.count("augment") == 0
 
 
