@@ -255,7 +255,10 @@ def test_an_unreachable_judge(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, c
         # It is there again: what it said and what the teacher said is not asked for again.
         judge.fail_after = None
         assert main(["train", str(path)]) == 0
-        assert repeated(teacher) == repeated(judge) == []
+        assert repeated(teacher) == []
+        # Of the round that was interrupted, its twelve pairs in both orders: a later one may ask about equal answers.
+        judge.requests = judge.requests[:24]
+        assert repeated(judge) == []
         assert teacher.count("judge") == judge.count("augment") == 0
 
 
