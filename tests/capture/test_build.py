@@ -369,11 +369,12 @@ def test_too_many_skipped_rows_stop_a_build_that_keeps_what_was_done(
     summary = (
         "3 of 12 rows (25.0%) have no answer of the teacher's: 3 times: images[0]: UnidentifiedImageError: cannot"
     )
-    done = mmkd("cache", "build", "recipe.yaml", *flags, "--max_skipped", "0.3")
+    # Lines are broken where the width of the console falls.
+    done = " ".join(mmkd("cache", "build", "recipe.yaml", *flags, "--max_skipped", "0.3").split())
     assert f"Skipped: {summary}" in done
     assert done.count("Skipped row") == 1
     assert "intact" in done
-    assert summary in mmkd("cache", "info", "cache").replace("\n", " ")
+    assert summary in " ".join(mmkd("cache", "info", "cache").split())
     # A cache that is complete still has too few rows for who allows no more than that.
     assert "had to be skipped" in mmkd("cache", "build", "recipe.yaml", *flags, status=2)
     caplog.clear()
@@ -404,7 +405,7 @@ def test_answers_to_images_are_those_of_images_decoded_at_once(
     assert Manifest.read(workplace / "cache").skipped_rows() == 3
     # A prompt and its answer must fit into the teacher's positions.
     flags[-1] = "250"
-    refused = mmkd("cache", "build", "recipe.yaml", *pictures, *flags, "--teacher_cache", "other")
+    refused = " ".join(mmkd("cache", "build", "recipe.yaml", *pictures, *flags, "--teacher_cache", "other").split())
     assert "9 times: Its prompt has" in refused
     assert "the teacher has room for 6 before an answer" in refused
 
