@@ -256,7 +256,8 @@ def test_an_unreachable_judge(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, c
         judge.fail_after = None
         assert main(["train", str(path)]) == 0
         assert repeated(teacher) == []
-        # Of the round that was interrupted, its twelve pairs in both orders: a later one may ask about equal answers.
+        # Looser than it should be: in whole runs under pytest-xdist one question is seen twice, and why is not known.
+        # The record gives equal questions one reply, so that none should be, in any round.
         judge.requests = judge.requests[:24]
         assert repeated(judge) == []
         assert teacher.count("judge") == judge.count("augment") == 0
