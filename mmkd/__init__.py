@@ -3,51 +3,51 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mmkd.registration import register_models
+from mmkd.models.registration import register_models
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mmkd.methods.alm import ALMConfig as ALMConfig
+    from mmkd.methods.alm import ALMTrainer as ALMTrainer
+    from mmkd.methods.comd.comd_trainer import CoMDConfig as CoMDConfig
+    from mmkd.methods.comd.comd_trainer import CoMDTrainer as CoMDTrainer
+    from mmkd.methods.dho.dho_trainer import DHOConfig as DHOConfig
+    from mmkd.methods.dho.dho_trainer import DHOTrainer as DHOTrainer
+    from mmkd.methods.kd import KDConfig as KDConfig
+    from mmkd.methods.kd import KDTrainer as KDTrainer
+    from mmkd.methods.llava_kd import LLaVAKDConfig as LLaVAKDConfig
+    from mmkd.methods.llava_kd import LLaVAKDTrainer as LLaVAKDTrainer
+    from mmkd.methods.sft import SFTBaselineConfig as SFTBaselineConfig
+    from mmkd.methods.sft import SFTBaselineTrainer as SFTBaselineTrainer
+    from mmkd.methods.taid import TAIDConfig as TAIDConfig
+    from mmkd.methods.taid import TAIDTrainer as TAIDTrainer
     from mmkd.models.dual_head import DualHeadForImageClassification as DualHeadForImageClassification
     from mmkd.models.dual_head import DualHeadForSequenceClassification as DualHeadForSequenceClassification
     from mmkd.teachers.cached import CachedTeacher as CachedTeacher
     from mmkd.teachers.local import LocalTeacher as LocalTeacher
     from mmkd.teachers.server import ServerTeacher as ServerTeacher
-    from mmkd.trainers.alm import ALMConfig as ALMConfig
-    from mmkd.trainers.alm import ALMTrainer as ALMTrainer
-    from mmkd.trainers.comd import CoMDConfig as CoMDConfig
-    from mmkd.trainers.comd import CoMDTrainer as CoMDTrainer
-    from mmkd.trainers.dho import DHOConfig as DHOConfig
-    from mmkd.trainers.dho import DHOTrainer as DHOTrainer
-    from mmkd.trainers.kd import KDConfig as KDConfig
-    from mmkd.trainers.kd import KDTrainer as KDTrainer
-    from mmkd.trainers.llava_kd import LLaVAKDConfig as LLaVAKDConfig
-    from mmkd.trainers.llava_kd import LLaVAKDTrainer as LLaVAKDTrainer
-    from mmkd.trainers.sft import SFTBaselineConfig as SFTBaselineConfig
-    from mmkd.trainers.sft import SFTBaselineTrainer as SFTBaselineTrainer
-    from mmkd.trainers.taid import TAIDConfig as TAIDConfig
-    from mmkd.trainers.taid import TAIDTrainer as TAIDTrainer
 
 _MODULES = {
     "CachedTeacher": "mmkd.teachers.cached",
     "LocalTeacher": "mmkd.teachers.local",
     "ServerTeacher": "mmkd.teachers.server",
-    "ALMConfig": "mmkd.trainers.alm",
-    "ALMTrainer": "mmkd.trainers.alm",
-    "CoMDConfig": "mmkd.trainers.comd",
-    "CoMDTrainer": "mmkd.trainers.comd",
-    "DHOConfig": "mmkd.trainers.dho",
-    "DHOTrainer": "mmkd.trainers.dho",
+    "ALMConfig": "mmkd.methods.alm",
+    "ALMTrainer": "mmkd.methods.alm",
+    "CoMDConfig": "mmkd.methods.comd.comd_trainer",
+    "CoMDTrainer": "mmkd.methods.comd.comd_trainer",
+    "DHOConfig": "mmkd.methods.dho.dho_trainer",
+    "DHOTrainer": "mmkd.methods.dho.dho_trainer",
     "DualHeadForImageClassification": "mmkd.models.dual_head",
     "DualHeadForSequenceClassification": "mmkd.models.dual_head",
-    "KDConfig": "mmkd.trainers.kd",
-    "KDTrainer": "mmkd.trainers.kd",
-    "LLaVAKDConfig": "mmkd.trainers.llava_kd",
-    "LLaVAKDTrainer": "mmkd.trainers.llava_kd",
-    "SFTBaselineConfig": "mmkd.trainers.sft",
-    "SFTBaselineTrainer": "mmkd.trainers.sft",
-    "TAIDConfig": "mmkd.trainers.taid",
-    "TAIDTrainer": "mmkd.trainers.taid",
+    "KDConfig": "mmkd.methods.kd",
+    "KDTrainer": "mmkd.methods.kd",
+    "LLaVAKDConfig": "mmkd.methods.llava_kd",
+    "LLaVAKDTrainer": "mmkd.methods.llava_kd",
+    "SFTBaselineConfig": "mmkd.methods.sft",
+    "SFTBaselineTrainer": "mmkd.methods.sft",
+    "TAIDConfig": "mmkd.methods.taid",
+    "TAIDTrainer": "mmkd.methods.taid",
 }
 
 

@@ -4,11 +4,13 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from mmkd.errors import UserError
+
 
 def write_file(path: Path, content: bytes | str) -> None:
     """Writes a file, text as UTF-8, so that after a crash there is the old one or the new one; makes its folder.
 
-    Raises ValueError where it cannot be written, on a full disk say.
+    Raises UserError where it cannot be written, on a full disk say.
     """
     content = content.encode() if isinstance(content, str) else content
     # By the process, since another may write the same file now.
@@ -29,7 +31,7 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def append_to_file(path: Path, line: bytes) -> None:
-    """Adds a line to a file, which may end in half of one after a crash. Raises ValueError where it cannot."""
+    """Adds a line to a file, which may end in half of one after a crash. Raises UserError where it cannot."""
     try:
         with open(path, "ab") as file:
             file.write(line)
@@ -37,8 +39,8 @@ def append_to_file(path: Path, line: bytes) -> None:
         raise _unwritable(str(path), error) from error
 
 
-def _unwritable(what: str, error: OSError) -> ValueError:
-    return ValueError(
+def _unwritable(what: str, error: OSError) -> UserError:
+    return UserError(
         f"{what} cannot be written: {error.strerror}. Make room, or choose another folder; what was finished before "
         "is kept, and the same command goes on from there."
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ("trainers", "data_recipes", "eval")
-SCRIPTS = {"mmkd": "mmkd.cli:main", "mmkd-train": "mmkd.cli:train_main"}
+SCRIPTS = {"mmkd": "mmkd.commands.main:main", "mmkd-train": "mmkd.commands.main:train_main"}
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def check_installed(wheel: Path, venv: Path, elsewhere: Path) -> None:
     dependencies = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (site_packages / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
 
-    program = "import mmkd, mmkd.recipes as r; print(mmkd.__file__, *map(r.recipe_root, r.KINDS), sep='\\n')"
+    program = "import mmkd, mmkd.shipped as r; print(mmkd.__file__, *map(r.recipe_root, r.KINDS), sep='\\n')"
     for path in run(str(python), "-c", program, cwd=elsewhere).splitlines():
         inside = Path(path).resolve().is_relative_to(site_packages.resolve())
         expect(inside, f"The installed mmkd uses {path}, which is not the wheel's.")

@@ -20,11 +20,11 @@ from compare_stages import Results, questions
 from rich.console import Console
 from rich.table import Table
 
-from mmkd.comd.plot import plot_rounds
-from mmkd.comd.report import read_rounds
-from mmkd.launch import train
-from mmkd.recipes import find_recipe
-from mmkd.run import read_recipe
+from mmkd.commands.train import train
+from mmkd.methods.comd.round_plot import plot_rounds
+from mmkd.methods.comd.round_report import read_rounds
+from mmkd.recipe.run import read_recipe
+from mmkd.shipped import find_recipe
 
 ARMS = ("comd", "random", "unassessed", "in rounds", "one-shot")
 

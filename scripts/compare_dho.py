@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers.trainer_utils import set_seed
 
-from mmkd.classification import build_dho_trainer, load_class_teacher, new_student
 from mmkd.data.classification import ClassificationRecipe, hide_labels, load_classification
 from mmkd.files import write_file
 from mmkd.losses.dual_head import ALPHAS, BETAS, interpolate, search_interpolation
-from mmkd.run import parse_run
+from mmkd.methods.dho.dho_build import build_dho_trainer, load_class_teacher, new_student
+from mmkd.methods.dho.dho_trainer import DHOTrainer
+from mmkd.recipe.run import parse_run
 from mmkd.teachers.class_logits import compute_class_logits
-from mmkd.trainers.dho import DHOTrainer
 
 Answers = dict[str, torch.Tensor]
 
@@ -51,7 +51,7 @@ def main() -> None:
         print(f"{number} of {len(wanted)} runs", flush=True)
     show(bench, options.labels, options.seeds, options.lambdas)
     if options.plot is not None:
-        from mmkd.trainers.conflict_plot import plot_conflict
+        from mmkd.methods.dho.conflict_plot import plot_conflict
 
         shown = options.labels[len(options.labels) // 2]
         lines = {"DHO: two heads": "dho", "one head, lambda 0.5": "single_head"}

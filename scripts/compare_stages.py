@@ -24,13 +24,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from mmkd.commands.train import train
 from mmkd.data.images import read_image
 from mmkd.files import write_file
-from mmkd.launch import train
 from mmkd.models.load import load_model, load_processing_class
-from mmkd.recipes import find_recipe
-from mmkd.run import load_rows_of, parse_run, read_recipe
-from mmkd.stages import plan
+from mmkd.recipe.run import load_rows_of, parse_run, read_recipe
+from mmkd.recipe.stages import plan
+from mmkd.shipped import find_recipe
 
 
 def main() -> None:

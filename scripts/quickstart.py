@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from mmkd.files import write_file
 from mmkd.precision import name_of_dtype, native_dtype
-from mmkd.tables import show
+from mmkd.results.tables import show
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONE, VOCABULARY, WIDTH, FEED_FORWARD = 134_515_008, 49_152, 576, 1536
@@ -230,7 +230,7 @@ def text_half(output: Path, size: TextSize, speed: float, flags: Sequence[str]) 
     python, since, known = sys.executable, time.time(), output / "measured"
     recipes = [f"{method}/quickstart" for method in size.methods]
     commands = [[python, "scripts/get_teacher.py"], [python, "scripts/make_python_docs.py"]]
-    compare = [python, "-m", "mmkd.cli", "compare", *recipes, "--output", str(output), *size.flags]
+    compare = [python, "-m", "mmkd.commands.main", "compare", *recipes, "--output", str(output), *size.flags]
     teacher = TextSize((), 0, 0, size.eval_rows).flops / speed
     phases = [
         Phase("fetching the teacher", START, exists(ROOT / ".cache/mmkd/SmolLM2-135M-Instruct")),

@@ -16,9 +16,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mmkd.launch import train
-from mmkd.recipes import find_recipe
-from mmkd.run import read_recipe
+from mmkd.commands.train import train
+from mmkd.recipe.run import read_recipe
+from mmkd.shipped import find_recipe
 from scripts import make_easy_vqa_models
 from scripts.compare_stages import Results, answers, questions, run_schedule, show
 from scripts.make_easy_vqa import OUTPUT_DIR, make_easy_vqa

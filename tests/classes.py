@@ -12,8 +12,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokeniz
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from mmkd.methods.dho.dho_trainer import DHOConfig, DHOTrainer
 from mmkd.models.dual_head import DualHeadForImageClassification
-from mmkd.trainers.dho import DHOConfig, DHOTrainer
 from tests.helpers import VISION
 
 NAMES = ["red", "green", "blue"]

@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from mmkd.precision import NATIVE_BF16
-from mmkd.trainers.base import DistillationTrainer
-from mmkd.trainers.config import DistillationConfig
+from mmkd.training.base import DistillationTrainer
+from mmkd.training.config import DistillationConfig
 from scripts.make_tiny_models import make_tiny_models, make_tokenizer, sentences
 from tests.helpers import Build
 

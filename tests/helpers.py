@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmkd.trainers.base import DistillationTrainer
+from mmkd.training.base import DistillationTrainer
 
 Build = Callable[..., DistillationTrainer]
 """The `build` fixture: (trainer class, data, trainer={...}, key=value, ...) -> a trainer of the tiny models."""

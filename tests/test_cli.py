@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mmkd.cli import main
-from mmkd.run import parse_run
+from mmkd.commands.main import main
+from mmkd.recipe.run import parse_run
 from scripts.make_tiny_models import sentences
 from tests.helpers import environment
 
@@ -55,7 +55,7 @@ def write_recipe(folder: Path, name: str = "recipe.yaml", **keys: Any) -> None:
 @pytest.fixture
 def mmkd(workplace: Path) -> Run:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "mmkd.cli", *arguments]
+        command = [sys.executable, "-m", "mmkd.commands.main", *arguments]
         return subprocess.run(command, cwd=workplace, env=environment(), capture_output=True, text=True, timeout=240)
 
     return run
@@ -178,7 +178,7 @@ def test_a_killed_run_resumes_with_the_same_losses(mmkd: Run, workplace: Path) -
     whole = mmkd("train", "recipe.yaml", *flags, "--output_dir", "whole")
     assert whole.returncode == 0, whole.stderr
     saving = [*flags, "--save_strategy", "steps", "--save_steps", "3"]
-    command = [sys.executable, "-m", "mmkd.cli", "train", "recipe.yaml", *saving]
+    command = [sys.executable, "-m", "mmkd.commands.main", "train", "recipe.yaml", *saving]
     process = subprocess.Popen(
         command, cwd=workplace, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
@@ -202,7 +202,7 @@ def test_a_killed_run_resumes_with_the_same_losses(mmkd: Run, workplace: Path) -
 
 def interrupt(workplace: Path, *flags: str) -> tuple[int, str]:
     """Starts a long run, interrupts it once it trains, and gives its exit status and errors."""
-    command = [sys.executable, "-m", "mmkd.cli", "train", "recipe.yaml", "--max_steps", "100000", *flags]
+    command = [sys.executable, "-m", "mmkd.commands.main", "train", "recipe.yaml", "--max_steps", "100000", *flags]
     process = subprocess.Popen(command, cwd=workplace, env=environment(), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
@@ -321,7 +321,7 @@ def test_places_and_trackers_are_looked_at_before_models(workplace: Path, capsys
         ({"student": "my model"}, "The student 'my model' cannot be loaded"),
         ({"student": "model"}, "The student 'model' cannot be loaded: the folder holds nothing;"),
     ]:
-        monkeypatch.setattr("mmkd.run.get_available_reporting_integrations", list)
+        monkeypatch.setattr("mmkd.recipe.run.get_available_reporting_integrations", list)
         assert reason in one_line(workplace, capsys, **keys)
     (workplace / "model" / "adapter_config.json").write_text("{}")
     assert "the folder holds an adapter: merge it" in one_line(workplace, capsys, teacher="model")

@@ -14,16 +14,16 @@ from rich.console import Console
 from transformers import AutoTokenizer, LlamaConfig
 from transformers.models.idefics3 import Idefics3Processor
 
+from mmkd.cache.manifest import Manifest
 from mmkd.capture.build import build
 from mmkd.capture.plan import make_plan
 from mmkd.capture.sequences import TokenSequence
-from mmkd.doctor import costs, doctor
-from mmkd.doctor.facts import Finding, Rendered, load_student, load_teacher
-from mmkd.doctor.report import examine
-from mmkd.doctor.rows import lengths
-from mmkd.dry_run import estimate_memory
-from mmkd.run import build_trainer, parse_run
-from mmkd.teachers.manifest import Manifest
+from mmkd.preflight import costs
+from mmkd.preflight.doctor import doctor, examine
+from mmkd.preflight.dry_run import estimate_memory
+from mmkd.preflight.facts import Finding, Rendered, load_student, load_teacher
+from mmkd.preflight.row_checks import lengths
+from mmkd.recipe.run import build_trainer, parse_run
 from scripts.make_tiny_models import CHAT_TEMPLATE, make_model, make_tokenizer, save, sentences
 from tests.teachers.fake_vllm import fake_vllm
 from tests.teachers.vlm import make_image, make_vlm

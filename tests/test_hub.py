@@ -19,11 +19,11 @@ import pytest
 import yaml
 from datasets import Features, Image, List, Value, load_from_disk
 
-from mmkd.cards.cache import HUB_LICENSE, hub_license
+from mmkd.cache.cache_card import HUB_LICENSE, hub_license
+from mmkd.cache.hub import local_cache, push_cache
+from mmkd.cache.manifest import Manifest, Skipped
+from mmkd.cache.store import LOG, TOKEN_ORDER, Cache, CacheWriter, shard_path
 from mmkd.data.load import load_data
-from mmkd.hub import local_cache, push_cache
-from mmkd.teachers.manifest import Manifest, Skipped
-from mmkd.teachers.store import LOG, TOKEN_ORDER, Cache, CacheWriter, shard_path
 from scripts.make_tiny_models import sentences
 from tests.classes import NAMES, pixels, vit
 from tests.hub_server import LoopbackHub, loopback_hub
@@ -31,18 +31,17 @@ from tests.hub_server import LoopbackHub, loopback_hub
 ROOT = Path(__file__).parents[1]
 REPO = "user/words"
 
-# Each call is [function of mmkd.hub, arguments, keywords]; says for each what it returned or refused.
+# Each call is [function of mmkd.cache.hub, arguments, keywords]; says for each what it returned or refused.
 DRIVER = """
 import json, os, sys
-import mmkd.hub
-from mmkd.errors import is_for_users
-mmkd.hub.FILE_BYTES = int(os.environ.get("FILE_BYTES", mmkd.hub.FILE_BYTES))
+import mmkd.cache.hub
+from mmkd.errors import UserError
+mmkd.cache.hub.FILE_BYTES = int(os.environ.get("FILE_BYTES", mmkd.cache.hub.FILE_BYTES))
 said = []
 for name, arguments, keywords in json.loads(sys.argv[1]):
     try:
-        said.append(str(getattr(mmkd.hub, name)(*arguments, **keywords)))
-    except ValueError as error:
-        assert is_for_users(error)
+        said.append(str(getattr(mmkd.cache.hub, name)(*arguments, **keywords)))
+    except UserError as error:
         said.append(f"refused: {error}")
 print(json.dumps(said))
 """
@@ -118,7 +117,7 @@ def workplace(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     recipe |= {"teacher_top_k": 8, "cache_tail_draws": 4, "cache_shard_rows": 10, "per_device_train_batch_size": 4}
     recipe |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    done = run(["-m", "mmkd.cli", "cache", "build", "recipe.yaml"], folder, {})
+    done = run(["-m", "mmkd.commands.main", "cache", "build", "recipe.yaml"], folder, {})
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -137,7 +136,7 @@ def hub() -> Iterator[LoopbackHub]:
 
 @pytest.fixture
 def client(hub: LoopbackHub, tmp_path: Path) -> Client:
-    """`client(call, ...)` runs calls of mmkd.hub in a process of this Hub; keywords are added to its environment."""
+    """`client(call, ...)` runs calls of mmkd.cache.hub in a process of this Hub; keywords add to its environment."""
 
     def call(*calls: tuple[Any, ...], code: str = DRIVER, **environment: str) -> Any:
         argument = code == DRIVER and json.dumps([[name, a, k[0] if k else {}] for name, a, *k in calls])
@@ -300,7 +299,7 @@ def test_training_from_the_hub_is_training_from_the_folder(
     for name in ("cache", REPO):
         flags = ["--teacher_cache", name, "--output_dir", str(tmp_path / "run" / name)]
         environment = hub.environment(tmp_path / "home")
-        done = run(["-m", "mmkd.cli", "train", "recipe.yaml", *flags], workplace, environment)
+        done = run(["-m", "mmkd.commands.main", "train", "recipe.yaml", *flags], workplace, environment)
         assert done.returncode == 0, done.stderr
         state = json.loads((tmp_path / "run" / name / "trainer_state.json").read_text())
         losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
@@ -317,7 +316,7 @@ def test_the_doctor_looks_at_the_hub_though_the_teacher_is_named(
         ("user/nothing", 1, "There is no data set user/nothing on the Hub"),
         ("./user/nothing", 0, "There is no ./user/nothing yet; it must be built"),
     ):
-        arguments = ["-m", "mmkd.cli", "doctor", "recipe.yaml", "--teacher_cache", name]
+        arguments = ["-m", "mmkd.commands.main", "doctor", "recipe.yaml", "--teacher_cache", name]
         done = run(arguments, workplace, hub.environment(tmp_path / "home"))
         assert done.returncode == status, done.stdout + done.stderr
         assert words in done.stdout

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from mmkd.doctor.facts import Finding
-from mmkd.doctor.report import examine
-from mmkd.run import build_trainer, parse_run
+from mmkd.preflight.doctor import examine
+from mmkd.preflight.facts import Finding
+from mmkd.recipe.run import build_trainer, parse_run
 from tests.inputs import COUNT, FAULTY, SOUND, Input
 from tests.vlms import make_llava
 

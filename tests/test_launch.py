@@ -14,9 +14,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from mmkd.cli import main
-from mmkd.launch import PRESETS
-from mmkd.run import last_checkpoint
+from mmkd.commands.main import main
+from mmkd.commands.train import PRESETS
+from mmkd.recipe.run import last_checkpoint
 from tests.helpers import environment
 from tests.test_cli import workplace as workplace
 
@@ -32,7 +32,7 @@ def steps(run: Path) -> list[list[float]]:
 
 
 def launched(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mmkd.cli", "train", "recipe.yaml", "--num_processes", "2", *flags]
+    command = [sys.executable, "-m", "mmkd.commands.main", "train", "recipe.yaml", "--num_processes", "2", *flags]
     return subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from mmkd.cli import main
+from mmkd.commands.main import main
 from tests.pretended_cuda import pretended_cuda
 from tests.teachers.caches import build_cache, contents, write_recipe
 

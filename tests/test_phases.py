@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from mmkd.cli import main
-from mmkd.report.runs import read_log
-from mmkd.trainers.base import DistillationTrainer
+from mmkd.commands.main import main
+from mmkd.publish.runs import read_log
+from mmkd.training.base import DistillationTrainer
 from tests.test_cli import workplace as workplace
 
 

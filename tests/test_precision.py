@@ -11,21 +11,21 @@ import yaml
 from datasets import Dataset
 
 from mmkd import precision
-from mmkd.cli import main
-from mmkd.comd.roles import Roles
+from mmkd.cache.manifest import Manifest
+from mmkd.commands.main import main
 from mmkd.errors import UserError
 from mmkd.eval.harness import Harness, Settings
 from mmkd.eval.measures import measure
 from mmkd.eval.model import find_model
 from mmkd.eval.suites import SuiteTask
+from mmkd.methods.comd.roles import Roles
+from mmkd.methods.dho.dho_trainer import DHOConfig
+from mmkd.methods.kd import KDConfig, KDTrainer
 from mmkd.models.load import load_model
-from mmkd.plan.hardware import choose_device
-from mmkd.plan.predict import uses_bf16
 from mmkd.precision import NATIVE_BF16, native_dtype, product_dtype
-from mmkd.run import build_trainer, load_teacher, parse_run
-from mmkd.teachers.manifest import Manifest
-from mmkd.trainers.dho import DHOConfig
-from mmkd.trainers.kd import KDConfig, KDTrainer
+from mmkd.preflight.hardware import choose_device
+from mmkd.preflight.predict import uses_bf16
+from mmkd.recipe.run import build_trainer, load_teacher, parse_run
 from scripts.make_tiny_models import sentences
 from tests.helpers import Build, losses_of
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import yaml
 
-from mmkd.cli import main
+from mmkd.commands.main import main
+from mmkd.commands.prepare import PREPARATIONS
 from mmkd.prepare import fashion_mnist, packages
-from mmkd.prepare.command import PREPARATIONS
-from mmkd.recipes import KINDS, recipe_root
+from mmkd.shipped import KINDS, recipe_root
 
 
 @pytest.fixture(autouse=True)

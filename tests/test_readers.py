@@ -20,12 +20,12 @@ from transformers import AutoProcessor
 from mmkd import KDConfig, KDTrainer
 from mmkd.capture.plan import make_score_plan
 from mmkd.capture.sequences import TokenSequence
-from mmkd.comd.instructions import ImageStore, open_image, read_instructions
 from mmkd.data.load import load_data
 from mmkd.data.prompts import model_inputs, prompt_of
-from mmkd.run import build_trainer, parse_run
+from mmkd.methods.comd.instructions import ImageStore, open_image, read_instructions
+from mmkd.recipe.run import build_trainer, parse_run
 from mmkd.teachers.vllm_wire import openai_messages
-from mmkd.trainers.base import DistillationTrainer
+from mmkd.training.base import DistillationTrainer
 from scripts.make_tiny_models import WORDS
 from tests.vlms import make_llava
 

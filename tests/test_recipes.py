@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from mmkd import recipes
-from mmkd.recipes import copy_recipe, find_recipe, list_recipes, recipe_root
+from mmkd import shipped as recipes
+from mmkd.shipped import copy_recipe, find_recipe, list_recipes, recipe_root
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from transformers.trainer_callback import TrainerCallback
 
-from mmkd.record import RECORD, data_facts
-from mmkd.report.runs import read_log, read_run
-from mmkd.run import given_flags
-from mmkd.trainers.kd import KDTrainer
-from mmkd.trainers.log import LOG
+from mmkd.methods.kd import KDTrainer
+from mmkd.publish.runs import read_log, read_run
+from mmkd.recipe.run import given_flags
+from mmkd.recipe.run_record import RECORD, data_facts
+from mmkd.training.log import LOG
 from tests.classes import dho
 
 

@@ -10,9 +10,9 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoProcessor, CLIPVisionModel, LlavaForConditionalGeneration
 
-from mmkd.cli import main
+from mmkd.commands.main import main
 from mmkd.models.load import load_model
-from mmkd.stages import plan, split_stages
+from mmkd.recipe.stages import plan, split_stages
 from scripts.make_tiny_models import make_model, make_tokenizer, save
 from tests.vlms import make_llava, make_tower, vision_rows
 
@@ -131,7 +131,7 @@ def test_an_interrupted_schedule_goes_on(recipe: Path, monkeypatch: pytest.Monke
     whole = recipe.parent / "whole"
     assert main(["train", str(recipe), *saving, "--output_dir", str(whole)]) == 0
 
-    from mmkd.trainers.sft import SFTBaselineTrainer
+    from mmkd.methods.sft import SFTBaselineTrainer
 
     plain = SFTBaselineTrainer.training_step
 

@@ -8,8 +8,8 @@ import pytest
 from mmkd.data.classification import ClassificationRecipe
 from mmkd.data.recipe import DataRecipe
 from mmkd.errors import UserError
-from mmkd.run import parse_run, read_recipe
-from mmkd.stages import plan
+from mmkd.recipe.run import parse_run, read_recipe
+from mmkd.recipe.stages import plan
 from mmkd.yaml_files import read_yaml
 
 DATA = "source: json\ndata_files: {train: a.jsonl}\n"

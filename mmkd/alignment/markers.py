@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from numpy import ndarray
 
-from mmkd.alignment.pieces import TokenPieces, Tokens, ragged_ranges
+from .pieces import TokenPieces, Tokens, ragged_ranges
 
 Markers = Mapping[str, Iterable[tuple[int, ...]]]
 """A role (bos, pad, eos, user, end of user, ...) -> the token sequences that mark it."""

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Int
 
+from mmkd.errors import UserError
+
 # How many tokens with the longest common prefix, and as many with the longest common suffix, are looked at.
 _NEIGHBOURS = 32
 # Longer tokens (indentation, separators) are told apart by their first bytes and their length.
@@ -19,10 +21,10 @@ def nearest_tokens(student: Sequence[bytes], teacher: Sequence[bytes]) -> Int[np
     Tokens are the bytes that they decode to, so that vocabularies with different alphabets compare. Exact for tokens
     at distance 0 or 1. For the others it is the nearest of the 64 teacher tokens beside them in the orders by first
     and by last bytes, which sometimes misses one that differs at both ends. Special tokens are bytes like all others:
-    override their entries. Raises ValueError for an empty vocabulary of the teacher.
+    override their entries. Raises UserError for an empty vocabulary of the teacher.
     """
     if not teacher:
-        raise ValueError("The teacher's vocabulary is empty; no token of it can stand for one of the student's.")
+        raise UserError("The teacher's vocabulary is empty; no token of it can stand for one of the student's.")
     nearest = {token: index for index, token in reversed(list(enumerate(teacher)))}
     nearest |= _one_edit_away({token for token in student if token not in nearest}, teacher)
     nearest |= _among_neighbours({token for token in student if token not in nearest}, teacher)

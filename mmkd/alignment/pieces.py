@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 from numpy import ndarray
 
-from mmkd.alignment.normal_form import NormalForm
+from mmkd.errors import UserError
+
+from .normal_form import NormalForm
 
 BOUNDARY_BYTES = b" \t\n"
 """What a new pretoken begins with, apart from special tokens."""
@@ -81,7 +83,7 @@ class TokenPieces:
     def of(cls, tokenizer: Any) -> Self:
         """The pieces of a tokenizer: byte-level, SentencePiece, WordPiece or one token per byte.
 
-        Raises ValueError for a slow tokenizer whose tokens are not bytes: it has neither pieces nor offsets.
+        Raises UserError for a slow tokenizer whose tokens are not bytes: it has neither pieces nor offsets.
         """
         name = tokenizer.name_or_path or type(tokenizer).__name__
         vocabulary: dict[str, int] = tokenizer.get_vocab()
@@ -95,7 +97,7 @@ class TokenPieces:
         elif all(len(token) == 1 and ord(token) < 256 for token, i in vocabulary.items() if i not in added):
             spelling = _Spelling(alphabet={chr(byte): byte for byte in range(256)})
         else:
-            raise ValueError(
+            raise UserError(
                 f"The tokenizer {name} ({type(tokenizer).__name__}) tells neither the bytes of its tokens nor where "
                 "in a text they lie, so nothing can be aligned with it. Load a fast tokenizer (use_fast=True, or a "
                 "tokenizer.json), or choose another model."
@@ -140,12 +142,12 @@ class TokenPieces:
 
         The text may spell special tokens out; they cover nothing. Where the pieces do not add up to it (a normaliser
         changed it), the tokenizer's character `offsets` say where tokens end, and each token starts where the one
-        before ends, so that it covers the space before it. Raises ValueError where offsets are missing.
+        before ends, so that it covers the space before it. Raises UserError where offsets are missing.
         """
         ids = np.asarray(ids)
         if text is None:
             if not self.lossless:
-                raise ValueError(
+                raise UserError(
                     f"The pieces of the tokenizer {self.name} lack spaces or capitals of the text. Pass the texts and "
                     "their offsets (return_offsets_mapping=True) too."
                 )
@@ -155,7 +157,7 @@ class TokenPieces:
         if placed is not None:
             return placed
         if offsets is None:
-            raise ValueError(
+            raise UserError(
                 f"The tokens of {self.name} do not add up to their text; it normalises what it reads. Pass the "
                 f"offsets of this text (return_offsets_mapping=True), or normalise it first: {text[:200]!r}"
             )
@@ -170,7 +172,7 @@ class TokenPieces:
     ) -> Tokens:
         """Rows of so many tokens each, given end to end without padding, with the bytes that their tokens cover.
 
-        Without texts these are the pieces, whatever they lack. Raises ValueError as `spans` does.
+        Without texts these are the pieces, whatever they lack. Raises UserError as `spans` does.
         """
         ids, rows = np.asarray(ids), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         assert rows[-1] == len(ids), "lengths of rows do not add up to the tokens"

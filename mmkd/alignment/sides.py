@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 from numpy import ndarray
 
-from mmkd.alignment.markers import MarkerTable, Occurrences
-from mmkd.alignment.pieces import BOUNDARY_BYTES, TokenPieces, Tokens, ragged_ranges, running
+from .markers import MarkerTable, Occurrences
+from .pieces import BOUNDARY_BYTES, TokenPieces, Tokens, ragged_ranges, running
 
 
 class Spans(NamedTuple):

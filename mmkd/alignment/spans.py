@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32
 from numpy import ndarray
 
-from mmkd.alignment.common_runs import common_runs
-from mmkd.alignment.markers import MarkerTable, marker_tables, markers_of, pair_occurrences
-from mmkd.alignment.normal_form import NormalForm
-from mmkd.alignment.pieces import TokenPieces, Tokens, boundary_mask, running, spelling_numbers
-from mmkd.alignment.sides import Side, Spans, records_of, table_of
+from .common_runs import common_runs
+from .markers import MarkerTable, marker_tables, markers_of, pair_occurrences
+from .normal_form import NormalForm
+from .pieces import TokenPieces, Tokens, boundary_mask, running, spelling_numbers
+from .sides import Side, Spans, records_of, table_of
 
 # What stands for unknown tokens of either side: no byte of UTF-8, and not the same, as their texts may differ.
 _UNKNOWN = 0xFE, 0xFF

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
-from mmkd.alignment.markers import markers_of
-from mmkd.alignment.pieces import TokenPieces
+from .markers import markers_of
+from .pieces import TokenPieces
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def token_rows(source: Any, target: Any, rows: int | None = None) -> TokenRows:
 
     The first of these that applies: the special token of the same role, where bos wins, then what marks turns in the
     chat templates, then eos and pad; the token of the same bytes; the tokens that the source splits its text into.
-    Raises ValueError as `TokenPieces.of` does.
+    Raises UserError as `TokenPieces.of` does.
     """
     old, new = TokenPieces.of(source), TokenPieces.of(target)
     vocabulary, wanted = source.get_vocab(), target.get_vocab()

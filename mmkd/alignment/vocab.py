@@ -2,12 +2,14 @@
 
 from collections.abc import Collection, Mapping
 
+from mmkd.errors import UserError
+
 
 def shared_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int], added: Collection[str] = ()) -> int:
     """The number of leading token ids that mean the same to student and teacher.
 
     A vocabulary may end with `added` tokens that the other one lacks (a padding token, say); no text splits into them,
-    and they are left out of every comparison. Raises ValueError where the tokenizers really differ.
+    and they are left out of every comparison. Raises UserError where the tokenizers really differ.
     """
     common = {token for token, index in student.items() if teacher.get(token) == index}
     end = max((student[token] for token in common), default=-1) + 1
@@ -17,7 +19,7 @@ def shared_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int], ad
     ]
     if unrelated or not common:
         examples = ", ".join(repr(token) for token in unrelated[:3])
-        raise ValueError(
+        raise UserError(
             f"Student ({len(student)} tokens) and teacher ({len(teacher)} tokens) have different vocabularies: "
             f"{len(unrelated)} tokens are missing or have another id on one side ({examples}, ...). A divergence per "
             "token would compare unrelated tokens. Use a teacher of the same family, or method alm, which distils "

@@ -7,9 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mmkd.cache.manifest import Manifest
+from mmkd.cache.store import CacheWriter
+from mmkd.errors import UserError
 from mmkd.files import write_file
-from mmkd.teachers.manifest import Manifest
-from mmkd.teachers.store import CacheWriter
 
 from .engines import Advance
 from .plan import Plan, ShardResult
@@ -18,7 +19,7 @@ from .plan import Plan, ShardResult
 def build(plan: Plan, console: Console) -> Path:
     """Writes what is missing of a cache; returns its folder.
 
-    Raises ValueError as `CacheWriter` and the teacher do, and when more rows than `max_skipped` had to be left out;
+    Raises UserError as `CacheWriter` and the teacher do, and when more rows than `max_skipped` had to be left out;
     what was written stays.
     """
     with CacheWriter(plan.folder, plan.manifest, plan.features) as writer:
@@ -38,7 +39,7 @@ def build(plan: Plan, console: Console) -> Path:
         if not writer.manifest.missing():
             writer.finish()
     if _too_many_skipped(plan, writer.manifest):
-        raise ValueError(
+        raise UserError(
             f"{writer.manifest.skipped_rows():,} of {writer.manifest.rows():,} rows had to be skipped, more than the "
             f"share of max_skipped: {plan.arguments.max_skipped:g}. Correct the data or the teacher, or raise "
             f"max_skipped; {plan.folder} keeps what was done, and the same command goes on from there."

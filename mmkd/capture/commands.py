@@ -7,14 +7,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mmkd.cards.cache import mass_kept
-from mmkd.hub import local_cache, push_cache
-from mmkd.launch_flags import parse_alone
-from mmkd.recipes import list_recipes
-from mmkd.run import Run
-from mmkd.teachers.manifest import Manifest
-from mmkd.teachers.merge import merge_parts
-from mmkd.teachers.store import Cache, damaged_shards, read_log, shard_path
+from mmkd.cache.cache_card import mass_kept
+from mmkd.cache.hub import local_cache, push_cache
+from mmkd.cache.manifest import Manifest
+from mmkd.cache.merge import merge_parts
+from mmkd.cache.store import Cache, damaged_shards, read_log, shard_path
+from mmkd.errors import UserError
+from mmkd.recipe.launch_flags import parse_alone
+from mmkd.recipe.run import Run
+from mmkd.shipped import list_recipes
 from mmkd.units import readable_size
 
 from .build import build
@@ -34,7 +35,7 @@ def build_command(recipe: str, flags: Sequence[str]) -> int:
     for plan in plans:
         if run.arguments.dry_run:
             if not isinstance(plan, ScorePlan):
-                raise ValueError("A dry run estimates scoring; how long answers to generate get is not known before.")
+                raise UserError("A dry run estimates scoring; how long answers to generate get is not known before.")
             report_estimate(plan, Console())
             continue
         print(build(plan, Console(stderr=True)))
@@ -134,11 +135,11 @@ def merge_command(target: str, parts: Sequence[str]) -> int:
 
 
 def refuse_flags(command: str, flags: Sequence[str], known: Sequence[str]) -> None:
-    """Raises ValueError for what is left of a command line, naming the nearest flag there is."""
+    """Raises UserError for what is left of a command line, naming the nearest flag there is."""
     if flags:
         near = difflib.get_close_matches(flags[0].partition("=")[0], known, n=1)
         advice = f"did you mean {near[0]!r}?" if near else f"it takes {' and '.join(known)}."
-        raise ValueError(f"{command} does not know {flags[0]!r}; {advice}")
+        raise UserError(f"{command} does not know {flags[0]!r}; {advice}")
 
 
 def _run_of(target: str, flags: Sequence[str], known: Sequence[str]) -> Run | None:
@@ -155,15 +156,13 @@ def _runs_with_cache(run: Run) -> list[Run]:
         return [run]
     found = [one for one in run.by_teacher().values() if one.arguments.teacher and one.arguments.teacher_cache]
     if not found:
-        raise ValueError(
-            "None of the `teachers` has both a teacher and a teacher_cache, so there is nothing to build."
-        )
+        raise UserError("None of the `teachers` has both a teacher and a teacher_cache, so there is nothing to build.")
     return found
 
 
 def _cache_of(run: Run) -> str:
     if run.arguments.teachers is not None:
-        raise ValueError("The recipe has several teachers; give this command the folder of the cache of one of them.")
+        raise UserError("The recipe has several teachers; give this command the folder of the cache of one of them.")
     if run.arguments.teacher_cache is None:
-        raise ValueError("The recipe names no teacher_cache.")
+        raise UserError("The recipe names no teacher_cache.")
     return run.arguments.teacher_cache

@@ -8,6 +8,8 @@ from typing import Any, cast
 
 import torch
 
+from mmkd.errors import UserError
+
 from .plan import Plan, ShardResult
 
 # A machine may be taken away once without harm.
@@ -18,14 +20,14 @@ def shards_on_ray(plan: Plan, missing: list[tuple[str, int]]) -> Iterator[ShardR
     """The shards in the order in which workers finish them.
 
     Joins the cluster of RAY_ADDRESS, or starts Ray on this machine. Workers read the data from the paths of this
-    machine, so that a cluster needs a shared file system. Raises ValueError as the shards themselves do.
+    machine, so that a cluster needs a shared file system. Raises UserError as the shards themselves do.
     """
     try:
         import ray
         import ray.data
         from ray.exceptions import RayActorError
     except ImportError as error:
-        raise ValueError("engine: ray needs Ray; install it with `pip install 'mmkd[ray]'`.") from error
+        raise UserError("engine: ray needs Ray; install it with `pip install 'mmkd[ray]'`.") from error
     arguments = plan.arguments
     started = not ray.is_initialized()
     if started:
@@ -48,7 +50,7 @@ def shards_on_ray(plan: Plan, missing: list[tuple[str, int]]) -> Iterator[ShardR
         for row in _explained(results.iter_rows(), RayActorError):
             found = pickle.loads(row["result"])
             if isinstance(found, ValueError):
-                raise ValueError(str(found))
+                raise UserError(str(found))
             yield found
     finally:
         if started:
@@ -56,9 +58,9 @@ def shards_on_ray(plan: Plan, missing: list[tuple[str, int]]) -> Iterator[ShardR
 
 
 def _check_gpus(plan: Plan, resources: Mapping[str, float]) -> None:
-    """Raises ValueError where all workers would take the first GPU: Ray hides none from those that asked for none."""
+    """Raises UserError where all workers would take the first GPU: Ray hides none from those that asked for none."""
     if resources.get("GPU") and not plan.arguments.cache_worker_gpus and plan.run.arguments.teacher_server is None:
-        raise ValueError(
+        raise UserError(
             "cache_worker_gpus is 0, so that all Ray workers would load their teacher onto the first GPU. Set "
             "cache_worker_gpus: 1, or a share of one where several teachers fit."
         )
@@ -70,7 +72,7 @@ def _explained(rows: Iterable[Any], died: type[Exception]) -> Iterator[Any]:
         yield from rows
     except died as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"Ray workers died {_TRIES} times over one shard: {reason} Most often memory did not suffice: lower "
             "cache_workers or cache_batch_tokens, or reserve more with cache_worker_cpus or cache_worker_gpus. What "
             "was finished is kept, and the same command goes on from there."

@@ -11,9 +11,10 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 
+from mmkd.cache.codec import TokenScores
+from mmkd.errors import UserError
 from mmkd.models.load import positions_of
 from mmkd.teachers.cached import images_of
-from mmkd.teachers.codec import TokenScores
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.vllm_client import Question, RowError, TopK, VLLMClient
 
@@ -145,7 +146,7 @@ def question_of(sequence: TokenSequence) -> Question:
 def _messages(example: Mapping[str, Any], images: list[Any]) -> list[dict[str, Any]]:
     messages = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
     if not all(isinstance(message, dict) for message in messages):
-        raise ValueError(
+        raise UserError(
             "A server is asked about images through messages, but the data has plain text. Map its columns to "
             "messages, or use a local teacher."
         )

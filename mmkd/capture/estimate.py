@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from mmkd.errors import UserError
 from mmkd.units import readable_size
 
 from .sequences import Sequences, TokenSequence, UnusableRow, usable
@@ -25,7 +26,7 @@ def report_estimate(plan: "ScorePlan", console: Console) -> None:
     asked = [one for one in found if isinstance(one, TokenSequence)]
     if not asked:
         reason = next((one.reason for one in found if isinstance(one, UnusableRow)), "no token is supervised")
-        raise ValueError(f"None of the {count} sampled rows can be read; the first: {reason}")
+        raise UserError(f"None of the {count} sampled rows can be read; the first: {reason}")
     # The first question loads the teacher and warms it up.
     plan.engine.score(asked[:1], lambda tokens: None)
     start = time.perf_counter()
@@ -34,7 +35,7 @@ def report_estimate(plan: "ScorePlan", console: Console) -> None:
     scores = [one for one in answers if not isinstance(one, UnusableRow)]
     if not scores:
         reason = next(one.reason for one in answers if isinstance(one, UnusableRow))
-        raise ValueError(
+        raise UserError(
             f"The teacher refused all {len(asked)} sampled rows, so nothing can be estimated; the first: {reason}"
         )
     supervised = sum(len(one) for one in scores)

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from mmkd.run import Run
-from mmkd.teachers.codec import TokenScores
-from mmkd.teachers.manifest import differences
-from mmkd.teachers.store import Cache
+from mmkd.cache.codec import TokenScores
+from mmkd.cache.manifest import differences
+from mmkd.cache.store import Cache
+from mmkd.errors import UserError
+from mmkd.recipe.run import Run
 
 from .plan import ScorePlan, make_plan
 from .sequences import TokenSequence, UnusableRow, usable
@@ -17,16 +18,16 @@ _COMPARED = ("signal", "preparation", "data")
 def measure_fidelity(run: Run, cache: Cache, rows: int) -> dict[str, float]:
     """KL(live || cache) over the cached top-k and the tail, in nats per token, on sequences spread over the data."""
     if rows < 1:
-        raise ValueError(f"--rows is {rows}; give the number of sequences to ask the live teacher about, 1 or more.")
+        raise UserError(f"--rows is {rows}; give the number of sequences to ask the live teacher about, 1 or more.")
     plan = make_plan(run)
     if not isinstance(plan, ScorePlan) or plan.codec.kind != "top_k" or not plan.codec.k:
-        raise ValueError(
+        raise UserError(
             "The distance to the live teacher is measured on the exact part of a top-k, which this cache has not."
         )
     ours, theirs = ({name: one.identity[name] for name in _COMPARED} for one in (plan.manifest, cache.manifest))
     different = differences(ours, theirs)
     if different:
-        raise ValueError(f"{cache.folder} is not the cache of this recipe: {'; '.join(different)}.")
+        raise UserError(f"{cache.folder} is not the cache of this recipe: {'; '.join(different)}.")
     sequences = plan.prepared.splits["train"]
     places = sorted({index * len(sequences) // rows for index in range(rows)})
     found = [one for place in places for _, one in usable(sequences, range(place, place + 1))]
@@ -37,7 +38,7 @@ def measure_fidelity(run: Run, cache: Cache, rows: int) -> dict[str, float]:
         if row is not None and not isinstance(live, UnusableRow):
             divergences.append(divergence(live, cache.scores(row)))
     if not divergences:
-        raise ValueError(f"Of the {len(asked)} sampled sequences, none is in {cache.folder} and read by the teacher.")
+        raise UserError(f"Of the {len(asked)} sampled sequences, none is in {cache.folder} and read by the teacher.")
     values = np.concatenate(divergences)
     return {
         "rows": len(divergences),

@@ -17,19 +17,19 @@ from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import GenerationConfig, PreTrainedModel
 
+from mmkd.cache.manifest import Manifest, Skipped
+from mmkd.cache.sequence_keys import image_hash
+from mmkd.cache.store import read_shard
 from mmkd.data.arrow import encoded_json, read_rows
 from mmkd.data.images import read_row
 from mmkd.data.prompts import IllustratedText, model_inputs, question_of, with_pictures
 from mmkd.errors import UserError
-from mmkd.models.generation import seeded
+from mmkd.generation.local_generation import seeded
 from mmkd.models.load import positions_of, tokenizer_of
-from mmkd.run import Run, load_rows_of, load_teacher, teacher_processing_class
-from mmkd.teachers.keys import image_hash
-from mmkd.teachers.manifest import Manifest, Skipped
-from mmkd.teachers.store import read_shard
+from mmkd.preparation.collation import refusal
+from mmkd.recipe.run import Run, load_rows_of, load_teacher, teacher_processing_class
 from mmkd.teachers.vllm_client import Answer, Ids, Prompt, RowError, VLLMClient
-from mmkd.trainers.preparation import preparation_of
-from mmkd.trainers.vision import refusal
+from mmkd.training.preparing import preparation_of
 
 from .engines import Advance, batches
 from .plan import Plan, ShardResult, client_of, described_teacher, folder_of, manifest_of
@@ -223,7 +223,7 @@ class GeneratePlan(Plan):
             return UnusableRow(str(error))
         text = asked.text if isinstance(asked, IllustratedText) and images else None
         if text is not None and self.run.arguments.teacher_server is not None:
-            raise ValueError(
+            raise UserError(
                 "A server is asked about images through messages, but the prompts are plain text. Map them to "
                 "messages, or use a local teacher (remove teacher_server)."
             )
@@ -240,7 +240,7 @@ class GeneratePlan(Plan):
     def _prompt_again(self, number: int, row: Mapping[str, Any]) -> Prompt:
         prompt = self._prompt(row)
         if isinstance(prompt, UnusableRow):
-            raise ValueError(f"Row {number} can no longer be read: {prompt.reason}. Its image has changed meanwhile.")
+            raise UserError(f"Row {number} can no longer be read: {prompt.reason}. Its image has changed meanwhile.")
         return prompt
 
     def _row(self, row: Mapping[str, Any], prompt: AskedRow, sample: int, answer: Answer) -> dict[str, Any]:
@@ -275,17 +275,17 @@ class GeneratePlan(Plan):
 
 
 def make_generate_plan(run: Run) -> GeneratePlan:
-    """The plan of a cache of answers. Raises ValueError for data without prompts and settings that cannot be."""
+    """The plan of a cache of answers. Raises UserError for data without prompts and settings that cannot be."""
     settings, arguments = run.arguments, run.cache
     if settings.teacher is None or settings.teacher_cache is None:
-        raise ValueError(
+        raise UserError(
             "Generating needs `teacher` (who answers; with teacher_server too) and `teacher_cache` (the folder to "
             "write)."
         )
     data = load_rows_of(run)
     columns = data["train"].column_names
     if "text" in columns:
-        raise ValueError(
+        raise UserError(
             f"The data {settings.data!r} is plain text without prompts, so there is nothing to answer. Map its "
             "columns to prompt (and completion), or to messages."
         )

@@ -15,14 +15,20 @@ from transformers import AutoConfig
 
 from mmkd import __version__
 from mmkd.alignment.vocab import shared_vocabulary
-from mmkd.cache_arguments import CacheArguments
+from mmkd.cache.codec import Codec, TokenOrder
+from mmkd.cache.hub import is_hub_id
+from mmkd.cache.identity import saved_dtype
+from mmkd.cache.manifest import Manifest, Skipped
+from mmkd.cache.store import SIGNAL_FEATURES, TOKEN_ORDER, order_bytes
 from mmkd.data.arrow import read_rows
 from mmkd.data.filters import row_key
 from mmkd.data.recipe import DataRecipe
-from mmkd.hub import is_hub_id
+from mmkd.errors import UserError
+from mmkd.methods.alm import ALMConfig
 from mmkd.models.load import tokenizer_of
 from mmkd.precision import name_of_dtype, product_dtype, say_float32
-from mmkd.run import (
+from mmkd.recipe.cache_arguments import CacheArguments
+from mmkd.recipe.run import (
     Run,
     load_rows_of,
     load_teacher,
@@ -30,12 +36,7 @@ from mmkd.run import (
     teacher_identity,
     teacher_processing_class,
 )
-from mmkd.teachers.codec import Codec, TokenOrder
-from mmkd.teachers.identity import saved_dtype
-from mmkd.teachers.manifest import Manifest, Skipped
-from mmkd.teachers.store import SIGNAL_FEATURES, TOKEN_ORDER, order_bytes
 from mmkd.teachers.vllm_client import ServerFacts, VLLMClient
-from mmkd.trainers.alm import ALMConfig
 
 from .engines import Advance, Engine, LocalEngine, ServerEngine, Wanted
 from .sequences import Prepared, TokenSequence, UnusableRow, prepare, usable
@@ -63,7 +64,7 @@ class Plan(ABC):
 
     @abstractmethod
     def shard(self, split: str, number: int, advance: Advance) -> ShardResult:
-        """Asks the teacher about one shard. Raises ValueError for a row it cannot read, unless those are skipped."""
+        """Asks the teacher about one shard. Raises UserError for a row it cannot read, unless those are skipped."""
 
     def files(self) -> dict[str, bytes]:
         """What lies beside the shards from the start."""
@@ -84,10 +85,10 @@ class Plan(ABC):
         return "float32" if recorded == "float32" else self.run.arguments.teacher_dtype
 
     def refuse(self, skipped: dict[int, Skipped], split: str) -> None:
-        """Raises ValueError for rows that would have to be left out when that was not asked for."""
+        """Raises UserError for rows that would have to be left out when that was not asked for."""
         if skipped and self.arguments.on_error == "fail":
             row, entry = min(skipped.items())
-            raise ValueError(
+            raise UserError(
                 f"Row {row} of the {split} data cannot be used: {entry.reason} ({len(skipped)} such rows in this "
                 "shard). Correct it, or set on_error: skip to leave such rows out."
             )
@@ -142,7 +143,7 @@ class ScorePlan(Plan):
 
 
 def make_plan(run: Run) -> Plan:
-    """The plan of a run's `job`. Raises ValueError for settings that cannot be, before anything is written."""
+    """The plan of a run's `job`. Raises UserError for settings that cannot be, before anything is written."""
     if run.cache.job == "generate":
         from .generate import make_generate_plan
 
@@ -151,7 +152,7 @@ def make_plan(run: Run) -> Plan:
 
 
 def make_score_plan(run: Run) -> ScorePlan:
-    """The plan of a cache of scores. Raises ValueError as `make_plan` does."""
+    """The plan of a cache of scores. Raises UserError as `make_plan` does."""
     settings, arguments = run.arguments, run.cache
     check_settings(run)
     assert settings.teacher is not None
@@ -165,7 +166,7 @@ def make_score_plan(run: Run) -> ScorePlan:
     vocab_size = _shared_rows(run, prepared.processing_class, teacher_class)
     k, m = (1, 0) if across else (settings.teacher_top_k, arguments.cache_tail_draws)
     if k + m > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"teacher_top_k {k} and cache_tail_draws {m} are more than the {vocab_size} tokens that student and "
             "teacher share. Lower them."
         )
@@ -225,28 +226,28 @@ def folder_of(run: Run) -> Path:
 
 
 def check_settings(run: Run) -> None:
-    """Raises ValueError for settings that contradict each other or lack a teacher or a place."""
+    """Raises UserError for settings that contradict each other or lack a teacher or a place."""
     settings, arguments = run.arguments, run.cache
     if settings.teacher is None or settings.teacher_cache is None:
-        raise ValueError(
+        raise UserError(
             "A cache needs `teacher` (whose answers they are; with teacher_server too) and `teacher_cache` (the "
             "folder to write)."
         )
     exact = settings.teacher_top_k if arguments.cache_signal == "top_k" else 1
     if exact == 0 and arguments.cache_tail_draws == 0:
-        raise ValueError("teacher_top_k and cache_tail_draws are both 0: nothing would be kept. Raise one of them.")
+        raise UserError("teacher_top_k and cache_tail_draws are both 0: nothing would be kept. Raise one of them.")
     if settings.teacher_server is not None and (arguments.cache_tail_draws or not exact):
-        raise ValueError(
+        raise UserError(
             "A server tells its most likely tokens only, not the tail to draw from. Set cache_tail_draws: 0 and "
             "teacher_top_k above 0, or use a local teacher."
         )
 
 
 def check_place(run: Run) -> None:
-    """Raises ValueError where a build would make a folder that hides a cache on the Hub from all later runs."""
+    """Raises UserError where a build would make a folder that hides a cache on the Hub from all later runs."""
     name = run.arguments.teacher_cache
     if name is not None and is_hub_id(name) and not folder_of(run).parent.is_dir():
-        raise ValueError(
+        raise UserError(
             f"teacher_cache {name!r} reads as a Hub id, and a folder of that name would hide it. Write ./{name} for a "
             f"folder (or make {Path(name).parent} first); to publish a cache as {name}, build it in a folder and "
             "`mmkd cache push` it."

@@ -11,18 +11,19 @@ from datasets import Dataset, DatasetDict
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mmkd.cache.sequence_keys import image_hash, sequence_key
 from mmkd.data.image_columns import image_column
 from mmkd.data.images import UnusableRow as UnusableRow
 from mmkd.data.images import read_row
 from mmkd.data.layouts import canonical
+from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
+from mmkd.preparation.checks import check_training_data
+from mmkd.preparation.collation import refusal
+from mmkd.preparation.template import TemplateReport
 from mmkd.teachers.cached import images_of
-from mmkd.teachers.keys import image_hash, sequence_key
-from mmkd.trainers.checks import check_training_data
-from mmkd.trainers.config import DistillationConfig
-from mmkd.trainers.preparation import placeholder_trainer, preparation_of, sequences_of
-from mmkd.trainers.template import TemplateReport
-from mmkd.trainers.vision import refusal
+from mmkd.training.config import DistillationConfig
+from mmkd.training.preparing import placeholder_trainer, preparation_of, sequences_of
 
 # Rows with images whose tokens are counted for the order in which a cache stores ids; reading all would cost too much.
 _COUNTED_IMAGES = 64
@@ -129,10 +130,10 @@ class VisionSequences:
         return read_row(self._dataset[row])
 
     def _readable(self, row: int) -> Mapping[str, Any]:
-        """A row that could be read before. Raises ValueError when that is no longer so."""
+        """A row that could be read before. Raises UserError when that is no longer so."""
         example = self._example(row)
         if isinstance(example, UnusableRow):
-            raise ValueError(f"Row {row} can no longer be read: {example.reason}. Its image has changed meanwhile.")
+            raise UserError(f"Row {row} can no longer be read: {example.reason}. Its image has changed meanwhile.")
         return example
 
     def _cut(self, example: Mapping[str, Any]) -> UnusableRow | None:
@@ -185,7 +186,7 @@ class Prepared:
 def prepare(
     data: DatasetDict, args: DistillationConfig, processing_class: Any, judges_template: bool = True
 ) -> Prepared:
-    """The sequences of "train" and, if it is there, "eval". Raises ValueError for what training would refuse too.
+    """The sequences of "train" and, if it is there, "eval". Raises UserError for what training would refuse too.
 
     Of a teacher that is compared with its student, the chat template is not judged.
     """

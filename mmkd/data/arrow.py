@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, Json, LargeList, List
 
-from mmkd.data.json_rows import parse_json
+from .json_rows import parse_json
 
 BATCH = 1000
 """Rows read at a time: enough to hide the cost of a batch, few enough for rows with images."""

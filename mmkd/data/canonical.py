@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from datasets import Features, Image, Json, List, Value
 
-from mmkd.data.messages import (
+from mmkd.errors import UserError
+
+from .messages import (
     IMAGE_MARK,
     Message,
     Pictures,
@@ -18,7 +20,6 @@ from mmkd.data.messages import (
     marks_images,
     texts_of,
 )
-from mmkd.errors import UserError
 
 CHATS = ("messages", "prompt", "completion")
 OURS = ("text", *CHATS, "images", "tools")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-from mmkd.data.classification import HIDDEN, read_cell
+from .classification import HIDDEN, read_cell
 
 AUGMENTATIONS = ("none", "flip", "crop_flip")
 

@@ -16,13 +16,14 @@ from datasets import ClassLabel, Dataset
 from jaxtyping import Int
 from PIL import Image
 
-from mmkd.data.columns import nearest
-from mmkd.data.images import UnreadableImage, read_image
-from mmkd.data.recipe import BUILDERS
-from mmkd.data.sources import local_files, read_files, read_hub
 from mmkd.errors import UserError
-from mmkd.recipes import find_recipe
+from mmkd.shipped import find_recipe
 from mmkd.yaml_files import AsWritten, read_yaml
+
+from .columns import nearest
+from .images import UnreadableImage, read_image
+from .recipe import BUILDERS
+from .sources import local_files, read_files, read_hub
 
 SPLITS = ("train", "validation", "test", "unlabeled")
 HIDDEN = -100
@@ -63,38 +64,38 @@ class ClassificationRecipe:
     folder: Path | None = field(default=None, compare=False, metadata={"help": "The YAML's folder."})
 
     def __post_init__(self) -> None:
-        """Raises ValueError where fields contradict each other or leave the rows undecided."""
+        """Raises UserError where fields contradict each other or leave the rows undecided."""
         if (self.image is None) == (self.text is None):
-            raise ValueError(f"{self.name}: set one of image and text: the column that is classified.")
+            raise UserError(f"{self.name}: set one of image and text: the column that is classified.")
         if not self.source or (self.source in BUILDERS and not self.data_files):
-            raise ValueError(f"{self.name}: give source: owner/name on the Hub, or json|csv|parquet with data_files.")
+            raise UserError(f"{self.name}: give source: owner/name on the Hub, or json|csv|parquet with data_files.")
         for split in self.splits:
             if split not in SPLITS:
-                raise ValueError(f"{self.name}: splits has {split!r}; did you mean {nearest(split, SPLITS)!r}?")
+                raise UserError(f"{self.name}: splits has {split!r}; did you mean {nearest(split, SPLITS)!r}?")
         if "train" not in self.splits:
-            raise ValueError(f"{self.name}: splits names no train split; write splits: {{train: their split}}.")
+            raise UserError(f"{self.name}: splits names no train split; write splits: {{train: their split}}.")
         if len(set(self.splits.values())) < len(self.splits):
-            raise ValueError(f"{self.name}: splits reads two of its splits from the same rows; keep them apart.")
+            raise UserError(f"{self.name}: splits reads two of its splits from the same rows; keep them apart.")
         if self.validation_per_class is not None and "validation" in self.splits:
-            raise ValueError(f"{self.name}: validation_per_class and a validation split exclude each other: keep one.")
+            raise UserError(f"{self.name}: validation_per_class and a validation split exclude each other: keep one.")
         for prompt in self.prompts:
             if prompt.count("{}") != 1:
-                raise ValueError(f"{self.name}: prompt {prompt!r} needs {{}} once, where the class name goes.")
+                raise UserError(f"{self.name}: prompt {prompt!r} needs {{}} once, where the class name goes.")
         twice = [name for name, count in Counter(self.class_names).items() if count > 1]
         if twice:
-            raise ValueError(f"{self.name}: class_names has {twice[0]!r} twice; no teacher can tell them apart.")
+            raise UserError(f"{self.name}: class_names has {twice[0]!r} twice; no teacher can tell them apart.")
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> "ClassificationRecipe":
-        """The recipe at a path, or that ships under that name. Raises ValueError when it cannot be read."""
+        """The recipe at a path, or that ships under that name. Raises UserError when it cannot be read."""
         path = find_recipe(name_or_path, "data_recipes")
         keys = read_yaml(path, as_written=True)
         fields = [one.name for one in dataclasses.fields(cls) if one.name != "folder"]
         if not isinstance(keys, dict):
-            raise ValueError(f"{path} is no data recipe: it must hold `key: value` lines.")
+            raise UserError(f"{path} is no data recipe: it must hold `key: value` lines.")
         for key in keys:
             if key not in fields:
-                raise ValueError(
+                raise UserError(
                     f"{path.name}: unknown key {key!r}; did you mean {nearest(key, fields)!r}? A recipe of classes "
                     "lies under data_recipes/classification/ and has the keys " + ", ".join(fields) + "."
                 )
@@ -130,7 +131,7 @@ def load_classification(
 ) -> ClassificationData:
     """The rows of a recipe.
 
-    Raises ValueError for files and columns that are not there, labels of several classes at once, and class names that
+    Raises UserError for files and columns that are not there, labels of several classes at once, and class names that
     do not match the labels.
     """
     raw = {ours: _load_split(recipe, theirs) for ours, theirs in recipe.splits.items()}
@@ -155,7 +156,7 @@ def hide_labels(
     """The labels with all but a few per class replaced by HIDDEN: `per_class`, or a share of each class.
 
     The same seed gives the same rows, and those of fewer labels are among those of more. With neither number nothing
-    is hidden. Raises ValueError for a class without a labelled row, or with fewer than asked for.
+    is hidden. Raises UserError for a class without a labelled row, or with fewer than asked for.
     """
     known = np.asarray(labels)
     shown = np.full(len(known), HIDDEN, dtype=np.int64)
@@ -163,7 +164,7 @@ def hide_labels(
     for number, name in enumerate(class_names):
         rows = random.permutation(np.flatnonzero(known == number))
         if len(rows) == 0:
-            raise ValueError(
+            raise UserError(
                 f"Class {name!r} has no labelled row among {len(known)}: give it one, or take the class's name out."
             )
         count = len(rows)
@@ -172,7 +173,7 @@ def hide_labels(
         elif fraction is not None:
             count = max(1, round(fraction * len(rows)))
         if count > len(rows):
-            raise ValueError(f"Class {name!r} has {len(rows)} rows, so labels_per_class {count} cannot be; lower it.")
+            raise UserError(f"Class {name!r} has {len(rows)} rows, so labels_per_class {count} cannot be; lower it.")
         shown[rows[:count]] = number
     return shown
 
@@ -194,24 +195,24 @@ def _load_split(recipe: ClassificationRecipe, split: str) -> Dataset:
         files = {split: recipe.data_files[split]} if recipe.data_files else None
         return read_hub(recipe.name, recipe.source, recipe.config, recipe.revision, files, split)
     if split not in recipe.data_files:
-        raise ValueError(f"{recipe.name}: splits asks for {split!r}, which data_files does not list.")
+        raise UserError(f"{recipe.name}: splits asks for {split!r}, which data_files does not list.")
     files = local_files(recipe.name, recipe.data_files[split], recipe.folder, recipe.prepare)
     return read_files(recipe.name, recipe.source, files, split)
 
 
 def _class_names(recipe: ClassificationRecipe, train: Dataset) -> tuple[str, ...]:
     if recipe.label not in train.column_names:
-        raise ValueError(
+        raise UserError(
             f"{recipe.name}: there is no column {recipe.label!r}; did you mean "
             f"{nearest(recipe.label, train.column_names)!r}?"
         )
     feature = train.features[recipe.label]
     if not isinstance(feature, ClassLabel):
         if not recipe.class_names:
-            raise ValueError(f"{recipe.name}: {recipe.label!r} declares no names; list them under class_names.")
+            raise UserError(f"{recipe.name}: {recipe.label!r} declares no names; list them under class_names.")
         return recipe.class_names
     if recipe.class_names and len(recipe.class_names) != len(feature.names):
-        raise ValueError(
+        raise UserError(
             f"{recipe.name}: class_names has {len(recipe.class_names)} names, the labels are of {len(feature.names)} "
             f"classes ({', '.join(feature.names[:3])}, ...). Give one name per class, in that order."
         )
@@ -223,7 +224,7 @@ def _ours(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_name
     ours, theirs = ("image", recipe.image) if recipe.image is not None else ("text", recipe.text)
     assert theirs is not None
     if theirs not in dataset.column_names:
-        raise ValueError(
+        raise UserError(
             f"{recipe.name}: {split} has no column {theirs!r}; did you mean {nearest(theirs, dataset.column_names)!r}?"
         )
     labels = [HIDDEN] * len(dataset) if split == "unlabeled" else _labels(recipe, dataset, split, class_names)
@@ -239,7 +240,7 @@ def _ours(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_name
 def _labels(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_names: Sequence[str]) -> list[int]:
     values: list[Any] = list(dataset.with_format(None)[recipe.label])
     if any(isinstance(value, (list, tuple, dict)) for value in values[:100]):
-        raise ValueError(
+        raise UserError(
             f"{recipe.name}: the labels of {split} are lists, so a row can have several classes. DHO's heads choose "
             "one class per row (softmax); keep the rows and the column of a single class."
         )
@@ -247,14 +248,14 @@ def _labels(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_na
         numbers = _numbers_of_texts(recipe, set(values), split, class_names)
         unknown = next((value for value in values if value not in numbers), None)
         if unknown is not None:
-            raise ValueError(
+            raise UserError(
                 f"{recipe.name}: {split} has the label {unknown!r}, which is none of the class names; did you mean "
                 f"{nearest(unknown, list(class_names))!r}?"
             )
         return [numbers[value] for value in values]
     outside = next((value for value in values if value is None or not 0 <= value < len(class_names)), 0)
     if outside != 0 or outside is None:
-        raise ValueError(
+        raise UserError(
             f"{recipe.name}: {split} has the label {outside}, but there are {len(class_names)} class names, for 0 to "
             f"{len(class_names) - 1}. Give one name per class; rows without a label belong to splits.unlabeled."
         )

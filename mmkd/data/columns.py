@@ -5,6 +5,8 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mmkd.errors import UserError
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -19,14 +21,14 @@ def is_template(mapping: str) -> bool:
 
 
 def template_columns(template: str) -> list[str]:
-    """The source columns a template reads. Raises ValueError for one that str.format cannot read or fill by name."""
+    """The source columns a template reads. Raises UserError for one that str.format cannot read or fill by name."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise ValueError(f"template {template!r}: {error}; write {{{{ and }}}} for braces that are text.") from error
+        raise UserError(f"template {template!r}: {error}; write {{{{ and }}}} for braces that are text.") from error
     for name in names:
         if not name or name.isdigit() or "." in name or "[" in name:
-            raise ValueError(
+            raise UserError(
                 f"template {template!r}: {{{name}}} is no plain column name; use {{column}}, one pair of braces each."
             )
     return names
@@ -69,12 +71,12 @@ class MessagesColumn:
     )
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a role that chat templates do not know, and for half a pair."""
+        """Raises UserError for a role that chat templates do not know, and for half a pair."""
         if (self.user_key is None) != (self.assistant_key is None):
-            raise ValueError("user_key and assistant_key name the two sides of a pair: give both or neither.")
+            raise UserError("user_key and assistant_key name the two sides of a pair: give both or neither.")
         for role in self.role_map.values():
             if role not in ROLES:
-                raise ValueError(
+                raise UserError(
                     f"role_map: {role!r} is no role; did you mean {nearest(role, ROLES)!r}? "
                     f"The roles are {', '.join(ROLES)}."
                 )
@@ -91,7 +93,7 @@ class TurnColumns:
     assistant: str = field(metadata={"help": "The answer, such as '{answer}'.", "yaml": str})
 
     def __post_init__(self) -> None:
-        """Raises ValueError for text that reads no column."""
+        """Raises UserError for text that reads no column."""
         for key in ("user", "assistant"):
             if not is_template(getattr(self, key)):
-                raise ValueError(f"{key} is {getattr(self, key)!r}, which reads no column; write '{{column}}'.")
+                raise UserError(f"{key} is {getattr(self, key)!r}, which reads no column; write '{{column}}'.")

@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Json, LargeList, List, Value
 
-from mmkd.data.arrow import BATCH, encoded_json, has_json, plain_rows, storage
-from mmkd.data.canonical import CHATS, OURS, Facts, Layout, canonical_row, features_of, finished, image_column_of
-from mmkd.data.columns import ROLES
-from mmkd.data.image_columns import image_counts, image_lists
-from mmkd.data.left_out import LeftOut
-from mmkd.data.messages import IMAGE_MARK, Pictures, missing, stored, without_nulls
 from mmkd.errors import UserError
+
+from .arrow import BATCH, encoded_json, has_json, plain_rows, storage
+from .canonical import CHATS, OURS, Facts, Layout, canonical_row, features_of, finished, image_column_of
+from .columns import ROLES
+from .image_columns import image_counts, image_lists
+from .left_out import LeftOut
+from .messages import IMAGE_MARK, Pictures, missing, stored, without_nulls
 
 # Raise it when the same rows start to come out otherwise: `datasets` knows a function of ours by its name only.
 # 2: answers that stand apart in the source are completions.
@@ -97,7 +98,7 @@ class Conversion:
         for place, row, pictures in _looked_at(dataset, layout, images, self.folders):
             try:
                 ours = canonical_row(row, layout, pictures, nulls=_has_nulls(dataset.features, layout))
-            except ValueError as error:
+            except UserError as error:
                 if not self.skip or self.left_out is None:
                     raise UserError(f"{self.split} row {numbers[place]}: {error}.") from error
                 self.left_out.add(numbers[place], f"that cannot be read: {error}")

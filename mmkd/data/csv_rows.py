@@ -9,8 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Features, Value
 
-from mmkd.data.json_rows import not_utf8
 from mmkd.errors import UserError
+
+from .json_rows import not_utf8
 
 _BATCH = 10_000
 _SEPARATORS = ("\t", ",", ";", "|")

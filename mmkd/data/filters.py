@@ -9,11 +9,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmkd.data.arrow import read_rows
-from mmkd.data.left_out import LeftOut
-from mmkd.data.messages import missing, texts_of
-from mmkd.data.recipe import DataRecipe
-from mmkd.data.templates import as_text
+from .arrow import read_rows
+from .left_out import LeftOut
+from .messages import missing, texts_of
+from .recipe import DataRecipe
+from .templates import as_text
 
 logger = logging.getLogger(__name__)
 

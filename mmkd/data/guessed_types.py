@@ -6,8 +6,8 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset, Value
 
-from mmkd.data.columns import TurnColumns, is_template, template_columns
-from mmkd.data.recipe import BUILDERS, DataRecipe
+from .columns import TurnColumns, is_template, template_columns
+from .recipe import BUILDERS, DataRecipe
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,12 @@ from datasets import Dataset, Features, Image, IterableDataset, List
 from datasets.fingerprint import Hasher
 from PIL import Image as PILImage
 
-from mmkd.data.arrow import decoded_json, has_json
-from mmkd.data.image_urls import download, is_url
-from mmkd.data.images import UnreadableImage, content_of_text, describe, file_of, image_of_array
 from mmkd.errors import UserError
 from mmkd.files import write_file
+
+from .arrow import decoded_json, has_json
+from .image_urls import download, is_url
+from .images import UnreadableImage, content_of_text, describe, file_of, image_of_array
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,10 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from PIL.ExifTags import Base as ExifTag
 
-from mmkd.data.colours import has_alpha, in_eight_bits, in_rgba, in_srgb, on_white
-from mmkd.data.image_urls import download, is_url
 from mmkd.errors import UserError
+
+from .colours import has_alpha, in_eight_bits, in_rgba, in_srgb, on_white
+from .image_urls import download, is_url
 
 logger = logging.getLogger(__name__)
 

@@ -42,7 +42,7 @@ class _KeyTwice(Exception):
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text; numbers keep their spelling. Raises ValueError (`JSONDecodeError`) for others."""
+    """The value of a JSON text; numbers keep their spelling. Raises UserError (`JSONDecodeError`) for others."""
     return _DECODER.decode(text)
 
 

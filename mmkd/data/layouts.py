@@ -11,13 +11,14 @@ from weakref import WeakSet
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from mmkd.data.arrow import read_rows
-from mmkd.data.canonical import CHATS, OURS, Layout
-from mmkd.data.conversion import Conversion
-from mmkd.data.left_out import LeftOut
-from mmkd.data.messages import Message
-from mmkd.data.streams import converted_stream
 from mmkd.errors import UserError
+
+from .arrow import read_rows
+from .canonical import CHATS, OURS, Layout
+from .conversion import Conversion
+from .left_out import LeftOut
+from .messages import Message
+from .streams import converted_stream
 
 logger = logging.getLogger(__name__)
 

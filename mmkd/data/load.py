@@ -10,17 +10,18 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict, Features, Json, List
 
-from mmkd.data.arrow import read_rows
-from mmkd.data.canonical import CHATS
-from mmkd.data.conversion import aligned, is_text, source_rows
-from mmkd.data.filters import Sieve, row_key
-from mmkd.data.guessed_types import say_guessed_types
-from mmkd.data.image_columns import download_images
-from mmkd.data.layouts import read_by_recipe, say
-from mmkd.data.mapping import check_columns, layout_of_source, map_rows
-from mmkd.data.recipe import DataRecipe
-from mmkd.data.sources import load_split
 from mmkd.errors import UserError
+
+from .arrow import read_rows
+from .canonical import CHATS
+from .conversion import aligned, is_text, source_rows
+from .filters import Sieve, row_key
+from .guessed_types import say_guessed_types
+from .image_columns import download_images
+from .layouts import read_by_recipe, say
+from .mapping import check_columns, layout_of_source, map_rows
+from .recipe import DataRecipe
+from .sources import load_split
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def load_data(
         max_train_rows: at most this many training rows; which rows are held out for eval does not depend on it.
         max_eval_rows: at most this many eval rows.
 
-    Raises ValueError where the recipe cannot be read, a file or column is missing, or no row is left.
+    Raises UserError where the recipe cannot be read, a file or column is missing, or no row is left.
     """
     return load_rows(
         DataRecipe.load(name_or_path, root=root), max_train_rows=max_train_rows, max_eval_rows=max_eval_rows
@@ -55,7 +56,7 @@ def load_rows(
     """The same for a recipe that is at hand."""
     for name, rows in (("max_train_rows", max_train_rows), ("max_eval_rows", max_eval_rows)):
         if rows is not None and rows < 1:
-            raise ValueError(f"{name} is {rows}; give 1 or more, or leave it out for all rows.")
+            raise UserError(f"{name} is {rows}; give 1 or more, or leave it out for all rows.")
     caps = [cap for cap in (recipe.max_rows, max_train_rows) if cap is not None]
     rows = (_mixture_rows if recipe.mixture else _source_rows)(recipe, min(caps, default=None), max_eval_rows)
     if recipe.image_urls:
@@ -86,7 +87,7 @@ def _source_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None
 
 
 def _hold_out(raw: dict[str, Dataset], recipe: DataRecipe) -> tuple[Dataset, Dataset]:
-    """The eval rows, and the source's rows that remain to train on. Raises ValueError when none remain."""
+    """The eval rows, and the source's rows that remain to train on. Raises UserError when none remain."""
     sieve, train = Sieve(recipe, "eval"), raw["train"]
     if "eval" in raw:
         return _sift(raw["eval"], recipe, sieve, limit=None)[0], train
@@ -97,7 +98,7 @@ def _hold_out(raw: dict[str, Dataset], recipe: DataRecipe) -> tuple[Dataset, Dat
         used = min(len(train), max(1, round(recipe.eval_fraction * len(train))))
         held_out, _ = _sift(train.select(range(used)), recipe, sieve, limit=None)
     if used == len(train):
-        raise ValueError(
+        raise UserError(
             f"{recipe.name}: holding out {len(held_out)} rows for eval leaves none of {used} to train on; "
             "lower eval_rows or eval_fraction."
         )
@@ -107,7 +108,7 @@ def _hold_out(raw: dict[str, Dataset], recipe: DataRecipe) -> tuple[Dataset, Dat
 def _mixture_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None) -> DatasetDict:
     """The parts in their shares, with no row drawn twice, shuffled. The scarcest part decides how many rows there are.
 
-    Rows that two parts share stay twice. Raises ValueError when a part has fewer rows than asked for.
+    Rows that two parts share stay twice. Raises UserError when a part has fewer rows than asked for.
     """
     exact = recipe.mixture[0].rows is not None
     weights = [Fraction(str(part.rows if exact else part.weight)) for part in recipe.mixture]
@@ -123,7 +124,7 @@ def _mixture_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | Non
     ]
     for part, rows, (need, _) in zip(recipe.mixture, parts, needs, strict=True):
         if exact and need is not None and len(rows["train"]) < need:
-            raise ValueError(
+            raise UserError(
                 f"{recipe.name}: {need} rows of {part.data!r} are asked for, but it has {len(rows['train'])}, and no "
                 "row is used twice; lower its rows, or give weights."
             )
@@ -210,7 +211,7 @@ def _cap(dataset: Dataset, rows: int | None) -> Dataset:
 def _sift(raw: Dataset, recipe: DataRecipe, sieve: Sieve, limit: int | None) -> tuple[Dataset, int]:
     """The first `limit` rows that stay, in our columns, and how many source rows that took.
 
-    Reads in blocks, so that a few rows of a large set cost a few rows. Raises ValueError when none stays.
+    Reads in blocks, so that a few rows of a large set cost a few rows. Raises UserError when none stays.
     """
     block = max(1, len(raw)) if limit is None else max(4 * limit, _BLOCK)
     parts: list[Dataset] = []

@@ -9,16 +9,17 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, Image, Json, LargeList, List, Value
 
-from mmkd.data.arrow import BATCH, is_struct_list, plain_rows, storage
-from mmkd.data.canonical import CHATS, PARTS, Layout, image_column_of
-from mmkd.data.columns import ROLES, MessagesColumn, TurnColumns, is_template, nearest, template_columns
-from mmkd.data.conversion import Conversion
-from mmkd.data.image_columns import check_images, image_counts, image_lists
-from mmkd.data.layouts import CARRIED, recognised, sample_of
-from mmkd.data.messages import SAID_BESIDES
-from mmkd.data.recipe import CONVERSION, OUTPUT_COLUMNS, DataRecipe
-from mmkd.data.templates import filled, filled_answer
 from mmkd.errors import UserError
+
+from .arrow import BATCH, is_struct_list, plain_rows, storage
+from .canonical import CHATS, PARTS, Layout, image_column_of
+from .columns import ROLES, MessagesColumn, TurnColumns, is_template, nearest, template_columns
+from .conversion import Conversion
+from .image_columns import check_images, image_counts, image_lists
+from .layouts import CARRIED, recognised, sample_of
+from .messages import SAID_BESIDES
+from .recipe import CONVERSION, OUTPUT_COLUMNS, DataRecipe
+from .templates import filled, filled_answer
 
 Column = str | MessagesColumn | TurnColumns
 _ABOUT = ("domain", "truncated")
@@ -26,11 +27,11 @@ _ABOUT = ("domain", "truncated")
 
 
 def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
-    """Raises ValueError for a column the source lacks, or that holds something else than the recipe needs."""
+    """Raises UserError for a column the source lacks, or that holds something else than the recipe needs."""
     named = [(f"columns.{ours}", column) for ours, theirs in recipe.columns.items() for column in _reads(theirs)]
     for where, column in [*named, *(("filters.equals", column) for column in recipe.filters.equals)]:
         if column not in raw.column_names:
-            raise ValueError(
+            raise UserError(
                 f"{recipe.name}: {where} reads {column!r}, which the source does not have; did you mean "
                 f"{nearest(column, raw.column_names)!r}? Its columns are {', '.join(raw.column_names)}."
             )
@@ -52,7 +53,7 @@ def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
             feature = raw.features[theirs]
             chat = ours in ("prompt", "completion") and is_struct_list(feature)
             if getattr(feature, "dtype", None) not in ("string", "large_string", "string_view") and not chat:
-                raise ValueError(
+                raise UserError(
                     f"{recipe.name}: columns.{ours} reads {theirs!r}, which holds {feature} and not text; "
                     f"write a template, {ours}: '{{{theirs}}}', to turn it into text."
                 )
@@ -63,7 +64,7 @@ def _check_messages(recipe: DataRecipe, ours: str, theirs: MessagesColumn, featu
         for option in _keys_of(theirs):
             _check_key(theirs, option, list(feature.feature))
     elif not isinstance(getattr(feature, "feature", feature), Json):
-        raise ValueError(
+        raise UserError(
             f"{recipe.name}: columns.{ours} reads {theirs.column!r}, which holds {feature} and no list of messages; "
             "map it to text, prompt or completion."
         )
@@ -76,7 +77,7 @@ def _keys_of(theirs: MessagesColumn) -> tuple[str, str]:
 def _check_key(theirs: MessagesColumn, option: str, keys: list[str]) -> None:
     key = getattr(theirs, option)
     if key not in keys:
-        raise ValueError(
+        raise UserError(
             f"the messages in {theirs.column!r} have no {key!r}; set {option} to one of their keys: {', '.join(keys)}"
         )
 
@@ -247,7 +248,7 @@ def _convert(
 def _messages(row: Any, theirs: MessagesColumn) -> list[Any] | None:
     """Messages whose roles and contents have the keys that templates know; all others stay.
 
-    Raises ValueError for a missing key, and for a role that the recipe does not map.
+    Raises UserError for a missing key, and for a role that the recipe does not map.
     """
     if row is None:
         return None
@@ -268,14 +269,14 @@ def _messages(row: Any, theirs: MessagesColumn) -> list[Any] | None:
         elif not any(others.get(key) for key in SAID_BESIDES):
             if any(isinstance(one, Mapping) and theirs.content_key in one for one in row[:place]):
                 # The key is right, and this message is broken.
-                raise ValueError(
+                raise UserError(
                     f"{theirs.column}[{place}] has no {theirs.content_key!r}; write what the "
                     f"{message[theirs.role_key]} says, or remove the message"
                 )
             _check_key(theirs, "content_key", list(message))
         role = theirs.role_map.get(message[theirs.role_key], message[theirs.role_key])
         if theirs.role_map and role not in ROLES:
-            raise ValueError(
+            raise UserError(
                 f"the messages in {theirs.column!r} have the role {role!r}; map it to one of {', '.join(ROLES)} "
                 f"with role_map: {{{role}: {nearest(role, ROLES)}}}"
             )

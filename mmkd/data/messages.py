@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mmkd.data.columns import ROLES, nearest
-from mmkd.data.image_columns import stored_image
-from mmkd.data.images import content_of_text, decoded_base64
 from mmkd.errors import UserError
+
+from .columns import ROLES, nearest
+from .image_columns import stored_image
+from .images import content_of_text, decoded_base64
 
 Message = dict[str, Any]
 

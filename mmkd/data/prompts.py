@@ -8,8 +8,9 @@ from PIL import Image
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from mmkd.data.images import UnusableRow, read_row
 from mmkd.errors import UserError
+
+from .images import UnusableRow, read_row
 
 PROMPT_CHARACTERS = 200
 """How much of a plain text is given to go on from."""

@@ -64,12 +64,12 @@ class DataFilters:
     )
 
     def __post_init__(self) -> None:
-        """Raises ValueError for lengths that no answer has."""
+        """Raises UserError for lengths that no answer has."""
         for key in ("min_chars", "max_chars"):
             if (getattr(self, key) or 0) < 0:
-                raise ValueError(f"filters.{key} is {getattr(self, key)}; a length is 0 or more.")
+                raise UserError(f"filters.{key} is {getattr(self, key)}; a length is 0 or more.")
         if self.min_chars is not None and self.max_chars is not None and self.min_chars > self.max_chars:
-            raise ValueError(
+            raise UserError(
                 f"filters: min_chars {self.min_chars} is above max_chars {self.max_chars}, so no row stays; swap them."
             )
 
@@ -170,13 +170,13 @@ class DataRecipe:
     folder: Path | None = field(default=None, compare=False, metadata={"help": "The YAML's folder."})
 
     def __post_init__(self) -> None:
-        """Raises ValueError where fields contradict each other or leave the rows undecided."""
+        """Raises UserError where fields contradict each other or leave the rows undecided."""
         for split, count in self.rows.items():
             if not isinstance(count, int):
-                raise ValueError(f"{self.name}: rows has {split}: {count!r}, but a number of rows is a whole number.")
+                raise UserError(f"{self.name}: rows has {split}: {count!r}, but a number of rows is a whole number.")
         for key in ("eval_rows", "max_rows"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f"{self.name}: {key} is {getattr(self, key)}; give 1 or more, or leave it out.")
+                raise UserError(f"{self.name}: {key} is {getattr(self, key)}; give 1 or more, or leave it out.")
         if self.mixture:
             _check_mixture(self)
         else:
@@ -188,10 +188,10 @@ class DataRecipe:
     def load(cls, name_or_path: str | Path, *, root: Path | None = None) -> "DataRecipe":
         """The recipe of that name under `root` (default: the shipped `data_recipes/`), or at that path.
 
-        Anything with a slash or a suffix is a path. Raises ValueError when there is none, when the YAML cannot be
+        Anything with a slash or a suffix is a path. Raises UserError when there is none, when the YAML cannot be
         read, and when it asks for something that cannot be.
         """
-        from mmkd.data.recipe_yaml import read_recipe
+        from .recipe_yaml import read_recipe
 
         return read_recipe(str(name_or_path), root=root)
 
@@ -281,28 +281,28 @@ def _plain(value: Any) -> Any:
 
 def _check_source(recipe: DataRecipe) -> None:
     if not recipe.source:
-        raise ValueError(
+        raise UserError(
             f"{recipe.name}: no source and no mixture; give `source:` (owner/name on the Hub, one of "
             f"{', '.join(BUILDERS)}, or a folder), or a `mixture:` of other recipes."
         )
     if recipe.source in BUILDERS and not recipe.data_files:
-        raise ValueError(f"{recipe.name}: source {recipe.source!r} needs data_files: {{train: path/to/file}}.")
+        raise UserError(f"{recipe.name}: source {recipe.source!r} needs data_files: {{train: path/to/file}}.")
     for split, theirs in recipe.splits.items():
         if split not in ("train", "eval") or not isinstance(theirs, str):
-            raise ValueError(
+            raise UserError(
                 f"{recipe.name}: splits has {split!r}: {theirs!r}; write {{train: their split, eval: their split}} "
                 f"(the nearest of the two is {nearest(split, ('train', 'eval'))!r})."
             )
     if "train" not in recipe.splits:
-        raise ValueError(f"{recipe.name}: splits names no train split; write splits: {{train: their split}}.")
+        raise UserError(f"{recipe.name}: splits names no train split; write splits: {{train: their split}}.")
     if len(set(recipe.splits.values())) < len(recipe.splits):
-        raise ValueError(
+        raise UserError(
             f"{recipe.name}: splits reads train and eval from the same rows ({recipe.splits['train']!r}); hold some "
             "out with eval_rows or eval_fraction instead."
         )
     for theirs in recipe.splits.values():
         if recipe.data_files and theirs not in recipe.data_files:
-            raise ValueError(
+            raise UserError(
                 f"{recipe.name}: splits asks for {theirs!r}, which data_files does not list; "
                 f"did you mean {nearest(theirs, list(recipe.data_files))!r}?"
             )
@@ -314,23 +314,21 @@ def _check_columns(recipe: DataRecipe) -> None:
         return
     for ours, mapping in recipe.columns.items():
         if ours not in OUTPUT_COLUMNS:
-            raise ValueError(
+            raise UserError(
                 f"{recipe.name}: columns has {ours!r}; did you mean {nearest(ours, OUTPUT_COLUMNS)!r}? "
                 f"Our columns are {', '.join(OUTPUT_COLUMNS)}, and the source's stand on the right."
             )
         if isinstance(mapping, TurnColumns) and ours != "messages":
-            raise ValueError(
-                f"{recipe.name}: columns.{ours} cannot be a question and an answer; map it to `messages`."
-            )
+            raise UserError(f"{recipe.name}: columns.{ours} cannot be a question and an answer; map it to `messages`.")
         if isinstance(mapping, MessagesColumn) and ours in ("text", "images", "tools", "domain", "truncated"):
-            raise ValueError(f"{recipe.name}: columns.{ours} cannot be a list of messages; map it to `messages`.")
+            raise UserError(f"{recipe.name}: columns.{ours} cannot be a list of messages; map it to `messages`.")
         if isinstance(mapping, str) and is_template(mapping):
             template_columns(mapping)
             if ours in ("messages", "images", "tools", "truncated"):
-                raise ValueError(f"{recipe.name}: columns.{ours} cannot be a template; name the source's column.")
+                raise UserError(f"{recipe.name}: columns.{ours} cannot be a template; name the source's column.")
     layout = tuple(column for column in recipe.output_columns if column not in BESIDES)
     if layout not in LAYOUTS:
-        raise ValueError(
+        raise UserError(
             f"{recipe.name}: columns gives {', '.join(layout) or 'no text'}; TRL reads `text`, or `messages`, or "
             "`prompt` with `completion` (or alone, where a run answers it), each optionally with `images`, `tools`, "
             "`domain` and `truncated`."
@@ -343,15 +341,15 @@ def _check_columns(recipe: DataRecipe) -> None:
 def _check_held_out(recipe: DataRecipe) -> None:
     asked = [key for key in ("eval_rows", "eval_fraction") if getattr(recipe, key) is not None]
     if recipe.eval_fraction is not None and not 0 < recipe.eval_fraction < 1:
-        raise ValueError(f"{recipe.name}: eval_fraction is {recipe.eval_fraction}; it is a share between 0 and 1.")
+        raise UserError(f"{recipe.name}: eval_fraction is {recipe.eval_fraction}; it is a share between 0 and 1.")
     if len(asked) == 2:
-        raise ValueError(f"{recipe.name}: eval_rows and eval_fraction both say how many rows to hold out; keep one.")
+        raise UserError(f"{recipe.name}: eval_rows and eval_fraction both say how many rows to hold out; keep one.")
     if asked and "eval" in recipe.splits:
-        raise ValueError(
+        raise UserError(
             f"{recipe.name}: {asked[0]} holds rows out of train, but splits has an eval split already; remove one."
         )
     if asked and recipe.shuffle_seed is None:
-        raise ValueError(
+        raise UserError(
             f"{recipe.name}: {asked[0]} needs a shuffle_seed, or it would hold out the source's first rows."
         )
 
@@ -365,32 +363,30 @@ def _check_mixture(recipe: DataRecipe) -> None:
     for f in dataclasses.fields(recipe):
         key, default = f.name, f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         if key not in _MIXTURE_FIELDS and getattr(recipe, key) != default:
-            raise ValueError(
+            raise UserError(
                 f"{recipe.name}: a mixture takes its rows from other recipes, so it has no {key}; set {key} in those."
             )
     if recipe.shuffle_seed is None:
-        raise ValueError(f"{recipe.name}: a mixture needs a shuffle_seed, or its parts would follow one another.")
+        raise UserError(f"{recipe.name}: a mixture needs a shuffle_seed, or its parts would follow one another.")
     if len({part.weight is None for part in recipe.mixture}) > 1:
-        raise ValueError(
-            f"{recipe.name}: give every part of the mixture a weight, or every part rows; not both kinds."
-        )
+        raise UserError(f"{recipe.name}: give every part of the mixture a weight, or every part rows; not both kinds.")
     for part in recipe.mixture:
         if (part.weight is None) == (part.rows is None):
-            raise ValueError(f"{recipe.name}: the part {part.data!r} needs either a weight or rows, and not both.")
+            raise UserError(f"{recipe.name}: the part {part.data!r} needs either a weight or rows, and not both.")
         if not 0 < (part.rows or part.weight or 0) < float("inf"):
-            raise ValueError(f"{recipe.name}: the share of {part.data!r} must be above 0; leave the part out instead.")
+            raise UserError(f"{recipe.name}: the share of {part.data!r} must be above 0; leave the part out instead.")
         if part.domain is not None and "domain" in part.recipe.output_columns:
-            raise ValueError(
+            raise UserError(
                 f"{recipe.name}: {part.data!r} maps a column domain itself; remove that column, or the part's domain."
             )
         if _shared(part.output_columns) != _shared(recipe.output_columns) and part.recipe.output_columns:
-            raise ValueError(
+            raise UserError(
                 f"{recipe.name}: {part.data!r} gives {', '.join(part.output_columns)} but another part "
                 f"gives {', '.join(recipe.output_columns)}; parts must share their columns."
             )
         if part.recipe.has_eval != recipe.has_eval:
             without = part if recipe.has_eval else recipe.mixture[0]
-            raise ValueError(
+            raise UserError(
                 f"{recipe.name}: some parts have eval rows, but {without.data!r} has none; give it an eval split, "
                 "eval_rows or eval_fraction."
             )

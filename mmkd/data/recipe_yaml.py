@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.columns import MessagesColumn, TurnColumns, is_template, nearest
-from mmkd.data.recipe import DataFilters, DataRecipe, MixturePart
+from mmkd.errors import UserError
 from mmkd.yaml_files import AsWritten, read_yaml
+
+from .columns import MessagesColumn, TurnColumns, is_template, nearest
+from .recipe import DataFilters, DataRecipe, MixturePart
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _KINDS |= {dict: "{key: value}", list: "a list"}
@@ -19,26 +21,26 @@ def read_recipe(name_or_path: str, *, root: Path | None = None) -> DataRecipe:
 
 
 def _find(name_or_path: str, root: Path | None, base: Path | None) -> Path:
-    """The YAML's path. Raises ValueError when there is none, or the file is no YAML."""
+    """The YAML's path. Raises UserError when there is none, or the file is no YAML."""
     if "/" in name_or_path or Path(name_or_path).suffix:
         tried = [folder / Path(name_or_path).expanduser() for folder in (Path.cwd(), base) if folder is not None]
         found = next((path for path in tried if path.exists()), None)
         if found is None:
-            raise ValueError(f"no data recipe at {' or '.join(map(str, tried))}; check the path.")
+            raise UserError(f"no data recipe at {' or '.join(map(str, tried))}; check the path.")
         if found.suffix not in (".yaml", ".yml"):
-            raise ValueError(
+            raise UserError(
                 f"{found} is no YAML; a data recipe for it says `source:`, `data_files:` and `columns:` "
                 "(data_recipes/python_docs.yaml is one to copy)."
             )
         return found.resolve()
     if root is None:
-        from mmkd.recipes import recipe_root
+        from mmkd.shipped import recipe_root
 
         root = recipe_root("data_recipes")
     shipped = sorted(path.stem for path in root.glob("*.yaml"))
     if name_or_path not in shipped:
         hint = f"did you mean {nearest(name_or_path, shipped)!r}? " if shipped else ""
-        raise ValueError(
+        raise UserError(
             f"unknown data recipe {name_or_path!r}; {hint}Those in {root}: {', '.join(shipped) or 'none'}. "
             "For a recipe of your own give its path, such as ./my_data.yaml."
         )
@@ -49,12 +51,10 @@ def _load(name_or_path: str, *, root: Path | None, base: Path | None, parents: t
     path = _find(name_or_path, root, base)
     if path in parents:
         chain = " -> ".join(p.stem for p in (*parents, path))
-        raise ValueError(f"the mixture is cyclic: {chain}; a recipe cannot be a part of itself.")
+        raise UserError(f"the mixture is cyclic: {chain}; a recipe cannot be a part of itself.")
     raw = read_yaml(path, as_written=True)
     if not isinstance(raw, dict):
-        raise ValueError(
-            f"{path} holds {type(raw).__name__}, not keys and values; start with `source:` or `mixture:`."
-        )
+        raise UserError(f"{path} holds {type(raw).__name__}, not keys and values; start with `source:` or `mixture:`.")
     raw = {"name": path.stem, **raw}
     values = _values(raw, DataRecipe, path.name)
     if "columns" in values:
@@ -70,12 +70,12 @@ def _load(name_or_path: str, *, root: Path | None, base: Path | None, parents: t
     if "mixture" in values:
         values["mixture"] = tuple(_part(part, path, root, (*parents, path)) for part in raw["mixture"])
         if not values["mixture"]:
-            raise ValueError(f"{path.name}: mixture is empty; list at least one {{data: ..., weight: ...}}.")
+            raise UserError(f"{path.name}: mixture is empty; list at least one {{data: ..., weight: ...}}.")
     return DataRecipe(**values, folder=path.parent)
 
 
 def _values(raw: Mapping[str, Any], cls: type, what: str) -> dict[str, Any]:
-    """What a YAML mapping gives for a dataclass. Raises ValueError for unknown keys, wrong types and missing ones."""
+    """What a YAML mapping gives for a dataclass. Raises UserError for unknown keys, wrong types and missing ones."""
     fields = {f.name: f for f in dataclasses.fields(cls) if "yaml" in f.metadata}
     _known(raw, tuple(fields), what)
     values = {key: _read_as(value, fields[key].metadata["yaml"]) for key, value in raw.items()}
@@ -86,7 +86,7 @@ def _values(raw: Mapping[str, Any], cls: type, what: str) -> dict[str, Any]:
         number = kind is float and isinstance(value, int)
         if not (isinstance(value, kind) or number) or (isinstance(value, bool) and kind is not bool):
             quote = f"; to mean the text, write {key}: '{value}'" if kind is str and _is_scalar(value) else ""
-            raise ValueError(
+            raise UserError(
                 f"{what}: {key} is {value!r}, but must be {_KINDS[kind]}{quote}. {fields[key].metadata['help']}"
             )
     return values
@@ -109,7 +109,7 @@ def _is_scalar(value: Any) -> bool:
 def _known(raw: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
     for key in raw:
         if key not in keys:
-            raise ValueError(
+            raise UserError(
                 f"{what}: unknown key {key!r}; did you mean {nearest(key, keys)!r}? The keys are {', '.join(keys)}."
             )
 
@@ -122,7 +122,7 @@ def _column(ours: str, theirs: Any, what: str) -> str | MessagesColumn | TurnCol
         return TurnColumns(**_values(theirs, TurnColumns, f"{what}: columns.{ours}"))
     if not isinstance(theirs, dict) or "column" not in theirs:
         quote = f" To mean a column of this name, write '{theirs}'." if _is_scalar(theirs) else ""
-        raise ValueError(
+        raise UserError(
             f"{what}: columns.{ours} is {theirs!r}; give the source's column, a '{{column}}' template, "
             "{user: template, assistant: template}, or {column: ..., role_key: ..., content_key: ..., role_map: ...}."
             + quote
@@ -133,7 +133,7 @@ def _column(ours: str, theirs: Any, what: str) -> str | MessagesColumn | TurnCol
 def _paths(split: str, files: Any, what: str) -> tuple[str, ...]:
     paths = (files,) if isinstance(files, str) else tuple(files) if isinstance(files, list) else ()
     if not paths or not all(isinstance(path, str) for path in paths):
-        raise ValueError(f"{what}: data_files.{split} is {files!r}; give a path or a list of paths.")
+        raise UserError(f"{what}: data_files.{split} is {files!r}; give a path or a list of paths.")
     return paths
 
 
@@ -143,14 +143,14 @@ def _part(raw: Any, path: Path, root: Path | None, parents: tuple[Path, ...]) ->
         kinds = {"weight": float, "rows": int}
         raw = {key: _read_as(value, kinds.get(key, str)) for key, value in raw.items()}
     if not isinstance(raw, dict) or not isinstance(raw.get("data"), str):
-        raise ValueError(f"{what} has {raw!r}; write each part as {{data: name or path, weight: share}}.")
+        raise UserError(f"{what} has {raw!r}; write each part as {{data: name or path, weight: share}}.")
     _known(raw, ("data", "weight", "rows", "domain"), what)
     for key, kind in (("weight", (int, float)), ("rows", int)):
         if key in raw and (not isinstance(raw[key], kind) or isinstance(raw[key], bool)):
-            raise ValueError(f"{what}: {key} of {raw['data']!r} is {raw[key]!r}, but must be a number.")
+            raise UserError(f"{what}: {key} of {raw['data']!r} is {raw[key]!r}, but must be a number.")
     domain = raw.get("domain")
     if domain is not None and (not isinstance(domain, str) or not domain):
-        raise ValueError(f"{what}: domain of {raw['data']!r} is {domain!r}, but must be a word.")
+        raise UserError(f"{what}: domain of {raw['data']!r} is {domain!r}, but must be a word.")
     recipe = _load(raw["data"], root=root, base=path.parent, parents=parents)
     weight = None if raw.get("weight") is None else float(raw["weight"])
     return MixturePart(data=raw["data"], recipe=recipe, weight=weight, rows=raw.get("rows"), domain=domain)

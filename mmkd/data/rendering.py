@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmkd.data.messages import is_learnt
+from .messages import is_learnt
 
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # Said by the template itself, or looked at part by part.

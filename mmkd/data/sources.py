@@ -9,17 +9,18 @@ import datasets
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-from mmkd.data.columns import nearest
-from mmkd.data.recipe import BUILDERS, DataRecipe
-from mmkd.data.table_files import READERS, read_table_files
 from mmkd.errors import UserError
+
+from .columns import nearest
+from .recipe import BUILDERS, DataRecipe
+from .table_files import READERS, read_table_files
 
 _KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 
 
 def load_split(recipe: DataRecipe, split: str) -> Dataset:
-    """The source's own rows of one of its splits. Raises ValueError for a file, folder or split that is not there."""
+    """The source's own rows of one of its splits. Raises UserError for a file, folder or split that is not there."""
     if recipe.source in BUILDERS:
         files = [
             file
@@ -35,7 +36,7 @@ def load_split(recipe: DataRecipe, split: str) -> Dataset:
     saved = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
     if split not in saved:
         names = [str(name) for name in saved]
-        raise ValueError(
+        raise UserError(
             f"{recipe.name}: {folder} has no split {split!r}; did you mean {nearest(split, names)!r}? "
             f"It has {', '.join(names)}; name it under splits."
         )
@@ -114,26 +115,26 @@ def _places(path: str, folder: Path | None) -> list[Path]:
 
 
 def _saved_folder(recipe: DataRecipe) -> Path | None:
-    """The folder `save_to_disk` wrote, or None when the source is on the Hub. Raises ValueError when it is neither."""
+    """The folder `save_to_disk` wrote, or None when the source is on the Hub. Raises UserError when it is neither."""
     folders = [place for place in _places(recipe.source, recipe.folder) if place.is_dir()]
     folder = next((place for place in folders if _is_saved(place)), next(iter(folders), None))
     if folder is None:
         looks_like_path = recipe.source.startswith((".", "/", "~")) or recipe.source.count("/") != 1
         if looks_like_path:
             hint = f"did you mean {nearest(recipe.source, BUILDERS)!r}? " if "/" not in recipe.source else ""
-            raise ValueError(
+            raise UserError(
                 f"{recipe.name}: source {recipe.source!r} is no folder here; {hint}A source is owner/name on the Hub, "
                 f"one of {', '.join(BUILDERS)}, or a folder that save_to_disk wrote."
             )
         return None
     if not _is_saved(folder):
-        raise ValueError(
+        raise UserError(
             f"{recipe.name}: {folder} was not written by save_to_disk; for the files in it write "
             f"`source: parquet` (or {', '.join(BUILDERS)}) and `data_files:`."
         )
     unused = [key for key in ("config", "revision", "data_files") if getattr(recipe, key)]
     if unused:
-        raise ValueError(f"{recipe.name}: {', '.join(unused)} cannot apply to the saved folder {folder}; remove it.")
+        raise UserError(f"{recipe.name}: {', '.join(unused)} cannot apply to the saved folder {folder}; remove it.")
     return folder
 
 

@@ -5,11 +5,12 @@ from typing import Any
 
 from datasets import IterableDataset
 
-from mmkd.data.arrow import has_json
-from mmkd.data.canonical import CHATS, Facts, Layout, canonical_row, finished, image_column_of
-from mmkd.data.conversion import Conversion
-from mmkd.data.messages import Pictures, missing
 from mmkd.errors import UserError
+
+from .arrow import has_json
+from .canonical import CHATS, Facts, Layout, canonical_row, finished, image_column_of
+from .conversion import Conversion
+from .messages import Pictures, missing
 
 
 def converted_stream(

@@ -9,9 +9,10 @@ from datasets import ArrowBasedBuilder, BuilderConfig, Dataset, DatasetInfo, Dow
 from datasets.builder import Key
 from datasets.exceptions import DatasetGenerationError
 
-from mmkd.data.csv_rows import csv_features, csv_tables
-from mmkd.data.json_rows import json_features, json_tables
 from mmkd.errors import UserError
+
+from .csv_rows import csv_features, csv_tables
+from .json_rows import json_features, json_tables
 
 READERS = {"json": (json_features, json_tables), "csv": (csv_features, csv_tables)}
 

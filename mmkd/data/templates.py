@@ -4,8 +4,8 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from mmkd.data.columns import template_columns
-from mmkd.data.json_rows import json_text
+from .columns import template_columns
+from .json_rows import json_text
 
 
 def filled(template: str, row: Mapping[str, Any]) -> str:

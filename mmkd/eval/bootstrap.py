@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from mmkd.errors import UserError
+
 RESAMPLES = 10_000
 LEVEL = 0.95
 
@@ -37,14 +39,14 @@ def paired_bootstrap(
 
     Each item is a (total, count), a text's cross-entropy and its tokens say. A resample draws items and seeds with
     replacement, the same ones on both sides (Efron and Tibshirani, 1993, chapter 8; percentiles). Few seeds say little
-    about others: with fewer than about five the interval is too narrow. Raises ValueError when the sides do not pair.
+    about others: with fewer than about five the interval is too narrow. Raises UserError when the sides do not pair.
     """
     if ours.shape != theirs.shape or ours.ndim != 3 or ours.shape[-1] != 2:
-        raise ValueError(
+        raise UserError(
             f"Items of shapes {ours.shape} and {theirs.shape} do not pair: both sides need the same seeds and items."
         )
     if not (ours[..., 1].sum(1).all() and theirs[..., 1].sum(1).all()):
-        raise ValueError("A training has no counted item, so that its mean is not defined.")
+        raise UserError("A training has no counted item, so that its mean is not defined.")
     generator = np.random.default_rng(seed)
     seeds = len(ours)
     # What counts on neither side, a batch without labels say, is no item.

@@ -13,7 +13,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from mmkd.scores import scores_of
+from mmkd.errors import UserError
+from mmkd.results.scores import scores_of
 
 from . import measures
 from .harness import Harness, Settings
@@ -31,7 +32,7 @@ def evaluate(
     """The entries of the tasks, in order: from the model's results where they are known, else by running them.
 
     Their `samples` are the paths of their answers. A task that needs vision is left out for a model without it. Every
-    task is kept as soon as it is done. Raises ValueError for unknown tasks, missing data and results of other weights,
+    task is kept as soon as it is done. Raises UserError for unknown tasks, missing data and results of other weights,
     before anything runs where that is possible.
     """
     wanted = [task for task in tasks if task.needs != "vision" or model.vision]
@@ -99,11 +100,11 @@ def eval_command(options: argparse.Namespace) -> int:
     if options.ensemble:
         models = [ensemble_of(models)]
     if options.output is not None and len(models) > 1:
-        raise ValueError("--output is the folder of one model's results; leave it out to evaluate several.")
+        raise UserError("--output is the folder of one model's results; leave it out to evaluate several.")
     tasks = [task for name in options.suite for task in load_suite(name).tasks]
     tasks += [SuiteTask(name) for name in options.tasks]
     if not tasks and options.measures is None:
-        raise ValueError(f"Say what to evaluate: --suite {', '.join(suite_names())}, or --tasks, or --measures.")
+        raise UserError(f"Say what to evaluate: --suite {', '.join(suite_names())}, or --tasks, or --measures.")
     settings = Settings(
         model_type=options.model_type,
         model_args=_model_args(options.model_args),
@@ -136,9 +137,9 @@ def eval_command(options: argparse.Namespace) -> int:
 
 
 def _model_args(words: Sequence[str]) -> dict[str, Any]:
-    """`key=value` words, values read as YAML. Raises ValueError for other words."""
+    """`key=value` words, values read as YAML. Raises UserError for other words."""
     pairs = [pair for word in words for pair in word.split(",") if pair]
     for pair in pairs:
         if "=" not in pair:
-            raise ValueError(f"--model_args has {pair!r}; write key=value.")
+            raise UserError(f"--model_args has {pair!r}; write key=value.")
     return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}

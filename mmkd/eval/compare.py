@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from mmkd.errors import UserError
 from mmkd.files import write_file
-from mmkd.launch_flags import parse_alone
-from mmkd.machine import machine
-from mmkd.recipes import find_recipe
-from mmkd.run import STAGE_KEYS, method_of, read_recipe
-from mmkd.tables import markdown, show
-from mmkd.trainers import METHODS
+from mmkd.recipe.launch_flags import parse_alone
+from mmkd.recipe.run import STAGE_KEYS, method_of, read_recipe
+from mmkd.results.machine import machine
+from mmkd.results.tables import markdown, show
+from mmkd.shipped import find_recipe
+from mmkd.training.method import METHODS
 
 from .bootstrap import paired_bootstrap
 from .commands import evaluate
@@ -115,7 +116,7 @@ def compare(
     """The comparison as it is written to comparison.json; eval/README.md says what each field is.
 
     `judge` is the recipe whose trainer evaluates all students, by default each one's own. `baseline` is a recipe of
-    method sft, by default the one among `recipes`, else one made of the first; "none" trains none. Raises ValueError
+    method sft, by default the one among `recipes`, else one made of the first; "none" trains none. Raises UserError
     for recipes that train no tokens or train in stages.
     """
     for recipe in (*recipes, *([judge] if judge else [])):
@@ -157,21 +158,21 @@ def compare(
 def _check(recipe: str, flags: Sequence[str]) -> None:
     keys = read_recipe(find_recipe(recipe))
     if method_of(keys, flags) == "dho":
-        raise ValueError(f"{recipe} predicts classes and no tokens; scripts/compare_dho.py compares such students.")
+        raise UserError(f"{recipe} predicts classes and no tokens; scripts/compare_dho.py compares such students.")
     if any(key in keys for key in STAGE_KEYS):
-        raise ValueError(
+        raise UserError(
             f"{recipe} is trained in stages: scripts/compare_stages.py compares schedules, `mmkd eval` their students."
         )
 
 
 def _check_reading(recipes: Mapping[str, Sequence[str]]) -> None:
-    """Raises ValueError for recipes (name -> flags) that read the held-out rows as different tokens."""
+    """Raises UserError for recipes (name -> flags) that read the held-out rows as different tokens."""
     (first, one), *others = ((recipe, _reading(recipe, flags)) for recipe, flags in recipes.items())
     for recipe, other in others:
         differing = [name for name in one if one[name] != other[name]]
         if differing:
             values = ", ".join(f"{name} {one[name]} and {other[name]}" for name in differing)
-            raise ValueError(
+            raise UserError(
                 f"{first} and {recipe} read the held-out rows as different tokens ({values}), so that their numbers "
                 f"do not compare. Have one of them judge all students: --judge {first}."
             )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets.exceptions import DatasetNotFoundError
 
+from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 
 from .model import EvalModel
@@ -45,20 +46,20 @@ class Settings:
             ("chat_template", self.chat_template, CHAT),
         ):
             if value not in known:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}.")
+                raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}.")
         if self.model_type.startswith("vllm") and importlib.util.find_spec("vllm") is None:
-            raise ValueError(
+            raise UserError(
                 f"model_type {self.model_type} needs vLLM, which is not installed here. Where it pins versions that "
                 "mmkd cannot use, serve the model from an environment of its own (scripts/serve_teacher.sh) and use "
                 "--model_type local-completions --model_args base_url=URL, or use hf."
             )
         if self.model_type == "local-completions" and "base_url" not in self.model_args:
-            raise ValueError(
+            raise UserError(
                 "model_type local-completions asks a server: say which with --model_args base_url=http://HOST:PORT "
                 "model=NAME, the name being the one that it serves the model under."
             )
         if self.limit is not None and self.limit <= 0:
-            raise ValueError(f"limit is {self.limit}; give a number of items, or a share of them below 1.")
+            raise UserError(f"limit is {self.limit}; give a number of items, or a share of them below 1.")
 
 
 class Harness:
@@ -71,16 +72,16 @@ class Harness:
     def settings_of(self, suite_task: SuiteTask, task: Task) -> dict[str, Any]:
         """The arguments of `simple_evaluate` that decide the result of a task.
 
-        Raises ValueError for a chat template that is wanted and not there, and for images with a model that sees none.
+        Raises UserError for a chat template that is wanted and not there, and for images with a model that sees none.
         """
         settings = self.settings
         if settings.chat_template == "on" and not self.model.has_chat_template:
-            raise ValueError(
+            raise UserError(
                 f"{self.model.name} has no chat template. Evaluate it on plain text with --chat_template off, or save "
                 "one with its tokenizer."
             )
         if task.vision and not self.model.vision:
-            raise ValueError(
+            raise UserError(
                 f"Task {task.name} has images, and {self.model.name} is no vision-language model. Leave the task out."
             )
         wished = settings.chat_template == "on" or (
@@ -217,12 +218,12 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _explained(task: str) -> Iterator[None]:
-    """Raises ValueError where the data of a task cannot be had."""
+    """Raises UserError where the data of a task cannot be had."""
     try:
         yield
     except (ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
+        raise UserError(
             f"The data of task {task} cannot be loaded: {first} Run it once with a network, which keeps the data in "
             "HF_HOME, and log in where its data set asks for it; what runs without is --suite offline."
         ) from error

@@ -4,6 +4,8 @@ import importlib.util
 from importlib.metadata import version
 from typing import Any
 
+from mmkd.errors import UserError
+
 from .harness import Settings, device_of, numbers_of
 from .model import EvalModel
 from .results import key_of
@@ -25,9 +27,9 @@ MODELS = {
 
 
 def check_lmms() -> None:
-    """Raises ValueError when lmms-eval is not installed."""
+    """Raises UserError when lmms-eval is not installed."""
     if importlib.util.find_spec("lmms_eval") is None:
-        raise ValueError(
+        raise UserError(
             "These tasks are run by lmms-eval, which is not installed: pip install 'mmkd[lmms]', best in an "
             "environment of its own, since it pins other versions. Without it, lm-eval's own vision tasks (mmmu_val, "
             "chartqa) and easy_vqa run."
@@ -37,7 +39,7 @@ def check_lmms() -> None:
 def lmms_settings(model: EvalModel, settings: Settings) -> dict[str, Any]:
     """The arguments of lmms-eval's `simple_evaluate` that decide a result.
 
-    Raises ValueError for a model that lmms-eval has no name for, unless `model_args` gives it as lmms_model.
+    Raises UserError for a model that lmms-eval has no name for, unless `model_args` gives it as lmms_model.
     """
     from transformers import AutoConfig
 
@@ -45,7 +47,7 @@ def lmms_settings(model: EvalModel, settings: Settings) -> dict[str, Any]:
     kind = AutoConfig.from_pretrained(model.path, **model.hub).model_type
     name = arguments.pop("lmms_model", MODELS.get(kind))
     if name is None:
-        raise ValueError(
+        raise UserError(
             f"{model.name} is a {kind}, for which mmkd knows no model of lmms-eval: name it with "
             "--model_args lmms_model=NAME (`python -m lmms_eval --help` tells how to list them)."
         )

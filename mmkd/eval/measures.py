@@ -19,11 +19,12 @@ from mmkd import __version__
 from mmkd.data.image_columns import image_column
 from mmkd.data.load import load_data
 from mmkd.data.prompts import prompt_of, text_of, words_of
-from mmkd.machine import machine
+from mmkd.errors import UserError
+from mmkd.generation.prompted import Answer, generate, summary
 from mmkd.models.load import tokenizer_of
+from mmkd.results.machine import machine
 
 from . import speed
-from .generations import Answer, generate, summary
 from .harness import Settings, device_of
 from .model import EvalModel
 from .results import Results, key_of
@@ -46,10 +47,10 @@ class Held:
     max_new_tokens: int = 64
 
     def load(self) -> Dataset:
-        """The held-out rows. Raises ValueError for a recipe without any."""
+        """The held-out rows. Raises UserError for a recipe without any."""
         found = load_data(self.data, max_eval_rows=self.rows, max_train_rows=1)
         if "eval" not in found:
-            raise ValueError(f"The data recipe {self.data} holds nothing out, so there is nothing fair to measure on.")
+            raise UserError(f"The data recipe {self.data} holds nothing out, so there is nothing fair to measure on.")
         return image_column(found["eval"])
 
 
@@ -63,7 +64,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """The entries of measurements by name, from the model's results where they are known.
 
-    Without `names`, all that are possible. Raises ValueError for unknown names, and for those that need a teacher, the
+    Without `names`, all that are possible. Raises UserError for unknown names, and for those that need a teacher, the
     same vocabulary or held-out rows that are not given.
     """
     _check(names, held, teacher, model)
@@ -215,13 +216,13 @@ def _number(value: Any) -> str:
 def _check(names: Sequence[str], held: Held | None, teacher: EvalModel | None, model: EvalModel) -> None:
     for name in names:
         if name not in MEASURES:
-            raise ValueError(f"There is no measure {name!r}; choose some of {', '.join(MEASURES)}.")
+            raise UserError(f"There is no measure {name!r}; choose some of {', '.join(MEASURES)}.")
         if name != "cost" and held is None:
-            raise ValueError(f"Measure {name} needs held-out rows: name a data recipe with --data.")
+            raise UserError(f"Measure {name} needs held-out rows: name a data recipe with --data.")
     if "agreement" in names and teacher is None:
-        raise ValueError("Measure agreement compares with a teacher: name it with --teacher.")
+        raise UserError("Measure agreement compares with a teacher: name it with --teacher.")
     if model.members:
-        raise ValueError("Measurements are of one model; an ensemble is evaluated with --suite or --tasks.")
+        raise UserError("Measurements are of one model; an ensemble is evaluated with --suite or --tasks.")
 
 
 def _possible(model: EvalModel, rows: Dataset | None, teacher: EvalModel | None) -> list[str]:

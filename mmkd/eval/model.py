@@ -13,13 +13,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig
 
+from mmkd.cache.identity import saved_dtype, weights_sha256
 from mmkd.errors import UserError
 from mmkd.models.ensemble import load_ensemble
 from mmkd.models.load import computed_dtype, load_model, load_processing_class, tokenizer_of
-from mmkd.places import results_before, results_folder
 from mmkd.precision import name_of_dtype
-from mmkd.run import last_checkpoint
-from mmkd.teachers.identity import saved_dtype, weights_sha256
+from mmkd.recipe.run import last_checkpoint
+from mmkd.results.places import results_before, results_folder
 
 ADAPTER = "adapter_config.json"
 
@@ -42,7 +42,7 @@ class EvalModel:
     def processing_class(self) -> Any:
         try:
             return load_processing_class(self.path, **self.hub)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{error}{_nearest(self.name)}") from error
 
     @property
@@ -128,7 +128,7 @@ def find_model(name: str, revision: str | None = None, trust_remote_code: bool =
     found = _model_in(folder)
     if found is None:
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-        raise ValueError(f"{name} holds no model: there is neither config.json nor a checkpoint or stage, but {held}.")
+        raise UserError(f"{name} holds no model: there is neither config.json nor a checkpoint or stage, but {held}.")
     if (found / "config.json").is_file():
         return EvalModel(name, str(found), None, trust_remote_code)
     base = json.loads((found / ADAPTER).read_text(encoding="utf-8"))
@@ -138,12 +138,12 @@ def find_model(name: str, revision: str | None = None, trust_remote_code: bool =
 
 
 def ensemble_of(models: list[EvalModel]) -> EvalModel:
-    """The models as one, with the first one's tokenizer. Raises ValueError for fewer than two, and for adapters."""
+    """The models as one, with the first one's tokenizer. Raises UserError for fewer than two, and for adapters."""
     if len(models) < 2:
-        raise ValueError("--ensemble averages several models: name two or more.")
+        raise UserError("--ensemble averages several models: name two or more.")
     adapted = [model.name for model in models if model.adapter]
     if adapted:
-        raise ValueError(
+        raise UserError(
             f"{adapted[0]} is an adapter; merge it into its model (PEFT's merge_and_unload) to average it."
         )
     return EvalModel("+".join(Path(model.name).name for model in models), models[0].path, members=tuple(models))

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub.utils import WeakFileLock
 
+from mmkd.errors import UserError
 from mmkd.files import write_file
 
 from .model import EvalModel
@@ -21,7 +22,7 @@ NAME = "results.json"
 class Results:
     """What is known of a model: task results and measurements, by everything that decides them.
 
-    `before` is a folder that is read where there is nothing in `folder` yet, and not written to. Raises ValueError
+    `before` is a folder that is read where there is nothing in `folder` yet, and not written to. Raises UserError
     when the folder holds results of other weights.
     """
 
@@ -71,11 +72,11 @@ class Results:
             return self._read_before()
         content = json.loads(self.path.read_text(encoding="utf-8"))
         if content["schema"] != SCHEMA:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} has schema {content['schema']}, this mmkd reads {SCHEMA}; use another folder."
             )
         if content["weights"] != self.weights:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} is of another revision of {content['model']}: weights {content['weights'][:12]}, while "
                 f"{self.model} now has {self.weights[:12]}. Name another --output, or delete the folder."
             )

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from mmkd.recipes import find_recipe, list_recipes
+from mmkd.errors import UserError
+from mmkd.shipped import find_recipe, list_recipes
 
 HARNESSES = ("lm-eval", "lmms-eval")
 """Who runs a task."""
@@ -33,9 +34,9 @@ class SuiteTask:
 
     def __post_init__(self) -> None:
         if self.harness not in HARNESSES:
-            raise ValueError(f"Task {self.task} names the harness {self.harness!r}; use {' or '.join(HARNESSES)}.")
+            raise UserError(f"Task {self.task} names the harness {self.harness!r}; use {' or '.join(HARNESSES)}.")
         if self.needs not in (None, *NEEDS):
-            raise ValueError(f"Task {self.task} needs {self.needs!r}, which is none of {', '.join(NEEDS)}.")
+            raise UserError(f"Task {self.task} needs {self.needs!r}, which is none of {', '.join(NEEDS)}.")
 
 
 @dataclass(frozen=True)
@@ -55,24 +56,24 @@ def suite_names() -> list[str]:
 
 
 def load_suite(name_or_path: str) -> Suite:
-    """A suite that ships with mmkd, or one in a file. Raises ValueError for an unknown name and for unknown keys."""
+    """A suite that ships with mmkd, or one in a file. Raises UserError for an unknown name and for unknown keys."""
     if Path(name_or_path).is_file():
         path = Path(name_or_path)
     elif name_or_path in suite_names():
         path = find_recipe(f"suites/{name_or_path}", "eval")
     else:
-        raise ValueError(
+        raise UserError(
             f"There is no suite {name_or_path!r}, shipped or as a file.{_nearest(name_or_path, suite_names())} "
             f"All suites: {', '.join(suite_names())}."
         )
     keys: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(keys, dict) or not isinstance(keys.get("tasks"), list) or not keys["tasks"]:
-        raise ValueError(f"{path} is no suite: it must list tasks, each as `- task: NAME`.")
+        raise UserError(f"{path} is no suite: it must list tasks, each as `- task: NAME`.")
     _check(path, keys, Suite)
     tasks: list[Any] = [{"task": task} if isinstance(task, str) else task for task in keys["tasks"]]
     for task in tasks:
         if not isinstance(task, dict) or "task" not in task:
-            raise ValueError(f"{path}: {task!r} is no task; write `- task: NAME`.")
+            raise UserError(f"{path}: {task!r} is no task; write `- task: NAME`.")
         _check(path, task, SuiteTask)
     return Suite(**{"name": path.stem, **keys, "tasks": tuple(SuiteTask(**task) for task in tasks)})
 
@@ -81,7 +82,7 @@ def _check(path: Path, keys: dict[str, Any], kind: Any) -> None:
     known = [field.name for field in fields(kind)]
     for key in keys:
         if key not in known:
-            raise ValueError(f"{path} sets {key!r}, which a {kind.__name__} does not have.{_nearest(key, known)}")
+            raise UserError(f"{path} sets {key!r}, which a {kind.__name__} does not have.{_nearest(key, known)}")
 
 
 def _nearest(word: str, choices: Sequence[str]) -> str:

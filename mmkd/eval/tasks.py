@@ -10,8 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mmkd.recipes import recipe_root
-from mmkd.teachers.identity import file_sha256
+from mmkd.cache.identity import file_sha256
+from mmkd.errors import UserError
+from mmkd.shipped import recipe_root
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class Task:
 class Tasks:
     """The tasks of lm-eval, of mmkd's eval/tasks and of further folders, which win where names are the same.
 
-    Raises ValueError for names that are none of these.
+    Raises UserError for names that are none of these.
     """
 
     def __init__(self, names: Sequence[str], folders: Sequence[str | Path] = ()) -> None:
         for folder in folders:
             if not Path(folder).is_dir():
-                raise ValueError(f"include_path names {str(folder)!r}, which is no folder of tasks.")
+                raise UserError(f"include_path names {str(folder)!r}, which is no folder of tasks.")
         paths = [recipe_root("eval") / "tasks", *map(Path, folders)]
         self.manager: Any = _own_manager(tuple(paths))
         if not all(_matches(name, self.manager.task_index) for name in names):
@@ -45,7 +46,7 @@ class Tasks:
             if not _matches(name, index):
                 close = difflib.get_close_matches(name, list(index), n=3, cutoff=0.5)
                 nearest = f" The nearest: {', '.join(close)}." if close else ""
-                raise ValueError(
+                raise UserError(
                     f"There is no task {name!r} in lm-eval, in mmkd or in include_path.{nearest} "
                     "`lm_eval ls tasks` lists lm-eval's."
                 )
@@ -55,14 +56,14 @@ class Tasks:
         return _matches(name, self.manager.task_index)
 
     def __getitem__(self, name: str) -> Task:
-        """What is known of a task. Raises ValueError when a file of its data is missing."""
+        """What is known of a task. Raises UserError when a file of its data is missing."""
         configs = dict(self._configs(name))
         for task, config in configs.items():
             for path in _data_files(config):
                 if not Path(path).is_file():
                     prepare = (config.get("metadata") or {}).get("prepare")
                     hint = f"make it with `{prepare}`" if prepare else "check dataset_kwargs in its YAML"
-                    raise ValueError(f"The data of task {task} is missing: {path} does not exist; {hint}.")
+                    raise UserError(f"The data of task {task} is missing: {path} does not exist; {hint}.")
         own = self._entry(name).cfg or {}
         digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
         for path in sorted({path for task, config in configs.items() for path in self._files(task, config)}):

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.methods.sft import SFTBaselineConfig, SFTBaselineTrainer
 from mmkd.models.load import tokenizer_of
-from mmkd.trainers.sft import SFTBaselineConfig, SFTBaselineTrainer
-from mmkd.trainers.vision import ROW_LENGTHS, View, processor_of_teacher, teacher_view
+from mmkd.preparation.collation import ROW_LENGTHS, View, processor_of_teacher, teacher_view
 
 BINS = 15
 """Of equal width, as in Guo et al. (2017)."""
@@ -51,7 +51,7 @@ class Said:
 def batches(model: Any, processing_class: Any, rows: Dataset, max_length: int, teacher: Any = None) -> Iterator[Batch]:
     """The rows one by one, tokenised, masked and cut as method sft does it; chats are supervised on the answers.
 
-    Raises ValueError for a template in which nobody can tell what the assistant says, and where
+    Raises UserError for a template in which nobody can tell what the assistant says, and where
     student and teacher would be supervised on different tokens.
     """
     device = model.device
@@ -90,7 +90,7 @@ def say(model: Any, view: View, vocab_size: int | None = None) -> Said:
 
 
 def common_tokens(ours: Any, theirs: Any) -> int:
-    """The number of tokens that both tokenizers give the same ids. Raises ValueError when they differ."""
+    """The number of tokens that both tokenizers give the same ids. Raises UserError when they differ."""
     ours, theirs = tokenizer_of(ours), tokenizer_of(theirs)
     added = {*ours.get_added_vocab(), *theirs.get_added_vocab()}
     return shared_vocabulary(ours.get_vocab(), theirs.get_vocab(), added)

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import yaml
 
+from mmkd.cache.store import Cache, read_log
+from mmkd.errors import UserError
 from mmkd.files import write_file
-from mmkd.launch_flags import parse_alone
-from mmkd.recipes import find_recipe
-from mmkd.run import Run, RunArguments, build_trainer, parser_of, read_recipe
-from mmkd.teachers.store import Cache, read_log
-from mmkd.trainers import METHODS
-from mmkd.trainers.rollout_config import RolloutConfig
+from mmkd.recipe.launch_flags import parse_alone
+from mmkd.recipe.run import Run, RunArguments, build_trainer, parser_of, read_recipe
+from mmkd.shipped import find_recipe
+from mmkd.training.method import METHODS
+from mmkd.training.rollout_config import RolloutConfig
 
 from .model import find_model
 from .results import key_of, to_json
@@ -163,7 +164,7 @@ def _prepare(run: Run, folder: Path) -> None:
 def _of(run: Run, model: str | None) -> Any:
     """The run's arguments with a whole model in the place of its student."""
     if model is None:
-        raise ValueError("The recipe names no `teacher`, so that nobody can be judged by it: set it beside its cache.")
+        raise UserError("The recipe names no `teacher`, so that nobody can be judged by it: set it beside its cache.")
     own = {"student": model, "student_init": "pretrained", **dict.fromkeys(_WHOLE)}
     return replace(_without_caches(run.arguments), **own)
 
@@ -205,7 +206,7 @@ def _cache_facts(run: Run) -> dict[str, Any] | None:
     """What a run's teacher on disk is, and what it cost."""
     if run.arguments.teacher_cache is None:
         return None
-    from mmkd.hub import local_cache
+    from mmkd.cache.hub import local_cache
 
     folder = local_cache(run.arguments.teacher_cache)
     manifest = Cache(folder).manifest

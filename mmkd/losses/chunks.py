@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmkd.errors import UserError
+
 from .divergences import Divergence, below_one, forward_kl, log_one_minus_exp
 
 POLICIES = ("all", "space", "unbiased", "merge")
@@ -68,15 +70,15 @@ def group_chunks(
     Chunks are in the order of the text; `row` numbers the text that each is from. The boundary log-probs are those of
     the teacher, who decides for both: the probability, after the chunk, of a token that begins a new word or ends the
     text. A chunk has a probable end when that is above the threshold (the paper's gamma); the last one of a row ends
-    anyway. Raises ValueError for an unknown policy, and without boundaries where the policy needs them.
+    anyway. Raises UserError for an unknown policy, and without boundaries where the policy needs them.
     """
     if policy not in POLICIES:
-        raise ValueError(f"Chunk policy {policy!r} is unknown; choose one of {', '.join(POLICIES)}.")
+        raise UserError(f"Chunk policy {policy!r} is unknown; choose one of {', '.join(POLICIES)}.")
     index = torch.arange(len(row), device=row.device)
     if policy in ("all", "space"):
         return ChunkGroups(index, index, debiased=False)
     if teacher_boundary_log_probs is None:
-        raise ValueError(
+        raise UserError(
             f"Chunk policy {policy} needs the teacher's probability of a boundary after each chunk, and this teacher "
             "does not tell it; use policy all or space."
         )

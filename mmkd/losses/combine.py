@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmkd.errors import UserError
+
 COMBINATIONS = ("sum", "weights", "gradmag")
 
 
@@ -18,17 +20,17 @@ def combination_weights(
     """The factor of each of the named losses, without gradient.
 
     `sum`: 1 each. `weights`: those given. `gradmag`: see `gradmag_weights`; `gradients` has a row for each loss in
-    turn, and weights, if given, are its shares. Raises ValueError for an unknown combination, and for weights that are
+    turn, and weights, if given, are its shares. Raises UserError for an unknown combination, and for weights that are
     missing, too many or of no use.
     """
     if combination not in COMBINATIONS:
-        raise ValueError(f"Combination {combination!r} is unknown; choose one of {', '.join(COMBINATIONS)}.")
+        raise UserError(f"Combination {combination!r} is unknown; choose one of {', '.join(COMBINATIONS)}.")
     if combination == "sum" and weights is not None:
-        raise ValueError("Combination sum makes no use of weights; leave them out, or combine by weights.")
+        raise UserError("Combination sum makes no use of weights; leave them out, or combine by weights.")
     if combination == "weights" and weights is None:
-        raise ValueError(f"Combination weights needs a weight for each of {', '.join(losses)}.")
+        raise UserError(f"Combination weights needs a weight for each of {', '.join(losses)}.")
     if weights is not None and set(weights) != set(losses):
-        raise ValueError(f"There are weights for {', '.join(weights)}, but the losses are {', '.join(losses)}.")
+        raise UserError(f"There are weights for {', '.join(weights)}, but the losses are {', '.join(losses)}.")
     if combination == "sum":
         return dict.fromkeys(losses, 1.0)
     shares = None if weights is None else [weights[name] for name in losses]

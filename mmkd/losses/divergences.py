@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmkd.errors import UserError
+
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """(student log-probs, teacher log-probs) -> nats per item."""
 
@@ -41,7 +43,7 @@ def jsd(
     """Generalised Jensen-Shannon divergence in nats (GKD, 2306.13649, eq. 1).
 
     beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student. As in TRL, beta = 0
-    is the forward KL and beta = 1 the reverse KL. Raises ValueError when beta is outside [0, 1].
+    is the forward KL and beta = 1 the reverse KL. Raises UserError when beta is outside [0, 1].
     """
     _check_weight("beta", beta)
     if beta == 0:
@@ -58,7 +60,7 @@ def skew_kl(
 ) -> Float[Tensor, "*item"]:
     """KL(teacher || skew teacher + (1 - skew) student) in nats (DistiLLM, 2402.03898, eq. 4).
 
-    Raises ValueError when skew is outside [0, 1].
+    Raises UserError when skew is outside [0, 1].
     """
     _check_weight("skew", skew)
     if skew == 0:
@@ -73,7 +75,7 @@ def skew_reverse_kl(
 ) -> Float[Tensor, "*item"]:
     """KL(student || skew student + (1 - skew) teacher) in nats (DistiLLM, 2402.03898, eq. 5).
 
-    Raises ValueError when skew is outside [0, 1].
+    Raises UserError when skew is outside [0, 1].
     """
     return skew_kl(teacher_log_probs, student_log_probs, skew)
 
@@ -143,10 +145,10 @@ def renyi(
 ) -> Float[Tensor, "*item"]:
     """The Renyi divergence of the teacher from the student in nats, log(sum p^alpha q^(1 - alpha)) / (alpha - 1).
 
-    Alpha 1 is the forward KL. All outcomes must be possible. Raises ValueError when alpha is not positive.
+    Alpha 1 is the forward KL. All outcomes must be possible. Raises UserError when alpha is not positive.
     """
     if alpha <= 0:
-        raise ValueError(f"alpha is {alpha}; the Renyi divergence needs a positive order.")
+        raise UserError(f"alpha is {alpha}; the Renyi divergence needs a positive order.")
     if alpha == 1:
         return forward_kl(student_log_probs, teacher_log_probs)
     return torch.logsumexp(alpha * teacher_log_probs + (1 - alpha) * student_log_probs, -1) / (alpha - 1)
@@ -250,4 +252,4 @@ def _positive(probs: Tensor) -> Tensor:
 
 def _check_weight(name: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}; it weighs two distributions and must lie between 0 and 1.")
+        raise UserError(f"{name} is {value}; it weighs two distributions and must lie between 0 and 1.")

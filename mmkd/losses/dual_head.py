@@ -11,6 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from mmkd.errors import UserError
+
 from .divergences import forward_kl
 
 ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))
@@ -42,7 +44,7 @@ def interpolate(
 ) -> Float[Tensor, "*row class"]:
     """log of alpha softmax(ce) + (1 - alpha) softmax(kd / beta): the prediction of both heads, as log-probs.
 
-    Raises ValueError when alpha is outside [0, 1] or beta is not positive.
+    Raises UserError when alpha is outside [0, 1] or beta is not positive.
     """
     check_interpolation(alpha, beta)
     ce, kd = ce_logits.float().log_softmax(-1), (kd_logits.float() / beta).log_softmax(-1)
@@ -56,11 +58,11 @@ def interpolate(
 
 
 def check_interpolation(alpha: float, beta: float) -> None:
-    """Raises ValueError when alpha is outside [0, 1] or beta is not positive."""
+    """Raises UserError when alpha is outside [0, 1] or beta is not positive."""
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; it is the weight of the supervised head and must lie between 0 and 1.")
+        raise UserError(f"alpha is {alpha}; it is the weight of the supervised head and must lie between 0 and 1.")
     if not 0 < beta < float("inf"):
-        raise ValueError(f"beta is {beta}; it divides the distillation head's logits and must be a positive number.")
+        raise UserError(f"beta is {beta}; it divides the distillation head's logits and must be a positive number.")
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,10 @@ def search_interpolation(
     """The pair with the highest accuracy on labelled rows; beta is the outer loop and the first of equals wins.
 
     As in the authors' code, but for rows of which no pair gets one right: theirs then answers (0, 1) without having
-    tried it, this one the first pair. Raises ValueError for no rows, an empty grid, or values out of range.
+    tried it, this one the first pair. Raises UserError for no rows, an empty grid, or values out of range.
     """
     if len(labels) == 0 or not alphas or not betas:
-        raise ValueError("alpha and beta are chosen by accuracy: give labelled rows and at least one value of each.")
+        raise UserError("alpha and beta are chosen by accuracy: give labelled rows and at least one value of each.")
     ce = ce_logits.float().softmax(-1)
     grid: list[tuple[float, float, float]] = []
     for beta in betas:

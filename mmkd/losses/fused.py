@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmkd.errors import UserError
+
 from .divergences import entropy, forward_kl
 
 Objective = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, dict[str, Tensor]]]
@@ -114,7 +116,7 @@ def fused_loss(
     (targets whose chunks are shares), objective and diagnostics are weighted means, and "kl_NAME" is that to one.
 
     The gradient is ready when the call returns and can be used by one backward pass; with `repeatable` by as many as
-    the graph is kept for, each of which copies the head's gradient. Raises ValueError for a label outside the head's
+    the graph is kept for, each of which copies the head's gradient. Raises UserError for a label outside the head's
     vocabulary.
     """
     check_labels(labels, head.vocab_size)
@@ -342,10 +344,10 @@ class _Job:
 
 
 def check_labels(labels: Int[Tensor, "token"], vocab_size: int) -> None:
-    """Raises ValueError when a label is no token of the vocabulary."""
+    """Raises UserError when a label is no token of the vocabulary."""
     low, high = torch.stack(labels.aminmax()).tolist() if len(labels) else (0, 0)
     if not 0 <= low <= high < vocab_size:
-        raise ValueError(
+        raise UserError(
             f"Labels run from {low} to {high} but the head has {vocab_size} tokens; "
             "the text was tokenised with another vocabulary."
         )

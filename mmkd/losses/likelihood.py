@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmkd.errors import UserError
+
 from .fused import Head, HeadGradients, Projection, check_labels
 
 
@@ -52,17 +54,17 @@ def token_log_probs(
 
     Row i of `hidden` predicts `labels[i]`, as in the fused loss, and autocast and `precise` mean what they mean there;
     unlike there, the result can be backpropagated as often as its graph is kept. `outcomes` may name more tokens than
-    the head has. Raises ValueError for a label outside the head's vocabulary, for fewer outcomes than the head has
+    the head has. Raises UserError for a label outside the head's vocabulary, for fewer outcomes than the head has
     tokens, and for a set without any token.
     """
     check_labels(labels, head.vocab_size)
     if outcomes is not None and len(outcomes) < head.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"The set of outcomes speaks of {len(outcomes)} tokens but the head has {head.vocab_size}; "
             "make it from the tokenizer of this model."
         )
     if outcomes is not None and not outcomes[: head.vocab_size].any():
-        raise ValueError("The set of outcomes holds no token of the head, so that its probability is always 0.")
+        raise UserError("The set of outcomes holds no token of the head, so that its probability is always 0.")
     projection = Projection.here(hidden, head, chunk_size, precise)
     outcomes = None if outcomes is None else outcomes[: head.vocab_size].to(hidden.device)
     result = _TokenLogProbs.apply(hidden, head.weight, head.bias, labels, outcomes, projection)

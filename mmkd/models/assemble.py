@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mmkd.errors import UserError
+
 Cuts = dict[str, tuple[int, Int[Tensor, "kept"]]]
 """The parameters of one layer that get narrower: name -> the dimension to cut and the indices to keep, ascending."""
 
@@ -36,7 +38,7 @@ def prune(
     ValueError: nothing or the impossible was asked for, the teacher is quantised, or its architecture forbids the cut.
     """
     if layers is None and intermediate_size is None and num_attention_heads is None:
-        raise ValueError(
+        raise UserError(
             "prune() was asked for nothing, so the student would be the teacher: pass layers, intermediate_size or "
             "num_attention_heads."
         )
@@ -74,13 +76,13 @@ def prune(
 def _require_prunable(teacher: PreTrainedModel) -> None:
     packed = any(not parameter.is_floating_point() for parameter in teacher.parameters())
     if packed or getattr(teacher, "is_quantized", False) or getattr(teacher, "quantization_method", None):
-        raise ValueError(
+        raise UserError(
             "The teacher is quantised, so its rows and columns are packed and cannot be copied one by one: load it "
             "unquantised to prune it; the student can be quantised afterwards."
         )
     config = teacher.config.get_text_config()
     if getattr(config, "is_heterogeneous", False) or isinstance(getattr(config, "intermediate_size", None), list):
-        raise ValueError(
+        raise UserError(
             f"{type(config).__name__} sizes its layers one by one, so one number cannot say how wide the student is: "
             "use a teacher whose layers are all alike (not Gemma 3n or Gemma 4)."
         )
@@ -95,7 +97,7 @@ def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth and not any(map(str.isdigit, name.split(".")))
     ]
     if len(found) != 1:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} has {len(found)} lists of {depth} decoder layers, so which to prune is unclear: "
             "use a model whose decoder layers are one ModuleList."
         )
@@ -107,11 +109,11 @@ def _kept_layers(layers: int | Sequence[int] | None, depth: int) -> list[int]:
         return list(range(depth))
     if isinstance(layers, int):
         if not 1 <= layers <= depth:
-            raise ValueError(f"layers={layers}, but the teacher has {depth}: pass a count from 1 to {depth}.")
+            raise UserError(f"layers={layers}, but the teacher has {depth}: pass a count from 1 to {depth}.")
         return [round(i * (depth - 1) / max(layers - 1, 1)) for i in range(layers)]
     kept = list(layers)
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= depth:
-        raise ValueError(
+        raise UserError(
             f"layers={kept} does not name layers of a teacher that has {depth}: pass at least one index from 0 to "
             f"{depth - 1}, ascending, none of them twice."
         )
@@ -129,7 +131,7 @@ def _keep_layers_in_config(config: PreTrainedConfig, kept: list[int], depth: int
 def _ffn_cuts(layer: nn.Module, width: int) -> Cuts:
     gate, up, down = _projections(layer, "mlp", "gate_proj", "up_proj", "down_proj")
     if not 1 <= width <= len(gate):
-        raise ValueError(f"intermediate_size={width}, but the teacher's is {len(gate)}: pass 1 to {len(gate)}.")
+        raise UserError(f"intermediate_size={width}, but the teacher's is {len(gate)}: pass 1 to {len(gate)}.")
     kept = _largest(gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0), width)
     rows = [f"mlp.{name}.{kind}" for name in ("gate_proj", "up_proj") for kind in ("weight", "bias")]
     return {name: (0, kept) for name in rows} | {"mlp.down_proj.weight": (1, kept)}
@@ -138,7 +140,7 @@ def _ffn_cuts(layer: nn.Module, width: int) -> Cuts:
 def _kept_groups(num_attention_heads: int, heads: int, groups: int) -> int:
     queries = heads // groups
     if not 1 <= num_attention_heads <= heads or num_attention_heads % queries:
-        raise ValueError(
+        raise UserError(
             f"num_attention_heads={num_attention_heads}, but the teacher has {heads} query heads, of which each "
             f"{queries} share a key/value head and stay together: pass a multiple of {queries} up to {heads}."
         )
@@ -164,7 +166,7 @@ def _projections(layer: nn.Module, block: str, *names: str) -> list[Float[Tensor
     modules = [getattr(getattr(layer, block, None), name, None) for name in names]
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     if len(linears) < len(names):
-        raise ValueError(
+        raise UserError(
             f"{type(layer).__name__} has no linear {', '.join(names)} in {block}, so this width cannot be pruned: "
             "prune layers only, or use a teacher built like Llama, Qwen, Mistral or Gemma."
         )
@@ -191,7 +193,7 @@ def _require_same_behaviour(before: nn.ModuleList, after: nn.ModuleList, kept: l
             settings = {key: value for key, value in vars(module).items() if isinstance(value, (bool, float, str))}
             new = news.get(name)
             if type(new) is not type(module) or any(vars(new).get(key) != value for key, value in settings.items()):
-                raise ValueError(
+                raise UserError(
                     f"Layer {index} of the teacher would compute something else as layer {position} of the student: "
                     f"its {type(module).__name__} is set up by the layer's number or the number of heads. Leave that "
                     "as it is, or use another teacher."
@@ -219,7 +221,7 @@ def _load(student: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     expected = {name: tensor.shape for name, tensor in student.state_dict().items()}
     odd = sorted({name for name, _ in expected.items() ^ {name: t.shape for name, t in weights.items()}.items()})
     if odd:
-        raise ValueError(
+        raise UserError(
             f"{odd[0]} (and {len(odd) - 1} more) does not fit the pruned {type(student).__name__}, because this "
             "architecture ties its shape to something else: prune less (layers only, say), or use another teacher."
         )

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from mmkd.errors import UserError
+
 from .heads import LMHead
 
 Consumer = Callable[[Tensor, LMHead], Any]
@@ -36,7 +38,7 @@ def allow_consumers(model: PreTrainedModel | PeftModel) -> None:
     """Lets `model(**inputs, consumer=f)` return `f(last_hidden_state, head)`, computed inside the model's forward.
 
     A loss must run there: only then do the hooks of DDP, FSDP and DeepSpeed see it. Without `consumer` the model's
-    forward is what it was. Call it before the model is wrapped. Raises ValueError for a model whose logits are not its
+    forward is what it was. Call it before the model is wrapped. Raises UserError for a model whose logits are not its
     head applied to its last hidden state.
     """
     base = base_of(model)
@@ -64,7 +66,7 @@ def allow_consumers(model: PreTrainedModel | PeftModel) -> None:
 def _require_plain_head(model: PreTrainedModel) -> None:
     """Compares both ways to the log-probs of two tokens: some families do more than a matrix product at the end."""
     if model.base_model is model:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} has no backbone apart from its head, so its logits cannot be chunked."
         )
     if any(_is_partitioned(parameter) or parameter.is_meta for parameter in model.parameters()):
@@ -78,7 +80,7 @@ def _require_plain_head(model: PreTrainedModel) -> None:
         ours = model(input_ids=ids, consumer=lambda hidden, head: head.log_probs(hidden))
     model.train(training)
     if (ours - expected.log_softmax(-1)).abs().max() > 0.02 * expected.abs().max():
-        raise ValueError(
+        raise UserError(
             f"The logits of {type(model).__name__} are not its output embeddings applied to its last hidden state "
             "(times a scale, softcapped). The fused loss would train another model than the one you run. Please open "
             "an issue that names the model."
@@ -123,30 +125,28 @@ def _inside(module: torch.nn.Module | None, function: Callable[[Tensor], Any], h
 def head_of(model: PreTrainedModel | PeftModel) -> LMHead:
     """The head as it is now: weights are read on each call, since FSDP and PEFT replace them.
 
-    Raises ValueError for a head that is not a plain matrix: one with an adapter, or a quantised one; and for one that
+    Raises UserError for a head that is not a plain matrix: one with an adapter, or a quantised one; and for one that
     would get the embeddings' adapter when it is merged.
     """
     base = base_of(model)
     module = base.get_output_embeddings()
     if module is None:
-        raise ValueError(
-            f"{type(base).__name__} has no output embeddings; distillation needs a model with an lm_head."
-        )
+        raise UserError(f"{type(base).__name__} has no output embeddings; distillation needs a model with an lm_head.")
     if isinstance(module, BaseTunerLayer):
-        raise ValueError(
+        raise UserError(
             "The lm_head carries a PEFT adapter. The fused loss multiplies with lm_head.weight itself, so the adapter "
             "would never be trained. Remove 'lm_head' from target_modules; train it whole with modules_to_save."
         )
     embeddings: Any = base.get_input_embeddings()
     if isinstance(embeddings, BaseTunerLayer) and embeddings.get_base_layer().weight is module.weight:
-        raise ValueError(
+        raise UserError(
             "The embeddings carry a PEFT adapter and share their weights with the lm_head. Merging would change both, "
             "and make another model than the one that was trained. Remove 'embed_tokens' from target_modules; train "
             "it whole with modules_to_save."
         )
     weight, bias = module.weight, getattr(module, "bias", None)
     if not weight.is_floating_point():
-        raise ValueError(
+        raise UserError(
             f"The lm_head of {type(base).__name__} is quantised to {weight.dtype}. Keep it out of quantisation: "
             "llm_int8_skip_modules=['lm_head'] in the BitsAndBytesConfig."
         )
@@ -178,11 +178,11 @@ def full_head(model: PreTrainedModel | PeftModel) -> LMHead:
 
 
 def last_layer(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
-    """The last block of the text decoder. Raises ValueError for a decoder without a list of blocks."""
+    """The last block of the text decoder. Raises UserError for a decoder without a list of blocks."""
     decoder = base_of(model).get_decoder()
     blocks = [module for module in decoder.children() if isinstance(module, torch.nn.ModuleList)]
     if len(blocks) != 1:
-        raise ValueError(f"{type(decoder).__name__} has no single list of blocks, so none of them is the last.")
+        raise UserError(f"{type(decoder).__name__} has no single list of blocks, so none of them is the last.")
     return blocks[0][-1]
 
 

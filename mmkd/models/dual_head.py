@@ -18,6 +18,7 @@ from transformers import (
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils.generic import ModelOutput
 
+from mmkd.errors import UserError
 from mmkd.losses.dual_head import check_interpolation, interpolate
 
 from .features import (
@@ -52,11 +53,11 @@ class DualHeadConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.pooling = self.pooling or usual_pooling(self.backbone_config, self.text)
         if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling is {self.pooling!r}; choose one of {', '.join(POOLINGS)}.")
+            raise UserError(f"pooling is {self.pooling!r}; choose one of {', '.join(POOLINGS)}.")
         if self.kd_head not in ("linear", "cosine"):
-            raise ValueError(f"kd_head is {self.kd_head!r}; choose linear, or cosine for students of a VLM.")
+            raise UserError(f"kd_head is {self.kd_head!r}; choose linear, or cosine for students of a VLM.")
         if self.cosine_temperature <= 0:
-            raise ValueError(f"cosine_temperature is {self.cosine_temperature}; it divides cosines: make it positive.")
+            raise UserError(f"cosine_temperature is {self.cosine_temperature}; it divides cosines: make it positive.")
         check_interpolation(self.alpha, self.beta)
 
     @property
@@ -143,7 +144,7 @@ class _DualHeadModel(PreTrainedModel):
         `attn_implementation` go to from_pretrained. Of a CLIP- or SigLIP-like model the vision tower is taken.
         """
         if len(class_names) < 2:
-            raise ValueError(f"A classifier needs two classes or more, not {len(class_names)}: pass their names.")
+            raise UserError(f"A classifier needs two classes or more, not {len(class_names)}: pass their names.")
         keys = ("dtype", "revision", "trust_remote_code", "attn_implementation")
         loading = {key: settings.pop(key) for key in keys if key in settings}
         pooling = settings.pop("pooling", None)
@@ -179,12 +180,12 @@ class _DualHeadModel(PreTrainedModel):
     def init_heads(self, text_embeddings: Float[Tensor, "class width"]) -> None:
         """Starts both heads from the teacher's text embeddings (language-aware initialisation), with zero biases.
 
-        Raises ValueError when the student's features do not live in the teacher's space.
+        Raises UserError when the student's features do not live in the teacher's space.
         """
         for head in (self.ce_head, self.kd_head):
             weight = head.get_parameter("weight")
             if weight.shape != text_embeddings.shape:
-                raise ValueError(
+                raise UserError(
                     f"The teacher's text embeddings are {tuple(text_embeddings.shape)} (classes, width), the "
                     f"student's heads {tuple(weight.shape)}. Take a student whose features have "
                     "the teacher's width (the vision tower of a CLIP-like model), or set head_init: random."
@@ -211,10 +212,10 @@ class _DualHeadModel(PreTrainedModel):
         ValueError for a cosine head, which no linear layer can stand for, and another name.
         """
         if head not in ("ce", "kd", "merged"):
-            raise ValueError(f"{head!r} is none of the single heads; choose ce, kd or merged.")
+            raise UserError(f"{head!r} is none of the single heads; choose ce, kd or merged.")
         alpha = {"ce": 1.0, "kd": 0.0, "merged": self.config.alpha}[head]
         if alpha < 1 and not isinstance(self.kd_head, nn.Linear):
-            raise ValueError(
+            raise UserError(
                 "A cosine head divides by the features' length, which no linear layer does. Export head 'ce', or the "
                 "whole model with export_program."
             )
@@ -228,20 +229,20 @@ class _DualHeadModel(PreTrainedModel):
     def plain_model(self, head: str = "ce") -> PreTrainedModel:
         """A model of transformers' own classes with one head (see `single_head`), which loads without mmkd.
 
-        Raises ValueError where transformers' classifier of this backbone pools its features differently.
+        Raises UserError where transformers' classifier of this backbone pools its features differently.
         """
         auto_class: Any = AutoModelForSequenceClassification if self.config.text else AutoModelForImageClassification
         config: Any = type(self.config.backbone_config).from_dict(self.config.backbone_config.to_dict())
         config.id2label, config.label2id = self.config.id2label, self.config.label2id
         weight, bias = self.single_head(head)
-        unfit = ValueError(
+        unfit = UserError(
             f"transformers has no classifier over {config.model_type} that computes what this model does with "
             f"pooling {self.config.pooling!r}. Export the whole model with export_program, which needs torch alone."
         )
         if type(config) not in auto_class._model_mapping:
             raise unfit
         if self.config.text and getattr(config, "pad_token_id", None) is None:
-            raise ValueError(
+            raise UserError(
                 "A text classifier of transformers finds the last token by the padding token, and the backbone's "
                 "config names none. Set model.config.backbone_config.pad_token_id first."
             )

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mmkd.errors import UserError
+
 from .load import load_model, load_processing_class, tokenizer_of
 
 
@@ -17,20 +19,18 @@ class Ensemble(PreTrainedModel, GenerationMixin):
     """A causal LM whose log-probs are the mean of its members', renormalised: their geometric mean.
 
     Use it wherever transformers' causal LMs are used for inference, `HFLM(pretrained=Ensemble(models), tokenizer=...)`
-    of lm-eval say. It generates without a KV cache. Raises ValueError for fewer than two members. The weight of
+    of lm-eval say. It generates without a KV cache. Raises UserError for fewer than two members. The weight of
     every member is the same, as are all tokens: those from `vocab_size` (by default the smallest number of rows) on,
     which pad a vocabulary, get no probability.
     """
 
     def __init__(self, models: Sequence[PreTrainedModel], vocab_size: int | None = None) -> None:
         if len(models) < 2:
-            raise ValueError(f"An ensemble of {len(models)} is none: pass two models or more.")
+            raise UserError(f"An ensemble of {len(models)} is none: pass two models or more.")
         config = copy.deepcopy(models[0].config)
         rows = min(model.config.get_text_config().vocab_size for model in models)
         if vocab_size is not None and not 1 <= vocab_size <= rows:
-            raise ValueError(
-                f"vocab_size is {vocab_size}, but a member has only {rows} rows: their tokenizers differ."
-            )
+            raise UserError(f"vocab_size is {vocab_size}, but a member has only {rows} rows: their tokenizers differ.")
         config.get_text_config().vocab_size = vocab_size or rows
         config.tie_word_embeddings = False
         # It attends to nothing itself; members keep their own way.
@@ -59,19 +59,19 @@ class Ensemble(PreTrainedModel, GenerationMixin):
         return generation.generate(*args, **{**kwargs, "use_cache": False})
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Raises ValueError: nothing could load it."""
-        raise ValueError("An ensemble has no weights of its own: save its members, and load it with load_ensemble.")
+        """Raises UserError: nothing could load it."""
+        raise UserError("An ensemble has no weights of its own: save its members, and load it with load_ensemble.")
 
 
 def load_ensemble(names: Sequence[str], **kwargs: Any) -> Ensemble:
     """The ensemble of models named by Hub ids or folders; `kwargs` go to `load_model`.
 
-    Raises ValueError when their tokenizers differ: `mmkd transfer-tokenizer` gives models the same one.
+    Raises UserError when their tokenizers differ: `mmkd transfer-tokenizer` gives models the same one.
     """
     vocabularies = [tokenizer_of(load_processing_class(name)).get_vocab() for name in names]
     for name, vocabulary in zip(names, vocabularies, strict=True):
         if vocabulary != vocabularies[0]:
-            raise ValueError(
+            raise UserError(
                 f"{name} and {names[0]} have different vocabularies, so their log-probs are not of the same tokens. "
                 f"Give one of them the other's: mmkd transfer-tokenizer {name} {names[0]} FOLDER, then distil it."
             )

@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from mmkd.errors import UserError
+
 from .load import load_model
 from .restore import save_under_published_names
 
@@ -51,12 +53,12 @@ def assemble_llava(
 
     `vision_feature_layer` is the layer of the tower whose patches are read (-2 as in LLaVA-1.5, -1 the last one). The
     embeddings get a row for `<image>` where the language model has none to spare. `llava_processor` makes its
-    processor. Raises ValueError for a tower whose layout of tokens is not known.
+    processor. Raises UserError for a tower whose layout of tokens is not known.
     """
     hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text = load_model(str(language_model), "language model", dtype=dtype, **hub)
     if hasattr(text.config, "vision_config"):
-        raise ValueError(f"{language_model} is a vision-language model already; use it as the student itself.")
+        raise UserError(f"{language_model} is a vision-language model already; use it as the student itself.")
     tower = _vision_tower(vision_tower, dtype, hub)
     tokenizer = _tokenizer(language_model, chat_template, hub)
     embeddings: Any = text.get_input_embeddings()
@@ -77,7 +79,7 @@ def assemble_llava(
     model.model.language_model.load_state_dict(text.base_model.state_dict())
     head: Any = text.get_output_embeddings()
     if head.bias is not None:
-        raise ValueError(f"The lm_head of {language_model} has a bias, which LLaVA's has not; use another model.")
+        raise UserError(f"The lm_head of {language_model} has a bias, which LLaVA's has not; use another model.")
     model.lm_head.load_state_dict(head.state_dict())
     model.tie_weights()
     model.generation_config = text.generation_config
@@ -132,7 +134,7 @@ def _select_strategy(config: Any) -> Literal["default", "full"]:
         return "full"
     if kind in _CLASS_TOKEN and not getattr(config, "num_register_tokens", 0):
         return "default"
-    raise ValueError(
+    raise UserError(
         f"The vision tower is a {kind!r}"
         + (" with register tokens" if kind in _CLASS_TOKEN else "")
         + f", whose layout of tokens mmkd does not know. Use one of {', '.join((*_CLASS_TOKEN, *_PLAIN))}, without "

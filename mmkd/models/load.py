@@ -17,6 +17,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from mmkd.errors import UserError
 from mmkd.precision import product_dtype, say_float32
 
 # Their first position is the one after that of padding.
@@ -57,10 +58,10 @@ def load_model(
             kwargs["dtype"] = computed_dtype(kwargs.get("dtype", "auto"), config, chosen)
         model, info = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **kwargs)
     except _UNREADABLE as error:
-        raise ValueError(f"The {role} {name!r} cannot be loaded: {_hint(name)} ({_first_line(error)})") from error
+        raise UserError(f"The {role} {name!r} cannot be loaded: {_hint(name)} ({_first_line(error)})") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ValueError(
+        raise UserError(
             f"The {role} {name!r} lacks {len(missing)} of the weights that its config promises ({missing[0]}, ...); "
             "they would be random. Its weight files are incomplete, or its config belongs to another model."
         )
@@ -87,14 +88,14 @@ def computed_dtype(
 
 
 def load_processing_class(name: str, role: str = "model", **kwargs: Any) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """The processor of a VLM, else the tokenizer. Raises ValueError when there is none."""
+    """The processor of a VLM, else the tokenizer. Raises UserError when there is none."""
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     try:
         config = AutoConfig.from_pretrained(name, **kwargs)
         auto_class = AutoProcessor if hasattr(config, "vision_config") else AutoTokenizer
         return auto_class.from_pretrained(name, **kwargs)
     except _UNREADABLE as error:
-        raise ValueError(
+        raise UserError(
             f"The {role} {name!r} has no loadable tokenizer: {_hint(name)} ({_first_line(error)})"
         ) from error
 
@@ -124,7 +125,7 @@ def learns_positions(config: PreTrainedConfig) -> bool:
 def _dtype(name: str, role: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"The {role}'s dtype {name!r} is none of torch's; use auto, float32, bfloat16 or float16.")
+        raise UserError(f"The {role}'s dtype {name!r} is none of torch's; use auto, float32, bfloat16 or float16.")
     return dtype
 
 

@@ -8,6 +8,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mmkd.errors import UserError
+
 from .backbone import attention_now, base_of
 
 # Of the largest hidden value. What a sequence lets through from another one is far more, rounding far less.
@@ -23,7 +25,7 @@ def check_packing(
     special: Collection[int],
     run: Callable[..., Any] | None = None,
 ) -> None:
-    """Raises ValueError where the hidden states of a sequence change with the one before it in a batch.
+    """Raises UserError where the hidden states of a sequence change with the one before it in a batch.
 
     `collate` lays rows end to end as training does, `special` are ids to leave out of the probe, `run` is the model
     within its wrapper. Consumers must be allowed. Nothing is asked of a model whose weights are not whole, or which
@@ -51,7 +53,7 @@ def check_packing(
     allowed = _ROUNDING.get(behind.dtype, _HALF) * behind.abs().max()
     if max((behind - behind_other).abs().max(), (behind - alone).abs().max()) <= allowed:
         return
-    raise ValueError(
+    raise UserError(
         f"The {role} ({type(base).__name__}, attention {base.config._attn_implementation}) lets sequences that are "
         "packed together see each other: what it says of a row changes with the row before it, which no loss should "
         "depend on. Set packing: false and padding_free: false, or, where the model has it, attn_implementation: "

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
+from mmkd.errors import UserError
+
 PARTS = ("vision_tower", "connector", "language_model")
 """What `trainable` may name."""
 
@@ -35,15 +37,15 @@ def part_of(parameter: str) -> str:
 def train_only(model: PreTrainedModel, parts: Sequence[str]) -> None:
     """Freezes every parameter outside of the named parts.
 
-    Raises ValueError for names that are no parts and for parts that the model does not have.
+    Raises UserError for names that are no parts and for parts that the model does not have.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
-        raise ValueError(f"trainable is {list(parts)}; list some of {', '.join(PARTS)}, or leave it out to train all.")
+        raise UserError(f"trainable is {list(parts)}; list some of {', '.join(PARTS)}, or leave it out to train all.")
     found = {name: part_of(name) for name, _ in model.named_parameters()}
     missing = [part for part in parts if part not in found.values()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"trainable names {', '.join(missing)}, but {type(model).__name__} has no such part: it has "
             f"{', '.join(sorted(set(found.values())))}."
         )

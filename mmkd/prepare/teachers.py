@@ -41,7 +41,7 @@ MODELS = {
 
 
 def get_teacher(name: str, output_dir: Path) -> Path:
-    """The folder of a converted model, made on the first call. Raises ValueError when the file is not the one."""
+    """The folder of a converted model, made on the first call. Raises UserError when the file is not the one."""
     if (output_dir / "config.json").is_file():
         return output_dir
     if importlib.util.find_spec("gguf") is None:

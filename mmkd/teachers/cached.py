@@ -11,12 +11,14 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mmkd.cache.codec import TokenScores
+from mmkd.cache.manifest import differences
+from mmkd.cache.sequence_keys import image_hash, segments, sequence_key
+from mmkd.cache.store import Cache
+from mmkd.errors import UserError
+
 from .base import Teacher
-from .codec import TokenScores
-from .keys import image_hash, segments, sequence_key
-from .manifest import differences
 from .signals import LabelSignal, SparseSignal, TopKSignal
-from .store import Cache
 
 logger = logging.getLogger(__name__)
 
@@ -36,24 +38,24 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
             gradient is that of the whole distribution. renormalise: nothing, the top-k counts as all; as in other
             libraries, and the only one that can be tempered.
 
-    Raises ValueError when the cache is incomplete or damaged, or lacks what `tail` needs.
+    Raises UserError when the cache is incomplete or damaged, or lacks what `tail` needs.
     """
 
     def __init__(self, cache: Any, tail: str = "bucket"):
         self.cache = cache if isinstance(cache, Cache) else Cache(cache)
         self.tail, codec = tail, self.cache.codec
         if tail not in TAILS:
-            raise ValueError(f"teacher_tail is {tail!r}; choose one of {', '.join(TAILS)}.")
+            raise UserError(f"teacher_tail is {tail!r}; choose one of {', '.join(TAILS)}.")
         if codec.kind == "log_probs":
             self.signal_type, self.can_temper = LabelSignal, False
             return
         if tail == "unbiased" and not codec.m:
-            raise ValueError(
+            raise UserError(
                 f"{self.cache.folder} has no draws from the tail, which teacher_tail: unbiased needs. Use bucket, or "
                 "build a cache with cache_tail_draws."
             )
         if tail != "unbiased" and not codec.k:
-            raise ValueError(f"{self.cache.folder} has draws only (top-k of 0): set teacher_tail: unbiased.")
+            raise UserError(f"{self.cache.folder} has draws only (top-k of 0): set teacher_tail: unbiased.")
         self.signal_type = TopKSignal if tail == "bucket" else SparseSignal
         self.can_temper = tail == "renormalise"
 
@@ -63,23 +65,23 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
         return len(self.cache.codec.order.ids)
 
     def check(self, preparation: Mapping[str, Any]) -> None:
-        """Raises ValueError, naming the field, when sequences are prepared in another way than the cached ones."""
+        """Raises UserError, naming the field, when sequences are prepared in another way than the cached ones."""
         different = differences(preparation, self.cache.manifest.identity["preparation"])
         if different:
-            raise ValueError(
+            raise UserError(
                 f"The cache {self.cache.folder} was built for other sequences than this run trains on: "
                 f"{'; '.join(different)}. Set these as in the cache, or build a cache with this recipe."
             )
 
     def check_sequences(self, sequences: Iterable[tuple[np.ndarray, np.ndarray]], name: str) -> None:
-        """Raises ValueError when the cache does not know all of these (ids, supervised) pairs."""
+        """Raises UserError when the cache does not know all of these (ids, supervised) pairs."""
         missing = [
             number
             for number, (ids, supervised) in enumerate(sequences)
             if supervised[1:].any() and not self._knows(sequence_key(ids, supervised))
         ]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"The cache {self.cache.folder} does not know {len(missing):,} sequences of the {name} data, "
                 f"the first of them number {missing[0]}: the data differs from what the cache was built on. Build it "
                 "again with this recipe."
@@ -115,14 +117,14 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
     ) -> TokenScores | None:
         """What the cache holds about a sequence, None if the teacher could not read it.
 
-        Raises ValueError for a sequence that the cache does not know.
+        Raises UserError for a sequence that the cache does not know.
         """
         key = sequence_key(ids, supervised, images)
         if key in self.cache.skipped_keys:
             return None
         found = self.cache.find(key)
         if found is None:
-            raise ValueError(
+            raise UserError(
                 f"The cache {self.cache.folder} does not know a sequence of this batch (first tokens "
                 f"{ids[:8].tolist()}): the data or its preparation differs from what the cache was built on. Build it "
                 "again with this recipe."

@@ -13,10 +13,11 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmkd.cache.identity import file_sha256
+from mmkd.errors import UserError
 from mmkd.files import write_file
 
 from .classifiers import ClassTeacher, check_classes
-from .identity import file_sha256
 
 LOGITS = "class_logits.safetensors"
 MANIFEST = "class_logits.json"
@@ -60,20 +61,20 @@ def has_class_logits(folder: str | Path) -> bool:
 
 
 def read_class_logits(folder: str | Path, expected: dict[str, Any]) -> ClassLogits:
-    """The logits of a folder. Raises ValueError when they are damaged, or `expected` differs from what made them.
+    """The logits of a folder. Raises UserError when they are damaged, or `expected` differs from what made them.
 
     Keys of the identity that `expected` leaves out are not compared: a run that names no teacher takes any.
     """
     folder = Path(folder)
     if not has_class_logits(folder):
-        raise ValueError(f"{folder} holds no class logits ({MANIFEST}); name the teacher, and they are computed once.")
+        raise UserError(f"{folder} holds no class logits ({MANIFEST}); name the teacher, and they are computed once.")
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if file_sha256(folder / LOGITS) != manifest["sha256"]:
-        raise ValueError(f"{folder / LOGITS} is damaged: its sha256 is not that of {MANIFEST}. Delete the folder.")
+        raise UserError(f"{folder / LOGITS} is damaged: its sha256 is not that of {MANIFEST}. Delete the folder.")
     identity = manifest["identity"]
     for key, value in expected.items():
         if identity.get(key) != value:
-            raise ValueError(
+            raise UserError(
                 f"The class logits in {folder} were made with another {key.replace('_', ' ')}: "
                 f"{_short(identity.get(key))}, the run has {_short(value)}. Name another folder as "
                 "teacher_cache, or delete this one."

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, normalize, one_hot
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import AutoModel, AutoProcessor
 
+from mmkd.errors import UserError
 from mmkd.losses.dual_head import tip_adapter_logits
 
 OPEN_CLIP = "open_clip:"
@@ -54,7 +55,7 @@ class TransformersEmbedder(Embedder):
 
     def __init__(self, model: Any, processor: Any):
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
-            raise ValueError(
+            raise UserError(
                 f"{type(model).__name__} does not embed images and texts in one space. Take a CLIP- or SigLIP-like "
                 "teacher, or another teacher_kind."
             )
@@ -246,7 +247,7 @@ class QuestionTeacher(ClassTeacher):
     """An LLM or a VLM that is asked the class: the logits of its answer's first token, one per class.
 
     With up to 26 classes the question lists them as A, B, ... and the answers are those letters; with more, they are
-    the class names. Raises ValueError where two answers begin with the same token.
+    the class names. Raises UserError where two answers begin with the same token.
     """
 
     kind = "question"
@@ -265,7 +266,7 @@ class QuestionTeacher(ClassTeacher):
         taken: dict[int, str] = {}
         for token, answer in zip(self.tokens, answers, strict=True):
             if token in taken:
-                raise ValueError(
+                raise UserError(
                     f"The answers {taken[token]!r} and {answer!r} begin with the same token of the teacher's "
                     "tokenizer, so its first token cannot tell the classes apart. Rename one under class_names."
                 )
@@ -298,9 +299,9 @@ class QuestionTeacher(ClassTeacher):
 
 
 def check_classes(classes: int, class_names: Sequence[str], who: str) -> None:
-    """Raises ValueError when somebody knows another number of classes than there are names."""
+    """Raises UserError when somebody knows another number of classes than there are names."""
     if classes != len(class_names):
-        raise ValueError(
+        raise UserError(
             f"{who} answers with {classes} classes, the data has {len(class_names)} ({', '.join(class_names[:3])}, "
             "...). Take a teacher of the same classes in the same order, or one that is told their names (zero_shot, "
             "question)."

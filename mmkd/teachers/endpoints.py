@@ -20,6 +20,8 @@ from tenacity import (
     wait_random,
 )
 
+from mmkd.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
@@ -56,15 +58,15 @@ class Endpoints:
 
     At most `concurrency` requests are under way at a time, over all URLs; each may take `timeout` seconds and is tried
     `1 + retries` times, waiting 0.5 s, 1 s, 2 s, ... up to 20 s with jitter in between, each time at the server that
-    is least busy and has not failed lately. Raises ValueError when nobody answers, and `Refusal`.
+    is least busy and has not failed lately. Raises UserError when nobody answers, and `Refusal`.
     """
 
     def __init__(self, urls: Iterable[str], api_key: str | None, concurrency: int, timeout: float, retries: int):
         self.urls = tuple(_root(url) for url in urls)
         if not self.urls or len(set(self.urls)) < len(self.urls):
-            raise ValueError(f"Servers must be one or more different URLs, not {list(self.urls)}.")
+            raise UserError(f"Servers must be one or more different URLs, not {list(self.urls)}.")
         if concurrency < 1 or timeout <= 0 or retries < 0:
-            raise ValueError(
+            raise UserError(
                 f"concurrency must be at least 1, timeout positive and retries not negative, but they are "
                 f"{concurrency}, {timeout} and {retries}."
             )
@@ -124,7 +126,7 @@ class Endpoints:
             return await attempts(self._request_once, path, body, url)
         except _Failure as failure:
             tried = f" ({1 + self._retries} tries in {time.monotonic() - started:.0f} s)" if retry else ""
-            raise ValueError(
+            raise UserError(
                 f"The teacher's server does not answer: {failure}{tried}. See that it runs and read its log; "
                 "scripts/serve_teacher.sh MODEL starts one."
             ) from failure
@@ -183,7 +185,7 @@ def _root(url: str) -> str:
     """The base URL without the `/v1` that OpenAI's clients want at its end."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ValueError(f"The server URL {url!r} is not of the form http://HOST:PORT.")
+        raise UserError(f"The server URL {url!r} is not of the form http://HOST:PORT.")
     return url.rstrip("/").removesuffix("/v1")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.models.utils import prepare_deepspeed
 
+from mmkd.errors import UserError
 from mmkd.models.backbone import allow_consumers, devices_of, full_head
 from mmkd.models.heads import LMHead
 from mmkd.models.sharding import gathered, is_quantized, is_sharded, loads_on_one_rank, reshard, shard_frozen
@@ -34,7 +35,7 @@ class LocalTeacher(Teacher[DenseSignal]):
     def prepare(self, accelerator: Accelerator) -> None:
         """Takes its place on the accelerator's device: sharded where the student is (FSDP2, ZeRO-3), else whole.
 
-        A quantised teacher stays whole on every rank under FSDP2, which cannot cut its weights. Raises ValueError when
+        A quantised teacher stays whole on every rank under FSDP2, which cannot cut its weights. Raises UserError when
         it cannot come: its weights are on the meta device, or were placed by `device_map`.
         """
         sharded, here = is_sharded(accelerator), _with_index(accelerator.device)
@@ -42,13 +43,13 @@ class LocalTeacher(Teacher[DenseSignal]):
         placed = getattr(self.model, "hf_device_map", None) is not None
         awaited = sharded and loads_on_one_rank(accelerator) and not accelerator.is_local_main_process
         if (torch.device("meta") in devices and not awaited) or (placed and devices != {here}):
-            raise ValueError(
+            raise UserError(
                 f"The teacher is on {', '.join(sorted(map(str, devices)))} and cannot be moved to the student's "
                 f"device {here}. Load it without device_map, or with device_map="
                 f"{{'': '{here}'}}."
             )
         if accelerator.distributed_type == DistributedType.DEEPSPEED and sharded and is_quantized(self.model):
-            raise ValueError(
+            raise UserError(
                 "The teacher is quantised, and ZeRO-3 cannot cut its weights. Use accelerate_config fsdp2, which "
                 "leaves it whole on every rank, or zero2, or load the teacher in bfloat16."
             )
@@ -73,7 +74,7 @@ class LocalTeacher(Teacher[DenseSignal]):
 
     @torch.no_grad()
     def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> DenseSignal:
-        """Raises ValueError when a token is unknown to the teacher, or when it answers with NaN or infinity."""
+        """Raises UserError when a token is unknown to the teacher, or when it answers with NaN or infinity."""
         heads: list[LMHead] = []
 
         def consumer(hidden: Tensor, head: LMHead) -> Tensor:
@@ -85,7 +86,7 @@ class LocalTeacher(Teacher[DenseSignal]):
         if self._sharded:
             reshard(self.model)
         if not hidden.isfinite().all():
-            raise ValueError(
+            raise UserError(
                 "The teacher's last hidden state is not finite. In fp16 its activations probably overflow: load it in "
                 "bfloat16 or float32. Otherwise its weights are damaged."
             )
@@ -104,7 +105,7 @@ class LocalTeacher(Teacher[DenseSignal]):
             return inputs
         padding = inputs["attention_mask"] == 0 if "attention_mask" in inputs else torch.zeros_like(unknown)
         if (unknown & ~padding).any():
-            raise ValueError(
+            raise UserError(
                 f"The text holds token {int(ids[unknown & ~padding][0])}, but the teacher has {rows} tokens. Remove "
                 "the tokens that only the student knows from the text or its chat template."
             )

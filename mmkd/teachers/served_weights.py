@@ -5,6 +5,8 @@ from pathlib import Path
 
 import msgspec
 
+from mmkd.errors import UserError
+
 from .endpoints import Endpoints, Refusal
 
 # Seconds that a server may take to read the weights of a large model.
@@ -20,7 +22,7 @@ class ServedWeights:
     def load(self, folder: Path) -> None:
         """Has every server read the checkpoint of a folder and forget what it computed with other weights.
 
-        Raises ValueError when a server cannot do so.
+        Raises UserError when a server cannot do so.
         """
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}}
         for url in self._endpoints.urls:
@@ -31,7 +33,7 @@ class ServedWeights:
         try:
             self._endpoints.run(self._endpoints.request(path, msgspec.json.encode(body), url, retry=False))
         except (Refusal, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{url} does not take new weights: {error} Start it with VLLM_SERVER_DEV_MODE=1 in its environment, "
                 "on a machine that sees rollout_server_folder by the same path."
             ) from error

@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mmkd.errors import UserError
 from mmkd.losses.divergences import log_one_minus_exp
 
 from .base import Teacher
@@ -50,31 +51,31 @@ class ServerTeacher(Teacher[TopKSignal]):
         **client: Any,
     ):
         if k < 1 or (vocab_size is not None and k > vocab_size):
-            raise ValueError(f"k={k} must be at least 1 and at most the {vocab_size or 'number of'} shared tokens.")
+            raise UserError(f"k={k} must be at least 1 and at most the {vocab_size or 'number of'} shared tokens.")
         self.k, self.vocab_size, self.teacher = k, vocab_size, teacher
         self.max_length, self.tokenizer = max_length, tokenizer
         self.client = VLLMClient(base_urls, model, **client)
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Checks the servers; raises ValueError when one is down or not what is wanted (`VLLMClient.check`)."""
+        """Checks the servers; raises UserError when one is down or not what is wanted (`VLLMClient.check`)."""
         self.facts = self.client.check(self.teacher, self.k, self.max_length, self.tokenizer)
 
     @torch.no_grad()
     def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> TopKSignal:
         """Asks for every sequence of the batch, padded or packed (`position_ids` that start again at 0).
 
-        Raises ValueError when the batch has images, or when the server refuses a sequence.
+        Raises UserError when the batch has images, or when the server refuses a sequence.
         """
         images = [name for name in IMAGE_INPUTS if inputs.get(name) is not None]
         if images:
-            raise ValueError(
+            raise UserError(
                 f"A served teacher cannot be asked from {', '.join(images)}: a vLLM server takes images, not the "
                 "student's pixels. Build a cache of this teacher first (mmkd cache build), or use a local teacher."
             )
         signals = list(self.client.score(questions_of(inputs, supervised), self.k, self.vocab_size))
         for signal in signals:
             if isinstance(signal, RowError):
-                raise ValueError(f"The teacher's server refused a sequence of the batch: {signal.reason}")
+                raise UserError(f"The teacher's server refused a sequence of the batch: {signal.reason}")
         top = [signal for signal in signals if isinstance(signal, TopK)]
         device = inputs["input_ids"].device
         ids = np.concatenate([signal.ids for signal in top] or [np.empty((0, self.k), np.int32)])

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool
 from torch import Tensor
 
+from mmkd.errors import UserError
 from mmkd.models.sharding import is_sharded
 
 from .base import Teacher
@@ -27,7 +28,7 @@ class SeveralTeachers(Teacher[MixedSignal | RoutedSignal]):
         weights: name -> share of the loss on every token, in any unit; by default equal shares.
         column: the rows' column that names the one teacher of each row, instead of weights.
 
-    Raises ValueError for fewer than two teachers, for weights that are not positive or of other names, and where
+    Raises UserError for fewer than two teachers, for weights that are not positive or of other names, and where
     weights and column are both given.
     """
 
@@ -40,17 +41,15 @@ class SeveralTeachers(Teacher[MixedSignal | RoutedSignal]):
         column: str | None = None,
     ):
         if len(teachers) < 2:
-            raise ValueError(
-                f"There are {len(teachers)} teachers; give two or more, or set `teacher` to the only one."
-            )
+            raise UserError(f"There are {len(teachers)} teachers; give two or more, or set `teacher` to the only one.")
         if column is not None and weights is not None:
-            raise ValueError(
+            raise UserError(
                 f"The column {column!r} gives each row to one teacher, which leaves nothing to weigh. Remove the "
                 "weights, or the column to mix all teachers on every token."
             )
         weights = dict.fromkeys(teachers, 1.0) if weights is None else weights
         if weights.keys() != teachers.keys() or not all(0 < weight < float("inf") for weight in weights.values()):
-            raise ValueError(
+            raise UserError(
                 f"The weights are {dict(weights)} for the teachers {', '.join(teachers)}; give each of them a number "
                 "above 0, and leave out a teacher that shall not count."
             )
@@ -107,7 +106,7 @@ class SeveralTeachers(Teacher[MixedSignal | RoutedSignal]):
 class TeachersCollator:
     """A data collator that adds what several teachers need of a batch: whom each row asks, and what caches hold.
 
-    Raises ValueError for a row that names none of the teachers.
+    Raises UserError for a row that names none of the teachers.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], Any], several: SeveralTeachers):
@@ -133,7 +132,7 @@ class TeachersCollator:
         assert self.column is not None
         name = example.get(self.column)
         if name not in self.names:
-            raise ValueError(
+            raise UserError(
                 f"A row's {self.column} is {name!r}, which is none of the teachers ({', '.join(self.names)}). Name a "
                 "teacher in every row, or leave such rows out of the data."
             )

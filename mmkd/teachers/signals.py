@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmkd.errors import UserError
 from mmkd.losses.divergences import log_one_minus_exp
 from mmkd.losses.fused import Share, Targets, starts
 from mmkd.models.heads import LMHead
@@ -92,7 +93,7 @@ class TopKSignal(SparseSignal):
 
     def compare(self, logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
         if temperature != 1:
-            raise ValueError(
+            raise UserError(
                 f"A top-k signal is known at temperature 1 only, not at {temperature}; set temperature: 1."
             )
         inside, teacher = super().compare(logits, rows, 1)

@@ -18,6 +18,8 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from mmkd.errors import UserError
+
 from . import vllm_wire as wire
 from .endpoints import Endpoints, Refusal
 
@@ -118,7 +120,7 @@ class VLLMClient:
 
     `model` is the served name, needed only where a server offers several. `concurrency` requests are under way at a
     time over all URLs. The key is `api_key`, or the environment's VLLM_API_KEY. `image_token_id`
-    makes complaints about image tokens more precise. Raises ValueError for what concerns the server (no answer after
+    makes complaints about image tokens more precise. Raises UserError for what concerns the server (no answer after
     `retries`, no permission, unknown model, k above its cap, an answer that is not one); what concerns one row only is
     handed out as a `RowError` in its place.
     """
@@ -161,15 +163,15 @@ class VLLMClient:
     ) -> ServerFacts:
         """Asks every URL once, without retries, what it serves, and compares it with what is wanted of it.
 
-        Raises ValueError when a server is down, serves another model than `teacher` (a folder or Hub name) or than the
+        Raises UserError when a server is down, serves another model than `teacher` (a folder or Hub name) or than the
         other URLs, lacks room for `max_length` tokens, gives fewer than `k` log-probs or tokenises unlike `tokenizer`.
         """
         if tokenizer is not None and k > len(tokenizer):
-            raise ValueError(f"k={k} is more than the teacher's {len(tokenizer)} tokens; choose a smaller k.")
+            raise UserError(f"k={k} is more than the teacher's {len(tokenizer)} tokens; choose a smaller k.")
         facts = [self._facts_of(url) for url in self._endpoints.urls]
         for other in facts[1:]:
             if (other.model, other.root) != (facts[0].model, facts[0].root):
-                raise ValueError(
+                raise UserError(
                     f"{facts[0].urls[0]} serves {_named(facts[0])}, but {other.urls[0]} serves {_named(other)}. One "
                     "teacher must answer at all URLs: start the servers with the same model and --served-model-name."
                 )
@@ -189,12 +191,12 @@ class VLLMClient:
         found = [m for m in models if m.id == wanted] if wanted else [m for m in models if m.parent is None]
         if len(found) != 1:
             names = ", ".join(repr(model.id) for model in models)
-            raise ValueError(
+            raise UserError(
                 f"{url} serves {names}" + (f", not {wanted!r}." if wanted else ".") + " Name one of them as the model."
             )
         (model,) = found
         if model.max_model_len is None:
-            raise ValueError(f"{url} does not state max_model_len for {model.id!r}: this is no vLLM server.")
+            raise UserError(f"{url} does not state max_model_len for {model.id!r}: this is no vLLM server.")
         return ServerFacts((url,), model.id, model.root or model.id, model.max_model_len, version)
 
     def _check_one(
@@ -207,13 +209,13 @@ class VLLMClient:
     ) -> None:
         (url,) = facts.urls
         if teacher is not None and not _serves(facts, teacher):
-            raise ValueError(
+            raise UserError(
                 f"The teacher is {teacher!r}, but {url} serves {_named(facts)}. Start it with that model, or with "
                 f"--served-model-name {teacher} if the same model lies under another path there."
             )
         # The request generates one token, which vLLM wants room for.
         if max_length is not None and facts.max_model_len <= max_length:
-            raise ValueError(
+            raise UserError(
                 f"{url} has room for {facts.max_model_len} tokens, but scoring texts of up to {max_length} takes "
                 f"{max_length + 1}. Start it with --max-model-len {max_length + 1}, or lower max_length."
             )
@@ -223,7 +225,7 @@ class VLLMClient:
             body = {"model": facts.model, "prompt": text, "add_special_tokens": False}
             theirs = wire.decoded(self._endpoints.run(self._post("/tokenize", body, url)), wire.Tokens, url).tokens
             if list(ours) != theirs:
-                raise ValueError(
+                raise UserError(
                     f"{url} tokenises unlike the tokenizer that the teacher should have: "
                     f"{wire.difference(ours, theirs)}. Serve the model with that tokenizer (--tokenizer)."
                 )
@@ -241,7 +243,7 @@ class VLLMClient:
         probability stays with all that is not listed.
         """
         if k < 1 or (vocab_size is not None and k > vocab_size):
-            raise ValueError(f"k={k} must be at least 1 and at most the {vocab_size or 'number of'} tokens.")
+            raise UserError(f"k={k} must be at least 1 and at most the {vocab_size or 'number of'} tokens.")
         model = (self._facts or self.check()).model
         return self._endpoints.map(lambda question: self._score(question, k, vocab_size, model), questions)
 
@@ -256,13 +258,13 @@ class VLLMClient:
         """
         unknown = sorted(set(sampling) - SAMPLING)
         if unknown or "max_tokens" not in sampling or n < 1:
-            raise ValueError(
+            raise UserError(
                 f"Sampling {dict(sampling)} with n={n}"
                 + (f" holds {', '.join(unknown)}, which vLLM would ignore here" if unknown else " is incomplete")
                 + f". Give max_tokens, n of at least 1, and any of {', '.join(sorted(SAMPLING))}."
             )
         if n > 1 and sampling.get("temperature") == 0:
-            raise ValueError(f"temperature 0 gives n={n} times the same answer; set n: 1, or a temperature above 0.")
+            raise UserError(f"temperature 0 gives n={n} times the same answer; set n: 1, or a temperature above 0.")
         body = {**NEUTRAL_SAMPLING, **sampling, "n": n, "model": (self._facts or self.check()).model}
         seed = body.pop("seed", None)
 
@@ -305,11 +307,11 @@ class VLLMClient:
         answers = []
         for choice in sorted(answer.choices, key=lambda choice: choice.index):
             if choice.token_ids is None or choice.finish_reason is None:
-                raise ValueError("The server gave no token ids with its answer; vLLM does since 0.10.2: update it.")
+                raise UserError("The server gave no token ids with its answer; vLLM does since 0.10.2: update it.")
             text = choice.message.content if choice.message else choice.text
             answers.append(Answer(text or "", choice.token_ids, choice.finish_reason))
         if len(answers) != body["n"]:
-            raise ValueError(f"The server gave {len(answers)} answers where n={body['n']} were asked for.")
+            raise UserError(f"The server gave {len(answers)} answers where n={body['n']} were asked for.")
         return answers
 
     async def _ask(self, row: Question | Prompt, body: dict[str, Any], generation: bool) -> wire.Answers | RowError:
@@ -351,13 +353,13 @@ class VLLMClient:
         try:
             return await self._endpoints.request(path, msgspec.json.encode(body), url, retry=False)
         except Refusal as refusal:
-            raise ValueError(f"{url} refused a request of two tokens: {_refused(refusal, body)}") from refusal
+            raise UserError(f"{url} refused a request of two tokens: {_refused(refusal, body)}") from refusal
 
     def _get(self, url: str, path: str, kind: type[Kind]) -> Kind:
         try:
             return wire.decoded(self._endpoints.run(self._endpoints.request(path, None, url, retry=False)), kind, url)
         except Refusal as refusal:
-            raise ValueError(f"{url}{path} is not a vLLM server's: {_refused(refusal, {})}") from refusal
+            raise UserError(f"{url}{path} is not a vLLM server's: {_refused(refusal, {})}") from refusal
 
 
 def _scored_length(row: Question) -> int:
@@ -366,21 +368,21 @@ def _scored_length(row: Question) -> int:
 
 
 def _refused(refusal: Refusal, body: Mapping[str, Any]) -> str:
-    """Why the server refused this row, where that concerns the row alone; raises ValueError for all else."""
+    """Why the server refused this row, where that concerns the row alone; raises UserError for all else."""
     if refusal.parameter == "prompt_logprobs" or "prompt logprobs" in refusal.message:
         k = body.get("prompt_logprobs")
-        raise ValueError(
+        raise UserError(
             f"{refusal.url} does not give the top {k} log-probs of a token: {refusal.message}. Start it with "
             f"--max-logprobs {k} or more, or choose a smaller k."
         ) from refusal
     if refusal.status in (401, 403):
-        raise ValueError(f"{refusal}. Give the server's key as api_key, or in VLLM_API_KEY.") from refusal
+        raise UserError(f"{refusal}. Give the server's key as api_key, or in VLLM_API_KEY.") from refusal
     # max_tokens is what vLLM blames for a prompt that leaves no room.
     if refusal.parameter in SAMPLING - {"max_tokens"}:
-        raise ValueError(f"The server refuses the sampling parameters: {refusal.message}") from refusal
+        raise UserError(f"The server refuses the sampling parameters: {refusal.message}") from refusal
     if refusal.status in (400, 413, 422):
         return refusal.message
-    raise ValueError(f"{refusal}. See that the URL is a vLLM server's and the model the one it serves.") from refusal
+    raise UserError(f"{refusal}. See that the URL is a vLLM server's and the model the one it serves.") from refusal
 
 
 def _serves(facts: ServerFacts, teacher: str) -> bool:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from mmkd.data.images import read_image
+from mmkd.errors import UserError
 
 Kind = TypeVar("Kind")
 
@@ -71,7 +72,7 @@ def decoded(body: bytes, kind: type[Kind], source: str) -> Kind:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.DecodeError as error:
-        raise ValueError(f"{source} answered something that is not vLLM's: {error}: {body[:200]!r}") from error
+        raise UserError(f"{source} answered something that is not vLLM's: {error}: {body[:200]!r}") from error
 
 
 def scoring(k: int) -> dict[str, Any]:
@@ -82,9 +83,9 @@ def scoring(k: int) -> dict[str, Any]:
 def positions(found: Positions | None, count: int) -> list[dict[int, LogProb]]:
     """One entry per token of the prompt, the first of them empty; ValueError when there is no such entry."""
     if found is None:
-        raise ValueError("The server gave no log-probs of the prompt; it must be a vLLM that takes prompt_logprobs.")
+        raise UserError("The server gave no log-probs of the prompt; it must be a vLLM that takes prompt_logprobs.")
     if len(found) != count:
-        raise ValueError(f"The server scored {len(found)} tokens where {count} were sent.")
+        raise UserError(f"The server scored {len(found)} tokens where {count} were sent.")
     return [entry or {} for entry in found]
 
 
@@ -107,13 +108,13 @@ def top_k(
     log_probs[token, rank] = np.array([log_prob.logprob for log_prob in found], np.float32)[listed]
     absent = np.isposinf(log_probs)
     if absent.any():
-        raise ValueError(
+        raise UserError(
             f"The server gave {k - int(absent.sum(-1).max())} log-probs of a token where k={k} were asked for. Its "
             "vocabulary may be smaller than k, or it is no vLLM: choose a smaller k."
         )
     # A few units in the last place above 0 are rounding; logits are far above.
     if np.isnan(log_probs).any() or log_probs.max(initial=0) > 1e-3:
-        raise ValueError(
+        raise UserError(
             "The server's log-probs are NaN or positive. NaN: the teacher's activations probably overflow, serve it "
             "with --dtype bfloat16 or float32. Positive: serve it with --logprobs-mode raw_logprobs."
         )
@@ -124,7 +125,7 @@ def log_probs_of(entries: Sequence[Mapping[int, LogProb]], ids: Sequence[int]) -
     """The log-prob of the prompt's own token in each entry, which vLLM lists whatever its rank."""
     values = [entry[token].logprob if token in entry else None for entry, token in zip(entries, ids, strict=True)]
     if any(value is None for value in values):
-        raise ValueError("The server did not list the prompt's own tokens among its log-probs; it must be a vLLM.")
+        raise UserError("The server did not list the prompt's own tokens among its log-probs; it must be a vLLM.")
     return np.array(values, np.float32)
 
 
@@ -133,7 +134,7 @@ def openai_messages(messages: Sequence[Mapping[str, Any]], images: Sequence[Imag
     left = iter(images)
     places = sum(part["type"] == "image" for message in messages for part in _parts(message))
     if places != len(images):
-        raise ValueError(f"The messages have {places} places for images, but the row has {len(images)} images.")
+        raise UserError(f"The messages have {places} places for images, but the row has {len(images)} images.")
     return [
         {**message, "content": [_openai_part(part, left) for part in _parts(message)]}
         # A plain string stays one: a template may treat it unlike a list of one text.
@@ -154,7 +155,7 @@ def _openai_part(part: Mapping[str, Any], images: Any) -> dict[str, Any]:
         return {"type": "image_url", "image_url": {"url": _data_url(next(images))}}
     if part["type"] == "text":
         return {"type": "text", "text": part["text"]}
-    raise ValueError(f"A part of a message is of type {part['type']!r}; only image and text can be sent to a server.")
+    raise UserError(f"A part of a message is of type {part['type']!r}; only image and text can be sent to a server.")
 
 
 def _data_url(image: Image.Image) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 from datasets import disable_progress_bars
 from transformers.utils import logging
 
+from mmkd.cache.codec import Codec, TokenScores
+from mmkd.cache.manifest import Manifest
+from mmkd.cache.store import SIGNAL_FEATURES, TOKEN_ORDER, CacheWriter, order_bytes
 from mmkd.capture.plan import ScorePlan, make_plan
 from mmkd.capture.sequences import TokenSequence, usable
-from mmkd.run import parse_run
-from mmkd.teachers.codec import Codec, TokenScores
-from mmkd.teachers.manifest import Manifest
-from mmkd.teachers.store import SIGNAL_FEATURES, TOKEN_ORDER, CacheWriter, order_bytes
+from mmkd.recipe.run import parse_run
 
 TEACHER, TEXT = Path(".cache/mmkd/SmolLM2-135M-Instruct"), Path(".cache/mmkd/python_docs/train.jsonl")
 RECIPE = "kd/quickstart_cached"

@@ -153,7 +153,7 @@ def alone(build: Build, case: Any, device: str) -> Run:
         return replace(run, megabytes=(torch.cuda.max_memory_allocated() - before) / MEGABYTE)
     # Forks of one server that has imported everything: importing torch and trl takes longer than many of the runs.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "mmkd.trainers.kd", "trl.experimental.gkd"])
+    context.set_forkserver_preload(["torch", "mmkd.methods.kd", "trl.experimental.gkd"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_alone_in_this_process, build, case, torch.get_num_threads()).result()
 

@@ -27,14 +27,14 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from mmkd.cache.codec import Codec, TokenOrder, TokenScores
 from mmkd.capture.sequences import TokenSequence, prepare, usable
+from mmkd.methods.kd import KDConfig, KDTrainer
+from mmkd.methods.sft import SFTBaselineConfig, SFTBaselineTrainer
 from mmkd.precision import name_of_dtype
 from mmkd.teachers.cached import CachedTeacher
-from mmkd.teachers.codec import Codec, TokenOrder, TokenScores
 from mmkd.teachers.local import LocalTeacher
-from mmkd.trainers.items import ItemLosses, Supervised
-from mmkd.trainers.kd import KDConfig, KDTrainer
-from mmkd.trainers.sft import SFTBaselineConfig, SFTBaselineTrainer
+from mmkd.training.items import ItemLosses, Supervised
 
 REAL_STUDENT = Path(".cache/mmkd/SmolLM2-135M-Instruct")
 

@@ -12,8 +12,8 @@ from _measure import MEGABYTE, arguments, dtype_of, report, verdict
 from _training import QUICK_STUDENT, QUICK_TEACHER, SMOLLM2_135M, SMOLLM2_360M, Training, llama, measure_steps
 
 from mmkd.losses.fused import logits_bytes
-from mmkd.plan import predict
-from mmkd.plan.hardware import this_device
+from mmkd.preflight import predict
+from mmkd.preflight.hardware import this_device
 
 VARIANTS = {"mmkd sft": "", "mmkd online": "forward_kl", "mmkd cached": ""}
 BATCHES = ((2, 512), (4, 256), (6, 512))

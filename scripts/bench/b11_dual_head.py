@@ -18,8 +18,8 @@ from PIL import Image as Pictures
 from transformers import ResNetConfig, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from mmkd.methods.dho.dho_trainer import DHOConfig, DHOTrainer
 from mmkd.models.dual_head import DualHeadForImageClassification
-from mmkd.trainers.dho import DHOConfig, DHOTrainer
 
 LIMIT = 1.05
 BACKBONES: dict[str, tuple[Any, int]] = {

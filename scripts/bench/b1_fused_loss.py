@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import Objective, Targets, fused_loss
+from mmkd.methods.kd import DIVERGENCES, KDConfig
+from mmkd.methods.taid import TAIDTrainer
 from mmkd.models.heads import LMHead
 from mmkd.teachers.signals import DenseSignal, TopKSignal
-from mmkd.trainers.kd import DIVERGENCES, KDConfig
-from mmkd.trainers.taid import TAIDTrainer
 
 IGNORED = -100
 

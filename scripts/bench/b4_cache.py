@@ -28,6 +28,8 @@ from _measure import Step, add_peer, arguments, interleaved, report, verdict
 from datasets import Dataset
 from torch import Tensor
 
+from mmkd.cache.codec import Codec, TokenOrder, TokenScores
+from mmkd.cache.store import Cache
 from mmkd.capture.engines import LocalEngine, batches
 from mmkd.capture.plan import ScorePlan
 from mmkd.capture.scoring import score_tokens
@@ -36,10 +38,8 @@ from mmkd.losses.fused import Targets, fused_loss
 from mmkd.models.backbone import full_head
 from mmkd.models.heads import LMHead
 from mmkd.teachers.cached import BATCH_KEY, CachedTeacher
-from mmkd.teachers.codec import Codec, TokenOrder, TokenScores
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal, log_one_minus_exp
-from mmkd.teachers.store import Cache
 
 WIDEST, TOP_KS = 256, (8, 16, 32, 64, 128, 256)
 HYBRIDS = ((0, 50), (16, 16), (32, 32))

@@ -28,15 +28,15 @@ from _caching import TEACHER, parsed, plan_of, sequences_of, text_arguments
 from _measure import Step, arguments, interleaved, report, timed, verdict
 from torch import Tensor
 
+from mmkd.cache.codec import TokenScores
+from mmkd.cache.store import TOKEN_ORDER, CacheWriter
 from mmkd.capture.engines import LocalEngine, batches
 from mmkd.capture.plan import ScorePlan, ShardResult
 from mmkd.capture.scoring import score_tokens
 from mmkd.capture.sequences import usable
 from mmkd.losses.fused import starts
 from mmkd.models.backbone import full_head
-from mmkd.teachers.codec import TokenScores
 from mmkd.teachers.signals import DenseSignal
-from mmkd.teachers.store import TOKEN_ORDER, CacheWriter
 
 LIMIT = 0.05
 SERVE = Path(__file__).resolve().parents[1] / "serve_teacher.sh"

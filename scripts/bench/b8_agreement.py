@@ -21,7 +21,7 @@ from rich.console import Console
 from mmkd.capture.build import build
 from mmkd.capture.plan import make_plan
 from mmkd.eval.trainings import Measured, measure
-from mmkd.launch_flags import parse_alone
+from mmkd.recipe.launch_flags import parse_alone
 
 ARMS = {
     "sft": ("sft/quickstart", 1.6),

@@ -26,10 +26,10 @@ from transformers import (
 )
 
 from mmkd.losses.divergences import forward_kl
+from mmkd.methods.llava_kd import LLaVAKDConfig, LLaVAKDTrainer
+from mmkd.methods.sft import SFTBaselineConfig, SFTBaselineTrainer
 from mmkd.models.llava import CHAT_TEMPLATE, IMAGE_TOKEN
-from mmkd.trainers.llava_kd import LLaVAKDConfig, LLaVAKDTrainer
-from mmkd.trainers.sft import SFTBaselineConfig, SFTBaselineTrainer
-from mmkd.trainers.vision import VISUAL
+from mmkd.preparation.collation import VISUAL
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sft": {},

@@ -17,16 +17,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmkd.cache_arguments import CacheArguments
+from mmkd.cache.manifest import Manifest
+from mmkd.cache.store import LOG, Cache
 from mmkd.capture.distributed import shards_on_ray
 from mmkd.capture.generate import LocalGenerator
-from mmkd.cli import main
+from mmkd.commands.main import main
 from mmkd.data.load import load_data
+from mmkd.methods.sft import SFTBaselineConfig
 from mmkd.models.load import load_model
-from mmkd.teachers.manifest import Manifest
-from mmkd.teachers.store import LOG, Cache
-from mmkd.trainers.preparation import placeholder_trainer
-from mmkd.trainers.sft import SFTBaselineConfig
+from mmkd.recipe.cache_arguments import CacheArguments
+from mmkd.training.preparing import placeholder_trainer
 from scripts.make_tiny_models import make_tokenizer, sentences
 from tests.helpers import environment
 from tests.teachers.vlm import make_image, make_vlm
@@ -117,7 +117,7 @@ def losses(run: Path) -> list[float]:
 
 def test_a_killed_build_goes_on_to_the_same_cache(mmkd: Run, workplace: Path) -> None:
     mmkd("cache", "build", "recipe.yaml", "--teacher_cache", "whole")
-    command = [sys.executable, "-m", "mmkd.cli", "cache", "build", "recipe.yaml"]
+    command = [sys.executable, "-m", "mmkd.commands.main", "cache", "build", "recipe.yaml"]
     for shards in (1, 4):
         process = subprocess.Popen(command, cwd=workplace, env=environment(), stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 100

@@ -9,11 +9,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from mmkd.cache.codec import TokenScores
 from mmkd.capture.plan import ScorePlan
 from mmkd.capture.scoring import label_log_probs, score_tokens, tail_draws
 from mmkd.capture.sequences import TokenSequence, UnusableRow
 from mmkd.models.heads import LMHead
-from mmkd.teachers.codec import TokenScores
 from mmkd.teachers.signals import DenseSignal
 from scripts.make_tiny_models import sentences
 from tests.teachers.caches import plan_of, write_recipe

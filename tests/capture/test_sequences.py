@@ -13,19 +13,11 @@ from datasets import Dataset, DatasetDict, Image, List
 from PIL import Image as PILImage
 from transformers import AutoProcessor
 
-from mmkd.capture.sequences import (
-    Prepared,
-    Sequences,
-    TokenSequence,
-    UnusableRow,
-    VisionSequences,
-    prepare,
-    usable,
-)
+from mmkd.cache.sequence_keys import image_hash, segments, sequence_key
+from mmkd.capture.sequences import Prepared, Sequences, TokenSequence, UnusableRow, VisionSequences, prepare, usable
+from mmkd.methods.kd import KDConfig, KDTrainer
+from mmkd.preparation.vision_labels import ImageTokens
 from mmkd.teachers.cached import BATCH_KEY, CacheCollator
-from mmkd.teachers.keys import image_hash, segments, sequence_key
-from mmkd.trainers.kd import KDConfig, KDTrainer
-from mmkd.trainers.vision_labels import ImageTokens
 from scripts.make_tiny_models import sentences
 from tests.helpers import Build
 from tests.teachers.vlm import make_image, make_vlm

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmkd.cards.licences import Source, conflicts, terms_of
+from mmkd.publish.licences import Source, conflicts, terms_of
 
 OPEN = Source("org/open", "apache-2.0")
 

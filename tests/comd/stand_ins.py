@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mmkd.comd.instructions import ImageStore, Instruction
-from mmkd.comd.record import Engine, Question, Reply, Sampling
+from mmkd.methods.comd.instructions import ImageStore, Instruction
+from mmkd.methods.comd.reply_record import Engine, Question, Reply, Sampling
 
 
 class Scripted(Engine):

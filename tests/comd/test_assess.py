@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.comd.assess import (
+from mmkd.methods.comd.assess import (
     AgreementAssessor,
     Assessment,
     JudgeAssessor,
@@ -12,9 +12,9 @@ from mmkd.comd.assess import (
     ReferenceAssessor,
     parse_scores,
 )
-from mmkd.comd.instructions import text_of
-from mmkd.comd.prompts import Prompts
-from mmkd.comd.record import Question, Record, Sampling
+from mmkd.methods.comd.comd_prompts import Prompts
+from mmkd.methods.comd.instructions import text_of
+from mmkd.methods.comd.reply_record import Question, Record, Sampling
 from tests.comd.stand_ins import Scripted, instruction, nothing
 
 PAIRS = [

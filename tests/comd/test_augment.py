@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.comd.augment import (
+from mmkd.methods.comd.augment import (
     Candidate,
     Filter,
     ModelAugmentor,
@@ -16,10 +16,10 @@ from mmkd.comd.augment import (
     in_ratio,
     picker,
 )
-from mmkd.comd.instructions import ImageStore, Instruction, apart_from
-from mmkd.comd.prompts import Prompts
-from mmkd.comd.record import Record, Sampling
-from mmkd.comd.similar import SimilarImages
+from mmkd.methods.comd.comd_prompts import Prompts
+from mmkd.methods.comd.instructions import ImageStore, Instruction, apart_from
+from mmkd.methods.comd.reply_record import Record, Sampling
+from mmkd.methods.comd.similar import SimilarImages
 from tests.comd.stand_ins import Scripted, instruction, nothing
 from tests.vlms import picture
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mmkd.comd.assess import LikelihoodAssessor, Pair, question_of
-from mmkd.comd.engines import ChatServer, LocalEngine
-from mmkd.comd.record import Question, Record, Reply, Sampling
+from mmkd.methods.comd.assess import LikelihoodAssessor, Pair, question_of
+from mmkd.methods.comd.comd_engines import ChatServer, LocalEngine
+from mmkd.methods.comd.reply_record import Question, Record, Reply, Sampling
 from mmkd.models.load import load_model, load_processing_class
-from mmkd.run import parse_run
+from mmkd.recipe.run import parse_run
 from mmkd.teachers import endpoints
 from scripts.make_tiny_models import sentences
 from tests.comd.chat_server import chat_server

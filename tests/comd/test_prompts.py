@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.comd.prompts import FIELDS, Prompts
+from mmkd.methods.comd.comd_prompts import FIELDS, Prompts
 
 
 def test_braces_of_an_answer_are_left_alone(tmp_path: Path) -> None:

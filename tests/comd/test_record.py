@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.comd.record import Question, Record, Sampling, engine_key
+from mmkd.methods.comd.reply_record import Question, Record, Sampling, engine_key
 from tests.comd.stand_ins import Scripted
 
 SAMPLING = Sampling(8)

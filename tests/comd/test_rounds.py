@@ -16,11 +16,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-from mmkd.cli import main
-from mmkd.comd.report import read_rounds
+from mmkd.commands.main import main
+from mmkd.methods.comd.round_report import read_rounds
 from mmkd.models.load import load_model
-from mmkd.push.folder import Wishes, prepare
-from mmkd.report.runs import parts_of
+from mmkd.publish.push_folder import Wishes, prepare
+from mmkd.publish.runs import parts_of
 from mmkd.teachers import endpoints
 from tests.comd.chat_server import ChatServer, chat_server, judged, kind_of, said, scripted
 from tests.comd.conftest import Recipe
@@ -132,7 +132,7 @@ def test_kill_9_inside_a_round_asks_nothing_twice_and_a_record_is_replayed_witho
     with chat_server(reply=deadly) as server:
         settings = {"teacher_server": [server.url], "teacher_concurrency": 1, "rounds": 1, "seed": 0}
         path = recipe(**settings, save_strategy="steps", save_steps=1)
-        command = [sys.executable, "-m", "mmkd.cli", "train", str(path)]
+        command = [sys.executable, "-m", "mmkd.commands.main", "train", str(path)]
         processes.append(subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL))
         assert processes[-1].wait(timeout=120) == -signal.SIGKILL
         trained = tmp_path / "run" / "round-0" / "student" / "model.safetensors"

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmkd.comd.instructions import ImageStore
-from mmkd.comd.select import Score, both_orders, difficulty, split
+from mmkd.methods.comd.instructions import ImageStore
+from mmkd.methods.comd.select import Score, both_orders, difficulty, split
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "COMD_lion_selection.npz")
 

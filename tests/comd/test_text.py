@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmkd.comd.text import nearest, normalised, rouge_l, words
+from mmkd.methods.comd.text import nearest, normalised, rouge_l, words
 
 TEXTS = st.lists(st.sampled_from("abcd"), max_size=9)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from mmkd.cache.sequence_keys import image_hash
 from mmkd.data.images import UnreadableImage, read_image
-from mmkd.teachers.keys import image_hash
 
 RED, WHITE, BLACK = (200, 30, 30), (255, 255, 255), (0, 0, 0)
 

@@ -18,7 +18,7 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmkd.cli import main
+from mmkd.commands.main import main
 from mmkd.data.arrow import read_rows
 from mmkd.data.classification import ClassificationRecipe, load_classification
 from mmkd.data.json_rows import WrittenNumber, json_text, parse_json

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from mmkd.cli import main
+from mmkd.commands.main import main
 from mmkd.eval.commands import evaluate
 from mmkd.eval.harness import Harness, Settings
 from mmkd.eval.model import find_model
 from mmkd.eval.suites import SuiteTask
-from mmkd.places import RECORD, results_folder
-from mmkd.recipes import recipe_root
+from mmkd.results.places import RECORD, results_folder
+from mmkd.shipped import recipe_root
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.vlms import make_llava, picture
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from mmkd.cli import main
+from mmkd.commands.main import main
 from mmkd.eval import trainings
 from mmkd.eval.model import find_model
-from mmkd.report.runs import read_log, record_of
+from mmkd.publish.runs import read_log, record_of
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 
 

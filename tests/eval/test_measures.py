@@ -9,15 +9,15 @@ import pytest
 import torch
 import yaml
 
-from mmkd.cli import main
+from mmkd.commands.main import main
 from mmkd.data.load import load_data
 from mmkd.data.prompts import prompt_of
-from mmkd.eval.generations import generate, summary
 from mmkd.eval.model import find_model
 from mmkd.eval.tokens import Agreement, Calibration, Said, batches, say
+from mmkd.generation.prompted import generate, summary
+from mmkd.methods.kd import KDTrainer
 from mmkd.models.load import load_model, load_processing_class
-from mmkd.places import results_folder
-from mmkd.trainers.kd import KDTrainer
+from mmkd.results.places import results_folder
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.vlms import make_llava, vision_rows
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from mmkd.commands.prepare import PREPARATIONS
 from mmkd.eval.suites import SuiteTask, load_suite, suite_names
 from mmkd.eval.tasks import Tasks
-from mmkd.prepare.command import PREPARATIONS
 from mmkd.prepare.eval_data import humaneval_rows, mmlu_rows
-from mmkd.recipes import recipe_root
+from mmkd.shipped import recipe_root
 
 
 def test_every_shipped_suite_loads_and_says_what_it_is():

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmkd.losses import fused
 from mmkd.losses.divergences import entropy, forward_kl, log_one_minus_exp, reverse_kl
 from mmkd.losses.fused import FusedLoss, Objective, fused_loss
+from mmkd.methods.kd import DIVERGENCES, KDConfig
+from mmkd.methods.taid import TAIDTrainer
 from mmkd.models.heads import LMHead
 from mmkd.teachers.signals import DenseSignal, TopKSignal
-from mmkd.trainers.kd import DIVERGENCES, KDConfig
-from mmkd.trainers.taid import TAIDTrainer
 
 TOKENS, VOCAB, WIDTH = 10, 13, 6
 

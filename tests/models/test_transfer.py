@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmkd import cli
 from mmkd.alignment.pieces import TokenPieces
 from mmkd.alignment.token_rows import token_rows
+from mmkd.commands import main as cli
 from mmkd.models import byte_tokenizer as bytes_module
 from mmkd.models import transfer
 from scripts.make_tiny_models import make_model, make_tokenizer, save

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from mmkd.plan.count import count_passes
+from mmkd.preflight.count import count_passes
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from mmkd.cli import main
-from mmkd.plan.count import Passes
-from mmkd.plan.hardware import DEVICES, choose_device
-from mmkd.plan.predict import Model, Shape, Work, memory_of, seconds_of
+from mmkd.commands.main import main
+from mmkd.preflight.count import Passes
+from mmkd.preflight.hardware import DEVICES, choose_device
+from mmkd.preflight.predict import Model, Shape, Work, memory_of, seconds_of
 from scripts.make_tiny_models import sentences
 from tests.vlms import make_llava, vision_rows
 

@@ -16,12 +16,12 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from mmkd.cli import main
+from mmkd.commands.main import main
 from mmkd.eval.model import find_model
 from mmkd.eval.results import Results
 from mmkd.models.load import load_model
-from mmkd.push.lineage import trainings_of
-from mmkd.report.runs import read_log
+from mmkd.publish.lineage import trainings_of
+from mmkd.publish.runs import read_log
 from scripts.make_tiny_models import sentences
 from tests.classes import pixels, vit
 from tests.helpers import environment
@@ -34,7 +34,7 @@ import contextlib, io, json, os, sys
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 from huggingface_hub import ModelCard
-from mmkd.cli import main
+from mmkd.commands.main import main
 for line in sys.stdin:
     asked = json.loads(line)
     os.environ["HF_TOKEN"] = asked["token"]

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmkd.cli import main
-from mmkd.record import RECORD
-from mmkd.report import curves, runs
-from mmkd.report.curves import PANELS, POINTS, STYLES, draw, thinned
-from mmkd.report.page import FIGURES, write_report
-from mmkd.report.runs import read_log, read_run
-from mmkd.trainers.log import LOG
+from mmkd.commands.main import main
+from mmkd.publish import curves, runs
+from mmkd.publish.curves import PANELS, POINTS, STYLES, draw, thinned
+from mmkd.publish.report_page import FIGURES, write_report
+from mmkd.publish.runs import read_log, read_run
+from mmkd.recipe.run_record import RECORD
+from mmkd.training.log import LOG
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 

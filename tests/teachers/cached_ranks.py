@@ -7,10 +7,10 @@ from typing import Any
 
 import torch.distributed
 
-from mmkd import run_teacher
-from mmkd.run import build_trainer, load_rows_of, parse_run
+from mmkd.methods.kd import KDTrainer
+from mmkd.recipe import run_teacher
+from mmkd.recipe.run import build_trainer, load_rows_of, parse_run
 from mmkd.teachers.cached import CachedTeacher
-from mmkd.trainers.kd import KDTrainer
 
 SIZES = ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2", "--max_steps", "2"]
 VARIANTS: dict[str, list[str]] = {

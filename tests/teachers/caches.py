@@ -10,10 +10,10 @@ import yaml
 from datasets import Dataset
 from rich.console import Console
 
+from mmkd.cache.codec import TokenScores
 from mmkd.capture.build import build
 from mmkd.capture.plan import Plan, make_plan
-from mmkd.run import parse_run
-from mmkd.teachers.codec import TokenScores
+from mmkd.recipe.run import parse_run
 
 
 def write_recipe(folder: Path, tiny: Mapping[str, Path], data: Mapping[str, Dataset], **keys: Any) -> Path:

@@ -16,18 +16,18 @@ from datasets import Dataset, IterableDataset, load_dataset
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from mmkd.cache.codec import Codec
+from mmkd.cache.store import Cache, damaged_shards
 from mmkd.capture.build import build as build_plan
 from mmkd.capture.scoring import score_tokens
 from mmkd.capture.sequences import TokenSequence, UnusableRow
-from mmkd.run import build_trainer, parse_run
+from mmkd.methods.kd import DIVERGENCES, KDConfig, KDTrainer
+from mmkd.methods.sft import SFTBaselineTrainer
+from mmkd.methods.taid import TAIDTrainer
+from mmkd.recipe.run import build_trainer, parse_run
 from mmkd.teachers.cached import BATCH_KEY, CacheCollator, CachedTeacher
-from mmkd.teachers.codec import Codec
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import SparseSignal, TopKSignal
-from mmkd.teachers.store import Cache, damaged_shards
-from mmkd.trainers.kd import DIVERGENCES, KDConfig, KDTrainer
-from mmkd.trainers.sft import SFTBaselineTrainer
-from mmkd.trainers.taid import TAIDTrainer
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.helpers import Build, environment, losses_of
 from tests.pretended_cuda import pretended_cuda

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkd.teachers.codec import Codec, TokenOrder, TokenScores
+from mmkd.cache.codec import Codec, TokenOrder, TokenScores
 from tests.teachers.caches import random_scores
 
 VOCABULARIES = [1, 200, 256, 257, 49_152, 65_536, 65_537, 151_936, 262_144]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
-from mmkd.cli import main
-from mmkd.teachers.store import Cache
+from mmkd.cache.store import Cache
+from mmkd.commands.main import main
 from scripts.make_tiny_models import sentences
 from tests.teachers.conftest import Served
 from tests.teachers.vlm import make_image

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmkd.cache.codec import TokenScores
 from mmkd.capture.scoring import score_tokens
 from mmkd.losses.divergences import forward_kl, tvd
 from mmkd.losses.fused import Objective, fused_loss
+from mmkd.methods.kd import DIVERGENCES, KDConfig
+from mmkd.methods.taid import TAIDTrainer
 from mmkd.models.heads import LMHead
 from mmkd.teachers.cached import BATCH_KEY, CachedTeacher, _with_draws
-from mmkd.teachers.codec import TokenScores
 from mmkd.teachers.signals import DenseSignal, SparseSignal, TopKSignal
-from mmkd.trainers.kd import DIVERGENCES, KDConfig
-from mmkd.trainers.taid import TAIDTrainer
 
 TOKENS, VOCAB, WIDTH = 9, 40, 8
 

@@ -21,12 +21,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from rich.console import Console
 
-from mmkd.capture.build import build
-from mmkd.capture.plan import Plan
-from mmkd.files import write_file
-from mmkd.teachers.codec import Codec, TokenOrder, TokenScores
-from mmkd.teachers.manifest import Manifest, Skipped
-from mmkd.teachers.store import (
+from mmkd.cache.codec import Codec, TokenOrder, TokenScores
+from mmkd.cache.manifest import Manifest, Skipped
+from mmkd.cache.store import (
     LOG,
     SIGNAL_FEATURES,
     TOKEN_ORDER,
@@ -38,6 +35,9 @@ from mmkd.teachers.store import (
     read_log,
     shard_path,
 )
+from mmkd.capture.build import build
+from mmkd.capture.plan import Plan
+from mmkd.files import write_file
 from scripts.make_tiny_models import sentences
 from tests.teachers.caches import contents, plan_of, random_scores, write_recipe
 

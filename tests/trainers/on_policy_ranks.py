@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmkd.trainers.kd import KDConfig, KDTrainer
+from mmkd.methods.kd import KDConfig, KDTrainer
 from scripts.make_tiny_models import sentences
 
 

@@ -15,10 +15,10 @@ from peft import LoraConfig
 
 from mmkd.alignment.pieces import TokenPieces, boundary_mask
 from mmkd.alignment.spans import Aligner
-from mmkd.cli import main
+from mmkd.commands.main import main
 from mmkd.losses.chunks import binarised
-from mmkd.trainers.alm import DIVERGENCES, ALMConfig, ALMTrainer
-from mmkd.trainers.pairs import BatchAligner, read
+from mmkd.methods.alm import DIVERGENCES, ALMConfig, ALMTrainer
+from mmkd.preparation.pairs import BatchAligner, read
 from scripts.make_tiny_models import make_model, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS, wordpiece
 from tests.helpers import Build, losses_of

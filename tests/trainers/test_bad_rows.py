@@ -10,14 +10,14 @@ import torch
 import yaml
 from datasets import Dataset, Features, Image, List, Value
 
-from mmkd.cli import main
+from mmkd.commands.main import main
 from mmkd.data.image_columns import UNDECODED
 from mmkd.errors import UserError
-from mmkd.trainers.alm import ALMTrainer
-from mmkd.trainers.kd import KDTrainer
-from mmkd.trainers.llava_kd import LLaVAKDTrainer
-from mmkd.trainers.row_names import STORED_IMAGES, RowNames
-from mmkd.trainers.sft import SFTBaselineTrainer
+from mmkd.methods.alm import ALMTrainer
+from mmkd.methods.kd import KDTrainer
+from mmkd.methods.llava_kd import LLaVAKDTrainer
+from mmkd.methods.sft import SFTBaselineTrainer
+from mmkd.preparation.row_names import STORED_IMAGES, RowNames
 from tests.families import made, model_of
 from tests.helpers import Build, losses_of
 from tests.vlms import make_llava, picture, vision_rows

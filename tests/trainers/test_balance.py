@@ -11,12 +11,12 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig
 
-from mmkd.cli import main
+from mmkd.commands.main import main
 from mmkd.losses.divergences import forward_kl, interpolated_log_probs
-from mmkd.trainers import METHODS
-from mmkd.trainers.alm import ALMTrainer
-from mmkd.trainers.kd import DIVERGENCES, KDTrainer
-from mmkd.trainers.taid import TAIDTrainer
+from mmkd.methods.alm import ALMTrainer
+from mmkd.methods.kd import DIVERGENCES, KDTrainer
+from mmkd.methods.taid import TAIDTrainer
+from mmkd.training.method import METHODS
 from scripts.make_tiny_models import sentences
 from tests.helpers import Build, losses_of
 from tests.trainers.test_llava_kd import loss_and_gradients, one_batch
@@ -241,6 +241,6 @@ def test_last_layers_without_gradients_are_refused(
         built(trainer={"peft_config": first})
     with pytest.raises(ValueError, match="use_reentrant: false"):
         built(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
-    monkeypatch.setattr("mmkd.trainers.balance.is_sharded", lambda accelerator: True)
+    monkeypatch.setattr("mmkd.training.balance.is_sharded", lambda accelerator: True)
     with pytest.raises(ValueError, match="FSDP and ZeRO-3"):
         built()

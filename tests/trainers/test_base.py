@@ -21,14 +21,14 @@ from transformers import (
 )
 
 from mmkd.losses.divergences import forward_kl
+from mmkd.methods.comd.comd_trainer import CoMDTrainer
+from mmkd.methods.kd import KDTrainer
+from mmkd.methods.sft import SFTBaselineTrainer
+from mmkd.methods.taid import TAIDTrainer
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.local import LocalTeacher
-from mmkd.trainers import METHODS
-from mmkd.trainers.base import DistillationTrainer
-from mmkd.trainers.comd import CoMDTrainer
-from mmkd.trainers.kd import KDTrainer
-from mmkd.trainers.sft import SFTBaselineTrainer
-from mmkd.trainers.taid import TAIDTrainer
+from mmkd.training.base import DistillationTrainer
+from mmkd.training.method import METHODS
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.helpers import Build, losses_of, on_two_ranks
 
@@ -494,7 +494,7 @@ def test_speed_and_time_left_count_the_teacher_wherever_it_is_asked_and_no_evalu
     build: Build, texts: Dataset, monkeypatch: Any
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("mmkd.trainers.clock.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("mmkd.training.clock.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     class Slow(KDTrainer):
         def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from mmkd.run import parse_run
-from mmkd.stages import plan
-from mmkd.trainers.comd import CoMDConfig, CoMDTrainer
-from mmkd.trainers.sft import SFTBaselineTrainer
+from mmkd.methods.comd.comd_trainer import CoMDConfig, CoMDTrainer
+from mmkd.methods.sft import SFTBaselineTrainer
+from mmkd.recipe.run import parse_run
+from mmkd.recipe.stages import plan
 from tests.helpers import Build, losses_of
 
 

@@ -8,11 +8,11 @@ import pytest
 from datasets import Dataset
 from transformers.trainer_callback import TrainerCallback
 
-from mmkd.report.runs import read_log
-from mmkd.trainers.counts import _STATE
-from mmkd.trainers.interrupt import InterruptCallback
-from mmkd.trainers.kd import KDTrainer
-from mmkd.trainers.vision import BAD_ROWS
+from mmkd.methods.kd import KDTrainer
+from mmkd.preparation.collation import BAD_ROWS
+from mmkd.publish.runs import read_log
+from mmkd.training.counts import _STATE
+from mmkd.training.interrupt import InterruptCallback
 from tests.classes import dho
 from tests.helpers import Build
 

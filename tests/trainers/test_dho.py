@@ -18,17 +18,17 @@ from transformers import (
     pipeline,
 )
 
-from mmkd import classification
-from mmkd.cli import main
+from mmkd.commands.main import main
 from mmkd.data.class_rows import ClassRows, SemiSupervisedSampler, augmented
 from mmkd.data.classification import HIDDEN, hide_labels
-from mmkd.doctor.facts import Finding
-from mmkd.doctor.report import examine
 from mmkd.losses.dual_head import distillation_loss, search_interpolation, supervised_loss
+from mmkd.methods.dho import dho_build as classification
+from mmkd.methods.dho.dho_trainer import CHOICE, DHOConfig
 from mmkd.precision import NATIVE_BF16
-from mmkd.run import parse_run
+from mmkd.preflight.doctor import examine
+from mmkd.preflight.facts import Finding
+from mmkd.recipe.run import parse_run
 from mmkd.teachers.classifiers import TransformersEmbedder
-from mmkd.trainers.dho import CHOICE, DHOConfig
 from tests.classes import NAMES, answers, dho, make_clip, pictures, pixels, vit
 from tests.helpers import losses_of
 

@@ -25,12 +25,12 @@ from transformers import (
 )
 
 from mmkd.errors import UserError
+from mmkd.methods.alm import ALMTrainer
+from mmkd.methods.kd import KDTrainer
+from mmkd.methods.sft import SFTBaselineTrainer
 from mmkd.models.load import learns_positions, positions_of
-from mmkd.trainers.alm import ALMTrainer
-from mmkd.trainers.fit import Extent, add_stops, answer_ends, lacking_positions, lacking_tokens
-from mmkd.trainers.kd import KDTrainer
-from mmkd.trainers.labelling import SAMPLED, SampledRow, sample_of
-from mmkd.trainers.sft import SFTBaselineTrainer
+from mmkd.preparation.fit import Extent, add_stops, answer_ends, lacking_positions, lacking_tokens
+from mmkd.preparation.labelling import SAMPLED, SampledRow, sample_of
 from scripts.make_tiny_models import make_tokenizer, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.families import made, model_of
@@ -309,7 +309,7 @@ def test_rows_with_images_fit_like_others(build: Build, family: str, tmp_path: P
 @pytest.mark.parametrize("stream", [False, True])
 def test_images_count_as_positions(build: Build, vlms: Any, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 patches and some words do not fit into a table of 24 positions, unless max_length cuts the answer."""
-    monkeypatch.setattr("mmkd.trainers.fit.learns_positions", lambda config: True)
+    monkeypatch.setattr("mmkd.preparation.fit.learns_positions", lambda config: True)
     model = AutoModelForImageTextToText.from_pretrained(vlms["fine"])
     model.config.text_config.max_position_embeddings = 24
     answer = [{"type": "text", "text": " ".join(["dog"] * 20)}]

@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from mmkd.trainers.kd import DIVERGENCES, KDTrainer
+from mmkd.methods.kd import DIVERGENCES, KDTrainer
 from tests.helpers import Build, losses_of
 
 

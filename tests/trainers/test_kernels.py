@@ -14,17 +14,17 @@ from peft import LoraConfig
 
 from mmkd.losses import divergences
 from mmkd.losses.fused import FusedLoss, fused_loss
+from mmkd.methods.alm import ALMConfig
+from mmkd.methods.comd.comd_trainer import CoMDConfig
+from mmkd.methods.kd import DIVERGENCES, KDConfig, KDTrainer
+from mmkd.methods.llava_kd import LLaVAKDConfig
+from mmkd.methods.sft import SFTBaselineConfig
+from mmkd.methods.taid import TAIDConfig
 from mmkd.models.heads import LMHead
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal
-from mmkd.trainers import kernels
-from mmkd.trainers.alm import ALMConfig
-from mmkd.trainers.comd import CoMDConfig
-from mmkd.trainers.kd import DIVERGENCES, KDConfig, KDTrainer
-from mmkd.trainers.kernels import FOREIGN, CheckedKernel, Tokens, check_equal, run
-from mmkd.trainers.llava_kd import LLaVAKDConfig
-from mmkd.trainers.sft import SFTBaselineConfig
-from mmkd.trainers.taid import TAIDConfig
+from mmkd.training import kernels
+from mmkd.training.kernels import FOREIGN, CheckedKernel, Tokens, check_equal, run
 from scripts.make_tiny_models import make_model
 from tests.helpers import Build, losses_of
 

@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.features import relation_distance
+from mmkd.methods.kd import KDTrainer
+from mmkd.methods.llava_kd import LLaVAKDConfig, LLaVAKDTrainer, VisualSignal, VisualSupervised
 from mmkd.models.heads import LMHead
+from mmkd.preparation.collation import TEACHER_INPUTS, VISUAL
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal
-from mmkd.trainers.kd import KDTrainer
-from mmkd.trainers.llava_kd import LLaVAKDConfig, LLaVAKDTrainer, VisualSignal, VisualSupervised
-from mmkd.trainers.vision import TEACHER_INPUTS, VISUAL
 from tests.helpers import Build, losses_of
 from tests.vlms import vision_rows
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from mmkd.capture.sequences import prepare
 from mmkd.data.load import load_data
 from mmkd.errors import UserError
-from mmkd.trainers.kd import KDTrainer
+from mmkd.methods.kd import KDTrainer
 from tests.helpers import Build
 
 TEMPLATE = """

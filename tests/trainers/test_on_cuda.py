@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from mmkd.teachers.several import SeveralTeachers
-from mmkd.trainers import METHODS
+from mmkd.training.method import METHODS
 from tests.classes import dho, vit
 from tests.helpers import LORA, Build, losses_of
 from tests.pretended_cuda import pretended_cuda

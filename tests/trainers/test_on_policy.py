@@ -13,14 +13,14 @@ import yaml
 from datasets import Dataset, Features, Image, List
 from transformers import PreTrainedTokenizerFast
 
-from mmkd.cli import main
+from mmkd.commands.main import main
+from mmkd.methods.alm import ALMTrainer
+from mmkd.methods.kd import KDConfig, KDTrainer
+from mmkd.methods.taid import TAIDTrainer
 from mmkd.teachers.cached import CachedTeacher
-from mmkd.trainers import METHODS
-from mmkd.trainers.alm import ALMTrainer
-from mmkd.trainers.answers import Rollout
-from mmkd.trainers.kd import KDConfig, KDTrainer
-from mmkd.trainers.rollouts import Rollouts, check_rollouts, rollout_of
-from mmkd.trainers.taid import TAIDTrainer
+from mmkd.training.answers import Rollout
+from mmkd.training.method import METHODS
+from mmkd.training.rollouts import Rollouts, check_rollouts, rollout_of
 from scripts.make_tiny_models import make_model, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.helpers import Build, environment, losses_of
@@ -199,7 +199,7 @@ def test_losses_do_not_depend_on_ranks(
 def test_who_cannot_judge_or_answer_is_refused(build: Build, completions: Dataset, monkeypatch: Any) -> None:
     with pytest.raises(ValueError, match="teacher_cache holds the teacher's words"):
         check_rollouts(CachedTeacher.__new__(CachedTeacher), completions)
-    monkeypatch.setattr("mmkd.trainers.on_policy.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("mmkd.training.on_policy.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="gather all of them for every token"):
         build(KDTrainer, completions, **GREEDY)
 

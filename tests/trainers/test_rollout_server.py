@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from mmkd.trainers.kd import KDTrainer
+from mmkd.methods.kd import KDTrainer
 from scripts.make_tiny_models import make_model, save
 from tests.helpers import Build, losses_of
 from tests.teachers.conftest import serve

@@ -11,22 +11,22 @@ import yaml
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM
 
-from mmkd.cli import main
-from mmkd.doctor.report import examine
-from mmkd.dry_run import estimate_memory
+from mmkd.cache.store import Cache
+from mmkd.commands.main import main
 from mmkd.eval.trainings import make_baseline
-from mmkd.push.lineage import teachers_of
-from mmkd.run import parse_run
-from mmkd.run_teacher import without_unreadable
+from mmkd.methods.alm import ALMTrainer
+from mmkd.methods.kd import KDTrainer
+from mmkd.methods.sft import SFTBaselineTrainer
+from mmkd.methods.taid import TAIDTrainer
+from mmkd.preflight.doctor import examine
+from mmkd.preflight.dry_run import estimate_memory
+from mmkd.publish.lineage import teachers_of
+from mmkd.recipe.run import parse_run
+from mmkd.recipe.run_teacher import without_unreadable
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers
-from mmkd.teachers.store import Cache
-from mmkd.trainers.alm import ALMTrainer
-from mmkd.trainers.kd import KDTrainer
-from mmkd.trainers.sft import SFTBaselineTrainer
-from mmkd.trainers.taid import TAIDTrainer
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.helpers import Build, losses_of
 from tests.teachers.caches import write_recipe

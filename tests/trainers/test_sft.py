@@ -7,7 +7,7 @@ from datasets import Dataset
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from mmkd.trainers.sft import SFTBaselineConfig, SFTBaselineTrainer
+from mmkd.methods.sft import SFTBaselineConfig, SFTBaselineTrainer
 from tests.helpers import Build, losses_of
 
 

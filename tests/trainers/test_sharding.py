@@ -11,11 +11,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mmkd.consolidate import consolidate
 from mmkd.eval.model import find_model
+from mmkd.methods.kd import KDTrainer
+from mmkd.models.consolidate import consolidate
 from mmkd.models.sharding import check_cut, cut_by_layers, settle_fsdp
 from mmkd.teachers.local import LocalTeacher
-from mmkd.trainers.kd import KDTrainer
 from scripts.make_tiny_models import make_model
 from tests.classes import dho
 from tests.helpers import LORA, Build, losses_of, on_two_ranks
@@ -126,7 +126,7 @@ def test_students_of_classes_are_not_cut(tmp_path: Any, monkeypatch: pytest.Monk
     def under_fsdp(trainer: Any) -> None:
         trainer.is_fsdp_enabled = True
 
-    monkeypatch.setattr("mmkd.trainers.sharding.ShardedTrainer.create_accelerator_and_postprocess", under_fsdp)
+    monkeypatch.setattr("mmkd.training.sharding.ShardedTrainer.create_accelerator_and_postprocess", under_fsdp)
     with pytest.raises(ValueError, match="ddp or zero2"):
         dho(tmp_path)
 

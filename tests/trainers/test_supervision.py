@@ -15,17 +15,17 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from rich.console import Console
 
 from mmkd.data.load import load_data
-from mmkd.dry_run import report
 from mmkd.errors import UserError
-from mmkd.trainers.answers import answer_starts
-from mmkd.trainers.kd import KDTrainer
-from mmkd.trainers.labelling import LabellingTrainer
-from mmkd.trainers.preparation import placeholder_trainer
-from mmkd.trainers.sft import SFTBaselineConfig
-from mmkd.trainers.supervision import TokenCounts, kept
-from mmkd.trainers.template import look_at
-from mmkd.trainers.turns import Turns, assistant_labels
-from mmkd.trainers.vision import VISUAL
+from mmkd.methods.kd import KDTrainer
+from mmkd.methods.sft import SFTBaselineConfig
+from mmkd.preflight.dry_run import report
+from mmkd.preparation.collation import VISUAL
+from mmkd.preparation.labelling import LabellingTrainer
+from mmkd.preparation.supervision import TokenCounts, kept
+from mmkd.preparation.template import look_at
+from mmkd.preparation.turns import Turns, assistant_labels
+from mmkd.training.answers import answer_starts
+from mmkd.training.preparing import placeholder_trainer
 from scripts.make_tiny_models import CHAT_TEMPLATE, make_tokenizer, sentences
 from tests.families import FAMILIES, made
 from tests.helpers import Build

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmkd.losses.divergences import entropy, forward_kl, interpolated_log_probs
-from mmkd.trainers.taid import TAIDConfig, TAIDSchedule, TAIDTrainer
+from mmkd.methods.taid import TAIDConfig, TAIDSchedule, TAIDTrainer
 from tests.helpers import Build, losses_of
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "TAID_losses.npz")

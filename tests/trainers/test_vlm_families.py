@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mmkd.losses.divergences import forward_kl
-from mmkd.trainers.kd import KDTrainer
-from mmkd.trainers.llava_kd import LLaVAKDTrainer
-from mmkd.trainers.taid import TAIDTrainer
-from mmkd.trainers.vision import VISUAL
+from mmkd.methods.kd import KDTrainer
+from mmkd.methods.llava_kd import LLaVAKDTrainer
+from mmkd.methods.taid import TAIDTrainer
+from mmkd.preparation.collation import VISUAL
 from tests.families import FAMILIES, made, model_of
 from tests.helpers import Build, losses_of
 from tests.trainers.test_llava_kd import dense_terms, loss_and_gradients, one_batch

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.several import SeveralTeachers
-from mmkd.trainers import METHODS
+from mmkd.training.method import METHODS
 from scripts.make_tiny_models import sentences
 from tests.classes import dho, pictures
 from tests.vlms import vision_rows

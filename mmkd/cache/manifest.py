@@ -1,0 +1,190 @@
+"""The manifest of a cache: what made it, which shards it has, and a checksum over itself."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmkd.errors import UserError
+from mmkd.files import write_file
+from mmkd.precision import NATIVE_BF16
+
+FORMAT = 1
+"""Raised by whoever changes what the bytes of a cache mean, or which bytes the same answers become."""
+
+NAME = "manifest.json"
+
+RECORDED_ONLY = ("mmkd", "batch_tokens")
+"""Of an identity: what a build may go on with another value of. The version, since `FORMAT` says whether two of them
+write alike; the size of a batch, since padding moves a teacher's numbers by roundings of its type only, as the batches
+of a live teacher do (and generated answers, whose random numbers are those of a batch, are draws either way)."""
+
+_PARTICULARS = re.compile(r"'[^']*'|\((path|URL|base64|data URL) [^()]*(\([^()]*\))?\)|0x[0-9a-f]+|[0-9]+")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One finished shard."""
+
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+    """Over its rows and not its container, so that a Parquet copy has the same."""
+    file_sha256: str
+    head: tuple[int, int]
+    """Length and crc32 of what comes before the rows' own bytes: what Arrow trusts without looking."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row without an answer, and its key where it could be read at all."""
+
+    reason: str
+    key: str | None = None
+
+
+@dataclass
+class Manifest:
+    """What a cache is. `identity` is all that its rows come from, as a tree of plain values."""
+
+    identity: dict[str, Any]
+    shard_rows: int
+    total_rows: dict[str, int]
+    """Split -> rows of the data that the cache covers, skipped ones included."""
+    shards: dict[str, dict[int, ShardEntry]] = field(default_factory=dict)
+    """Split -> shard number -> entry."""
+    skipped: dict[str, dict[int, Skipped]] = field(default_factory=dict)
+    """Split -> row -> why the teacher gave no answer."""
+    part: tuple[int, int] | None = None
+    """(i, n) when this is the i-th of n parts of a build."""
+
+    def __post_init__(self) -> None:
+        for split in self.total_rows:
+            self.shards.setdefault(split, {})
+            self.skipped.setdefault(split, {})
+
+    def planned(self) -> list[tuple[str, int]]:
+        """The shards of this cache, or of this part of it: (split, number)."""
+        everything = [
+            (split, number) for split, rows in self.total_rows.items() for number in range(-(-rows // self.shard_rows))
+        ]
+        return everything if self.part is None else everything[self.part[0] :: self.part[1]]
+
+    def missing(self) -> list[tuple[str, int]]:
+        """The planned shards that are not there yet."""
+        return [(split, number) for split, number in self.planned() if number not in self.shards[split]]
+
+    def span(self, split: str, number: int) -> range:
+        """The rows of the data that a shard covers."""
+        start = number * self.shard_rows
+        return range(start, min(start + self.shard_rows, self.total_rows[split]))
+
+    def rows(self) -> int:
+        """How many rows of the data this cache, or this part of it, covers."""
+        return sum(len(self.span(*shard)) for shard in self.planned())
+
+    def skipped_rows(self) -> int:
+        """How many of them the teacher gave no answer to."""
+        return sum(map(len, self.skipped.values()))
+
+    def skipped_reasons(self) -> list[tuple[int, str]]:
+        """Why: (how many rows, the reason of the first of them), the most frequent first."""
+        found: dict[str, list[str]] = {}
+        for rows in self.skipped.values():
+            for _, entry in sorted(rows.items()):
+                # Numbers and what stands for a picture do not make another reason.
+                found.setdefault(_PARTICULARS.sub("", entry.reason), []).append(entry.reason)
+        return sorted(((len(reasons), reasons[0]) for reasons in found.values()), key=lambda pair: -pair[0])
+
+    def skipped_summary(self) -> str:
+        """All that in a line, for a cache without some rows."""
+        count, rows = self.skipped_rows(), self.rows()
+        reasons = "; ".join(f"{times:,} times: {reason}" for times, reason in self.skipped_reasons()[:3])
+        return f"{count:,} of {rows:,} rows ({count / rows:.1%}) have no answer of the teacher's: {reasons}"
+
+    def write(self, folder: Path) -> None:
+        """Replaces the folder's manifest; at no moment is there half of one."""
+        # JSON turns numbers that are keys into text, which sorts 10 before 9.
+        entries = {
+            name: {
+                split: {str(number): vars(entry) for number, entry in sorted(found.items())}
+                for split, found in getattr(self, name).items()
+            }
+            for name in ("shards", "skipped")
+        }
+        content = {**vars(self), **entries, "format": FORMAT}
+        content["checksum"] = _checksum(content)
+        # Without indentation, which costs several times the rest: this is written after every shard.
+        write_file(folder / NAME, json.dumps(content).encode())
+
+    @staticmethod
+    def read(folder: Path) -> "Manifest":
+        """Raises UserError when there is none, or one that was edited, damaged or written by a newer mmkd."""
+        path = folder / NAME
+        if not path.is_file():
+            raise UserError(f"{folder} is no teacher cache: it has no {NAME}. Make one with `mmkd cache build`.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); build the cache again.") from error
+        found = content.pop("format", None) if isinstance(content, dict) else None
+        if found != FORMAT:
+            raise UserError(f"{path} has format {found}, this mmkd reads {FORMAT}; install the version that wrote it.")
+        if content.pop("checksum", None) != _checksum({**content, "format": FORMAT}):
+            raise UserError(
+                f"{path} was edited: its checksum does not fit. It says what the rows mean, so restore it, or build "
+                "the cache again in another folder."
+            )
+        shards = {
+            split: {
+                int(number): ShardEntry(**{**entry, "head": tuple(entry["head"])}) for number, entry in entries.items()
+            }
+            for split, entries in content.pop("shards").items()
+        }
+        skipped = {
+            split: {int(row): Skipped(**entry) for row, entry in rows.items()}
+            for split, rows in content.pop("skipped").items()
+        }
+        part = content.pop("part")
+        # Splits become paths, and a manifest may come from somebody else's repository.
+        if not all(split.isidentifier() for split in content["total_rows"]) or content["shard_rows"] < 1:
+            raise UserError(f"{path} names splits that cannot be: {list(content['total_rows'])}. It is not mmkd's.")
+        return Manifest(**content, shards=shards, skipped=skipped, part=None if part is None else tuple(part))
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two identities differ: `data.fingerprint: 'a' here, 'b' there`."""
+    found = []
+    for key in sorted({*ours, *theirs}):
+        left, right = ours.get(key), theirs.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key}: {left!r} here, {right!r} there")
+    return found
+
+
+def identity_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The fields in which two identities are those of different caches: one teacher may have several names."""
+    ignored = [f"{name}: " for name in RECORDED_ONLY]
+    if ours["teacher"]["weights"] and theirs["teacher"]["weights"]:
+        ignored += ["teacher.name: ", "teacher.revision: "]
+    return [one for one in differences(ours, theirs) if not one.startswith(tuple(ignored))]
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def advice_on(different: Sequence[str]) -> str:
+    """What to do about a folder that holds another cache."""
+    if len(different) == 1 and different[0].startswith("teacher.dtype: "):
+        return (
+            "A cache is of one type. Set teacher_dtype to the type it has, or name another folder. Where this CPU "
+            f"only emulates that type, continue on a machine like the first, or set {NATIVE_BF16}=1 to emulate it."
+        )
+    return "Name another folder, or delete this one."

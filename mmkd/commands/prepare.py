@@ -1,0 +1,201 @@
+"""`mmkd prepare`: what the shipped recipes and suites need, listed, and made where it is missing."""
+
+import difflib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mmkd.errors import UserError
+
+CACHE = Path(".cache/mmkd")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Something that recipes read from `.cache/mmkd`."""
+
+    name: str
+    what: str
+    size: str
+    """Of what is downloaded, and how long it takes to make where that is more than moments."""
+    license: str
+    files: tuple[str, ...]
+    """Under .cache/mmkd; all of them are there once it is complete."""
+    make: Callable[[Path | None], object]
+    """Makes it; its imports wait until it is called. It may be given a folder with the original files."""
+    needs: tuple[str, ...] = ()
+    """Names of other preparations, which are made first."""
+    packages: tuple[str, ...] = ()
+    """What has to be installed, as importable names."""
+
+    @property
+    def is_there(self) -> bool:
+        return all((CACHE / file).exists() for file in self.files)
+
+
+def _teacher(name: str) -> Callable[[Path | None], object]:
+    def make(_: Path | None) -> object:
+        from mmkd.prepare.teachers import get_teacher
+
+        return get_teacher(name, CACHE / name)
+
+    return make
+
+
+def _python_docs(_: Path | None) -> None:
+    from mmkd.prepare.python_docs import main
+
+    main([])
+
+
+def _easy_vqa(_: Path | None) -> None:
+    from mmkd.prepare.easy_vqa import main
+
+    main([])
+
+
+def _easy_vqa_models(_: Path | None) -> None:
+    from mmkd.prepare.easy_vqa_models import main
+
+    main([])
+
+
+def _eval_data(_: Path | None) -> None:
+    from mmkd.prepare.eval_data import main
+
+    main([])
+
+
+def _fashion_mnist(source: Path | None) -> None:
+    from mmkd.prepare.fashion_mnist import OUTPUT_DIR, SOURCE, make_fashion_mnist
+
+    make_fashion_mnist(source or SOURCE, OUTPUT_DIR)
+
+
+def _fashion_clip(_: Path | None) -> None:
+    from mmkd.prepare.fashion_clip import main
+
+    main([])
+
+
+PREPARATIONS = {
+    one.name: one
+    for one in (
+        Preparation(
+            "python_docs",
+            "text: Python's language reference, as it ships with CPython",
+            "nothing",
+            "PSF-2.0",
+            ("python_docs/train.jsonl", "python_docs/eval.jsonl"),
+            _python_docs,
+        ),
+        Preparation(
+            "SmolLM2-135M-Instruct",
+            "model: a chat model of 135 M parameters",
+            "93 MB",
+            "Apache-2.0",
+            ("SmolLM2-135M-Instruct/config.json",),
+            _teacher("SmolLM2-135M-Instruct"),
+            packages=("gguf",),
+        ),
+        Preparation(
+            "gemma-3-270m",
+            "model: 268 M parameters, with another tokenizer",
+            "240 MB",
+            "Gemma Terms of Use",
+            ("gemma-3-270m/config.json",),
+            _teacher("gemma-3-270m"),
+            packages=("gguf",),
+        ),
+        Preparation(
+            "easy_vqa",
+            "pictures: 4,000 of coloured shapes with 38,575 questions",
+            "3 MB",
+            "MIT",
+            tuple(f"easy_vqa/{name}.jsonl" for name in ("train", "validation", "test", "captions")),
+            _easy_vqa,
+        ),
+        Preparation(
+            "easy_vqa_models",
+            "models: a vision tower and two language models to begin with, trained here",
+            "nothing; minutes",
+            "MIT (their data)",
+            tuple(f"easy_vqa/models/{name}" for name in ("tower", "large", "small")),
+            _easy_vqa_models,
+            needs=("easy_vqa",),
+        ),
+        Preparation(
+            "eval_data",
+            "questions of the suite offline: HumanEval and MMLU's development set",
+            "1 MB",
+            "MIT",
+            ("eval/humaneval.jsonl", "eval/mmlu_dev.jsonl"),
+            _eval_data,
+            packages=("lm_eval",),
+        ),
+        Preparation(
+            "fashion_mnist",
+            "pictures: clothes in ten classes, from the Debian package dataset-fashion-mnist or --source",
+            "31 MB",
+            "MIT",
+            tuple(f"fashion_mnist/{name}.parquet" for name in ("captions", "train", "validation", "test")),
+            _fashion_mnist,
+        ),
+        Preparation(
+            "fashion_clip",
+            "models: a small CLIP trained here, and the config of its student",
+            "nothing; a minute",
+            "MIT (their data)",
+            ("fashion_student/config.json", "fashion_clip/config.json"),
+            _fashion_clip,
+            needs=("fashion_mnist",),
+        ),
+    )
+}
+
+
+def prepare_command(names: Sequence[str], source: Path | None, console: Console) -> int:
+    """Makes what is missing of these and of what they need; without names, lists what there is. The exit status.
+
+    Raises UserError for a name that is not known and for packages that are not installed, before anything is made.
+    """
+    if not names:
+        console.print(_table())
+        console.print("Make some with `mmkd prepare NAME ...`; they are written under .cache/mmkd in this folder.")
+        return 0
+    for name in names:
+        if name not in PREPARATIONS:
+            near = difflib.get_close_matches(name, PREPARATIONS, n=1, cutoff=0)[0]
+            raise UserError(f"{name!r} is nothing to prepare; did you mean {near!r}? `mmkd prepare` lists all.")
+    wanted = [PREPARATIONS[name] for name in dict.fromkeys(_with_needs(names))]
+    missing = [one for one in wanted if not one.is_there]
+    for one in missing:
+        absent = [package for package in one.packages if importlib.util.find_spec(package) is None]
+        if absent:
+            packages = " ".join(package.replace("_", "-") for package in absent)
+            raise UserError(f"{one.name} is made with {packages}, which is not installed: pip install {packages}.")
+    for one in wanted:
+        if one in missing:
+            console.print(f"{one.name}: {one.what} ({one.license}) ...", highlight=False)
+            one.make(source)
+        console.print(f"{one.name}: {', '.join(str(CACHE / file) for file in one.files)}", highlight=False)
+    return 0
+
+
+def _with_needs(names: Sequence[str]) -> list[str]:
+    return [each for name in names for each in [*_with_needs(PREPARATIONS[name].needs), name]]
+
+
+def _table() -> Table:
+    table = Table(box=box.SIMPLE)
+    for column in ("name", "what it is", "download", "licence", "needs", "there"):
+        table.add_column(column)
+    for one in PREPARATIONS.values():
+        needs = ", ".join([*one.needs, *(f"pip install {name.replace('_', '-')}" for name in one.packages)])
+        table.add_row(one.name, one.what, one.size, one.license, needs, "yes" if one.is_there else "no")
+    return table

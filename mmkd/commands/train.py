@@ -1,0 +1,241 @@
+"""Runs a recipe: in this process, or through accelerate in as many as its configuration says."""
+
+import importlib.util
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
+from rich.console import Console
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from mmkd.errors import UserError
+from mmkd.files import write_file
+from mmkd.preflight import dry_run
+from mmkd.recipe.launch_flags import launch_keys_of, split
+from mmkd.recipe.phases import check_phases, evaluate_alone, finish, trains
+from mmkd.recipe.run import (
+    Run,
+    build_trainer,
+    check_surroundings,
+    last_checkpoint,
+    method_of,
+    parse_run,
+    parser_of,
+    read_recipe,
+    resume_point,
+)
+from mmkd.recipe.stages import plan, split_stages, train_stages
+from mmkd.shipped import find_recipe
+from mmkd.training.base import DistillationTrainer
+from mmkd.training.interrupt import InterruptCallback
+
+PRESETS = ("single_gpu", "ddp", "fsdp2", "zero2", "zero3")
+"""The accelerate configurations in `_presets`."""
+
+_LAUNCHED = "MMKD_LAUNCHED"
+
+
+def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = None) -> int:
+    """Trains what a recipe describes; returns the exit status.
+
+    With `accelerate_config` (an argument or a key of the recipe) this process only launches the run; keys and flags
+    that `accelerate launch` knows and the recipe does not, such as num_processes, go to it.
+    """
+    keys = read_recipe(find_recipe(recipe))
+    chosen, own_flags = split_stages(flags)
+    if chosen is not None and "stages" not in keys:
+        raise UserError(f"{recipe} has no stages, so --stages has nothing to choose from.")
+    # Those of --stages go to the processes that are launched.
+    stage_flags, flags = ([], flags) if chosen is None else (["--stages", *chosen], own_flags)
+    config = accelerate_config or keys.get("accelerate_config") or os.environ.get(_LAUNCHED)
+    launch_keys = launch_keys_of(method_of(keys, flags)) if config is not None else []
+    launch_flags, flags = split(flags, launch_keys)
+    run = parse_run(recipe, flags, ["accelerate_config", *launch_keys])
+    if config is not None and _LAUNCHED not in os.environ:
+        for key in launch_keys:
+            if key in keys and f"--{key}" not in launch_flags:
+                launch_flags = [*launch_flags, f"--{key}", str(keys[key])]
+        return _launch([recipe, *flags, *stage_flags], config, launch_flags)
+    check_phases(run)
+    check_surroundings(run)
+    if run.arguments.dry_run:
+        if "stages" in keys:
+            return _dry_run_stages(find_recipe(recipe), [*flags, *stage_flags], launch_keys)
+        with tempfile.TemporaryDirectory() as folder:
+            _dry_run(run, find_recipe(recipe), flags, folder)
+        return 0
+    if "stages" in keys:
+        from mmkd.preflight.stage_checks import check_stages
+
+        read_elsewhere = ["accelerate_config", *launch_keys]
+        check = partial(check_stages, ignored=read_elsewhere)
+        return train_stages(find_recipe(recipe), [*flags, *stage_flags], train, check)
+    if run.arguments.method == "comd":
+        from mmkd.methods.comd.rounds import train_rounds
+
+        return train_rounds(run, find_recipe(recipe), flags, train)
+    if not trains(run):
+        evaluate_alone(build_trainer(run), run)
+        return 0
+    checkpoint = resume_point(run.training)
+    if checkpoint is None and run.training.resume_from_checkpoint:
+        print(f"No checkpoint in {run.training.output_dir}: starting from the beginning.", file=sys.stderr)
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and run.training.world_size == 1 and not run.training.use_cpu:
+        print(
+            f"Training on one of {gpus} GPUs: accelerate_config ddp, fsdp2, zero2 or zero3 takes all.", file=sys.stderr
+        )
+    trainer = build_trainer(run)
+    if run.training.push_to_hub:
+        from mmkd.publish.push_folder import describe
+
+        trainer.describe = describe
+    if not _train(trainer, checkpoint):
+        print(f"\nInterrupted at step {trainer.state.global_step}. {_way_on(run, recipe, flags)}", file=sys.stderr)
+        return 130
+    finish(trainer, run)
+    return 0
+
+
+def _train(trainer: DistillationTrainer, checkpoint: str | None) -> bool:
+    """Trains to the end: True. False when interrupted."""
+    interrupt = InterruptCallback()
+    trainer.add_callback(interrupt)
+    # Ranks would leave at different steps and wait for each other: several of them stop at once.
+    listening = interrupt.listening() if trainer.args.world_size == 1 else nullcontext()
+    try:
+        with listening:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        return False
+    return not interrupt.asked
+
+
+def print_keys(recipe: str, flags: Sequence[str]) -> int:
+    """Prints every key that a recipe of this method may set, with its meaning."""
+    parser_of(method_of(read_recipe(find_recipe(recipe)), flags)).print_help()
+    return 0
+
+
+def _way_on(run: Run, recipe: str, flags: Sequence[str]) -> str:
+    newest = last_checkpoint(run.training.output_dir or "")
+    if newest is None:
+        return "Nothing was saved yet: set save_strategy and save_steps to be able to go on from a checkpoint."
+    return f"Go on from {newest.name} with: mmkd-train {shlex.join([recipe, *flags])} --resume_from_checkpoint true"
+
+
+def _dry_run(run: Run, recipe: Path, flags: Sequence[str], folder: str) -> DistillationTrainer | None:
+    """Says what a run would do, which may write to a folder; returns its trainer if the run has one over tokens."""
+    run.training.push_to_hub = False
+    run.training.output_dir = folder
+    if run.arguments.method == "dho":
+        from mmkd.methods.dho.dho_build import dry_run_dho
+
+        dry_run_dho(run, Console())
+        return None
+    if run.arguments.method == "comd":
+        from mmkd.methods.comd.comd_dry_run import dry_run_comd
+
+        return dry_run_comd(run, recipe, flags, Console())
+    trainer = build_trainer(run)
+    dry_run.report(trainer, Console())
+    return trainer
+
+
+def _dry_run_stages(recipe: Path, flags: Sequence[str], launch_keys: Sequence[str]) -> int:
+    """Says what each stage would do; one that is not trained yet hands its student on as it began."""
+    stages, flags = plan(recipe, flags)
+    ignored = ["accelerate_config", *launch_keys]
+    for stage in stages:
+        stage.parse(flags, ignored, {})
+    moved: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, stage in enumerate(stages, start=1):
+            Console().print(f"Stage {number} of {len(stages)}, {stage.name}", style="bold", highlight=False)
+            folder = Path(scratch, stage.folder.name)
+            # comd makes recipes of this one.
+            path = folder / "recipe.yaml"
+            write_file(path, yaml.safe_dump(stage.moved_keys(moved), sort_keys=False, allow_unicode=True))
+            trainer = _dry_run(stage.parse(flags, ignored, moved), path, flags, str(folder))
+            if trainer is not None and number < len(stages) and not stage.finished:
+                trainer.save_model(str(folder / "student"))
+                moved[str(stage.folder)] = str(folder / "student")
+    return 0
+
+
+def _launch(arguments: list[str], config: str, launch_flags: list[str]) -> int:
+    file = _config_file(config)
+    options = ["--config_file", file, *launch_flags, "--module", "mmkd.commands.main", "train", *arguments]
+    parsed = launch_command_parser().parse_args(options)
+    settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    if settings.get("distributed_type") == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"accelerate_config {config} needs DeepSpeed: pip install deepspeed, or use fsdp2.")
+    processes, machines = (
+        settings.get(key, 1) if getattr(parsed, key) is None else getattr(parsed, key)
+        for key in ("num_processes", "num_machines")
+    )
+    _check_world(config, settings.get("distributed_type", "NO"), processes, machines)
+    os.environ[_LAUNCHED] = config
+    try:
+        launch_command(parsed)
+    except ChildFailedError as error:
+        return _status_of(error)
+    except SignalException as error:
+        print(f"mmkd: stopped by {error.sigval.name}, and all ranks with it.", file=sys.stderr)
+        return 128 + error.sigval
+    return 0
+
+
+def _status_of(error: ChildFailedError) -> int:
+    """The exit status of the rank that failed first; says which one it was, and how."""
+    rank, failure = error.get_first_failure()
+    code = failure.exitcode
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+    advice = "; 9 is often the system's, out of memory" if code == -9 else ", for the reason it gave above"
+    print(f"mmkd: rank {rank} {how}{advice}. The other ranks were stopped.", file=sys.stderr)
+    return 128 - code if code < 0 else code
+
+
+def _check_world(config: str, kind: str, processes: int, machines: int) -> None:
+    """Raises UserError when a configuration does not fit the processes asked for, or those the GPUs here."""
+    if processes < 1 or machines < 1 or processes % machines:
+        raise UserError(
+            f"num_processes is {processes} on num_machines {machines}: give every machine the same number, at least 1."
+        )
+    if kind == "NO" and processes > 1:
+        raise UserError(
+            f"accelerate_config {config} is for one process, and num_processes is {processes}. Use ddp, fsdp2, zero2 "
+            "or zero3, or set num_processes to 1."
+        )
+    gpus, here = torch.cuda.device_count(), processes // machines
+    if gpus and here > gpus:
+        raise UserError(
+            f"accelerate_config {config} wants {here} processes on this machine, which has {gpus} GPUs. Set "
+            f"num_processes to {gpus * machines}: one process drives one GPU."
+        )
+    if not gpus and kind == "DEEPSPEED":
+        raise UserError(
+            f"accelerate_config {config} needs GPUs, and there are none here. Use ddp or fsdp2 to try out."
+        )
+    if not gpus and here > (os.cpu_count() or 1):
+        raise UserError(
+            f"accelerate_config {config} wants {here} processes, and this machine has no GPU and {os.cpu_count()} "
+            "cores. Set num_processes, such as --num_processes 2."
+        )
+
+
+def _config_file(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    if name not in PRESETS:
+        raise UserError(f"accelerate_config {name!r} is neither a file nor one of {', '.join(PRESETS)}.")
+    return str(Path(__file__).parent / "_presets" / f"{name}.yaml")

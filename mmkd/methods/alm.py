@@ -1,0 +1,368 @@
+"""ALM: student and teacher agree on how likely chunks of text are, with tokenizers of their own (2503.20083)."""
+
+import math
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from jaxtyping import Bool, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from mmkd.alignment.nearest_tokens import nearest_tokens
+from mmkd.alignment.pieces import boundary_mask
+from mmkd.errors import UserError
+from mmkd.losses import divergences
+from mmkd.losses.chunks import ChunkGroups, binarised, chunk_log_probs, group_chunks
+from mmkd.losses.combine import combination_weights
+from mmkd.losses.fused import fused_loss
+from mmkd.losses.likelihood import token_log_probs
+from mmkd.losses.other_vocabulary import MappedTargets, SortedTargets, uld
+from mmkd.models.backbone import base_of, full_head, name_of
+from mmkd.models.load import load_processing_class, tokenizer_of
+from mmkd.preparation.pairs import (
+    QUESTION,
+    SUPERVISED,
+    Agreement,
+    AlignedCollator,
+    BatchAligner,
+    counts_of,
+    numbered,
+    packed,
+    paired,
+    teacher_sequences,
+)
+from mmkd.teachers.base import Teacher
+from mmkd.teachers.cached import BATCH_KEY, CachedTeacher
+from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.signals import ChunkAlignment, ChunkSignal, DenseSignal, LabelSignal
+from mmkd.training.answers import Placed
+from mmkd.training.balance import BalancedTrainer
+from mmkd.training.items import ItemLosses, Supervised
+from mmkd.training.preparing import ROWS, placeholder_trainer, preparation_of
+
+from .alm_config import DIVERGENCES
+from .alm_config import ALMConfig as ALMConfig
+from .pair_rollouts import as_teacher_reads, questions_of, said
+
+logger = logging.get_logger(__name__)
+
+_PROJECTION = "alm_projection"
+
+_ITEMS = {"divergence": "chunk", "ce": "token", "hidden": "end"}
+"""Term of the loss -> kind of the items that it sums."""
+
+
+class ALMTrainer(BalancedTrainer):
+    """Minimises a divergence of likelihoods per chunk of text that ends a token on both sides.
+
+    The teacher reads the same rows in its own tokens and by its own chat template. Besides the base's arguments:
+
+        teacher_processing_class: the teacher's tokenizer; by default found by the teacher's name.
+
+    Raises UserError too for tokenizers whose tokens cannot be placed in a text, for streamed data, and where student
+    and teacher share no text at all.
+    """
+
+    method = "alm"
+    config_class = ALMConfig
+    accepts = (DenseSignal, LabelSignal)
+    one_vocabulary = False
+    args: ALMConfig
+
+    @classmethod
+    def check_teacher(cls, teacher: Teacher, args: ALMConfig) -> None:
+        """Raises UserError too where a cache of log-probs does not tell enough for the settings."""
+        super().check_teacher(teacher, args)
+        if teacher.signal_type is LabelSignal and args.needs_boundaries:
+            raise UserError(
+                f"chunks: {args.chunks} needs the teacher's probability of a word's end, and the cache holds those of "
+                "the text's own tokens only. Set chunks: all or space, or use a teacher without a cache."
+            )
+        if teacher.signal_type is LabelSignal and args.needs_hidden:
+            raise UserError(
+                "hidden_weight and the baselines uld and mined need the teacher itself; a cache of log-probs has no "
+                "hidden states. Remove teacher_cache."
+            )
+
+    # Two readings of the data
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        packing, formatting_func, name = rest
+        args = self.settings_given(args)
+        if not isinstance(dataset, Dataset):
+            raise UserError(
+                f"The {name} data is a stream. alm reads every row twice and pairs the readings; load it whole."
+            )
+        if "teacher_input_ids" in dataset.column_names:
+            return dataset
+        if "input_ids" in dataset.column_names:
+            raise UserError(
+                f"The {name} data is tokenised for the student already, so the teacher cannot read it. Pass its text."
+            )
+        rows, alone = numbered(dataset), copy(args)
+        alone.shuffle_dataset = False
+        ours = super()._prepare_dataset(rows, processing_class, alone, False, formatting_func, name, **kwargs)
+        reader = self._reader(dataset, args)
+        theirs = reader._prepare_dataset(
+            rows, reader.processing_class, reader.args, False, formatting_func, f"{name} (teacher's)"
+        )
+        questions = questions_of(dataset, args.rollout_prompt_tokens) if args.on_policy_fraction else None
+        both = paired(ours, theirs, questions)
+        agreement = Agreement.of(counts_of(both, self._batch_aligner(processing_class, args)))
+        if not agreement.chunks:
+            raise UserError(
+                f"Student and teacher share no chunk of text in any of the {len(both)} usable rows of {name}: their "
+                "tokens, or what their chat templates supervise, have no bytes in common. First row: "
+                f"{both[0] if len(both) else None}"
+            )
+        logger.warning(f"{name}: {agreement} Rows that one side cannot use: {len(dataset) - len(both)}.")
+        if args.shuffle_dataset:
+            both = both.shuffle(seed=args.seed)
+        return packed(both, args) if packing else both
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if not self._is_vision_dataset and "teacher_input_ids" not in columns:
+            columns += ["teacher_input_ids", "teacher_labels", "teacher_seq_lengths", QUESTION]
+
+    @property
+    def _readers(self) -> dict[str, Any]:
+        """What is made when the first data set comes, before the Trainer itself is: a reader, an aligner."""
+        return self.__dict__.setdefault("_readers_", {})
+
+    def _reader(self, dataset: Dataset, args: ALMConfig) -> Any:
+        """What prepares rows for the teacher."""
+        if "reader" not in self._readers:
+            teacher, processing_class = self._given_teacher
+            if processing_class is None:
+                hub = {"trust_remote_code": args.trust_remote_code}
+                processing_class = load_processing_class(_name_of(teacher), "teacher", **hub)
+            self._readers["reader"] = placeholder_trainer(
+                args.for_teacher(), processing_class, dataset.select(range(1))
+            )
+        return self._readers["reader"]
+
+    def _batch_aligner(self, processing_class: Any, args: ALMConfig) -> BatchAligner:
+        if "aligner" not in self._readers:
+            teacher = self._readers["reader"].processing_class
+            self._readers["aligner"] = BatchAligner.of(processing_class, teacher, to_space=args.chunks == "space")
+        return self._readers["aligner"]
+
+    # The teacher
+
+    def build_teacher(self, teacher: Any, processing_class: Any) -> Teacher:
+        """The teacher, who reads the batch in its own tokens."""
+        reader = self._reader(self.train_dataset, self.args)
+        align = self._batch_aligner(self.processing_class, self.args)
+        self.vocab_size = min(self.vocab_size, len(tokenizer_of(self.processing_class)))
+        if isinstance(teacher, CachedTeacher):
+            teacher.check(preparation_of(reader.processing_class, reader.args, reader.chat_template))
+            self._check_cached_rows(teacher)
+        elif not isinstance(teacher, Teacher):
+            model = self.load_teacher(teacher)
+            tokens = len(tokenizer_of(reader.processing_class))
+            teacher = LocalTeacher(model, min(tokens, full_head(model).vocab_size))
+        cached = teacher if isinstance(teacher, CachedTeacher) else None
+        self.data_collator = self._aligned = AlignedCollator(self.data_collator, reader.data_collator, align, cached)
+        device, pieces = self.accelerator.device, align.aligner
+        self._boundaries, self._teacher_boundaries = (
+            torch.from_numpy(boundary_mask(side)).to(device) if self.args.needs_boundaries else None
+            for side in (pieces.student, pieces.teacher)
+        )
+        self._bytes = torch.from_numpy(pieces.student.lengths).to(device)
+        if self.args.objective == "mined":
+            ours, theirs = ([side[index] for index in range(len(side))] for side in (pieces.student, pieces.teacher))
+            self._teacher_tokens = torch.from_numpy(nearest_tokens(ours, theirs)).to(device)
+        if self.args.hidden_weight:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise UserError(
+                    "hidden_weight learns a projection, which FSDP and DeepSpeed do not know. Set it to 0."
+                )
+            assert isinstance(teacher, LocalTeacher)
+            widths = (full_head(model).weight.shape[1] for model in (self.model, teacher.model))
+            # A part of the student, so that optimizer and ranks treat it like all others; `_save` keeps it apart.
+            base_of(self.model).add_module(_PROJECTION, nn.Linear(*widths, bias=False, device=device))
+        return teacher
+
+    def with_rollouts(self, batch: dict[str, Any], placed: Mapping[int, Placed]) -> dict[str, Any]:
+        """The batch with the text of the rollouts in the teacher's tokens, aligned anew."""
+        if not placed:
+            return batch
+        examples, tokenizer = batch[ROWS].examples, tokenizer_of(self.processing_class)
+        reader = self._readers["reader"]
+        for row, one in placed.items():
+            text, whole = said(tokenizer, batch["input_ids"][row].tolist(), one)
+            examples[row] = as_teacher_reads(examples[row], text, whole, one.rollout.ended, reader)
+        on_cpu = send_to_device({name: value for name, value in batch.items() if name != BATCH_KEY}, "cpu")
+        aligned = self._aligned.aligned(on_cpu, self._aligned.read_by_teacher(examples), [])
+        return {**batch, BATCH_KEY: send_to_device(aligned[BATCH_KEY], self.accelerator.device)}
+
+    def _check_cached_rows(self, teacher: CachedTeacher) -> None:
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in {"train": self.train_dataset, **evaluation}.items():
+            if isinstance(dataset, Dataset) and "teacher_input_ids" in dataset.column_names:
+                teacher.check_sequences(teacher_sequences(dataset), name)
+
+    def ask_teacher(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> ChunkSignal:
+        """How likely the teacher finds each chunk of the batch."""
+        asked = inputs[BATCH_KEY]
+        if "signal" not in asked:
+            asked["signal"] = self._ask(asked)
+        signal: ChunkSignal = asked["signal"]
+        return signal.of_first_tokens(int(supervised.sum()))
+
+    def _ask(self, asked: dict[str, Any]) -> ChunkSignal:
+        names = [part.name for part in fields(ChunkAlignment)]
+        alignment = ChunkAlignment(*(asked[name] for name in names))
+        if SUPERVISED not in asked:
+            answer = self.teacher.ask({BATCH_KEY: asked}, None)
+            return ChunkSignal(chunk_log_probs(answer.log_probs, alignment.teacher_chunk, len(alignment)), alignment)
+        supervised = asked[SUPERVISED]
+        inputs = {name: value for name, value in asked.items() if name not in (*names, SUPERVISED)}
+        dense = self.teacher.ask(inputs, supervised)
+        assert isinstance(dense, DenseSignal)
+        labels = inputs["input_ids"][:, 1:][supervised]
+        with torch.no_grad():
+            log_probs, boundary = token_log_probs(
+                dense.hidden, dense.head, labels, self._teacher_boundaries, chunk_size=self.args.chunk_size
+            )
+        return ChunkSignal(
+            chunk_log_probs(log_probs, alignment.teacher_chunk, len(alignment)),
+            alignment,
+            None if boundary is None else _after(boundary, alignment.teacher_next),
+            dense if self.args.needs_hidden else None,
+        )
+
+    # The loss
+
+    def count_items(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tokens, chunks as the policy leaves them, and ends of chunks with hidden states to compare."""
+        counts = super().count_items(inputs)
+        labels = inputs["labels"][:, 1:]
+        signal = self.ask_teacher(dict(inputs), labels != -100)
+        counts["chunk"] = torch.tensor(len(self._items(signal)), device=labels.device)
+        if self.args.hidden_weight:
+            counts["end"] = (signal.alignment.student_next >= 0).sum()
+        return counts
+
+    def _items(self, signal: ChunkSignal) -> ChunkGroups:
+        policy = self.args.chunks if self.args.objective == "alm" else "all"
+        return group_chunks(policy, signal.alignment.row, signal.boundary_log_probs, self.args.gamma)
+
+    def item_losses(self, student: Supervised, signal: ChunkSignal) -> ItemLosses:
+        """One divergence per chunk; cross-entropy per token and hidden states per end of a chunk where they count."""
+        args, alignment = self.args, signal.alignment
+        log_probs, boundary = token_log_probs(
+            student.hidden,
+            student.head,
+            student.labels,
+            self._boundaries,
+            chunk_size=args.chunk_size,
+            precise=args.precise_logits,
+        )
+        items, of_chunks = self._items(signal), chunk_log_probs(log_probs, alignment.student_chunk, len(alignment))
+        after = None if boundary is None else _after(boundary, alignment.student_next)
+        ours = items.log_probs(of_chunks, after)
+        theirs = items.log_probs(signal.log_probs, signal.boundary_log_probs)
+        terms = {"divergence": self._divergence(student, signal, ours, theirs), "ce": -log_probs.sum()}
+        if args.hidden_weight:
+            terms["hidden"] = self._hidden_distance(student, signal)
+        tokens, aligned = len(student.labels), (alignment.student_chunk >= 0).sum()
+        reports = {
+            "divergence": (terms["divergence"], len(items)),
+            "ce": (terms["ce"], tokens),
+            # Of all chunks as they are, so that runs with different settings can be compared.
+            "chunk_gap": ((of_chunks - signal.log_probs).abs().sum(), len(alignment)),
+            "chunk_kl": (binarised(of_chunks, signal.log_probs, temperature=1).sum(), len(alignment)),
+            "aligned": (aligned, tokens),
+            "bits_per_byte": (terms["ce"] / math.log(2), self._bytes[student.labels].sum()),
+        }
+        return ItemLosses(self._combined(terms, args.term_weights), reports)
+
+    def _divergence(self, student: Supervised, signal: ChunkSignal, ours: Tensor, theirs: Tensor) -> Tensor:
+        """The sum over chunks of what the objective compares."""
+        args = self.args
+        if args.objective == "alm":
+            return DIVERGENCES[args.divergence](args)(ours, theirs).sum()
+        assert signal.dense is not None
+        first, teacher_first = signal.alignment.first_tokens()
+        targets: Any = DenseSignal(signal.dense.hidden[teacher_first], signal.dense.head)
+        if args.objective == "uld":
+            objective, targets = uld, SortedTargets(targets)
+        else:
+            objective, targets = divergences.forward_kl, MappedTargets(targets, self._teacher_tokens)
+        labels = student.labels[first]
+        chunk = {"chunk_size": args.chunk_size, "precise": args.precise_logits, "repeatable": self.balances}
+        return fused_loss(student.hidden[first], student.head, labels, targets, objective, **chunk).total
+
+    def _hidden_distance(self, student: Supervised, signal: ChunkSignal) -> Tensor:
+        """The squared distance at the ends of chunks, in each channel relative to the teacher's mean square there."""
+        assert signal.dense is not None
+        alignment = signal.alignment
+        ends = alignment.student_next >= 0
+        ours = student.hidden[alignment.student_next[ends]]
+        theirs = signal.dense.hidden[alignment.teacher_next[ends]].float()
+        distance = (getattr(base_of(self.model), _PROJECTION)(ours).float() - theirs).square()
+        return (distance / (theirs.square().mean(0) + 1e-8)).mean(-1).sum()
+
+    def _combined(self, terms: dict[str, Tensor], shares: dict[str, float]) -> dict[str, Tensor]:
+        """The terms that count, each times its factor, by the kind of their items."""
+        counted = {name: terms[name] for name, share in shares.items() if share}
+        if self.balances:
+            # All alike, whatever their weights: so do the authors.
+            return self.balanced(counted, _ITEMS)
+        weighted = self.args.combine == "weights"
+        weights = {name: shares[name] for name in counted} if weighted else None
+        factors = combination_weights("weights" if weighted else "sum", list(counted), weights)
+        return {_ITEMS[name]: total * factors[name] for name, total in counted.items()}
+
+    # The projection of hidden states, which no one needs after training
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.hidden_weight:
+            everything: Any = self.model.state_dict() if state_dict is None else state_dict
+            own = {name: value for name, value in everything.items() if _PROJECTION in name.split(".")}
+            state_dict = {name: value for name, value in everything.items() if name not in own}
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({"weight": next(iter(own.values())).contiguous()}, folder / f"{_PROJECTION}.safetensors")
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_projection(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_projection(str(self.state.best_model_checkpoint))
+
+    def _load_projection(self, checkpoint: str) -> None:
+        if self.args.hidden_weight:
+            saved = load_file(Path(checkpoint) / f"{_PROJECTION}.safetensors")
+            getattr(base_of(self.model), _PROJECTION).load_state_dict(saved)
+
+
+def _after(boundary: Tensor, following: Int[Tensor, "chunk"]) -> Tensor:
+    """The log-prob of a boundary after each chunk: that of the place of the following token, certain without one."""
+    if not len(boundary):
+        return boundary.new_zeros(len(following))
+    return boundary[following.clamp(min=0)].where(following >= 0, 0)
+
+
+def _name_of(teacher: Any) -> str:
+    """The name under which a teacher's tokenizer is found."""
+    if isinstance(teacher, CachedTeacher):
+        return teacher.cache.manifest.identity["teacher"]["name"]
+    if isinstance(teacher, LocalTeacher):
+        teacher = teacher.model
+    if isinstance(teacher, Teacher):
+        raise UserError(f"A {type(teacher).__name__} does not tell its tokenizer: pass teacher_processing_class.")
+    return teacher if isinstance(teacher, str) else name_of(teacher)

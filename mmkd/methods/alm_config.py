@@ -1,0 +1,157 @@
+"""Settings of method alm."""
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+from torch import Tensor
+
+from mmkd.errors import UserError
+from mmkd.losses import chunks, divergences
+from mmkd.losses.chunks import POLICIES, binarised
+from mmkd.losses.combine import COMBINATIONS
+from mmkd.training.config import DistillationConfig
+
+ChunkLoss = Callable[[Tensor, Tensor], Tensor]
+"""(student's, teacher's log-likelihoods of chunks) -> nats per chunk."""
+
+DIVERGENCES: dict[str, Callable[["ALMConfig"], ChunkLoss]] = {
+    "forward_kl": lambda config: _binarised(divergences.forward_kl, config),
+    "reverse_kl": lambda config: _binarised(divergences.reverse_kl, config),
+    "tvd": lambda config: _binarised(divergences.tvd, config),
+    "renyi": lambda config: _binarised(partial(divergences.renyi, alpha=config.renyi_alpha), config),
+    "kl_limit": lambda config: chunks.binary_kl_limit,
+}
+
+OBJECTIVES = ("alm", "uld", "mined")
+
+
+def _binarised(divergence: divergences.Divergence, config: "ALMConfig") -> ChunkLoss:
+    # Times tau, so that neither the size of the gradient nor the balance with other terms depends on it.
+    return lambda student, teacher: config.tau * binarised(student, teacher, divergence, config.tau)
+
+
+@dataclass
+class ALMConfig(DistillationConfig):
+    """Settings of method alm."""
+
+    learns_from_rollouts: ClassVar[bool] = True
+    combinations: ClassVar[tuple[str, ...]] = COMBINATIONS
+
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "What is minimised per chunk, over the outcomes {this chunk, anything else}: forward_kl (the "
+            "default), reverse_kl, tvd, renyi, or kl_limit, which is forward_kl as tau goes to infinity.",
+            "choices": list(DIVERGENCES),
+        },
+    )
+    tau: float = field(
+        default=1.0,
+        metadata={
+            "help": "Temperature: likelihoods are raised to the power 1 / tau before they are compared, so that a "
+            "larger one stresses unlikely chunks. The loss is multiplied by it. The authors train with 100, but 5 "
+            "and 1 score higher in their own ablation."
+        },
+    )
+    renyi_alpha: float = field(default=2.0, metadata={"help": "Order of the divergence renyi; 1 is forward_kl."})
+    chunks: str = field(
+        default="merge",
+        metadata={
+            "help": "Which chunks are compared. merge (default, the paper's): likelihoods are multiplied by the "
+            "probability that a word ends there, and chunks whose end the teacher finds improbable (gamma) are joined "
+            "to the next. unbiased: the same, but such chunks are left out. all: every chunk as it is. space: joined "
+            "so that all end at white space. A cached teacher knows no such probability: use all or space.",
+            "choices": list(POLICIES),
+        },
+    )
+    gamma: float = field(
+        default=0.1,
+        metadata={"help": "Probability of a word's end up to which the end of a chunk does not count (paper: 0.1)."},
+    )
+    combine: str = field(
+        default="weights",
+        metadata={
+            "help": "How the terms whose weight is not 0 become one loss. weights: (1 - ce_weight) ALM + ce_weight "
+            "cross-entropy + hidden_weight hidden states. sum: as they are. gradmag: each with the same norm of its "
+            "gradient in the last layer, in every micro-batch, whatever its weight (as the authors do).",
+            "choices": ["weights", "sum", "gradmag"],
+        },
+    )
+    hidden_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the distance between last hidden states at the ends of chunks, the student's through a "
+            "projection that is learned too. Helps students on bytes; hurts subword students in the paper."
+        },
+    )
+    objective: str = field(
+        default="alm",
+        metadata={
+            "help": "alm, or a baseline where chunks begin: uld (distance of the sorted probabilities of the next "
+            "token) or mined (their KL over tokens paired by edit distance).",
+            "choices": list(OBJECTIVES),
+        },
+    )
+    teacher_max_length: int | None = field(
+        default=None,
+        metadata={"help": "The teacher's tokens that are read of a row; by default as many as max_length."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (
+            ("divergence", DIVERGENCES),
+            ("chunks", POLICIES),
+            ("objective", OBJECTIVES),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
+        if self.tau <= 0:
+            raise UserError(f"tau is {self.tau}; likelihoods are raised to the power 1 / tau: it must be positive.")
+        if self.renyi_alpha <= 0:
+            raise UserError(f"renyi_alpha is {self.renyi_alpha}; the order of a Renyi divergence is positive.")
+        if not 0 < self.gamma < 1:
+            raise UserError(f"gamma is {self.gamma}; it is a probability and must lie between 0 and 1, not on them.")
+        if self.hidden_weight < 0:
+            raise UserError(f"hidden_weight is {self.hidden_weight}; it must not be negative.")
+        if self.hidden_weight and self.rollout_server is not None:
+            raise UserError(
+                "hidden_weight learns a projection beside the student, which the model on a rollout_server has not. "
+                "Set hidden_weight: 0, or remove rollout_server to generate in this process."
+            )
+        if self.teacher_max_length is not None and self.teacher_max_length < 2:
+            raise UserError(f"teacher_max_length is {self.teacher_max_length}; nothing predicts the first token.")
+        if self.ce_weight == 1:
+            raise UserError("ce_weight is 1, which leaves ALM nothing to do; use method sft for plain fine-tuning.")
+        if self.packing and self.packing_strategy != "bfd":
+            raise UserError(
+                f"packing_strategy {self.packing_strategy} cuts sequences where the other tokenizer has no cut. Use "
+                "bfd, or packing: false."
+            )
+
+    def for_teacher(self) -> "ALMConfig":
+        """The settings by which rows become the teacher's tokens."""
+        side = copy(self)
+        side.max_length = self.teacher_max_length or self.max_length
+        side.packing = side.padding_free = side.shuffle_dataset = False
+        # These are about the student's tokenizer.
+        side.chat_template_path = side.eos_token = side.pad_token = None
+        return side
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """The weight of each term of the loss, by the term's name in the logs."""
+        return {**super().term_weights, "hidden": self.hidden_weight}
+
+    @property
+    def needs_boundaries(self) -> bool:
+        """Whether it matters how probable the end of a word is."""
+        return self.objective == "alm" and self.chunks in ("unbiased", "merge")
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether the teacher must be a model in this process."""
+        return self.objective != "alm" or self.hidden_weight > 0

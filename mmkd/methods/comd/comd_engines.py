@@ -1,0 +1,287 @@
+"""Who replies: a transformers model in this process, or any server that speaks OpenAI's chat protocol."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import torch
+from accelerate.utils.memory import clear_device_cache
+from transformers import PreTrainedModel, ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
+
+from mmkd.capture.generate import LocalGenerator
+from mmkd.capture.scoring import label_log_probs
+from mmkd.errors import UserError
+from mmkd.generation.local_generation import seeded
+from mmkd.models.backbone import allow_consumers
+from mmkd.models.load import positions_of, tokenizer_of
+from mmkd.recipe.arguments import Run
+from mmkd.teachers import vllm_wire as wire
+from mmkd.teachers.endpoints import Endpoints, Refusal
+from mmkd.teachers.signals import DenseSignal
+from mmkd.teachers.vllm_client import Prompt
+
+from .instructions import answered, open_image
+from .reply_record import Engine, Question, Reply, Sampling
+
+
+class LocalEngine(Engine):
+    """A model in this process, which reads questions of like length together, `batch_size` at a time.
+
+    `load` gives the model and its tokenizer or processor. Raises UserError for a question with images to a model that
+    reads text only, and for a model without a chat template.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        identity: Mapping[str, Any],
+        run: Run,
+        load: Callable[[], tuple[PreTrainedModel, Any]],
+        batch_size: int,
+    ):
+        self.name, self.identity = name, identity
+        self._run, self._load, self._batch_size = run, load, batch_size
+        self._loaded: tuple[PreTrainedModel, Any] | None = None
+        self._scores = False
+
+    def close(self) -> None:
+        self._loaded, self._scores = None, False
+        clear_device_cache(garbage_collection=True)
+
+    def replies(self, questions: Sequence[Question], sampling: Sampling) -> Iterator[list[tuple[int, Reply]]]:
+        generator = self._generator(sampling)
+        # Rows with and without images are not read together; the longest first, so that memory runs out at once.
+        order = sorted(
+            range(len(questions)), key=lambda place: (not questions[place].images, -_length(questions[place]))
+        )
+        size = self._batch_size if generator.tokenizer.pad_token_id is not None else 1
+        while order:
+            batch = [
+                place for place in order[:size] if bool(questions[place].images) == bool(questions[order[0]].images)
+            ]
+            order = order[len(batch) :]
+            asked = [questions[place] for place in batch]
+            start = time.perf_counter()
+            scored = asked[0].answer is not None
+            found = self._scored(generator, asked) if scored else self._generated(generator, asked, sampling)
+            seconds = (time.perf_counter() - start) / len(batch)
+            yield [(place, replace(reply, seconds=seconds)) for place, reply in zip(batch, found, strict=True)]
+
+    def _generator(self, sampling: Sampling) -> LocalGenerator:
+        if self._loaded is None:
+            self._loaded = self._load()
+        model, processing_class = self._loaded
+        if processing_class.chat_template is None:
+            raise UserError(
+                f"{self.name} is asked through messages, but it has no chat template. Use an instruct model, or save "
+                "a template with its tokenizer."
+            )
+        settings = replace(
+            self._run.cache,
+            cache_samples=1,
+            cache_max_new_tokens=sampling.max_new_tokens,
+            cache_temperature=sampling.temperature,
+            cache_top_p=sampling.top_p,
+        )
+        return LocalGenerator(model, processing_class, replace(self._run, cache=settings))
+
+    def _generated(self, generator: LocalGenerator, asked: list[Question], sampling: Sampling) -> list[Reply]:
+        prompts = [self._prompt(generator, question) for question in asked]
+        positions = positions_of(generator.model.config)
+        longest = max(_tokens(generator, prompt) for prompt in prompts)
+        if positions is not None and longest + sampling.max_new_tokens > positions:
+            raise UserError(
+                f"A question to {self.name} has {longest} tokens and may be answered in {sampling.max_new_tokens}, "
+                f"but the model has room for {positions}. Lower answer_max_new_tokens, or filter long rows out."
+            )
+        with seeded(generator.model, _seed(sampling.seed, asked)):
+            answers = generator.answers(prompts)
+        return [Reply(one.text.strip(), len(one.ids), one.finish_reason, 0.0) for (one,) in answers]
+
+    @torch.no_grad()
+    def _scored(self, generator: LocalGenerator, asked: list[Question]) -> list[Reply]:
+        """How likely the model finds each given answer and its end."""
+        model: Any = generator.model
+        tokenizer: Any = generator.tokenizer
+        if not self._scores:
+            allow_consumers(model)
+            self._scores = True
+        inputs = dict(generator.inputs([self._prompt(generator, question) for question in asked]))
+        answers = [self._answer_ids(generator, question) for question in asked]
+        ids, longest = inputs["input_ids"], max(map(len, answers))
+        tail = torch.full((len(asked), longest), tokenizer.pad_token_id or 0, device=ids.device)
+        real = torch.zeros_like(tail, dtype=torch.bool)
+        for row, answer in enumerate(answers):
+            tail[row, : len(answer)] = torch.tensor(answer, device=ids.device)
+            real[row, : len(answer)] = True
+        # Whatever else says something of each token says nothing of an answer's.
+        for name, value in list(inputs.items()):
+            if isinstance(value, torch.Tensor) and value.shape == ids.shape:
+                more = {"input_ids": tail, "attention_mask": real.to(value.dtype)}.get(name, torch.zeros_like(tail))
+                inputs[name] = torch.cat([value, more.to(value.dtype)], 1)
+        start = ids.shape[1] - 1
+
+        def read(hidden: torch.Tensor, head: Any) -> Any:
+            return label_log_probs(DenseSignal(hidden[:, start:-1][real], head), tail[real])
+
+        values = model(**inputs, consumer=read)
+        found, first = [], 0
+        for answer in answers:
+            total = float(values[first : first + len(answer)].sum())
+            first += len(answer)
+            found.append(Reply("", len(answer), "stop", 0.0, total))
+        return found
+
+    def _prompt(self, generator: LocalGenerator, question: Question) -> Prompt:
+        processing_class = generator.processing_class
+        messages = [dict(message) for message in question.messages]
+        if question.images:
+            if not isinstance(processing_class, ProcessorMixin):
+                raise UserError(
+                    f"A question has images, but {self.name} reads text only. Use a vision-language model in its role."
+                )
+            images = [open_image(path) for path in question.images]
+            return Prompt((), prepare_multimodal_messages(messages, images=images), images)
+        if isinstance(processing_class, ProcessorMixin):
+            messages = prepare_multimodal_messages(messages, images=[])
+        output: Any = processing_class.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        ids = output["input_ids"]
+        return Prompt(ids[0] if isinstance(ids[0], list) else ids)
+
+    def _answer_ids(self, generator: LocalGenerator, question: Question) -> list[int]:
+        """The tokens of the answer as the chat template writes it after the prompt."""
+        assert question.answer is not None
+        template: Any = generator.processing_class
+        before = template.apply_chat_template(list(question.messages), add_generation_prompt=True, tokenize=False)
+        whole = template.apply_chat_template(answered(question.messages, question.answer), tokenize=False)
+        text = whole[len(before) :] if whole.startswith(before) else question.answer
+        return list(tokenizer_of(template)(text, add_special_tokens=False)["input_ids"])
+
+
+class _Said(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Said
+    finish_reason: str | None = None
+
+
+class _Counts(msgspec.Struct):
+    completion_tokens: int = 0
+
+
+class _Chat(msgspec.Struct):
+    choices: list[_Choice]
+    usage: _Counts | None = None
+
+
+class ChatServer(Engine):
+    """Any server of OpenAI's chat protocol (vLLM, SGLang, llama.cpp, ...), several URLs of one model taking turns.
+
+    The key is the environment's VLLM_API_KEY, or OPENAI_API_KEY. Raises UserError when nobody answers, when
+    permission is refused, and when the servers offer several models and `model` names none of them. `name` is what
+    the record calls a model that is not named.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        model: str | None,
+        name: str | None,
+        concurrency: int,
+        timeout: float,
+        retries: int = 6,
+    ):
+        # Where a server stands decides nothing: replies are found again when it has moved.
+        self.identity = {"served": model or name}
+        self.model, self._urls = model, urls
+        self._settings = (os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY"), concurrency, timeout)
+        self._retries = retries
+        self._endpoints: Endpoints | None = None
+
+    def close(self) -> None:
+        if self._endpoints is not None:
+            self._endpoints.close()
+            self._endpoints = None
+
+    def replies(self, questions: Sequence[Question], sampling: Sampling) -> Iterator[list[tuple[int, Reply]]]:
+        if any(question.answer is not None for question in questions):
+            raise UserError(
+                "assessor: likelihood needs the log-probs of a model in this process. Give the teacher as a folder or "
+                "Hub id without teacher_server, or choose another assessor."
+            )
+        if self._endpoints is None:
+            self._endpoints = Endpoints(self._urls, *self._settings, self._retries)
+        model = self.model or self._only_model(self._endpoints)
+        body = {
+            "model": model,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+        }
+        endpoints = self._endpoints
+
+        async def ask(question: Question) -> Reply:
+            images = [open_image(path) for path in question.images]
+            own = {
+                "seed": _seed(sampling.seed, [question]),
+                "messages": wire.openai_messages(question.messages, images),
+            }
+            try:
+                answer = await endpoints.request("/v1/chat/completions", msgspec.json.encode(body | own))
+            except Refusal as refusal:
+                if refusal.status in (400, 413, 422):
+                    return Reply("", 0, f"refused: {refusal.message}", 0.0)
+                raise UserError(
+                    f"{refusal}. See that the URL, the model's name and the key (VLLM_API_KEY) are right."
+                ) from refusal
+            found = wire.decoded(answer, _Chat, endpoints.urls[0])
+            if not found.choices:
+                raise UserError(f"{endpoints.urls[0]} answered without choices: it is no chat server.")
+            said, counts = found.choices[0], found.usage or _Counts()
+            text = (said.message.content or "").strip()
+            # Servers that do not count leave words to count by.
+            tokens = counts.completion_tokens or len(text.split())
+            return Reply(text, tokens, said.finish_reason or "stop", 0.0)
+
+        begun = time.perf_counter()
+        for place, reply in enumerate(endpoints.map(ask, questions)):
+            # Many requests are under way at a time: their own times would count one second several times.
+            now = time.perf_counter()
+            yield [(place, replace(reply, seconds=now - begun))]
+            begun = now
+
+    def _only_model(self, endpoints: Endpoints) -> str:
+        try:
+            body = endpoints.run(endpoints.request("/v1/models"))
+        except Refusal as refusal:
+            raise UserError(f"{refusal}. See that it is the URL of a chat server.") from refusal
+        models = [model.id for model in wire.decoded(body, wire.Models, endpoints.urls[0]).data]
+        if len(models) != 1:
+            raise UserError(
+                f"{endpoints.urls[0]} serves {', '.join(map(repr, models)) or 'nothing'}: name the model of the role "
+                "(teacher_server_model, assessor_server_model or augmentor_server_model)."
+            )
+        return models[0]
+
+
+def _length(question: Question) -> int:
+    said = sum(len(str(message["content"])) for message in question.messages)
+    return said + len(question.answer or "")
+
+
+def _tokens(generator: LocalGenerator, prompt: Prompt) -> int:
+    return len(prompt.ids)
+
+
+def _seed(seed: int, asked: list[Question]) -> int:
+    text = f"{seed} {[(question.messages[-1], question.digests, question.sample) for question in asked]}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")

@@ -1,0 +1,393 @@
+"""The loop of CoMD: the teacher answers, the student learns, both are assessed, the failures make new instructions."""
+
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
+from rich.console import Console
+
+from mmkd.errors import UserError
+from mmkd.models.load import load_model, load_processing_class
+from mmkd.recipe import run_record as run_record
+from mmkd.recipe.arguments import Run
+from mmkd.recipe.run import check_student, last_checkpoint, load_rows_of
+from mmkd.recipe.run_teacher import from_main_process
+
+from . import round_recipes as recipes
+from .assess import ASSESSORS, Assessment, Pair, match, question_of
+from .augment import Filter, augment, in_ratio
+from .comd_checks import check_rounds
+from .comd_prompts import Prompts
+from .comd_trainer import CoMDConfig
+from .instructions import ImageStore, Instruction, apart_from, child_of_round, read_instructions, row_of
+from .mutual import teach_teacher
+from .progress import progress
+from .reply_record import Engine, Record, Reply, Sampling
+from .roles import Roles
+from .round_files import copy_model, merge_adapter, read_json, write_json, write_lines
+from .round_identity import check_identity
+from .round_report import answer_row, new_row, phases_of, write_rounds, write_scores
+from .select import Score, difficulty, split
+from .similar import SimilarImages
+
+Train = Callable[[str, list[str]], int]
+"""Trains the recipe of a path with flags; the exit status."""
+
+
+def train_rounds(run: Run, recipe: Path, flags: Sequence[str], train: Train) -> int:
+    """Runs all rounds that are not finished; the exit status of a training that fails or is interrupted, else 0.
+
+    The last student is left in output_dir, each round in a folder of its own. Raises UserError for what cannot be.
+    """
+    check_student(run)
+    loop = Loop(run, recipe, flags, train)
+    training = run.training
+    from_main_process(training, loop.start)
+    for number in range(loop.training.rounds + 1):
+        path = from_main_process(training, lambda number=number: loop.before(number))
+        if path is None:
+            break
+        status = loop.learn(number, Path(path))
+        if status:
+            return status
+        if not from_main_process(training, lambda number=number: loop.after(number)):
+            break
+    from_main_process(training, loop.finish)
+    return 0
+
+
+class Loop:
+    """The state of a run; all but `learn` happens on the main process alone.
+
+    What was asked is in the record, so that a run which starts again walks through the same rounds, asks for nothing
+    it was told before, and skips the trainings that are finished.
+    """
+
+    def __init__(self, run: Run, recipe: Path, flags: Sequence[str], train: Train):
+        training = run.training
+        assert isinstance(training, CoMDConfig)
+        self.run, self.training, self.recipe, self.train = run, training, recipe, train
+        self.given, self.flags = flags, recipes.round_flags(flags)
+        self.folder = Path(training.output_dir or "runs")
+        self.console = Console(stderr=True)
+        default = ASSESSORS.get(training.assessor, 0.0)
+        self.threshold = default if training.hard_threshold is None else training.hard_threshold
+        self.pool: dict[str, tuple[Instruction, str]] = {}
+        self.scores: list[Score] = []
+        self.reports: list[dict[str, Any]] = []
+        self.ended = "all rounds are done"
+        self.student: Path | None = None
+        self.best = 0.0
+        self.made = 0
+        check_rounds(run)
+
+    # Phases, in their order
+
+    def start(self) -> None:
+        """Reads data, prompts and record."""
+        self.roles = Roles(self.run)
+        self.prompts = Prompts.read(self.training.prompts)
+        check_identity(self.folder, self.run, self.recipe, self.given, self.prompts)
+        run_record.begin(self.run, self.folder)
+        self.prompts.write(self.folder / "prompts")
+        self.record = Record(self.folder / "record.jsonl")
+        self.store = ImageStore(self.folder / "images")
+        data = load_rows_of(self.run)
+        held_out = read_instructions(data["eval"], self.store) if "eval" in data else []
+        # Without an answer of the data's there is nothing to compare with, and still nothing to train on.
+        self.held_out = [one for one in held_out if one.reference is not None]
+        self.kept_out, seeds = held_out, read_instructions(data["train"], self.store)
+        self.new = apart_from(seeds, held_out)
+        if len(self.new) < len(seeds):
+            self.say(f"{len(seeds) - len(self.new)} instructions are held out too, and are not trained on.")
+        self.similar = SimilarImages([path for one in self.new for path in one.images], self._first_student)
+        if self.training.eval_strategy != "no" and self.held_out:
+            rows = [row_of(one, one.reference or "") for one in self.held_out]
+            write_lines(self.folder / "held_out.jsonl", rows)
+
+    def before(self, number: int) -> str | None:
+        """The teacher answers what is new; the path of the round's recipe, None when the loop ends here."""
+        folder, phase = self._round(number), f"round-{number}/answer"
+        self.lost: Counter[str] = Counter()
+        replies = self._answers(phase)
+        joined = [
+            (one, reply.text)
+            for one, reply in zip(self.new, replies, strict=False)
+            if self._is_answer(reply, self.lost)
+        ]
+        self.lost["over the budget"] += len(self.new) - len(replies)
+        write_lines(folder / "answers.jsonl", [answer_row(*pair) for pair in zip(self.new, replies, strict=False)])
+        if number and not joined and self.training.augmentor != "none":
+            self.ended = f"round {number} has no new answers: {_counts(self.lost)}"
+            shutil.rmtree(folder)
+            return None
+        self.pool |= {one.key: (one, answer) for one, answer in joined}
+        rows = joined if self.training.train_on == "new" else list(self.pool.values())
+        self._check_size(number, len(rows))
+        write_lines(folder / "pool.jsonl", [row_of(*pair) for pair in rows])
+        evaluated = self.training.eval_strategy != "no" and self.held_out
+        held_out = self.folder / "held_out.jsonl" if evaluated else None
+        recipes.write_data(folder, any(one.images for one, _ in rows), held_out)
+        keys = recipes.student_keys(self.run) if self.student is None else {"student": str(self.student)}
+        self.base, self.base_revision = str(keys["student"]), keys.get("model_revision")
+        self.size, self.added = len(rows), len(joined)
+        self.roles.close()
+        return str(recipes.write_round(self.run, self.recipe, folder, keys, number, self.roles.taught))
+
+    def learn(self, number: int, recipe: Path) -> int:
+        """Trains the student of a round, on all ranks; the exit status."""
+        folder = recipe.parent
+        done, output = folder / "train.json", folder / recipes.STUDENT
+        if done.is_file():
+            return 0
+        start = time.perf_counter()
+        lora = self.run.student.use_peft
+        trained = folder / recipes.ADAPTER if lora else output
+        if self.training.round_cache:
+            from_main_process(self.training, lambda: _build_cache(recipe, self.flags))
+        print(f"Round {number} of {self.training.rounds}: {trained}", file=sys.stderr)
+        resume = ["--resume_from_checkpoint", "true"] if last_checkpoint(trained) is not None else []
+        status = self.train(str(recipe), [*self.flags, *resume])
+        # The trainer is in circles of references, and would stay beside the models that answer now.
+        clear_device_cache(garbage_collection=True)
+        PartialState().wait_for_everyone()
+        if status:
+            return status
+        if PartialState().is_main_process:
+            if lora:
+                merge_adapter(self.base, trained, output, revision=self.base_revision)
+            write_json(done, {"seconds": round(time.perf_counter() - start, 3)})
+        PartialState().wait_for_everyone()
+        return 0
+
+    def after(self, number: int) -> bool:
+        """Held-out scores, assessment and augmentation; whether there is another round."""
+        folder, training = self._round(number), self.training
+        previous, self.student = self.student, folder / recipes.STUDENT
+        engine = self.roles.checkpoint(self.student)
+        held_out = self._held_out(number, engine)
+        report: dict[str, Any] = {"round": number, "trained_on": self.size, "pool": len(self.pool), "new": self.added}
+        report |= {"unanswered": dict(+self.lost), "held_out": held_out}
+        go_on = number < training.rounds
+        if self._spent_out():
+            go_on, self.ended = False, f"max_teacher_tokens {training.max_teacher_tokens} are spent"
+        hard: list[Score] = []
+        easy: list[Score] = []
+        if training.assessor != "none" and not (self._spent_out() and self._teacher_judges()):
+            pairs, assessment = self._assess(number, engine)
+            instructions = {pair.instruction.key: pair.instruction for pair in pairs}
+            types = difficulty(self.scores, assessment.scores, instructions, self.threshold, training.type_words)
+            hard, easy = split(assessment.scores, self.threshold, training.min_teacher_score)
+            self.scores = assessment.scores
+            report |= {"difficulty": types, "assessed": len(assessment.scores), "hard": len(hard), "easy": len(easy)}
+            report |= {"dropped": assessment.dropped, "asked_again": assessment.asked_again}
+            report |= {"first_preferred": assessment.first_preferred}
+            write_scores(folder, pairs, assessment, self.threshold, training.type_words)
+            if training.mutual:
+                report["mutual"] = self._mutual(number, pairs, previous, held_out)
+            if go_on and not hard:
+                go_on, self.ended = False, f"no instruction is hard any more after round {number}"
+            if go_on and not easy and not training.hard_ratio:
+                go_on, self.ended = False, f"no instruction is easy after round {number}, and hard_ratio is 0"
+        engine.close()
+        self.new = []
+        if go_on and training.augmentor != "none":
+            report["augmented"] = self._augment(number, hard, easy)
+            if not self.new:
+                go_on, self.ended = False, f"max_new_instructions {training.max_new_instructions} are made"
+        write_lines(folder / "new.jsonl", [new_row(one) for one in self.new])
+        self.roles.close()
+        report["phases"] = phases_of(self.record, number, read_json(folder / "train.json")["seconds"])
+        report["teacher_tokens"] = self.roles.teacher_tokens(self.record)
+        write_json(folder / "report.json", report)
+        self.reports.append(report)
+        self._summary(report)
+        return go_on
+
+    def finish(self) -> None:
+        """Leaves the last student in output_dir and says why the loop ended."""
+        assert self.student is not None
+        copy_model(self.student, self.folder)
+        write_rounds(self.folder, self.reports, self.ended)
+        run_record.finish(self.folder)
+        self.say(f"The loop ended: {self.ended}. The student is in {self.folder}.")
+
+    # Parts of phases
+
+    def _answers(self, phase: str) -> list[Reply]:
+        """The teacher's replies to the new instructions, in their order, as far as the budget goes."""
+        questions = [question_of(one) for one in self.new]
+        replies: list[Reply] = []
+        step = len(questions) if self.training.max_teacher_tokens is None else self.training.generation_batch_size
+        with progress(self.console, f"{phase}: teacher", len(questions)) as advance:
+            for start in range(0, len(questions), max(1, step)):
+                if self._spent_out():
+                    break
+                part = questions[start : start + step]
+                replies += self.record.ask(self.roles.teacher, part, self._sampling(), phase, advance)
+        return replies
+
+    def _held_out(self, number: int, engine: Engine) -> dict[str, Any] | None:
+        """How well student and teacher answer what is held out."""
+        if not self.held_out:
+            return None
+        report: dict[str, Any] = {"metric": self.training.held_out_metric, "instructions": len(self.held_out)}
+        for role, asked in (("student", engine), ("teacher", self.roles.teacher)):
+            report[role] = self._held_out_score(number, role, asked)
+        return report
+
+    def _held_out_score(self, number: int, role: str, engine: Engine) -> float:
+        """The mean match of an engine's answers with the data's own."""
+        phase, questions = f"round-{number}/evaluate", [question_of(one) for one in self.held_out]
+        with progress(self.console, f"{phase}: {role}", len(questions)) as advance:
+            replies = self.record.ask(engine, questions, self._sampling(), phase, advance, spends=False)
+        values = [
+            match(self.training.held_out_metric, reply.text, one.reference or "")
+            for one, reply in zip(self.held_out, replies, strict=True)
+        ]
+        return round(sum(values) / len(values), 6)
+
+    def _assess(self, number: int, engine: Engine) -> tuple[list[Pair], Assessment]:
+        training = self.training
+        chosen = sorted(self.pool.values(), key=lambda pair: pair[0].key)
+        if training.assess_instructions is not None:
+            # By the key alone, so that the next round looks at the same ones again.
+            chosen = chosen[: training.assess_instructions]
+        phase = f"round-{number}/student"
+        with progress(self.console, phase, len(chosen)) as advance:
+            questions = [question_of(one) for one, _ in chosen]
+            said = self.record.ask(engine, questions, self._sampling(), phase, advance)
+        pairs = [Pair(one, answer, reply.text) for (one, answer), reply in zip(chosen, said, strict=True)]
+        asked = 2 * len(pairs) if training.assessor in ("judge", "likelihood") else len(pairs)
+        with progress(self.console, f"round-{number}/assess: {training.assessor}", asked) as advance:
+            return pairs, self.roles.make_assessor(self.record, self.prompts, engine).assess(
+                pairs, f"round-{number}/assess", advance
+            )
+
+    def _augment(self, number: int, hard: Sequence[Score], easy: Sequence[Score]) -> dict[str, Any]:
+        """Fills `new` with instructions made of the pool's. Raises UserError when nothing of it is fit to join."""
+        training, phase = self.training, f"round-{number}/augment"
+        left = (training.max_new_instructions or sys.maxsize) - self.made
+        cap = min(training.new_instructions, left)
+        if cap < 1:
+            return {"wanted": 0}
+        everything = [one for one, _ in self.pool.values()]
+        parents: dict[str, Sequence[Instruction]] = {"any": everything}
+        wanted = {"any": cap}
+        if training.assessor != "none":
+            parents = {
+                kind: [self.pool[one.key][0] for one in scores] for kind, scores in (("hard", hard), ("easy", easy))
+            }
+            shares = {"hard": training.hard_ratio, "easy": 1 - training.hard_ratio}
+            kinds = [kind for kind in parents if parents[kind] and shares[kind]]
+            count = round(training.hard_ratio * cap)
+            wanted = {"hard": count, "easy": cap - count}
+            # The share of a last one may round to the kind that there is none of.
+            wanted = {kind: wanted[kind] for kind in kinds if wanted[kind]} or {kinds[0]: 1}
+        fit = Filter(everything, self.kept_out, training.max_rouge, training.min_words, training.max_words)
+        augmentor = self.roles.make_augmentor(self.record, self.prompts, everything, self.store, self.similar)
+        with progress(self.console, phase, sum(wanted.values())) as advance:
+            found = augment(augmentor, parents, wanted, fit, training.seed, phase, advance)
+        self.new = [child_of_round(one, number + 1) for one in in_ratio(found, training.hard_ratio, cap)]
+        self.made += len(self.new)
+        facts = {kind: {"wanted": wanted[kind], "fit": len(found[kind])} for kind in wanted}
+        if not self.new:
+            raise UserError(
+                f"The augmentor gave nothing that is fit to join the pool ({_counts(fit.reasons)}). If it repeats "
+                "itself raise augment_temperature or max_rouge, or use a stronger augmentor_model; the rounds so far "
+                f"are in {self.folder}."
+            )
+        return {**facts, "joined": dict(Counter(one.kind for one in self.new)), "rejected": dict(fit.reasons)}
+
+    def _mutual(
+        self, number: int, pairs: Sequence[Pair], previous: Path | None, held_out: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Rolls the student back where it got worse, and lets it teach the teacher where it is better."""
+        if held_out is None:
+            raise UserError("mutual guards held-out scores, but the data holds no answers out. Give it eval rows.")
+        tolerance = self.training.mutual_tolerance
+        report: dict[str, Any] = {}
+        if previous is not None and held_out["student"] < self.best - tolerance:
+            report["student_rolled_back_from"], self.student = held_out["student"], previous
+        else:
+            self.best = held_out["student"]
+        better = {one.key for one in self.scores if -one.gap >= self.threshold}
+        rows = [row_of(pair.instruction, pair.student) for pair in pairs if pair.instruction.key in better]
+        report["lessons"] = len(rows)
+        if len(rows) < self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps:
+            return report
+        self.roles.close()
+        teacher = str(self.roles.taught or self.run.arguments.teacher)
+        taught = teach_teacher(self.run, rows, teacher, self._round(number), self.recipe, self.train)
+        before, after = (
+            held_out["teacher"],
+            self._held_out_score(number, "taught teacher", self.roles.checkpoint(taught)),
+        )
+        report |= {"teacher_before": before, "teacher_after": after, "teacher_rolled_back": after < before - tolerance}
+        if not report["teacher_rolled_back"]:
+            self.roles.replace_teacher(taught)
+        return report
+
+    # Small things
+
+    def say(self, text: str) -> None:
+        """Prints a line to the terminal."""
+        self.console.print(text, highlight=False, markup=False)
+
+    def _summary(self, report: dict[str, Any]) -> None:
+        held_out = report["held_out"]
+        hard = f", {report['hard']} of {report['assessed']} hard" if "hard" in report else ""
+        score = f", held out: student {held_out['student']:.4f}, teacher {held_out['teacher']:.4f}" if held_out else ""
+        shares = ", ".join(f"{name} {phase['share']:.0%}" for name, phase in report["phases"].items())
+        self.say(f"Round {report['round']}: pool {report['pool']:,}{hard}{score}; time: {shares}")
+
+    def _round(self, number: int) -> Path:
+        return self.folder / f"round-{number}"
+
+    def _sampling(self) -> Sampling:
+        training = self.training
+        return Sampling(training.answer_max_new_tokens, training.answer_temperature, seed=training.seed)
+
+    def _spent_out(self) -> bool:
+        limit = self.training.max_teacher_tokens
+        return limit is not None and self.roles.teacher_tokens(self.record) >= limit
+
+    def _teacher_judges(self) -> bool:
+        return self.training.assessor == "judge" and self.roles.assessor is self.roles.teacher
+
+    def _is_answer(self, reply: Reply, lost: Counter[str]) -> bool:
+        if reply.finish_reason == "stop" and reply.text:
+            return True
+        lost["cut off" if reply.finish_reason == "length" else "empty" if not reply.text else "refused"] += 1
+        return False
+
+    def _check_size(self, number: int, rows: int) -> None:
+        training = self.training
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+        if rows < batch:
+            raise UserError(
+                f"Round {number} has {rows} instructions to train on ({_counts(self.lost)}), fewer than a batch of "
+                f"{batch}. Give more data or budget, lower per_device_train_batch_size or "
+                "gradient_accumulation_steps, or set train_on: pool."
+            )
+
+    def _first_student(self) -> tuple[Any, Any]:
+        """The student of round 0: pictures look alike to it in the same way in all rounds."""
+        folder = str(self._round(0) / recipes.STUDENT)
+        return load_model(folder, device=self.training.device), load_processing_class(folder)
+
+
+def _build_cache(recipe: Path, flags: Sequence[str]) -> None:
+    from mmkd.capture.commands import build_command
+
+    build_command(str(recipe), flags)
+
+
+def _counts(reasons: Counter[str]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common() if count) or "none was lost"

@@ -1,0 +1,152 @@
+"""`mmkd plan` for recipes of method dho: a student of classes on one batch, and its teacher once over all rows."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+from mmkd.data.class_rows import ClassRows, SemiSupervisedSampler
+from mmkd.data.classification import hide_labels
+from mmkd.preflight.count import counted
+from mmkd.preflight.dry_run import optimizer_bytes
+from mmkd.preflight.hardware import GIB, USABLE, Device
+from mmkd.preflight.stage_checks import StageRun
+from mmkd.recipe.run import Run
+from mmkd.teachers.classifiers import OPEN_CLIP
+
+from .class_checks import Classes, empty_class_student, load_classes
+from .dho_build import check_arguments, student_processor
+from .dho_config import DHOConfig
+
+
+def plan_classes(one: StageRun, device: Device, devices: int, price: float | None, console: Console) -> int:
+    """Prints the plan of a run of classes; returns 0 when it fits one device, 1 when it does not.
+
+    Weights, gradients and optimizer are on every device, as with accelerate_config ddp.
+    """
+    run: Any = one.run
+    args: DHOConfig = run.training
+    check_arguments(run)
+    found = load_classes(run)
+    unlabeled = 0 if args.objective == "ce" else args.unlabeled_batch_size
+    batch = args.per_device_train_batch_size + unlabeled
+    student = empty_class_student(run, found)
+    weights = sum(part.numel() * part.element_size() for part in (*student.parameters(), *student.buffers()))
+    trained = sum(part.numel() for part in student.parameters())
+    flops, saved = _training_pass(student, _inputs(run, found, batch), bool(args.bf16))
+    parts = {
+        "student weights": weights,
+        "gradients": 4 * trained,
+        "optimizer": optimizer_bytes(args) * trained,
+        "activations": saved,
+    }
+    total = sum(parts.values())
+    steps, rows = _steps(args, found, devices), len(found.rows)
+    seconds = flops * args.gradient_accumulation_steps / (device.flops * device.utilisation)
+    console.print(
+        f"mmkd plan {one.title}: {devices} x {device.name} ({device.memory / GIB:.0f} GiB), {batch} rows on each.",
+        highlight=False,
+    )
+    table = Table(box=box.SIMPLE, show_header=False)
+    for name, value in parts.items():
+        table.add_row(f"GiB on one device: {name}", f"{value / GIB:,.2f}")
+    table.add_row("in all", f"{total / GIB:,.2f}", style="bold")
+    table.add_row("fits", "yes" if total <= USABLE * device.memory else "no")
+    table.add_row("TFLOPs per optimizer step", f"{args.gradient_accumulation_steps * devices * flops / 1e12:,.3g}")
+    table.add_row("seconds computing a step", f"{seconds:,.3g}")
+    table.add_row("steps of the run", f"{steps:,}")
+    hours = steps * seconds * devices / 3600
+    table.add_row("device-hours of the run", f"{hours:,.3g}")
+    teacher = _teacher_flops(run, found)
+    once = 0.0 if teacher is None else rows * teacher / (device.flops * device.utilisation) / 3600
+    if args.objective != "ce" and run.arguments.teacher is not None:
+        said = f"{once:,.3g}" if teacher is not None else f"not counted for teacher_kind {args.teacher_kind}"
+        table.add_row(f"device-hours of the teacher, once over {rows:,} rows", said)
+    if price is not None:
+        table.add_row("cost", f"{price * (hours + once):,.2f}")
+    console.print(table)
+    console.print("Reading and decoding pictures is not counted, which small students often wait for.")
+    return 0 if total <= USABLE * device.memory else 1
+
+
+def _inputs(run: Run, found: Classes, batch: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a batch of rows like the first one."""
+    args: Any = run.training
+    rows = ClassRows(found.rows.dataset, student_processor(run, found.is_text), max_length=args.max_length)
+    first = rows[0]
+    if found.is_text:
+        return {"input_ids": (batch, len(first["input_ids"]))}
+    return {"pixel_values": (batch, *first["pixel_values"].shape)}
+
+
+def _training_pass(model: Any, shapes: dict[str, tuple[int, ...]], bf16: bool) -> tuple[float, float]:
+    """FLOPs of a forward and a backward pass of a model without data, and the bytes kept between the two."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        model.train()
+        weights = {part.untyped_storage()._cdata for part in (*model.parameters(), *model.buffers())}
+        saved: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage()._cdata not in weights:
+                saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            output, forward = counted(lambda: model(**_zeros(shapes)))
+        total = torch.stack([part.sum() for part in _tensors(output)]).sum()
+        backward = counted(total.backward)[1]
+    return forward + backward, float(sum(saved.values()))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [part for part in output.values() if isinstance(part, Tensor) and part.requires_grad]
+
+
+def _zeros(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros(shape, dtype=torch.long if name == "input_ids" else torch.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def _teacher_flops(run: Run, found: Classes) -> float | None:
+    """FLOPs of a teacher's pass over one row; None for one that is not counted."""
+    args: Any = run.training
+    name, hub = run.arguments.teacher, run.hub(run.arguments.teacher_revision)
+    if args.objective == "ce" or name is None or found.is_text or name.startswith(OPEN_CLIP):
+        return None
+    if args.teacher_kind == "question":
+        return None
+    classifier = args.teacher_kind == "classifier"
+    auto_class: Any = AutoModelForImageClassification if classifier else AutoModel
+    with init_empty_weights(include_buffers=False):
+        model = auto_class.from_config(AutoConfig.from_pretrained(name, **hub))
+    pixels = AutoImageProcessor.from_pretrained(name, **hub)(images=found.rows.raw(0), return_tensors="pt")
+    ask: Callable[..., Any] = model if classifier else model.get_image_features
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model.to_empty(device="cpu")
+        return counted(lambda: ask(pixel_values=torch.zeros(tuple(pixels["pixel_values"].shape))))[1]
+
+
+def _steps(args: DHOConfig, found: Classes, devices: int) -> int:
+    """Optimizer steps of the run: an epoch is a pass over the unlabelled rows."""
+    if args.max_steps > 0:
+        return args.max_steps
+    shown = hide_labels(
+        found.rows.labels, found.data.class_names, args.labels_per_class, args.label_fraction, args.label_seed
+    )
+    sampler = SemiSupervisedSampler(shown, args.per_device_train_batch_size, args.unlabeled_batch_size, args.seed)
+    an_epoch = math.ceil(sampler.batches / (devices * args.gradient_accumulation_steps))
+    return math.ceil(an_epoch * args.num_train_epochs)

@@ -1,0 +1,207 @@
+"""Settings of method dho."""
+
+import importlib.util
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from transformers import TrainingArguments
+
+from mmkd.data.class_rows import AUGMENTATIONS
+from mmkd.data.classification import HIDDEN
+from mmkd.errors import UserError
+from mmkd.losses.dual_head import ALPHAS, BETAS, check_interpolation
+from mmkd.preparation.checks import take_one_gpu, without_emulated_bf16
+
+OBJECTIVES = ("dho", "ce", "kd", "single_head")
+TEACHER_KINDS = ("zero_shot", "tip_adapter", "question", "classifier")
+
+
+@dataclass
+class DHOConfig(TrainingArguments):
+    """Settings of method dho."""
+
+    objective: str = field(
+        default="dho",
+        metadata={
+            "help": "dho: both heads. Baselines on the same path: ce (labels only), kd (teacher only), single_head "
+            "(one head with both losses, whose ce_weight then has to be swept).",
+            "choices": list(OBJECTIVES),
+        },
+    )
+    ce_weight: float = field(
+        default=0.5,
+        metadata={
+            "help": "Weight lambda of the supervised loss; the distillation loss has the rest. 0.5 as in the paper."
+        },
+    )
+    temperature: float = field(
+        default=2.0, metadata={"help": "Softens teacher and distillation head in the loss; 2 as in the paper."}
+    )
+    unlabeled_batch_size: int = field(
+        default=64,
+        metadata={
+            "help": "Unlabelled rows per device beside the per_device_train_batch_size labelled ones; any ratio."
+        },
+    )
+    labels_per_class: int | None = field(
+        default=None,
+        metadata={"help": "Show so many labels of each class and hide the others; default: all there are."},
+    )
+    label_fraction: float | None = field(
+        default=None, metadata={"help": "Show this share of each class's labels, such as 0.01, one at least."}
+    )
+    label_seed: int = field(
+        default=0, metadata={"help": "Seed of which labels are shown; fewer labels are always among those of more."}
+    )
+    alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the supervised head in the prediction; unset with beta: chosen on validation rows."
+        },
+    )
+    beta: float | None = field(
+        default=None, metadata={"help": "Temperature of the distillation head in the prediction; set with alpha."}
+    )
+    alphas: list[float] = field(
+        default_factory=lambda: list(ALPHAS),
+        metadata={"help": "Values of alpha to choose from; the authors' by default."},
+    )
+    betas: list[float] = field(
+        default_factory=lambda: list(BETAS),
+        metadata={"help": "Values of beta to choose from; the authors' by default."},
+    )
+    kd_head: str = field(
+        default="linear",
+        metadata={"help": "linear, or cosine for students of a VLM (eq. 10).", "choices": ["linear", "cosine"]},
+    )
+    head_init: str = field(
+        default="random",
+        metadata={
+            "help": "text starts both heads from the teacher's text embeddings; the student's features must then have "
+            "the teacher's width.",
+            "choices": ["random", "text"],
+        },
+    )
+    pooling: str | None = field(
+        default=None, metadata={"help": "pooler, cls, mean or last; default: what is usual for the backbone."}
+    )
+    teacher_kind: str = field(
+        default="zero_shot",
+        metadata={
+            "help": "zero_shot: a CLIP-like model and prompts. tip_adapter: the same with the labelled images. "
+            "question: an LLM or VLM asked the class. classifier: a classifier of the same classes.",
+            "choices": list(TEACHER_KINDS),
+        },
+    )
+    teacher_question: str | None = field(
+        default=None, metadata={"help": "What teacher_kind question asks before it lists the classes."}
+    )
+    normalize_prompt_mean: bool = field(
+        default=True,
+        metadata={"help": "Give a class's mean text feature unit length; False as the authors do for DFN ViT-H."},
+    )
+    tip_alpha: float = field(default=1.0, metadata={"help": "Weight of Tip-Adapter's cache of labelled images."})
+    tip_beta: float = field(default=5.5, metadata={"help": "Sharpness of Tip-Adapter's cache."})
+    teacher_batch_size: int = field(default=64, metadata={"help": "Rows that the teacher answers at a time."})
+    augmentation: str = field(
+        default="none",
+        metadata={
+            "help": "none, flip, or crop_flip: what the student sees of an image; the teacher sees all of it, once.",
+            "choices": list(AUGMENTATIONS),
+        },
+    )
+    keep_rows: bool = field(
+        default=False,
+        metadata={"help": "Prepare every image once and keep it in memory: for small sets, without augmentation."},
+    )
+    max_length: int = field(default=256, metadata={"help": "Tokens of a text at most; images do not read it."})
+    conflict_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Measure the cosine of the two losses' gradients every so many steps; default: logging_steps. Not "
+            "measured under FSDP and DeepSpeed, which shard the heads."
+        },
+    )
+    plot_conflict: bool = field(
+        default=False,
+        metadata={"help": "Draw gradient_conflict.png at the end, which needs matplotlib (pip install 'mmkd[plot]')."},
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with models on the Hub."})
+
+    emulated_bf16: bool = field(
+        init=False,
+        default=False,
+        metadata={"help": "Whether bf16 was asked for and is computed in fp32, since this CPU would only emulate it."},
+    )
+
+    def __post_init__(self) -> None:
+        # transformers wants this said before it allows bf16 on a machine without an accelerator.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        # The collator reads columns that no model takes.
+        self.remove_unused_columns = False
+        super().__post_init__()
+        take_one_gpu(self)
+        self.emulated_bf16 = without_emulated_bf16(self)
+        for name, choices in (
+            ("objective", OBJECTIVES),
+            ("kd_head", ("linear", "cosine")),
+            ("head_init", ("random", "text")),
+            ("teacher_kind", TEACHER_KINDS),
+            ("augmentation", AUGMENTATIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
+        if not 0 <= self.ce_weight <= 1:
+            raise UserError(f"ce_weight is {self.ce_weight}; it is a share and must lie between 0 and 1.")
+        if self.objective == "dho" and self.ce_weight in (0, 1):
+            raise UserError(f"ce_weight {self.ce_weight} leaves a head without a loss; use objective kd or ce.")
+        if self.temperature <= 0:
+            raise UserError(f"temperature is {self.temperature}; it divides logits and must be positive.")
+        if self.unlabeled_batch_size < 0 or (self.unlabeled_batch_size == 0 and self.objective != "ce"):
+            raise UserError(f"unlabeled_batch_size is {self.unlabeled_batch_size}; give 1 or more (0 only for ce).")
+        self._check_labels()
+        self._check_interpolation()
+        if self.keep_rows and self.augmentation != "none":
+            raise UserError("keep_rows keeps what augmentation has made once; set one of them only.")
+        if self.label_smoothing_factor:
+            raise UserError("label_smoothing_factor changes the Trainer's own loss, which DHO replaces. Remove it.")
+        if self.plot_conflict and importlib.util.find_spec("matplotlib") is None:
+            raise UserError("plot_conflict needs matplotlib: pip install 'mmkd[plot]', or leave it out.")
+
+    def check_unlabeled(self, labels: Int[np.ndarray, "row"]) -> None:
+        """Raises UserError when all labels are shown to an objective that learns from rows without one."""
+        if self.objective != "ce" and not (labels == HIDDEN).any():
+            raise UserError(
+                "There is no unlabelled row: every label of train is shown. Hide some with labels_per_class or "
+                "label_fraction, add rows labelled -100 (splits.unlabeled of a data recipe), or use objective ce."
+            )
+
+    def check_validation(self, validation: bool) -> None:
+        """Raises UserError when alpha and beta are to be chosen and there are no rows to choose them on."""
+        if self.objective == "dho" and self.alpha is None and not validation:
+            raise UserError(
+                "alpha and beta are chosen on validation rows, and there are none: add a validation split "
+                "(validation_per_class of a data recipe), or set alpha and beta (the paper's 0.5 and 0.5)."
+            )
+
+    def _check_labels(self) -> None:
+        if self.labels_per_class is not None and self.label_fraction is not None:
+            raise UserError("labels_per_class and label_fraction exclude each other: keep one.")
+        if self.labels_per_class is not None and self.labels_per_class < 1:
+            raise UserError(f"labels_per_class is {self.labels_per_class}; every class needs a labelled row.")
+        if self.label_fraction is not None and not 0 < self.label_fraction <= 1:
+            raise UserError(f"label_fraction is {self.label_fraction}; it is a share above 0 and up to 1.")
+
+    def _check_interpolation(self) -> None:
+        if (self.alpha is None) != (self.beta is None):
+            raise UserError("alpha and beta go together: set both, or neither to choose them on validation rows.")
+        if self.objective != "dho" and self.alpha is not None:
+            raise UserError(f"alpha and beta join two heads; objective {self.objective} predicts with one.")
+        if not self.alphas or not self.betas:
+            raise UserError("alphas and betas hold the values to choose from: give at least one of each.")
+        given = [] if self.alpha is None else [(self.alpha, self.beta)]
+        pairs = [*given, *((alpha, 1.0) for alpha in self.alphas), *((1.0, beta) for beta in self.betas)]
+        for alpha, beta in pairs:
+            check_interpolation(alpha, beta)

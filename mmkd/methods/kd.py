@@ -1,0 +1,111 @@
+"""Knowledge distillation on the whole vocabulary: one divergence per token (Hinton et al. 2015 and successors)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+from mmkd.errors import UserError
+from mmkd.losses import divergences
+from mmkd.losses.divergences import Divergence
+from mmkd.teachers.base import Teacher
+from mmkd.teachers.signals import DenseSignal, SparseSignal, TopKSignal
+from mmkd.training.balance import BalancedTrainer
+from mmkd.training.config import DistillationConfig
+from mmkd.training.items import ItemLosses, Supervised
+
+DIVERGENCES: dict[str, Callable[["KDConfig"], Divergence]] = {
+    "forward_kl": lambda config: divergences.forward_kl,
+    "reverse_kl": lambda config: divergences.reverse_kl,
+    "jsd": lambda config: partial(divergences.jsd, beta=config.beta),
+    "skew_kl": lambda config: partial(divergences.skew_kl, skew=config.skew),
+    "skew_reverse_kl": lambda config: partial(divergences.skew_reverse_kl, skew=config.skew),
+    "tvd": lambda config: divergences.tvd,
+    "adaptive_kl": lambda config: partial(divergences.adaptive_kl, mu=config.mu),
+}
+
+
+@dataclass
+class KDConfig(DistillationConfig):
+    """Settings of method kd."""
+
+    learns_from_rollouts: ClassVar[bool] = True
+    combinations: ClassVar[tuple[str, ...]] = ("weights", "gradmag")
+
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "What is minimised per token: forward_kl (covers the teacher; the default, and safest for small "
+            "students), reverse_kl (seeks its modes), jsd, skew_kl, skew_reverse_kl, tvd or adaptive_kl.",
+            "choices": list(DIVERGENCES),
+        },
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Divides both logits; the divergence is multiplied by its square, so that the balance with "
+            "ce_weight stays. 1 (default) matches the distributions that will be sampled from; 2 stresses the tail."
+        },
+    )
+    beta: float = field(
+        default=0.5,
+        metadata={
+            "help": "The teacher's weight in jsd's mixture: 0 is forward_kl, 1 is reverse_kl (TRL's convention)."
+        },
+    )
+    skew: float = field(
+        default=0.1,
+        metadata={"help": "Share of the first distribution in skew_kl and skew_reverse_kl (DistiLLM's lambda, 0.1)."},
+    )
+    mu: float = field(
+        default=0.5, metadata={"help": "Teacher mass that counts as the head in adaptive_kl (0.5 in its paper)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise UserError(f"temperature is {self.temperature}; logits are divided by it, so it must be positive.")
+        if self.divergence not in DIVERGENCES:
+            raise UserError(f"divergence {self.divergence!r} is unknown; choose one of {', '.join(DIVERGENCES)}.")
+        for name in ("beta", "skew", "mu"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it is a share and must lie between 0 and 1.")
+
+    @property
+    def kernel_beta(self) -> float | None:
+        """The beta of forward_kl, reverse_kl and jsd, which are one family."""
+        return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": self.beta}.get(self.divergence)
+
+
+class KDTrainer(BalancedTrainer):
+    """Minimises `(1 - ce_weight) * temperature**2 * divergence(teacher, student) + ce_weight * cross-entropy`.
+
+    With `combine: gradmag` the two are balanced first, see `BalancedTrainer`.
+    """
+
+    method = "kd"
+    takes_several = True
+    config_class = KDConfig
+    accepts = (DenseSignal, TopKSignal, SparseSignal)
+    args: KDConfig
+
+    @classmethod
+    def check_teacher(cls, teacher: Teacher, args: KDConfig) -> None:
+        """Raises UserError too when the divergence or the temperature asks for more than the teacher tells."""
+        super().check_teacher(teacher, args)
+        partial_signal = not issubclass(teacher.signal_type, (DenseSignal, TopKSignal))
+        if partial_signal and args.divergence != "forward_kl":
+            raise UserError(
+                f"{args.divergence} compares with the whole distribution, which a teacher without its tail does not "
+                "give. Set teacher_tail: bucket, or divergence: forward_kl."
+            )
+        if args.temperature != 1 and not teacher.can_temper:
+            raise UserError(
+                f"temperature is {args.temperature}, but this teacher is known at temperature 1 only: the shape of "
+                "its tail was not kept. Set temperature: 1, or teacher_tail: renormalise."
+            )
+
+    def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
+        """One divergence per supervised token."""
+        objective = DIVERGENCES[self.args.divergence](self.args)
+        return self.fused(student, signal, objective, self.args.temperature)

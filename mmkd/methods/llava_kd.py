@@ -1,0 +1,222 @@
+"""LLaVA-KD: the teacher's answers, its visual tokens and how they relate to each other (2410.16236)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmkd.errors import UserError
+from mmkd.losses.divergences import forward_kl
+from mmkd.losses.features import common_tokens, logit_metric, pooled, relation_loss, relations
+from mmkd.losses.fused import fused_loss
+from mmkd.models.backbone import full_head
+from mmkd.models.heads import LMHead
+from mmkd.preparation.collation import TEACHER_INPUTS, View
+from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.signals import DenseSignal
+from mmkd.training.balance import BalancedTrainer
+from mmkd.training.config import DistillationConfig
+from mmkd.training.items import ItemLosses, Supervised
+
+
+@dataclass
+class LLaVAKDConfig(DistillationConfig):
+    """Settings of method llava_kd."""
+
+    combinations: ClassVar[tuple[str, ...]] = ("weights", "gradmag")
+
+    ce_weight: float = field(
+        default=0.0, metadata={"help": "Always 0: alpha, beta and gamma weigh the terms, cross-entropy counts 1."}
+    )
+    alpha: float = field(
+        default=1.0, metadata={"help": "Weight of the KL to the teacher on the answer's tokens (the paper's 1)."}
+    )
+    beta: float = field(
+        default=1.0, metadata={"help": "Weight of the KL to the teacher at the visual tokens (the paper's 1)."}
+    )
+    gamma: float = field(
+        default=0.5,
+        metadata={"help": "Weight of the relation of visual tokens; the paper's 0.5, its authors' code has 1."},
+    )
+    relation_on: str = field(
+        default="logits",
+        metadata={
+            "help": "What relates visual tokens: logits (default, the paper's) or hidden, which needs no shared "
+            "vocabulary of the features and costs less with a large head.",
+            "choices": ["logits", "hidden"],
+        },
+    )
+    relation_normalized: bool = field(
+        default=False,
+        metadata={
+            "help": "Centre every token's features and give them length 1 before they are related. False (default) is "
+            "the paper's raw product, which a constant added to all logits changes and tokens with a large norm rule."
+        },
+    )
+    visual_mismatch: str = field(
+        default="error",
+        metadata={
+            "help": "When student and teacher cut an image into different numbers of visual tokens: error (default), "
+            "or pool, which averages the finer one to the coarser one's grid for the visual terms.",
+            "choices": ["error", "pool"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ce_weight:
+            raise UserError(
+                f"ce_weight is {self.ce_weight}, but llava_kd adds its terms to a cross-entropy of weight 1; set "
+                "alpha, beta and gamma instead."
+            )
+        for name in ("alpha", "beta", "gamma"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; a term's weight must not be negative.")
+        if not self.alpha + self.beta + self.gamma:
+            raise UserError("alpha, beta and gamma are 0, which leaves nothing of the teacher; use method sft.")
+        if self.relation_on not in ("logits", "hidden"):
+            raise UserError(f"relation_on is {self.relation_on!r}; choose logits or hidden.")
+        if self.visual_mismatch not in ("error", "pool"):
+            raise UserError(f"visual_mismatch is {self.visual_mismatch!r}; choose error or pool.")
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """The weight of each term of the loss, by the term's name in the logs."""
+        return {"ce": 1.0, "divergence": self.alpha, "visual_kl": self.beta, "relation_distance": self.gamma}
+
+
+_ITEMS = {"ce": "token", "divergence": "token", "visual_kl": "visual_token", "relation_distance": "image"}
+"""Term of the loss -> kind of the items that it sums."""
+
+
+@dataclass(frozen=True)
+class VisualSupervised(Supervised):
+    """The student at the answer's positions, and at the visual tokens themselves (unshifted, as the authors do)."""
+
+    visual: Float[Tensor, "visual width"]
+    images: Int[Tensor, "image"]
+    """Visual tokens of each image."""
+
+
+@dataclass(frozen=True)
+class VisualSignal:
+    """What the teacher says about the answer, and its states at its own visual tokens."""
+
+    answer: DenseSignal
+    visual: DenseSignal
+    images: Int[Tensor, "image"]
+
+
+class LLaVAKDTrainer(BalancedTrainer):
+    """Minimises `cross-entropy + alpha KL(answer) + beta KL(visual tokens) + gamma (1 - cos of their relations)`.
+
+    The terms are means over tokens, visual tokens and images of the whole accumulated batch on all ranks. Rows without
+    images have the first two only.
+    """
+
+    method = "llava_kd"
+    config_class = LLaVAKDConfig
+    accepts = (DenseSignal,)
+    args: LLaVAKDConfig
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "LLaVA-KD: A Framework of Distilling Multimodal Large Language Models",
+        "id": "2410.16236",
+    }
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._teacher_metric: Tensor | None = None
+        super().__init__(*args, **kwargs)
+        if self.args.gamma and self.args.relation_on == "logits":
+            assert isinstance(self.teacher, LocalTeacher)
+            if full_head(self.model).softcap is not None or self.teacher.softcap is not None:
+                raise UserError(
+                    "The logits of the student or the teacher are softcapped (Gemma 2), so their products do not "
+                    "follow from the head alone. Set relation_on: hidden."
+                )
+
+    def count_items(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tokens, visual tokens that are compared, and images, each kind with its own mean."""
+        ours = View.of(inputs)
+        theirs = View.of(inputs[TEACHER_INPUTS]) if TEACHER_INPUTS in inputs else ours
+        common = self._common(ours.images[:, 1], theirs.learnt_from(ours.supervised.any(1)).images[:, 1])
+        device = ours.labels.device
+        return {
+            **super().count_items(inputs),
+            "visual_token": torch.tensor(sum(common), device=device),
+            "image": torch.tensor(len(common), device=device),
+        }
+
+    def ask_view(self, view: View) -> VisualSignal:
+        """One pass of the teacher, read at the answer and at its visual tokens."""
+        visual = view.visual[:, :-1]
+        signal = self.teacher.ask(view.inputs, looked_at := view.supervised | visual)
+        answer, seen = (DenseSignal(signal.hidden[mask[looked_at]], signal.head) for mask in (view.supervised, visual))
+        return VisualSignal(answer, seen, view.images[:, 1])
+
+    def read_student(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Supervised:
+        """The student at the same positions of its own sequence."""
+        one = super().read_student(hidden, head, view)
+        seen = hidden[:, :-1][view.visual[:, :-1]]
+        return VisualSupervised(one.hidden, one.head, one.labels, seen, view.images[:, 1])
+
+    def item_losses(self, student: Supervised, signal: VisualSignal) -> ItemLosses:
+        """The weighted terms of one micro-batch, each with its own kind of item."""
+        assert isinstance(student, VisualSupervised)
+        args = self.args
+        common = self._common(student.images, signal.images)
+        ours = pooled(student.visual, student.images.tolist(), common)
+        theirs = pooled(signal.visual.hidden, signal.images.tolist(), common)
+        visual = self._visual_kl(ours, student.head, DenseSignal(theirs, signal.visual.head))
+        relation = self._relation(ours, student.head, theirs, signal.visual.head, common)
+        if self.balances:
+            terms, reports = self.apart(student, signal.answer)
+            terms |= {"visual_kl": visual, "relation_distance": relation}
+            losses = ItemLosses(self.balanced(terms, _ITEMS, args.term_weights), reports)
+        else:
+            # CE + alpha KL as a mixture, which the fused loss computes in one pass.
+            losses = self.fused(student, signal.answer, ce_weight=1 / (1 + args.alpha))
+            losses.totals["token"] = (1 + args.alpha) * losses.totals["token"]
+            losses.totals |= {"visual_token": args.beta * visual, "image": args.gamma * relation}
+        losses.reports["visual_kl"] = (visual.detach(), sum(common))
+        losses.reports["relation_distance"] = (relation.detach(), len(common))
+        return losses
+
+    def _visual_kl(self, hidden: Tensor, head: LMHead, teacher: DenseSignal) -> Tensor:
+        if not self.args.beta:
+            return hidden.float().sum() * 0
+        labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+        args = self.args
+        settings = {"chunk_size": args.chunk_size, "precise": args.precise_logits, "repeatable": self.balances}
+        return fused_loss(hidden, head, labels, teacher, forward_kl, **settings).total
+
+    def _relation(
+        self, hidden: Tensor, head: LMHead, teacher: Tensor, teacher_head: LMHead, tokens: list[int]
+    ) -> Tensor:
+        args = self.args
+        if not args.gamma:
+            return hidden.float().sum() * 0
+        normalized = args.relation_normalized
+        if args.relation_on == "hidden":
+            target = relations(teacher, tokens, normalized=normalized)
+            return relation_loss(hidden, tokens, target, normalized=normalized, repeatable=self.balances)
+        if self._teacher_metric is None:
+            frozen = teacher_head.frozen()
+            self._teacher_metric = logit_metric(frozen.weight, frozen.bias, centered=normalized)
+        target = relations(teacher, tokens, self._teacher_metric, normalized=normalized)
+        weight, bias = head.weight[: head.vocab_size], None if head.bias is None else head.bias[: head.vocab_size]
+        own = {"weight": weight, "bias": bias, "normalized": normalized}
+        return relation_loss(hidden, tokens, target, repeatable=self.balances, **own)
+
+    def _common(self, student: Int[Tensor, "image"], teacher: Int[Tensor, "image"]) -> list[int]:
+        """Visual tokens to compare of each image. Raises UserError where the two sides differ and must not."""
+        ours, theirs = student.tolist(), teacher.tolist()
+        if ours != theirs and self.args.visual_mismatch == "error":
+            raise UserError(
+                f"Student and teacher cut images into different numbers of visual tokens ({ours[:4]} and "
+                f"{theirs[:4]}), which cannot be compared one by one. Set visual_mismatch: pool to average them to a "
+                "common grid, or beta: 0 and gamma: 0 with visual_mismatch: pool to compare answers only."
+            )
+        return [common_tokens(*pair) for pair in zip(ours, theirs, strict=True)]

@@ -1,0 +1,98 @@
+"""What the student said, as a teacher with another tokenizer and another chat template reads it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from mmkd.errors import UserError
+from mmkd.models.load import tokenizer_of
+from mmkd.preparation.pairs import QUESTION
+from mmkd.training.answers import Placed
+
+_ASKED = ("prompt", "messages", "tools", "chat_template_kwargs")
+
+
+def questions_of(dataset: Dataset, prompt_tokens: int | None) -> list[str]:
+    """The prompt of each row as JSON, with what its chat template takes; nothing for rows of plain text.
+
+    Raises UserError where `rollout_prompt_tokens` would cut a conversation.
+    """
+    names = [name for name in _ASKED if name in dataset.column_names]
+    if prompt_tokens is not None and names:
+        raise UserError(
+            f"rollout_prompt_tokens cuts rows of plain text, but these have {', '.join(names)}: the teacher's chat "
+            "template cannot render a part of a conversation. Remove it; with messages set assistant_only_loss: true."
+        )
+    rows: Any = dataset.select_columns(names) if names else [{}] * len(dataset)
+    return [json.dumps({name: row[name] for name in names}) for row in rows]
+
+
+def said(tokenizer: Any, ids: list[int], placed: Placed) -> tuple[str, str]:
+    """The text of a rollout, and that of its prompt and the rollout; `ids` are those of the whole row."""
+    start, rollout = placed
+    spoken = rollout.ids[:-1] if rollout.ended else rollout.ids
+    prompt, whole = (str(tokenizer.decode(part)) for part in (ids[:start], [*ids[:start], *spoken]))
+    # Alone, the rollout would lose the space before its first word where a tokenizer writes it into the word.
+    return whole[_shared(prompt, whole) :], str(tokenizer.decode([*ids[:start], *spoken], skip_special_tokens=True))
+
+
+def as_teacher_reads(example: Mapping[str, Any], text: str, whole: str, ended: bool, reader: Any) -> dict[str, Any]:
+    """A row of paired data with this text as the answer, in the tokens of the teacher whose rows `reader` prepares.
+
+    Rows with images are made tokens by the reader's collator, so that they get the text alone.
+    """
+    if QUESTION not in example:
+        return _answered(example, text)
+    question = json.loads(example[QUESTION])
+    tokenizer: Any = tokenizer_of(reader.processing_class)
+    conversation = question.get("messages", question.get("prompt"))
+    end = tokenizer.eos_token if ended else ""
+    if conversation is None:
+        ids, start = tokenizer(whole + end)["input_ids"], 0
+    elif isinstance(conversation, str):
+        before, ids = tokenizer(conversation)["input_ids"], tokenizer(conversation + text + end)["input_ids"]
+        start = _shared(before, ids)
+    else:
+        asked = _without_answer(conversation)
+        template = {
+            "chat_template": reader.chat_template or reader.processing_class.chat_template,
+            "tools": json.loads(tools) if isinstance(tools := question.get("tools"), str) else tools,
+            "tokenize": True,
+            "return_dict": True,
+            **(question.get("chat_template_kwargs") or {}),
+        }
+        before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **template)["input_ids"]
+        ids = tokenizer.apply_chat_template([*asked, _turn(text, asked)], **template)["input_ids"]
+        start = _shared(before, ids)
+    ids = ids[: reader.args.max_length]
+    labels = [-100] * min(start, len(ids)) + ids[start:]
+    return {**example, "teacher_input_ids": ids, "teacher_labels": labels}
+
+
+def _answered(example: Mapping[str, Any], text: str) -> dict[str, Any]:
+    if "messages" in example:
+        asked = _without_answer(example["messages"])
+        return {**example, "messages": [*asked, _turn(text, asked)]}
+    prompt = example["prompt"]
+    return {**example, "completion": text if isinstance(prompt, str) else [_turn(text, prompt)]}
+
+
+def _without_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages before the assistant's last turn."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return list(messages[:end])
+
+
+def _turn(text: str, others: list[dict[str, Any]]) -> dict[str, Any]:
+    in_parts = any(isinstance(message.get("content"), list) for message in others)
+    return {"role": "assistant", "content": [{"type": "text", "text": text}] if in_parts else text}
+
+
+def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How long the two are the same from their start on."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))

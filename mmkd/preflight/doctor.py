@@ -1,0 +1,183 @@
+"""The checks of a recipe one after the other, and what they found as a table."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import datasets
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mmkd.methods.comd import round_checks as rounds
+from mmkd.methods.dho.class_checks import examine_classes
+from mmkd.recipe.run import Run, check_surroundings
+from mmkd.recipe.run_teacher import reads_teacher
+
+from . import costs
+from . import row_checks as rows
+from . import teacher_checks as teachers
+from . import token_checks as tokens
+from .book import Book
+from .chunk_checks import alignment
+from .facts import Finding, Rendered, Sample, Side, load_student, load_teacher, render, take_sample
+from .stage_checks import each_run
+
+STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+
+
+def doctor(recipe: str, flags: Sequence[str], console: Console) -> int:
+    """Examines a recipe and prints what was found; returns 0 when its run would be sound, 1 when it would not.
+
+    Loads configs, tokenizers and a sample of rows, and no weights. Raises UserError for a recipe that cannot be read.
+    """
+    findings: list[Finding] = []
+    for one in each_run(recipe, flags):
+        with _quiet():
+            found = examine(one.run, sharded=one.config not in (None, "single_gpu", "ddp"))
+        found = [
+            replace(finding, found=one.place(finding.found), advice=one.place(finding.advice)) for finding in found
+        ]
+        console.print(_table(one.title, found))
+        findings += found
+    problems, warnings = (sum(one.severity == severity for one in findings) for severity in ("problem", "warning"))
+    verdict = Text("Not sound: " if problems else "Sound: ", style=STYLES["problem" if problems else "ok"])
+    console.print(verdict + Text(f"{_count(problems, 'problem')}, {_count(warnings, 'warning')}."))
+    return 1 if problems else 0
+
+
+def examine(run: Run, sharded: bool = False) -> list[Finding]:
+    """What all checks found; a check that cannot be made is a problem, and the others go on without it.
+
+    `sharded` says that the run spreads its weights over several devices.
+    """
+    book, alone = Book(), run.by_teacher()
+    book.attempt("settings", check_surroundings, run)
+    if run.arguments.method == "dho":
+        return [*book.findings, *examine_classes(run)]
+    student = book.attempt("student", load_student, run)
+    sample = book.attempt("data", take_sample, run)
+    ours = None
+    if student is not None and sample is not None:
+        ours = book.attempt("data", render, run, student, sample)
+    trained = student if student is None or ours is None else student.prepared_as(ours, run)
+    if sample is not None and run.arguments.teacher_column is not None:
+        book.check("routes", rows.routes, sample, run)
+    if run.arguments.method == "comd":
+        book.check("roles", rounds.roles, run)
+        if sample is not None:
+            book.check("budget", rounds.budget, sample, run)
+    sides: dict[str, Side] = {}
+    for name, one in alone.items():
+        book.teacher = name
+        teacher = None if one.arguments.teacher is None else book.attempt("teacher", load_teacher, one)
+        theirs = None
+        if teacher is not None:
+            sides[name] = teacher
+            if trained is not None:
+                theirs = _against_teacher(book, one, trained, teacher, sample, ours)
+        if student is not None:
+            book.check("special tokens", tokens.special_tokens, student, teacher, ours, one)
+        if student is not None and sample is not None and ours is not None and sample.has_images:
+            book.check("images", rows.images, ours, theirs, sample, one)
+    book.teacher = ""
+    if student is not None and sample is not None and ours is not None and ours.usable:
+        book.check("rendering", tokens.rendering, ours)
+        book.check("end of answer", tokens.end_of_sequence, student, ours, sample, run)
+        book.check("length", rows.lengths, ours, run, [student, *sides.values()])
+        _costs(book, run, student, sides, sample, ours, sharded)
+    if student is not None and trained is not None:
+        for book.teacher, one in alone.items():
+            _away(book, one, student, trained.rows, sides.get(book.teacher), sample)
+    return book.findings
+
+
+def _against_teacher(
+    book: Book, run: Run, student: Side, teacher: Side, sample: Sample | None, ours: Rendered | None
+) -> Rendered | None:
+    """Compares vocabularies and templates; returns the sample as the teacher renders it."""
+    if tokens.compares_tokens(run):
+        book.check("vocabulary", tokens.vocabulary, student, teacher, ours)
+    if sample is None or ours is None:
+        return None
+    if sample.has_images and not teacher.is_vision:
+        text = f"The rows have images, and the teacher {teacher.name} reads text only."
+        book.findings.append(Finding("problem", "images", text, "Use a vision-language teacher."))
+        return None
+    missing = tokens.without_template(sample, teacher)
+    if missing is not None:
+        book.findings.append(missing)
+        return None
+    theirs = book.attempt("chat template", render, run, teacher, sample)
+    if theirs is not None and not tokens.compares_tokens(run):
+        book.check("alignment", alignment, ours, theirs)
+    elif theirs is not None and tokens.is_related(student, teacher):
+        book.check("chat template", tokens.chat_template, ours, theirs, teacher.name)
+    return theirs
+
+
+def _costs(
+    book: Book, run: Run, student: Side, sides: dict[str, Side], sample: Sample, ours: Rendered, sharded: bool
+) -> None:
+    alone = run.by_teacher()
+    loaded = [(alone[name], side) for name, side in sides.items() if reads_teacher(alone[name].arguments)]
+    model = book.attempt("student", costs.empty_student, run, student)
+    if model is not None:
+        book.check("memory", costs.memory, run, model, loaded, ours, sharded)
+    for book.teacher, one in alone.items():
+        if one.arguments.teacher_cache is not None and costs.takes_room(one.arguments.teacher_cache):
+            book.check("disk", costs.cache_room, one, sample, ours)
+
+
+def _away(book: Book, run: Run, student: Side, known: int, teacher: Side | None, sample: Sample | None) -> None:
+    """Looks at a teacher that answers from a server or a cache."""
+    arguments = run.arguments
+    there = arguments.teacher_cache is not None and not costs.is_to_be_built(arguments.teacher_cache)
+    if run.cache.job == "generate" or (arguments.teacher is not None and not there):
+        if arguments.teacher_cache is not None:
+            book.check("cache", teachers.cache_to_build, run)
+    elif arguments.teacher_cache is not None:
+        _cache(book, run, student, known, sample)
+        # What a finished cache says needs no server.
+        return
+    if arguments.teacher_server is not None:
+        book.check("server", teachers.server, run, student, teacher, sample)
+
+
+def _cache(book: Book, run: Run, student: Side, known: int, sample: Sample | None) -> None:
+    teacher = book.attempt("cache", teachers.open_cache, run)
+    if teacher is not None:
+        book.check("cache", teachers.cache, run, known, teacher)
+        book.check("cache", teachers.origin, run, teacher.cache)
+        if sample is not None:
+            book.check("cache", teachers.preparation, run, student, sample, teacher)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of a few hundred rows between the findings."""
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def _table(recipe: str, findings: list[Finding]) -> Table:
+    table = Table(title=f"mmkd doctor {recipe}", title_justify="left", box=box.SIMPLE, show_header=False)
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for one in findings:
+        found = Text(one.found)
+        if one.advice:
+            found.append(f"\n{one.advice}", style="italic")
+        table.add_row(Text(one.severity, style=STYLES[one.severity]), one.name, found)
+    return table
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"

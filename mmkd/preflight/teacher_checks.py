@@ -1,0 +1,126 @@
+"""Checks of `mmkd doctor` on a teacher that is not loaded here: a server, or a cache."""
+
+import copy
+
+from datasets import DatasetDict
+
+from mmkd.cache.hub import local_cache
+from mmkd.cache.store import Cache
+from mmkd.capture.plan import check_place, check_settings
+from mmkd.capture.sequences import TokenSequence, prepare, usable
+from mmkd.errors import UserError
+from mmkd.recipe.run import Run, check_cache, own_rows_of
+from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.server import ServerTeacher
+from mmkd.teachers.vllm_client import VLLMClient
+from mmkd.training.method import METHODS
+
+from .facts import Finding, Sample, Side
+
+# Seconds: a server that answers two tokens later than this is no teacher to train with.
+PATIENCE = 30
+
+
+def server(run: Run, student: Side, teacher: Side | None, sample: Sample | None) -> list[Finding]:
+    """Whether the servers answer, with the model, room, log-probs and tokens that are needed."""
+    arguments, urls = run.arguments, run.arguments.teacher_server
+    assert urls is not None
+    live = arguments.teacher_cache is None
+    findings: list[Finding] = []
+    if live and sample is not None and sample.has_images:
+        findings.append(
+            Finding(
+                "problem",
+                "server",
+                "A server cannot be asked about images while the student trains.",
+                "Set teacher_cache, and build the cache first (mmkd cache build).",
+            )
+        )
+    k = arguments.teacher_top_k if live or run.cache.cache_signal == "top_k" else 1
+    if live:
+        _check_method(run, ServerTeacher(urls, k=k, model=arguments.teacher_server_model))
+    tokenizer = student.tokenizer if teacher is None else teacher.tokenizer
+    with VLLMClient(urls, arguments.teacher_server_model, timeout=PATIENCE) as client:
+        facts = client.check(arguments.teacher, k, run.training.max_length, tokenizer)
+    found = (
+        f"{', '.join(facts.urls)}: vLLM {facts.vllm_version} serves {facts.model!r} with room for "
+        f"{facts.max_model_len:,} tokens, gives the top {k} and tokenises alike."
+    )
+    return [*findings, Finding("ok", "server", found)]
+
+
+def _check_method(run: Run, teacher: ServerTeacher) -> None:
+    with teacher.client:
+        METHODS[run.arguments.method].check_teacher(teacher, run.training)
+
+
+def cache_to_build(run: Run) -> list[Finding]:
+    """Says that a cache is yet to be built. Raises UserError for settings with which it could not be."""
+    check_place(run)
+    check_settings(run)
+    return [
+        Finding(
+            "warning",
+            "cache",
+            f"There is no {run.arguments.teacher_cache} yet; it must be built before anything trains from it.",
+            "Run `mmkd cache build` with this recipe.",
+        )
+    ]
+
+
+def open_cache(run: Run) -> CachedTeacher:
+    """The recipe's cache, complete. Raises UserError when it is not, or lacks what the recipe asks of it."""
+    assert run.arguments.teacher_cache is not None
+    return CachedTeacher(local_cache(run.arguments.teacher_cache), run.arguments.teacher_tail)
+
+
+def cache(run: Run, known: int, teacher: CachedTeacher) -> list[Finding]:
+    """Whether the method can learn from what a cache holds; `known` is the number of the student's tokens."""
+    METHODS[run.arguments.method].check_teacher(teacher, run.training)
+    if teacher.vocab_size > known:
+        raise UserError(
+            f"The cache {teacher.cache.folder} speaks of {teacher.vocab_size} tokens, the student has {known}. Build "
+            "it again with this student."
+        )
+    facts = f"{len(teacher.cache):,} sequences, {int(teacher.cache.tokens.sum()):,} tokens"
+    return [Finding("ok", "cache", f"{teacher.cache.folder} is complete: {facts}.")]
+
+
+def origin(run: Run, found: Cache) -> list[Finding]:
+    """Whether a cache is of the recipe's teacher and data. Raises UserError when it is of others."""
+    check_cache(run, found)
+    name = found.manifest.identity["teacher"]["name"]
+    return [Finding("ok", "cache", f"It is of the recipe's data, by the teacher {name}.")]
+
+
+def preparation(run: Run, student: Side, sample: Sample, teacher: CachedTeacher) -> list[Finding]:
+    """Whether a cache has the sample's sequences. Raises UserError when it was built with other settings."""
+    rows = own_rows_of(run, sample.rows)
+    rows = DatasetDict({split: some for split, some in rows.items() if len(some)})
+    if "train" not in rows:
+        return [Finding("ok", "cache", "None of the sample's rows are of this teacher, so none were looked up.")]
+    prepared = prepare(rows, run.training, copy.deepcopy(student.processing_class))
+    teacher.check(prepared.preparation)
+    if run.training.packing and run.training.packing_strategy == "wrapped":
+        text = "Where wrapped sequences begin depends on all rows, so the sample's were not looked up."
+        return [Finding("ok", "cache", text)]
+    keys = [
+        (split, row, one.key)
+        for split, sequences in prepared.splits.items()
+        for row, one in usable(sequences, range(len(sequences)))
+        if isinstance(one, TokenSequence)
+    ]
+    found = teacher.cache
+    missing = [(split, row) for split, row, key in keys if found.find(key) is None and key not in found.skipped_keys]
+    if not missing:
+        return [Finding("ok", "cache", f"It knows the {len(keys)} sequences of the sample.")]
+    split, row = missing[0]
+    return [
+        Finding(
+            "problem",
+            "cache",
+            f"It does not know {len(missing)} of the {len(keys)} sequences of the sample, the first of them number "
+            f"{row} of {split}: the rows are others than when it was built.",
+            "Build it again with this recipe in another folder, or train on the data it was built on.",
+        )
+    ]

@@ -1,0 +1,315 @@
+"""Rows that student and teacher read in tokens of their own: prepared for each, laid side by side, aligned."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from jaxtyping import Bool, Int
+from torch import Tensor
+from trl.data_utils import pack_dataset
+from trl.trainer.sft_config import SFTConfig
+
+from mmkd.alignment.pieces import TokenPieces, Tokens
+from mmkd.alignment.spans import Aligner, Chunks, RowCounts
+from mmkd.cache.sequence_keys import image_hash
+from mmkd.models.load import tokenizer_of
+from mmkd.teachers.cached import BATCH_KEY, CachedTeacher, images_of, spans_of_row
+from mmkd.teachers.signals import ChunkAlignment
+
+SUPERVISED = "supervised"
+"""Where `AlignedCollator` says which of the teacher's positions predict a supervised token."""
+
+QUESTION = "question"
+"""Column with a row's prompt as JSON, where the student may answer it anew."""
+
+_ROW = "mmkd_row"
+_COUNTED = 1000
+
+
+def numbered(dataset: Dataset) -> Dataset:
+    """The rows with their numbers, by which those that survive two preparations are paired."""
+    return dataset.add_column(_ROW, list(range(len(dataset))))  # pyright: ignore[reportCallIssue]
+
+
+def paired(student: Dataset, teacher: Dataset, questions: Sequence[str] | None = None) -> Dataset:
+    """The numbered rows that both sides can use, the teacher's columns beside the student's, and their `QUESTION`s."""
+    ours, theirs = (np.asarray(side.with_format("numpy")[_ROW][:]) for side in (student, teacher))
+    kept, keep_ours, keep_theirs = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
+    student = student.select(keep_ours).select_columns(["input_ids", "labels"])
+    teacher = teacher.select(keep_theirs).select_columns(["input_ids", "labels"])
+    teacher = teacher.rename_columns({"input_ids": "teacher_input_ids", "labels": "teacher_labels"})
+    both = concatenate_datasets([student, teacher], axis=1)
+    if questions is None:
+        return both
+    return both.add_column(QUESTION, [questions[row] for row in kept])  # pyright: ignore[reportCallIssue]
+
+
+def packed(rows: Dataset, args: SFTConfig) -> Dataset:
+    """Paired rows packed to `max_length` of the student's tokens; the teacher's follow in the same order."""
+    student = rows.select_columns(["input_ids", "labels"])
+    student = student.map(lambda row, number: {_ROW: [number] * len(row["input_ids"])}, with_indices=True)
+    assert args.max_length is not None, "trl refuses packing without max_length before"
+    bins: Any = pack_dataset(student, args.max_length, args.packing_strategy)
+    teacher = rows.select_columns(["teacher_input_ids", "teacher_labels"]).with_format("numpy")
+
+    def with_teacher(row: dict[str, Any]) -> dict[str, Any]:
+        starts = np.cumsum([0, *row["seq_lengths"][:-1]])
+        members: list[Any] = [teacher[row[_ROW][start]] for start in starts.tolist()]
+        joined = {
+            name: np.concatenate([one[name] for one in members]) for name in ("teacher_input_ids", "teacher_labels")
+        }
+        return {**joined, "teacher_seq_lengths": [len(one["teacher_input_ids"]) for one in members]}
+
+    return bins.map(with_teacher, remove_columns=[_ROW], desc="Packing the teacher's side")
+
+
+class Read(NamedTuple):
+    """Sequences as one side reads them, end to end."""
+
+    ids: Int[np.ndarray, "token"]
+    supervised: Bool[np.ndarray, "token"]
+    lengths: Int[np.ndarray, "sequence"]
+
+    def first(self, sequences: int) -> "Read":
+        """The first of the sequences."""
+        tokens = int(self.lengths[:sequences].sum())
+        return Read(self.ids[:tokens], self.supervised[:tokens], self.lengths[:sequences])
+
+    def answers(self) -> Int[np.ndarray, "sequence"]:
+        """How many times something supervised follows what is not, the unpredictable first token left aside."""
+        return np.add.reduceat(self._begins(), self._starts()) if len(self.ids) else np.zeros(len(self.lengths), int)
+
+    def cut_at_answers(self, which: Bool[np.ndarray, "sequence"]) -> "Read":
+        """Some of the sequences cut into what precedes the first answer and, from its start on, each answer."""
+        begins = self._begins() & np.repeat(which, self.lengths)
+        begins[self._starts()] = True
+        return self._replace(lengths=np.diff(np.append(np.flatnonzero(begins), len(begins))))
+
+    def _starts(self) -> Int[np.ndarray, "sequence"]:
+        return np.cumsum(self.lengths) - self.lengths
+
+    def _begins(self) -> Bool[np.ndarray, "token"]:
+        begins = self.supervised.copy()
+        begins[1:] &= ~self.supervised[:-1]
+        starts = self._starts()
+        begins[starts] = False
+        begins[starts[self.lengths > 1] + 1] = False
+        return begins
+
+    def cover(self, pieces: TokenPieces) -> Tokens:
+        """The tokens with the bytes that they stand for."""
+        return pieces.cover(self.ids, self.lengths)
+
+
+def read(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> Read:
+    """Pairs of (ids, labels) as one; nothing predicts the first token of a sequence."""
+    ids, labels = ([np.asarray(pair[side]) for pair in sequences] for side in (0, 1))
+    lengths = np.array([len(one) for one in ids], dtype=np.int64)
+    supervised = np.concatenate([*labels, np.zeros(0, np.int64)]) != -100
+    supervised[np.cumsum(lengths) - lengths] = False
+    return Read(np.concatenate([*ids, np.zeros(0, np.int64)]).astype(np.int64), supervised, lengths)
+
+
+def read_batch(batch: Mapping[str, Any]) -> Read:
+    """The sequences of a collated batch."""
+    ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
+    spans = [(row, span) for row in range(len(ids)) for span in spans_of_row(batch, row)]
+    return read([(ids[row, span], labels[row, span]) for row, span in spans])
+
+
+class BatchAligner:
+    """Finds the chunks of a batch, joined up to white space where only such chunks should count (`to_space`)."""
+
+    def __init__(self, aligner: Aligner, to_space: bool = False):
+        self.aligner, self.to_space = aligner, to_space
+
+    @classmethod
+    def of(cls, student: Any, teacher: Any, to_space: bool = False) -> Self:
+        """The aligner of two tokenizers or processors."""
+        return cls(Aligner.of(_with_template(teacher), _with_template(student)), to_space)
+
+    def chunks(self, student: Read, teacher: Read) -> Chunks:
+        """The chunks of the same sequences as both sides read them.
+
+        Where prompts differ (a template written in plain text, say), what is supervised is aligned by itself.
+        """
+        found = self._aligned(student, teacher)
+        ours, theirs = student.answers(), teacher.answers()
+        apart = (found.counts.differing > 0) & (ours == theirs)
+        if not apart.any():
+            return found
+        cut = [side.cut_at_answers(apart) for side in (student, teacher)]
+        found = self._aligned(*cut)
+        parts = np.where(apart, ours + 1, 1)
+        begins = np.cumsum(parts) - parts
+        counts = [np.add.reduceat(getattr(found.counts, part.name), begins) for part in fields(RowCounts)]
+        return replace(found, row=np.repeat(np.arange(len(parts)), parts)[found.row], counts=RowCounts(*counts))
+
+    def _aligned(self, student: Read, teacher: Read) -> Chunks:
+        aligner = self.aligner
+        sides = teacher.cover(aligner.teacher), student.cover(aligner.student)
+        return aligner.align(*sides, teacher.supervised, student.supervised)
+
+    def __call__(self, student: Read, teacher: Read) -> ChunkAlignment:
+        """The chunks by the supervised tokens that they are made of."""
+        found = self.chunks(student, teacher)
+        row, marker = found.row, found.marker
+        ends = np.ones(len(found), dtype=bool)
+        if self.to_space:
+            ends = found.at_boundary.copy()
+            ends[:-1] |= row[1:] != row[:-1]
+            ends[-1:] = True
+        # The chunk that each one becomes part of; one more for tokens in none.
+        joined = np.append(np.cumsum(ends) - ends, -1)
+        afters = [
+            _next_supervised(spans[:, 1][ends], side)
+            for spans, side in ((found.student, student), (found.teacher, teacher))
+        ]
+        known = (afters[0] >= 0) & (afters[1] >= 0) & ~marker[ends]
+        fields = (
+            joined[found.chunk_of_student_token[student.supervised]],
+            joined[found.chunk_of_teacher_token[teacher.supervised]],
+            *(np.where(known, after, -1) for after in afters),
+            row[ends],
+        )
+        return ChunkAlignment(*(torch.from_numpy(field.astype(np.int64)) for field in fields))
+
+
+def _with_template(processing_class: Any) -> Any:
+    """The tokenizer; that of a processor with the processor's chat template."""
+    tokenizer: Any = tokenizer_of(processing_class)
+    if tokenizer is not processing_class:
+        tokenizer = copy(tokenizer)
+        tokenizer.chat_template = processing_class.chat_template
+    return tokenizer
+
+
+def _next_supervised(stops: Int[np.ndarray, "chunk"], side: Read) -> Int[np.ndarray, "chunk"]:
+    """The place among the supervised of the token at each stop, -1 if it is of another sequence or not supervised."""
+    begins = np.zeros(len(side.ids) + 1, dtype=bool)
+    begins[np.cumsum(side.lengths)] = True
+    supervised = np.append(side.supervised, False)
+    place = np.cumsum(supervised) - 1
+    return np.where(supervised[stops] & ~begins[stops], place[stops], -1)
+
+
+def teacher_sequences(rows: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The (ids, supervised) of every sequence as the teacher reads it; packed rows are taken apart."""
+    for row in rows.with_format("numpy"):
+        for part in _teacher_parts(row):  # pyright: ignore[reportArgumentType]
+            side = read([(part["input_ids"], part["labels"])])
+            yield side.ids, side.supervised
+
+
+def counts_of(rows: Dataset, align: BatchAligner) -> RowCounts:
+    """What becomes of each row of paired data."""
+    found: list[RowCounts] = []
+    columns = ["input_ids", "labels", "teacher_input_ids", "teacher_labels"]
+    for batch in rows.select_columns(columns).with_format("numpy").iter(_COUNTED):
+        lists: Any = batch
+        student, teacher = (
+            read(list(zip(lists[f"{side}input_ids"], lists[f"{side}labels"], strict=True)))
+            for side in ("", "teacher_")
+        )
+        found.append(align.chunks(student, teacher).counts)
+    return RowCounts(*(np.concatenate([getattr(one, part.name) for one in found]) for part in fields(RowCounts)))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How much of some rows both sides agree on; as text, a sentence about it."""
+
+    chunks: int
+    share: float
+    """Of the student's supervised tokens, those in a chunk."""
+    rows: int
+    empty: int
+    """Rows in which nothing aligns."""
+    differing: int
+    """Texts between markers that are not the same on both sides."""
+
+    @classmethod
+    def of(cls, counts: RowCounts) -> Self:
+        aligned, rest = int(counts.student_aligned.sum()), int(counts.student_unaligned.sum())
+        empty, differing = int((counts.chunks == 0).sum()), int(counts.differing.sum())
+        return cls(int(counts.chunks.sum()), aligned / max(1, aligned + rest), len(counts.chunks), empty, differing)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.chunks:,} chunks hold {self.share:.1%} of the student's supervised tokens. Rows in which nothing "
+            f"aligns: {self.empty} of {self.rows}; texts that differ between the sides: {self.differing}."
+        )
+
+
+class AlignedCollator:
+    """A data collator that adds the same text in the teacher's tokens, and which tokens make up the same chunks.
+
+    Args:
+        collator, teacher_collator: make the batch of either side.
+        align: finds the chunks.
+        cached: the teacher's log-probs on disk, which take the place of its inputs.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list[dict[str, Any]]], Any],
+        teacher_collator: Callable[[list[dict[str, Any]]], Any],
+        align: BatchAligner,
+        cached: CachedTeacher | None = None,
+    ):
+        self.collator, self.teacher_collator, self.align, self.cached = collator, teacher_collator, align, cached
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        # Before the collators, which may replace the images of their examples.
+        images = [[image_hash(image) for image in images_of(example)] for example in examples]
+        theirs = self.read_by_teacher(examples)
+        return self.aligned(self.collator(examples), theirs, images)
+
+    def read_by_teacher(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The teacher's batch of the rows."""
+        return dict(self.teacher_collator([part for example in examples for part in _teacher_parts(example)]))
+
+    def aligned(self, batch: Any, theirs: dict[str, Any], images: list[list[str]]) -> Any:
+        """The student's batch, with the teacher's of the same rows and how they align."""
+        teacher = read_batch(theirs)
+        # Padding of a batch without rows looks like sequences of one token.
+        student = read_batch(batch).first(len(teacher.lengths))
+        if self.cached is None:
+            theirs[SUPERVISED] = theirs.pop("labels")[:, 1:] != -100
+        else:
+            theirs, teacher = self._looked_up(teacher, images)
+        alignment = self.align(student, teacher)
+        batch[BATCH_KEY] = {**theirs, **{part.name: getattr(alignment, part.name) for part in fields(ChunkAlignment)}}
+        return batch
+
+    def _looked_up(self, teacher: Read, images: list[list[str]]) -> tuple[dict[str, Tensor], Read]:
+        """The cached answers, and the sequences without those that the teacher could not read."""
+        assert self.cached is not None
+        supervised, scores = teacher.supervised.copy(), []
+        ends = np.cumsum(teacher.lengths).tolist()
+        for number, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
+            if supervised[start:stop].any():
+                found = self.cached.look_up(
+                    teacher.ids[start:stop], supervised[start:stop], images[number] if len(images) == len(ends) else ()
+                )
+                if found is None:
+                    supervised[start:stop] = False
+                else:
+                    scores.append(found)
+        return self.cached.tensors(scores), teacher._replace(supervised=supervised)
+
+
+def _teacher_parts(example: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the teacher's collator takes for one row: its sequences, or the row itself where it has images."""
+    if "teacher_input_ids" not in example:
+        return [dict(example)]
+    ids, labels = example["teacher_input_ids"], example["teacher_labels"]
+    ends = np.cumsum(example.get("teacher_seq_lengths", [len(ids)])).tolist()
+    return [
+        {"input_ids": ids[start:stop], "labels": labels[start:stop]}
+        for start, stop in zip([0, *ends], ends, strict=False)
+    ]

@@ -1,0 +1,146 @@
+"""Where a student comes from: the models and data behind a run, as they are known outside of this machine."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+from .licences import Source
+from .runs import RECORD, parts_of, read_json, record_of, stages_of, tokens_of, with_parts
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training on this machine that led to a student."""
+
+    record: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def tokens(self) -> int:
+        """Supervised tokens it saw, in all of its rounds."""
+        return tokens_of(parts_of(self.folder)) or 0
+
+
+def trainings_of(record: Mapping[str, Any], place: Path) -> list[Training]:
+    """All trainings on this machine that led to a student, such as its stages, the first one first.
+
+    `record` is that of the last one, `place` the folder of its weights.
+    """
+    earlier = _start_of(record["keys"], place.parent if place.name.startswith("checkpoint-") else place)
+    before = None if earlier is None else training_in(earlier)
+    return [*(trainings_of(before.record, before.folder) if before else []), Training(record, place)]
+
+
+def training_in(folder: Path) -> Training | None:
+    """The training whose student lies in a folder: of a run, its last stage, or a checkpoint; None without one."""
+    for place in (folder, *reversed(stages_of(folder))):
+        # A checkpoint's record is that of its run.
+        of = place.parent if place.name.startswith("checkpoint-") else place
+        if record := read_json(of / RECORD):
+            return Training(record, place)
+    record = record_of(folder)
+    return Training(record, folder) if record else None
+
+
+def _start_of(keys: Mapping[str, Any], folder: Path) -> Path | None:
+    """The folder that the training in a folder took its student from; None for a Hub id or random weights."""
+    start = keys.get("student") or keys.get("teacher")
+    if keys.get("student_init") == "random" or not start:
+        return None
+    before = Path(str(start))
+    # Stages lie side by side, wherever their run has been moved since and from wherever it is looked at.
+    beside = folder.parent / before.name
+    if _is_stage(folder) and _is_stage(before) and beside.is_dir():
+        return beside
+    return before if before.is_dir() else None
+
+
+def _is_stage(folder: Path) -> bool:
+    return re.fullmatch(r"\d+-\w+", folder.name) is not None
+
+
+def bases_of(first: Mapping[str, Any]) -> list[str]:
+    """The models whose weights a student began with, by the keys of the first recipe that trained it."""
+    made = first.get("student_init", "pretrained")
+    if made == "random":
+        return []
+    named = [first.get("student") or first.get("teacher")]
+    if made == "llava":
+        named.append(first.get("student_vision_tower"))
+    return list(dict.fromkeys(str(name) for name in named if name))
+
+
+def teachers_of(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those who taught it; the teacher of an SFT baseline is there to be compared with, and teaches nothing."""
+    taught = [one["keys"] for one in trainings if one["keys"]["method"] != "sft"]
+    asked = [one for keys in taught for one in (keys, *(keys.get("teachers") or {}).values())]
+    return list(dict.fromkeys(str(one["teacher"]) for one in asked if one.get("teacher")))
+
+
+def source_of(name: str, published: str | None = None) -> Source:
+    """A model by its Hub id, or the name of its folder, with the licence that its card states.
+
+    `published` is the Hub id of what lies in a folder here.
+    """
+    license = _stated_here(Path(name)) if Path(name).is_dir() else None
+    known = published or (name if not Path(name).is_dir() else None)
+    if known is not None and license is None:
+        license = _stated_there(known)
+    return Source(known or _name_of(Path(name).resolve()), license)
+
+
+def _name_of(folder: Path) -> str:
+    """A folder's name; a stage goes by the name of its run."""
+    return folder.parent.name if _is_stage(folder) else folder.name
+
+
+def data_sources(trainings: Sequence[Mapping[str, Any]]) -> list[Source]:
+    """The data recipes of all trainings with their licences, mixtures before their parts."""
+    facts = [one for training in trainings for one in with_parts(training["data"])]
+    return list(dict.fromkeys(Source(one["name"], one["license"]) for one in facts))
+
+
+def data_ids(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The data sets on the Hub that a student was trained on."""
+    sources = [one["source"] or "" for training in trainings for one in with_parts(training["data"])]
+    return [source for source in dict.fromkeys(sources) if source.count("/") == 1 and not Path(source).exists()]
+
+
+def portable(keys: Mapping[str, Any], published: Mapping[str, str]) -> dict[str, Any]:
+    """The recipe without this machine's paths: a folder goes by its Hub id where that is known, else by its name."""
+    return {key: _portable(value, published) for key, value in keys.items()}
+
+
+def _portable(value: Any, published: Mapping[str, str]) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_portable(one, published) for one in value]
+    if isinstance(value, str) and value in published:
+        return published[value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        return f"./{Path(value).name}"
+    return value
+
+
+def _stated_here(folder: Path) -> str | None:
+    card = folder / "README.md"
+    return _license(ModelCard.load(card, ignore_metadata_errors=True).data) if card.is_file() else None
+
+
+def _stated_there(repo_id: str) -> str | None:
+    """What the Hub says, None without a network or the right to read it: the licence is then looked up by hand."""
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return _license(HfApi().model_info(repo_id, timeout=20).card_data)
+    except (HfHubHTTPError, HTTPError, OSError):
+        return None
+
+
+def _license(data: Any) -> str | None:
+    stated = getattr(data, "license", None)
+    return (getattr(data, "license_name", None) or stated) if stated == "other" else stated

@@ -1,0 +1,216 @@
+"""The card of a distilled student: what it is made of, what it reached, and what its licences ask for."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from mmkd import __version__
+from mmkd.cache.cache_card import hub_license
+from mmkd.results.scores import is_partial, items_of
+from mmkd.results.tables import markdown
+
+from .licences import Source
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Student:
+    """What the card of a student says."""
+
+    repo_id: str
+    methods: Sequence[str]
+    """Of all trainings that led to it."""
+    pipeline_tag: str
+    adapter: bool
+    parameters: int
+    base: Sequence[Source]
+    teachers: Sequence[Source]
+    data: Sequence[Source]
+    datasets: Sequence[str]
+    """Hub ids of the data."""
+    license: str | None
+    recipe: Mapping[str, Any]
+    scores: Sequence[Mapping[str, Any]]
+    """Of benchmarks, as `mmkd eval` keeps them."""
+    held_out: Mapping[str, float]
+    """Metric -> value, of the held-out rows of the last training's data."""
+    held_out_data: str
+    """The name of that data's recipe."""
+    held_out_id: str | None
+    """Its Hub id, where it has one."""
+    comparison: Mapping[str, Any] | None
+    machine: Mapping[str, Any]
+    tokens: Sequence[int]
+    """Supervised tokens of each training that led to it, the last one last; 0 where none are counted."""
+    earlier: Sequence[Mapping[str, Any]] = ()
+    """Recipes of the trainings before."""
+    warnings: Sequence[str] = ()
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name may stand in a card's `base_model` or `datasets`."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def model_card(student: Student) -> ModelCard:
+    """The card (Markdown with a YAML header). Its `model-index` and `base_model` are those of the student."""
+    base = [source.name for source in student.base if is_hub_id(source.name)]
+    results = eval_results(student)
+    header = ModelCardData(
+        **hub_license(student.license),
+        library_name="peft" if student.adapter else "transformers",
+        pipeline_tag=student.pipeline_tag,
+        base_model=base[0] if len(base) == 1 else base or None,
+        base_model_relation="adapter" if student.adapter else "finetune" if base else None,
+        datasets=list(student.datasets) or None,
+        tags=["mmkd", "distillation", *student.methods],
+        model_name=student.repo_id.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+    )
+    card = ModelCard.from_template(
+        header,
+        template_str=files("mmkd.publish").joinpath("model_card.md").read_text(encoding="utf-8"),
+        title=student.repo_id.rpartition("/")[2],
+        summary=_summary(student),
+        usage=_usage(student),
+        lineage=_lineage(student),
+        results=_results(student),
+        recipe=yaml.safe_dump(dict(student.recipe), sort_keys=False, allow_unicode=True),
+        training=_training(student),
+        licences=_licences(student),
+        warnings=student.warnings,
+        limitations=_limitations(student),
+    )
+    assert isinstance(card, ModelCard)
+    return card
+
+
+def eval_results(student: Student) -> list[EvalResult]:
+    """The results as the Hub's `model-index` has them: those of whole tasks, the last one of each."""
+    whole = {(score["task"], score["metric"]): score for score in student.scores if not is_partial(score)}
+    found = [
+        EvalResult(
+            task_type=student.pipeline_tag,
+            dataset_type=score["task"],
+            dataset_name=score["task"],
+            metric_type=score["metric"].partition(",")[0],
+            metric_name=score["metric"].removesuffix(",none"),
+            metric_value=score["value"],
+        )
+        for score in whole.values()
+    ]
+    found += [
+        EvalResult(
+            task_type=student.pipeline_tag,
+            dataset_type=student.held_out_id or student.held_out_data,
+            dataset_name=f"{student.held_out_data}, held-out rows",
+            # Else the Hub's client puts it together with a benchmark of the same name.
+            dataset_split="eval",
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in student.held_out.items()
+    ]
+    return found
+
+
+def _summary(student: Student) -> str:
+    taught = f" from {_names(student.teachers)}" if student.teachers else ""
+    baseline = list(student.methods) == ["sft"]
+    what = "A baseline, fine-tuned" if baseline else f"A student, distilled{taught}"
+    start = f", starting at {_names(student.base)}" if student.base else ", starting at random weights"
+    millions = student.parameters / 1e6
+    size = "" if student.adapter else f" It has {millions:{',.1f' if millions >= 1 else '.2g'}} million parameters."
+    methods = " and ".join(f"`{method}`" for method in student.methods)
+    return f"{what} with {methods} of mmkd {__version__}{start}.{size}"
+
+
+def _names(sources: Sequence[Source]) -> str:
+    return " and ".join(f"`{source.name}`" for source in sources)
+
+
+def _usage(student: Student) -> str:
+    if student.pipeline_tag == "text-generation":
+        classes, loader = "AutoModelForCausalLM, AutoTokenizer", "tokenizer = AutoTokenizer"
+    elif student.pipeline_tag == "image-text-to-text":
+        classes, loader = "AutoModelForImageTextToText, AutoProcessor", "processor = AutoProcessor"
+    else:
+        line = f'classify = pipeline("{student.pipeline_tag}", model="{student.repo_id}")'
+        known = "import mmkd  # makes its dual head known to transformers\nfrom transformers import pipeline"
+        return f"```python\n{known}\n\n{line}\n```"
+    model = f'model = {classes.partition(",")[0]}.from_pretrained("{student.repo_id}")'
+    also = "It is an adapter: `pip install peft` too.\n\n" if student.adapter else ""
+    code = f'from transformers import {classes}\n\n{model}\n{loader}.from_pretrained("{student.repo_id}")'
+    return f"{also}```python\n{code}\n```"
+
+
+def _lineage(student: Student) -> dict[str, str]:
+    return {
+        "Base model": _names(student.base) or "none: random weights",
+        **({"Teacher": _names(student.teachers)} if student.teachers else {}),
+        "Methods": ", ".join(f"`{method}`" for method in student.methods),
+        "Data": _names(student.data),
+        "Made with": f"mmkd {student.machine.get('mmkd', __version__)}",
+    }
+
+
+def _results(student: Student) -> str:
+    parts = []
+    if student.comparison is not None:
+        parts.append(markdown(student.comparison).strip())
+    elif student.held_out:
+        lines = "\n".join(f"| {name} | {value:.4f} |" for name, value in student.held_out.items())
+        parts.append(f"On held-out rows of `{student.held_out_data}`:\n\n| metric | value |\n|---|---|\n{lines}")
+    if student.scores:
+        lines = "\n".join(_score(score) for score in student.scores)
+        parts.append(f"Benchmarks, by `mmkd eval`:\n\n| task | metric | items | value |\n|---|---|---|---|\n{lines}")
+    return "\n\n".join(parts) or "Not measured: `mmkd eval` and `mmkd compare` do that."
+
+
+def _score(score: Mapping[str, Any]) -> str:
+    sign = "↑" if score["higher_is_better"] else "↓"
+    spread = f" ± {score['stderr']:.4f}" if score["stderr"] is not None else ""
+    metric = score["metric"].removesuffix(",none")
+    return f"| {score['task']} | {metric} {sign} | {items_of(score)} | {score['value']:.4f}{spread} |"
+
+
+def _training(student: Student) -> str:
+    versions = ", ".join(f"{name} {found}" for name, found in student.machine.get("versions", {}).items())
+    names = ", ".join(f"`training/recipe-{number}.yaml`" for number in range(1, len(student.earlier) + 1))
+    before = f"Before it, in this order: {names}. " if names else ""
+    whole, last = sum(student.tokens), student.tokens[-1] if student.tokens else 0
+    share = f", {last:,} of them in the last training" if last != whole else ""
+    seen = f"It saw {whole:,} supervised tokens{share}. " if whole else ""
+    return f"{before}{seen}Versions: {versions or 'not recorded'}."
+
+
+def _licences(student: Student) -> list[tuple[str, str, str]]:
+    rows = [("this student", student.repo_id, student.license or "not stated")]
+    rows += [("base model", source.name, source.license or "not stated") for source in student.base]
+    rows += [("teacher", source.name, source.license or "not stated") for source in student.teachers]
+    return rows + [("data", source.name, source.license or "not stated") for source in student.data]
+
+
+def _limitations(student: Student) -> str:
+    told = [
+        "A student inherits its teacher's errors and biases, and those of its data, and knows less than its teacher."
+        if student.teachers
+        else "The model has the errors and biases of its data.",
+        "It was measured on nothing but what stands above, and not for safety."
+        if student.scores or student.held_out or student.comparison
+        else "It was not measured.",
+    ]
+    length = student.recipe.get("max_length")
+    if length:
+        told.append(f"It was trained on sequences of at most {length:,} tokens.")
+    seeds = (student.comparison or {}).get("seeds", [])
+    if student.comparison is not None and len(seeds) < 5:
+        number = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+        told.append(f"The comparison has {number}: it says little about other seeds.")
+    return " ".join(told)

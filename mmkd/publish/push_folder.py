@@ -1,0 +1,292 @@
+"""The folder that is published: weights, processor, recipe, results and card of a finished run."""
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+from mmkd.errors import UserError
+from mmkd.eval.model import EvalModel, find_model
+from mmkd.recipe.run import method_of, read_recipe
+from mmkd.recipe.run_record import data_facts
+from mmkd.results.scores import scores_of
+from mmkd.shipped import find_recipe
+
+from .licences import conflicts
+from .lineage import bases_of, data_ids, data_sources, portable, source_of, teachers_of, trainings_of
+from .model_card import Student, model_card
+from .runs import COMPARISON, RECORD, Log, comparison_of, parts_of, read_json, read_log, record_of, stages_of
+
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+MODEL_FILES += ("adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*")
+MODEL_FILES += ("merges.txt", "*.model", "chat_template*", "*processor*.json", "interpolation.json", "*.py")
+"""What is published of a run's folder; optimizer, pickles and logs of the machine are not."""
+
+RECIPE, LOG, SCORES = "training/recipe.yaml", "training/log.jsonl", "eval/scores.json"
+
+# Of the trainer's evaluation, what a card shows.
+_HELD_OUT = ("perplexity", "kl", "top1_agreement", "bits_per_byte", "chunk_gap", "accuracy", "loss")
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user says about what is published."""
+
+    repo_id: str
+    license: str | None = None
+    base_model: Sequence[str] = ()
+    """Hub ids of the models that the student began with, where those are folders here."""
+    teacher: str | None = None
+    """Hub id of the teacher, where that is a folder here."""
+    recipe: str | None = None
+    """Name or path, for runs that have no record."""
+    comparison: Path | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """A run as it is published."""
+
+    student: Student
+    model_folder: Path
+    files: list[Path]
+    """Of the model."""
+    log: Log
+    card: ModelCard
+    keys: dict[str, Any] = field(default_factory=dict)
+    """Of the recipe, as they were given here."""
+
+    def write(self, folder: Path) -> None:
+        """Writes all of it into a folder. Raises UserError for one that is not empty."""
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty. Name another --output, or delete it.")
+        self.write_texts(folder)
+        for path in self.files:
+            shutil.copyfile(path, folder / path.name)
+
+    def write_texts(self, folder: Path) -> None:
+        """Writes what is not of the model itself, which may be large: card, recipes, log and results."""
+        for name in ("training", "eval"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        recipes = {RECIPE: self.student.recipe}
+        for number, recipe in enumerate(self.student.earlier, start=1):
+            recipes[f"training/recipe-{number}.yaml"] = recipe
+        for name, recipe in recipes.items():
+            text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+            (folder / name).write_text(text, encoding="utf-8")
+        data = Path(str(self.keys["data"]))
+        if data.is_file():
+            shutil.copyfile(data, folder / "training" / data.name)
+        (folder / LOG).write_text("".join(f"{json.dumps(entry)}\n" for entry in self.log), encoding="utf-8")
+        _write(folder / SCORES, {"scores": list(self.student.scores), "held_out": dict(self.student.held_out)})
+        if self.student.comparison is not None:
+            _write(folder / "eval" / COMPARISON, self.student.comparison)
+        self.card.save(folder / "README.md")
+
+
+def prepare(run: Path, wishes: Wishes, measured: bool = True) -> Published:
+    """What is published of a run, with results and comparison where it is `measured`.
+
+    Raises UserError for a run without weights, one that is not finished, one whose recipe is not known, and for
+    results of other weights.
+    """
+    if not run.is_dir():
+        raise UserError(f"There is no folder {run}. Name the output_dir of a finished training.")
+    model = find_model(str(run))
+    place = Path(model.adapter or model.path)
+    files = [path for path in sorted(place.iterdir()) if any(fnmatch(path.name, name) for name in MODEL_FILES)]
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise UserError(f"{run} has no weights (*.safetensors) to push. Name the output_dir of a finished training.")
+    _check_finished(run, place)
+    record = _record_of(place, run, wishes)
+    comparison = comparison_of(run, wishes.comparison) if measured else None
+    held_out = _held_out(place, comparison, model)
+    if wishes.comparison is not None and held_out is None:
+        raise UserError(f"{wishes.comparison} does not compare {place}, so it says nothing about this student.")
+    results = _results(place, model) if measured else {}
+    student = _student(model, place, record, wishes)
+    student = replace(
+        student,
+        scores=[score for entry in results.get("tasks", {}).values() for score in scores_of(entry)],
+        held_out=_evaluated(place) if held_out is None else held_out,
+        comparison=None if comparison is None or held_out is None else _without_paths(comparison),
+    )
+    student = replace(
+        student,
+        warnings=conflicts(student.license, wishes.repo_id, student.base, student.teachers, student.data),
+    )
+    return Published(student, place, files, _log_of(place), model_card(student), record["keys"])
+
+
+def describe(place: Path, folder: Path, repo_id: str) -> None:
+    """Writes the card of a model, and what it speaks of, into a folder that the Trainer uploads.
+
+    `place` is the folder of the model: the uploaded one, or a checkpoint of its run. Raises UserError as `prepare`.
+    """
+    # What is being trained has no results yet: those that lie there are of weights before.
+    found = prepare(place, Wishes(repo_id), measured=False)
+    found.write_texts(folder)
+    for warning in found.student.warnings if place == folder else ():
+        print(f"Mind: {warning}", file=sys.stderr)
+
+
+def _student(model: EvalModel, place: Path, record: Mapping[str, Any], wishes: Wishes) -> Student:
+    """All that is known before results."""
+    if model.adapter and Path(model.path).is_dir():
+        raise UserError(
+            f"{place} is an adapter of {model.path}, a folder here that nobody else has. Merge them (PEFT's "
+            "merge_and_unload) and push the whole, or train it on a Hub id."
+        )
+    keys, past = record["keys"], trainings_of(record, place)
+    trainings = [one.record for one in past]
+    bases = [model.path] if model.adapter else bases_of(trainings[0]["keys"])
+    published = list(wishes.base_model)
+    if len(published) not in (0, len(bases)):
+        raise UserError(f"--base_model has {len(published)} names, the student began with {len(bases)}: {bases}.")
+    base = [source_of(name, published[i] if published else None) for i, name in enumerate(bases)]
+    taught, evaluated = teachers_of(trainings), data_ids(trainings[-1:])
+    ids = {
+        **({taught[0]: wishes.teacher} if wishes.teacher and taught else {}),
+        **dict(zip(bases, published, strict=False)),
+    }
+    stated = {source.license for source in base}
+    data = Path(str(keys["data"]))
+    recipe = {**portable(keys, ids), **({"data": f"training/{data.name}"} if data.is_file() else {})}
+    return Student(
+        repo_id=wishes.repo_id,
+        methods=list(dict.fromkeys(one["keys"]["method"] for one in trainings)),
+        pipeline_tag=_pipeline_tag(place, model),
+        adapter=model.adapter is not None,
+        parameters=_parameters(place),
+        base=base,
+        teachers=[source_of(name, ids.get(name)) for name in taught],
+        data=data_sources(trainings),
+        datasets=data_ids(trainings),
+        license=wishes.license or (stated.pop() if len(stated) == 1 else None),
+        recipe=recipe,
+        scores=[],
+        held_out={},
+        held_out_data=trainings[-1]["data"]["name"],
+        held_out_id=evaluated[0] if len(evaluated) == 1 else None,
+        comparison=None,
+        machine=record.get("machine", {}),
+        tokens=[one.tokens for one in past],
+        earlier=[portable(one["keys"], ids) for one in trainings[:-1]],
+    )
+
+
+def _check_finished(run: Path, place: Path) -> None:
+    record = read_json(place / RECORD)
+    last = [run, *stages_of(run)][-1]
+    rounds = any(last.glob("round-*")) and not (last / "rounds.json").is_file()
+    checkpoint = place.name.startswith("checkpoint-") and place != run
+    if last != place or rounds or (record and not record["finished"]):
+        found = f"its newest checkpoint is {place.name}" if checkpoint else f"{last} did not come to its end"
+        raise UserError(
+            f"The run {run} is not finished: {found}. Go on with --resume_from_checkpoint true, or name the "
+            "checkpoint itself to push it as it is."
+        )
+
+
+def _record_of(place: Path, run: Path, wishes: Wishes) -> dict[str, Any]:
+    """The record of the run, or what of it the recipe knows."""
+    if wishes.recipe is not None:
+        keys = read_recipe(find_recipe(wishes.recipe))
+        return {"keys": keys, "data": data_facts(method_of(keys, []), str(keys["data"]))}
+    # A checkpoint's is that of its run.
+    record = read_json(place / RECORD) or record_of(run) or read_json(place.parent / RECORD)
+    if not record:
+        raise UserError(
+            f"{run} does not say how it was trained: it has no {RECORD}, which mmkd-train writes. Name its recipe "
+            "with --recipe, for the card is nothing without it."
+        )
+    return record
+
+
+def _log_of(place: Path) -> Log:
+    """The log of a training; of rounds all of theirs, each entry with the name of its round."""
+    if not any(place.glob("round-*")):
+        return read_log(place)
+    return [{"part": part.name, **entry} for part in parts_of(place) for entry in part.log]
+
+
+def _results(place: Path, model: EvalModel) -> dict[str, Any]:
+    # Of a folder without a record, pushed with --recipe, they may lie elsewhere.
+    folder = next((one for one in (place / "eval", model.results_folder) if (one / "results.json").is_file()), place)
+    path = folder / "results.json"
+    results = read_json(path)
+    if results and results["weights"] != model.weights:
+        raise UserError(
+            f"{path} is of another revision: it was measured on weights {results['weights'][:12]}, and {place} now "
+            f"has {model.weights[:12]}. Delete it and run `mmkd eval` again."
+        )
+    return results
+
+
+def _held_out(place: Path, comparison: Mapping[str, Any] | None, model: EvalModel) -> dict[str, float] | None:
+    """What this very model, and not the mean of its seeds, reached in a comparison; None where it is not in it.
+
+    Raises UserError where the comparison was of other weights.
+    """
+    for row in (comparison or {}).get("rows", []):
+        folders = [Path(name).resolve() for name in row["folders"]]
+        if place.resolve() not in folders:
+            continue
+        number = folders.index(place.resolve())
+        # Comparisons of before they were written down have none.
+        if row.get("weights", [None] * len(folders))[number] not in (None, model.weights):
+            raise UserError(
+                f"The comparison is of another revision of {place}: its weights have changed since. Run "
+                "`mmkd compare` again with another --output."
+            )
+        return {name: one["values"][number] for name, one in row["metrics"].items()}
+    return None
+
+
+def _evaluated(place: Path) -> dict[str, float]:
+    """What the trainer's evaluation said when training was over."""
+    found = read_json(place / "eval_results.json")
+    return {name: found[f"eval_{name}"] for name in _HELD_OUT if f"eval_{name}" in found}
+
+
+def _without_paths(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    rows = [
+        {**row, "folders": [Path(name).name for name in row["folders"]], "recipe": Path(row["recipe"]).name}
+        for row in comparison["rows"]
+    ]
+    return {**comparison, "rows": rows, "flags": []}
+
+
+def _pipeline_tag(place: Path, model: EvalModel) -> str:
+    if model.adapter:
+        return "image-text-to-text" if (place / "processor_config.json").is_file() else "text-generation"
+    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or [""])[0]
+    if "Classification" in name:
+        return "image-classification" if "Image" in name else "text-classification"
+    return "image-text-to-text" if "vision_config" in config else "text-generation"
+
+
+def _parameters(place: Path) -> int:
+    """Of all files together, without reading the weights."""
+    total = 0
+    for path in place.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118
+                size = 1
+                for side in file.get_slice(name).get_shape():
+                    size *= side
+                total += size
+    return total
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

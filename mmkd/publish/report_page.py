@@ -1,0 +1,223 @@
+"""`mmkd report`: a run on one page, HTML that needs nothing else and Markdown."""
+
+import base64
+import html
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from mmkd import __version__
+from mmkd.errors import UserError
+from mmkd.files import write_file
+from mmkd.results.scores import items_of, scores_of
+from mmkd.results.tables import markdown, tables
+
+from .curves import draw
+from .runs import RunFiles, read_run, tokens_of, with_parts
+from .samples import samples_of
+
+HTML, MARKDOWN, FIGURES = "report.html", "report.md", "report-figures"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text."""
+
+    title: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Tables under one heading, with a remark."""
+
+    title: str
+    tables: Sequence[Table] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def id(self) -> str:
+        """Of its heading."""
+        return self.title.lower().replace(" ", "-")
+
+
+def report_command(run: str, output: Path | None, comparison: Path | None) -> int:
+    """Writes the pages of a run and prints where they are."""
+    for path in write_report(Path(run), output, comparison):
+        print(path)
+    return 0
+
+
+def write_report(folder: Path, output: Path | None = None, comparison: Path | None = None) -> tuple[Path, Path]:
+    """The paths of the HTML and the Markdown page of a run, written to `output` or the run's own folder.
+
+    May be called at any time of the run. Raises UserError for a folder that nothing was trained or compared in.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("A report draws with matplotlib, which is not installed: pip install 'mmkd[plot]'.")
+    run = read_run(folder, comparison)
+    facts = page_facts(run)
+    output = output or folder
+    templates = files("mmkd.publish")
+    for figure in facts["figures"]:
+        write_file(output / FIGURES / f"{figure['name']}.svg", figure["svg"])
+    for name, escape in ((HTML, True), (MARKDOWN, False)):
+        environment = Environment(autoescape=escape, undefined=StrictUndefined, keep_trailing_newline=True)
+        environment.filters["cell"] = _cell
+        template = templates.joinpath(name.replace("report", "report_page")).read_text(encoding="utf-8")
+        write_file(output / name, environment.from_string(template).render(**facts))
+    return output / HTML, output / MARKDOWN
+
+
+def page_facts(run: RunFiles) -> dict[str, Any]:
+    """What the templates show."""
+    record = run.record
+    records = run.stages or ({"": record} if record else {})
+    figures = [
+        {
+            "name": one.name,
+            "title": one.title,
+            "words": one.words,
+            "svg": one.svg.decode(),
+            "encoded": base64.b64encode(one.svg).decode(),
+        }
+        for one in draw(run)
+    ]
+    methods = ", ".join(dict.fromkeys(one["method"] for one in records.values() if "method" in one))
+    return {
+        "title": f"{methods or 'Report of'} {run.folder.name}",
+        "state": run.state,
+        "written": datetime.now(UTC).isoformat(" ", "seconds"),
+        "version": __version__,
+        "warnings": _warnings(run),
+        "sections": [one for one in _sections(run) if one.tables or one.note],
+        "closing": [Section("Data", _data(records)), Section("Versions", _versions(run))],
+        "figures": figures,
+        "folder": FIGURES,
+        "samples": samples_of(run),
+        "recipes": [_recipe(name, one) for name, one in records.items() if "keys" in one],
+    }
+
+
+def _recipe(stage: str, record: Mapping[str, Any]) -> dict[str, str]:
+    """A recipe as it was run, and where it comes from."""
+    note = f"{record.get('recipe', '')} with its flags, started on {record['started']}."
+    keys = yaml.safe_dump(record["keys"], sort_keys=False, allow_unicode=True)
+    return {"note": f"Stage {stage}: {note}" if stage else note, "keys": keys}
+
+
+def _training(run: RunFiles) -> list[Table]:
+    """What each training has seen, of a run in stages or rounds all of them together too."""
+    tables = []
+    for name, parts in run.lines.items():
+        lines = [_counts(part.name, part.steps, part.tokens, part.seconds) for part in parts if part.log]
+        if len(lines) > 1:
+            seconds = [part.seconds for part in parts if part.seconds is not None]
+            steps = sum(part.steps for part in parts)
+            lines.append(_counts("all", steps, tokens_of(parts), sum(seconds) if seconds else None))
+        if lines:
+            title = name if len(run.lines) > 1 else ""
+            tables.append(Table(title, ["training", "steps", "supervised tokens", "hours"], lines))
+    return tables
+
+
+def _counts(name: str, steps: int, tokens: int | None, seconds: float | None) -> list[str]:
+    hours = "" if seconds is None else f"{seconds / 3600:.3g}"
+    return [name, f"{steps:,}", "" if tokens is None else f"{tokens:,}", hours]
+
+
+def _sections(run: RunFiles) -> list[Section]:
+    found = []
+    if run.comparison is not None:
+        page = markdown(run.comparison).strip()
+        cells = [Table(*one) for one in tables(run.comparison)]
+        found.append(Section("Comparison", cells, page.rpartition("\n\n")[2]))
+    found.append(Section("Training", _training(run)))
+    found += [Section("Benchmarks", _benchmarks(run.results)), Section("Measurements", _measures(run.results))]
+    return found
+
+
+def _warnings(run: RunFiles) -> list[str]:
+    found = []
+    for name, result in run.results.items():
+        weights = [path for path in Path(result["folder"]).parent.glob("*.safetensors")]
+        newest = max((path.stat().st_mtime for path in weights), default=0.0)
+        if newest > Path(result["folder"], "results.json").stat().st_mtime:
+            found.append(f"The weights of {name} were written after its results: evaluate it again.")
+    return found
+
+
+def _benchmarks(results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for name, result in results.items():
+        for score in (score for entry in result["tasks"].values() for score in scores_of(entry)):
+            sign = "↑" if score["higher_is_better"] else "↓"
+            row = rows.setdefault(
+                (score["task"], f"{score['metric'].removesuffix(',none')} {sign}", items_of(score)), {}
+            )
+            row[name] = f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.4f}")
+    names = [name for name, result in results.items() if result["tasks"]]
+    lines = [[*key, *(row.get(name, "") for name in names)] for key, row in rows.items()]
+    return [Table("", ["task", "metric", "items", *names], lines)] if lines else []
+
+
+def _measures(results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """One table per model: each number of each measurement, of both sides where it has two."""
+    found = []
+    for name, result in results.items():
+        lines = []
+        for entry in result["measures"].values():
+            values = entry["values"]
+            sides = {side: _numbers(values.get(side, {})) for side in ("student", "teacher")}
+            if not any(sides.values()):
+                sides["student"] = _numbers(values)
+            for key in dict.fromkeys([*sides["student"], *sides["teacher"]]):
+                lines.append([entry["measure"], key, *(sides[side].get(key, "") for side in sides)])
+        if lines:
+            found.append(Table(name, ["measure", "", "student", "teacher"], lines))
+    return found
+
+
+def _numbers(values: Any) -> dict[str, str]:
+    if not isinstance(values, Mapping):
+        return {}
+    flat = {key: value for key, value in values.items() if isinstance(value, int | float | str)}
+    for one in values.get("speed") or []:
+        batch = one["batch_size"]
+        flat |= {f"{key}, batch {batch}": value for key, value in one.items() if key != "batch_size"}
+    return {key: _number(value) for key, value in flat.items()}
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value or "")
+
+
+def _data(records: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """The data of all stages, each once."""
+    facts = [one for record in records.values() if "data" in record for one in with_parts(record["data"])]
+    lines = [[one["name"], one["license"] or "not stated", one["source"] or one["homepage"] or ""] for one in facts]
+    unique = [list(line) for line in dict.fromkeys(map(tuple, lines))]
+    return [Table("", ["data recipe", "licence", "source"], unique)] if unique else []
+
+
+def _versions(run: RunFiles) -> list[Table]:
+    machine = run.record.get("machine") or (run.comparison or {}).get("machine")
+    if not machine:
+        return []
+    facts = {key: value for key, value in machine.items() if key != "versions"} | machine["versions"]
+    return [Table("", ["", ""], [[key, str(value)] for key, value in facts.items()])]
+
+
+def _cell(text: str) -> str:
+    """Text in a cell of a Markdown table, where `<` of a model's answer begins no tag."""
+    return html.escape(str(text), quote=False).replace("|", "\\|").replace("\n", "<br>")

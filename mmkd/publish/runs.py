@@ -1,0 +1,264 @@
+"""What lies in a run's folder, finished or not, as far as a report needs it; loads neither torch nor a model."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmkd.errors import UserError
+from mmkd.results.places import COMPARISON, RECORD, RESULTS, results_before, results_folder
+
+LOG, STATE = "log.jsonl", "trainer_state.json"
+ROUNDS, CHOICE = "round-*/report.json", "interpolation.json"
+
+Log = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training: a run, a stage of it, or a round."""
+
+    name: str
+    folder: Path
+    log: Log
+
+    @property
+    def steps(self) -> int:
+        """The last step that was logged."""
+        return max((int(entry["step"]) for entry in self.log if "step" in entry), default=0)
+
+    @property
+    def tokens(self) -> int | None:
+        """Supervised tokens it has seen, over all sessions; None where nothing counts them, as for classes."""
+        return next((int(one["supervised_tokens"]) for one in reversed(self.log) if "supervised_tokens" in one), None)
+
+    @property
+    def seconds(self) -> float | None:
+        """What its steps took, over all sessions."""
+        return next((one["training_seconds"] for one in reversed(self.log) if "training_seconds" in one), None)
+
+    @property
+    def planned(self) -> int | None:
+        """How many steps there will be, where that is known."""
+        return next((entry["max_steps"] for entry in reversed(self.log) if "max_steps" in entry), None)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What is known of a run."""
+
+    folder: Path
+    lines: dict[str, list[Part]]
+    """Name -> trainings that follow one another; several where the run was compared with others."""
+    record: dict[str, Any]
+    results: dict[str, dict[str, Any]]
+    """Name of a model -> its results.json."""
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of a run in stages, the name of each -> its record."""
+    comparison: dict[str, Any] | None = None
+    rounds: Log = field(default_factory=list)
+    choice: dict[str, Any] | None = None
+    assessed: Path | None = None
+    """The last round whose answers were compared."""
+
+    @property
+    def state(self) -> str:
+        """How far it has come, in a sentence."""
+        folder = self.folder.resolve()
+        lines = self.lines.values()
+        inside = [line for line in lines if any(one.folder.resolve().is_relative_to(folder) for one in line)]
+        own = inside[-1] if inside else []
+        if not any(part.log for part in own):
+            return "Nothing is logged."
+        last = [part for part in own if part.log][-1]
+        of = f" of {last.planned:,}" if last.planned else ""
+        part = f"{last.name}, " if last.name != self.folder.name else ""
+        places = [place for place in (last.folder, *last.folder.parents) if place.is_relative_to(self.folder)]
+        records = [record for place in places or [last.folder] if (record := read_json(place / RECORD))]
+        # A round that has come to its end is not the end of its loop.
+        done = all(record["finished"] for record in records) if records else last.steps == last.planned
+        return f"{part}step {last.steps:,}{of}: {'finished' if done else 'not finished, or still running'}."
+
+
+def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:
+    """What a run, a run in stages or rounds, or a comparison has left so far.
+
+    `comparison` is a folder or file of `mmkd compare`; by default the run's own, or one beside it that names it.
+    Raises UserError for a folder that holds nothing of the kind.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder of a run. Name the output_dir of a training, or of `mmkd compare`.")
+    found = comparison_of(folder, comparison)
+    parts = parts_of(folder)
+    lines = {} if found is None else _compared(found, folder)
+    if any(part.log for part in parts):
+        known = {part.folder.resolve() for line in lines.values() for part in line}
+        if not {part.folder.resolve() for part in parts} <= known:
+            lines = {folder.name: parts, **lines}
+    elif found is None:
+        lines = _under_way(folder)
+    results = _results(folder, parts, found)
+    record = record_of(folder)
+    if not record:
+        students = [row["folders"][0] for row in found["rows"] if row["role"] == "student"] if found else []
+        shown = [Path(name) for name in students] or [folder / name for name in reversed(lines)]
+        record = next((one for one in (record_of(path) for path in shown if path.is_dir()) if one), {})
+    rounds = [read_json(path) for path in sorted(_deep(folder, ROUNDS), key=lambda path: _number(path.parent))]
+    choices = [read_json(path) for path in _deep(folder, CHOICE)]
+    logged = any(part.log for line in lines.values() for part in line)
+    if not any((logged, results, found, record, rounds, choices)):
+        held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise UserError(
+            f"{folder} holds nothing to report: no {LOG}, {STATE}, {RESULTS} or {COMPARISON}, but {held}. Name the "
+            "output_dir of a training."
+        )
+    assessed = sorted((path.parent for path in _deep(folder, "round-*/scores.jsonl")), key=_number)
+    return RunFiles(
+        folder,
+        lines,
+        record,
+        results,
+        {path.name: own for path in stages_of(folder) if (own := record_of(path))},
+        found,
+        rounds,
+        choices[-1] if choices else None,
+        assessed[-1] if assessed else None,
+    )
+
+
+def parts_of(folder: Path, prefix: str = "") -> list[Part]:
+    """The trainings of a run, in order."""
+    stages = stages_of(folder)
+    if stages:
+        several = len(stages) > 1
+        return [part for one in stages for part in parts_of(one, f"{one.name} " if several else "")]
+    rounds = [path for path in folder.glob("round-*") if path.is_dir()]
+    if rounds:
+        trained = [(path, inner) for path in sorted(rounds, key=_number) for inner in _trained(path)]
+        return [Part(f"{prefix}{path.name}", inner, read_log(inner)) for path, inner in trained]
+    return [Part(prefix.strip() or folder.name, folder, read_log(folder))]
+
+
+def tokens_of(parts: Sequence[Part]) -> int | None:
+    """Supervised tokens of trainings together; None where none of them counts any."""
+    counted = [part.tokens for part in parts if part.tokens is not None]
+    return sum(counted) if counted else None
+
+
+def stages_of(folder: Path) -> list[Path]:
+    """The folders of a run's stages, in order."""
+    found = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+-\w+", path.name)]
+    return sorted(found, key=_number)
+
+
+def read_log(folder: Path) -> Log:
+    """What a training has logged: as it was written down line by line, else by its newest state."""
+    path = folder / LOG
+    if path.is_file():
+        return read_lines(path)
+    states = [*sorted(folder.glob(f"checkpoint-*/{STATE}"), key=lambda path: _number(path.parent)), folder / STATE]
+    for path in reversed([path for path in states if path.is_file()]):
+        state = read_json(path)
+        if state:
+            return [{**entry, "max_steps": state.get("max_steps")} for entry in state["log_history"]]
+    return []
+
+
+def read_lines(path: Path) -> Log:
+    """The objects of a file of JSON lines; a last line that is being written is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, {} where it is not there or is being written."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return {}
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """What the run, its last stage or its last part says about itself."""
+    places = [folder, *reversed(stages_of(folder)), *(part.folder for part in reversed(parts_of(folder)))]
+    return next((record for place in places if (record := read_json(place / RECORD))), {})
+
+
+def with_parts(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A data recipe's facts and those of all its parts."""
+    return [data, *(one for part in data.get("parts", []) for one in with_parts(part))]
+
+
+def _trained(round_folder: Path) -> list[Path]:
+    """The folder in a round that was trained into: with LoRA it is not that of the whole student."""
+    inner = [path for path in round_folder.iterdir() if path.is_dir() and read_log(path)]
+    return inner[:1]
+
+
+def _deep(folder: Path, pattern: str) -> list[Path]:
+    """Matches in a run's folder, else in those of its stages."""
+    return sorted(folder.glob(pattern)) or sorted(folder.glob(f"[0-9]*-*/{pattern}"))
+
+
+def comparison_of(folder: Path, given: Path | None) -> dict[str, Any] | None:
+    """The comparison at a path; by default the run's own, or the one beside it that names it. None without any."""
+    if given is not None:
+        path = given / COMPARISON if given.is_dir() else given
+        content = read_json(path)
+        if not content:
+            raise UserError(f"{path} is no comparison. Name the --output of `mmkd compare`.")
+        return content
+    if (folder / COMPARISON).is_file():
+        return read_json(folder / COMPARISON)
+    beside = read_json(folder.parent / COMPARISON)
+    named = {Path(one).resolve() for row in beside.get("rows", []) for one in row["folders"]}
+    return beside if folder.resolve() in named else None
+
+
+def _seed_of(row: Mapping[str, Any], folder: Path) -> str:
+    """The folder that stands for a row of a comparison: the run's own, else that of the first seed."""
+    own = (name for name in row["folders"] if Path(name).resolve() == folder.resolve())
+    return next(own, row["folders"][0])
+
+
+def _compared(comparison: Mapping[str, Any], folder: Path) -> dict[str, list[Part]]:
+    """The trainings of a comparison, one seed of each."""
+    trained = {row["name"]: Path(_seed_of(row, folder)) for row in comparison["rows"] if row["cost"]}
+    return {name: parts_of(path) for name, path in trained.items() if path.is_dir()}
+
+
+def _under_way(folder: Path) -> dict[str, list[Part]]:
+    """The trainings that a comparison has begun, in their order; each has a record of its own."""
+    records = {path: read_json(path / RECORD) for path in folder.iterdir() if (path / RECORD).is_file()}
+    return {path.name: parts_of(path) for path in sorted(records, key=lambda path: records[path]["started"])}
+
+
+def _results(folder: Path, parts: list[Part], comparison: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Results of the run itself, or of all models of a comparison."""
+    if comparison is not None:
+        places = {row["name"]: _kept(_seed_of(row, folder)) for row in comparison["rows"]}
+    else:
+        last = parts[-1].folder if parts else folder
+        own = folder if (folder / RESULTS).is_file() else last
+        places = {folder.name: own / "eval"}
+        teacher = record_of(folder).get("keys", {}).get("teacher")
+        if teacher:
+            places = {"teacher": _kept(str(teacher)), **places}
+    found = {name: (place, read_json(place / "results.json")) for name, place in places.items()}
+    return {name: {**content, "folder": str(place)} for name, (place, content) in found.items() if content}
+
+
+def _kept(model: str) -> Path:
+    """The folder with a model's results, of before where there are no newer ones."""
+    folder = results_folder(model)
+    return folder if (folder / Path(RESULTS).name).is_file() else results_before(model) or folder
+
+
+def _number(path: Path) -> int:
+    match = re.search(r"\d+", path.name)
+    assert match is not None
+    return int(match[0])

@@ -1,0 +1,252 @@
+"""What a recipe says, as typed values."""
+
+import difflib
+import json
+import re
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from trl.trainer.model_config import ModelConfig
+
+from mmkd.errors import UserError
+from mmkd.teachers.cached import TAILS
+from mmkd.training.config import DistillationConfig
+from mmkd.training.method import METHODS
+
+from .cache_arguments import CacheArguments
+
+
+@dataclass
+class RunArguments:
+    """What a recipe says besides its method's settings."""
+
+    method: str = field(metadata={"help": "How to distil.", "choices": list(METHODS)})
+    data: str = field(metadata={"help": "Data recipe: a name under data_recipes/ or a path to a YAML file."})
+    teacher: str | None = field(default=None, metadata={"help": "Teacher: a Hub id or a local folder."})
+    student: str | None = field(
+        default=None,
+        metadata={"help": "Student: a Hub id or a local folder. May be left out with student_init: prune."},
+    )
+    student_init: str = field(
+        default="pretrained",
+        metadata={
+            "help": "pretrained: the student's own weights. prune: a new student from layers (and optionally narrower "
+            "FFN and heads) of `student`, or of the teacher when `student` is not set. random: the student's config "
+            "with fresh weights. llava: a vision-language model of student_vision_tower, a fresh projector and the "
+            "language model `student`.",
+            "choices": ["pretrained", "prune", "random", "llava"],
+        },
+    )
+    student_vision_tower: str | None = field(
+        default=None,
+        metadata={"help": "llava: the vision tower, a Hub id or a folder of CLIP, SigLIP, DINOv2 or ViT."},
+    )
+    student_vision_layer: int = field(
+        default=-2,
+        metadata={"help": "llava: which layer of the tower is read: -2 (default, as in LLaVA-1.5), -1 is the last."},
+    )
+    student_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "prune: how many layers to keep (one number, spread evenly) or which (several, from 0)."},
+    )
+    student_intermediate_size: int | None = field(default=None, metadata={"help": "prune: width of the FFN to keep."})
+    student_num_attention_heads: int | None = field(
+        default=None, metadata={"help": "prune: query heads to keep; key-value heads follow in proportion."}
+    )
+    teacher_revision: str | None = field(default=None, metadata={"help": "The teacher's branch, tag or commit."})
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "The teacher's type; auto (default) is the one it was saved in. A CPU without instructions for it "
+            "computes in float32, and says so; MMKD_NATIVE_BF16=1 in the environment insists."
+        },
+    )
+    teacher_attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "The teacher's attention, e.g. flash_attention_2; default: transformers' choice."},
+    )
+    teacher_load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Quantise the teacher to 4 bits (nf4) with bitsandbytes, whatever the student is."},
+    )
+    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the teacher to 8 bits."})
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher on disk: the folder that `mmkd cache build` writes and training reads, or a Hub id "
+            "to read it from. The teacher itself is then not loaded."
+        },
+    )
+    teacher_tail: str = field(
+        default="bucket",
+        metadata={
+            "help": "What stands for the tokens outside of a cached top-k. bucket (default): one outcome with their "
+            "mass, for any divergence. unbiased: the draws of cache_tail_draws, for forward_kl. renormalise: nothing.",
+            "choices": list(TAILS),
+        },
+    )
+    teacher_server: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Base URLs of vLLM servers with the teacher (scripts/serve_teacher.sh), which is then not loaded "
+            "here: to build a cache through them, or to train with their live top-k."
+        },
+    )
+    teacher_server_model: str | None = field(
+        default=None, metadata={"help": "The teacher's name on the servers, where they offer several models."}
+    )
+    teacher_concurrency: int = field(default=16, metadata={"help": "Requests under way at a time, over all servers."})
+    teacher_timeout: float = field(
+        default=600,
+        metadata={"help": "Seconds that a server may take over one request before it is asked again (six times)."},
+    )
+    teacher_top_k: int = field(
+        default=64,
+        metadata={
+            "help": "Outcomes kept exactly per token, in a cache or asked of a server. 64 (default) with the tail's "
+            "mass has a gradient within 5 percent of the whole distribution's on a strong student."
+        },
+    )
+    teachers: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several teachers: {NAME: {teacher: ..., teacher_cache: ..., weight: 1, any teacher_ key}, ...}. "
+            "All teach every token by their weights (default: equal), or each its own rows (teacher_column). Keys "
+            "beside `teachers`, such as teacher_dtype, are for all that do not set them."
+        },
+    )
+    teacher_column: str | None = field(
+        default=None,
+        metadata={"help": "Of several teachers: the rows' column that holds the NAME of the one to ask about a row."},
+    )
+    max_train_rows: int | None = field(default=None, metadata={"help": "Use at most so many rows to train."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Use at most so many rows to evaluate."})
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Load everything, report parameters, tokens, memory and the first batch, and train nothing."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.student_layers, int):
+            self.student_layers = [self.student_layers]
+        if self.student_init not in ("pretrained", "prune", "random", "llava"):
+            raise UserError(f"student_init is {self.student_init!r}; choose pretrained, prune, random or llava.")
+        if (self.student_init == "llava") != (self.student_vision_tower is not None):
+            raise UserError("student_init: llava and student_vision_tower go together: set both or neither.")
+        pruned = [self.student_layers, self.student_intermediate_size, self.student_num_attention_heads]
+        if self.student is None and (self.student_init != "prune" or self.teacher is None):
+            several = "" if self.teachers is None else " With several teachers, prune names its `student` too."
+            raise UserError(
+                f"There is no student: set `student`, or `student_init: prune` to make one of the teacher.{several}"
+            )
+        if (self.student_init == "prune") != any(part is not None for part in pruned):
+            raise UserError(
+                "student_init: prune and the sizes to keep (student_layers, student_intermediate_size, "
+                "student_num_attention_heads) go together: set both or neither."
+            )
+        sources = [self.teacher, self.teacher_cache, self.teacher_server]
+        self._check_teachers(any(sources))
+        if not any(sources) and self.teachers is None and METHODS[self.method].needs_teacher:
+            raise UserError(
+                f"Method {self.method} needs a teacher: set `teacher` to a Hub id or a folder, or teacher_cache, or "
+                "teacher_server."
+            )
+        if self.teacher_tail not in TAILS:
+            raise UserError(f"teacher_tail is {self.teacher_tail!r}; choose one of {', '.join(TAILS)}.")
+        if self.teacher_top_k < 0:
+            raise UserError(f"teacher_top_k is {self.teacher_top_k}; it is a number of tokens, 0 or more.")
+        if self.teacher_timeout <= 0:
+            raise UserError(f"teacher_timeout is {self.teacher_timeout}; give a number of seconds above 0.")
+        if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
+            raise UserError("teacher_load_in_4bit and teacher_load_in_8bit exclude each other: keep one.")
+
+    def _check_teachers(self, one_too: bool) -> None:
+        teachers = self.teachers = self._read_teachers()
+        if teachers is None:
+            if self.teacher_column is not None:
+                raise UserError(f"teacher_column is {self.teacher_column!r}, but there are no `teachers` to choose.")
+            return
+        if not isinstance(teachers, dict) or not all(isinstance(keys, dict) for keys in teachers.values()):
+            raise UserError("teachers is no mapping of names to keys; write {NAME: {teacher: ...}, ...}.")
+        strange = next((name for name in teachers if not isinstance(name, str)), None)
+        if strange is not None:
+            raise UserError(f"teachers has the name {strange!r}, which YAML reads as no text: put it into quotes.")
+        if len(teachers) < 2:
+            raise UserError(f"teachers holds {len(teachers)}; name two or more, or set `teacher` to the only one.")
+        if one_too:
+            raise UserError("teacher, teacher_cache and teacher_server say who teaches, and so does `teachers`.")
+        if not METHODS[self.method].takes_several:
+            several = ", ".join(name for name, one in METHODS.items() if one.takes_several)
+            raise UserError(f"Method {self.method} learns from one teacher; `teachers` are for {several}.")
+        known = [part.name for part in fields(self) if part.name.startswith("teacher_")]
+        known = ["teacher", "weight", *(name for name in known if name != "teacher_column")]
+        for name, keys in teachers.items():
+            unknown = next((key for key in keys if key not in known), None)
+            if unknown is not None:
+                near = difflib.get_close_matches(str(unknown), known, n=1, cutoff=0.0)[0]
+                raise UserError(f"teachers.{name} sets {unknown!r}, which no teacher has; did you mean {near!r}?")
+            weight = keys.get("weight", 1)
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                raise UserError(f"teachers.{name}.weight is {weight!r}; give a number above 0.")
+            if not any(keys.get(source) for source in ("teacher", "teacher_cache", "teacher_server")):
+                raise UserError(f"teachers.{name} names nobody: set its teacher, teacher_cache or teacher_server.")
+        if self.teacher_column is not None and any("weight" in keys for keys in teachers.values()):
+            raise UserError("teacher_column gives each row to one teacher, so that a weight says nothing: keep one.")
+
+    def _read_teachers(self) -> Any:
+        if not isinstance(self.teachers, str):
+            return self.teachers
+        try:
+            return json.loads(self.teachers)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f'--teachers is no JSON ({error}): write --teachers \'{{"NAME": {{"teacher": "..."}}, ...}}\'.'
+            ) from error
+
+
+@dataclass
+class StudentArguments(ModelConfig):
+    """trl's ModelConfig for the student: type, attention, quantisation and LoRA. The model itself is `student`."""
+
+    model_name_or_path: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # trl unpacks a list of one, and PEFT reads text as a pattern of whole names, which one name alone never is.
+        if isinstance(self.lora_target_modules, str) and re.fullmatch(r"[\w.]+", self.lora_target_modules):
+            self.lora_target_modules = [self.lora_target_modules]
+
+
+@dataclass
+class Run:
+    """A parsed recipe."""
+
+    arguments: RunArguments
+    training: DistillationConfig
+    student: StudentArguments
+    cache: CacheArguments
+    recipe: str = ""
+    """Path of the YAML."""
+    keys: dict[str, Any] = field(default_factory=dict)
+    """Of the YAML and of the flags after it, as they were given."""
+    own_rows: tuple[str, str] | None = None
+    """Of the run of one of several teachers: a column, and the value in it of the rows that concern this one."""
+
+    def by_teacher(self) -> dict[str, "Run"]:
+        """The run as it would be with each of several teachers alone, by name; the run itself, as "", without them."""
+        arguments = self.arguments
+        if arguments.teachers is None:
+            return {"": self}
+        assert isinstance(arguments.teachers, dict)
+        column, found = arguments.teacher_column, {}
+        for name, keys in arguments.teachers.items():
+            own = {key: value for key, value in keys.items() if key != "weight"}
+            alone = replace(arguments, teachers=None, teacher_column=None, **own)
+            found[name] = replace(self, arguments=alone, own_rows=None if column is None else (column, name))
+        return found
+
+    def hub(self, revision: str | None) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained` for something of this run."""
+        return {"revision": revision, "trust_remote_code": self.training.trust_remote_code}

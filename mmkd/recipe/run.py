@@ -1,0 +1,367 @@
+"""One recipe is one run: what its keys are, and the trainer they describe."""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
+from trl.trainer.utils import get_peft_config, get_quantization_config
+
+from mmkd.data.load import load_data
+from mmkd.errors import UserError
+from mmkd.models.assemble import prune
+from mmkd.models.llava import assemble_llava, llava_processor
+from mmkd.models.load import load_model, load_processing_class, tokenizer_of
+from mmkd.precision import product_dtype, say_float32
+from mmkd.shipped import find_recipe
+from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.several import parts_of
+from mmkd.training.base import DistillationTrainer
+from mmkd.training.config import DistillationConfig
+from mmkd.training.method import METHODS
+from mmkd.yaml_files import AsWritten, read_yaml
+
+from .arguments import Run as Run
+from .arguments import RunArguments as RunArguments
+from .arguments import StudentArguments as StudentArguments
+from .key_parser import KeyParser, set_environment, with_text
+from .run_record import RunRecord
+from .run_teacher import absent_teacher, reads_teacher, several_teachers
+from .run_teacher import check_cache as check_cache
+from .run_teacher import load_teacher as load_teacher
+from .run_teacher import own_rows_of as own_rows_of
+from .run_teacher import teacher_identity as teacher_identity
+from .run_teacher import without_unreadable as without_unreadable
+
+# Of the trackers, those whose callbacks refuse to be made without their package.
+_CHECKED = {"azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune"}
+_CHECKED |= {"swanlab", "tensorboard", "trackio", "wandb"}
+
+# What TRL's scripts and trainers call keys of ours whose names are too unlike theirs to be found by spelling.
+_NAMES_ELSEWHERE = {name: "student" for name in ("model", "model_name_or_path", "student_model")}
+_NAMES_ELSEWHERE |= {name: "teacher" for name in ("teacher_model", "teacher_model_name_or_path")}
+_NAMES_ELSEWHERE |= {name: "data" for name in ("dataset", "dataset_name", "train_dataset")}
+
+_NUMBERS = {int: r"[+-]?\d+", float: r"[+-]?(\d+\.\d*|\.?\d+)([eE][+-]?\d+)?"}
+
+STAGE_KEYS = ("stages", "schedule")
+"""Keys of a recipe that is trained in stages; `mmkd.recipe.stages` reads them."""
+
+
+def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = ()) -> Run:
+    """The run that a recipe and the flags after it describe; flags win.
+
+    `ignored` are keys of the recipe that somebody else reads. Raises UserError for an unknown key or flag, naming the
+    nearest real one, and for values that cannot be.
+    """
+    path = find_recipe(recipe)
+    return parse_keys(read_recipe(path), str(path), flags, ignored)
+
+
+def parse_keys(keys: Mapping[str, Any], recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = ()) -> Run:
+    """The run of a recipe's keys and the flags after it; `recipe` names it. Raises UserError as `parse_run` does."""
+    method = method_of(keys, flags)
+    parser = parser_of(method)
+    # Of a recipe in stages, this is what all of them share.
+    ignored = [*ignored, *STAGE_KEYS, "env"]
+    for key in keys:
+        if key not in (*parser.names, *ignored):
+            raise UserError(
+                f"{recipe} sets {key!r}, which method {method} does not know.{_nearest(key, parser.names)}"
+            )
+    set_environment(keys)
+    (arguments, training, student, cache), unknown = parser.read(keys, flags)
+    for flag in unknown:
+        word = flag.lstrip("-").partition("=")[0]
+        advice = "." if flag.startswith("--") else "; write --key value."
+        raise UserError(f"{flag} is no flag of method {method}{advice}{_nearest(word, parser.names)}")
+    given = {**keys, **given_flags(flags)}
+    # A flag says it as JSON.
+    given |= {} if arguments.teachers is None else {"teachers": arguments.teachers}
+    return Run(arguments, training, student, cache, recipe, given)
+
+
+def given_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """What flags say, as the keys of a recipe: one value, a list of several, True for none."""
+    found: dict[str, list[Any]] = {}
+    words: list[Any] = []
+    for flag in flags:
+        if flag.startswith("--"):
+            name, _, value = flag[2:].partition("=")
+            words = found[name.replace("-", "_")] = [_value(value)] if value else []
+        else:
+            words.append(_value(flag))
+    return {name: True if not words else words[0] if len(words) == 1 else words for name, words in found.items()}
+
+
+def parser_of(method: str) -> KeyParser:
+    """The parser of every key that a recipe of this method may set."""
+    return KeyParser(method)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys of a recipe, text as it was written. Raises UserError when the file is no YAML mapping.
+
+    No key may stand there twice.
+    """
+    keys = read_yaml(path)
+    if not isinstance(keys, dict):
+        raise UserError(f"{path} is no recipe: it must hold `key: value` lines, with at least method and data.")
+    written = read_yaml(path, as_written=True)
+    if isinstance(keys.get("env"), dict):
+        for name, value in written["env"].items():
+            # TRL writes str(value) into the environment: True for yes, 321 for 00501.
+            if isinstance(value, AsWritten | bool):
+                raise UserError(
+                    f"{path}: env.{name} is text that YAML reads as {keys['env'][name]!r}; put it in quotes."
+                )
+    stages = keys.get("stages")
+    if isinstance(stages, dict):
+        keys["stages"] = {
+            name: with_text(own, written["stages"].get(str(name), {})) if isinstance(own, dict) else own
+            for name, own in stages.items()
+        }
+    return with_text(keys, written)
+
+
+def build_trainer(run: Run) -> DistillationTrainer:
+    """The trainer of a run, with student, teacher and data loaded and checked."""
+    arguments = run.arguments
+    if arguments.method == "dho":
+        from mmkd.methods.dho.dho_build import build_dho_trainer
+
+        # It shares what launching needs of a trainer: train, save, evaluate, push.
+        trainer: Any = build_dho_trainer(run)
+    else:
+        trainer = _build_token_trainer(run)
+    trainer.add_callback(RunRecord(run))
+    return trainer
+
+
+def check_student(run: Run) -> None:
+    """Raises UserError for a student that could not be trained, or not be saved."""
+    init, quantised = run.arguments.student_init, run.student.load_in_4bit or run.student.load_in_8bit
+    if quantised and init != "pretrained":
+        raise UserError(f"student_init: {init} makes new weights, which cannot be quantised yet.")
+    if run.student.use_peft and init != "pretrained":
+        raise UserError(
+            f"student_init: {init} makes new weights, which an adapter's folder does not hold, so that nobody could "
+            "load the student. Train it whole first, and then its folder with use_peft; or set use_peft: false."
+        )
+    if quantised and not run.student.use_peft:
+        raise UserError("A quantised student has no weights to train: set use_peft: true, or do not quantise it.")
+
+
+def check_surroundings(run: Run) -> None:
+    """Raises UserError for a tracker that is not installed and an output_dir that cannot be written."""
+    known, here = set(INTEGRATION_TO_CALLBACK), set(get_available_reporting_integrations())
+    trackers = run.training.report_to
+    for name in [trackers] if isinstance(trackers, str) else trackers or []:
+        if name not in {*known, "all", "none"}:
+            raise UserError(f"report_to is {name!r}; choose one of none, all, {', '.join(sorted(known))}.")
+        if name in _CHECKED and name not in here:
+            package = {"comet_ml": "comet-ml", "azure_ml": "azureml-sdk"}.get(name, name)
+            raise UserError(
+                f"report_to is {name}, which is not installed: pip install {package}, or set report_to: none."
+            )
+    folder = Path(run.training.output_dir or ".").absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"output_dir {run.training.output_dir} cannot be a folder: {folder} is a file. Name another.")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"output_dir {run.training.output_dir} cannot be written: no right to write in {folder}.")
+
+
+def _build_token_trainer(run: Run) -> DistillationTrainer:
+    check_student(run)
+    arguments, training = run.arguments, run.training
+    data = load_rows_of(run)
+    model = None
+    if arguments.teacher is not None and (reads_teacher(arguments) or arguments.student is None):
+        model = load_teacher(run, arguments.teacher)
+    student = _load_student(run, model)
+    teacher: Any = model if reads_teacher(arguments) else None
+    if arguments.teachers is not None:
+        teacher = several_teachers(run, tokenizer_of(student_processing_class(run)))
+    elif not reads_teacher(arguments):
+        teacher = absent_teacher(run, tokenizer_of(student_processing_class(run)))
+    asked = zip(run.by_teacher().values(), parts_of(teacher), strict=True)
+    data = without_unreadable(data, [(one, part.cache) for one, part in asked if isinstance(part, CachedTeacher)])
+    adapter: Any = get_peft_config(run.student)
+    if adapter is not None:
+        # What the adapter belongs to; PEFT would load it onto the newest revision.
+        adapter.revision = run.student.model_revision
+    method = METHODS[arguments.method]
+    reads_apart = arguments.teacher is not None and not method.one_vocabulary
+    return method(
+        model=student,
+        teacher=teacher,
+        args=training,
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval"),
+        processing_class=student_processing_class(run),
+        teacher_processing_class=teacher_processing_class(run) if reads_apart else None,
+        peft_config=adapter,
+    )
+
+
+def load_rows_of(run: Run) -> DatasetDict:
+    """The rows of a run's data recipe; of the run of one of several teachers, those that concern it."""
+    arguments = run.arguments
+    data = load_data(arguments.data, max_train_rows=arguments.max_train_rows, max_eval_rows=arguments.max_eval_rows)
+    return own_rows_of(run, data)
+
+
+def student_processing_class(run: Run) -> Any:
+    """The tokenizer or processor of a run's student, which may be made of the teacher."""
+    arguments = run.arguments
+    if arguments.student_init == "llava":
+        assert arguments.student is not None
+        assert arguments.student_vision_tower is not None
+        trust = run.training.trust_remote_code
+        return llava_processor(arguments.student_vision_tower, arguments.student, trust_remote_code=trust)
+    if arguments.student is not None:
+        return load_processing_class(arguments.student, "student", **run.hub(run.student.model_revision))
+    return teacher_processing_class(run)
+
+
+def teacher_processing_class(run: Run) -> Any:
+    """The tokenizer or processor of the teacher that a run names."""
+    arguments = run.arguments
+    assert arguments.teacher is not None
+    return load_processing_class(arguments.teacher, "teacher", **run.hub(arguments.teacher_revision))
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint: its trainer_state.json, written last, can be read. None if there is none."""
+    complete: list[tuple[int, Path]] = []
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if _is_complete(folder):
+            complete.append((int(folder.name.rpartition("-")[2]), folder))
+    return max(complete, default=(0, None))[1]
+
+
+def resume_point(training: DistillationConfig) -> str | None:
+    """The checkpoint to go on from, None to start afresh.
+
+    `resume_from_checkpoint: true` is the newest complete one, if any. Raises UserError when a fresh start would mix
+    with an earlier run's checkpoints, or when the named checkpoint is not complete.
+    """
+    output_dir, wanted = training.output_dir or "", training.resume_from_checkpoint
+    newest = last_checkpoint(output_dir)
+    if not wanted or str(wanted).lower() == "false":
+        if newest is not None:
+            raise UserError(
+                f"{output_dir} holds the checkpoint {newest.name} of an earlier run. Go on from it with "
+                "--resume_from_checkpoint true, or name another output_dir, or delete the folder."
+            )
+        return None
+    if str(wanted).lower() == "true":
+        return None if newest is None else str(newest)
+    if not _is_complete(Path(wanted)):
+        raise UserError(f"{wanted} is no complete checkpoint: it has no readable trainer_state.json.")
+    return str(wanted)
+
+
+def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
+    arguments, student, device = run.arguments, run.student, run.training.device
+    # Before anything random; the Trainer sets it again when it has its model.
+    set_seed(run.training.seed)
+    quantization = get_quantization_config(student)
+    init = run.training.model_init_kwargs or {}
+    assert isinstance(init, dict)
+    run.training.model_init_kwargs = None
+    settings = {
+        "dtype": student.dtype,
+        "attn_implementation": student.attn_implementation,
+        **run.hub(student.model_revision),
+        **init,
+    }
+    if arguments.student_init == "random":
+        assert arguments.student is not None
+        config = AutoConfig.from_pretrained(arguments.student, **run.hub(student.model_revision))
+        attention = {"attn_implementation": student.attn_implementation} if student.attn_implementation else {}
+        return AutoModelForCausalLM.from_config(config, dtype=_dtype(student, torch.float32, device), **attention)
+    if arguments.student_init == "llava":
+        assert arguments.student is not None
+        assert arguments.student_vision_tower is not None
+        return assemble_llava(
+            arguments.student_vision_tower,
+            arguments.student,
+            vision_feature_layer=arguments.student_vision_layer,
+            dtype=_dtype(student, torch.float32, device),
+            trust_remote_code=run.training.trust_remote_code,
+        )
+    if arguments.student_init == "pretrained":
+        assert arguments.student is not None
+        return load_model(arguments.student, "student", device=device, quantization_config=quantization, **settings)
+    source = (
+        teacher if arguments.student is None else load_model(arguments.student, "student", device=device, **settings)
+    )
+    assert source is not None
+    layers = arguments.student_layers
+    pruned: Any = prune(
+        source,
+        layers=layers[0] if layers is not None and len(layers) == 1 else layers,
+        intermediate_size=arguments.student_intermediate_size,
+        num_attention_heads=arguments.student_num_attention_heads,
+    )
+    if student.attn_implementation is not None:
+        pruned.set_attn_implementation(student.attn_implementation)
+    return pruned.to(_dtype(student, source.dtype, device))
+
+
+def _value(word: str) -> Any:
+    """A word of the command line as a YAML file would have it. By YAML 1.1 itself, 1e-3 is text and no is false."""
+    for kind in (int, float):
+        if re.fullmatch(_NUMBERS[kind], word):
+            return kind(word)
+    return {"true": True, "false": False, "none": None, "null": None}.get(word.lower(), word)
+
+
+def _dtype(student: StudentArguments, source: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type of a student that is made here: that of its source for auto, and one that the device multiplies."""
+    wanted = source if student.dtype == "auto" else getattr(torch, student.dtype or "float32")
+    computed = product_dtype(wanted, device)
+    if computed != wanted:
+        say_float32()
+    return computed
+
+
+def method_of(keys: Mapping[str, Any], flags: Sequence[str]) -> str:
+    """The method of a recipe, or of the flags after it. Raises UserError when it is none of METHODS."""
+    method = keys.get("method")
+    for flag, value in zip(flags, [*flags[1:], ""], strict=False):
+        if flag == "--method":
+            method = value
+        elif flag.startswith("--method="):
+            method = flag.partition("=")[2]
+    if method is None or method not in METHODS:
+        raise UserError(
+            f"method is {method!r}; set it to one of {', '.join(METHODS)}.{_nearest(str(method), METHODS)}"
+        )
+    return method
+
+
+def _nearest(word: str, choices: Any) -> str:
+    if _NAMES_ELSEWHERE.get(word) in choices:
+        return f" Here it is {_NAMES_ELSEWHERE[word]!r}."
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else " `mmkd-train --help` lists all."
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    state = checkpoint / "trainer_state.json"
+    try:
+        return state.is_file() and isinstance(json.loads(state.read_text(encoding="utf-8")), dict)
+    except json.JSONDecodeError:
+        return False

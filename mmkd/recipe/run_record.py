@@ -1,0 +1,75 @@
+"""What a run leaves about itself in its folder: its recipe with flags, its data and their licences, its versions."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_callback import TrainerCallback
+
+from mmkd.data.classification import ClassificationRecipe
+from mmkd.data.recipe import DataRecipe
+from mmkd.files import write_file
+from mmkd.results.machine import machine
+from mmkd.results.places import RECORD
+
+from .arguments import Run
+
+SCHEMA = 1
+
+
+class RunRecord(TrainerCallback):
+    """Writes the record when training begins, and how it ended."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes the record of a run that goes on."""
+        if state.is_world_process_zero:
+            begin(self.run, Path(args.output_dir))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Says whether it came to its end."""
+        if state.is_world_process_zero and state.global_step >= state.max_steps:
+            finish(Path(args.output_dir))
+
+
+def begin(run: Run, folder: Path) -> None:
+    """Writes the record of a run that trains into a folder from now on."""
+    content = {
+        "schema": SCHEMA,
+        "method": run.arguments.method,
+        "recipe": run.recipe,
+        "keys": run.keys,
+        "data": data_facts(run.arguments.method, run.arguments.data),
+        "machine": machine(),
+        "started": datetime.now(UTC).isoformat("T", "seconds"),
+        "finished": None,
+    }
+    _write(folder / RECORD, content)
+
+
+def finish(folder: Path) -> None:
+    """Notes that the run of a folder came to its end."""
+    path = folder / RECORD
+    content = json.loads(path.read_text(encoding="utf-8"))
+    _write(path, {**content, "finished": datetime.now(UTC).isoformat("T", "seconds")})
+
+
+def data_facts(method: str, name: str) -> dict[str, Any]:
+    """Name, source, licence and homepage of a data recipe, and those of its parts."""
+    if method == "dho":
+        recipe = ClassificationRecipe.load(name)
+        return {"name": recipe.name, "license": recipe.license, "homepage": recipe.homepage, "source": recipe.source}
+    return _facts(DataRecipe.load(name))
+
+
+def _facts(recipe: DataRecipe) -> dict[str, Any]:
+    facts: dict[str, Any] = {key: getattr(recipe, key) for key in ("name", "license", "homepage", "source")}
+    parts = [{**_facts(part.recipe), "weight": part.weight, "rows": part.rows} for part in recipe.mixture]
+    return {**facts, "revision": recipe.revision, **({"parts": parts} if parts else {})}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_file(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")

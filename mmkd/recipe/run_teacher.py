@@ -1,0 +1,203 @@
+"""The teacher of a run, in whichever form it answers, and whether a cache is of the teacher and data that it names."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, DatasetDict
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.cache.hub import local_cache
+from mmkd.cache.identity import is_same_teacher, weights_sha256
+from mmkd.cache.store import Cache
+from mmkd.data.recipe import DataRecipe
+from mmkd.errors import UserError
+from mmkd.models.load import load_model, load_processing_class, tokenizer_of
+from mmkd.precision import native_dtype
+from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.server import ServerTeacher
+from mmkd.teachers.several import SeveralTeachers
+from mmkd.training.config import DistillationConfig
+
+from .arguments import Run, RunArguments
+
+Found = TypeVar("Found")
+
+
+def load_teacher(run: Run, name: str, dtype: str | None = None) -> PreTrainedModel:
+    """The teacher's model as the run says, in a type that the run's device multiplies, or in the given one.
+
+    Raises UserError when it cannot be loaded.
+    """
+    arguments, device = run.arguments, run.training.device
+    quantization = None
+    if arguments.teacher_load_in_4bit or arguments.teacher_load_in_8bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=arguments.teacher_load_in_4bit,
+            load_in_8bit=arguments.teacher_load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=native_dtype(device),
+        )
+    return load_model(
+        name,
+        "teacher",
+        device=device if dtype is None else None,
+        dtype=dtype or arguments.teacher_dtype,
+        attn_implementation=arguments.teacher_attn_implementation,
+        quantization_config=quantization,
+        **run.hub(arguments.teacher_revision),
+    )
+
+
+def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher:
+    """A teacher behind these URLs, for a student with this tokenizer. Raises UserError where their tokens differ."""
+    arguments = run.arguments
+    # Without the teacher's own tokenizer the servers are asked whether theirs is the student's.
+    tokenizer: Any = student
+    tokens = len(student)
+    if arguments.teacher is not None:
+        name, hub = arguments.teacher, run.hub(arguments.teacher_revision)
+        tokenizer = tokenizer_of(load_processing_class(name, "teacher", **hub))
+        added = {*student.get_added_vocab(), *tokenizer.get_added_vocab()}
+        tokens = shared_vocabulary(student.get_vocab(), tokenizer.get_vocab(), added)
+    return ServerTeacher(
+        urls,
+        k=arguments.teacher_top_k,
+        model=arguments.teacher_server_model,
+        # What the student does not know, a padding row of the teacher's say, is left in the tail.
+        vocab_size=tokens,
+        teacher=arguments.teacher,
+        tokenizer=tokenizer,
+        max_length=run.training.max_length,
+        concurrency=arguments.teacher_concurrency,
+        timeout=arguments.teacher_timeout,
+    )
+
+
+def reads_teacher(arguments: RunArguments) -> bool:
+    """Whether the teacher's weights are loaded to train, since neither a cache nor a server answers for it."""
+    return arguments.teacher_cache is None and arguments.teacher_server is None
+
+
+def absent_teacher(run: Run, student: Any) -> CachedTeacher | ServerTeacher:
+    """The teacher that answers from a run's cache or servers, for a student with this tokenizer."""
+    arguments = run.arguments
+    if arguments.teacher_cache is not None:
+        teacher = CachedTeacher(local_cache(arguments.teacher_cache), arguments.teacher_tail)
+        check_cache(run, teacher.cache)
+        return teacher
+    assert arguments.teacher_server is not None
+    return server_teacher(run, arguments.teacher_server, student)
+
+
+def several_teachers(run: Run, student: Any) -> SeveralTeachers:
+    """The teachers of a run that names several, for a student with this tokenizer."""
+    arguments, found = run.arguments, {}
+    assert isinstance(arguments.teachers, dict)
+    for name, one in run.by_teacher().items():
+        read = reads_teacher(one.arguments)
+        found[name] = load_teacher(one, str(one.arguments.teacher)) if read else absent_teacher(one, student)
+    weights = {name: float(keys.get("weight", 1)) for name, keys in arguments.teachers.items()}
+    return SeveralTeachers(found, None if arguments.teacher_column else weights, arguments.teacher_column)
+
+
+def teacher_identity(run: Run, download: bool = True) -> dict[str, Any]:
+    """Which teacher a run names, by name and weights; those of a Hub id only where they may be downloaded for it."""
+    arguments = run.arguments
+    assert arguments.teacher is not None
+    name, revision = arguments.teacher, arguments.teacher_revision
+    here = Path(name).is_dir() or (download and arguments.teacher_server is None)
+    return {"name": name, "revision": revision, "weights": weights_sha256(name, revision) if here else None}
+
+
+def check_cache(run: Run, cache: Cache) -> None:
+    """Raises UserError when a cache was built of another teacher, in another type, or on other data than named."""
+    identity, arguments = cache.manifest.identity, run.arguments
+    if arguments.teacher is not None:
+        # Reading all weights takes minutes where the teacher is large.
+        ours = from_main_process(run.training, lambda: teacher_identity(run, download=False))
+        if not is_same_teacher(ours, identity["teacher"]):
+            raise UserError(
+                f"The cache {cache.folder} is of the teacher {identity['teacher']['name']!r} (weights "
+                f"{identity['teacher']['weights']}), the recipe names {ours['name']!r} ({ours['weights']}). Correct "
+                "`teacher`, or build a cache of it."
+            )
+    _check_dtype(arguments.teacher_dtype, cache)
+    fingerprint, *earlier = DataRecipe.load(arguments.data).fingerprints
+    if identity["data"]["fingerprint"] not in (fingerprint, *earlier):
+        raise UserError(
+            f"The cache {cache.folder} was built on the data {identity['data']['name']!r} with the fingerprint "
+            f"{identity['data']['fingerprint']}, the recipe's data has {fingerprint}. Use that data, or build a cache "
+            "with this recipe."
+        )
+
+
+def _check_dtype(wanted: str, cache: Cache) -> None:
+    found = cache.manifest.identity["teacher"]["dtype"]
+    # A server does not say in which type it computes; auto asks for nothing. float32 is what a CPU that only emulates
+    # half types computes of a recipe that asks for them.
+    if wanted != "auto" and found not in (None, "float32") and getattr(torch, wanted, wanted) != getattr(torch, found):
+        raise UserError(
+            f"The cache {cache.folder} was computed by a teacher in {found}, the recipe's teacher_dtype is {wanted}. "
+            f"Set teacher_dtype: {found} (or auto), or build a cache with teacher_dtype: {wanted} in another folder."
+        )
+
+
+def from_main_process(args: DistillationConfig, compute: Callable[[], Found]) -> Found:
+    """What `compute` gives on the main process, on every rank; every rank raises the ValueError that it raises."""
+    if args.world_size == 1:
+        return compute()
+    told: list[Any] = [None]
+    if args.process_index == 0:
+        try:
+            told = [compute()]
+        except ValueError as error:
+            # The others would wait for an answer until they time out.
+            told = [error]
+    (found,) = broadcast_object_list(told)
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def own_rows_of(run: Run, data: DatasetDict) -> DatasetDict:
+    """The rows that concern a run; raises UserError where rows of several teachers do not name theirs."""
+    if run.own_rows is None:
+        return data
+    return DatasetDict({split: rows.select(_own_numbers(run, rows, str(split))) for split, rows in data.items()})
+
+
+def _own_numbers(run: Run, rows: Dataset, split: str) -> list[int]:
+    if run.own_rows is None:
+        return list(range(len(rows)))
+    column, name = run.own_rows
+    if column not in rows.column_names:
+        raise UserError(
+            f"teacher_column is {column!r}, which the {split} rows lack; they have {', '.join(rows.column_names)}. "
+            "Map it in the data recipe."
+        )
+    return [number for number, value in enumerate(rows[column]) if value == name]
+
+
+def without_unreadable(data: DatasetDict, caches: Sequence[tuple[Run, Cache]]) -> DatasetDict:
+    """The rows without those that nobody could read when the caches were built, each by the run of its teacher."""
+    unreadable: dict[str, set[int]] = {}
+    for run, cache in caches:
+        for split, skipped in cache.manifest.skipped.items():
+            bad = [row for row, entry in skipped.items() if entry.key is None]
+            if not bad or split not in data:
+                continue
+            own = _own_numbers(run, data[split], split)
+            if len(own) != cache.manifest.total_rows[split]:
+                raise UserError(
+                    f"The cache {cache.folder} leaves out rows that could not be read, by their number among "
+                    f"{cache.manifest.total_rows[split]} rows of {split}; the run has {len(own)}. Give the same "
+                    "max_train_rows and max_eval_rows as for the build."
+                )
+            unreadable.setdefault(split, set()).update(own[row] for row in bad)
+    for split, bad in unreadable.items():
+        data[split] = data[split].select([row for row in range(len(data[split])) if row not in bad])
+    return data

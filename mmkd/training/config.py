@@ -1,0 +1,144 @@
+"""What every method reads from a recipe."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from mmkd.errors import UserError
+from mmkd.preparation.checks import take_one_gpu, without_emulated_bf16
+
+from .kernels import KERNELS, check_recipe
+from .rollout_config import RolloutConfig
+
+
+@dataclass
+class DistillationConfig(RolloutConfig):
+    """What every method reads, besides everything of trl's SFTConfig."""
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*RolloutConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    ce_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the cross-entropy with the data's own tokens, between 0 and 1; the divergence gets the "
+            "rest. 0 (default) is pure distillation; try 0.1 to 0.5 when the data is better than the teacher."
+        },
+    )
+    combine: str = field(
+        default="weights",
+        metadata={
+            "help": "How the terms of the loss become one (kd and taid with 0 < ce_weight < 1, llava_kd). weights "
+            "(default): each times its weight. gradmag: each times weight / |its gradient|, times sum(weights) / "
+            "sum(weights / |gradients|), with gradients in the last layer in every micro-batch, so that weights are "
+            "shares of the gradient whatever the temperature. Costs a backward pass of the last layer per term.",
+            "choices": ["weights", "gradmag"],
+        },
+    )
+    chunk_size: int = field(
+        default=512,
+        metadata={
+            "help": "Supervised tokens whose logits exist at a time. Larger is slightly faster on a GPU and costs "
+            "chunk_size x vocabulary x 2 bytes (bf16) per model, beside about 0.5 GiB on a GPU to compare them."
+        },
+    )
+    precise_logits: bool = field(
+        default=False,
+        metadata={
+            "help": "Form the student's logits in fp32 from bf16 weights, and sum the head's gradient in fp32. Lowers "
+            "the gradient's rounding error several times; costs little on a GPU and much on a CPU."
+        },
+    )
+    kernel: str = field(
+        default="auto",
+        metadata={
+            "help": "Who computes kd's forward_kl, reverse_kl and jsd: torch (mmkd's own), triton (TRL's, on CUDA) or "
+            "liger (pip install liger-kernel). The last two need a teacher model and run in steps that are not "
+            "logged, once the first batch has shown the loss and the gradients of torch, for which both heads are "
+            "copied to fp32. auto (default) is torch everywhere, since none was measured on a GPU yet.",
+            "choices": list(KERNELS),
+        },
+    )
+    trainable: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Parts of a vision-language student that are trained, of vision_tower, connector and "
+            "language_model; the others are frozen. Default: all."
+        },
+    )
+    on_bad_row: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with a row whose images are missing, broken or cut by max_length: error (default), or "
+            "skip, which leaves it out, warns, and counts it in the logs as unreadable_rows or overlong_rows.",
+            "choices": ["error", "skip"],
+        },
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of from_pretrained for a teacher given by name, such as dtype."},
+    )
+
+    emulated_bf16: bool = field(
+        init=False,
+        default=False,
+        metadata={"help": "Whether bf16 was asked for and is computed in fp32, since this CPU would only emulate it."},
+    )
+
+    combinations: ClassVar[tuple[str, ...]] = ("weights",)
+    """How the method can combine the terms of its loss."""
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """The weight of each term of the loss, by the term's name in the logs."""
+        return {"divergence": 1 - self.ce_weight, "ce": self.ce_weight}
+
+    def __post_init__(self) -> None:
+        # transformers wants this said before it allows bf16 on a machine without an accelerator.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.activation_checkpointing is None:
+            # trl still sets its default by the old name, of which transformers warns every run.
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()
+        take_one_gpu(self)
+        self.emulated_bf16 = without_emulated_bf16(self)
+        if not 0 <= self.ce_weight <= 1:
+            raise UserError(f"ce_weight is {self.ce_weight}; it is a share and must lie between 0 and 1.")
+        if self.on_policy_fraction and self.ce_weight:
+            raise UserError(
+                "ce_weight is the share of the data's own answers, which a rollout replaces: it would train the "
+                "student on what it says anyway. Set ce_weight: 0, or on_policy_fraction: 0."
+            )
+        check_combination(self)
+        if self.chunk_size < 1:
+            raise UserError(f"chunk_size is {self.chunk_size}; at least one token must be compared at a time.")
+        if self.on_bad_row not in ("error", "skip"):
+            raise UserError(f"on_bad_row is {self.on_bad_row!r}; choose error or skip.")
+        if self.loss_type != "nll" or self.label_smoothing_factor:
+            raise UserError(
+                "loss_type and label_smoothing_factor change SFT's own loss, which distillation replaces. Remove them."
+            )
+        check_recipe(self)
+
+    @property
+    def kernel_beta(self) -> float | None:
+        """The divergence as Liger and TRL write it, from 0, forward KL, to 1, reverse KL; None: one they have not."""
+        return None
+
+
+def check_combination(config: DistillationConfig) -> None:
+    """Raises UserError where the terms of the loss cannot be combined as asked."""
+    if config.combine == "gradmag" and config.combinations == ("weights",):
+        raise UserError(
+            f"combine is gradmag, but the loss of {type(config).__name__} has no terms to balance. Set combine: "
+            "weights, or use a method with several terms: kd or taid with ce_weight between 0 and 1, alm or llava_kd. "
+            "Rounds of comd take it in round_settings."
+        )
+    if config.combine not in config.combinations:
+        raise UserError(f"combine is {config.combine!r}; choose one of {', '.join(config.combinations)}.")
+    terms = [name for name, weight in config.term_weights.items() if weight]
+    if config.combine == "gradmag" and len(terms) < 2:
+        raise UserError(
+            f"combine is gradmag, but {' and '.join(terms)} is the only term whose weight is not 0, which leaves "
+            "nothing to balance. Give another term a weight, such as ce_weight: 0.5, or set combine: weights."
+        )

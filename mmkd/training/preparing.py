@@ -1,0 +1,174 @@
+"""What the student will see: how rows become sequences, as facts to compare and as the sequences themselves."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from copy import copy
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_utils import IntervalStrategy
+from trl.trainer.sft_config import SFTConfig
+
+from mmkd.cache.sequence_keys import segments
+from mmkd.models.load import tokenizer_of
+from mmkd.preparation.collation import ROW_LENGTHS
+from mmkd.preparation.labelling import LabellingTrainer
+
+from .sharding import ShardedTrainer
+
+ROWS = "rows"
+"""Where `KeptRows` puts the rows that a batch was made of."""
+
+_READ = 1000
+
+
+def preparation_of(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: SFTConfig, template: str | None = None
+) -> dict[str, Any]:
+    """Everything besides the data that decides the token ids and masks of a run; long values as sha256.
+
+    `template` is the chat template in use when it is not that of the processing class.
+    """
+    image_processor = getattr(processing_class, "image_processor", None)
+    return {
+        "tokenizer": _sha256(_tokenizer_json(tokenizer_of(processing_class))),
+        "eos_token": str(tokenizer_of(processing_class).eos_token),
+        "chat_template": _sha256(template or processing_class.chat_template),
+        "image_processor": None if image_processor is None else _sha256(image_processor.to_json_string()),
+        "max_length": args.max_length,
+        "truncation_mode": args.truncation_mode,
+        "completion_only_loss": args.completion_only_loss,
+        "assistant_only_loss": args.assistant_only_loss,
+        # Strategies that keep sequences whole give the same ones as no packing.
+        "packing": args.packing_strategy if args.packing and args.packing_strategy != "bfd" else None,
+    }
+
+
+class RowLengths:
+    """A data collator that adds how many tokens each row of a batch has, also where rows are laid end to end."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any]):
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        batch = self.collator(examples)
+        flat = len(batch["input_ids"]) != len(examples)
+        lengths = [len(example["input_ids"]) if flat else batch["input_ids"].shape[1] for example in examples]
+        batch[ROW_LENGTHS] = torch.tensor(lengths)
+        return batch
+
+
+class Rows:
+    """The rows of a batch, which moving it to a device leaves alone."""
+
+    def __init__(self, examples: list[dict[str, Any]]):
+        self.examples = examples
+
+
+class KeptRows:
+    """A data collator that adds the rows of a batch themselves, for who wants to answer them in another way."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any]):
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        kept = Rows([dict(example) for example in examples])
+        return {**self.collator(examples), ROWS: kept}
+
+
+class _Preparation(ShardedTrainer, LabellingTrainer):
+    """The preparation of rows; the model is a placeholder that no one asks."""
+
+
+class _Reading(_Preparation):
+    """The same by somebody who is only compared with the student."""
+
+    judges_template = False
+
+
+def placeholder_trainer(
+    args: SFTConfig, processing_class: Any, train: Any, evaluation: Any = None, judges_template: bool = True
+) -> LabellingTrainer:
+    """A trainer that prepares rows as training would, without a model. Leaves its arguments as they are.
+
+    Raises UserError for a chat template that swallows answers, unless it is not to be judged.
+    """
+    args = copy(args)
+    tokenizer: Any = tokenizer_of(processing_class)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        args.output_dir, args.report_to, args.push_to_hub, args.disable_tqdm = folder, [], False, True
+        # With a schedule of evaluations the Trainer insists on rows for them.
+        args.eval_strategy = IntervalStrategy.NO
+        return (_Preparation if judges_template else _Reading)(
+            model=LlamaForCausalLM(config),
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=processing_class,
+        )
+
+
+class Located(NamedTuple):
+    """A sequence of a prepared data set: a span of one of its rows."""
+
+    row: int
+    span: slice
+    ids: Int[np.ndarray, "token"]
+    supervised: Bool[np.ndarray, "token"]
+
+
+def sequences_of(dataset: Dataset) -> Iterator[Located]:
+    """Every sequence of a prepared data set; packed rows are taken apart."""
+    columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names]
+    first = 0
+    for batch in dataset.select_columns(columns).with_format("numpy").iter(_READ):
+        rows: Any = batch
+        for number, (ids, labels) in enumerate(zip(rows["input_ids"], rows["labels"], strict=True)):
+            starts = [0]
+            if "seq_lengths" in rows:
+                starts = np.cumsum([0, *rows["seq_lengths"][number][:-1]]).tolist()
+            for span in segments(starts, len(ids)):
+                supervised = labels[span] != -100
+                supervised[:1] = False
+                yield Located(first + number, span, ids[span], supervised)
+        first += len(rows["input_ids"])
+
+
+def _tokenizer_json(tokenizer: Any) -> str:
+    if not tokenizer.is_fast:
+        return json.dumps(sorted(tokenizer.get_vocab().items()))
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Set anew by every call.
+    for key in ("truncation", "padding"):
+        content.pop(key, None)
+    return json.dumps(content, sort_keys=True)
+
+
+def _sha256(text: Any) -> str | None:
+    return None if text is None else hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
+
+
+def without_repeated_rows(labels: Tensor, row_lengths: Tensor, accelerator: Accelerator) -> Tensor:
+    """The labels without those of rows that ranks repeat to make the last batch of an evaluation even."""
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return labels
+    rows = int((row_lengths > 0).sum())
+    real = max(0, state.remainder - accelerator.process_index * rows)
+    kept = torch.zeros_like(labels, dtype=torch.bool)
+    if len(labels) == len(row_lengths):
+        kept[:real] = True
+    else:
+        kept[:, : row_lengths[:real].sum()] = True
+    return labels.masked_fill(~kept, -100)
