@@ -5,8 +5,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -99,15 +102,42 @@ class Endpoints:
 
     def map(self, ask: Callable[[Item], Coroutine[Any, Any, Answer]], items: Iterable[Item]) -> Iterator[Answer]:
         """The answers in the order of the items, of which at most twice the concurrency are held at a time."""
+        with closing(self._under_way(ask, items)) as futures:
+            for future in futures:
+                yield future.result()
+
+    def each(
+        self, ask: Callable[[Item], Coroutine[Any, Any, Answer]], items: Iterable[Item]
+    ) -> Iterator[tuple[int, Answer]]:
+        """As `map`, each answer with its item's number; where one fails, those under way are waited for.
+
+        They come before its error is raised, so that whoever records answers loses none that a server gave.
+        """
+        failure: UserError | None = None
+        unasked = takewhile(lambda item: failure is None, items)
+        with closing(self._under_way(ask, unasked)) as futures:
+            for number, future in enumerate(futures):
+                try:
+                    answer = future.result()
+                except UserError as error:
+                    failure = failure or error
+                    continue
+                yield number, answer
+        if failure is not None:
+            raise failure
+
+    def _under_way(
+        self, ask: Callable[[Item], Coroutine[Any, Any, Answer]], items: Iterable[Item]
+    ) -> Generator[Future[Answer], None, None]:
         pending = deque()
         try:
             for item in items:
                 # Twice, so that one slow answer at the head of the queue does not leave the servers idle.
                 if len(pending) >= 2 * self._concurrency:
-                    yield pending.popleft().result()
+                    yield pending.popleft()
                 pending.append(asyncio.run_coroutine_threadsafe(ask(item), self._loop))
             while pending:
-                yield pending.popleft().result()
+                yield pending.popleft()
         finally:
             for future in pending:
                 future.cancel()

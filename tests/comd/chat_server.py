@@ -27,11 +27,6 @@ def kind_of(body: dict[str, Any]) -> str:
     return "augment" if text.startswith("Here is an instruction") else "answer"
 
 
-def judged(body: dict[str, Any]) -> list[str]:
-    """The two answers that a judge is asked about."""
-    return [part.partition("\n")[2].partition("\n\n")[0] for part in said(body).split("Answer of assistant")[1:]]
-
-
 def scripted(body: dict[str, Any]) -> str:
     """An answer that depends on the instruction, a judge who likes few letters, an augmentor who writes new words."""
     text, seed = said(body), body["seed"]

@@ -4,6 +4,7 @@ import base64
 import io
 import socket
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,22 @@ def test_answers_of_a_server_keep_the_order_of_the_questions() -> None:
     with chat_server(reply=lambda body: body["messages"][0]["content"].upper()) as fake:
         found = replies(server([fake.url], "teacher"), questions)
     assert [one.text for one in found] == [question.messages[0]["content"].upper() for question in questions]
+
+
+def test_a_failed_question_loses_none_of_the_answers_under_way() -> None:
+    questions = [question_of(instruction(text)) for text in sentences(4, seed=9)]
+    gone = questions[0].messages[0]["content"]
+
+    def reply(body: dict[str, Any]) -> str:
+        if body["messages"][0]["content"] == gone:
+            raise ConnectionError
+        return "yes"
+
+    with chat_server(reply=reply) as fake:
+        batches = server([fake.url], "teacher").replies(questions, Sampling(8))
+        assert [place for ((place, _),) in islice(batches, 3)] == [1, 2, 3]
+        with pytest.raises(ValueError, match="does not answer"):
+            next(batches)
 
 
 @pytest.mark.parametrize(

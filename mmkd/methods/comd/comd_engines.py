@@ -253,7 +253,7 @@ class ChatServer(Engine):
             return Reply(text, tokens, said.finish_reason or "stop", 0.0)
 
         begun = time.perf_counter()
-        for place, reply in enumerate(endpoints.map(ask, questions)):
+        for place, reply in endpoints.each(ask, questions):
             # Many requests are under way at a time: their own times would count one second several times.
             now = time.perf_counter()
             yield [(place, replace(reply, seconds=now - begun))]
