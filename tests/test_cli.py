@@ -345,3 +345,16 @@ def test_a_package_that_a_setting_needs_is_one_line(workplace: Path, capsys: Any
     monkeypatch.setenv("MMKD_TRACEBACK", "1")
     with pytest.raises(ImportError):
         main(["train", "bad.yaml"])
+
+
+def test_an_error_of_ours_keeps_its_traceback_and_says_where_to_report_it(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def broken(*arguments: Any) -> int:
+        return len(list(zip([1], [1, 2], strict=True)))
+
+    monkeypatch.setattr("mmkd.commands.train.train", broken)
+    with pytest.raises(ValueError, match="argument 2 is longer") as raised:
+        main(["train", "kd/quickstart"])
+    assert "please report it" in raised.value.__notes__[0]
+    assert "mmkd:" not in capsys.readouterr().err
