@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and data that many tests share."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,10 @@ def build(tiny: dict[str, Path], tmp_path: Path) -> Build:
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports() -> None:
+    """What all tests import lives as long as they do; looking for garbage in it took 0.3 s per model that is freed."""
+    gc.collect()
+    gc.freeze()
