@@ -1,8 +1,19 @@
 """Whether two tokenizers are one, and how many tokens they share."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from mmkd.errors import UserError
+
+
+def shared_tokens(student: Any, teacher: Any, *rows: int) -> int:
+    """The number of leading token ids that two tokenizers share, and no more than the `rows` that their models have.
+
+    Models pad their vocabularies to a round number: rows beyond the tokens mean nothing. Raises UserError as
+    `shared_vocabulary` does.
+    """
+    added = {*student.get_added_vocab(), *teacher.get_added_vocab()}
+    return min([shared_vocabulary(student.get_vocab(), teacher.get_vocab(), added), *rows])
 
 
 def shared_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int], added: Collection[str] = ()) -> int:

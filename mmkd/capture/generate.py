@@ -24,7 +24,7 @@ from mmkd.data.arrow import encoded_json, read_rows
 from mmkd.data.images import read_row
 from mmkd.data.prompts import IllustratedText, model_inputs, question_of, with_pictures
 from mmkd.errors import UserError
-from mmkd.generation.local_generation import seeded
+from mmkd.generation.local_generation import seed_of, seeded
 from mmkd.models.load import positions_of, tokenizer_of
 from mmkd.preparation.collation import refusal
 from mmkd.recipe.run import Run, load_rows_of, load_teacher, teacher_processing_class
@@ -191,7 +191,7 @@ class GeneratePlan(Plan):
             else:
                 asked.append(one)
         self.refuse(skipped, split)
-        seed = _seed(self.arguments.cache_seed, split, number)
+        seed = seed_of(f"{self.arguments.cache_seed} {split} {number}")
         rows = []
         for one, answers in zip(asked, self.generator.generate(asked, seed, advance), strict=True):
             if isinstance(answers, UnusableRow):
@@ -352,7 +352,3 @@ def _features(data: Dataset) -> Features:
             "finish_reason": Value("string"),
         }
     )
-
-
-def _seed(seed: int, split: str, number: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed} {split} {number}".encode(), digest_size=4).digest(), "little")

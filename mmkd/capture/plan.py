@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, Features
 from transformers import AutoConfig
 
 from mmkd import __version__
-from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.alignment.vocab import shared_tokens
 from mmkd.cache.codec import Codec, TokenOrder
 from mmkd.cache.hub import is_hub_id
 from mmkd.cache.identity import saved_dtype
@@ -300,14 +300,12 @@ def _shared_rows(run: Run, processing_class: Any, teacher_class: Any) -> int:
     settings = run.arguments
     ours: Any = tokenizer_of(processing_class)
     theirs: Any = tokenizer_of(teacher_class)
-    added = {*ours.get_added_vocab(), *theirs.get_added_vocab()}
-    tokens = shared_vocabulary(ours.get_vocab(), theirs.get_vocab(), added)
     assert settings.teacher is not None
     rows = [_config(run, settings.teacher).get_text_config().vocab_size]
     if settings.student is not None and ours is not theirs:
         # A student grows where a cloned chat template adds tokens.
         rows.append(max(_config(run, settings.student).get_text_config().vocab_size, len(ours)))
-    return min(tokens, *rows)
+    return shared_tokens(ours, theirs, *rows)
 
 
 def _config(run: Run, name: str) -> Any:

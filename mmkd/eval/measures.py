@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmkd import __version__
+from mmkd.alignment.vocab import shared_tokens
 from mmkd.data.image_columns import image_column
 from mmkd.data.load import load_data
 from mmkd.data.prompts import prompt_of, text_of, words_of
@@ -28,7 +29,7 @@ from . import speed
 from .harness import Settings, device_of
 from .model import EvalModel
 from .results import Results, key_of
-from .tokens import Agreement, Calibration, batches, common_tokens, say
+from .tokens import Agreement, Calibration, batches, say
 
 MEASURES = ("cost", "generation", "bytes", "agreement", "calibration")
 """In the order in which they are taken: the last two prepare the model for training's own batches."""
@@ -170,7 +171,9 @@ class Taking:
         assert self.rows is not None
         assert self.held is not None
         model, teacher = self.sides["student"], self.sides.get("teacher")
-        size = None if teacher is None else common_tokens(model.processing_class, teacher.processing_class)
+        size = None
+        if teacher is not None:
+            size = shared_tokens(tokenizer_of(model.processing_class), tokenizer_of(teacher.processing_class))
         agreement, calibrations = Agreement(), {side: Calibration() for side in self.sides}
         for batch in batches(self.model("student"), model.processing_class, self.rows, self.held.max_length, teacher):
             said = {"student": say(self.model("student").eval(), batch.ours, size)}

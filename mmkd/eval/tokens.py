@@ -11,9 +11,7 @@ from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmkd.alignment.vocab import shared_vocabulary
 from mmkd.methods.sft import SFTBaselineConfig, SFTBaselineTrainer
-from mmkd.models.load import tokenizer_of
 from mmkd.preparation.collation import ROW_LENGTHS, View, processor_of_teacher, teacher_view
 
 BINS = 15
@@ -87,13 +85,6 @@ def say(model: Any, view: View, vocab_size: int | None = None) -> Said:
     logits = model(**{**view.inputs, "use_cache": False}).logits[:, :-1][view.supervised]
     log_probs = logits[:, :vocab_size].float().log_softmax(-1)
     return Said(log_probs, view.labels[:, 1:][view.supervised].to(log_probs.device))
-
-
-def common_tokens(ours: Any, theirs: Any) -> int:
-    """The number of tokens that both tokenizers give the same ids. Raises UserError when they differ."""
-    ours, theirs = tokenizer_of(ours), tokenizer_of(theirs)
-    added = {*ours.get_added_vocab(), *theirs.get_added_vocab()}
-    return shared_vocabulary(ours.get_vocab(), theirs.get_vocab(), added)
 
 
 class Agreement:

@@ -1,5 +1,6 @@
 """What generating with a model takes: the tokens that end an answer, those it must not hold, and a quiet state."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,11 @@ def silenced_tokens(model: PreTrainedModel, vocab_size: int) -> list[int]:
     told = [getattr(model.config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id")]
     images = [token for token in told if isinstance(token, int)]
     return sorted({*range(vocab_size, rows), *images})
+
+
+def seed_of(text: str) -> int:
+    """The random seed, 32 bits, that follows from what is to be drawn, in words: the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmkd.alignment.vocab import shared_tokens
 from mmkd.cache.hub import is_hub_id
 from mmkd.errors import UserError
 from mmkd.recipe.launch_flags import alone, parse_alone
@@ -99,7 +100,7 @@ def _check(run: Run) -> None:
         if arguments.teacher is not None:
             teacher = load_teacher(one)
             if tokens.compares_tokens(run) and (reads_teacher(arguments) or arguments.teacher_server is not None):
-                tokens.shared_tokens(ours, teacher)
+                shared_tokens(ours.tokenizer, teacher.tokenizer)
         cache = arguments.teacher_cache
         if cache is not None and costs.is_to_be_built(cache):
             raise UserError(f"its teacher_cache {cache} is not there; build it first with `mmkd cache build`.")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from trl.data_utils import is_conversational
 
-from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.alignment.vocab import shared_tokens
 from mmkd.capture.sequences import TokenSequence
 from mmkd.preparation.fit import answer_ends, lacking_tokens
 from mmkd.recipe.run import Run
@@ -25,14 +25,6 @@ CONTEXT = 4
 def compares_tokens(run: Run) -> bool:
     """Whether the run's method compares distributions over one vocabulary, as most do."""
     return METHODS[run.arguments.method].one_vocabulary
-
-
-def shared_tokens(student: Side, teacher: Side) -> int:
-    """The number of leading ids that both models know. Raises UserError for different tokenizers."""
-    ours, theirs = student.tokenizer, teacher.tokenizer
-    added = {*ours.get_added_vocab(), *theirs.get_added_vocab()}
-    tokens = shared_vocabulary(ours.get_vocab(), theirs.get_vocab(), added)
-    return min(tokens, student.rows, teacher.rows)
 
 
 def vocabulary(student: Side, teacher: Side, rendered: Rendered | None) -> list[Finding]:
@@ -53,7 +45,7 @@ def vocabulary(student: Side, teacher: Side, rendered: Rendered | None) -> list[
                 f"copy the tokenizer files of {teacher.name} over those in a copy of {student.name}.",
             )
         ]
-    tokens = shared_tokens(student, teacher)
+    tokens = shared_tokens(student.tokenizer, teacher.tokenizer, student.rows, teacher.rows)
     padding = [f"{side.rows - tokens:,} of the {side.role}'s {side.rows:,}" for side in (student, teacher)]
     left_out = student.rows > tokens or teacher.rows > tokens
     same = Finding(

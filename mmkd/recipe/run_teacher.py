@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.alignment.vocab import shared_tokens
 from mmkd.cache.hub import local_cache
 from mmkd.cache.identity import is_same_teacher, weights_sha256
 from mmkd.cache.store import Cache
@@ -61,8 +61,7 @@ def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher:
     if arguments.teacher is not None:
         name, hub = arguments.teacher, run.hub(arguments.teacher_revision)
         tokenizer = tokenizer_of(load_processing_class(name, "teacher", **hub))
-        added = {*student.get_added_vocab(), *tokenizer.get_added_vocab()}
-        tokens = shared_vocabulary(student.get_vocab(), tokenizer.get_vocab(), added)
+        tokens = shared_tokens(student, tokenizer)
     return ServerTeacher(
         urls,
         k=arguments.teacher_top_k,

@@ -1,6 +1,5 @@
 """On-policy distillation: the student answers some of a batch's prompts itself, for the teacher to judge."""
 
-import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mmkd.errors import UserError
-from mmkd.generation.local_generation import seeded, silenced_tokens, speaking, stop_tokens
+from mmkd.generation.local_generation import seed_of, seeded, silenced_tokens, speaking, stop_tokens
 from mmkd.models.backbone import base_of
 from mmkd.models.load import positions_of
 from mmkd.teachers.cached import CachedTeacher
@@ -166,7 +165,7 @@ class Rollouts:
         """
         begun = time.monotonic()
         questions = self._questions(batches, step)
-        rollouts = self.source.answer(questions, _number(self.args.seed, "answers", step, self.rank))
+        rollouts = self.source.answer(questions, seed_of(repr((self.args.seed, "answers", step, self.rank))))
         found = Mixed(questions, rollouts, time.monotonic() - begun)
         return [self._with(batch, found.of(number)) for number, batch in enumerate(batches)], found
 
@@ -194,7 +193,7 @@ class Rollouts:
 
     def _questions(self, batches: Sequence[Mapping[str, Any]], step: int) -> list[Question]:
         fraction = self.args.on_policy_fraction
-        offset = _number(self.args.seed, "rows", step) / 2**32
+        offset = seed_of(repr((self.args.seed, "rows", step))) / 2**32
         questions = []
         for number, batch in enumerate(batches):
             starts = answer_starts(batch, self.args.rollout_prompt_tokens)
@@ -254,8 +253,3 @@ def rollout_of(ids: Sequence[int], stops: Sequence[int]) -> Rollout:
     """The tokens up to the first that ends an answer."""
     end = next((place for place, token in enumerate(ids) if token in stops), None)
     return Rollout(list(ids), False) if end is None else Rollout(list(ids[: end + 1]), True)
-
-
-def _number(*facts: Any) -> int:
-    """32 bits that follow from the facts."""
-    return int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=4).digest(), "little")

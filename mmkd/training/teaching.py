@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.alignment.vocab import shared_tokens
 from mmkd.errors import UserError
 from mmkd.models.backbone import base_of, full_head, name_of
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
@@ -237,10 +237,7 @@ class TaughtTrainer(ReportingTrainer, LabellingTrainer):
                 teacher.check_sequences(((one.ids, one.supervised) for one in sequences_of(rows)), split)
 
     def _shared_vocabulary(self, teacher_tokenizer: Any, teacher_rows: int) -> int:
-        tokenizer: Any = tokenizer_of(self.processing_class)
-        added = {*tokenizer.get_added_vocab(), *teacher_tokenizer.get_added_vocab()}
-        tokens = shared_vocabulary(tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), added)
-        return min(tokens, self.vocab_size, teacher_rows)
+        return shared_tokens(tokenizer_of(self.processing_class), teacher_tokenizer, self.vocab_size, teacher_rows)
 
     def _first_rows(self, teacher: Teacher) -> Iterator[dict[str, Any]]:
         """Rows to ask about before training: the first, and where rows name their teachers the first of each."""

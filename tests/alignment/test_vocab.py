@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmkd.alignment.vocab import shared_vocabulary
+from mmkd.alignment.vocab import shared_tokens, shared_vocabulary
 
 WORDS = ["<pad>", "the", "cat", "sat", "on", "mat"]
 RESERVED = [f"<reserved_{i}>" for i in range(128)]
@@ -142,3 +142,19 @@ def test_message_gives_sizes_and_examples():
         ValueError, match=r"Student \(6 tokens\) and teacher \(7 tokens\).*'sat', 'dog', 'hat', \.\.\."
     ):
         shared_vocabulary(vocabulary(WORDS), teacher)
+
+
+def test_shared_tokens_are_no_more_than_the_models_have_rows():
+    class Tokenizer:
+        def __init__(self, words: list[str], added: list[str]):
+            self.words, self.added = words, added
+
+        def get_vocab(self) -> dict[str, int]:
+            return vocabulary([*self.words, *self.added])
+
+        def get_added_vocab(self) -> dict[str, int]:
+            return {token: index for token, index in self.get_vocab().items() if token in self.added}
+
+    student, teacher = Tokenizer(WORDS, ["<own>"]), Tokenizer(WORDS, ["<image>", "<tool>"])
+    assert shared_tokens(student, teacher) == len(WORDS)
+    assert shared_tokens(student, teacher, 128, len(WORDS) - 1) == len(WORDS) - 1

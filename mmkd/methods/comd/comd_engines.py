@@ -1,6 +1,5 @@
 """Who replies: a transformers model in this process, or any server that speaks OpenAI's chat protocol."""
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from trl.data_utils import prepare_multimodal_messages
 from mmkd.capture.generate import LocalGenerator
 from mmkd.capture.scoring import label_log_probs
 from mmkd.errors import UserError
-from mmkd.generation.local_generation import seeded
+from mmkd.generation.local_generation import seed_of, seeded
 from mmkd.models.backbone import allow_consumers
 from mmkd.models.load import positions_of, tokenizer_of
 from mmkd.recipe.arguments import Run
@@ -283,5 +282,4 @@ def _tokens(generator: LocalGenerator, prompt: Prompt) -> int:
 
 
 def _seed(seed: int, asked: list[Question]) -> int:
-    text = f"{seed} {[(question.messages[-1], question.digests, question.sample) for question in asked]}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+    return seed_of(f"{seed} {[(question.messages[-1], question.digests, question.sample) for question in asked]}")
