@@ -19,15 +19,6 @@ ORDER += ("preflight", "methods", "eval", "publish", "prepare", "commands")
 # Of the parts at the ground, more is asked: maths, paths and YAML know nothing of the rest.
 NARROW = {"losses": {"errors"}, "alignment": {"errors"}, "shipped": {"errors"}, "yaml_files": {"errors"}}
 
-# Still against the order, until methods are values that parts below them look up by name.
-KNOWN = {
-    "mmkd.capture.plan imports mmkd.methods.alm",
-    "mmkd.preflight.doctor imports mmkd.methods.comd.round_checks",
-    "mmkd.preflight.doctor imports mmkd.methods.dho.class_checks",
-    "mmkd.preflight.plan imports mmkd.methods.dho.class_plan",
-    "mmkd.recipe.run imports mmkd.methods.dho.dho_build",
-}
-
 # Slow to import, or not installed with mmkd at all: a user of something else must not pay for them.
 HEAVY = {"bitsandbytes", "flash_attn", "gguf", "liger_kernel", "lm_eval", "lmms_eval", "matplotlib", "ray"}
 
@@ -103,7 +94,6 @@ def wrong_directions(imports: list[Import]) -> list[str]:
         if item.package == "mmkd" and item.target != "mmkd.__version__"
         for part, other in [(part_of(item.source), part_of(item.target))]
         if part and other != part and not may_import(part, other)
-        if f"{item.source} imports {item.target}" not in KNOWN
     ]
 
 
@@ -120,8 +110,6 @@ def circles(imports: list[Import]) -> list[list[str]]:
     for item in imports:
         part, other = part_of(item.source), part_of(item.target)
         if item.package == "mmkd" and part and other and part != other:
-            if f"{item.source} imports {item.target}" in KNOWN:
-                continue
             below.setdefault(part, set()).add(other)
     sorter = TopologicalSorter(below)
     try:

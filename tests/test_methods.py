@@ -37,7 +37,7 @@ def test_a_method_has_all_its_parts(method: str) -> None:
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_trainer_and_config_are_public(method: str) -> None:
-    trainer, config = METHODS[method], METHODS[method].config_class
+    trainer, config = METHODS[method].trainer, METHODS[method].config
     assert getattr(mmkd, trainer.__name__) is trainer
     assert getattr(mmkd, config.__name__) is config
     # A method that predicts no tokens is a Trainer of transformers.
@@ -57,7 +57,7 @@ def test_every_shipped_recipe_parses(path: Path) -> None:
 def test_every_field_says_what_it_does(method: str) -> None:
     inherited = {field.name for field in dataclasses.fields(SFTConfig)}
     inherited |= {field.name for field in dataclasses.fields(TrainingArguments)}
-    for field in dataclasses.fields(METHODS[method].config_class):
+    for field in dataclasses.fields(METHODS[method].config):
         assert field.name in inherited or len(field.metadata.get("help", "")) > 20, field.name
 
 

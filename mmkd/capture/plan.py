@@ -24,7 +24,6 @@ from mmkd.data.arrow import read_rows
 from mmkd.data.filters import row_key
 from mmkd.data.recipe import DataRecipe
 from mmkd.errors import UserError
-from mmkd.methods.alm import ALMConfig
 from mmkd.models.load import tokenizer_of
 from mmkd.precision import name_of_dtype, product_dtype, say_float32
 from mmkd.recipe.cache_arguments import CacheArguments
@@ -161,8 +160,7 @@ def make_score_plan(run: Run) -> ScorePlan:
     across = arguments.cache_signal == "log_probs"
     processing_class = teacher_class if across else student_processing_class(run)
     data = load_rows_of(run)
-    training = run.training.for_teacher() if isinstance(run.training, ALMConfig) else run.training
-    prepared = prepare(data, training, processing_class)
+    prepared = prepare(data, run.training.for_teacher(), processing_class)
     vocab_size = _shared_rows(run, prepared.processing_class, teacher_class)
     k, m = (1, 0) if across else (settings.teacher_top_k, arguments.cache_tail_draws)
     if k + m > vocab_size:

@@ -303,9 +303,11 @@ def _doctor(options: argparse.Namespace, flags: list[str]) -> int:
 def _needs_tokens(recipe: str, flags: list[str], instead: str) -> None:
     """Raises UserError for a recipe of classes, which this command knows nothing about."""
     from mmkd.recipe.run import method_of, read_recipe
+    from mmkd.training.method import METHODS
 
-    if method_of(read_recipe(recipes.find_recipe(recipe)), flags) == "dho":
-        raise UserError(f"{recipe} predicts classes, and this command is about tokens: {instead}.")
+    predicted = METHODS[method_of(read_recipe(recipes.find_recipe(recipe)), flags)].predicts
+    if predicted != "tokens":
+        raise UserError(f"{recipe} predicts {predicted}, and this command is about tokens: {instead}.")
 
 
 def _list_recipes(options: argparse.Namespace, rest: list[str]) -> int:

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from mmkd.errors import UserError
 from mmkd.files import write_file
-from mmkd.preflight import dry_run
+from mmkd.preflight.dry_run import dry_run
 from mmkd.recipe.launch_flags import launch_keys_of, split
 from mmkd.recipe.phases import check_phases, evaluate_alone, finish, trains
 from mmkd.recipe.run import (
@@ -37,6 +37,7 @@ from mmkd.recipe.stages import plan, split_stages, train_stages
 from mmkd.shipped import find_recipe
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.interrupt import InterruptCallback
+from mmkd.training.method import METHODS
 
 PRESETS = ("single_gpu", "ddp", "fsdp2", "zero2", "zero3")
 """The accelerate configurations in `_presets`."""
@@ -79,10 +80,9 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
         read_elsewhere = ["accelerate_config", *launch_keys]
         check = partial(check_stages, ignored=read_elsewhere)
         return train_stages(find_recipe(recipe), [*flags, *stage_flags], train, check)
-    if run.arguments.method == "comd":
-        from mmkd.methods.comd.rounds import train_rounds
-
-        return train_rounds(run, find_recipe(recipe), flags, train)
+    drive = METHODS[run.arguments.method].drive
+    if drive is not None:
+        return drive(run, find_recipe(recipe), flags, train)
     if not trains(run):
         evaluate_alone(build_trainer(run), run)
         return 0
@@ -137,18 +137,7 @@ def _dry_run(run: Run, recipe: Path, flags: Sequence[str], folder: str) -> Disti
     """Says what a run would do, which may write to a folder; returns its trainer if the run has one over tokens."""
     run.training.push_to_hub = False
     run.training.output_dir = folder
-    if run.arguments.method == "dho":
-        from mmkd.methods.dho.dho_build import dry_run_dho
-
-        dry_run_dho(run, Console())
-        return None
-    if run.arguments.method == "comd":
-        from mmkd.methods.comd.comd_dry_run import dry_run_comd
-
-        return dry_run_comd(run, recipe, flags, Console())
-    trainer = build_trainer(run)
-    dry_run.report(trainer, Console())
-    return trainer
+    return dry_run(run, recipe, flags, Console())
 
 
 def _dry_run_stages(recipe: Path, flags: Sequence[str], launch_keys: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from mmkd.recipe.run import STAGE_KEYS, method_of, read_recipe
 from mmkd.results.machine import machine
 from mmkd.results.tables import markdown, show
 from mmkd.shipped import find_recipe
-from mmkd.training.method import METHODS
+from mmkd.training.method import BASELINE_METHOD, METHODS
 
 from .bootstrap import paired_bootstrap
 from .commands import evaluate
@@ -125,12 +125,12 @@ def compare(
     first = judge or recipes[0]
     if judge is None and not METHODS[methods[0]].one_vocabulary:
         judge = recipes[0]
-    roles = ["baseline" if method == "sft" else "student" for method in methods]
+    roles = ["baseline" if method == BASELINE_METHOD else "student" for method in methods]
     trained = [(recipe, list(flags), role) for recipe, role in zip(recipes, roles, strict=True)]
     if baseline not in (None, "none"):
         assert baseline is not None
         trained.insert(0, (baseline, list(flags), "baseline"))
-    elif baseline is None and "sft" not in methods:
+    elif baseline is None and BASELINE_METHOD not in methods:
         trained.insert(0, (*make_baseline(recipes[0], flags, output), "baseline"))
     if judge is None:
         _check_reading({recipe: own for recipe, own, _ in trained})
@@ -157,8 +157,9 @@ def compare(
 
 def _check(recipe: str, flags: Sequence[str]) -> None:
     keys = read_recipe(find_recipe(recipe))
-    if method_of(keys, flags) == "dho":
-        raise UserError(f"{recipe} predicts classes and no tokens; scripts/compare_dho.py compares such students.")
+    predicted = METHODS[method_of(keys, flags)].predicts
+    if predicted != "tokens":
+        raise UserError(f"{recipe} predicts {predicted} and no tokens; scripts/compare_dho.py compares such students.")
     if any(key in keys for key in STAGE_KEYS):
         raise UserError(
             f"{recipe} is trained in stages: scripts/compare_stages.py compares schedules, `mmkd eval` their students."

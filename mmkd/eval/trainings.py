@@ -17,7 +17,7 @@ from mmkd.files import write_file
 from mmkd.recipe.launch_flags import parse_alone
 from mmkd.recipe.run import Run, RunArguments, build_trainer, parser_of, read_recipe
 from mmkd.shipped import find_recipe
-from mmkd.training.method import METHODS
+from mmkd.training.method import BASELINE_METHOD, METHODS
 from mmkd.training.rollout_config import RolloutConfig
 
 from .model import find_model
@@ -126,7 +126,7 @@ def make_baseline(recipe: str, flags: Sequence[str], folder: Path) -> tuple[str,
     """
     run, _ = parse_alone(recipe, flags)
     keys = read_recipe(find_recipe(recipe))
-    known = set(parser_of("sft").names) - _NOT_SFT - _PUBLISHING
+    known = set(parser_of(BASELINE_METHOD).names) - _NOT_SFT - _PUBLISHING
     if not METHODS[run.arguments.method].one_vocabulary and run.arguments.student is not None:
         known -= {key for key in known if key.startswith("teacher")}
     kept = {key: value for key, value in keys.items() if key in known and not key.startswith("cache_")}
@@ -138,7 +138,7 @@ def make_baseline(recipe: str, flags: Sequence[str], folder: Path) -> tuple[str,
             kept, known = _without(kept, _TEACHERS), known - _TEACHERS
     header = f"# The SFT baseline of {recipe}: its student, data and settings, without its teacher in the loss.\n"
     path = folder / BASELINE
-    write_file(path, header + yaml.safe_dump({**kept, "method": "sft"}, sort_keys=False, allow_unicode=True))
+    write_file(path, header + yaml.safe_dump({**kept, "method": BASELINE_METHOD}, sort_keys=False, allow_unicode=True))
     rest: list[str] = []
     keep = True
     for flag in flags:

@@ -45,6 +45,7 @@ from mmkd.teachers.signals import ChunkAlignment, ChunkSignal, DenseSignal, Labe
 from mmkd.training.answers import Placed
 from mmkd.training.balance import BalancedTrainer
 from mmkd.training.items import ItemLosses, Supervised
+from mmkd.training.method import Method
 from mmkd.training.preparing import ROWS, placeholder_trainer, preparation_of
 
 from .alm_config import DIVERGENCES
@@ -348,6 +349,9 @@ class ALMTrainer(BalancedTrainer):
         if self.args.hidden_weight:
             saved = load_file(Path(checkpoint) / f"{_PROJECTION}.safetensors")
             getattr(base_of(self.model), _PROJECTION).load_state_dict(saved)
+
+
+METHOD = Method(ALMTrainer)
 
 
 def _after(boundary: Tensor, following: Int[Tensor, "chunk"]) -> Tensor:

@@ -13,6 +13,7 @@ from mmkd.teachers.signals import DenseSignal, SparseSignal, TopKSignal
 from mmkd.training.balance import BalancedTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
+from mmkd.training.method import Method
 
 DIVERGENCES: dict[str, Callable[["KDConfig"], Divergence]] = {
     "forward_kl": lambda config: divergences.forward_kl,
@@ -109,3 +110,6 @@ class KDTrainer(BalancedTrainer):
         """One divergence per supervised token."""
         objective = DIVERGENCES[self.args.divergence](self.args)
         return self.fused(student, signal, objective, self.args.temperature)
+
+
+METHOD = Method(KDTrainer)

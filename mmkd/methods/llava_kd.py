@@ -20,6 +20,7 @@ from mmkd.teachers.signals import DenseSignal
 from mmkd.training.balance import BalancedTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
+from mmkd.training.method import Method
 
 
 @dataclass
@@ -220,3 +221,6 @@ class LLaVAKDTrainer(BalancedTrainer):
                 "common grid, or beta: 0 and gamma: 0 with visual_mismatch: pool to compare answers only."
             )
         return [common_tokens(*pair) for pair in zip(ours, theirs, strict=True)]
+
+
+METHOD = Method(LLaVAKDTrainer)

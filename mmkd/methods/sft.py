@@ -7,6 +7,7 @@ from mmkd.errors import UserError
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
+from mmkd.training.method import Method
 
 
 @dataclass
@@ -32,3 +33,6 @@ class SFTBaselineTrainer(DistillationTrainer):
     def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
         """One cross-entropy per supervised token."""
         return self.fused(student, signal)
+
+
+METHOD = Method(SFTBaselineTrainer)

@@ -12,6 +12,7 @@ from mmkd.losses.divergences import entropy, forward_kl, interpolated_log_probs
 from mmkd.training.balance import BalancedTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
+from mmkd.training.method import Method
 
 
 @dataclass
@@ -161,3 +162,6 @@ class TAIDTrainer(BalancedTrainer):
         schedule = self.schedule
         logs |= {"taid_t": schedule.t, "taid_momentum": schedule.momentum, "taid_delta": schedule.delta}
         super().log(logs, start_time)
+
+
+METHOD = Method(TAIDTrainer)

@@ -1,6 +1,6 @@
 """The checks of a recipe one after the other, and what they found as a table."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmkd.methods.comd import round_checks as rounds
-from mmkd.methods.dho.class_checks import examine_classes
 from mmkd.recipe.run import Run, check_surroundings
 from mmkd.recipe.run_teacher import reads_teacher
+from mmkd.training.method import METHODS
 
 from . import costs
 from . import row_checks as rows
@@ -48,14 +47,18 @@ def doctor(recipe: str, flags: Sequence[str], console: Console) -> int:
 
 
 def examine(run: Run, sharded: bool = False) -> list[Finding]:
-    """What all checks found; a check that cannot be made is a problem, and the others go on without it.
+    """What all checks of a run's method found; `sharded` says that it spreads its weights over several devices."""
+    examine_run = METHODS[run.arguments.method].examine or examine_tokens
+    return examine_run(run, sharded)
 
-    `sharded` says that the run spreads its weights over several devices.
+
+def examine_tokens(run: Run, sharded: bool, own: Callable[[Book, Sample | None], None] | None = None) -> list[Finding]:
+    """What all checks of a training over tokens found, and those that a method has of its `own`.
+
+    A check that cannot be made is a problem, and the others go on without it.
     """
     book, alone = Book(), run.by_teacher()
     book.attempt("settings", check_surroundings, run)
-    if run.arguments.method == "dho":
-        return [*book.findings, *examine_classes(run)]
     student = book.attempt("student", load_student, run)
     sample = book.attempt("data", take_sample, run)
     ours = None
@@ -64,10 +67,8 @@ def examine(run: Run, sharded: bool = False) -> list[Finding]:
     trained = student if student is None or ours is None else student.prepared_as(ours, run)
     if sample is not None and run.arguments.teacher_column is not None:
         book.check("routes", rows.routes, sample, run)
-    if run.arguments.method == "comd":
-        book.check("roles", rounds.roles, run)
-        if sample is not None:
-            book.check("budget", rounds.budget, sample, run)
+    if own is not None:
+        own(book, sample)
     sides: dict[str, Side] = {}
     for name, one in alone.items():
         book.teacher = name

@@ -1,7 +1,9 @@
 """What a run would do: parameters, tokens, memory and the first batch, before anything is spent."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -14,10 +16,12 @@ from transformers import TrainingArguments
 from mmkd.losses.fused import logits_bytes
 from mmkd.models.backbone import head_of
 from mmkd.models.load import tokenizer_of
+from mmkd.recipe.run import Run, build_trainer
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.several import parts_of
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
+from mmkd.training.method import METHODS
 
 # Bytes of optimizer state per trainable parameter, by the start of the optimizer's name.
 _OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0.1, "sgd": 0, "lion": 4}
@@ -76,6 +80,19 @@ def optimizer_bytes(args: TrainingArguments) -> float:
 
 def _optimizer(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
+
+
+def dry_run(run: Run, recipe: Path, flags: Sequence[str], console: Console) -> DistillationTrainer | None:
+    """Prints what a run would do, which may write to its output_dir; returns its trainer if it has one over tokens.
+
+    Raises UserError for what training would refuse before its first step.
+    """
+    own = METHODS[run.arguments.method].dry_run
+    if own is not None:
+        return own(run, recipe, flags, console)
+    trainer = build_trainer(run)
+    report(trainer, console)
+    return trainer
 
 
 def report(trainer: DistillationTrainer, console: Console) -> None:

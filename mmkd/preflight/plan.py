@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mmkd.errors import UserError
-from mmkd.methods.dho.class_plan import plan_classes
 from mmkd.recipe.run import Run
 from mmkd.recipe.run_teacher import reads_teacher
+from mmkd.training.method import METHODS
 from mmkd.units import readable_size
 
 from . import costs
@@ -48,9 +48,13 @@ def plan(
 
 
 def _plan_one(one: StageRun, device: Device, devices: int, price: float | None, console: Console) -> int:
+    plan_run = METHODS[one.run.arguments.method].plan or plan_tokens
+    return plan_run(one, device, devices, price, console)
+
+
+def plan_tokens(one: StageRun, device: Device, devices: int, price: float | None, console: Console) -> int:
+    """Prints the plan of a training over tokens; returns 0 when some way of training fits, 1 when none does."""
     recipe, run, chosen = one.title, one.run, one.config
-    if run.arguments.method == "dho":
-        return plan_classes(one, device, devices, price, console)
     student, sample = load_student(run), take_sample(run)
     shape = shape_of(run, sample, render(run, student, sample))
     alone = run.by_teacher()

@@ -77,7 +77,7 @@ def routes(sample: Sample, run: Run) -> list[Finding]:
     assert isinstance(teachers, dict)
     assert column is not None
     several = SeveralTeachers(dict.fromkeys(teachers), column=column)
-    METHODS[run.arguments.method].check_several(several, run.training, sample.rows)
+    METHODS[run.arguments.method].trainer.check_several(several, run.training, sample.rows)
     named = Counter(sample.rows["train"][column])
     found = (
         f"Of {named.total()} rows, by {column}: " + ", ".join(f"{named[name]} for {name}" for name in teachers) + "."

@@ -13,6 +13,7 @@ from mmkd.recipe.run import Run, read_recipe
 from mmkd.recipe.run_teacher import reads_teacher
 from mmkd.recipe.stages import Stage, plan
 from mmkd.shipped import find_recipe
+from mmkd.training.method import METHODS
 
 from . import costs
 from . import teacher_checks as teachers
@@ -81,17 +82,16 @@ def check_stages(stages: Sequence[Stage], flags: Sequence[str], ignored: Sequenc
             run = stage.parse(flags, ignored, moved)
             try:
                 if stage is not missing[0]:
-                    _check(run)
+                    check_run = METHODS[run.arguments.method].check or check_tokens
+                    check_run(run)
                 if stage is not missing[-1]:
                     moved[str(stage.folder)] = str(_stand_in(stage, run, Path(scratch)))
             except UserError as error:
                 raise UserError(f"Stage {stage.name} could not be trained: {_shown(error, moved)}") from error
 
 
-def _check(run: Run) -> None:
+def check_tokens(run: Run) -> None:
     """Raises UserError for a student, teachers, data or caches that training would refuse too."""
-    if run.arguments.method == "dho":
-        return
     run.arguments.max_train_rows = min(_ROWS, run.arguments.max_train_rows or _ROWS)
     student, sample = load_student(run), take_sample(run)
     ours = student.prepared_as(render(run, student, sample), run)

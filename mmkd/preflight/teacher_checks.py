@@ -51,7 +51,7 @@ def server(run: Run, student: Side, teacher: Side | None, sample: Sample | None)
 
 def _check_method(run: Run, teacher: ServerTeacher) -> None:
     with teacher.client:
-        METHODS[run.arguments.method].check_teacher(teacher, run.training)
+        METHODS[run.arguments.method].trainer.check_teacher(teacher, run.training)
 
 
 def cache_to_build(run: Run) -> list[Finding]:
@@ -76,7 +76,7 @@ def open_cache(run: Run) -> CachedTeacher:
 
 def cache(run: Run, known: int, teacher: CachedTeacher) -> list[Finding]:
     """Whether the method can learn from what a cache holds; `known` is the number of the student's tokens."""
-    METHODS[run.arguments.method].check_teacher(teacher, run.training)
+    METHODS[run.arguments.method].trainer.check_teacher(teacher, run.training)
     if teacher.vocab_size > known:
         raise UserError(
             f"The cache {teacher.cache.folder} speaks of {teacher.vocab_size} tokens, the student has {known}. Build "

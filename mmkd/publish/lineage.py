@@ -9,6 +9,8 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
+from mmkd.training.method import BASELINE_METHOD
+
 from .licences import Source
 from .runs import RECORD, parts_of, read_json, record_of, stages_of, tokens_of, with_parts
 
@@ -77,7 +79,7 @@ def bases_of(first: Mapping[str, Any]) -> list[str]:
 
 def teachers_of(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Those who taught it; the teacher of an SFT baseline is there to be compared with, and teaches nothing."""
-    taught = [one["keys"] for one in trainings if one["keys"]["method"] != "sft"]
+    taught = [one["keys"] for one in trainings if one["keys"]["method"] != BASELINE_METHOD]
     asked = [one for keys in taught for one in (keys, *(keys.get("teachers") or {}).values())]
     return list(dict.fromkeys(str(one["teacher"]) for one in asked if one.get("teacher")))
 

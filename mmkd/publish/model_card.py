@@ -13,6 +13,7 @@ from mmkd import __version__
 from mmkd.cache.cache_card import hub_license
 from mmkd.results.scores import is_partial, items_of
 from mmkd.results.tables import markdown
+from mmkd.training.method import BASELINE_METHOD
 
 from .licences import Source
 
@@ -122,7 +123,7 @@ def eval_results(student: Student) -> list[EvalResult]:
 
 def _summary(student: Student) -> str:
     taught = f" from {_names(student.teachers)}" if student.teachers else ""
-    baseline = list(student.methods) == ["sft"]
+    baseline = list(student.methods) == [BASELINE_METHOD]
     what = "A baseline, fine-tuned" if baseline else f"A student, distilled{taught}"
     start = f", starting at {_names(student.base)}" if student.base else ", starting at random weights"
     millions = student.parameters / 1e6

@@ -39,7 +39,7 @@ _TRUE_TOO = {"teachers", "shard", "resume_from_checkpoint"}
 @functools.cache
 def _hints() -> dict[str, set[Any]]:
     """Key -> the types that some method gives its value, those of a list's items among them."""
-    kinds = (RunArguments, StudentArguments, CacheArguments, *(method.config_class for method in METHODS.values()))
+    kinds = (RunArguments, StudentArguments, CacheArguments, *(method.config for method in METHODS.values()))
     found: dict[str, set[Any]] = {}
     for kind in kinds:
         hints = get_type_hints(kind)
@@ -73,7 +73,7 @@ class KeyParser(TrlParser):
     """The parser of every key that a recipe of a method may set, as a key or as a flag."""
 
     def __init__(self, method: str):
-        self.types: list[Any] = [RunArguments, METHODS[method].config_class, StudentArguments, CacheArguments]
+        self.types: list[Any] = [RunArguments, METHODS[method].config, StudentArguments, CacheArguments]
         # Before the parser reduces `int | None` to int.
         self.optional = {
             name for kind in self.types for name, hint in get_type_hints(kind).items() if NoneType in get_args(hint)

@@ -6,6 +6,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from mmkd.errors import UserError
 from mmkd.training.base import DistillationTrainer
+from mmkd.training.method import METHODS
 
 from .arguments import Run
 
@@ -41,7 +42,7 @@ def check_phases(run: Run) -> None:
     own = [keys for keys in stages.values() if isinstance(keys, dict)] if isinstance(stages, dict) else []
     if trains(run) and not any(keys.get("do_train") is False for keys in own):
         return
-    if stages or run.arguments.method == "comd":
+    if stages or METHODS[run.arguments.method].drive is not None:
         raise UserError(
             "do_train is false, and this recipe consists of several trainings, each of which needs the one before. "
             "Evaluate what they left with `mmkd eval`, or remove do_train."

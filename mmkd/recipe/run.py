@@ -134,14 +134,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def build_trainer(run: Run) -> DistillationTrainer:
     """The trainer of a run, with student, teacher and data loaded and checked."""
-    arguments = run.arguments
-    if arguments.method == "dho":
-        from mmkd.methods.dho.dho_build import build_dho_trainer
-
-        # It shares what launching needs of a trainer: train, save, evaluate, push.
-        trainer: Any = build_dho_trainer(run)
-    else:
-        trainer = _build_token_trainer(run)
+    build = METHODS[run.arguments.method].build or _build_token_trainer
+    trainer = build(run)
     trainer.add_callback(RunRecord(run))
     return trainer
 
@@ -202,7 +196,7 @@ def _build_token_trainer(run: Run) -> DistillationTrainer:
         adapter.revision = run.student.model_revision
     method = METHODS[arguments.method]
     reads_apart = arguments.teacher is not None and not method.one_vocabulary
-    return method(
+    return method.trainer(
         model=student,
         teacher=teacher,
         args=training,

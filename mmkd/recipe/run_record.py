@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
-from mmkd.data.classification import ClassificationRecipe
 from mmkd.data.recipe import DataRecipe
 from mmkd.files import write_file
 from mmkd.results.machine import machine
 from mmkd.results.places import RECORD
+from mmkd.training.method import METHODS
 
 from .arguments import Run
 
@@ -59,9 +59,9 @@ def finish(folder: Path) -> None:
 
 def data_facts(method: str, name: str) -> dict[str, Any]:
     """Name, source, licence and homepage of a data recipe, and those of its parts."""
-    if method == "dho":
-        recipe = ClassificationRecipe.load(name)
-        return {"name": recipe.name, "license": recipe.license, "homepage": recipe.homepage, "source": recipe.source}
+    own = METHODS[method].data_facts
+    if own is not None:
+        return own(name)
     return _facts(DataRecipe.load(name))
 
 

@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from mmkd.errors import UserError
 from mmkd.files import write_file
+from mmkd.training.method import METHODS
 
 from .run import STAGE_KEYS, Run, given_flags, last_checkpoint, parse_keys, read_recipe
 
@@ -122,7 +123,7 @@ def plan(recipe: Path, flags: Sequence[str]) -> tuple[list[Stage], list[str]]:
             own = {key: value for key, value in own.items() if key not in _MAKING}
             own["student"] = str(found[-1].folder)
             before = {**found[-1].keys, **given}
-            if before.get("use_peft") and before.get("method") != "comd":
+            if before.get("use_peft") and not METHODS[before["method"]].leaves_whole_student:
                 raise UserError(
                     f"Stage {found[-1].name} trains an adapter (use_peft), and {name} after it begins with a whole "
                     "student. Set use_peft in the last stage only."

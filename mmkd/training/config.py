@@ -120,6 +120,10 @@ class DistillationConfig(RolloutConfig):
             )
         check_recipe(self)
 
+    def for_teacher(self) -> "DistillationConfig":
+        """The settings by which rows become the teacher's tokens: the same, where these are the student's too."""
+        return self
+
     @property
     def kernel_beta(self) -> float | None:
         """The divergence as Liger and TRL write it, from 0, forward KL, to 1, reverse KL; None: one they have not."""

@@ -1,39 +1,171 @@
-"""METHODS: the one table of methods."""
+"""What a method is, and METHODS: the one table of methods."""
 
 import importlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from mmkd.errors import UserError
+
+Train = Callable[[str, list[str]], int]
+"""Trains the recipe of a path with flags; the exit status."""
+
+# The values that these take and give are of parts above this one: a `Run` is one of `mmkd.recipe`, a `Finding`, a
+# `StageRun` and a `Device` are ones of `mmkd.preflight`.
+Build = Callable[[Any], Any]
+"""Run -> the trainer, with student, teacher and data loaded and checked. Raises UserError for what cannot be."""
+
+Drive = Callable[[Any, Path, Sequence[str], Train], int]
+"""(run, its recipe, the flags after it, how to train a recipe) -> the exit status of all trainings together."""
+
+DryRun = Callable[[Any, Path, Sequence[str], Console], Any]
+"""Prints what a run would do -> its trainer, whose student the next stage begins with; None where it has none."""
+
+Check = Callable[[Any], None]
+"""Raises UserError for a run that training would refuse, before the stages that come first are trained."""
+
+Examine = Callable[[Any, bool], list[Any]]
+"""(run, whether its weights are spread over several devices) -> the findings of `mmkd doctor`."""
+
+Forecast = Callable[[Any, Any, int, float | None, Console], int]
+"""(stage's run, device, devices, price of an hour) -> 0 when the run fits, 1 when not; prints the plan."""
+
+DataFacts = Callable[[str], dict[str, Any]]
+"""Name of a data recipe -> what the record of a run says of it: name, licence, homepage and source at least."""
 
 
-class Methods(Mapping[str, type[Any]]):
-    """Name in a recipe -> trainer, imported when it is asked for; its `config_class` holds the keys of the recipe."""
+@dataclass(frozen=True)
+class Method:
+    """A method: its trainer, and where it differs from a loss over tokens, what stands in that one's place.
+
+    Every function that is None is that of a token loss, which `mmkd.recipe` and `mmkd.preflight` hold.
+    """
+
+    trainer: type[Any]
+    """Its `method` is the method's name, its `config_class` has the keys that a recipe may set."""
+
+    predicts: Literal["tokens", "classes"] = "tokens"
+    """What its students predict. Commands that compare or keep distributions over tokens take such recipes only."""
+
+    leaves_whole_student: bool = False
+    """Whether output_dir holds a whole student even where an adapter was trained."""
+
+    build: Build | None = None
+    drive: Drive | None = None
+    """Set where a run consists of several trainings, which it starts one after another."""
+
+    dry_run: DryRun | None = None
+    check: Check | None = None
+    examine: Examine | None = None
+    plan: Forecast | None = None
+    data_facts: DataFacts | None = None
+
+    @property
+    def name(self) -> str:
+        """What a recipe says under `method`."""
+        return self.trainer.method
+
+    @property
+    def config(self) -> type[Any]:
+        """The dataclass of its keys."""
+        return self.trainer.config_class
+
+    @property
+    def accepts(self) -> tuple[type, ...]:
+        """The signals that it can learn from."""
+        return self.trainer.accepts
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether its loss is nothing without a teacher's signal."""
+        return self.trainer.needs_teacher
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether several teachers may teach at a time."""
+        return self.trainer.takes_several
+
+    @property
+    def one_vocabulary(self) -> bool:
+        """Whether it compares distributions over tokens that student and teacher share."""
+        return self.trainer.one_vocabulary
+
+
+class Methods(Mapping[str, Method]):
+    """Name in a recipe -> method, imported when it is asked for: those of mmkd, then those of installed packages.
+
+    A package adds a method through an entry point of the group `mmkd.methods`. Raises UserError where two methods have
+    one name, and for a package whose method cannot be imported.
+    """
+
+    GROUP = "mmkd.methods"
 
     def __init__(self, places: Mapping[str, str]) -> None:
-        self.places = dict(places)
+        self._own = dict(places)
 
-    def __getitem__(self, name: str) -> type[Any]:
-        module, _, attribute = self.places[name].partition(":")
+    @cached_property
+    def _added(self) -> dict[str, EntryPoint]:
+        added: dict[str, EntryPoint] = {}
+        for point in entry_points(group=self.GROUP):
+            if point.name in self._own or point.name in added:
+                other = "mmkd itself" if point.name in self._own else _package(added[point.name])
+                raise UserError(
+                    f"The package {_package(point)} adds a method {point.name!r}, and so does {other}. Uninstall one "
+                    "of them, or ask its author for another name."
+                )
+            added[point.name] = point
+        return added
+
+    def __getitem__(self, name: str) -> Method:
+        if name not in self._own:
+            return _load(self._added[name])
+        module, _, attribute = self._own[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        yield from self._own
+        yield from self._added
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self._own) + len(self._added)
+
+
+def _load(point: EntryPoint) -> Method:
+    try:
+        method = point.load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"The method {point.name!r} of the package {_package(point)} cannot be imported ({error}). Update that "
+            "package, or uninstall it."
+        ) from error
+    if not isinstance(method, Method) or method.name != point.name:
+        raise UserError(
+            f"The package {_package(point)} names {point.value} as method {point.name!r}, which is no `Method` of "
+            "that name. Update that package, or uninstall it."
+        )
+    return method
+
+
+def _package(point: EntryPoint) -> str:
+    return point.value if point.dist is None else point.dist.name
 
 
 METHODS = Methods(
     {
-        "sft": "mmkd.methods.sft:SFTBaselineTrainer",
-        "kd": "mmkd.methods.kd:KDTrainer",
-        "taid": "mmkd.methods.taid:TAIDTrainer",
-        "alm": "mmkd.methods.alm:ALMTrainer",
-        "llava_kd": "mmkd.methods.llava_kd:LLaVAKDTrainer",
-        "comd": "mmkd.methods.comd.comd_trainer:CoMDTrainer",
-        "dho": "mmkd.methods.dho.dho_trainer:DHOTrainer",
+        "sft": "mmkd.methods.sft:METHOD",
+        "kd": "mmkd.methods.kd:METHOD",
+        "taid": "mmkd.methods.taid:METHOD",
+        "alm": "mmkd.methods.alm:METHOD",
+        "llava_kd": "mmkd.methods.llava_kd:METHOD",
+        "comd": "mmkd.methods.comd.comd_method:METHOD",
+        "dho": "mmkd.methods.dho.dho_method:METHOD",
     }
 )
-"""`comd` is a loop around trainings of the others; its own trainer is one round of it.
 
-All are DistillationTrainers but `dho`, which predicts classes rather than tokens and is transformers' own Trainer.
-"""
+BASELINE_METHOD = "sft"
+"""The method that distils nothing, which students of the others are compared with."""

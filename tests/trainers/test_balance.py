@@ -229,7 +229,7 @@ def test_from_the_command_line(
 )
 def test_settings_that_cannot_be(method: str, settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=reason):
-        METHODS[method].config_class(str(tmp_path), bf16=False, **{"combine": "gradmag", **settings})
+        METHODS[method].config(str(tmp_path), bf16=False, **{"combine": "gradmag", **settings})
 
 
 def test_last_layers_without_gradients_are_refused(

@@ -381,7 +381,7 @@ def test_a_process_takes_one_of_several_gpus(method: str, tmp_path: Path, monkey
     devices.__set_name__(TrainingArguments, "_setup_devices")
     monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
     settings: dict[str, Any] = {"labels_per_class": 1} if method == "dho" else {"bf16": False}
-    args = METHODS[method].config_class(str(tmp_path), report_to="none", per_device_train_batch_size=4, **settings)
+    args = METHODS[method].config(str(tmp_path), report_to="none", per_device_train_batch_size=4, **settings)
     assert (args.n_gpu, args.train_batch_size) == (1, 4)
 
 

@@ -68,7 +68,7 @@ def make(build: Build, tiny: Any, vlms: Any, foreign: Path, completions: Dataset
         run |= settings
         arguments = {"model": models["student"], "teacher": teacher, "eval_dataset": data.select(range(4))}
         arguments |= {"peft_config": LoraConfig(**LORA)} if run.pop("lora", False) else {}
-        return build(METHODS[case.split()[0]], data, trainer=arguments, **run)
+        return build(METHODS[case.split()[0]].trainer, data, trainer=arguments, **run)
 
     return made
 

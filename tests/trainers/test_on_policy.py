@@ -382,7 +382,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], reason: str, tmp_path
 @pytest.mark.parametrize("method", ["sft", "llava_kd", "comd"])
 def test_other_methods_refuse_rollouts(method: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="learns from the data's answers only"):
-        METHODS[method].config_class(output_dir=str(tmp_path), bf16=False, report_to="none", on_policy_fraction=0.5)
+        METHODS[method].config(output_dir=str(tmp_path), bf16=False, report_to="none", on_policy_fraction=0.5)
 
 
 def test_data_without_prompts_and_streams_are_refused(build: Build, texts: Dataset, completions: Dataset) -> None:

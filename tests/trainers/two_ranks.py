@@ -76,7 +76,7 @@ def gathers_of(*heads: Any) -> Iterator[list[int]]:
 
 def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Trains what a job describes; what this rank saw of it."""
-    cls = METHODS[job["method"]]
+    cls = METHODS[job["method"]].trainer
     data = Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": [f" {s}" for s in sentences(24, seed=4)]})
     if job["method"] == "llava_kd":
         data = vision_rows([1, 2, 0, 3] * 6)

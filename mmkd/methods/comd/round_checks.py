@@ -3,6 +3,8 @@
 import tempfile
 from pathlib import Path
 
+from mmkd.preflight.book import Book
+from mmkd.preflight.doctor import examine_tokens
 from mmkd.preflight.facts import Finding, Sample
 from mmkd.recipe.run import Run
 
@@ -11,6 +13,17 @@ from .comd_prompts import Prompts
 from .comd_trainer import CoMDConfig
 from .instructions import ImageStore, read_instructions
 from .roles import Roles
+
+
+def examine_rounds(run: Run, sharded: bool) -> list[Finding]:
+    """What all checks found: those of a training over tokens, as each round is one, and those of the loop."""
+
+    def of_the_loop(book: Book, sample: Sample | None) -> None:
+        book.check("roles", roles, run)
+        if sample is not None:
+            book.check("budget", budget, sample, run)
+
+    return examine_tokens(run, sharded, of_the_loop)
 
 
 def roles(run: Run) -> list[Finding]:

@@ -4,7 +4,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mmkd.recipe import run_record as run_record
 from mmkd.recipe.arguments import Run
 from mmkd.recipe.run import check_student, last_checkpoint, load_rows_of
 from mmkd.recipe.run_teacher import from_main_process
+from mmkd.training.method import Train
 
 from . import round_recipes as recipes
 from .assess import ASSESSORS, Assessment, Pair, match, question_of
@@ -35,9 +36,6 @@ from .round_identity import check_identity
 from .round_report import answer_row, new_row, phases_of, write_rounds, write_scores
 from .select import Score, difficulty, split
 from .similar import SimilarImages
-
-Train = Callable[[str, list[str]], int]
-"""Trains the recipe of a path with flags; the exit status."""
 
 
 def train_rounds(run: Run, recipe: Path, flags: Sequence[str], train: Train) -> int:

@@ -18,7 +18,7 @@ from mmkd.preflight.book import Book
 from mmkd.preflight.costs import device_memory
 from mmkd.preflight.dry_run import optimizer_bytes
 from mmkd.preflight.facts import Finding, listed
-from mmkd.recipe.run import Run
+from mmkd.recipe.run import Run, check_surroundings
 from mmkd.teachers.class_logits import has_class_logits, read_class_logits
 from mmkd.teachers.classifiers import OPEN_CLIP, check_classes
 from mmkd.units import readable_size
@@ -43,9 +43,10 @@ class Classes:
         return self.data.recipe.text is not None
 
 
-def examine_classes(run: Run) -> list[Finding]:
+def examine_classes(run: Run, sharded: bool) -> list[Finding]:
     """What all checks of a recipe of classes found; a check that cannot be made is a problem."""
     book = Book()
+    book.attempt("settings", check_surroundings, run)
     book.attempt("settings", check_arguments, run)
     found = book.attempt("data", load_classes, run)
     if found is None or run.arguments.student is None:
@@ -58,6 +59,12 @@ def examine_classes(run: Run) -> list[Finding]:
     if _config(run).objective != "ce":
         book.check("teacher", _teacher, found, run)
     return book.findings
+
+
+def check_classes_run(run: Run) -> None:
+    """Raises UserError for settings, data and labels that training would refuse."""
+    check_arguments(run)
+    _labels(load_classes(run), run)
 
 
 def load_classes(run: Run) -> Classes:

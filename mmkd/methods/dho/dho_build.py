@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def build_dho_trainer(run: Run) -> DHOTrainer:
     )
 
 
-def dry_run_dho(run: Run, console: Console) -> None:
+def dry_run_dho(run: Run, recipe: Path, flags: Sequence[str], console: Console) -> None:
     """Prints the plan of a run: student, classes, rows and steps, and how long the teacher takes, by a few rows."""
     arguments, training = run.arguments, _config(run)
     check_arguments(run)
@@ -156,6 +157,12 @@ def _accuracy(right: Bool[np.ndarray, "row"]) -> str:
     return (
         f"{share:.0%} of {n:,} rows drawn at random right (95 % interval {middle - half:.0%} to {middle + half:.0%})"
     )
+
+
+def class_data_facts(name: str) -> dict[str, Any]:
+    """Name, licence, homepage and source of a data recipe of classes."""
+    recipe = ClassificationRecipe.load(name)
+    return {"name": recipe.name, "license": recipe.license, "homepage": recipe.homepage, "source": recipe.source}
 
 
 def _config(run: Run) -> DHOConfig:

@@ -1,0 +1,13 @@
+"""METHOD: competitive distillation, a driver around trainings of other methods."""
+
+from mmkd.training.method import Method
+
+from .comd_dry_run import dry_run_comd
+from .comd_trainer import CoMDTrainer
+from .round_checks import examine_rounds
+from .rounds import train_rounds
+
+# An adapter is merged after every round.
+METHOD = Method(
+    CoMDTrainer, leaves_whole_student=True, drive=train_rounds, dry_run=dry_run_comd, examine=examine_rounds
+)

@@ -1,0 +1,19 @@
+"""METHOD: dual-head optimisation, whose students predict classes."""
+
+from mmkd.training.method import Method
+
+from .class_checks import check_classes_run, examine_classes
+from .class_plan import plan_classes
+from .dho_build import build_dho_trainer, class_data_facts, dry_run_dho
+from .dho_trainer import DHOTrainer
+
+METHOD = Method(
+    DHOTrainer,
+    predicts="classes",
+    build=build_dho_trainer,
+    dry_run=dry_run_dho,
+    check=check_classes_run,
+    examine=examine_classes,
+    plan=plan_classes,
+    data_facts=class_data_facts,
+)
