@@ -24,7 +24,7 @@ from transformers.trainer_utils import set_seed
 
 from mmkd.data.classification import ClassificationRecipe, hide_labels, load_classification
 from mmkd.files import write_file
-from mmkd.losses.dual_head import ALPHAS, BETAS, interpolate, search_interpolation
+from mmkd.losses.dual_head_losses import ALPHAS, BETAS, interpolate, search_interpolation
 from mmkd.methods.dho.dho_build import build_dho_trainer, load_class_teacher, new_student
 from mmkd.methods.dho.dho_trainer import DHOTrainer
 from mmkd.recipe.run import parse_run

@@ -23,7 +23,7 @@ from mmkd.cache.cache_card import HUB_LICENSE, hub_license
 from mmkd.cache.hub import local_cache, push_cache
 from mmkd.cache.manifest import Manifest, Skipped
 from mmkd.cache.store import LOG, TOKEN_ORDER, Cache, CacheWriter, shard_path
-from mmkd.data.load import load_data
+from mmkd.data.load_data import load_data
 from scripts.make_tiny_models import sentences
 from tests.classes import NAMES, pixels, vit
 from tests.hub_server import LoopbackHub, loopback_hub

@@ -20,7 +20,7 @@ from transformers import AutoProcessor
 from mmkd import KDConfig, KDTrainer
 from mmkd.capture.plan import make_score_plan
 from mmkd.capture.sequences import TokenSequence
-from mmkd.data.load import load_data
+from mmkd.data.load_data import load_data
 from mmkd.data.prompts import model_inputs, prompt_of
 from mmkd.methods.comd.instructions import ImageStore, open_image, read_instructions
 from mmkd.recipe.run import build_trainer, parse_run

@@ -1,6 +1,6 @@
 """What a data recipe is: where its rows come from, how they become TRL's columns, and which of them are kept.
 
-One YAML under `data_recipes/` is one data set or one mixture of recipes. `mmkd.data.load` turns it into rows.
+One YAML under `data_recipes/` is one data set or one mixture of recipes. `mmkd.data.load_data` turns it into rows.
 """
 
 import dataclasses

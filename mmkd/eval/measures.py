@@ -18,7 +18,7 @@ from rich.table import Table
 from mmkd import __version__
 from mmkd.alignment.vocab import shared_tokens
 from mmkd.data.image_columns import image_column
-from mmkd.data.load import load_data
+from mmkd.data.load_data import load_data
 from mmkd.data.prompts import prompt_of, text_of, words_of
 from mmkd.errors import UserError
 from mmkd.generation.prompted import Answer, generate, summary

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mmkd.errors import UserError
 from mmkd.losses.divergences import forward_kl
-from mmkd.losses.features import common_tokens, logit_metric, pooled, relation_loss, relations
 from mmkd.losses.fused import fused_loss
+from mmkd.losses.visual_relations import common_tokens, logit_metric, pooled, relation_loss, relations
 from mmkd.models.backbone import full_head
 from mmkd.models.heads import LMHead
 from mmkd.preparation.collation import TEACHER_INPUTS, View

@@ -19,7 +19,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils.generic import ModelOutput
 
 from mmkd.errors import UserError
-from mmkd.losses.dual_head import check_interpolation, interpolate
+from mmkd.losses.dual_head_losses import check_interpolation, interpolate
 
 from .features import (
     POOLINGS,

@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
-from mmkd.data.load import load_data
+from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
 from mmkd.models.assemble import prune
 from mmkd.models.llava import assemble_llava, llava_processor

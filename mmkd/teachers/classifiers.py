@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import AutoModel, AutoProcessor
 
 from mmkd.errors import UserError
-from mmkd.losses.dual_head import tip_adapter_logits
+from mmkd.losses.dual_head_losses import tip_adapter_logits
 
 OPEN_CLIP = "open_clip:"
 """What the name of a teacher of open_clip begins with, as in `open_clip:ViT-B-32/laion2b_s34b_b79k`."""

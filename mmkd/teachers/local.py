@@ -13,7 +13,7 @@ from trl.models.utils import prepare_deepspeed
 from mmkd.errors import UserError
 from mmkd.models.backbone import allow_consumers, devices_of, full_head
 from mmkd.models.heads import LMHead
-from mmkd.models.sharding import gathered, is_quantized, is_sharded, loads_on_one_rank, reshard, shard_frozen
+from mmkd.models.sharded_weights import gathered, is_quantized, is_sharded, loads_on_one_rank, reshard, shard_frozen
 
 from .base import Teacher
 from .signals import DenseSignal

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mmkd.errors import UserError
-from mmkd.models.sharding import is_sharded
+from mmkd.models.sharded_weights import is_sharded
 
 from .base import Teacher
 from .cached import BATCH_KEY, CachedTeacher, answers_of, hashed_images

@@ -10,7 +10,7 @@ from mmkd.losses.combine import combination_weights, gradients_of
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import Objective
 from mmkd.models.backbone import last_layer
-from mmkd.models.sharding import is_sharded
+from mmkd.models.sharded_weights import is_sharded
 
 from .base import DistillationTrainer
 from .items import ItemLosses, Supervised

@@ -23,7 +23,7 @@ from mmkd.models.heads import LMHead
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.models.parts import train_only
 from mmkd.models.restore import renamed_on_disk, restore
-from mmkd.models.sharding import is_sharded
+from mmkd.models.sharded_weights import is_sharded
 from mmkd.precision import say_emulated
 from mmkd.preparation.checks import check_precision, check_stream, check_student, check_training_data
 from mmkd.preparation.collation import BAD_ROWS, ROW_LENGTHS, VISUAL, ImageReader, View, VisionCollator, teacher_view

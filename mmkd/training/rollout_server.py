@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from mmkd.errors import UserError
 from mmkd.models.backbone import base_of
-from mmkd.models.sharding import reshard, whole_weights
+from mmkd.models.sharded_weights import reshard, whole_weights
 from mmkd.teachers.served_weights import ServedWeights
 from mmkd.teachers.vllm_client import PROBE, Prompt, Question, RowError, TopK, VLLMClient
 

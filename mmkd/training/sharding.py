@@ -7,7 +7,13 @@ from peft import PeftModel
 from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 
-from mmkd.models.sharding import allow_fsdp_on_cpu, check_cut, checkpoint_under_adapters, cut_by_layers, settle_fsdp
+from mmkd.models.sharded_weights import (
+    allow_fsdp_on_cpu,
+    check_cut,
+    checkpoint_under_adapters,
+    cut_by_layers,
+    settle_fsdp,
+)
 
 
 class ShardedTrainer(Trainer):

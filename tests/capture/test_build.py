@@ -22,7 +22,7 @@ from mmkd.cache.store import LOG, Cache
 from mmkd.capture.distributed import shards_on_ray
 from mmkd.capture.generate import LocalGenerator
 from mmkd.commands.main import main
-from mmkd.data.load import load_data
+from mmkd.data.load_data import load_data
 from mmkd.methods.sft import SFTBaselineConfig
 from mmkd.models.load import load_model
 from mmkd.recipe.cache_arguments import CacheArguments

@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 
 from mmkd.data.image_columns import UNDECODED, download_images, image_column, image_lists, stored_image
 from mmkd.data.images import UnreadableImage, UnusableRow, read_image, read_row
-from mmkd.data.load import load_data
+from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
 from tests.loopback import QuietHandler, listening
 

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image, IterableDataset, Json, List, Valu
 from PIL import Image as PILImage
 
 from mmkd.data.layouts import canonical
-from mmkd.data.load import load_data
+from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}

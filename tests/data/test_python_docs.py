@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from mmkd.data.load import load_data
+from mmkd.data.load_data import load_data
 from mmkd.prepare import python_docs
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmkd.data.columns import MessagesColumn
-from mmkd.data.load import load_data, load_rows, mixture_counts
+from mmkd.data.load_data import load_data, load_rows, mixture_counts
 from mmkd.data.recipe import IDENTITY, DataRecipe
 
 SHIPPED = Path(__file__).parents[2] / "data_recipes"

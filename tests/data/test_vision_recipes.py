@@ -9,7 +9,7 @@ import yaml
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from mmkd.data.load import load_data
+from mmkd.data.load_data import load_data
 
 RECIPES = Path(__file__).parents[2] / "data_recipes"
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from mmkd.commands.main import main
-from mmkd.data.load import load_data
+from mmkd.data.load_data import load_data
 from mmkd.data.prompts import prompt_of
 from mmkd.eval.model import find_model
 from mmkd.eval.tokens import Agreement, Calibration, Said, batches, say

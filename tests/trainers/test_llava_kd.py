@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkd.losses.divergences import forward_kl
-from mmkd.losses.features import relation_distance
+from mmkd.losses.visual_relations import relation_distance
 from mmkd.methods.kd import KDTrainer
 from mmkd.methods.llava_kd import LLaVAKDConfig, LLaVAKDTrainer, VisualSignal, VisualSupervised
 from mmkd.models.heads import LMHead

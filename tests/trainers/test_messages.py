@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from mmkd.capture.sequences import prepare
-from mmkd.data.load import load_data
+from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
 from mmkd.methods.kd import KDTrainer
 from tests.helpers import Build

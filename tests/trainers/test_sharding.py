@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from mmkd.eval.model import find_model
 from mmkd.methods.kd import KDTrainer
 from mmkd.models.consolidate import consolidate
-from mmkd.models.sharding import check_cut, cut_by_layers, settle_fsdp
+from mmkd.models.sharded_weights import check_cut, cut_by_layers, settle_fsdp
 from mmkd.teachers.local import LocalTeacher
 from scripts.make_tiny_models import make_model
 from tests.classes import dho

@@ -14,7 +14,7 @@ import trl.chat_template_utils as templates
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from rich.console import Console
 
-from mmkd.data.load import load_data
+from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
 from mmkd.methods.kd import KDTrainer
 from mmkd.methods.sft import SFTBaselineConfig

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from mmkd.data.load import mixture_counts
+from mmkd.data.load_data import mixture_counts
 from mmkd.errors import UserError
 
 from .assess import asked_about

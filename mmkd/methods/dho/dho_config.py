@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from mmkd.data.class_rows import AUGMENTATIONS
 from mmkd.data.classification import HIDDEN
 from mmkd.errors import UserError
-from mmkd.losses.dual_head import ALPHAS, BETAS, check_interpolation
+from mmkd.losses.dual_head_losses import ALPHAS, BETAS, check_interpolation
 from mmkd.preparation.checks import take_one_gpu, without_emulated_bf16
 
 OBJECTIVES = ("dho", "ce", "kd", "single_head")

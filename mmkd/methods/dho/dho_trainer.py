@@ -16,7 +16,7 @@ from mmkd.data.class_rows import ClassCollator, ClassRows, SemiSupervisedSampler
 from mmkd.data.classification import HIDDEN, hide_labels
 from mmkd.errors import UserError
 from mmkd.files import write_file
-from mmkd.losses.dual_head import (
+from mmkd.losses.dual_head_losses import (
     Interpolation,
     distillation_loss,
     gradient_cosine,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkd.losses.dual_head import (
+from mmkd.losses.dual_head_losses import (
     ALPHAS,
     BETAS,
     distillation_loss,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkd.losses.features import logit_metric, relation_distance, relation_loss, relations
+from mmkd.losses.visual_relations import logit_metric, relation_distance, relation_loss, relations
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "LLAVAKD_losses.npz")
 
@@ -55,7 +55,7 @@ def test_raw_relations_see_a_constant_that_the_softmax_ignores_and_normalised_on
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_relation_of_logits_without_logits(monkeypatch: pytest.MonkeyPatch, normalized: bool, biased: bool) -> None:
-    monkeypatch.setattr("mmkd.losses.features._ROWS", 7)
+    monkeypatch.setattr("mmkd.losses.visual_relations._ROWS", 7)
     hidden, weight = random(5, 4).requires_grad_(), random(23, 4, seed=1).requires_grad_()
     bias = random(23, seed=2).requires_grad_() if biased else None
     target = random(5, 5, seed=3)
