@@ -25,21 +25,21 @@ def markers_of(tokenizer: Any) -> dict[str, set[tuple[int, ...]]]:
     Headers are named for the role that they introduce, ends "end of" it. Markers that a template writes in plain
     text are found only where they are tokenised as they are on their own.
     """
-    named = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-    found = {role: {(index,)} for role, index in named.items() if index is not None}
+    special_ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    markers = {role: {(index,)} for role, index in special_ids.items() if index is not None}
     if tokenizer.chat_template is None:
-        return found
+        return markers
     texts = _template_texts(tokenizer)
     if any(text.startswith(tokenizer.bos_token or " ") for role, text in texts if not role.startswith("end")):
         # A header begins with what is called bos, so that it is none.
-        found.pop("bos", None)
+        markers.pop("bos", None)
     for role, text in texts:
         # A space before a text becomes part of it. The newline after an end may be missing.
         for spelling in {text.rstrip(" "), text.rstrip() if role.startswith("end") else text.rstrip(" ")}:
             if spelling.strip():
                 ids = tokenizer(spelling, add_special_tokens=False)["input_ids"]
-                found.setdefault(role, set()).add(tuple(ids))
-    return found
+                markers.setdefault(role, set()).add(tuple(ids))
+    return markers
 
 
 def _template_texts(tokenizer: Any) -> list[tuple[str, str]]:
@@ -49,17 +49,17 @@ def _template_texts(tokenizer: Any) -> list[tuple[str, str]]:
     if not (talk and question and prompt):
         return []
     user_end, assistant_end = question[-1], talk[-1]
-    found = [("end of user", user_end), ("end of assistant", assistant_end)]
+    texts = [("end of user", user_end), ("end of assistant", assistant_end)]
     # The last answer may be introduced otherwise than those before it: with empty thoughts, say.
-    found += [("assistant", text.removeprefix(user_end)) for text in (talk[1], talk[3], prompt[-1])]
+    texts += [("assistant", text.removeprefix(user_end)) for text in (talk[1], talk[3], prompt[-1])]
     user = talk[2].removeprefix(assistant_end)
-    found.append(("user", user))
-    if told := _between(tokenizer, "system", "user"):
+    texts.append(("user", user))
+    if system_parts := _between(tokenizer, "system", "user"):
         bos = tokenizer.bos_token or ""
-        found.append(("system", told[0] if user.startswith(bos) else told[0].removeprefix(bos)))
-        if told[1].endswith(user):
-            found.append(("end of system", told[1].removesuffix(user)))
-    return found
+        texts.append(("system", system_parts[0] if user.startswith(bos) else system_parts[0].removeprefix(bos)))
+        if system_parts[1].endswith(user):
+            texts.append(("end of system", system_parts[1].removesuffix(user)))
+    return texts
 
 
 def _between(tokenizer: Any, *roles: str, generation: bool = False) -> list[str]:
@@ -202,8 +202,8 @@ def _kinds_and_texts(markers: Occurrences, everything: Occurrences, tokens: Toke
 def _matched(ours: list[tuple[int, int]], theirs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """The heaviest common subsequence of kinds: equal items at both ends first, and what is left by a table."""
 
-    def weight(one: tuple[int, int], other: tuple[int, int]) -> int:
-        return (one[0] == other[0]) * (2 + (one[1] == other[1]))
+    def weight(ours: tuple[int, int], theirs: tuple[int, int]) -> int:
+        return (ours[0] == theirs[0]) * (2 + (ours[1] == theirs[1]))
 
     head, least = 0, min(len(ours), len(theirs))
     while head < least and ours[head] == theirs[head]:

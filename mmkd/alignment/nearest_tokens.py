@@ -67,23 +67,23 @@ def _matrix(tokens: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
 def _one_edit_away(tokens: Collection[bytes], teacher: Sequence[bytes]) -> dict[bytes, int]:
     """The first teacher token at distance 1 from each token that has any."""
     index_of = {token: index for index, token in reversed(list(enumerate(teacher)))}
-    wanted = {gap for token in tokens for gap in _gaps(token)}
+    gaps = {gap for token in tokens for gap in _gaps(token)}
     longer: dict[bytes, int] = {}
     replaced: dict[tuple[int, bytes], int] = {}
     for index, other in enumerate(teacher):
         for gap in _gaps(other):
             if gap[1] in tokens:
                 longer.setdefault(gap[1], index)
-            if gap in wanted:
+            if gap in gaps:
                 replaced.setdefault(gap, index)
-    found = {}
+    nearest = {}
     for token in tokens:
         edits = [longer.get(token), *(replaced.get(gap) for gap in _gaps(token))]
         edits += [index_of.get(shorter) for _, shorter in _gaps(token)]
         indices = [index for index in edits if index is not None]
         if indices:
-            found[token] = min(indices)
-    return found
+            nearest[token] = min(indices)
+    return nearest
 
 
 def _gaps(token: bytes) -> Iterator[tuple[int, bytes]]:
@@ -94,7 +94,7 @@ def _gaps(token: bytes) -> Iterator[tuple[int, bytes]]:
 def _among_neighbours(tokens: Collection[bytes], teacher: Sequence[bytes]) -> dict[bytes, int]:
     """The nearest teacher token of those that stand beside each token in two orders."""
     index_of = {token: index for index, token in reversed(list(enumerate(teacher)))}
-    found: dict[bytes, int] = {}
+    nearest_of: dict[bytes, int] = {}
     # In the order of their lengths, so that the tokens of a batch need little padding.
     for pairs in _batches(_neighbours(sorted(tokens, key=lambda token: (len(token), token)), index_of)):
         left, right = zip(*pairs, strict=True)
@@ -102,8 +102,8 @@ def _among_neighbours(tokens: Collection[bytes], teacher: Sequence[bytes]) -> di
         for token, other, distance in zip(left, right, edit_distances(left, right).tolist(), strict=True):
             candidate = (distance, index_of[other])
             nearest[token] = min(nearest.get(token, candidate), candidate)
-        found |= {token: index for token, (_, index) in nearest.items()}
-    return found
+        nearest_of |= {token: index for token, (_, index) in nearest.items()}
+    return nearest_of
 
 
 def _neighbours(tokens: Iterable[bytes], teacher: Collection[bytes]) -> Iterator[list[tuple[bytes, bytes]]]:

@@ -75,9 +75,9 @@ class NormalForm:
         widths[(points >= 0xDC80) & (points <= 0xDCFF)] = 1
         kinds, which = np.unique(points, return_inverse=True)
         characters = [chr(point) for point in kinds]
-        joining = np.array([_joins(self, one) for one in characters], bool)[which]
+        joining = np.array([_joins(self, character) for character in characters], bool)[which]
         joining[:1] = False
-        plain = np.array([_folded(self, one) == one for one in characters], bool)[which]
+        plain = np.array([_folded(self, character) == character for character in characters], bool)[which]
         begins = np.flatnonzero(~joining)
         plain = plain[begins] & (np.diff(begins, append=len(points)) == 1)
         if plain.all():

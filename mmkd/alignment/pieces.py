@@ -217,12 +217,12 @@ def boundary_mask(pieces: TokenPieces) -> Bool[ndarray, "vocab"]:
 
 
 def spelling_numbers(
-    one: TokenPieces, other: TokenPieces
+    left: TokenPieces, right: TokenPieces
 ) -> tuple[Int32[ndarray, "vocab"], Int32[ndarray, "other_vocab"]]:
     """A number for every token of both vocabularies, the same where they stand for the same bytes."""
     numbers: dict[bytes, int] = {}
     sides = []
-    for pieces in (one, other):
+    for pieces in (left, right):
         data = pieces.data.tobytes()
         spans = zip(pieces.starts.tolist(), (pieces.starts + pieces.lengths).tolist(), strict=True)
         sides.append([numbers.setdefault(data[start:end], len(numbers)) for start, end in spans])
@@ -327,7 +327,7 @@ def _form_of(tokenizer: Any, pieces: Sequence[bytes], spelling: _Spelling) -> No
         return NormalForm()
     ids = tokenizer(_SPACED, add_special_tokens=False)["input_ids"]
     read = b"".join(pieces[index] for index in ids).decode(errors="replace")
-    spaces = ["".join(one for one in text if one.isspace()) for text in (read, _SPACED)]
+    spaces = ["".join(character for character in text if character.isspace()) for text in (read, _SPACED)]
     # SentencePiece puts one before what it reads.
     kept = spaces[0] in (spaces[1], f" {spaces[1]}")
     normalizer = tokenizer.backend_tokenizer.normalizer

@@ -89,20 +89,20 @@ class Side:
         cls,
         tokens: Tokens,
         records: ndarray,
-        found: Occurrences,
+        markers: Occurrences,
         partners: Int[ndarray, "pair"],
         supervised: Bool[ndarray, "token"] | None,
     ) -> Self:
         """The tokens divided at those markers that have partners; other ones that no text spells are skipped."""
         count = len(tokens.rows) - 1
-        if not len(found.starts):
+        if not len(markers.starts):
             return cls(tokens.data, records, tokens.rows, np.arange(count), np.zeros(count, bool))
         lengths, skipped = records["length"], records["skipped"]
-        alone = np.ones(len(found.starts), bool)
+        alone = np.ones(len(markers.starts), bool)
         alone[partners] = False
-        members = found[alone & found.hard].tokens()
+        members = markers[alone & markers.hard].tokens()
         lengths[members], skipped[members] = 0, True
-        paired = found[partners]
+        paired = markers[partners]
         members, last = paired.tokens(), paired.stops - 1
         lengths[members], skipped[members] = 0, False
         if supervised is not None:

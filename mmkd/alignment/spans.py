@@ -162,13 +162,13 @@ class Aligner:
     ) -> tuple[Side, Side]:
         """Both sides cut into texts between paired markers, without the spaces that only one of them starts with."""
         records = records_of(self._tables[0], teacher), records_of(self._tables[1], student)
-        found = (
+        markers = (
             self.teacher_markers.find(teacher, np.flatnonzero(records[0]["marks"])),
             self.student_markers.find(student, np.flatnonzero(records[1]["marks"])),
         )
-        partners = pair_occurrences(*found, teacher, student)
-        ours = Side.of(teacher, records[0], found[0], partners[0], teacher_supervised)
-        theirs = Side.of(student, records[1], found[1], partners[1], student_supervised)
+        partners = pair_occurrences(*markers, teacher, student)
+        ours = Side.of(teacher, records[0], markers[0], partners[0], teacher_supervised)
+        theirs = Side.of(student, records[1], markers[1], partners[1], student_supervised)
         spaces = ours.leading_spaces() - theirs.leading_spaces()
         return ours.without_spaces(spaces), theirs.without_spaces(-spaces)
 
@@ -211,8 +211,8 @@ def _compared(
     open_ = np.flatnonzero(left)
     counts = np.concatenate([ours.sizes_of(spans[0].take(unsure)), left[open_]])
     data = [
-        side.data(Spans(*map(np.concatenate, zip(one.take(unsure), rest.take(open_), strict=True))), counts)
-        for side, one, rest in zip((ours, theirs), spans, rests, strict=True)
+        side.data(Spans(*map(np.concatenate, zip(own.take(unsure), rest.take(open_), strict=True))), counts)
+        for side, own, rest in zip((ours, theirs), spans, rests, strict=True)
     ]
     differing = np.zeros(len(ours.rows), bool)
     same = np.ones(len(segment), bool)
@@ -271,7 +271,7 @@ def _ends_in_form(
             np.flatnonzero((end >= start) & (end <= start + length)) for end, start in zip(ends, starts, strict=True)
         ]
         _, *which = np.intersect1d(
-            *(end[one] - start for end, one, start in zip(ends, inside, starts, strict=True)),
+            *(end[own] - start for end, own, start in zip(ends, inside, starts, strict=True)),
             assume_unique=True,
             return_indices=True,
         )

@@ -25,9 +25,9 @@ class TokenRows:
     special: frozenset[int]
 
     @classmethod
-    def of(cls, found: Mapping[int, Sequence[int]], size: int, old: Iterable[int], special: Iterable[int]) -> Self:
+    def of(cls, old_of: Mapping[int, Sequence[int]], size: int, old: Iterable[int], special: Iterable[int]) -> Self:
         """The rows of tokens below `size`, each a list of old tokens."""
-        lists = [found.get(index, ()) for index in range(size)]
+        lists = [old_of.get(index, ()) for index in range(size)]
         lengths = np.fromiter(map(len, lists), np.int64, size)
         pieces = np.fromiter((piece for pieces in lists for piece in pieces), np.int64, int(lengths.sum()))
         return cls(pieces, lengths, np.array(sorted(old), np.int64), frozenset(special))
@@ -64,15 +64,15 @@ def token_rows(source: Any, target: Any, rows: int | None = None) -> TokenRows:
     Raises UserError as `TokenPieces.of` does.
     """
     old, new = TokenPieces.of(source), TokenPieces.of(target)
-    vocabulary, wanted = source.get_vocab(), target.get_vocab()
+    vocabulary, new_vocabulary = source.get_vocab(), target.get_vocab()
     usable = {index for index in vocabulary.values() if rows is None or index < rows}
-    matched = _equal_tokens(vocabulary, wanted, old, new)
-    rest = {index: new.literals.get(index) or new[index] for index in wanted.values() if index not in matched}
-    found: dict[int, Sequence[int]] = {**_splits(source, old, rest)}
-    found |= {index: [match] for index, match in matched.items()}
-    found |= {index: [match] for index, match in _equal_roles(source, target, old, new).items()}
-    found = {index: [piece for piece in pieces if piece in usable] for index, pieces in found.items()}
-    return TokenRows.of(found, len(new), usable, np.flatnonzero(new.special).tolist())
+    matched = _equal_tokens(vocabulary, new_vocabulary, old, new)
+    rest = {index: new.literals.get(index) or new[index] for index in new_vocabulary.values() if index not in matched}
+    old_of: dict[int, Sequence[int]] = {**_splits(source, old, rest)}
+    old_of |= {index: [match] for index, match in matched.items()}
+    old_of |= {index: [match] for index, match in _equal_roles(source, target, old, new).items()}
+    old_of = {index: [piece for piece in pieces if piece in usable] for index, pieces in old_of.items()}
+    return TokenRows.of(old_of, len(new), usable, np.flatnonzero(new.special).tolist())
 
 
 def missing_specials(source: Any, target: Any) -> list[Any]:
@@ -85,7 +85,7 @@ def missing_specials(source: Any, target: Any) -> list[Any]:
 
 
 def _equal_tokens(
-    vocabulary: Mapping[str, int], wanted: Mapping[str, int], old: TokenPieces, new: TokenPieces
+    vocabulary: Mapping[str, int], new_vocabulary: Mapping[str, int], old: TokenPieces, new: TokenPieces
 ) -> dict[int, int]:
     by_bytes: dict[bytes, int] = {}
     # A byte that is a token of its own may be spelled as the fallback of bytes, too: the shorter name is in use.
@@ -93,7 +93,7 @@ def _equal_tokens(
         if old.lengths[index]:
             by_bytes[old[index]] = index
     matched = {}
-    for token, index in wanted.items():
+    for token, index in new_vocabulary.items():
         same = vocabulary.get(token)
         if same is not None and old[same] == new[index]:
             matched[index] = same
@@ -102,26 +102,26 @@ def _equal_tokens(
     return matched
 
 
-def _splits(source: Any, old: TokenPieces, wanted: Mapping[int, bytes]) -> dict[int, list[int]]:
+def _splits(source: Any, old: TokenPieces, spelled: Mapping[int, bytes]) -> dict[int, list[int]]:
     """The old tokens that texts are split into: by the tokenizer, or where it reads something else, longest first."""
-    texts = [data.decode(errors="replace") for data in wanted.values()]
+    texts = [data.decode(errors="replace") for data in spelled.values()]
     splits = source(texts, add_special_tokens=False)["input_ids"] if texts else []
     by_bytes = {old[index]: index for index in np.flatnonzero(old.lengths)[::-1].tolist()}
-    found = {}
-    for (index, data), ids in zip(wanted.items(), splits, strict=True):
+    splits_of = {}
+    for (index, data), ids in zip(spelled.items(), splits, strict=True):
         read = b"".join(old.literals.get(piece) or old[piece] for piece in ids)
-        found[index] = ids if read == data else _longest_first(data, by_bytes)
-    return found
+        splits_of[index] = ids if read == data else _longest_first(data, by_bytes)
+    return splits_of
 
 
 def _longest_first(data: bytes, by_bytes: Mapping[bytes, int]) -> list[int]:
-    found, place = [], 0
+    tokens, place = [], 0
     while place < len(data):
         stop = next((stop for stop in range(len(data), place, -1) if data[place:stop] in by_bytes), None)
         if stop is not None:
-            found.append(by_bytes[data[place:stop]])
+            tokens.append(by_bytes[data[place:stop]])
         place = place + 1 if stop is None else stop
-    return found
+    return tokens
 
 
 def _equal_roles(source: Any, target: Any, old: TokenPieces, new: TokenPieces) -> dict[int, int]:
@@ -135,14 +135,14 @@ def _equal_roles(source: Any, target: Any, old: TokenPieces, new: TokenPieces) -
     if source.pad_token_id in (source.bos_token_id, source.eos_token_id):
         ours.pop("pad", None)
     turns = sorted(theirs.keys() - {"bos", "eos", "pad"}, key=lambda role: (role != "end of assistant", role))
-    found: dict[int, int] = {}
+    matches: dict[int, int] = {}
     for role in ["bos", *turns, "eos", "pad"]:
         if not (theirs.get(role) and ours.get(role)):
             continue
         for pattern in sorted(theirs[role], key=lambda ids: (len(ids), ids)):
             for index, match in _paired_specials(pattern, ours[role], old, new):
-                found.setdefault(index, match)
-    return found
+                matches.setdefault(index, match)
+    return matches
 
 
 def _paired_specials(
@@ -153,15 +153,16 @@ def _paired_specials(
     def added(ids: tuple[int, ...], pieces: TokenPieces) -> list[int]:
         return [index for index in ids if pieces.special[index]]
 
-    wanted, spelling = added(pattern, new), [new.literals[index] for index in added(pattern, new)]
+    new_specials, spelling = added(pattern, new), [new.literals[index] for index in added(pattern, new)]
 
     def unlikeness(ids: tuple[int, ...]) -> tuple[Any, ...]:
         specials = added(ids, old)
-        return abs(len(specials) - len(wanted)), [old.literals[one] for one in specials] != spelling, len(ids), ids
+        other_spelling = [old.literals[index] for index in specials] != spelling
+        return abs(len(specials) - len(new_specials)), other_spelling, len(ids), ids
 
     best = min(candidates, key=unlikeness)
     specials = added(best, old)
     # Where one template ends a header with a special token the other one may do it with a newline.
-    if specials and len(wanted) == len(specials) + 1 and not old.special[best[-1]]:
+    if specials and len(new_specials) == len(specials) + 1 and not old.special[best[-1]]:
         specials.append(best[-1])
-    return list(zip(wanted, specials, strict=False))
+    return list(zip(new_specials, specials, strict=False))

@@ -27,7 +27,8 @@ _LARGEST_EXPONENT = 20.0
 def chunk_log_probs(
     token_log_probs: Float[Tensor, "token"], chunk: Int[Tensor, "token"], chunks: int
 ) -> Float[Tensor, "chunk"]:
-    """The log-likelihood of each chunk: the sum over the tokens it is made of; tokens of chunk -1 count nowhere."""
+    """The log-likelihood of each chunk: the sum over its tokens; tokens of chunk -1 belong to none."""
+    # These go to one slot more, which is cut off: selecting them would make a GPU wait for their number.
     slot = torch.where(chunk < 0, chunks, chunk)
     return token_log_probs.new_zeros(chunks + 1).index_add(0, slot, token_log_probs)[:chunks]
 
@@ -80,7 +81,7 @@ def group_chunks(
     if teacher_boundary_log_probs is None:
         raise UserError(
             f"Chunk policy {policy} needs the teacher's probability of a boundary after each chunk, and this teacher "
-            "does not tell it; use policy all or space."
+            "does not provide it; use policy all or space."
         )
     probable = teacher_boundary_log_probs.detach().exp() > threshold
     if policy == "unbiased":
@@ -120,6 +121,7 @@ def binary_kl_limit(
     With a, b the negative log-likelihoods of teacher and student: a log(a / b) - a + b, the KL of two Poisson
     distributions with these rates.
     """
+    # Strictly below certainty: at a likelihood of 1 the logarithm of the rate, and its gradient, are infinite.
     a, b = -below_one(teacher_log_probs), -below_one(student_log_probs)
     return a * (a / b).log() - a + b
 
@@ -147,6 +149,7 @@ def joschu_k3(
     """
     log_ratio = (teacher_log_probs - student_log_probs) / temperature
     beyond = (log_ratio - _LARGEST_EXPONENT).clamp(min=0)
+    # expm1: near a ratio of 1, where a trained student is, r - 1 and log r cancel to the last digits.
     ratio_less_one = log_ratio.clamp(max=_LARGEST_EXPONENT).expm1()
     return ratio_less_one + math.exp(_LARGEST_EXPONENT) * beyond - log_ratio
 

@@ -19,14 +19,14 @@ def combination_weights(
 ) -> dict[str, float | Tensor]:
     """The factor of each of the named losses, without gradient.
 
-    `sum`: 1 each. `weights`: those given. `gradmag`: see `gradmag_weights`; `gradients` has a row for each loss in
-    turn, and weights, if given, are its shares. Raises UserError for an unknown combination, and for weights that are
-    missing, too many or of no use.
+    `sum`: 1 each. `weights`: those passed in. `gradmag`: see `gradmag_weights`; `gradients` has a row for each loss in
+    order, and `weights`, if any, are its shares. Raises UserError for an unknown combination, and for weights that are
+    missing, superfluous or not used.
     """
     if combination not in COMBINATIONS:
         raise UserError(f"Combination {combination!r} is unknown; choose one of {', '.join(COMBINATIONS)}.")
     if combination == "sum" and weights is not None:
-        raise UserError("Combination sum makes no use of weights; leave them out, or combine by weights.")
+        raise UserError("Combination sum does not use weights; remove them, or choose combination weights.")
     if combination == "weights" and weights is None:
         raise UserError(f"Combination weights needs a weight for each of {', '.join(losses)}.")
     if weights is not None and set(weights) != set(losses):
@@ -54,9 +54,9 @@ def gradmag_weights(
     wide = torch.promote_types(gradients.dtype, torch.float32)
     norms = torch.linalg.vector_norm(gradients.detach(), dim=-1, dtype=wide)
     present = norms > 0
-    wanted = present / present.sum().clamp(min=1) if shares is None else present * norms.new_tensor(shares)
-    weights = wanted / (norms + 1e-8)
-    return weights * (wanted.sum() / weights.sum().clamp(min=torch.finfo(wide).tiny))
+    lengths = present / present.sum().clamp(min=1) if shares is None else present * norms.new_tensor(shares)
+    weights = lengths / (norms + 1e-8)
+    return weights * (lengths.sum() / weights.sum().clamp(min=torch.finfo(wide).tiny))
 
 
 def gradients_of(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Float[Tensor, "loss parameter"]:

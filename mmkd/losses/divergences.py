@@ -102,7 +102,7 @@ def adaptive_kl(
 
     `taid_parity` repeats the defects of the TAID repository, for golden tests only: the head's mask is applied to the
     gaps in vocabulary order, the shares carry gradient and the forward part lacks the teacher's entropy. Raises
-    ValueError when mu is outside [0, 1].
+    UserError when mu is outside [0, 1].
     """
     _check_weight("mu", mu)
     if mu == 1 and not taid_parity:
@@ -131,6 +131,7 @@ def interpolated_log_probs(
 
     Log-probs in place of logits change nothing: they differ by a constant per item, which softmax ignores.
     """
+    # At the ends another softmax over the vocabulary would change nothing but the last bits.
     if t == 0:
         return student_log_probs.detach()
     if t == 1:
@@ -151,12 +152,14 @@ def renyi(
         raise UserError(f"alpha is {alpha}; the Renyi divergence needs a positive order.")
     if alpha == 1:
         return forward_kl(student_log_probs, teacher_log_probs)
+    # Summed in logs: q^(1 - alpha) overflows where the student finds an outcome all but impossible.
     return torch.logsumexp(alpha * teacher_log_probs + (1 - alpha) * student_log_probs, -1) / (alpha - 1)
 
 
 def log_one_minus_exp(log_probs: Float[Tensor, "*item"]) -> Float[Tensor, "*item"]:
     """log(1 - p) from log p <= 0, finite down to a remainder of one unit in the last place of p."""
     log_probs = below_one(log_probs)
+    # log(1/2): below it log1p(-exp(x)) keeps all digits, above it log(-expm1(x)) does (Maechler, "log1mexp", 2012).
     near_one = log_probs > -0.6931
     # Each branch sees the values it is exact for, and a harmless one elsewhere, so that no gradient is 0 * inf.
     of_large = (-log_probs.where(near_one, -1).expm1()).log()
@@ -179,6 +182,7 @@ class _JensenShannon(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, log_q, log_p, beta):
+        # Both are written over below: at a vocabulary of 152k each is a tensor as large as the logits.
         p, q = log_p.exp(), log_q.exp()
         log_mixture = _positive(torch.lerp(q, p, beta)).log()
         student, teacher = q.mul_(log_q - log_mixture), p.mul_(log_p - log_mixture)
@@ -224,29 +228,30 @@ def _head_gap(p: Tensor, gap: Tensor, mu: float) -> Tensor:
     """The gap over the smallest set of likeliest outcomes with mass mu, per item."""
     items, outcomes = p.shape[:-1], p.shape[-1]
     p, gap = p.reshape(-1, outcomes), gap.reshape(-1, outcomes)
-    found = p.new_zeros(len(p))
+    head_gap = p.new_zeros(len(p))
     left = torch.arange(len(p), device=p.device)
     # In half precision a sum stops growing long before its mass is reached.
     precise = torch.promote_types(p.dtype, torch.float32)
     # Sorting a whole vocabulary costs several times the divergence, and only flat distributions need it.
     for size in [*(size for size in (64, 4096) if size < outcomes), outcomes]:
         top, order = p.topk(size)
-        found[left] = (gap.gather(-1, order) * (top.cumsum(-1, dtype=precise) - top < mu)).sum(-1)
+        head_gap[left] = (gap.gather(-1, order) * (top.cumsum(-1, dtype=precise) - top < mu)).sum(-1)
         short = (top.sum(-1, dtype=precise) < mu).nonzero()[:, 0]
         if not len(short):
             break
         left, p, gap = left[short], p[short], gap[short]
-    return found.reshape(items)
+    return head_gap.reshape(items)
 
 
 def _finite(log_probs: Tensor) -> Tensor:
-    # Looking for -inf first: differentiating a clamp costs more than the divergence, and is almost never needed. A GPU
-    # would have to finish all that it was given before it could say.
+    # Looking for -inf first: differentiating a clamp costs more than the divergence, and is almost never needed. On a
+    # GPU looking is dearer than clamping: the CPU would wait until all kernels in the queue are done.
     needed = log_probs.device.type != "cpu" or (log_probs.numel() > 0 and not log_probs.detach().amin() > -torch.inf)
     return log_probs.clamp(min=_LOG_ZERO) if needed else log_probs
 
 
 def _positive(probs: Tensor) -> Tensor:
+    # What neither side finds possible would otherwise be 0 * log 0, NaN.
     return probs + torch.finfo(probs.dtype).tiny
 
 

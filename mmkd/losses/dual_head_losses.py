@@ -1,4 +1,4 @@
-"""DHO (2505.07675): losses of a student with a supervised and a distillation head, and how their answers are joined.
+"""DHO (2505.07675): losses of a student with a supervised and a distillation head, and how their predictions combine.
 
 The outcomes are classes and an item is a row of data, so the divergences of tokens serve here too.
 """

@@ -85,5 +85,6 @@ class _MappedOutcomes:
 
 
 def _sorted(log_probs: Tensor, ranks: int) -> Tensor:
+    # The smaller side is padded with impossible outcomes and not with logits of zero, which would be mass.
     descending = log_probs.sort(-1, descending=True).values
     return torch.nn.functional.pad(descending, (0, ranks - log_probs.shape[-1]), value=-torch.inf)

@@ -37,14 +37,15 @@ def relations(
             states = torch.cat([states, torch.ones_like(states[:, :1])], dim=-1)
         elif normalized:
             states = states - states.mean(-1, keepdim=True)
-        found = []
+        per_image = []
         for image in states.split(list(tokens)):
             relation = image @ image.T if metric is None else image @ metric.to(image) @ image.T
             if normalized:
+                # The diagonal holds the squared lengths of the logits, which are not formed.
                 length = relation.diagonal().clamp(min=torch.finfo(relation.dtype).tiny).rsqrt()
                 relation = length[:, None] * relation * length
-            found.append(relation)
-        return found
+            per_image.append(relation)
+        return per_image
 
 
 @torch.no_grad()
@@ -60,6 +61,7 @@ def logit_metric(
         mean = _mean_row(weight, bias) if centered else 0.0
         for rows in _blocks(weight, bias):
             rows = rows - mean
+            # Block by block: a copy of the whole head in fp32 takes 0.5 GB at 152k x 896.
             total = total + rows.T @ rows
     assert isinstance(total, Tensor)
     return total
@@ -111,10 +113,10 @@ def pooled(
         return hidden
     parts = []
     for image, size, target in zip(hidden.split(list(tokens)), tokens, common, strict=True):
-        side, wanted = math.isqrt(size), math.isqrt(target)
-        if side**2 == size and wanted**2 == target:
+        side, target_side = math.isqrt(size), math.isqrt(target)
+        if side**2 == size and target_side**2 == target:
             grid = image.T.unflatten(1, (side, side))
-            parts.append(torch.nn.functional.adaptive_avg_pool2d(grid, wanted).flatten(1).T)
+            parts.append(torch.nn.functional.adaptive_avg_pool2d(grid, target_side).flatten(1).T)
         else:
             parts.append(torch.nn.functional.adaptive_avg_pool1d(image.T, target).T)
     return torch.cat(parts)
@@ -122,8 +124,8 @@ def pooled(
 
 def _sum_of_distances(hidden: Tensor, metric: Tensor | None, job: tuple[list[int], list[Tensor], bool]) -> Tensor:
     tokens, teacher, normalized = job
-    found = relations(hidden, tokens, metric, normalized=normalized)
-    distances = [relation_distance(ours, theirs) for ours, theirs in zip(found, teacher, strict=True)]
+    students = relations(hidden, tokens, metric, normalized=normalized)
+    distances = [relation_distance(ours, theirs) for ours, theirs in zip(students, teacher, strict=True)]
     return torch.stack(distances).sum() if distances else hidden.float().sum() * 0
 
 
@@ -137,11 +139,11 @@ class _RelationLoss(torch.autograd.Function):
             if metric is not None:
                 metric.requires_grad_(needs_head)
             loss = _sum_of_distances(states, metric, job)
-            wanted = [states, metric] if needs_head else [states]
-            found = torch.autograd.grad(loss, wanted, allow_unused=True)
-        gradients: list[Tensor | None] = [found[0], None, None]
-        if weight is not None and needs_head and found[1] is not None:
-            gradients[1:] = _head_gradients(weight, bias, found[1], centered=job[2])
+            inputs = [states, metric] if needs_head else [states]
+            grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+        gradients: list[Tensor | None] = [grads[0], None, None]
+        if weight is not None and needs_head and grads[1] is not None:
+            gradients[1:] = _head_gradients(weight, bias, grads[1], centered=job[2])
         needs = ctx.needs_input_grad[:3]
         asked = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
         ctx.gradients = ReadyGradients(asked, repeatable)

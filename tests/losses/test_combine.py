@@ -86,7 +86,7 @@ def test_combinations_give_a_factor_per_loss():
 def test_unknown_combinations_and_wrong_weights_are_refused():
     with pytest.raises(ValueError, match=f"'mean' is unknown; choose one of {', '.join(COMBINATIONS)}"):
         combination_weights("mean", ["a"])
-    with pytest.raises(ValueError, match="sum makes no use of weights"):
+    with pytest.raises(ValueError, match="sum does not use weights"):
         combination_weights("sum", ["a"], {"a": 1})
     with pytest.raises(ValueError, match="Combination weights needs a weight for each of a"):
         combination_weights("weights", ["a"])
