@@ -20,10 +20,11 @@ from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.checks import check_training_data
 from mmkd.preparation.collation import refusal
+from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.preparation.template import TemplateReport
 from mmkd.teachers.cached import images_of
 from mmkd.training.config import DistillationConfig
-from mmkd.training.preparing import placeholder_trainer, preparation_of, sequences_of
+from mmkd.training.preparing import preparation_of, sequences_of
 
 # Rows with images whose tokens are counted for the order in which a cache stores ids; reading all would cost too much.
 _COUNTED_IMAGES = 64
@@ -193,24 +194,20 @@ def prepare(
     # Looking at the columns should not fail where an image cannot be decoded.
     unread = {str(split): image_column(canonical(dataset, str(split))) for split, dataset in data.items()}
     check_training_data(unread["train"], unread.get("eval"), args, tokenizer_of(processing_class))
-    trainer: Any = placeholder_trainer(
-        args, processing_class, unread["train"], unread.get("eval"), judges_template=judges_template
-    )
-    vision = trainer._is_vision_dataset
-    prepared = unread if vision else {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
+    rows = PreparedRows.of(args, processing_class, unread["train"], unread.get("eval"), judges_template)
+    labelling, vision = rows.labelling, rows.labelling.vision
     image_token_id = getattr(processing_class, "image_token_id", None)
     return Prepared(
         {
-            split: VisionSequences(dataset, trainer.data_collator, image_token_id) if vision else Sequences(dataset)
-            for split, dataset in ((str(split), dataset) for split, dataset in prepared.items())
+            split: VisionSequences(dataset, rows.collator, image_token_id) if vision else Sequences(dataset)
+            for split, dataset in {"train": rows.train, "eval": rows.evaluation}.items()
             if dataset is not None
         },
-        # With the tokens that a cloned chat template adds.
-        trainer.processing_class,
-        preparation_of(trainer.processing_class, args, trainer.chat_template),
-        trainer.data_collator,
+        processing_class,
+        preparation_of(processing_class, args, labelling.chat_template),
+        rows.collator,
         vision,
-        trainer.template_reports["train"],
+        labelling.template_reports["train"],
     )
 
 

@@ -38,6 +38,7 @@ from mmkd.preparation.pairs import (
     paired,
     teacher_sequences,
 )
+from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.cached import BATCH_KEY, CachedTeacher
 from mmkd.teachers.local import LocalTeacher
@@ -46,7 +47,7 @@ from mmkd.training.answers import Placed
 from mmkd.training.balance import BalancedTrainer
 from mmkd.training.items import ItemLosses, Supervised
 from mmkd.training.method import Method
-from mmkd.training.preparing import ROWS, placeholder_trainer, preparation_of
+from mmkd.training.preparing import ROWS, preparation_of
 
 from .alm_config import DIVERGENCES
 from .alm_config import ALMConfig as ALMConfig
@@ -96,7 +97,7 @@ class ALMTrainer(BalancedTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         packing, formatting_func, name = rest
-        args = self.settings_given(args)
+        args = self.labelling.given(args)
         if not isinstance(dataset, Dataset):
             raise UserError(
                 f"The {name} data is a stream. alm reads every row twice and pairs the readings; load it whole."
@@ -110,10 +111,8 @@ class ALMTrainer(BalancedTrainer):
         rows, alone = numbered(dataset), copy(args)
         alone.shuffle_dataset = False
         ours = super()._prepare_dataset(rows, processing_class, alone, False, formatting_func, name, **kwargs)
-        reader = self._reader(dataset, args)
-        theirs = reader._prepare_dataset(
-            rows, reader.processing_class, reader.args, False, formatting_func, f"{name} (teacher's)"
-        )
+        reader = self._reader(dataset, args).labelling
+        theirs = reader.prepare(rows, reader.args, False, formatting_func, f"{name} (teacher's)")
         questions = questions_of(dataset, args.rollout_prompt_tokens) if args.on_policy_fraction else None
         both = paired(ours, theirs, questions)
         agreement = Agreement.of(counts_of(both, self._batch_aligner(processing_class, args)))
@@ -131,7 +130,7 @@ class ALMTrainer(BalancedTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        if not self._is_vision_dataset and "teacher_input_ids" not in columns:
+        if not self.labelling.vision and "teacher_input_ids" not in columns:
             columns += ["teacher_input_ids", "teacher_labels", "teacher_seq_lengths", QUESTION]
 
     @property
@@ -139,21 +138,20 @@ class ALMTrainer(BalancedTrainer):
         """What is made when the first data set comes, before the Trainer itself is: a reader, an aligner."""
         return self.__dict__.setdefault("_readers_", {})
 
-    def _reader(self, dataset: Dataset, args: ALMConfig) -> Any:
+    def _reader(self, dataset: Dataset, args: ALMConfig) -> PreparedRows:
         """What prepares rows for the teacher."""
         if "reader" not in self._readers:
             teacher, processing_class = self._given_teacher
             if processing_class is None:
                 hub = {"trust_remote_code": args.trust_remote_code}
                 processing_class = load_processing_class(_name_of(teacher), "teacher", **hub)
-            self._readers["reader"] = placeholder_trainer(
-                args.for_teacher(), processing_class, dataset.select(range(1))
-            )
+            rows = dataset.select(range(1))
+            self._readers["reader"] = PreparedRows.of(args.for_teacher(), processing_class, rows)
         return self._readers["reader"]
 
     def _batch_aligner(self, processing_class: Any, args: ALMConfig) -> BatchAligner:
         if "aligner" not in self._readers:
-            teacher = self._readers["reader"].processing_class
+            teacher = self._readers["reader"].labelling.processing_class
             self._readers["aligner"] = BatchAligner.of(processing_class, teacher, to_space=args.chunks == "space")
         return self._readers["aligner"]
 
@@ -161,7 +159,8 @@ class ALMTrainer(BalancedTrainer):
 
     def build_teacher(self, teacher: Any, processing_class: Any) -> Teacher:
         """The teacher, who reads the batch in its own tokens."""
-        reader = self._reader(self.train_dataset, self.args)
+        rows = self._reader(self.train_dataset, self.args)
+        reader = rows.labelling
         align = self._batch_aligner(self.processing_class, self.args)
         self.vocab_size = min(self.vocab_size, len(tokenizer_of(self.processing_class)))
         if isinstance(teacher, CachedTeacher):
@@ -172,7 +171,7 @@ class ALMTrainer(BalancedTrainer):
             tokens = len(tokenizer_of(reader.processing_class))
             teacher = LocalTeacher(model, min(tokens, full_head(model).vocab_size))
         cached = teacher if isinstance(teacher, CachedTeacher) else None
-        self.data_collator = self._aligned = AlignedCollator(self.data_collator, reader.data_collator, align, cached)
+        self.data_collator = self._aligned = AlignedCollator(self.data_collator, rows.collator, align, cached)
         device, pieces = self.accelerator.device, align.aligner
         self._boundaries, self._teacher_boundaries = (
             torch.from_numpy(boundary_mask(side)).to(device) if self.args.needs_boundaries else None
@@ -198,7 +197,7 @@ class ALMTrainer(BalancedTrainer):
         if not placed:
             return batch
         examples, tokenizer = batch[ROWS].examples, tokenizer_of(self.processing_class)
-        reader = self._readers["reader"]
+        reader = self._readers["reader"].labelling
         for row, one in placed.items():
             text, whole = said(tokenizer, batch["input_ids"][row].tolist(), one)
             examples[row] = as_teacher_reads(examples[row], text, whole, one.rollout.ended, reader)

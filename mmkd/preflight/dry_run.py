@@ -145,7 +145,7 @@ def _data(trainer: DistillationTrainer) -> list[tuple[str, str]]:
     if counts is None or not isinstance(data, Dataset):
         return [("data", "streamed; not counted")]
     told = [("data", f"{counts.size}."), ("length", f"{counts.cutting}.")]
-    template = trainer.template_reports["train"]
+    template = trainer.labelling.template_reports["train"]
     told += [("template", said) for said in (*template.warnings, *filter(None, [template.note]))]
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / batch) * args.num_train_epochs)

@@ -1,5 +1,6 @@
 """What is wrong with the data, said before a step is taken."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,6 +42,37 @@ def check_training_data(train: Any, evaluation: Any, args: SFTConfig, tokenizer:
                 f"The {name} data set holds messages but the student's tokenizer has no chat template. Set "
                 "chat_template_path to a Jinja file or to a model whose template the student should use (the teacher)."
             )
+
+
+def check_layout(args: SFTConfig, row: Mapping[str, Any], vision: bool, is_processor: bool) -> None:
+    """Raises UserError for settings that rows like this one cannot have; `vision`: they have images."""
+    if vision and not is_processor:
+        raise UserError(
+            "The rows have images and the student has a tokenizer only. Use a vision-language model, or leave the "
+            "columns `image` and `images` out of the data."
+        )
+    for key in ("packing", "padding_free"):
+        if vision and getattr(args, key):
+            raise UserError(f"Rows with images cannot be laid end to end. Set {key}: false.")
+    if vision and args.max_length is not None and args.truncation_mode == "keep_end":
+        raise UserError(
+            "truncation_mode: keep_end would cut the images off rows, which stand in their prompts. Set it to "
+            "keep_start, or max_length: null."
+        )
+    if args.padding_free and not args.packing and not vision and args.max_length is not None:
+        raise UserError(
+            "padding_free does not cut rows to max_length. Set packing: true, or max_length: null for rows that are "
+            "short enough already."
+        )
+    if (
+        args.assistant_only_loss
+        and row
+        and not (is_conversational(dict(row)) or is_conversational_from_value(dict(row)))
+    ):
+        raise UserError(
+            "assistant_only_loss needs conversations, and the data is plain text. Set assistant_only_loss: false, or "
+            "map the data to messages."
+        )
 
 
 def check_student(trainer: Any) -> None:

@@ -28,6 +28,7 @@ from mmkd.precision import say_emulated
 from mmkd.preparation.checks import check_precision, check_stream, check_student, check_training_data
 from mmkd.preparation.collation import BAD_ROWS, ROW_LENGTHS, VISUAL, ImageReader, View, VisionCollator, teacher_view
 from mmkd.preparation.labelling import LabellingTrainer
+from mmkd.preparation.prepared_rows import skips_preparation
 from mmkd.preparation.prompt_rows import with_open_answers
 from mmkd.preparation.row_names import RowNames
 from mmkd.preparation.vision_labels import VisionLabels
@@ -86,7 +87,7 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
         if teacher is None and self.needs_teacher:
             raise UserError(f"Method {self.method} needs a teacher: pass a Hub id, a folder, a model or a Teacher.")
         args = self._settings_of(model, args)
-        self._reads_rows = kwargs.get("formatting_func") is None and not _skips_preparation(args)
+        self._reads_rows = kwargs.get("formatting_func") is None and not skips_preparation(args)
         if self._reads_rows:
             train_dataset, eval_dataset = (
                 _canonical(train_dataset, "train", args),
@@ -369,11 +370,6 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
         if self.vision_collator is not None and eval_dataset is not None:
             self._row_names.add(eval_dataset, "eval")
         return super().evaluate(eval_dataset, *args, **kwargs)
-
-
-def _skips_preparation(args: Any) -> bool:
-    """Whether the rows are ready for the collator, whatever they look like."""
-    return bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
 
 
 def _canonical(data: Any, split: str, args: Any) -> Any:

@@ -10,6 +10,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
+from mmkd.preparation.labelling import Labelling
 
 from .answers import Placed
 from .config import DistillationConfig
@@ -29,13 +30,14 @@ class OnPolicyTrainer(ReportingTrainer):
     # transformers types these as unions with None, for trainers that are still without them.
     train_dataset: Any
     processing_class: Any
+    labelling: Labelling
     vocab_size: int
     rollouts: Rollouts | None = None
 
     def _start_rollouts(self, collate_alone: Any) -> None:
         """Called when everything else is built; `collate_alone` makes the student's side of a batch."""
         args = self.args
-        check_prompts(args, self.train_dataset, self.data_collator, self._is_vision_dataset)
+        check_prompts(args, self.train_dataset, self.data_collator, self.labelling.vision)
         tokenizer = tokenizer_of(self.processing_class)
         speech = Speech.of(self.model, tokenizer, self.vocab_size, text_only=not self.one_vocabulary)
         source = self._source(speech, tokenizer, collate_alone)
@@ -50,7 +52,7 @@ class OnPolicyTrainer(ReportingTrainer):
                 "step; or use DDP or ZeRO-2, or on_policy_fraction: 0."
             )
         if args.rollout_server is not None:
-            if self._is_vision_dataset or isinstance(self.model, PeftModel):
+            if self.labelling.vision or isinstance(self.model, PeftModel):
                 raise UserError(
                     "A rollout_server takes whole students that read text; this one has images or an adapter. Remove "
                     "rollout_server to generate in this process."

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator
-from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,16 +11,12 @@ from accelerate import Accelerator
 from datasets import Dataset
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.trainer_utils import IntervalStrategy
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.sft_config import SFTConfig
 
 from mmkd.cache.sequence_keys import segments
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.collation import ROW_LENGTHS
-from mmkd.preparation.labelling import LabellingTrainer
-
-from .sharding import ShardedTrainer
 
 ROWS = "rows"
 """Where `KeptRows` puts the rows that a batch was made of."""
@@ -82,41 +76,6 @@ class KeptRows:
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         kept = Rows([dict(example) for example in examples])
         return {**self.collator(examples), ROWS: kept}
-
-
-class _Preparation(ShardedTrainer, LabellingTrainer):
-    """The preparation of rows; the model is a placeholder that no one asks."""
-
-
-class _Reading(_Preparation):
-    """The same by somebody who is only compared with the student."""
-
-    judges_template = False
-
-
-def placeholder_trainer(
-    args: SFTConfig, processing_class: Any, train: Any, evaluation: Any = None, judges_template: bool = True
-) -> LabellingTrainer:
-    """A trainer that prepares rows as training would, without a model. Leaves its arguments as they are.
-
-    Raises UserError for a chat template that swallows answers, unless it is not to be judged.
-    """
-    args = copy(args)
-    tokenizer: Any = tokenizer_of(processing_class)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        args.output_dir, args.report_to, args.push_to_hub, args.disable_tqdm = folder, [], False, True
-        # With a schedule of evaluations the Trainer insists on rows for them.
-        args.eval_strategy = IntervalStrategy.NO
-        return (_Preparation if judges_template else _Reading)(
-            model=LlamaForCausalLM(config),
-            args=args,
-            train_dataset=train,
-            eval_dataset=evaluation,
-            processing_class=processing_class,
-        )
 
 
 class Located(NamedTuple):

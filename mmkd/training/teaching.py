@@ -24,7 +24,8 @@ from mmkd.preparation.fit import (
     lacking_tokens,
     unknown_answers,
 )
-from mmkd.preparation.labelling import LabellingTrainer, SampledRow, sample_of
+from mmkd.preparation.labelling import LabellingTrainer
+from mmkd.preparation.sampled import SampledRow, sample_of
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.cached import CacheCollator, CachedTeacher
 from mmkd.teachers.local import LocalTeacher

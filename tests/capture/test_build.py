@@ -25,8 +25,8 @@ from mmkd.commands.main import main
 from mmkd.data.load_data import load_data
 from mmkd.methods.sft import SFTBaselineConfig
 from mmkd.models.load import load_model
+from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.recipe.cache_arguments import CacheArguments
-from mmkd.training.preparing import placeholder_trainer
 from scripts.make_tiny_models import make_tokenizer, sentences
 from tests.helpers import environment
 from tests.teachers.vlm import make_image, make_vlm
@@ -265,7 +265,7 @@ def test_answers_that_were_cut_off_are_said_and_kept_when_asked(
     assert sum(map(len, rows.values())) == sum(bool(text) for text in said_texts("short"))
     # Their words are learnt, and the end that the template writes after them is not.
     settings = SFTBaselineConfig("unused", bf16=False, use_cpu=True, max_length=None)
-    for row in placeholder_trainer(settings, make_tokenizer(), rows["train"]).train_dataset:
+    for row in PreparedRows.of(settings, make_tokenizer(), rows["train"]).train:
         assert (row["labels"][-1] == -100) == (row["truncated"] == "length")
 
 

@@ -30,7 +30,7 @@ from mmkd.methods.kd import KDTrainer
 from mmkd.methods.sft import SFTBaselineTrainer
 from mmkd.models.load import learns_positions, positions_of
 from mmkd.preparation.fit import Extent, add_stops, answer_ends, lacking_positions, lacking_tokens
-from mmkd.preparation.labelling import SAMPLED, SampledRow, sample_of
+from mmkd.preparation.sampled import SAMPLED, SampledRow, sample_of
 from scripts.make_tiny_models import make_tokenizer, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.families import made, model_of

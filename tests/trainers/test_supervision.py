@@ -20,12 +20,11 @@ from mmkd.methods.kd import KDTrainer
 from mmkd.methods.sft import SFTBaselineConfig
 from mmkd.preflight.dry_run import report
 from mmkd.preparation.collation import VISUAL
-from mmkd.preparation.labelling import LabellingTrainer
+from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.preparation.supervision import TokenCounts, kept
 from mmkd.preparation.template import look_at
 from mmkd.preparation.turns import Turns, assistant_labels
 from mmkd.training.answers import answer_starts
-from mmkd.training.preparing import placeholder_trainer
 from scripts.make_tiny_models import CHAT_TEMPLATE, make_tokenizer, sentences
 from tests.families import FAMILIES, made
 from tests.helpers import Build
@@ -59,15 +58,14 @@ def said(template: str, messages: list[Any], **row: Any) -> list[str]:
     return [text[start:end] for start, end in spans]
 
 
-def rows_of(processing_class: Any, data: Dataset | IterableDataset, **settings: Any) -> LabellingTrainer:
+def rows_of(processing_class: Any, data: Dataset | IterableDataset, **settings: Any) -> PreparedRows:
     config = SFTBaselineConfig("unused", bf16=False, use_cpu=True, **{"max_length": None, **settings})
-    return placeholder_trainer(config, processing_class, data)
+    return PreparedRows.of(config, processing_class, data)
 
 
 def labels_of(processing_class: Any, data: Dataset, **settings: Any) -> tuple[Any, list[str]]:
     """A collated batch of rows with images, and the text that each row supervises."""
-    trainer = rows_of(processing_class, data, **settings)
-    batch = trainer.data_collator([dict(row) for row in data])
+    batch = rows_of(processing_class, data, **settings).collator([dict(row) for row in data])
     tokenizer = processing_class.tokenizer
     return batch, [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
 
@@ -168,7 +166,7 @@ def test_assistant_only_loss_trains_a_student_whose_template_marks_nothing(build
 
 def test_prompt_and_completion_are_supervised_in_the_completion_only() -> None:
     data = Dataset.from_list([{"prompt": TALK[:3], "completion": TALK[3:]}] * 2)
-    row = rows_of(tokenizer_of_template(UNMARKED), data, assistant_only_loss=True).train_dataset[0]
+    row = rows_of(tokenizer_of_template(UNMARKED), data, assistant_only_loss=True).train[0]
     told = [index for index in row["labels"] if index != -100]
     assert make_tokenizer().decode(told) == "an old tree<|end|>"
 
@@ -227,7 +225,7 @@ def test_plain_completions_with_images_end_like_those_without() -> None:
     rows = [{"prompt": "<image>the cat", "completion": completion} for completion in (" a mat", " a mat<|end|>")]
     _, told = labels_of(processor, Dataset.from_list([{**row, "images": [picture(0)]} for row in rows]))
     assert told == [" a mat<|end|>"] * 2
-    text = rows_of(processor.tokenizer, Dataset.from_list(rows)).train_dataset
+    text = rows_of(processor.tokenizer, Dataset.from_list(rows)).train
     assert [[i for i in row["labels"] if i != -100] for row in text] == [
         processor.tokenizer(" a mat<|end|>")["input_ids"]
     ] * 2
@@ -319,7 +317,7 @@ def test_weights_hold_for_rows_with_images() -> None:
 def test_weights_are_refused_where_every_turn_is_learnt() -> None:
     tokenizer, plain = make_tokenizer(), {"messages": TALK}
     data = Dataset.from_list([plain, {"messages": WEIGHED}])
-    rows = rows_of(tokenizer, data, assistant_only_loss=True).train_dataset
+    rows = rows_of(tokenizer, data, assistant_only_loss=True).train
     told = [[label for label in row["labels"] if label != -100] for row in rows]
     assert tokenizer.decode(told[1]) == "an old tree<|end|>"
     with pytest.raises(UserError, match=r"Row 1 of the train data: messages\[1\] has weight 0"):
@@ -330,7 +328,7 @@ def test_weights_are_refused_where_every_turn_is_learnt() -> None:
     rows_of(tokenizer, Dataset.from_list([{"prompt": WEIGHED[:3], "completion": TALK[3:]}]))
     stream = IterableDataset.from_generator(lambda: iter([{"messages": WEIGHED}]))
     with pytest.raises(UserError, match="Row 0 of the train data"):
-        next(iter(rows_of(tokenizer, stream, max_steps=1).train_dataset))
+        next(iter(rows_of(tokenizer, stream, max_steps=1).train))
 
 
 # Answers that were cut off
@@ -340,7 +338,7 @@ CUT = {"messages": TALK, "truncated": True}
 
 def learnt(tokenizer: Any, rows: list[Any], **settings: Any) -> list[str]:
     """The text that each row supervises."""
-    found = rows_of(tokenizer, Dataset.from_list(rows), **settings).train_dataset
+    found = rows_of(tokenizer, Dataset.from_list(rows), **settings).train
     return [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in found]
 
 
@@ -407,16 +405,16 @@ def test_rows_without_anything_to_learn_are_left_out_and_said(caplog: pytest.Log
     short, silent = {"prompt": "the", "completion": " cat"}, {"prompt": "the cat", "completion": ""}
     data = Dataset.from_list([short, {"prompt": "a mat " * 20, "completion": " dog"}, short])
     with caplog.at_level(logging.WARNING):
-        trainer = rows_of(make_tokenizer(), data, max_length=8)
-    assert len(trainer.train_dataset) == 2
+        rows = rows_of(make_tokenizer(), data, max_length=8)
+    assert len(rows.train) == 2
     assert "1 of 3 train rows are left out: 1 with no supervised token within max_length 8 (row 1)." in caplog.text
     talks = Dataset.from_list([{"messages": TALK}, {"messages": TALK[:1]}])
     with caplog.at_level(logging.WARNING):
-        trainer = rows_of(make_tokenizer(), talks, assistant_only_loss=True, max_length=64)
-    assert len(trainer.train_dataset) == 1
+        rows = rows_of(make_tokenizer(), talks, assistant_only_loss=True, max_length=64)
+    assert len(rows.train) == 1
     assert "1 without a supervised token (row 1)" in caplog.text
     # EOS alone is an answer.
-    assert len(rows_of(make_tokenizer(), Dataset.from_list([short, silent])).train_dataset) == 2
+    assert len(rows_of(make_tokenizer(), Dataset.from_list([short, silent])).train) == 2
 
 
 def test_training_begins_with_what_it_learns_from(build: Build, vlms: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -452,7 +450,7 @@ def test_settings_are_left_as_they_were(tokenizer: Any) -> None:
     config = SFTBaselineConfig("unused", bf16=False, use_cpu=True, assistant_only_loss=True, max_length=None)
     before = copy.copy(config)
     with pytest.raises(UserError):
-        placeholder_trainer(config, tokenizer, Dataset.from_dict({"text": ["a"]}))
+        PreparedRows.of(config, tokenizer, Dataset.from_dict({"text": ["a"]}))
     assert config.assistant_only_loss
     assert before.to_dict() == config.to_dict()
 
