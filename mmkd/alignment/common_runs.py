@@ -62,7 +62,7 @@ def _unique(left: ndarray, right: ndarray, length: int) -> list[tuple[int, int]]
     """Places of so many equal bytes that occur once in both texts, the most that are in the same order in both."""
     if min(len(left), len(right)) < length:
         return []
-    places = []
+    places: list[tuple[ndarray, ndarray]] = []
     for side in (left, right):
         grams = np.ascontiguousarray(sliding_window_view(side, length)).view(f"<u{length}")[:, 0]
         values, where, counts = np.unique(grams, return_index=True, return_counts=True)
@@ -90,7 +90,7 @@ def _increasing(values: Int[ndarray, "item"]) -> list[int]:
         else:
             tails[length], last[length] = value, place
         before.append(last[length - 1] if length else -1)
-    chain = []
+    chain: list[int] = []
     place = last[-1] if last else -1
     while place >= 0:
         chain.append(place)

@@ -123,7 +123,8 @@ class MarkerTable:
         places, rows, which = places[keep], rows[keep], which[keep]
         stops = places + sizes[which]
         if (stops[:-1] > places[1:]).any():
-            end, kept = 0, []
+            end = 0
+            kept: list[int] = []
             for i, (start, stop) in enumerate(zip(places.tolist(), stops.tolist(), strict=True)):
                 if start >= end:
                     end = stop

@@ -76,7 +76,7 @@ def _one_edit_away(tokens: Collection[bytes], teacher: Sequence[bytes]) -> dict[
                 longer.setdefault(gap[1], index)
             if gap in gaps:
                 replaced.setdefault(gap, index)
-    nearest = {}
+    nearest: dict[bytes, int] = {}
     for token in tokens:
         edits = [longer.get(token), *(replaced.get(gap) for gap in _gaps(token))]
         edits += [index_of.get(shorter) for _, shorter in _gaps(token)]

@@ -84,7 +84,8 @@ class NormalForm:
             return Folded(np.frombuffer(data, np.uint8), np.arange(len(data) + 1))
         starts = (np.cumsum(widths) - widths)[begins]
         stops = np.append(starts[1:], len(data))
-        sizes, parts, copied = stops - starts, [], 0
+        sizes, copied = stops - starts, 0
+        parts: list[bytes] = []
         for number in np.flatnonzero(~plain).tolist():
             start, stop = int(starts[number]), int(stops[number])
             part = _folded(self, data[start:stop].decode("utf-8", "surrogateescape"))

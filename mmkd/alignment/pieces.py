@@ -221,7 +221,7 @@ def spelling_numbers(
 ) -> tuple[Int32[ndarray, "vocab"], Int32[ndarray, "other_vocab"]]:
     """A number for every token of both vocabularies, the same where they stand for the same bytes."""
     numbers: dict[bytes, int] = {}
-    sides = []
+    sides: list[list[int]] = []
     for pieces in (left, right):
         data = pieces.data.tobytes()
         spans = zip(pieces.starts.tolist(), (pieces.starts + pieces.lengths).tolist(), strict=True)
@@ -325,7 +325,7 @@ def _form_of(tokenizer: Any, pieces: Sequence[bytes], spelling: _Spelling) -> No
     """What the tokenizer rewrites, its pieces being these."""
     if not tokenizer.is_fast:
         return NormalForm()
-    ids = tokenizer(_SPACED, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(_SPACED, add_special_tokens=False)["input_ids"]
     read = b"".join(pieces[index] for index in ids).decode(errors="replace")
     spaces = ["".join(character for character in text if character.isspace()) for text in (read, _SPACED)]
     # SentencePiece puts one before what it reads.
@@ -340,8 +340,9 @@ def _components(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
         return []
     if part["type"] != "Sequence":
         return [part]
-    members = next(value for value in part.values() if isinstance(value, list))
-    return [leaf for member in members for leaf in _components(member)]
+    # Called normalizers, pretokenizers or decoders.
+    key = next(key for key, value in part.items() if isinstance(value, list))
+    return [leaf for member in part[key] for leaf in _components(member)]
 
 
 def _byte_alphabet() -> dict[str, int]:

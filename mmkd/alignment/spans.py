@@ -179,7 +179,7 @@ def _common_ends(
     """Where tokens of both sides end at the same byte: its segment, and the token of each side."""
     room = np.maximum(ours.sizes, theirs.sizes)
     begins = running(room)
-    ends = []
+    ends: list[ndarray] = []
     for side in (ours, theirs):
         shift = begins[:-1] - side.ends[side.bounds[:-1]]
         end = side.ends[1:] + np.repeat(shift, np.diff(side.bounds))
@@ -254,7 +254,9 @@ def _ends_in_form(
 
     A chunk that is not the same text takes in what differs before the next one begins.
     """
-    texts, tokens, ends = [], [], []
+    texts: list[ndarray] = []
+    tokens: list[ndarray] = []
+    ends: list[ndarray] = []
     for side, unknown in zip((ours, theirs), _UNKNOWN, strict=True):
         data, stops = side.covered(segment, unknown)
         text, places = form.fold(data)

@@ -92,7 +92,7 @@ def _equal_tokens(
     for _, index in sorted(vocabulary.items(), key=lambda item: (-len(item[0]), -item[1])):
         if old.lengths[index]:
             by_bytes[old[index]] = index
-    matched = {}
+    matched: dict[int, int] = {}
     for token, index in new_vocabulary.items():
         same = vocabulary.get(token)
         if same is not None and old[same] == new[index]:
@@ -105,9 +105,9 @@ def _equal_tokens(
 def _splits(source: Any, old: TokenPieces, spelled: Mapping[int, bytes]) -> dict[int, list[int]]:
     """The old tokens that texts are split into: by the tokenizer, or where it reads something else, longest first."""
     texts = [data.decode(errors="replace") for data in spelled.values()]
-    splits = source(texts, add_special_tokens=False)["input_ids"] if texts else []
+    splits: list[list[int]] = source(texts, add_special_tokens=False)["input_ids"] if texts else []
     by_bytes = {old[index]: index for index in np.flatnonzero(old.lengths)[::-1].tolist()}
-    splits_of = {}
+    splits_of: dict[int, list[int]] = {}
     for (index, data), ids in zip(spelled.items(), splits, strict=True):
         read = b"".join(old.literals.get(piece) or old[piece] for piece in ids)
         splits_of[index] = ids if read == data else _longest_first(data, by_bytes)
@@ -115,7 +115,8 @@ def _splits(source: Any, old: TokenPieces, spelled: Mapping[int, bytes]) -> dict
 
 
 def _longest_first(data: bytes, by_bytes: Mapping[bytes, int]) -> list[int]:
-    tokens, place = [], 0
+    tokens: list[int] = []
+    place = 0
     while place < len(data):
         stop = next((stop for stop in range(len(data), place, -1) if data[place:stop] in by_bytes), None)
         if stop is not None:

@@ -1,6 +1,7 @@
 """How several losses become one: their sum, a weighted sum, or weights that balance their gradients (GradMag)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -52,7 +53,7 @@ def gradmag_weights(
     without a chunk) weighs 0 and its share is not given to others; the authors let it stop all others.
     """
     wide = torch.promote_types(gradients.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(gradients.detach(), dim=-1, dtype=wide)
+    norms: Tensor = cast(Any, torch.linalg).vector_norm(gradients.detach(), dim=-1, dtype=wide)
     present = norms > 0
     lengths = present / present.sum().clamp(min=1) if shares is None else present * norms.new_tensor(shares)
     weights = lengths / (norms + 1e-8)
@@ -66,7 +67,7 @@ def gradients_of(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Floa
     are made `repeatable`. On several ranks these are the gradients of one rank: sum them before their norms are taken,
     or ranks weigh differently.
     """
-    rows = []
+    rows: list[Tensor] = []
     for loss in losses:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]))

@@ -7,7 +7,7 @@ project, compare, differentiate, multiply back into the gradients of hidden stat
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -123,8 +123,7 @@ def fused_loss(
     ce_weight = ce_weight if targets is not None else 1.0
     job = _Job(head, labels, targets, objective, temperature, ce_weight, chunk_size, precise, diagnostics)
     if torch.is_grad_enabled():
-        total = _FusedLoss.apply(hidden, head.weight, head.bias, job, repeatable)
-        assert isinstance(total, Tensor)
+        total = cast(Any, _FusedLoss).apply(hidden, head.weight, head.bias, job, repeatable)
     else:
         total = job.run(hidden, (False, False, False))[0]
     return FusedLoss(total, job.sums)
@@ -132,13 +131,15 @@ def fused_loss(
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, job, repeatable):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: "_Job", repeatable: bool
+    ) -> Tensor:
         total, *gradients = job.run(hidden, ctx.needs_input_grad[:3])
         ctx.gradients = ReadyGradients(gradients, repeatable)
         return total
 
     @staticmethod
-    def backward(ctx, grad_total):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return *ctx.gradients.scaled(grad_total), None, None
 
 
@@ -265,7 +266,7 @@ class _Job:
     chunk_size: int
     precise: bool
     diagnostics: bool
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def run(
         self, hidden: Tensor, needs: tuple[bool, ...]
@@ -301,7 +302,8 @@ class _Job:
         logits = self.head.finish(leaf)
         loss = logits.new_zeros(())
         # At temperature 1 and on the whole vocabulary the compared log-probs serve cross-entropy and diagnostics too.
-        log_probs, teachers = None, {}
+        log_probs: Tensor | None = None
+        teachers: dict[str, Tensor] = {}
         for share in shares if self.ce_weight < 1 else ():
             student, target = share.outcomes.compare(logits, rows, self.temperature)
             if self.temperature == 1 and share.outcomes.whole_vocabulary:
@@ -350,7 +352,7 @@ class _Job:
 
 def check_labels(labels: Int[Tensor, "token"], vocab_size: int) -> None:
     """Raises UserError when a label is no token of the vocabulary."""
-    low, high = torch.stack(labels.aminmax()).tolist() if len(labels) else (0, 0)
+    low, high = map(int, labels.aminmax()) if len(labels) else (0, 0)
     if not 0 <= low <= high < vocab_size:
         raise UserError(
             f"Labels run from {low} to {high} but the head has {vocab_size} tokens; "

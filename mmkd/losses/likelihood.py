@@ -5,7 +5,7 @@ tokens (likelihoods of chunks, ALM): how much each token counts is known in the 
 computes the logits again.
 """
 
-from typing import overload
+from typing import Any, cast, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -67,14 +67,20 @@ def token_log_probs(
         raise UserError("The set of outcomes holds no token of the head, so that its probability is always 0.")
     projection = Projection.here(hidden, head, chunk_size, precise)
     outcomes = None if outcomes is None else outcomes[: head.vocab_size].to(hidden.device)
-    result = _TokenLogProbs.apply(hidden, head.weight, head.bias, labels, outcomes, projection)
-    assert isinstance(result, tuple)
-    return result[0], result[1]
+    return cast(Any, _TokenLogProbs).apply(hidden, head.weight, head.bias, labels, outcomes, projection)
 
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, outcomes, projection):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        outcomes: Tensor | None,
+        projection: Projection,
+    ) -> tuple[Tensor, Tensor | None]:
         shape, wide = (len(hidden),), projection.wide
         normaliser = hidden.new_empty(shape, dtype=wide)
         label_log_probs = hidden.new_empty(shape, dtype=wide)
@@ -98,8 +104,10 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_label, grad_set):
-        projection = ctx.projection
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_label: Tensor, grad_set: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        projection: Projection = ctx.projection
         hidden, _, _, labels, outcomes, normaliser, set_log_probs = ctx.saved_tensors
         gradients = HeadGradients.zeros(projection, hidden, ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):

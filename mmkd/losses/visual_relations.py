@@ -5,7 +5,8 @@ R = H (W^T W) H^T: neither the logits nor a copy of them is formed, and W^T W is
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,9 @@ from .fused import ReadyGradients
 
 # Rows of the head that exist in fp32 at a time.
 _ROWS = 8192
+
+_Job = tuple[list[int], list[Tensor], bool]
+"""Visual tokens of each image, the teacher's relations, and whether relations are normalised."""
 
 
 def relations(
@@ -37,8 +41,8 @@ def relations(
             states = torch.cat([states, torch.ones_like(states[:, :1])], dim=-1)
         elif normalized:
             states = states - states.mean(-1, keepdim=True)
-        per_image = []
-        for image in states.split(list(tokens)):
+        per_image: list[Tensor] = []
+        for image in torch.split(states, list(tokens)):
             relation = image @ image.T if metric is None else image @ metric.to(image) @ image.T
             if normalized:
                 # The diagonal holds the squared lengths of the logits, which are not formed.
@@ -89,9 +93,7 @@ def relation_loss(
     """
     job = (list(tokens), list(teacher), normalized)
     if torch.is_grad_enabled():
-        loss = _RelationLoss.apply(hidden, weight, bias, job, repeatable)
-        assert isinstance(loss, Tensor)
-        return loss
+        return cast(Any, _RelationLoss).apply(hidden, weight, bias, job, repeatable)
     metric = None if weight is None else logit_metric(weight, bias, centered=normalized)
     return _sum_of_distances(hidden, metric, job)
 
@@ -111,18 +113,18 @@ def pooled(
     """
     if list(tokens) == list(common):
         return hidden
-    parts = []
-    for image, size, target in zip(hidden.split(list(tokens)), tokens, common, strict=True):
+    parts: list[Tensor] = []
+    for image, size, target in zip(torch.split(hidden, list(tokens)), tokens, common, strict=True):
         side, target_side = math.isqrt(size), math.isqrt(target)
         if side**2 == size and target_side**2 == target:
-            grid = image.T.unflatten(1, (side, side))
+            grid = image.T.reshape(-1, side, side)
             parts.append(torch.nn.functional.adaptive_avg_pool2d(grid, target_side).flatten(1).T)
         else:
             parts.append(torch.nn.functional.adaptive_avg_pool1d(image.T, target).T)
     return torch.cat(parts)
 
 
-def _sum_of_distances(hidden: Tensor, metric: Tensor | None, job: tuple[list[int], list[Tensor], bool]) -> Tensor:
+def _sum_of_distances(hidden: Tensor, metric: Tensor | None, job: _Job) -> Tensor:
     tokens, teacher, normalized = job
     students = relations(hidden, tokens, metric, normalized=normalized)
     distances = [relation_distance(ours, theirs) for ours, theirs in zip(students, teacher, strict=True)]
@@ -131,7 +133,9 @@ def _sum_of_distances(hidden: Tensor, metric: Tensor | None, job: tuple[list[int
 
 class _RelationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, job, repeatable):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, job: _Job, repeatable: bool
+    ) -> Tensor:
         needs_head = any(ctx.needs_input_grad[1:3])
         with torch.enable_grad():
             states = hidden.detach().requires_grad_()
@@ -139,8 +143,8 @@ class _RelationLoss(torch.autograd.Function):
             if metric is not None:
                 metric.requires_grad_(needs_head)
             loss = _sum_of_distances(states, metric, job)
-            inputs = [states, metric] if needs_head else [states]
-            grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+            inputs = [states] if metric is None or not needs_head else [states, metric]
+            grads: Sequence[Tensor | None] = torch.autograd.grad(loss, inputs, allow_unused=True)
         gradients: list[Tensor | None] = [grads[0], None, None]
         if weight is not None and needs_head and grads[1] is not None:
             gradients[1:] = _head_gradients(weight, bias, grads[1], centered=job[2])
@@ -150,7 +154,7 @@ class _RelationLoss(torch.autograd.Function):
         return loss.detach()
 
     @staticmethod
-    def backward(ctx, grad_loss):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return *ctx.gradients.scaled(grad_loss), None, None
 
 
@@ -177,7 +181,7 @@ def _mean_row(weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.stack([rows.sum(0) for rows in _blocks(weight, bias)]).sum(0) / len(weight)
 
 
-def _blocks(weight: Tensor, bias: Tensor | None):
+def _blocks(weight: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
     wide = torch.promote_types(weight.dtype, torch.float32)
     for start in range(0, len(weight), _ROWS):
         rows = weight.detach()[start : start + _ROWS].to(wide)
