@@ -3,19 +3,15 @@
 import hashlib
 import json
 import time
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, Features, List, Value
-from transformers import GenerationConfig, PreTrainedModel
 
 from mmkd.cache.manifest import Manifest, Skipped
 from mmkd.cache.sequence_keys import image_hash
@@ -24,14 +20,16 @@ from mmkd.data.arrow import encoded_json, read_rows
 from mmkd.data.images import read_row
 from mmkd.data.prompts import IllustratedText, model_inputs, question_of, with_pictures
 from mmkd.errors import UserError
-from mmkd.generation.local_generation import seed_of, seeded
+from mmkd.generation.generator import Advance, Answer, Generator, Prompt, RowError, Sampling
+from mmkd.generation.local_generation import LocalGenerator, on_device, prompt_inputs, seed_of
+from mmkd.generation.served_generation import ServerGenerator
 from mmkd.models.load import positions_of, tokenizer_of
 from mmkd.preparation.collation import refusal
 from mmkd.recipe.run import Run, load_rows_of, load_teacher, teacher_processing_class
-from mmkd.teachers.vllm_client import Answer, Ids, Prompt, RowError, VLLMClient
+from mmkd.teachers.vllm_client import Ids
 from mmkd.training.preparing import preparation_of
 
-from .engines import Advance, batches
+from .engines import batches
 from .plan import Plan, ShardResult, client_of, described_teacher, folder_of, manifest_of
 from .sequences import UnusableRow
 
@@ -52,112 +50,6 @@ class AskedRow:
     prompt: Callable[[], Prompt]
 
 
-class Generator(ABC):
-    """Continues prompts."""
-
-    @abstractmethod
-    def generate(self, rows: Sequence[AskedRow], seed: int, advance: Advance) -> list[list[Answer] | UnusableRow]:
-        """`cache_samples` answers to every row, in the order of the rows."""
-
-
-class LocalGenerator(Generator):
-    """A model in this process; `generate` takes prompts with images one by one, others in batches of like length."""
-
-    def __init__(self, model: PreTrainedModel, processing_class: Any, run: Run):
-        self.model: Any = model.eval()
-        if getattr(model, "hf_device_map", None) is None:
-            self.model = self.model.to(Accelerator().device)
-        self.processing_class, self.tokenizer = processing_class, tokenizer_of(processing_class)
-        self.settings = run.cache
-        told: Any = self.model.generation_config.eos_token_id
-        ends: list[Any] = [told] if isinstance(told, int) else list(told or [])
-        ends.append(self.tokenizer.eos_token_id)
-        self.stops: list[Any] = sorted(set(ends) - {None})
-        # generate() fills what its own settings leave open from the model's, such as a repetition penalty.
-        self.model.generation_config = GenerationConfig()
-
-    @torch.no_grad()
-    def generate(self, rows: Sequence[AskedRow], seed: int, advance: Advance) -> list[list[Answer] | UnusableRow]:
-        settings, positions = self.settings, positions_of(self.model.config)
-        room = None if positions is None else positions - settings.cache_max_new_tokens
-        answers: list[list[Answer] | UnusableRow] = [too_long_prompt(len(one.ids), room) or [] for one in rows]
-        fitting = [place for place, answer in enumerate(answers) if not isinstance(answer, UnusableRow)]
-        lengths = [
-            (len(rows[place].ids) + settings.cache_max_new_tokens) * settings.cache_samples for place in fitting
-        ]
-        budget = 0 if any(one.images for one in rows) else settings.cache_batch_tokens
-        # The prompts alone would not say which random numbers they get: those are of this shard and batch.
-        with seeded(self.model, seed):
-            for batch in batches(lengths, budget):
-                places = [fitting[place] for place in batch]
-                found_of_batch = self.answers([rows[place].prompt() for place in places])
-                for place, found in zip(places, found_of_batch, strict=True):
-                    answers[place] = found
-                    advance(sum(len(answer.ids) for answer in found))
-        return answers
-
-    def answers(self, prompts: list[Prompt]) -> list[list[Answer]]:
-        """The answers to one batch of prompts, either all with images or all without."""
-        settings = self.settings
-        sampled = settings.cache_temperature > 0
-        stops = self.stops
-        config = GenerationConfig(
-            max_new_tokens=settings.cache_max_new_tokens,
-            num_return_sequences=settings.cache_samples,
-            do_sample=sampled,
-            temperature=settings.cache_temperature if sampled else None,
-            top_p=settings.cache_top_p if sampled else None,
-            top_k=0 if sampled else None,
-            eos_token_id=stops,
-            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stops[0],
-        )
-        inputs = self.inputs(prompts)
-        width = inputs["input_ids"].shape[1]
-        output = self.model.generate(**inputs, generation_config=config)[:, width:].tolist()
-        found = [self._answer(ids, stops) for ids in output]
-        return [found[i : i + settings.cache_samples] for i in range(0, len(found), settings.cache_samples)]
-
-    def inputs(self, prompts: list[Prompt]) -> dict[str, Any]:
-        """What the model reads of a batch of prompts, padded on the left."""
-        if prompts[0].images:
-            asked = [one.messages or IllustratedText(one.text or "", tuple(one.images)) for one in prompts]
-            return model_inputs(self.processing_class, asked).to(self.model.device)
-        longest = max(len(prompt.ids) for prompt in prompts)
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt.ids) :] = torch.tensor(list(prompt.ids))
-            mask[row, longest - len(prompt.ids) :] = 1
-        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
-
-    def _answer(self, ids: list[int], stops: list[int]) -> Answer:
-        end = next((place for place, token in enumerate(ids) if token in stops), None)
-        ids = ids if end is None else ids[: end + 1]
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Answer(str(text), ids, "length" if end is None else "stop")
-
-
-class ServerGenerator(Generator):
-    """vLLM over HTTP."""
-
-    def __init__(self, client: VLLMClient, run: Run):
-        settings = run.cache
-        self.client, self.samples = client, settings.cache_samples
-        self.sampling = {
-            "max_tokens": settings.cache_max_new_tokens,
-            "temperature": settings.cache_temperature,
-            "top_p": settings.cache_top_p,
-        }
-
-    def generate(self, rows: Sequence[AskedRow], seed: int, advance: Advance) -> list[list[Answer] | UnusableRow]:
-        answers: list[list[Answer] | UnusableRow] = []
-        prompts = (one.prompt() for one in rows)
-        for found in self.client.generate(prompts, {**self.sampling, "seed": seed}, self.samples):
-            answers.append(UnusableRow(found.reason) if isinstance(found, RowError) else found)
-            advance(0 if isinstance(found, RowError) else sum(len(answer.ids) for answer in found))
-        return answers
-
-
 @dataclass
 class GeneratePlan(Plan):
     """The teacher's answers to the prompts of each row."""
@@ -166,13 +58,24 @@ class GeneratePlan(Plan):
     processing_class: Any
 
     @cached_property
-    def generator(self) -> Generator:
+    def generator(self) -> Generator[AskedRow]:
         """Whoever answers; loading the teacher waits until somebody asks."""
         settings = self.run.arguments
         if settings.teacher_server is not None:
-            return ServerGenerator(client_of(self.run, self.processing_class), self.run)
+            return ServerGenerator(client_of(self.run, self.processing_class), lambda row: row.prompt())
         assert settings.teacher is not None
-        return LocalGenerator(load_teacher(self.run, settings.teacher, self.dtype), self.processing_class, self.run)
+        teacher = on_device(load_teacher(self.run, settings.teacher, self.dtype))
+
+        def inputs(rows: list[AskedRow]) -> Mapping[str, Any]:
+            return prompt_inputs(self.processing_class, [row.prompt() for row in rows])
+
+        return LocalGenerator(teacher, self.processing_class, inputs, self._batches)
+
+    def _batches(self, rows: Sequence[AskedRow]) -> Iterator[list[int]]:
+        """Prompts with images one by one, others in batches of like length."""
+        arguments = self.arguments
+        lengths = [(len(row.ids) + arguments.cache_max_new_tokens) * arguments.cache_samples for row in rows]
+        return batches(lengths, 0 if any(row.images for row in rows) else arguments.cache_batch_tokens)
 
     def files(self) -> dict[str, bytes]:
         return {DATA_RECIPE: yaml.safe_dump(self._recipe(), sort_keys=False).encode()}
@@ -191,15 +94,30 @@ class GeneratePlan(Plan):
             else:
                 asked.append(one)
         self.refuse(skipped, split)
-        seed = seed_of(f"{self.arguments.cache_seed} {split} {number}")
-        rows = []
-        for one, answers in zip(asked, self.generator.generate(asked, seed, advance), strict=True):
-            if isinstance(answers, UnusableRow):
-                skipped[one.row] = Skipped(answers.reason)
+        asked = [row for row in asked if not self._too_long(row, skipped)]
+        arguments, rows = self.arguments, []
+        seed = seed_of(f"{arguments.cache_seed} {split} {number}")
+        sampling = Sampling(arguments.cache_max_new_tokens, arguments.cache_temperature, arguments.cache_top_p, seed)
+        answered = self.generator.generate(asked, sampling, arguments.cache_samples, advance)
+        for row, answers in zip(asked, answered, strict=True):
+            if isinstance(answers, RowError):
+                skipped[row.row] = Skipped(answers.reason)
             else:
-                rows += [self._row(raw[one.row], one, sample, answer) for sample, answer in enumerate(answers)]
+                rows += [self._row(raw[row.row], row, sample, answer) for sample, answer in enumerate(answers)]
         self.refuse(skipped, split)
         return ShardResult(split, number, rows, skipped, {"seconds": round(time.perf_counter() - start, 3)})
+
+    def _too_long(self, row: AskedRow, skipped: dict[int, Skipped]) -> bool:
+        """Whether a teacher in this process has no room for a row's prompt and answers; a server says so itself."""
+        if not isinstance(self.generator, LocalGenerator):
+            return False
+        positions = positions_of(self.generator.model.config)
+        unusable = too_long_prompt(
+            len(row.ids), None if positions is None else positions - self.arguments.cache_max_new_tokens
+        )
+        if unusable is not None:
+            skipped[row.row] = Skipped(unusable.reason)
+        return unusable is not None
 
     def _asked(self, row: int, values: Mapping[str, Any]) -> AskedRow | UnusableRow:
         if not question_of(values):

@@ -21,11 +21,11 @@ from mmkd.data.image_columns import image_column
 from mmkd.data.load_data import load_data
 from mmkd.data.prompts import prompt_of, text_of, words_of
 from mmkd.errors import UserError
-from mmkd.generation.prompted import Answer, generate, summary
 from mmkd.models.load import tokenizer_of
 from mmkd.results.machine import machine
 
 from . import speed
+from .answer_statistics import AnswerStatistics, greedy_answers, summary
 from .harness import Settings, device_of
 from .model import EvalModel
 from .results import Results, key_of
@@ -124,8 +124,8 @@ class Taking:
         prompts = [prompt for prompt, _ in pairs]
         tools = list(self.rows["tools"]) if "tools" in self.rows.column_names else None
         tokens = self.held.max_new_tokens
-        said: dict[str, list[Answer]] = {
-            side: generate(self.model(side), model.processing_class, prompts, tokens, tools=tools)
+        said: dict[str, list[AnswerStatistics]] = {
+            side: greedy_answers(self.model(side), model.processing_class, prompts, tokens, tools=tools)
             for side, model in self.sides.items()
         }
         samples = [

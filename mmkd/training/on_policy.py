@@ -9,6 +9,8 @@ from peft import PeftModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from mmkd.errors import UserError
+from mmkd.generation.generator import Generator
+from mmkd.generation.local_generation import AnswerTokens
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.labelling import Labelling
 
@@ -16,8 +18,8 @@ from .answers import Placed
 from .config import DistillationConfig
 from .preparing import ROWS
 from .reports import ReportingTrainer
-from .rollout_server import ServerSource
-from .rollouts import Rollouts, Source, Speech, StudentSource, check_prompts
+from .rollout_server import ServedStudent
+from .rollouts import RolloutPrompt, Rollouts, check_prompts, student_generator, student_tokens
 
 
 class OnPolicyTrainer(ReportingTrainer):
@@ -39,11 +41,11 @@ class OnPolicyTrainer(ReportingTrainer):
         args = self.args
         check_prompts(args, self.train_dataset, self.data_collator, self.labelling.vision)
         tokenizer = tokenizer_of(self.processing_class)
-        speech = Speech.of(self.model, tokenizer, self.vocab_size, text_only=not self.one_vocabulary)
-        source = self._source(speech, tokenizer, collate_alone)
-        self.rollouts = Rollouts(source, args, speech.pad, args.process_index, args.world_size)
+        tokens = student_tokens(self.model, tokenizer, self.vocab_size, text_only=not self.one_vocabulary)
+        generator = self._generator(tokens, tokenizer, collate_alone)
+        self.rollouts = Rollouts(generator, tokens, args, args.process_index, args.world_size)
 
-    def _source(self, speech: Speech, tokenizer: Any, collate_alone: Any) -> Source:
+    def _generator(self, tokens: AnswerTokens, tokenizer: Any, collate_alone: Any) -> Generator[RolloutPrompt]:
         args = self.args
         if is_deepspeed_zero3_enabled() or (self.is_fsdp_enabled and args.rollout_server is None):
             raise UserError(
@@ -59,8 +61,8 @@ class OnPolicyTrainer(ReportingTrainer):
                 )
             # Its name keeps it out of what is pushed to the Hub.
             folder = Path(args.rollout_server_folder or Path(args.output_dir or ".") / "_rollout_weights")
-            return ServerSource(self.model, speech, tokenizer, self.accelerator, args, folder)
-        return StudentSource(self.model, speech, collate_alone, self.accelerator, args)
+            return ServedStudent(self.model, tokens, tokenizer, self.accelerator, args, folder)
+        return student_generator(self.model, tokenizer, tokens, collate_alone, self.accelerator, args)
 
     def with_rollouts(self, batch: dict[str, Any], placed: Mapping[int, Placed]) -> dict[str, Any]:
         """A micro-batch whose rollouts (row -> rollout) are in place, as the method's teacher reads it."""

@@ -9,15 +9,16 @@ import torch
 from accelerate import Accelerator
 
 from mmkd.errors import UserError
+from mmkd.generation.generator import Advance, Answer, Prompt, RowError, Sampling
+from mmkd.generation.local_generation import AnswerTokens
+from mmkd.generation.served_generation import ServerGenerator
 from mmkd.models.backbone import base_of
 from mmkd.models.sharded_weights import reshard, whole_weights
 from mmkd.teachers.served_weights import ServedWeights
-from mmkd.teachers.vllm_client import PROBE, Prompt, Question, RowError, TopK, VLLMClient
+from mmkd.teachers.vllm_client import PROBE, Question, TopK, VLLMClient
 
-from .answers import Rollout
 from .rollout_config import RolloutConfig
-from .rollouts import Question as Asked
-from .rollouts import Source, Speech, rollout_of
+from .rollouts import RolloutPrompt
 
 # Nats per token between student and server that types and kernels may make when the servers first get the weights;
 # later so many times what they made then, and this share of what training has changed.
@@ -25,7 +26,7 @@ ROUNDING, GROWTH, SHARE, EXACT = 0.1, 4.0, 0.1, 1e-3
 _PROBED = 48
 
 
-class ServerSource(Source):
+class ServedStudent(ServerGenerator[RolloutPrompt]):
     """vLLM servers, which read the student's weights from a folder before each accumulated batch.
 
     Raises UserError when a server is down, tokenises in another way, does not take weights, or goes on speaking with
@@ -33,12 +34,17 @@ class ServerSource(Source):
     """
 
     def __init__(
-        self, model: Any, speech: Speech, tokenizer: Any, accelerator: Accelerator, args: RolloutConfig, folder: Path
+        self,
+        model: Any,
+        tokens: AnswerTokens,
+        tokenizer: Any,
+        accelerator: Accelerator,
+        args: RolloutConfig,
+        folder: Path,
     ):
         assert args.rollout_server is not None
-        self.model, self.speech, self.accelerator, self.args, self.folder = model, speech, accelerator, args, folder
-        self.tokenizer = tokenizer
-        self.client = VLLMClient(args.rollout_server)
+        super().__init__(VLLMClient(args.rollout_server), lambda prompt: Prompt(prompt.ids), tokens)
+        self.model, self.accelerator, self.args, self.folder = model, accelerator, args, folder
         # Each on its own, where the probe must come to every server.
         self.probed = [VLLMClient(url) for url in args.rollout_server]
         # Generation ends within max_length; the longest text that is scored is the probe.
@@ -47,26 +53,15 @@ class ServerSource(Source):
         self.probe: list[int] = tokenizer(PROBE, add_special_tokens=False)["input_ids"][:_PROBED]
         self._first: tuple[np.ndarray, float] | None = None
 
-    def answer(self, questions: Sequence[Asked], seed: int) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[RolloutPrompt],
+        sampling: Sampling,
+        samples: int = 1,
+        advance: Advance = lambda tokens: None,
+    ) -> list[list[Answer] | RowError]:
         self._hand_over()
-        limit = self.args.max_length
-        sampling: dict[str, Any] = {
-            "max_tokens": self.args.rollout_max_tokens,
-            "temperature": self.args.rollout_temperature,
-            "top_p": self.args.rollout_top_p,
-            "stop_token_ids": self.speech.stops,
-            "seed": seed,
-        }
-        if self.speech.silenced:
-            sampling["logit_bias"] = {str(token): -100.0 for token in self.speech.silenced}
-        rollouts = []
-        answers = self.client.generate((Prompt(one.ids) for one in questions), sampling)
-        for question, found in zip(questions, answers, strict=True):
-            if isinstance(found, RowError):
-                raise UserError(f"The rollout server refused a prompt: {found.reason}")
-            ids = found[0].ids
-            rollouts.append(rollout_of(ids if limit is None else ids[: limit - question.start], self.speech.stops))
-        return rollouts
+        return super().generate(prompts, sampling, samples, advance)
 
     def _hand_over(self) -> None:
         # A rank that still waits for answers must not get them from the next weights.

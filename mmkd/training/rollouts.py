@@ -2,18 +2,22 @@
 
 import math
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor
-from transformers import GenerationConfig
 
 from mmkd.errors import UserError
-from mmkd.generation.local_generation import seed_of, seeded, silenced_tokens, speaking, stop_tokens
+from mmkd.generation.generator import Generator, RowError, Sampling
+from mmkd.generation.local_generation import (
+    AnswerTokens,
+    LocalGenerator,
+    by_number,
+    seed_of,
+    silenced_tokens,
+    up_to_stop,
+)
 from mmkd.models.backbone import base_of
 from mmkd.models.load import positions_of
 from mmkd.teachers.cached import CachedTeacher
@@ -31,7 +35,7 @@ _LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
-class Question:
+class RolloutPrompt:
     """A prompt of a batch: the row it is of, and where its answer begins."""
 
     batch: int
@@ -45,115 +49,73 @@ class Question:
 class Mixed:
     """What became of the rows that were answered."""
 
-    questions: list[Question]
+    prompts: list[RolloutPrompt]
     rollouts: list[Rollout]
     seconds: float
 
     def of(self, batch: int) -> dict[int, Placed]:
         """The rollouts of one micro-batch by their row."""
-        pairs = zip(self.questions, self.rollouts, strict=True)
-        return {one.row: Placed(one.start, rollout) for one, rollout in pairs if one.batch == batch}
+        pairs = zip(self.prompts, self.rollouts, strict=True)
+        return {prompt.row: Placed(prompt.start, rollout) for prompt, rollout in pairs if prompt.batch == batch}
 
     @property
     def facts(self) -> dict[str, int]:
         """How many rollouts there are, how many of which kind, and their tokens."""
         return {
             "rollouts": len(self.rollouts),
-            "ended": sum(one.ended for one in self.rollouts),
-            "truncated": sum(not one.ended for one in self.rollouts),
-            "empty": sum(one.empty for one in self.rollouts),
-            "tokens": sum(len(one.ids) for one in self.rollouts),
+            "ended": sum(rollout.ended for rollout in self.rollouts),
+            "truncated": sum(not rollout.ended for rollout in self.rollouts),
+            "empty": sum(rollout.empty for rollout in self.rollouts),
+            "tokens": sum(len(rollout.ids) for rollout in self.rollouts),
         }
 
 
-@dataclass(frozen=True)
-class Speech:
-    """What decides where an answer ends and what it may hold, as token ids."""
+def student_tokens(model: Any, tokenizer: Any, vocab_size: int, text_only: bool) -> AnswerTokens:
+    """What ends an answer of a student and what it must not hold; `text_only` leaves out what stands for no text.
 
-    stops: list[int]
-    silenced: list[int]
-    pad: int
-
-    @classmethod
-    def of(cls, model: Any, tokenizer: Any, vocab_size: int, text_only: bool) -> "Speech":
-        """Of a student; `text_only` silences special tokens too, which stand for no text."""
-        stops = stop_tokens(base_of(model), tokenizer)
-        special = set(tokenizer.all_special_ids) - set(stops) if text_only else set()
-        silenced = sorted({*silenced_tokens(base_of(model), vocab_size), *special})
-        return cls(stops, silenced, stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    Raises UserError for a student that cannot end an answer.
+    """
+    tokens = AnswerTokens.of(base_of(model), tokenizer)
+    if not tokens.stops:
+        raise UserError("The student has no token that ends an answer. Set eos_token, or on_policy_fraction: 0.")
+    special = set(tokenizer.all_special_ids) - set(tokens.stops) if text_only else set()
+    return replace(tokens, silenced=sorted({*silenced_tokens(base_of(model), vocab_size), *special}))
 
 
-class Source(ABC):
-    """Who speaks for the student."""
+def student_generator(
+    model: Any, tokenizer: Any, tokens: AnswerTokens, collate: Collate, accelerator: Accelerator, args: RolloutConfig
+) -> LocalGenerator[RolloutPrompt]:
+    """The student itself, which is asked with the very rows that it is trained on."""
 
-    @abstractmethod
-    def answer(self, questions: Sequence[Question], seed: int) -> list[Rollout]:
-        """One rollout per question, in their order, by the student as it is now; all ranks call it together."""
+    def inputs(prompts: list[RolloutPrompt]) -> dict[str, Any]:
+        batch = collate([prompt.example for prompt in prompts])
+        return prompts_of(batch, [prompt.start for prompt in prompts], tokens.pad)
 
-
-class StudentSource(Source):
-    """The student itself, by transformers' generate."""
-
-    def __init__(self, model: Any, speech: Speech, collate: Collate, accelerator: Accelerator, args: RolloutConfig):
-        self.model, self.speech, self.collate, self.accelerator, self.args = model, speech, collate, accelerator, args
-
-    @torch.no_grad()
-    def answer(self, questions: Sequence[Question], seed: int) -> list[Rollout]:
-        size = self.args.rollout_batch_size
+    def batches(prompts: Sequence[RolloutPrompt]) -> list[list[int]]:
         # Prompts of like length share a batch, in an order that says nothing about how the batch was cut.
-        order = sorted(range(len(questions)), key=lambda place: (len(questions[place].ids), place))
-        found: dict[int, Rollout] = {}
-        with seeded(self.model, seed), speaking(self.model):
-            for first in range(0, len(order), size):
-                places = order[first : first + size]
-                rollouts = self._answers([questions[place] for place in places])
-                found |= dict(zip(places, rollouts, strict=True))
-        return [found[place] for place in range(len(questions))]
+        order = sorted(range(len(prompts)), key=lambda place: (len(prompts[place].ids), place))
+        return by_number(order, args.rollout_batch_size)
 
-    def _answers(self, questions: Sequence[Question]) -> list[Rollout]:
-        batch = self.collate([question.example for question in questions])
-        inputs = prompts_of(batch, [question.start for question in questions], self.speech.pad)
-        model: Any = base_of(self.model)
-        inputs = {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
-        width = inputs["input_ids"].shape[1]
-        with self.accelerator.autocast():
-            output = model.generate(**inputs, generation_config=self._generation(width))
-        limit = self.args.max_length or math.inf
-        return [
-            rollout_of(ids[: int(min(len(ids), limit - question.start))], self.speech.stops)
-            for question, ids in zip(questions, output[:, width:].tolist(), strict=True)
-        ]
-
-    def _generation(self, width: int) -> GenerationConfig:
-        args, positions = self.args, positions_of(base_of(self.model).config)
-        room = args.rollout_max_tokens if positions is None else positions - width
-        sampled = args.rollout_temperature > 0
-        return GenerationConfig(
-            max_new_tokens=max(1, min(args.rollout_max_tokens, room)),
-            do_sample=sampled,
-            temperature=args.rollout_temperature if sampled else None,
-            top_p=args.rollout_top_p if sampled else None,
-            top_k=0 if sampled else None,
-            eos_token_id=self.speech.stops,
-            pad_token_id=self.speech.pad,
-            suppress_tokens=self.speech.silenced or None,
-            # Off in a student that trains with gradient checkpointing.
-            use_cache=True,
-        )
+    positions = positions_of(base_of(model).config)
+    return LocalGenerator(
+        model, tokenizer, inputs, batches, tokens, positions, autocast=lambda: accelerator.autocast()
+    )
 
 
 class Rollouts:
     """Puts the student's answers into accumulated batches.
 
     Args:
-        source: who generates.
+        generator: who generates, by the student as it is now; all ranks ask it together.
+        tokens: where its answers end, and what fills rows up.
         args: the run's settings.
-        pad: the token that fills rows up.
         rank, ranks: this process among those that share a batch.
     """
 
-    def __init__(self, source: Source, args: RolloutConfig, pad: int, rank: int, ranks: int):
-        self.source, self.args, self.pad = source, args, pad
+    def __init__(
+        self, generator: Generator[RolloutPrompt], tokens: AnswerTokens, args: RolloutConfig, rank: int, ranks: int
+    ):
+        self.generator, self.tokens, self.args = generator, tokens, args
         self.rank, self.ranks = rank, ranks
         self._bad_steps = 0
 
@@ -164,10 +126,10 @@ class Rollouts:
         cut into micro-batches and ranks does not change the rows.
         """
         begun = time.monotonic()
-        questions = self._questions(batches, step)
-        rollouts = self.source.answer(questions, seed_of(repr((self.args.seed, "answers", step, self.rank))))
-        found = Mixed(questions, rollouts, time.monotonic() - begun)
-        return [self._with(batch, found.of(number)) for number, batch in enumerate(batches)], found
+        prompts = self._prompts(batches, step)
+        rollouts = self._answered(prompts, seed_of(repr((self.args.seed, "answers", step, self.rank))))
+        mixed = Mixed(prompts, rollouts, time.monotonic() - begun)
+        return [self._with(batch, mixed.of(number)) for number, batch in enumerate(batches)], mixed
 
     def judge(self, totals: Mapping[str, int]) -> None:
         """Raises UserError when nearly all rollouts of all ranks have been useless for `rollout_patience` steps."""
@@ -191,10 +153,20 @@ class Rollouts:
             "with a lower on_policy_fraction first. rollout_patience: 0 goes on all the same."
         )
 
-    def _questions(self, batches: Sequence[Mapping[str, Any]], step: int) -> list[Question]:
+    def _answered(self, prompts: Sequence[RolloutPrompt], seed: int) -> list[Rollout]:
+        args, rollouts = self.args, []
+        sampling = Sampling(args.rollout_max_tokens, args.rollout_temperature, args.rollout_top_p, seed)
+        for prompt, found in zip(prompts, self.generator.generate(prompts, sampling), strict=True):
+            if isinstance(found, RowError):
+                raise UserError(f"The rollout server refused a prompt: {found.reason}")
+            room = None if not args.max_length else args.max_length - prompt.start
+            rollouts.append(Rollout(*up_to_stop(found[0].ids[:room], self.tokens.stops)))
+        return rollouts
+
+    def _prompts(self, batches: Sequence[Mapping[str, Any]], step: int) -> list[RolloutPrompt]:
         fraction = self.args.on_policy_fraction
         offset = seed_of(repr((self.args.seed, "rows", step))) / 2**32
-        questions = []
+        prompts = []
         for number, batch in enumerate(batches):
             starts = answer_starts(batch, self.args.rollout_prompt_tokens)
             for row, start in enumerate(starts):
@@ -203,8 +175,8 @@ class Rollouts:
                 chosen = math.floor((place + 1) * fraction + offset) > math.floor(place * fraction + offset)
                 if chosen and start is not None:
                     ids = batch["input_ids"][row, :start].tolist()
-                    questions.append(Question(number, row, start, ids, batch[ROWS].examples[row]))
-        return questions
+                    prompts.append(RolloutPrompt(number, row, start, ids, batch[ROWS].examples[row]))
+        return prompts
 
     def _with(self, batch: Mapping[str, Any], placed: Mapping[int, Placed]) -> dict[str, Any]:
         if not placed:
@@ -213,7 +185,7 @@ class Rollouts:
         return with_answers(
             batch,
             placed,
-            pad_id=self.pad,
+            pad_id=self.tokens.pad,
             multiple=multiple,
             learn_truncated=self.args.rollout_truncated == "keep",
         )
@@ -247,9 +219,3 @@ def check_prompts(args: RolloutConfig, data: Any, collate: Collate, vision: bool
             "are supervised. Map the data to prompt and completion, set assistant_only_loss: true for messages, or "
             "rollout_prompt_tokens for plain text."
         )
-
-
-def rollout_of(ids: Sequence[int], stops: Sequence[int]) -> Rollout:
-    """The tokens up to the first that ends an answer."""
-    end = next((place for place, token in enumerate(ids) if token in stops), None)
-    return Rollout(list(ids), False) if end is None else Rollout(list(ids[: end + 1]), True)

@@ -19,8 +19,8 @@ from PIL import Image
 
 from mmkd.cache.manifest import Manifest
 from mmkd.cache.store import LOG, Cache
+from mmkd.capture import generate
 from mmkd.capture.distributed import shards_on_ray
-from mmkd.capture.generate import LocalGenerator
 from mmkd.commands.main import main
 from mmkd.data.load_data import load_data
 from mmkd.methods.sft import SFTBaselineConfig
@@ -390,14 +390,14 @@ def test_answers_to_images_are_those_of_images_decoded_at_once(
 ) -> None:
     """One prompt at a time has its images decoded while a local teacher answers."""
     alive: list[int] = []
-    answers = LocalGenerator.answers
+    inputs = generate.prompt_inputs
 
-    def counted(self: Any, prompts: Any) -> Any:
+    def counted(processing_class: Any, prompts: Any) -> Any:
         gc.collect()
         alive.append(sum(type(one).__name__ == "PngImageFile" for one in gc.get_objects()))
-        return answers(self, prompts)
+        return inputs(processing_class, prompts)
 
-    monkeypatch.setattr(LocalGenerator, "answers", counted)
+    monkeypatch.setattr(generate, "prompt_inputs", counted)
     flags = ["--job", "generate", "--max_skipped", "1", "--cache_max_new_tokens", "8"]
     mmkd("cache", "build", "recipe.yaml", *pictures, *flags)
     assert len(alive) == 9

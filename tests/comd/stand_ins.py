@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from mmkd.generation.generator import Sampling
 from mmkd.methods.comd.instructions import ImageStore, Instruction
-from mmkd.methods.comd.reply_record import Engine, Question, Reply, Sampling
+from mmkd.methods.comd.reply_record import Engine, Question, Reply
 
 
 class Scripted(Engine):

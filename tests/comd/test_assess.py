@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mmkd.generation.generator import Sampling
 from mmkd.methods.comd.assess import (
     AgreementAssessor,
     Assessment,
@@ -14,7 +15,7 @@ from mmkd.methods.comd.assess import (
 )
 from mmkd.methods.comd.comd_prompts import Prompts
 from mmkd.methods.comd.instructions import text_of
-from mmkd.methods.comd.reply_record import Question, Record, Sampling
+from mmkd.methods.comd.reply_record import Question, Record
 from tests.comd.stand_ins import Scripted, instruction, nothing
 
 PAIRS = [

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mmkd.generation.generator import Sampling
 from mmkd.methods.comd.augment import (
     Candidate,
     Filter,
@@ -18,7 +19,7 @@ from mmkd.methods.comd.augment import (
 )
 from mmkd.methods.comd.comd_prompts import Prompts
 from mmkd.methods.comd.instructions import ImageStore, Instruction, apart_from
-from mmkd.methods.comd.reply_record import Record, Sampling
+from mmkd.methods.comd.reply_record import Record
 from mmkd.methods.comd.similar import SimilarImages
 from tests.comd.stand_ins import Scripted, instruction, nothing
 from tests.vlms import picture

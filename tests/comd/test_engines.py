@@ -12,15 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from mmkd.generation.generator import Sampling
 from mmkd.methods.comd.assess import LikelihoodAssessor, Pair, question_of
 from mmkd.methods.comd.comd_engines import ChatServer, LocalEngine
-from mmkd.methods.comd.reply_record import Question, Record, Reply, Sampling
+from mmkd.methods.comd.reply_record import Question, Record, Reply
 from mmkd.models.load import load_model, load_processing_class
-from mmkd.recipe.run import parse_run
 from mmkd.teachers import endpoints
 from scripts.make_tiny_models import sentences
 from tests.comd.chat_server import chat_server
-from tests.comd.conftest import Recipe
 from tests.comd.stand_ins import instruction, nothing
 from tests.teachers.conftest import Served
 from tests.vlms import make_llava, picture
@@ -28,10 +27,9 @@ from tests.vlms import make_llava, picture
 SAMPLING = Sampling(6)
 
 
-def local(folder: Path, recipe: Recipe, batch_size: int = 8) -> LocalEngine:
-    run = parse_run(str(recipe(teacher=str(folder))))
+def local(folder: Path, batch_size: int = 8) -> LocalEngine:
     load = lambda: (load_model(str(folder)), load_processing_class(str(folder)))  # noqa: E731
-    return LocalEngine("The teacher", {"weights": folder.name}, run, load, batch_size)
+    return LocalEngine("The teacher", {"weights": folder.name}, load, batch_size)
 
 
 def replies(engine: Any, questions: list[Question], sampling: Sampling = SAMPLING) -> list[Reply]:
@@ -44,28 +42,28 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llava(tmp_path_factory.mktemp("comd") / "llava", seed=1)
 
 
-def test_batches_of_text_answer_as_single_questions_do(tiny: dict[str, Path], recipe: Recipe) -> None:
+def test_batches_of_text_answer_as_single_questions_do(tiny: dict[str, Path]) -> None:
     questions = [question_of(instruction(text)) for text in sentences(7, seed=9)]
-    together = replies(local(tiny["teacher"], recipe), questions)
-    assert together == replies(local(tiny["teacher"], recipe, batch_size=1), questions)
+    together = replies(local(tiny["teacher"]), questions)
+    assert together == replies(local(tiny["teacher"], batch_size=1), questions)
     assert len({one.text for one in together}) > 1
 
 
-def test_batches_with_pictures_answer_as_single_questions_do(llava: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_batches_with_pictures_answer_as_single_questions_do(llava: Path, tmp_path: Path) -> None:
     questions = []
     for number, text in enumerate(sentences(6, seed=9)):
         picture(number).save(tmp_path / f"{number}.png")
         images = [str(tmp_path / f"{number}.png")] if number % 3 else []
         questions.append(question_of(instruction(text, images=images)))
-    together = replies(local(llava, recipe), questions)
-    assert together == replies(local(llava, recipe, batch_size=1), questions)
+    together = replies(local(llava), questions)
+    assert together == replies(local(llava, batch_size=1), questions)
     # The pictures are seen.
     blind = [question_of(instruction(text)) for text in sentences(6, seed=9)]
-    assert together != replies(local(llava, recipe), blind)
+    assert together != replies(local(llava), blind)
 
 
-def test_the_likelihood_of_an_answer_is_that_of_its_tokens(tiny: dict[str, Path], recipe: Recipe) -> None:
-    engine = local(tiny["teacher"], recipe)
+def test_the_likelihood_of_an_answer_is_that_of_its_tokens(tiny: dict[str, Path]) -> None:
+    engine = local(tiny["teacher"])
     texts = list(zip(sentences(5, seed=9), sentences(5, seed=8), strict=True))
     found = replies(engine, [question_of(instruction(asked), answer=answer) for asked, answer in texts])
     model: Any = load_model(str(tiny["teacher"]))
@@ -80,42 +78,40 @@ def test_the_likelihood_of_an_answer_is_that_of_its_tokens(tiny: dict[str, Path]
         assert reply.log_prob == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_likelihood_of_an_answer_about_a_picture(llava: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_the_likelihood_of_an_answer_about_a_picture(llava: Path, tmp_path: Path) -> None:
     picture(0).save(tmp_path / "0.png")
     questions = [question_of(instruction(text, images=[str(tmp_path / "0.png")]), "a cat") for text in sentences(3)]
-    together = replies(local(llava, recipe), questions)
-    single = replies(local(llava, recipe, batch_size=1), questions)
+    together = replies(local(llava), questions)
+    single = replies(local(llava, batch_size=1), questions)
     assert [one.log_prob for one in together] == pytest.approx([one.log_prob for one in single], rel=1e-4)
 
 
-def test_a_student_that_is_the_teacher_has_no_likelihood_gap(
-    tiny: dict[str, Path], recipe: Recipe, tmp_path: Path
-) -> None:
+def test_a_student_that_is_the_teacher_has_no_likelihood_gap(tiny: dict[str, Path], tmp_path: Path) -> None:
     record = Record(tmp_path / "record.jsonl")
     pairs = [Pair(instruction(text), "the cat sat", "") for text in sentences(4, seed=9)]
-    teacher, same = local(tiny["teacher"], recipe), local(tiny["teacher"], recipe)
+    teacher, same = local(tiny["teacher"]), local(tiny["teacher"])
     scores = LikelihoodAssessor(record, teacher, same).assess(pairs, "phase", nothing).scores
     assert [one.gap for one in scores] == [0.0] * 4
-    other = LikelihoodAssessor(record, teacher, local(tiny["student"], recipe)).assess(pairs, "phase", nothing).scores
+    other = LikelihoodAssessor(record, teacher, local(tiny["student"])).assess(pairs, "phase", nothing).scores
     assert all(one.gap != 0 for one in other)
 
 
-def test_sampling_follows_its_seed(tiny: dict[str, Path], recipe: Recipe) -> None:
+def test_sampling_follows_its_seed(tiny: dict[str, Path]) -> None:
     questions = [question_of(instruction(text)) for text in sentences(4, seed=9)]
-    said = [replies(local(tiny["teacher"], recipe), questions, Sampling(6, 1.0, seed=seed)) for seed in (0, 0, 1)]
+    said = [replies(local(tiny["teacher"]), questions, Sampling(6, 1.0, seed=seed)) for seed in (0, 0, 1)]
     assert said[0] == said[1] != said[2]
     state = torch.random.get_rng_state()
-    replies(local(tiny["teacher"], recipe), questions, Sampling(6, 1.0))
+    replies(local(tiny["teacher"]), questions, Sampling(6, 1.0))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_what_a_local_model_cannot_answer(tiny: dict[str, Path], recipe: Recipe, tmp_path: Path) -> None:
+def test_what_a_local_model_cannot_answer(tiny: dict[str, Path], tmp_path: Path) -> None:
     picture(0).save(tmp_path / "0.png")
     seen = question_of(instruction("what is it?", images=[str(tmp_path / "0.png")]))
     with pytest.raises(ValueError, match="The teacher reads text only"):
-        replies(local(tiny["teacher"], recipe), [seen])
+        replies(local(tiny["teacher"]), [seen])
     with pytest.raises(ValueError, match="room for 256"):
-        replies(local(tiny["teacher"], recipe), [question_of(instruction("what?"))], Sampling(300))
+        replies(local(tiny["teacher"]), [question_of(instruction("what?"))], Sampling(300))
 
 
 def server(urls: list[str], model: str | None = None, retries: int = 0) -> ChatServer:
@@ -192,9 +188,9 @@ def test_a_question_that_is_refused_costs_that_question_alone() -> None:
 
 
 @pytest.mark.slow
-def test_a_real_vllm_says_what_the_model_says_here(served_teacher: Served, recipe: Recipe) -> None:
+def test_a_real_vllm_says_what_the_model_says_here(served_teacher: Served) -> None:
     questions = [question_of(instruction(text)) for text in sentences(6, seed=9)]
-    ours = replies(local(served_teacher.folder, recipe), questions)
+    ours = replies(local(served_teacher.folder), questions)
     theirs = replies(ChatServer([served_teacher.url], None, None, 4, 60), questions)
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine.tokens, mine.finish_reason) == (other.tokens, other.finish_reason)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.methods.comd.reply_record import Question, Record, Sampling, engine_key
+from mmkd.generation.generator import Sampling
+from mmkd.methods.comd.reply_record import Question, Record, engine_key
 from tests.comd.stand_ins import Scripted
 
 SAMPLING = Sampling(8)

@@ -12,9 +12,9 @@ import yaml
 from mmkd.commands.main import main
 from mmkd.data.load_data import load_data
 from mmkd.data.prompts import prompt_of
+from mmkd.eval.answer_statistics import greedy_answers, summary
 from mmkd.eval.model import find_model
 from mmkd.eval.tokens import Agreement, Calibration, Said, batches, say
-from mmkd.generation.prompted import generate, summary
 from mmkd.methods.kd import KDTrainer
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.results.places import results_folder
@@ -104,17 +104,17 @@ def test_generations_end_repeat_and_do_not_depend_on_their_batch(tiny):
     tokenizer = make_tokenizer()
     model: Any = load_model(str(tiny["teacher"]), dtype="float32").eval()
     prompts = sentences(5, low=3, high=9)
-    alone = [generate(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
-    assert generate(model, tokenizer, prompts, 12) == alone
+    alone = [greedy_answers(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
+    assert greedy_answers(model, tokenizer, prompts, 12) == alone
     assert all(answer.ended or answer.tokens == 12 for answer in alone)
     with torch.no_grad():
         # It says the end-of-sequence token and nothing else.
         model.model.norm.weight.zero_()
     model.generation_config.eos_token_id = 0
-    ended = generate(model, tokenizer, prompts, 12)
+    ended = greedy_answers(model, tokenizer, prompts, 12)
     assert summary(ended) == {"answers": 5, "tokens": 0, "characters": 0, "ended": 1, "empty": 1, "repeated": 0}
     model.generation_config.eos_token_id = 7
-    (endless,) = generate(model, tokenizer, prompts[:1], 12)
+    (endless,) = greedy_answers(model, tokenizer, prompts[:1], 12)
     assert (endless.ended, endless.tokens, endless.repeated) == (False, 12, 1 - 1 / 9)
 
 
@@ -186,5 +186,5 @@ def test_rows_with_images_are_generated_from(tmp_path):
     folder = make_llava(tmp_path / "llava")
     rows = vision_rows([1, 1, 1])
     prompts = [prompt_of(dict(row))[0] for row in rows]
-    answers = generate(load_model(str(folder)).eval(), load_processing_class(str(folder)), prompts, 3)
+    answers = greedy_answers(load_model(str(folder)).eval(), load_processing_class(str(folder)), prompts, 3)
     assert len(answers) == 3

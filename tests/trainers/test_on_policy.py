@@ -14,13 +14,14 @@ from datasets import Dataset, Features, Image, List
 from transformers import PreTrainedTokenizerFast
 
 from mmkd.commands.main import main
+from mmkd.generation.local_generation import up_to_stop
 from mmkd.methods.alm import ALMTrainer
 from mmkd.methods.kd import KDConfig, KDTrainer
 from mmkd.methods.taid import TAIDTrainer
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.training.answers import Rollout
 from mmkd.training.method import METHODS
-from mmkd.training.rollouts import Rollouts, check_rollouts, rollout_of
+from mmkd.training.rollouts import Rollouts, check_rollouts
 from scripts.make_tiny_models import make_model, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.helpers import Build, environment, losses_of
@@ -96,10 +97,10 @@ def test_the_share_is_exact_and_in_other_rows_at_each_step(build: Build, complet
     batches = list(trainer.get_train_dataloader())[:5]
     chosen = []
     for step in range(40):
-        questions = trainer.rollouts._questions(batches, step)
-        assert questions == trainer.rollouts._questions(batches, step)
-        assert len(questions) == 6
-        chosen += [4 * one.batch + one.row for one in questions]
+        prompts = trainer.rollouts._prompts(batches, step)
+        assert prompts == trainer.rollouts._prompts(batches, step)
+        assert len(prompts) == 6
+        chosen += [4 * prompt.batch + prompt.row for prompt in prompts]
     assert {*chosen} == {*range(20)}
 
 
@@ -107,8 +108,11 @@ def test_ranks_choose_the_rows_of_one_rank(build: Build, completions: Dataset) -
     trainer: Any = build(KDTrainer, completions, per_device_train_batch_size=2, **GREEDY)
     batches = list(trainer.get_train_dataloader())[:4]
     rollouts = trainer.rollouts
-    whole = [one.ids for one in rollouts._questions(batches, 7)]
-    ranks = [Rollouts(rollouts.source, trainer.args, 0, rank, 2)._questions(batches[rank::2], 7) for rank in (0, 1)]
+    whole = [one.ids for one in rollouts._prompts(batches, 7)]
+    ranks = [
+        Rollouts(rollouts.generator, rollouts.tokens, trainer.args, rank, 2)._prompts(batches[rank::2], 7)
+        for rank in (0, 1)
+    ]
     assert sorted(whole) == sorted(one.ids for side in ranks for one in side)
 
 
@@ -213,7 +217,7 @@ def test_a_student_that_is_the_teacher_has_no_loss(
     if cls is ALMTrainer:
         # Random weights say tokens that no tokenizer makes of their text.
         ids = trainer.processing_class(" one dog saw red birds")["input_ids"]
-        trainer.rollouts.source.answer = lambda asked, seed: [Rollout([*ids, 1], True)] * len(asked)
+        trainer.rollouts._answered = lambda asked, seed: [Rollout([*ids, 1], True)] * len(asked)
     trainer.train()
     assert losses_of(trainer)[0] == pytest.approx(0, abs=1e-6)
     assert losses_of(trainer, "rollout_tokens")[0] > 4
@@ -289,10 +293,10 @@ def test_a_foreign_teacher_reads_the_text_of_rollouts(
     settings: dict[str, Any] = {**GREEDY, "on_policy_fraction": 1.0, "chunks": "all", "tau": 5.0, "max_length": 200}
     settings |= {"rollout_prompt_tokens": 3} if kind == "texts" else {}
     trainer: Any = build(ALMTrainer, data, trainer={"teacher": str(foreign)}, **settings)
-    silent = trainer.rollouts.source.speech.stops
+    silent = trainer.rollouts.tokens.stops
     # Bytes that are no text, which a trained student hardly ever says, would be read as something else.
     allowed = set(trainer.processing_class("the cat sat on a mat and saw one dog")["input_ids"])
-    trainer.rollouts.source.speech.silenced.extend({*range(300)} - allowed - {*silent})
+    trainer.rollouts.tokens.silenced.extend({*range(300)} - allowed - {*silent})
     (batch,) = mixed(trainer)
     supervised = batch["labels"][:, 1:] != -100
     signal = trainer.ask_teacher(batch, supervised)
@@ -318,7 +322,7 @@ def test_a_foreign_vision_teacher_reads_them_too(build: Build, tmp_path: Path) -
     settings = {**GREEDY, "on_policy_fraction": 1.0, "max_length": None, "chunks": "all", "tau": 5.0, "max_steps": 1}
     trainer: Any = build(ALMTrainer, data, trainer=models, **settings)
     spoken = trainer.processing_class.tokenizer(" one dog saw red birds")["input_ids"]
-    trainer.rollouts.source.answer = lambda asked, seed: [Rollout(spoken, False)] * len(asked)
+    trainer.rollouts._answered = lambda asked, seed: [Rollout(spoken, False)] * len(asked)
     trainer.train()
     assert losses_of(trainer, "aligned") == [1.0]
     assert losses_of(trainer, "supervised_tokens") == [4 * len(spoken)]
@@ -353,10 +357,10 @@ def test_empty_rollouts_stop_the_run_and_a_good_step_starts_over(build: Build, c
 
 
 def test_what_a_rollout_is() -> None:
-    assert rollout_of([5, 6, 1, 0, 0], [1]) == Rollout([5, 6, 1], True)
-    assert rollout_of([1, 5], [1]).empty
-    assert not rollout_of([5, 6], [1]).ended
-    assert rollout_of([], [1]).empty
+    assert Rollout(*up_to_stop([5, 6, 1, 0, 0], [1])) == Rollout([5, 6, 1], True)
+    assert Rollout(*up_to_stop([1, 5], [1])).empty
+    assert not Rollout(*up_to_stop([5, 6], [1])).ended
+    assert Rollout(*up_to_stop([], [1])).empty
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from mmkd.errors import UserError
+from mmkd.generation.generator import Sampling
 
 from .comd_prompts import Prompts
 from .instructions import Instruction, answered
-from .reply_record import Advance, Engine, Question, Record, Reply, Sampling
+from .reply_record import Advance, Engine, Question, Record, Reply
 from .select import Score, both_orders
 from .text import normalised, rouge_l, words
 

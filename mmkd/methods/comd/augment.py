@@ -11,11 +11,12 @@ from fractions import Fraction
 
 from mmkd.data.load_data import mixture_counts
 from mmkd.errors import UserError
+from mmkd.generation.generator import Sampling
 
 from .assess import asked_about
 from .comd_prompts import Prompts
 from .instructions import ImageStore, Instruction
-from .reply_record import Advance, Engine, Record, Sampling
+from .reply_record import Advance, Engine, Record
 from .similar import SimilarImages
 from .text import nearest
 

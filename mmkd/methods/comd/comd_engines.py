@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,20 +13,18 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from mmkd.capture.generate import LocalGenerator
 from mmkd.capture.scoring import label_log_probs
 from mmkd.errors import UserError
-from mmkd.generation.local_generation import seed_of, seeded
+from mmkd.generation.generator import Prompt, RowError, Sampling
+from mmkd.generation.local_generation import LocalGenerator, on_device, prompt_inputs, seed_of, together
 from mmkd.models.backbone import allow_consumers
 from mmkd.models.load import positions_of, tokenizer_of
-from mmkd.recipe.arguments import Run
 from mmkd.teachers import vllm_wire as wire
 from mmkd.teachers.endpoints import Endpoints, Refusal
 from mmkd.teachers.signals import DenseSignal
-from mmkd.teachers.vllm_client import Prompt
 
 from .instructions import answered, open_image
-from .reply_record import Engine, Question, Reply, Sampling
+from .reply_record import Engine, Question, Reply
 
 
 class LocalEngine(Engine):
@@ -39,13 +38,12 @@ class LocalEngine(Engine):
         self,
         name: str,
         identity: Mapping[str, Any],
-        run: Run,
         load: Callable[[], tuple[PreTrainedModel, Any]],
         batch_size: int,
     ):
         self.name, self.identity = name, identity
-        self._run, self._load, self._batch_size = run, load, batch_size
-        self._loaded: tuple[PreTrainedModel, Any] | None = None
+        self._load, self._batch_size = load, batch_size
+        self._loaded: LocalGenerator[Prompt] | None = None
         self._scores = False
 
     def close(self) -> None:
@@ -53,7 +51,7 @@ class LocalEngine(Engine):
         clear_device_cache(garbage_collection=True)
 
     def replies(self, questions: Sequence[Question], sampling: Sampling) -> Iterator[list[tuple[int, Reply]]]:
-        generator = self._generator(sampling)
+        generator = self._generator()
         # Rows with and without images are not read together; the longest first, so that memory runs out at once.
         order = sorted(
             range(len(questions)), key=lambda place: (not questions[place].images, -_length(questions[place]))
@@ -67,50 +65,46 @@ class LocalEngine(Engine):
             asked = [questions[place] for place in batch]
             start = time.perf_counter()
             scored = asked[0].answer is not None
-            found = self._scored(generator, asked) if scored else self._generated(generator, asked, sampling)
+            replies = self._scored(generator, asked) if scored else self._generated(generator, asked, sampling)
             seconds = (time.perf_counter() - start) / len(batch)
-            yield [(place, replace(reply, seconds=seconds)) for place, reply in zip(batch, found, strict=True)]
+            yield [(place, replace(reply, seconds=seconds)) for place, reply in zip(batch, replies, strict=True)]
 
-    def _generator(self, sampling: Sampling) -> LocalGenerator:
+    def _generator(self) -> LocalGenerator[Prompt]:
         if self._loaded is None:
-            self._loaded = self._load()
-        model, processing_class = self._loaded
-        if processing_class.chat_template is None:
-            raise UserError(
-                f"{self.name} is asked through messages, but it has no chat template. Use an instruct model, or save "
-                "a template with its tokenizer."
-            )
-        settings = replace(
-            self._run.cache,
-            cache_samples=1,
-            cache_max_new_tokens=sampling.max_new_tokens,
-            cache_temperature=sampling.temperature,
-            cache_top_p=sampling.top_p,
-        )
-        return LocalGenerator(model, processing_class, replace(self._run, cache=settings))
+            model, processing_class = self._load()
+            if processing_class.chat_template is None:
+                raise UserError(
+                    f"{self.name} is asked through messages, but it has no chat template. Use an instruct model, or "
+                    "save a template with its tokenizer."
+                )
+            inputs = partial(prompt_inputs, processing_class)
+            self._loaded = LocalGenerator(on_device(model).eval(), processing_class, inputs, together)
+        return self._loaded
 
-    def _generated(self, generator: LocalGenerator, asked: list[Question], sampling: Sampling) -> list[Reply]:
+    def _generated(self, generator: LocalGenerator[Prompt], asked: list[Question], sampling: Sampling) -> list[Reply]:
         prompts = [self._prompt(generator, question) for question in asked]
         positions = positions_of(generator.model.config)
-        longest = max(_tokens(generator, prompt) for prompt in prompts)
+        longest = max(len(prompt.ids) for prompt in prompts)
         if positions is not None and longest + sampling.max_new_tokens > positions:
             raise UserError(
                 f"A question to {self.name} has {longest} tokens and may be answered in {sampling.max_new_tokens}, "
                 f"but the model has room for {positions}. Lower answer_max_new_tokens, or filter long rows out."
             )
-        with seeded(generator.model, _seed(sampling.seed, asked)):
-            answers = generator.answers(prompts)
-        return [Reply(one.text.strip(), len(one.ids), one.finish_reason, 0.0) for (one,) in answers]
+        replies = []
+        for answers in generator.generate(prompts, replace(sampling, seed=_seed(sampling.seed, asked))):
+            assert not isinstance(answers, RowError), "a model in this process refuses nothing"
+            replies.append(Reply(answers[0].text.strip(), len(answers[0].ids), answers[0].finish_reason, 0.0))
+        return replies
 
     @torch.no_grad()
-    def _scored(self, generator: LocalGenerator, asked: list[Question]) -> list[Reply]:
+    def _scored(self, generator: LocalGenerator[Prompt], asked: list[Question]) -> list[Reply]:
         """How likely the model finds each given answer and its end."""
         model: Any = generator.model
         tokenizer: Any = generator.tokenizer
         if not self._scores:
             allow_consumers(model)
             self._scores = True
-        inputs = dict(generator.inputs([self._prompt(generator, question) for question in asked]))
+        inputs = generator.read([self._prompt(generator, question) for question in asked])
         answers = [self._answer_ids(generator, question) for question in asked]
         ids, longest = inputs["input_ids"], max(map(len, answers))
         tail = torch.full((len(asked), longest), tokenizer.pad_token_id or 0, device=ids.device)
@@ -136,8 +130,8 @@ class LocalEngine(Engine):
             found.append(Reply("", len(answer), "stop", 0.0, total))
         return found
 
-    def _prompt(self, generator: LocalGenerator, question: Question) -> Prompt:
-        processing_class = generator.processing_class
+    def _prompt(self, generator: LocalGenerator[Prompt], question: Question) -> Prompt:
+        processing_class: Any = generator.processing_class
         messages = [dict(message) for message in question.messages]
         if question.images:
             if not isinstance(processing_class, ProcessorMixin):
@@ -154,7 +148,7 @@ class LocalEngine(Engine):
         ids = output["input_ids"]
         return Prompt(ids[0] if isinstance(ids[0], list) else ids)
 
-    def _answer_ids(self, generator: LocalGenerator, question: Question) -> list[int]:
+    def _answer_ids(self, generator: LocalGenerator[Prompt], question: Question) -> list[int]:
         """The tokens of the answer as the chat template writes it after the prompt."""
         assert question.answer is not None
         template: Any = generator.processing_class
@@ -275,10 +269,6 @@ class ChatServer(Engine):
 def _length(question: Question) -> int:
     said = sum(len(str(message["content"])) for message in question.messages)
     return said + len(question.answer or "")
-
-
-def _tokens(generator: LocalGenerator, prompt: Prompt) -> int:
-    return len(prompt.ids)
 
 
 def _seed(seed: int, asked: list[Question]) -> int:

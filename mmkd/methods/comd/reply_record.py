@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import UserError
+from mmkd.generation.generator import Sampling
 
 from .instructions import Message
 
@@ -34,16 +35,6 @@ class Question:
     answer: str | None = None
     sample: int = 0
     """Asked again, a question is another one."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How replies are drawn; temperature 0 is greedy decoding."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from mmkd.cache.identity import weights_sha256
 from mmkd.errors import UserError
+from mmkd.generation.generator import Sampling
 from mmkd.models.load import computed_dtype, load_model, load_processing_class
 from mmkd.precision import name_of_dtype
 from mmkd.recipe.arguments import Run
@@ -19,7 +20,7 @@ from .comd_engines import ChatServer, LocalEngine
 from .comd_prompts import Prompts
 from .comd_trainer import CoMDConfig
 from .instructions import ImageStore, Instruction
-from .reply_record import Engine, Record, Sampling, engine_key
+from .reply_record import Engine, Record, engine_key
 from .similar import SimilarImages
 
 
@@ -141,7 +142,6 @@ class Roles:
         return LocalEngine(
             f"{title} {name!r}",
             identity,
-            self.run,
             lambda: (make(), load_processing_class(name, title.split()[-1], **hub)),
             self.training.generation_batch_size,
         )

@@ -13,6 +13,7 @@ from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 
 from mmkd.errors import UserError
+from mmkd.generation.generator import Sampling
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.recipe import run_record as run_record
 from mmkd.recipe.arguments import Run
@@ -29,7 +30,7 @@ from .comd_trainer import CoMDConfig
 from .instructions import ImageStore, Instruction, apart_from, child_of_round, read_instructions, row_of
 from .mutual import teach_teacher
 from .progress import progress
-from .reply_record import Engine, Record, Reply, Sampling
+from .reply_record import Engine, Record, Reply
 from .roles import Roles
 from .round_files import copy_model, merge_adapter, read_json, write_json, write_lines
 from .round_identity import check_identity

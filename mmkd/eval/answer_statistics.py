@@ -1,0 +1,76 @@
+"""What models write on held-out prompts: how long, whether they stop, how much they repeat; kept to be read."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmkd.data.prompts import Asked, model_inputs
+from mmkd.generation.generator import Answer, RowError, Sampling
+from mmkd.generation.local_generation import AnswerTokens, LocalGenerator, by_number, stops_of
+from mmkd.models.load import tokenizer_of
+
+
+@dataclass(frozen=True)
+class AnswerStatistics:
+    """Of one answer."""
+
+    text: str
+    tokens: int
+    """Without the end-of-sequence token."""
+    ended: bool
+    repeated: float
+    """Share of its 4-grams of tokens that were there before."""
+
+    @classmethod
+    def of(cls, answer: Answer, tokenizer: Any) -> "AnswerStatistics":
+        ended = answer.finish_reason == "stop"
+        own = answer.ids[:-1] if ended else answer.ids
+        grams = [tuple(own[place : place + 4]) for place in range(len(own) - 3)]
+        repeated = 1 - len(set(grams)) / len(grams) if grams else 0.0
+        return cls(tokenizer.decode(own, skip_special_tokens=True), len(own), ended, repeated)
+
+
+def greedy_answers(
+    model: Any,
+    processing_class: Any,
+    prompts: Sequence[Asked],
+    max_new_tokens: int,
+    batch_size: int = 8,
+    tools: Sequence[Any] | None = None,
+) -> list[AnswerStatistics]:
+    """Greedy answers to prompts as `prompt_of` makes them: messages go through the chat template.
+
+    The model answers as those who download it will see it: with its own settings, a repetition penalty say.
+    """
+    tokenizer: Any = tokenizer_of(processing_class)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokens = AnswerTokens(stops_of(model) or [tokenizer.eos_token_id], [], tokenizer.pad_token_id)
+
+    def inputs(asked: list[tuple[Asked, Any]]) -> Mapping[str, Any]:
+        batch, own = zip(*asked, strict=True)
+        return model_inputs(processing_class, batch, None if tools is None else own)
+
+    def batches(asked: Sequence[Any]) -> list[list[int]]:
+        return by_number(range(len(asked)), batch_size)
+
+    generator = LocalGenerator(model, processing_class, inputs, batches, tokens, own_settings=True)
+    asked = list(zip(prompts, tools or [None] * len(prompts), strict=True))
+    found = []
+    for answers in generator.generate(asked, Sampling(max_new_tokens)):
+        assert not isinstance(answers, RowError), "a model in this process refuses nothing"
+        found.append(AnswerStatistics.of(answers[0], tokenizer))
+    return found
+
+
+def summary(answers: Sequence[AnswerStatistics]) -> dict[str, float]:
+    """Means over answers: tokens, characters, and the shares that ended by themselves, are empty, are repeated."""
+    return {
+        "answers": len(answers),
+        "tokens": statistics.fmean(answer.tokens for answer in answers),
+        "characters": statistics.fmean(len(answer.text) for answer in answers),
+        "ended": statistics.fmean(answer.ended for answer in answers),
+        "empty": statistics.fmean(not answer.text.strip() for answer in answers),
+        "repeated": statistics.fmean(answer.repeated for answer in answers),
+    }
