@@ -110,6 +110,8 @@ def test_flags_win_over_the_recipe(mmkd: Run, workplace: Path) -> None:
         ({"temprature": 2}, [], "sets 'temprature', which method kd does not know. Did you mean 'temperature'?"),
         ({"model": "a/b"}, [], "sets 'model', which method kd does not know. Here it is 'student'."),
         ({}, ["--dataset_name", "a/b"], "--dataset_name is no flag of method kd. Here it is 'data'."),
+        ({"kernel": "liger"}, [], "sets 'kernel', which method kd does not know. mmkd 0.1 had it,"),
+        ({}, ["--kernel", "torch"], "--kernel is no flag of method kd. mmkd 0.1 had it,"),
         ({}, ["--divergense", "jsd"], "--divergense is no flag of method kd. Did you mean 'divergence'?"),
         ({"method": "taidd"}, [], "Did you mean 'taid'?"),
         ({"student_init": "scratch"}, [], "student_init is 'scratch'"),

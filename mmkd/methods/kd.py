@@ -72,11 +72,6 @@ class KDConfig(DistillationConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it is a share and must lie between 0 and 1.")
 
-    @property
-    def kernel_beta(self) -> float | None:
-        """The beta of forward_kl, reverse_kl and jsd, which are one family."""
-        return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": self.beta}.get(self.divergence)
-
 
 class KDTrainer(BalancedTrainer):
     """Minimises `(1 - ce_weight) * temperature**2 * divergence(teacher, student) + ce_weight * cross-entropy`.

@@ -50,6 +50,12 @@ _NAMES_ELSEWHERE = {name: "student" for name in ("model", "model_name_or_path", 
 _NAMES_ELSEWHERE |= {name: "teacher" for name in ("teacher_model", "teacher_model_name_or_path")}
 _NAMES_ELSEWHERE |= {name: "data" for name in ("dataset", "dataset_name", "train_dataset")}
 
+# Keys that a release had and none has any more.
+_REMOVED = {
+    "kernel": "mmkd 0.1 had it, to compute the loss by Liger or TRL. Remove the key: mmkd's own loss, which was the "
+    "default, is the only one now."
+}
+
 _NUMBERS = {int: r"[+-]?\d+", float: r"[+-]?(\d+\.\d*|\.?\d+)([eE][+-]?\d+)?"}
 
 STAGE_KEYS = ("stages", "schedule")
@@ -347,6 +353,8 @@ def method_of(keys: Mapping[str, Any], flags: Sequence[str]) -> str:
 
 
 def _nearest(word: str, choices: Any) -> str:
+    if word in _REMOVED:
+        return f" {_REMOVED[word]}"
     if _NAMES_ELSEWHERE.get(word) in choices:
         return f" Here it is {_NAMES_ELSEWHERE[word]!r}."
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

@@ -17,7 +17,7 @@ from mmkd.data.image_columns import image_column
 from mmkd.data.layouts import canonical
 from mmkd.errors import UserError
 from mmkd.losses.divergences import forward_kl
-from mmkd.losses.fused import FusedLoss, Objective
+from mmkd.losses.fused import Objective, fused_loss
 from mmkd.models.backbone import allow_consumers, full_head, name_of
 from mmkd.models.heads import LMHead
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
@@ -38,7 +38,6 @@ from mmkd.teachers.signals import DenseSignal, RoutedSignal, TopKSignal
 
 from .config import DistillationConfig
 from .items import ItemLosses, Supervised
-from .kernels import token_loss
 from .log import RunLog
 from .on_policy import OnPolicyTrainer
 from .preparing import ROWS, KeptRows, RowLengths, without_repeated_rows
@@ -178,7 +177,7 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
     ) -> ItemLosses:
         """The item losses of a token-level divergence mixed with cross-entropy, with all reports."""
         args = self.args
-        loss: FusedLoss = self._token_loss(
+        loss = fused_loss(
             student.hidden,
             student.head,
             student.labels,
@@ -238,7 +237,6 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
         self.teacher: Any = None if teacher is None else self.build_teacher(teacher, teacher_processing_class)
         self._check_fit()
         self._stop_where_answers_end()
-        self._token_loss = token_loss(args, self.model, self.teacher, is_sharded(self.accelerator))
         if args.on_policy_fraction:
             self.data_collator = KeptRows(self.data_collator)
         if self.vision_collator is not None:

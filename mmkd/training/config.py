@@ -8,7 +8,6 @@ import torch
 from mmkd.errors import UserError
 from mmkd.preparation.checks import take_one_gpu, without_emulated_bf16
 
-from .kernels import KERNELS, check_recipe
 from .rollout_config import RolloutConfig
 
 
@@ -47,16 +46,6 @@ class DistillationConfig(RolloutConfig):
         metadata={
             "help": "Form the student's logits in fp32 from bf16 weights, and sum the head's gradient in fp32. Lowers "
             "the gradient's rounding error several times; costs little on a GPU and much on a CPU."
-        },
-    )
-    kernel: str = field(
-        default="auto",
-        metadata={
-            "help": "Who computes kd's forward_kl, reverse_kl and jsd: torch (mmkd's own), triton (TRL's, on CUDA) or "
-            "liger (pip install liger-kernel). The last two need a teacher model and run in steps that are not "
-            "logged, once the first batch has shown the loss and the gradients of torch, for which both heads are "
-            "copied to fp32. auto (default) is torch everywhere, since none was measured on a GPU yet.",
-            "choices": list(KERNELS),
         },
     )
     trainable: list[str] | None = field(
@@ -118,16 +107,10 @@ class DistillationConfig(RolloutConfig):
             raise UserError(
                 "loss_type and label_smoothing_factor change SFT's own loss, which distillation replaces. Remove them."
             )
-        check_recipe(self)
 
     def for_teacher(self) -> "DistillationConfig":
         """The settings by which rows become the teacher's tokens: the same, where these are the student's too."""
         return self
-
-    @property
-    def kernel_beta(self) -> float | None:
-        """The divergence as Liger and TRL write it, from 0, forward KL, to 1, reverse KL; None: one they have not."""
-        return None
 
 
 def check_combination(config: DistillationConfig) -> None:

@@ -193,6 +193,13 @@ def _liger(case: Case, inputs: Inputs, labels: Tensor) -> Callable[[], Tensor]:
     return lambda: loss(inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight, labels)
 
 
+def _liger_triton(case: Case, inputs: Inputs, labels: Tensor) -> Callable[[], Tensor]:
+    from liger_kernel.transformers import LigerFusedLinearJSD  # pyright: ignore[reportMissingImports]
+
+    loss = LigerFusedLinearJSD(PEER_BETA[case.divergence])
+    return lambda: loss(inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight, labels)
+
+
 def _trl_gkd(case: Case, inputs: Inputs, labels: Tensor) -> Callable[[], Tensor]:
     from trl.experimental.gkd import GKDTrainer
 
@@ -222,6 +229,7 @@ RUNS: dict[str, Callable[[Case, Inputs, Tensor], Callable[[], Tensor | None]]] =
     "mmkd": _mmkd,
     "Liger eager": _liger,
     "Liger compiled": _liger,
+    "Liger Triton": _liger_triton,
     "TRL GKD": _trl_gkd,
     "TRL chunked": _trl_chunked,
 }
@@ -249,6 +257,8 @@ def cases_of(sizes: Sizes, args: argparse.Namespace, shares: tuple[float, ...]) 
 
 def _peers(args: argparse.Namespace) -> list[str]:
     kinds = [] if args.no_peers else ["Liger eager", "TRL GKD"]
+    if args.device == "cuda" and not args.no_peers:
+        kinds.append("Liger Triton")
     if args.compiled:
         kinds.append("Liger compiled")
     if args.slow_peers or (args.device == "cuda" and not args.no_peers):

@@ -1,6 +1,5 @@
 """Models that trainers of several methods share, and what two ranks saw of them."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,6 @@ def ranks(
     chunks = {"chunk_size": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
     jobs["kd fsdp2 in chunks"] = {**kd, "settings": chunks}
     jobs["kd fsdp2 in bf16"] = {**kd, "settings": {"bf16": True}}
-    if find_spec("liger_kernel") is not None:
-        jobs["kd fsdp2 by liger"] = {**kd, "settings": {"kernel": "liger", "logging_steps": 2}}
     taid = {"method": "taid", "how": "fsdp2", **tiny}
     jobs["taid fsdp2 saved"] = {**taid, "settings": {"save_strategy": "steps", "save_steps": 2}, "save": True}
     checkpoint = folder / "runs" / "taid-fsdp2-saved" / "checkpoint-2"
