@@ -34,10 +34,12 @@ def cache_card(
     repo_id: str,
     columns: Sequence[str],
     fidelity: Mapping[str, float] | None = None,
+    method: str | None = None,
 ) -> str:
     """The card (Markdown with a YAML header) of a complete cache.
 
-    `fidelity` is what `mmkd cache verify` measures: `kl_live_cache` in nats per token, over `rows` rows.
+    `fidelity` is what `mmkd cache verify` measures: `kl_live_cache` in nats per token, over `rows` rows;
+    `method` a method that learns from such a cache.
     """
     identity = manifest.identity
     is_text = identity["signal"]["kind"] == "text"
@@ -67,7 +69,7 @@ def cache_card(
         summary=f"{what}, written down once by mmkd, so that students learn from it without running the teacher.",
         facts={**_source(identity), **_content(folder, manifest)},
         fidelity=_fidelity(fidelity, is_text),
-        usage=_text_usage(folder, repo_id) if is_text else _usage(identity, repo_id),
+        usage=_text_usage(folder, repo_id) if is_text else _usage(identity, repo_id, method),
         columns=", ".join(f"`{column}`" for column in columns),
         repo_id=repo_id,
         teacher=teacher,
@@ -149,10 +151,10 @@ def _fidelity(fidelity: Mapping[str, float] | None, is_text: bool) -> str:
     )
 
 
-def _usage(identity: Mapping[str, Any], repo_id: str) -> str:
+def _usage(identity: Mapping[str, Any], repo_id: str, method: str | None) -> str:
     signal = identity["signal"]
     recipe = {
-        "method": "alm" if signal["kind"] == "log_probs" else "kd",
+        **({} if method is None else {"method": method}),
         "data": identity["data"]["name"],
         "teacher_cache": repo_id,
         **({"teacher_tail": "unbiased"} if signal["kind"] == "top_k" and not signal["k"] else {}),

@@ -38,13 +38,18 @@ _PARQUET = re.compile(r"(?P<split>\w+)-(?P<first>\d+)-(?P<last>\d+)\.parquet")
 
 
 def push_cache(
-    folder: str | Path, repo_id: str, private: bool = False, fidelity: Mapping[str, float] | None = None
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    fidelity: Mapping[str, float] | None = None,
+    method: str | None = None,
 ) -> str:
     """Uploads a cache as a data set of the Hub; returns its URL.
 
     Everything becomes visible in one commit at the end. Pushed again, after an interruption or with another card, only
-    what the Hub does not have yet is sent. `fidelity` goes into the card: see `cache_card`. Raises UserError for a
-    cache that is incomplete or damaged, a repository that holds something else, and when the Hub refuses.
+    what the Hub does not have yet is sent. `fidelity` and `method` go into the card: see `cache_card`. Raises
+    UserError for a cache that is incomplete or damaged, a repository that holds something else, and when the Hub
+    refuses.
     """
     folder = Path(folder)
     manifest = _checked(folder)
@@ -60,7 +65,7 @@ def push_cache(
     if MANIFEST not in present and {*present} - {".gitattributes", "README.md"}:
         raise UserError(f"{url} holds something else than a teacher cache; name another repository.")
     # Before anything large is sent, since making the card may fail too.
-    card = cache_card(folder, manifest, repo_id, _columns(folder, manifest), fidelity).encode()
+    card = cache_card(folder, manifest, repo_id, _columns(folder, manifest), fidelity, method).encode()
     additions = []
     with tempfile.TemporaryDirectory() as temporary:
         for name, split, numbers in _parquet_files(manifest):

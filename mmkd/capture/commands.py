@@ -16,6 +16,8 @@ from mmkd.errors import UserError
 from mmkd.recipe.launch_flags import parse_alone
 from mmkd.recipe.run import Run
 from mmkd.shipped import list_recipes
+from mmkd.teachers.cached import SIGNALS
+from mmkd.training.method import learns_from
 from mmkd.units import readable_size
 
 from .build import build
@@ -121,7 +123,8 @@ def push_command(target: str, repo_id: str, flags: Sequence[str], private: bool,
     folder = Path(target if run is None else _cache_of(run))
     kind = Manifest.read(folder).identity["signal"]["kind"]
     fidelity = None if run is None or kind != "top_k" else measure_fidelity(run, Cache(folder), rows)
-    print(push_cache(folder, repo_id, private=private, fidelity=fidelity))
+    method = None if kind not in SIGNALS else learns_from(SIGNALS[kind])
+    print(push_cache(folder, repo_id, private=private, fidelity=fidelity, method=method))
     return 0
 
 

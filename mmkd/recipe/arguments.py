@@ -20,7 +20,7 @@ from .cache_arguments import CacheArguments
 class RunArguments:
     """What a recipe says besides its method's settings."""
 
-    method: str = field(metadata={"help": "How to distil.", "choices": list(METHODS)})
+    method: str = field(metadata={"help": "How to distil.", "choices": METHODS})
     data: str = field(metadata={"help": "Data recipe: a name under data_recipes/ or a path to a YAML file."})
     teacher: str | None = field(default=None, metadata={"help": "Teacher: a Hub id or a local folder."})
     student: str | None = field(

@@ -27,6 +27,9 @@ TAILS = ("bucket", "unbiased", "renormalise")
 BATCH_KEY = "teacher_scores"
 """Where `CacheCollator` puts its tensors into a batch."""
 
+SIGNALS: dict[str, type] = {"top_k": TopKSignal, "log_probs": LabelSignal}
+"""Kind of a cache -> the signal that it holds."""
+
 
 class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
     """Answers from a cache, found by the very tokens (and images) that the student sees.

@@ -167,5 +167,11 @@ METHODS = Methods(
     }
 )
 
+
+def learns_from(signal: type) -> str:
+    """The first method that such a signal of a teacher is enough for."""
+    return next(name for name, method in METHODS.items() if method.needs_teacher and signal in method.accepts)
+
+
 BASELINE_METHOD = "sft"
 """The method that distils nothing, which students of the others are compared with."""

@@ -1,0 +1,1 @@
+"""What an installed package adds to mmkd: one method of each kind."""
