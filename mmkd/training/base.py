@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +21,6 @@ from mmkd.models.backbone import allow_consumers, full_head, name_of
 from mmkd.models.heads import LMHead
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.models.parts import train_only
-from mmkd.models.restore import renamed_on_disk, restore
 from mmkd.models.sharded_weights import is_sharded
 from mmkd.precision import say_emulated
 from mmkd.preparation.checks import check_precision, check_stream, check_student, check_training_data
@@ -38,17 +36,15 @@ from mmkd.teachers.signals import DenseSignal, RoutedSignal, TopKSignal
 
 from .config import DistillationConfig
 from .items import ItemLosses, Supervised
-from .log import RunLog
 from .on_policy import OnPolicyTrainer
 from .preparing import ROWS, KeptRows, RowLengths, without_repeated_rows
 from .progress import DistillationProgress
-from .publishing import PublishingTrainer
 from .rollouts import check_rollouts
-from .sharding import ShardedTrainer
+from .run_trainer import RunTrainer
 from .teaching import TaughtTrainer, check_teachers
 
 
-class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPolicyTrainer, LabellingTrainer):
+class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingTrainer):
     """trl's SFTTrainer with a teacher. A method subclasses it and implements `item_losses`.
 
     Args:
@@ -61,10 +57,8 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
     Raises UserError when student, teacher, data and settings cannot work together, before any step is taken.
     """
 
-    method: ClassVar[str]
     config_class: ClassVar[type[DistillationConfig]] = DistillationConfig
     accepts: ClassVar[tuple[type, ...]] = (DenseSignal, TopKSignal)
-    needs_teacher: ClassVar[bool] = True
     # `compute_loss` divides by counts of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
 
@@ -116,7 +110,7 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[RunLog(), self._clock, *self.method_callbacks(args), *(kwargs.pop("callbacks", None) or [])],
+            callbacks=[self._clock, *self.method_callbacks(args), *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
         check_student(self)
@@ -270,20 +264,6 @@ class DistillationTrainer(PublishingTrainer, ShardedTrainer, TaughtTrainer, OnPo
             del inputs[ROW_LENGTHS]
             inputs.pop(ROWS, None)
             self.ask_view(teacher_view(View.of(inputs), inputs))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._restore_renamed(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._restore_renamed(self.state.best_model_checkpoint or "")
-
-    def _restore_renamed(self, checkpoint: str) -> None:
-        """Loads what the Trainer, which looks for the model's own names, silently left out."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if isinstance(self.model, PreTrainedModel) and not sharded and renamed_on_disk(self.model, Path(checkpoint)):
-            restore(self.model, Path(checkpoint))
 
     # The step
 

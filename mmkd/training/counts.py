@@ -1,8 +1,9 @@
-"""Counts and means that belong to the checkpoint: a resumed run goes on from what was there, logged or not."""
+"""Sums over ranks and steps behind every mean that is logged; a resumed run goes on from those of its checkpoint."""
 
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import Trainer
 
@@ -11,10 +12,11 @@ _STATE = "MmkdCounts"
 
 
 class CountingTrainer(Trainer):
-    """transformers' Trainer whose checkpoints hold everything that a log after them has to know.
+    """transformers' Trainer whose logs are means over the items of all ranks since the last log.
 
-    The Trainer forgets in a resumed run what it had seen since the last log before the checkpoint: its loss there is
-    the mean of fewer steps, and a count of tokens lacks some.
+    Its checkpoints hold everything that a log after them has to know. The Trainer forgets in a resumed run what it had
+    seen since the last log before the checkpoint: its loss there is the mean of fewer steps, and a count of tokens
+    lacks some.
     """
 
     cumulative: ClassVar[tuple[str, ...]] = ()
@@ -27,9 +29,18 @@ class CountingTrainer(Trainer):
     """What the logs of the run have counted so far, over all ranks and the sessions before this one."""
     _resumed: dict[str, Any] | None = None
 
-    def _unlogged(self) -> dict[str, Tensor]:
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._sums: dict[str, dict[str, Float[Tensor, 2]]] = {"train": {}, "eval": {}}
+        self._prefix = "eval"
+        # Set to a list, it gets the reports of every batch of an evaluation, for who wants to resample them.
+        self.batch_reports: list[dict[str, tuple[float, float]]] | None = None
+        self._totals = {}
+        self._evaluating = False
+        super().__init__(*args, **kwargs)
+
+    def _unlogged(self) -> dict[str, Float[Tensor, "2"]]:
         """Report -> (sum, number of items) of this rank since the last log; may be written to."""
-        raise NotImplementedError
+        return self._sums["train"]
 
     def _spent_unlogged(self, spent: tuple[float, int] | None = None) -> tuple[float, int]:
         """Seconds and optimizer steps since the last log, set to what is given."""
@@ -45,6 +56,62 @@ class CountingTrainer(Trainer):
         total = self.accelerator.reduce(tensor, reduction="sum")
         assert isinstance(total, Tensor)
         return total
+
+    def _record(self, reports: dict[str, tuple[Tensor, Tensor | int]], mode: str | None = None) -> None:
+        """Adds a micro-batch's reports, each a sum and the number of its items, to those of this rank."""
+        mode = mode or ("train" if self.model.training else "eval")
+        if self.batch_reports is not None and not self.model.training:
+            pairs = {name: (float(total), float(count)) for name, (total, count) in reports.items()}
+            self.batch_reports.append(pairs)
+        for name, (total, count) in reports.items():
+            add(self._sums[mode], name, self._entry(total, count))
+
+    def _means(self, sums: dict[str, Float[Tensor, "2"]]) -> dict[str, float]:
+        """Sum over count, over all ranks, of every report that has items."""
+        names = sorted(sums)
+        if not names:
+            return {}
+        totals = self._summed(torch.stack([sums[name] for name in names])).tolist()
+        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the reports since the last log, or of the evaluation that is going on."""
+        # The model is still in evaluation where training ends right after one, and what it counted is to be logged.
+        mode = "eval" if self._evaluating else "train"
+        sums, self._sums[mode] = self._sums[mode], {}
+        if self._evaluating:
+            reports = self._evaluation_reports(sums)
+            logs.update({f"{self._prefix}_{name}": value for name, value in reports.items()})
+        else:
+            logs.update(self._training_reports(sums))
+        super().log(logs, start_time)
+
+    def _training_reports(self, sums: dict[str, Float[Tensor, "2"]]) -> dict[str, float]:
+        """What a log says besides the Trainer's own, of the reports since the one before."""
+        return self._means(sums)
+
+    def _evaluation_reports(self, sums: dict[str, Float[Tensor, "2"]]) -> dict[str, float]:
+        """What an evaluation says besides the Trainer's own, without its prefix."""
+        return self._means(sums)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's evaluation, whose log has its own reports."""
+        self._evaluating = True
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._evaluating = False
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's loop; the reports of this evaluation alone are logged, under its prefix."""
+        self._sums["eval"], self._prefix = {}, metric_key_prefix
+        result = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if not (self.is_in_train or self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            # accelerate leaves a model alone that it has prepared for an evaluation: DDP would not wrap it, and the
+            # ranks of a training after this would drift apart.
+            self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
+            self.model._is_accelerate_prepared = False
+        return result
 
     def _count(self, counted: dict[str, float]) -> dict[str, float]:
         """Everything counted since the start of the run, with what came since the last log."""
@@ -118,6 +185,11 @@ class CountingTrainer(Trainer):
             self._globalstep_last_logged = self._resumed["logged_step"]
             self._resumed = None
         return super().training_step(*args, **kwargs)
+
+
+def add(sums: dict[str, Float[Tensor, "2"]], name: str, entry: Float[Tensor, "2"]) -> None:
+    """Adds a sum and its number of items to those of a report."""
+    sums[name] = sums[name] + entry if name in sums else entry
 
 
 def _wide(device: torch.device) -> torch.dtype:

@@ -27,10 +27,7 @@ from mmkd.models.dual_head import DualHeadOutput
 from mmkd.preparation.checks import check_precision
 from mmkd.teachers.class_logits import compute_class_logits
 from mmkd.teachers.classifiers import ClassTeacher, check_classes
-from mmkd.training.counts import CountingTrainer
-from mmkd.training.log import RunLog
-from mmkd.training.publishing import PublishingTrainer
-from mmkd.training.sharding import ShardedTrainer
+from mmkd.training.run_trainer import RunTrainer
 
 from .dho_config import DHOConfig as DHOConfig
 
@@ -40,7 +37,7 @@ CHOICE = "interpolation.json"
 """File of a run with the chosen alpha and beta, and every pair that was tried."""
 
 
-class DHOTrainer(PublishingTrainer, ShardedTrainer, CountingTrainer):
+class DHOTrainer(RunTrainer):
     """transformers' Trainer for a dual-head student, with labelled and unlabelled rows in every batch.
 
     Args:
@@ -59,7 +56,6 @@ class DHOTrainer(PublishingTrainer, ShardedTrainer, CountingTrainer):
     method: ClassVar[str] = "dho"
     config_class: ClassVar[type[DHOConfig]] = DHOConfig
     needs_teacher: ClassVar[bool] = False
-    takes_several: ClassVar[bool] = False
     # `compute_loss` divides by counts of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
 
@@ -107,12 +103,10 @@ class DHOTrainer(PublishingTrainer, ShardedTrainer, CountingTrainer):
             eval_dataset=validation,
             processing_class=processing_class,
             compute_metrics=self._accuracies,
-            callbacks=[RunLog(), *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
         self.choice: Interpolation | None = None
         self._counts: dict[str, Tensor] = {}
-        self._sums: dict[str, Tensor] = {}
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's. Raises UserError under FSDP."""
@@ -332,25 +326,6 @@ class DHOTrainer(PublishingTrainer, ShardedTrainer, CountingTrainer):
     def last_evaluation(self) -> dict[str, float] | None:
         """That of the two heads as they are joined now: training's own came before alpha and beta were chosen."""
         return super().last_evaluation() if self.choice is None else None
-
-    # Reports
-
-    def _unlogged(self) -> dict[str, Tensor]:
-        return self._sums
-
-    def _record(self, reports: dict[str, tuple[Tensor, Any]]) -> None:
-        for name, (total, count) in reports.items():
-            entry = self._entry(total, count)
-            self._sums[name] = self._sums[name] + entry if name in self._sums else entry
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the losses, the agreement with the teacher and the gradients' cosine since the last log."""
-        if "loss" in logs and self._sums:
-            names = sorted(self._sums)
-            totals = self._summed(torch.stack([self._sums[name] for name in names])).tolist()
-            logs |= {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
-            self._sums = {}
-        super().log(logs, start_time)
 
 
 def write_choice(path: Path, choice: Interpolation, rows: int) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, TrainingArguments
 
@@ -20,9 +19,8 @@ from mmkd.preflight.stage_checks import StageRun
 from mmkd.recipe.run import Run
 from mmkd.teachers.class_logits import compute_class_logits
 from mmkd.teachers.classifiers import TransformersEmbedder, ZeroShotTeacher
-from mmkd.training.counts import CountingTrainer
 from mmkd.training.method import Method
-from mmkd.training.publishing import PublishingTrainer
+from mmkd.training.run_trainer import RunTrainer
 
 
 @dataclass
@@ -38,13 +36,11 @@ class SoftLabelsConfig(TrainingArguments):
         super().__post_init__()
 
 
-class SoftLabelsTrainer(PublishingTrainer, CountingTrainer):
+class SoftLabelsTrainer(RunTrainer):
     """transformers' Trainer of a classifier, with the teacher's logits in every batch."""
 
     method = "soft_labels"
     config_class = SoftLabelsConfig
-    needs_teacher = True
-    takes_several = False
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """The KL from the teacher's softened answers to the student's."""
@@ -53,9 +49,6 @@ class SoftLabelsTrainer(PublishingTrainer, CountingTrainer):
         ours, theirs = ((logits / softness).log_softmax(-1) for logits in (outputs.logits, inputs["teacher_logits"]))
         loss = kl_div(ours, theirs, log_target=True, reduction="batchmean")
         return (loss, outputs) if return_outputs else loss
-
-    def _unlogged(self) -> dict[str, Tensor]:
-        return {}
 
 
 def build(run: Run) -> SoftLabelsTrainer:

@@ -1,0 +1,42 @@
+"""What running a recipe needs of a trainer, whatever its method predicts."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel, TrainingArguments
+
+from mmkd.models.restore import renamed_on_disk, restore
+
+from .counts import CountingTrainer
+from .log import RunLog
+from .publishing import PublishingTrainer
+from .sharding import ShardedTrainer
+
+
+class RunTrainer(PublishingTrainer, ShardedTrainer, CountingTrainer):
+    """transformers' Trainer with reports, a log on disk, students restored whole, FSDP2, and cards of what it made."""
+
+    method: ClassVar[str]
+    config_class: ClassVar[type[TrainingArguments]]
+    needs_teacher: ClassVar[bool] = True
+    """Whether its loss is nothing without a teacher."""
+
+    takes_several: ClassVar[bool] = False
+    """Whether several teachers may teach at a time."""
+
+    def __init__(self, *args: Any, callbacks: list[Any] | None = None, **kwargs: Any):
+        super().__init__(*args, callbacks=[RunLog(), *(callbacks or [])], **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore_renamed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._restore_renamed(self.state.best_model_checkpoint or "")
+
+    def _restore_renamed(self, checkpoint: str) -> None:
+        """Loads what the Trainer, which looks for the model's own names, silently left out."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if isinstance(self.model, PreTrainedModel) and not sharded and renamed_on_disk(self.model, Path(checkpoint)):
+            restore(self.model, Path(checkpoint))
