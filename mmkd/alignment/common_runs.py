@@ -1,4 +1,4 @@
-"""The runs of bytes that two texts have in common, where parts of one are missing or spelt otherwise in the other."""
+"""The runs of bytes that two texts share, where parts of one are missing or spelt differently in the other."""
 
 from bisect import bisect_left
 
@@ -7,8 +7,8 @@ from jaxtyping import Int, UInt8
 from numpy import ndarray
 from numpy.lib.stride_tricks import sliding_window_view
 
-# How many bytes must be the same, and occur once on both sides, for what follows a difference to be taken for the same
-# text again; fewer beside an unknown token, of which it is known that it stands for something.
+# How many bytes must be equal, and occur only once on each side, before the text after a difference counts as the same
+# again. Fewer are enough beside an unknown token, because such a token certainly stands for some text.
 _SURE = 8
 _BESIDE_UNKNOWN = 4
 
@@ -17,10 +17,10 @@ Run = tuple[int, int, int]
 
 
 def common_runs(left: UInt8[ndarray, "byte"], right: UInt8[ndarray, "other"], unknown: tuple[int, int]) -> list[Run]:
-    """What is the same from the start on, then runs found by bytes that occur once; all end at whole characters.
+    """The common start, then the runs around byte sequences that occur once on each side; all end at whole characters.
 
-    `unknown` are the bytes that stand for unknown text in either. Takes a time that hardly grows faster than the
-    texts (patience diff).
+    `unknown` holds the byte that stands for unknown text on each side. This is a patience diff, so that the time is
+    almost linear in the length of the texts.
     """
     first = _equal(left, right)
     if first == min(len(left), len(right)):
@@ -30,7 +30,7 @@ def common_runs(left: UInt8[ndarray, "byte"], right: UInt8[ndarray, "other"], un
 
 
 def _equal(left: ndarray, right: ndarray) -> int:
-    """How many bytes are the same from the start on."""
+    """The length of the common prefix."""
     length = min(len(left), len(right))
     differing = left[:length] != right[:length]
     first = int(differing.argmax()) if length else 0
@@ -38,7 +38,7 @@ def _equal(left: ndarray, right: ndarray) -> int:
 
 
 def _between(left: ndarray, right: ndarray, window: tuple[int, int, int, int], unknown: tuple[int, int]) -> list[Run]:
-    """The runs within `one[i:stop]` and `other[j:end]`, in order."""
+    """The runs within `left[i:stop]` and `right[j:end]`, in order."""
     i, stop, j, end = window
     anchors = _unique(left[i:stop], right[j:end], _SURE)
     if not anchors and (unknown[0] in left[i:stop] or unknown[1] in right[j:end]):
@@ -49,6 +49,7 @@ def _between(left: ndarray, right: ndarray, window: tuple[int, int, int, int], u
     for begin, begin_other in [(i + a, j + b) for a, b in anchors]:
         if begin < i or begin_other < j:
             continue
+        # An anchor is extended in both directions before the gap in front of it is searched for anchors of its own.
         back = _equal(left[i:begin][::-1], right[j:begin_other][::-1])
         length = back + _equal(left[begin:stop], right[begin_other:end])
         start, start_other = begin - back, begin_other - back
@@ -59,26 +60,27 @@ def _between(left: ndarray, right: ndarray, window: tuple[int, int, int, int], u
 
 
 def _unique(left: ndarray, right: ndarray, length: int) -> list[tuple[int, int]]:
-    """Places of so many equal bytes that occur once in both texts, the most that are in the same order in both."""
+    """Places of `length` equal bytes that occur once in each text; the largest set that is in order in both."""
     if min(len(left), len(right)) < length:
         return []
     places: list[tuple[ndarray, ndarray]] = []
     for side in (left, right):
+        # Both lengths in use are widths of an integer, so that a sequence of bytes is one number for numpy to compare.
         grams = np.ascontiguousarray(sliding_window_view(side, length)).view(f"<u{length}")[:, 0]
-        values, where, counts = np.unique(grams, return_index=True, return_counts=True)
-        places.append((values[counts == 1], where[counts == 1]))
-    _, ours, theirs = np.intersect1d(places[0][0], places[1][0], assume_unique=True, return_indices=True)
-    first_places, second_places = places[0][1][ours], places[1][1][theirs]
-    order = np.argsort(first_places)
-    first_places, second_places = first_places[order], second_places[order]
-    if not (np.diff(second_places) > 0).all():
-        kept = _increasing(second_places)
-        first_places, second_places = first_places[kept], second_places[kept]
-    return list(zip(first_places.tolist(), second_places.tolist(), strict=True))
+        values, firsts, counts = np.unique(grams, return_index=True, return_counts=True)
+        places.append((values[counts == 1], firsts[counts == 1]))
+    ours, theirs = np.intersect1d(places[0][0], places[1][0], assume_unique=True, return_indices=True)[1:]
+    left_places, right_places = places[0][1][ours], places[1][1][theirs]
+    order = np.argsort(left_places)
+    left_places, right_places = left_places[order], right_places[order]
+    if not (np.diff(right_places) > 0).all():
+        kept = _increasing(right_places)
+        left_places, right_places = left_places[kept], right_places[kept]
+    return list(zip(left_places.tolist(), right_places.tolist(), strict=True))
 
 
 def _increasing(values: Int[ndarray, "item"]) -> list[int]:
-    """The places of a longest increasing subsequence."""
+    """The places of a longest increasing subsequence (patience sorting)."""
     tails: list[int] = []
     last: list[int] = []
     before: list[int] = []
@@ -99,7 +101,7 @@ def _increasing(values: Int[ndarray, "item"]) -> list[int]:
 
 
 def _whole_characters(left: ndarray, right: ndarray, run: Run) -> Run:
-    """The run without parts of characters at its ends, which may belong to different ones."""
+    """The run without incomplete characters at its ends: their other bytes may differ between the texts."""
     i, j, length = run
     while i and length and _continues(left[i]):
         i, j, length = i + 1, j + 1, length - 1
@@ -112,5 +114,5 @@ def _whole_characters(left: ndarray, right: ndarray, run: Run) -> Run:
 
 
 def _continues(byte: int) -> bool:
-    """Whether a byte of UTF-8 is not the first of its character."""
+    """Whether a byte of UTF-8 continues a character."""
     return 0x80 <= byte < 0xC0

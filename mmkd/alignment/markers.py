@@ -1,7 +1,7 @@
-"""What stands between the texts of a conversation: special tokens and role headers, paired across two tokenizers.
+"""Markers: the special tokens and role headers between the texts of a conversation, paired across two tokenizers.
 
-Other libraries keep a table per model family. Here a chat template is rendered with contents that it cannot
-contain, and what stands between them is read off.
+Other libraries keep a table per model family. Here the chat template is rendered with contents that cannot occur in
+it, and the text between these contents gives the markers.
 """
 
 import re
@@ -22,19 +22,19 @@ Markers = Mapping[str, Iterable[tuple[int, ...]]]
 def markers_of(tokenizer: Any) -> dict[str, set[tuple[int, ...]]]:
     """The markers of a tokenizer, from its special tokens and, if it has one, its chat template.
 
-    Headers are named for the role that they introduce, ends "end of" it. Markers that a template writes in plain
-    text are found only where they are tokenised as they are on their own.
+    A header has the name of the role that it introduces; the marker after a message is called "end of" the role. A
+    marker that a template writes in plain text is found only where it is tokenised as it is on its own.
     """
-    special_ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-    markers = {role: {(index,)} for role, index in special_ids.items() if index is not None}
+    named = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    markers = {role: {(index,)} for role, index in named.items() if index is not None}
     if tokenizer.chat_template is None:
         return markers
     texts = _template_texts(tokenizer)
     if any(text.startswith(tokenizer.bos_token or " ") for role, text in texts if not role.startswith("end")):
-        # A header begins with what is called bos, so that it is none.
+        # A role header begins with the token called bos, so that the token does not mark the beginning of a text.
         markers.pop("bos", None)
     for role, text in texts:
-        # A space before a text becomes part of it. The newline after an end may be missing.
+        # A space before a text is tokenised with the text. The newline after the end of a message may be missing.
         for spelling in {text.rstrip(" "), text.rstrip() if role.startswith("end") else text.rstrip(" ")}:
             if spelling.strip():
                 ids = tokenizer(spelling, add_special_tokens=False)["input_ids"]
@@ -43,27 +43,27 @@ def markers_of(tokenizer: Any) -> dict[str, set[tuple[int, ...]]]:
 
 
 def _template_texts(tokenizer: Any) -> list[tuple[str, str]]:
-    """Pairs of a role and a text that the chat template writes for it, some of them empty."""
+    """Pairs of a role and a text that the chat template writes for it; some texts are empty."""
     talk = _between(tokenizer, "user", "assistant", "user", "assistant")
     question, prompt = _between(tokenizer, "user"), _between(tokenizer, "user", generation=True)
     if not (talk and question and prompt):
         return []
     user_end, assistant_end = question[-1], talk[-1]
     texts = [("end of user", user_end), ("end of assistant", assistant_end)]
-    # The last answer may be introduced otherwise than those before it: with empty thoughts, say.
+    # The last answer may have another header than those before it, for example one with an empty thinking block.
     texts += [("assistant", text.removeprefix(user_end)) for text in (talk[1], talk[3], prompt[-1])]
     user = talk[2].removeprefix(assistant_end)
     texts.append(("user", user))
-    if system_parts := _between(tokenizer, "system", "user"):
+    if system := _between(tokenizer, "system", "user"):
         bos = tokenizer.bos_token or ""
-        texts.append(("system", system_parts[0] if user.startswith(bos) else system_parts[0].removeprefix(bos)))
-        if system_parts[1].endswith(user):
-            texts.append(("end of system", system_parts[1].removesuffix(user)))
+        texts.append(("system", system[0] if user.startswith(bos) else system[0].removeprefix(bos)))
+        if system[1].endswith(user):
+            texts.append(("end of system", system[1].removesuffix(user)))
     return texts
 
 
 def _between(tokenizer: Any, *roles: str, generation: bool = False) -> list[str]:
-    """What the template writes before, between and after messages of these roles; nothing if it refuses them."""
+    """The texts before, between and after messages of these roles; an empty list if the template refuses the roles."""
     contents = [f"Q{i}Z" for i in range(len(roles))]
     messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
     try:
@@ -79,8 +79,8 @@ def _between(tokenizer: Any, *roles: str, generation: bool = False) -> list[str]
 class Occurrences:
     """Where markers stand in rows of tokens, in order: first token, token after the last, kind, row.
 
-    Markers of kind -1 have no counterpart on the other side at all. Hard ones contain an added token, which no text
-    splits into: where they find no partner they are skipped as a whole, while other ones are text.
+    Markers of kind -1 have no counterpart on the other side at all. Hard markers contain an added token, which no text
+    is split into: without a partner they are skipped as a whole, while the other markers then count as text.
     """
 
     starts: Int[ndarray, "marker"]
@@ -99,7 +99,7 @@ class Occurrences:
 
 @dataclass(frozen=True)
 class MarkerTable:
-    """The token sequences that are markers on one side, longest first, with a kind that both sides share or -1."""
+    """The token sequences that are markers on one side, longest first; each has a kind shared by both sides, or -1."""
 
     patterns: tuple[tuple[int, ...], ...]
     kinds: Int[ndarray, "pattern"]
@@ -107,7 +107,7 @@ class MarkerTable:
     begins: Bool[ndarray, "vocab"]
 
     def find(self, tokens: Tokens, places: Int[ndarray, "place"]) -> Occurrences:
-        """The markers in rows of tokens, which do not overlap, given the places of tokens that `begins` has."""
+        """The markers in rows of tokens, without overlaps; `places` are those of the tokens in `begins`."""
         if not len(places):
             return Occurrences(places, places, places, places, places.astype(bool))
         ids = tokens.ids
@@ -123,8 +123,9 @@ class MarkerTable:
         places, rows, which = places[keep], rows[keep], which[keep]
         stops = places + sizes[which]
         if (stops[:-1] > places[1:]).any():
-            end = 0
+            # Of overlapping markers the first one counts, as a tokenizer reads from left to right.
             kept: list[int] = []
+            end = 0
             for i, (start, stop) in enumerate(zip(places.tolist(), stops.tolist(), strict=True)):
                 if start >= end:
                     end = stop
@@ -136,7 +137,7 @@ class MarkerTable:
 def marker_tables(
     teacher: Markers, student: Markers, teacher_pieces: TokenPieces, student_pieces: TokenPieces
 ) -> tuple[MarkerTable, MarkerTable]:
-    """The tables of both sides. Roles that one side marks alike (end of user, eos) are one kind on both."""
+    """The tables of both sides. Roles with the same marker on one side (end of user, eos) are one kind on both."""
     sides = ({role: set(ids) for role, ids in teacher.items()}, {role: set(ids) for role, ids in student.items()})
     kind = {role: i for i, role in enumerate(sorted({*teacher, *student}))}
     for side in sides:
@@ -171,8 +172,8 @@ def pair_occurrences(
 ) -> tuple[Int[ndarray, "pair"], Int[ndarray, "pair"]]:
     """Which markers of teacher and student are partners, in order: of one kind and in the same row.
 
-    Where the kinds in a row differ (a system prompt that one template adds, a cut end), the pairs are as many as
-    possible, preferring those with the same number of bytes between them and the marker before.
+    Where the kinds in a row differ (one template adds a system prompt, or one row is truncated), as many markers as
+    possible are paired; pairs with equally many bytes since the marker before are preferred.
     """
     usable = np.flatnonzero(teacher.kinds >= 0), np.flatnonzero(student.kinds >= 0)
     if not (len(usable[0]) and len(usable[1])):
@@ -201,10 +202,10 @@ def _kinds_and_texts(markers: Occurrences, everything: Occurrences, tokens: Toke
 
 
 def _matched(ours: list[tuple[int, int]], theirs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The heaviest common subsequence of kinds: equal items at both ends first, and what is left by a table."""
+    """The heaviest common subsequence of kinds: equal items at both ends first, the others by dynamic programming."""
 
-    def weight(ours: tuple[int, int], theirs: tuple[int, int]) -> int:
-        return (ours[0] == theirs[0]) * (2 + (ours[1] == theirs[1]))
+    def weight(our_item: tuple[int, int], their_item: tuple[int, int]) -> int:
+        return (our_item[0] == their_item[0]) * (2 + (our_item[1] == their_item[1]))
 
     head, least = 0, min(len(ours), len(theirs))
     while head < least and ours[head] == theirs[head]:

@@ -1,4 +1,4 @@
-"""Which token of one vocabulary stands for each token of another: the nearest by edit distance (MinED)."""
+"""The token of one vocabulary that is nearest to each token of another by edit distance (MinED)."""
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -8,9 +8,10 @@ from jaxtyping import Int
 
 from mmkd.errors import UserError
 
-# How many tokens with the longest common prefix, and as many with the longest common suffix, are looked at.
+# How many tokens with the longest common prefix are considered, and as many with the longest common suffix. The cost
+# of all pairs of two vocabularies of 150k tokens would be 2e10 edit distances.
 _NEIGHBOURS = 32
-# Longer tokens (indentation, separators) are told apart by their first bytes and their length.
+# Longer tokens (indentation, separators) are distinguished by their first bytes and their length.
 _COMPARED_BYTES = 48
 _PAIRS_AT_A_TIME = 1 << 17
 
@@ -18,13 +19,14 @@ _PAIRS_AT_A_TIME = 1 << 17
 def nearest_tokens(student: Sequence[bytes], teacher: Sequence[bytes]) -> Int[np.ndarray, "student"]:
     """The teacher token with the smallest edit distance in bytes to each student token; the first among equals.
 
-    Tokens are the bytes that they decode to, so that vocabularies with different alphabets compare. Exact for tokens
-    at distance 0 or 1. For the others it is the nearest of the 64 teacher tokens beside them in the orders by first
-    and by last bytes, which sometimes misses one that differs at both ends. Special tokens are bytes like all others:
-    override their entries. Raises UserError for an empty vocabulary of the teacher.
+    Tokens are the bytes that they decode to, so that vocabularies with different alphabets compare. The result is
+    exact for tokens at distance 0 or 1. For all others it is the nearest of 64 candidates: the neighbours in the order
+    by first bytes and in the order by last bytes. This sometimes misses a token that differs at both ends. Special
+    tokens are treated as bytes like all others: override their entries. Raises UserError for an empty vocabulary of
+    the teacher.
     """
     if not teacher:
-        raise UserError("The teacher's vocabulary is empty; no token of it can stand for one of the student's.")
+        raise UserError("The teacher's vocabulary is empty, so no teacher token can be matched to a student token.")
     nearest = {token: index for index, token in reversed(list(enumerate(teacher)))}
     nearest |= _one_edit_away({token for token in student if token not in nearest}, teacher)
     nearest |= _among_neighbours({token for token in student if token not in nearest}, teacher)
@@ -34,7 +36,7 @@ def nearest_tokens(student: Sequence[bytes], teacher: Sequence[bytes]) -> Int[np
 def edit_distances(left: Sequence[bytes], right: Sequence[bytes]) -> Int[np.ndarray, "pair"]:
     """The least number of inserted, deleted and replaced bytes from each of `left` to its partner in `right`.
 
-    Only the first 48 bytes are compared; what is longer counts by its length.
+    Only the first 48 bytes are compared; of the bytes after them only the number counts.
     """
     a, a_lengths = _matrix(left)
     b, b_lengths = _matrix(right)
@@ -45,11 +47,12 @@ def edit_distances(left: Sequence[bytes], right: Sequence[bytes]) -> Int[np.ndar
         above = np.empty_like(row)
         above[:, 0] = i + 1
         np.minimum(row[:, 1:] + 1, row[:, :-1] + (a[:, i, None] != b), out=above[:, 1:])
-        # A row is also reached by inserting from its own left: the running minimum, less one per step.
+        # An entry is also reached by an insertion from its left neighbour, at a cost of one per step: a running
+        # minimum, once the cost of the steps is subtracted, in place of a loop over columns.
         row = np.minimum.accumulate(above - columns, axis=1) + columns
         done = a_lengths == i + 1
         result[done] = row[done, b_lengths[done]]
-    # Bytes behind the compared ones.
+    # Bytes after the compared ones.
     beyond = [
         abs(max(0, len(x) - _COMPARED_BYTES) - max(0, len(y) - _COMPARED_BYTES))
         for x, y in zip(left, right, strict=True)
@@ -65,13 +68,13 @@ def _matrix(tokens: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _one_edit_away(tokens: Collection[bytes], teacher: Sequence[bytes]) -> dict[bytes, int]:
-    """The first teacher token at distance 1 from each token that has any."""
+    """The first teacher token at distance 1 from each token; tokens without any are left out."""
     index_of = {token: index for index, token in reversed(list(enumerate(teacher)))}
     gaps = {gap for token in tokens for gap in _gaps(token)}
     longer: dict[bytes, int] = {}
     replaced: dict[tuple[int, bytes], int] = {}
-    for index, other in enumerate(teacher):
-        for gap in _gaps(other):
+    for index, teacher_token in enumerate(teacher):
+        for gap in _gaps(teacher_token):
             if gap[1] in tokens:
                 longer.setdefault(gap[1], index)
             if gap in gaps:
@@ -87,23 +90,23 @@ def _one_edit_away(tokens: Collection[bytes], teacher: Sequence[bytes]) -> dict[
 
 
 def _gaps(token: bytes) -> Iterator[tuple[int, bytes]]:
-    """Each place of the token, and the token without the byte there."""
+    """Each position in the token, and the token without the byte there."""
     return ((i, token[:i] + token[i + 1 :]) for i in range(len(token)))
 
 
 def _among_neighbours(tokens: Collection[bytes], teacher: Sequence[bytes]) -> dict[bytes, int]:
-    """The nearest teacher token of those that stand beside each token in two orders."""
+    """The nearest teacher token among the neighbours of each token in two orders."""
     index_of = {token: index for index, token in reversed(list(enumerate(teacher)))}
-    nearest_of: dict[bytes, int] = {}
-    # In the order of their lengths, so that the tokens of a batch need little padding.
+    result: dict[bytes, int] = {}
+    # Sorted by length, so that the tokens of a batch need little padding.
     for pairs in _batches(_neighbours(sorted(tokens, key=lambda token: (len(token), token)), index_of)):
         left, right = zip(*pairs, strict=True)
         nearest: dict[bytes, tuple[int, int]] = {}
         for token, other, distance in zip(left, right, edit_distances(left, right).tolist(), strict=True):
             candidate = (distance, index_of[other])
             nearest[token] = min(nearest.get(token, candidate), candidate)
-        nearest_of |= {token: index for token, (_, index) in nearest.items()}
-    return nearest_of
+        result |= {token: index for token, (_, index) in nearest.items()}
+    return result
 
 
 def _neighbours(tokens: Iterable[bytes], teacher: Collection[bytes]) -> Iterator[list[tuple[bytes, bytes]]]:
@@ -120,7 +123,7 @@ def _around(token: bytes, ordered: Sequence[bytes]) -> Sequence[bytes]:
 
 
 def _batches(parts: Iterable[list[tuple[bytes, bytes]]]) -> Iterator[list[tuple[bytes, bytes]]]:
-    """The parts joined into larger ones, none of them torn apart."""
+    """The parts joined into larger batches; no part is divided."""
     batch: list[tuple[bytes, bytes]] = []
     for part in parts:
         if batch and len(batch) + len(part) > _PAIRS_AT_A_TIME:

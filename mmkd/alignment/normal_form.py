@@ -1,7 +1,7 @@
-"""What tokenizers do not tell apart: composed and decomposed letters, capitals, accents, kinds of spaces.
+"""Normal forms: the differences that a tokenizer removes, such as decomposed letters, capitals, accents, white space.
 
-What a tokenizer rewrites is read off by giving it samples, as its description may hide it (SentencePiece's compiled
-tables). Two sides are then compared in the form that neither of them rewrites.
+Samples are given to a tokenizer to see what it rewrites, because its description may not tell (SentencePiece's
+compiled tables). Two texts are then compared in the form that neither side rewrites.
 """
 
 import unicodedata
@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from numpy import ndarray
 
+# One sample for each way in which Unicode composes: accents, singletons, exclusions (Indic), Korean syllables.
 _COMPOSITIONS = ("e\u0301", "\u00e9", "\u212b", "\u0958", "\u1112\u1161\u11ab", "\ud55c")
 _COMPATIBLE = ("\ufb01", "\u2460", "\uff11")
 _INVISIBLE = ("a\u200db", "a\u200bb", "a\x07b", "a\ufeffb")
 
 
 class Folded(NamedTuple):
-    """A text in its normal form, and where in it each byte of the text ends: -1 within what was rewritten."""
+    """A text in its normal form, and where in it each byte of the text ends: -1 within a rewritten cluster."""
 
     data: UInt8[ndarray, "folded"]
     places: Int[ndarray, "byte+1"]
@@ -27,11 +28,11 @@ class Folded(NamedTuple):
 
 @dataclass(frozen=True)
 class NormalForm:
-    """What does not count when two spellings of a text are compared.
+    """The differences to ignore when two spellings of a text are compared.
 
-    `canonical` and `compatible` are Unicode's equivalences (NFC, NFKC), `accents` nonspacing marks, `marks` all of
-    them, `case` capitals, `spaces` white space, `invisible` control and format characters. With `metaspace` the sign
-    that SentencePiece writes for a space is one.
+    `canonical` and `compatible` are Unicode's equivalences (NFC, NFKC), `accents` nonspacing marks, `marks` all marks,
+    `case` capitals, `spaces` white space, `invisible` control and format characters. With `metaspace`, the sign that
+    SentencePiece writes for a space is a space.
     """
 
     canonical: bool = False
@@ -45,7 +46,7 @@ class NormalForm:
 
     @classmethod
     def of(cls, normalizer: Any, *, spaces: bool, metaspace: bool) -> Self:
-        """What a normalizer of the tokenizers library rewrites, if there is one."""
+        """The form that a normalizer of the tokenizers library (or None) rewrites a text to."""
         if normalizer is None:
             return cls(spaces=spaces, metaspace=metaspace)
 
@@ -68,11 +69,13 @@ class NormalForm:
         return NormalForm(**pairs)
 
     def fold(self, data: bytes) -> Folded:
-        """UTF-8 in this form; bytes that are no text stand for themselves."""
+        """UTF-8 in this form; bytes that are not valid UTF-8 stay as they are."""
+        # surrogateescape maps an invalid byte to U+DC80 to U+DCFF and back, so that it survives decoding.
         points = np.frombuffer(data.decode("utf-8", "surrogateescape").encode("utf-32-le", "surrogatepass"), np.uint32)
         widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
-        # What was no UTF-8: a byte each.
+        # An invalid byte takes one byte, not the three of its surrogate.
         widths[(points >= 0xDC80) & (points <= 0xDCFF)] = 1
+        # Each distinct character is looked at once: a batch of texts has few.
         kinds, which = np.unique(points, return_inverse=True)
         characters = [chr(point) for point in kinds]
         joining = np.array([_joins(self, character) for character in characters], bool)[which]
@@ -84,8 +87,8 @@ class NormalForm:
             return Folded(np.frombuffer(data, np.uint8), np.arange(len(data) + 1))
         starts = (np.cumsum(widths) - widths)[begins]
         stops = np.append(starts[1:], len(data))
-        sizes, copied = stops - starts, 0
         parts: list[bytes] = []
+        sizes, copied = stops - starts, 0
         for number in np.flatnonzero(~plain).tolist():
             start, stop = int(starts[number]), int(stops[number])
             part = _folded(self, data[start:stop].decode("utf-8", "surrogateescape"))
@@ -102,7 +105,7 @@ class NormalForm:
 
 @lru_cache(maxsize=1 << 16)
 def _folded(form: NormalForm, text: str) -> str:
-    """A cluster of characters (a letter and what joins it) in a form."""
+    """A cluster of characters (a letter and the marks that join it) in a form."""
     if form.metaspace:
         text = text.replace("\u2581", " ")
     if form.canonical or form.compatible:
@@ -111,7 +114,7 @@ def _folded(form: NormalForm, text: str) -> str:
         text = text.casefold()
     text = "".join(character for character in text if not _dropped(form, character))
     if form.canonical or form.compatible:
-        # Capitals may come from the decomposition, and decompositions from small letters.
+        # Compose last: the decomposition may give capitals, and lowering a capital may give a decomposed letter.
         text = unicodedata.normalize("NFKC" if form.compatible else "NFC", text)
     return text
 
@@ -129,7 +132,7 @@ def _dropped(form: NormalForm, character: str) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def _joins(form: NormalForm, character: str) -> bool:
-    """Whether a character may become one with those before it."""
+    """Whether a character may be composed with the characters before it."""
     if _dropped(form, character) and not character.isspace():
         return True
     if not (form.canonical or form.compatible):
@@ -140,7 +143,8 @@ def _joins(form: NormalForm, character: str) -> bool:
 
 @cache
 def _second_parts() -> frozenset[str]:
-    """The characters that a composed one ends with: vowels and finals of Korean, signs of Indic scripts."""
+    """The last characters of compositions: vowels and finals of Korean, signs of Indic scripts."""
+    # Characters from U+20000 on have no decomposition into two.
     pairs = (unicodedata.decomposition(chr(point)).split() for point in range(0x20000))
     seconds = {chr(int(pair[1], 16)) for pair in pairs if len(pair) == 2 and not pair[0].startswith("<")}
     return frozenset(seconds | {chr(point) for point in (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))})

@@ -1,6 +1,6 @@
 """The bytes that every token of a vocabulary stands for, and the bytes of a text that each of its tokens covers.
 
-A tokenizer is passed in as it is: any object with the members of a transformers tokenizer that are read here.
+A tokenizer may be any object with those members of a transformers tokenizer that are read here.
 """
 
 import json
@@ -18,13 +18,13 @@ from mmkd.errors import UserError
 from .normal_form import NormalForm
 
 BOUNDARY_BYTES = b" \t\n"
-"""What a new pretoken begins with, apart from special tokens."""
+"""The bytes that begin a new pretoken; special tokens begin one too."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# These lose letters or spaces of ordinary text, so that pieces without their text say nothing.
+# These remove capitals, accents or spaces from ordinary text, so that pieces do not add up to the text.
 _LOSSY_NORMALIZERS = {"BertNormalizer", "Lowercase", "StripAccents"}
 _BOUNDARIES = {bytes([byte]) for byte in BOUNDARY_BYTES}
-# White space of many kinds, to see which of it a tokenizer keeps.
+# A sample with many kinds of white space, to see which of them a tokenizer keeps.
 _SPACED = "a  b\n\nc\td e "
 
 
@@ -32,8 +32,8 @@ _SPACED = "a  b\n\nc\td e "
 class Tokens:
     """Rows of token ids, end to end, and the bytes that each token covers: `data[starts[i] : starts[i] + lengths[i]]`.
 
-    Special tokens cover none. Row r is the tokens from `rows[r]` up to `rows[r + 1]`. The last byte of `data` is a
-    zero that no token covers. Tokens cover their pieces, or where they are `placed` (starts, lengths, data).
+    Special tokens cover no bytes. Row r is the tokens from `rows[r]` up to `rows[r + 1]`. The last byte of `data` is a
+    zero that no token covers. Tokens cover their pieces, or with `placed` (starts, lengths, data) parts of a text.
     """
 
     ids: Int[ndarray, "token"]
@@ -54,17 +54,17 @@ class Tokens:
         return self.placed[2] if self.placed else self.pieces.data
 
     def per_row(self, flags: Bool[ndarray, "token"] | None) -> Int[ndarray, "row"]:
-        """How many tokens of each row have the flag; without flags all."""
+        """The number of tokens with the flag in each row; without flags, of all tokens."""
         return np.diff(self.rows if flags is None else running(flags)[self.rows])
 
 
 @dataclass(frozen=True)
 class TokenPieces:
-    """The bytes of every token of a vocabulary: none for special tokens, those of the content for other added ones.
+    """The bytes of every token of a vocabulary: none for special tokens, the content for other added tokens.
 
-    Where `lossless` is false the pieces of ordinary text do not add up to it (they lack spaces or capitals), and
-    tokens have places only in a text that is given. What else they lack says `form`. `opening` tokens begin a word,
-    and `unknown` (-1 where there is none) stands for a text that nobody can tell.
+    With `lossless` false, the pieces of an ordinary text do not add up to it (they lack spaces or capitals), so that
+    tokens can only be placed in a text that is passed in. `form` describes what else the tokenizer rewrites. `opening`
+    tokens begin a word. `unknown` is the unknown token, whose text cannot be recovered, or -1.
     """
 
     name: str
@@ -83,7 +83,7 @@ class TokenPieces:
     def of(cls, tokenizer: Any) -> Self:
         """The pieces of a tokenizer: byte-level, SentencePiece, WordPiece or one token per byte.
 
-        Raises UserError for a slow tokenizer whose tokens are not bytes: it has neither pieces nor offsets.
+        Raises UserError for a slow tokenizer whose tokens are not bytes: it offers neither pieces nor offsets.
         """
         name = tokenizer.name_or_path or type(tokenizer).__name__
         vocabulary: dict[str, int] = tokenizer.get_vocab()
@@ -92,14 +92,14 @@ class TokenPieces:
         special |= set(tokenizer.all_special_ids)
         if tokenizer.is_fast:
             spelling = _Spelling.of(json.loads(tokenizer.backend_tokenizer.to_str()))
-            # It stands for a text, although nobody can tell which from the token.
+            # The unknown token stands for some text, although the token does not tell which.
             special.discard(vocabulary.get(spelling.unknown or "", -1))
         elif all(len(token) == 1 and ord(token) < 256 for token, i in vocabulary.items() if i not in added):
             spelling = _Spelling(alphabet={chr(byte): byte for byte in range(256)})
         else:
             raise UserError(
-                f"The tokenizer {name} ({type(tokenizer).__name__}) tells neither the bytes of its tokens nor where "
-                "in a text they lie, so nothing can be aligned with it. Load a fast tokenizer (use_fast=True, or a "
+                f"The tokenizer {name} ({type(tokenizer).__name__}) tells neither the bytes of its tokens nor their "
+                "position in a text, so nothing can be aligned with it. Load a fast tokenizer (use_fast=True, or a "
                 "tokenizer.json), or choose another model."
             )
         pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
@@ -140,9 +140,10 @@ class TokenPieces:
     ) -> tuple[Int[ndarray, "token"], Int[ndarray, "token"]]:
         """Where the bytes that each token covers start and end: in the UTF-8 of the text, else in the joined pieces.
 
-        The text may spell special tokens out; they cover nothing. Where the pieces do not add up to it (a normaliser
-        changed it), the tokenizer's character `offsets` say where tokens end, and each token starts where the one
-        before ends, so that it covers the space before it. Raises UserError where offsets are missing.
+        The text may spell special tokens out; they cover nothing. If the pieces do not add up to the text (a
+        normaliser changed it), tokens end at the tokenizer's character `offsets`, and each token starts at the end of
+        the token before, so that it covers the space in front of it. Raises UserError if offsets are needed and
+        missing.
         """
         ids = np.asarray(ids)
         if text is None:
@@ -158,7 +159,7 @@ class TokenPieces:
             return placed
         if offsets is None:
             raise UserError(
-                f"The tokens of {self.name} do not add up to their text; it normalises what it reads. Pass the "
+                f"The tokens of {self.name} do not add up to their text, which the tokenizer normalises. Pass the "
                 f"offsets of this text (return_offsets_mapping=True), or normalise it first: {text[:200]!r}"
             )
         return _spans_of_offsets(np.asarray(offsets, np.int64).reshape(-1, 2), self.special[ids], text)
@@ -170,9 +171,9 @@ class TokenPieces:
         texts: Sequence[str] | None = None,
         offsets: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> Tokens:
-        """Rows of so many tokens each, given end to end without padding, with the bytes that their tokens cover.
+        """Rows of tokens with the bytes that they cover; `ids` are end to end without padding, `lengths` are per row.
 
-        Without texts these are the pieces, whatever they lack. Raises UserError as `spans` does.
+        Without texts, tokens cover their pieces even if these are not lossless. Raises UserError as `spans` does.
         """
         ids, rows = np.asarray(ids), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         assert rows[-1] == len(ids), "lengths of rows do not add up to the tokens"
@@ -190,13 +191,13 @@ class TokenPieces:
     def _placed(
         self, ids: Int[ndarray, "token"], text: bytes
     ) -> tuple[Int[ndarray, "token"], Int[ndarray, "token"]] | None:
-        """Spans of pieces that are, run by run between special tokens, what the text says; else none."""
+        """The spans, if the pieces of each run between special tokens add up to the text; else None."""
         starts, ends = np.zeros((2, len(ids)), np.int64)
         place = begin = 0
         for stop in [*np.flatnonzero(self.special[ids]).tolist(), len(ids)]:
             run, lengths = ids[begin:stop], self.lengths[ids[begin:stop]]
             joined = self.data[ragged_ranges(self.starts[run], lengths)].tobytes()
-            # SentencePiece puts a space before what it reads.
+            # SentencePiece adds a space in front of the text.
             extra = 0 if text.startswith(joined, place) else 1
             if extra and not (joined.startswith(b" ") and text.startswith(joined[1:], place)):
                 return None
@@ -212,17 +213,17 @@ class TokenPieces:
 
 
 def boundary_mask(pieces: TokenPieces) -> Bool[ndarray, "vocab"]:
-    """Which tokens begin a new pretoken: with a space, tab or newline, as a new word, or as special tokens."""
+    """The tokens that begin a new pretoken: with a space, tab or newline, as a new word, or as special tokens."""
     return pieces.special | pieces.opening
 
 
 def spelling_numbers(
-    left: TokenPieces, right: TokenPieces
+    teacher: TokenPieces, student: TokenPieces
 ) -> tuple[Int32[ndarray, "vocab"], Int32[ndarray, "other_vocab"]]:
-    """A number for every token of both vocabularies, the same where they stand for the same bytes."""
+    """A number for every token of both vocabularies; tokens with the same bytes have the same number."""
     numbers: dict[bytes, int] = {}
     sides: list[list[int]] = []
-    for pieces in (left, right):
+    for pieces in (teacher, student):
         data = pieces.data.tobytes()
         spans = zip(pieces.starts.tolist(), (pieces.starts + pieces.lengths).tolist(), strict=True)
         sides.append([numbers.setdefault(data[start:end], len(numbers)) for start, end in spans])
@@ -230,14 +231,15 @@ def spelling_numbers(
 
 
 def running(values: ndarray) -> Int[ndarray, "item+1"]:
-    """Sums of the first 0, 1, ... values."""
+    """The sums of the first 0, 1, 2, ... values."""
     sums = np.zeros(len(values) + 1, np.int64)
     np.cumsum(values, out=sums[1:])
     return sums
 
 
 def ragged_ranges(starts: Int[ndarray, "range"], lengths: Int[ndarray, "range"]) -> Int[ndarray, "item"]:
-    """The numbers from each start on, as many as its length, range after range."""
+    """The integers `start, ..., start + length - 1` of all ranges, end to end."""
+    # np.concatenate of one np.arange per range costs a Python call each; a batch has thousands of ranges.
     ends = np.cumsum(lengths, dtype=np.int64)
     items = np.repeat(starts - ends + lengths, lengths)
     items += np.arange(len(items))
@@ -247,7 +249,7 @@ def ragged_ranges(starts: Int[ndarray, "range"], lengths: Int[ndarray, "range"])
 def _spans_of_offsets(
     offsets: Int[ndarray, "token 2"], special: Bool[ndarray, "token"], text: str
 ) -> tuple[Int[ndarray, "token"], Int[ndarray, "token"]]:
-    """Byte spans from character offsets, without gaps; a character that tokens share belongs to the last of them."""
+    """Byte spans from character offsets, without gaps; a character shared by several tokens belongs to the last."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
     starts, ends = np.concatenate([[0], np.cumsum(widths)])[offsets].T
@@ -261,7 +263,7 @@ def _spans_of_offsets(
 
 @dataclass(frozen=True)
 class _Spelling:
-    """How a family of tokenizers writes bytes as tokens."""
+    """The way in which a family of tokenizers writes bytes as tokens."""
 
     alphabet: Mapping[str, int] | None = None
     space: str | None = None
@@ -274,6 +276,7 @@ class _Spelling:
     @classmethod
     def of(cls, backend: Mapping[str, Any]) -> Self:
         """The spelling that the JSON of a fast tokenizer describes."""
+        # The JSON, because the objects of the tokenizers library do not expose the members of their sequences.
         model = backend["model"]
         parts = {key: _components(backend[key]) for key in ("normalizer", "pre_tokenizer", "decoder")}
         kinds = {key: {part["type"] for part in value} for key, value in parts.items()}
@@ -299,9 +302,9 @@ class _Spelling:
         )
 
     def opening(self, pieces: Sequence[bytes], vocabulary: Mapping[str, int]) -> Bool[ndarray, "vocab"]:
-        """Which tokens begin a word, given the pieces of all.
+        """The tokens that begin a word, given the pieces of all tokens.
 
-        Where words are marked at their ends every token may, as nothing in a token tells what it follows.
+        If a tokenizer marks the ends of words, every token counts, since a token does not tell what it follows.
         """
         opening = np.array([piece[:1] in _BOUNDARIES for piece in pieces], bool)
         if self.suffix:
@@ -312,7 +315,7 @@ class _Spelling:
         return opening
 
     def piece(self, token: str) -> bytes:
-        """The bytes of a token of the vocabulary that is not an added one."""
+        """The bytes of a token of the vocabulary that is not an added token."""
         if self.byte_tokens and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], 16)])
         token = token.removeprefix(self.prefix or "").removesuffix(self.suffix or "")
@@ -322,25 +325,25 @@ class _Spelling:
 
 
 def _form_of(tokenizer: Any, pieces: Sequence[bytes], spelling: _Spelling) -> NormalForm:
-    """What the tokenizer rewrites, its pieces being these."""
+    """The form that the tokenizer rewrites texts to, measured by a sample and its pieces."""
     if not tokenizer.is_fast:
         return NormalForm()
     ids: list[int] = tokenizer(_SPACED, add_special_tokens=False)["input_ids"]
     read = b"".join(pieces[index] for index in ids).decode(errors="replace")
     spaces = ["".join(character for character in text if character.isspace()) for text in (read, _SPACED)]
-    # SentencePiece puts one before what it reads.
+    # SentencePiece adds a space in front of the text.
     kept = spaces[0] in (spaces[1], f" {spaces[1]}")
     normalizer = tokenizer.backend_tokenizer.normalizer
     return NormalForm.of(normalizer, spaces=not kept, metaspace=spelling.space == "\u2581")
 
 
 def _components(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """A normalizer, pre-tokenizer or decoder, with sequences of them taken apart."""
+    """The parts of a normalizer, pre-tokenizer or decoder; sequences are flattened."""
     if part is None:
         return []
     if part["type"] != "Sequence":
         return [part]
-    # Called normalizers, pretokenizers or decoders.
+    # The key of the list depends on the kind: "normalizers", "pretokenizers" or "decoders".
     key = next(key for key, value in part.items() if isinstance(value, list))
     return [leaf for member in part[key] for leaf in _components(member)]
 
@@ -348,5 +351,5 @@ def _components(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 def _byte_alphabet() -> dict[str, int]:
     """The printable character that byte-level tokenizers write for each byte, as GPT-2 introduced them."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(unprintable)}

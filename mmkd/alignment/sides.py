@@ -27,20 +27,20 @@ class Spans(NamedTuple):
         return pairs
 
 
-# What is known of a token, together: looking it up waits for memory once.
+# All properties of a token in one record: a lookup per token then waits for memory once instead of seven times.
 _RECORD = np.dtype(
     [
         ("start", np.int32),
         ("length", np.int32),
-        # Tokens with the same number have the same bytes; -1 says nothing.
+        # Tokens with the same number have the same bytes; -1 is for tokens whose bytes must be compared.
         ("spelling", np.int32),
-        # In no chunk: a special token that is not part of a paired marker.
+        # Belongs to no chunk: a special token that is not part of a paired marker.
         ("skipped", bool),
-        # Begins with what is a boundary.
+        # Begins a new pretoken.
         ("opens", bool),
         # May be the first token of a marker.
         ("marks", bool),
-        # Stands for a text that nobody can tell.
+        # Stands for a text that cannot be recovered.
         ("unknown", bool),
     ],
     align=True,
@@ -51,7 +51,7 @@ _IS_BOUNDARY = np.isin(np.arange(256), np.frombuffer(BOUNDARY_BYTES, np.uint8))
 def table_of(
     pieces: TokenPieces, markers: MarkerTable, spelling: Int32[ndarray, "vocab"], opens: Bool[ndarray, "vocab"]
 ) -> ndarray:
-    """The records of a vocabulary."""
+    """The record of every token of a vocabulary."""
     table = np.zeros(len(pieces), _RECORD)
     table["start"], table["length"], table["spelling"] = pieces.starts, pieces.lengths, spelling
     table["skipped"], table["opens"], table["marks"] = pieces.special, opens, markers.begins
@@ -61,7 +61,7 @@ def table_of(
 
 
 def records_of(table: ndarray, tokens: Tokens) -> ndarray:
-    """The records of tokens, where they are placed in a text with what they cover there."""
+    """The records of tokens; for tokens that are placed in a text, with the bytes that they cover there."""
     records = table.take(tokens.ids)
     if tokens.placed:
         records["start"], records["length"], data = tokens.placed
@@ -72,10 +72,11 @@ def records_of(table: ndarray, tokens: Tokens) -> ndarray:
 
 @dataclass(frozen=True)
 class Side:
-    """One side's tokens in segments: in every row a text, a paired marker, a text and so on up to a last text.
+    """One side's tokens in segments: every row is a text, a paired marker, a text and so on up to a last text.
 
-    Both sides have the same segments. A marker is one byte long, on its last token, and has the byte zero. `skipped`
-    tokens belong to no chunk; other ones without bytes (a part of a character) belong to that of the bytes after them.
+    Both sides have the same segments. A marker counts as a single zero byte, which its last token covers. `skipped`
+    tokens belong to no chunk; other tokens without bytes (a part of a character) belong to the chunk of the next
+    bytes.
     """
 
     text: UInt8[ndarray, "byte"]
@@ -93,7 +94,7 @@ class Side:
         partners: Int[ndarray, "pair"],
         supervised: Bool[ndarray, "token"] | None,
     ) -> Self:
-        """The tokens divided at those markers that have partners; other ones that no text spells are skipped."""
+        """The tokens divided at the markers with partners; tokens of hard markers without a partner are skipped."""
         count = len(tokens.rows) - 1
         if not len(markers.starts):
             return cls(tokens.data, records, tokens.rows, np.arange(count), np.zeros(count, bool))
@@ -106,7 +107,7 @@ class Side:
         members, last = paired.tokens(), paired.stops - 1
         lengths[members], skipped[members] = 0, False
         if supervised is not None:
-            # Half of a marker may be supervised: the end of a turn, but not the newline after it.
+            # A marker may be supervised in part: the end of a turn, but not the newline after it.
             sizes = paired.stops - paired.starts
             taught = np.where(supervised[members], members, -1)
             latest = np.maximum.reduceat(taught, np.cumsum(sizes) - sizes) if len(sizes) else last
@@ -124,17 +125,17 @@ class Side:
 
     @cached_property
     def ends(self) -> Int[ndarray, "token+1"]:
-        """The bytes before each token, and at last all of them."""
+        """The number of bytes before each token, and after the last token."""
         return running(self.records["length"])
 
     @cached_property
     def sizes(self) -> Int[ndarray, "segment"]:
-        """The bytes in each segment."""
+        """The number of bytes in each segment."""
         return np.diff(self.ends[self.bounds])
 
     @cached_property
     def has_unknown(self) -> Bool[ndarray, "segment"]:
-        """The segments with a token that stands for a text that nobody can tell."""
+        """The segments with an unknown token, whose text cannot be recovered."""
         return np.diff(running(self.records["unknown"])[self.bounds]) > 0
 
     @cached_property
@@ -143,10 +144,11 @@ class Side:
         return self.records["length"] == 0
 
     def leading_spaces(self) -> Int[ndarray, "segment"]:
-        """How many spaces each segment begins with."""
+        """The number of spaces at the start of each segment."""
         begins, stops = self.ends[self.bounds[:-1]], self.ends[self.bounds[1:]]
         spaces = np.zeros(len(begins), np.int64)
         open_, width = np.flatnonzero(begins < stops), 1
+        # Most segments begin with no space or one: look at one byte first, and at 32 times more where all were spaces.
         while len(open_):
             places = (begins[open_] + spaces[open_])[:, None] + np.arange(width)
             inside = places < stops[open_, None]
@@ -158,7 +160,7 @@ class Side:
         return spaces
 
     def without_spaces(self, counts: Int[ndarray, "segment"]) -> Self:
-        """The same without the first so many bytes (none if negative) of each segment."""
+        """The same side without the first `counts[s]` bytes of each segment s (none where negative)."""
         if not (counts > 0).any():
             return self
         dropped = ragged_ranges(self.ends[self.bounds[:-1]], np.maximum(counts, 0))
@@ -170,7 +172,7 @@ class Side:
         return replace(self, records=records)
 
     def spans(self, closing: Int[ndarray, "chunk"], segment: Int[ndarray, "chunk"]) -> Spans:
-        """The chunks that end with these tokens, from the first token that belongs to them."""
+        """The chunks that end with the `closing` tokens, each from the first token that belongs to it."""
         stops = closing + 1
         starts = self.bounds.take(segment)
         np.maximum(starts[1:], stops[:-1], out=starts[1:])
@@ -179,7 +181,7 @@ class Side:
         return Spans(starts, stops)
 
     def at_boundary(self, spans: Spans, segment: Int[ndarray, "chunk"]) -> Bool[ndarray, "chunk"]:
-        """Whether whitespace or nothing follows a chunk in its segment."""
+        """Whether a chunk is followed by whitespace or ends its segment."""
         after, last = spans.stops, self.bounds[1:].take(segment)
         # Tokens without bytes are passed over.
         while (passed := (after < last) & self.blank.take(after, mode="clip")).any():
@@ -187,18 +189,18 @@ class Side:
         return (after >= last) | self.records["opens"].take(after, mode="clip")
 
     def rests(self, spans: Spans, edges: Int[ndarray, "segment+1"]) -> Spans:
-        """The tokens of each segment that follow its last span; those of segment s are `edges[s] : edges[s + 1]`."""
+        """The tokens after the last span of each segment; segment s has the spans `edges[s] : edges[s + 1]`."""
         starts = self.bounds[:-1].copy()
         some = np.flatnonzero(np.diff(edges))
         starts[some] = spans.stops[edges[some + 1] - 1]
         return Spans(starts, self.bounds[1:])
 
     def sizes_of(self, spans: Spans) -> Int[ndarray, "span"]:
-        """The bytes in each span."""
+        """The number of bytes in each span."""
         return self.ends[spans.stops] - self.ends[spans.starts]
 
     def data(self, spans: Spans, counts: Int[ndarray, "span"]) -> UInt8[ndarray, "byte"]:
-        """The first so many bytes of each span, end to end."""
+        """The first `counts[s]` bytes of each span s, end to end."""
         tokens = ragged_ranges(spans.starts, spans.stops - spans.starts)
         records = self.records.take(tokens)
         data = self.text.take(ragged_ranges(records["start"], records["length"]))
@@ -206,7 +208,7 @@ class Side:
         return data if (sizes == counts).all() else data[ragged_ranges(np.cumsum(sizes) - sizes, counts)]
 
     def covered(self, segment: int, unknown: int) -> tuple[bytes, Int[ndarray, "token"]]:
-        """The bytes of a segment, where unknown tokens are one such byte, and where in them each token ends."""
+        """The bytes of a segment, the byte `unknown` for each unknown token, and where in them each token ends."""
         records = self.records[self.bounds[segment] : self.bounds[segment + 1]].copy()
         lost = records["unknown"] & (records["length"] == 0)
         records["start"][lost], records["length"][lost] = 0, 1
@@ -223,7 +225,7 @@ class Side:
         return lacking.take(spans.starts) == lacking.take(spans.stops)
 
     def chunk_of(self, spans: Spans) -> Int32[ndarray, "token"]:
-        """The number of every token's chunk, or -1."""
+        """The chunk of every token, or -1."""
         chunk_of = np.full(len(self.records), -1, np.int32)
         chunk_of[spans.starts] = np.arange(len(spans.starts), dtype=np.int32)
         widths = spans.stops - spans.starts

@@ -1,9 +1,9 @@
 """The chunks that two tokenisations of the same text agree on: the shortest runs of tokens with the same bytes.
 
-Everything works on whole batches: tokens end to end, their cumulative lengths, and a table of the bytes at which the
-teacher's tokens end. Where a chunk is one token on both sides, a table made once says whether they are the same bytes;
-only those of other chunks are compared. Texts that turn out not to be the same bytes, as one side rewrites them (NFC,
-small letters, no accents, fewer spaces) or knows no token for a part, are aligned once more, each for itself, in a
+All steps work on whole batches: tokens end to end, their cumulative lengths, and a table of the bytes at which the
+teacher's tokens end. If a chunk is one token on both sides, a table that is made once tells whether the bytes are
+equal; only the bytes of other chunks are compared. The bytes of a text differ if one side rewrites it (NFC, small
+letters, no accents, fewer spaces) or has no token for a part of it. Such texts are aligned once more, one by one, in a
 form that neither side rewrites.
 """
 
@@ -21,16 +21,17 @@ from .normal_form import NormalForm
 from .pieces import TokenPieces, Tokens, boundary_mask, running, spelling_numbers
 from .sides import Side, Spans, records_of, table_of
 
-# What stands for unknown tokens of either side: no byte of UTF-8, and not the same, as their texts may differ.
+# The bytes for unknown tokens of teacher and student. They do not occur in UTF-8, and they are not equal, because the
+# texts of two unknown tokens may differ.
 _UNKNOWN = 0xFE, 0xFF
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of each row; `unaligned` counts supervised tokens that are in no chunk.
+    """The numbers of chunks and tokens in each row; `unaligned` counts supervised tokens that are in no chunk.
 
-    `differing` counts the texts between markers that are not the same on both sides, even in a form that neither of
-    them rewrites; what differs in such a text is in no chunk.
+    `differing` counts the texts between markers that differ between the sides even in a form that neither of them
+    rewrites; the differing parts of such a text are in no chunk.
     """
 
     chunks: Int[ndarray, "row"]
@@ -43,12 +44,12 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Chunks in the order of the text: teacher's tokens `teacher[c, 0] : teacher[c, 1]` say what the student's do.
+    """Chunks in the order of the text: tokens `teacher[c, 0] : teacher[c, 1]` and the same of `student` are one text.
 
-    Positions count tokens of all rows, end to end. `marker` chunks are paired markers (end of turn, say), whose bytes
-    differ. `at_boundary` chunks are followed by whitespace or a marker, or on one side by nothing (policy "space"
-    merges other chunks with the next). `chunk_of_*_token` is -1 for tokens in none, also for special tokens within a
-    chunk.
+    Positions count tokens of all rows, end to end. `marker` chunks are paired markers (an end of turn, for example),
+    whose bytes differ. `at_boundary` chunks are followed by whitespace or a marker, or on one side by nothing (policy
+    "space" merges other chunks with the next). `chunk_of_*_token` is -1 for tokens in no chunk, and for special tokens
+    within a chunk.
     """
 
     teacher: Int[ndarray, "chunk 2"]
@@ -83,7 +84,8 @@ class Aligner:
     def _tables(self) -> tuple[ndarray, ndarray]:
         spelling = spelling_numbers(self.teacher, self.student)
         opens = boundary_mask(self.teacher), boundary_mask(self.student)
-        # A side without spaces calls what follows any sign a word; the other one sees the spaces.
+        # A tokenizer that drops spaces marks a new word after every punctuation sign. Only the other side sees whether
+        # there was a space, so that its tokens alone decide.
         for own, pieces, other in ((0, self.teacher, self.student), (1, self.student, self.teacher)):
             if pieces.form.spaces and not other.form.spaces:
                 opens[own][:] = pieces.special
@@ -94,7 +96,7 @@ class Aligner:
 
     @cached_property
     def _form(self) -> NormalForm:
-        """What neither side rewrites."""
+        """The form that neither side rewrites."""
         return self.teacher.form | self.student.form
 
     def align(
@@ -106,15 +108,15 @@ class Aligner:
     ) -> Chunks:
         """The chunks of rows of tokens, row r of the teacher with row r of the student.
 
-        Rows are made of texts between paired markers, and each is aligned for itself: a marker or special token that
-        has no partner stands for nothing. Spaces at the start of a text that only one side has (SentencePiece's, or a
-        template's) are overlooked; after them bytes are compared, in a form that neither tokenizer rewrites where they
-        differ. What differs in that form, too, or is an unknown token on one side, is left out, and what follows is
-        paired again.
+        A row consists of texts between paired markers, and each text is aligned separately. A marker or special token
+        without a partner counts as empty. Spaces at the start of a text that only one side has (from SentencePiece or
+        a template) are ignored. The bytes after them are compared; where they differ, in the form that neither
+        tokenizer rewrites. Parts that differ in that form too, and parts that are an unknown token on one side, are
+        left out, and pairing continues after them.
 
-        With masks of supervised tokens, chunks of texts are kept where all of their tokens are supervised on both
-        sides, and markers where some are, which are then their tokens. A first token that nothing predicts must not
-        be supervised.
+        With masks of supervised tokens, a chunk of text is kept if all its tokens are supervised on both sides. A
+        marker is kept if some of its tokens are supervised, and then consists of these. The first token of a row,
+        which nothing predicts, must not be supervised.
         """
         assert len(teacher.rows) == len(student.rows), "teacher and student have different numbers of rows"
         ours, theirs = self._sides(teacher, student, teacher_supervised, student_supervised)
@@ -138,7 +140,7 @@ class Aligner:
         counts = RowCounts(
             np.diff(np.searchsorted(row, rows)),
             *aligned,
-            # Those in chunks are supervised.
+            # Tokens in chunks are supervised, so that the difference is the number of supervised tokens in none.
             teacher.per_row(teacher_supervised) - aligned[0],
             student.per_row(student_supervised) - aligned[1],
             np.bincount(theirs.rows[differing], minlength=len(rows) - 1),
@@ -160,7 +162,7 @@ class Aligner:
         teacher_supervised: Bool[ndarray, "teacher_token"] | None,
         student_supervised: Bool[ndarray, "student_token"] | None,
     ) -> tuple[Side, Side]:
-        """Both sides cut into texts between paired markers, without the spaces that only one of them starts with."""
+        """Both sides in texts between paired markers, without leading spaces that only one of them has."""
         records = records_of(self._tables[0], teacher), records_of(self._tables[1], student)
         markers = (
             self.teacher_markers.find(teacher, np.flatnonzero(records[0]["marks"])),
@@ -176,20 +178,23 @@ class Aligner:
 def _common_ends(
     ours: Side, theirs: Side
 ) -> tuple[Int[ndarray, "chunk"], tuple[Int[ndarray, "chunk"], Int[ndarray, "chunk"]]]:
-    """Where tokens of both sides end at the same byte: its segment, and the token of each side."""
+    """The tokens of both sides that end at the same byte: the segment, and the token of each side."""
     room = np.maximum(ours.sizes, theirs.sizes)
+    # Segment s may use the places from begins[s] on, enough for the longer side: ends in different segments never
+    # meet.
     begins = running(room)
     ends: list[ndarray] = []
     for side in (ours, theirs):
         shift = begins[:-1] - side.ends[side.bounds[:-1]]
         end = side.ends[1:] + np.repeat(shift, np.diff(side.bounds))
-        # A token without bytes ends where the one before it does: the last place below is for all of them.
+        # A token without bytes ends where the token before it does and closes no chunk: index -1, the last place of
+        # the table below, is reserved for such tokens.
         end[side.blank] = -1
         ends.append(end)
     token_at = np.full(begins[-1] + 2, -1, np.int32)
     token_at[ends[0]] = np.arange(len(ends[0]), dtype=np.int32)
     token_at[-1] = -1
-    partners = token_at.take(ends[1], mode="wrap")
+    partners: ndarray = token_at.take(ends[1], mode="wrap")
     closing = np.flatnonzero(partners >= 0)
     counts = np.diff(np.searchsorted(ends[1].take(closing), begins, "right"))
     return np.repeat(np.arange(len(room)), counts), (partners.take(closing), closing)
@@ -198,21 +203,24 @@ def _common_ends(
 def _compared(
     ours: Side, theirs: Side, spans: tuple[Spans, Spans], segment: Int[ndarray, "chunk"]
 ) -> tuple[Bool[ndarray, "chunk"], Bool[ndarray, "segment"]]:
-    """Which chunks no difference precedes in their segment, and which segments have one as far as both sides go."""
+    """The chunks without a difference before them in their segment, and the segments with a difference.
+
+    A segment is compared up to the end of its shorter side.
+    """
     (starts, stops), (other_starts, other_stops) = spans
     spelling = ours.records["spelling"][starts]
     sure = (spelling == theirs.records["spelling"][other_starts]) & (spelling >= 0)
     sure &= stops - starts + other_stops - other_starts == 2
     unsure = np.flatnonzero(~sure)
-    # After the last chunk of a segment there may be bytes on both sides, where one is cut or they differ.
+    # After the last chunk of a segment both sides may have bytes left, if one is truncated or they differ.
     edges = np.searchsorted(segment, np.arange(len(ours.rows) + 1))
     rests = ours.rests(spans[0], edges), theirs.rests(spans[1], edges)
     left = np.minimum(ours.sizes_of(rests[0]), theirs.sizes_of(rests[1]))
     open_ = np.flatnonzero(left)
     counts = np.concatenate([ours.sizes_of(spans[0].take(unsure)), left[open_]])
     data = [
-        side.data(Spans(*map(np.concatenate, zip(own.take(unsure), rest.take(open_), strict=True))), counts)
-        for side, own, rest in zip((ours, theirs), spans, rests, strict=True)
+        side.data(Spans(*map(np.concatenate, zip(span.take(unsure), rest.take(open_), strict=True))), counts)
+        for side, span, rest in zip((ours, theirs), spans, rests, strict=True)
     ]
     differing = np.zeros(len(ours.rows), bool)
     same = np.ones(len(segment), bool)
@@ -236,7 +244,7 @@ def _realigned(
     same: Bool[ndarray, "chunk"],
     differing: Bool[ndarray, "segment"],
 ) -> tuple[Int[ndarray, "chunk"], tuple[ndarray, ndarray], Bool[ndarray, "chunk"]]:
-    """The same chunks, those of `rewritten` segments found anew; marks in `differing` which of these still differ."""
+    """The same chunks, but those of `rewritten` segments aligned again; updates `differing` for these segments."""
     kept = ~np.isin(segment, rewritten)
     parts = [(segment[kept], closing[0][kept], closing[1][kept], same[kept])]
     for number in rewritten.tolist():
@@ -252,7 +260,7 @@ def _ends_in_form(
 ) -> tuple[Int[ndarray, "chunk"], Int[ndarray, "chunk"], Bool[ndarray, "chunk"], bool]:
     """Where chunks of a segment may end on both sides, which of them are the same text, and whether anything differs.
 
-    A chunk that is not the same text takes in what differs before the next one begins.
+    A chunk that is not the same text covers a difference up to the start of the next chunk.
     """
     texts: list[ndarray] = []
     tokens: list[ndarray] = []
@@ -261,7 +269,7 @@ def _ends_in_form(
         data, stops = side.covered(segment, unknown)
         text, places = form.fold(data)
         end = places[stops]
-        # Tokens of which nothing is left (a space, say) belong to those after them.
+        # Tokens that the form removes wholly (a space, for example) belong to the tokens after them.
         adding = np.flatnonzero(end > np.maximum.accumulate(np.append(0, end))[:-1])
         texts.append(text)
         tokens.append(side.bounds[segment] + adding)
@@ -272,14 +280,11 @@ def _ends_in_form(
         inside = [
             np.flatnonzero((end >= start) & (end <= start + length)) for end, start in zip(ends, starts, strict=True)
         ]
-        _, *which = np.intersect1d(
-            *(end[own] - start for end, own, start in zip(ends, inside, starts, strict=True)),
-            assume_unique=True,
-            return_indices=True,
-        )
+        first, second = (end[within] - start for end, within, start in zip(ends, inside, starts, strict=True))
+        which = np.intersect1d(first, second, assume_unique=True, return_indices=True)[1:]
         chosen.append(np.stack([inside[0][which[0]], inside[1][which[1]]]))
         alike = np.ones(len(which[0]), bool)
-        # Before the first end in a run something differs, unless the texts begin with it.
+        # The chunk that ends first in a run covers the difference before it, unless the run begins both texts.
         alike[:1] = starts == [0, 0]
         same.append(alike)
     pairs = np.concatenate(chosen, 1)

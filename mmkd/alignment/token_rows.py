@@ -1,4 +1,4 @@
-"""Which tokens of an old vocabulary a token of a new one stands for, to make the rows of its embeddings of theirs."""
+"""The tokens of an old vocabulary that make up each token of a new one, to initialise the new rows of embeddings."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from .pieces import TokenPieces
 
 @dataclass(frozen=True)
 class TokenRows:
-    """For each new token the old ones whose rows it is the mean of: the next `lengths[token]` of `pieces`, or none.
+    """The old tokens whose mean row initialises each new token: the next `lengths[token]` of `pieces`, or none.
 
-    `old` are the old tokens that have a row, `special` the new special ones.
+    `old` are the old tokens that have a row, `special` the new special tokens.
     """
 
     pieces: Int[ndarray, "piece"]
@@ -25,9 +25,11 @@ class TokenRows:
     special: frozenset[int]
 
     @classmethod
-    def of(cls, old_of: Mapping[int, Sequence[int]], size: int, old: Iterable[int], special: Iterable[int]) -> Self:
-        """The rows of tokens below `size`, each a list of old tokens."""
-        lists = [old_of.get(index, ()) for index in range(size)]
+    def of(
+        cls, old_tokens: Mapping[int, Sequence[int]], size: int, old: Iterable[int], special: Iterable[int]
+    ) -> Self:
+        """The value for the new tokens below `size`, from the list of old tokens of each."""
+        lists = [old_tokens.get(index, ()) for index in range(size)]
         lengths = np.fromiter(map(len, lists), np.int64, size)
         pieces = np.fromiter((piece for pieces in lists for piece in pieces), np.int64, int(lengths.sum()))
         return cls(pieces, lengths, np.array(sorted(old), np.int64), frozenset(special))
@@ -37,42 +39,44 @@ class TokenRows:
 
     @property
     def copied(self) -> int:
-        """The number of tokens that stand for one old token."""
+        """The number of new tokens that are one old token."""
         return int((self.lengths == 1).sum())
 
     @property
     def averaged(self) -> int:
-        """The number of tokens that stand for several old tokens."""
+        """The number of new tokens that are the mean of several old tokens."""
         return int((self.lengths > 1).sum())
 
     @property
     def random(self) -> int:
-        """The number of tokens that stand for none."""
+        """The number of new tokens without an old token, which start at random."""
         return int((self.lengths == 0).sum())
 
     def copies(self, old: int | None) -> list[int]:
-        """The new tokens that stand for this old one alone, ascending."""
+        """The new tokens that are a copy of this old token, ascending."""
         firsts = self.pieces[(np.cumsum(self.lengths) - self.lengths)[self.lengths == 1]]
         return np.flatnonzero(self.lengths == 1)[firsts == (-1 if old is None else old)].tolist()
 
 
 def token_rows(source: Any, target: Any, rows: int | None = None) -> TokenRows:
-    """What the tokens of `target` are in tokens of `source`, of which those from `rows` on have no row.
+    """The tokens of `target` in terms of tokens of `source`; source tokens from `rows` on have no row.
 
-    The first of these that applies: the special token of the same role, where bos wins, then what marks turns in the
-    chat templates, then eos and pad; the token of the same bytes; the tokens that the source splits its text into.
-    Raises UserError as `TokenPieces.of` does.
+    The first match counts: the special token of the same role (bos first, then the markers of turns in the chat
+    templates, then eos and pad); the token of the same bytes; the tokens that the source splits its text into. Raises
+    UserError as `TokenPieces.of` does.
     """
     old, new = TokenPieces.of(source), TokenPieces.of(target)
-    vocabulary, new_vocabulary = source.get_vocab(), target.get_vocab()
-    usable = {index for index in vocabulary.values() if rows is None or index < rows}
-    matched = _equal_tokens(vocabulary, new_vocabulary, old, new)
-    rest = {index: new.literals.get(index) or new[index] for index in new_vocabulary.values() if index not in matched}
-    old_of: dict[int, Sequence[int]] = {**_splits(source, old, rest)}
-    old_of |= {index: [match] for index, match in matched.items()}
-    old_of |= {index: [match] for index, match in _equal_roles(source, target, old, new).items()}
-    old_of = {index: [piece for piece in pieces if piece in usable] for index, pieces in old_of.items()}
-    return TokenRows.of(old_of, len(new), usable, np.flatnonzero(new.special).tolist())
+    old_vocabulary, new_vocabulary = source.get_vocab(), target.get_vocab()
+    usable = {index for index in old_vocabulary.values() if rows is None or index < rows}
+    matched = _equal_tokens(old_vocabulary, new_vocabulary, old, new)
+    unmatched = {
+        index: new.literals.get(index) or new[index] for index in new_vocabulary.values() if index not in matched
+    }
+    old_tokens: dict[int, Sequence[int]] = {**_splits(source, old, unmatched)}
+    old_tokens |= {index: [match] for index, match in matched.items()}
+    old_tokens |= {index: [match] for index, match in _equal_roles(source, target, old, new).items()}
+    old_tokens = {index: [piece for piece in pieces if piece in usable] for index, pieces in old_tokens.items()}
+    return TokenRows.of(old_tokens, len(new), usable, np.flatnonzero(new.special).tolist())
 
 
 def missing_specials(source: Any, target: Any) -> list[Any]:
@@ -85,16 +89,16 @@ def missing_specials(source: Any, target: Any) -> list[Any]:
 
 
 def _equal_tokens(
-    vocabulary: Mapping[str, int], new_vocabulary: Mapping[str, int], old: TokenPieces, new: TokenPieces
+    old_vocabulary: Mapping[str, int], new_vocabulary: Mapping[str, int], old: TokenPieces, new: TokenPieces
 ) -> dict[int, int]:
     by_bytes: dict[bytes, int] = {}
-    # A byte that is a token of its own may be spelled as the fallback of bytes, too: the shorter name is in use.
-    for _, index in sorted(vocabulary.items(), key=lambda item: (-len(item[0]), -item[1])):
+    # A byte may have two tokens: itself and its byte fallback (<0x41>). The shorter name is the one that texts use.
+    for _, index in sorted(old_vocabulary.items(), key=lambda item: (-len(item[0]), -item[1])):
         if old.lengths[index]:
             by_bytes[old[index]] = index
     matched: dict[int, int] = {}
     for token, index in new_vocabulary.items():
-        same = vocabulary.get(token)
+        same = old_vocabulary.get(token)
         if same is not None and old[same] == new[index]:
             matched[index] = same
         elif new[index] in by_bytes:
@@ -102,16 +106,19 @@ def _equal_tokens(
     return matched
 
 
-def _splits(source: Any, old: TokenPieces, spelled: Mapping[int, bytes]) -> dict[int, list[int]]:
-    """The old tokens that texts are split into: by the tokenizer, or where it reads something else, longest first."""
-    texts = [data.decode(errors="replace") for data in spelled.values()]
+def _splits(source: Any, old: TokenPieces, new_bytes: Mapping[int, bytes]) -> dict[int, list[int]]:
+    """The old tokens that the bytes of each new token are split into.
+
+    By the tokenizer, or where its tokens do not add up to the bytes, by the longest match first.
+    """
+    texts = [data.decode(errors="replace") for data in new_bytes.values()]
     splits: list[list[int]] = source(texts, add_special_tokens=False)["input_ids"] if texts else []
     by_bytes = {old[index]: index for index in np.flatnonzero(old.lengths)[::-1].tolist()}
-    splits_of: dict[int, list[int]] = {}
-    for (index, data), ids in zip(spelled.items(), splits, strict=True):
+    result: dict[int, list[int]] = {}
+    for (index, data), ids in zip(new_bytes.items(), splits, strict=True):
         read = b"".join(old.literals.get(piece) or old[piece] for piece in ids)
-        splits_of[index] = ids if read == data else _longest_first(data, by_bytes)
-    return splits_of
+        result[index] = ids if read == data else _longest_first(data, by_bytes)
+    return result
 
 
 def _longest_first(data: bytes, by_bytes: Mapping[bytes, int]) -> list[int]:
@@ -127,12 +134,12 @@ def _longest_first(data: bytes, by_bytes: Mapping[bytes, int]) -> list[int]:
 
 def _equal_roles(source: Any, target: Any, old: TokenPieces, new: TokenPieces) -> dict[int, int]:
     ours, theirs = markers_of(source), markers_of(target)
-    # A header that doubles as bos is no marker of it, and yet the nearest thing to a bos of the other side.
+    # `markers_of` gives no bos where role headers begin with it, but it is still the best match for the other bos.
     if source.bos_token_id is not None:
         ours["bos"] = {(source.bos_token_id,)}
     if target.bos_token_id == target.eos_token_id:
         theirs.pop("bos", None)
-    # Nothing predicts a pad: as a copy of eos it would share eos's probability.
+    # A padding token is never a label: as a copy of eos it would take half of eos's probability.
     if source.pad_token_id in (source.bos_token_id, source.eos_token_id):
         ours.pop("pad", None)
     turns = sorted(theirs.keys() - {"bos", "eos", "pad"}, key=lambda role: (role != "end of assistant", role))
@@ -149,7 +156,7 @@ def _equal_roles(source: Any, target: Any, old: TokenPieces, new: TokenPieces) -
 def _paired_specials(
     pattern: tuple[int, ...], candidates: Iterable[tuple[int, ...]], old: TokenPieces, new: TokenPieces
 ) -> list[tuple[int, int]]:
-    """The added tokens of a marker and those of its likest counterpart, in order."""
+    """Pairs of the special tokens of a marker and of its most similar counterpart, in order."""
 
     def added(ids: tuple[int, ...], pieces: TokenPieces) -> list[int]:
         return [index for index in ids if pieces.special[index]]
@@ -157,13 +164,17 @@ def _paired_specials(
     new_specials, spelling = added(pattern, new), [new.literals[index] for index in added(pattern, new)]
 
     def unlikeness(ids: tuple[int, ...]) -> tuple[Any, ...]:
-        specials = added(ids, old)
-        other_spelling = [old.literals[index] for index in specials] != spelling
-        return abs(len(specials) - len(new_specials)), other_spelling, len(ids), ids
+        old_specials = added(ids, old)
+        return (
+            abs(len(old_specials) - len(new_specials)),
+            [old.literals[index] for index in old_specials] != spelling,
+            len(ids),
+            ids,
+        )
 
     best = min(candidates, key=unlikeness)
-    specials = added(best, old)
-    # Where one template ends a header with a special token the other one may do it with a newline.
-    if specials and len(new_specials) == len(specials) + 1 and not old.special[best[-1]]:
-        specials.append(best[-1])
-    return list(zip(new_specials, specials, strict=False))
+    old_specials = added(best, old)
+    # One template may end a header with a special token where the other uses a newline.
+    if old_specials and len(new_specials) == len(old_specials) + 1 and not old.special[best[-1]]:
+        old_specials.append(best[-1])
+    return list(zip(new_specials, old_specials, strict=False))

@@ -1,4 +1,4 @@
-"""Whether two tokenizers are one, and how many tokens they share."""
+"""The number of tokens that two tokenizers share, if they have the same vocabulary."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -19,8 +19,8 @@ def shared_tokens(student: Any, teacher: Any, *rows: int) -> int:
 def shared_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int], added: Collection[str] = ()) -> int:
     """The number of leading token ids that mean the same to student and teacher.
 
-    A vocabulary may end with `added` tokens that the other one lacks (a padding token, say); no text splits into them,
-    and they are left out of every comparison. Raises UserError where the tokenizers really differ.
+    A vocabulary may end with `added` tokens that the other one lacks (a padding token, for example). No text is split
+    into them, and they are left out of every comparison. Raises UserError if other tokens differ.
     """
     common = {token for token, index in student.items() if teacher.get(token) == index}
     end = max((student[token] for token in common), default=-1) + 1
