@@ -1,7 +1,7 @@
-"""Approximate likelihood matching (ALM, 2503.20083): student and teacher compared by how likely they find a chunk.
+"""Approximate likelihood matching (ALM, 2503.20083): student and teacher are compared by the likelihood of chunks.
 
-A chunk is a piece of text that ends a token in both tokenisations, and its likelihood is the product of those of its
-tokens. The two models are then compared on two outcomes, {this chunk, anything else}, with any divergence.
+A chunk is a piece of text that ends with a token in both tokenisations. Its likelihood is the product of the
+likelihoods of its tokens. A divergence then compares the two models on two outcomes, {this chunk, anything else}.
 """
 
 import math
@@ -16,19 +16,20 @@ from mmkd.errors import UserError
 from .divergences import Divergence, below_one, forward_kl, log_one_minus_exp
 
 POLICIES = ("all", "space", "unbiased", "merge")
-"""all, space: chunks as they come (`space`: made to end at white space), without debiasing. unbiased, merge: debiased
-by the probability that the text could end there, where a chunk whose end the teacher finds improbable is left out
-(unbiased) or continued by the next one (merge, the paper's)."""
+"""all: every chunk. space: chunks are merged until they end at white space. unbiased, merge: chunks are debiased by
+the probability that a text could end there; a chunk whose end is improbable for the teacher is left out (unbiased) or
+merged with the next chunk (merge, as in the paper)."""
 
-# e**20 is far above any ratio that a student should learn from in one step, and its multiples are finite in fp32.
+# e**20 is far above any ratio that a student should learn from in one step, and multiples of it are finite in fp32.
 _LARGEST_EXPONENT = 20.0
 
 
 def chunk_log_probs(
     token_log_probs: Float[Tensor, "token"], chunk: Int[Tensor, "token"], chunks: int
 ) -> Float[Tensor, "chunk"]:
-    """The log-likelihood of each chunk: the sum over its tokens; tokens of chunk -1 belong to none."""
-    # These go to one slot more, which is cut off: selecting them would make a GPU wait for their number.
+    """The log-likelihood of each chunk in nats: the sum over its tokens. Tokens of chunk -1 are left out."""
+    # Tokens in no chunk go to a slot of their own that is cut off: a mask would need a copy of a data-dependent size,
+    # for which a GPU has to wait.
     slot = torch.where(chunk < 0, chunks, chunk)
     return token_log_probs.new_zeros(chunks + 1).index_add(0, slot, token_log_probs)[:chunks]
 
@@ -38,7 +39,7 @@ def chunk_log_probs(
 
 @dataclass(frozen=True)
 class ChunkGroups:
-    """What is compared: each group of consecutive chunks is one item of the loss."""
+    """Groups of consecutive chunks; each group is one item of the loss."""
 
     group: Int[Tensor, "chunk"]
     """The group of each chunk, -1 for a chunk that is left out."""
@@ -52,7 +53,7 @@ class ChunkGroups:
     def log_probs(
         self, log_probs: Float[Tensor, "chunk"], boundary_log_probs: Float[Tensor, "chunk"] | None = None
     ) -> Float[Tensor, "group"]:
-        """One model's log-likelihood of each group, times that of a boundary after it where these are debiased."""
+        """One model's log-likelihood of each group in nats; if debiased, of the group and a boundary after it."""
         grouped = chunk_log_probs(log_probs, self.group, len(self))
         if not self.debiased:
             return grouped
@@ -68,10 +69,10 @@ def group_chunks(
 ) -> ChunkGroups:
     """The items of the loss under one of POLICIES.
 
-    Chunks are in the order of the text; `row` numbers the text that each is from. The boundary log-probs are those of
-    the teacher, who decides for both: the probability, after the chunk, of a token that begins a new word or ends the
-    text. A chunk has a probable end when that is above the threshold (the paper's gamma); the last one of a row ends
-    anyway. Raises UserError for an unknown policy, and without boundaries where the policy needs them.
+    Chunks are in the order of the text; `row` is the number of the text that each belongs to. The teacher decides for
+    both models: its boundary log-prob is that of a token, after the chunk, that begins a new word or ends the text. A
+    chunk has a probable end if this probability is above the threshold (gamma in the paper). The last chunk of a row
+    always ends a group. Raises UserError for an unknown policy, and if boundaries are missing that the policy needs.
     """
     if policy not in POLICIES:
         raise UserError(f"Chunk policy {policy!r} is unknown; choose one of {', '.join(POLICIES)}.")
@@ -80,8 +81,8 @@ def group_chunks(
         return ChunkGroups(index, index, debiased=False)
     if teacher_boundary_log_probs is None:
         raise UserError(
-            f"Chunk policy {policy} needs the teacher's probability of a boundary after each chunk, and this teacher "
-            "does not provide it; use policy all or space."
+            f"Chunk policy {policy} needs the teacher's probability of a boundary after each chunk, which "
+            "this teacher does not give. Use policy all or space."
         )
     probable = teacher_boundary_log_probs.detach().exp() > threshold
     if policy == "unbiased":
@@ -107,8 +108,8 @@ def binarised(
 ) -> Float[Tensor, "chunk"]:
     """A divergence over the outcomes {this chunk, anything else}, p and 1 - p, where p = likelihood^(1 / temperature).
 
-    In the unit of the divergence, and not multiplied by the temperature or its square: gradients shrink with 1 /
-    temperature. At most the divergence between all texts: two outcomes cannot tell apart more than all of them can.
+    In the unit of the divergence. It is not multiplied by the temperature or its square, so that gradients shrink with
+    1 / temperature. It is a lower bound of the divergence over all texts (data-processing inequality).
     """
     return divergence(_outcomes(student_log_probs, temperature), _outcomes(teacher_log_probs, temperature))
 
@@ -121,7 +122,7 @@ def binary_kl_limit(
     With a, b the negative log-likelihoods of teacher and student: a log(a / b) - a + b, the KL of two Poisson
     distributions with these rates.
     """
-    # Strictly below certainty: at a likelihood of 1 the logarithm of the rate, and its gradient, are infinite.
+    # A chunk that is certain has a = 0, where a log a has no derivative.
     a, b = -below_one(teacher_log_probs), -below_one(student_log_probs)
     return a * (a / b).log() - a + b
 
@@ -136,20 +137,20 @@ def absolute_difference(
 def joschu_k2(
     student_log_probs: Float[Tensor, "*item"], teacher_log_probs: Float[Tensor, "*item"], temperature: float = 1.0
 ) -> Float[Tensor, "*item"]:
-    """Half the squared log-ratio, an estimate of a KL by few samples (joschu.net/blog/kl-approx.html)."""
+    """Half the squared log-ratio: a biased estimate of a KL with low variance (joschu.net/blog/kl-approx.html)."""
     return ((teacher_log_probs - student_log_probs) / temperature).square() / 2
 
 
 def joschu_k3(
     student_log_probs: Float[Tensor, "*item"], teacher_log_probs: Float[Tensor, "*item"], temperature: float = 1.0
 ) -> Float[Tensor, "*item"]:
-    """r - 1 - log r with r = teacher / student, an estimate of KL(student || teacher) by samples of the student.
+    """r - 1 - log r with r = teacher / student, an unbiased estimate of KL(student || teacher) by student samples.
 
-    Continued linearly in log r where r is above e^20, so that it stays finite.
+    Above r = e^20 it is continued linearly in log r, so that it stays finite.
     """
     log_ratio = (teacher_log_probs - student_log_probs) / temperature
     beyond = (log_ratio - _LARGEST_EXPONENT).clamp(min=0)
-    # expm1: near a ratio of 1, where a trained student is, r - 1 and log r cancel to the last digits.
+    # expm1, because near a ratio of 1, where a trained student is, r - 1 and log r cancel to the last digits.
     ratio_less_one = log_ratio.clamp(max=_LARGEST_EXPONENT).expm1()
     return ratio_less_one + math.exp(_LARGEST_EXPONENT) * beyond - log_ratio
 

@@ -1,4 +1,4 @@
-"""How several losses become one: their sum, a weighted sum, or weights that balance their gradients (GradMag)."""
+"""Combination of several losses: their sum, a weighted sum, or weights that balance their gradients (GradMag)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -20,9 +20,9 @@ def combination_weights(
 ) -> dict[str, float | Tensor]:
     """The factor of each of the named losses, without gradient.
 
-    `sum`: 1 each. `weights`: those passed in. `gradmag`: see `gradmag_weights`; `gradients` has a row for each loss in
-    order, and `weights`, if any, are its shares. Raises UserError for an unknown combination, and for weights that are
-    missing, superfluous or not used.
+    `sum`: 1 each. `weights`: the given weights. `gradmag`: see `gradmag_weights`; `gradients` has one row per loss, in
+    order, and the weights, if any, are the shares. Raises UserError for an unknown combination, for missing or excess
+    weights, and for weights with `sum`.
     """
     if combination not in COMBINATIONS:
         raise UserError(f"Combination {combination!r} is unknown; choose one of {', '.join(COMBINATIONS)}.")
@@ -45,27 +45,30 @@ def combination_weights(
 def gradmag_weights(
     gradients: Float[Tensor, "loss parameter"], shares: Sequence[float] | None = None
 ) -> Float[Tensor, "loss"]:
-    """`s_i / |G_i|`, scaled to the sum of the shares s, so that the weighted gradients G are as long as their shares.
+    """`s_i / |G_i|`, scaled to the sum of the shares s: weighted gradients G have lengths proportional to the shares.
 
-    Without shares, all weighted gradients are of one length and the weights sum to 1: ALM's GradMag with its magnitude
-    preserved, in the approximation that its authors train with, the gradients of the last layer only. With shares, the
-    weights are the shares themselves where all gradients are of one length. A loss without any gradient (a batch
-    without a chunk) weighs 0 and its share is not given to others; the authors let it stop all others.
+    Without shares, all weighted gradients have the same length and the weights sum to 1. This is ALM's GradMag with
+    its magnitude preserved, in the approximation that its authors train with, the gradients of the last layer only. If
+    all gradients have the same length, the weights are the shares themselves. A loss without a gradient (a batch
+    without a chunk) has weight 0, and its share is not given to the others; in the authors' code it stops all
+    others.
     """
     wide = torch.promote_types(gradients.dtype, torch.float32)
+    # The squares of half-precision gradients overflow or vanish: the norm is taken in fp32.
     norms: Tensor = cast(Any, torch.linalg).vector_norm(gradients.detach(), dim=-1, dtype=wide)
     present = norms > 0
     lengths = present / present.sum().clamp(min=1) if shares is None else present * norms.new_tensor(shares)
+    # The epsilon makes 0 / 0 a 0 for a loss without a gradient.
     weights = lengths / (norms + 1e-8)
     return weights * (lengths.sum() / weights.sum().clamp(min=torch.finfo(wide).tiny))
 
 
 def gradients_of(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Float[Tensor, "loss parameter"]:
-    """The gradient of each loss by all the parameters in a row; the graph stays for the backward pass.
+    """The gradient of each loss with respect to all parameters, flattened into one row; the graph is kept.
 
-    The losses must be such as can be backpropagated twice; those of `fused_loss` and `relation_loss` are where they
-    are made `repeatable`. On several ranks these are the gradients of one rank: sum them before their norms are taken,
-    or ranks weigh differently.
+    The losses must allow a second backward pass, as those of `fused_loss` and `relation_loss` do with `repeatable`. On
+    several ranks these are the gradients of one rank: sum them over ranks before their norms are taken, or every rank
+    computes weights of its own.
     """
     rows: list[Tensor] = []
     for loss in losses:

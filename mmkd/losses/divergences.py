@@ -1,4 +1,4 @@
-"""Divergences between two distributions: per-item nats from log-probabilities, whatever the outcomes are.
+"""Divergences between two distributions: nats per item from log-probabilities over any kind of outcomes.
 
 Every function takes student and teacher log-probabilities whose last axis holds the outcomes and returns one value per
 item. None of them shifts, masks, tempers or reduces. Outcomes of probability zero (`-inf`) on both sides add nothing.
@@ -17,14 +17,15 @@ from mmkd.errors import UserError
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """(student log-probs, teacher log-probs) -> nats per item."""
 
-# exp() of it is 0 in every dtype while 0 * it is still 0, so that p log p is 0 and not NaN where p is 0.
+# exp(_LOG_ZERO) is 0 in every dtype and _LOG_ZERO itself is finite in fp16, so that p log p is 0, and not NaN, where p
+# is 0.
 _LOG_ZERO = -1e4
 
 
 def forward_kl(
     student_log_probs: Float[Tensor, "*item outcome"], teacher_log_probs: Float[Tensor, "*item outcome"]
 ) -> Float[Tensor, "*item"]:
-    """KL(teacher || student) in nats: the student covers everything the teacher does (Hinton et al. 2015)."""
+    """KL(teacher || student) in nats: mode-covering, as used by Hinton et al. (2015)."""
     log_p, log_q = _finite(teacher_log_probs), _finite(student_log_probs)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -32,7 +33,7 @@ def forward_kl(
 def reverse_kl(
     student_log_probs: Float[Tensor, "*item outcome"], teacher_log_probs: Float[Tensor, "*item outcome"]
 ) -> Float[Tensor, "*item"]:
-    """KL(student || teacher) in nats: the student avoids what the teacher would not say (MiniLLM, 2306.08543)."""
+    """KL(student || teacher) in nats: mode-seeking (MiniLLM, 2306.08543)."""
     return forward_kl(teacher_log_probs, student_log_probs)
 
 
@@ -95,14 +96,14 @@ def adaptive_kl(
     *,
     taid_parity: bool = False,
 ) -> Float[Tensor, "*item"]:
-    """Forward and reverse KL weighted by where the two distributions differ, in nats (AKL, 2404.02657).
+    """Forward and reverse KL, weighted by where the two distributions differ, in nats (AKL, 2404.02657).
 
-    The head is the smallest set of the teacher's most likely outcomes with a mass of at least `mu`, the tail is the
-    rest; forward KL has the head's share of the L1 gap, reverse KL the tail's. The shares carry no gradient. With
-    `mu` = 1 this is the forward KL, with 0 the reverse KL.
+    The head is the smallest set of the teacher's most likely outcomes with a mass of at least `mu`; the tail is all
+    other outcomes. The weight of the forward KL is the head's share of the L1 gap, that of the reverse KL the tail's.
+    The shares carry no gradient. With `mu` = 1 this is the forward KL, with 0 the reverse KL.
 
-    `taid_parity` repeats the defects of the TAID repository, for golden tests only: the head's mask is applied to the
-    gaps in vocabulary order, the shares carry gradient and the forward part lacks the teacher's entropy. Raises
+    `taid_parity` reproduces defects of the TAID repository, for golden tests only: the head's mask is applied to the
+    gaps in vocabulary order, the shares carry a gradient, and the forward part lacks the teacher's entropy. Raises
     UserError when mu is outside [0, 1].
     """
     _check_weight("mu", mu)
@@ -128,11 +129,10 @@ def adaptive_kl(
 def interpolated_log_probs(
     student_log_probs: Float[Tensor, "*item outcome"], teacher_log_probs: Float[Tensor, "*item outcome"], t: float
 ) -> Float[Tensor, "*item outcome"]:
-    """log softmax((1 - t) student + t teacher), the intermediate teacher of TAID (2501.16937, eq. 3), no gradient.
+    """log softmax((1 - t) student + t teacher): the intermediate teacher of TAID (2501.16937, eq. 3), no gradient.
 
-    Log-probs in place of logits change nothing: they differ by a constant per item, which softmax ignores.
+    The paper interpolates logits. Log-probs give the same: they differ by a constant per item, which softmax ignores.
     """
-    # At the ends another softmax over the vocabulary would change nothing but the last bits.
     if t == 0:
         return student_log_probs.detach()
     if t == 1:
@@ -147,29 +147,30 @@ def renyi(
 ) -> Float[Tensor, "*item"]:
     """The Renyi divergence of the teacher from the student in nats, log(sum p^alpha q^(1 - alpha)) / (alpha - 1).
 
-    Alpha 1 is the forward KL. All outcomes must be possible. Raises UserError when alpha is not positive.
+    Alpha 1 is the forward KL. No outcome may have probability 0. Raises UserError when alpha is not positive.
     """
     if alpha <= 0:
         raise UserError(f"alpha is {alpha}; the Renyi divergence needs a positive order.")
     if alpha == 1:
         return forward_kl(student_log_probs, teacher_log_probs)
-    # Summed in logs: q^(1 - alpha) overflows where the student finds an outcome all but impossible.
+    # A sum of logs, since q^(1 - alpha) overflows where the student finds an outcome all but impossible.
     return torch.logsumexp(alpha * teacher_log_probs + (1 - alpha) * student_log_probs, -1) / (alpha - 1)
 
 
 def log_one_minus_exp(log_probs: Float[Tensor, "*item"]) -> Float[Tensor, "*item"]:
     """log(1 - p) from log p <= 0, finite down to a remainder of one unit in the last place of p."""
     log_probs = below_one(log_probs)
-    # log(1/2): below it log1p(-exp(x)) keeps all digits, above it log(-expm1(x)) does (Maechler, "log1mexp", 2012).
+    # log(1 - e^x) is exact as log(-expm1(x)) above -log 2 and as log1p(-e^x) below it (Maechler 2012).
     near_one = log_probs > -0.6931
-    # Each branch sees the values it is exact for, and a harmless one elsewhere, so that no gradient is 0 * inf.
+    # Each branch sees its own values, and -1 in place of the others: an infinite derivative of the branch that is not
+    # taken would be multiplied by 0 and give NaN.
     of_large = (-log_probs.where(near_one, -1).expm1()).log()
     of_small = (-log_probs.where(~near_one, -1).exp()).log1p()
     return of_large.where(near_one, of_small)
 
 
 def below_one(log_probs: Float[Tensor, "*item"]) -> Float[Tensor, "*item"]:
-    """The log-probs with certainty moved one unit in the last place below it."""
+    """The log-probs, at most -eps: a probability of 1 becomes the next smaller number."""
     return log_probs.clamp(max=-torch.finfo(log_probs.dtype).eps)
 
 
@@ -179,13 +180,17 @@ def entropy(log_probs: Float[Tensor, "*item outcome"]) -> Float[Tensor, "*item"]
 
 
 class _JensenShannon(torch.autograd.Function):
-    """Half the time of autograd's own way: the derivative of each half is the product that its value sums up."""
+    """The JSD with closed-form derivatives, in half the time of autograd.
+
+    The derivative of beta KL(p || m) + (1 - beta) KL(q || m) by log p is beta p (log p - log m), and that by log q is
+    (1 - beta) q (log q - log m): the terms by way of m cancel, and the products are those that the value sums up.
+    """
 
     @staticmethod
     def forward(ctx: Any, log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-        # Both are written over below: at a vocabulary of 152k each is a tensor as large as the logits.
         p, q = log_p.exp(), log_q.exp()
         log_mixture = _positive(torch.lerp(q, p, beta)).log()
+        # In place: over a vocabulary of 152k each of these tensors is as large as the logits.
         student, teacher = q.mul_(log_q - log_mixture), p.mul_(log_p - log_mixture)
         ctx.beta = beta
         ctx.save_for_backward(student, teacher if ctx.needs_input_grad[1] else None)
@@ -193,7 +198,11 @@ class _JensenShannon(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        student: Tensor
+        teacher: Tensor | None
         student, teacher = ctx.saved_tensors
         grad_p = None if teacher is None else ctx.beta * grad[..., None] * teacher
         return (1 - ctx.beta) * grad[..., None] * student, grad_p, None
@@ -215,7 +224,9 @@ class _SkewKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         return *(None if by is None else grad[..., None] * by for by in ctx.saved_tensors), None
 
 
@@ -224,33 +235,32 @@ def _apply(function: type[torch.autograd.Function], student: Tensor, teacher: Te
 
 
 def _head_gap(p: Tensor, gap: Tensor, mu: float) -> Tensor:
-    """The gap over the smallest set of likeliest outcomes with mass mu, per item."""
+    """The gap over the smallest set of most likely outcomes with mass mu, per item."""
     items, outcomes = p.shape[:-1], p.shape[-1]
     p, gap = p.reshape(-1, outcomes), gap.reshape(-1, outcomes)
     head_gap = p.new_zeros(len(p))
-    left = torch.arange(len(p), device=p.device)
-    # In half precision a sum stops growing long before its mass is reached.
+    remaining = torch.arange(len(p), device=p.device)
+    # In half precision a cumulative sum stops growing long before it reaches mu.
     precise = torch.promote_types(p.dtype, torch.float32)
-    # Sorting a whole vocabulary costs several times the divergence, and only flat distributions need it.
+    # A sort of the whole vocabulary costs several times the divergence, and only flat distributions need it.
     for size in [*(size for size in (64, 4096) if size < outcomes), outcomes]:
         top, order = p.topk(size)
-        head_gap[left] = (gap.gather(-1, order) * (top.cumsum(-1, dtype=precise) - top < mu)).sum(-1)
+        head_gap[remaining] = (gap.gather(-1, order) * (top.cumsum(-1, dtype=precise) - top < mu)).sum(-1)
         short = (top.sum(-1, dtype=precise) < mu).nonzero()[:, 0]
         if not len(short):
             break
-        left, p, gap = left[short], p[short], gap[short]
+        remaining, p, gap = remaining[short], p[short], gap[short]
     return head_gap.reshape(items)
 
 
 def _finite(log_probs: Tensor) -> Tensor:
-    # Looking for -inf first: differentiating a clamp costs more than the divergence, and is almost never needed. On a
-    # GPU looking is dearer than clamping: the CPU would wait until all kernels in the queue are done.
+    # A clamp is almost never needed, and its backward pass costs more than the divergence: look for -inf first. On a
+    # GPU the answer would have to wait for all queued work, which costs more than the clamp.
     needed = log_probs.device.type != "cpu" or (log_probs.numel() > 0 and not log_probs.detach().amin() > -torch.inf)
     return log_probs.clamp(min=_LOG_ZERO) if needed else log_probs
 
 
 def _positive(probs: Tensor) -> Tensor:
-    # What neither side finds possible would otherwise be 0 * log 0, NaN.
     return probs + torch.finfo(probs.dtype).tiny
 
 

@@ -1,6 +1,6 @@
-"""DHO (2505.07675): losses of a student with a supervised and a distillation head, and how their predictions combine.
+"""DHO (2505.07675): losses of a student with a supervised and a distillation head, and the combined prediction.
 
-The outcomes are classes and an item is a row of data, so the divergences of tokens serve here too.
+The outcomes are classes and an item is a row of data; the divergences are the same as for tokens.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,8 @@ def distillation_loss(
 ) -> Float[Tensor, "row"]:
     """temperature^2 KL(teacher || student) per row in nats, both softened by the temperature (eq. 6).
 
-    The factor is the authors' code's, not the paper's: it keeps the gradient's size where the temperature changes.
+    The factor is in the authors' code but not in the paper. It makes the size of the gradient independent of the
+    temperature.
     """
     student = (kd_logits.float() / temperature).log_softmax(-1)
     teacher = (teacher_logits.float() / temperature).log_softmax(-1)
@@ -48,7 +49,7 @@ def interpolate(
     """
     check_interpolation(alpha, beta)
     ce, kd = ce_logits.float().log_softmax(-1), (kd_logits.float() / beta).log_softmax(-1)
-    # The exact ends, where the log of a zero weight would make NaN of a gradient.
+    # At the ends one weight is 0 and its log is -inf, which would make the gradient NaN.
     if alpha == 1:
         return ce
     if alpha == 0:
@@ -83,13 +84,14 @@ def search_interpolation(
     alphas: Sequence[float] = ALPHAS,
     betas: Sequence[float] = BETAS,
 ) -> Interpolation:
-    """The pair with the highest accuracy on labelled rows; beta is the outer loop and the first of equals wins.
+    """The pair with the highest accuracy on labelled rows; beta is the outer loop, and the first of equal pairs wins.
 
-    As in the authors' code, but for rows of which no pair gets one right: theirs then answers (0, 1) without having
-    tried it, this one the first pair. Raises UserError for no rows, an empty grid, or values out of range.
+    The result is that of the authors' code, unless every pair predicts all rows wrongly: their code then returns (0,
+    1) without having tried it, this function the first pair. Raises UserError for no rows, an empty grid, or values
+    out of range.
     """
     if len(labels) == 0 or not alphas or not betas:
-        raise UserError("alpha and beta are chosen by accuracy: give labelled rows and at least one value of each.")
+        raise UserError("alpha and beta are chosen by accuracy; pass labelled rows and at least one value of each.")
     ce = ce_logits.float().softmax(-1)
     grid: list[tuple[float, float, float]] = []
     for beta in betas:
@@ -107,7 +109,7 @@ def search_interpolation(
 def gradient_cosine(
     first: Float[Tensor, "row width"], second: Float[Tensor, "row width"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "row"]]:
-    """Cosine of two losses' gradients on the same features: of the whole batch, and row by row; 0 for none."""
+    """Cosine of the gradients of two losses by the same features: of the whole batch, and per row; 0 for zeros."""
     rows = (normalize(first.float(), dim=-1) * normalize(second.float(), dim=-1)).sum(-1)
     whole = (normalize(first.float().flatten(), dim=0) * normalize(second.float().flatten(), dim=0)).sum()
     return whole, rows

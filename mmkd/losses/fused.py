@@ -2,7 +2,7 @@
 
 The logits of a language model are its largest tensor: 4,096 tokens of a 152k vocabulary are 1.2 GB in bf16, for the
 student, again for the teacher, and as much for their gradients. Here they exist for one chunk of tokens at a time:
-project, compare, differentiate, multiply back into the gradients of hidden states and head, forget.
+project, compare, differentiate, multiply back into the gradients of hidden states and head, and discard.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,15 +21,16 @@ Objective = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, dict[str, Tensor]]
 """(student log-probs, teacher log-probs) -> nats per token, optionally with more values per token to report."""
 
 
-# fp32 logits compared at a time. On a CPU they stay in its cache, while larger tiles are read anew by every operation.
-# A GPU wants enough of them to be busy, and its memory pays for temporaries: about so many bytes for each logit.
+# The number of fp32 logits that are compared at a time. On a CPU a tile of this size stays in the cache, while a
+# larger one is read from memory by every operation. A GPU needs larger tiles to be busy, and memory for the
+# temporaries of the comparison: about TILE_BYTES per logit.
 CPU_TILE_ELEMENTS = 1 << 17
 GPU_TILE_ELEMENTS = 1 << 23
 TILE_BYTES = 64
 
 
 class Head(Protocol):
-    """What turns hidden states into logits; `mmkd.models.heads.LMHead` is one."""
+    """The map from hidden states to logits, such as `mmkd.models.heads.LMHead`."""
 
     @property
     def weight(self) -> Tensor: ...
@@ -43,13 +44,13 @@ class Head(Protocol):
 
 
 class Outcomes(Protocol):
-    """What the teacher says about one chunk of tokens."""
+    """The teacher's distributions for one chunk of tokens."""
 
     whole_vocabulary: ClassVar[bool]
     """Whether the compared outcomes are the tokens of the vocabulary, in its order."""
 
     def compare(self, logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
-        """Student and teacher log-probs of the outcomes the teacher speaks of, for some rows of the chunk."""
+        """Student and teacher log-probs of the outcomes that the teacher covers, for some rows of the chunk."""
         ...
 
     def top1(self, rows: slice) -> Tensor:
@@ -59,7 +60,7 @@ class Outcomes(Protocol):
 
 @dataclass(frozen=True)
 class Share:
-    """What one of several teachers says about a chunk, and its share of the loss."""
+    """The distributions of one of several teachers for a chunk, and their weight in the loss."""
 
     teacher: str
     weight: float
@@ -67,24 +68,24 @@ class Share:
 
 
 class Targets(Protocol):
-    """What the teacher says about all tokens; the token signals of `mmkd.teachers.signals` are such targets."""
+    """The teacher's distributions for all tokens, such as the token signals of `mmkd.teachers.signals`."""
 
     def chunks(self, size: int) -> Iterator[Outcomes]:
-        """The outcomes of `size` tokens at a time; a chunk is dead once the next one is asked for."""
+        """The outcomes of `size` tokens at a time; a chunk is valid until the next one is requested."""
         ...
 
 
 class MixedTargets(Protocol):
-    """What several teachers say about all tokens."""
+    """The distributions of several teachers for all tokens."""
 
     def chunks(self, size: int) -> Iterator[Sequence[Share]]:
-        """The shares of `size` tokens at a time; a chunk is dead once the next one is asked for."""
+        """The shares of `size` tokens at a time; a chunk is valid until the next one is requested."""
         ...
 
 
 @dataclass
 class FusedLoss:
-    """Sums over the tokens, in nats unless named otherwise: `total` carries the gradient, `sums` are for reporting."""
+    """Sums over the tokens, in nats unless stated otherwise. `total` carries the gradient; `sums` are for reports."""
 
     total: Float[Tensor, ""]
     sums: dict[str, Float[Tensor, ""]]
@@ -109,21 +110,21 @@ def fused_loss(
     Row i of `hidden` predicts `labels[i]`: shift and mask before the call. Memory is the gradient of the head plus one
     chunk of logits per model, whatever the number of tokens. Without `targets` the cross-entropy is the whole loss.
 
-    Matrix products run in the autocast type or else in that of the head; `precise` computes logits in fp32 (bf16
+    Matrix products run in the autocast type, or else in the type of the head. `precise` computes logits in fp32 (bf16
     logits are off by up to 0.06 nats at a magnitude of 16) and sums the gradient of the head in fp32. The comparison
-    is in fp32 either way. `diagnostics` adds the sums "ce", "token_accuracy" (tokens), "student_entropy" and, with
-    targets, "kl" to the teacher at temperature 1, "top1_agreement" (tokens) and "teacher_entropy". Of several teachers
-    (targets whose chunks are shares), objective and diagnostics are weighted means, and "kl_NAME" is that to one.
+    is always in fp32. `diagnostics` adds the sums "ce", "token_accuracy" (tokens), "student_entropy" and, with
+    targets, "kl" to the teacher at temperature 1, "top1_agreement" (tokens) and "teacher_entropy". With several
+    teachers (targets whose chunks are shares), objective and diagnostics are weighted means, and "kl_NAME" is the KL
+    to each teacher.
 
-    The gradient is ready when the call returns and can be used by one backward pass; with `repeatable` by as many as
-    the graph is kept for, each of which copies the head's gradient. Raises UserError for a label outside the head's
-    vocabulary.
+    The gradient is ready when the call returns. It serves one backward pass, or with `repeatable` as many as the graph
+    is kept for, each of which copies the head's gradient. Raises UserError for a label outside the head's vocabulary.
     """
     check_labels(labels, head.vocab_size)
     ce_weight = ce_weight if targets is not None else 1.0
     job = _Job(head, labels, targets, objective, temperature, ce_weight, chunk_size, precise, diagnostics)
     if torch.is_grad_enabled():
-        total = cast(Any, _FusedLoss).apply(hidden, head.weight, head.bias, job, repeatable)
+        total: Tensor = cast(Any, _FusedLoss).apply(hidden, head.weight, head.bias, job, repeatable)
     else:
         total = job.run(hidden, (False, False, False))[0]
     return FusedLoss(total, job.sums)
@@ -139,23 +140,28 @@ class _FusedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_total: Tensor
+    ) -> tuple[Tensor | None, ...]:
         return *ctx.gradients.scaled(grad_total), None, None
 
 
 class ReadyGradients:
-    """Gradients that the forward pass computed: for one backward pass, or for several with `repeatable`."""
+    """Gradients from the forward pass, for one backward pass, or with `repeatable` for several."""
 
     def __init__(self, gradients: Sequence[Tensor | None], repeatable: bool):
         self._gradients: Sequence[Tensor | None] | None = gradients
         self._repeatable = repeatable
 
     def scaled(self, factor: Tensor) -> list[Tensor | None]:
-        """The gradients times the factor: in place and given away, or copies of them."""
+        """The gradients times the factor: scaled in place and released, or with `repeatable` copies.
+
+        In place, because a copy would double the memory of the head's gradient, the largest of all.
+        """
         if self._gradients is None:
             raise RuntimeError(
-                "The gradients of this loss are scaled in place and can be backpropagated only once. Ask for a "
-                "repeatable loss."
+                "The gradients of this loss are scaled in place and can be backpropagated only once. Pass "
+                "repeatable=True to backpropagate more than once."
             )
         gradients = self._gradients
         if self._repeatable:
@@ -166,7 +172,7 @@ class ReadyGradients:
 
 @dataclass(frozen=True)
 class Projection:
-    """From hidden states to logits, some tokens at a time: with which head, in which type, in how large chunks."""
+    """The computation of logits from hidden states: the head, the type, and the number of tokens at a time."""
 
     head: Head
     dtype: torch.dtype
@@ -175,7 +181,7 @@ class Projection:
 
     @classmethod
     def here(cls, hidden: Tensor, head: Head, chunk_size: int, precise: bool) -> "Projection":
-        """A projection in the autocast type of the place of the call, or else in the type of the head."""
+        """A projection in the autocast type at the call, or else in the type of the head."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
         return cls(head, dtype, chunk_size, precise)
@@ -186,8 +192,10 @@ class Projection:
         return torch.promote_types(self.dtype, torch.float32)
 
     def chunks(self, hidden: Tensor) -> Iterator["LogitsChunk"]:
-        """The logits before `Head.finish`, in one buffer that the next chunk overwrites; call without autocast."""
-        # With a tensor per chunk two of them would exist whenever the next one is made.
+        """The logits before `Head.finish`, in one buffer that the next chunk overwrites.
+
+        Call it with autocast disabled, which would round the wide products.
+        """
         head = self.head.frozen(self.dtype)
         dtype = self.wide if self.precise else self.dtype
         buffer = hidden.new_empty(min(self.chunk_size, len(hidden)), head.vocab_size, dtype=dtype)
@@ -199,7 +207,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class LogitsChunk:
-    """The logits of some tokens and what they are the product of."""
+    """The logits of some tokens, and the states and weight of which they are the product."""
 
     rows: slice
     states: Float[Tensor, "token width"]
@@ -207,7 +215,7 @@ class LogitsChunk:
     logits: Float[Tensor, "token vocab"]
 
     def tiles(self) -> Iterator[slice]:
-        """The rows to compare at a time."""
+        """Slices of rows, each to be compared at once."""
         length, vocab = self.logits.shape
         size = tile_rows(vocab, self.logits.device.type)
         for start in starts(length, size):
@@ -216,7 +224,7 @@ class LogitsChunk:
 
 @dataclass
 class HeadGradients:
-    """Where one call accumulates its gradients; None where nobody asks for one."""
+    """The gradients that one call accumulates; None for an input that needs no gradient."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -224,10 +232,10 @@ class HeadGradients:
 
     @classmethod
     def zeros(cls, projection: Projection, hidden: Tensor, needs: tuple[bool, ...]) -> "HeadGradients":
-        """Zeros for those of hidden, weight and bias that need a gradient."""
-        weight, bias, wide = projection.head.weight, projection.head.bias, projection.wide
+        """Zeros for hidden, weight and bias where they need a gradient."""
         # In fp32 the gradient of a head of 152k x 896 takes 0.5 GB, so that only `precise` pays for it. A bias is
         # small, and its sum over all tokens is what rounding would hurt most.
+        weight, bias, wide = projection.head.weight, projection.head.bias, projection.wide
         return cls(
             torch.zeros_like(hidden) if needs[0] else None,
             torch.zeros_like(weight, dtype=wide if projection.precise else None) if needs[1] else None,
@@ -235,9 +243,10 @@ class HeadGradients:
         )
 
     def accumulate(self, chunk: LogitsChunk) -> None:
-        """Adds the gradients by a chunk whose logits were overwritten by the gradient of the loss."""
+        """Adds the gradients of a chunk whose logits have been overwritten by their gradient."""
         grad_logits = chunk.logits
-        # A head trimmed to the shared tokens has fewer logits than rows; its padding rows keep a gradient of zero.
+        # A head that is trimmed to the shared tokens has fewer logits than rows; its padding rows keep a zero
+        # gradient.
         if self.bias is not None:
             self.bias[: grad_logits.shape[1]] += grad_logits.sum(0, dtype=self.bias.dtype)
         grad_logits = grad_logits.to(chunk.states.dtype)
@@ -255,7 +264,7 @@ class HeadGradients:
 
 @dataclass
 class _Job:
-    """One call of `fused_loss`: walks the chunks, sums losses, and writes gradients over the logits they came from."""
+    """One call of `fused_loss`: goes through the chunks, sums losses, and overwrites logits with their gradients."""
 
     head: Head
     labels: Tensor
@@ -271,7 +280,7 @@ class _Job:
     def run(
         self, hidden: Tensor, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The total and its gradients for hidden, weight and bias, each None where `needs` has no use for it."""
+        """The total and the gradients of hidden, weight and bias; a gradient is None if `needs` is false for it."""
         projection = Projection.here(hidden, self.head, self.chunk_size, self.precise)
         gradients = HeadGradients.zeros(projection, hidden, needs)
         total = torch.zeros((), dtype=projection.wide, device=hidden.device)
@@ -284,13 +293,13 @@ class _Job:
         return total, *gradients.result(self.head)
 
     def _compare_chunk(self, chunk: LogitsChunk, shares: Sequence[Share], differentiate: bool) -> Tensor:
-        """The chunk's loss; with `differentiate`, its gradient replaces the logits."""
+        """The chunk's loss; with `differentiate`, its gradient overwrites the logits."""
         logits, labels = chunk.logits, self.labels[chunk.rows]
         wide = torch.promote_types(logits.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=logits.device)
         for rows in chunk.tiles():
-            # Each tile has a graph of its own, freed at once: the temporaries that exist are those of one tile.
             leaf = logits[rows].to(wide).requires_grad_(differentiate)
+            # Each tile has a graph of its own, so that the temporaries of one tile exist at a time.
             with torch.set_grad_enabled(differentiate):
                 loss = self._compare(leaf, labels[rows], shares, rows)
             if differentiate:
@@ -301,7 +310,8 @@ class _Job:
     def _compare(self, leaf: Tensor, labels: Tensor, shares: Sequence[Share], rows: slice) -> Tensor:
         logits = self.head.finish(leaf)
         loss = logits.new_zeros(())
-        # At temperature 1 and on the whole vocabulary the compared log-probs serve cross-entropy and diagnostics too.
+        # At temperature 1 and over the whole vocabulary, the compared log-probs serve cross-entropy and diagnostics
+        # too.
         log_probs: Tensor | None = None
         teachers: dict[str, Tensor] = {}
         for share in shares if self.ce_weight < 1 else ():
@@ -351,8 +361,11 @@ class _Job:
 
 
 def check_labels(labels: Int[Tensor, "token"], vocab_size: int) -> None:
-    """Raises UserError when a label is no token of the vocabulary."""
-    low, high = map(int, labels.aminmax()) if len(labels) else (0, 0)
+    """Raises UserError for a label that is not a token of the vocabulary."""
+    low, high = 0, 0
+    if len(labels):
+        # One transfer of both numbers, as a GPU has to finish all queued work for each.
+        low, high = cast(Any, torch.stack(labels.aminmax())).tolist()
     if not 0 <= low <= high < vocab_size:
         raise UserError(
             f"Labels run from {low} to {high} but the head has {vocab_size} tokens; "
@@ -361,35 +374,35 @@ def check_labels(labels: Int[Tensor, "token"], vocab_size: int) -> None:
 
 
 def tile_rows(vocab_size: int, device_type: str) -> int:
-    """How many rows of logits are compared at a time, in fp32."""
+    """The number of rows of logits that are compared at a time, in fp32."""
     return max(1, (CPU_TILE_ELEMENTS if device_type == "cpu" else GPU_TILE_ELEMENTS) // vocab_size)
 
 
 def logits_bytes(vocab_size: int, chunk_size: int, models: int, precise: bool, device_type: str) -> int:
-    """Bytes of logits at their peak: a chunk of each model's, and the temporaries of one compared tile."""
+    """The peak memory of logits in bytes: a chunk of logits per model, and the comparison of a tile."""
     compared = min(chunk_size, tile_rows(vocab_size, device_type))
     return (chunk_size * (2 * models + 2 * precise) + compared * TILE_BYTES) * vocab_size
 
 
 def starts(length: int, step: int) -> range:
-    """Where the pieces of a batch begin. An empty batch is one empty piece: its sums are zeros and not missing."""
+    """The first rows of the pieces of a batch. An empty batch is one empty piece, so that its sums exist as zeros."""
     return range(0, max(length, 1), step)
 
 
 def _shares(outcomes: Outcomes | Sequence[Share] | None) -> Sequence[Share]:
-    """What all teachers say about a chunk; a single teacher has no name and weight 1, so that counts stay integers."""
+    """The shares of all teachers; a single teacher has no name and the integer weight 1, so counts stay integers."""
     if outcomes is None:
         return ()
     return outcomes if isinstance(outcomes, Sequence) else (Share("", 1, outcomes),)
 
 
 def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`; where the types differ, in blocks of rows, so that the product is never held whole."""
+    """`total += left @ right`; if the types differ, in blocks of rows, so that the whole product is never stored."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return
     if total.device.type == "cuda":
-        # Without rounding the product first.
+        # cuBLAS accumulates half-precision inputs into fp32 without rounding the product first.
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
     for start in range(0, len(left), 4096):

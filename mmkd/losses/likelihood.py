@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens from hidden states, without the logits of more than one chunk of tokens at a time.
+"""Log-probabilities of tokens from hidden states, with the logits of one chunk of tokens at a time.
 
-Unlike the fused loss, whose gradient is known before the backward pass, these values go into a function that mixes
-tokens (likelihoods of chunks, ALM): how much each token counts is known in the backward pass only, which therefore
+The fused loss knows its gradient before the backward pass. These values go into a function that mixes tokens
+(likelihoods of chunks, ALM), so that the weight of each token is known only in the backward pass, which therefore
 computes the logits again.
 """
 
@@ -50,17 +50,17 @@ def token_log_probs(
     chunk_size: int = 512,
     precise: bool = False,
 ) -> tuple[Float[Tensor, "token"], Float[Tensor, "token"] | None]:
-    """The log-probs of the labels and of the set of tokens `outcomes` as a whole, differentiable, in fp32.
+    """The log-probs of the labels, and of the set of tokens `outcomes` as a whole, in nats, differentiable, in fp32.
 
-    Row i of `hidden` predicts `labels[i]`, as in the fused loss, and autocast and `precise` mean what they mean there;
-    unlike there, the result can be backpropagated as often as its graph is kept. `outcomes` may name more tokens than
-    the head has. Raises UserError for a label outside the head's vocabulary, for fewer outcomes than the head has
-    tokens, and for a set without any token.
+    Row i of `hidden` predicts `labels[i]`. Autocast and `precise` have the same meaning as in the fused loss; unlike
+    there, the result can be backpropagated as often as its graph is kept. `outcomes` may cover more tokens than the
+    head has. Raises UserError for a label outside the head's vocabulary, for fewer outcomes than the head has tokens,
+    and for an empty set.
     """
     check_labels(labels, head.vocab_size)
     if outcomes is not None and len(outcomes) < head.vocab_size:
         raise UserError(
-            f"The set of outcomes speaks of {len(outcomes)} tokens but the head has {head.vocab_size}; "
+            f"The set of outcomes covers {len(outcomes)} tokens but the head has {head.vocab_size}; "
             "make it from the tokenizer of this model."
         )
     if outcomes is not None and not outcomes[: head.vocab_size].any():
@@ -95,7 +95,7 @@ class _TokenLogProbs(torch.autograd.Function):
                     if outcomes is not None and set_log_probs is not None:
                         inside = logits.masked_fill(~outcomes, -torch.inf).logsumexp(-1)
                         set_log_probs[rows] = (inside - normaliser[rows]).clamp(max=0)
-        # Rounding may put a probability above one.
+        # Rounding may give a probability above one.
         label_log_probs.clamp_(max=0)
         ctx.projection = projection
         # The weights are saved only so that autograd notices a change of them before the backward pass.
@@ -114,6 +114,7 @@ class _TokenLogProbs(torch.autograd.Function):
             for chunk in projection.chunks(hidden):
                 for tile in chunk.tiles():
                     rows = slice(chunk.rows.start + tile.start, chunk.rows.start + tile.stop)
+                    # What the head does after the product (softcap, scale) is differentiated by autograd, per tile.
                     leaf = chunk.logits[tile].to(projection.wide).requires_grad_()
                     with torch.enable_grad():
                         logits = projection.head.finish(leaf)
@@ -130,19 +131,19 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def _grad_logits(log_probs: Tensor, labels: Tensor, grad_label: Tensor) -> Tensor:
-    """d(grad_label * log p(label)) / d logits, written over the log-probs."""
+    """d(grad_label * log p(label)) / d logits, which overwrites the log-probs."""
     return log_probs.exp_().mul_(-grad_label[:, None]).scatter_add_(-1, labels[:, None], grad_label[:, None])
 
 
 def _grad_logits_and_set(
     log_probs: Tensor, labels: Tensor, grad_label: Tensor, outcomes: Tensor, set_log_probs: Tensor, grad_set: Tensor
 ) -> Tensor:
-    """d(grad_label * log p(label) + grad_set * log p(set)) / d logits, written over the log-probs.
+    """d(grad_label * log p(label) + grad_set * log p(set)) / d logits, which overwrites the log-probs.
 
-    Inside the set, probabilities are those given the set, so that a set of tiny probability divides nothing by it.
+    Inside the set, probabilities are conditional on the set, so that nothing is divided by a tiny p(set).
     """
     outside = -(grad_label + grad_set)
     inside = grad_set + outside * set_log_probs.exp()
-    given_set = log_probs.sub_(outcomes * set_log_probs[:, None]).exp_()
-    grad = given_set.mul_(torch.where(outcomes, inside[:, None], outside[:, None]))
+    conditional = log_probs.sub_(outcomes * set_log_probs[:, None]).exp_()
+    grad = conditional.mul_(torch.where(outcomes, inside[:, None], outside[:, None]))
     return grad.scatter_add_(-1, labels[:, None], grad_label[:, None])

@@ -1,7 +1,8 @@
-"""A teacher with another vocabulary, put on outcomes that a student has too: the baselines ULD and MinED.
+"""Targets from a teacher with another vocabulary: the baselines ULD and MinED.
 
-Both compare aligned positions, where student and teacher are about to say the same text: pair the rows of their hidden
-states first. They wrap what any teacher says about all its tokens, so that the fused loss computes them in chunks.
+Both compare aligned positions, at which student and teacher predict the same text: pair the rows of their hidden
+states first. They wrap the targets of a teacher with a whole distribution, so that the fused loss computes them in
+chunks.
 """
 
 from collections.abc import Iterator
@@ -18,9 +19,9 @@ from .fused import Outcomes, Targets
 
 @dataclass(frozen=True)
 class SortedTargets:
-    """Both distributions sorted, so that outcomes are ranks; the smaller vocabulary ends with impossible ones.
+    """Both distributions sorted, so that outcomes are ranks; the smaller vocabulary is padded with probability 0.
 
-    The targets of `uld`. Ranks are no tokens: the reported top-1 agreement is always 0, and the KL is one of ranks.
+    The targets of `uld`. Ranks are not tokens: the reported top-1 agreement is always 0, and the KL is over ranks.
     """
 
     targets: Targets
@@ -33,9 +34,9 @@ class SortedTargets:
 
 @dataclass(frozen=True)
 class MappedTargets:
-    """The teacher's probability of the teacher token that stands for each student token, renormalised (MinED).
+    """The teacher's probability of the teacher token nearest to each student token, renormalised (MinED).
 
-    `teacher_tokens` is what `mmkd.alignment.nearest_tokens` returns. Several student tokens may share one.
+    `teacher_tokens` comes from `mmkd.alignment.nearest_tokens`. Several student tokens may share a teacher token.
     """
 
     targets: Targets
@@ -79,12 +80,13 @@ class _MappedOutcomes:
         return student, teacher[:, self.teacher_tokens[: student.shape[-1]]].log_softmax(-1)
 
     def top1(self, rows: slice) -> Tensor:
-        """The student's first token that stands for the teacher's most likely token, -1 where none does."""
+        """The first student token whose teacher token is the teacher's most likely one, or -1."""
         matches = self.outcomes.top1(rows)[:, None] == self.teacher_tokens
         return torch.where(matches.any(-1), matches.int().argmax(-1), -1)
 
 
 def _sorted(log_probs: Tensor, ranks: int) -> Tensor:
     # The smaller side is padded with impossible outcomes and not with logits of zero, which would be mass.
+    # Padded with impossible outcomes: a logit of zero would have mass.
     descending = log_probs.sort(-1, descending=True).values
     return torch.nn.functional.pad(descending, (0, ranks - log_probs.shape[-1]), value=-torch.inf)

@@ -1,7 +1,7 @@
-"""RDist of LLaVA-KD (2410.16236): how the visual tokens of an image relate to each other, student against teacher.
+"""RDist of LLaVA-KD (2410.16236): the relations between the visual tokens of an image, student against teacher.
 
-The relation of an image is R = Z Z^T over its K visual tokens. With Z the logits, of 152k tokens each, it is
-R = H (W^T W) H^T: neither the logits nor a copy of them is formed, and W^T W is shared by all images of a batch.
+The relation matrix of an image is R = Z Z^T over its K visual tokens. With Z the logits, over a vocabulary of 152k, it
+is R = H (W^T W) H^T: the logits are never formed, and W^T W is shared by all images of a batch.
 """
 
 import math
@@ -14,11 +14,8 @@ from torch import Tensor
 
 from .fused import ReadyGradients
 
-# Rows of the head that exist in fp32 at a time.
+# The number of rows of the head that are copied to fp32 at a time.
 _ROWS = 8192
-
-_Job = tuple[list[int], list[Tensor], bool]
-"""Visual tokens of each image, the teacher's relations, and whether relations are normalised."""
 
 
 def relations(
@@ -30,10 +27,10 @@ def relations(
 ) -> list[Float[Tensor, "token token"]]:
     """R of each image, in fp32 or better; image i has the next `tokens[i]` rows of `hidden`.
 
-    With a `metric` (of `logit_metric`) it is that of the logits, else that of the hidden states. `normalized` is the
-    correlation: features centred, and every row of unit length, so that neither a constant added to all logits of a
-    token nor its norm matters. Logits are centred by a centred metric. In float32 whatever the autocast is: an entry
-    sums as many products as there are tokens, which overflows fp16.
+    With a `metric` (of `logit_metric`) R is that of the logits, else that of the hidden states. `normalized` gives the
+    correlation: features are centred and every row has unit length, so that neither a constant added to all logits of
+    a token nor its norm matters. Logits are centred by a centred metric. The type is float32 under any autocast, since
+    an entry sums as many products as there are tokens in the vocabulary, which overflows fp16.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         states = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
@@ -41,38 +38,37 @@ def relations(
             states = torch.cat([states, torch.ones_like(states[:, :1])], dim=-1)
         elif normalized:
             states = states - states.mean(-1, keepdim=True)
-        per_image: list[Tensor] = []
+        matrices: list[Tensor] = []
         for image in torch.split(states, list(tokens)):
             relation = image @ image.T if metric is None else image @ metric.to(image) @ image.T
             if normalized:
                 # The diagonal holds the squared lengths of the logits, which are not formed.
                 length = relation.diagonal().clamp(min=torch.finfo(relation.dtype).tiny).rsqrt()
                 relation = length[:, None] * relation * length
-            per_image.append(relation)
-        return per_image
+            matrices.append(relation)
+        return matrices
 
 
 @torch.no_grad()
 def logit_metric(
     weight: Float[Tensor, "token width"], bias: Float[Tensor, "token"] | None = None, *, centered: bool = False
 ) -> Float[Tensor, "width1 width1"]:
-    """W^T W of the head with its bias as one more column, in fp32 or better: h and 1 against it give z z^T.
+    """W^T W of the head, with its bias as one more column, in fp32 or better: (h, 1) M (h, 1)^T is z z^T.
 
-    `centered` takes the mean over the vocabulary from every logit first, which the softmax does not see.
+    `centered` first subtracts the mean over the vocabulary from every logit, to which the softmax is invariant.
     """
     total: Tensor | float = 0.0
     with torch.autocast(weight.device.type, enabled=False):
         mean = _mean_row(weight, bias) if centered else 0.0
         for rows in _blocks(weight, bias):
             rows = rows - mean
-            # Block by block: a copy of the whole head in fp32 takes 0.5 GB at 152k x 896.
             total = total + rows.T @ rows
     assert isinstance(total, Tensor)
     return total
 
 
 def relation_distance(student: Float[Tensor, "token token"], teacher: Float[Tensor, "token token"]) -> Tensor:
-    """1 - cos of the two relations of an image, flattened; between 0 and 2, 1 where one of them is all zeros."""
+    """1 - cos of the two relation matrices of an image, flattened; in [0, 2], and 1 if one of them is zero."""
     return 1 - torch.cosine_similarity(student.flatten(), teacher.to(student).flatten(), dim=0)
 
 
@@ -88,8 +84,8 @@ def relation_loss(
 ) -> Float[Tensor, ""]:
     """Sum over images of `relation_distance` to the teacher's relations: of logits with a head, else of hidden states.
 
-    The gradients for hidden states and head are computed in the forward pass, where a sharded head is whole; they can
-    be used by one backward pass, or with `repeatable` by as many as the graph is kept for.
+    The gradients of hidden states and head are computed in the forward pass, in which a sharded head is gathered. They
+    serve one backward pass, or with `repeatable` as many as the graph is kept for.
     """
     job = (list(tokens), list(teacher), normalized)
     if torch.is_grad_enabled():
@@ -99,17 +95,17 @@ def relation_loss(
 
 
 def common_tokens(student: int, teacher: int) -> int:
-    """How many visual tokens of an image can be compared: the coarser side's number."""
+    """The number of visual tokens of an image that can be compared: that of the side with fewer tokens."""
     return min(student, teacher)
 
 
 def pooled(
     hidden: Float[Tensor, "visual width"], tokens: Sequence[int], common: Sequence[int]
 ) -> Float[Tensor, "common width"]:
-    """The states of each image averaged down to a common number of visual tokens (ours, not the paper's).
+    """The states of each image, averaged to a common number of visual tokens (our extension of the paper).
 
-    Two squares are taken for grids of patches and averaged in two dimensions, anything else along the sequence. The
-    average of hidden states is, before a softcap, the average of their logits.
+    If both numbers are squares, tokens are taken for a grid of patches and averaged in two dimensions, otherwise along
+    the sequence. The logits of an average of hidden states are, before a softcap, the average of their logits.
     """
     if list(tokens) == list(common):
         return hidden
@@ -124,10 +120,15 @@ def pooled(
     return torch.cat(parts)
 
 
+_Job = tuple[list[int], list[Tensor], bool]
+"""(visual tokens of each image, the teacher's relation of each, normalized)"""
+
+
 def _sum_of_distances(hidden: Tensor, metric: Tensor | None, job: _Job) -> Tensor:
     tokens, teacher, normalized = job
-    students = relations(hidden, tokens, metric, normalized=normalized)
-    distances = [relation_distance(ours, theirs) for ours, theirs in zip(students, teacher, strict=True)]
+    student = relations(hidden, tokens, metric, normalized=normalized)
+    distances = [relation_distance(ours, theirs) for ours, theirs in zip(student, teacher, strict=True)]
+    # Without images the loss is a zero that still belongs to the graph, or ranks without images would not reduce.
     return torch.stack(distances).sum() if distances else hidden.float().sum() * 0
 
 
@@ -140,28 +141,35 @@ class _RelationLoss(torch.autograd.Function):
         with torch.enable_grad():
             states = hidden.detach().requires_grad_()
             metric = None if weight is None else logit_metric(weight, bias, centered=job[2])
-            if metric is not None:
-                metric.requires_grad_(needs_head)
+            inputs = [states]
+            if metric is not None and needs_head:
+                inputs.append(metric.requires_grad_())
             loss = _sum_of_distances(states, metric, job)
-            inputs = [states] if metric is None or not needs_head else [states, metric]
             grads: Sequence[Tensor | None] = torch.autograd.grad(loss, inputs, allow_unused=True)
         gradients: list[Tensor | None] = [grads[0], None, None]
-        if weight is not None and needs_head and grads[1] is not None:
-            gradients[1:] = _head_gradients(weight, bias, grads[1], centered=job[2])
-        needs = ctx.needs_input_grad[:3]
-        asked = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
-        ctx.gradients = ReadyGradients(asked, repeatable)
+        grad_metric: Tensor | None = grads[1] if needs_head else None
+        # Without images the metric is not used, and the head has no gradient.
+        if weight is not None and grad_metric is not None:
+            gradients[1:] = _head_gradients(weight, bias, grad_metric, centered=job[2])
+        needs: tuple[bool, ...] = ctx.needs_input_grad[:3]
+        needed_gradients = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+        ctx.gradients = ReadyGradients(needed_gradients, repeatable)
         return loss.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_loss: Tensor
+    ) -> tuple[Tensor | None, ...]:
         return *ctx.gradients.scaled(grad_loss), None, None
 
 
 def _head_gradients(
     weight: Tensor, bias: Tensor | None, grad_metric: Tensor, centered: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Those of weight and bias from that of W^T W. Centred rows sum to zero, so the mean adds nothing."""
+    """The gradients of weight and bias from that of W^T W.
+
+    The mean row of a centred metric depends on the weight too, but adds nothing: centred rows sum to zero.
+    """
     symmetric = grad_metric + grad_metric.T
     grad_weight = torch.empty_like(weight)
     grad_bias = None if bias is None else torch.empty_like(bias)

@@ -213,7 +213,7 @@ def test_wrong_labels_and_sets_are_refused():
     hidden, head, labels, outcomes = make_case()
     with pytest.raises(ValueError, match="another vocabulary"):
         token_log_probs(hidden, head, labels + VOCAB)
-    with pytest.raises(ValueError, match=f"speaks of {VOCAB - 1} tokens but the head has {VOCAB}"):
+    with pytest.raises(ValueError, match=f"covers {VOCAB - 1} tokens but the head has {VOCAB}"):
         token_log_probs(hidden, head, labels, outcomes[1:])
     with pytest.raises(ValueError, match="holds no token"):
         token_log_probs(hidden, head, labels, outcomes & False)
