@@ -21,7 +21,7 @@ from mmkd.capture.sequences import TokenSequence
 from mmkd.preflight import costs
 from mmkd.preflight.doctor import doctor, examine
 from mmkd.preflight.dry_run import estimate_memory
-from mmkd.preflight.facts import Finding, Rendered, load_student, load_teacher
+from mmkd.preflight.facts import Finding, Rendered, student_side, teacher_side
 from mmkd.preflight.row_checks import lengths
 from mmkd.recipe.run import build_trainer, parse_run
 from scripts.make_tiny_models import CHAT_TEMPLATE, make_model, make_tokenizer, save, sentences
@@ -379,8 +379,8 @@ def test_memory_against_the_device(place: Place, monkeypatch: pytest.MonkeyPatch
 def test_memory_is_what_a_dry_run_counts_with_the_weights(place: Place, keys: dict[str, Any]) -> None:
     layers = {"student_layers": 2} if "student_init" in keys else {}
     run = parse_run(place.recipe(max_length=20, **keys, **layers))
-    student = costs.empty_student(run, load_student(run))
-    ours = costs.memory_parts(run, student, [(run, load_teacher(run))], longest=100)
+    student = costs.empty_student(run, student_side(run))
+    ours = costs.memory_parts(run, student, [(run, teacher_side(run))], longest=100)
     assert ours == estimate_memory(build_trainer(run)).parts
 
 

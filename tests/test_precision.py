@@ -25,7 +25,8 @@ from mmkd.models.load import load_model
 from mmkd.precision import NATIVE_BF16, native_dtype, product_dtype
 from mmkd.preflight.hardware import choose_device
 from mmkd.preflight.predict import uses_bf16
-from mmkd.recipe.run import build_trainer, load_teacher, parse_run
+from mmkd.recipe.run import build_trainer, parse_run
+from mmkd.recipe.run_models import load_teacher
 from scripts.make_tiny_models import sentences
 from tests.helpers import Build, losses_of
 

@@ -30,11 +30,9 @@ from mmkd.recipe.cache_arguments import CacheArguments
 from mmkd.recipe.run import (
     Run,
     load_rows_of,
-    load_teacher,
-    student_processing_class,
     teacher_identity,
-    teacher_processing_class,
 )
+from mmkd.recipe.run_models import load_teacher, student_processing_class, teacher_processing_class
 from mmkd.teachers.vllm_client import ServerFacts, VLLMClient
 
 from .engines import Advance, Engine, LocalEngine, ServerEngine, Wanted

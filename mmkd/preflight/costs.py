@@ -26,6 +26,7 @@ from mmkd.models.assemble import prune
 from mmkd.precision import product_dtype
 from mmkd.preparation.supervision import kept
 from mmkd.recipe.run import Run, own_rows_of
+from mmkd.recipe.run_models import pruning_of
 from mmkd.units import readable_size
 
 from .dry_run import at_a_time, estimate_memory, logits_of
@@ -50,20 +51,13 @@ def empty_student(run: Run, student: Side, device: str | torch.device | None = N
 
     Raises UserError for sizes that cannot be.
     """
-    arguments = run.arguments
     device = device or run.training.device
     # A student with fresh weights has the type of no file.
-    saved = None if arguments.student_init == "random" else student.config.dtype
+    saved = None if run.arguments.student_init == "random" else student.config.dtype
     model = _empty(student.config, _dtype(run.student.dtype, saved, device), run)
-    if arguments.student_init != "prune":
+    if run.arguments.student_init != "prune":
         return model
-    layers = arguments.student_layers
-    return prune(
-        model,
-        layers=layers[0] if layers is not None and len(layers) == 1 else layers,
-        intermediate_size=arguments.student_intermediate_size,
-        num_attention_heads=arguments.student_num_attention_heads,
-    )
+    return prune(model, **pruning_of(run))
 
 
 def memory(run: Run, student: PreTrainedModel, teachers: Loaded, rendered: Rendered, sharded: bool) -> list[Finding]:

@@ -20,7 +20,7 @@ from . import teacher_checks as teachers
 from . import token_checks as tokens
 from .book import Book
 from .chunk_checks import alignment
-from .facts import Finding, Rendered, Sample, Side, load_student, load_teacher, render, take_sample
+from .facts import Finding, Rendered, Sample, Side, render, student_side, take_sample, teacher_side
 from .stage_checks import each_run
 
 STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
@@ -59,7 +59,7 @@ def examine_tokens(run: Run, sharded: bool, own: Callable[[Book, Sample | None],
     """
     book, alone = Book(), run.by_teacher()
     book.attempt("settings", check_surroundings, run)
-    student = book.attempt("student", load_student, run)
+    student = book.attempt("student", student_side, run)
     sample = book.attempt("data", take_sample, run)
     ours = None
     if student is not None and sample is not None:
@@ -72,7 +72,7 @@ def examine_tokens(run: Run, sharded: bool, own: Callable[[Book, Sample | None],
     sides: dict[str, Side] = {}
     for name, one in alone.items():
         book.teacher = name
-        teacher = None if one.arguments.teacher is None else book.attempt("teacher", load_teacher, one)
+        teacher = None if one.arguments.teacher is None else book.attempt("teacher", teacher_side, one)
         theirs = None
         if teacher is not None:
             sides[name] = teacher

@@ -19,7 +19,8 @@ from mmkd.data.recipe import DataRecipe
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.fit import Misfit
-from mmkd.recipe.run import Run, check_student, student_processing_class, teacher_processing_class
+from mmkd.recipe.run import Run
+from mmkd.recipe.run_models import check_student, student_processing_class, teacher_processing_class
 from mmkd.training.config import DistillationConfig
 from mmkd.training.preparing import sequences_of
 
@@ -77,7 +78,7 @@ class Side:
         return replace(self, processing_class=rendered.prepared.processing_class, rows=rows)
 
 
-def load_student(run: Run) -> Side:
+def student_side(run: Run) -> Side:
     """Raises UserError when its config or tokenizer cannot be loaded, or nothing could be trained or saved of it."""
     check_student(run)
     arguments = run.arguments
@@ -112,7 +113,7 @@ def _llava_config(run: Run, side: Side) -> LlavaConfig:
     return config
 
 
-def load_teacher(run: Run) -> Side:
+def teacher_side(run: Run) -> Side:
     """Raises UserError when its config or tokenizer cannot be loaded."""
     name = run.arguments.teacher
     assert name is not None

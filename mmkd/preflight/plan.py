@@ -16,7 +16,7 @@ from mmkd.units import readable_size
 
 from . import costs
 from .dry_run import logits_of
-from .facts import Sample, Side, load_student, load_teacher, render, take_sample
+from .facts import Sample, Side, render, student_side, take_sample, teacher_side
 from .hardware import GIB, USABLE, Device
 from .predict import (
     STRATEGIES,
@@ -55,11 +55,11 @@ def _plan_one(one: StageRun, device: Device, devices: int, price: float | None, 
 def plan_tokens(one: StageRun, device: Device, devices: int, price: float | None, console: Console) -> int:
     """Prints the plan of a training over tokens; returns 0 when some way of training fits, 1 when none does."""
     recipe, run, chosen = one.title, one.run, one.config
-    student, sample = load_student(run), take_sample(run)
+    student, sample = student_side(run), take_sample(run)
     shape = shape_of(run, sample, render(run, student, sample))
     alone = run.by_teacher()
     teachers = {
-        name: count_teacher(one, load_teacher(one), shape, device.kind)
+        name: count_teacher(one, teacher_side(one), shape, device.kind)
         for name, one in alone.items()
         if one.arguments.teacher
     }

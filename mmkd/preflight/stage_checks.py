@@ -18,7 +18,7 @@ from mmkd.training.method import METHODS
 from . import costs
 from . import teacher_checks as teachers
 from . import token_checks as tokens
-from .facts import load_student, load_teacher, render, take_sample
+from .facts import render, student_side, take_sample, teacher_side
 
 # What a stage is rendered with before the first one trains: enough to see a template or a column that is not there.
 _ROWS = 8
@@ -93,12 +93,12 @@ def check_stages(stages: Sequence[Stage], flags: Sequence[str], ignored: Sequenc
 def check_tokens(run: Run) -> None:
     """Raises UserError for a student, teachers, data or caches that training would refuse too."""
     run.arguments.max_train_rows = min(_ROWS, run.arguments.max_train_rows or _ROWS)
-    student, sample = load_student(run), take_sample(run)
+    student, sample = student_side(run), take_sample(run)
     ours = student.prepared_as(render(run, student, sample), run)
     for one in run.by_teacher().values():
         arguments = one.arguments
         if arguments.teacher is not None:
-            teacher = load_teacher(one)
+            teacher = teacher_side(one)
             if tokens.compares_tokens(run) and (reads_teacher(arguments) or arguments.teacher_server is not None):
                 shared_tokens(ours.tokenizer, teacher.tokenizer)
         cache = arguments.teacher_cache
@@ -111,7 +111,7 @@ def check_tokens(run: Run) -> None:
 def _stand_in(stage: Stage, run: Run, scratch: Path) -> Path:
     """A folder with the config and the processor that a stage's student will have, and without its weights."""
     folder = scratch / stage.folder.name
-    student = load_student(run)
+    student = student_side(run)
     config = costs.empty_student(run, student).config
     if _changes_tokens(run):
         rendered = render(run, student, take_sample(run))

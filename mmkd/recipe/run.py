@@ -1,5 +1,6 @@
 """One recipe is one run: what its keys are, and the trainer they describe."""
 
+import copy
 import difflib
 import json
 import os
@@ -8,19 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import DatasetDict
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
-from trl.trainer.utils import get_peft_config, get_quantization_config
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.utils import get_peft_config
 
 from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
-from mmkd.models.assemble import prune
-from mmkd.models.llava import assemble_llava, llava_processor
-from mmkd.models.load import load_model, load_processing_class, tokenizer_of
-from mmkd.precision import product_dtype, say_float32
+from mmkd.models.load import tokenizer_of
 from mmkd.shipped import find_recipe
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.several import parts_of
@@ -33,10 +29,16 @@ from .arguments import Run as Run
 from .arguments import RunArguments as RunArguments
 from .arguments import StudentArguments as StudentArguments
 from .key_parser import KeyParser, set_environment, with_text
+from .run_models import (
+    check_student,
+    load_student,
+    load_teacher,
+    student_processing_class,
+    teacher_processing_class,
+)
 from .run_record import RunRecord
 from .run_teacher import absent_teacher, reads_teacher, several_teachers
 from .run_teacher import check_cache as check_cache
-from .run_teacher import load_teacher as load_teacher
 from .run_teacher import own_rows_of as own_rows_of
 from .run_teacher import teacher_identity as teacher_identity
 from .run_teacher import without_unreadable as without_unreadable
@@ -146,20 +148,6 @@ def build_trainer(run: Run) -> DistillationTrainer:
     return trainer
 
 
-def check_student(run: Run) -> None:
-    """Raises UserError for a student that could not be trained, or not be saved."""
-    init, quantised = run.arguments.student_init, run.student.load_in_4bit or run.student.load_in_8bit
-    if quantised and init != "pretrained":
-        raise UserError(f"student_init: {init} makes new weights, which cannot be quantised yet.")
-    if run.student.use_peft and init != "pretrained":
-        raise UserError(
-            f"student_init: {init} makes new weights, which an adapter's folder does not hold, so that nobody could "
-            "load the student. Train it whole first, and then its folder with use_peft; or set use_peft: false."
-        )
-    if quantised and not run.student.use_peft:
-        raise UserError("A quantised student has no weights to train: set use_peft: true, or do not quantise it.")
-
-
 def check_surroundings(run: Run) -> None:
     """Raises UserError for a tracker that is not installed and an output_dir that cannot be written."""
     known, here = set(INTEGRATION_TO_CALLBACK), set(get_available_reporting_integrations())
@@ -188,7 +176,7 @@ def _build_token_trainer(run: Run) -> DistillationTrainer:
     model = None
     if arguments.teacher is not None and (reads_teacher(arguments) or arguments.student is None):
         model = load_teacher(run, arguments.teacher)
-    student = _load_student(run, model)
+    student = load_student(run, model)
     teacher: Any = model if reads_teacher(arguments) else None
     if arguments.teachers is not None:
         teacher = several_teachers(run, tokenizer_of(student_processing_class(run)))
@@ -205,7 +193,7 @@ def _build_token_trainer(run: Run) -> DistillationTrainer:
     return method.trainer(
         model=student,
         teacher=teacher,
-        args=training,
+        args=_without_loading(training),
         train_dataset=data["train"],
         eval_dataset=data.get("eval"),
         processing_class=student_processing_class(run),
@@ -214,31 +202,20 @@ def _build_token_trainer(run: Run) -> DistillationTrainer:
     )
 
 
+def _without_loading(training: DistillationConfig) -> DistillationConfig:
+    """The settings of a trainer whose student is loaded: trl would warn that it leaves out how to load it."""
+    if training.model_init_kwargs is None:
+        return training
+    training = copy.copy(training)
+    training.model_init_kwargs = None
+    return training
+
+
 def load_rows_of(run: Run) -> DatasetDict:
     """The rows of a run's data recipe; of the run of one of several teachers, those that concern it."""
     arguments = run.arguments
     data = load_data(arguments.data, max_train_rows=arguments.max_train_rows, max_eval_rows=arguments.max_eval_rows)
     return own_rows_of(run, data)
-
-
-def student_processing_class(run: Run) -> Any:
-    """The tokenizer or processor of a run's student, which may be made of the teacher."""
-    arguments = run.arguments
-    if arguments.student_init == "llava":
-        assert arguments.student is not None
-        assert arguments.student_vision_tower is not None
-        trust = run.training.trust_remote_code
-        return llava_processor(arguments.student_vision_tower, arguments.student, trust_remote_code=trust)
-    if arguments.student is not None:
-        return load_processing_class(arguments.student, "student", **run.hub(run.student.model_revision))
-    return teacher_processing_class(run)
-
-
-def teacher_processing_class(run: Run) -> Any:
-    """The tokenizer or processor of the teacher that a run names."""
-    arguments = run.arguments
-    assert arguments.teacher is not None
-    return load_processing_class(arguments.teacher, "teacher", **run.hub(arguments.teacher_revision))
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -272,69 +249,12 @@ def resume_point(training: DistillationConfig) -> str | None:
     return str(wanted)
 
 
-def _load_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
-    arguments, student, device = run.arguments, run.student, run.training.device
-    # Before anything random; the Trainer sets it again when it has its model.
-    set_seed(run.training.seed)
-    quantization = get_quantization_config(student)
-    init = run.training.model_init_kwargs or {}
-    assert isinstance(init, dict)
-    run.training.model_init_kwargs = None
-    settings = {
-        "dtype": student.dtype,
-        "attn_implementation": student.attn_implementation,
-        **run.hub(student.model_revision),
-        **init,
-    }
-    if arguments.student_init == "random":
-        assert arguments.student is not None
-        config = AutoConfig.from_pretrained(arguments.student, **run.hub(student.model_revision))
-        attention = {"attn_implementation": student.attn_implementation} if student.attn_implementation else {}
-        return AutoModelForCausalLM.from_config(config, dtype=_dtype(student, torch.float32, device), **attention)
-    if arguments.student_init == "llava":
-        assert arguments.student is not None
-        assert arguments.student_vision_tower is not None
-        return assemble_llava(
-            arguments.student_vision_tower,
-            arguments.student,
-            vision_feature_layer=arguments.student_vision_layer,
-            dtype=_dtype(student, torch.float32, device),
-            trust_remote_code=run.training.trust_remote_code,
-        )
-    if arguments.student_init == "pretrained":
-        assert arguments.student is not None
-        return load_model(arguments.student, "student", device=device, quantization_config=quantization, **settings)
-    source = (
-        teacher if arguments.student is None else load_model(arguments.student, "student", device=device, **settings)
-    )
-    assert source is not None
-    layers = arguments.student_layers
-    pruned: Any = prune(
-        source,
-        layers=layers[0] if layers is not None and len(layers) == 1 else layers,
-        intermediate_size=arguments.student_intermediate_size,
-        num_attention_heads=arguments.student_num_attention_heads,
-    )
-    if student.attn_implementation is not None:
-        pruned.set_attn_implementation(student.attn_implementation)
-    return pruned.to(_dtype(student, source.dtype, device))
-
-
 def _value(word: str) -> Any:
     """A word of the command line as a YAML file would have it. By YAML 1.1 itself, 1e-3 is text and no is false."""
     for kind in (int, float):
         if re.fullmatch(_NUMBERS[kind], word):
             return kind(word)
     return {"true": True, "false": False, "none": None, "null": None}.get(word.lower(), word)
-
-
-def _dtype(student: StudentArguments, source: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type of a student that is made here: that of its source for auto, and one that the device multiplies."""
-    wanted = source if student.dtype == "auto" else getattr(torch, student.dtype or "float32")
-    computed = product_dtype(wanted, device)
-    if computed != wanted:
-        say_float32()
-    return computed
 
 
 def method_of(keys: Mapping[str, Any], flags: Sequence[str]) -> str:

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
-from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from mmkd.alignment.vocab import shared_tokens
 from mmkd.cache.hub import local_cache
@@ -15,41 +14,16 @@ from mmkd.cache.identity import is_same_teacher, weights_sha256
 from mmkd.cache.store import Cache
 from mmkd.data.recipe import DataRecipe
 from mmkd.errors import UserError
-from mmkd.models.load import load_model, load_processing_class, tokenizer_of
-from mmkd.precision import native_dtype
+from mmkd.models.load import tokenizer_of
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.training.config import DistillationConfig
 
 from .arguments import Run, RunArguments
+from .run_models import load_teacher, teacher_processing_class
 
 Found = TypeVar("Found")
-
-
-def load_teacher(run: Run, name: str, dtype: str | None = None) -> PreTrainedModel:
-    """The teacher's model as the run says, in a type that the run's device multiplies, or in the given one.
-
-    Raises UserError when it cannot be loaded.
-    """
-    arguments, device = run.arguments, run.training.device
-    quantization = None
-    if arguments.teacher_load_in_4bit or arguments.teacher_load_in_8bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=arguments.teacher_load_in_4bit,
-            load_in_8bit=arguments.teacher_load_in_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=native_dtype(device),
-        )
-    return load_model(
-        name,
-        "teacher",
-        device=device if dtype is None else None,
-        dtype=dtype or arguments.teacher_dtype,
-        attn_implementation=arguments.teacher_attn_implementation,
-        quantization_config=quantization,
-        **run.hub(arguments.teacher_revision),
-    )
 
 
 def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher:
@@ -59,8 +33,7 @@ def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher:
     tokenizer: Any = student
     tokens = len(student)
     if arguments.teacher is not None:
-        name, hub = arguments.teacher, run.hub(arguments.teacher_revision)
-        tokenizer = tokenizer_of(load_processing_class(name, "teacher", **hub))
+        tokenizer = tokenizer_of(teacher_processing_class(run))
         tokens = shared_tokens(student, tokenizer)
     return ServerTeacher(
         urls,

@@ -12,7 +12,8 @@ from mmkd.generation.generator import Sampling
 from mmkd.models.load import computed_dtype, load_model, load_processing_class
 from mmkd.precision import name_of_dtype
 from mmkd.recipe.arguments import Run
-from mmkd.recipe.run_teacher import load_teacher, teacher_identity
+from mmkd.recipe.run_models import load_teacher
+from mmkd.recipe.run_teacher import teacher_identity
 
 from .assess import AgreementAssessor, Assessor, JudgeAssessor, LikelihoodAssessor, ReferenceAssessor
 from .augment import Augmentor, ModelAugmentor, RandomAugmentor, TemplateAugmentor, picker

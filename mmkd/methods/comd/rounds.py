@@ -17,7 +17,8 @@ from mmkd.generation.generator import Sampling
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.recipe import run_record as run_record
 from mmkd.recipe.arguments import Run
-from mmkd.recipe.run import check_student, last_checkpoint, load_rows_of
+from mmkd.recipe.run import last_checkpoint, load_rows_of
+from mmkd.recipe.run_models import check_student
 from mmkd.recipe.run_teacher import from_main_process
 from mmkd.training.method import Train
 

@@ -1,0 +1,159 @@
+"""Student and teacher of a run as models and tokenizers: the one place where the keys of a recipe load them."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.trainer_utils import set_seed
+from trl.trainer.utils import get_quantization_config
+
+from mmkd.errors import UserError
+from mmkd.models.assemble import prune
+from mmkd.models.llava import assemble_llava, llava_processor
+from mmkd.models.load import load_model, load_processing_class
+from mmkd.precision import native_dtype, product_dtype, say_float32
+
+from .arguments import Run
+
+
+def check_student(run: Run) -> None:
+    """Raises UserError for a student that could not be trained, or not be saved."""
+    init, quantised = run.arguments.student_init, run.student.load_in_4bit or run.student.load_in_8bit
+    if quantised and init != "pretrained":
+        raise UserError(f"student_init: {init} makes new weights, which cannot be quantised yet.")
+    if run.student.use_peft and init != "pretrained":
+        raise UserError(
+            f"student_init: {init} makes new weights, which an adapter's folder does not hold, so that nobody could "
+            "load the student. Train it whole first, and then its folder with use_peft; or set use_peft: false."
+        )
+    if quantised and not run.student.use_peft:
+        raise UserError("A quantised student has no weights to train: set use_peft: true, or do not quantise it.")
+
+
+def load_student(run: Run, teacher: PreTrainedModel | None = None) -> PreTrainedModel:
+    """The student of a run, loaded or made as `student_init` says; of `teacher` where the run names no student.
+
+    The seed of the run is set first, since some students begin with random weights. Raises UserError when it cannot
+    be loaded.
+    """
+    # The Trainer sets it again when it has its model.
+    set_seed(run.training.seed)
+    init = run.arguments.student_init
+    if init == "pretrained":
+        return _saved_student(run, get_quantization_config(run.student))
+    if init == "random":
+        return _new_student(run)
+    if init == "llava":
+        return _joined_student(run)
+    source = teacher if run.arguments.student is None else _saved_student(run)
+    assert source is not None
+    return _pruned(run, source)
+
+
+def _saved_student(run: Run, quantization: Any = None) -> PreTrainedModel:
+    init = run.training.model_init_kwargs or {}
+    assert isinstance(init, dict)
+    settings = {
+        "dtype": run.student.dtype,
+        "attn_implementation": run.student.attn_implementation,
+        "quantization_config": quantization,
+        **run.hub(run.student.model_revision),
+        **init,
+    }
+    assert run.arguments.student is not None
+    return load_model(run.arguments.student, "student", device=run.training.device, **settings)
+
+
+def _new_student(run: Run) -> PreTrainedModel:
+    """A student of the config of another, with random weights."""
+    student = run.student
+    assert run.arguments.student is not None
+    config = AutoConfig.from_pretrained(run.arguments.student, **run.hub(student.model_revision))
+    attention = {"attn_implementation": student.attn_implementation} if student.attn_implementation else {}
+    return AutoModelForCausalLM.from_config(config, dtype=_made_dtype(run, torch.float32), **attention)
+
+
+def _joined_student(run: Run) -> PreTrainedModel:
+    """A vision tower and a language model with a new projector between them."""
+    arguments = run.arguments
+    assert arguments.student is not None
+    assert arguments.student_vision_tower is not None
+    return assemble_llava(
+        arguments.student_vision_tower,
+        arguments.student,
+        vision_feature_layer=arguments.student_vision_layer,
+        dtype=_made_dtype(run, torch.float32),
+        trust_remote_code=run.training.trust_remote_code,
+    )
+
+
+def _pruned(run: Run, source: PreTrainedModel) -> PreTrainedModel:
+    pruned: Any = prune(source, **pruning_of(run))
+    if run.student.attn_implementation is not None:
+        pruned.set_attn_implementation(run.student.attn_implementation)
+    return pruned.to(_made_dtype(run, source.dtype))
+
+
+def pruning_of(run: Run) -> dict[str, Any]:
+    """What `mmkd.models.assemble.prune` is to leave of a run's student."""
+    arguments, layers = run.arguments, run.arguments.student_layers
+    return {
+        "layers": layers[0] if layers is not None and len(layers) == 1 else layers,
+        "intermediate_size": arguments.student_intermediate_size,
+        "num_attention_heads": arguments.student_num_attention_heads,
+    }
+
+
+def _made_dtype(run: Run, source: torch.dtype) -> torch.dtype:
+    """The type of a student that is made here: that of its source for auto, and one that the device multiplies."""
+    name = run.student.dtype
+    wanted = source if name == "auto" else getattr(torch, name or "float32")
+    computed = product_dtype(wanted, run.training.device)
+    if computed != wanted:
+        say_float32()
+    return computed
+
+
+def load_teacher(run: Run, name: str, dtype: str | None = None) -> PreTrainedModel:
+    """The teacher's model as the run says, in a type that the run's device multiplies, or in the given one.
+
+    Raises UserError when it cannot be loaded.
+    """
+    arguments, device = run.arguments, run.training.device
+    quantization = None
+    if arguments.teacher_load_in_4bit or arguments.teacher_load_in_8bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=arguments.teacher_load_in_4bit,
+            load_in_8bit=arguments.teacher_load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=native_dtype(device),
+        )
+    return load_model(
+        name,
+        "teacher",
+        device=device if dtype is None else None,
+        dtype=dtype or arguments.teacher_dtype,
+        attn_implementation=arguments.teacher_attn_implementation,
+        quantization_config=quantization,
+        **run.hub(arguments.teacher_revision),
+    )
+
+
+def student_processing_class(run: Run) -> Any:
+    """The tokenizer or processor of a run's student, which may be made of the teacher."""
+    arguments = run.arguments
+    if arguments.student_init == "llava":
+        assert arguments.student is not None
+        assert arguments.student_vision_tower is not None
+        trust = run.training.trust_remote_code
+        return llava_processor(arguments.student_vision_tower, arguments.student, trust_remote_code=trust)
+    if arguments.student is not None:
+        return load_processing_class(arguments.student, "student", **run.hub(run.student.model_revision))
+    return teacher_processing_class(run)
+
+
+def teacher_processing_class(run: Run) -> Any:
+    """The tokenizer or processor of the teacher that a run names."""
+    arguments = run.arguments
+    assert arguments.teacher is not None
+    return load_processing_class(arguments.teacher, "teacher", **run.hub(arguments.teacher_revision))
