@@ -1,13 +1,15 @@
-"""Makes transformers know mmkd's models in any process that imports mmkd, without importing transformers for it."""
+"""Makes transformers know mmkd's models in any process that imports mmkd, without importing transformers for it.
+
+Models register where `mmkd.models.dual_head` is imported. That takes torch and transformers, seconds that
+`mmkd --help` need not wait for, and a published model's card says `import mmkd` and nothing else. Hence a finder of
+modules, by which Python lets packages take part in imports: ours follow the auto classes, whoever imports those.
+"""
 
 import importlib
-import importlib.abc
-import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
-from typing import Any
 
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 _MODELS = "mmkd.models.dual_head"
@@ -17,27 +19,29 @@ def register_models() -> None:
     """Registers the dual-head models with the auto classes: now if those are loaded, else when they will be."""
     if _AUTO_CLASSES in sys.modules:
         importlib.import_module(_MODELS)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    elif _AutoClasses not in sys.meta_path:
+        sys.meta_path.insert(0, _AutoClasses)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the module of the auto classes as it is, and sees to it that ours is imported right after it."""
+class _AutoClasses:
+    """Finds the module of the auto classes in its file, once."""
 
+    @classmethod
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        cls, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != _AUTO_CLASSES:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            execute = loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                importlib.import_module(_MODELS)
-
-            loader.exec_module = exec_module
+        sys.meta_path.remove(cls)
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _ThenOurs(spec.loader.name, spec.loader.path)
         return spec
+
+
+class _ThenOurs(SourceFileLoader):
+    """Loads the module as Python would, and ours after it."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        importlib.import_module(_MODELS)
