@@ -12,7 +12,7 @@ import yaml
 
 from mmkd.commands.main import main
 from mmkd.errors import UserError
-from mmkd.training.method import METHODS, Methods
+from mmkd.training.method import METHODS, Method, Methods
 from scripts.make_tiny_models import sentences
 from tests.classes import NAMES, make_clip, pictures, pixels, vit
 
@@ -115,6 +115,12 @@ def test_a_driver_skips_what_is_trained(recipes: dict[str, Path], tmp_path: Path
     assert main(command) == 0
     assert (first / "model.safetensors").stat().st_mtime_ns == written
     assert weights(tmp_path) == before
+
+
+def test_a_predictor_of_classes_says_all_that_tokens_do_not() -> None:
+    method = METHODS[CLASSES]
+    with pytest.raises(TypeError, match=r"soft_labels predicts classes.*give it check, plan"):
+        Method(**{**vars(method), "check": None, "plan": None})
 
 
 def test_commands_about_tokens_refuse_a_predictor_of_classes(recipes: dict[str, Path], capsys: Any) -> None:

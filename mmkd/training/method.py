@@ -65,6 +65,15 @@ class Method:
     plan: Forecast | None = None
     data_facts: DataFacts | None = None
 
+    def __post_init__(self) -> None:
+        own = ("build", "dry_run", "check", "examine", "plan", "data_facts")
+        missing = [name for name in own if getattr(self, name) is None]
+        if self.predicts != "tokens" and missing:
+            raise TypeError(
+                f"Method {self.name} predicts {self.predicts}, which nothing of a token loss is of use for: give it "
+                f"{', '.join(missing)}."
+            )
+
     @property
     def name(self) -> str:
         """What a recipe says under `method`."""

@@ -1,19 +1,17 @@
 """DHO: a supervised and a distillation head on shared features, joined after training (2505.07675)."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import EvalPrediction
 from transformers.utils import logging
 
-from mmkd.data.class_rows import ClassCollator, ClassRows, SemiSupervisedSampler
-from mmkd.data.classification import HIDDEN, hide_labels
+from mmkd.data.class_rows import ClassCollator, SemiSupervisedSampler
+from mmkd.data.classification import HIDDEN
 from mmkd.errors import UserError
 from mmkd.files import write_file
 from mmkd.losses.dual_head_losses import (
@@ -25,11 +23,11 @@ from mmkd.losses.dual_head_losses import (
 )
 from mmkd.models.dual_head import DualHeadOutput
 from mmkd.preparation.checks import check_precision
-from mmkd.teachers.class_logits import compute_class_logits
-from mmkd.teachers.classifiers import ClassTeacher, check_classes
+from mmkd.teachers.classifiers import ClassTeacher
 from mmkd.training.run_trainer import RunTrainer
 
 from .dho_config import DHOConfig as DHOConfig
+from .dho_inputs import evaluated_rows, settle_heads, teacher_logits, training_rows
 
 logger = logging.get_logger(__name__)
 
@@ -84,17 +82,12 @@ class DHOTrainer(RunTrainer):
             )
         check_precision(args, args.emulated_bf16)
         self.class_names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-        train = self._rows(train_dataset, processing_class, args, "train")
-        _check_range(train.labels, self.class_names, "train")
-        train = train.relabeled(
-            hide_labels(train.labels, self.class_names, args.labels_per_class, args.label_fraction, args.label_seed)
-        )
-        args.check_unlabeled(train.labels)
-        validation = self._evaluated(eval_dataset, processing_class, args, "validation")
-        self.test_dataset = self._evaluated(test_dataset, processing_class, args, "test")
+        train = training_rows(train_dataset, processing_class, args, self.class_names)
+        validation = evaluated_rows(eval_dataset, processing_class, args, self.class_names, "validation")
+        self.test_dataset = evaluated_rows(test_dataset, processing_class, args, self.class_names, "test")
         args.check_validation(validation is not None)
-        logits = self._ask(teacher, train, args)
-        self._prepare_model(model, args)
+        logits = teacher_logits(teacher, train, args, self.class_names)
+        settle_heads(model, args)
         super().__init__(
             model=model,
             args=args,
@@ -116,47 +109,6 @@ class DHOTrainer(RunTrainer):
                 "Students of classes are not trained under FSDP: accelerate cannot cut vision towers. They are small, "
                 "so use accelerate_config ddp or zero2."
             )
-
-    def _ask(self, teacher: Any, train: ClassRows, args: DHOConfig) -> Float[Tensor, "row class"] | None:
-        if args.objective == "ce":
-            return None
-        if teacher is None:
-            raise UserError(f"Objective {args.objective} needs a teacher: pass a ClassTeacher or its logits.")
-        if isinstance(teacher, ClassTeacher):
-            if list(teacher.class_names) != self.class_names:
-                check_classes(len(teacher.class_names), self.class_names, "The teacher")
-                raise UserError(f"The teacher's classes {list(teacher.class_names)} are not {self.class_names}.")
-            teacher = compute_class_logits(teacher, train.raw, len(train), args.teacher_batch_size)
-        check_classes(teacher.shape[-1], self.class_names, "The teacher")
-        if len(teacher) != len(train):
-            raise UserError(f"There are teacher logits of {len(teacher)} rows, and {len(train)} training rows.")
-        if not torch.isfinite(teacher).all():
-            raise UserError("The teacher's logits hold NaN or infinity; a teacher in float16 may have overflowed.")
-        return teacher
-
-    def _prepare_model(self, model: Any, args: DHOConfig) -> None:
-        """Settles what the model predicts with; a head without a loss gets no gradient, which DDP insists on."""
-        given = (0.5, 0.5) if args.alpha is None else (args.alpha, args.beta)
-        alpha, beta = {"dho": given, "kd": (0.0, 1.0)}.get(args.objective, (1.0, 1.0))
-        model.config.alpha, model.config.beta = alpha, beta
-        model.ce_head.requires_grad_(args.objective != "kd")
-        model.kd_head.requires_grad_(args.objective in ("dho", "kd"))
-
-    def _rows(self, dataset: Any, processing_class: Any, args: DHOConfig, name: str) -> ClassRows:
-        if isinstance(dataset, ClassRows):
-            return dataset
-        augmentation = args.augmentation if name == "train" else "none"
-        settings = {"max_length": args.max_length, "keep": args.keep_rows}
-        return ClassRows(dataset, processing_class, name=name, augmentation=augmentation, **settings)
-
-    def _evaluated(self, dataset: Any, processing_class: Any, args: DHOConfig, name: str) -> ClassRows | None:
-        if dataset is None:
-            return None
-        rows = self._rows(dataset, processing_class, args, name)
-        _check_range(rows.labels, self.class_names, name)
-        if len(rows) == 0 or (rows.labels == HIDDEN).any():
-            raise UserError(f"The {name} rows are measured by their labels: there must be some, and none unknown.")
-        return rows
 
     # The step
 
@@ -333,17 +285,3 @@ def write_choice(path: Path, choice: Interpolation, rows: int) -> None:
     grid = [dict(zip(("alpha", "beta", "accuracy"), point, strict=True)) for point in choice.grid]
     chosen = {"alpha": choice.alpha, "beta": choice.beta, "accuracy": choice.accuracy}
     write_file(path, json.dumps({**chosen, "split": "validation", "rows": rows, "grid": grid}, indent=1))
-
-
-def _check_range(labels: np.ndarray, class_names: Sequence[str], name: str) -> None:
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise UserError(
-            f"The labels of {name} are not one class number per row; several classes per row are not what DHO's heads "
-            "(softmax) can say. Keep the rows and the column of a single class."
-        )
-    outside = labels[(labels != HIDDEN) & ((labels < 0) | (labels >= len(class_names)))]
-    if len(outside):
-        raise UserError(
-            f"{name} has the label {outside[0]}, but the student knows {len(class_names)} classes, 0 to "
-            f"{len(class_names) - 1}. Give one class name per label."
-        )
