@@ -36,7 +36,7 @@ def read_yaml(path: Path, *, as_written: bool = False) -> Any:
         ) from error
     try:
         return yaml.load(text, _WrittenLoader if as_written else _Loader)
-    except _KeyTwice as error:
+    except _DuplicateYAMLKey as error:
         raise UserError(f"{path}: {error}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -47,7 +47,7 @@ def read_yaml(path: Path, *, as_written: bool = False) -> Any:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 
-class _KeyTwice(Exception):
+class _DuplicateYAMLKey(Exception):
     """A mapping with the same key twice, of which YAML would keep the last."""
 
 
@@ -61,7 +61,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             line = key.start_mark.line + 1
             if key.value in lines:
-                raise _KeyTwice(
+                raise _DuplicateYAMLKey(
                     f"the key {key.value!r} stands in line {lines[key.value]} and again in line {line}, so that one "
                     "of the two would be lost; remove one."
                 )

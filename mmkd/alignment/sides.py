@@ -71,7 +71,7 @@ def records_of(table: ndarray, tokens: Tokens) -> ndarray:
 
 
 @dataclass(frozen=True)
-class Side:
+class SegmentedTokens:
     """One side's tokens in segments: every row is a text, a paired marker, a text and so on up to a last text.
 
     Both sides have the same segments. A marker counts as a single zero byte, which its last token covers. `skipped`

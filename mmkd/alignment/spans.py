@@ -19,7 +19,7 @@ from .common_runs import common_runs
 from .markers import MarkerTable, marker_tables, markers_of, pair_occurrences
 from .normal_form import NormalForm
 from .pieces import TokenPieces, Tokens, boundary_mask, running, spelling_numbers
-from .sides import Side, Spans, records_of, table_of
+from .sides import SegmentedTokens, Spans, records_of, table_of
 
 # The bytes for unknown tokens of teacher and student. They do not occur in UTF-8, and they are not equal, because the
 # texts of two unknown tokens may differ.
@@ -161,7 +161,7 @@ class Aligner:
         student: Tokens,
         teacher_supervised: Bool[ndarray, "teacher_token"] | None,
         student_supervised: Bool[ndarray, "student_token"] | None,
-    ) -> tuple[Side, Side]:
+    ) -> tuple[SegmentedTokens, SegmentedTokens]:
         """Both sides in texts between paired markers, without leading spaces that only one of them has."""
         records = records_of(self._tables[0], teacher), records_of(self._tables[1], student)
         markers = (
@@ -169,14 +169,14 @@ class Aligner:
             self.student_markers.find(student, np.flatnonzero(records[1]["marks"])),
         )
         partners = pair_occurrences(*markers, teacher, student)
-        ours = Side.of(teacher, records[0], markers[0], partners[0], teacher_supervised)
-        theirs = Side.of(student, records[1], markers[1], partners[1], student_supervised)
+        ours = SegmentedTokens.of(teacher, records[0], markers[0], partners[0], teacher_supervised)
+        theirs = SegmentedTokens.of(student, records[1], markers[1], partners[1], student_supervised)
         spaces = ours.leading_spaces() - theirs.leading_spaces()
         return ours.without_spaces(spaces), theirs.without_spaces(-spaces)
 
 
 def _common_ends(
-    ours: Side, theirs: Side
+    ours: SegmentedTokens, theirs: SegmentedTokens
 ) -> tuple[Int[ndarray, "chunk"], tuple[Int[ndarray, "chunk"], Int[ndarray, "chunk"]]]:
     """The tokens of both sides that end at the same byte: the segment, and the token of each side."""
     room = np.maximum(ours.sizes, theirs.sizes)
@@ -201,7 +201,7 @@ def _common_ends(
 
 
 def _compared(
-    ours: Side, theirs: Side, spans: tuple[Spans, Spans], segment: Int[ndarray, "chunk"]
+    ours: SegmentedTokens, theirs: SegmentedTokens, spans: tuple[Spans, Spans], segment: Int[ndarray, "chunk"]
 ) -> tuple[Bool[ndarray, "chunk"], Bool[ndarray, "segment"]]:
     """The chunks without a difference before them in their segment, and the segments with a difference.
 
@@ -235,8 +235,8 @@ def _compared(
 
 
 def _realigned(
-    ours: Side,
-    theirs: Side,
+    ours: SegmentedTokens,
+    theirs: SegmentedTokens,
     form: NormalForm,
     rewritten: Int[ndarray, "rewritten"],
     segment: Int[ndarray, "chunk"],
@@ -256,7 +256,7 @@ def _realigned(
 
 
 def _ends_in_form(
-    ours: Side, theirs: Side, form: NormalForm, segment: int
+    ours: SegmentedTokens, theirs: SegmentedTokens, form: NormalForm, segment: int
 ) -> tuple[Int[ndarray, "chunk"], Int[ndarray, "chunk"], Bool[ndarray, "chunk"], bool]:
     """Where chunks of a segment may end on both sides, which of them are the same text, and whether anything differs.
 

@@ -1,4 +1,4 @@
-"""Rows of data sets as Arrow stores them: nothing is copied that need not be, and no image is decoded."""
+"""Rows of data sets in Arrow: read without unnecessary copies and without decoding images."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Json, LargeList, List
 from .json_rows import parse_json
 
 BATCH = 1000
-"""Rows read at a time: enough to hide the cost of a batch, few enough for rows with images."""
+"""Rows read at a time: enough to make the cost of a batch negligible, few enough for rows with images."""
 
 
 def read_rows(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -30,7 +30,7 @@ def plain_rows(table: pa.Table, features: Features) -> list[dict[str, Any]]:
 
 
 def has_json(feature: Any) -> bool:
-    """Whether values of a type hold JSON text somewhere."""
+    """Whether a type contains JSON text at any depth."""
     if isinstance(feature, dict):
         return any(map(has_json, feature.values()))
     if isinstance(feature, List | LargeList):
@@ -39,7 +39,7 @@ def has_json(feature: Any) -> bool:
 
 
 def decoded_json(value: Any, feature: Any) -> Any:
-    """The value with its JSON read: `datasets` stores objects whose keys differ from row to row as JSON text."""
+    """The value with its JSON parsed: `datasets` stores objects whose keys differ between rows as JSON text."""
     if value is None:
         return None
     if isinstance(feature, Json):
@@ -52,13 +52,13 @@ def decoded_json(value: Any, feature: Any) -> Any:
 
 
 def encoded_json(value: Any, feature: Any) -> Any:
-    """The value with its JSON as text, as it is stored: `datasets` itself would write ten digits of a number."""
+    """The value with its JSON as text for storage, with all digits of numbers; `datasets` itself would write ten."""
     if value is None:
         return None
     if isinstance(feature, Json):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(feature, List | LargeList):
-        return [encoded_json(one, feature.feature) for one in value]
+        return [encoded_json(item, feature.feature) for item in value]
     return value
 
 
@@ -68,7 +68,7 @@ def is_struct_list(feature: Any) -> bool:
 
 
 def storage(type_: pa.DataType) -> pa.DataType:
-    """The type with JSON as the text it is stored as: Arrow cannot build extension types from Python values."""
+    """The type with JSON replaced by text, as Arrow cannot build arrays of extension types from Python values."""
     if isinstance(type_, pa.BaseExtensionType):
         return type_.storage_type
     if pa.types.is_list(type_):

@@ -1,4 +1,4 @@
-"""Rows of any layout in TRL's columns: all are checked, and copied only where something has to change."""
+"""Conversion of a row of any layout to TRL's columns, and the types of the resulting columns."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from mmkd.errors import UserError
 from .messages import (
     IMAGE_MARK,
     Message,
-    Pictures,
+    RowImages,
     canonical_messages,
     canonical_tools,
     flat,
@@ -28,42 +28,42 @@ PARTS = List({"type": Value("string"), "text": Value("string")})
 
 @dataclass(frozen=True)
 class Layout:
-    """How a source's rows say what TRL's columns say."""
+    """The mapping from a source's columns to TRL's columns."""
 
     name: str
     reads: tuple[str, ...]
-    """The source's columns that it is made of."""
+    """The source's columns that are read."""
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """A row's text, or messages, or prompt and completion, and its tools, as the source has them."""
+    """From a row to its text, messages, or prompt and completion, and its tools, in the source's own format."""
     unread: tuple[str, ...] = ()
-    """Columns that belong to it and are not learnt from, such as rejected answers."""
+    """Columns that belong to the layout but are not trained on, such as rejected answers."""
     mark: str | None = None
-    """What stands for an image within a text, where the source says so."""
+    """The mark for an image within a text, if the source declares one."""
     parts: bool = False
-    """Whether contents are parts also in rows without images."""
+    """Whether contents are lists of parts in rows without images too."""
     as_is: bool = False
-    """Whether its columns are TRL's already."""
+    """Whether the columns are already TRL's."""
 
 
 @dataclass
-class Facts:
-    """What all rows of a data set decide together: the types of its columns."""
+class DatasetTraits:
+    """Properties of all rows of a data set, which decide the types of its columns."""
 
     images: bool
     """Whether rows have images, in a column or in their messages."""
     brought: bool = False
-    """Whether messages bring images."""
+    """Whether messages contain images."""
     parts: bool = False
-    """Whether contents are parts."""
+    """Whether contents are lists of parts."""
     json: bool = False
-    """Whether messages have more than a role and a content of one type."""
+    """Whether messages have other keys than role and content, or contents of several types."""
     tools: bool = False
     changed: bool = False
     columns: dict[str, bool] = field(default_factory=dict)
-    """Column of text or messages -> whether it holds messages."""
+    """Name of a column -> whether it holds messages rather than text."""
 
     def see(self, row: Mapping[str, Any]) -> None:
-        """Takes a canonical row into account."""
+        """Updates the properties with a canonical row."""
         for column in ("text", *CHATS):
             if column not in row:
                 continue
@@ -79,10 +79,10 @@ class Facts:
         self.brought |= row.get("images") is not None
 
 
-def canonical_row(row: Mapping[str, Any], layout: Layout, pictures: Pictures, *, nulls: bool) -> dict[str, Any]:
-    """A row in TRL's columns, with `images` where its messages bring some.
+def canonical_row(row: Mapping[str, Any], layout: Layout, pictures: RowImages, *, nulls: bool) -> dict[str, Any]:
+    """A row in TRL's columns, with `images` if its messages contain images.
 
-    Raises UserError for a row that says something else than the layout can say.
+    Raises UserError for a row that does not fit the layout.
     """
     raw = layout.read(row)
     chat = any(isinstance(raw.get(column), list | tuple | np.ndarray) for column in CHATS) or "messages" in raw
@@ -114,56 +114,58 @@ def canonical_row(row: Mapping[str, Any], layout: Layout, pictures: Pictures, *,
 
 
 def _place_images(row: dict[str, Any], layout: Layout, count: int | None, placed: bool) -> None:
-    """Puts parts where the texts of a row mark its images. Raises UserError for marks where rows have no images."""
+    """Inserts image parts at the marks in the texts of a row. Raises UserError for marks in rows without images."""
     chats = {column: row[column] for column in CHATS if isinstance(row.get(column), list)}
     if placed or not chats:
         return
     mark = layout.mark or IMAGE_MARK
-    marks = sum(text.count(mark) for one in chats.values() for message in one for text in texts_of(message))
-    told = layout.mark is not None or any(map(marks_images, chats.values()))
-    if count is None and marks and told:
+    marks = sum(text.count(mark) for chat in chats.values() for message in chat for text in texts_of(message))
+    is_marked = layout.mark is not None or any(map(marks_images, chats.values()))
+    if count is None and marks and is_marked:
         raise UserError(
             f"its text has the mark {mark} of an image, and the rows have no images. Give them in a column `images` "
             "(in a data recipe: map it under columns), or take the mark out of the text"
         )
-    if count is not None and (layout.mark is not None or (marks and (marks == count or told))):
+    # A text may contain "<image>" as ordinary text: the mark counts if the source declares it, if it stands on a line
+    # of its own as in LLaVA's files, or if there are as many marks as images.
+    if count is not None and (layout.mark is not None or (marks and (marks == count or is_marked))):
         row |= {column: in_parts(messages, 0, mark) for column, messages in chats.items()}
 
 
-def finished(row: dict[str, Any], layout: Layout, facts: Facts, count: int) -> dict[str, Any]:
-    """The row in the types that its data set's facts decide; `count` is how many images it has."""
+def finished(row: dict[str, Any], layout: Layout, traits: DatasetTraits, count: int) -> dict[str, Any]:
+    """The row in the types that the traits of its data set require; `count` is its number of images."""
     chats = {column: row[column] for column in CHATS if isinstance(row.get(column), list)}
-    if not facts.images:
+    if not traits.images:
         return {**row, **{column: flat(messages) for column, messages in chats.items()}}
-    if facts.parts or layout.parts:
-        left = 0 if any(map(_has_images, chats.values())) else count
+    if traits.parts or layout.parts:
+        unplaced = 0 if any(map(_has_images, chats.values())) else count
         for column, messages in chats.items():
-            chats[column] = in_parts(messages, left)
-            left = 0 if column == "prompt" else left
+            chats[column] = in_parts(messages, unplaced)
+            unplaced = 0 if column == "prompt" else unplaced
     return {**row, **chats}
 
 
 def _has_images(messages: Sequence[Message]) -> bool:
-    contents = [one.get("content") for one in messages]
+    contents = [message.get("content") for message in messages]
     return any(part["type"] == "image" for content in contents if isinstance(content, list) for part in content)
 
 
-def features_of(facts: Facts, layout: Layout, source: Features, kept: Sequence[str]) -> Features:
-    """The types of a data set's columns, ours first."""
+def features_of(traits: DatasetTraits, layout: Layout, source: Features, kept: Sequence[str]) -> Features:
+    """The types of the columns of a data set: TRL's columns, then the kept columns of the source."""
     features: dict[str, Any] = {}
-    content = PARTS if facts.images and (facts.parts or layout.parts) else Value("string")
-    message = Json() if facts.json else {"role": Value("string"), "content": content}
+    content = PARTS if traits.images and (traits.parts or layout.parts) else Value("string")
+    message = Json() if traits.json else {"role": Value("string"), "content": content}
     for column in ("text", *CHATS):
-        if column in facts.columns:
+        if column in traits.columns:
             same = source[column] if layout.as_is and column in source else Value("string")
-            features[column] = List(message) if facts.columns[column] else same
-    if facts.images:
+            features[column] = List(message) if traits.columns[column] else same
+    if traits.images:
         features["images"] = List(Image())
-    if facts.tools:
+    if traits.tools:
         features["tools"] = Json()
     return Features({**features, **{name: source[name] for name in kept if name not in features and name in source}})
 
 
 def image_column_of(columns: Sequence[str], layout: Layout) -> str | None:
-    """The column that holds the images of rows, if there is one."""
+    """The column that holds the images of rows, or None."""
     return next((name for name in ("images", "image") if name in columns and name not in layout.reads), None)

@@ -1,4 +1,4 @@
-"""Colours of a picture as a person sees them: its profile, its gamma, 16 bits, what lies under transparency."""
+"""Conversion of a picture to 8-bit sRGB: colour profile, PNG gamma, 16-bit channels, transparency."""
 
 import io
 import logging
@@ -13,35 +13,35 @@ from mmkd.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Two profiles of sRGB differ by a few levels in places; such pictures are left as they are, which is exact.
+# Variants of the sRGB profile differ by a few levels in places. Pictures with such a profile are not converted.
 _SAME_LEVELS = 4
 _SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK", "LAB": "Lab"}
-# 1 / 2.2, what a PNG is taken to have that does not say; libpng's threshold for a difference that counts.
+# The default gamma of a PNG, 1 / 2.2, and libpng's threshold for a significant difference from it.
 _GAMMA, _SAME_GAMMA = 0.45455, 0.05
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Whether some of the picture may be transparent."""
+    """Whether the picture has an alpha channel or a transparent colour."""
     return "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None
 
 
 def in_rgba(image: Image.Image) -> Image.Image:
     """The picture in RGBA."""
-    # PIL knows no way from grey with premultiplied alpha to colours.
+    # PIL has no direct conversion from grey with premultiplied alpha to RGBA.
     return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """The picture in RGB, laid on white where it is transparent, as transformers does it."""
+    """The picture in RGB on a white background, as transformers does it."""
     image = in_rgba(image)
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")
 
 
 def in_eight_bits(image: Image.Image) -> Image.Image:
-    """The picture with at most 8 bits per channel: of 16 bits of grey 65,535 is white, whatever the picture's range.
+    """The picture with at most 8 bits per channel; in 16-bit grey, 65,535 is white, whatever the picture's range.
 
-    Raises UserError where nothing says which value is white.
+    Raises UserError if it is unknown which value is white.
     """
     if image.mode == "F":
         low, high = image.getextrema()
@@ -54,18 +54,19 @@ def in_eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if image.mode == "I":
         _check_range(image, int(values.min()), int(values.max()))
+    # 257 = 65,535 / 255; 128 rounds to the nearest level.
     grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    grey.info = {key: one for key, one in image.info.items() if key != "transparency"}
+    grey.info = {key: entry for key, entry in image.info.items() if key != "transparency"}
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey = Image.merge("LA", [grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))])
-        grey.info = {key: one for key, one in image.info.items() if key != "transparency"}
+        grey.info = {key: entry for key, entry in image.info.items() if key != "transparency"}
     return grey
 
 
 def _check_range(image: Image.Image, low: int, high: int) -> None:
-    """Pictures of 32-bit integers hold 16 bits in most files, but nothing says so."""
-    # Formats whose files say that they have up to 16 bits; PIL scales those of fewer.
+    """Raises UserError for 32-bit integers whose white is unknown; most such files hold 16 bits, without saying so."""
+    # These formats declare their depth, at most 16 bits, and PIL scales smaller depths.
     if image.format in ("PNG", "PPM", "JPEG2000"):
         return
     if low < 0 or high > 65_535 or 0 < high <= 255:
@@ -76,14 +77,14 @@ def _check_range(image: Image.Image, low: int, high: int) -> None:
 
 
 def in_srgb(image: Image.Image) -> Image.Image:
-    """The picture with its colours in sRGB: the same picture where they are already, or where it does not say."""
+    """The picture in sRGB; unchanged if it is in sRGB already or declares no colour space."""
     if image.mode == "LAB":
         return ImageCms.applyTransform(image, _from_lab())  # pyright: ignore[reportReturnType]
     profile = image.info.get("icc_profile")
     if profile:
         return _by_profile(image, bytes(profile))
     gamma = image.info.get("gamma")
-    # A file that names both means sRGB and gives the gamma to readers that know no better.
+    # A PNG with both chunks is sRGB; the gamma is for readers that do not support the sRGB chunk.
     if gamma and "srgb" not in image.info and abs(gamma / _GAMMA - 1) > _SAME_GAMMA:
         return _by_gamma(image, gamma)
     return image
@@ -106,7 +107,7 @@ def _by_gamma(image: Image.Image, gamma: float) -> Image.Image:
 
 
 def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The colours in the mode that their profile speaks of, and the alpha channel if there is one."""
+    """The colours in the mode that their profile describes, and the alpha channel or None."""
     if has_alpha(image):
         *bands, alpha = (image.convert("LA") if image.mode in ("LA", "La") else image.convert("RGBA")).split()
         return (Image.merge("RGB", bands) if len(bands) == 3 else bands[0]), alpha
@@ -124,11 +125,10 @@ def _with_alpha(colour: Image.Image | None, alpha: Image.Image | None) -> Image.
 
 @lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile to sRGB; None where that would change nothing, or where the profile is not about such pixels."""
+    """The transform from a profile to sRGB; None if it changes nothing, or if the profile is for another mode."""
     try:
         source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        # A profile of colours in a grey picture (or the other way round) is what other tools left behind: browsers
-        # do not apply it either.
+        # Some tools leave an RGB profile in a grey picture, or the other way round. Browsers ignore it too.
         if source.profile.xcolor_space.strip() != _SPACES[mode]:
             return None
         transform = ImageCms.buildTransform(
@@ -140,7 +140,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
     except (OSError, ImageCms.PyCMSError) as error:
-        _say_no_profile(str(error))
+        _warn_no_profile(str(error))
         return None
     return None if _changes_nothing(transform, mode) else transform
 
@@ -162,5 +162,5 @@ def _from_lab() -> ImageCms.ImageCmsTransform:
 
 
 @cache
-def _say_no_profile(reason: str) -> None:
+def _warn_no_profile(reason: str) -> None:
     logger.warning("A picture's colour profile cannot be read (%s): its colours are taken as sRGB.", reason)

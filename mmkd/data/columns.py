@@ -1,4 +1,4 @@
-"""How a source's columns become ours: by name, by template, or as a list of messages."""
+"""The mapping from a source's columns to TRL's: by name, by template, or as a list of messages."""
 
 import difflib
 import string
@@ -21,7 +21,7 @@ def is_template(mapping: str) -> bool:
 
 
 def template_columns(template: str) -> list[str]:
-    """The source columns a template reads. Raises UserError for one that str.format cannot read or fill by name."""
+    """The source columns that a template reads. Raises UserError for one that str.format cannot fill by name."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
@@ -36,14 +36,14 @@ def template_columns(template: str) -> list[str]:
 
 @dataclass(frozen=True)
 class MessagesColumn:
-    """A column that holds a list of messages, and how its roles and contents are called there."""
+    """A column that holds a list of messages, with the keys of role and content."""
 
     column: str = field(metadata={"help": "The source's column: a list of objects, one per message.", "yaml": str})
     role_key: str = field(
         default="role", metadata={"help": "The key of the speaker; 'from' in ShareGPT.", "yaml": str}
     )
     content_key: str = field(
-        default="content", metadata={"help": "The key of what is said; 'value' in ShareGPT.", "yaml": str}
+        default="content", metadata={"help": "The key of the text; 'value' in ShareGPT.", "yaml": str}
     )
     role_map: Mapping[str, str] = field(
         default_factory=dict,
@@ -53,16 +53,16 @@ class MessagesColumn:
     image_token: str | None = field(
         default=None,
         metadata={
-            "help": "How the source marks an image within the text, such as '<image>' in LLaVA's sets: it becomes a "
-            "part {type: image}, and the rest parts of text.",
+            "help": "The mark for an image within the text, such as '<image>' in LLaVA's data sets. It becomes a part "
+            "{type: image}, and the text around it parts of text.",
             "yaml": str,
         },
     )
     user_key: str | None = field(
         default=None,
         metadata={
-            "help": "For lists of pairs such as The Cauldron's: the key of the question; images stand before the "
-            "first one.",
+            "help": "For lists of pairs such as The Cauldron's: the key of the question. Images are placed before the "
+            "first question.",
             "yaml": str,
         },
     )
@@ -71,7 +71,7 @@ class MessagesColumn:
     )
 
     def __post_init__(self) -> None:
-        """Raises UserError for a role that chat templates do not know, and for half a pair."""
+        """Raises UserError for a role that chat templates do not know, and for only one key of a pair."""
         if (self.user_key is None) != (self.assistant_key is None):
             raise UserError("user_key and assistant_key name the two sides of a pair: give both or neither.")
         for role in self.role_map.values():
@@ -84,7 +84,7 @@ class MessagesColumn:
 
 @dataclass(frozen=True)
 class TurnColumns:
-    """One question and its answer as templates over the source's columns; the row's images stand before the question.
+    """A question and an answer as templates over the source's columns; images are placed before the question.
 
     Besides `{column}`, `{choices:letters}` writes a list as lettered lines and `{answer:letter}` a number as a letter.
     """
@@ -93,7 +93,7 @@ class TurnColumns:
     assistant: str = field(metadata={"help": "The answer, such as '{answer}'.", "yaml": str})
 
     def __post_init__(self) -> None:
-        """Raises UserError for text that reads no column."""
+        """Raises UserError for a template that reads no column."""
         for key in ("user", "assistant"):
             if not is_template(getattr(self, key)):
                 raise UserError(f"{key} is {getattr(self, key)!r}, which reads no column; write '{{column}}'.")

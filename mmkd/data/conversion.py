@@ -1,4 +1,4 @@
-"""Data sets of any layout in TRL's columns: all rows are checked, and copied only where something has to change."""
+"""Conversion of data sets of any layout to TRL's columns: all rows are checked; rows are copied only if needed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,60 +13,60 @@ from datasets import Dataset, Features, Json, LargeList, List, Value
 from mmkd.errors import UserError
 
 from .arrow import BATCH, encoded_json, has_json, plain_rows, storage
-from .canonical import CHATS, OURS, Facts, Layout, canonical_row, features_of, finished, image_column_of
+from .canonical import CHATS, OURS, DatasetTraits, Layout, canonical_row, features_of, finished, image_column_of
 from .columns import ROLES
 from .image_columns import image_counts, image_lists
 from .left_out import LeftOut
-from .messages import IMAGE_MARK, Pictures, missing, stored, without_nulls
+from .messages import IMAGE_MARK, RowImages, missing, stored, without_nulls
 
-# Raise it when the same rows start to come out otherwise: `datasets` knows a function of ours by its name only.
-# 2: answers that stand apart in the source are completions.
+# Raise it when the same rows give another result: the cache of `datasets` identifies our functions by name only.
+# 2: answers in a column of their own become completions.
 _VERSION = 2
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """How the rows of one split become rows in TRL's columns, and which of them are left out."""
+    """The conversion of the rows of one split, and the rows that are left out of it."""
 
     split: str
     left_out: LeftOut | None = None
-    """Where rows are counted that are left out; without it rows that lack something stay."""
+    """Collects the rows that are left out; without it, incomplete rows are kept."""
     skip: bool = False
-    """Whether rows that cannot be read are left out too."""
+    """Whether unreadable rows are left out too, instead of raising an error."""
     folders: tuple[Path, ...] = ()
-    """Where relative paths of images in messages start."""
+    """The folders in which relative paths of images in messages are looked up."""
     image_folder: str | None = None
-    """Where those of a column of images start."""
+    """The folder of relative paths in a column of images."""
 
     def converted(
         self, dataset: Dataset, layout: Layout, kept: Sequence[str], numbers: Sequence[int] | None = None
     ) -> Dataset:
         """The rows in TRL's columns, with the columns `kept` of the source.
 
-        `numbers` are the rows' numbers in the source; by default those of the data set behind a selection.
+        `numbers` are the numbers of the rows in the source, by default those in the data set before any selection.
         Raises UserError for the first row that cannot be read.
         """
         numbers = source_rows(dataset) if numbers is None else numbers
         images = image_column_of(dataset.column_names, layout)
-        facts, out = self._facts(dataset, layout, images, numbers)
-        features = features_of(facts, layout, dataset.features, kept)
+        traits, out = self._traits(dataset, layout, images, numbers)
+        features = features_of(traits, layout, dataset.features, kept)
         own = [name for name in features if name in OURS and name != "images"]
         if (
             not layout.as_is
-            or facts.changed
-            or facts.brought
+            or traits.changed
+            or traits.brought
             or any(not _alike(features[name], dataset.features.get(name)) for name in own)
         ):
             chosen: Any = dataset if not out else dataset.select(_without(len(dataset), out))
-            return self._copied(chosen, layout, facts, features, images)
+            return self._copied(chosen, layout, traits, features, images)
         columns = [name for name in dataset.column_names if name in (*layout.reads, *kept, images)]
         same: Any = dataset if columns == dataset.column_names else dataset.select_columns(columns)
         return same if not out else same.select(_without(len(dataset), out))
 
     def _copied(
-        self, dataset: Dataset, layout: Layout, facts: Facts, features: Features, images: str | None
+        self, dataset: Dataset, layout: Layout, traits: DatasetTraits, features: Features, images: str | None
     ) -> Dataset:
-        """The rows in TRL's columns, written anew."""
+        """The rows in TRL's columns, copied."""
         return (
             dataset.with_format("arrow")
             .map(
@@ -75,7 +75,7 @@ class Conversion:
                 batch_size=BATCH,
                 fn_kwargs={
                     "layout": layout,
-                    "facts": facts,
+                    "traits": traits,
                     "source": dataset.features,
                     "features": features,
                     "images": images,
@@ -90,11 +90,11 @@ class Conversion:
             .with_format(None)
         )
 
-    def _facts(
+    def _traits(
         self, dataset: Dataset, layout: Layout, images: str | None, numbers: Sequence[int]
-    ) -> tuple[Facts, set[int]]:
-        """What the rows decide together, and which of them are left out."""
-        facts, out = Facts(images is not None), set()
+    ) -> tuple[DatasetTraits, set[int]]:
+        """The traits of all rows, and the places of the rows that are left out."""
+        traits, out = DatasetTraits(images is not None), set()
         for place, row, pictures in _looked_at(dataset, layout, images, self.folders):
             try:
                 ours = canonical_row(row, layout, pictures, nulls=_has_nulls(dataset.features, layout))
@@ -109,26 +109,26 @@ class Conversion:
                 self.left_out.add(numbers[place], reason)
                 out.add(place)
                 continue
-            facts.images |= ours.get("images") is not None
-            facts.see(ours)
-            facts.changed |= layout.as_is and not facts.changed and _differs(row, ours)
+            traits.images |= ours.get("images") is not None
+            traits.see(ours)
+            traits.changed |= layout.as_is and not traits.changed and _differs(row, ours)
         for name in layout.reads if layout.as_is else ():
             if name in ("text", *CHATS):
-                facts.columns.setdefault(name, not is_text(dataset.features[name]))
-        return facts, out
+                traits.columns.setdefault(name, not is_text(dataset.features[name]))
+        return traits, out
 
 
 def source_rows(dataset: Dataset) -> Sequence[int]:
     """The number of each row in the data set from which a shuffle or a selection took it."""
-    # Only this knows; a column with numbers would travel through everything that reads the rows.
+    # `datasets` has no public access to it, and a column with numbers would be passed to every reader of the rows.
     indices: Any = dataset._indices
     return range(len(dataset)) if indices is None else indices.column(0).to_pylist()
 
 
 def _looked_at(
     dataset: Dataset, layout: Layout, images: str | None, folders: tuple[Path, ...]
-) -> Iterator[tuple[int, dict[str, Any], Pictures]]:
-    """The rows that Python has to look at, with their places: of columns of plain text, those that look wrong."""
+) -> Iterator[tuple[int, dict[str, Any], RowImages]]:
+    """The rows that have to be checked in Python, with their places; of plain text, only suspicious rows."""
     columns = [*layout.reads, *([] if images is None else [images])]
     tables: Any = dataset.select_columns(columns).with_format("arrow").iter(batch_size=BATCH)
     first = 0
@@ -140,7 +140,7 @@ def _looked_at(
             rows = plain_rows(table.select(list(layout.reads)).take(places), dataset.features)
             for place, row in zip(places, rows, strict=True):
                 read = _reads_images(table, dataset.features, images, place)
-                yield first + place, row, Pictures(images is not None, counts[place], read, folders)
+                yield first + place, row, RowImages(images is not None, counts[place], read, folders)
         first += len(table)
 
 
@@ -158,9 +158,9 @@ def _reads_images(table: pa.Table, features: Features, column: str | None, place
 
 
 def _suspects(table: pa.Table, features: Features, layout: Layout) -> np.ndarray:
-    """Which rows of a table may need a change or be left out, found without making Python values of them."""
+    """The rows of a table that may have to be changed or left out, computed in Arrow without Python values."""
     suspect = np.zeros(len(table), dtype=bool)
-    # A prompt of text before a completion of messages becomes a message.
+    # If one of prompt and completion is text and the other messages, the text becomes a message.
     suspect[:] = len({is_text(features[name]) for name in layout.reads if name in CHATS}) > 1
     for name in layout.reads:
         feature = features[name]
@@ -177,14 +177,14 @@ def _odd_chats(column: Any, name: str) -> np.ndarray:
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     flat_, parents = column.flatten(), np.asarray(pc.call_function("list_parent_indices", [column]))
     role, content = flat_.field("role"), flat_.field("content")
-    roles = [pc.call_function("equal", [role, pa.scalar(one, role.type)]) for one in ROLES]
-    known = np.any([np.asarray(one.fill_null(False)) for one in roles], axis=0)
-    said, null = ~_blank(content), np.asarray(content.is_null())
+    roles = [pc.call_function("equal", [role, pa.scalar(known, role.type)]) for known in ROLES]
+    known_role = np.any([np.asarray(equal.fill_null(False)) for equal in roles], axis=0)
+    has_text, null = ~_blank(content), np.asarray(content.is_null())
     marked = pc.call_function("match_substring", [content], pc.MatchSubstringOptions(IMAGE_MARK))
-    user, assistant = (np.asarray(roles[ROLES.index(one)].fill_null(False)) for one in ("user", "assistant"))
-    odd = ~known | null | (user & ~said) | np.asarray(marked.fill_null(False))
+    user, assistant = (np.asarray(roles[ROLES.index(speaker)].fill_null(False)) for speaker in ("user", "assistant"))
+    odd = ~known_role | null | (user & ~has_text) | np.asarray(marked.fill_null(False))
     suspect = np.bincount(parents[odd], minlength=len(column)) > 0
-    answered = np.bincount(parents[assistant & said], minlength=len(column)) > 0
+    answered = np.bincount(parents[assistant & has_text], minlength=len(column)) > 0
     lengths = np.bincount(parents, minlength=len(column))
     return suspect | (lengths == 0) | (~answered if name != "prompt" else False)
 
@@ -209,7 +209,7 @@ def _has_nulls(features: Features, layout: Layout) -> bool:
 
 
 def _alike(ours: Any, theirs: Any) -> bool:
-    """Whether values of two types are the same to Python: only how long they may be differs."""
+    """Whether values of two types are equal in Python; the types may differ in their maximal length."""
     if isinstance(ours, List) and isinstance(theirs, List | LargeList):
         return _alike(ours.feature, theirs.feature)
     if isinstance(ours, dict) and isinstance(theirs, dict):
@@ -228,7 +228,7 @@ def _without(count: int, out: set[int]) -> list[int]:
 def _convert(
     table: pa.Table,
     layout: Layout,
-    facts: Facts,
+    traits: DatasetTraits,
     source: Features,
     features: Features,
     images: str | None,
@@ -236,25 +236,25 @@ def _convert(
     image_folder: str | None,
     version: int,
 ) -> pa.Table:
-    """A batch in our columns. It stays in Arrow, so that no image is decoded on the way."""
+    """A batch in TRL's columns. It stays in Arrow, so that no image is decoded."""
     counts = [0] * len(table) if images is None else _counts(table, source, images)
     nulls = _has_nulls(source, layout)
     rows, pictures = [], []
     for place, row in enumerate(plain_rows(table.select(list(layout.reads)), source)):
-        own = Pictures(images is not None, counts[place], _reads_images(table, source, images, place), folders)
+        own = RowImages(images is not None, counts[place], _reads_images(table, source, images, place), folders)
         ours = canonical_row(row, layout, own, nulls=nulls)
         brought = ours.pop("images", None)
-        if facts.brought:
-            pictures.append([one and stored(one, folders) for one in own.read()] if brought is None else brought)
-        rows.append(finished(ours, layout, facts, counts[place] if brought is None else len(brought)))
+        if traits.brought:
+            pictures.append([image and stored(image, folders) for image in own.read()] if brought is None else brought)
+        rows.append(finished(ours, layout, traits, counts[place] if brought is None else len(brought)))
     arrays: dict[str, Any] = {}
     for name, feature in features.items():
         type_ = storage(features.arrow_schema.field(name).type)
-        if name == "images" and facts.brought:
+        if name == "images" and traits.brought:
             arrays[name] = pa.array(pictures, type=type_)
-        elif name == "images" and facts.images:
+        elif name == "images" and traits.images:
             column = str(images)
-            # What anyone decodes, and not base64 where a path belongs.
+            # Embedded as bytes, which every reader decodes; base64 in the field of a path is our own convention.
             arrays[name] = image_lists(table.column(column), image_folder, feature=source[column], embed=True)
         elif name in OURS:
             arrays[name] = pa.array([encoded_json(row.get(name), feature) for row in rows], type=type_)
@@ -264,7 +264,7 @@ def _convert(
 
 
 def aligned(parts: Sequence[Dataset]) -> list[Dataset]:
-    """Data sets of one source with the same columns and types, where some have rows that need more than others."""
+    """Data sets of one source with common columns and types, wide enough for the rows of each."""
     widest: dict[str, Any] = {}
     for part in parts:
         for name, feature in part.features.items():

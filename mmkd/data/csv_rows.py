@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV files: every cell is the text that stands in the file."""
+"""Rows of CSV and TSV files: every cell is text, exactly as in the file."""
 
 import csv
 import sys
@@ -19,7 +19,7 @@ _SPELLED = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
 
 
 def csv_features(files: Iterable[tuple[str, str]]) -> Features:
-    """Text for each column of some files, each (path, name in messages). Raises UserError for files without rows."""
+    """A text type for each column; `files` are (path, name in messages). Raises UserError for files without rows."""
     columns: list[str] = []
     names, rows = [], 0
     for path, name in files:
@@ -29,8 +29,8 @@ def csv_features(files: Iterable[tuple[str, str]]) -> Features:
         rows += len(first)
         if columns and set(header) != set(columns):
             raise UserError(
-                f"{name} has the columns {', '.join(header)}, but {names[0]} has {', '.join(columns)}; files of one "
-                "split share their columns."
+                f"{name} has the columns {', '.join(header)}, but {names[0]} has {', '.join(columns)}; the files of "
+                "one split must have the same columns."
             )
         columns = columns or header
         names.append(name)
@@ -60,8 +60,8 @@ def csv_tables(path: str, name: str, features: Features) -> Iterator[pa.Table]:
 
 
 def _records(path: str, name: str) -> Iterator[list[str]]:
-    """The names of the columns and then the cells of each row. Raises UserError for what is no table."""
-    # The standard library refuses cells above 128 kB, which long documents are.
+    """The names of the columns, then the cells of each row. Raises UserError for a file that is not a table."""
+    # The standard library rejects cells above 128 kB, which long documents exceed.
     csv.field_size_limit(sys.maxsize)
     header: list[str] = []
     end = 0
@@ -94,8 +94,8 @@ def _records(path: str, name: str) -> Iterator[list[str]]:
 
 
 def _separator(header: str) -> str:
-    """What tells the columns apart: tabs before commas, which stand in names too, then what spreadsheets write."""
-    return next((one for one in _SEPARATORS if one in header), ",")
+    """The separator in a header: tabs before commas, which may occur in names, then those of spreadsheets."""
+    return next((separator for separator in _SEPARATORS if separator in header), ",")
 
 
 def _header(cells: list[str], name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The filters of a data recipe: which mapped rows stay, and why the others do not."""
+"""The filters of a data recipe: the mapped rows to keep, and the reasons for removing the others."""
 
 import hashlib
 import json
@@ -17,15 +17,13 @@ from .templates import as_text
 
 logger = logging.getLogger(__name__)
 
-# Values named where none is the one asked for.
+# The number of values that a message lists where no row has the expected one.
 _SHOWN = 5
-
-
 _YES = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 
 
-class Sieve:
-    """The filters of a recipe on one split: which rows stay, and why the others do not."""
+class RowFilter:
+    """The filters of a recipe for one split, with counts of the removed rows by reason."""
 
     def __init__(self, recipe: DataRecipe, split: str, held_out: set[bytes] | None = None) -> None:
         self.split = split
@@ -35,41 +33,41 @@ class Sieve:
         self.seen: set[bytes] = set()
         self.removed: Counter[str] = Counter()
         self.left_out = LeftOut(f"{recipe.name} {split}")
-        # CSV has no null: there a cell is empty.
+        # CSV has no null; its cells are empty instead.
         self.nulls = (None, "") if recipe.source == "csv" else (None,)
         self.other_values: dict[str, set[str]] = {}
 
     def equal(self, raw: Dataset) -> Sequence[int]:
-        """The indices of the rows with the values that `equals` asks for."""
+        """The indices of the rows with the values that `equals` requires."""
         if not self.filters.equals:
             return range(len(raw))
         kept = []
         for i, row in enumerate(read_rows(raw, list(self.filters.equals))):
-            differs = [key for key, asked in self.filters.equals.items() if not self._is_equal(row[key], asked)]
+            differs = [key for key, expected in self.filters.equals.items() if not self._is_equal(row[key], expected)]
             if not differs:
                 kept.append(i)
                 continue
             self.removed["equals"] += 1
             for key in differs:
-                others = self.other_values.setdefault(key, set())
-                if len(others) < _SHOWN:
-                    others.add(as_text(row[key]))
+                values = self.other_values.setdefault(key, set())
+                if len(values) < _SHOWN:
+                    values.add(as_text(row[key]))
         return kept
 
-    def _is_equal(self, value: Any, asked: Any) -> bool:
-        """Whether a value is the one asked for, or written like it: a file may hold 3 as text, or true as a word."""
-        if asked is None or value is None:
-            return asked is None and value in self.nulls
-        if value == asked or as_text(value) == as_text(asked):
+    def _is_equal(self, value: Any, expected: Any) -> bool:
+        """Whether a value equals the expected one, or its text does: a file may hold 3 as text, or true as a word."""
+        if expected is None or value is None:
+            return expected is None and value in self.nulls
+        if value == expected or as_text(value) == as_text(expected):
             return True
-        if isinstance(asked, str) and isinstance(value, bool):
-            return _YES.get(asked.lower()) == value
-        if isinstance(asked, str) and isinstance(value, int | float):
-            return asked.replace("_", "").replace(".", "", 1).isdecimal() and float(asked) == value
+        if isinstance(expected, str) and isinstance(value, bool):
+            return _YES.get(expected.lower()) == value
+        if isinstance(expected, str) and isinstance(value, int | float):
+            return expected.replace("_", "").replace(".", "", 1).isdecimal() and float(expected) == value
         return False
 
     def keep(self, rows: Dataset, limit: int | None, numbers: Sequence[int]) -> list[int]:
-        """The indices of the first `limit` rows that no filter removes; `numbers` are the rows' in the source."""
+        """The indices of the first `limit` rows that pass; `numbers` are the numbers of the rows in the source."""
         compared = self.filters.dedupe or self.held_out
         columns = [name for name in rows.column_names if compared or name != "images"]
         kept: list[int] = []
@@ -89,16 +87,17 @@ class Sieve:
 
     def _lack(self, row: Mapping[str, Any]) -> str | None:
         asks_nothing = isinstance(row.get("prompt"), str) and not row["prompt"].strip()
-        # Elsewhere an answer may follow on nothing, if the file says so: "" and not null.
+        # Except in CSV, an explicitly empty prompt ("" and not null) is allowed: the completion is text from its
+        # beginning.
         if asks_nothing and ("completion" not in row or "" in self.nulls):
             return "without prompt"
         return missing(row)
 
     def _reason(self, row: Mapping[str, Any]) -> str | None:
-        filters, said = self.filters, _answer(row)
-        if filters.min_chars is not None and len(said) < filters.min_chars:
+        filters, answer = self.filters, _answer(row)
+        if filters.min_chars is not None and len(answer) < filters.min_chars:
             return "min_chars"
-        if filters.max_chars is not None and len(said) > filters.max_chars:
+        if filters.max_chars is not None and len(answer) > filters.max_chars:
             return "max_chars"
         if not (filters.dedupe or self.held_out):
             return None
@@ -112,19 +111,19 @@ class Sieve:
         self.seen.add(key)
         return None
 
-    def say(self, of: int) -> None:
-        """Warns of the rows left out and removed, if there are any, out of so many that were read."""
-        self.left_out.say(of)
+    def warn(self, of: int) -> None:
+        """Logs a warning about rows that were left out or removed, if any, among the `of` rows that were read."""
+        self.left_out.warn(of)
         if self.removed.total():
             logger.warning("%s %s: filters: %s of %d rows.", self.name, self.split, self._removals(), of)
 
     def describe(self, of: int) -> str:
-        """Why no row is left of so many, in words."""
+        """The reasons why none of `of` rows is left, as text for a message."""
         reasons = [self.left_out.describe(of)] if len(self.left_out) else []
         reasons += [f"Filters: {self._removals()}."] if self.removed.total() else []
-        for key, others in self.other_values.items():
-            asked = as_text(self.filters.equals[key])
-            reasons.append(f"equals asks for {key} {asked}, and rows have {', '.join(sorted(others))}.")
+        for key, values in self.other_values.items():
+            expected = as_text(self.filters.equals[key])
+            reasons.append(f"equals asks for {key} {expected}, and rows have {', '.join(sorted(values))}.")
         return " ".join(reasons)
 
     def _removals(self) -> str:
@@ -132,18 +131,18 @@ class Sieve:
 
 
 def _answer(row: Mapping[str, Any]) -> str:
-    """What the student learns to say in a row: the text, the completion, or all that the assistant says."""
+    """The text that the student learns from a row: the text, the completion, or all turns of the assistant."""
     if "text" in row:
         return row["text"] or ""
-    said = row["completion"] if "completion" in row else row.get("messages")
-    if isinstance(said, str) or said is None:
-        return said or ""
-    return "\n".join(_spoken(message) for message in said if message["role"] == "assistant")
+    answer = row["completion"] if "completion" in row else row.get("messages")
+    if isinstance(answer, str) or answer is None:
+        return answer or ""
+    return "\n".join(_turn_text(message) for message in answer if message["role"] == "assistant")
 
 
-def _spoken(message: Mapping[str, Any]) -> str:
+def _turn_text(message: Mapping[str, Any]) -> str:
     calls = message.get("tool_calls")
-    # Vision-language sets write content as parts, of which only those of text are said.
+    # Content may be a list of parts, of which only text parts are written by the assistant.
     return "\n".join([*texts_of(message), *([] if calls is None else [json.dumps(calls)])])
 
 

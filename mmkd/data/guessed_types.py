@@ -1,4 +1,4 @@
-"""Types that another program guessed before a recipe reads them: said, since nothing tells what the file said."""
+"""Warnings about types that another program has guessed: the text in the original file cannot be recovered."""
 
 import logging
 from typing import Any
@@ -12,13 +12,13 @@ from .recipe import BUILDERS, DataRecipe
 logger = logging.getLogger(__name__)
 
 _LOST = {
-    "csv": "takes None, NA and null for nothing and 02139 for 2139",
-    "json": "takes text that looks like a date for one, and writes numbers its own way",
+    "csv": "reads None, NA and null as missing values and 02139 as 2139",
+    "json": "reads text that looks like a date as a date, and changes how numbers are written",
 }
 
 
-def say_guessed_types(recipe: DataRecipe, raw: Dataset) -> None:
-    """Warns of columns in templates that are no longer what their files say."""
+def warn_guessed_types(recipe: DataRecipe, raw: Dataset) -> None:
+    """Warns about columns in templates whose values may differ from the text in their files."""
     kind = raw.info.builder_name
     if recipe.source not in BUILDERS and kind in _LOST:
         guessed = _guessed(raw)
@@ -28,7 +28,7 @@ def say_guessed_types(recipe: DataRecipe, raw: Dataset) -> None:
                 "and set `source: %s` with `data_files:`.",
                 *(recipe.name, recipe.source, kind, _LOST[kind], f" ({', '.join(guessed)})" if guessed else "", kind),
             )
-    # Our own reader of JSON keeps 1.0 only where the file says so.
+    # Our own reader of JSON gives 1.0 only where the file has 1.0.
     for column in _filled_by_name(recipe) if recipe.source != "json" else ():
         if raw.features[column] in (Value("float64"), Value("float32")) and _are_whole_but_for_nulls(raw, column):
             logger.warning(
@@ -44,7 +44,7 @@ def _guessed(raw: Dataset) -> list[str]:
 
 
 def _filled_by_name(recipe: DataRecipe) -> list[str]:
-    """The columns that templates write as they are, without a format such as {n:.0f}."""
+    """The columns that templates use without a format such as {n:.0f}."""
     templates = []
     for theirs in recipe.columns.values():
         if isinstance(theirs, TurnColumns):

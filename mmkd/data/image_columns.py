@@ -1,4 +1,4 @@
-"""Columns of pictures: whatever form a data set has them in, a list of undecoded pictures per row."""
+"""Columns of pictures in any form, converted to a list of undecoded pictures per row."""
 
 import hashlib
 import logging
@@ -27,23 +27,23 @@ from .images import UnreadableImage, content_of_text, describe, file_of, image_o
 logger = logging.getLogger(__name__)
 
 STORED_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-"""How `datasets` stores a picture."""
+"""The type in which `datasets` stores a picture."""
 
 UNDECODED = List(Image(decode=False))
-"""The type of the column `images` whose rows can be read though their pictures may be broken."""
+"""The type of the column `images` that leaves pictures undecoded, so that a broken one does not stop reading."""
 
 
 def image_column(dataset: Any) -> Any:
-    """The rows with their pictures in a column `images` of lists, as they are stored: nothing is decoded or copied.
+    """The rows with their pictures in a column `images` of lists, without decoding or copying them.
 
     A column `image` or `images` may hold one picture per row or a list of them, each a path, base64, a data URL,
-    bytes, or a struct of bytes and path; a row with none has an empty list. Data sets without such a column, and what
-    is no data set of `datasets`, come back as they are. Raises UserError for a column of another type, and where both
-    columns are there.
+    bytes, or a struct of bytes and path. A row without pictures gets an empty list. Data sets without such a column,
+    and objects of other types, are returned unchanged. Raises UserError for a column of another type, and if both
+    columns exist.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return dataset
-    # A stream may know its columns only by its rows.
+    # The columns of a stream may be known only after its first row is read.
     names = dataset.column_names or list(next(iter(dataset), {}))
     if "image" in names and "images" in names:
         raise UserError(
@@ -63,14 +63,16 @@ def _of_rows(dataset: Dataset, name: str) -> Dataset:
         return dataset
     info = deepcopy(dataset.info)
     assert info.features is not None
-    info.features = Features({("images" if key == name else key): one for key, one in info.features.items()})
+    info.features = Features(
+        {("images" if key == name else key): value_type for key, value_type in info.features.items()}
+    )
     info.features["images"] = UNDECODED
     table = dataset.data
     if feature != List(Image()) or name == "image":
         place = table.column_names.index(name)
         lists = image_lists(table.column(name), feature=feature)
-        # A table of datasets knows how it was made, to be sent to workers by that; this column was made by none of its
-        # ways. The other columns stay where they are, on disk or in memory.
+        # A table of `datasets` records how it was made and replays that in worker processes, which cannot recreate
+        # this column; a plain table is sent as it is. The other columns stay where they are, on disk or in memory.
         table = pa.table(table.columns, schema=table.table.schema.remove_metadata())
         table = table.set_column(place, "images", lists)
     return Dataset(
@@ -78,7 +80,7 @@ def _of_rows(dataset: Dataset, name: str) -> Dataset:
         info=info,
         split=dataset.split,
         indices_table=dataset._indices,
-        # Without one `datasets` hashes all of the table.
+        # Without a fingerprint, `datasets` hashes the whole table.
         fingerprint=Hasher.hash((dataset._fingerprint, "image_column")),
     )
 
@@ -107,8 +109,8 @@ def image_lists(
 ) -> pa.ChunkedArray:
     """The pictures of each row as lists of structs of bytes and path.
 
-    A column that has one picture a row gets lists of one, or of none. Relative paths are those in `folder`; `embed`
-    turns base64 and data URLs into bytes. Raises UserError for a column of another type.
+    A column with one picture per row gives lists of one picture or none. Relative paths start at `folder`; `embed`
+    converts base64 and data URLs to bytes. Raises UserError for a column of another type.
     """
     if feature is not None and has_json(feature):
         rows = [decoded_json(value, feature) for value in column.to_pylist()]
@@ -120,9 +122,9 @@ def image_lists(
 
 
 def download_images(dataset: Dataset) -> Dataset:
-    """The rows whose pictures are http(s) URLs with local copies of them, downloaded once into the datasets cache.
+    """The rows with http(s) URLs of pictures replaced by local files, downloaded once into the datasets cache.
 
-    What cannot be downloaded stays a URL, which is said here and is an unreadable picture of its row.
+    A URL whose download fails stays in place: a warning is logged, and the picture of the row is unreadable.
     """
     dataset = image_column(dataset)
     if "images" not in dataset.column_names:
@@ -150,30 +152,32 @@ def _downloaded(url: str, folder: Path) -> tuple[str, str]:
 
 
 def _placed(row: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
-    return {"images": [one and {**one, "path": places.get(one["path"], one["path"])} for one in row["images"]]}
+    return {
+        "images": [image and {**image, "path": places.get(image["path"], image["path"])} for image in row["images"]]
+    }
 
 
 def image_counts(column: pa.ChunkedArray, feature: Any = None) -> list[int]:
-    """How many pictures each row has."""
-    # By the lengths: as Python values, the bytes of all pictures would be copied.
+    """The number of pictures of each row."""
+    # From the lengths of the lists: conversion to Python values would copy the bytes of all pictures.
     return pc.call_function("list_value_length", [image_lists(column, feature=feature)]).to_pylist()
 
 
-def check_images(feature: Any, what: str) -> None:
-    """Raises UserError, beginning with `what`, for a type of which no value is a picture or a list of them."""
+def check_images(feature: Any, subject: str) -> None:
+    """Raises UserError, beginning with `subject`, for a type that cannot hold pictures or lists of them."""
     if has_json(feature):
         return
     type_ = Features({"images": feature}).arrow_schema.field("images").type
     try:
         _lists(pa.array([], type_))
     except UserError as error:
-        raise UserError(f"{what} {error}") from error
+        raise UserError(f"{subject} {error}") from error
 
 
 def stored_image(value: Any) -> dict[str, Any]:
-    """A picture in any form that `read_image` knows, as `datasets` stores one; it is not decoded.
+    """A picture in any form that `read_image` accepts, as `datasets` stores it, undecoded.
 
-    Raises UnreadableImage for something else.
+    Raises UnreadableImage for other values.
     """
     if isinstance(value, np.ndarray):
         value = image_of_array(value)
@@ -184,10 +188,10 @@ def stored_image(value: Any) -> dict[str, Any]:
     if isinstance(value, (str, Path)):
         return {"bytes": None, "path": str(value)}
     if isinstance(value, Mapping):
-        one = file_of(value)
-        if isinstance(one, bytes):
-            return {"bytes": one, "path": value.get("path")}
-        return stored_image(one)
+        file = file_of(value)
+        if isinstance(file, bytes):
+            return {"bytes": file, "path": value.get("path")}
+        return stored_image(file)
     raise UnreadableImage(f"{describe(value)} where a picture is needed")
 
 
@@ -212,13 +216,13 @@ def _lists(array: pa.Array) -> pa.Array:
         return _grouped(pc.call_function("coalesce", [counts, pa.scalar(0, pa.int32())]), _structs(array.flatten()))
     present = array.is_valid()
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
-        # What a CSV has where there is no picture.
+        # A CSV has an empty cell where there is no picture.
         present = pc.call_function("coalesce", [pc.call_function("not_equal", [array, ""]), pa.scalar(False)])
     return _grouped(present.cast(pa.int32()), _structs(array.filter(present)))
 
 
 def _grouped(counts: pa.Array, values: pa.Array) -> pa.Array:
-    """Lists of so many values each."""
+    """Consecutive lists of `counts` values."""
     offsets = pa.concat_arrays([pa.array([0], pa.int32()), pc.call_function("cumulative_sum", [counts])])
     return pa.ListArray.from_arrays(offsets, values)
 
@@ -237,10 +241,10 @@ def _structs(array: pa.Array) -> pa.Array:
         return _struct(array, none, array.is_null())
     if pa.types.is_struct(type_) and {field.name for field in type_} & {"bytes", "path", "url"}:
         bytes_, path = (_field(array, name) for name in ("bytes", "path"))
-        # A URL is told from a path by its beginning; base64 where bytes belong is text as well.
+        # The field `path` may hold URLs, which are recognised by their prefix; the field `bytes` may hold base64 text.
         url, text = _field(array, "url"), _field(array, "bytes") if _is_text(bytes_.type) else none
         bytes_ = none if _is_text(bytes_.type) else bytes_
-        texts = [one.cast(pa.string()) for one in (text, path, url)]
+        texts = [text_column.cast(pa.string()) for text_column in (text, path, url)]
         return _struct(bytes_, pc.call_function("coalesce", texts), array.is_null())
     hint = (
         ". Lists of numbers say neither their range nor their order: make them pictures with PIL.Image.fromarray"
@@ -269,25 +273,25 @@ def _struct(bytes_: pa.Array, path: pa.Array, missing: pa.Array) -> pa.Array:
 
 
 def _with_texts(lists: pa.Array, folder: str | None, embed: bool) -> pa.Array:
-    """The lists with relative paths joined to a folder, and texts that are pictures themselves as their bytes."""
+    """The lists with relative paths joined to a folder; `embed` replaces texts that encode pictures by their bytes."""
     values = lists.values
     texts = pc.call_function("struct_field", [values], pc.StructFieldOptions(["path"])).to_pylist()
     bytes_ = pc.call_function("struct_field", [values], pc.StructFieldOptions(["bytes"]))
-    known = bytes_.is_valid().to_pylist()
-    found: dict[int, bytes] = {}
+    has_bytes = bytes_.is_valid().to_pylist()
+    decoded: dict[int, bytes] = {}
     for place, text in enumerate(texts):
-        if not text or known[place] or is_url(text) or ("://" in text and not text.startswith("data:")):
+        if not text or has_bytes[place] or is_url(text) or ("://" in text and not text.startswith("data:")):
             continue
         try:
             content = content_of_text(text, folder)
         except UnreadableImage:
-            # Whoever reads the row says so, or leaves it out.
+            # The reader of the row reports the error or leaves the row out.
             continue
         if isinstance(content, Path):
             texts[place] = str(content)
         elif embed:
-            found[place], texts[place] = content, None
-    if found:
-        bytes_ = pa.array([found.get(place, one) for place, one in enumerate(bytes_.to_pylist())], pa.binary())
+            decoded[place], texts[place] = content, None
+    if decoded:
+        bytes_ = pa.array([decoded.get(place, stored) for place, stored in enumerate(bytes_.to_pylist())], pa.binary())
     structs = _struct(bytes_, pa.array(texts, pa.string()), values.is_null())
     return pa.ListArray.from_arrays(lists.offsets, structs)

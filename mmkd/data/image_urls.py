@@ -1,4 +1,4 @@
-"""Pictures that a data set has as http(s) URLs: downloaded once, before anything reads them, and only if asked for."""
+"""Download of pictures that a data set gives as http(s) URLs: once, before training, and only on request."""
 
 import time
 
@@ -7,17 +7,17 @@ import httpx
 from mmkd.errors import UserError
 
 TIMEOUT = 30.0
-"""Seconds that a server may be silent."""
+"""The longest time in seconds without data from the server."""
 
 LONGEST = 300.0
-"""Seconds that a download may take in all, however little comes at a time."""
+"""The longest time in seconds of a whole download."""
 
 LARGEST = 100_000_000
-"""Bytes of the largest picture file that is downloaded."""
+"""The largest picture file that is downloaded, in bytes."""
 
 
 def is_url(text: str) -> bool:
-    """Whether it is an http(s) URL, which a path never is."""
+    """Whether a text is an http(s) URL."""
     return text.startswith(("http://", "https://"))
 
 
@@ -27,11 +27,11 @@ def download(url: str) -> bytes:
     try:
         with (
             httpx.Client(transport=httpx.HTTPTransport(retries=2), follow_redirects=True, timeout=TIMEOUT) as client,
-            client.stream("GET", url) as answer,
+            client.stream("GET", url) as response,
         ):
-            answer.raise_for_status()
+            response.raise_for_status()
             content = bytearray()
-            for part in answer.iter_bytes():
+            for part in response.iter_bytes():
                 content += part
                 if len(content) > LARGEST:
                     raise UserError(f"URL {url} has more than {LARGEST:,} bytes; no picture file is that large.")

@@ -1,4 +1,4 @@
-"""Pictures of rows: the one place where a picture in whatever form becomes the pixels that models see."""
+"""Reading of pictures in any form: the only place where a picture becomes the pixels that models get."""
 
 import base64
 import binascii
@@ -18,7 +18,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 
-# What datasets' own Image reads places outside the file system with; it has no public name.
+# The function with which the Image type of datasets reads files outside the file system; it has no public name.
 from datasets.utils.file_utils import xopen
 from PIL import Image as PILImage
 from PIL import ImageOps
@@ -31,7 +31,7 @@ from .image_urls import download, is_url
 
 logger = logging.getLogger(__name__)
 
-# What PIL's readers raise for broken files; they have no common class below Exception.
+# The errors of PIL's readers for broken files; they have no common base class below Exception.
 UNDECODABLE = (
     OSError,
     SyntaxError,
@@ -45,37 +45,38 @@ UNDECODABLE = (
 )
 
 STORED = "mmkd_stored"
-"""Where an image's `info` keeps the picture as its file has it, if the same pixels had another mode there."""
+"""The key of an image's `info` under which the picture is kept in its original mode, if that was not RGB."""
 
-# Characters of base64, and of paths and URLs, that errors show.
+# The number of characters of base64, and of paths and URLs, that errors show.
 _SHOWN, _LONG = 40, 300
 _LONGEST_PATH = 4096
-# How the base64 of a picture file begins: PNG, JPEG, GIF, WebP, BMP, TIFF, AVIF and JPEG 2000, JPEG 2000, PNM.
+# The first characters of the base64 of a picture file: PNG, JPEG, GIF, WebP, BMP, TIFF, AVIF and JPEG 2000, JPEG 2000,
+# PNM.
 _BASE64_STARTS = ("iVBOR", "/9j/", "_9j_", "R0lG", "UklG", "Qk", "SUkq", "TU0A", "AAAA", "/0//", "UD")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{24,}={0,2}\s*")
-# Of these, frames after the first are previews or sizes of the same picture.
+# In these formats, frames after the first are previews or other sizes of the same picture.
 _ONE_PICTURE = ("MPO", "ICO", "ICNS", "CUR")
 
 
 class UnreadableImage(UserError):
-    """A picture that cannot be read, and why."""
+    """A picture cannot be read; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class UnusableRow:
-    """Why a row cannot be read."""
+    """The reason why a row cannot be read."""
 
     reason: str
 
 
 def read_image(value: Any, *, folder: str | Path | None = None, allow_urls: bool = False) -> PILImage.Image:
-    """The picture in RGB with 8 bits per channel, as a person sees it.
+    """The picture in RGB with 8 bits per channel, as an image viewer shows it.
 
-    `value` is a PIL image, the bytes of a file, a path (relative ones start at `folder`), base64, a data
-    URL, an http(s) URL if `allow_urls`, a dict with one of them (`bytes`, `path`, `url`), or an array of uint8
-    [height, width, channels]. The EXIF orientation is applied, what is transparent lies on white, colours are
-    converted from the picture's profile (or PNG gamma) to sRGB, 16 bits of grey become 8 (65,535 is white), and of an
-    animation the first frame is read. Raises UnreadableImage for everything else.
+    `value` is a PIL image, the bytes of a file, a path (relative paths start at `folder`), base64, a data URL, an
+    http(s) URL if `allow_urls`, a dict with one of them (`bytes`, `path`, `url`), or an array of uint8 [height, width,
+    channels]. The EXIF orientation is applied, transparent areas become white, colours are converted from the
+    picture's profile (or PNG gamma) to sRGB, 16-bit grey becomes 8-bit (65,535 is white), and the first frame of an
+    animation is read. Raises UnreadableImage for everything else.
     """
     try:
         image = _opened(value, folder, allow_urls)
@@ -89,13 +90,13 @@ def read_image(value: Any, *, folder: str | Path | None = None, allow_urls: bool
             f"{describe(value)}: {error} Shrink the picture, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         ) from error
     except UNDECODABLE as error:
-        # Where in memory its bytes lay is nobody's business, and another place in every build.
+        # PIL names the buffer by its address, which differs between runs and would make equal errors unequal.
         reason = re.sub(r"<[^>]* object at 0x[0-9a-f]+>", "the picture's bytes", str(error))
         raise UnreadableImage(f"{type(error).__name__}: {reason} ({describe(value)})") from error
 
 
 def read_row(row: Mapping[str, Any]) -> dict[str, Any] | UnusableRow:
-    """The row with the pictures of its column `images` read, or why one of them cannot be."""
+    """The row with the pictures of its column `images` read, or the reason why one of them cannot be read."""
     values = row.get("images")
     if values is None:
         return {**row, "images": []} if "images" in row else dict(row)
@@ -109,13 +110,14 @@ def read_row(row: Mapping[str, Any]) -> dict[str, Any] | UnusableRow:
 
 
 def describe(value: Any) -> str:
-    """What kind of thing stands for a picture, never the whole of it."""
+    """A short description of a value that stands for a picture, for messages."""
     if isinstance(value, Mapping):
-        given = {key: one for key in ("bytes", "path", "url", "data", "base64") if (one := value.get(key)) is not None}
-        if not given:
+        keys = ("bytes", "path", "url", "data", "base64")
+        values = {key: value[key] for key in keys if value.get(key) is not None}
+        if not values:
             return f"a dict without bytes or path, its keys are {sorted(map(str, value))}"
-        kind = describe(next(iter(given.values())))
-        return f"{kind} named {_cut(str(given['path']), _LONG)}" if {"bytes", "path"} <= set(given) else kind
+        kind = describe(next(iter(values.values())))
+        return f"{kind} named {_cut(str(values['path']), _LONG)}" if {"bytes", "path"} <= set(values) else kind
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"{len(value):,} bytes"
     if isinstance(value, (str, Path)):
@@ -137,7 +139,7 @@ def _cut(text: str, most: int = _SHOWN) -> str:
 
 
 def _opened(value: Any, folder: str | Path | None, allow_urls: bool) -> PILImage.Image:
-    """The picture as its file has it, decoded."""
+    """The decoded picture in the mode of its file."""
     if isinstance(value, PILImage.Image):
         value.load()
         return value
@@ -152,30 +154,30 @@ def _opened(value: Any, folder: str | Path | None, allow_urls: bool) -> PILImage
             f"{describe(value)} where a picture is needed. Give a path, the bytes of a picture file, base64, a data "
             "URL, a PIL image, or a dict with bytes or path; a row without pictures has an empty list"
         )
-    # Lazily opened files stay open until they are garbage: rows by the thousand would run out of handles.
+    # PIL keeps a file open until its image is garbage collected; thousands of rows would run out of file handles.
     with PILImage.open(value if isinstance(value, Path) else io.BytesIO(value)) as image:
-        # Counting the frames moves to another one, so it comes before loading.
+        # To count the frames PIL seeks to another one, so that this has to come before loading.
         if getattr(image, "is_animated", False) and image.format not in _ONE_PICTURE:
-            _say_first_frame(str(image.format))
+            _warn_first_frame(str(image.format))
         image.load()
     return image
 
 
 def file_of(value: Mapping[str, Any]) -> bytes | str | Path:
-    """What a dict has as its picture: the bytes of a file, or a text that says where it is. Raises UnreadableImage."""
+    """The picture in a dict: the bytes of a file, or a path or URL. Raises UnreadableImage for a dict without one."""
     for key in ("bytes", "path", "url", "base64", "data"):
-        one = value.get(key)
-        if isinstance(one, (bytes, bytearray, memoryview)):
-            return bytes(one)
-        if isinstance(one, (str, Path)) and str(one):
-            return one
+        file = value.get(key)
+        if isinstance(file, (bytes, bytearray, memoryview)):
+            return bytes(file)
+        if isinstance(file, (str, Path)) and str(file):
+            return file
     raise UnreadableImage(
         f"{describe(value)}. A picture as a dict has its file in `bytes` or where it lies in `path` or `url`"
     )
 
 
 def image_of_array(array: np.ndarray) -> PILImage.Image:
-    """The picture that an array of uint8 is. Raises UnreadableImage for other arrays."""
+    """The picture of an array of uint8. Raises UnreadableImage for other arrays."""
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise UnreadableImage(
             f"{describe(array)}: an array is a picture if it is of uint8 from 0 to 255, [height, width] or [height, "
@@ -185,7 +187,7 @@ def image_of_array(array: np.ndarray) -> PILImage.Image:
 
 
 def _content(text: str, folder: str | Path | None, allow_urls: bool) -> bytes | Path:
-    """The bytes that a string stands for, or the path of the file that has them."""
+    """The bytes of the picture that a string encodes or refers to, or the path of its file."""
     if not text:
         raise UnreadableImage("an empty string where a picture is needed; a row without pictures has an empty list")
     if is_url(text):
@@ -197,7 +199,7 @@ def _content(text: str, folder: str | Path | None, allow_urls: bool) -> bytes | 
             )
         return download(text)
     if "://" in text and not text.startswith(("data:", "file:")) and len(text) < _LONGEST_PATH:
-        # Places that datasets knows: hf://, files within archives (zip://a.png::b.zip).
+        # The protocols of datasets: hf://, files within archives (zip://a.png::b.zip).
         with xopen(text, "rb") as file:
             return file.read()
     content = content_of_text(text, folder)
@@ -207,7 +209,7 @@ def _content(text: str, folder: str | Path | None, allow_urls: bool) -> bytes | 
 
 
 def content_of_text(text: str, folder: str | Path | None = None) -> bytes | Path:
-    """The bytes that a data URL or base64 stands for, else the path that it is, which need not be there.
+    """The bytes that a data URL or base64 encodes, or otherwise the text as a path, which need not exist.
 
     Relative paths start at `folder`. Raises UnreadableImage for broken base64.
     """
@@ -222,7 +224,7 @@ def content_of_text(text: str, folder: str | Path | None = None) -> bytes | Path
         return Path(url2pathname(urlsplit(text).path))
     if len(text) < _LONGEST_PATH:
         path = Path(folder, text) if folder is not None else Path(text)
-        # Base64 has the letters of paths, a slash among them.
+        # All characters of base64 may occur in a path, so that a file of this name takes precedence.
         if not _is_base64(text) or os.path.isfile(path):
             return path
     elif not _is_base64(text):
@@ -244,7 +246,7 @@ def decoded_base64(text: str) -> bytes:
 
 
 @cache
-def _say_first_frame(kind: str) -> None:
+def _warn_first_frame(kind: str) -> None:
     logger.warning("A picture of the data is an animation or has several pages (%s): its first one is read.", kind)
 
 
@@ -262,7 +264,7 @@ def _as_seen(image: PILImage.Image, ours: bool) -> PILImage.Image:
         seen = coloured if coloured.mode == "RGB" else coloured.convert("RGB")
     if seen is image and not ours:
         seen = seen.copy()
-    # What its colours meant, how it was turned and what was transparent no longer holds.
+    # Profile, orientation and transparency in `info` no longer apply to the converted pixels.
     seen.info = {}
     if image.mode != "RGB" and coloured is image and not _is_transparent(image):
         seen.info[STORED] = image

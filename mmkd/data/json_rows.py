@@ -1,4 +1,4 @@
-"""Rows of JSON and JSON Lines files, with the types that stand in them: no text is taken for a date or a number."""
+"""Rows of JSON and JSON Lines files with the types in the file: text is never read as a date or a number."""
 
 import codecs
 import io
@@ -13,19 +13,19 @@ from datasets import Features, Json, List, Value
 
 from mmkd.errors import UserError
 
-# Bytes of a file whose rows become one table.
+# The number of bytes of a file whose rows become one table.
 _BLOCK = 8 << 20
 _INT64 = range(-(1 << 63), 1 << 63)
 _HALF = "half of a character (\\ud800 to \\udfff) is no text; write the whole character."
 
 
 class WrittenNumber(float):
-    """A number that is spelled otherwise than Python does it, such as 1e5 or 2.50: as text it is what was written."""
+    """A number that Python would write differently, such as 1e5 or 2.50; `str` gives the original text."""
 
     text: str
 
     def __new__(cls, text: str) -> "WrittenNumber":
-        """The number of a text."""
+        """The number that a text denotes."""
         number = super().__new__(cls, text)
         number.text = text
         return number
@@ -37,28 +37,28 @@ class WrittenNumber(float):
         return super().__format__(spec) if spec else self.text
 
 
-class _KeyTwice(Exception):
-    """An object with the same key twice, of which a parser would keep the last."""
+class _DuplicateJSONKey(Exception):
+    """An object has the same key twice; a parser would silently keep the last."""
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text; numbers keep their spelling. Raises UserError (`JSONDecodeError`) for others."""
+    """The value of a JSON text; numbers keep their spelling. Raises JSONDecodeError for other text."""
     return _DECODER.decode(text)
 
 
 def json_text(value: Any) -> str:
-    """A value as JSON text, its numbers as they were written."""
+    """A value as JSON text, with numbers in their original spelling."""
     if isinstance(value, WrittenNumber):
         return value.text
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json_text(str(key))}: {json_text(one)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{json_text(str(key))}: {json_text(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(json_text, value)) + "]"
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def json_features(files: Iterable[tuple[str, str]]) -> Features:
-    """The types of all rows of files, each (path, name in messages). Raises UserError for broken or empty ones."""
+    """The types of all rows; `files` are (path, name in messages). Raises UserError for broken or empty files."""
     shape, names = _Shape(), []
     for path, name in files:
         names.append(name)
@@ -69,7 +69,7 @@ def json_features(files: Iterable[tuple[str, str]]) -> Features:
         raise UserError(
             f"{', '.join(names)}: there are no rows in it; write one JSON object a line, or a list of them."
         )
-    return Features({name: one.feature() for name, one in shape.fields.items()})
+    return Features({name: field.feature() for name, field in shape.fields.items()})
 
 
 def json_tables(path: str, name: str, features: Features) -> Iterator[pa.Table]:
@@ -77,7 +77,7 @@ def json_tables(path: str, name: str, features: Features) -> Iterator[pa.Table]:
     schema = Features({key: _stored(feature) for key, feature in features.items()}).arrow_schema
     encoders = {key: encode for key, feature in features.items() if (encode := _encoder(feature)) is not None}
     if not encoders and not _is_one_value(path):
-        # Arrow reads several times as fast, and has nothing left to guess where it knows the types.
+        # Arrow is several times as fast, and with a schema it does not guess types.
         for _, lines in _blocks_of_lines(path):
             yield _read_by_arrow(b"".join(lines), schema, name)
         return
@@ -90,7 +90,7 @@ def json_tables(path: str, name: str, features: Features) -> Iterator[pa.Table]:
         except UnicodeEncodeError as error:
             where = next(where for where, row in block if not _is_text(row))
             raise UserError(f"{name}, {where}: {_HALF}") from error
-        # Not by `table_cast` of `datasets`, which takes numbers beyond 64 bits for broken JSON and quotes them.
+        # Not `table_cast` of `datasets`, which treats numbers beyond 64 bits as invalid JSON and quotes them.
         yield table.cast(features.arrow_schema)
 
 
@@ -99,7 +99,7 @@ def _read_by_arrow(block: bytes, schema: pa.Schema, name: str) -> pa.Table:
     try:
         table = paj.read_json(io.BytesIO(block), paj.ReadOptions(block_size=len(block) + 1), options)
     except pa.ArrowInvalid as error:
-        # Python has read the file before, and takes only this for text that Arrow does not.
+        # `json_features` has parsed the file in Python, which accepts nothing but lone surrogates that Arrow rejects.
         raise UserError(f"{name}: {_HALF}") from error
     return table.select(schema.names).cast(schema)
 
@@ -113,7 +113,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise _KeyTwice(next(key for key in keys if keys.count(key) > 1))
+        raise _DuplicateJSONKey(next(key for key in keys if keys.count(key) > 1))
     return value
 
 
@@ -121,7 +121,7 @@ _DECODER = json.JSONDecoder(parse_float=_number, parse_constant=WrittenNumber, o
 
 
 def _blocks(path: str, name: str) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """The rows of a file, each with where it stands, in blocks. Raises UserError for one that is no object."""
+    """Blocks of rows of a file, each with its position. Raises UserError for a row that is not an object."""
     if _is_one_value(path):
         with open(path, "rb") as file:
             yield _whole(file.read().removeprefix(codecs.BOM_UTF8), name)
@@ -131,7 +131,7 @@ def _blocks(path: str, name: str) -> Iterator[list[tuple[str, dict[str, Any]]]]:
         for number, line in enumerate(lines, start):
             if not line.isspace():
                 where = f"line {number}"
-                # Without its end: JSON that stops short would be said to break in the line after.
+                # Without the line end, as an error at the end of the text would be reported for the next line.
                 text = _decoded(line, name, number).rstrip("\r\n")
                 block.append((where, _row(_parsed(text, name, number), name, where)))
         yield block
@@ -157,7 +157,7 @@ def _is_one_value(path: str) -> bool:
     try:
         json.loads(first)
     except ValueError as error:
-        # It goes on in the next lines: one object, or broken, which reading it whole tells.
+        # The object continues on the next lines: the file is one object, or broken. Parsing it as a whole decides.
         return (
             first.startswith(b"{")
             and len(lines) > 1
@@ -169,7 +169,7 @@ def _is_one_value(path: str) -> bool:
 def _whole(content: bytes, name: str) -> list[tuple[str, dict[str, Any]]]:
     value = _parsed(_decoded(content, name), name)
     rows = value if isinstance(value, list) else [value]
-    # A list of texts is one of rows of text.
+    # A list of strings is read as rows of text.
     rows = [{"text": row} if isinstance(row, str) else row for row in rows]
     return [(f"row {number}", _row(row, name, f"row {number}")) for number, row in enumerate(rows)]
 
@@ -183,8 +183,8 @@ def _decoded(content: bytes, name: str, line: int | None = None) -> str:
 
 
 def not_utf8(name: str, line: int, byte: int) -> str:
-    """What to say about a byte that is not UTF-8."""
-    # UTF-16 begins with one of these two.
+    """The message about a byte that is not UTF-8."""
+    # The byte order mark of UTF-16 begins with one of these two.
     kind = "UTF-16" if line == 1 and byte in (0xFE, 0xFF) else "LATIN1"
     return (
         f"{name}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8 (`iconv -f {kind} -t UTF-8 "
@@ -200,9 +200,9 @@ def _parsed(text: str, name: str, line: int = 1) -> Any:
         comma = re.search(r",\s*$", text[: error.pos]) and text[error.pos : error.pos + 1] in ("]", "}")
         # Newer versions of Python point to the comma itself.
         comma = comma or re.match(r",\s*[\]}]", text[error.pos :])
-        said = "a comma before the closing bracket" if comma else error.msg
-        raise UserError(f"{where}: this is no JSON ({said}); correct the line, or remove it.") from error
-    except _KeyTwice as error:
+        problem = "a comma before the closing bracket" if comma else error.msg
+        raise UserError(f"{where}: this is no JSON ({problem}); correct the line, or remove it.") from error
+    except _DuplicateJSONKey as error:
         raise UserError(
             f"{name}, line {line}: the key {str(error)!r} stands twice in one object; remove one."
         ) from error
@@ -226,7 +226,7 @@ def _is_text(row: Any) -> bool:
 
 
 class _Shape:
-    """What stands at one place of all rows: kinds of values, and what is inside of lists and objects."""
+    """The kinds of values at one place of all rows, with the shapes of list items and object fields."""
 
     __slots__ = ("fields", "holds_null", "inside", "kinds", "ragged")
 
@@ -244,22 +244,22 @@ class _Shape:
         if kind is dict:
             if dict in self.kinds and value.keys() != self.fields.keys():
                 self.ragged = True
-            for key, one in value.items():
+            for key, item in value.items():
                 if key not in self.fields:
                     self.fields[key] = _Shape()
-                self.fields[key].see(one)
+                self.fields[key].see(item)
         elif kind is list:
             self.inside = self.inside or _Shape()
-            for one in value:
-                self.inside.see(one)
+            for item in value:
+                self.inside.see(item)
             self.inside.holds_null |= None in value
         elif kind is int and value not in _INT64:
-            # Arrow has no type for it, and a float would be another number.
+            # Arrow has no integer type for it, and a float would change the number.
             kind = WrittenNumber
         self.kinds.add(kind)
 
     def feature(self) -> Any:
-        """The type of `datasets`: JSON where one type would change a value, as for objects with different keys."""
+        """The type of `datasets`, or JSON where any type would change a value (objects with different keys)."""
         if not self.kinds:
             return Value("null")
         if len(self.kinds) > 1:
@@ -267,11 +267,11 @@ class _Shape:
         (kind,) = self.kinds
         if kind is dict:
             whole = self.fields and not self.ragged
-            return {key: one.feature() for key, one in self.fields.items()} if whole else Json()
+            return {key: field.feature() for key, field in self.fields.items()} if whole else Json()
         if kind is list:
             assert self.inside is not None
             if self.inside.holds_null and not self.inside.kinds:
-                # Arrow makes invalid arrays of lists of nothing but null.
+                # Arrow builds invalid arrays from lists that hold only null.
                 return Json()
             return List(self.inside.feature())
         names = {str: "string", bool: "bool", int: "int64", float: "float64"}
@@ -283,18 +283,18 @@ def _stored(feature: Any) -> Any:
         return Value("string")
     if isinstance(feature, List):
         return List(_stored(feature.feature))
-    return {key: _stored(one) for key, one in feature.items()} if isinstance(feature, dict) else feature
+    return {key: _stored(inner) for key, inner in feature.items()} if isinstance(feature, dict) else feature
 
 
 def _encoder(feature: Any) -> Callable[[Any], Any] | None:
-    """What writes the JSON inside of values of this type, or None where there is none."""
+    """The function that encodes JSON inside values of a type, or None if the type has no JSON."""
     if isinstance(feature, Json):
         return lambda value: None if value is None else json_text(value)
     if isinstance(feature, List):
         inside = _encoder(feature.feature)
-        return None if inside is None else lambda value: None if value is None else [inside(one) for one in value]
+        return None if inside is None else lambda value: None if value is None else [inside(item) for item in value]
     if isinstance(feature, dict):
-        fields = {key: encode for key, one in feature.items() if (encode := _encoder(one)) is not None}
+        fields = {key: encode for key, item in feature.items() if (encode := _encoder(item)) is not None}
         if fields:
             return lambda value: (
                 None if value is None else value | {key: encode(value.get(key)) for key, encode in fields.items()}

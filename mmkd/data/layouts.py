@@ -1,4 +1,4 @@
-"""The layouts in which data sets come: recognised by their columns and first rows, and read into TRL's columns."""
+"""The common layouts of data sets, recognised by columns and first rows, and converted to TRL's columns."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,15 +23,15 @@ from .streams import converted_stream
 logger = logging.getLogger(__name__)
 
 CARRIED = ("tools",)
-"""Columns that belong to the messages of a row and reach the chat template with them."""
+"""Columns that belong to the messages of a row and are passed to the chat template with them."""
 
 _READ: WeakSet[Dataset] = WeakSet()
-"""Data sets whose rows were read by a recipe, which may keep rows on purpose that say nothing (drop_empty: false)."""
+"""Data sets that a recipe has already converted; it may keep empty rows on purpose (drop_empty: false)."""
 
 _TALKS = ("conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 _ANSWERS = ("output", "response", "answer", "completion", "target", "solution", "assistant")
 _QUESTIONS = ("question", "query", "prompt", "input", "instruction", "problem", "user")
-# Columns that say where a row comes from or how good it is. Any other beside a question may be a part of it.
+# Columns about the origin or quality of a row. Any other column beside a question may be a part of the question.
 _ABOUT = ("id", "idx", "index", "uuid", "row_id", "source", "dataset", "category", "domain", "topic", "type", "task")
 _ABOUT += (
     "language",
@@ -47,7 +47,7 @@ _ABOUT += (
     "timestamp",
     "truncated",
 )
-# What TRL, transformers or we would read although it belongs to another layout than the one that is read.
+# Columns that TRL, transformers or mmkd would read although they belong to another layout than the recognised one.
 _MISLEADING = ("text", *CHATS, *_TALKS, "chosen", "rejected", "image", "labels", "completion_mask", "assistant_masks")
 _LOOKED_AT = 100
 _KNOWN = (
@@ -57,10 +57,11 @@ _KNOWN = (
 )
 
 
-def recognised(sample: Mapping[str, Any], what: str, text_field: str = "text") -> Layout:
-    """The layout of rows of which one looks like `sample`: each column with a value that it has in some row.
+def recognised(sample: Mapping[str, Any], subject: str, text_field: str = "text") -> Layout:
+    """The layout of rows like `sample`, which has a value of some row for each column.
 
-    Raises UserError, which names the columns, where no layout or more than one fits. `what` is whose rows they are.
+    Raises UserError with the names of the columns if no layout fits. `subject` begins the message: whose rows they
+    are.
     """
     readers = (_messages, _talk, _batch, _openai_preference, _preference, _pair_of_ours)
     for reader in (*readers, partial(_text, text_field=text_field), _alpaca, _question, _prompt):
@@ -77,7 +78,7 @@ def recognised(sample: Mapping[str, Any], what: str, text_field: str = "text") -
             "recipe: `columns: {text: chosen}`)."
         )
     raise UserError(
-        f"{what}: no layout is known with the columns {', '.join(sample) or '(none)'}.{hint} The known ones are "
+        f"{subject}: no layout is known with the columns {', '.join(sample) or '(none)'}.{hint} The known ones are "
         f"{_KNOWN}. Rename the columns, or map them with `columns:` in a data recipe."
     )
 
@@ -95,12 +96,12 @@ def _messages(sample: Mapping[str, Any]) -> Layout | None:
 
 
 def _talk(sample: Mapping[str, Any]) -> Layout | None:
-    name = next((one for one in _TALKS if _is_chat(sample.get(one))), None)
+    name = next((column for column in _TALKS if _is_chat(sample.get(column))), None)
     if name is None and all(value is None for value in sample.values()):
-        name = next((one for one in _TALKS if one in sample), None)
+        name = next((column for column in _TALKS if column in sample), None)
     if name is None:
         return None
-    extra = tuple(one for one in ("system", "system_prompt") if isinstance(sample.get(one), str))[:1]
+    extra = tuple(column for column in ("system", "system_prompt") if isinstance(sample.get(column), str))[:1]
     carried = _carried(sample)
     images = "image" in sample or "images" in sample
     shared = "from" in dict(sample[name][0]) if sample[name] is not None else True
@@ -110,9 +111,9 @@ def _talk(sample: Mapping[str, Any]) -> Layout | None:
 
 def _read_talk(row: Mapping[str, Any], name: str, system: tuple[str, ...], carried: tuple[str, ...]) -> dict[str, Any]:
     messages = row[name]
-    told = next((row[one] for one in system if row[one]), None)
-    if told and messages is not None:
-        messages = [{"role": "system", "content": told}, *messages]
+    system_prompt = next((row[column] for column in system if row[column]), None)
+    if system_prompt and messages is not None:
+        messages = [{"role": "system", "content": system_prompt}, *messages]
     return {"messages": messages, **_picked(row, carried)}
 
 
@@ -131,21 +132,21 @@ def _read_batch(row: Mapping[str, Any], answered: bool) -> dict[str, Any]:
     if not answered:
         return {"messages": messages, "tools": body.get("tools")}
     choices = (response.get("body") or response).get("choices") or []
-    said = [choices[0].get("message")] if choices else None
-    return {"prompt": messages, "completion": said, "tools": body.get("tools")}
+    answer = [choices[0].get("message")] if choices else None
+    return {"prompt": messages, "completion": answer, "tools": body.get("tools")}
 
 
 def _openai_preference(sample: Mapping[str, Any]) -> Layout | None:
-    asked = sample.get("input")
-    if not isinstance(asked, Mapping) or "messages" not in asked or "preferred_output" not in sample:
+    request = sample.get("input")
+    if not isinstance(request, Mapping) or "messages" not in request or "preferred_output" not in sample:
         return None
     unread = ("non_preferred_output",) if "non_preferred_output" in sample else ()
     return Layout("OpenAI preference", ("input", "preferred_output"), _read_openai_preference, unread)
 
 
 def _read_openai_preference(row: Mapping[str, Any]) -> dict[str, Any]:
-    asked = row["input"] or {}
-    return {"prompt": asked.get("messages"), "completion": row["preferred_output"], "tools": asked.get("tools")}
+    request = row["input"] or {}
+    return {"prompt": request.get("messages"), "completion": row["preferred_output"], "tools": request.get("tools")}
 
 
 def _preference(sample: Mapping[str, Any]) -> Layout | None:
@@ -161,11 +162,11 @@ def _preference(sample: Mapping[str, Any]) -> Layout | None:
 
 def _read_preference(row: Mapping[str, Any], carried: tuple[str, ...]) -> dict[str, Any]:
     prompt, chosen = row.get("prompt"), row["chosen"]
-    others = _picked(row, carried)
-    # Many sets write the whole conversation as chosen, the prompt in it.
-    if _is_chat(chosen) and any(_role_of(one) != "assistant" for one in chosen):
-        return {"messages": chosen, **others}
-    return {"prompt": prompt, "completion": chosen, **others}
+    carried_values = _picked(row, carried)
+    # Many data sets have the whole conversation in `chosen`, including the prompt.
+    if _is_chat(chosen) and any(_role_of(message) != "assistant" for message in chosen):
+        return {"messages": chosen, **carried_values}
+    return {"prompt": prompt, "completion": chosen, **carried_values}
 
 
 def _pair_of_ours(sample: Mapping[str, Any]) -> Layout | None:
@@ -195,11 +196,11 @@ def _alpaca(sample: Mapping[str, Any]) -> Layout | None:
 def _read_alpaca(row: Mapping[str, Any], answer: str) -> dict[str, Any]:
     messages: list[Message] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     for turn in row["history"] if row.get("history") is not None else []:
-        question, said = turn
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
-    asked = [row[name] for name in ("instruction", "input", "context") if row.get(name)]
-    messages.append({"role": "user", "content": "\n".join(asked)})
-    # Apart, as in the file: then the answer alone is learnt, with any chat template.
+        question, answered = turn
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answered}]
+    questions = [row[name] for name in ("instruction", "input", "context") if row.get(name)]
+    messages.append({"role": "user", "content": "\n".join(questions)})
+    # Prompt and completion stay separate, as in the file, so that only the answer is learnt with any chat template.
     return {"prompt": messages, "completion": row[answer], **_picked(row, CARRIED)}
 
 
@@ -217,12 +218,12 @@ def _question(sample: Mapping[str, Any]) -> Layout | None:
 
 def _read_question(row: Mapping[str, Any], question: str, answer: str) -> dict[str, Any]:
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    asked = [*system, {"role": "user", "content": row[question]}]
-    return {"prompt": asked, "completion": row[answer], **_picked(row, CARRIED)}
+    prompt = [*system, {"role": "user", "content": row[question]}]
+    return {"prompt": prompt, "completion": row[answer], **_picked(row, CARRIED)}
 
 
 def _prompt(sample: Mapping[str, Any]) -> Layout | None:
-    """Prompts alone, for a student or a teacher that answers them itself."""
+    """Prompts without answers, for a student or a teacher that answers them itself."""
     if "prompt" not in sample or any(name in sample for name in _ANSWERS):
         return None
     reads = ("prompt", *_carried(sample))
@@ -262,18 +263,18 @@ def canonical(
 
     Args:
         data: a Dataset or IterableDataset, or a dict of them by name. Rows that are tokens already stay as they are.
-        split: what messages about rows call them.
-        skip: whether rows that cannot be read are left out and counted, as those that lack a text always are.
+        split: the name of the rows in log messages and errors.
+        skip: whether unreadable rows are left out and counted, as rows without text always are.
         text_field: the column of plain text.
-        folders: where relative paths of images within messages start; the current folder unless given.
+        folders: where relative paths of images within messages start; by default the current folder.
 
-    Columns that belong to no layout stay. Raises UserError for a layout that is not known, for the first row that
-    cannot be read (unless `skip`), and where no row is left.
+    Columns outside the layout are kept. Raises UserError for an unknown layout, for the first unreadable row (unless
+    `skip`), and if no row is left.
     """
     if isinstance(data, dict):
         return {
-            name: canonical(one, str(name), skip=skip, text_field=text_field, folders=folders)
-            for name, one in data.items()
+            name: canonical(part, str(name), skip=skip, text_field=text_field, folders=folders)
+            for name, part in data.items()
         }
     if not isinstance(data, Dataset | IterableDataset) or data in _READ:
         return data
@@ -284,27 +285,27 @@ def canonical(
     conversion = Conversion(split, LeftOut(split), skip, tuple(folders))
     kept = _kept(sample, layout, split)
     if isinstance(data, IterableDataset):
-        say(layout, split, None)
+        log_layout(layout, split, None)
         return converted_stream(data, layout, kept, conversion, list(sample))
     rows = conversion.converted(data, layout, kept)
     assert conversion.left_out is not None
-    say(layout, split, len(data))
+    log_layout(layout, split, len(data))
     if not len(rows):
         raise UserError(f"{conversion.left_out.describe(len(data))} None is left to train on.")
-    conversion.left_out.say(len(data))
+    conversion.left_out.warn(len(data))
     return rows
 
 
 def read_by_recipe(rows: Dataset) -> None:
-    """Says that these rows are as a recipe wants them, so that `canonical` leaves them alone."""
+    """Marks rows as converted by a recipe, so that `canonical` leaves them unchanged."""
     _READ.add(rows)
 
 
 def sample_of(data: Dataset | IterableDataset) -> dict[str, Any]:
-    """Each column with a value that it has in one of the first rows; None where it has none. Empty without rows."""
+    """Each column with its first value that is not null among the first rows, or None. Empty for no rows."""
     if isinstance(data, Dataset):
         if data.format["type"] == "custom":
-            # The rows are what a transform of the user's makes of them.
+            # The rows are the output of a transform that the user has set.
             return dict(next(iter(data), {}))
         names = [name for name in data.column_names if name not in ("image", "images")]
         rows: Iterable[Mapping[str, Any]] = read_rows(data.select(range(min(len(data), _LOOKED_AT))), names)
@@ -319,18 +320,18 @@ def sample_of(data: Dataset | IterableDataset) -> dict[str, Any]:
 
 
 def _kept(sample: Mapping[str, Any], layout: Layout, split: str) -> list[str]:
-    """The columns that stay beside those of the layout."""
-    others = [name for name in sample if name not in layout.reads]
-    dropped = [name for name in others if name in (*_MISLEADING, *layout.unread)]
-    if "images" not in others and "image" in dropped:
+    """The columns to keep besides those of the layout."""
+    columns = [name for name in sample if name not in layout.reads]
+    dropped = [name for name in columns if name in (*_MISLEADING, *layout.unread)]
+    if "images" not in columns and "image" in dropped:
         dropped.remove("image")
     if dropped:
         logger.warning("%s: rows are read as %s, without %s.", split, layout.name, ", ".join(dropped))
-    return [name for name in others if name not in (*dropped, "image", "images", *OURS)]
+    return [name for name in columns if name not in (*dropped, "image", "images", *OURS)]
 
 
-def say(layout: Layout, split: str, rows: int | None) -> None:
-    """Says as what rows are read, where that is not in their columns' names."""
+def log_layout(layout: Layout, split: str, rows: int | None) -> None:
+    """Logs the recognised layout, unless the columns already have TRL's names."""
     if not layout.as_is:
         count = "rows" if rows is None else "1 row" if rows == 1 else f"{rows:,} rows"
         columns = ", ".join(layout.reads)

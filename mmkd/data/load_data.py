@@ -1,4 +1,4 @@
-"""Rows from a data recipe: load the source, map its columns, filter, hold rows out, mix."""
+"""Rows of a data recipe: load the source, map its columns, filter, hold out eval rows, mix."""
 
 import logging
 import math
@@ -15,17 +15,17 @@ from mmkd.errors import UserError
 from .arrow import read_rows
 from .canonical import CHATS
 from .conversion import aligned, is_text, source_rows
-from .filters import Sieve, row_key
-from .guessed_types import say_guessed_types
+from .filters import RowFilter, row_key
+from .guessed_types import warn_guessed_types
 from .image_columns import download_images
-from .layouts import read_by_recipe, say
+from .layouts import log_layout, read_by_recipe
 from .mapping import check_columns, layout_of_source, map_rows
 from .recipe import DataRecipe
 from .sources import load_split
 
 logger = logging.getLogger(__name__)
 
-# Rows tried at least when only some are wanted.
+# The smallest number of rows that are read at once when only some are needed.
 _BLOCK = 1000
 
 
@@ -40,10 +40,10 @@ def load_data(
 
     Args:
         name_or_path: a recipe's name under `root` (default: those that ship with mmkd), or the path of a YAML.
-        max_train_rows: at most this many training rows; which rows are held out for eval does not depend on it.
-        max_eval_rows: at most this many eval rows.
+        max_train_rows: the maximal number of training rows; it does not change which rows are held out for eval.
+        max_eval_rows: the maximal number of eval rows.
 
-    Raises UserError where the recipe cannot be read, a file or column is missing, or no row is left.
+    Raises UserError if the recipe cannot be read, a file or column is missing, or no row is left.
     """
     return load_rows(
         DataRecipe.load(name_or_path, root=root), max_train_rows=max_train_rows, max_eval_rows=max_eval_rows
@@ -53,7 +53,7 @@ def load_data(
 def load_rows(
     recipe: DataRecipe, *, max_train_rows: int | None = None, max_eval_rows: int | None = None
 ) -> DatasetDict:
-    """The same for a recipe that is at hand."""
+    """The rows of a loaded recipe; see `load_data`."""
     for name, rows in (("max_train_rows", max_train_rows), ("max_eval_rows", max_eval_rows)):
         if rows is not None and rows < 1:
             raise UserError(f"{name} is {rows}; give 1 or more, or leave it out for all rows.")
@@ -71,32 +71,32 @@ def _source_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None
     raw = {ours: load_split(recipe, theirs) for ours, theirs in recipe.splits.items()}
     for ours, dataset in raw.items():
         check_columns(recipe, dataset)
-        say_guessed_types(recipe, dataset)
+        warn_guessed_types(recipe, dataset)
         if not recipe.columns:
-            say(layout_of_source(dataset, recipe, ours), f"{recipe.name}: {ours}", len(dataset))
+            log_layout(layout_of_source(dataset, recipe, ours), f"{recipe.name}: {ours}", len(dataset))
         raw[ours] = dataset if recipe.shuffle_seed is None else dataset.shuffle(seed=recipe.shuffle_seed)
     if not recipe.has_eval:
-        return DatasetDict({"train": _sift(raw["train"], recipe, Sieve(recipe, "train"), train_cap)[0]})
+        return DatasetDict({"train": _sift(raw["train"], recipe, RowFilter(recipe, "train"), train_cap)[0]})
     held_out, train = _hold_out(raw, recipe)
-    # Rows held out of train must not be trained on under another index. An eval split of the source's own is its
-    # authors' choice, unless the recipe asks for dedupe.
+    # A row held out of train must not be trained on as a duplicate with another index. An eval split of the source is
+    # left as its authors chose it, unless the recipe sets dedupe.
     apart = "eval" not in raw or recipe.filters.dedupe
     keys = {row_key(row) for row in read_rows(held_out, held_out.column_names)} if apart else set()
-    kept, _ = _sift(train, recipe, Sieve(recipe, "train", keys), train_cap)
+    kept, _ = _sift(train, recipe, RowFilter(recipe, "train", keys), train_cap)
     return DatasetDict({"train": kept, "eval": _cap(held_out, eval_cap)})
 
 
 def _hold_out(raw: dict[str, Dataset], recipe: DataRecipe) -> tuple[Dataset, Dataset]:
-    """The eval rows, and the source's rows that remain to train on. Raises UserError when none remain."""
-    sieve, train = Sieve(recipe, "eval"), raw["train"]
+    """The eval rows, and the remaining source rows for training. Raises UserError if none remain."""
+    row_filter, train = RowFilter(recipe, "eval"), raw["train"]
     if "eval" in raw:
-        return _sift(raw["eval"], recipe, sieve, limit=None)[0], train
+        return _sift(raw["eval"], recipe, row_filter, limit=None)[0], train
     if recipe.eval_rows is not None:
-        held_out, used = _sift(train, recipe, sieve, limit=recipe.eval_rows)
+        held_out, used = _sift(train, recipe, row_filter, limit=recipe.eval_rows)
     else:
         assert recipe.eval_fraction is not None
         used = min(len(train), max(1, round(recipe.eval_fraction * len(train))))
-        held_out, _ = _sift(train.select(range(used)), recipe, sieve, limit=None)
+        held_out, _ = _sift(train.select(range(used)), recipe, row_filter, limit=None)
     if used == len(train):
         raise UserError(
             f"{recipe.name}: holding out {len(held_out)} rows for eval leaves none of {used} to train on; "
@@ -106,18 +106,18 @@ def _hold_out(raw: dict[str, Dataset], recipe: DataRecipe) -> tuple[Dataset, Dat
 
 
 def _mixture_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None) -> DatasetDict:
-    """The parts in their shares, with no row drawn twice, shuffled. The scarcest part decides how many rows there are.
+    """The parts in their shares, shuffled, with no row drawn twice. The scarcest part limits the number of rows.
 
-    Rows that two parts share stay twice. Raises UserError when a part has fewer rows than asked for.
+    A row that is in two parts stays twice. Raises UserError if a part has fewer rows than its `rows`.
     """
     exact = recipe.mixture[0].rows is not None
     weights = [Fraction(str(part.rows if exact else part.weight)) for part in recipe.mixture]
     shares = [weight / sum(weights) for weight in weights]
-    asked = train_cap
+    train_rows = train_cap
     if exact:
-        asked = min(int(sum(weights)), train_cap or int(sum(weights)))
-    # No part needs to read more rows than its share of the cap.
-    needs = [(_ceil(share, asked), _ceil(share, eval_cap)) for share in shares]
+        train_rows = min(int(sum(weights)), train_cap or int(sum(weights)))
+    # A part has to read at most its share of the cap.
+    needs = [(_ceil(share, train_rows), _ceil(share, eval_cap)) for share in shares]
     parts = [
         load_rows(part.recipe, max_train_rows=train, max_eval_rows=held_out)
         for part, (train, held_out) in zip(recipe.mixture, needs, strict=True)
@@ -130,17 +130,17 @@ def _mixture_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | Non
             )
     for part, rows in zip(recipe.mixture, parts, strict=True):
         if part.domain is not None:
-            for split, one in rows.items():
-                rows[split] = one.add_column("domain", [part.domain] * len(one))
+            for split, dataset in rows.items():
+                rows[split] = dataset.add_column("domain", [part.domain] * len(dataset))
     mixed = DatasetDict()
-    mixed["train"] = _mix([rows["train"] for rows in parts], shares, asked, recipe.shuffle_seed)
+    mixed["train"] = _mix([rows["train"] for rows in parts], shares, train_rows, recipe.shuffle_seed)
     if recipe.has_eval:
         mixed["eval"] = _mix([rows["eval"] for rows in parts], shares, eval_cap, recipe.shuffle_seed)
     return mixed
 
 
 def mixture_counts(sizes: Sequence[int], shares: Sequence[Fraction], cap: int | None = None) -> list[int]:
-    """How many rows each part gives: the most rows in these shares (to within one row) that the sizes allow."""
+    """The number of rows of each part: as many as the sizes allow in these shares, to within one row."""
     total = min(math.floor(size / share) for size, share in zip(sizes, shares, strict=True))
     total = total if cap is None else min(total, cap)
     quotas = [share * total for share in shares]
@@ -156,14 +156,14 @@ def _mix(parts: list[Dataset], shares: list[Fraction], cap: int | None, seed: in
     parts = aligned(_of_one_kind(parts))
     first = parts[0].features
     parts = [part if part.features == first else part.cast(first) for part in parts]
-    taken = [part.select(range(count)) for part, count in zip(parts, counts, strict=True)]
-    return datasets.concatenate_datasets(taken).shuffle(seed=seed)
+    drawn = [part.select(range(count)) for part, count in zip(parts, counts, strict=True)]
+    return datasets.concatenate_datasets(drawn).shuffle(seed=seed)
 
 
 def _of_one_kind(parts: list[Dataset]) -> list[Dataset]:
-    """The parts, those of prompts and completions as messages where others have messages.
+    """The parts in one format: if some have messages, prompts and completions of others are joined to messages.
 
-    Raises UserError for parts of which some are text and some are conversations.
+    Raises UserError for a mixture of texts and conversations.
     """
     kinds = {_kind_of(part) for part in parts}
     if len(kinds) == 1:
@@ -187,13 +187,13 @@ def _kind_of(rows: Dataset) -> str:
 
 
 def _joined(rows: Dataset) -> Dataset:
-    """Prompts and completions as one conversation; pictures stay as they are."""
+    """Prompts and completions joined to one conversation per row; pictures are not decoded or copied."""
     pair = ["prompt", "completion"]
-    asked, said = (rows.features[name] for name in pair)
-    features = Features({"messages": asked if asked == said else List(Json())})
+    prompt, completion = (rows.features[name] for name in pair)
+    features = Features({"messages": prompt if prompt == completion else List(Json())})
     talks = rows.select_columns(pair).map(_join, remove_columns=pair, features=features, desc="Joining messages")
-    others = rows.remove_columns(pair)
-    return datasets.concatenate_datasets([talks, others], axis=1) if others.column_names else talks
+    remaining = rows.remove_columns(pair)
+    return datasets.concatenate_datasets([talks, remaining], axis=1) if remaining.column_names else talks
 
 
 def _join(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,10 +208,10 @@ def _cap(dataset: Dataset, rows: int | None) -> Dataset:
     return dataset if rows is None else dataset.select(range(min(rows, len(dataset))))
 
 
-def _sift(raw: Dataset, recipe: DataRecipe, sieve: Sieve, limit: int | None) -> tuple[Dataset, int]:
-    """The first `limit` rows that stay, in our columns, and how many source rows that took.
+def _sift(raw: Dataset, recipe: DataRecipe, row_filter: RowFilter, limit: int | None) -> tuple[Dataset, int]:
+    """The first `limit` rows that pass the filters, in TRL's columns, and the number of source rows read for them.
 
-    Reads in blocks, so that a few rows of a large set cost a few rows. Raises UserError when none stays.
+    Reads in blocks, so that a few rows of a large data set are read quickly. Raises UserError if no row passes.
     """
     block = max(1, len(raw)) if limit is None else max(4 * limit, _BLOCK)
     parts: list[Dataset] = []
@@ -219,17 +219,17 @@ def _sift(raw: Dataset, recipe: DataRecipe, sieve: Sieve, limit: int | None) -> 
     used, missing = 0, limit
     while used < len(raw) and missing != 0:
         span = raw.select(range(used, min(used + block, len(raw))))
-        equal = sieve.equal(span)
+        equal = row_filter.equal(span)
         places = [numbers[used + place] for place in equal]
-        rows = map_rows(span.select(equal), recipe, sieve.split, places)
-        kept = sieve.keep(rows, missing, places)
+        rows = map_rows(span.select(equal), recipe, row_filter.split, places)
+        kept = row_filter.keep(rows, missing, places)
         parts.append(rows.select(kept))
         missing = None if missing is None else missing - len(kept)
         used += equal[kept[-1]] + 1 if missing == 0 else len(span)
     if not any(len(part) for part in parts):
         raise UserError(
-            f"{recipe.name}: no {sieve.split} row is left of {len(raw)}. {sieve.describe(used)} Loosen filters, or "
-            "check that columns reads the right ones."
+            f"{recipe.name}: no {row_filter.split} row is left of {len(raw)}. {row_filter.describe(used)} Loosen "
+            "filters, or check that columns reads the right ones."
         )
-    sieve.say(used)
+    row_filter.warn(used)
     return datasets.concatenate_datasets(aligned([part for part in parts if len(part)])), used

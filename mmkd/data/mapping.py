@@ -1,4 +1,4 @@
-"""A source's rows in our columns, as a recipe maps them."""
+"""Mapping of a source's rows to TRL's columns by a recipe."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,17 +17,17 @@ from .columns import ROLES, MessagesColumn, TurnColumns, is_template, nearest, t
 from .conversion import Conversion
 from .image_columns import check_images, image_counts, image_lists
 from .layouts import CARRIED, recognised, sample_of
-from .messages import SAID_BESIDES
+from .messages import CONTENT_KEYS
 from .recipe import CONVERSION, OUTPUT_COLUMNS, DataRecipe
 from .templates import filled, filled_answer
 
 Column = str | MessagesColumn | TurnColumns
 _ABOUT = ("domain", "truncated")
-"""Columns about a row that stay beside what it says."""
+"""Columns with metadata of a row that are kept besides its text."""
 
 
 def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
-    """Raises UserError for a column the source lacks, or that holds something else than the recipe needs."""
+    """Raises UserError for a column that is missing in the source or has a type that the recipe cannot use."""
     named = [(f"columns.{ours}", column) for ours, theirs in recipe.columns.items() for column in _reads(theirs)]
     for where, column in [*named, *(("filters.equals", column) for column in recipe.filters.equals)]:
         if column not in raw.column_names:
@@ -91,14 +91,16 @@ def _reads(theirs: Column) -> list[str]:
 
 
 def map_rows(raw: Dataset, recipe: DataRecipe, split: str, numbers: Sequence[int]) -> Dataset:
-    """The rows in our columns and no others; `numbers` are the rows' numbers in the source.
+    """The rows with TRL's columns only; `numbers` are the numbers of the rows in the source.
 
     Raises UserError for the first row whose messages cannot be read.
     """
     if not len(raw):
         return raw
     folders = [Path(recipe.image_folder)] if recipe.image_folder is not None else [Path.cwd(), recipe.folder]
-    conversion = Conversion(f"{recipe.name}: {split}", folders=tuple(one for one in folders if one is not None))
+    conversion = Conversion(
+        f"{recipe.name}: {split}", folders=tuple(folder for folder in folders if folder is not None)
+    )
     layout = None if recipe.columns else layout_of_source(raw, recipe, split)
     if layout is not None and not layout.as_is:
         conversion = replace(conversion, image_folder=recipe.image_folder)
@@ -109,12 +111,12 @@ def map_rows(raw: Dataset, recipe: DataRecipe, split: str, numbers: Sequence[int
 
 
 def layout_of_source(raw: Dataset, recipe: DataRecipe, split: str) -> Layout:
-    """How rows of a recipe without `columns` are read. Raises UserError where nothing says so."""
+    """The layout of the rows of a recipe without `columns`. Raises UserError if it is not recognised."""
     return recognised(sample_of(raw), f"{recipe.name}: {split}")
 
 
 def _columns_of(recipe: DataRecipe, raw: Dataset, layout: Layout | None) -> Mapping[str, Column]:
-    """The recipe's columns, or those that its rows have; what belongs to messages comes with them."""
+    """The recipe's columns, or else those of the layout, with the columns that belong to messages (tools)."""
     columns = dict(recipe.columns) if layout is None else {name: _by_name(raw, name) for name in layout.reads}
     if layout is not None:
         images = image_column_of(raw.column_names, layout)
@@ -140,7 +142,7 @@ def _is_chat(theirs: Column, source: Features) -> bool:
 
 
 def _layout_of(columns: Mapping[str, Column]) -> Layout:
-    """How rows in our columns say what TRL's say: their messages may still have other keys and roles."""
+    """The layout of mapped rows: the columns are TRL's, but messages may still have other keys and roles."""
     chats = {ours: theirs for ours, theirs in columns.items() if isinstance(theirs, MessagesColumn)}
     turns = any(isinstance(theirs, TurnColumns) for theirs in columns.values())
     pairs = any(theirs.user_key is not None for theirs in chats.values())
@@ -160,7 +162,7 @@ def _read_mapped(row: Mapping[str, Any], chats: Mapping[str, MessagesColumn]) ->
 
 
 def _in_our_columns(raw: Dataset, recipe: DataRecipe, columns: Mapping[str, Column]) -> Dataset:
-    """The rows with our columns' names; messages still as the source has them."""
+    """The rows with TRL's names of columns; messages keep the source's keys and roles."""
     parts = "images" in columns
     features = Features({ours: _feature(ours, theirs, raw.features, parts) for ours, theirs in columns.items()})
     sources = {ours: _reads(theirs)[0] for ours, theirs in columns.items() if _is_named(theirs)}
@@ -170,7 +172,7 @@ def _in_our_columns(raw: Dataset, recipe: DataRecipe, columns: Mapping[str, Colu
         and recipe.image_folder is None
         and all(features[b] == raw.features.get(a) for a, b in renamed.items())
     ):
-        # Only names change: no row is copied, which matters for tens of gigabytes of text.
+        # Only names change, so that no row is copied: data sets may have tens of gigabytes of text.
         return raw.select_columns(list(renamed)).rename_columns(renamed)
     return (
         raw.with_format("arrow")
@@ -204,7 +206,7 @@ def _feature(ours: str, theirs: Column, source: Features, images: bool) -> Any:
         return source[theirs.column]
     if ours == "images":
         return List(Image())
-    # Views are what polars writes, and little else reads.
+    # polars writes string views, which few libraries read.
     return Value("string") if is_template(theirs) or source[theirs] == Value("string_view") else source[theirs]
 
 
@@ -216,9 +218,9 @@ def _convert(
     folder: str | None,
     conversion: int,
 ) -> pa.Table:
-    """A batch in our columns. It stays in Arrow, so that no image is decoded on the way.
+    """A batch in TRL's columns. It stays in Arrow, so that no image is decoded.
 
-    `conversion` is read by nothing but the cache key of `map`, which else would not notice that this function changed.
+    `conversion` only enters the cache key of `map`, which would otherwise not notice a change of this function.
     """
     arrays: dict[str, Any] = {}
     images = columns.get("images")
@@ -246,7 +248,7 @@ def _convert(
 
 
 def _messages(row: Any, theirs: MessagesColumn) -> list[Any] | None:
-    """Messages whose roles and contents have the keys that templates know; all others stay.
+    """Messages with the keys `role` and `content`; all other keys stay.
 
     Raises UserError for a missing key, and for a role that the recipe does not map.
     """
@@ -255,7 +257,7 @@ def _messages(row: Any, theirs: MessagesColumn) -> list[Any] | None:
     messages = []
     for place, message in enumerate(row):
         if not isinstance(message, Mapping):
-            # What is wrong with it is said for all layouts alike.
+            # `canonical_messages` reports this error, in the same words for all layouts.
             messages.append(message)
             continue
         if theirs.user_key is not None and theirs.assistant_key is not None:
@@ -263,12 +265,12 @@ def _messages(row: Any, theirs: MessagesColumn) -> list[Any] | None:
                 messages.append({"role": role, "content": message[key]})
             continue
         _check_key(theirs, "role_key", list(message))
-        others = {key: one for key, one in message.items() if key not in (theirs.role_key, theirs.content_key)}
+        entries = {key: value for key, value in message.items() if key not in (theirs.role_key, theirs.content_key)}
         if theirs.content_key in message:
-            others["content"] = message[theirs.content_key]
-        elif not any(others.get(key) for key in SAID_BESIDES):
-            if any(isinstance(one, Mapping) and theirs.content_key in one for one in row[:place]):
-                # The key is right, and this message is broken.
+            entries["content"] = message[theirs.content_key]
+        elif not any(entries.get(key) for key in CONTENT_KEYS):
+            if any(isinstance(value, Mapping) and theirs.content_key in value for value in row[:place]):
+                # Messages before have the key, so that the recipe is right and this message is broken.
                 raise UserError(
                     f"{theirs.column}[{place}] has no {theirs.content_key!r}; write what the "
                     f"{message[theirs.role_key]} says, or remove the message"
@@ -280,7 +282,7 @@ def _messages(row: Any, theirs: MessagesColumn) -> list[Any] | None:
                 f"the messages in {theirs.column!r} have the role {role!r}; map it to one of {', '.join(ROLES)} "
                 f"with role_map: {{{role}: {nearest(role, ROLES)}}}"
             )
-        messages.append({"role": role, **others})
+        messages.append({"role": role, **entries})
     return messages
 
 
@@ -288,8 +290,8 @@ def _turns(theirs: TurnColumns, row: Mapping[str, Any], images: int, parts: bool
     question, answer = filled(theirs.user, row).strip(), filled_answer(theirs.assistant, row).strip()
     if not parts:
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    asked = [*({"type": "image", "text": None} for _ in range(images)), {"type": "text", "text": question}]
+    content = [*({"type": "image", "text": None} for _ in range(images)), {"type": "text", "text": question}]
     return [
-        {"role": "user", "content": asked},
+        {"role": "user", "content": content},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]

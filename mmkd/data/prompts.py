@@ -24,7 +24,7 @@ class IllustratedText:
     images: tuple[Image.Image, ...]
 
 
-Asked = str | IllustratedText | list[dict[str, Any]]
+RowPrompt = str | IllustratedText | list[dict[str, Any]]
 """A text, one with pictures, or messages whose parts hold the pictures."""
 
 
@@ -38,22 +38,22 @@ def question_of(row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
     return messages
 
 
-def with_pictures(asked: str | list[dict[str, Any]], images: Sequence[Image.Image] | None) -> Asked:
+def with_pictures(question: str | list[dict[str, Any]], images: Sequence[Image.Image] | None) -> RowPrompt:
     """A question and its pictures as training joins them; None says that the data has no pictures at all.
 
     Raises UserError for messages with more or fewer places than pictures.
     """
     if images is None:
-        return asked
-    if isinstance(asked, str):
-        return IllustratedText(asked, tuple(images))
+        return question
+    if isinstance(question, str):
+        return IllustratedText(question, tuple(images))
     try:
-        return prepare_multimodal_messages(asked, images=list(images))
+        return prepare_multimodal_messages(question, images=list(images))
     except ValueError as error:
         raise UserError(f"A row's images do not fit its messages: {error}") from error
 
 
-def prompt_of(row: Mapping[str, Any]) -> tuple[Asked, str]:
+def prompt_of(row: Mapping[str, Any]) -> tuple[RowPrompt, str]:
     """What a row asks, with its pictures, and what it answers itself.
 
     Raises UserError for pictures that cannot be read, or that do not fit the messages.
@@ -64,14 +64,14 @@ def prompt_of(row: Mapping[str, Any]) -> tuple[Asked, str]:
     images = read.get("images")
     if "text" in read and "messages" not in read and "prompt" not in read:
         return _begun(read["text"], images)
-    asked = question_of(read)
-    said = (read.get("completion") or "") if "prompt" in read else list(read["messages"])[len(asked) :]
-    if not isinstance(said, str):
-        said = text_of(said[-1].get("content")) if said else ""
-    return with_pictures(asked, images), said
+    question = question_of(read)
+    answer = (read.get("completion") or "") if "prompt" in read else list(read["messages"])[len(question) :]
+    if not isinstance(answer, str):
+        answer = text_of(answer[-1].get("content")) if answer else ""
+    return with_pictures(question, images), answer
 
 
-def _begun(text: str, images: Sequence[Image.Image] | None) -> tuple[Asked, str]:
+def _begun(text: str, images: Sequence[Image.Image] | None) -> tuple[RowPrompt, str]:
     """The beginning of a text, to go on from, and the rest."""
     start = text[:PROMPT_CHARACTERS]
     # Whole words, so that no tokenizer is asked to go on within one.
@@ -86,14 +86,14 @@ def text_of(content: Any) -> str:
     return " ".join(part["text"] for part in content if part.get("text"))
 
 
-def words_of(asked: Asked) -> str:
+def words_of(question: RowPrompt) -> str:
     """The words of a question, to be read."""
-    if isinstance(asked, list):
-        return "\n".join(text_of(message.get("content")) for message in asked)
-    return asked if isinstance(asked, str) else asked.text
+    if isinstance(question, list):
+        return "\n".join(text_of(message.get("content")) for message in question)
+    return question if isinstance(question, str) else question.text
 
 
-def model_inputs(processing_class: Any, prompts: Sequence[Asked], tools: Sequence[Any] | None = None) -> Any:
+def model_inputs(processing_class: Any, prompts: Sequence[RowPrompt], tools: Sequence[Any] | None = None) -> Any:
     """What a model reads of a batch of prompts of one kind, padded on the left, as training renders them.
 
     `tools` are what the template says of functions, for each prompt of messages.
@@ -126,23 +126,23 @@ def model_inputs(processing_class: Any, prompts: Sequence[Asked], tools: Sequenc
     return processing_class(images=images if any(images) else None, text=texts, **options)
 
 
-def pictures_of(asked: Asked) -> list[Image.Image]:
+def pictures_of(question: RowPrompt) -> list[Image.Image]:
     """The pictures of a question in order."""
-    if isinstance(asked, IllustratedText):
-        return list(asked.images)
-    if isinstance(asked, str):
+    if isinstance(question, IllustratedText):
+        return list(question.images)
+    if isinstance(question, str):
         return []
-    contents = [message.get("content") for message in asked]
+    contents = [message.get("content") for message in question]
     return [
         part["image"] for content in contents if isinstance(content, list) for part in content if part.get("image")
     ]
 
 
-def _rendered(processing_class: Any, asked: Asked, tools: Any) -> str:
-    if isinstance(asked, IllustratedText):
-        return asked.text
-    assert isinstance(asked, list)
+def _rendered(processing_class: Any, question: RowPrompt, tools: Any) -> str:
+    if isinstance(question, IllustratedText):
+        return question.text
+    assert isinstance(question, list)
     # A language model's template reads contents as they are.
     is_processor = isinstance(processing_class, ProcessorMixin)
-    messages = prepare_multimodal_messages(asked, images=[]) if is_processor else asked
+    messages = prepare_multimodal_messages(question, images=[]) if is_processor else question
     return processing_class.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)

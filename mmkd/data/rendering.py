@@ -15,7 +15,7 @@ _SHOWN = 60
 
 
 @dataclass(frozen=True)
-class Swallowed:
+class MissingPart:
     """A part of a message that its rendering lacks."""
 
     message: int
@@ -37,27 +37,29 @@ class _Piece:
     answer: bool = False
 
 
-def swallowed(messages: Sequence[Mapping[str, Any]], tools: Any, rendered: str) -> list[Swallowed]:
+def missing_parts(messages: Sequence[Mapping[str, Any]], tools: Any, rendered: str) -> list[MissingPart]:
     """The parts of a conversation that do not occur in what a template made of it, in their order.
 
     A template may strip white space, write JSON in its own way and move parts about. Thoughts before the last question
     are no answers: many templates leave them out on purpose, as their models do.
     """
-    asked = max((place for place, one in enumerate(messages) if one.get("role") == "user"), default=-1)
+    last_question = max((place for place, entry in enumerate(messages) if entry.get("role") == "user"), default=-1)
     pieces = [
-        (place, piece) for place, message in enumerate(messages) for piece in _pieces(message, learnt=place > asked)
+        (place, piece)
+        for place, message in enumerate(messages)
+        for piece in _pieces(message, learnt=place > last_question)
     ]
     pieces += [(-1, _Piece("the tool", str(name))) for name in _names(tools)]
-    taken: list[tuple[int, int]] = []
-    missing = []
+    occupied: list[tuple[int, int]] = []
+    unrendered = []
     # Long ones first, which short ones may be a part of.
-    for place, piece in sorted(pieces, key=lambda one: -len(one[1].text)):
-        span = next(_places(piece.text, rendered, taken), None)
+    for place, piece in sorted(pieces, key=lambda entry: -len(entry[1].text)):
+        span = next(_places(piece.text, rendered, occupied), None)
         if span is None:
-            missing.append(Swallowed(place, piece.what, piece.text, piece.answer))
+            unrendered.append(MissingPart(place, piece.what, piece.text, piece.answer))
         else:
-            taken.append(span)
-    return sorted(missing, key=lambda one: one.message)
+            occupied.append(span)
+    return sorted(unrendered, key=lambda entry: entry.message)
 
 
 def unknown_keys(messages: Iterable[Mapping[str, Any]], template: str) -> set[str]:
@@ -68,14 +70,14 @@ def unknown_keys(messages: Iterable[Mapping[str, Any]], template: str) -> set[st
 
 def added(rendered: str, messages: Sequence[Mapping[str, Any]]) -> str | None:
     """The words that a template puts before a conversation without a system message: a system prompt of its own."""
-    if not messages or any(one.get("role") in ("system", "developer") for one in messages):
+    if not messages or any(message.get("role") in ("system", "developer") for message in messages):
         return None
     texts = [piece.text for piece in _pieces(messages[0], learnt=True) if piece.text]
     before = rendered.split(texts[0])[0] if texts else ""
     # What is no sentence is markup: special tokens and the names of roles.
     sentences = [line.strip() for line in re.split(r"<[^<>\n]*>|\[[A-Z/_]+\]|\n", before)]
-    told = [line for line in sentences if line.count(" ") >= 2]
-    return " ".join(told) or None
+    prompts = [line for line in sentences if line.count(" ") >= 2]
+    return " ".join(prompts) or None
 
 
 def _pieces(message: Mapping[str, Any], learnt: bool) -> list[_Piece]:
@@ -83,7 +85,7 @@ def _pieces(message: Mapping[str, Any], learnt: bool) -> list[_Piece]:
     role = str(message.get("role"))
     answers = is_learnt(message)
     of = f"of the {role}"
-    found = [
+    pieces = [
         _Piece(f"{key} {of}", text.strip(), answers and learnt)
         for key in _THOUGHTS
         if isinstance(text := message.get(key), str)
@@ -92,16 +94,16 @@ def _pieces(message: Mapping[str, Any], learnt: bool) -> list[_Piece]:
     parts = content if isinstance(content, list) else [{"text": content}]
     for text in (part.get("text") for part in parts if isinstance(part, Mapping)):
         if isinstance(text, str):
-            thought, closed, said = text.rpartition("</think>")
+            thought, closed, answer = text.rpartition("</think>")
             if closed:
-                found.append(_Piece(f"the thought {of}", thought.split("<think>")[-1].strip(), answers and learnt))
-            found.append(_Piece(f"the content {of}", said.strip(), answers))
+                pieces.append(_Piece(f"the thought {of}", thought.split("<think>")[-1].strip(), answers and learnt))
+            pieces.append(_Piece(f"the content {of}", answer.strip(), answers))
     for call in message.get("tool_calls") or []:
         function = call.get("function") or call
-        found.append(_Piece(f"the tool call {of}", str(function.get("name") or ""), answers))
+        pieces.append(_Piece(f"the tool call {of}", str(function.get("name") or ""), answers))
         arguments = function.get("arguments")
-        found += [_Piece(f"an argument of a tool call {of}", text, answers) for text in _leaves(arguments)]
-    return [piece for piece in found if piece.text]
+        pieces += [_Piece(f"an argument of a tool call {of}", text, answers) for text in _leaves(arguments)]
+    return [piece for piece in pieces if piece.text]
 
 
 def _leaves(value: Any) -> list[str]:
@@ -112,9 +114,9 @@ def _leaves(value: Any) -> list[str]:
         except json.JSONDecodeError:
             return [value]
     if isinstance(value, Mapping):
-        return [text for key, one in value.items() if one is not None for text in (str(key), *_leaves(one))]
+        return [text for key, item in value.items() if item is not None for text in (str(key), *_leaves(item))]
     if isinstance(value, list):
-        return [text for one in value for text in _leaves(one)]
+        return [text for item in value for text in _leaves(item)]
     return [value.strip()] if isinstance(value, str) else []
 
 
@@ -124,11 +126,11 @@ def _names(tools: Any) -> list[str]:
     return [function["name"] for function in functions if function.get("name")]
 
 
-def _places(text: str, rendered: str, taken: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _places(text: str, rendered: str, occupied: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Where a text occurs, as it is or as JSON or Python writes it, beside what is taken already."""
     written = json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text)
-    for form in dict.fromkeys((text, *(one[1:-1] for one in written))):
-        for found in re.finditer(re.escape(form), rendered):
-            start, end = found.span()
-            if all(end <= first or start >= last for first, last in taken):
+    for form in dict.fromkeys((text, *(spelling[1:-1] for spelling in written))):
+        for match in re.finditer(re.escape(form), rendered):
+            start, end = match.span()
+            if all(end <= first or start >= last for first, last in occupied):
                 yield start, end

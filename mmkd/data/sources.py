@@ -111,7 +111,7 @@ def local_files(name: str, path: str, folder: Path | None, prepare: str | None) 
 def _places(path: str, folder: Path | None) -> list[Path]:
     # What a user's script has just written lies in the current folder; what travels with a YAML lies beside it.
     folders = (Path.cwd(), folder) if path != "." else (folder, Path.cwd())
-    return [one / Path(path).expanduser() for one in folders if one is not None]
+    return [place / Path(path).expanduser() for place in folders if place is not None]
 
 
 def _saved_folder(recipe: DataRecipe) -> Path | None:

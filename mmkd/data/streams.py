@@ -8,9 +8,9 @@ from datasets import IterableDataset
 from mmkd.errors import UserError
 
 from .arrow import has_json
-from .canonical import CHATS, Facts, Layout, canonical_row, finished, image_column_of
+from .canonical import CHATS, DatasetTraits, Layout, canonical_row, finished, image_column_of
 from .conversion import Conversion
-from .messages import Pictures, missing
+from .messages import RowImages, missing
 
 
 def converted_stream(
@@ -43,7 +43,7 @@ class _Reader:
         """The row in our columns, or None where it is left out."""
         value = None if self.images is None else row[self.images]
         images = value if isinstance(value, list) else [] if value is None else [value]
-        own = Pictures(self.images is not None, len(images), lambda: images, self.conversion.folders)
+        own = RowImages(self.images is not None, len(images), lambda: images, self.conversion.folders)
         try:
             ours = canonical_row(row, self.layout, own, nulls=self.nulls)
         except UserError as error:
@@ -54,9 +54,9 @@ class _Reader:
         if reason is not None:
             return self._leave_out(number, reason)
         images = ours.pop("images", images)
-        parts = any(isinstance(one.get("content"), list) for name in CHATS for one in _chat(ours.get(name)))
+        parts = any(isinstance(message.get("content"), list) for name in CHATS for message in _chat(ours.get(name)))
         with_images = self.images is not None or bool(images)
-        ours = finished(ours, self.layout, Facts(with_images, parts=parts), len(images))
+        ours = finished(ours, self.layout, DatasetTraits(with_images, parts=parts), len(images))
         if ours["tools"] is None and "tools" not in self.layout.reads:
             del ours["tools"]
         return {**ours, **({"images": images} if with_images else {}), **{name: row[name] for name in self.kept}}
@@ -70,7 +70,7 @@ class _Reader:
         left_out.add(number, reason)
         # Nobody knows where a stream ends: said at 1, 10, 100 and so on.
         if str(len(self.out)).strip("0") == "1":
-            left_out.say(number + 1)
+            left_out.warn(number + 1)
 
 
 def _chat(value: Any) -> Sequence[Mapping[str, Any]]:

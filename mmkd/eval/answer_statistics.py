@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmkd.data.prompts import Asked, model_inputs
+from mmkd.data.prompts import RowPrompt, model_inputs
 from mmkd.generation.generator import Answer, RowError, Sampling
 from mmkd.generation.local_generation import AnswerTokens, LocalGenerator, by_number, stops_of
 from mmkd.models.load import tokenizer_of
@@ -34,7 +34,7 @@ class AnswerStatistics:
 def greedy_answers(
     model: Any,
     processing_class: Any,
-    prompts: Sequence[Asked],
+    prompts: Sequence[RowPrompt],
     max_new_tokens: int,
     batch_size: int = 8,
     tools: Sequence[Any] | None = None,
@@ -48,7 +48,7 @@ def greedy_answers(
         tokenizer.pad_token = tokenizer.eos_token
     tokens = AnswerTokens(stops_of(model) or [tokenizer.eos_token_id], [], tokenizer.pad_token_id)
 
-    def inputs(asked: list[tuple[Asked, Any]]) -> Mapping[str, Any]:
+    def inputs(asked: list[tuple[RowPrompt, Any]]) -> Mapping[str, Any]:
         batch, own = zip(*asked, strict=True)
         return model_inputs(processing_class, batch, None if tools is None else own)
 

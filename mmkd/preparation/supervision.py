@@ -123,7 +123,7 @@ def teaching(dataset: Dataset, args: SFTConfig, split: str) -> Dataset:
             left_out.add(row, "without a supervised token")
         elif not supervised[kept(len(supervised), args)].any():
             left_out.add(row, f"with no supervised token within max_length {args.max_length}")
-    left_out.say(len(dataset))
+    left_out.warn(len(dataset))
     if not len(left_out):
         return dataset
     gone = {row for rows in left_out.rows.values() for row in rows}

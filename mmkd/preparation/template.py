@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers import ProcessorMixin
 from trl.data_utils import is_conversational
 
-from mmkd.data.rendering import Swallowed, added, swallowed, unknown_keys
+from mmkd.data.rendering import MissingPart, added, missing_parts, unknown_keys
 from mmkd.errors import UserError
 
 from .turns import Turns, template_settings
@@ -28,7 +28,7 @@ class TemplateReport:
     """What a chat template leaves out of the rows that were looked at, and puts into them."""
 
     rows: int = 0
-    missing: Mapping[int, list[Swallowed]] = field(default_factory=dict)
+    missing: Mapping[int, list[MissingPart]] = field(default_factory=dict)
     """Row -> what it lacks."""
     unknown: frozenset[str] = frozenset()
     """Keys of messages that the template never names."""
@@ -87,7 +87,7 @@ def look_at(rows: Any, turns: Turns, split: str) -> TemplateReport:
             rendered = turns.render(parts, settings)
         except TemplateError as error:
             raise UserError(f"Row {number} of the {split} data: the chat template refuses it: {error}.") from error
-        lost = swallowed(messages, settings.get("tools"), rendered)
+        lost = missing_parts(messages, settings.get("tools"), rendered)
         answer = next((one for one in lost if one.answer), None)
         if answer is not None and wrong is None:
             wrong = (

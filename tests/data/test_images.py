@@ -229,9 +229,9 @@ def test_a_picture_is_read_as_a_person_sees_it(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_of_several_frames_the_first_is_read_and_said(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    from mmkd.data.images import _say_first_frame
+    from mmkd.data.images import _warn_first_frame
 
-    _say_first_frame.cache_clear()
+    _warn_first_frame.cache_clear()
     for _ in range(2):
         assert read_image(animation(kind)).getpixel((3, 3)) == pytest.approx(RED, abs=12)
     assert len([record for record in caplog.records if f"({kind}): its first one" in record.message]) == 1

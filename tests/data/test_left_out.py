@@ -11,7 +11,7 @@ def test_reasons_are_counted_and_the_first_rows_named(caplog: pytest.LogCaptureF
         left_out.add(row, "without completion")
     left_out.add(7, "with an empty answer")
     with caplog.at_level(logging.WARNING):
-        left_out.say(of=12)
+        left_out.warn(of=12)
     assert [record.message for record in caplog.records] == [
         "5 of 12 train rows are left out: 4 without completion (rows 1, 4, 5 and 1 more); "
         "1 with an empty answer (row 7)."
@@ -20,5 +20,5 @@ def test_reasons_are_counted_and_the_first_rows_named(caplog: pytest.LogCaptureF
 
 
 def test_nothing_is_said_where_nothing_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    LeftOut("eval").say(of=3)
+    LeftOut("eval").warn(of=3)
     assert not caplog.records

@@ -494,7 +494,7 @@ def test_tables_on_the_hub_are_read_by_guesses(monkeypatch, caplog, kind: str, s
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     Path("data.yaml").write_text("source: o/n\ncolumns: {text: text}\n")
     load_data("./data.yaml")
-    assert ("o/n holds csv files, and their reader on the Hub takes None, NA" in caplog.text) == said
+    assert ("o/n holds csv files, and their reader on the Hub reads None, NA" in caplog.text) == said
 
 
 def test_the_command_line_says_it_in_one_line(capsys, monkeypatch) -> None:
