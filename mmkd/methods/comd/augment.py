@@ -15,6 +15,7 @@ from mmkd.generation.generator import Sampling
 
 from .assess import asked_about
 from .comd_prompts import Prompts
+from .comd_trainer import CoMDConfig
 from .instructions import ImageStore, Instruction
 from .reply_record import Advance, Engine, Record
 from .similar import SimilarImages
@@ -169,6 +170,11 @@ class Filter:
     min_words: int = 4
     max_words: int = 200
     reasons: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, training: CoMDConfig, pool: Sequence[Instruction], held_out: Sequence[Instruction]) -> "Filter":
+        """The filter of a run's settings."""
+        return cls(pool, held_out, training.max_rouge, training.min_words, training.max_words)
 
     def __post_init__(self) -> None:
         self._held_out_keys = {one.key for one in self.held_out}

@@ -13,7 +13,6 @@ from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 
 from mmkd.errors import UserError
-from mmkd.generation.generator import Sampling
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.recipe import run_record as run_record
 from mmkd.recipe.arguments import Run
@@ -23,15 +22,15 @@ from mmkd.recipe.run_teacher import from_main_process
 from mmkd.training.method import Train
 
 from . import round_recipes as recipes
-from .assess import ASSESSORS, Assessment, Pair, match, question_of
-from .augment import Filter, augment, in_ratio
+from .assess import ASSESSORS, Pair
+from .augment import Filter
 from .comd_checks import check_rounds
 from .comd_prompts import Prompts
 from .comd_trainer import CoMDConfig
-from .instructions import ImageStore, Instruction, apart_from, child_of_round, read_instructions, row_of
+from .instructions import ImageStore, Instruction, apart_from, read_instructions, row_of
+from .interview import Interview, Pictures
 from .mutual import teach_teacher
-from .progress import progress
-from .reply_record import Engine, Record, Reply
+from .reply_record import Record, Reply
 from .roles import Roles
 from .round_files import copy_model, merge_adapter, read_json, write_json, write_lines
 from .round_identity import check_identity
@@ -97,16 +96,18 @@ class Loop:
         run_record.begin(self.run, self.folder)
         self.prompts.write(self.folder / "prompts")
         self.record = Record(self.folder / "record.jsonl")
-        self.store = ImageStore(self.folder / "images")
+        self.interview = Interview(self.training, self.roles, self.record, self.prompts, self.console)
+        store = ImageStore(self.folder / "images")
         data = load_rows_of(self.run)
-        held_out = read_instructions(data["eval"], self.store) if "eval" in data else []
+        held_out = read_instructions(data["eval"], store) if "eval" in data else []
         # Without an answer of the data's there is nothing to compare with, and still nothing to train on.
         self.held_out = [one for one in held_out if one.reference is not None]
-        self.kept_out, seeds = held_out, read_instructions(data["train"], self.store)
+        self.kept_out, seeds = held_out, read_instructions(data["train"], store)
         self.new = apart_from(seeds, held_out)
         if len(self.new) < len(seeds):
             self.say(f"{len(seeds) - len(self.new)} instructions are held out too, and are not trained on.")
-        self.similar = SimilarImages([path for one in self.new for path in one.images], self._first_student)
+        paths = [path for instruction in self.new for path in instruction.images]
+        self.pictures = Pictures(store, SimilarImages(paths, self._first_student))
         if self.training.eval_strategy != "no" and self.held_out:
             rows = [row_of(one, one.reference or "") for one in self.held_out]
             write_lines(self.folder / "held_out.jsonl", rows)
@@ -115,7 +116,7 @@ class Loop:
         """The teacher answers what is new; the path of the round's recipe, None when the loop ends here."""
         folder, phase = self._round(number), f"round-{number}/answer"
         self.lost: Counter[str] = Counter()
-        replies = self._answers(phase)
+        replies = self.interview.answers(self.new, phase)
         joined = [
             (one, reply.text)
             for one, reply in zip(self.new, replies, strict=False)
@@ -171,16 +172,16 @@ class Loop:
         folder, training = self._round(number), self.training
         previous, self.student = self.student, folder / recipes.STUDENT
         engine = self.roles.checkpoint(self.student)
-        held_out = self._held_out(number, engine)
+        held_out = self.interview.held_out_scores(number, engine, self.held_out)
         report: dict[str, Any] = {"round": number, "trained_on": self.size, "pool": len(self.pool), "new": self.added}
         report |= {"unanswered": dict(+self.lost), "held_out": held_out}
         go_on = number < training.rounds
-        if self._spent_out():
+        if self.interview.spent_out:
             go_on, self.ended = False, f"max_teacher_tokens {training.max_teacher_tokens} are spent"
         hard: list[Score] = []
         easy: list[Score] = []
-        if training.assessor != "none" and not (self._spent_out() and self._teacher_judges()):
-            pairs, assessment = self._assess(number, engine)
+        if self.interview.assesses:
+            pairs, assessment = self.interview.assess(number, engine, list(self.pool.values()))
             instructions = {pair.instruction.key: pair.instruction for pair in pairs}
             types = difficulty(self.scores, assessment.scores, instructions, self.threshold, training.type_words)
             hard, easy = split(assessment.scores, self.threshold, training.min_teacher_score)
@@ -220,90 +221,24 @@ class Loop:
 
     # Parts of phases
 
-    def _answers(self, phase: str) -> list[Reply]:
-        """The teacher's replies to the new instructions, in their order, as far as the budget goes."""
-        questions = [question_of(one) for one in self.new]
-        replies: list[Reply] = []
-        step = len(questions) if self.training.max_teacher_tokens is None else self.training.generation_batch_size
-        with progress(self.console, f"{phase}: teacher", len(questions)) as advance:
-            for start in range(0, len(questions), max(1, step)):
-                if self._spent_out():
-                    break
-                part = questions[start : start + step]
-                replies += self.record.ask(self.roles.teacher, part, self._sampling(), phase, advance)
-        return replies
-
-    def _held_out(self, number: int, engine: Engine) -> dict[str, Any] | None:
-        """How well student and teacher answer what is held out."""
-        if not self.held_out:
-            return None
-        report: dict[str, Any] = {"metric": self.training.held_out_metric, "instructions": len(self.held_out)}
-        for role, asked in (("student", engine), ("teacher", self.roles.teacher)):
-            report[role] = self._held_out_score(number, role, asked)
-        return report
-
-    def _held_out_score(self, number: int, role: str, engine: Engine) -> float:
-        """The mean match of an engine's answers with the data's own."""
-        phase, questions = f"round-{number}/evaluate", [question_of(one) for one in self.held_out]
-        with progress(self.console, f"{phase}: {role}", len(questions)) as advance:
-            replies = self.record.ask(engine, questions, self._sampling(), phase, advance, spends=False)
-        values = [
-            match(self.training.held_out_metric, reply.text, one.reference or "")
-            for one, reply in zip(self.held_out, replies, strict=True)
-        ]
-        return round(sum(values) / len(values), 6)
-
-    def _assess(self, number: int, engine: Engine) -> tuple[list[Pair], Assessment]:
-        training = self.training
-        chosen = sorted(self.pool.values(), key=lambda pair: pair[0].key)
-        if training.assess_instructions is not None:
-            # By the key alone, so that the next round looks at the same ones again.
-            chosen = chosen[: training.assess_instructions]
-        phase = f"round-{number}/student"
-        with progress(self.console, phase, len(chosen)) as advance:
-            questions = [question_of(one) for one, _ in chosen]
-            said = self.record.ask(engine, questions, self._sampling(), phase, advance)
-        pairs = [Pair(one, answer, reply.text) for (one, answer), reply in zip(chosen, said, strict=True)]
-        asked = 2 * len(pairs) if training.assessor in ("judge", "likelihood") else len(pairs)
-        with progress(self.console, f"round-{number}/assess: {training.assessor}", asked) as advance:
-            return pairs, self.roles.make_assessor(self.record, self.prompts, engine).assess(
-                pairs, f"round-{number}/assess", advance
-            )
-
     def _augment(self, number: int, hard: Sequence[Score], easy: Sequence[Score]) -> dict[str, Any]:
         """Fills `new` with instructions made of the pool's. Raises UserError when nothing of it is fit to join."""
-        training, phase = self.training, f"round-{number}/augment"
-        left = (training.max_new_instructions or sys.maxsize) - self.made
-        cap = min(training.new_instructions, left)
+        training = self.training
+        cap = min(training.new_instructions, (training.max_new_instructions or sys.maxsize) - self.made)
         if cap < 1:
             return {"wanted": 0}
-        everything = [one for one, _ in self.pool.values()]
-        parents: dict[str, Sequence[Instruction]] = {"any": everything}
-        wanted = {"any": cap}
-        if training.assessor != "none":
-            parents = {
-                kind: [self.pool[one.key][0] for one in scores] for kind, scores in (("hard", hard), ("easy", easy))
-            }
-            shares = {"hard": training.hard_ratio, "easy": 1 - training.hard_ratio}
-            kinds = [kind for kind in parents if parents[kind] and shares[kind]]
-            count = round(training.hard_ratio * cap)
-            wanted = {"hard": count, "easy": cap - count}
-            # The share of a last one may round to the kind that there is none of.
-            wanted = {kind: wanted[kind] for kind in kinds if wanted[kind]} or {kinds[0]: 1}
-        fit = Filter(everything, self.kept_out, training.max_rouge, training.min_words, training.max_words)
-        augmentor = self.roles.make_augmentor(self.record, self.prompts, everything, self.store, self.similar)
-        with progress(self.console, phase, sum(wanted.values())) as advance:
-            found = augment(augmentor, parents, wanted, fit, training.seed, phase, advance)
-        self.new = [child_of_round(one, number + 1) for one in in_ratio(found, training.hard_ratio, cap)]
+        pool = {key: instruction for key, (instruction, _) in self.pool.items()}
+        self.new, facts = self.interview.new_instructions(
+            number, cap, pool, hard, easy, Filter.of(training, list(pool.values()), self.kept_out), self.pictures
+        )
         self.made += len(self.new)
-        facts = {kind: {"wanted": wanted[kind], "fit": len(found[kind])} for kind in wanted}
         if not self.new:
             raise UserError(
-                f"The augmentor gave nothing that is fit to join the pool ({_counts(fit.reasons)}). If it repeats "
-                "itself raise augment_temperature or max_rouge, or use a stronger augmentor_model; the rounds so far "
-                f"are in {self.folder}."
+                f"The augmentor gave nothing that is fit to join the pool ({_counts(Counter(facts['rejected']))}). If "
+                "it repeats itself raise augment_temperature or max_rouge, or use a stronger augmentor_model; the "
+                f"rounds so far are in {self.folder}."
             )
-        return {**facts, "joined": dict(Counter(one.kind for one in self.new)), "rejected": dict(fit.reasons)}
+        return facts
 
     def _mutual(
         self, number: int, pairs: Sequence[Pair], previous: Path | None, held_out: dict[str, Any] | None
@@ -327,7 +262,7 @@ class Loop:
         taught = teach_teacher(self.run, rows, teacher, self._round(number), self.recipe, self.train)
         before, after = (
             held_out["teacher"],
-            self._held_out_score(number, "taught teacher", self.roles.checkpoint(taught)),
+            self.interview.held_out_score(number, "taught teacher", self.roles.checkpoint(taught), self.held_out),
         )
         report |= {"teacher_before": before, "teacher_after": after, "teacher_rolled_back": after < before - tolerance}
         if not report["teacher_rolled_back"]:
@@ -349,17 +284,6 @@ class Loop:
 
     def _round(self, number: int) -> Path:
         return self.folder / f"round-{number}"
-
-    def _sampling(self) -> Sampling:
-        training = self.training
-        return Sampling(training.answer_max_new_tokens, training.answer_temperature, seed=training.seed)
-
-    def _spent_out(self) -> bool:
-        limit = self.training.max_teacher_tokens
-        return limit is not None and self.roles.teacher_tokens(self.record) >= limit
-
-    def _teacher_judges(self) -> bool:
-        return self.training.assessor == "judge" and self.roles.assessor is self.roles.teacher
 
     def _is_answer(self, reply: Reply, lost: Counter[str]) -> bool:
         if reply.finish_reason == "stop" and reply.text:
