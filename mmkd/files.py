@@ -1,4 +1,4 @@
-"""Writing a file so that there is always a whole one: the old or the new."""
+"""Atomic writes: after a crash a file is complete, either the old version or the new one."""
 
 import os
 from contextlib import suppress
@@ -8,12 +8,12 @@ from mmkd.errors import UserError
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Writes a file, text as UTF-8, so that after a crash there is the old one or the new one; makes its folder.
+    """Replaces a file atomically, text as UTF-8; after a crash it is the old or the new one. Makes its folder.
 
-    Raises UserError where it cannot be written, on a full disk say.
+    Raises UserError if the file cannot be written, for example on a full disk.
     """
     content = content.encode() if isinstance(content, str) else content
-    # By the process, since another may write the same file now.
+    # The name contains the process id, since another process may be writing the same file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,6 +22,7 @@ def write_file(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        # A rename is durable only once its folder is synchronised.
         if os.name == "posix":
             _sync(path.parent)
     except OSError as error:
@@ -31,7 +32,7 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def append_to_file(path: Path, line: bytes) -> None:
-    """Adds a line to a file, which may end in half of one after a crash. Raises UserError where it cannot."""
+    """Appends a line to a file; after a crash the last line may be incomplete. Raises UserError if that fails."""
     try:
         with open(path, "ab") as file:
             file.write(line)
@@ -39,10 +40,10 @@ def append_to_file(path: Path, line: bytes) -> None:
         raise _unwritable(str(path), error) from error
 
 
-def _unwritable(what: str, error: OSError) -> UserError:
+def _unwritable(target: str, error: OSError) -> UserError:
     return UserError(
-        f"{what} cannot be written: {error.strerror}. Make room, or choose another folder; what was finished before "
-        "is kept, and the same command goes on from there."
+        f"{target} cannot be written: {error.strerror}. Make room, or choose another folder. Finished files are kept, "
+        "and the same command continues from them."
     )
 
 

@@ -1,4 +1,4 @@
-"""The recipes that ship with mmkd: find them by name, list them, copy one to start from."""
+"""The recipes that ship with mmkd: list them, find one by name, copy one to edit."""
 
 import difflib
 import os
@@ -27,7 +27,7 @@ def list_recipes(kind: str = "trainers") -> list[str]:
 
 
 def find_recipe(name_or_path: str | Path, kind: str = "trainers") -> Path:
-    """The file of a recipe: an existing file wins, otherwise a shipped recipe by its name.
+    """The file of a recipe: an existing file, or otherwise a shipped recipe by its name.
 
     `kd/quickstart`, `kd/quickstart.yaml` and `trainers/kd/quickstart.yaml` name the same recipe. Raises UserError for
     a name that is neither.
@@ -54,8 +54,8 @@ def find_recipe(name_or_path: str | Path, kind: str = "trainers") -> Path:
 def copy_recipe(name: str | Path, destination: str | Path, kind: str = "trainers") -> Path:
     """The path of a new copy of a recipe, to edit.
 
-    `destination` is a file, or a folder (one that exists, or a path that ends in a slash) in which the copy keeps its
-    name. Raises UserError when the file exists already.
+    `destination` is a file, or a folder (an existing one, or a path that ends in a slash) in which the copy keeps its
+    name. Raises UserError if the file exists already.
     """
     source, target = find_recipe(name, kind), Path(destination)
     if target.is_dir() or os.fspath(destination).endswith(("/", os.sep)):
@@ -63,7 +63,7 @@ def copy_recipe(name: str | Path, destination: str | Path, kind: str = "trainers
     if os.path.lexists(target):
         raise UserError(f"{target} exists already and would be overwritten; remove it or name another destination.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A copy that is cut short must not be taken for the recipe, so it gets its name when it is complete.
+    # The copy gets its name only when it is complete, so that an interrupted copy is not taken for the recipe.
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         shutil.copyfile(source, partial)

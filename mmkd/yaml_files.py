@@ -1,4 +1,4 @@
-"""YAML files of users: errors that name file and line, no key twice, and text that stays as it was written."""
+"""YAML files of users: errors with file and line, no duplicate keys, and values that keep their spelling."""
 
 import re
 from pathlib import Path
@@ -12,21 +12,21 @@ _TRUE_OR_FALSE = ("true", "True", "TRUE", "false", "False", "FALSE")
 
 
 class AsWritten(str):
-    """Text that YAML 1.1 reads as something else, such as no, 00501 or 12:30; `value` is what YAML makes of it."""
+    """The original text of a value that YAML 1.1 converts, such as no, 00501 or 12:30; `value` is the conversion."""
 
     value: Any
 
     def __new__(cls, text: str, value: Any) -> "AsWritten":
-        """The text, with what YAML makes of it."""
+        """The text, with its value in YAML."""
         written = super().__new__(cls, text)
         written.value = value
         return written
 
 
 def read_yaml(path: Path, *, as_written: bool = False) -> Any:
-    """What a YAML file holds; with `as_written`, values of which YAML 1.1 would lose the spelling are `AsWritten`.
+    """The content of a YAML file; with `as_written`, values whose spelling YAML 1.1 would lose are `AsWritten`.
 
-    Keys are text then, however they are spelled. Raises UserError for a file that is no YAML, or has a key twice.
+    With `as_written`, keys are always text. Raises UserError for a file that is not valid YAML or has a key twice.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -48,12 +48,12 @@ def read_yaml(path: Path, *, as_written: bool = False) -> Any:
 
 
 class _DuplicateYAMLKey(Exception):
-    """A mapping with the same key twice, of which YAML would keep the last."""
+    """A mapping has the same key twice; YAML would silently keep the last."""
 
 
 class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here and not where mappings are constructed: merging (<<) repeats keys on purpose before that.
+        # Checked on nodes and not on constructed mappings, since merging (<<) repeats keys on purpose in between.
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -91,7 +91,7 @@ def _construct_written(loader: Any, node: yaml.ScalarNode) -> Any:
 
 for _kind in ("bool", "int", "float", "timestamp"):
     _WrittenLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct_written)
-# YAML 1.1 asks for a point in a number with an exponent; to everybody else 1e-3 is a number.
+# YAML 1.1 reads 1e-3 as text because it has no decimal point; users mean a number.
 _WrittenLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

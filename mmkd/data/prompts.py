@@ -1,4 +1,4 @@
-"""What a row asks, with its pictures in their places: whoever answers sees the tokens and pixels of training."""
+"""The prompt of a row with its pictures, rendered to the same tokens and pixels as in training."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ from mmkd.errors import UserError
 from .images import UnusableRow, read_row
 
 PROMPT_CHARACTERS = 200
-"""How much of a plain text is given to go on from."""
+"""The number of characters of a plain text that serve as its prompt."""
 
 
 @dataclass(frozen=True)
 class IllustratedText:
-    """A plain text with its pictures, which it marks itself."""
+    """A plain text with its pictures; the text contains their marks."""
 
     text: str
     images: tuple[Image.Image, ...]
 
 
 RowPrompt = str | IllustratedText | list[dict[str, Any]]
-"""A text, one with pictures, or messages whose parts hold the pictures."""
+"""A text, a text with pictures, or messages whose parts hold the pictures."""
 
 
 def question_of(row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
-    """What a row asks without its pictures: the prompt, or the messages before the assistant's last turns."""
+    """The prompt of a row without its pictures: `prompt`, or the messages before the assistant's last turns."""
     if "prompt" in row:
         return row["prompt"] if isinstance(row["prompt"], str) else [dict(message) for message in row["prompt"]]
     messages = [dict(message) for message in row["messages"]]
@@ -39,7 +39,7 @@ def question_of(row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
 
 
 def with_pictures(question: str | list[dict[str, Any]], images: Sequence[Image.Image] | None) -> RowPrompt:
-    """A question and its pictures as training joins them; None says that the data has no pictures at all.
+    """A question joined with its pictures as in training; `images` is None if the data has no pictures at all.
 
     Raises UserError for messages with more or fewer places than pictures.
     """
@@ -54,9 +54,9 @@ def with_pictures(question: str | list[dict[str, Any]], images: Sequence[Image.I
 
 
 def prompt_of(row: Mapping[str, Any]) -> tuple[RowPrompt, str]:
-    """What a row asks, with its pictures, and what it answers itself.
+    """The prompt of a row with its pictures, and the row's own answer.
 
-    Raises UserError for pictures that cannot be read, or that do not fit the messages.
+    Raises UserError for pictures that cannot be read or do not fit the messages.
     """
     read = read_row(row)
     if isinstance(read, UnusableRow):
@@ -72,38 +72,38 @@ def prompt_of(row: Mapping[str, Any]) -> tuple[RowPrompt, str]:
 
 
 def _begun(text: str, images: Sequence[Image.Image] | None) -> tuple[RowPrompt, str]:
-    """The beginning of a text, to go on from, and the rest."""
+    """The beginning of a text, as a prompt, and its continuation."""
     start = text[:PROMPT_CHARACTERS]
-    # Whole words, so that no tokenizer is asked to go on within one.
+    # Cut between words: a prompt that ends within a word has other tokens than the text.
     start = start.rpartition(" ")[0] or start
     return with_pictures(start, images), text[len(start) :]
 
 
 def text_of(content: Any) -> str:
-    """The words of a message's content."""
+    """The text of a message's content."""
     if content is None or isinstance(content, str):
         return content or ""
     return " ".join(part["text"] for part in content if part.get("text"))
 
 
 def words_of(question: RowPrompt) -> str:
-    """The words of a question, to be read."""
+    """The text of a question, for readers."""
     if isinstance(question, list):
         return "\n".join(text_of(message.get("content")) for message in question)
     return question if isinstance(question, str) else question.text
 
 
 def model_inputs(processing_class: Any, prompts: Sequence[RowPrompt], tools: Sequence[Any] | None = None) -> Any:
-    """What a model reads of a batch of prompts of one kind, padded on the left, as training renders them.
+    """The inputs of a model for a batch of prompts of one kind, padded on the left, rendered as in training.
 
-    `tools` are what the template says of functions, for each prompt of messages.
+    `tools` are the descriptions of functions for the template, one entry per prompt of messages.
     Raises UserError for prompts with pictures and a model that reads text only.
     """
     first = prompts[0]
     is_processor = isinstance(processing_class, ProcessorMixin)
     if isinstance(first, str):
         tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
-        # A tokenizer need not have a pad token where there is nothing to pad.
+        # A tokenizer without a pad token can still encode a single prompt.
         return tokenizer(list(prompts), padding=len(prompts) > 1, padding_side="left", return_tensors="pt")
     if not is_processor and (isinstance(first, IllustratedText) or any(map(pictures_of, prompts))):
         raise UserError(
@@ -112,7 +112,7 @@ def model_inputs(processing_class: Any, prompts: Sequence[RowPrompt], tools: Seq
         )
     tools = tools or [None] * len(prompts)
     texts = [_rendered(processing_class, prompt, own) for prompt, own in zip(prompts, tools, strict=True)]
-    # The template has written the special tokens, and TRL's collator leaves them out of plain text with images too.
+    # The template writes the special tokens, and TRL's collator adds none to plain text with images either.
     options: dict[str, Any] = {
         "padding": len(prompts) > 1,
         "padding_side": "left",
@@ -122,7 +122,7 @@ def model_inputs(processing_class: Any, prompts: Sequence[RowPrompt], tools: Seq
     if not is_processor:
         return processing_class(texts, **options)
     images: Any = [pictures_of(prompt) for prompt in prompts]
-    # Processors take no batch without a picture.
+    # Processors reject an empty list of pictures.
     return processing_class(images=images if any(images) else None, text=texts, **options)
 
 
@@ -142,7 +142,7 @@ def _rendered(processing_class: Any, question: RowPrompt, tools: Any) -> str:
     if isinstance(question, IllustratedText):
         return question.text
     assert isinstance(question, list)
-    # A language model's template reads contents as they are.
+    # The template of a language model expects contents as text, that of a processor as parts.
     is_processor = isinstance(processing_class, ProcessorMixin)
     messages = prepare_multimodal_messages(question, images=[]) if is_processor else question
     return processing_class.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)

@@ -1,4 +1,4 @@
-"""What a chat template swallows of a row's messages, or adds to them: the row is compared with its rendering."""
+"""Comparison of messages with their rendering: parts that a chat template drops, and text that it adds."""
 
 import json
 import re
@@ -9,21 +9,21 @@ from typing import Any
 from .messages import is_learnt
 
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-# Said by the template itself, or looked at part by part.
+# Keys that templates write in their own form, or whose parts are checked one by one.
 _KNOWN = {"role", "content", "tool_calls", "tool_call_id", "weight", *_THOUGHTS}
 _SHOWN = 60
 
 
 @dataclass(frozen=True)
 class MissingPart:
-    """A part of a message that its rendering lacks."""
+    """A part of a message that is missing in its rendering."""
 
     message: int
     what: str
     """Such as "the content of the user"."""
     text: str
     answer: bool
-    """Whether the student was to learn it."""
+    """Whether the part belongs to what the student learns."""
 
     def __str__(self) -> str:
         shown = self.text if len(self.text) <= _SHOWN else self.text[:_SHOWN] + "..."
@@ -38,10 +38,10 @@ class _Piece:
 
 
 def missing_parts(messages: Sequence[Mapping[str, Any]], tools: Any, rendered: str) -> list[MissingPart]:
-    """The parts of a conversation that do not occur in what a template made of it, in their order.
+    """The parts of a conversation that do not occur in its rendering by a template, in order.
 
-    A template may strip white space, write JSON in its own way and move parts about. Thoughts before the last question
-    are no answers: many templates leave them out on purpose, as their models do.
+    A template may strip white space, write JSON in its own way and move parts. Reasoning before the last question does
+    not count as an answer, since many templates drop it on purpose, as in the training of their models.
     """
     last_question = max((place for place, entry in enumerate(messages) if entry.get("role") == "user"), default=-1)
     pieces = [
@@ -52,7 +52,7 @@ def missing_parts(messages: Sequence[Mapping[str, Any]], tools: Any, rendered: s
     pieces += [(-1, _Piece("the tool", str(name))) for name in _names(tools)]
     occupied: list[tuple[int, int]] = []
     unrendered = []
-    # Long ones first, which short ones may be a part of.
+    # Longer parts first, because a shorter part may also occur within a longer one.
     for place, piece in sorted(pieces, key=lambda entry: -len(entry[1].text)):
         span = next(_places(piece.text, rendered, occupied), None)
         if span is None:
@@ -63,25 +63,25 @@ def missing_parts(messages: Sequence[Mapping[str, Any]], tools: Any, rendered: s
 
 
 def unknown_keys(messages: Iterable[Mapping[str, Any]], template: str) -> set[str]:
-    """Keys with a value in some message that a template never names, so that it cannot write them."""
+    """Keys with a value in some message whose name does not occur in the template, which therefore drops them."""
     keys = {key for message in messages for key, value in message.items() if value not in (None, "", [])}
     return {key for key in keys - _KNOWN if not re.search(rf"\b{re.escape(key)}\b", template)}
 
 
 def added(rendered: str, messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """The words that a template puts before a conversation without a system message: a system prompt of its own."""
+    """The template's own system prompt: words before a conversation without a system message; None if it has none."""
     if not messages or any(message.get("role") in ("system", "developer") for message in messages):
         return None
     texts = [piece.text for piece in _pieces(messages[0], learnt=True) if piece.text]
     before = rendered.split(texts[0])[0] if texts else ""
-    # What is no sentence is markup: special tokens and the names of roles.
+    # Lines of fewer than three words are markup: special tokens and names of roles.
     sentences = [line.strip() for line in re.split(r"<[^<>\n]*>|\[[A-Z/_]+\]|\n", before)]
     prompts = [line for line in sentences if line.count(" ") >= 2]
     return " ".join(prompts) or None
 
 
 def _pieces(message: Mapping[str, Any], learnt: bool) -> list[_Piece]:
-    """What must occur of a message; `learnt` where its thoughts are a part of the answer too."""
+    """The parts of a message that its rendering must contain; with `learnt`, its reasoning is part of the answer."""
     role = str(message.get("role"))
     answers = is_learnt(message)
     of = f"of the {role}"
@@ -107,7 +107,7 @@ def _pieces(message: Mapping[str, Any], learnt: bool) -> list[_Piece]:
 
 
 def _leaves(value: Any) -> list[str]:
-    """The keys and texts inside of a tool call's arguments, which come as JSON or read already."""
+    """The keys and texts within a tool call's arguments, which are JSON text or already parsed."""
     if isinstance(value, str) and value[:1] in "{[":
         try:
             value = json.loads(value)
@@ -127,7 +127,7 @@ def _names(tools: Any) -> list[str]:
 
 
 def _places(text: str, rendered: str, occupied: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Where a text occurs, as it is or as JSON or Python writes it, beside what is taken already."""
+    """The unoccupied spans in which a text occurs, as it is or as JSON or Python writes it."""
     written = json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text)
     for form in dict.fromkeys((text, *(spelling[1:-1] for spelling in written))):
         for match in re.finditer(re.escape(form), rendered):

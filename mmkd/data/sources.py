@@ -1,4 +1,4 @@
-"""Where a recipe's rows lie: files here, a folder that `save_to_disk` wrote, or a data set on the Hub."""
+"""Loading of a recipe's source: local files, a folder written by `save_to_disk`, or a data set on the Hub."""
 
 import glob
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ _PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 
 
 def load_split(recipe: DataRecipe, split: str) -> Dataset:
-    """The source's own rows of one of its splits. Raises UserError for a file, folder or split that is not there."""
+    """The rows of one split of the source, unchanged. Raises UserError for a missing file, folder or split."""
     if recipe.source in BUILDERS:
         files = [
             file
@@ -48,7 +48,7 @@ def read_files(name: str, kind: str, files: Sequence[str], split: str) -> Datase
     for file in files:
         suffixes = [suffix.lower() for suffix in Path(file).suffixes if suffix.lower() not in _PACKED]
         is_of = _KINDS.get(suffixes[-1]) if suffixes else None
-        # Any file can be read as lines of text.
+        # Any file can be read as lines of text, so that source: text accepts all suffixes.
         if is_of not in (None, kind) and kind != "text":
             raise UserError(f"{name}: {file} looks like {is_of}, and not like {kind}; write `source: {is_of}`.")
     if kind in READERS:
@@ -63,7 +63,7 @@ def read_files(name: str, kind: str, files: Sequence[str], split: str) -> Datase
 def read_hub(
     name: str, source: str, config: str | None, revision: str | None, files: Mapping[str, Any] | None, split: str
 ) -> Dataset:
-    """The rows of a data set on the Hub. Raises UserError where it cannot be had, with what to set."""
+    """The rows of a data set on the Hub. Raises UserError, with the setting to correct, if it cannot be loaded."""
     try:
         return datasets.load_dataset(source, name=config, revision=revision, data_files=files, split=split)
     except DatasetNotFoundError as error:
@@ -91,7 +91,7 @@ def read_hub(
 
 
 def local_files(name: str, path: str, folder: Path | None, prepare: str | None) -> list[str]:
-    """The files of a path or glob, from the current folder, then the YAML's. Raises UserError where there is none."""
+    """The files of a path or glob, in the current folder or else the YAML's. Raises UserError if there are none."""
     if "://" in path:
         return [path]
     for place in _places(path, folder):
@@ -109,13 +109,13 @@ def local_files(name: str, path: str, folder: Path | None, prepare: str | None) 
 
 
 def _places(path: str, folder: Path | None) -> list[Path]:
-    # What a user's script has just written lies in the current folder; what travels with a YAML lies beside it.
+    # A user's script writes files to the current folder; files that are shared with a YAML lie beside it.
     folders = (Path.cwd(), folder) if path != "." else (folder, Path.cwd())
     return [place / Path(path).expanduser() for place in folders if place is not None]
 
 
 def _saved_folder(recipe: DataRecipe) -> Path | None:
-    """The folder `save_to_disk` wrote, or None when the source is on the Hub. Raises UserError when it is neither."""
+    """The folder written by `save_to_disk`, or None for a source on the Hub. Raises UserError if it is neither."""
     folders = [place for place in _places(recipe.source, recipe.folder) if place.is_dir()]
     folder = next((place for place in folders if _is_saved(place)), next(iter(folders), None))
     if folder is None:
@@ -143,7 +143,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost error's first line: what `datasets` wraps around it says only that there was one."""
+    """The first line of the innermost error; the errors that `datasets` wraps around it have no information."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]

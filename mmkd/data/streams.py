@@ -1,4 +1,4 @@
-"""Streams of any layout in TRL's columns: a row is read when it comes, and those left out are said as they come."""
+"""Conversion of streams of any layout to TRL's columns, row by row, with log messages about rows left out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from .messages import RowImages, missing
 def converted_stream(
     data: IterableDataset, layout: Layout, kept: Sequence[str], conversion: Conversion, columns: list[str]
 ) -> IterableDataset:
-    """The stream's rows in TRL's columns with the columns `kept`. What is wrong with a row is raised when it comes."""
+    """The stream's rows in TRL's columns, with the columns `kept`. Errors in a row are raised when it is read."""
     images = image_column_of(columns, layout)
     nulls = data.features is not None and not any(has_json(data.features[name]) for name in layout.reads)
     reader = _Reader(layout, kept, conversion, images, nulls)
@@ -24,7 +24,7 @@ def converted_stream(
 
 
 class _Reader:
-    """Reads one row of a stream at a time."""
+    """Converts one row of a stream at a time."""
 
     def __init__(
         self, layout: Layout, kept: Sequence[str], conversion: Conversion, images: str | None, nulls: bool
@@ -40,7 +40,7 @@ class _Reader:
         return {name: [] if ours is None else [ours[name]] for name in self.names}
 
     def _read(self, row: Mapping[str, Any], number: int) -> dict[str, Any] | None:
-        """The row in our columns, or None where it is left out."""
+        """The row in TRL's columns, or None if it is left out."""
         value = None if self.images is None else row[self.images]
         images = value if isinstance(value, list) else [] if value is None else [value]
         own = RowImages(self.images is not None, len(images), lambda: images, self.conversion.folders)
@@ -62,13 +62,13 @@ class _Reader:
         return {**ours, **({"images": images} if with_images else {}), **{name: row[name] for name in self.kept}}
 
     def _leave_out(self, number: int, reason: str) -> None:
-        # A stream is begun anew in every epoch, and to look at its first row.
+        # A stream is restarted in every epoch, and once to read its first row: count each row once.
         left_out = self.conversion.left_out
         if left_out is None or number in self.out:
             return
         self.out.add(number)
         left_out.add(number, reason)
-        # Nobody knows where a stream ends: said at 1, 10, 100 and so on.
+        # The length of a stream is unknown: log at 1, 10, 100, ... rows left out.
         if str(len(self.out)).strip("0") == "1":
             left_out.warn(number + 1)
 

@@ -1,4 +1,4 @@
-"""JSON and CSV files as rows on disk, read by readers of our own: those of `datasets` guess what text means."""
+"""JSON and CSV files as rows on disk, read by our own readers, because those of `datasets` guess types of text."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .json_rows import json_features, json_tables
 
 READERS = {"json": (json_features, json_tables), "csv": (csv_features, csv_tables)}
 
-# Raise it when the same file starts to give other rows: what was read before is kept under it.
+# Raise it when the same file gives other rows than before: it is part of the key of the cache.
 _VERSION = 1
 
 
@@ -31,7 +31,7 @@ def read_table_files(kind: str, files: list[str], split: str) -> Dataset:
     try:
         builder.download_and_prepare()
     except DatasetGenerationError as error:
-        # Errors below `_generate_tables` come wrapped.
+        # `datasets` wraps errors of `_generate_tables`.
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
@@ -42,14 +42,14 @@ def read_table_files(kind: str, files: list[str], split: str) -> Dataset:
 
 @dataclass
 class TableConfig(BuilderConfig):
-    """Which reader reads the files, and the split they are."""
+    """The reader of the files, and their split."""
 
     kind: str = "json"
     split: str = "train"
 
 
 class TableFiles(ArrowBasedBuilder):
-    """The part of `datasets` that keeps rows on disk and finds them again when files have not changed."""
+    """The builder with which `datasets` caches rows on disk as long as the files do not change."""
 
     BUILDER_CONFIG_CLASS = TableConfig
 

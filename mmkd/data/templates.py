@@ -1,4 +1,4 @@
-"""Text from a row's columns: what `{column}` in a data recipe becomes."""
+"""Text from a row's columns by a `{column}` template of a data recipe."""
 
 import string
 from collections.abc import Mapping
@@ -9,15 +9,15 @@ from .json_rows import json_text
 
 
 def filled(template: str, row: Mapping[str, Any]) -> str:
-    """A template with a row's values: nothing for null, and true, 1e5 or {"a": 1} as JSON writes them.
+    """A template filled with a row's values; null becomes an empty text, other values are written as in JSON.
 
-    Besides what str.format knows, `{list:letters}` is lettered lines and `{number:letter}` one letter.
+    In addition to the formats of str.format, `{list:letters}` gives lettered lines and `{number:letter}` a letter.
     """
     return _FORMATTER.vformat(template, (), row)
 
 
 def filled_answer(template: str, row: Mapping[str, Any]) -> str:
-    """The same for an answer, which is empty where all of its columns are: "Answer: " alone teaches nothing."""
+    """A filled template for an answer; empty if all its columns are: "Answer: " without an answer teaches nothing."""
     columns = template_columns(template)
     if columns and all(is_empty(row[column]) for column in columns):
         return ""
@@ -30,13 +30,13 @@ def is_empty(value: Any) -> bool:
 
 
 def as_text(value: Any) -> str:
-    """A value as a file would write it."""
+    """A value in the notation of a JSON file; text without quotes."""
     return json_text(value) if isinstance(value, bool | list | dict) else str(value)
 
 
 class _Formatter(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
-        # Optional columns such as Alpaca's `input` are null where there is none, and "None" is no text.
+        # Optional columns such as Alpaca's `input` may be null, and must not become the text "None".
         if value is None:
             return ""
         if format_spec == "letters":

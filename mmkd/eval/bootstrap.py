@@ -1,4 +1,4 @@
-"""How sure a difference between two trainings is: bootstrap over the items that both answered, and over seeds."""
+"""Confidence interval of a difference between two trainings: paired bootstrap over items and seeds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from mmkd.errors import UserError
 RESAMPLES = 10_000
 LEVEL = 0.95
 
-# Resamples at a time, so that thousands of items fit.
+# The number of resamples at a time, so that thousands of items fit into memory.
 _BLOCK = 500
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference of means, and where it lies with probability `level`."""
+    """A difference of means with its confidence interval at `level`."""
 
     value: float
     low: float
@@ -37,9 +37,9 @@ def paired_bootstrap(
 ) -> Interval:
     """The difference ours - theirs of `transform(sum of totals / sum of counts)`, averaged over seeds.
 
-    Each item is a (total, count), a text's cross-entropy and its tokens say. A resample draws items and seeds with
-    replacement, the same ones on both sides (Efron and Tibshirani, 1993, chapter 8; percentiles). Few seeds say little
-    about others: with fewer than about five the interval is too narrow. Raises UserError when the sides do not pair.
+    Each item is (total, count), for example the cross-entropy of a text and its number of tokens. A resample draws
+    items and seeds with replacement, the same on both sides (Efron and Tibshirani, 1993, chapter 8; percentiles). With
+    fewer than about five seeds the interval is too narrow. Raises UserError if the sides do not pair.
     """
     if ours.shape != theirs.shape or ours.ndim != 3 or ours.shape[-1] != 2:
         raise UserError(
@@ -49,7 +49,7 @@ def paired_bootstrap(
         raise UserError("A training has no counted item, so that its mean is not defined.")
     generator = np.random.default_rng(seed)
     seeds = len(ours)
-    # What counts on neither side, a batch without labels say, is no item.
+    # An entry that counts on neither side (a batch without labels) is not an item.
     counting = np.flatnonzero(ours[..., 1].sum(0) + theirs[..., 1].sum(0))
     ours, theirs = ours[:, counting], theirs[:, counting]
     shares = np.full(len(counting), 1 / len(counting))
@@ -60,8 +60,8 @@ def paired_bootstrap(
     drawn = []
     for start in range(0, resamples, _BLOCK):
         count = min(_BLOCK, resamples - start)
-        found = differences(generator.multinomial(len(counting), shares, count))
-        drawn.append(np.take_along_axis(found, generator.integers(seeds, size=(count, seeds)), axis=1).mean(1))
+        resampled = differences(generator.multinomial(len(counting), shares, count))
+        drawn.append(np.take_along_axis(resampled, generator.integers(seeds, size=(count, seeds)), axis=1).mean(1))
     low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(differences(np.ones((1, len(counting)))).mean()), float(low), float(high), level)
 

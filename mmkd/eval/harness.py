@@ -1,4 +1,4 @@
-"""Tasks through lm-eval's Python API: one model, one task at a time, in the same call that one would write by hand."""
+"""Tasks of lm-eval, run through its Python API: one model and one task at a time."""
 
 import importlib.util
 import logging
@@ -25,28 +25,28 @@ CHAT = ("auto", "on", "off")
 
 @dataclass(frozen=True)
 class Settings:
-    """How models are asked."""
+    """Settings of an evaluation."""
 
     model_type: str = "auto"
-    """Of lm-eval. auto: hf-multimodal for tasks with images, else hf."""
+    """A model type of lm-eval; auto: hf-multimodal for tasks with images, otherwise hf."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "auto"
     batch_size: int | str = 8
     device: str | None = None
     limit: float | None = None
     num_fewshot: int | None = None
-    """Instead of what the suite or the task says."""
+    """The number of examples, in place of that of the suite or the task."""
     chat_template: str = "auto"
     seed: int | None = None
-    """Of the few-shot examples and of sampling; by default lm-eval's own seeds."""
+    """The seed of few-shot examples and sampling; by default lm-eval's own seeds."""
 
     def __post_init__(self) -> None:
-        for name, value, known in (
+        for name, value, choices in (
             ("model_type", self.model_type, MODEL_TYPES),
             ("chat_template", self.chat_template, CHAT),
         ):
-            if value not in known:
-                raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}.")
+            if value not in choices:
+                raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
         if self.model_type.startswith("vllm") and importlib.util.find_spec("vllm") is None:
             raise UserError(
                 f"model_type {self.model_type} needs vLLM, which is not installed here. Where it pins versions that "
@@ -55,15 +55,15 @@ class Settings:
             )
         if self.model_type == "local-completions" and "base_url" not in self.model_args:
             raise UserError(
-                "model_type local-completions asks a server: say which with --model_args base_url=http://HOST:PORT "
-                "model=NAME, the name being the one that it serves the model under."
+                "model_type local-completions sends requests to a server. Name it with --model_args "
+                "base_url=http://HOST:PORT model=NAME, where NAME is the name under which it serves the model."
             )
         if self.limit is not None and self.limit <= 0:
-            raise UserError(f"limit is {self.limit}; give a number of items, or a share of them below 1.")
+            raise UserError(f"limit is {self.limit}; give a number of items, or a fraction of them below 1.")
 
 
 class Harness:
-    """One model behind lm-eval; it is loaded when the first task runs, and again where a task needs another type."""
+    """One model in lm-eval; it is loaded for the first task, and again for a task that needs another model type."""
 
     def __init__(self, model: EvalModel, settings: Settings) -> None:
         self.model, self.settings = model, settings
@@ -72,7 +72,7 @@ class Harness:
     def settings_of(self, suite_task: SuiteTask, task: Task) -> dict[str, Any]:
         """The arguments of `simple_evaluate` that decide the result of a task.
 
-        Raises UserError for a chat template that is wanted and not there, and for images with a model that sees none.
+        Raises UserError for a missing chat template, and for a task with images and a model that reads text only.
         """
         settings = self.settings
         if settings.chat_template == "on" and not self.model.has_chat_template:
@@ -84,7 +84,7 @@ class Harness:
             raise UserError(
                 f"Task {task.name} has images, and {self.model.name} is no vision-language model. Leave the task out."
             )
-        wished = settings.chat_template == "on" or (
+        use_template = settings.chat_template == "on" or (
             settings.chat_template == "auto" and suite_task.chat_template is not False
         )
         fewshot = suite_task.num_fewshot if settings.num_fewshot is None else settings.num_fewshot
@@ -92,7 +92,7 @@ class Harness:
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         model_type, dtype = self._model_type(task), settings.dtype
         if model_type.startswith("hf"):
-            # lm-eval loads the model itself, and on a CPU computes in whatever type that has.
+            # lm-eval loads the model itself and computes in the type of its weights, also on a CPU that emulates it.
             dtype = self.model.computed_dtype(dtype, device_of(settings))
         return {
             "model": model_type,
@@ -100,12 +100,12 @@ class Harness:
             "batch_size": settings.batch_size,
             "num_fewshot": fewshot,
             "limit": settings.limit,
-            "apply_chat_template": wished and self.model.has_chat_template,
+            "apply_chat_template": use_template and self.model.has_chat_template,
             **({} if seed is None else dict.fromkeys(seeds, seed)),
         }
 
     def key(self, suite_task: SuiteTask, task: Task) -> str:
-        """Of a result: the task with its data, the settings and lm-eval's version."""
+        """The key of a result: the task with its data, the settings and lm-eval's version."""
         return key_of("lm-eval", version("lm_eval"), task.name, task.fingerprint, self.settings_of(suite_task, task))
 
     def run(
@@ -120,20 +120,24 @@ class Harness:
         arguments = {key: value for key, value in settings.items() if key not in ("model", "model_args")}
         with _quiet(), _explained(task.name):
             lm = self._lm(settings["model"], settings["model_args"])
-            found: Any = simple_evaluate(model=lm, tasks=[task.name], task_manager=manager, **arguments)
-        if found is None:
+            answer: Any = simple_evaluate(model=lm, tasks=[task.name], task_manager=manager, **arguments)
+        if answer is None:
             return None
         entry = {
             "task": task.name,
             "harness": "lm-eval",
             "harness_version": version("lm_eval"),
-            "version": task.version if task.version is not None else found["versions"].get(task.name),
+            "version": task.version if task.version is not None else answer["versions"].get(task.name),
             "fingerprint": task.fingerprint,
             "settings": settings,
             "metric": suite_task.metric,
-            **numbers_of(found),
+            **numbers_of(answer),
         }
-        rows = [{"task": name, **sample_of(one)} for name, ones in found.get("samples", {}).items() for one in ones]
+        rows = [
+            {"task": name, **sample_of(sample)}
+            for name, samples in answer.get("samples", {}).items()
+            for sample in samples
+        ]
         return entry, rows
 
     def _model_type(self, task: Task) -> str:
@@ -143,7 +147,7 @@ class Harness:
 
     def _lm(self, model_type: str, model_args: Mapping[str, Any]) -> Any:
         if self._loaded is None or self._loaded[0] != model_type:
-            # Two of them at a time might not fit.
+            # Free the old one first: two models at a time may not fit into memory.
             self._loaded = None
             self._loaded = model_type, self._load(model_type, model_args)
         return self._loaded[1]
@@ -156,17 +160,17 @@ class Harness:
         more = {"batch_size": settings.batch_size, "device": device}
         kind: Any = get_model(model_type)
         if model.members or (model.vision and model_type == "hf"):
-            # What lm-eval's own loading does not know; it takes a model that is loaded.
-            rest = {key: value for key, value in model_args.items() if key != "dtype"}
+            # lm-eval cannot load ensembles, or a vision-language model as a text model, but accepts loaded models.
+            arguments = {key: value for key, value in model_args.items() if key != "dtype"}
             loaded = model.load(model_args["dtype"], device)
             tokenizer = tokenizer_of(model.processing_class)
-            return kind(pretrained=loaded, tokenizer=tokenizer, batch_size=settings.batch_size, **rest)
+            return kind(pretrained=loaded, tokenizer=tokenizer, batch_size=settings.batch_size, **arguments)
         named: dict[str, Any] = {"pretrained": model.path, **model_args}
         named |= {"revision": model.revision} if model.revision else {}
         named |= {"trust_remote_code": True} if model.trust_remote_code else {}
         if model_type == "local-completions":
             url = str(named["base_url"]).rstrip("/").removesuffix("/v1/completions").removesuffix("/v1")
-            # The server has the weights; here only texts are split.
+            # The server has the weights; only the tokenizer is loaded here.
             named |= {"base_url": f"{url}/v1/completions", "tokenizer": model.path, "tokenizer_backend": "huggingface"}
             named |= {"model": named.get("model", model.path)}
             del named["pretrained"], named["dtype"], more["device"]
@@ -180,17 +184,17 @@ def device_of(settings: Settings) -> str:
     return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def numbers_of(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a harness's answer."""
+def numbers_of(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a harness's answer that are kept."""
     names = {"results", "groups", "higher_is_better", "n-shot", "n-samples"}
-    return {name.replace("-", "_"): found.get(name) or {} for name in sorted(names)}
+    return {name.replace("-", "_"): answer.get(name) or {} for name in sorted(names)}
 
 
 def sample_of(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of one answer: prompt, target, response and the value of each metric."""
+    """The parts of a sample that are kept: prompt, target, response and the value of each metric."""
     prompts = [argument[0] for argument in sample["arguments"]]
     images = sample["doc"].get("images") if isinstance(sample["doc"], dict) else None
-    paths = images if isinstance(images, list) and all(isinstance(one, str) for one in images) else []
+    paths = images if isinstance(images, list) and all(isinstance(image, str) for image in images) else []
     return {
         "doc_id": sample["doc_id"],
         "doc_hash": sample["doc_hash"],
@@ -206,7 +210,7 @@ def sample_of(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of lm-eval about what mmkd does on purpose."""
+    """Suppresses warnings of lm-eval about settings that mmkd chooses on purpose."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -218,12 +222,12 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _explained(task: str) -> Iterator[None]:
-    """Raises UserError where the data of a task cannot be had."""
+    """Turns errors of loading a task's data into UserError."""
     try:
         yield
     except (ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"The data of task {task} cannot be loaded: {first} Run it once with a network, which keeps the data in "
-            "HF_HOME, and log in where its data set asks for it; what runs without is --suite offline."
+            "HF_HOME, and log in if its data set requires it. --suite offline needs no network."
         ) from error

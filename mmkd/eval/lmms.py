@@ -1,4 +1,4 @@
-"""Tasks through lmms-eval, which knows the benchmarks of vision-language models."""
+"""Tasks of lmms-eval, which has the benchmarks of vision-language models."""
 
 import importlib.util
 from importlib.metadata import version
@@ -31,15 +31,15 @@ def check_lmms() -> None:
     if importlib.util.find_spec("lmms_eval") is None:
         raise UserError(
             "These tasks are run by lmms-eval, which is not installed: pip install 'mmkd[lmms]', best in an "
-            "environment of its own, since it pins other versions. Without it, lm-eval's own vision tasks (mmmu_val, "
-            "chartqa) and easy_vqa run."
+            "environment of its own, since it pins other versions. Without it, you can run lm-eval's own vision tasks "
+            "(mmmu_val, chartqa) and easy_vqa."
         )
 
 
 def lmms_settings(model: EvalModel, settings: Settings) -> dict[str, Any]:
     """The arguments of lmms-eval's `simple_evaluate` that decide a result.
 
-    Raises UserError for a model that lmms-eval has no name for, unless `model_args` gives it as lmms_model.
+    Raises UserError for a model without a known name in lmms-eval, unless `model_args` gives it as lmms_model.
     """
     from transformers import AutoConfig
 
@@ -49,7 +49,7 @@ def lmms_settings(model: EvalModel, settings: Settings) -> dict[str, Any]:
     if name is None:
         raise UserError(
             f"{model.name} is a {kind}, for which mmkd knows no model of lmms-eval: name it with "
-            "--model_args lmms_model=NAME (`python -m lmms_eval --help` tells how to list them)."
+            "--model_args lmms_model=NAME (`python -m lmms_eval --help` says how to list them)."
         )
     dtype = model.computed_dtype(settings.dtype, device_of(settings))
     path = {"pretrained": model.path, **({"dtype": dtype} if dtype != "auto" else {})}
@@ -62,38 +62,38 @@ def lmms_settings(model: EvalModel, settings: Settings) -> dict[str, Any]:
 
 
 def lmms_key(task: SuiteTask, settings: dict[str, Any]) -> str:
-    """Of a result: the task, the settings and lmms-eval's version."""
+    """The key of a result: the task, the settings and lmms-eval's version."""
     return key_of("lmms-eval", version("lmms_eval"), task.task, task.num_fewshot, settings)
 
 
 def run_lmms(task: SuiteTask, settings: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-    """The entry of a task and its answers, as `Harness.run` gives them."""
+    """The entry of a task and its samples, as `Harness.run` returns them."""
     from lmms_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]  # an extra
 
     arguments = ",".join(f"{key}={value}" for key, value in settings["model_args"].items())
     more = {"batch_size": settings["batch_size"], "limit": settings["limit"], "num_fewshot": task.num_fewshot}
-    found = simple_evaluate(model=settings["model"], model_args=arguments, tasks=[task.task], **more)
-    if found is None:
+    answer = simple_evaluate(model=settings["model"], model_args=arguments, tasks=[task.task], **more)
+    if answer is None:
         return None
     entry = {
         "task": task.task,
         "harness": "lmms-eval",
         "harness_version": version("lmms_eval"),
-        "version": found.get("versions", {}).get(task.task),
+        "version": answer.get("versions", {}).get(task.task),
         "fingerprint": None,
         "settings": settings,
         "metric": task.metric,
-        **numbers_of(found),
+        **numbers_of(answer),
     }
     rows = [
         {
             "task": name,
-            "doc_id": one.get("doc_id"),
-            "target": one.get("target"),
-            "response": one.get("filtered_resps"),
-            "metrics": {metric: one[metric] for metric in (task.metric or "",) if metric in one},
+            "doc_id": sample.get("doc_id"),
+            "target": sample.get("target"),
+            "response": sample.get("filtered_resps"),
+            "metrics": {metric: sample[metric] for metric in (task.metric or "",) if metric in sample},
         }
-        for name, ones in (found.get("samples") or {}).items()
-        for one in ones
+        for name, samples in (answer.get("samples") or {}).items()
+        for sample in samples
     ]
     return entry, rows

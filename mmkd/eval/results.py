@@ -1,4 +1,4 @@
-"""Results of one model on disk: one file of numbers, one of answers per task, written as soon as a task is done."""
+"""Results of one model on disk: a file of numbers, and a file of samples per task, written after each task."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ from mmkd.files import write_file
 from .model import EvalModel
 
 SCHEMA = 1
-"""Of results.json; eval/README.md documents it."""
+"""The version of the format of results.json, which eval/README.md documents."""
 
 NAME = "results.json"
 
 
 class Results:
-    """What is known of a model: task results and measurements, by everything that decides them.
+    """Task results and measurements of a model, by a key over everything that decides them.
 
-    `before` is a folder that is read where there is nothing in `folder` yet, and not written to. Raises UserError
-    when the folder holds results of other weights.
+    `before` is a folder with older results, which are read, but not changed, while `folder` has none. Raises UserError
+    if the folder holds results of other weights.
     """
 
     def __init__(self, folder: Path, model: str, weights: str, before: Path | None = None) -> None:
@@ -32,7 +32,7 @@ class Results:
 
     @classmethod
     def of(cls, model: EvalModel, output: Path | None = None) -> "Results":
-        """Those of a model, in a folder of the user's or its own."""
+        """The results of a model, in the given folder or in the model's own."""
         if output is not None:
             return cls(output, model.name, model.weights)
         return cls(model.results_folder, model.name, model.weights, model.results_before)
@@ -42,21 +42,21 @@ class Results:
         return self.folder / NAME
 
     def task(self, key: str) -> dict[str, Any] | None:
-        """The entry of a task, None when it has not run."""
+        """The entry of a task, or None if it has not run."""
         return self._read()["tasks"].get(key)
 
     def measure(self, key: str) -> dict[str, Any] | None:
-        """The entry of a measurement, None when it has not been taken."""
+        """The entry of a measurement, or None if it has not been taken."""
         return self._read()["measures"].get(key)
 
     def add_task(self, key: str, entry: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Keeps an entry, with the answers it stands on in a file of their own; returns the entry as it is kept."""
+        """Stores an entry, with its samples in a file of their own; returns the stored entry."""
         name = f"samples/{entry['task']}-{key[:12]}.jsonl"
         write_file(self.folder / name, "".join(f"{to_json(sample)}\n" for sample in samples))
         return self._add("tasks", key, {**entry, "samples": name})
 
     def add_measure(self, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """Keeps a measurement; returns it as it is kept."""
+        """Stores a measurement; returns the stored entry."""
         return self._add("measures", key, entry)
 
     def _add(self, kind: str, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Results:
         return content
 
     def _read_before(self) -> dict[str, Any]:
-        """What is known without a file: what an earlier one says of the same weights, its answers by absolute path."""
+        """The content without a file of its own: older results of the same weights, with absolute paths of samples."""
         content = {"schema": SCHEMA, "model": self.model, "weights": self.weights, "tasks": {}, "measures": {}}
         earlier = {} if self.before is None else json.loads((self.before / NAME).read_text(encoding="utf-8"))
         if self.before is None or any(earlier[key] != content[key] for key in ("schema", "weights")):
@@ -99,7 +99,7 @@ def key_of(*parts: Any) -> str:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """JSON, of numpy's numbers too."""
+    """JSON text; numbers of numpy are allowed."""
     return json.dumps(value, ensure_ascii=False, default=_plain, **options)
 
 

@@ -1,4 +1,4 @@
-"""What a model costs to use, measured on this machine: parameters, memory, latency, tokens per second."""
+"""The cost of using a model, measured on this machine: parameters, memory, latency, tokens per second."""
 
 import statistics
 import time
@@ -15,12 +15,12 @@ BATCHES = (1, 8)
 def cost_of(model: Any, batches: tuple[int, ...] = BATCHES) -> dict[str, Any]:
     """Parameters, bytes of the weights, and per batch size the seconds of a prompt and the tokens/s after it.
 
-    Every time is the median of three runs after one that warms up; prompts are 128 random tokens, 32 follow.
-    `peak_bytes` is what generating needs beyond the weights: of the device, on a CPU of the process (Linux).
+    Every time is the median of three runs after a warm-up; prompts have 128 random tokens, and 32 are generated.
+    `peak_bytes` is the memory for generation beyond the weights: of the device, or on a CPU of the process (Linux).
     """
     embeddings = model.get_input_embeddings()
     rows = model.config.get_text_config().vocab_size
-    found: dict[str, Any] = {
+    cost: dict[str, Any] = {
         "parameters": model.num_parameters(),
         "embedding_parameters": sum(weight.numel() for weight in embeddings.parameters()),
         "weight_bytes": sum(weight.numel() * weight.element_size() for weight in model.parameters()),
@@ -42,13 +42,13 @@ def cost_of(model: Any, batches: tuple[int, ...] = BATCHES) -> dict[str, Any]:
             "tokens_per_second": batch * (NEW_TOKENS - 1) / max(whole - first, 1e-9),
             "peak_bytes": memory.bytes(),
         }
-        found["speed"].append(speed)
-    return found
+        cost["speed"].append(speed)
+    return cost
 
 
 def _generate(model: Any, ids: Any, tokens: int) -> None:
     mask = torch.ones_like(ids)
-    # No token may end it before all are written.
+    # min_new_tokens prevents an early end, so that all runs generate the same number of tokens.
     model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -73,7 +73,7 @@ def _wait(device: torch.device) -> None:
 
 
 class _Peak:
-    """The most memory in use since this object was made, above what was in use then."""
+    """The peak memory since this object was made, above the memory in use at that time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -81,12 +81,12 @@ class _Peak:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         elif Path("/proc/self/clear_refs").exists():
-            # 5 resets the high-water mark.
+            # Writing 5 resets the high-water mark (proc(5)).
             Path("/proc/self/clear_refs").write_text("5")
             self.before = _status("VmRSS")
 
     def bytes(self) -> int | None:
-        """None on a system that does not tell."""
+        """The peak in bytes, or None on a system that does not report it."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
         return max(0, _status("VmHWM") - self.before) if Path("/proc/self/clear_refs").exists() else None

@@ -1,4 +1,4 @@
-"""Suites: named lists of tasks with their numbers of examples and the metric that counts."""
+"""Suites: named lists of tasks, with the number of few-shot examples and the main metric of each."""
 
 import difflib
 from collections.abc import Sequence
@@ -12,25 +12,25 @@ from mmkd.errors import UserError
 from mmkd.shipped import find_recipe, list_recipes
 
 HARNESSES = ("lm-eval", "lmms-eval")
-"""Who runs a task."""
+"""The programs that run tasks."""
 
 NEEDS = ("vision",)
-"""What a task may need of a model."""
+"""The abilities that a task may require of a model."""
 
 
 @dataclass(frozen=True)
 class SuiteTask:
-    """One task of a suite: its name in the harness, and how it is asked where that is not the harness's default."""
+    """One task of a suite: its name in the harness, and settings that differ from the harness's defaults."""
 
     task: str
     metric: str | None = None
-    """The number that counts, `acc` or `exact_match,flexible-extract`; by default the task's first."""
+    """The main metric, such as `acc` or `exact_match,flexible-extract`; by default the task's first."""
     num_fewshot: int | None = None
     harness: str = "lm-eval"
     needs: str | None = None
-    """`vision` leaves the task out for models without it."""
+    """`vision`: the task is left out for models that read text only."""
     chat_template: bool | None = None
-    """Whether prompts go through the chat template; by default wherever the model has one."""
+    """Whether to apply the chat template; by default if the model has one."""
 
     def __post_init__(self) -> None:
         if self.harness not in HARNESSES:
@@ -47,7 +47,7 @@ class Suite:
     tasks: tuple[SuiteTask, ...]
     description: str = ""
     prepare: str | None = None
-    """The command that writes the data, where it is not downloaded."""
+    """The command that writes the data, if it is not downloaded."""
 
 
 def suite_names() -> list[str]:
@@ -56,7 +56,7 @@ def suite_names() -> list[str]:
 
 
 def load_suite(name_or_path: str) -> Suite:
-    """A suite that ships with mmkd, or one in a file. Raises UserError for an unknown name and for unknown keys."""
+    """A suite that ships with mmkd, or a suite in a file. Raises UserError for an unknown name and unknown keys."""
     if Path(name_or_path).is_file():
         path = Path(name_or_path)
     elif name_or_path in suite_names():

@@ -1,4 +1,4 @@
-"""Tasks by name: lm-eval's own and ours in the same format, what they need, and what makes a result theirs."""
+"""Tasks by name: those of lm-eval and of mmkd in the same format, with their needs and fingerprints."""
 
 import difflib
 import fnmatch
@@ -17,20 +17,20 @@ from mmkd.shipped import recipe_root
 
 @dataclass(frozen=True)
 class Task:
-    """What is known of a task, or of a group of them, before it runs."""
+    """Properties of a task, or of a group of tasks, before it runs."""
 
     name: str
     version: Any
     vision: bool
-    """Whether its questions come with images."""
+    """Whether its questions have images."""
     fingerprint: str
-    """sha256 of its YAML with all that it includes, of the code and the data files beside it, and of its members."""
+    """sha256 over its YAML with all included files, the code and data files beside it, and its members."""
 
 
 class Tasks:
-    """The tasks of lm-eval, of mmkd's eval/tasks and of further folders, which win where names are the same.
+    """The tasks of lm-eval, of mmkd's eval/tasks and of further folders, which take precedence.
 
-    Raises UserError for names that are none of these.
+    Raises UserError for names that are in none of these.
     """
 
     def __init__(self, names: Sequence[str], folders: Sequence[str | Path] = ()) -> None:
@@ -52,11 +52,11 @@ class Tasks:
                 )
 
     def matching(self, name: str) -> list[str]:
-        """The tasks that a name or a pattern (`arc_*`) stands for."""
+        """The tasks that match a name or a pattern (`arc_*`)."""
         return _matches(name, self.manager.task_index)
 
     def __getitem__(self, name: str) -> Task:
-        """What is known of a task. Raises UserError when a file of its data is missing."""
+        """The properties of a task. Raises UserError if a file of its data is missing."""
         configs = dict(self._configs(name))
         for task, config in configs.items():
             for path in _data_files(config):
@@ -75,7 +75,7 @@ class Tasks:
         return self.manager.task_index[name]
 
     def _configs(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The YAML of a task, or those of a group or tag and of all that it names."""
+        """The YAML of a task, or of a group or tag and of all its members."""
         entry = self._entry(name)
         config = entry.cfg or {}
         yield name, config
@@ -83,12 +83,12 @@ class Tasks:
         if entry.yaml_path is None:
             members = sorted(entry.tags)
         for member in members:
-            known = member if isinstance(member, str) else member.get("task")
-            if isinstance(known, str) and known in self.manager.task_index and known != name:
-                yield from self._configs(known)
+            member_name = member if isinstance(member, str) else member.get("task")
+            if isinstance(member_name, str) and member_name in self.manager.task_index and member_name != name:
+                yield from self._configs(member_name)
 
     def _files(self, name: str, config: dict[str, Any]) -> Iterator[Path]:
-        """Files besides its YAML that decide a task: its data, and the code beside it unless that is lm-eval's own."""
+        """The files besides its YAML that define a task: its data, and the code beside it if it is not lm-eval's."""
         import lm_eval.tasks
 
         yield from map(Path, _data_files(config))
@@ -98,7 +98,7 @@ class Tasks:
 
 
 def _own_manager(paths: tuple[Path, ...]) -> Any:
-    """The tasks of these folders alone."""
+    """The tasks of these folders only."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(paths), include_defaults=False)
@@ -106,7 +106,7 @@ def _own_manager(paths: tuple[Path, ...]) -> Any:
 
 @cache
 def _full_manager(paths: tuple[Path, ...]) -> Any:
-    """With lm-eval's own tasks, whose 15,000 YAML files take seconds to read."""
+    """The tasks of these folders and of lm-eval, whose 15,000 YAML files take seconds to read."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(paths))

