@@ -90,7 +90,7 @@ class ClassificationRecipe:
         """The recipe at a path, or that ships under that name. Raises UserError when it cannot be read."""
         path = find_recipe(name_or_path, "data_recipes")
         keys = read_yaml(path, as_written=True)
-        fields = [one.name for one in dataclasses.fields(cls) if one.name != "folder"]
+        fields = [field.name for field in dataclasses.fields(cls) if field.name != "folder"]
         if not isinstance(keys, dict):
             raise UserError(f"{path} is no data recipe: it must hold `key: value` lines.")
         for key in keys:

@@ -281,8 +281,8 @@ class QuestionTeacher(ClassTeacher):
 
     def _inputs(self, rows: Sequence[Any]) -> Any:
         if isinstance(rows[0], str):
-            asked = [[{"role": "user", "content": f"{row}\n\n{self.question}"}] for row in rows]
-            texts = [self._prompt(one) for one in asked]
+            conversations = [[{"role": "user", "content": f"{row}\n\n{self.question}"}] for row in rows]
+            texts = [self._prompt(messages) for messages in conversations]
             return self.processor(texts, padding=True, return_tensors="pt", add_special_tokens=False)
         content = [{"type": "image"}, {"type": "text", "text": self.question}]
         prompt = self._prompt([{"role": "user", "content": content}])

@@ -81,7 +81,7 @@ class AgreementAssessor(Assessor):
     """How much the student says what the teacher says: 1 where the answers are equal, else their ROUGE-L."""
 
     def assess(self, pairs: Sequence[Pair], phase: str, advance: Advance) -> Assessment:
-        scores = [Score(one.instruction.key, 1.0, match("rouge", one.student, one.teacher)) for one in pairs]
+        scores = [Score(pair.instruction.key, 1.0, match("rouge", pair.student, pair.teacher)) for pair in pairs]
         advance(len(pairs), 0)
         return Assessment(scores)
 
@@ -96,13 +96,13 @@ class LikelihoodAssessor(Assessor):
         self.record, self.teacher, self.student = record, teacher, student
 
     def assess(self, pairs: Sequence[Pair], phase: str, advance: Advance) -> Assessment:
-        questions = [question_of(one.instruction, answer=one.teacher) for one in pairs]
-        said: list[list[Reply]] = []
+        questions = [question_of(pair.instruction, answer=pair.teacher) for pair in pairs]
+        replies: list[list[Reply]] = []
         for engine in (self.teacher, self.student):
-            said.append(self.record.ask(engine, questions, Sampling(1), phase, advance))
+            replies.append(self.record.ask(engine, questions, Sampling(1), phase, advance))
             engine.close()
         scores = []
-        for pair, ours, theirs in zip(pairs, *said, strict=True):
+        for pair, ours, theirs in zip(pairs, *replies, strict=True):
             assert ours.log_prob is not None
             assert theirs.log_prob is not None
             count = max(1, ours.tokens)
@@ -133,21 +133,25 @@ class JudgeAssessor(Assessor):
 
     def assess(self, pairs: Sequence[Pair], phase: str, advance: Advance) -> Assessment:
         questions = [self.question(pair, swapped) for pair in pairs for swapped in (False, True)]
-        found: list[tuple[float, float] | None] = [None] * len(questions)
+        opinions: list[tuple[float, float] | None] = [None] * len(questions)
         missing, again, example = list(range(len(questions))), 0, ""
         for attempt in range(1 + self.retries):
-            asked = [self._again(questions[place], attempt) if attempt else questions[place] for place in missing]
-            replies = self.record.ask(self.engine, asked, self.sampling, phase, advance if not attempt else _nothing)
+            again_asked = [
+                self._again(questions[place], attempt) if attempt else questions[place] for place in missing
+            ]
+            replies = self.record.ask(
+                self.engine, again_asked, self.sampling, phase, advance if not attempt else _nothing
+            )
             for place, reply in zip(missing, replies, strict=True):
-                found[place] = parse_scores(reply.text)
-                example = reply.text if found[place] is None else example
-            missing = [place for place in missing if found[place] is None]
+                opinions[place] = parse_scores(reply.text)
+                example = reply.text if opinions[place] is None else example
+            missing = [place for place in missing if opinions[place] is None]
             if not missing:
                 break
             again += len(missing) if attempt < self.retries else 0
         scores = [
             both_orders(pair.instruction.key, first, second)
-            for pair, first, second in zip(pairs, found[::2], found[1::2], strict=True)
+            for pair, first, second in zip(pairs, opinions[::2], opinions[1::2], strict=True)
             if first is not None and second is not None
         ]
         assessment = Assessment(scores, len(pairs) - len(scores), again)
@@ -175,13 +179,13 @@ class JudgeAssessor(Assessor):
     def _again(self, question: Question, attempt: int) -> Question:
         reminder = {"role": "user", "content": self.prompts.fill("judge_again")}
         # Two messages of the user in a row are refused by many chat templates.
-        said = answered(question.messages, "...")
-        return replace(question, messages=(*said, _like(reminder, question)), sample=attempt)
+        messages = answered(question.messages, "...")
+        return replace(question, messages=(*messages, _like(reminder, question)), sample=attempt)
 
     def _first_preferred(self, scores: Sequence[Score]) -> float | None:
         """The share of preferences that are for what is shown first."""
-        first = [(a[0] > a[1]) + (b[1] > b[0]) for a, b in (one.orders for one in scores)]
-        second = [(a[0] < a[1]) + (b[1] < b[0]) for a, b in (one.orders for one in scores)]
+        first = [(a[0] > a[1]) + (b[1] > b[0]) for a, b in (score.orders for score in scores)]
+        second = [(a[0] < a[1]) + (b[1] < b[0]) for a, b in (score.orders for score in scores)]
         preferences = sum(first) + sum(second)
         if preferences == 0:
             return None

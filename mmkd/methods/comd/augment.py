@@ -74,21 +74,23 @@ class ModelAugmentor(Augmentor):
         self, parents: Sequence[Instruction], kind: str, attempt: int, phase: str, advance: Advance
     ) -> list[Candidate]:
         name = "augment_easy" if kind == "easy" else "augment_hard"
-        asked, times = [], Counter[str]()
+        questions, times = [], Counter[str]()
         for parent in parents:
             text = self.prompts.fill(name, instruction=parent.text)
             # A parent may stand in the list several times.
-            asked.append(asked_about(parent, text, sample=_TIMES * attempt + times[parent.key]))
+            questions.append(asked_about(parent, text, sample=_TIMES * attempt + times[parent.key]))
             times[parent.key] += 1
-        replies = self.record.ask(self.engine, asked, self.sampling, phase, advance)
-        found = []
+        replies = self.record.ask(self.engine, questions, self.sampling, phase, advance)
+        candidates = []
         for parent, reply in zip(parents, replies, strict=True):
             text = cleaned(reply.text)
             if reply.finish_reason != "stop" or not text:
-                found.append(Candidate(None, "cut off" if reply.finish_reason == "length" else "empty or refused"))
+                candidates.append(
+                    Candidate(None, "cut off" if reply.finish_reason == "length" else "empty or refused")
+                )
             else:
-                found.append(Candidate(self.store.reworded(parent, text, self.pick(parent, attempt), kind=kind)))
-        return found
+                candidates.append(Candidate(self.store.reworded(parent, text, self.pick(parent, attempt), kind=kind)))
+        return candidates
 
 
 class TemplateAugmentor(Augmentor):
@@ -110,16 +112,16 @@ class TemplateAugmentor(Augmentor):
         _require_images(pool, "templates")
         self.store, self.pick, self.type_words, self.seed = store, pick, type_words, seed
         self.questions: dict[str, list[str]] = {}
-        self.counts: Counter[str] = Counter(one.type_of(type_words) for one in pool)
-        for one in pool:
-            known = self.questions.setdefault(one.type_of(type_words), [])
-            if one.text not in known:
-                known.append(one.text)
+        self.counts: Counter[str] = Counter(instruction.type_of(type_words) for instruction in pool)
+        for instruction in pool:
+            texts = self.questions.setdefault(instruction.type_of(type_words), [])
+            if instruction.text not in texts:
+                texts.append(instruction.text)
 
     def make(
         self, parents: Sequence[Instruction], kind: str, attempt: int, phase: str, advance: Advance
     ) -> list[Candidate]:
-        found = []
+        candidates = []
         for place, parent in enumerate(parents):
             draw = random.Random(f"{self.seed} {phase} {kind} {attempt} {place} {parent.key}")
             type_ = parent.type_of(self.type_words)
@@ -127,11 +129,11 @@ class TemplateAugmentor(Augmentor):
                 rarer = [name for name, count in self.counts.items() if count <= self.counts[type_]]
                 type_ = draw.choice(sorted(rarer))
             text = draw.choice(self.questions[type_])
-            found.append(
+            candidates.append(
                 Candidate(self.store.reworded(parent, text, self.pick(parent, draw.randrange(2**30)), kind=kind))
             )
         advance(len(parents), 0)
-        return found
+        return candidates
 
 
 class RandomAugmentor(Augmentor):
@@ -139,21 +141,21 @@ class RandomAugmentor(Augmentor):
 
     def __init__(self, pool: Sequence[Instruction], store: ImageStore, seed: int):
         _require_images(pool, "random")
-        self.store, self.seed, self.pool = store, seed, [one for one in pool if one.images]
+        self.store, self.seed, self.pool = store, seed, [instruction for instruction in pool if instruction.images]
 
     def make(
         self, parents: Sequence[Instruction], kind: str, attempt: int, phase: str, advance: Advance
     ) -> list[Candidate]:
-        found = []
+        candidates = []
         for place in range(len(parents)):
             draw = random.Random(f"{self.seed} {phase} {kind} {attempt} {place}")
-            asked, shown = draw.choice(self.pool), draw.choice(self.pool)
-            if len(asked.images) != len(shown.images):
-                found.append(Candidate(None, "another number of pictures"))
+            question, shown = draw.choice(self.pool), draw.choice(self.pool)
+            if len(question.images) != len(shown.images):
+                candidates.append(Candidate(None, "another number of pictures"))
             else:
-                found.append(Candidate(self.store.reworded(asked, asked.text, shown.images, kind=kind)))
+                candidates.append(Candidate(self.store.reworded(question, question.text, shown.images, kind=kind)))
         advance(len(parents), 0)
-        return found
+        return candidates
 
 
 @dataclass
@@ -177,40 +179,43 @@ class Filter:
         return cls(pool, held_out, training.max_rouge, training.min_words, training.max_words)
 
     def __post_init__(self) -> None:
-        self._held_out_keys = {one.key for one in self.held_out}
+        self._held_out_keys = {instruction.key for instruction in self.held_out}
         self._held_out: dict[tuple[str, ...], list[list[str]]] = {}
         self._known: dict[tuple[str, ...], list[list[str]]] = {}
         for instructions, target in ((self.held_out, self._held_out), (self.pool, self._known)):
-            for one in instructions:
-                target.setdefault(one.images, []).append(one.words)
-        self._keys = {one.key for one in self.pool}
+            for instruction in instructions:
+                target.setdefault(instruction.images, []).append(instruction.words)
+        self._keys = {instruction.key for instruction in self.pool}
 
     def accept(self, candidate: Candidate) -> Instruction | None:
         """The candidate's instruction, which then counts as one of the pool; None, with the reason counted."""
-        one = candidate.instruction
-        reason = candidate.reason if one is None else self._reason(one)
-        if one is None or reason:
+        instruction = candidate.instruction
+        reason = candidate.reason if instruction is None else self._reason(instruction)
+        if instruction is None or reason:
             self.reasons[reason] += 1
             return None
-        self._keys.add(one.key)
-        self._known.setdefault(one.images, []).append(one.words)
-        return one
+        self._keys.add(instruction.key)
+        self._known.setdefault(instruction.images, []).append(instruction.words)
+        return instruction
 
-    def _reason(self, one: Instruction) -> str:
-        if one.key in self._held_out_keys:
+    def _reason(self, instruction: Instruction) -> str:
+        if instruction.key in self._held_out_keys:
             return "held out"
-        if len(one.words) < self.min_words:
+        if len(instruction.words) < self.min_words:
             return "too short"
-        if len(one.words) > self.max_words:
+        if len(instruction.words) > self.max_words:
             return "too long"
-        if one.text[0] in string.punctuation:
+        if instruction.text[0] in string.punctuation:
             return "begins with punctuation"
-        if "instruction" in one.words:
+        if "instruction" in instruction.words:
             # The augmentor speaks of its task and does not do it.
             return "speaks of an instruction"
-        if one.key in self._keys or nearest(one.words, self._known.get(one.images, []), self.max_rouge) is not None:
+        if (
+            instruction.key in self._keys
+            or nearest(instruction.words, self._known.get(instruction.images, []), self.max_rouge) is not None
+        ):
             return "repeats the pool"
-        if nearest(one.words, self._held_out.get(one.images, []), self.max_rouge) is not None:
+        if nearest(instruction.words, self._held_out.get(instruction.images, []), self.max_rouge) is not None:
             return "like one that is held out"
         return ""
 
@@ -241,33 +246,33 @@ def augment(
 
     Parents are drawn without repetition as far as they go, `tries` times for what was rejected.
     """
-    found: dict[str, list[Instruction]] = {kind: [] for kind in wanted}
+    accepted: dict[str, list[Instruction]] = {kind: [] for kind in wanted}
     for kind, count in wanted.items():
-        candidates = sorted(parents[kind], key=lambda one: one.key)
-        for attempt in range(tries if candidates else 0):
-            missing = count - len(found[kind])
+        ordered = sorted(parents[kind], key=lambda instruction: instruction.key)
+        for attempt in range(tries if ordered else 0):
+            missing = count - len(accepted[kind])
             if missing <= 0:
                 break
             draw = random.Random(f"{seed} {phase} {kind} {attempt}")
             chosen: list[Instruction] = []
             while len(chosen) < missing:
-                chosen += draw.sample(candidates, min(len(candidates), missing - len(chosen)))
+                chosen += draw.sample(ordered, min(len(ordered), missing - len(chosen)))
             made = augmentor.make(chosen, kind, attempt, phase, advance)
-            found[kind] += [one for candidate in made if (one := fit.accept(candidate)) is not None]
-    return found
+            accepted[kind] += [instruction for candidate in made if (instruction := fit.accept(candidate)) is not None]
+    return accepted
 
 
-def in_ratio(found: dict[str, list[Instruction]], hard_ratio: float, cap: int) -> list[Instruction]:
+def in_ratio(made: dict[str, list[Instruction]], hard_ratio: float, cap: int) -> list[Instruction]:
     """As many of each kind as keep the ratio of hard to easy, to within one: the scarcer side decides.
 
     A single kind, since there are no parents of another or their share is 0, is taken whole.
     """
     shares = {"hard": Fraction(str(hard_ratio)), "easy": 1 - Fraction(str(hard_ratio))}
-    kinds = [kind for kind in found if shares.get(kind, 1) > 0]
+    kinds = [kind for kind in made if shares.get(kind, 1) > 0]
     if len(kinds) == 1:
-        return found[kinds[0]][:cap]
-    sizes = mixture_counts([len(found[kind]) for kind in kinds], [shares[kind] for kind in kinds], cap)
-    return [one for kind, size in zip(kinds, sizes, strict=True) for one in found[kind][:size]]
+        return made[kinds[0]][:cap]
+    sizes = mixture_counts([len(made[kind]) for kind in kinds], [shares[kind] for kind in kinds], cap)
+    return [instruction for kind, size in zip(kinds, sizes, strict=True) for instruction in made[kind][:size]]
 
 
 def cleaned(reply: str) -> str:
@@ -279,7 +284,7 @@ def cleaned(reply: str) -> str:
 
 
 def _require_images(pool: Sequence[Instruction], kind: str) -> None:
-    if not any(one.images for one in pool):
+    if not any(instruction.images for instruction in pool):
         raise UserError(
             f"augmentor: {kind} asks the pool's questions about other pictures of the pool, but there are no "
             "pictures. Use augmentor: model."

@@ -65,8 +65,8 @@ class Prompts:
 
 def _check(path: Path, text: str) -> None:
     needed, allowed = FIELDS[path.stem]
-    found = set(_FIELD.findall(text))
-    missing, unknown = sorted(needed - found), sorted(found - needed - allowed)
+    fields = set(_FIELD.findall(text))
+    missing, unknown = sorted(needed - fields), sorted(fields - needed - allowed)
     if missing:
         raise UserError(f"The prompt {path} lacks the field {{{missing[0]}}}, without which it asks about nothing.")
     if unknown:

@@ -80,8 +80,8 @@ class ImageStore:
 
     def instruction(self, prompt: Sequence[Message], images: Sequence[str], **facts: Any) -> Instruction:
         """The instruction of a prompt and images."""
-        said = [[message["role"], normalised(text_of(message))] for message in prompt]
-        content = json.dumps([said, [self.digest(path) for path in images]], ensure_ascii=False)
+        turns = [[message["role"], normalised(text_of(message))] for message in prompt]
+        content = json.dumps([turns, [self.digest(path) for path in images]], ensure_ascii=False)
         key = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
         return Instruction(tuple(prompt), tuple(images), key, **facts)
 
@@ -107,12 +107,12 @@ def read_instructions(dataset: Dataset, store: ImageStore) -> list[Instruction]:
             "comd asks a teacher through messages, but the data holds plain text. Map its columns to messages, such "
             "as `messages: {user: '{question}', assistant: '{answer}'}`."
         )
-    found: dict[str, Instruction] = {}
+    instructions: dict[str, Instruction] = {}
     for row in read_rows(dataset, columns):
         prompt = list(row["prompt"] if "prompt" in row else row["messages"])
-        said = list(row.get("completion") or [])
+        answers = list(row.get("completion") or [])
         while prompt and prompt[-1]["role"] == "assistant":
-            said.insert(0, prompt.pop())
+            answers.insert(0, prompt.pop())
         if row.get("tools"):
             raise UserError(
                 "A row has tools, which the judge and the augmentor of comd would not see. Leave such rows out, "
@@ -121,16 +121,16 @@ def read_instructions(dataset: Dataset, store: ImageStore) -> list[Instruction]:
         if not any(message["role"] == "user" for message in prompt):
             raise UserError("A row asks nothing: it has no message of a user. Leave such rows out with filters.")
         images = [store.path_of(image) for image in row.get("images") or []]
-        reference = text_of(said[-1]) if said else None
-        one = store.instruction([_plain(message) for message in prompt], images, reference=reference)
-        found.setdefault(one.key, one)
-    return list(found.values())
+        reference = text_of(answers[-1]) if answers else None
+        instruction = store.instruction([_plain(message) for message in prompt], images, reference=reference)
+        instructions.setdefault(instruction.key, instruction)
+    return list(instructions.values())
 
 
 def apart_from(instructions: Iterable[Instruction], held_out: Iterable[Instruction]) -> list[Instruction]:
     """The instructions that are not held out."""
-    keys = {one.key for one in held_out}
-    return [one for one in instructions if one.key not in keys]
+    keys = {instruction.key for instruction in held_out}
+    return [instruction for instruction in instructions if instruction.key not in keys]
 
 
 def text_of(message: Message) -> str:
@@ -167,16 +167,21 @@ def open_image(path: str) -> Image.Image:
     return image
 
 
-def row_of(one: Instruction, answer: str) -> dict[str, Any]:
+def row_of(instruction: Instruction, answer: str) -> dict[str, Any]:
     """A line of the pool: what is trained on, and where it comes from."""
-    said = answered(one.prompt, answer)
-    facts = {"key": one.key, "kind": one.kind, "parent": one.parent, "round": one.round}
-    return {"prompt": said[:-1], "completion": said[-1:], "images": list(one.images), **facts}
+    messages = answered(instruction.prompt, answer)
+    facts = {
+        "key": instruction.key,
+        "kind": instruction.kind,
+        "parent": instruction.parent,
+        "round": instruction.round,
+    }
+    return {"prompt": messages[:-1], "completion": messages[-1:], "images": list(instruction.images), **facts}
 
 
-def child_of_round(one: Instruction, number: int) -> Instruction:
+def child_of_round(instruction: Instruction, number: int) -> Instruction:
     """The instruction as one that joins the pool in a round."""
-    return replace(one, round=number)
+    return replace(instruction, round=number)
 
 
 def _plain(message: Message) -> dict[str, Any]:

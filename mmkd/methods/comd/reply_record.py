@@ -124,15 +124,15 @@ class Record:
             synced = time.monotonic()
             with open(self.path, "ab") as file:
                 for batch in engine.replies([questions[place] for place in missing], sampling):
-                    found = [(keys[missing[place]], reply) for place, reply in batch]
-                    file.write(b"".join(_line(key, phase, reply) for key, reply in found))
+                    replies = [(keys[missing[place]], reply) for place, reply in batch]
+                    file.write(b"".join(_line(key, phase, reply) for key, reply in replies))
                     # What is flushed outlives this process; a machine that loses power may cost a second of replies.
                     file.flush()
                     if time.monotonic() - synced > _SYNC:
                         os.fsync(file.fileno())
                         synced = time.monotonic()
-                    self.known.update(found)
-                    advance(len(found), sum(reply.tokens for _, reply in found))
+                    self.known.update(replies)
+                    advance(len(replies), sum(reply.tokens for _, reply in replies))
         usage = self.usage[phase]
         usage.asked += len(missing)
         for key in first:
@@ -153,9 +153,9 @@ def engine_key(engine: Engine) -> str:
 
 def question_key(identity: Mapping[str, Any], question: Question, sampling: Sampling) -> str:
     """Hex digest of who is asked what and how."""
-    asked = [list(map(dict, question.messages)), question.digests, question.answer, question.sample]
+    parts = [list(map(dict, question.messages)), question.digests, question.answer, question.sample]
     how = None if question.answer is not None else asdict(sampling)
-    content = json.dumps([identity, asked, how], sort_keys=True, ensure_ascii=False)
+    content = json.dumps([identity, parts, how], sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 

@@ -23,16 +23,16 @@ def phases_of(record: Record, number: int, train_seconds: float) -> dict[str, di
 
     Seconds are those of the models themselves, kept with each reply: an interrupted round reports what it cost.
     """
-    found: dict[str, dict[str, float]] = {}
+    phases: dict[str, dict[str, float]] = {}
     for name in PHASES:
         usage = record.usage[f"round-{number}/{name}"]
         seconds = train_seconds if name == "train" else usage.seconds
-        found[name] = {"seconds": round(seconds, 3), "replies": usage.replies, "tokens": usage.tokens}
-        found[name]["tokens_per_second"] = round(usage.tokens / seconds, 1) if seconds > 0 else 0.0
-    total = sum(phase["seconds"] for phase in found.values())
-    for phase in found.values():
+        phases[name] = {"seconds": round(seconds, 3), "replies": usage.replies, "tokens": usage.tokens}
+        phases[name]["tokens_per_second"] = round(usage.tokens / seconds, 1) if seconds > 0 else 0.0
+    total = sum(phase["seconds"] for phase in phases.values())
+    for phase in phases.values():
         phase["share"] = round(phase["seconds"] / total, 4) if total > 0 else 0.0
-    return found
+    return phases
 
 
 def write_rounds(folder: Path, reports: Sequence[dict[str, Any]], ended: str) -> None:
@@ -48,27 +48,27 @@ def read_rounds(folder: str | Path) -> list[dict[str, Any]]:
     return [read_json(path) for path in paths]
 
 
-def answer_row(one: Instruction, reply: Reply) -> dict[str, Any]:
+def answer_row(instruction: Instruction, reply: Reply) -> dict[str, Any]:
     """A line of a round's answers."""
-    return {"key": one.key, "text": reply.text, "tokens": reply.tokens, "finish_reason": reply.finish_reason}
+    return {"key": instruction.key, "text": reply.text, "tokens": reply.tokens, "finish_reason": reply.finish_reason}
 
 
-def new_row(one: Instruction) -> dict[str, Any]:
+def new_row(instruction: Instruction) -> dict[str, Any]:
     """A line of a round's new instructions."""
-    facts = {"key": one.key, "kind": one.kind, "parent": one.parent, "text": one.text}
-    return {**facts, "prompt": list(one.prompt), "images": list(one.images)}
+    facts = {"key": instruction.key, "kind": instruction.kind, "parent": instruction.parent, "text": instruction.text}
+    return {**facts, "prompt": list(instruction.prompt), "images": list(instruction.images)}
 
 
 def write_scores(
     folder: Path, pairs: Sequence[Pair], assessment: Assessment, threshold: float, type_words: int
 ) -> None:
     """Writes what was assessed, hard ones first, as they are selected."""
-    found = {pair.instruction.key: pair for pair in pairs}
+    by_key = {pair.instruction.key: pair for pair in pairs}
     hard, easy = split(assessment.scores, threshold)
     rows = []
-    for one in (*hard, *easy):
-        pair = found[one.key]
-        facts = {"key": one.key, "type": pair.instruction.type_of(type_words), "hard": one.gap >= threshold}
-        scores = {"teacher": one.teacher, "student": one.student, "gap": one.gap, "orders": one.orders}
+    for score in (*hard, *easy):
+        pair = by_key[score.key]
+        facts = {"key": score.key, "type": pair.instruction.type_of(type_words), "hard": score.gap >= threshold}
+        scores = {"teacher": score.teacher, "student": score.student, "gap": score.gap, "orders": score.orders}
         rows.append({**facts, **scores, "teacher_answer": pair.teacher, "student_answer": pair.student})
     write_lines(folder / "scores.jsonl", rows)

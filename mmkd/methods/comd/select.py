@@ -38,27 +38,29 @@ def split(
     As Lion (Jiang et al. 2023) selects; ties keep their order. With `min_teacher_score`, what the teacher itself
     answers worse than that is neither: it has nothing to teach there (ours).
     """
-    known = [one for one in scores if min_teacher_score is None or one.teacher >= min_teacher_score]
-    ordered = sorted(known, key=lambda one: (-one.gap, -one.teacher))
-    return [one for one in ordered if one.gap >= threshold], [one for one in ordered if one.gap < threshold]
+    known = [score for score in scores if min_teacher_score is None or score.teacher >= min_teacher_score]
+    ordered = sorted(known, key=lambda score: (-score.gap, -score.teacher))
+    return [score for score in ordered if score.gap >= threshold], [
+        score for score in ordered if score.gap < threshold
+    ]
 
 
 def difficulty(
     before: Sequence[Score], after: Sequence[Score], pool: dict[str, Instruction], threshold: float, words: int
 ) -> dict[str, dict[str, float | int | None]]:
     """By type of instruction: how many were assessed, the share of hard ones and the mean gap, and both before."""
-    earlier = {one.key: one for one in before}
+    earlier = {score.key: score for score in before}
     types: dict[str, list[Score]] = {}
-    for one in after:
-        types.setdefault(pool[one.key].type_of(words), []).append(one)
+    for score in after:
+        types.setdefault(pool[score.key].type_of(words), []).append(score)
     report: dict[str, dict[str, float | int | None]] = {}
-    for name, found in sorted(types.items(), key=lambda item: (-len(item[1]), item[0])):
+    for name, scores in sorted(types.items(), key=lambda item: (-len(item[1]), item[0])):
         # Before and after are of the same instructions, or the comparison would be of two pools.
-        both = [(earlier[one.key], one) for one in found if one.key in earlier]
+        both = [(earlier[score.key], score) for score in scores if score.key in earlier]
         report[name] = {
-            "assessed": len(found),
-            "hard": _share([one.gap >= threshold for one in found]),
-            "gap": _share([one.gap for one in found]),
+            "assessed": len(scores),
+            "hard": _share([score.gap >= threshold for score in scores]),
+            "gap": _share([score.gap for score in scores]),
             "assessed_twice": len(both),
             "hard_before": _share([old.gap >= threshold for old, _ in both]),
             "hard_after": _share([new.gap >= threshold for _, new in both]),

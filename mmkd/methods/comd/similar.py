@@ -31,8 +31,8 @@ class SimilarImages:
         """The `count` pictures that look most like one of the pool, itself left out, the nearest first."""
         similarity = self.features @ self.features[self._places[path]]
         similarity[self._places[path]] = -torch.inf
-        found = similarity.topk(min(count, len(self.paths) - 1)).indices.tolist()
-        return [self.paths[place] for place in found]
+        nearest = similarity.topk(min(count, len(self.paths) - 1)).indices.tolist()
+        return [self.paths[place] for place in nearest]
 
     @cached_property
     def features(self) -> Float[Tensor, "image width"]:
@@ -44,11 +44,11 @@ class SimilarImages:
                 "no get_image_features. Set new_image: parent."
             )
         model = model.eval().to(PartialState().device)
-        found = [
+        features = [
             self._features(model, processor, self.paths[i : i + _BATCH]) for i in range(0, len(self.paths), _BATCH)
         ]
         # What all pictures share says nothing of one.
-        centred = torch.cat(found) - torch.cat(found).mean(0)
+        centred = torch.cat(features) - torch.cat(features).mean(0)
         return torch.nn.functional.normalize(centred, dim=-1)
 
     @torch.no_grad()
