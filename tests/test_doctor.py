@@ -20,10 +20,9 @@ from mmkd.capture.plan import make_plan
 from mmkd.capture.sequences import TokenSequence
 from mmkd.preflight import costs
 from mmkd.preflight.doctor import doctor, examine
-from mmkd.preflight.dry_run import estimate_memory
-from mmkd.preflight.facts import Finding, Rendered, student_side, teacher_side
+from mmkd.preflight.facts import Finding, Rendered
 from mmkd.preflight.row_checks import lengths
-from mmkd.recipe.run import build_trainer, parse_run
+from mmkd.recipe.run import parse_run
 from scripts.make_tiny_models import CHAT_TEMPLATE, make_model, make_tokenizer, save, sentences
 from tests.teachers.fake_vllm import fake_vllm
 from tests.teachers.vlm import make_image, make_vlm
@@ -373,15 +372,6 @@ def test_memory_against_the_device(place: Place, monkeypatch: pytest.MonkeyPatch
     run = parse_run(place.recipe())
     assert of(examine(run), "memory", "problem")
     assert "shards" in of(examine(run, sharded=True), "memory", "warning")
-
-
-@pytest.mark.parametrize("keys", [{}, {"use_peft": True}, {"student": None, "student_init": "prune"}])
-def test_memory_is_what_a_dry_run_counts_with_the_weights(place: Place, keys: dict[str, Any]) -> None:
-    layers = {"student_layers": 2} if "student_init" in keys else {}
-    run = parse_run(place.recipe(max_length=20, **keys, **layers))
-    student = costs.empty_student(run, student_side(run))
-    ours = costs.memory_parts(run, student, [(run, teacher_side(run))], longest=100)
-    assert ours == estimate_memory(build_trainer(run)).parts
 
 
 def test_students_that_are_made_or_adapted_are_counted_as_such(place: Place) -> None:

@@ -1,8 +1,8 @@
 """FLOPs and bytes of a model's passes, counted on tensors without data, for sizes that do not fit on this machine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mmkd.models.backbone import base_of
 from mmkd.models.parts import part_of
@@ -40,47 +40,111 @@ class Passes:
         )
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """What a batch has of pictures."""
+
+    images: float
+    tokens: float
+    """That stand for them among those of the text."""
+
+    def patches(self, vision: Mapping[str, Any]) -> float:
+        """The patches that a tower with this config reads."""
+        if "image_size" not in vision:
+            # Pictures of any size: each token stands for a square of patches.
+            return self.tokens * vision["spatial_merge_size"] ** 2
+        size, patch = (_sides(vision[name]) for name in ("image_size", "patch_size"))
+        return self.images * (size[0] // patch[0]) * (size[1] // patch[1])
+
+
+def _sides(size: int | Sequence[int]) -> Sequence[int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 def count_passes(
-    model: PreTrainedModel | PeftModel, rows: int, tokens: int, images: float, bf16: bool, train: bool
+    model: PreTrainedModel | PeftModel,
+    rows: int,
+    tokens: int,
+    pictures: Pictures,
+    bf16: bool,
+    train: bool,
+    flops: bool = True,
 ) -> Passes:
-    """What a model's body does with `rows` rows of `tokens` tokens, image tokens among them, and `images` images each.
+    """What a model's body does with `rows` rows of `tokens` tokens, image tokens among them, and all their pictures.
 
     The model has shapes and no data (meta tensors) and says by `requires_grad` what is trained. Its decoder is run;
     attention counts as SDPA computes it, its causal half not left out. A vision tower counts by its linear layers.
+    Without `flops` only what is saved is counted.
     """
     base = base_of(model)
-    width = base.config.get_text_config().hidden_size
-    counted = _decoder(base, rows, tokens, width, bf16, train)
-    return counted + _tower(base, rows * images, train) if images else counted
+    batch = torch.Size((rows, tokens, base.config.get_text_config().hidden_size))
+    passes = _decoder(base, batch, bf16, train, flops)
+    return passes + _tower(base, pictures, train) if pictures.images else passes
 
 
-def _decoder(base: PreTrainedModel, rows: int, tokens: int, width: int, bf16: bool, train: bool) -> Passes:
+def _decoder(base: PreTrainedModel, batch: torch.Size, bf16: bool, train: bool, flops: bool) -> Passes:
+    config = base.config.get_text_config()
+    decoder: Any = base.get_decoder()
+    count = config.num_hidden_layers
+    if not (train or flops):
+        return Passes(0.0, 0.0, 0.0, 0.0, count)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        decoder: Any = base.get_decoder()
+        name = _equal_layers(decoder, config)
+        if name is None:
+            decoder.to_empty(device="cpu")
+            return _run(decoder, batch, bf16, train, flops, count)
+        # Each layer after the first adds the same.
+        layers = getattr(decoder, name)[:2]
+        setattr(decoder, name, layers)
         decoder.to_empty(device="cpu")
-        decoder.train(train)
-        weights = {tensor.untyped_storage()._cdata for tensor in (*decoder.parameters(), *decoder.buffers())}
-        saved: dict[int, Tensor] = {}
+        two = _run(decoder, batch, bf16, train, flops, 2)
+        setattr(decoder, name, layers[:1])
+        one = _run(decoder, batch, bf16, train, flops, 1)
+        pairs = zip(astuple(one), astuple(two), strict=True)
+        return Passes(*(first + (count - 1) * (both - first) for first, both in pairs))
 
-        def keep(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage()._cdata not in weights:
-                saved[tensor.untyped_storage()._cdata] = tensor
-            return tensor
 
-        # Leaves that need a gradient, as the embeddings or an adapter before the first layer would make them.
-        embedded = torch.zeros(rows, tokens, width, dtype=decoder.dtype, requires_grad=train)
-        modes: list[AbstractContextManager] = [
-            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor) if train else torch.no_grad(),
-        ]
-        with modes[0], modes[1]:
-            hidden, forward = counted(
-                lambda: decoder(inputs_embeds=embedded, use_cache=False, position_ids=None).last_hidden_state
-            )
-        backward = counted(lambda: hidden.sum().backward())[1] if train else 0.0
-        size = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-        layers = base.config.get_text_config().num_hidden_layers
-        return Passes(forward, backward, size, layers * embedded.untyped_storage().nbytes() if train else 0.0, layers)
+def _equal_layers(decoder: nn.Module, config: PreTrainedConfig) -> str | None:
+    """The name of the decoder's layers where there are two or more and all are alike."""
+    kinds = {*(config.to_dict().get("layer_types") or [])}
+    for name, layers in decoder.named_children():
+        if isinstance(layers, nn.ModuleList) and len(layers) == config.num_hidden_layers > 1 and len(kinds) < 2:
+            return name if len({*map(_shapes, layers)}) == 1 else None
+    return None
+
+
+def _shapes(layer: nn.Module) -> tuple[Any, ...]:
+    """What decides how much a layer computes and saves."""
+    parts = layer.named_parameters()
+    return type(layer), *((name, part.shape, part.dtype, part.requires_grad) for name, part in parts)
+
+
+def _run(decoder: Any, batch: torch.Size, bf16: bool, train: bool, flops: bool, layers: int) -> Passes:
+    """What a decoder of so many layers does with a batch [rows, tokens, width] of embeddings."""
+    decoder.train(train)
+    weights = {tensor.untyped_storage()._cdata for tensor in (*decoder.parameters(), *decoder.buffers())}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in weights:
+            saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    # Leaves that need a gradient, as the embeddings or an adapter before the first layer would make them.
+    embedded = torch.zeros(batch, dtype=decoder.dtype, requires_grad=train)
+    kept: AbstractContextManager = torch.no_grad()
+    if train:
+        kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+
+    def forward() -> Tensor:
+        return decoder(inputs_embeds=embedded, use_cache=False, position_ids=None).last_hidden_state
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), kept:
+        hidden, forward_flops = counted(forward) if flops else (forward(), 0.0)
+    backward_flops = counted(lambda: hidden.sum().backward())[1] if train and flops else 0.0
+    size = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    inputs = layers * embedded.untyped_storage().nbytes() if train else 0.0
+    return Passes(forward_flops, backward_flops, size, inputs, layers)
 
 
 def counted(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -105,14 +169,14 @@ def _attention_backward_flops(gradient: torch.Size, query: torch.Size, key: torc
     return 5 * _attention_flops(query, key) // 2
 
 
-def _tower(base: PreTrainedModel, images: float, train: bool) -> Passes:
+def _tower(base: PreTrainedModel, pictures: Pictures, train: bool) -> Passes:
     """Every linear layer or patch embedding outside of the decoder, over all patches of all images."""
-    vision = base.config.vision_config  # pyright: ignore[reportAttributeAccessIssue]
-    patches = images * (vision.image_size // vision.patch_size) ** 2
+    vision = base.config.vision_config.to_dict()  # pyright: ignore[reportAttributeAccessIssue]
+    patches = pictures.patches(vision)
     weights = [
         module.weight
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and part_of(f"{name}.weight") != "language_model"
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and part_of(f"{name}.weight") != "language_model"
     ]
     forward = 2 * patches * sum(weight.numel() for weight in weights)
     trained = [weight for weight in weights if weight.requires_grad] if train else []
@@ -120,5 +184,6 @@ def _tower(base: PreTrainedModel, images: float, train: bool) -> Passes:
         return Passes(forward, 0.0, 0.0, 0.0, 0)
     backward = forward + 2 * patches * sum(weight.numel() for weight in trained)
     # 34 bytes x width per patch and layer: Korthikanti et al. 2022, attention scores not kept.
-    width, layers = vision.hidden_size, vision.num_hidden_layers
+    width = vision.get("embed_dim", vision["hidden_size"])
+    layers = vision["num_hidden_layers"] if "num_hidden_layers" in vision else vision["depth"]
     return Passes(forward, backward, 34 * patches * width * layers, 2 * patches * width * layers, layers)

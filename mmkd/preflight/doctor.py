@@ -20,6 +20,7 @@ from . import teacher_checks as teachers
 from . import token_checks as tokens
 from .book import Book
 from .chunk_checks import alignment
+from .empty_models import empty_student
 from .facts import Finding, Rendered, Sample, Side, render, student_side, take_sample, teacher_side
 from .stage_checks import each_run
 
@@ -123,9 +124,8 @@ def _costs(
 ) -> None:
     alone = run.by_teacher()
     loaded = [(alone[name], side) for name, side in sides.items() if reads_teacher(alone[name].arguments)]
-    model = book.attempt("student", costs.empty_student, run, student)
-    if model is not None:
-        book.check("memory", costs.memory, run, model, loaded, ours, sharded)
+    if book.attempt("student", empty_student, run, student) is not None:
+        book.check("memory", costs.memory, run, student, loaded, sample, ours, sharded)
     for book.teacher, one in alone.items():
         if one.arguments.teacher_cache is not None and costs.takes_room(one.arguments.teacher_cache):
             book.check("disk", costs.cache_room, one, sample, ours)

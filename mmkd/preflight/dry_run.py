@@ -1,85 +1,24 @@
 """What a run would do: parameters, tokens, memory and the first batch, before anything is spent."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
-from transformers import TrainingArguments
 
-from mmkd.losses.fused import logits_bytes
 from mmkd.models.backbone import head_of
 from mmkd.models.load import tokenizer_of
 from mmkd.recipe.run import Run, build_trainer
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.several import parts_of
 from mmkd.training.base import DistillationTrainer
-from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
+from mmkd.units import readable_size
 
-# Bytes of optimizer state per trainable parameter, by the start of the optimizer's name.
-_OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0.1, "sgd": 0, "lion": 4}
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device while training, without what a framework reserves for itself."""
-
-    parts: dict[str, float]
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values())
-
-
-def estimate_memory(trainer: DistillationTrainer) -> Memory:
-    """A lower estimate: weights, gradients, optimizer, one chunk of logits per model, and activations.
-
-    Activations are counted as 34 bytes x hidden size per token and layer without gradient checkpointing (Korthikanti
-    et al. 2022, attention scores not kept) and as 2 bytes with it.
-    """
-    args, model = trainer.args, trainer.model
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    text = model.config.get_text_config()
-    tokens = args.per_device_train_batch_size * (args.max_length or 1024)
-    per_layer = tokens * text.hidden_size * (2 if args.activation_checkpointing else 34)
-    parts = {
-        "student weights": _bytes(model),
-        "gradients": sum(parameter.numel() * parameter.element_size() for parameter in trainable),
-        f"optimizer ({_optimizer(args)})": optimizer_bytes(args) * sum(parameter.numel() for parameter in trainable),
-        "activations": per_layer * text.num_hidden_layers,
-    }
-    local = [one.model for one in parts_of(trainer.teacher) if isinstance(one, LocalTeacher)]
-    chunks = at_a_time(len(local), getattr(trainer.teacher, "column", None))
-    parts["logits of one chunk"] = logits_of(args, trainer.vocab_size, chunks, args.device.type)
-    if local:
-        parts["teacher weights"] = sum(map(_bytes, local))
-    return Memory(parts)
-
-
-def logits_of(args: DistillationConfig, vocab_size: int, teachers: int, device_type: str) -> int:
-    """Bytes of the logits that exist at a time, with so many teachers' beside the student's."""
-    return logits_bytes(vocab_size, args.chunk_size, 1 + teachers, args.precise_logits, device_type)
-
-
-def at_a_time(teachers: int, column: str | None) -> int:
-    """How many of so many teachers have logits of one token at a time: all, or where rows name theirs one."""
-    return teachers if column is None else min(1, teachers)
-
-
-def optimizer_bytes(args: TrainingArguments) -> float:
-    """Bytes of state that the optimizer of a run keeps per trainable parameter."""
-    return next((size for name, size in _OPTIMIZER_BYTES.items() if _optimizer(args).startswith(name)), 8)
-
-
-def _optimizer(args: TrainingArguments) -> str:
-    return str(getattr(args.optim, "value", args.optim))
+from .estimate import estimate_memory
 
 
 def dry_run(run: Run, recipe: Path, flags: Sequence[str], console: Console) -> DistillationTrainer | None:
@@ -91,19 +30,18 @@ def dry_run(run: Run, recipe: Path, flags: Sequence[str], console: Console) -> D
     if own is not None:
         return own(run, recipe, flags, console)
     trainer = build_trainer(run)
-    report(trainer, console)
+    report(trainer, estimate_memory(run), console)
     return trainer
 
 
-def report(trainer: DistillationTrainer, console: Console) -> None:
-    """Prints the plan of a run: models, data, steps, memory, first batch."""
+def report(trainer: DistillationTrainer, memory: Mapping[str, float], console: Console) -> None:
+    """Prints the plan of a run: models, data, steps, memory (bytes by what they are for), first batch."""
     table = Table(title=f"mmkd {trainer.method}: dry run", show_header=False)
     for name, value in [*_models(trainer), *_data(trainer)]:
         table.add_row(name, value)
-    memory = estimate_memory(trainer)
-    for name, size in memory.parts.items():
-        table.add_row(f"memory: {name}", _size(size))
-    table.add_row("memory: at least", _size(memory.total))
+    for name, size in memory.items():
+        table.add_row(f"memory: {name}", readable_size(size))
+    table.add_row("memory: at least", readable_size(sum(memory.values())))
     console.print(table)
     console.print(render_first_batch(trainer))
 
@@ -164,14 +102,5 @@ def _runs(ids: list[int], supervised: list[bool]) -> list[tuple[list[int], bool]
     return runs
 
 
-def _bytes(model: nn.Module) -> float:
-    tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def _count(number: float) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
-
-
-def _size(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -15,22 +15,22 @@ from mmkd.training.method import METHODS
 from mmkd.units import readable_size
 
 from . import costs
-from .dry_run import logits_of
-from .facts import Sample, Side, render, student_side, take_sample, teacher_side
-from .hardware import GIB, USABLE, Device
-from .predict import (
-    STRATEGIES,
+from .estimate import (
     Model,
     Shape,
     Work,
     count_teacher,
     count_work,
+    logits_of,
     memory_of,
-    seconds_of,
     shape_of,
     together,
 )
+from .facts import Sample, Side, render, student_side, take_sample, teacher_side
+from .hardware import GIB, USABLE, Device
 from .stage_checks import StageRun, each_run
+
+STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 
 
 def plan(
@@ -137,6 +137,22 @@ def _time_table(
     if price is not None:
         table.add_row("cost of the run", *(f"{price * hours[name]:,.2f}" for name in strategies))
     return table
+
+
+def seconds_of(work: Work, strategy: str, devices: int, accumulation: int, device: Device) -> tuple[float, float]:
+    """Seconds that one optimizer step computes, and that it sends; a good run hides the second behind the first."""
+    compute = accumulation * work.flops / (device.flops * device.utilisation)
+    if devices == 1:
+        return compute, 0.0
+    share = (devices - 1) / devices
+    if strategy in ("zero3", "fsdp2"):
+        # Every micro-batch gathers the weights for each pass and scatters the gradients.
+        gathers = (3 if work.checkpointing else 2) * work.student.weights
+        gathers += 0.0 if work.teacher is None else work.teacher.weights
+        sent = accumulation * share * (gathers + work.student.gradients)
+    else:
+        sent = 2 * share * work.student.gradients
+    return compute, sent / device.link
 
 
 def _steps(run: Run, sample: Sample, data_rows: float, devices: int) -> int | None:

@@ -18,6 +18,7 @@ from mmkd.training.method import METHODS
 from . import costs
 from . import teacher_checks as teachers
 from . import token_checks as tokens
+from .empty_models import empty_student
 from .facts import render, student_side, take_sample, teacher_side
 
 # What a stage is rendered with before the first one trains: enough to see a template or a column that is not there.
@@ -112,7 +113,7 @@ def _stand_in(stage: Stage, run: Run, scratch: Path) -> Path:
     """A folder with the config and the processor that a stage's student will have, and without its weights."""
     folder = scratch / stage.folder.name
     student = student_side(run)
-    config = costs.empty_student(run, student).config
+    config = empty_student(run, student).config
     if _changes_tokens(run):
         rendered = render(run, student, take_sample(run))
         student = student.prepared_as(rendered, run)

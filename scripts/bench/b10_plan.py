@@ -12,7 +12,7 @@ from _measure import MEGABYTE, arguments, dtype_of, report, verdict
 from _training import QUICK_STUDENT, QUICK_TEACHER, SMOLLM2_135M, SMOLLM2_360M, Training, llama, measure_steps
 
 from mmkd.losses.fused import logits_bytes
-from mmkd.preflight import predict
+from mmkd.preflight import estimate
 from mmkd.preflight.hardware import this_device
 
 VARIANTS = {"mmkd sft": "", "mmkd online": "forward_kl", "mmkd cached": ""}
@@ -20,17 +20,17 @@ BATCHES = ((2, 512), (4, 256), (6, 512))
 CHUNK = 512
 
 
-def planned(case: Training) -> predict.Work:
+def planned(case: Training) -> estimate.Work:
     """The plan of one step without optimizer."""
-    shape = predict.Shape(case.batch, case.length, case.length - 1, 0.0, 1.0)
+    shape = estimate.Shape(case.batch, case.length, case.length - 1, 0.0, 0.0, 1.0)
     sizes = (QUICK_STUDENT, QUICK_TEACHER) if case.quick else (SMOLLM2_135M, SMOLLM2_360M)
     with torch.device("meta"):
         models = [llama(size, 0, case.dtype) for size in sizes]
-    student = predict.facts_of(models[0], 0.0, shape, False, train=True)
-    teacher = predict.facts_of(models[1], 0.0, shape, False, train=False) if "online" in case.trainer else None
+    student = estimate.facts_of(models[0], 0.0, shape, False, train=True)
+    teacher = estimate.facts_of(models[1], 0.0, shape, False, train=False) if "online" in case.trainer else None
     chunk, at_once = min(CHUNK, case.batch * case.length), 1 if teacher is None else 2
     logits = logits_bytes(case.vocab, chunk, at_once, False, case.device)
-    return predict.Work(shape, student, teacher, logits, 2.0 * case.vocab * student.width, 0.0, False)
+    return estimate.Work(shape, student, teacher, logits, 2.0 * case.vocab * student.width, 0.0, False)
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         first = cases[0].name
         utilisation = works[first].flops / speed / runs[first].seconds
         for name, run in runs.items():
-            memory = sum(predict.memory_of(works[name], "ddp", 1).values()) / MEGABYTE
+            memory = sum(estimate.memory_of(works[name], "ddp", 1).values()) / MEGABYTE
             seconds = works[name].flops / speed / utilisation
             row = {"step": name, "batch": f"{batch} x {length}", "TFLOPs": works[name].flops / 1e12, "s": run.seconds}
             row |= {"planned s": seconds, "utilisation": utilisation, "peak MB": run.megabytes, "planned MB": memory}

@@ -1,5 +1,7 @@
 """What is counted without data is what passes over data do."""
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +10,10 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from mmkd.preflight.count import count_passes
+from mmkd.preflight.count import Pictures, count_passes
+from tests.families import FAMILIES, made
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -20,6 +24,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 128,
 }
 ROWS, TOKENS = 2, 24
+NONE = Pictures(0.0, 0.0)
 LINEAR = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
 ATTENTION = 3 * 4 * ROWS * 4 * TOKENS * TOKENS * 16
 
@@ -54,7 +59,7 @@ def saved_by(model: Any, bf16: bool) -> int:
 
 def test_flops_are_those_of_the_formula() -> None:
     """2 per weight and token forward and twice that backward, and attention over the square of the length."""
-    passes = count_passes(llama(empty=True), ROWS, TOKENS, 0, bf16=False, train=True)
+    passes = count_passes(llama(empty=True), ROWS, TOKENS, NONE, bf16=False, train=True)
     assert passes.forward == 2 * ROWS * TOKENS * LINEAR + ATTENTION
     assert passes.backward == 2 * 2 * ROWS * TOKENS * LINEAR + 2.5 * ATTENTION
     assert passes.layers == 3
@@ -63,12 +68,35 @@ def test_flops_are_those_of_the_formula() -> None:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_saved_bytes_are_those_of_a_real_pass(bf16: bool) -> None:
-    passes = count_passes(llama(empty=True), ROWS, TOKENS, 0, bf16, train=True)
+    passes = count_passes(llama(empty=True), ROWS, TOKENS, NONE, bf16, train=True)
     assert passes.saved == pytest.approx(saved_by(llama(empty=False), bf16), rel=0.01)
 
 
+def test_layers_that_differ_are_all_counted() -> None:
+    model = llama(empty=True)
+    with init_empty_weights(include_buffers=False):
+        model.model.layers[1].mlp = LlamaMLP(LlamaConfig(**{**SIZES, "intermediate_size": 960}))
+    passes = count_passes(model, ROWS, TOKENS, NONE, bf16=False, train=True)
+    assert passes.forward == 2 * ROWS * TOKENS * (LINEAR + 3 * 64 * (960 - 96)) + ATTENTION
+
+
+def test_memory_alone_is_counted_without_flops() -> None:
+    whole = count_passes(llama(empty=True), ROWS, TOKENS, NONE, bf16=False, train=True)
+    memory = count_passes(llama(empty=True), ROWS, TOKENS, NONE, bf16=False, train=True, flops=False)
+    assert memory == replace(whole, forward=0.0, backward=0.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_towers_of_all_families_are_counted(family: str) -> None:
+    with init_empty_weights(include_buffers=False):
+        model = made(family)[0]()
+    text = count_passes(copy.deepcopy(model), ROWS, TOKENS, NONE, bf16=False, train=True, flops=False)
+    both = count_passes(model, ROWS, TOKENS, Pictures(2.0, 8.0), bf16=False, train=True, flops=False)
+    assert (both.forward > 0, both.saved > text.saved) == (True, True)
+
+
 def test_a_teacher_has_no_backward_pass() -> None:
-    passes = count_passes(llama(empty=True), ROWS, TOKENS, 0, bf16=False, train=False)
+    passes = count_passes(llama(empty=True), ROWS, TOKENS, NONE, bf16=False, train=False)
     assert (passes.backward, passes.saved, passes.layer_inputs) == (0, 0, 0)
     assert passes.forward == 2 * ROWS * TOKENS * LINEAR + ATTENTION
 
@@ -78,7 +106,7 @@ def test_frozen_weights_need_no_gradient_of_their_own() -> None:
     base = llama(empty=True)
     with torch.device("meta"):
         model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]), low_cpu_mem_usage=True)
-    passes = count_passes(model, ROWS, TOKENS, 0, bf16=False, train=True)
+    passes = count_passes(model, ROWS, TOKENS, NONE, bf16=False, train=True)
     assert 2 * ROWS * TOKENS * LINEAR < passes.backward < 1.2 * (2 * ROWS * TOKENS * LINEAR + 2.5 * ATTENTION)
 
 
@@ -94,5 +122,5 @@ def test_sizes_that_no_machine_here_holds() -> None:
     with init_empty_weights(include_buffers=False):
         model = Qwen2ForCausalLM(config)
     weights = sum(parameter.numel() for parameter in model.model.layers.parameters())
-    passes = count_passes(model, 1, 2048, 0, bf16=True, train=False)
+    passes = count_passes(model, 1, 2048, NONE, bf16=True, train=False)
     assert passes.forward == pytest.approx(2 * 2048 * weights, rel=0.1)

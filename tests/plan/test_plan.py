@@ -1,6 +1,7 @@
 """mmkd plan: what does not depend on the machine, and what it says and refuses through the CLI."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,19 @@ import pytest
 import yaml
 
 from mmkd.commands.main import main
+from mmkd.preflight import plan as plans
 from mmkd.preflight.count import Passes
+from mmkd.preflight.estimate import Model, Shape, Work, memory_of
 from mmkd.preflight.hardware import DEVICES, choose_device
-from mmkd.preflight.predict import Model, Shape, Work, memory_of, seconds_of
+from mmkd.preflight.plan import seconds_of
+from mmkd.units import readable_size
 from scripts.make_tiny_models import sentences
 from tests.vlms import make_llava, vision_rows
 
 PASSES = Passes(100.0, 200.0, 64.0, 8.0, 4)
 STUDENT = Model(1000.0, 250.0, 1000.0, 90.0, 16, 32, PASSES)
 TEACHER = Model(6000.0, 0.0, 0.0, 120.0, 24, 32, replace(PASSES, backward=0.0, saved=0.0))
-WORK = Work(Shape(2, 64, 40.0, 0.0, 1.0), STUDENT, TEACHER, 10.0, 20.0, 8.0, False)
+WORK = Work(Shape(2, 64, 40.0, 0.0, 0.0, 1.0), STUDENT, TEACHER, 10.0, 20.0, 8.0, False)
 
 
 def test_sharding_divides_what_it_shards() -> None:
@@ -114,6 +118,26 @@ def test_a_cached_or_served_teacher_is_not_in_the_process(recipe: Any, capsys: p
     text = said(capsys)
     assert "teacher weights" not in text
     assert "A teacher_cache takes" in text
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_peft": True}, {"student": None, "student_init": "prune"}])
+def test_all_commands_tell_one_estimate(
+    recipe: Any, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    path = recipe(use_cpu=True, bf16=False, **keys, **({"student_layers": [1]} if "student_init" in keys else {}))
+    works: list[Work] = []
+    monkeypatch.setattr(plans, "memory_of", lambda work, *how: works.append(work) or memory_of(work, *how))
+    assert main(["plan", path, "--gpu", "here"]) == 0
+    parts = {name: readable_size(size) for name, size in memory_of(works[0], "ddp", 1).items()}
+    assert {"student weights", "gradients", "optimizer", "teacher weights", "activations", "loss"} <= {*parts}
+    capsys.readouterr()
+    main(["doctor", path])
+    assert ", ".join(f"{name} {size}" for name, size in parts.items()) in said(capsys)
+    assert main(["train", path, "--dry_run"]) == 0
+    told = dict(re.findall(r"memory: ([\w ]+?) +│ +([\d.]+ \w+)", capsys.readouterr().out))
+    assert told.pop("at least") == readable_size(sum(memory_of(works[0], "ddp", 1).values()))
+    assert told == parts
 
 
 def test_pictures_count(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -15,11 +15,12 @@ from mmkd.cache.store import Cache
 from mmkd.commands.main import main
 from mmkd.eval.trainings import make_baseline
 from mmkd.methods.alm import ALMTrainer
-from mmkd.methods.kd import KDTrainer
+from mmkd.methods.kd import KDConfig, KDTrainer
 from mmkd.methods.sft import SFTBaselineTrainer
 from mmkd.methods.taid import TAIDTrainer
+from mmkd.preflight.count import Passes
 from mmkd.preflight.doctor import examine
-from mmkd.preflight.dry_run import estimate_memory
+from mmkd.preflight.estimate import Model, logits_of, together
 from mmkd.publish.lineage import teachers_of
 from mmkd.recipe.run import parse_run
 from mmkd.recipe.run_teacher import without_unreadable
@@ -197,16 +198,18 @@ def test_the_least_vocabulary_counts(build: Build, completions: Dataset, tiny: A
             trainer.teacher.teachers["b"].client.close()
 
 
-def test_the_estimate_counts_logits_of_all_that_teach_a_token(
-    build: Build, routed: Dataset, tiny: Any, other: Path
-) -> None:
-    def estimate(column: str | None) -> float:
-        teachers = SeveralTeachers({"a": str(tiny["teacher"]), "b": str(other)}, column=column)
-        return estimate_memory(build(KDTrainer, routed, {"teacher": teachers})).parts["logits of one chunk"]
-
-    alone = build(KDTrainer, routed)
-    one = estimate_memory(alone).parts["logits of one chunk"]
-    assert (estimate("domain"), estimate(None)) == (one, one + alone.args.chunk_size * alone.vocab_size * 2)
+def test_the_estimate_counts_logits_of_all_that_teach_a_token() -> None:
+    passes = Passes(6.0, 0.0, 0.0, 0.0, 1)
+    teacher = Model(10.0, 0.0, 0.0, 4.0, 8, 300, passes)
+    mixed, routed = (together([teacher, teacher], column) for column in (None, "domain"))
+    assert mixed is not None
+    assert routed is not None
+    assert (mixed.chunks, mixed.weights, mixed.passes.forward) == (2, 20, 12)
+    # Each row is read by one teacher, whose weights are all there.
+    assert (routed.chunks, routed.weights, routed.passes.forward) == (1, 20, 6)
+    args = KDConfig("unused", report_to="none")
+    one, both = (logits_of(args, 300, number, "cpu") for number in (routed.chunks, mixed.chunks))
+    assert both == one + args.chunk_size * 300 * 2
 
 
 @pytest.mark.parametrize("job", ["kd several ddp", "kd routed ddp", "kd several fsdp2", "kd routed fsdp2"])

@@ -436,7 +436,7 @@ def test_training_begins_with_what_it_learns_from(build: Build, vlms: Any, caplo
 def test_a_dry_run_says_the_same(build: Build) -> None:
     data = Dataset.from_list([{"messages": [{**one, "mood": 1} for one in TALK]}] * 8)
     trainer, sink = build(KDTrainer, data, assistant_only_loss=True), io.StringIO()
-    report(trainer, Console(file=sink, width=400))
+    report(trainer, {}, Console(file=sink, width=400))
     counts = trainer.count_tokens()
     assert counts is not None
     assert f"{counts.size}." in sink.getvalue()

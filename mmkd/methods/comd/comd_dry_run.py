@@ -6,7 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mmkd.preflight import dry_run
+from mmkd.preflight.dry_run import report
+from mmkd.preflight.estimate import estimate_memory
 from mmkd.recipe.arguments import Run
 from mmkd.recipe.run import build_trainer, load_rows_of, parse_run
 from mmkd.training.base import DistillationTrainer
@@ -53,6 +54,7 @@ def dry_run_comd(run: Run, recipe: Path, flags: Sequence[str], console: Console)
     write_lines(folder / "pool.jsonl", [row_of(one, one.reference or "?") for one in seeds])
     recipes.write_data(folder, any(one.images for one in seeds), None)
     path = recipes.write_round(run, recipe, folder, recipes.student_keys(run), 0)
-    trainer = build_trainer(parse_run(str(path), recipes.round_flags(flags)))
-    dry_run.report(trainer, console)
+    first = parse_run(str(path), recipes.round_flags(flags))
+    trainer = build_trainer(first)
+    report(trainer, estimate_memory(first), console)
     return trainer

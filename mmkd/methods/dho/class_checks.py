@@ -16,7 +16,7 @@ from mmkd.data.classification import HIDDEN, ClassificationData, ClassificationR
 from mmkd.errors import UserError
 from mmkd.preflight.book import Book
 from mmkd.preflight.costs import device_memory
-from mmkd.preflight.dry_run import optimizer_bytes
+from mmkd.preflight.estimate import optimizer_bytes
 from mmkd.preflight.facts import Finding, listed
 from mmkd.recipe.run import Run, check_surroundings
 from mmkd.teachers.class_logits import has_class_logits, read_class_logits

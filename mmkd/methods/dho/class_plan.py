@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from mmkd.data.class_rows import ClassRows, SemiSupervisedSampler
 from mmkd.data.classification import hide_labels
 from mmkd.preflight.count import counted
-from mmkd.preflight.dry_run import optimizer_bytes
+from mmkd.preflight.estimate import optimizer_bytes
 from mmkd.preflight.hardware import GIB, USABLE, Device
 from mmkd.preflight.stage_checks import StageRun
 from mmkd.recipe.run import Run

@@ -1,4 +1,4 @@
-"""What a run would need on devices that are not here: memory of one of them, seconds of a step."""
+"""What a training step takes, from configs and a sample of rows: the one estimate that all commands show a part of."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,22 +7,28 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 from trl.trainer.utils import get_peft_config
 
 from mmkd.errors import UserError
+from mmkd.losses.fused import logits_bytes
 from mmkd.models.backbone import base_of
 from mmkd.models.parts import train_only
 from mmkd.preparation.supervision import kept
 from mmkd.recipe.run import Run
+from mmkd.recipe.run_teacher import reads_teacher
 from mmkd.training.config import DistillationConfig
 
-from . import costs
-from .count import Passes, count_passes
-from .dry_run import at_a_time, logits_of, optimizer_bytes
-from .facts import Rendered, Sample, Side
-from .hardware import Device
+from .count import Passes, Pictures, count_passes
+from .empty_models import bits_of, empty_student, empty_teacher, weight_bytes
+from .facts import Rendered, Sample, Side, render, student_side, take_sample, teacher_side
 
-STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
+# Bytes of optimizer state per trainable parameter, by the start of the optimizer's name.
+_OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0.1, "sgd": 0, "lion": 4}
+
+Loaded = Sequence[tuple[Run, Side]]
+"""The teachers that are loaded to train, each with the run of it alone."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Shape:
     supervised: float
     """Tokens of a row that are compared, on average."""
     images: float
+    image_tokens: float
     data_rows: float
     """Rows of the data in a row: more than one where they are packed."""
 
@@ -116,46 +123,48 @@ def memory_of(work: Work, strategy: str, devices: int) -> dict[str, float]:
     return {name: size for name, size in parts.items() if size}
 
 
-def seconds_of(work: Work, strategy: str, devices: int, accumulation: int, device: Device) -> tuple[float, float]:
-    """Seconds that one optimizer step computes, and that it sends; a good run hides the second behind the first."""
-    compute = accumulation * work.flops / (device.flops * device.utilisation)
-    if devices == 1:
-        return compute, 0.0
-    share = (devices - 1) / devices
-    if strategy in ("zero3", "fsdp2"):
-        # Every micro-batch gathers the weights for each pass and scatters the gradients.
-        gathers = (3 if work.checkpointing else 2) * work.student.weights
-        gathers += 0.0 if work.teacher is None else work.teacher.weights
-        sent = accumulation * share * (gathers + work.student.gradients)
-    else:
-        sent = 2 * share * work.student.gradients
-    return compute, sent / device.link
+def estimate_memory(run: Run) -> dict[str, float]:
+    """`memory_estimate` of a run on the device here. Raises UserError for what cannot be loaded."""
+    student, sample = student_side(run), take_sample(run)
+    loaded = [alone for alone in run.by_teacher().values() if reads_teacher(alone.arguments)]
+    teachers = [(alone, teacher_side(alone)) for alone in loaded if alone.arguments.teacher is not None]
+    shape = shape_of(run, sample, render(run, student, sample))
+    return memory_estimate(run, student, teachers, shape, run.training.device.type)
 
 
-def count_work(run: Run, student: Side, teacher: Model | None, shape: Shape, device_type: str = "cuda") -> Work:
+def memory_estimate(run: Run, student: Side, teachers: Loaded, shape: Shape, device_type: str) -> dict[str, float]:
+    """Bytes on one device by what they are for, where nothing is sharded."""
+    models = [count_teacher(alone, side, shape, device_type, flops=False) for alone, side in teachers]
+    teacher = together(models, run.arguments.teacher_column)
+    return memory_of(count_work(run, student, teacher, shape, device_type, flops=False), "ddp", 1)
+
+
+def count_work(
+    run: Run, student: Side, teacher: Model | None, shape: Shape, device_type: str = "cuda", flops: bool = True
+) -> Work:
     """Counts a recipe's micro-batch. `teacher` is None when it does not run in the training process."""
     args = run.training
-    base = costs.empty_student(run, student, device_type)
+    base = empty_student(run, student, device_type)
     model: Any = base
     if args.trainable is not None:
         train_only(base, args.trainable)
     if (peft := get_peft_config(run.student)) is not None:
         with torch.device("meta"):
             model = get_peft_model(base, peft, low_cpu_mem_usage=True)
-    stored = costs.weight_bytes(model, base, costs.bits_of(run.student.load_in_4bit, run.student.load_in_8bit))
+    stored = weight_bytes(model, base, bits_of(run.student.load_in_4bit, run.student.load_in_8bit))
     head = base.get_output_embeddings()
     assert head is not None
     head_bytes = float(head.weight.numel() * head.weight.element_size()) if head.weight.requires_grad else 0.0
     bf16, checkpointing = uses_bf16(args, device_type), bool(args.activation_checkpointing)
-    ours = facts_of(model, stored, shape, bf16, train=True)
+    ours = facts_of(model, stored, shape, bf16, train=True, flops=flops)
     logits = logits_of(args, ours.vocabulary, 0 if teacher is None else teacher.chunks, device_type)
     return Work(shape, ours, teacher, logits, head_bytes, optimizer_bytes(args), checkpointing)
 
 
-def count_teacher(run: Run, teacher: Side, shape: Shape, device_type: str = "cuda") -> Model:
+def count_teacher(run: Run, teacher: Side, shape: Shape, device_type: str = "cuda", flops: bool = True) -> Model:
     """The teacher's part of a micro-batch: a forward pass over the same rows."""
-    empty, stored = costs.empty_teacher(run, teacher, device_type)
-    return facts_of(empty, stored, shape, uses_bf16(run.training, device_type), train=False)
+    empty, stored = empty_teacher(run, teacher, device_type)
+    return facts_of(empty, stored, shape, uses_bf16(run.training, device_type), train=False, flops=flops)
 
 
 def uses_bf16(args: DistillationConfig, device_type: str) -> bool:
@@ -179,8 +188,11 @@ def together(teachers: Sequence[Model], column: str | None) -> Model | None:
     )
 
 
-def facts_of(model: Any, stored: float, shape: Shape, bf16: bool, train: bool) -> Model:
-    """What a step needs of a model without data, whose weights take `stored` bytes. The model cannot be used again."""
+def facts_of(model: Any, stored: float, shape: Shape, bf16: bool, train: bool, flops: bool = True) -> Model:
+    """What a step needs of a model without data, whose weights take `stored` bytes. The model cannot be used again.
+
+    Without `flops`, which take the longer part of the time, those of its passes are 0.
+    """
     base = base_of(model)
     trainable = [one for one in model.parameters() if one.requires_grad] if train else []
     head = base.get_output_embeddings()
@@ -191,7 +203,8 @@ def facts_of(model: Any, stored: float, shape: Shape, bf16: bool, train: bool) -
     parameters = float(sum(one.numel() for one in trainable))
     width, vocabulary = base.config.get_text_config().hidden_size, len(head.weight)
     # Last: counting puts other tensors in the place of the parameters.
-    passes = count_passes(model, shape.rows, shape.tokens, shape.images, bf16, train)
+    pictures = Pictures(shape.rows * shape.images, shape.rows * shape.image_tokens)
+    passes = count_passes(model, shape.rows, shape.tokens, pictures, bf16, train, flops)
     return Model(stored, parameters, gradients, largest, width, vocabulary, passes)
 
 
@@ -204,15 +217,35 @@ def shape_of(run: Run, sample: Sample, rendered: Rendered) -> Shape:
     args = run.training
     if not rendered.usable:
         raise UserError("None of the sampled rows can be used, so nothing can be counted. `mmkd doctor` says why.")
-    parts = [one.supervised[kept(len(one.ids), args)] for one in rendered.usable]
-    tokens, supervised = sum(len(one) for one in parts), sum(int(one.sum()) for one in parts)
+    parts = [row.supervised[kept(len(row.ids), args)] for row in rendered.usable]
+    tokens, supervised = sum(len(part) for part in parts), sum(int(part.sum()) for part in parts)
     images = 0
     if sample.has_images:
         images = sum(len(row) for row in sample.rows["train"].select_columns("images")["images"])
     per_row = images / len(sample.rows["train"])
+    image_tokens = sum(int((sequence.ids == rendered.image_token).sum()) for sequence in rendered.usable) / len(parts)
     batch = args.per_device_train_batch_size
     if not args.packing:
-        return Shape(batch, max(len(one) for one in parts), supervised / len(parts), per_row, 1.0)
+        longest = max(len(part) for part in parts)
+        return Shape(batch, longest, supervised / len(parts), per_row, image_tokens, 1.0)
     assert args.max_length is not None
-    data_rows = args.max_length * len(parts) / tokens
-    return Shape(batch, args.max_length, args.max_length * supervised / tokens, per_row * data_rows, data_rows)
+    rows = args.max_length * len(parts) / tokens
+    return Shape(
+        batch, args.max_length, args.max_length * supervised / tokens, per_row * rows, image_tokens * rows, rows
+    )
+
+
+def logits_of(args: DistillationConfig, vocab_size: int, teachers: int, device_type: str) -> int:
+    """Bytes of the logits that exist at a time, with so many teachers' beside the student's."""
+    return logits_bytes(vocab_size, args.chunk_size, 1 + teachers, args.precise_logits, device_type)
+
+
+def at_a_time(teachers: int, column: str | None) -> int:
+    """How many of so many teachers have logits of one token at a time: all, or where rows name theirs one."""
+    return teachers if column is None else min(1, teachers)
+
+
+def optimizer_bytes(args: TrainingArguments) -> float:
+    """Bytes of state that the optimizer of a run keeps per trainable parameter."""
+    name = str(args.optim.value if isinstance(args.optim, OptimizerNames) else args.optim)
+    return next((size for start, size in _OPTIMIZER_BYTES.items() if name.startswith(start)), 8)
