@@ -24,7 +24,7 @@ from mmkd.generation.generator import Advance, Answer, Generator, Prompt, RowErr
 from mmkd.generation.local_generation import LocalGenerator, on_device, prompt_inputs, seed_of
 from mmkd.generation.served_generation import ServerGenerator
 from mmkd.models.load import positions_of, tokenizer_of
-from mmkd.preparation.collation import refusal
+from mmkd.preparation.vision_checks import refusal
 from mmkd.recipe.run import Run, load_rows_of
 from mmkd.recipe.run_models import load_teacher, teacher_processing_class
 from mmkd.teachers.vllm_client import Ids

@@ -19,9 +19,9 @@ from mmkd.data.layouts import canonical
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.checks import check_training_data
-from mmkd.preparation.collation import refusal
 from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.preparation.template import TemplateReport
+from mmkd.preparation.vision_checks import refusal
 from mmkd.teachers.cached import images_of
 from mmkd.training.config import DistillationConfig
 from mmkd.training.preparing import preparation_of, sequences_of

@@ -2,24 +2,25 @@
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmkd.methods.sft import SFTBaselineConfig, SFTBaselineTrainer
-from mmkd.preparation.collation import ROW_LENGTHS, View, processor_of_teacher, teacher_view
+from mmkd.preparation.collation import VisionViews
+from mmkd.preparation.vision_checks import processor_of_teacher
+from mmkd.teachers.batch import Batch, View
 
 BINS = 15
 """Of equal width, as in Guo et al. (2017)."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class Pair:
     """Held-out rows as the student sees them, and as the teacher does."""
 
     ours: View
@@ -46,7 +47,7 @@ class Said:
         return self.log_probs.amax(-1).exp()
 
 
-def batches(model: Any, processing_class: Any, rows: Dataset, max_length: int, teacher: Any = None) -> Iterator[Batch]:
+def batches(model: Any, processing_class: Any, rows: Dataset, max_length: int, teacher: Any = None) -> Iterator[Pair]:
     """The rows one by one, tokenised, masked and cut as method sft does it; chats are supervised on the answers.
 
     Raises UserError for a template in which nobody can tell what the assistant says, and where
@@ -68,15 +69,15 @@ def batches(model: Any, processing_class: Any, rows: Dataset, max_length: int, t
         trainer = SFTBaselineTrainer(
             model, args=config, train_dataset=rows, eval_dataset=rows, processing_class=processing_class
         )
-        if trainer.vision_collator is not None and teacher is not None:
-            trainer.vision_collator.add_teacher(processor_of_teacher(teacher.processing_class, teacher.name))
+        if isinstance(trainer.views, VisionViews) and teacher is not None:
+            processor = processor_of_teacher(teacher.processing_class, teacher.name)
+            trainer.data_collator = replace(trainer.data_collator, views=trainer.views.with_teacher(processor))
         # The trainer takes it, and batches, to the first GPU.
         model.to(device)
         for batch in trainer.get_eval_dataloader():
-            batch.pop(ROW_LENGTHS, None)
-            batch: Any = send_to_device(batch, device)
-            ours = View.of(batch)
-            yield Batch(ours, teacher_view(ours, batch))
+            batch: Batch = batch.to(device)
+            batch.check_answers()
+            yield Pair(batch.student, batch.teacher_view())
 
 
 @torch.no_grad()

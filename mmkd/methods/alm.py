@@ -3,14 +3,13 @@
 import math
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from datasets import Dataset
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -28,9 +27,8 @@ from mmkd.models.backbone import base_of, full_head, name_of
 from mmkd.models.load import load_processing_class, tokenizer_of
 from mmkd.preparation.pairs import (
     QUESTION,
-    SUPERVISED,
     Agreement,
-    AlignedCollator,
+    AlignedSide,
     BatchAligner,
     counts_of,
     numbered,
@@ -40,14 +38,16 @@ from mmkd.preparation.pairs import (
 )
 from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.teachers.base import Teacher
-from mmkd.teachers.cached import BATCH_KEY, CachedTeacher
+from mmkd.teachers.batch import Batch
+from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import ChunkAlignment, ChunkSignal, DenseSignal, LabelSignal
 from mmkd.training.answers import Placed
 from mmkd.training.balance import BalancedTrainer
 from mmkd.training.items import ItemLosses, Supervised
 from mmkd.training.method import Method
-from mmkd.training.preparing import ROWS, preparation_of
+from mmkd.training.preparing import preparation_of
+from mmkd.training.teaching import Teaching
 
 from .alm_config import DIVERGENCES
 from .alm_config import ALMConfig as ALMConfig
@@ -157,12 +157,11 @@ class ALMTrainer(BalancedTrainer):
 
     # The teacher
 
-    def build_teacher(self, teacher: Any, processing_class: Any) -> Teacher:
+    def build_teacher(self, teacher: Any, processing_class: Any) -> Teaching:
         """The teacher, who reads the batch in its own tokens."""
         rows = self._reader(self.train_dataset, self.args)
         reader = rows.labelling
         align = self._batch_aligner(self.processing_class, self.args)
-        self.vocab_size = min(self.vocab_size, len(tokenizer_of(self.processing_class)))
         if isinstance(teacher, CachedTeacher):
             teacher.check(preparation_of(reader.processing_class, reader.args, reader.chat_template))
             self._check_cached_rows(teacher)
@@ -171,7 +170,7 @@ class ALMTrainer(BalancedTrainer):
             tokens = len(tokenizer_of(reader.processing_class))
             teacher = LocalTeacher(model, min(tokens, full_head(model).vocab_size))
         cached = teacher if isinstance(teacher, CachedTeacher) else None
-        self.data_collator = self._aligned = AlignedCollator(self.data_collator, rows.collator, align, cached)
+        self._aligned = AlignedSide(rows.collator, align, cached)
         device, pieces = self.accelerator.device, align.aligner
         self._boundaries, self._teacher_boundaries = (
             torch.from_numpy(boundary_mask(side)).to(device) if self.args.needs_boundaries else None
@@ -190,20 +189,20 @@ class ALMTrainer(BalancedTrainer):
             widths = (full_head(model).weight.shape[1] for model in (self.model, teacher.model))
             # A part of the student, so that optimizer and ranks treat it like all others; `_save` keeps it apart.
             base_of(self.model).add_module(_PROJECTION, nn.Linear(*widths, bias=False, device=device))
-        return teacher
+        tokens = min(full_head(self.model).vocab_size, len(tokenizer_of(self.processing_class)))
+        return Teaching(teacher, tokens, self._aligned)
 
-    def with_rollouts(self, batch: dict[str, Any], placed: Mapping[int, Placed]) -> dict[str, Any]:
+    def with_rollouts(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
         """The batch with the text of the rollouts in the teacher's tokens, aligned anew."""
         if not placed:
             return batch
-        examples, tokenizer = batch[ROWS].examples, tokenizer_of(self.processing_class)
+        examples, tokenizer = list(batch.rows), tokenizer_of(self.processing_class)
         reader = self._readers["reader"].labelling
-        for row, one in placed.items():
-            text, whole = said(tokenizer, batch["input_ids"][row].tolist(), one)
-            examples[row] = as_teacher_reads(examples[row], text, whole, one.rollout.ended, reader)
-        on_cpu = send_to_device({name: value for name, value in batch.items() if name != BATCH_KEY}, "cpu")
-        aligned = self._aligned.aligned(on_cpu, self._aligned.read_by_teacher(examples), [])
-        return {**batch, BATCH_KEY: send_to_device(aligned[BATCH_KEY], self.accelerator.device)}
+        for row, placing in placed.items():
+            text, whole = said(tokenizer, batch["input_ids"][row].tolist(), placing)
+            examples[row] = as_teacher_reads(examples[row], text, whole, placing.rollout.ended, reader)
+        aligned = self._aligned(batch.to("cpu"), examples).to(self.accelerator.device)
+        return replace(batch, teacher=aligned.teacher, alignment=aligned.alignment)
 
     def _check_cached_rows(self, teacher: CachedTeacher) -> None:
         evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
@@ -211,51 +210,61 @@ class ALMTrainer(BalancedTrainer):
             if isinstance(dataset, Dataset) and "teacher_input_ids" in dataset.column_names:
                 teacher.check_sequences(teacher_sequences(dataset), name)
 
-    def ask_teacher(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> ChunkSignal:
+    def ask(self, batch: Batch) -> ChunkSignal:
         """How likely the teacher finds each chunk of the batch."""
-        asked = inputs[BATCH_KEY]
-        if "signal" not in asked:
-            asked["signal"] = self._ask(asked)
-        signal: ChunkSignal = asked["signal"]
-        return signal.of_first_tokens(int(supervised.sum()))
+        signal = batch.signal
+        if signal is None or (self.args.needs_hidden and signal.dense is None):
+            signal = self._ask(batch)
+        return signal.of_first_tokens(int(batch.student.supervised.sum()))
 
-    def _ask(self, asked: dict[str, Any]) -> ChunkSignal:
-        names = [part.name for part in fields(ChunkAlignment)]
-        alignment = ChunkAlignment(*(asked[name] for name in names))
-        if SUPERVISED not in asked:
-            answer = self.teacher.ask({BATCH_KEY: asked}, None)
-            return ChunkSignal(chunk_log_probs(answer.log_probs, alignment.teacher_chunk, len(alignment)), alignment)
-        supervised = asked[SUPERVISED]
-        inputs = {name: value for name, value in asked.items() if name not in (*names, SUPERVISED)}
-        dense = self.teacher.ask(inputs, supervised)
-        assert isinstance(dense, DenseSignal)
-        labels = inputs["input_ids"][:, 1:][supervised]
+    def ask_ahead(self, batch: Batch, alone: bool) -> Batch:
+        """The batch with the numbers of its chunks, where it is the teacher who says which chunks are compared.
+
+        Its hidden states, which are large, stay only with a batch that is alone.
+        """
+        if not self.args.needs_boundaries:
+            return batch
+        signal = self._ask(batch)
+        return replace(batch, signal=signal if alone else signal.without_states())
+
+    def _ask(self, batch: Batch) -> ChunkSignal:
+        view, alignment = batch.teacher, batch.alignment
+        assert view is not None
+        assert alignment is not None
+        signal = self.teacher.ask(view, view.supervised)
+        if isinstance(signal, LabelSignal):
+            chunks = chunk_log_probs(signal.log_probs, alignment.teacher_chunk, len(alignment))
+            return ChunkSignal(chunks, alignment)
+        assert isinstance(signal, DenseSignal)
+        labels = view.labels[:, 1:][view.supervised]
         with torch.no_grad():
             log_probs, boundary = token_log_probs(
-                dense.hidden, dense.head, labels, self._teacher_boundaries, chunk_size=self.args.chunk_size
+                signal.hidden, signal.head, labels, self._teacher_boundaries, chunk_size=self.args.chunk_size
             )
         return ChunkSignal(
             chunk_log_probs(log_probs, alignment.teacher_chunk, len(alignment)),
             alignment,
             None if boundary is None else _after(boundary, alignment.teacher_next),
-            dense if self.args.needs_hidden else None,
+            signal if self.args.needs_hidden else None,
         )
 
     # The loss
 
-    def count_items(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def count_items(self, batch: Batch) -> dict[str, Tensor]:
         """Tokens, chunks as the policy leaves them, and ends of chunks with hidden states to compare."""
-        counts = super().count_items(inputs)
-        labels = inputs["labels"][:, 1:]
-        signal = self.ask_teacher(dict(inputs), labels != -100)
-        counts["chunk"] = torch.tensor(len(self._items(signal)), device=labels.device)
+        counts = super().count_items(batch)
+        assert batch.alignment is not None
+        alignment = batch.alignment.of_first_tokens(int(counts["token"]))
+        ends = None if batch.signal is None else batch.signal.boundary_log_probs
+        groups = self._groups(alignment, None if ends is None else ends[: len(alignment)])
+        counts["chunk"] = torch.tensor(len(groups), device=counts["token"].device)
         if self.args.hidden_weight:
-            counts["end"] = (signal.alignment.student_next >= 0).sum()
+            counts["end"] = (alignment.student_next >= 0).sum()
         return counts
 
-    def _items(self, signal: ChunkSignal) -> ChunkGroups:
+    def _groups(self, alignment: ChunkAlignment, boundary_log_probs: Tensor | None) -> ChunkGroups:
         policy = self.args.chunks if self.args.objective == "alm" else "all"
-        return group_chunks(policy, signal.alignment.row, signal.boundary_log_probs, self.args.gamma)
+        return group_chunks(policy, alignment.row, boundary_log_probs, self.args.gamma)
 
     def item_losses(self, student: Supervised, signal: ChunkSignal) -> ItemLosses:
         """One divergence per chunk; cross-entropy per token and hidden states per end of a chunk where they count."""
@@ -268,7 +277,8 @@ class ALMTrainer(BalancedTrainer):
             chunk_size=args.chunk_size,
             precise=args.precise_logits,
         )
-        items, of_chunks = self._items(signal), chunk_log_probs(log_probs, alignment.student_chunk, len(alignment))
+        items = self._groups(alignment, signal.boundary_log_probs)
+        of_chunks = chunk_log_probs(log_probs, alignment.student_chunk, len(alignment))
         after = None if boundary is None else _after(boundary, alignment.student_next)
         ours = items.log_probs(of_chunks, after)
         theirs = items.log_probs(signal.log_probs, signal.boundary_log_probs)

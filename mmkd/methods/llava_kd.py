@@ -1,6 +1,5 @@
 """LLaVA-KD: the teacher's answers, its visual tokens and how they relate to each other (2410.16236)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from mmkd.losses.fused import fused_loss
 from mmkd.losses.visual_relations import common_tokens, logit_metric, pooled, relation_loss, relations
 from mmkd.models.backbone import full_head
 from mmkd.models.heads import LMHead
-from mmkd.preparation.collation import TEACHER_INPUTS, View
+from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal
 from mmkd.training.balance import BalancedTrainer
@@ -138,22 +137,22 @@ class LLaVAKDTrainer(BalancedTrainer):
                     "follow from the head alone. Set relation_on: hidden."
                 )
 
-    def count_items(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def count_items(self, batch: Batch) -> dict[str, Tensor]:
         """Tokens, visual tokens that are compared, and images, each kind with its own mean."""
-        ours = View.of(inputs)
-        theirs = View.of(inputs[TEACHER_INPUTS]) if TEACHER_INPUTS in inputs else ours
-        common = self._common(ours.images[:, 1], theirs.learnt_from(ours.supervised.any(1)).images[:, 1])
-        device = ours.labels.device
+        common = self._common(batch.student.images[:, 1], batch.teacher_view().images[:, 1])
+        device = batch.student.labels.device
         return {
-            **super().count_items(inputs),
+            **super().count_items(batch),
             "visual_token": torch.tensor(sum(common), device=device),
             "image": torch.tensor(len(common), device=device),
         }
 
-    def ask_view(self, view: View) -> VisualSignal:
+    def ask(self, batch: Batch) -> VisualSignal:
         """One pass of the teacher, read at the answer and at its visual tokens."""
+        batch.check_answers()
+        view = batch.teacher_view()
         visual = view.visual[:, :-1]
-        signal = self.teacher.ask(view.inputs, looked_at := view.supervised | visual)
+        signal = self.teacher.ask(view, looked_at := view.supervised | visual)
         answer, seen = (DenseSignal(signal.hidden[mask[looked_at]], signal.head) for mask in (view.supervised, visual))
         return VisualSignal(answer, seen, view.images[:, 1])
 

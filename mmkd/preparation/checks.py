@@ -14,8 +14,8 @@ from mmkd.errors import UserError
 from mmkd.models.backbone import devices_of
 from mmkd.precision import cpu_multiplies, say_float32
 
-from .collation import check_no_videos
 from .prompt_rows import is_prompt_alone
+from .vision_checks import check_no_videos
 
 
 def check_training_data(train: Any, evaluation: Any, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,19 +9,15 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from jaxtyping import Bool, Int
-from torch import Tensor
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig
 
 from mmkd.alignment.pieces import TokenPieces, Tokens
 from mmkd.alignment.spans import Aligner, Chunks, RowCounts
-from mmkd.cache.sequence_keys import image_hash
 from mmkd.models.load import tokenizer_of
-from mmkd.teachers.cached import BATCH_KEY, CachedTeacher, images_of, spans_of_row
+from mmkd.teachers.batch import ONLY, Batch, Targets, View
+from mmkd.teachers.cached import CachedTeacher, hashed_images, spans_of_row
 from mmkd.teachers.signals import ChunkAlignment
-
-SUPERVISED = "supervised"
-"""Where `AlignedCollator` says which of the teacher's positions predict a supervised token."""
 
 QUESTION = "question"
 """Column with a row's prompt as JSON, where the student may answer it anew."""
@@ -114,10 +110,10 @@ def read(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> Read:
     return Read(np.concatenate([*ids, np.zeros(0, np.int64)]).astype(np.int64), supervised, lengths)
 
 
-def read_batch(batch: Mapping[str, Any]) -> Read:
+def read_view(view: View) -> Read:
     """The sequences of a collated batch."""
-    ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
-    spans = [(row, span) for row in range(len(ids)) for span in spans_of_row(batch, row)]
+    ids, labels = view.inputs["input_ids"].numpy(), view.labels.numpy()
+    spans = [(row, span) for row in range(len(ids)) for span in spans_of_row(view.inputs, row)]
     return read([(ids[row, span], labels[row, span]) for row, span in spans])
 
 
@@ -245,48 +241,31 @@ class Agreement:
         )
 
 
-class AlignedCollator:
-    """A data collator that adds the same text in the teacher's tokens, and which tokens make up the same chunks.
+@dataclass(frozen=True)
+class AlignedSide:
+    """What a collator adds to a batch for a teacher with other tokens: the same text in those, and how it aligns.
 
     Args:
-        collator, teacher_collator: make the batch of either side.
+        collator: makes the teacher's inputs and labels.
         align: finds the chunks.
         cached: the teacher's log-probs on disk, which take the place of its inputs.
     """
 
-    def __init__(
-        self,
-        collator: Callable[[list[dict[str, Any]]], Any],
-        teacher_collator: Callable[[list[dict[str, Any]]], Any],
-        align: BatchAligner,
-        cached: CachedTeacher | None = None,
-    ):
-        self.collator, self.teacher_collator, self.align, self.cached = collator, teacher_collator, align, cached
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+    align: BatchAligner
+    cached: CachedTeacher | None = None
 
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        # Before the collators, which may replace the images of their examples.
-        images = [[image_hash(image) for image in images_of(example)] for example in examples]
-        theirs = self.read_by_teacher(examples)
-        return self.aligned(self.collator(examples), theirs, images)
-
-    def read_by_teacher(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The teacher's batch of the rows."""
-        return dict(self.teacher_collator([part for example in examples for part in _teacher_parts(example)]))
-
-    def aligned(self, batch: Any, theirs: dict[str, Any], images: list[list[str]]) -> Any:
-        """The student's batch, with the teacher's of the same rows and how they align."""
-        teacher = read_batch(theirs)
+    def __call__(self, batch: Batch, examples: Sequence[Mapping[str, Any]]) -> Batch:
+        view = View.of(self.collator([part for example in examples for part in _teacher_parts(example)]))
+        teacher = read_view(view)
         # Padding of a batch without rows looks like sequences of one token.
-        student = read_batch(batch).first(len(teacher.lengths))
-        if self.cached is None:
-            theirs[SUPERVISED] = theirs.pop("labels")[:, 1:] != -100
-        else:
-            theirs, teacher = self._looked_up(teacher, images)
-        alignment = self.align(student, teacher)
-        batch[BATCH_KEY] = {**theirs, **{part.name: getattr(alignment, part.name) for part in fields(ChunkAlignment)}}
-        return batch
+        student = read_view(batch.student).first(len(teacher.lengths))
+        if self.cached is not None:
+            targets, teacher = self._looked_up(teacher, hashed_images(examples))
+            view = replace(view, inputs={}, targets={ONLY: targets})
+        return replace(batch, teacher=view, alignment=self.align(student, teacher))
 
-    def _looked_up(self, teacher: Read, images: list[list[str]]) -> tuple[dict[str, Tensor], Read]:
+    def _looked_up(self, teacher: Read, images: Sequence[Sequence[str]]) -> tuple[Targets, Read]:
         """The cached answers, and the sequences without those that the teacher could not read."""
         assert self.cached is not None
         supervised, scores = teacher.supervised.copy(), []

@@ -1,11 +1,13 @@
 """Teacher[Signal]: who speaks, and in which kind of signal."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from accelerate import Accelerator
 from jaxtyping import Bool
 from torch import Tensor
+
+from .batch import View
 
 Signal = TypeVar("Signal", covariant=True)
 
@@ -26,9 +28,9 @@ class Teacher(ABC, Generic[Signal]):
         """Takes its place on the accelerator's device; called once, before the first question."""
 
     @abstractmethod
-    def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> Signal:
+    def ask(self, inputs: View, supervised: Bool[Tensor, "batch position"]) -> Signal:
         """The signal about the tokens predicted at the `supervised` positions, in row-major order, without gradient.
 
-        `inputs` are the student's model inputs; `supervised` has one position less than they do, since the last
-        position predicts nothing.
+        `inputs` are the model's inputs as a mapping, and what else is known of the batch. `supervised` has one
+        position less than they do, since the last position predicts nothing.
         """

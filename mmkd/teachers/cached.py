@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,12 @@ from mmkd.cache.store import Cache
 from mmkd.errors import UserError
 
 from .base import Teacher
+from .batch import ONLY, Batch, View
 from .signals import LabelSignal, SparseSignal, TopKSignal
 
 logger = logging.getLogger(__name__)
 
 TAILS = ("bucket", "unbiased", "renormalise")
-
-BATCH_KEY = "teacher_scores"
-"""Where `CacheCollator` puts its tensors into a batch."""
 
 SIGNALS: dict[str, type] = {"top_k": TopKSignal, "log_probs": LabelSignal}
 """Kind of a cache -> the signal that it holds."""
@@ -99,9 +98,9 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
         if manifest.skipped_rows() and accelerator.is_main_process:
             logger.warning("%s teaches nothing on some rows: %s", self.cache.folder, manifest.skipped_summary())
 
-    def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> SparseSignal | LabelSignal:
-        """The answers that the collator put into this batch."""
-        fields = inputs[BATCH_KEY]
+    def ask(self, inputs: View, supervised: Bool[Tensor, "batch position"]) -> SparseSignal | LabelSignal:
+        """The answers that the collator put into this view."""
+        fields = inputs.targets[ONLY]
         if self.signal_type is LabelSignal:
             # Of the teacher's tokens, of which `supervised` does not speak.
             return LabelSignal(fields["log_probs"].view(torch.float32))
@@ -155,49 +154,46 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
         return {name: tensor if name == "ids" else tensor.float().view(torch.int32) for name, tensor in fields.items()}
 
 
-class CacheCollator:
-    """A data collator that looks its batch up in a teacher's cache; runs in the data loader's workers.
+def with_targets(batch: Batch, examples: Sequence[Mapping[str, Any]], teacher: CachedTeacher) -> Batch:
+    """The batch with what a teacher on disk said about it; the collator calls it in the data loader's workers.
 
     Nothing is learnt from sequences that the teacher could not read when the cache was built with on_error: skip.
     """
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any], teacher: CachedTeacher):
-        self.collator, self.teacher = collator, teacher
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        # Before the collator, which may replace the images of its examples.
-        images = hashed_images(examples)
-        batch = self.collator(examples)
-        scores = answers_of(batch, images, [{"": self.teacher}] * len(examples))
-        batch[BATCH_KEY] = self.teacher.tensors(scores.get("", []))
-        return batch
+    labels, scores = answers_of(batch.student, hashed_images(examples), [{ONLY: teacher}] * len(examples))
+    return replace(
+        batch, student=replace(batch.student, labels=labels, targets={ONLY: teacher.tensors(scores.get(ONLY, []))})
+    )
 
 
 def answers_of(
-    batch: Any, images: Sequence[Sequence[str]], asked: Sequence[Mapping[str, CachedTeacher]]
-) -> dict[str, list[TokenScores]]:
-    """What the teachers on disk that each row asks, by name, hold about the supervised sequences of a collated batch.
+    view: View, images: Sequence[Sequence[str]], asked: Sequence[Mapping[str, CachedTeacher]]
+) -> tuple[Int[Tensor, "batch position"], dict[str, list[TokenScores]]]:
+    """The labels of a view that can be learnt from, and what the teachers that each row asks hold about them.
 
-    `images` are hashes by row. Sequences that one of a row's teachers could not read lose their labels in the batch.
+    `images` are hashes by row, `asked` teachers by name by row. Sequences that one of a row's teachers could not read
+    have no labels.
     """
-    ids, supervised = batch["input_ids"].numpy(), batch["labels"].numpy() != -100
-    found: dict[str, list[TokenScores]] = {}
+    ids, labels = view.inputs["input_ids"].numpy(), view.labels.clone()
+    supervised = labels.numpy() != -100
+    scores: dict[str, list[TokenScores]] = {}
     for row in range(len(ids)):
-        for place, segment in enumerate(spans_of_row(batch, row)):
+        for place, segment in enumerate(spans_of_row(view.inputs, row)):
             mask = supervised[row, segment].copy()
             mask[:1] = False
             if not mask.any():
                 continue
             # Rows end to end are the sequences of one row; packed rows all ask the same teachers.
             teachers = asked[row if len(ids) == len(asked) else min(place, len(asked) - 1)]
-            answers = {name: one.look_up(ids[row, segment], mask, images[row]) for name, one in teachers.items()}
+            answers = {
+                name: teacher.look_up(ids[row, segment], mask, images[row]) for name, teacher in teachers.items()
+            }
             if any(answer is None for answer in answers.values()):
-                batch["labels"][row, segment] = -100
+                labels[row, segment] = -100
                 continue
             for name, answer in answers.items():
                 assert answer is not None
-                found.setdefault(name, []).append(answer)
-    return found
+                scores.setdefault(name, []).append(answer)
+    return labels, scores
 
 
 def hashed_images(examples: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -212,12 +208,12 @@ def images_of(example: Mapping[str, Any]) -> list[Any]:
     return list(example.get("images") or [])
 
 
-def spans_of_row(batch: Mapping[str, Any], row: int) -> Iterable[slice]:
-    """The sequences of a row of a batch: what lies between restarts of the positions, or all that is no padding."""
-    if "position_ids" in batch:
-        positions = batch["position_ids"][row].numpy()
+def spans_of_row(inputs: Mapping[str, Any], row: int) -> Iterable[slice]:
+    """The sequences of a row of a view: what lies between restarts of the positions, or all that is no padding."""
+    if "position_ids" in inputs:
+        positions = inputs["position_ids"][row].numpy()
         return segments(np.flatnonzero(positions == 0).tolist(), len(positions))
-    present = np.flatnonzero(batch["attention_mask"][row].numpy())
+    present = np.flatnonzero(inputs["attention_mask"][row].numpy())
     return [slice(int(present[0]), int(present[-1]) + 1)] if len(present) else []
 
 

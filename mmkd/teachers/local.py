@@ -1,6 +1,8 @@
 """A teacher in this process: a frozen transformers model."""
 
-from typing import Any
+from collections.abc import Mapping
+from copy import copy
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +33,12 @@ class LocalTeacher(Teacher[DenseSignal]):
         self.vocab_size = head.vocab_size if vocab_size is None else vocab_size
         self.softcap = head.softcap
         self._sharded = False
+
+    def over_tokens(self, vocab_size: int) -> Self:
+        """The same teacher over the first tokens only."""
+        teacher = copy(self)
+        teacher.vocab_size = vocab_size
+        return teacher
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Takes its place on the accelerator's device: sharded where the student is (FSDP2, ZeRO-3), else whole.
@@ -73,7 +81,7 @@ class LocalTeacher(Teacher[DenseSignal]):
         self.wrapped = self.model
 
     @torch.no_grad()
-    def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> DenseSignal:
+    def ask(self, inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> DenseSignal:
         """Raises UserError when a token is unknown to the teacher, or when it answers with NaN or infinity."""
         heads: list[LMHead] = []
 
@@ -97,7 +105,7 @@ class LocalTeacher(Teacher[DenseSignal]):
         head = full_head(self.model).trimmed(self.vocab_size)
         return DenseSignal(head.weight.new_empty(0, head.weight.shape[1]), head)
 
-    def _readable(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _readable(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """The inputs without padding tokens that only the student's vocabulary has."""
         ids, rows = inputs["input_ids"], self.model.get_input_embeddings().num_embeddings
         unknown = ids >= rows

@@ -1,7 +1,8 @@
 """A teacher that is served by vLLM and asked while the student trains."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -56,12 +57,18 @@ class ServerTeacher(Teacher[TopKSignal]):
         self.max_length, self.tokenizer = max_length, tokenizer
         self.client = VLLMClient(base_urls, model, **client)
 
+    def over_tokens(self, vocab_size: int) -> Self:
+        """The same teacher over the first tokens only."""
+        teacher = copy(self)
+        teacher.vocab_size = vocab_size
+        return teacher
+
     def prepare(self, accelerator: Accelerator) -> None:
         """Checks the servers; raises UserError when one is down or not what is wanted (`VLLMClient.check`)."""
         self.facts = self.client.check(self.teacher, self.k, self.max_length, self.tokenizer)
 
     @torch.no_grad()
-    def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> TopKSignal:
+    def ask(self, inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> TopKSignal:
         """Asks for every sequence of the batch, padded or packed (`position_ids` that start again at 0).
 
         Raises UserError when the batch has images, or when the server refuses a sequence.
@@ -85,7 +92,7 @@ class ServerTeacher(Teacher[TopKSignal]):
         return TopKSignal(torch.from_numpy(ids).to(device, torch.int64), on_device, tail)
 
 
-def questions_of(inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> list[Question]:
+def questions_of(inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> list[Question]:
     """One question per sequence of a batch that has a supervised token, in row-major order."""
     ids = inputs["input_ids"].cpu().numpy()
     wanted = np.zeros(ids.shape, bool)

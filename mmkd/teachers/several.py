@@ -1,7 +1,9 @@
 """Several teachers: mixed by weights on every token, or each asked about its own rows."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -12,12 +14,11 @@ from mmkd.errors import UserError
 from mmkd.models.sharded_weights import is_sharded
 
 from .base import Teacher
-from .cached import BATCH_KEY, CachedTeacher, answers_of, hashed_images
+from .batch import Batch, View
+from .cached import CachedTeacher, answers_of, hashed_images
 from .local import LocalTeacher
 from .server import IMAGE_INPUTS
 from .signals import MixedSignal, RoutedSignal
-
-_ROUTE, _ANSWERS = "route", "answers"
 
 
 class SeveralTeachers(Teacher[MixedSignal | RoutedSignal]):
@@ -58,6 +59,12 @@ class SeveralTeachers(Teacher[MixedSignal | RoutedSignal]):
         self.teachers, self.column = dict(teachers), column
         self._sharded = False
 
+    def replaced_by(self, teachers: Mapping[str, Teacher]) -> Self:
+        """The same with other teachers under the names, those that were loaded say."""
+        several = copy(self)
+        several.teachers = dict(teachers)
+        return several
+
     @property
     def caches(self) -> dict[str, CachedTeacher]:
         """Those that answer from a disk."""
@@ -69,66 +76,67 @@ class SeveralTeachers(Teacher[MixedSignal | RoutedSignal]):
             teacher.prepare(accelerator)
         self._sharded = is_sharded(accelerator)
 
-    def ask(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> MixedSignal | RoutedSignal:
+    def ask(self, inputs: View, supervised: Bool[Tensor, "batch position"]) -> MixedSignal | RoutedSignal:
         """What all say about every token; with a column, what each says about the tokens of its rows."""
-        kept: Mapping[str, Any] = inputs.get(BATCH_KEY, {})
-        answers = kept.get(_ANSWERS, {})
-        inputs = {key: value for key, value in inputs.items() if key != BATCH_KEY}
-        asked = {name: {**inputs, BATCH_KEY: answers[name]} if name in answers else inputs for name in self.teachers}
+        asked = {name: inputs.targets_of(name) for name in self.teachers}
         if self.column is None:
             signals = {name: teacher.ask(asked[name], supervised) for name, teacher in self.teachers.items()}
             return MixedSignal(signals, self.weights)
-        route = kept[_ROUTE]
+        assert inputs.route is not None
         # Where rows lie end to end, each token has its route; position i predicts token i + 1.
-        route = route[:, 1:] if route.shape[1] > 1 else route
+        route = inputs.route[:, 1:] if inputs.route.shape[1] > 1 else inputs.route
         parts = {}
         for number, (name, teacher) in enumerate(self.teachers.items()):
             own = supervised & (route == number)
-            parts[name] = (own[supervised], self._ask_one(teacher, asked[name], own))
+            parts[name] = (own[supervised], self._ask_about(teacher, asked[name], own))
         return RoutedSignal(parts)
 
-    def _ask_one(self, teacher: Teacher, inputs: dict[str, Any], own: Tensor) -> Any:
+    def _ask_about(self, teacher: Teacher, view: View, own: Bool[Tensor, "batch position"]) -> Any:
         """One teacher about its tokens, of which there may be none, without the rows of the others."""
         rows = own.any(1)
         if not isinstance(teacher, LocalTeacher):
-            return teacher.ask(inputs, own)
+            return teacher.ask(view, own)
         if not rows.any():
             if not self._sharded:
                 return teacher.nothing()
             # All ranks gather a sharded teacher together.
             rows[0] = True
-        if rows.all() or any(name in inputs for name in IMAGE_INPUTS):
-            return teacher.ask(inputs, own)
-        alone = {key: _rows_of(one, rows) for key, one in inputs.items()}
-        return teacher.ask(alone, own[rows])
+        if rows.all() or any(name in view for name in IMAGE_INPUTS):
+            return teacher.ask(view, own)
+        return teacher.ask(view.of_rows(rows), own[rows])
 
 
-class TeachersCollator:
-    """A data collator that adds what several teachers need of a batch: whom each row asks, and what caches hold.
+@dataclass(frozen=True)
+class SeveralTargets:
+    """What a collator adds to a batch for several teachers: whom each row asks, and what those on disk said.
 
-    Raises UserError for a row that names none of the teachers.
+    Without the teachers themselves, which need not travel to the data loader's workers.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any], several: SeveralTeachers):
-        self.collator, self.caches = collator, several.caches
-        self.column, self.names = several.column, list(several.teachers)
+    names: Sequence[str]
+    caches: Mapping[str, CachedTeacher]
+    column: str | None
 
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        # Before the collator, which may replace the images of its examples.
-        images = hashed_images(examples) if self.caches else []
-        batch = self.collator(examples)
+    @classmethod
+    def of(cls, teachers: SeveralTeachers) -> Self:
+        """Those of these teachers."""
+        return cls(list(teachers.teachers), teachers.caches, teachers.column)
+
+    def __call__(self, batch: Batch, examples: Sequence[Mapping[str, Any]]) -> Batch:
+        """The filled batch. Raises UserError for a row that names none of the teachers."""
+        view = batch.student
         asked: Sequence[Mapping[str, CachedTeacher]] = [self.caches] * len(examples)
-        kept: dict[str, Any] = {}
         if self.column is not None:
-            names = [self._name_of(example) for example in examples]
+            names = [self._name_in(example) for example in examples]
             asked = [{name: self.caches[name]} if name in self.caches else {} for name in names]
-            kept[_ROUTE] = self._route(batch, examples, names)
+            view = replace(view, route=self._route(view.inputs["input_ids"], examples, names))
         if self.caches:
-            found = answers_of(batch, images, asked)
-            kept[_ANSWERS] = {name: cache.tensors(found.get(name, [])) for name, cache in self.caches.items()}
-        return {**batch, BATCH_KEY: kept}
+            labels, scores = answers_of(view, hashed_images(examples), asked)
+            targets = {name: cache.tensors(scores.get(name, [])) for name, cache in self.caches.items()}
+            view = replace(view, labels=labels, targets=targets)
+        return replace(batch, student=view)
 
-    def _name_of(self, example: Mapping[str, Any]) -> str:
+    def _name_in(self, example: Mapping[str, Any]) -> str:
         assert self.column is not None
         name = example.get(self.column)
         if name not in self.names:
@@ -138,20 +146,16 @@ class TeachersCollator:
             )
         return str(name)
 
-    def _route(self, batch: Mapping[str, Any], examples: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Tensor:
+    def _route(self, ids: Tensor, examples: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Tensor:
         """The number of the teacher of each row; of each token, in one row, where the rows lie end to end."""
         numbers = torch.tensor([self.names.index(name) for name in names])
-        if len(batch["input_ids"]) == len(examples):
+        if len(ids) == len(examples):
             return numbers[:, None]
         route = numbers.repeat_interleave(torch.tensor([len(example["input_ids"]) for example in examples]))
         # Padding to a multiple, after the last of them, is nobody's.
-        return torch.nn.functional.pad(route, (0, batch["input_ids"].shape[1] - len(route)), value=-1)[None]
+        return torch.nn.functional.pad(route, (0, ids.shape[1] - len(route)), value=-1)[None]
 
 
 def parts_of(teacher: Any) -> list[Any]:
     """Each of several teachers, or the only one."""
     return list(teacher.teachers.values()) if isinstance(teacher, SeveralTeachers) else [teacher]
-
-
-def _rows_of(value: Any, rows: Bool[Tensor, "batch"]) -> Any:
-    return value[rows] if isinstance(value, Tensor) and len(value) == len(rows) else value

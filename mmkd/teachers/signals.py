@@ -1,7 +1,7 @@
 """What a teacher says about a batch: frozen values that know how to put the student on their own support."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -147,12 +147,18 @@ class ChunkAlignment:
     def __len__(self) -> int:
         return len(self.row)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "ChunkAlignment":
+        """The alignment with every tensor changed, moved to a device say."""
+        return ChunkAlignment(*(change(getattr(self, part.name)) for part in fields(self)))
+
     def first_tokens(self) -> tuple[Int[Tensor, "chunk"], Int[Tensor, "chunk"]]:
         """The student's and the teacher's first token of each chunk."""
         return _first(self.student_chunk, len(self)), _first(self.teacher_chunk, len(self))
 
     def of_first_tokens(self, tokens: int) -> "ChunkAlignment":
         """What is left when only the first of the student's tokens count."""
+        if tokens == len(self.student_chunk):
+            return self
         student_chunk = self.student_chunk[:tokens]
         chunks = int(student_chunk.max()) + 1 if tokens else 0
         teacher_chunk = self.teacher_chunk.where(self.teacher_chunk < chunks, -1)
@@ -177,10 +183,12 @@ class ChunkSignal:
     dense: DenseSignal | None = None
     """The teacher at its own supervised tokens, where it is a model in this process."""
 
+    def without_states(self) -> "ChunkSignal":
+        """The numbers of chunks alone, which are small."""
+        return replace(self, dense=None)
+
     def of_first_tokens(self, tokens: int) -> "ChunkSignal":
         """What is left when only the first of the student's tokens count."""
-        if tokens == len(self.alignment.student_chunk):
-            return self
         alignment = self.alignment.of_first_tokens(tokens)
         boundary = None if self.boundary_log_probs is None else self.boundary_log_probs[: len(alignment)]
         return ChunkSignal(self.log_probs[: len(alignment)], alignment, boundary, self.dense)

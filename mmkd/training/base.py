@@ -1,12 +1,13 @@
 """The distillation step, owned once: shift, mask, ask the teacher, sum, normalise, log. A method adds item losses."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -17,30 +18,31 @@ from mmkd.data.layouts import canonical
 from mmkd.errors import UserError
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import Objective, fused_loss
-from mmkd.models.backbone import allow_consumers, full_head, name_of
+from mmkd.models.backbone import allow_consumers, name_of
 from mmkd.models.heads import LMHead
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.models.parts import train_only
 from mmkd.models.sharded_weights import is_sharded
 from mmkd.precision import say_emulated
 from mmkd.preparation.checks import check_precision, check_stream, check_student, check_training_data
-from mmkd.preparation.collation import BAD_ROWS, ROW_LENGTHS, VISUAL, ImageReader, View, VisionCollator, teacher_view
+from mmkd.preparation.collation import BAD_ROWS, Collator, ImageReader, TextViews, VisionViews
 from mmkd.preparation.labelling import LabellingTrainer
 from mmkd.preparation.prepared_rows import skips_preparation
 from mmkd.preparation.prompt_rows import with_open_answers
 from mmkd.preparation.row_names import RowNames
 from mmkd.preparation.vision_labels import VisionLabels
 from mmkd.teachers.base import Teacher
-from mmkd.teachers.cached import BATCH_KEY, images_of
+from mmkd.teachers.batch import Batch, View
+from mmkd.teachers.cached import images_of
 from mmkd.teachers.signals import DenseSignal, RoutedSignal, TopKSignal
 
 from .config import DistillationConfig
 from .items import ItemLosses, Supervised
 from .on_policy import OnPolicyTrainer
-from .preparing import ROWS, KeptRows, RowLengths, without_repeated_rows
 from .progress import DistillationProgress
 from .rollouts import check_rollouts
 from .run_trainer import RunTrainer
+from .sharding import without_repeated_rows
 from .teaching import TaughtTrainer, check_teachers
 
 
@@ -79,7 +81,8 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
         self._name = type(self).__name__.removesuffix("Trainer")
         if teacher is None and self.needs_teacher:
             raise UserError(f"Method {self.method} needs a teacher: pass a Hub id, a folder, a model or a Teacher.")
-        args = self._settings_of(model, args)
+        # What the Trainer writes into its settings does not concern those who gave them.
+        args = copy(self._settings_of(model, args))
         self._reads_rows = kwargs.get("formatting_func") is None and not skips_preparation(args)
         if self._reads_rows:
             train_dataset, eval_dataset = (
@@ -92,7 +95,10 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
         if args.on_policy_fraction:
             check_rollouts(teacher, train_dataset)
         if isinstance(model, str):
-            model, processing_class = self._load_student(model, args, processing_class, kwargs)
+            quantization = kwargs.pop("quantization_config", None)
+            model, processing_class = self._load_student(model, args, processing_class, quantization)
+            # Else trl warns that it does not read them.
+            args.model_init_kwargs = None
         if processing_class is None:
             processing_class = load_processing_class(name_of(model), "student")
         check_precision(args, args.emulated_bf16)
@@ -136,9 +142,20 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
         """Callbacks of the method; those that are ExportableState are saved in and restored from the trainer state."""
         return []
 
-    def ask_teacher(self, inputs: dict[str, Any], supervised: Bool[Tensor, "batch position"]) -> Any:
-        """The teacher's signal about a batch, as `Teacher.ask` gives it."""
-        return self.teacher.ask(inputs, supervised)
+    def ask(self, batch: Batch) -> Any:
+        """The teacher's signal about a batch; None where nobody is asked."""
+        if self.teacher is None:
+            return None
+        batch.check_answers()
+        view = batch.teacher_view()
+        return self.teacher.ask(view, view.supervised)
+
+    def ask_ahead(self, batch: Batch, alone: bool) -> Batch:
+        """The batch with what the teacher must have said before its items can be counted: nothing, in most methods.
+
+        `alone` says that it is the only one of its optimizer step, so that what it holds lives no longer than that.
+        """
+        return batch
 
     def step_ended(self, means: dict[str, float]) -> None:
         """Called once per optimizer step with this step's mean over all ranks of the reports named in `step_means`.
@@ -146,18 +163,14 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
         Without such names it is not called.
         """
 
-    def ask_view(self, view: View) -> Any:
-        """The teacher's signal about a micro-batch as the teacher sees it."""
-        return self.ask_teacher(view.inputs, view.supervised)
-
     def read_student(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Supervised:
         """What `item_losses` learns of the student; runs inside its forward."""
         supervised = view.supervised
         return Supervised(hidden[:, :-1][supervised], head, view.labels[:, 1:][supervised])
 
-    def count_items(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def count_items(self, batch: Batch) -> dict[str, Tensor]:
         """How many items of each kind a micro-batch of this rank has."""
-        return {"token": (inputs["labels"][:, 1:] != -100).sum()}
+        return {"token": batch.student.supervised.sum()}
 
     # What methods share
 
@@ -204,13 +217,12 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
         return args
 
     def _load_student(
-        self, name: str, args: DistillationConfig, processing_class: Any, kwargs: dict[str, Any]
+        self, name: str, args: DistillationConfig, processing_class: Any, quantization: Any
     ) -> tuple[PreTrainedModel, Any]:
         given = args.model_init_kwargs or {}
         assert isinstance(given, dict)
         init: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **given}
-        args.model_init_kwargs = None
-        init["quantization_config"] = kwargs.pop("quantization_config", init.get("quantization_config"))
+        init["quantization_config"] = quantization or init.get("quantization_config")
         if processing_class is None:
             hub = {key: init.get(key) for key in ("revision", "trust_remote_code")}
             processing_class = load_processing_class(name, "student", **hub)
@@ -219,51 +231,49 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
     def _get_ready(self, teacher: Any, teacher_processing_class: Any) -> None:
         """Makes the teacher and what turns rows into batches, and asks once before training."""
         args = self.args
-        self.vision_collator, self._row_names = None, RowNames()
-        if isinstance(self.data_collator, VisionLabels):
-            self._row_names.add(self.train_dataset, "train")
-            self._row_names.add(self.eval_dataset, "eval")
-            skip = args.on_bad_row == "skip"
-            self.data_collator = self.vision_collator = VisionCollator(self.data_collator, skip, self._row_names)
-        self.data_collator = collate_alone = RowLengths(self.data_collator)
-        self.vocab_size = full_head(self.model).vocab_size
+        collate = self.data_collator
+        self._row_names = RowNames()
+        self.views = self._views_by(collate)
         allow_consumers(self.model)
-        self.teacher: Any = None if teacher is None else self.build_teacher(teacher, teacher_processing_class)
+        teaching = self.build_teacher(teacher, teacher_processing_class)
+        self.teacher, self.vocab_size = teaching.teacher, teaching.vocab_size
+        if isinstance(self.views, VisionViews) and teaching.processor is not None:
+            self.views = self.views.with_teacher(teaching.processor)
         self._check_fit()
         self._stop_where_answers_end()
-        if args.on_policy_fraction:
-            self.data_collator = KeptRows(self.data_collator)
-        if self.vision_collator is not None:
-            self._read_images()
+        self.data_collator = Collator(self.views, self._image_reader(), teaching.fill, bool(args.on_policy_fraction))
+        if args.on_bad_row == "skip" and isinstance(self.views, VisionViews):
+            # Finds a row to put in the place of others before the first batch, which may hold none.
+            self.data_collator([dict(row) for row in islice(self.train_dataset, 8)])
         if self.teacher is not None:
             self.teacher.prepare(self.accelerator)
         if self.padding_free:
-            self._check_packing(collate_alone.collator)
+            self._check_packing(collate)
         if self.teacher is not None:
-            self._ask_once()
+            for row in self._first_rows(self.teacher):
+                # A teacher that cannot answer fails before training.
+                self.ask(self._prepare_inputs(self.data_collator([row])))
         if args.on_policy_fraction:
-            self._start_rollouts(collate_alone)
+            self._start_rollouts(Collator(self.views))
         if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(DistillationProgress)
 
-    def _read_images(self) -> None:
-        """Puts a reader of images before the collator."""
-        skip, companion = self.args.on_bad_row == "skip", None
+    def _views_by(self, collate: Any) -> TextViews | VisionViews:
+        if not isinstance(collate, VisionLabels):
+            return TextViews(collate)
+        self._row_names.add(self.train_dataset, "train")
+        self._row_names.add(self.eval_dataset, "eval")
+        return VisionViews(collate, self.args.on_bad_row == "skip", self._row_names)
+
+    def _image_reader(self) -> ImageReader | None:
+        """What decodes the images of rows, if they have any."""
+        if not isinstance(self.views, VisionViews):
+            return None
+        companion = None
         if is_sharded(self.accelerator):
             companion = next((row for row in self.train_dataset if images_of(row)), None)
-        self.data_collator = ImageReader(self.data_collator, skip, companion, self._row_names)
-        if skip:
-            # Finds a row to put in the place of others before the first batch, which may hold none.
-            self.data_collator([dict(row) for row in islice(self.train_dataset, 8)])
-
-    def _ask_once(self) -> None:
-        """Asks about a row, so that a teacher that cannot answer fails before training."""
-        for row in self._first_rows(self.teacher):
-            inputs: Any = self._prepare_inputs(self.data_collator([row]))
-            del inputs[ROW_LENGTHS]
-            inputs.pop(ROWS, None)
-            self.ask_view(teacher_view(View.of(inputs), inputs))
+        return ImageReader(self.args.on_bad_row == "skip", companion, self._row_names)
 
     # The step
 
@@ -277,12 +287,17 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
             batches = []
         if self.rollouts is not None:
             batches = self._answered(batches)
+        batches = [self.ask_ahead(batch, len(batches) == 1) for batch in batches]
         counts: dict[str, Tensor] = {}
         for batch in batches:
             for kind, count in self.count_items(batch).items():
                 counts[kind] = counts.get(kind, torch.zeros((), dtype=torch.long, device=device)) + count.to(device)
         self._counts = {kind: self._summed(counts[kind]) for kind in sorted(counts)}
         return batches, num_items
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """The Trainer's, of every tensor of a batch."""
+        return inputs.map(self._prepare_input) if isinstance(inputs, Batch) else super()._prepare_inputs(inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; after the last one of an optimizer step, `step_ended`."""
@@ -297,55 +312,69 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
         return loss
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The micro-batch's share of the loss of the accumulated batch, over the items of all ranks."""
-        training = self.model.training
-        inputs = dict(inputs)
-        row_lengths = inputs.pop(ROW_LENGTHS, None)
-        inputs.pop(ROWS, None)
-        if not training and row_lengths is not None:
-            inputs["labels"] = without_repeated_rows(inputs["labels"], row_lengths, self.accelerator)
-        counts = self._counts if training else self.count_items(inputs)
-        view = View.of(inputs)
-        asks = self.teacher is not None and (self.needs_teacher or self._reports_now())
-        signal = self.ask_view(teacher_view(view, inputs)) if asks else None
-        view.inputs.pop(BATCH_KEY, None)
-
-        def consumer(hidden: Tensor, head: LMHead) -> tuple[dict, dict]:
-            losses = self._item_losses(self.read_student(hidden, head.trimmed(self.vocab_size), view), signal)
-            # Plain containers: wrappers look for tensors in the output, and do not look into our dataclasses.
-            return losses.totals, losses.reports
-
-        totals, reports = model(**view.inputs, consumer=consumer)
-        reports["supervised_tokens"] = (view.supervised.sum(), 1)
-        reports |= {f"loss/{kind}": (total, counts[kind]) for kind, total in totals.items() if not training}
-        if "skipped" in inputs.get(VISUAL, {}):
-            reports |= {name: (one, 1) for name, one in zip(BAD_ROWS, inputs[VISUAL]["skipped"], strict=True)}
-        self._record(reports)
-        loss = torch.stack([total / counts[kind].clamp(min=1) for kind, total in totals.items()]).sum()
-        if training:
-            # Gradients are averaged over ranks, while the counts are already those of all ranks.
-            loss = loss * self.accelerator.num_processes
+        batch, counts = self.prepare(inputs)
+        signal = self.ask(batch) if self.needs_teacher or self._reports_now() else None
+        losses = self.forward(model, batch, lambda student: self.losses_of(student, signal))
+        loss = self.total(losses, counts)
+        self._record({**losses.reports, **self._reports_of(batch, losses, counts)})
         if not return_outputs:
             return loss
         with torch.no_grad():
-            return loss, model(**view.inputs)
+            return loss, model(**batch.student.inputs)
 
-    def _item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
+    def prepare(self, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
+        """The micro-batch as it is learnt from, and by how many items of each kind its losses are divided.
+
+        In training these are those of the accumulated batch on all ranks, counted when it was collected.
+        """
+        if self.model.training:
+            return batch, self._counts
+        batch = self.ask_ahead(without_repeated_rows(batch, self.accelerator), True)
+        return batch, self.count_items(batch)
+
+    def forward(self, model: Any, batch: Batch, losses_of: Callable[[Supervised], ItemLosses]) -> ItemLosses:
+        """What `losses_of` makes of the student, inside the wrapper's forward: there sharded weights are whole."""
+        view = batch.student
+
+        def consumer(hidden: Tensor, head: LMHead) -> tuple[dict, dict]:
+            losses = losses_of(self.read_student(hidden, head.trimmed(self.vocab_size), view))
+            # Plain containers: wrappers look for tensors in the output, and do not look into our dataclasses.
+            return losses.totals, losses.reports
+
+        return ItemLosses(*model(**view.inputs, consumer=consumer))
+
+    def losses_of(self, student: Supervised, signal: Any) -> ItemLosses:
         """Those of the method; where each of several teachers speaks of its own tokens, their sums."""
         if not isinstance(signal, RoutedSignal):
             return self.item_losses(student, signal)
         return ItemLosses.of_parts(
-            {name: self.item_losses(student.only(tokens), one) for name, (tokens, one) in signal.parts.items()}
+            {name: self.item_losses(student.only(tokens), part) for name, (tokens, part) in signal.parts.items()}
         )
+
+    def total(self, losses: ItemLosses, counts: Mapping[str, Tensor]) -> Tensor:
+        """The sum of the kinds' means, each over its own count."""
+        means = [total / counts[kind].clamp(min=1) for kind, total in losses.totals.items()]
+        # Gradients are averaged over ranks, while the counts are already those of all ranks.
+        return torch.stack(means).sum() * (self.accelerator.num_processes if self.model.training else 1)
+
+    def _reports_of(self, batch: Batch, losses: ItemLosses, counts: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The reports that do not depend on the method."""
+        reports: dict[str, Any] = {"supervised_tokens": (batch.student.supervised.sum(), 1)}
+        if not self.model.training:
+            reports |= {f"loss/{kind}": (total, counts[kind]) for kind, total in losses.totals.items()}
+        if batch.skipped is not None:
+            reports |= {name: (count, 1) for name, count in zip(BAD_ROWS, batch.skipped, strict=True)}
+        return reports
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation, of these rows or of those of the constructor."""
         if self._reads_rows and not isinstance(eval_dataset, str):
             eval_dataset = _canonical(eval_dataset, "eval", self.args)
         eval_dataset = _unread(eval_dataset)
-        if self.vision_collator is not None and eval_dataset is not None:
+        if isinstance(self.views, VisionViews) and eval_dataset is not None:
             self._row_names.add(eval_dataset, "eval")
         return super().evaluate(eval_dataset, *args, **kwargs)
 

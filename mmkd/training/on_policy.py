@@ -1,6 +1,7 @@
 """The part of the distillation step in which the student answers prompts of its batch itself."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,10 +14,10 @@ from mmkd.generation.generator import Generator
 from mmkd.generation.local_generation import AnswerTokens
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.labelling import Labelling
+from mmkd.teachers.batch import Batch
 
 from .answers import Placed
 from .config import DistillationConfig
-from .preparing import ROWS
 from .reports import ReportingTrainer
 from .rollout_server import ServedStudent
 from .rollouts import RolloutPrompt, Rollouts, check_prompts, student_generator, student_tokens
@@ -33,6 +34,7 @@ class OnPolicyTrainer(ReportingTrainer):
     train_dataset: Any
     processing_class: Any
     labelling: Labelling
+    data_collator: Any
     vocab_size: int
     rollouts: Rollouts | None = None
 
@@ -64,17 +66,17 @@ class OnPolicyTrainer(ReportingTrainer):
             return ServedStudent(self.model, tokens, tokenizer, self.accelerator, args, folder)
         return student_generator(self.model, tokenizer, tokens, collate_alone, self.accelerator, args)
 
-    def with_rollouts(self, batch: dict[str, Any], placed: Mapping[int, Placed]) -> dict[str, Any]:
+    def with_rollouts(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
         """A micro-batch whose rollouts (row -> rollout) are in place, as the method's teacher reads it."""
         return batch
 
-    def _answered(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _answered(self, batches: list[Batch]) -> list[Batch]:
         """The micro-batches of an optimizer step, the student's answers among them; told in the logs."""
         assert self.rollouts is not None
         batches, mixed = self.rollouts.mix(batches, self.state.global_step)
-        batches = [self.with_rollouts(batch, mixed.of(number)) for number, batch in enumerate(batches)]
-        for batch in batches:
-            del batch[ROWS]
+        batches = [
+            replace(self.with_rollouts(batch, mixed.of(number)), rows=()) for number, batch in enumerate(batches)
+        ]
         facts, device = mixed.facts, self.accelerator.device
         # Where the other reports are: they are reduced together, by NCCL perhaps, which knows no others.
         counts = torch.tensor(list(facts.values()), device=device)

@@ -2,24 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from jaxtyping import Bool, Int
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.sft_config import SFTConfig
 
 from mmkd.cache.sequence_keys import segments
 from mmkd.models.load import tokenizer_of
-from mmkd.preparation.collation import ROW_LENGTHS
-
-ROWS = "rows"
-"""Where `KeptRows` puts the rows that a batch was made of."""
 
 _READ = 1000
 
@@ -44,38 +37,6 @@ def preparation_of(
         # Strategies that keep sequences whole give the same ones as no packing.
         "packing": args.packing_strategy if args.packing and args.packing_strategy != "bfd" else None,
     }
-
-
-class RowLengths:
-    """A data collator that adds how many tokens each row of a batch has, also where rows are laid end to end."""
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any]):
-        self.collator = collator
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        batch = self.collator(examples)
-        flat = len(batch["input_ids"]) != len(examples)
-        lengths = [len(example["input_ids"]) if flat else batch["input_ids"].shape[1] for example in examples]
-        batch[ROW_LENGTHS] = torch.tensor(lengths)
-        return batch
-
-
-class Rows:
-    """The rows of a batch, which moving it to a device leaves alone."""
-
-    def __init__(self, examples: list[dict[str, Any]]):
-        self.examples = examples
-
-
-class KeptRows:
-    """A data collator that adds the rows of a batch themselves, for who wants to answer them in another way."""
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any]):
-        self.collator = collator
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        kept = Rows([dict(example) for example in examples])
-        return {**self.collator(examples), ROWS: kept}
 
 
 class Located(NamedTuple):
@@ -116,18 +77,3 @@ def _tokenizer_json(tokenizer: Any) -> str:
 
 def _sha256(text: Any) -> str | None:
     return None if text is None else hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
-
-
-def without_repeated_rows(labels: Tensor, row_lengths: Tensor, accelerator: Accelerator) -> Tensor:
-    """The labels without those of rows that ranks repeat to make the last batch of an evaluation even."""
-    state = accelerator.gradient_state
-    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-        return labels
-    rows = int((row_lengths > 0).sum())
-    real = max(0, state.remainder - accelerator.process_index * rows)
-    kept = torch.zeros_like(labels, dtype=torch.bool)
-    if len(labels) == len(row_lengths):
-        kept[:real] = True
-    else:
-        kept[:, : row_lengths[:real].sum()] = True
-    return labels.masked_fill(~kept, -100)

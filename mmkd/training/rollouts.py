@@ -20,14 +20,14 @@ from mmkd.generation.local_generation import (
 )
 from mmkd.models.backbone import base_of
 from mmkd.models.load import positions_of
+from mmkd.teachers.batch import Batch
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.several import parts_of
 
 from .answers import Placed, Rollout, answer_starts, prompts_of, with_answers
-from .preparing import ROWS
 from .rollout_config import RolloutConfig
 
-Collate = Callable[[list[dict[str, Any]]], Any]
+Collate = Callable[[Sequence[Mapping[str, Any]]], Batch]
 
 # Share of rollouts from which on they count as "all": one that happens to end does not hide that the others never do.
 NEARLY_ALL = 0.95
@@ -42,7 +42,7 @@ class RolloutPrompt:
     row: int
     start: int
     ids: list[int]
-    example: dict[str, Any]
+    example: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def student_generator(
 
     def inputs(prompts: list[RolloutPrompt]) -> dict[str, Any]:
         batch = collate([prompt.example for prompt in prompts])
-        return prompts_of(batch, [prompt.start for prompt in prompts], tokens.pad)
+        return prompts_of(batch.student, [prompt.start for prompt in prompts], tokens.pad)
 
     def batches(prompts: Sequence[RolloutPrompt]) -> list[list[int]]:
         # Prompts of like length share a batch, in an order that says nothing about how the batch was cut.
@@ -119,7 +119,7 @@ class Rollouts:
         self.rank, self.ranks = rank, ranks
         self._bad_steps = 0
 
-    def mix(self, batches: Sequence[Mapping[str, Any]], step: int) -> tuple[list[dict[str, Any]], Mixed]:
+    def mix(self, batches: Sequence[Batch], step: int) -> tuple[list[Batch], Mixed]:
         """The micro-batches of an optimizer step with the student's answers in some of their rows.
 
         Which rows, and the random numbers behind the answers, follow from the seed and the step alone. How a batch is
@@ -163,24 +163,24 @@ class Rollouts:
             rollouts.append(Rollout(*up_to_stop(found[0].ids[:room], self.tokens.stops)))
         return rollouts
 
-    def _prompts(self, batches: Sequence[Mapping[str, Any]], step: int) -> list[RolloutPrompt]:
+    def _prompts(self, batches: Sequence[Batch], step: int) -> list[RolloutPrompt]:
         fraction = self.args.on_policy_fraction
         offset = seed_of(repr((self.args.seed, "rows", step))) / 2**32
         prompts = []
         for number, batch in enumerate(batches):
-            starts = answer_starts(batch, self.args.rollout_prompt_tokens)
+            starts = answer_starts(batch.student, self.args.rollout_prompt_tokens)
             for row, start in enumerate(starts):
                 # The row's place in the batch of all micro-batches and ranks.
                 place = (number * self.ranks + self.rank) * len(starts) + row
                 chosen = math.floor((place + 1) * fraction + offset) > math.floor(place * fraction + offset)
                 if chosen and start is not None:
                     ids = batch["input_ids"][row, :start].tolist()
-                    prompts.append(RolloutPrompt(number, row, start, ids, batch[ROWS].examples[row]))
+                    prompts.append(RolloutPrompt(number, row, start, ids, batch.rows[row]))
         return prompts
 
-    def _with(self, batch: Mapping[str, Any], placed: Mapping[int, Placed]) -> dict[str, Any]:
+    def _with(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
         if not placed:
-            return dict(batch)
+            return batch
         multiple: Any = self.args.pad_to_multiple_of
         return with_answers(
             batch,
@@ -213,7 +213,8 @@ def check_prompts(args: RolloutConfig, data: Any, collate: Collate, vision: bool
             "completion."
         )
     examples = [dict(data[row]) for row in range(min(len(data), _LOOKED_AT))]
-    if all(start is None for one in examples for start in answer_starts(collate([one]), args.rollout_prompt_tokens)):
+    prompt_tokens = args.rollout_prompt_tokens
+    if all(start is None for row in examples for start in answer_starts(collate([row]).student, prompt_tokens)):
         raise UserError(
             f"None of the first {len(examples)} rows has a prompt that the student could answer: all of their tokens "
             "are supervised. Map the data to prompt and completion, set assistant_only_loss: true for messages, or "

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
@@ -14,6 +16,7 @@ from mmkd.models.sharded_weights import (
     cut_by_layers,
     settle_fsdp,
 )
+from mmkd.teachers.batch import Batch
 
 
 class ShardedTrainer(Trainer):
@@ -61,3 +64,18 @@ class ShardedTrainer(Trainer):
             config = model.active_peft_config if isinstance(model, PeftModel) else model.config
             config.save_pretrained(str(folder))
             self.processing_class.save_pretrained(folder)
+
+
+def without_repeated_rows(batch: Batch, accelerator: Accelerator) -> Batch:
+    """The batch without the labels of rows that ranks repeat to make the last batch of an evaluation even."""
+    state, labels, lengths = accelerator.gradient_state, batch.student.labels, batch.row_lengths
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return batch
+    rows = int((lengths > 0).sum())
+    real = max(0, state.remainder - accelerator.process_index * rows)
+    kept = torch.zeros_like(labels, dtype=torch.bool)
+    if len(labels) == len(lengths):
+        kept[:real] = True
+    else:
+        kept[:, : lengths[:real].sum()] = True
+    return batch.with_labels(labels.masked_fill(~kept, -100))

@@ -1,11 +1,13 @@
 """The part of the distillation trainer that finds its teacher, or several, and fits them to student and data."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from mmkd.alignment.vocab import shared_tokens
@@ -14,7 +16,7 @@ from mmkd.models.backbone import base_of, full_head, name_of
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.models.packing import check_packing
 from mmkd.precision import say_emulated
-from mmkd.preparation.collation import VisionCollator, processor_of_teacher
+from mmkd.preparation.collation import Fill, TextViews, VisionViews
 from mmkd.preparation.fit import (
     Extent,
     Misfit,
@@ -26,17 +28,31 @@ from mmkd.preparation.fit import (
 )
 from mmkd.preparation.labelling import LabellingTrainer
 from mmkd.preparation.sampled import SampledRow, sample_of
+from mmkd.preparation.vision_checks import processor_of_teacher
 from mmkd.teachers.base import Teacher
-from mmkd.teachers.cached import CacheCollator, CachedTeacher
+from mmkd.teachers.cached import CachedTeacher, with_targets
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.server import ServerTeacher
-from mmkd.teachers.several import SeveralTeachers, TeachersCollator, parts_of
+from mmkd.teachers.several import SeveralTargets, SeveralTeachers, parts_of
 
 from .config import DistillationConfig
 from .preparing import preparation_of, sequences_of
 from .reports import ReportingTrainer
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """The teacher of a training, and what follows from it for student and batches."""
+
+    teacher: Teacher[Any] | None
+    vocab_size: int
+    """The tokens that student and teacher are compared on."""
+    fill: Fill | None = None
+    """What the collator adds to a batch for it."""
+    processor: ProcessorMixin | None = None
+    """With which it reads images."""
 
 
 class TaughtTrainer(ReportingTrainer, LabellingTrainer):
@@ -53,7 +69,7 @@ class TaughtTrainer(ReportingTrainer, LabellingTrainer):
     train_dataset: Any
     processing_class: Any
     data_collator: Any
-    vision_collator: VisionCollator | None
+    views: TextViews | VisionViews
     vocab_size: int
     _given_teacher: tuple[Any, Any]
 
@@ -89,17 +105,20 @@ class TaughtTrainer(ReportingTrainer, LabellingTrainer):
                     f"{', '.join(map(repr, teachers.teachers))}."
                 )
 
-    def build_teacher(self, teacher: Any, processing_class: Any) -> Teacher:
-        """The teacher of the constructor's arguments, checked against student and data."""
+    def build_teacher(self, teacher: Any, processing_class: Any) -> Teaching:
+        """The teacher of the constructor's arguments, checked against student and data, and what follows from it."""
+        tokens = full_head(self.model).vocab_size
+        if teacher is None:
+            return Teaching(None, tokens)
         if isinstance(teacher, SeveralTeachers):
             return self._build_several(teacher, processing_class)
         if isinstance(teacher, CachedTeacher):
-            self._use_cache(teacher)
+            self._check_cache(teacher)
             self._check_sequences(teacher)
-            self.data_collator = CacheCollator(self.data_collator, teacher)
-        elif not isinstance(teacher, Teacher):
-            teacher = self._build_local(teacher, processing_class)
-        return teacher
+            return Teaching(teacher, min(tokens, teacher.vocab_size), partial(with_targets, teacher=teacher))
+        if isinstance(teacher, Teacher):
+            return Teaching(teacher, tokens)
+        return self._build_local(teacher, processing_class)
 
     def load_teacher(self, teacher: str | PreTrainedModel) -> PreTrainedModel:
         """The model of a name, with `teacher_model_init_kwargs`; a model as it is."""
@@ -111,43 +130,48 @@ class TaughtTrainer(ReportingTrainer, LabellingTrainer):
         init = {"dtype": "auto", "trust_remote_code": trust, **given}
         return load_model(teacher, "teacher", device=self.args.device, **init)
 
-    def _build_local(self, teacher: str | PreTrainedModel, processing_class: Any) -> LocalTeacher:
+    def _build_local(self, teacher: str | PreTrainedModel, processing_class: Any) -> Teaching:
         model = self.load_teacher(teacher)
         say_emulated("teacher", model.dtype, self.args.device)
         if processing_class is None:
             trust = self.args.trust_remote_code
             processing_class = load_processing_class(name_of(model), "teacher", trust_remote_code=trust)
-        if self.vision_collator is not None:
-            self.vision_collator.add_teacher(processor_of_teacher(processing_class, name_of(model)))
-        self.vocab_size = self._shared_vocabulary(tokenizer_of(processing_class), full_head(model).vocab_size)
-        return LocalTeacher(model, self.vocab_size)
+        vision = isinstance(self.views, VisionViews)
+        processor = processor_of_teacher(processing_class, name_of(model)) if vision else None
+        rows = (full_head(one).vocab_size for one in (self.model, model))
+        tokens = shared_tokens(tokenizer_of(self.processing_class), tokenizer_of(processing_class), *rows)
+        return Teaching(LocalTeacher(model, tokens), tokens, processor=processor)
 
-    def _build_several(self, several: SeveralTeachers, processing_class: Any) -> SeveralTeachers:
+    def _build_several(self, several: SeveralTeachers, processing_class: Any) -> Teaching:
+        tokens, teachers = full_head(self.model).vocab_size, dict(several.teachers)
         for name, teacher in several.teachers.items():
             if several.column and isinstance(self.train_dataset, Dataset):
                 self._check_named(several.column, name)
             if isinstance(teacher, CachedTeacher):
-                self._use_cache(teacher)
+                self._check_cache(teacher)
                 self._check_sequences(teacher, several.column, name)
+                tokens = min(tokens, teacher.vocab_size)
             elif not isinstance(teacher, Teacher):
-                several.teachers[name] = self._build_local(teacher, processing_class)
+                built = self._build_local(teacher, processing_class)
+                teachers[name], tokens = built.teacher, min(tokens, built.vocab_size)
+                alike = built.processor is None or self.views.reads_alike(built.processor)
+                if not alike:
+                    raise UserError(
+                        "One of several teachers reads images in another way than the student, and a batch holds one "
+                        "version besides the student's. Use teachers with the student's processor, or one teacher."
+                    )
             elif isinstance(teacher, LocalTeacher | ServerTeacher) and teacher.vocab_size is not None:
-                self.vocab_size = min(self.vocab_size, teacher.vocab_size)
-        if self.vision_collator is not None and self.vision_collator.teacher is not None:
-            raise UserError(
-                "One of several teachers reads images in another way than the student, and a batch holds one version "
-                "besides the student's. Use teachers with the student's processor, or one teacher."
-            )
-        for name, teacher in several.teachers.items():
+                tokens = min(tokens, teacher.vocab_size)
+        for name, teacher in teachers.items():
             if isinstance(teacher, LocalTeacher | ServerTeacher):
-                teacher.vocab_size = self.vocab_size
-            elif isinstance(teacher, CachedTeacher) and teacher.vocab_size > self.vocab_size:
+                teachers[name] = teacher.over_tokens(tokens)
+            elif isinstance(teacher, CachedTeacher) and teacher.vocab_size > tokens:
                 raise UserError(
                     f"The cache of the teacher {name!r} speaks of {teacher.vocab_size} tokens, but the student and "
-                    f"all teachers share {self.vocab_size} only. Use teachers with one tokenizer."
+                    f"all teachers share {tokens} only. Use teachers with one tokenizer."
                 )
-        self.data_collator = TeachersCollator(self.data_collator, several)
-        return several
+        several = several.replaced_by(teachers)
+        return Teaching(several, tokens, SeveralTargets.of(several))
 
     def _check_fit(self) -> None:
         """Raises UserError where the data has tokens or positions that a model lacks; says what may go wrong."""
@@ -178,8 +202,8 @@ class TaughtTrainer(ReportingTrainer, LabellingTrainer):
 
     def _sample_seen_by(self, role: str, prefix: str) -> list[SampledRow]:
         """`sampled_rows` as a side sees them: by its own processor, or in its own columns, and within max_length."""
-        vision, rows = self.vision_collator, self.sampled_rows()
-        if vision is not None:
+        vision, rows = self.views, self.sampled_rows()
+        if isinstance(vision, VisionViews):
             if role == "teacher" and vision.teacher is not None:
                 rows = sample_of(self.train_dataset, vision.teacher)
             return [SampledRow(*(part[: vision.max_length] for part in row)) for row in rows]
@@ -220,13 +244,12 @@ class TaughtTrainer(ReportingTrainer, LabellingTrainer):
                 "has nothing to teach."
             )
 
-    def _use_cache(self, teacher: CachedTeacher) -> None:
+    def _check_cache(self, teacher: CachedTeacher) -> None:
         if teacher.vocab_size > full_head(self.model).vocab_size:
             raise UserError(
                 f"The cache {teacher.cache.folder} speaks of {teacher.vocab_size} tokens, the student has "
                 f"{full_head(self.model).vocab_size}. Build it again with this student."
             )
-        self.vocab_size = min(self.vocab_size, teacher.vocab_size)
         teacher.check(preparation_of(self.processing_class, self.args, self.chat_template))
 
     def _check_sequences(self, teacher: CachedTeacher, column: str | None = None, name: str = "") -> None:
@@ -236,9 +259,6 @@ class TaughtTrainer(ReportingTrainer, LabellingTrainer):
             if isinstance(dataset, Dataset) and "labels" in dataset.column_names:
                 rows = dataset if column is None else _rows_of(dataset, column, name)
                 teacher.check_sequences(((one.ids, one.supervised) for one in sequences_of(rows)), split)
-
-    def _shared_vocabulary(self, teacher_tokenizer: Any, teacher_rows: int) -> int:
-        return shared_tokens(tokenizer_of(self.processing_class), teacher_tokenizer, self.vocab_size, teacher_rows)
 
     def _first_rows(self, teacher: Teacher) -> Iterator[dict[str, Any]]:
         """Rows to ask about before training: the first, and where rows name their teachers the first of each."""

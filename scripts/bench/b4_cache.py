@@ -37,7 +37,8 @@ from mmkd.capture.sequences import TokenSequence
 from mmkd.losses.fused import Targets, fused_loss
 from mmkd.models.backbone import full_head
 from mmkd.models.heads import LMHead
-from mmkd.teachers.cached import BATCH_KEY, CachedTeacher
+from mmkd.teachers.batch import ONLY, View
+from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal, log_one_minus_exp
 
@@ -315,7 +316,7 @@ def gradient_rows(text: Text, plan: ScorePlan, caches: Path) -> list[dict[str, A
             teacher = CachedTeacher(folder_of(caches, k, m), tail)
             found = [teacher.cache.find(one.key) for one in asked]
             fields = teacher.tensors([teacher.cache.scores(row) for row in found if row is not None])
-            signal: Any = teacher.ask({BATCH_KEY: fields}, torch.ones(tokens, dtype=torch.bool))
+            signal: Any = teacher.ask(View({}, torch.zeros(1, 1), targets={ONLY: fields}), torch.ones(tokens).bool())
             _, gradient = head_gradient(states, signal)
             row = rows.setdefault(f"{name_of(k, m)}, {tail}", {"": f"{name_of(k, m)}, {tail}"})
             row[title] = float((gradient - whole).norm() / whole.norm())

@@ -29,7 +29,7 @@ from mmkd.losses.divergences import forward_kl
 from mmkd.methods.llava_kd import LLaVAKDConfig, LLaVAKDTrainer
 from mmkd.methods.sft import SFTBaselineConfig, SFTBaselineTrainer
 from mmkd.models.llava import CHAT_TEMPLATE, IMAGE_TOKEN
-from mmkd.preparation.collation import VISUAL
+from mmkd.teachers.batch import Batch
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sft": {},
@@ -126,7 +126,7 @@ def stepper(case: Case) -> Step:
         if case.variant == "logits in full":
             loss = loss_in_full(trainer, batch)
         else:
-            loss = trainer.compute_loss(trainer.model, dict(batch))
+            loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -135,13 +135,13 @@ def stepper(case: Case) -> Step:
     return step
 
 
-def loss_in_full(trainer: Any, batch: dict[str, Any]) -> torch.Tensor:
+def loss_in_full(trainer: Any, batch: Batch) -> torch.Tensor:
     """The same loss from logits in full."""
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "row_lengths", VISUAL)}
+    inputs = batch.student.inputs
     student, labels = trainer.model(**inputs).logits, batch["labels"][:, 1:]
     with torch.no_grad():
         teacher = trainer.teacher.model(**inputs).logits
-    answer, visual = labels != -100, batch[VISUAL]["mask"]
+    answer, visual = labels != -100, batch.student.visual
     log_probs, target = student.log_softmax(-1), teacher.log_softmax(-1)
     kl = forward_kl(log_probs, target)
     reg = -log_probs[:, :-1][answer].gather(-1, labels[answer][:, None]).mean()

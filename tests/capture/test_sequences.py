@@ -3,6 +3,8 @@
 import gc
 import io
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +18,10 @@ from transformers import AutoProcessor
 from mmkd.cache.sequence_keys import image_hash, segments, sequence_key
 from mmkd.capture.sequences import Prepared, Sequences, TokenSequence, UnusableRow, VisionSequences, prepare, usable
 from mmkd.methods.kd import KDConfig, KDTrainer
+from mmkd.preparation.collation import Collator
 from mmkd.preparation.vision_labels import ImageTokens
-from mmkd.teachers.cached import BATCH_KEY, CacheCollator
+from mmkd.teachers.batch import ONLY
+from mmkd.teachers.cached import with_targets
 from scripts.make_tiny_models import sentences
 from tests.helpers import Build
 from tests.teachers.vlm import make_image, make_vlm
@@ -38,8 +42,8 @@ class Asked:
     def tensors(self, scores: list[int]) -> dict[str, torch.Tensor]:
         return {"rows": torch.tensor(scores)}
 
-    def collator(self, collator: Any) -> CacheCollator:
-        return CacheCollator(collator, cast(Any, self))
+    def collator(self, collator: Any) -> Collator:
+        return replace(collator, fill=partial(with_targets, teacher=cast(Any, self)))
 
 
 def prepared_like(trainer: Any, data: DatasetDict) -> Prepared:
@@ -65,7 +69,7 @@ def assert_training_asks_about(sequences: list[TokenSequence], loader: Any, aske
     assert len(by_key) == len(sequences)
     for batch in loader:
         # The loader is a batch ahead, so that not all keys so far are of this one.
-        looked_up = [by_key[asked.keys[place]] for place in batch[BATCH_KEY]["rows"]]
+        looked_up = [by_key[asked.keys[place]] for place in batch.student.targets[ONLY]["rows"]]
         assert sum(int(one.supervised.sum()) for one in looked_up) == (batch["labels"][:, 1:] != -100).sum()
     assert set(asked.keys) == set(by_key)
 
@@ -185,7 +189,7 @@ def test_sequences_that_were_skipped_teach_nothing(build: Build, completions: Da
     (batch,) = trainer.get_train_dataloader()
     kept = {one.key: int(one.supervised.sum()) for one in sequences[1::2]}
     assert (batch["labels"][:, 1:] != -100).sum() == sum(kept.values())
-    assert len(batch[BATCH_KEY]["rows"]) == len(kept)
+    assert len(batch.student.targets[ONLY]["rows"]) == len(kept)
     assert len(asked.keys) == len(sequences)
 
 

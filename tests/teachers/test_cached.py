@@ -4,7 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from mmkd.capture.sequences import TokenSequence, UnusableRow
 from mmkd.methods.kd import DIVERGENCES, KDConfig, KDTrainer
 from mmkd.methods.sft import SFTBaselineTrainer
 from mmkd.methods.taid import TAIDTrainer
+from mmkd.preparation.collation import Collator
 from mmkd.recipe.run import build_trainer, parse_run
-from mmkd.teachers.cached import BATCH_KEY, CacheCollator, CachedTeacher
+from mmkd.teachers.batch import ONLY, View
+from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import SparseSignal, TopKSignal
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
@@ -87,10 +89,14 @@ class Encoded(LocalTeacher):
 
     @torch.no_grad()
     def ask(self, inputs: Any, supervised: Any) -> Any:
-        inputs = {name: value for name, value in inputs.items() if name != BATCH_KEY}
         scores = score_tokens(super().ask(inputs, supervised), self.codec.k, 0, np.zeros(int(supervised.sum())))
         scores = self.codec.decode(self.codec.encode(scores), len(scores))
         return TopKSignal(*map(torch.from_numpy, (scores.ids, scores.log_probs, scores.tail_log_prob)))
+
+
+def view_of(targets: Mapping[str, torch.Tensor]) -> View:
+    """A view of which nothing is known but what a teacher on disk said."""
+    return View({}, torch.zeros(1, 1, dtype=torch.long), targets={ONLY: targets})
 
 
 def steps(trainer: Any) -> list[tuple[float, float]]:
@@ -226,7 +232,7 @@ def test_one_cache_says_the_same_whichever_tail_is_chosen(sparse: Path) -> None:
     rows = [cache.scores(row) for row in range(4)]
     supervised = torch.ones(sum(map(len, rows)), dtype=torch.bool)
     teachers = [CachedTeacher(cache, tail) for tail in ("bucket", "unbiased", "renormalise")]
-    signals: list[Any] = [one.ask({BATCH_KEY: one.tensors(rows)}, supervised) for one in teachers]
+    signals: list[Any] = [one.ask(view_of(one.tensors(rows)), supervised) for one in teachers]
     bucket, unbiased, renormalised = signals
     assert torch.equal(bucket.ids, renormalised.ids)
     assert torch.equal(bucket.ids, unbiased.ids[:, :8])
@@ -333,12 +339,13 @@ def test_packed_rows_that_ranks_repeat_do_not_count_twice(sparse_recipe: Path, r
 def test_the_collator_travels_to_other_processes(build: Build, sparse: Path) -> None:
     trainer = build(KDTrainer, TRAIN, trainer={"teacher": CachedTeacher(sparse, "unbiased")})
     collator = trainer.data_collator
-    assert isinstance(collator, CacheCollator)
+    assert isinstance(collator, Collator)
     examples = [dict(trainer.train_dataset[row]) for row in range(3)]
     here, there = collator(examples), pickle.loads(pickle.dumps(collator))(examples)
-    for name, tensor in here[BATCH_KEY].items():
-        assert torch.equal(tensor, there[BATCH_KEY][name])
-    assert len(here[BATCH_KEY]["ids"]) == (here["labels"][:, 1:] != -100).sum()
+    targets = here.student.targets[ONLY]
+    for name, tensor in targets.items():
+        assert torch.equal(tensor, there.student.targets[ONLY][name])
+    assert len(targets["ids"]) == (here["labels"][:, 1:] != -100).sum()
 
 
 def test_a_batch_without_supervised_tokens_is_a_zero(build: Build, sparse: Path) -> None:

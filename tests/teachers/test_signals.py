@@ -15,7 +15,8 @@ from mmkd.losses.fused import Objective, fused_loss
 from mmkd.methods.kd import DIVERGENCES, KDConfig
 from mmkd.methods.taid import TAIDTrainer
 from mmkd.models.heads import LMHead
-from mmkd.teachers.cached import BATCH_KEY, CachedTeacher, _with_draws
+from mmkd.teachers.batch import ONLY, View
+from mmkd.teachers.cached import CachedTeacher, _with_draws
 from mmkd.teachers.signals import DenseSignal, SparseSignal, TopKSignal
 
 TOKENS, VOCAB, WIDTH = 9, 40, 8
@@ -64,7 +65,7 @@ def signal_of(scores: TokenScores, tail: str) -> SparseSignal:
     """What a cached teacher makes of its scores."""
     teacher = teacher_with(tail)
     supervised = torch.ones(len(scores), dtype=torch.bool)
-    signal = teacher.ask({BATCH_KEY: teacher.tensors([scores])}, supervised)
+    signal = teacher.ask(View({}, torch.zeros(1, 1), targets={ONLY: teacher.tensors([scores])}), supervised)
     assert isinstance(signal, SparseSignal)
     return signal
 

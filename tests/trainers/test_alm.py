@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,9 @@ def test_loss_is_the_mean_divergence_of_the_models_own_chunk_likelihoods(alm: An
     student, teacher = pieces.student, pieces.teacher
     prompt = len(trainer.processing_class(row["prompt"])["input_ids"])
     ids = batch["input_ids"][0].tolist()[: int(batch["attention_mask"][0].sum())]
-    asked = batch["teacher_scores"]
-    theirs = asked["input_ids"][0].tolist()[: int(asked["attention_mask"][0].sum())]
-    first = int(asked["supervised"][0].int().argmax()) + 1
+    view = batch.teacher
+    theirs = view["input_ids"][0].tolist()[: int(view["attention_mask"][0].sum())]
+    first = int(view.supervised[0].int().argmax()) + 1
     # The end of the text is a marker on both sides and a chunk of its own.
     spans = chunks_by_the_book([student[i] for i in ids[prompt:-1]], [teacher[i] for i in theirs[first:-1]])
     log_probs = token_log_probs(trainer.model, ids)[prompt - 1 :], token_log_probs(trainer.teacher.model, theirs)
@@ -151,7 +152,7 @@ def test_policies_compare_other_chunks(alm: Any, texts: Dataset) -> None:
     for policy in ("all", "space", "unbiased", "merge"):
         trainer = alm(texts, chunks=policy, gamma=0.3)
         batch = next(iter(trainer.get_train_dataloader()))
-        counts[policy] = int(trainer.count_items(batch)["chunk"])
+        counts[policy] = int(trainer.count_items(trainer.ask_ahead(batch, alone=True))["chunk"])
     assert counts["space"] < counts["all"]
     assert counts["unbiased"] <= counts["merge"] < counts["all"]
 
@@ -159,13 +160,11 @@ def test_policies_compare_other_chunks(alm: Any, texts: Dataset) -> None:
 def test_boundary_probabilities_are_the_teachers_own(alm: Any) -> None:
     trainer = alm(Dataset.from_dict({"text": ["the cat sat on a mat"] * 4}), chunks="merge")
     batch = next(iter(trainer.get_train_dataloader()))
-    supervised = batch["labels"][:, 1:] != -100
-    signal = trainer.ask_teacher(batch, supervised)
-    asked = batch["teacher_scores"]
+    signal, view = trainer.ask(batch), batch.teacher
     with torch.no_grad():
-        logits = trainer.teacher.model(input_ids=asked["input_ids"], attention_mask=asked["attention_mask"]).logits
+        logits = trainer.teacher.model(**view.inputs).logits
     mask = torch.from_numpy(boundary_mask(TokenPieces.of(CHATTERS["gemma"]())))
-    space = logits.log_softmax(-1)[..., mask].logsumexp(-1)[:, :-1][asked["supervised"]]
+    space = logits.log_softmax(-1)[..., mask].logsumexp(-1)[:, :-1][view.supervised]
     following = signal.alignment.teacher_next
     # Ends of texts need no boundary; the others are followed by white space.
     assert (following < 0).any()
@@ -183,6 +182,24 @@ def test_losses_do_not_depend_on_gradient_accumulation(alm: Any, completions: Da
     whole = steps(alm(completions, per_device_train_batch_size=4, **settings))
     halves = steps(alm(completions, per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings))
     assert halves == [pytest.approx(pair, rel=1e-4) for pair in whole]
+
+
+@pytest.mark.parametrize("policy", ["all", "merge"])
+def test_no_hidden_states_of_two_micro_batches_are_kept_at_a_time(alm: Any, texts: Dataset, policy: str) -> None:
+    settings = {"chunks": policy, "hidden_weight": 0.5, "gradient_accumulation_steps": 4}
+    trainer: Any = alm(texts, max_steps=2, per_device_train_batch_size=1, **settings)
+    ask, answers, kept = trainer.teacher.ask, [], []
+
+    def asked(*args: Any) -> Any:
+        signal = ask(*args)
+        answers.append(weakref.ref(signal.hidden))
+        kept.append(sum(answer() is not None for answer in answers))
+        return signal
+
+    trainer.teacher.ask = asked
+    trainer.train()
+    assert len(kept) >= 8
+    assert max(kept) == 1
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
@@ -277,7 +294,7 @@ def test_the_projection_is_learned_and_not_shipped(alm: Any, texts: Dataset, tmp
 def test_templates_of_both_sides_differ_and_answers_align(alm: Any, chats: Dataset) -> None:
     trainer = alm(chats, max_steps=1, max_length=200)
     batch = next(iter(trainer.get_train_dataloader()))
-    alignment = trainer.ask_teacher(batch, batch["labels"][:, 1:] != -100).alignment
+    alignment = trainer.ask(batch).alignment
     labels = batch["labels"][:, 1:][batch["labels"][:, 1:] != -100]
     compared = labels[alignment.student_chunk >= 0].tolist()
     text = trainer.processing_class.decode(compared)
@@ -339,8 +356,8 @@ def test_vision_models_with_different_tokenizers(build: Build, tmp_path: Path) -
     settings: dict[str, Any] = {"max_length": None, "chunks": "merge", "tau": 5.0}
     trainer: Any = build(ALMTrainer, Dataset.from_list(rows, features=features), trainer=arguments, **settings)
     batch = next(iter(trainer.get_train_dataloader()))
-    supervised = batch["labels"][:, 1:] != -100
-    alignment = trainer.ask_teacher(batch, supervised).alignment
+    supervised = batch.student.supervised
+    alignment = trainer.ask(batch).alignment
     assert (alignment.student_chunk >= 0).all()
     assert (batch["input_ids"] == trainer.processing_class.image_token_id).any()
     assert trainer.processing_class.image_token_id not in batch["labels"][:, 1:][supervised]

@@ -16,13 +16,14 @@ from mmkd.losses.divergences import forward_kl, interpolated_log_probs
 from mmkd.methods.alm import ALMTrainer
 from mmkd.methods.kd import DIVERGENCES, KDTrainer
 from mmkd.methods.taid import TAIDTrainer
+from mmkd.teachers.batch import Batch
 from mmkd.training.method import METHODS
 from scripts.make_tiny_models import sentences
 from tests.helpers import Build, losses_of
 from tests.trainers.test_llava_kd import loss_and_gradients, one_batch
 
 
-def naive_terms(trainer: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+def naive_terms(trainer: Any, batch: Batch) -> dict[str, torch.Tensor]:
     """Divergence and cross-entropy of KD and TAID from both models' logits in full."""
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     supervised = batch["labels"][:, 1:] != -100
@@ -41,7 +42,7 @@ def naive_terms(trainer: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def naive_norms(trainer: Any, batch: dict[str, Any]) -> dict[str, float]:
+def naive_norms(trainer: Any, batch: Batch) -> dict[str, float]:
     layer = list(trainer.model.model.layers[-1].parameters())
     norms = {}
     for name, term in naive_terms(trainer, batch).items():
@@ -144,7 +145,7 @@ def test_an_accumulated_batch_is_balanced_part_by_part(build: Build, texts: Data
     trainer: Any = build(KDTrainer, texts, **balanced)
     parts = [trainer._prepare_inputs(trainer.data_collator([dict(trainer.train_dataset[row])])) for row in (0, 0, 1)]
 
-    def accumulated(*batches: dict[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
+    def accumulated(*batches: Batch) -> tuple[torch.Tensor, dict[str, float]]:
         trainer.model.zero_grad()
         trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
         for batch in batches:

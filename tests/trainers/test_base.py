@@ -26,6 +26,7 @@ from mmkd.methods.kd import KDTrainer
 from mmkd.methods.sft import SFTBaselineTrainer
 from mmkd.methods.taid import TAIDTrainer
 from mmkd.teachers.base import Teacher
+from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.local import LocalTeacher
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.method import METHODS
@@ -121,7 +122,7 @@ def test_a_rank_without_tokens_reports_what_the_others_do(build: Build, completi
     names: list[set[str]] = []
     for labels in ([5, 6, 7], [-100, -100, -100]):
         trainer = build(TAIDTrainer, completions, ce_weight=0.5)
-        batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([labels])}
+        batch = Batch(View({"input_ids": torch.tensor([[5, 6, 7]])}, torch.tensor([labels])), torch.tensor([3]))
         trainer.model.train()
         trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
         trainer.compute_loss(trainer.model, batch)
@@ -185,8 +186,8 @@ def test_the_student_moves_towards_the_teacher(build: Build, texts: Dataset) -> 
 
 def test_a_batch_without_supervised_tokens_is_a_zero(build: Build, completions: Dataset) -> None:
     trainer = build(KDTrainer, completions)
-    batch = dict(next(iter(trainer.get_train_dataloader())))
-    batch["labels"] = torch.full_like(batch["labels"], -100)
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = batch.with_labels(torch.full_like(batch["labels"], -100))
     trainer.model.train()
     trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
     loss = trainer.compute_loss(trainer.model, batch)
@@ -502,9 +503,9 @@ def test_speed_and_time_left_count_the_teacher_wherever_it_is_asked_and_no_evalu
             now[0] += 5
             return batches
 
-        def ask_view(self, view: Any) -> Any:
+        def ask(self, batch: Any) -> Any:
             now[0] += 2 if self.model.training else 1000
-            return super().ask_view(view)
+            return super().ask(batch)
 
     settings = {"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     trainer = build(Slow, texts, trainer={"eval_dataset": texts.select(range(2))}, **settings)

@@ -14,7 +14,7 @@ from mmkd.losses.visual_relations import relation_distance
 from mmkd.methods.kd import KDTrainer
 from mmkd.methods.llava_kd import LLaVAKDConfig, LLaVAKDTrainer, VisualSignal, VisualSupervised
 from mmkd.models.heads import LMHead
-from mmkd.preparation.collation import TEACHER_INPUTS, VISUAL
+from mmkd.teachers.batch import Batch
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal
 from tests.helpers import Build, losses_of
@@ -34,11 +34,11 @@ def build_vlm(build: Build, vlms: dict[str, Path]) -> Build:
     return built
 
 
-def one_batch(trainer: Any, count: int = 4) -> dict[str, Any]:
+def one_batch(trainer: Any, count: int = 4) -> Batch:
     return trainer._prepare_inputs(trainer.data_collator([dict(trainer.train_dataset[row]) for row in range(count)]))
 
 
-def loss_and_gradients(trainer: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(trainer: Any, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
     trainer.model.zero_grad()
     trainer.model.train()
     trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
@@ -47,19 +47,16 @@ def loss_and_gradients(trainer: Any, batch: dict[str, Any]) -> tuple[float, dict
     return loss.item(), {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-def dense_terms(
-    trainer: Any, batch: dict[str, Any], relation_on: str = "logits", **others: Any
-) -> dict[str, torch.Tensor]:
+def dense_terms(trainer: Any, batch: Batch, relation_on: str = "logits", **others: Any) -> dict[str, torch.Tensor]:
     """The four terms from both models' logits in full."""
-    extra = ("labels", "row_lengths", VISUAL, TEACHER_INPUTS)
-    inputs = {key: value for key, value in batch.items() if key not in extra}
+    inputs = batch.student.inputs
     both = [model(**inputs, output_hidden_states=True) for model in (trainer.model, trainer.teacher.model)]
     student, teacher = both[0].logits, both[1].logits.detach()
     labels = batch["labels"][:, 1:]
-    answer, visual = labels != -100, batch[VISUAL]["mask"]
+    answer, visual = labels != -100, batch.student.visual
     log_probs = student[:, :-1].log_softmax(-1)[answer]
     kl = forward_kl(student.log_softmax(-1), teacher.log_softmax(-1))
-    tokens = batch[VISUAL]["images"][:, 1].tolist()
+    tokens = batch.student.images[:, 1].tolist()
     features = (student, teacher) if relation_on == "logits" else [one.hidden_states[-1] for one in both]
     pairs = zip(*(one[visual].split(tokens) for one in features), strict=True)
     distances = [relation_distance(ours @ ours.T, theirs @ theirs.T) for ours, theirs in pairs]
@@ -109,7 +106,7 @@ def test_the_authors_losses(build_vlm: Build, monkeypatch: pytest.MonkeyPatch) -
 def test_loss_and_gradient_are_those_of_logits_in_full(build_vlm: Build, images: list[int]) -> None:
     trainer: Any = build_vlm(LLaVAKDTrainer, vision_rows(images), alpha=0.7, beta=0.9, gamma=0.5)
     batch = one_batch(trainer)
-    assert batch[VISUAL]["images"].tolist() == [[row, 4] for row, count in enumerate(images) for _ in range(count)]
+    assert batch.student.images.tolist() == [[row, 4] for row, count in enumerate(images) for _ in range(count)]
     terms = dense_terms(trainer, batch)
     expected = terms["reg"] + 0.7 * terms["res"] + 0.9 * terms["vis"] + 0.5 * terms["rel"]
     expected.backward()
@@ -216,7 +213,7 @@ def test_an_image_alone_is_the_same_among_many(build_vlm: Build) -> None:
     assert relation_of(trainer, together) == pytest.approx(expected, rel=1e-4)
 
 
-def relation_of(trainer: Any, batch: dict[str, Any]) -> float:
+def relation_of(trainer: Any, batch: Batch) -> float:
     loss_and_gradients(trainer, trainer._prepare_inputs(batch))
     total, count = trainer._sums["train"].pop("relation_distance")
     return float(total / count)
@@ -256,10 +253,11 @@ def test_other_visual_tokens_are_refused_or_pooled(build_vlm: Build, vlms: Any) 
         build_vlm(LLaVAKDTrainer, data, trainer=fine, max_steps=1).train()
     trainer: Any = build_vlm(LLaVAKDTrainer, data, trainer=fine, visual_mismatch="pool", max_steps=20)
     batch = one_batch(trainer)
-    assert batch[VISUAL]["images"][0].tolist() == [0, 16]
-    assert batch[TEACHER_INPUTS][VISUAL]["images"][0].tolist() == [0, 4]
+    assert batch.teacher is not None
+    assert batch.student.images[0].tolist() == [0, 16]
+    assert batch.teacher.images[0].tolist() == [0, 4]
     assert batch["pixel_values"].shape[-1] == 16
-    assert batch[TEACHER_INPUTS]["pixel_values"].shape[-1] == 8
+    assert batch.teacher["pixel_values"].shape[-1] == 8
     assert int(trainer.count_items(batch)["visual_token"]) == 4 * 4
     trainer.train()
     assert losses_of(trainer, "visual_kl")[-1] < losses_of(trainer, "visual_kl")[0]
@@ -269,11 +267,9 @@ def test_kd_gives_each_model_its_own_pixels(build_vlm: Build, vlms: Any) -> None
     trainer: Any = build_vlm(KDTrainer, vision_rows([1, 2, 0, 1]), trainer={"model": str(vlms["fine"])}, max_steps=1)
     batch = one_batch(trainer)
     assert isinstance(trainer.teacher, LocalTeacher)
-    extra = ("labels", "row_lengths", VISUAL, TEACHER_INPUTS)
-    ours = {key: value for key, value in batch.items() if key not in extra}
-    theirs = {key: value for key, value in batch[TEACHER_INPUTS].items() if key not in extra}
-    student = trainer.model(**ours).logits[:, :-1][batch["labels"][:, 1:] != -100]
-    teacher = trainer.teacher.model(**theirs).logits[:, :-1][batch[TEACHER_INPUTS]["labels"][:, 1:] != -100]
+    assert batch.teacher is not None
+    student = trainer.model(**batch.student.inputs).logits[:, :-1][batch["labels"][:, 1:] != -100]
+    teacher = trainer.teacher.model(**batch.teacher.inputs).logits[:, :-1][batch.teacher.supervised]
     expected = forward_kl(student.log_softmax(-1), teacher.log_softmax(-1)).mean()
     assert loss_and_gradients(trainer, batch)[0] == pytest.approx(expected.item(), rel=1e-5)
 
@@ -355,7 +351,7 @@ def test_visual_logits_are_never_held_in_full(build_vlm: Build) -> None:
     trainer: Any = build_vlm(LLaVAKDTrainer, vision_rows([5] * 4), chunk_size=4)
     batch = one_batch(trainer)
     width = max(trainer.model.lm_head.in_features, trainer.teacher.model.lm_head.in_features)
-    assert int(batch[VISUAL]["mask"].sum()) == 80
+    assert int(batch.student.visual.sum()) == 80
     with VocabularyRows(trainer.vocab_size) as seen:
         loss_and_gradients(trainer, batch)
     assert 4 <= seen.most <= width + 1 < 80

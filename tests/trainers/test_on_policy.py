@@ -18,6 +18,7 @@ from mmkd.generation.local_generation import up_to_stop
 from mmkd.methods.alm import ALMTrainer
 from mmkd.methods.kd import KDConfig, KDTrainer
 from mmkd.methods.taid import TAIDTrainer
+from mmkd.teachers.batch import Batch
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.training.answers import Rollout
 from mmkd.training.method import METHODS
@@ -47,7 +48,7 @@ def steps(trainer: Any) -> list[tuple[float, float]]:
     return list(zip(losses_of(trainer), losses_of(trainer, "grad_norm"), strict=True))
 
 
-def mixed(trainer: Any, batches: int = 1) -> list[dict[str, Any]]:
+def mixed(trainer: Any, batches: int = 1) -> list[Batch]:
     """The first accumulated batch as the loss sees it, before any step."""
     iterator = iter(trainer.get_train_dataloader())
     return trainer.get_batch_samples(iterator, batches, torch.device("cpu"))[0]
@@ -270,7 +271,7 @@ def test_images_stay_with_their_prompts(build: Build, tmp_path: Path) -> None:
     image = whole.processing_class.image_token_id
     assert torch.equal((plain["input_ids"] == image).sum(1), (batch["input_ids"] == image).sum(1))
     assert torch.equal(plain["pixel_values"], batch["pixel_values"])
-    assert torch.equal(batch["visual_tokens"]["mask"], batch["input_ids"] == image)
+    assert torch.equal(batch.student.visual, batch["input_ids"] == image)
     assert (batch["labels"] != plain["labels"][:, : batch["labels"].shape[1]]).any()
     expected = steps(whole)
     single = build(
@@ -298,8 +299,8 @@ def test_a_foreign_teacher_reads_the_text_of_rollouts(
     allowed = set(trainer.processing_class("the cat sat on a mat and saw one dog")["input_ids"])
     trainer.rollouts.tokens.silenced.extend({*range(300)} - allowed - {*silent})
     (batch,) = mixed(trainer)
-    supervised = batch["labels"][:, 1:] != -100
-    signal = trainer.ask_teacher(batch, supervised)
+    supervised = batch.student.supervised
+    signal = trainer.ask(batch)
     spoken = ~torch.isin(batch["labels"][:, 1:][supervised], torch.tensor(silent))
     assert (signal.alignment.student_chunk >= 0)[spoken].float().mean() > 0.9
     assert len(signal.log_probs) > 8

@@ -107,7 +107,7 @@ def test_forward_kl_to_a_mix_pulls_to_the_mixture(build: Build, completions: Dat
     batch: Any = trainer.data_collator([dict(trainer.train_dataset[row]) for row in range(4)])
     trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
     trainer.model.train()
-    trainer.compute_loss(trainer.model, dict(batch)).backward()
+    trainer.compute_loss(trainer.model, batch).backward()
     ours = {name: one.grad.clone() for name, one in trainer.model.named_parameters()}
     trainer.model.zero_grad()
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}

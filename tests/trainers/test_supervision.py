@@ -19,11 +19,11 @@ from mmkd.errors import UserError
 from mmkd.methods.kd import KDTrainer
 from mmkd.methods.sft import SFTBaselineConfig
 from mmkd.preflight.dry_run import report
-from mmkd.preparation.collation import VISUAL
 from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.preparation.supervision import TokenCounts, kept
 from mmkd.preparation.template import look_at
 from mmkd.preparation.turns import Turns, assistant_labels
+from mmkd.teachers.batch import View
 from mmkd.training.answers import answer_starts
 from scripts.make_tiny_models import CHAT_TEMPLATE, make_tokenizer, sentences
 from tests.families import FAMILIES, made
@@ -245,8 +245,9 @@ def test_text_with_images_trains(build: Build, vlms: Any) -> None:
 
 def test_a_row_that_supervises_all_but_its_image_has_no_prompt() -> None:
     labels = torch.tensor([[1, -100, -100, 4, 5], [-100, -100, -100, 4, 5]])
-    images = {"mask": torch.tensor([[0, 1, 1, 0, 0]] * 2, dtype=torch.bool), "images": torch.tensor([[0, 2], [1, 2]])}
-    assert answer_starts({"input_ids": labels.abs(), "labels": labels, VISUAL: images}) == [None, 3]
+    visual = torch.tensor([[0, 1, 1, 0, 0]] * 2, dtype=torch.bool)
+    view = View({"input_ids": labels.abs()}, labels, visual, torch.tensor([[0, 2], [1, 2]]))
+    assert answer_starts(view) == [None, 3]
 
 
 def test_tools_reach_the_template_of_rows_with_images() -> None:

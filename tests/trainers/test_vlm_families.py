@@ -9,7 +9,6 @@ from mmkd.losses.divergences import forward_kl
 from mmkd.methods.kd import KDTrainer
 from mmkd.methods.llava_kd import LLaVAKDTrainer
 from mmkd.methods.taid import TAIDTrainer
-from mmkd.preparation.collation import VISUAL
 from tests.families import FAMILIES, made, model_of
 from tests.helpers import Build, losses_of
 from tests.trainers.test_llava_kd import dense_terms, loss_and_gradients, one_batch
@@ -38,8 +37,9 @@ def built(build: Build, cls: Any, family: Any, same: bool = False, **settings: A
 def test_llava_kd_is_that_of_logits_in_full(build: Build, family: Any) -> None:
     trainer = built(build, LLaVAKDTrainer, family, alpha=0.7, beta=0.9, gamma=0.5)
     batch = one_batch(trainer)
-    assert batch[VISUAL]["images"][:, 0].tolist() == [0, 1, 1, 3]
-    assert int(batch[VISUAL]["images"][:, 1].sum()) == int(batch[VISUAL]["mask"].sum())
+    images = batch.student.images
+    assert images[:, 0].tolist() == [0, 1, 1, 3]
+    assert int(images[:, 1].sum()) == int(batch.student.visual.sum())
     terms = dense_terms(trainer, batch)
     expected = terms["reg"] + 0.7 * terms["res"] + 0.9 * terms["vis"] + 0.5 * terms["rel"]
     assert loss_and_gradients(trainer, batch)[0] == pytest.approx(expected.item(), rel=1e-4)
@@ -48,8 +48,7 @@ def test_llava_kd_is_that_of_logits_in_full(build: Build, family: Any) -> None:
 def test_kd_is_that_of_logits_in_full(build: Build, family: Any) -> None:
     trainer = built(build, KDTrainer, family)
     batch = one_batch(trainer)
-    extra = ("labels", "row_lengths", VISUAL)
-    inputs = {key: value for key, value in batch.items() if key not in extra}
+    inputs = batch.student.inputs
     answer = batch["labels"][:, 1:] != -100
     student, teacher = (one(**inputs).logits[:, :-1][answer] for one in (trainer.model, trainer.teacher.model))
     expected = forward_kl(student.log_softmax(-1), teacher.log_softmax(-1)).mean()

@@ -1,0 +1,182 @@
+"""Batch: one typed value from the collator to the loss. What each model reads, and what is known of the answers."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mmkd.errors import UserError
+
+from .signals import ChunkAlignment, ChunkSignal
+
+Targets = Mapping[str, Tensor]
+"""What a teacher on disk said about the supervised tokens of a view, by the field of its signal."""
+
+ONLY = ""
+"""The name under which the targets of the only teacher stand."""
+
+
+@dataclass(frozen=True, eq=False)
+class View(Mapping[str, Any]):
+    """A micro-batch as one model sees it; as a mapping it is the keyword arguments of the model's forward."""
+
+    inputs: Mapping[str, Any]
+    labels: Int[Tensor, "batch position"]
+    visual_tokens: Bool[Tensor, "batch position"] | None = None
+    """Which positions stand for a piece of an image; None where rows have no images."""
+    image_tokens: Int[Tensor, "image 2"] | None = None
+    """Row and number of visual tokens of each image, in the order of the rows."""
+    targets: Mapping[str, Targets] = field(default_factory=dict)
+    """What the teachers on disk said, by the teacher's name."""
+    route: Int[Tensor, "batch position"] | None = None
+    """The number of the teacher of each token, or of each row in one column, where rows name theirs."""
+
+    @classmethod
+    def of(cls, collated: Mapping[str, Any]) -> Self:
+        """The view of what a collator of one model made: its inputs and, apart from them, its labels."""
+        return cls({name: value for name, value in collated.items() if name != "labels"}, collated["labels"])
+
+    def __getitem__(self, name: str) -> Any:
+        return self.inputs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def supervised(self) -> Bool[Tensor, "batch position-1"]:
+        """The positions that predict a supervised token."""
+        return self.labels[:, 1:] != -100
+
+    @property
+    def visual(self) -> Bool[Tensor, "batch position"]:
+        """The visual tokens of rows that are learnt from: ranks repeat rows at the end of an evaluation."""
+        if self.visual_tokens is None:
+            return torch.zeros_like(self.labels, dtype=torch.bool)
+        return self.visual_tokens & self.supervised.any(1)[:, None]
+
+    @property
+    def images(self) -> Int[Tensor, "image 2"]:
+        """Row and number of visual tokens of each image of a row that is learnt from."""
+        if self.image_tokens is None:
+            return self.labels.new_zeros(0, 2)
+        return self.image_tokens[self.supervised.any(1)[self.image_tokens[:, 0]]]
+
+    def learnt_from(self, rows: Bool[Tensor, "batch"]) -> Self:
+        """The view in which only the chosen rows have labels."""
+        return replace(self, labels=self.labels.masked_fill(~rows[:, None], -100))
+
+    def of_rows(self, rows: Bool[Tensor, "batch"]) -> Self:
+        """The view of some rows without images; what is not about rows stays."""
+        inputs = {
+            name: value[rows] if isinstance(value, Tensor) and len(value) == len(rows) else value
+            for name, value in self.inputs.items()
+        }
+        return replace(self, inputs=inputs, labels=self.labels[rows])
+
+    def targets_of(self, name: str) -> Self:
+        """The view as the teacher of this name is asked about it."""
+        return replace(self, targets={ONLY: self.targets[name]} if name in self.targets else {}, route=None)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The view with every tensor changed, moved to a device say."""
+        return replace(
+            self,
+            inputs={
+                name: change(value) if isinstance(value, Tensor) else value for name, value in self.inputs.items()
+            },
+            labels=change(self.labels),
+            visual_tokens=None if self.visual_tokens is None else change(self.visual_tokens),
+            image_tokens=None if self.image_tokens is None else change(self.image_tokens),
+            targets={
+                teacher: {name: change(tensor) for name, tensor in targets.items()}
+                for teacher, targets in self.targets.items()
+            },
+            route=None if self.route is None else change(self.route),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Batch(Mapping[str, Any]):
+    """A micro-batch: rows as student and teacher see them.
+
+    As a mapping it is what transformers' Trainer looks for in a batch: the student's inputs and its labels.
+    """
+
+    student: View
+    row_lengths: Int[Tensor, "row"]
+    """How many tokens each row has, 0 for one that only keeps ranks together."""
+    teacher: View | None = None
+    """What the teacher reads, where that is not what the student reads."""
+    alignment: ChunkAlignment | None = None
+    """Which tokens of the two views make up the same text, where their tokens differ."""
+    skipped: Int[Tensor, "kind"] | None = None
+    """How many rows others stand for, by what was wrong with them."""
+    rows: Sequence[Mapping[str, Any]] = ()
+    """The rows themselves, where the student may answer them anew."""
+    signal: ChunkSignal | None = None
+    """What the teacher said, where the number of items depends on it."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self.student.labels if name == "labels" else self.student.inputs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.student.inputs
+        yield "labels"
+
+    def __len__(self) -> int:
+        return len(self.student.inputs) + 1
+
+    def with_labels(self, labels: Int[Tensor, "batch position"]) -> Self:
+        """The batch in which the student learns from these labels."""
+        return replace(self, student=replace(self.student, labels=labels))
+
+    def teacher_view(self) -> View:
+        """What a teacher with the student's tokens reads: the student's view unless it has one of its own."""
+        if self.teacher is None:
+            return self.student
+        # Rows without labels on our side, repeated at the end of an evaluation, have none on the other.
+        return self.teacher.learnt_from(self.student.supervised.any(1))
+
+    def check_answers(self) -> None:
+        """Raises UserError when a teacher with the student's tokens is supervised on others than the student."""
+        if self.teacher is None:
+            return
+        answers = zip(_answers(self.student), _answers(self.teacher_view()), strict=True)
+        for row, (ours, theirs) in enumerate(answers):
+            if ours != theirs:
+                raise UserError(
+                    f"Row {row} of a batch is supervised on {len(ours)} tokens of the student's and {len(theirs)} of "
+                    "the teacher's, or on different ones: their chat templates write an answer differently, prompts "
+                    "are supervised too, or max_length cuts one of the two. Set assistant_only_loss: true (or map the "
+                    "data to prompt and completion), give both templates that write the same answer, and raise "
+                    "max_length."
+                )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The batch with every tensor changed but the signal, which is where it was made."""
+        return replace(
+            self,
+            student=self.student.map(change),
+            row_lengths=change(self.row_lengths),
+            teacher=None if self.teacher is None else self.teacher.map(change),
+            alignment=None if self.alignment is None else self.alignment.map(change),
+            skipped=None if self.skipped is None else change(self.skipped),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The batch on a device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The batch in page-locked memory, as data loaders ask for it."""
+        return self.map(lambda tensor: tensor.pin_memory())
+
+
+def _answers(view: View) -> list[list[int]]:
+    return [row[mask].tolist() for row, mask in zip(view.labels[:, 1:], view.supervised, strict=True)]
