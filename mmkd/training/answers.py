@@ -84,11 +84,11 @@ def with_answers(
     """The collated batch with rollouts in the place of what stood in some rows (number -> rollout) from there on.
 
     Only the rollout of such a row is supervised, or nothing where it is truncated and `learn_truncated` is off. A
-    teacher's version of the batch gets the same tokens after its own prompts.
+    teacher's version of the batch gets the same tokens after its own prompts; one in other tokens stays as it is.
     """
     student = _answered(batch.student, placed, pad_id, multiple, learn_truncated)
     lengths = batch.row_lengths.clamp(max=1) * student.labels.shape[1]
-    if batch.teacher is None:
+    if batch.teacher is None or batch.alignment is not None:
         return replace(batch, student=student, row_lengths=lengths)
     starts = answer_starts(batch.teacher)
     moved = {row: placing._replace(start=starts[row]) for row, placing in placed.items()}
