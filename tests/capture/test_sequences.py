@@ -18,7 +18,7 @@ from transformers import AutoProcessor
 from mmkd.cache.sequence_keys import image_hash, segments, sequence_key
 from mmkd.capture.sequences import Prepared, Sequences, TokenSequence, UnusableRow, VisionSequences, prepare, usable
 from mmkd.methods.kd import KDConfig, KDTrainer
-from mmkd.preparation.collation import Collator
+from mmkd.preparation.collation import Collator, TextViews
 from mmkd.preparation.vision_labels import ImageTokens
 from mmkd.teachers.batch import ONLY
 from mmkd.teachers.cached import with_targets
@@ -296,7 +296,7 @@ def test_rows_with_images_are_asked_about_as_they_are_looked_up(processor: Any, 
     rows = Dataset.from_list(examples)
     prepared, sequences = vision(rows, processor, tmp_path)
     asked = Asked()
-    collator = asked.collator(prepared.collator)
+    collator = asked.collator(Collator(TextViews(prepared.collator)))
     found = [sequences[row] for row in range(len(rows))]
     assert all(isinstance(one, TokenSequence) for one in found)
     keys = [cast(TokenSequence, one).key for one in found]
