@@ -92,7 +92,7 @@ def hub_license(license: str | None) -> dict[str, Any]:
 def mass_kept(cache: Cache, rows: int = 1000) -> float:
     """The share of its probability that the teacher gave to a token's exact outcomes; mean over evenly spread rows."""
     places = np.unique(np.linspace(0, len(cache) - 1, min(rows, len(cache)), dtype=np.int64))
-    tails = np.concatenate([cache.scores(place).tail_log_prob for place in places.tolist()])
+    tails = np.concatenate([cache.scores(place).tail_log_probs for place in places.tolist()])
     return float(1 - np.exp(tails.astype(np.float64)).mean())
 
 

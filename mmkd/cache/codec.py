@@ -35,7 +35,7 @@ class TokenScores:
     ids: Int[np.ndarray, "token k"]
     log_probs: Float[np.ndarray, "token k"]
     draws: Int[np.ndarray, "token m"]
-    tail_log_prob: Float[np.ndarray, "token"]
+    tail_log_probs: Float[np.ndarray, "token"]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,7 +73,7 @@ class Codec:
         if self.kind == "log_probs":
             sections = [_planes(scores.log_probs.astype("<f2").view("<u2"), 2)]
         else:
-            codes = np.concatenate([_quantise(scores.log_probs), _quantise(scores.tail_log_prob[:, None])], axis=1)
+            codes = np.concatenate([_quantise(scores.log_probs), _quantise(scores.tail_log_probs[:, None])], axis=1)
             draws = np.sort(self.order.ranks[scores.draws], axis=1)
             sections = [
                 _planes(self.order.ranks[scores.ids], self._width),

@@ -68,7 +68,7 @@ class LocalEngine(Engine):
             bounds = np.cumsum(counts)[:-1]
             parts = zip(
                 *(np.split(part, bounds) for part in (scores.ids, scores.log_probs, scores.draws)),
-                np.split(scores.tail_log_prob, bounds),
+                np.split(scores.tail_log_probs, bounds),
                 strict=True,
             )
             for place, part in zip(places, parts, strict=True):

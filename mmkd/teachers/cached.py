@@ -149,7 +149,7 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
             log_probs = log_probs.log_softmax(-1)
         fields = {"ids": torch.from_numpy(ids), "log_probs": log_probs}
         if self.tail == "bucket":
-            fields["tail_log_prob"] = torch.from_numpy(np.concatenate([one.tail_log_prob for one in scores]))
+            fields["tail_log_probs"] = torch.from_numpy(np.concatenate([one.tail_log_probs for one in scores]))
         # As integers, here and above: DeepSpeed turns all floats of a batch into its own, shorter type.
         return {name: tensor if name == "ids" else tensor.float().view(torch.int32) for name, tensor in fields.items()}
 
@@ -227,7 +227,7 @@ def _with_draws(scores: TokenScores) -> tuple[np.ndarray, np.ndarray]:
     counts = np.bincount((run + offset).ravel(), minlength=draws.size).reshape(draws.shape)
     with np.errstate(divide="ignore"):
         shares = np.where(first, np.log(np.take_along_axis(counts, run, axis=1)), -np.inf)
-    weights = scores.tail_log_prob[:, None] - math.log(draws.shape[1]) + shares
+    weights = scores.tail_log_probs[:, None] - math.log(draws.shape[1]) + shares
     if not scores.ids.shape[1]:
         # What was drawn most often stands for the most likely token.
         order = np.argsort(-weights, axis=1, kind="stable")

@@ -89,7 +89,7 @@ class TopKSignal(SparseSignal):
     be tempered: the shape of the tail is not known.
     """
 
-    tail_log_prob: Float[Tensor, "token"]
+    tail_log_probs: Float[Tensor, "token"]
 
     def compare(self, logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
         if temperature != 1:
@@ -98,7 +98,7 @@ class TopKSignal(SparseSignal):
             )
         inside, teacher = super().compare(logits, rows, 1)
         student = torch.cat([inside, log_one_minus_exp(inside.logsumexp(-1, keepdim=True))], dim=-1)
-        return student, torch.cat([teacher, self.tail_log_prob[rows, None].to(teacher)], dim=-1)
+        return student, torch.cat([teacher, self.tail_log_probs[rows, None].to(teacher)], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def _mmkd(case: Case, inputs: Inputs, labels: Tensor) -> Callable[[], Tensor]:
     targets: Targets = DenseSignal(_rows(inputs.teacher_hidden, supervised), LMHead(inputs.teacher_weight))
     if case.divergence.startswith("top"):
         top_k = inputs.top_k
-        targets = TopKSignal(*(_rows(part, supervised) for part in (top_k.ids, top_k.log_probs, top_k.tail_log_prob)))
+        targets = TopKSignal(*(_rows(part, supervised) for part in (top_k.ids, top_k.log_probs, top_k.tail_log_probs)))
 
     def run() -> Tensor:
         # The student's rows are picked in the step, since that is differentiated, too.

@@ -123,7 +123,7 @@ def split(scores: TokenScores, lengths: Sequence[int]) -> Iterator[TokenScores]:
     """The scores of each sequence."""
     for stop, length in zip(np.cumsum(lengths), lengths, strict=True):
         rows = slice(stop - length, stop)
-        yield TokenScores(scores.ids[rows], scores.log_probs[rows], scores.draws[rows], scores.tail_log_prob[rows])
+        yield TokenScores(scores.ids[rows], scores.log_probs[rows], scores.draws[rows], scores.tail_log_probs[rows])
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,8 @@ def folder_of(caches: Path, k: int, m: int) -> Path:
 
 def encoding_kl(scores: TokenScores, read: Sequence[TokenScores]) -> float:
     """Mean KL(what the teacher said || what is read), in nats, over the top-k and the tail as one outcome."""
-    ours = np.concatenate([scores.log_probs, scores.tail_log_prob[:, None]], axis=1)
-    theirs = [np.concatenate([one.log_probs, one.tail_log_prob[:, None]], axis=1) for one in read]
+    ours = np.concatenate([scores.log_probs, scores.tail_log_probs[:, None]], axis=1)
+    theirs = [np.concatenate([one.log_probs, one.tail_log_probs[:, None]], axis=1) for one in read]
     return top_k_kl(ours, np.concatenate(theirs))
 
 

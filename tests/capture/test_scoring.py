@@ -60,9 +60,9 @@ def assert_scores_of(signal: DenseSignal, found: TokenScores, k: int, atol: floa
     # Equal ids where no other token is as likely.
     clear = (log_probs.topk(k + 1).values.diff(dim=-1).abs() > 10 * atol).all(-1).numpy()
     np.testing.assert_array_equal(found.ids[clear], ids[torch.from_numpy(clear)])
-    np.testing.assert_allclose(np.exp(found.tail_log_prob), 1 - values.exp().sum(-1), atol=atol)
+    np.testing.assert_allclose(np.exp(found.tail_log_probs), 1 - values.exp().sum(-1), atol=atol)
     assert found.ids.dtype == found.draws.dtype == np.int32
-    assert found.log_probs.dtype == found.tail_log_prob.dtype == np.float32
+    assert found.log_probs.dtype == found.tail_log_probs.dtype == np.float32
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -79,7 +79,7 @@ def test_bf16_rounds_the_logits_and_nothing_after_them() -> None:
     (chunk,) = signal.chunks(1000)
     exact = chunk.compare(torch.zeros(300, 50), slice(None), 1.0)[1]
     np.testing.assert_allclose(found.log_probs, exact.topk(5).values, atol=2e-6)
-    np.testing.assert_allclose(np.exp(found.tail_log_prob), 1 - exact.topk(5).values.exp().sum(-1), atol=2e-6)
+    np.testing.assert_allclose(np.exp(found.tail_log_probs), 1 - exact.topk(5).values.exp().sum(-1), atol=2e-6)
     assert_scores_of(signal, found, 5, atol=0.1)
 
 
@@ -89,7 +89,7 @@ def test_a_nearly_certain_teacher_has_a_small_and_finite_tail() -> None:
         weight[7] = margin
         found = score_tokens(DenseSignal(torch.ones(1, 1), LMHead(weight)), 1, 0, np.zeros(1))
         assert found.ids.tolist() == [[7]]
-        assert np.exp(found.tail_log_prob[0]) == pytest.approx(expected, rel=0.02)
+        assert np.exp(found.tail_log_probs[0]) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("k", [0, 50])
@@ -99,9 +99,9 @@ def test_nothing_or_everything_exact(k: int) -> None:
     assert found.ids.shape == (20, k)
     if k:
         np.testing.assert_allclose(np.exp(found.log_probs).sum(1), 1, atol=1e-5)
-        assert (found.tail_log_prob < -14).all()
+        assert (found.tail_log_probs < -14).all()
     else:
-        assert (found.tail_log_prob == 0).all()
+        assert (found.tail_log_probs == 0).all()
         assert found.draws.shape == (20, 4)
 
 
@@ -227,7 +227,7 @@ def test_scores_do_not_depend_on_the_batch(tiny: dict[str, Path], tmp_path: Path
             np.testing.assert_array_equal(other.ids, first.ids)
             np.testing.assert_array_equal(other.draws, first.draws)
             np.testing.assert_allclose(other.log_probs, first.log_probs, atol=1e-5)
-            np.testing.assert_allclose(other.tail_log_prob, first.tail_log_prob, atol=1e-5)
+            np.testing.assert_allclose(other.tail_log_probs, first.tail_log_probs, atol=1e-5)
 
 
 def test_rows_beyond_the_teachers_positions_are_refused_like_others(tiny: dict[str, Path], tmp_path: Path) -> None:

@@ -564,7 +564,7 @@ def test_top_k_loss_and_gradient_are_those_of_the_bucketed_distributions(objecti
 @pytest.mark.parametrize("nothing", [-1e4, -torch.inf])
 def test_top_k_of_the_whole_vocabulary_is_dense(objective, nothing):
     case = make_case()
-    signal = replace(top_k(case, VOCAB), tail_log_prob=torch.full((TOKENS,), nothing))
+    signal = replace(top_k(case, VOCAB), tail_log_probs=torch.full((TOKENS,), nothing))
     loss = run_top_k(case, signal, objective, chunk_size=3).total
     assert_same(loss, dense_loss(case, objective), case.leaves, rtol=1e-7)
 

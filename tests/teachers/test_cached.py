@@ -91,7 +91,7 @@ class Encoded(LocalTeacher):
     def ask(self, inputs: Any, supervised: Any) -> Any:
         scores = score_tokens(super().ask(inputs, supervised), self.codec.k, 0, np.zeros(int(supervised.sum())))
         scores = self.codec.decode(self.codec.encode(scores), len(scores))
-        return TopKSignal(*map(torch.from_numpy, (scores.ids, scores.log_probs, scores.tail_log_prob)))
+        return TopKSignal(*map(torch.from_numpy, (scores.ids, scores.log_probs, scores.tail_log_probs)))
 
 
 def view_of(targets: Mapping[str, torch.Tensor]) -> View:
@@ -240,7 +240,7 @@ def test_one_cache_says_the_same_whichever_tail_is_chosen(sparse: Path) -> None:
     one = torch.ones(len(supervised))
     torch.testing.assert_close(unbiased.log_probs.exp().sum(-1), one)
     torch.testing.assert_close(renormalised.log_probs.exp().sum(-1), one)
-    torch.testing.assert_close(bucket.log_probs.exp().sum(-1) + bucket.tail_log_prob.exp(), one)
+    torch.testing.assert_close(bucket.log_probs.exp().sum(-1) + bucket.tail_log_probs.exp(), one)
 
 
 def test_a_tail_brings_the_gradient_nearer_to_the_live_one(

@@ -34,7 +34,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def outcomes(scores: TokenScores) -> np.ndarray:
     """The log-probs of a top-k and its tail, in double precision."""
-    return np.concatenate([scores.log_probs, scores.tail_log_prob[:, None]], axis=1).astype(np.float64)
+    return np.concatenate([scores.log_probs, scores.tail_log_probs[:, None]], axis=1).astype(np.float64)
 
 
 def encoding_error(codec: Codec, scores: TokenScores) -> np.ndarray:
@@ -51,7 +51,7 @@ def assert_exact(codec: Codec, scores: TokenScores) -> TokenScores:
     np.testing.assert_array_equal(found.ids, scores.ids)
     np.testing.assert_array_equal(np.sort(found.draws, axis=1), np.sort(scores.draws, axis=1))
     assert found.log_probs.shape == scores.log_probs.shape
-    assert found.log_probs.dtype == found.tail_log_prob.dtype == np.float32
+    assert found.log_probs.dtype == found.tail_log_probs.dtype == np.float32
     assert np.isfinite(outcomes(found)).all()
     np.testing.assert_allclose(np.exp(outcomes(found)).sum(axis=1), 1, rtol=0, atol=2e-6)
     return found
@@ -160,7 +160,7 @@ def test_log_probs_of_single_tokens() -> None:
     found = codec.decode(codec.encode(given), len(values))
     np.testing.assert_allclose(found.log_probs, values, rtol=2**-11)
     assert found.ids.shape == found.draws.shape == (len(values), 0)
-    assert np.isneginf(found.tail_log_prob).all()
+    assert np.isneginf(found.tail_log_probs).all()
     assert len(codec.decode(codec.encode(TokenScores(nothing[:0], values[:0], nothing[:0], values[:0, 0])), 0)) == 0
 
 
@@ -172,7 +172,7 @@ def test_bytes_depend_on_the_values_alone() -> None:
     blob = codec.encode(scores)
     shuffled = np.random.default_rng(1).permuted(scores.draws, axis=1)
     wide = TokenScores(
-        np.asfortranarray(scores.ids), scores.log_probs[:, ::1].astype(np.float64), shuffled, scores.tail_log_prob
+        np.asfortranarray(scores.ids), scores.log_probs[:, ::1].astype(np.float64), shuffled, scores.tail_log_probs
     )
     assert codec.encode(scores) == codec.encode(wide) == Codec("top_k", 8, 6, order_of(70_000)).encode(scores) == blob
     found = codec.decode(memoryview(b"before" + blob + b"behind")[6 : 6 + len(blob)], 50)
@@ -183,7 +183,7 @@ def test_frequent_tokens_cost_less() -> None:
     """200 of 50,000 tokens in use: as ranks, their high bytes are zeros and compress away."""
     vocab, used = 50_000, np.random.default_rng(0).permutation(50_000)[:200]
     whole = random_scores(200, 32, 0, tokens=200)
-    scores = TokenScores(used[whole.ids].astype(np.int32), whole.log_probs, whole.draws, whole.tail_log_prob)
+    scores = TokenScores(used[whole.ids].astype(np.int32), whole.log_probs, whole.draws, whole.tail_log_probs)
     by_frequency = TokenOrder.of(np.bincount(scores.ids.ravel(), minlength=vocab))
     sizes = [len(Codec("top_k", 32, 0, order).encode(scores)) for order in (by_frequency, order_of(vocab, seed=1))]
     assert sizes[0] < 0.8 * sizes[1]

@@ -151,7 +151,7 @@ def test_live_teacher_gives_the_top_of_the_local_teachers_distribution(served_te
     torch.testing.assert_close(signal.log_probs, values, atol=1e-4, rtol=0)
     torch.testing.assert_close(log_probs.gather(-1, signal.ids), values, atol=1e-4, rtol=0)
     tail = torch.log1p(-values.double().exp().sum(-1)).float()
-    torch.testing.assert_close(signal.tail_log_prob, tail, atol=1e-3, rtol=0)
+    torch.testing.assert_close(signal.tail_log_probs, tail, atol=1e-3, rtol=0)
 
 
 def test_greedy_answers_are_those_of_transformers(served_teacher, model, rows):

@@ -461,7 +461,7 @@ def test_live_teacher_answers_in_row_major_order(fake, form):
     values, ids = expected.topk(6)
     assert torch.equal(signal.ids, ids)
     torch.testing.assert_close(signal.log_probs, values.float())
-    torch.testing.assert_close(signal.tail_log_prob, torch.log1p(-values.exp().sum(-1)).float())
+    torch.testing.assert_close(signal.tail_log_probs, torch.log1p(-values.exp().sum(-1)).float())
 
 
 def test_prompts_are_sampled_apart_and_again_alike(fake):
@@ -480,7 +480,7 @@ def test_batch_without_a_supervised_token_asks_nothing(fake):
     inputs, supervised = batch()
     signal = ServerTeacher(fake.url, k=6).ask(inputs, torch.zeros_like(supervised))
     assert signal.ids.shape == signal.log_probs.shape == (0, 6)
-    assert signal.tail_log_prob.shape == (0,)
+    assert signal.tail_log_probs.shape == (0,)
     assert fake.requests == []
 
 

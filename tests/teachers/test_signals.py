@@ -212,7 +212,9 @@ def test_one_draw_and_no_token() -> None:
     assert ids.tolist() == [[90, 91, 7]]
     np.testing.assert_allclose(np.exp(log_probs), [[0.375, 0.375, 0.25]], rtol=1e-6)
     none = scores_with([[7]], k=2)
-    ids, log_probs = _with_draws(TokenScores(none.ids[:0], none.log_probs[:0], none.draws[:0], none.tail_log_prob[:0]))
+    ids, log_probs = _with_draws(
+        TokenScores(none.ids[:0], none.log_probs[:0], none.draws[:0], none.tail_log_probs[:0])
+    )
     assert ids.shape == log_probs.shape == (0, 3)
 
 

@@ -543,7 +543,7 @@ def outcome_of(folder: Path, name: str, expected: list[Any]) -> str:
 
 
 def as_lists(found: TokenScores) -> list[Any]:
-    return [part.tolist() for part in (found.ids, found.log_probs, found.draws, found.tail_log_prob)]
+    return [part.tolist() for part in (found.ids, found.log_probs, found.draws, found.tail_log_probs)]
 
 
 def test_no_byte_of_a_shard_can_change_unnoticed(tmp_path: Path) -> None:
