@@ -16,7 +16,7 @@ from transformers.models.idefics3 import Idefics3Processor
 
 from mmkd.cache.manifest import Manifest
 from mmkd.capture.build import build
-from mmkd.capture.plan import make_plan
+from mmkd.capture.build_plan import make_plan
 from mmkd.capture.sequences import TokenSequence
 from mmkd.preflight import costs
 from mmkd.preflight.doctor import doctor, examine

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from mmkd import KDConfig, KDTrainer
-from mmkd.capture.plan import make_score_plan
+from mmkd.capture.build_plan import make_score_plan
 from mmkd.capture.sequences import TokenSequence
 from mmkd.data.load_data import load_data
 from mmkd.data.prompts import model_inputs, prompt_of

@@ -11,9 +11,9 @@ from mmkd.cache.manifest import Manifest
 from mmkd.cache.store import CacheWriter
 from mmkd.errors import UserError
 from mmkd.files import write_file
+from mmkd.generation.generator import Advance
 
-from .engines import Advance
-from .plan import Plan, ShardResult
+from .build_plan import Plan, ShardResult
 
 
 def build(plan: Plan, console: Console) -> Path:

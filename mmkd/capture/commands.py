@@ -21,10 +21,10 @@ from mmkd.training.method import learns_from
 from mmkd.units import readable_size
 
 from .build import build
-from .estimate import report_estimate
+from .build_estimate import report_estimate
+from .build_plan import ScorePlan, check_place, make_plan
 from .fidelity import measure_fidelity
 from .generate import DATA_RECIPE, describe_answers
-from .plan import ScorePlan, check_place, make_plan
 
 
 def build_command(recipe: str, flags: Sequence[str]) -> int:

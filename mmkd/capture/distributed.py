@@ -10,7 +10,7 @@ import torch
 
 from mmkd.errors import UserError
 
-from .plan import Plan, ShardResult
+from .build_plan import Plan, ShardResult
 
 # A machine may be taken away once without harm.
 _TRIES = 2

@@ -8,7 +8,7 @@ from mmkd.cache.store import Cache
 from mmkd.errors import UserError
 from mmkd.recipe.run import Run
 
-from .plan import ScorePlan, make_plan
+from .build_plan import ScorePlan, make_plan
 from .sequences import TokenSequence, UnusableRow, usable
 
 # Of an identity: what has to be equal for the same questions to be asked.
@@ -33,7 +33,7 @@ def measure_fidelity(run: Run, cache: Cache, rows: int) -> dict[str, float]:
     found = [one for place in places for _, one in usable(sequences, range(place, place + 1))]
     asked = [one for one in found if isinstance(one, TokenSequence)]
     divergences = []
-    for sequence, live in zip(asked, plan.engine.score(asked, lambda tokens: None), strict=True):
+    for sequence, live in zip(asked, plan.scorer.score(asked, lambda tokens: None), strict=True):
         row = cache.find(sequence.key)
         if row is not None and not isinstance(live, UnusableRow):
             divergences.append(divergence(live, cache.scores(row)))

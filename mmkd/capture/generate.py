@@ -30,8 +30,8 @@ from mmkd.recipe.run_models import load_teacher, teacher_processing_class
 from mmkd.teachers.vllm_client import Ids
 from mmkd.training.preparing import preparation_of
 
-from .engines import batches
-from .plan import Plan, ShardResult, client_of, described_teacher, folder_of, manifest_of
+from .build_plan import Plan, ShardResult, client_of, described_teacher, folder_of, manifest_of
+from .scorers import batches
 from .sequences import UnusableRow
 
 DATA_RECIPE = "data.yaml"

@@ -6,7 +6,7 @@ from datasets import DatasetDict
 
 from mmkd.cache.hub import local_cache
 from mmkd.cache.store import Cache
-from mmkd.capture.plan import check_place, check_settings
+from mmkd.capture.build_plan import check_place, check_settings
 from mmkd.capture.sequences import TokenSequence, prepare, usable
 from mmkd.errors import UserError
 from mmkd.recipe.run import Run, check_cache, own_rows_of

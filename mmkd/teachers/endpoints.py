@@ -28,7 +28,7 @@ from mmkd.errors import UserError
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 # Seconds without new questions for a server that failed, as long as another one has not.
 REST = 30.0
@@ -96,19 +96,19 @@ class Endpoints:
         self._thread.join()
         self._loop.close()
 
-    def run(self, coroutine: Coroutine[Any, Any, Answer]) -> Answer:
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """What the coroutine returns, run in the event loop of these endpoints."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    def map(self, ask: Callable[[Item], Coroutine[Any, Any, Answer]], items: Iterable[Item]) -> Iterator[Answer]:
+    def map(self, ask: Callable[[Item], Coroutine[Any, Any, Result]], items: Iterable[Item]) -> Iterator[Result]:
         """The answers in the order of the items, of which at most twice the concurrency are held at a time."""
         with closing(self._under_way(ask, items)) as futures:
             for future in futures:
                 yield future.result()
 
     def each(
-        self, ask: Callable[[Item], Coroutine[Any, Any, Answer]], items: Iterable[Item]
-    ) -> Iterator[tuple[int, Answer]]:
+        self, ask: Callable[[Item], Coroutine[Any, Any, Result]], items: Iterable[Item]
+    ) -> Iterator[tuple[int, Result]]:
         """As `map`, each answer with its item's number; where one fails, those under way are waited for.
 
         They come before its error is raised, so that whoever records answers loses none that a server gave.
@@ -127,8 +127,8 @@ class Endpoints:
             raise failure
 
     def _under_way(
-        self, ask: Callable[[Item], Coroutine[Any, Any, Answer]], items: Iterable[Item]
-    ) -> Generator[Future[Answer], None, None]:
+        self, ask: Callable[[Item], Coroutine[Any, Any, Result]], items: Iterable[Item]
+    ) -> Generator[Future[Result], None, None]:
         pending = deque()
         try:
             for item in items:

@@ -18,8 +18,8 @@ from .base import Teacher
 from .signals import TopKSignal
 from .vllm_client import Answer as Answer
 from .vllm_client import Prompt as Prompt
-from .vllm_client import Question as Question
 from .vllm_client import RowError as RowError
+from .vllm_client import ScoreRequest as ScoreRequest
 from .vllm_client import ServerFacts as ServerFacts
 from .vllm_client import TopK as TopK
 from .vllm_client import VLLMClient as VLLMClient
@@ -92,7 +92,7 @@ class ServerTeacher(Teacher[TopKSignal]):
         return TopKSignal(torch.from_numpy(ids).to(device, torch.int64), on_device, tail)
 
 
-def questions_of(inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> list[Question]:
+def questions_of(inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> list[ScoreRequest]:
     """One question per sequence of a batch that has a supervised token, in row-major order."""
     ids = inputs["input_ids"].cpu().numpy()
     wanted = np.zeros(ids.shape, bool)
@@ -112,6 +112,6 @@ def questions_of(inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch posi
             np.split(ids[row][real[row]], cuts), np.split(wanted[row][real[row]], cuts), strict=True
         ):
             if flags.any():
-                questions.append(Question(tokens, flags))
+                questions.append(ScoreRequest(tokens, flags))
     assert sum(int(q.supervised.sum()) for q in questions) == int(wanted.sum()), "padding is never supervised"
     return questions

@@ -63,7 +63,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Question:
+class ScoreRequest:
     """Tokens to score: wanted are the teacher's log-probs of token t given the tokens before it, where supervised[t].
 
     Token 0 is never supervised. `messages` and `images` as in `Prompt`.
@@ -152,8 +152,6 @@ class VLLMClient:
         """Closes the connections; a second call does nothing."""
         self._endpoints.close()
 
-    # Before anything is spent
-
     def check(
         self,
         teacher: str | None = None,
@@ -234,9 +232,9 @@ class VLLMClient:
             answer = wire.decoded(self._endpoints.run(self._post("/v1/completions", body, url)), wire.Answers, url)
             wire.top_k(wire.positions(answer.choices[0].prompt_logprobs, 2)[1:], k)
 
-    # Work
-
-    def score(self, questions: Iterable[Question], k: int, vocab_size: int | None = None) -> Iterator[TopK | RowError]:
+    def score(
+        self, questions: Iterable[ScoreRequest], k: int, vocab_size: int | None = None
+    ) -> Iterator[TopK | RowError]:
         """The teacher's k most likely tokens at every supervised token, question by question in their order.
 
         With `vocab_size`, ids from there on (padding rows of the served vocabulary) are passed over, and their
@@ -276,7 +274,7 @@ class VLLMClient:
 
         return self._endpoints.map(ask, enumerate(prompts))
 
-    async def _score(self, question: Question, k: int, vocab_size: int | None, model: str) -> TopK | RowError:
+    async def _score(self, question: ScoreRequest, k: int, vocab_size: int | None, model: str) -> TopK | RowError:
         wanted = np.flatnonzero(question.supervised).tolist()
         if not wanted:
             return TopK(np.empty((0, k), np.int32), np.empty((0, k), np.float32), np.empty(0, np.float32))
@@ -314,7 +312,9 @@ class VLLMClient:
             raise UserError(f"The server gave {len(answers)} answers where n={body['n']} were asked for.")
         return answers
 
-    async def _ask(self, row: Question | Prompt, body: dict[str, Any], generation: bool) -> wire.Answers | RowError:
+    async def _ask(
+        self, row: ScoreRequest | Prompt, body: dict[str, Any], generation: bool
+    ) -> wire.Answers | RowError:
         """The answer to a row that is known to hold the row's own tokens."""
         assert self._facts is not None, "checked before any row is asked"
         ids = np.asarray(row.ids).tolist()
@@ -362,7 +362,7 @@ class VLLMClient:
             raise UserError(f"{url}{path} is not a vLLM server's: {_refused(refusal, {})}") from refusal
 
 
-def _scored_length(row: Question) -> int:
+def _scored_length(row: ScoreRequest) -> int:
     """How many tokens the server must read: nothing after the last supervised token changes what it says."""
     return len(row.ids) if row.images else int(np.flatnonzero(row.supervised)[-1]) + 1
 

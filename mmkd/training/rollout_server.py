@@ -15,7 +15,7 @@ from mmkd.generation.served_generation import ServerGenerator
 from mmkd.models.backbone import base_of
 from mmkd.models.sharded_weights import reshard, whole_weights
 from mmkd.teachers.served_weights import ServedWeights
-from mmkd.teachers.vllm_client import PROBE, Question, TopK, VLLMClient
+from mmkd.teachers.vllm_client import PROBE, ScoreRequest, TopK, VLLMClient
 
 from .rollout_config import RolloutConfig
 from .rollouts import RolloutPrompt
@@ -76,7 +76,7 @@ class ServedStudent(ServerGenerator[RolloutPrompt]):
     def _check(self) -> None:
         """Raises UserError when the servers' log-probs of a text are not the student's of now."""
         now, furthest = self._own_log_probs(), 0.0
-        question = Question(self.probe, np.arange(len(self.probe)) > 0)
+        question = ScoreRequest(self.probe, np.arange(len(self.probe)) > 0)
         for client in self.probed:
             (served,) = client.score([question], 1)
             if not isinstance(served, TopK):

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from mmkd.cache.codec import Codec, TokenScores
 from mmkd.cache.manifest import Manifest
 from mmkd.cache.store import SIGNAL_FEATURES, TOKEN_ORDER, CacheWriter, order_bytes
-from mmkd.capture.plan import ScorePlan, make_plan
+from mmkd.capture.build_plan import ScorePlan, make_plan
 from mmkd.capture.sequences import TokenSequence, usable
 from mmkd.recipe.run import parse_run
 

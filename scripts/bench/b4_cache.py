@@ -30,8 +30,8 @@ from torch import Tensor
 
 from mmkd.cache.codec import Codec, TokenOrder, TokenScores
 from mmkd.cache.store import Cache
-from mmkd.capture.engines import LocalEngine, batches
-from mmkd.capture.plan import ScorePlan
+from mmkd.capture.build_plan import ScorePlan
+from mmkd.capture.scorers import LocalScorer, batches
 from mmkd.capture.scoring import score_tokens
 from mmkd.capture.sequences import TokenSequence
 from mmkd.losses.fused import Targets, fused_loss
@@ -84,8 +84,8 @@ class Text:
 
 def read_text(plan: ScorePlan, args: argparse.Namespace) -> Text:
     """Runs the teacher over the sequences once."""
-    engine = plan.engine
-    assert isinstance(engine, LocalEngine)
+    engine = plan.scorer
+    assert isinstance(engine, LocalScorer)
     sequences = sequences_of(plan, args.sequences)
     places = [place for batch in batches([len(one.ids) for one in sequences], 8192) for place in batch]
     sequences = [sequences[place] for place in places]
@@ -302,8 +302,8 @@ def gradient_rows(text: Text, plan: ScorePlan, caches: Path) -> list[dict[str, A
     count = max(1, GRADIENT_TOKENS // text.lengths[0])
     asked = text.sequences[:count]
     tokens = sum(text.lengths[:count])
-    engine = plan.engine
-    assert isinstance(engine, LocalEngine)
+    engine = plan.scorer
+    assert isinstance(engine, LocalScorer)
     dense = replace(text.signal, hidden=text.signal.hidden[:tokens])
     rows: dict[str, dict[str, Any]] = {}
     for student, noise in STUDENTS.items():

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from mmkd.cache.codec import TokenScores
 from mmkd.cache.store import TOKEN_ORDER, CacheWriter
-from mmkd.capture.engines import LocalEngine, batches
-from mmkd.capture.plan import ScorePlan, ShardResult
+from mmkd.capture.build_plan import ScorePlan, ShardResult
+from mmkd.capture.scorers import LocalScorer, batches
 from mmkd.capture.scoring import score_tokens
 from mmkd.capture.sequences import usable
 from mmkd.losses.fused import starts
@@ -67,7 +67,7 @@ def commit(plan: ScorePlan, result: ShardResult, scratch: Path) -> float:
 class BareTeacher:
     """A model's forward, head and log-softmax, whose largest tensors exist once."""
 
-    def __init__(self, engine: LocalEngine, chunk: int):
+    def __init__(self, engine: LocalScorer, chunk: int):
         self.model = engine.teacher.model
         self.head = full_head(self.model).trimmed(engine.teacher.vocab_size).frozen()
         self.logits = torch.empty(chunk, self.head.vocab_size, dtype=self.head.weight.dtype)
@@ -90,8 +90,8 @@ class BareTeacher:
 
 def local_steps(plan: ScorePlan, args: argparse.Namespace, scratch: Path) -> dict[str, Step]:
     """The whole shard, the teacher alone, and every stage of the shard by itself."""
-    engine, codec = plan.engine, plan.codec
-    assert isinstance(engine, LocalEngine)
+    engine, codec = plan.scorer, plan.codec
+    assert isinstance(engine, LocalScorer)
     bare, sequences = BareTeacher(engine, args.chunk), sequences_of(plan, args.sequences)
     places = batches([len(one.ids) for one in sequences], plan.arguments.cache_batch_tokens)
     groups = [[sequences[place] for place in batch] for batch in places]
@@ -126,7 +126,7 @@ def local_tables(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any
     flags = ("--teacher_dtype", args.dtype, "--teacher_top_k", str(args.k), "--cache_tail_draws", str(args.draws))
     prepare = timed(lambda: plans.append(plan_of(scratch / "local", args, *flags)) or 0.0, "cpu").seconds
     (plan,) = plans
-    load = timed(lambda: plan.engine.teacher_seconds, "cpu").seconds
+    load = timed(lambda: plan.scorer.teacher_seconds, "cpu").seconds
     steps = local_steps(plan, args, scratch)
     runs = interleaved(steps, dict.fromkeys(steps, int(args.repeats)), "cpu")
     shard, bare = runs["shard"].seconds, runs["bare teacher"].seconds
@@ -189,7 +189,7 @@ def served_tables(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, An
         flags = ("--teacher_server", url, "--teacher_top_k", str(args.k))
         plan = plan_of(scratch / "served", args, *flags)
         # vLLM compiles and allocates with its first requests.
-        list(plan.engine.score(sequences_of(plan, 2), lambda tokens: None))
+        list(plan.scorer.score(sequences_of(plan, 2), lambda tokens: None))
         runs = [on_both_clocks(lambda: build_shard(plan, scratch)) for _ in range(args.served_repeats)]
         tokens, wall, cpu = min(runs, key=lambda run: run[2])
     row = {

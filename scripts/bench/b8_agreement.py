@@ -19,7 +19,7 @@ from _measure import arguments, dtype_of, report, verdict
 from rich.console import Console
 
 from mmkd.capture.build import build
-from mmkd.capture.plan import make_plan
+from mmkd.capture.build_plan import make_plan
 from mmkd.eval.trainings import Measured, measure
 from mmkd.recipe.launch_flags import parse_alone
 

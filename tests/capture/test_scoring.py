@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from mmkd.cache.codec import TokenScores
-from mmkd.capture.plan import ScorePlan
+from mmkd.capture.build_plan import ScorePlan
 from mmkd.capture.scoring import label_log_probs, score_tokens, tail_draws
 from mmkd.capture.sequences import TokenSequence, UnusableRow
 from mmkd.models.heads import LMHead
@@ -205,10 +205,10 @@ class Scored:
 
     def __init__(self, plan: Any, sequences: list[TokenSequence], batch_tokens: int):
         assert isinstance(plan, ScorePlan)
-        engine: Any = plan.engine
-        engine.batch_tokens = batch_tokens
+        scorer: Any = plan.scorer
+        scorer.batch_tokens = batch_tokens
         self.read: list[int] = []
-        self.scores: list[TokenScores] = engine.score(sequences, self.read.append)
+        self.scores: list[TokenScores] = scorer.score(sequences, self.read.append)
 
 
 def test_scores_do_not_depend_on_the_batch(tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_rows_beyond_the_teachers_positions_are_refused_like_others(tiny: dict[s
     sequences = [plan.prepared.splits["train"][row] for row in range(24)]
     everything = Scored(plan, sequences, 100).scores
     longest = sorted(len(one.ids) for one in sequences)[11]
-    plan.engine.positions = longest
+    plan.scorer.positions = longest
     found = Scored(plan, sequences, 100).scores
     assert sum(isinstance(one, UnusableRow) for one in found) == sum(len(one.ids) > longest for one in sequences) > 0
     for sequence, before, after in zip(sequences, everything, found, strict=True):

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mmkd.cache.codec import TokenScores
 from mmkd.capture.build import build
-from mmkd.capture.plan import Plan, make_plan
+from mmkd.capture.build_plan import Plan, make_plan
 from mmkd.recipe.run import parse_run
 
 

@@ -385,7 +385,7 @@ def test_sequences_that_were_skipped_teach_nothing(tiny: dict[str, Path], tmp_pa
     plan: Any = plan_of(recipe)
     skipped = [plan.prepared.splits["train"][row] for row in (0, 5, 23)]
     keys = {one.key for one in skipped}
-    plan.engine = Shy(plan.engine, lambda one: one.key in keys)
+    plan.scorer = Shy(plan.scorer, lambda one: one.key in keys)
     cache = Cache(build_plan(plan, Console(quiet=True)))
     assert cache.skipped_keys == keys
     assert {row: entry.reason for row, entry in cache.manifest.skipped["train"].items()} == dict.fromkeys(
@@ -400,7 +400,7 @@ def test_sequences_that_were_skipped_teach_nothing(tiny: dict[str, Path], tmp_pa
     assert sum(loss == 0 for loss in losses) == 3
     # A run that skips nothing cannot be built from the same answers.
     plan = plan_of(recipe, "--on_error", "fail", "--teacher_cache", str(tmp_path / "strict"))
-    plan.engine = Shy(plan.engine, lambda one: one.key in keys)
+    plan.scorer = Shy(plan.scorer, lambda one: one.key in keys)
     with pytest.raises(ValueError, match=r"Row 0 of the train data cannot be used: too shy .*on_error: skip"):
         build_plan(plan, Console(quiet=True))
 

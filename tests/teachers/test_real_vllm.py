@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from mmkd.teachers.local import LocalTeacher
-from mmkd.teachers.server import Prompt, Question, RowError, ServerTeacher, TopK, VLLMClient
+from mmkd.teachers.server import Prompt, RowError, ScoreRequest, ServerTeacher, TopK, VLLMClient
 from scripts.make_tiny_models import sentences
 from tests.teachers.conftest import Served, serve
 from tests.teachers.vlm import make_image
@@ -81,7 +81,7 @@ def test_check_of_a_real_server(served_teacher):
 @pytest.mark.parametrize("k", [1, 64, 256])
 def test_log_probs_are_those_of_transformers(served_teacher, model, rows, k):
     with VLLMClient(served_teacher.url) as client:
-        answers = list(client.score([Question(ids, np.arange(len(ids)) > 0) for ids in rows], k))
+        answers = list(client.score([ScoreRequest(ids, np.arange(len(ids)) > 0) for ids in rows], k))
     for ids, answer in zip(rows, answers, strict=True):
         assert_same(answer, reference(model, ids), k, 1e-4)
 
@@ -89,7 +89,7 @@ def test_log_probs_are_those_of_transformers(served_teacher, model, rows, k):
 def test_padding_rows_of_the_vocabulary_are_passed_over(served_teacher, model, rows):
     known = 200
     with VLLMClient(served_teacher.url) as client:
-        (answer,) = client.score([Question(rows[0], np.arange(len(rows[0])) > 0)], 64, vocab_size=known)
+        (answer,) = client.score([ScoreRequest(rows[0], np.arange(len(rows[0])) > 0)], 64, vocab_size=known)
     assert_same(answer, reference(model, rows[0])[:, :known], 64, 1e-4)
 
 
@@ -99,9 +99,9 @@ def test_longest_text_fits_and_one_more_token_is_a_row_error(served_teacher, mod
     with VLLMClient(served_teacher.url) as client:
         fits, not_known, long = client.score(
             [
-                Question(ids[:255], last[:255]),
-                Question([5, 100_000, 6], np.array([False, False, True])),
-                Question(ids, np.arange(256) == 255),
+                ScoreRequest(ids[:255], last[:255]),
+                ScoreRequest([5, 100_000, 6], np.array([False, False, True])),
+                ScoreRequest(ids, np.arange(256) == 255),
             ],
             8,
         )
@@ -118,7 +118,7 @@ def test_a_row_that_the_server_itself_finds_too_long_is_a_row_error(served_teach
         # As a proxy in front of servers of different length would have it.
         client._facts = type(facts)(facts.urls, facts.model, facts.root, 10_000, facts.vllm_version)
         for length in (256, 257, 400):
-            (answer,) = client.score([Question([7] * length, np.arange(length) == length - 1)], 8)
+            (answer,) = client.score([ScoreRequest([7] * length, np.arange(length) == length - 1)], 8)
             assert isinstance(answer, RowError)
 
 
@@ -200,7 +200,7 @@ def test_images_are_scored_as_transformers_does(served_vlm):
     for seed in range(6):
         inputs, image = row_of(processor, seed)
         ids = inputs["input_ids"][0].tolist()
-        asked.append(Question(ids, np.arange(len(ids)) >= len(ids) - 5, CHAT, [image]))
+        asked.append(ScoreRequest(ids, np.arange(len(ids)) >= len(ids) - 5, CHAT, [image]))
         with torch.no_grad():
             expected.append(vlm(**inputs).logits[0, -6:-1].log_softmax(-1))
     with VLLMClient(served_vlm.url) as client:
@@ -220,8 +220,8 @@ def test_image_tokens_that_do_not_line_up_are_a_row_error(served_vlm):
     with VLLMClient(served_vlm.url, image_token_id=processor.image_token_id) as client:
         wrong, right = client.score(
             [
-                Question(fewer, np.arange(len(fewer)) == len(fewer) - 1, CHAT, [image]),
-                Question(ids, np.arange(len(ids)) == len(ids) - 1, CHAT, [image]),
+                ScoreRequest(fewer, np.arange(len(fewer)) == len(fewer) - 1, CHAT, [image]),
+                ScoreRequest(ids, np.arange(len(ids)) == len(ids) - 1, CHAT, [image]),
             ],
             8,
         )
@@ -254,7 +254,7 @@ def test_a_llava_student_is_scored_and_answers_as_in_transformers(served_llava):
         said = [{"role": "user", "content": content}, CHAT[1]]
         inputs = processor(text=processor.apply_chat_template(said), images=images or None, return_tensors="pt")
         ids = inputs["input_ids"][0].tolist()
-        asked.append(Question(ids, np.arange(len(ids)) >= len(ids) - 5, said, images))
+        asked.append(ScoreRequest(ids, np.arange(len(ids)) >= len(ids) - 5, said, images))
         with torch.no_grad():
             expected.append(student(**inputs).logits[0, -6:-1].log_softmax(-1))
     prompt = processor.apply_chat_template(CHAT[:1], add_generation_prompt=True)
@@ -285,6 +285,6 @@ def test_real_model_has_the_log_probs_of_transformers(tmp_path):
         VLLMClient(served.url) as client,
     ):
         client.check(str(SMOLLM2), 64, 511, tokenizer)
-        answers = list(client.score([Question(row, np.arange(len(row)) > 0) for row in ids], 64))
+        answers = list(client.score([ScoreRequest(row, np.arange(len(row)) > 0) for row in ids], 64))
     for row, answer in zip(ids, answers, strict=True):
         assert_same(answer, reference(model, row), 64)

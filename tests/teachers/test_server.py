@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tenacity import wait_none
 
-from mmkd.teachers.server import Prompt, Question, RowError, ServerTeacher, TopK, VLLMClient, questions_of
+from mmkd.teachers.server import Prompt, RowError, ScoreRequest, ServerTeacher, TopK, VLLMClient, questions_of
 from mmkd.teachers.vllm_wire import LogProb, difference, openai_messages, top_k
 from tests.teachers.fake_vllm import FakeVLLM, fake_vllm
 
@@ -32,15 +32,15 @@ def fake():
         yield running
 
 
-def question(*ids: int) -> Question:
-    return Question(ids, np.arange(len(ids)) > 0)
+def question(*ids: int) -> ScoreRequest:
+    return ScoreRequest(ids, np.arange(len(ids)) > 0)
 
 
-def questions(count: int) -> list[Question]:
+def questions(count: int) -> list[ScoreRequest]:
     return [question(i % 50, (i + 3) % 50, 7) for i in range(count)]
 
 
-def assert_scored(fake: FakeVLLM, asked: Question, answer: TopK | RowError, k: int) -> None:
+def assert_scored(fake: FakeVLLM, asked: ScoreRequest, answer: TopK | RowError, k: int) -> None:
     assert isinstance(answer, TopK)
     expected = np.stack([fake.log_probs(int(asked.ids[int(t) - 1])) for t in np.flatnonzero(asked.supervised)])
     order = np.argsort(-expected, axis=-1)[:, :k]
@@ -77,9 +77,9 @@ def test_scores_come_in_the_order_of_the_questions_and_few_are_held(fake):
 
 def test_only_supervised_tokens_are_answered_and_none_after_them_sent(fake):
     supervised = np.array([False, False, True, False, True, False, False])
-    asked = Question(np.arange(7), supervised)
+    asked = ScoreRequest(np.arange(7), supervised)
     with VLLMClient(fake.url) as client:
-        scored, nothing = client.score([asked, Question([1, 2], np.zeros(2, bool))], 5)
+        scored, nothing = client.score([asked, ScoreRequest([1, 2], np.zeros(2, bool))], 5)
     assert_scored(fake, asked, scored, 5)
     assert isinstance(nothing, TopK)
     assert nothing.ids.shape == nothing.log_probs.shape == (0, 5)
@@ -116,9 +116,9 @@ def test_entries_are_read_by_rank_whatever_their_order():
 
 def test_a_question_must_be_one():
     with pytest.raises(AssertionError, match="one flag per token"):
-        Question([1, 2, 3], np.ones(2, bool))
+        ScoreRequest([1, 2, 3], np.ones(2, bool))
     with pytest.raises(AssertionError, match="nothing comes before"):
-        Question([1, 2], np.ones(2, bool))
+        ScoreRequest([1, 2], np.ones(2, bool))
 
 
 # Failures

@@ -36,7 +36,7 @@ from mmkd.cache.store import (
     shard_path,
 )
 from mmkd.capture.build import build
-from mmkd.capture.plan import Plan
+from mmkd.capture.build_plan import Plan
 from mmkd.files import write_file
 from scripts.make_tiny_models import sentences
 from tests.teachers.caches import contents, plan_of, random_scores, write_recipe

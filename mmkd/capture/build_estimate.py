@@ -12,7 +12,7 @@ from mmkd.units import readable_size
 from .sequences import Sequences, TokenSequence, UnusableRow, usable
 
 if TYPE_CHECKING:
-    from .plan import ScorePlan
+    from .build_plan import ScorePlan
 
 _SAMPLE_ROWS = 32
 
@@ -28,9 +28,9 @@ def report_estimate(plan: "ScorePlan", console: Console) -> None:
         reason = next((one.reason for one in found if isinstance(one, UnusableRow)), "no token is supervised")
         raise UserError(f"None of the {count} sampled rows can be read; the first: {reason}")
     # The first question loads the teacher and warms it up.
-    plan.engine.score(asked[:1], lambda tokens: None)
+    plan.scorer.score(asked[:1], lambda tokens: None)
     start = time.perf_counter()
-    answers = plan.engine.score(asked, lambda tokens: None)
+    answers = plan.scorer.score(asked, lambda tokens: None)
     seconds = (time.perf_counter() - start) / len(asked)
     scores = [one for one in answers if not isinstance(one, UnusableRow)]
     if not scores:

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +13,14 @@ from trl.data_utils import prepare_multimodal_messages
 
 from mmkd.cache.codec import TokenScores
 from mmkd.errors import UserError
+from mmkd.generation.generator import Advance
 from mmkd.models.load import positions_of
 from mmkd.teachers.cached import images_of
 from mmkd.teachers.local import LocalTeacher
-from mmkd.teachers.vllm_client import Question, RowError, TopK, VLLMClient
+from mmkd.teachers.vllm_client import RowError, ScoreRequest, TopK, VLLMClient
 
 from .scoring import label_log_probs, score_tokens
 from .sequences import Prepared, TokenSequence, UnusableRow
-
-Advance = Callable[[int], None]
-"""Told how many tokens were read."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Wanted:
     vocab_size: int
 
 
-class Engine(ABC):
+class Scorer(ABC):
     """Scores sequences. What it says of one must not depend on which others it is asked about elsewhere."""
 
     teacher_seconds: float = 0.0
@@ -46,7 +44,7 @@ class Engine(ABC):
         """The scores of each sequence's supervised tokens, in the order of the sequences."""
 
 
-class LocalEngine(Engine):
+class LocalScorer(Scorer):
     """A model in this process, which reads sequences of like length together."""
 
     def __init__(self, model: PreTrainedModel, prepared: Prepared, wanted: Wanted, batch_tokens: int):
@@ -97,7 +95,7 @@ class LocalEngine(Engine):
         return score_tokens(signal, wanted.k, wanted.m, np.concatenate(offsets))
 
 
-class ServerEngine(Engine):
+class ServerScorer(Scorer):
     """vLLM over HTTP."""
 
     def __init__(self, client: VLLMClient, wanted: Wanted):
@@ -135,12 +133,12 @@ def too_long(tokens: int, positions: int | None) -> UnusableRow | None:
     )
 
 
-def question_of(sequence: TokenSequence) -> Question:
+def question_of(sequence: TokenSequence) -> ScoreRequest:
     """A sequence as a question to a server: its ids, and with images the messages they come from."""
     if not sequence.images:
-        return Question(sequence.ids, sequence.supervised)
+        return ScoreRequest(sequence.ids, sequence.supervised)
     images = images_of(sequence.example)
-    return Question(sequence.ids, sequence.supervised, _messages(sequence.example, images), images)
+    return ScoreRequest(sequence.ids, sequence.supervised, _messages(sequence.example, images), images)
 
 
 def _messages(example: Mapping[str, Any], images: list[Any]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from mmkd.data.arrow import read_rows
 from mmkd.data.filters import row_key
 from mmkd.data.recipe import DataRecipe
 from mmkd.errors import UserError
+from mmkd.generation.generator import Advance
 from mmkd.models.load import tokenizer_of
 from mmkd.precision import name_of_dtype, product_dtype, say_float32
 from mmkd.recipe.cache_arguments import CacheArguments
@@ -35,7 +36,7 @@ from mmkd.recipe.run import (
 from mmkd.recipe.run_models import load_teacher, student_processing_class, teacher_processing_class
 from mmkd.teachers.vllm_client import ServerFacts, VLLMClient
 
-from .engines import Advance, Engine, LocalEngine, ServerEngine, Wanted
+from .scorers import LocalScorer, Scorer, ServerScorer, Wanted
 from .sequences import Prepared, TokenSequence, UnusableRow, prepare, usable
 
 
@@ -99,27 +100,27 @@ class ScorePlan(Plan):
     codec: Codec
 
     @cached_property
-    def engine(self) -> Engine:
+    def scorer(self) -> Scorer:
         """Whoever answers; loading the teacher waits until somebody asks."""
         run, codec = self.run, self.codec
         wanted = Wanted(codec.kind, codec.k, codec.m, self.manifest.identity["signal"]["vocab_size"])
         if run.arguments.teacher_server is not None:
-            return ServerEngine(client_of(run, self.prepared.processing_class), wanted)
+            return ServerScorer(client_of(run, self.prepared.processing_class), wanted)
         assert run.arguments.teacher is not None
         model = load_teacher(run, run.arguments.teacher, self.dtype)
-        return LocalEngine(model, self.prepared, wanted, self.arguments.cache_batch_tokens)
+        return LocalScorer(model, self.prepared, wanted, self.arguments.cache_batch_tokens)
 
     def files(self) -> dict[str, bytes]:
         return {TOKEN_ORDER: order_bytes(self.codec.order)} if self.codec.kind == "top_k" else {}
 
     def shard(self, split: str, number: int, advance: Advance) -> ShardResult:
-        start, teacher_start = time.perf_counter(), self.engine.teacher_seconds
+        start, teacher_start = time.perf_counter(), self.scorer.teacher_seconds
         found = list(usable(self.prepared.splits[split], self.manifest.span(split, number)))
         asked = [(row, sequence) for row, sequence in found if isinstance(sequence, TokenSequence)]
         skipped = {row: Skipped(one.reason) for row, one in found if isinstance(one, UnusableRow)}
         self.refuse(skipped, split)
         rows = []
-        answers = self.engine.score([sequence for _, sequence in asked], advance)
+        answers = self.scorer.score([sequence for _, sequence in asked], advance)
         for (row, sequence), scores in zip(asked, answers, strict=True):
             if isinstance(scores, UnusableRow):
                 skipped[row] = Skipped(scores.reason, sequence.key.hex())
@@ -134,7 +135,7 @@ class ScorePlan(Plan):
                 }
             )
         self.refuse(skipped, split)
-        teacher_seconds = self.engine.teacher_seconds - teacher_start
+        teacher_seconds = self.scorer.teacher_seconds - teacher_start
         cost = {"seconds": time.perf_counter() - start, "teacher_seconds": teacher_seconds}
         return ShardResult(split, number, rows, skipped, {name: round(value, 3) for name, value in cost.items()})
 
