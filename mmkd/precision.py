@@ -1,4 +1,4 @@
-"""In which type a device multiplies matrices: the one place that decides it, for models, training and measurements."""
+"""The type in which a device multiplies matrices: decided here alone, for models, training and measurements."""
 
 import logging
 import os
@@ -10,14 +10,14 @@ from mmkd.errors import UserError
 logger = logging.getLogger(__name__)
 
 NATIVE_BF16 = "MMKD_NATIVE_BF16"
-"""The variable that overrules what the CPU says: 1 computes half types as asked, 0 as on a CPU that emulates bf16."""
+"""The variable that overrides detection: 1 computes half types as requested, 0 as on a CPU that emulates bf16."""
 
 _FLAGS = {
     torch.bfloat16: ("amx_bf16", "avx512_bf16", "avx10_2", "bf16", "sve_bf16"),
     torch.float16: ("amx_fp16", "avx512_fp16", "avx10_2", "fp16_arith"),
 }
 
-_said: list[str] = []
+_warned: list[str] = []
 
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:
@@ -42,10 +42,10 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
     return supported and any(flags.get(flag, False) for flag in _FLAGS[dtype])
 
 
-def product_dtype(wanted: torch.dtype, device: str | torch.device) -> torch.dtype:
+def product_dtype(dtype: torch.dtype, device: str | torch.device) -> torch.dtype:
     """The type to compute in on a device: float32 in place of a half type that its CPU only emulates."""
-    emulated = torch.device(device).type == "cpu" and wanted in _FLAGS and not cpu_multiplies(wanted)
-    return torch.float32 if emulated else wanted
+    emulated = torch.device(device).type == "cpu" and dtype in _FLAGS and not cpu_multiplies(dtype)
+    return torch.float32 if emulated else dtype
 
 
 def native_dtype(device: str | torch.device) -> torch.dtype:
@@ -70,9 +70,9 @@ def say_emulated(role: str, dtype: torch.dtype, device: str | torch.device) -> N
 
 def say_float32() -> None:
     """Warns, once per process and on the first rank only, that half types are computed in float32 here."""
-    if _said or os.environ.get("RANK", "0") != "0":
+    if _warned or os.environ.get("RANK", "0") != "0":
         return
-    _said.append(NATIVE_BF16)
+    _warned.append(NATIVE_BF16)
     logger.warning(
         "This CPU has no instructions for products in half precision and would emulate them many times slower. What "
         "bf16, dtype, teacher_dtype or saved weights ask to compute in bfloat16 or float16 is computed in float32. "

@@ -413,7 +413,7 @@ def test_repositories_that_may_not_be_written(hub: LoopbackHub, client: Client, 
         push(cache, "user/secret", private=True),
         push(cache, "user/named"),
     )
-    assert "user/photos holds something else than a teacher cache" in said[0]
+    assert "user/photos is no teacher cache" in said[0]
     assert "exists and is public" in said[1]
     assert "The Hub refuses somebody/words to you. Log in with `hf auth login`" in said[2]
     assert "'user/a b' is no Hub id" in said[3]

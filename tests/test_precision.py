@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from mmkd.preflight.predict import uses_bf16
 
 from mmkd import precision
 from mmkd.cache.manifest import Manifest
@@ -24,7 +25,6 @@ from mmkd.methods.kd import KDConfig, KDTrainer
 from mmkd.models.load import load_model
 from mmkd.precision import NATIVE_BF16, native_dtype, product_dtype
 from mmkd.preflight.hardware import choose_device
-from mmkd.preflight.predict import uses_bf16
 from mmkd.recipe.run import build_trainer, parse_run
 from mmkd.recipe.run_models import load_teacher
 from scripts.make_tiny_models import sentences
@@ -36,7 +36,7 @@ WORDS = "computed in float32"
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test is a process of its own: what is said once was not said yet."""
-    monkeypatch.setattr(precision, "_said", [])
+    monkeypatch.setattr(precision, "_warned", [])
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def push_cache(
     manifest = _checked(folder)
     api = HfApi(library_name="mmkd", library_version=__version__)
     with explained(repo_id):
-        # Without a wish of the user's, an organisation's default decides.
+        # None leaves the choice to the organisation's default.
         url = api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
         repo_id = url.repo_id
         is_private = api.repo_info(repo_id, repo_type="dataset").private
@@ -63,7 +63,7 @@ def push_cache(
     if private and not is_private:
         raise UserError(f"{url} exists and is public. Make it private in its settings, or name another repository.")
     if MANIFEST not in present and {*present} - {".gitattributes", "README.md"}:
-        raise UserError(f"{url} holds something else than a teacher cache; name another repository.")
+        raise UserError(f"{url} is no teacher cache; name another repository.")
     # Before anything large is sent, since making the card may fail too.
     card = cache_card(folder, manifest, repo_id, _columns(folder, manifest), fidelity, method).encode()
     additions = []
@@ -245,19 +245,19 @@ def _rebuild(repo_id: str, snapshot: Path, parquet: Path, folder: Path) -> None:
 
 def _places(repo_id: str, manifest: Manifest, parquet: Path) -> dict[tuple[str, int], tuple[Path, int]]:
     """Where each shard lies: file and row group. Raises UserError when some are nowhere."""
-    found: dict[tuple[str, int], tuple[Path, int]] = {}
+    places: dict[tuple[str, int], tuple[Path, int]] = {}
     for path in sorted(parquet.glob("*.parquet")):
         if match := _PARQUET.fullmatch(path.name):
             first, last = int(match["first"]), int(match["last"])
-            found |= {(match["split"], number): (path, number - first) for number in range(first, last + 1)}
-    missing = [shard for shard in manifest.planned() if shard not in found]
+            places |= {(match["split"], number): (path, number - first) for number in range(first, last + 1)}
+    missing = [shard for shard in manifest.planned() if shard not in places]
     if missing or manifest.missing() or manifest.part is not None:
         split, number = (missing or manifest.missing() or [("train", 0)])[0]
         raise UserError(
             f"The cache {repo_id} on the Hub is not complete: {split} shard {number} is missing. Whoever pushed it "
             "must run `mmkd cache push` again."
         )
-    return found
+    return places
 
 
 @contextmanager

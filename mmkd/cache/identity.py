@@ -33,7 +33,7 @@ def saved_dtype(name: str, revision: str | None = None) -> str:
     """
     with safe_open(_weight_files(name, revision)[0], framework="np") as file:
         types = (file.get_slice(weight).get_dtype() for weight in file.keys())  # noqa: SIM118
-        return next((_FLOATS[found] for found in types if found in _FLOATS), "float32")
+        return next((_FLOATS[dtype] for dtype in types if dtype in _FLOATS), "float32")
 
 
 def _weight_files(name: str, revision: str | None) -> list[Path]:

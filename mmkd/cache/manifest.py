@@ -93,12 +93,12 @@ class Manifest:
 
     def skipped_reasons(self) -> list[tuple[int, str]]:
         """Why: (how many rows, the reason of the first of them), the most frequent first."""
-        found: dict[str, list[str]] = {}
+        by_kind: dict[str, list[str]] = {}
         for rows in self.skipped.values():
             for _, entry in sorted(rows.items()):
                 # Numbers and what stands for a picture do not make another reason.
-                found.setdefault(_PARTICULARS.sub("", entry.reason), []).append(entry.reason)
-        return sorted(((len(reasons), reasons[0]) for reasons in found.values()), key=lambda pair: -pair[0])
+                by_kind.setdefault(_PARTICULARS.sub("", entry.reason), []).append(entry.reason)
+        return sorted(((len(reasons), reasons[0]) for reasons in by_kind.values()), key=lambda pair: -pair[0])
 
     def skipped_summary(self) -> str:
         """All that in a line, for a cache without some rows."""
@@ -111,8 +111,8 @@ class Manifest:
         # JSON turns numbers that are keys into text, which sorts 10 before 9.
         entries = {
             name: {
-                split: {str(number): vars(entry) for number, entry in sorted(found.items())}
-                for split, found in getattr(self, name).items()
+                split: {str(number): vars(entry) for number, entry in sorted(numbered.items())}
+                for split, numbered in getattr(self, name).items()
             }
             for name in ("shards", "skipped")
         }
@@ -131,9 +131,11 @@ class Manifest:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); build the cache again.") from error
-        found = content.pop("format", None) if isinstance(content, dict) else None
-        if found != FORMAT:
-            raise UserError(f"{path} has format {found}, this mmkd reads {FORMAT}; install the version that wrote it.")
+        format_number = content.pop("format", None) if isinstance(content, dict) else None
+        if format_number != FORMAT:
+            raise UserError(
+                f"{path} has format {format_number}, this mmkd reads {FORMAT}; install the version that wrote it."
+            )
         if content.pop("checksum", None) != _checksum({**content, "format": FORMAT}):
             raise UserError(
                 f"{path} was edited: its checksum does not fit. It says what the rows mean, so restore it, or build "
@@ -158,14 +160,14 @@ class Manifest:
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The fields in which two identities differ: `data.fingerprint: 'a' here, 'b' there`."""
-    found = []
+    lines = []
     for key in sorted({*ours, *theirs}):
         left, right = ours.get(key), theirs.get(key)
         if isinstance(left, Mapping) and isinstance(right, Mapping):
-            found += differences(left, right, f"{prefix}{key}.")
+            lines += differences(left, right, f"{prefix}{key}.")
         elif left != right:
-            found.append(f"{prefix}{key}: {left!r} here, {right!r} there")
-    return found
+            lines.append(f"{prefix}{key}: {left!r} here, {right!r} there")
+    return lines
 
 
 def identity_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -173,7 +175,7 @@ def identity_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> 
     ignored = [f"{name}: " for name in RECORDED_ONLY]
     if ours["teacher"]["weights"] and theirs["teacher"]["weights"]:
         ignored += ["teacher.name: ", "teacher.revision: "]
-    return [one for one in differences(ours, theirs) if not one.startswith(tuple(ignored))]
+    return [line for line in differences(ours, theirs) if not line.startswith(tuple(ignored))]
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ LOG = "log.jsonl"
 
 
 class CacheWriter:
-    """The only writer of a folder: goes on where an earlier one was stopped, and repairs shards that are damaged.
+    """The only writer of a folder. It resumes an earlier build and repairs damaged shards.
 
     Raises UserError when somebody else is writing there, or when the folder holds a cache of something else.
     """
@@ -90,22 +90,22 @@ class CacheWriter:
     def _resume(self) -> None:
         mine = self.manifest
         if (self.folder / "manifest.json").exists():
-            found = Manifest.read(self.folder)
-            other = identity_differences(mine.identity, found.identity)
-            if not other and mine.total_rows == found.total_rows and mine.shard_rows != found.shard_rows:
+            existing = Manifest.read(self.folder)
+            other = identity_differences(mine.identity, existing.identity)
+            if not other and mine.total_rows == existing.total_rows and mine.shard_rows != existing.shard_rows:
                 raise UserError(
-                    f"{self.folder} was begun with cache_shard_rows: {found.shard_rows}, and now it is "
-                    f"{mine.shard_rows}. Set it back to {found.shard_rows} to go on ({len(found.missing())} of "
-                    f"{len(found.planned())} shards are missing), or name another folder."
+                    f"{self.folder} was begun with cache_shard_rows: {existing.shard_rows}, and now it is "
+                    f"{mine.shard_rows}. Set it back to {existing.shard_rows} to go on ({len(existing.missing())} of "
+                    f"{len(existing.planned())} shards are missing), or name another folder."
                 )
             plan = {"shard_rows": mine.shard_rows, "rows": mine.total_rows, "part": mine.part}
-            found_plan = {"shard_rows": found.shard_rows, "rows": found.total_rows, "part": found.part}
-            different = [*other, *differences({"plan": plan}, {"plan": found_plan})]
+            existing_plan = {"shard_rows": existing.shard_rows, "rows": existing.total_rows, "part": existing.part}
+            different = [*other, *differences({"plan": plan}, {"plan": existing_plan})]
             if different:
                 raise UserError(
                     f"{self.folder} holds a cache of something else: {'; '.join(different)}. {advice_on(different)}"
                 )
-            self.manifest = found
+            self.manifest = existing
         for leftover in self.folder.rglob("*.tmp"):
             leftover.unlink()
         for split, number in damaged_shards(self.folder, self.manifest):
@@ -148,7 +148,7 @@ class CacheWriter:
         self.manifest.write(self.folder)
 
     def finish(self) -> None:
-        """Leaves beside the shards what lets `datasets.load_from_disk` open the folder."""
+        """Writes the files that let `datasets.load_from_disk` open the folder."""
         assert not self.manifest.missing()
         describe_for_datasets(self.folder, self.manifest, self.features)
 
@@ -315,15 +315,15 @@ def whole_lines(log: Path) -> bytes:
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """What each shard cost; shards that were built twice are there twice. Raises UserError for a damaged line."""
-    found = []
+    entries = []
     for number, line in enumerate(whole_lines(folder / LOG).splitlines(), start=1):
         try:
-            found.append(json.loads(line))
+            entries.append(json.loads(line))
         except ValueError as error:
             raise UserError(
                 f"Line {number} of {folder / LOG} is damaged ({error}). It decides nothing: delete the line."
             ) from error
-    return found
+    return entries
 
 
 def describe_for_datasets(folder: Path, manifest: Manifest, features: Features) -> None:
@@ -377,7 +377,7 @@ def _keys(tables: list[pa.Table]) -> np.ndarray:
 
 
 def _allow_open_files(count: int) -> None:
-    """Every shard stays open; systems allow a process some 1,024 files unless it asks for more."""
+    """Raises the limit of open files: every shard stays open, and systems allow a process some 1,024 by default."""
     if sys.platform == "win32":
         # It has no limit that a process could raise.
         return

@@ -13,14 +13,14 @@ from huggingface_hub.utils import get_token, validate_repo_id
 from mmkd import __version__
 from mmkd.cache.hub import explained, is_hub_id
 from mmkd.errors import UserError
-from mmkd.publish.push_folder import RECIPE, Published, Wishes, prepare
+from mmkd.publish.push_folder import RECIPE, Published, PushOptions, prepare
 
 _KEPT = (".gitattributes",)
 
 
 def push_command(options: argparse.Namespace) -> int:
     """Publishes a run, or with --dry_run writes the folder, and prints where it is."""
-    wishes = Wishes(
+    pushed = PushOptions(
         options.repo,
         license=options.license,
         base_model=options.base_model,
@@ -31,7 +31,7 @@ def push_command(options: argparse.Namespace) -> int:
     check_name(options.repo)
     if not options.dry_run and not get_token():
         raise UserError("There is no token of the Hub here. Log in with `hf auth login`, or set HF_TOKEN.")
-    found = prepare(Path(options.run_folder), wishes)
+    found = prepare(Path(options.run_folder), pushed)
     for warning in found.student.warnings:
         print(f"Mind: {warning}", file=sys.stderr)
     if options.dry_run:

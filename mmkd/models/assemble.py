@@ -35,11 +35,12 @@ def prune(
     units by activations; the weight-only criterion is ours). FFN neuron i scores ||gate row i|| * ||up row i|| *
     ||down column i||; an attention group scores ||its columns of W_o|| * ||its rows of W_v||. Norms are in fp32.
 
-    ValueError: nothing or the impossible was asked for, the teacher is quantised, or its architecture forbids the cut.
+    Raises UserError where no size is passed or one cannot be, for a quantised teacher, and for an architecture that
+    does not allow the cut.
     """
     if layers is None and intermediate_size is None and num_attention_heads is None:
         raise UserError(
-            "prune() was asked for nothing, so the student would be the teacher: pass layers, intermediate_size or "
+            "prune() got no size, so the student would equal the teacher: pass layers, intermediate_size or "
             "num_attention_heads."
         )
     _require_prunable(teacher)
@@ -90,18 +91,18 @@ def _require_prunable(teacher: PreTrainedModel) -> None:
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     depth = model.config.get_text_config().num_hidden_layers
-    found = [
+    stacks = [
         module
         for name, module in model.get_decoder().named_modules()
         # A list below a numbered module belongs to one layer (its experts, say), however long it is.
         if isinstance(module, nn.ModuleList) and len(module) == depth and not any(map(str.isdigit, name.split(".")))
     ]
-    if len(found) != 1:
+    if len(stacks) != 1:
         raise UserError(
-            f"{type(model).__name__} has {len(found)} lists of {depth} decoder layers, so which to prune is unclear: "
+            f"{type(model).__name__} has {len(stacks)} lists of {depth} decoder layers, so which to prune is unclear: "
             "use a model whose decoder layers are one ModuleList."
         )
-    return found[0]
+    return stacks[0]
 
 
 def _kept_layers(layers: int | Sequence[int] | None, depth: int) -> list[int]:
@@ -222,8 +223,8 @@ def _load(student: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     odd = sorted({name for name, _ in expected.items() ^ {name: t.shape for name, t in weights.items()}.items()})
     if odd:
         raise UserError(
-            f"{odd[0]} (and {len(odd) - 1} more) does not fit the pruned {type(student).__name__}, because this "
-            "architecture ties its shape to something else: prune less (layers only, say), or use another teacher."
+            f"{odd[0]} (and {len(odd) - 1} more) does not fit the pruned {type(student).__name__}: its shape depends "
+            "on another size in this architecture. Prune layers only, or use another teacher."
         )
     # assign keeps the dtype of every tensor, whatever the config says, and unties the embeddings.
     student.load_state_dict(weights, assign=True)

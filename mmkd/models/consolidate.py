@@ -29,7 +29,7 @@ def consolidate(checkpoint: Path, output: Path) -> None:
     if (checkpoint / _ADAPTER).is_file():
         shutil.copy(checkpoint / _ADAPTER, output)
         # ZeRO's shards name the adapter in each of its weights, which PEFT's files do not.
-        weights = {name.replace(".default.", "."): one for name, one in weights.items()}
+        weights = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}
         save_file(weights, output / "adapter_model.safetensors", metadata={"format": "pt"})
     else:
         config = AutoConfig.from_pretrained(checkpoint)

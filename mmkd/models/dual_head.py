@@ -82,7 +82,7 @@ class DualHeadTextConfig(DualHeadConfig):
 
 @dataclass
 class DualHeadOutput(ModelOutput):
-    """What both heads say. `logits` is the log of the interpolated prediction, so that softmax gives it back."""
+    """The predictions of both heads. `logits` is the log of the interpolated one, so that softmax gives it back."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -197,7 +197,7 @@ class _DualHeadModel(PreTrainedModel):
                     bias.zero_()
 
     def answer(self, features: Float[Tensor, "row width"], labels: Int[Tensor, "row"] | None = None) -> DualHeadOutput:
-        """What the heads make of the features."""
+        """The predictions of both heads from the features, and the loss where there are labels."""
         ce_logits, kd_logits = self.ce_head(features), self.kd_head(features)
         logits = interpolate(ce_logits, kd_logits, self.config.alpha, self.config.beta)
         loss = None if labels is None else nll_loss(logits, labels)
@@ -209,7 +209,7 @@ class _DualHeadModel(PreTrainedModel):
         ce: the supervised head; exactly this model at alpha 1. kd: the distillation head over beta; exactly this model
         at alpha 0. merged: alpha ce + (1 - alpha) kd / beta, the normalised *geometric* mean of the two predictions;
         this model takes the arithmetic one, so the two agree at alpha 0 and 1 and only nearly in between. Raises
-        ValueError for a cosine head, which no linear layer can stand for, and another name.
+        UserError for a cosine head, which no linear layer can replace, and for an unknown name.
         """
         if head not in ("ce", "kd", "merged"):
             raise UserError(f"{head!r} is none of the single heads; choose ce, kd or merged.")
@@ -341,7 +341,7 @@ def _probe(model: _DualHeadModel, image_size: int | None = None, rows: int = 3) 
     generator = torch.Generator().manual_seed(0)
     config: Any = model.config.backbone_config
     if model.config.text:
-        # Below any special token of the usual vocabularies lies nothing to learn from; any token will do.
+        # Any token will do, but the lowest ids are often special: padding, which a mask of ones contradicts.
         ids = torch.randint(5, config.vocab_size, (rows, 8), generator=generator)
         return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
     size = image_size or getattr(config, "image_size", None) or 64

@@ -26,14 +26,14 @@ class Ensemble(PreTrainedModel, GenerationMixin):
 
     def __init__(self, models: Sequence[PreTrainedModel], vocab_size: int | None = None) -> None:
         if len(models) < 2:
-            raise UserError(f"An ensemble of {len(models)} is none: pass two models or more.")
+            raise UserError(f"An ensemble needs two models or more, not {len(models)}.")
         config = copy.deepcopy(models[0].config)
         rows = min(model.config.get_text_config().vocab_size for model in models)
         if vocab_size is not None and not 1 <= vocab_size <= rows:
             raise UserError(f"vocab_size is {vocab_size}, but a member has only {rows} rows: their tokenizers differ.")
         config.get_text_config().vocab_size = vocab_size or rows
         config.tie_word_embeddings = False
-        # It attends to nothing itself; members keep their own way.
+        # It has no attention itself; members keep their own implementation.
         config._attn_implementation = "eager"
         super().__init__(config)
         self.generation_config = copy.deepcopy(models[0].generation_config)
@@ -51,6 +51,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs, "use_cache": False}
             logits = member(**inputs).logits[..., :size]
             total = total + logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        # A geometric mean of distributions sums to less than 1, hence the second softmax.
         return CausalLMOutputWithPast(logits=(total / len(self.members)).log_softmax(-1))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

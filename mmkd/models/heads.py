@@ -37,6 +37,7 @@ class LMHead:
 
     def project(self, hidden: Float[Tensor, "token width"], out: Tensor) -> Float[Tensor, "token vocab"]:
         """`weight @ hidden + bias` of a frozen head, written to `out` in the type of `out`."""
+        # A GPU sums bf16 products in fp32 anyway and can return that sum; a CPU needs fp32 operands for it.
         if out.dtype == hidden.dtype:
             torch.mm(hidden, self.weight.T, out=out)
         elif hidden.device.type == "cuda":

@@ -28,8 +28,8 @@ def check_packing(
     """Raises UserError where the hidden states of a sequence change with the one before it in a batch.
 
     `collate` lays rows end to end as training does, `special` are ids to leave out of the probe, `run` is the model
-    within its wrapper. Consumers must be allowed. Nothing is asked of a model whose weights are not whole, or which
-    waits on the CPU for a GPU with its FlashAttention.
+    within its wrapper. `allow_consumers` must have been called. A model is not checked while its weights are sharded,
+    or while it waits on the CPU for a GPU and is set to FlashAttention.
     """
     base = base_of(model)
     if any(hasattr(parameter, "ds_id") or parameter.is_meta for parameter in base.parameters()):
@@ -50,13 +50,14 @@ def check_packing(
         )
     finally:
         model.train(training)
+    # Two sequences before the same one, and none: masks that leak and positions that go on both show in one of them.
     allowed = _ROUNDING.get(behind.dtype, _HALF) * behind.abs().max()
     if max((behind - behind_other).abs().max(), (behind - alone).abs().max()) <= allowed:
         return
     raise UserError(
         f"The {role} ({type(base).__name__}, attention {base.config._attn_implementation}) lets sequences that are "
-        "packed together see each other: what it says of a row changes with the row before it, which no loss should "
-        "depend on. Set packing: false and padding_free: false, or, where the model has it, attn_implementation: "
+        "packed together see each other: its prediction for a row changes with the row before it in the pack. "
+        "Set packing: false and padding_free: false, or, where the model has it, attn_implementation: "
         "flash_attention_2."
     )
 
@@ -71,7 +72,7 @@ def _last_states(
 ) -> Tensor:
     """The hidden states of the last sequence of a batch of so many tokens, which padding to a multiple may follow."""
     device = base_of(model).device
-    inputs = {name: one.to(device) if isinstance(one, Tensor) else one for name, one in batch.items()}
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     del inputs["labels"]
     # FlashAttention takes half precision only, as training in mixed precision gives it.
     mixed = device.type == "cuda" and base_of(model).dtype == torch.float32

@@ -9,6 +9,7 @@ from mmkd.errors import UserError
 PARTS = ("vision_tower", "connector", "language_model")
 """What `trainable` may name."""
 
+# By the names that model families give to their modules: transformers has no attribute that says which part is which.
 _CONNECTOR = {
     "multi_modal_projector",
     "connector",
@@ -41,13 +42,15 @@ def train_only(model: PreTrainedModel, parts: Sequence[str]) -> None:
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
-        raise UserError(f"trainable is {list(parts)}; list some of {', '.join(PARTS)}, or leave it out to train all.")
-    found = {name: part_of(name) for name, _ in model.named_parameters()}
-    missing = [part for part in parts if part not in found.values()]
+        raise UserError(
+            f"trainable is {list(parts)}; name one or more of {', '.join(PARTS)}, or remove the key to train all."
+        )
+    part_by_name = {name: part_of(name) for name, _ in model.named_parameters()}
+    missing = [part for part in parts if part not in part_by_name.values()]
     if missing:
         raise UserError(
             f"trainable names {', '.join(missing)}, but {type(model).__name__} has no such part: it has "
-            f"{', '.join(sorted(set(found.values())))}."
+            f"{', '.join(sorted(set(part_by_name.values())))}."
         )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and found[name] in parts)
+        parameter.requires_grad_(parameter.requires_grad and part_by_name[name] in parts)

@@ -20,27 +20,27 @@ from .backbone import base_of
 from .heads import LMHead
 
 
-def allow_fsdp_on_cpu(wanted: bool) -> None:
-    """Lets accelerate shard over ranks without a GPU where FSDP is `wanted`; call it before the accelerator is made.
+def allow_fsdp_on_cpu(sharded: bool) -> None:
+    """Lets accelerate shard over ranks without a GPU where a run is `sharded`; call it before the accelerator exists.
 
-    It would train whole copies there, without a word.
+    accelerate would otherwise train whole copies there, and not say so.
     """
-    wanted = wanted or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if wanted and PartialState().distributed_type == DistributedType.MULTI_CPU:
+    sharded = sharded or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded and PartialState().distributed_type == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def settle_fsdp(accelerator: Accelerator, checkpoint_activations: bool) -> None:
-    """Makes accelerate's FSDP what training needs of it. Raises UserError for FSDP 1.
+    """Sets accelerate's FSDP plugin up for training. Raises UserError for FSDP 1.
 
-    `checkpoint_activations` has FSDP do it, which gathers every layer once less than the model's own checkpointing.
+    With `checkpoint_activations` FSDP checkpoints them, which gathers every layer once less than the model's own way.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     if not accelerator.is_fsdp2:
         raise UserError(
-            "FSDP 1 is what FSDP2 replaced, and the fused loss does not run under it. Set fsdp_version: 2 in the "
-            "accelerate config, or use accelerate_config fsdp2."
+            "The fused loss does not run under FSDP 1. Set fsdp_version: 2 in the accelerate config, or use "
+            "accelerate_config fsdp2."
         )
     plugin: Any = accelerator.state.fsdp_plugin
     plugin.activation_checkpointing = plugin.activation_checkpointing or checkpoint_activations
@@ -72,7 +72,7 @@ def is_quantized(model: PreTrainedModel) -> bool:
 
 
 def cut_by_layers(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Tells FSDP the layers by which to cut the student, where its configuration does not name them.
+    """Tells FSDP by which layers to shard the student, where its configuration does not name them.
 
     accelerate would take every class that transformers ever wants whole, of which a vision-language model has some.
     Raises UserError for a student that FSDP cannot cut: trained weights of several types, or a copy of tied
@@ -143,7 +143,7 @@ def _layers_of(model: torch.nn.Module) -> list[str]:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Frees what FSDP2 keeps whole after a forward until the backward pass, which a frozen model never has."""
+    """Frees the weights that FSDP2 keeps gathered from forward to backward; a frozen model has no backward pass."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

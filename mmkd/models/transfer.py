@@ -60,7 +60,7 @@ def transfer_tokenizer(
 
     Each row of the embeddings, of the head and of its bias is the old token's where there is one of the same bytes or
     the same role, and otherwise the mean over the old tokens of the same text (FVT, arXiv 2402.09977); see
-    `token_rows`. What has neither is drawn from a normal around the mean row, by channel; rows that only pad to
+    `token_rows`. A row with neither is drawn from a normal around the mean row, by channel; rows that only pad to
     `pad_to_multiple_of` are that mean. Tied embeddings stay tied unless `untie` is set. Types are kept. If the new
     tokenizer has no chat template it gets the old one as it is, with the special tokens that this writes.
 
@@ -195,8 +195,8 @@ def _set_special_ids(
             setattr(config, name, None)
     ends = old.eos_token_id if isinstance(old.eos_token_id, list) else [old.eos_token_id]
     copies = [index for end in ends for index in rows.copies(end) if index in rows.special]
-    found = list(dict.fromkeys(index for index in (target.eos_token_id, *copies) if index is not None))
-    config.eos_token_id = found[0] if len(found) == 1 else found or None
+    eos_ids = list(dict.fromkeys(index for index in (target.eos_token_id, *copies) if index is not None))
+    config.eos_token_id = eos_ids[0] if len(eos_ids) == 1 else eos_ids or None
     config.bos_token_id, config.pad_token_id = target.bos_token_id, target.pad_token_id
 
 

@@ -1,4 +1,4 @@
-"""The curves of a run as SVG: told apart by lines and markers, so that they are read in black and white too."""
+"""The curves of a run as SVG. Lines differ in style and markers, so that they can be told apart in black and white."""
 
 import io
 import math
@@ -61,7 +61,7 @@ class Figure:
     title: str
     svg: bytes
     words: str
-    """The last value of each line, for who does not see the plot."""
+    """The last value of each line, for readers who cannot see the plot."""
 
 
 def draw(run: RunFiles) -> list[Figure]:
@@ -130,10 +130,10 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def _draw_rounds(rounds: Sequence[Mapping[str, Any]]) -> Figure | None:
     if not rounds:
         return None
-    hard = [(one["round"], one["hard"] / one["assessed"]) for one in rounds if one.get("assessed")]
-    held = [one for one in rounds if one.get("held_out")]
-    sides = {side: [(one["round"], one["held_out"][side]) for one in held] for side in ("student", "teacher")}
-    pool = [(one["round"], one["pool"]) for one in rounds]
+    hard = [(round_["round"], round_["hard"] / round_["assessed"]) for round_ in rounds if round_.get("assessed")]
+    held = [round_ for round_ in rounds if round_.get("held_out")]
+    sides = {side: [(round_["round"], round_["held_out"][side]) for round_ in held] for side in ("student", "teacher")}
+    pool = [(round_["round"], round_["pool"]) for round_ in rounds]
     places = [
         ("share of hard instructions", "round", _named({"hard": hard})),
         ("held out", "round", _named(sides)),
@@ -146,8 +146,8 @@ def _draw_choice(choice: Mapping[str, Any] | None) -> Figure | None:
     if not choice or not choice.get("grid"):
         return None
     by_beta: dict[str, list[tuple[float, float]]] = {}
-    for one in choice["grid"]:
-        by_beta.setdefault(f"beta {one['beta']:g}", []).append((one["alpha"], one["accuracy"]))
+    for point in choice["grid"]:
+        by_beta.setdefault(f"beta {point['beta']:g}", []).append((point["alpha"], point["accuracy"]))
     chosen = {"chosen": [(choice["alpha"], choice["accuracy"])]}
     title = "Interpolation of the two heads, on validation rows"
     return _figure(title, [("accuracy", "alpha", _named({**by_beta, **chosen}))])

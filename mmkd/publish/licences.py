@@ -1,4 +1,4 @@
-"""What licences of models and data ask of a student: where they conflict with what it is published under."""
+"""What licences of models and data require of a student, and where its own licence conflicts with them."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Source:
+class LicensedSource:
     """Something a student is made of: its name as it is published, and its licence as the Hub or a recipe says it."""
 
     name: str
@@ -53,7 +53,7 @@ _UNKNOWN = re.compile(
 _FAMILY_NAMES = re.compile(r"(?i)(?:^|/)(?:meta-)?(llama-?[234](?:[.-][123](?!\d))?|gemma)")
 
 
-def terms_of(source: Source) -> Terms | None:
+def terms_of(source: LicensedSource) -> Terms | None:
     """What is known of a licence; of a model without one, by the family that its name says."""
     license = source.license
     if license is None and (match := _FAMILY_NAMES.search(source.name)):
@@ -65,67 +65,71 @@ def terms_of(source: Source) -> Terms | None:
 def conflicts(
     declared: str | None,
     repo_id: str,
-    base: Sequence[Source],
-    teachers: Sequence[Source],
-    data: Sequence[Source],
+    base: Sequence[LicensedSource],
+    teachers: Sequence[LicensedSource],
+    data: Sequence[LicensedSource],
 ) -> list[str]:
     """Sentences about what does not go together with publishing the student as `repo_id` under a licence."""
-    own = terms_of(Source("", declared)) if declared else None
-    found = []
+    own = terms_of(LicensedSource("", declared)) if declared else None
+    sentences = []
     for teacher in teachers:
-        found += _of_outputs(teacher, own, declared, repo_id, base)
-    for role, source in [("base model", one) for one in base] + [("data", one) for one in data]:
-        found += _of_part(role, source, own, declared)
+        sentences += _of_outputs(teacher, own, declared, repo_id, base)
+    for role, source in [*(("base model", source) for source in base), *(("data", source) for source in data)]:
+        sentences += _of_part(role, source, own, declared)
     if declared is None or _UNKNOWN.match(declared.lower()):
-        found.append("The student's own licence is not stated: pass --license.")
-    return list(dict.fromkeys(found))
+        sentences.append("The student's own licence is not stated: pass --license.")
+    return list(dict.fromkeys(sentences))
 
 
 def _of_outputs(
-    teacher: Source, own: Terms | None, declared: str | None, repo_id: str, base: Sequence[Source]
+    teacher: LicensedSource, own: Terms | None, declared: str | None, repo_id: str, base: Sequence[LicensedSource]
 ) -> list[str]:
     terms = terms_of(teacher)
     if terms is None:
         return [] if teacher.license else [_not_known("teacher", teacher)]
-    said = f"The teacher {teacher.name} ({teacher.license or terms.family})"
-    found = []
-    families = [one.family for source in base if (one := terms_of(source)) is not None]
+    subject = f"The teacher {teacher.name} ({teacher.license or terms.family})"
+    sentences = []
+    families = [base_terms.family for base_terms in map(terms_of, base) if base_terms is not None]
     if terms.no_training and not (families and all(family == terms.family for family in families)):
-        found.append(f"{said} forbids training other models on its outputs, and the student is none of its family.")
+        sentences.append(
+            f"{subject} forbids training models of other families on its outputs, and the student is of another one."
+        )
     if terms.family is not None and (own is None or own.family != terms.family):
-        found.append(
-            f"{said} asks that what is distilled from it stays under its own terms, and the student is declared "
+        sentences.append(
+            f"{subject} requires models distilled from it to stay under its own terms, and the student is declared "
             f"{declared or 'without a licence'}."
         )
     if terms.name_prefix and not repo_id.rpartition("/")[2].startswith(terms.name_prefix):
-        found.append(
-            f"{said} asks that a model trained on its outputs has a name that begins with {terms.name_prefix!r} and "
-            f"says 'Built with {terms.name_prefix}'; {repo_id} does not."
+        sentences.append(
+            f"{subject} requires a model trained on its outputs to have a name that begins with {terms.name_prefix!r} "
+            f"and to say 'Built with {terms.name_prefix}'; {repo_id} does not."
         )
     if terms.non_commercial and not (own and own.non_commercial):
-        found.append(f"{said} is for non-commercial use, and the student is declared {declared or 'without one'}.")
-    return found
+        sentences.append(
+            f"{subject} is for non-commercial use, and the student is declared {declared or 'without a licence'}."
+        )
+    return sentences
 
 
-def _of_part(role: str, source: Source, own: Terms | None, declared: str | None) -> list[str]:
+def _of_part(role: str, source: LicensedSource, own: Terms | None, declared: str | None) -> list[str]:
     terms = terms_of(source)
     if terms is None:
         known = source.license and not _UNKNOWN.match(source.license.lower())
         return [] if known else [_not_known(role, source)]
-    said = f"The {role} {source.name} ({source.license or terms.family})"
+    subject = f"The {role} {source.name} ({source.license or terms.family})"
     stated = f"and the student is declared {declared or 'without a licence'}."
-    found = []
+    sentences = []
     if terms.non_commercial and not (own and own.non_commercial):
-        found.append(f"{said} is for non-commercial or research use, {stated}")
+        sentences.append(f"{subject} is for non-commercial or research use, {stated}")
     if terms.share_alike and not (own and own.share_alike and own.pattern == terms.pattern):
-        found.append(f"{said} is share-alike, {stated}")
+        sentences.append(f"{subject} is share-alike, {stated}")
     if terms.no_derivatives:
-        found.append(f"{said} allows no derivatives.")
+        sentences.append(f"{subject} allows no derivatives.")
     if terms.family and role == "base model" and (own is None or own.family != terms.family):
-        found.append(f"{said} passes its terms on, {stated}")
-    return found
+        sentences.append(f"{subject} passes its terms on, {stated}")
+    return sentences
 
 
-def _not_known(role: str, source: Source) -> str:
+def _not_known(role: str, source: LicensedSource) -> str:
     stated = f"says {source.license!r}" if source.license else "states no licence"
     return f"The {role} {source.name} {stated}: find out what it allows before you publish."

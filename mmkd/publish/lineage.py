@@ -1,4 +1,4 @@
-"""Where a student comes from: the models and data behind a run, as they are known outside of this machine."""
+"""Where a student comes from: the models and data behind a run, by their published names."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[
 
 from mmkd.training.method import BASELINE_METHOD
 
-from .licences import Source
+from .licences import LicensedSource
 from .runs import RECORD, parts_of, read_json, record_of, stages_of, tokens_of, with_parts
 
 
@@ -78,13 +78,14 @@ def bases_of(first: Mapping[str, Any]) -> list[str]:
 
 
 def teachers_of(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Those who taught it; the teacher of an SFT baseline is there to be compared with, and teaches nothing."""
-    taught = [one["keys"] for one in trainings if one["keys"]["method"] != BASELINE_METHOD]
-    asked = [one for keys in taught for one in (keys, *(keys.get("teachers") or {}).values())]
-    return list(dict.fromkeys(str(one["teacher"]) for one in asked if one.get("teacher")))
+    """Names of the student's teachers. An SFT baseline has one for comparison only, which is not among them."""
+    distilled = [training["keys"] for training in trainings if training["keys"]["method"] != BASELINE_METHOD]
+    # Each of several teachers has keys of its own.
+    keys_of_teachers = [own for keys in distilled for own in (keys, *(keys.get("teachers") or {}).values())]
+    return list(dict.fromkeys(str(own["teacher"]) for own in keys_of_teachers if own.get("teacher")))
 
 
-def source_of(name: str, published: str | None = None) -> Source:
+def source_of(name: str, published: str | None = None) -> LicensedSource:
     """A model by its Hub id, or the name of its folder, with the licence that its card states.
 
     `published` is the Hub id of what lies in a folder here.
@@ -93,7 +94,7 @@ def source_of(name: str, published: str | None = None) -> Source:
     known = published or (name if not Path(name).is_dir() else None)
     if known is not None and license is None:
         license = _stated_there(known)
-    return Source(known or _name_of(Path(name).resolve()), license)
+    return LicensedSource(known or _name_of(Path(name).resolve()), license)
 
 
 def _name_of(folder: Path) -> str:
@@ -101,15 +102,15 @@ def _name_of(folder: Path) -> str:
     return folder.parent.name if _is_stage(folder) else folder.name
 
 
-def data_sources(trainings: Sequence[Mapping[str, Any]]) -> list[Source]:
+def data_sources(trainings: Sequence[Mapping[str, Any]]) -> list[LicensedSource]:
     """The data recipes of all trainings with their licences, mixtures before their parts."""
-    facts = [one for training in trainings for one in with_parts(training["data"])]
-    return list(dict.fromkeys(Source(one["name"], one["license"]) for one in facts))
+    facts = [recipe for training in trainings for recipe in with_parts(training["data"])]
+    return list(dict.fromkeys(LicensedSource(recipe["name"], recipe["license"]) for recipe in facts))
 
 
 def data_ids(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
     """The data sets on the Hub that a student was trained on."""
-    sources = [one["source"] or "" for training in trainings for one in with_parts(training["data"])]
+    sources = [recipe["source"] or "" for training in trainings for recipe in with_parts(training["data"])]
     return [source for source in dict.fromkeys(sources) if source.count("/") == 1 and not Path(source).exists()]
 
 
@@ -120,7 +121,7 @@ def portable(keys: Mapping[str, Any], published: Mapping[str, str]) -> dict[str,
 
 def _portable(value: Any, published: Mapping[str, str]) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_portable(one, published) for one in value]
+        return [_portable(item, published) for item in value]
     if isinstance(value, str) and value in published:
         return published[value]
     if isinstance(value, str) and Path(value).is_absolute():

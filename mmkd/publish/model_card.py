@@ -15,7 +15,7 @@ from mmkd.results.scores import is_partial, items_of
 from mmkd.results.tables import markdown
 from mmkd.training.method import BASELINE_METHOD
 
-from .licences import Source
+from .licences import LicensedSource
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -30,9 +30,9 @@ class Student:
     pipeline_tag: str
     adapter: bool
     parameters: int
-    base: Sequence[Source]
-    teachers: Sequence[Source]
-    data: Sequence[Source]
+    base: Sequence[LicensedSource]
+    teachers: Sequence[LicensedSource]
+    data: Sequence[LicensedSource]
     datasets: Sequence[str]
     """Hub ids of the data."""
     license: str | None
@@ -95,7 +95,7 @@ def model_card(student: Student) -> ModelCard:
 def eval_results(student: Student) -> list[EvalResult]:
     """The results as the Hub's `model-index` has them: those of whole tasks, the last one of each."""
     whole = {(score["task"], score["metric"]): score for score in student.scores if not is_partial(score)}
-    found = [
+    results = [
         EvalResult(
             task_type=student.pipeline_tag,
             dataset_type=score["task"],
@@ -106,7 +106,7 @@ def eval_results(student: Student) -> list[EvalResult]:
         )
         for score in whole.values()
     ]
-    found += [
+    results += [
         EvalResult(
             task_type=student.pipeline_tag,
             dataset_type=student.held_out_id or student.held_out_data,
@@ -118,7 +118,7 @@ def eval_results(student: Student) -> list[EvalResult]:
         )
         for name, value in student.held_out.items()
     ]
-    return found
+    return results
 
 
 def _summary(student: Student) -> str:
@@ -132,7 +132,7 @@ def _summary(student: Student) -> str:
     return f"{what} with {methods} of mmkd {__version__}{start}.{size}"
 
 
-def _names(sources: Sequence[Source]) -> str:
+def _names(sources: Sequence[LicensedSource]) -> str:
     return " and ".join(f"`{source.name}`" for source in sources)
 
 
@@ -182,7 +182,7 @@ def _score(score: Mapping[str, Any]) -> str:
 
 
 def _training(student: Student) -> str:
-    versions = ", ".join(f"{name} {found}" for name, found in student.machine.get("versions", {}).items())
+    versions = ", ".join(f"{name} {installed}" for name, installed in student.machine.get("versions", {}).items())
     names = ", ".join(f"`training/recipe-{number}.yaml`" for number in range(1, len(student.earlier) + 1))
     before = f"Before it, in this order: {names}. " if names else ""
     whole, last = sum(student.tokens), student.tokens[-1] if student.tokens else 0
@@ -199,7 +199,7 @@ def _licences(student: Student) -> list[tuple[str, str, str]]:
 
 
 def _limitations(student: Student) -> str:
-    told = [
+    sentences = [
         "A student inherits its teacher's errors and biases, and those of its data, and knows less than its teacher."
         if student.teachers
         else "The model has the errors and biases of its data.",
@@ -209,9 +209,9 @@ def _limitations(student: Student) -> str:
     ]
     length = student.recipe.get("max_length")
     if length:
-        told.append(f"It was trained on sequences of at most {length:,} tokens.")
+        sentences.append(f"It was trained on sequences of at most {length:,} tokens.")
     seeds = (student.comparison or {}).get("seeds", [])
     if student.comparison is not None and len(seeds) < 5:
         number = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-        told.append(f"The comparison has {number}: it says little about other seeds.")
-    return " ".join(told)
+        sentences.append(f"The comparison has {number}: it says little about other seeds.")
+    return " ".join(sentences)

@@ -37,8 +37,8 @@ _HELD_OUT = ("perplexity", "kl", "top1_agreement", "bits_per_byte", "chunk_gap",
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What the user says about what is published."""
+class PushOptions:
+    """What the user passes to `mmkd push`."""
 
     repo_id: str
     license: str | None = None
@@ -92,7 +92,7 @@ class Published:
         self.card.save(folder / "README.md")
 
 
-def prepare(run: Path, wishes: Wishes, measured: bool = True) -> Published:
+def prepare(run: Path, options: PushOptions, measured: bool = True) -> Published:
     """What is published of a run, with results and comparison where it is `measured`.
 
     Raises UserError for a run without weights, one that is not finished, one whose recipe is not known, and for
@@ -106,13 +106,13 @@ def prepare(run: Path, wishes: Wishes, measured: bool = True) -> Published:
     if not any(path.suffix == ".safetensors" for path in files):
         raise UserError(f"{run} has no weights (*.safetensors) to push. Name the output_dir of a finished training.")
     _check_finished(run, place)
-    record = _record_of(place, run, wishes)
-    comparison = comparison_of(run, wishes.comparison) if measured else None
+    record = _record_of(place, run, options)
+    comparison = comparison_of(run, options.comparison) if measured else None
     held_out = _held_out(place, comparison, model)
-    if wishes.comparison is not None and held_out is None:
-        raise UserError(f"{wishes.comparison} does not compare {place}, so it says nothing about this student.")
+    if options.comparison is not None and held_out is None:
+        raise UserError(f"{options.comparison} does not compare {place}, so it says nothing about this student.")
     results = _results(place, model) if measured else {}
-    student = _student(model, place, record, wishes)
+    student = _student(model, place, record, options)
     student = replace(
         student,
         scores=[score for entry in results.get("tasks", {}).values() for score in scores_of(entry)],
@@ -121,48 +121,48 @@ def prepare(run: Path, wishes: Wishes, measured: bool = True) -> Published:
     )
     student = replace(
         student,
-        warnings=conflicts(student.license, wishes.repo_id, student.base, student.teachers, student.data),
+        warnings=conflicts(student.license, options.repo_id, student.base, student.teachers, student.data),
     )
     return Published(student, place, files, _log_of(place), model_card(student), record["keys"])
 
 
 def describe(place: Path, folder: Path, repo_id: str) -> None:
-    """Writes the card of a model, and what it speaks of, into a folder that the Trainer uploads.
+    """Writes the card of a model, with the files it names, into a folder that the Trainer uploads.
 
     `place` is the folder of the model: the uploaded one, or a checkpoint of its run. Raises UserError as `prepare`.
     """
-    # What is being trained has no results yet: those that lie there are of weights before.
-    found = prepare(place, Wishes(repo_id), measured=False)
-    found.write_texts(folder)
-    for warning in found.student.warnings if place == folder else ():
+    # A model in training has no results yet: any in the folder are of earlier weights.
+    published = prepare(place, PushOptions(repo_id), measured=False)
+    published.write_texts(folder)
+    for warning in published.student.warnings if place == folder else ():
         print(f"Mind: {warning}", file=sys.stderr)
 
 
-def _student(model: EvalModel, place: Path, record: Mapping[str, Any], wishes: Wishes) -> Student:
-    """All that is known before results."""
+def _student(model: EvalModel, place: Path, record: Mapping[str, Any], options: PushOptions) -> Student:
+    """The facts of the card that need no results."""
     if model.adapter and Path(model.path).is_dir():
         raise UserError(
             f"{place} is an adapter of {model.path}, a folder here that nobody else has. Merge them (PEFT's "
             "merge_and_unload) and push the whole, or train it on a Hub id."
         )
-    keys, past = record["keys"], trainings_of(record, place)
-    trainings = [one.record for one in past]
+    keys, lineage = record["keys"], trainings_of(record, place)
+    trainings = [training.record for training in lineage]
     bases = [model.path] if model.adapter else bases_of(trainings[0]["keys"])
-    published = list(wishes.base_model)
+    published = list(options.base_model)
     if len(published) not in (0, len(bases)):
         raise UserError(f"--base_model has {len(published)} names, the student began with {len(bases)}: {bases}.")
     base = [source_of(name, published[i] if published else None) for i, name in enumerate(bases)]
     taught, evaluated = teachers_of(trainings), data_ids(trainings[-1:])
     ids = {
-        **({taught[0]: wishes.teacher} if wishes.teacher and taught else {}),
+        **({taught[0]: options.teacher} if options.teacher and taught else {}),
         **dict(zip(bases, published, strict=False)),
     }
     stated = {source.license for source in base}
     data = Path(str(keys["data"]))
     recipe = {**portable(keys, ids), **({"data": f"training/{data.name}"} if data.is_file() else {})}
     return Student(
-        repo_id=wishes.repo_id,
-        methods=list(dict.fromkeys(one["keys"]["method"] for one in trainings)),
+        repo_id=options.repo_id,
+        methods=list(dict.fromkeys(training["keys"]["method"] for training in trainings)),
         pipeline_tag=_pipeline_tag(place, model),
         adapter=model.adapter is not None,
         parameters=_parameters(place),
@@ -170,7 +170,7 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], wishes: W
         teachers=[source_of(name, ids.get(name)) for name in taught],
         data=data_sources(trainings),
         datasets=data_ids(trainings),
-        license=wishes.license or (stated.pop() if len(stated) == 1 else None),
+        license=options.license or (stated.pop() if len(stated) == 1 else None),
         recipe=recipe,
         scores=[],
         held_out={},
@@ -178,8 +178,8 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], wishes: W
         held_out_id=evaluated[0] if len(evaluated) == 1 else None,
         comparison=None,
         machine=record.get("machine", {}),
-        tokens=[one.tokens for one in past],
-        earlier=[portable(one["keys"], ids) for one in trainings[:-1]],
+        tokens=[training.tokens for training in lineage],
+        earlier=[portable(training["keys"], ids) for training in trainings[:-1]],
     )
 
 
@@ -189,24 +189,24 @@ def _check_finished(run: Path, place: Path) -> None:
     rounds = any(last.glob("round-*")) and not (last / "rounds.json").is_file()
     checkpoint = place.name.startswith("checkpoint-") and place != run
     if last != place or rounds or (record and not record["finished"]):
-        found = f"its newest checkpoint is {place.name}" if checkpoint else f"{last} did not come to its end"
+        state = f"its newest checkpoint is {place.name}" if checkpoint else f"{last} did not come to its end"
         raise UserError(
-            f"The run {run} is not finished: {found}. Go on with --resume_from_checkpoint true, or name the "
+            f"The run {run} is not finished: {state}. Go on with --resume_from_checkpoint true, or name the "
             "checkpoint itself to push it as it is."
         )
 
 
-def _record_of(place: Path, run: Path, wishes: Wishes) -> dict[str, Any]:
+def _record_of(place: Path, run: Path, options: PushOptions) -> dict[str, Any]:
     """The record of the run, or what of it the recipe knows."""
-    if wishes.recipe is not None:
-        keys = read_recipe(find_recipe(wishes.recipe))
+    if options.recipe is not None:
+        keys = read_recipe(find_recipe(options.recipe))
         return {"keys": keys, "data": data_facts(method_of(keys, []), str(keys["data"]))}
     # A checkpoint's is that of its run.
     record = read_json(place / RECORD) or record_of(run) or read_json(place.parent / RECORD)
     if not record:
         raise UserError(
             f"{run} does not say how it was trained: it has no {RECORD}, which mmkd-train writes. Name its recipe "
-            "with --recipe, for the card is nothing without it."
+            "with --recipe: the card is made from it."
         )
     return record
 
@@ -220,8 +220,8 @@ def _log_of(place: Path) -> Log:
 
 def _results(place: Path, model: EvalModel) -> dict[str, Any]:
     # Of a folder without a record, pushed with --recipe, they may lie elsewhere.
-    folder = next((one for one in (place / "eval", model.results_folder) if (one / "results.json").is_file()), place)
-    path = folder / "results.json"
+    places = [folder / "results.json" for folder in (place / "eval", model.results_folder)]
+    path = next((path for path in places if path.is_file()), places[0])
     results = read_json(path)
     if results and results["weights"] != model.weights:
         raise UserError(
@@ -232,7 +232,7 @@ def _results(place: Path, model: EvalModel) -> dict[str, Any]:
 
 
 def _held_out(place: Path, comparison: Mapping[str, Any] | None, model: EvalModel) -> dict[str, float] | None:
-    """What this very model, and not the mean of its seeds, reached in a comparison; None where it is not in it.
+    """The metrics of this very model in a comparison, not the mean over its seeds; None where it is not part of it.
 
     Raises UserError where the comparison was of other weights.
     """
@@ -241,20 +241,20 @@ def _held_out(place: Path, comparison: Mapping[str, Any] | None, model: EvalMode
         if place.resolve() not in folders:
             continue
         number = folders.index(place.resolve())
-        # Comparisons of before they were written down have none.
+        # The first comparisons of 0.1 did not record weights.
         if row.get("weights", [None] * len(folders))[number] not in (None, model.weights):
             raise UserError(
                 f"The comparison is of another revision of {place}: its weights have changed since. Run "
                 "`mmkd compare` again with another --output."
             )
-        return {name: one["values"][number] for name, one in row["metrics"].items()}
+        return {name: metric["values"][number] for name, metric in row["metrics"].items()}
     return None
 
 
 def _evaluated(place: Path) -> dict[str, float]:
-    """What the trainer's evaluation said when training was over."""
-    found = read_json(place / "eval_results.json")
-    return {name: found[f"eval_{name}"] for name in _HELD_OUT if f"eval_{name}" in found}
+    """The metrics of the trainer's last evaluation."""
+    metrics = read_json(place / "eval_results.json")
+    return {name: metrics[f"eval_{name}"] for name in _HELD_OUT if f"eval_{name}" in metrics}
 
 
 def _without_paths(comparison: Mapping[str, Any]) -> dict[str, Any]:

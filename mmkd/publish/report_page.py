@@ -83,27 +83,27 @@ def page_facts(run: RunFiles) -> dict[str, Any]:
     records = run.stages or ({"": record} if record else {})
     figures = [
         {
-            "name": one.name,
-            "title": one.title,
-            "words": one.words,
-            "svg": one.svg.decode(),
-            "encoded": base64.b64encode(one.svg).decode(),
+            "name": figure.name,
+            "title": figure.title,
+            "words": figure.words,
+            "svg": figure.svg.decode(),
+            "encoded": base64.b64encode(figure.svg).decode(),
         }
-        for one in draw(run)
+        for figure in draw(run)
     ]
-    methods = ", ".join(dict.fromkeys(one["method"] for one in records.values() if "method" in one))
+    methods = ", ".join(dict.fromkeys(record["method"] for record in records.values() if "method" in record))
     return {
         "title": f"{methods or 'Report of'} {run.folder.name}",
         "state": run.state,
         "written": datetime.now(UTC).isoformat(" ", "seconds"),
         "version": __version__,
         "warnings": _warnings(run),
-        "sections": [one for one in _sections(run) if one.tables or one.note],
+        "sections": [section for section in _sections(run) if section.tables or section.note],
         "closing": [Section("Data", _data(records)), Section("Versions", _versions(run))],
         "figures": figures,
         "folder": FIGURES,
         "samples": samples_of(run),
-        "recipes": [_recipe(name, one) for name, one in records.items() if "keys" in one],
+        "recipes": [_recipe(name, record) for name, record in records.items() if "keys" in record],
     }
 
 
@@ -135,24 +135,24 @@ def _counts(name: str, steps: int, tokens: int | None, seconds: float | None) ->
 
 
 def _sections(run: RunFiles) -> list[Section]:
-    found = []
+    sections = []
     if run.comparison is not None:
         page = markdown(run.comparison).strip()
-        cells = [Table(*one) for one in tables(run.comparison)]
-        found.append(Section("Comparison", cells, page.rpartition("\n\n")[2]))
-    found.append(Section("Training", _training(run)))
-    found += [Section("Benchmarks", _benchmarks(run.results)), Section("Measurements", _measures(run.results))]
-    return found
+        compared = [Table(*cells) for cells in tables(run.comparison)]
+        sections.append(Section("Comparison", compared, page.rpartition("\n\n")[2]))
+    sections.append(Section("Training", _training(run)))
+    sections += [Section("Benchmarks", _benchmarks(run.results)), Section("Measurements", _measures(run.results))]
+    return sections
 
 
 def _warnings(run: RunFiles) -> list[str]:
-    found = []
+    warnings = []
     for name, result in run.results.items():
         weights = [path for path in Path(result["folder"]).parent.glob("*.safetensors")]
         newest = max((path.stat().st_mtime for path in weights), default=0.0)
         if newest > Path(result["folder"], "results.json").stat().st_mtime:
-            found.append(f"The weights of {name} were written after its results: evaluate it again.")
-    return found
+            warnings.append(f"The weights of {name} were written after its results: evaluate it again.")
+    return warnings
 
 
 def _benchmarks(results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
@@ -170,8 +170,8 @@ def _benchmarks(results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
 
 
 def _measures(results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """One table per model: each number of each measurement, of both sides where it has two."""
-    found = []
+    """One table per model with every number of every measurement, of student and teacher where both were measured."""
+    tables = []
     for name, result in results.items():
         lines = []
         for entry in result["measures"].values():
@@ -182,17 +182,17 @@ def _measures(results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
             for key in dict.fromkeys([*sides["student"], *sides["teacher"]]):
                 lines.append([entry["measure"], key, *(sides[side].get(key, "") for side in sides)])
         if lines:
-            found.append(Table(name, ["measure", "", "student", "teacher"], lines))
-    return found
+            tables.append(Table(name, ["measure", "", "student", "teacher"], lines))
+    return tables
 
 
 def _numbers(values: Any) -> dict[str, str]:
     if not isinstance(values, Mapping):
         return {}
     flat = {key: value for key, value in values.items() if isinstance(value, int | float | str)}
-    for one in values.get("speed") or []:
-        batch = one["batch_size"]
-        flat |= {f"{key}, batch {batch}": value for key, value in one.items() if key != "batch_size"}
+    for measurement in values.get("speed") or []:
+        batch = measurement["batch_size"]
+        flat |= {f"{key}, batch {batch}": value for key, value in measurement.items() if key != "batch_size"}
     return {key: _number(value) for key, value in flat.items()}
 
 
@@ -204,8 +204,11 @@ def _number(value: Any) -> str:
 
 def _data(records: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """The data of all stages, each once."""
-    facts = [one for record in records.values() if "data" in record for one in with_parts(record["data"])]
-    lines = [[one["name"], one["license"] or "not stated", one["source"] or one["homepage"] or ""] for one in facts]
+    facts = [recipe for record in records.values() if "data" in record for recipe in with_parts(record["data"])]
+    lines = [
+        [recipe["name"], recipe["license"] or "not stated", recipe["source"] or recipe["homepage"] or ""]
+        for recipe in facts
+    ]
     unique = [list(line) for line in dict.fromkeys(map(tuple, lines))]
     return [Table("", ["data recipe", "licence", "source"], unique)] if unique else []
 

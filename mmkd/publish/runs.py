@@ -32,12 +32,14 @@ class Part:
     @property
     def tokens(self) -> int | None:
         """Supervised tokens it has seen, over all sessions; None where nothing counts them, as for classes."""
-        return next((int(one["supervised_tokens"]) for one in reversed(self.log) if "supervised_tokens" in one), None)
+        return next(
+            (int(entry["supervised_tokens"]) for entry in reversed(self.log) if "supervised_tokens" in entry), None
+        )
 
     @property
     def seconds(self) -> float | None:
         """What its steps took, over all sessions."""
-        return next((one["training_seconds"] for one in reversed(self.log) if "training_seconds" in one), None)
+        return next((entry["training_seconds"] for entry in reversed(self.log) if "training_seconds" in entry), None)
 
     @property
     def planned(self) -> int | None:
@@ -68,7 +70,7 @@ class RunFiles:
         """How far it has come, in a sentence."""
         folder = self.folder.resolve()
         lines = self.lines.values()
-        inside = [line for line in lines if any(one.folder.resolve().is_relative_to(folder) for one in line)]
+        inside = [line for line in lines if any(part.folder.resolve().is_relative_to(folder) for part in line)]
         own = inside[-1] if inside else []
         if not any(part.log for part in own):
             return "Nothing is logged."
@@ -90,25 +92,25 @@ def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder of a run. Name the output_dir of a training, or of `mmkd compare`.")
-    found = comparison_of(folder, comparison)
+    compared = comparison_of(folder, comparison)
     parts = parts_of(folder)
-    lines = {} if found is None else _compared(found, folder)
+    lines = {} if compared is None else _compared(compared, folder)
     if any(part.log for part in parts):
         known = {part.folder.resolve() for line in lines.values() for part in line}
         if not {part.folder.resolve() for part in parts} <= known:
             lines = {folder.name: parts, **lines}
-    elif found is None:
+    elif compared is None:
         lines = _under_way(folder)
-    results = _results(folder, parts, found)
+    results = _results(folder, parts, compared)
     record = record_of(folder)
     if not record:
-        students = [row["folders"][0] for row in found["rows"] if row["role"] == "student"] if found else []
+        students = [row["folders"][0] for row in compared["rows"] if row["role"] == "student"] if compared else []
         shown = [Path(name) for name in students] or [folder / name for name in reversed(lines)]
-        record = next((one for one in (record_of(path) for path in shown if path.is_dir()) if one), {})
+        record = next((record for record in (record_of(path) for path in shown if path.is_dir()) if record), {})
     rounds = [read_json(path) for path in sorted(_deep(folder, ROUNDS), key=lambda path: _number(path.parent))]
     choices = [read_json(path) for path in _deep(folder, CHOICE)]
     logged = any(part.log for line in lines.values() for part in line)
-    if not any((logged, results, found, record, rounds, choices)):
+    if not any((logged, results, compared, record, rounds, choices)):
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise UserError(
             f"{folder} holds nothing to report: no {LOG}, {STATE}, {RESULTS} or {COMPARISON}, but {held}. Name the "
@@ -121,7 +123,7 @@ def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:
         record,
         results,
         {path.name: own for path in stages_of(folder) if (own := record_of(path))},
-        found,
+        compared,
         rounds,
         choices[-1] if choices else None,
         assessed[-1] if assessed else None,
@@ -133,7 +135,7 @@ def parts_of(folder: Path, prefix: str = "") -> list[Part]:
     stages = stages_of(folder)
     if stages:
         several = len(stages) > 1
-        return [part for one in stages for part in parts_of(one, f"{one.name} " if several else "")]
+        return [part for stage in stages for part in parts_of(stage, f"{stage.name} " if several else "")]
     rounds = [path for path in folder.glob("round-*") if path.is_dir()]
     if rounds:
         trained = [(path, inner) for path in sorted(rounds, key=_number) for inner in _trained(path)]
@@ -149,8 +151,8 @@ def tokens_of(parts: Sequence[Part]) -> int | None:
 
 def stages_of(folder: Path) -> list[Path]:
     """The folders of a run's stages, in order."""
-    found = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+-\w+", path.name)]
-    return sorted(found, key=_number)
+    stages = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+-\w+", path.name)]
+    return sorted(stages, key=_number)
 
 
 def read_log(folder: Path) -> Log:
@@ -190,7 +192,7 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 def with_parts(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A data recipe's facts and those of all its parts."""
-    return [data, *(one for part in data.get("parts", []) for one in with_parts(part))]
+    return [data, *(nested for part in data.get("parts", []) for nested in with_parts(part))]
 
 
 def _trained(round_folder: Path) -> list[Path]:
@@ -204,10 +206,10 @@ def _deep(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern)) or sorted(folder.glob(f"[0-9]*-*/{pattern}"))
 
 
-def comparison_of(folder: Path, given: Path | None) -> dict[str, Any] | None:
+def comparison_of(folder: Path, chosen: Path | None) -> dict[str, Any] | None:
     """The comparison at a path; by default the run's own, or the one beside it that names it. None without any."""
-    if given is not None:
-        path = given / COMPARISON if given.is_dir() else given
+    if chosen is not None:
+        path = chosen / COMPARISON if chosen.is_dir() else chosen
         content = read_json(path)
         if not content:
             raise UserError(f"{path} is no comparison. Name the --output of `mmkd compare`.")
@@ -215,7 +217,7 @@ def comparison_of(folder: Path, given: Path | None) -> dict[str, Any] | None:
     if (folder / COMPARISON).is_file():
         return read_json(folder / COMPARISON)
     beside = read_json(folder.parent / COMPARISON)
-    named = {Path(one).resolve() for row in beside.get("rows", []) for one in row["folders"]}
+    named = {Path(name).resolve() for row in beside.get("rows", []) for name in row["folders"]}
     return beside if folder.resolve() in named else None
 
 
@@ -248,8 +250,8 @@ def _results(folder: Path, parts: list[Part], comparison: Mapping[str, Any] | No
         teacher = record_of(folder).get("keys", {}).get("teacher")
         if teacher:
             places = {"teacher": _kept(str(teacher)), **places}
-    found = {name: (place, read_json(place / "results.json")) for name, place in places.items()}
-    return {name: {**content, "folder": str(place)} for name, (place, content) in found.items() if content}
+    contents = {name: (place, read_json(place / "results.json")) for name, place in places.items()}
+    return {name: {**content, "folder": str(place)} for name, (place, content) in contents.items() if content}
 
 
 def _kept(model: str) -> Path:

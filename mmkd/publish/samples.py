@@ -24,8 +24,8 @@ _CHARACTERS = 800
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one model said, and whether that is right where that is known."""
+class SampleAnswer:
+    """The answer of one model, and whether it is right where that is known."""
 
     model: str
     text: str
@@ -33,22 +33,22 @@ class Answer:
 
 
 @dataclass
-class Sample:
+class ReportSample:
     """One question."""
 
     source: str
     prompt: str
     target: str
-    answers: list[Answer]
+    answers: list[SampleAnswer]
     images: list[str] = field(default_factory=list)
     """Data URIs, or words where a picture is not there."""
 
 
-def samples_of(run: RunFiles) -> list[Sample]:
+def samples_of(run: RunFiles) -> list[ReportSample]:
     """The samples of all tasks and generations that the run's results hold, and of its last round."""
-    pictures, results = Pictures(), run.results
-    found = _assessed(run.assessed, pictures)
-    found += [sample for name, result in results.items() for sample in _generated(name, result, pictures)]
+    thumbnails, results = Thumbnails(), run.results
+    samples = _assessed(run.assessed, thumbnails)
+    samples += [sample for name, result in results.items() for sample in _generated(name, result, thumbnails)]
     asked: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for model, result in results.items():
         for entry in result["tasks"].values():
@@ -56,18 +56,18 @@ def samples_of(run: RunFiles) -> list[Sample]:
             if path.is_file():
                 asked.setdefault(entry["task"], {})[model] = _first(read_lines(path))
     for task, by_model in asked.items():
-        found += _joined(task, by_model, pictures)
-    return found
+        samples += _joined(task, by_model, thumbnails)
+    return samples
 
 
-class Pictures:
+class Thumbnails:
     """Makes small copies of pictures, as long as there is room."""
 
     def __init__(self) -> None:
         self.room = PICTURE_BYTES
 
     def embedded(self, path: str) -> str:
-        """A data URI, or what to read instead."""
+        """A data URI, or a sentence why there is none."""
         if not Path(path).is_file():
             return f"{Path(path).name} is not here"
         try:
@@ -86,20 +86,20 @@ class Pictures:
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _generated(name: str, result: Mapping[str, Any], pictures: Pictures) -> list[Sample]:
+def _generated(name: str, result: Mapping[str, Any], thumbnails: Thumbnails) -> list[ReportSample]:
     entries = [entry for entry in result["measures"].values() if entry["measure"] == "generation"]
-    found = []
+    samples = []
     for entry in entries[-1:]:
-        for one in entry["values"]["samples"][: 2 * PER_TASK]:
-            answers = [Answer(side, cut(one[side])) for side in ("teacher", "student") if side in one]
-            images = [pictures.embedded(path) for path in one.get("images", [])]
+        for row in entry["values"]["samples"][: 2 * PER_TASK]:
+            answers = [SampleAnswer(side, cut(row[side])) for side in ("teacher", "student") if side in row]
+            images = [thumbnails.embedded(path) for path in row.get("images", [])]
             data = entry["settings"]["held"]["data"]
             source = f"{name} on {data}, greedy"
-            found.append(Sample(source, cut(one["prompt"]), cut(one["reference"]), answers, images))
-    return found
+            samples.append(ReportSample(source, cut(row["prompt"]), cut(row["reference"]), answers, images))
+    return samples
 
 
-def _assessed(folder: Path | None, pictures: Pictures) -> list[Sample]:
+def _assessed(folder: Path | None, thumbnails: Thumbnails) -> list[ReportSample]:
     """Hard and easy instructions of a round, with the answers that were compared."""
     if folder is None:
         return []
@@ -108,16 +108,16 @@ def _assessed(folder: Path | None, pictures: Pictures) -> list[Sample]:
     kinds = [
         [row for row in scores if row["hard"] is hard and row["key"] in asked][:PER_TASK] for hard in (True, False)
     ]
-    found = []
+    samples = []
     for row in (row for rows in kinds for row in rows):
-        one = asked[row["key"]]
-        answers = [Answer(side, cut(row[f"{side}_answer"])) for side in ("teacher", "student")]
-        images = [pictures.embedded(path) for path in one["images"]]
-        messages = one["prompt"] if "prompt" in one else one["messages"][:-1]
+        instruction = asked[row["key"]]
+        answers = [SampleAnswer(side, cut(row[f"{side}_answer"])) for side in ("teacher", "student")]
+        images = [thumbnails.embedded(path) for path in instruction["images"]]
+        messages = instruction["prompt"] if "prompt" in instruction else instruction["messages"][:-1]
         prompt = "\n".join(_words_of(message["content"]) for message in messages)
         source = f"{folder.name}, {'hard' if row['hard'] else 'easy'}: gap {row['gap']:.3g}"
-        found.append(Sample(source, cut(prompt), "", answers, images))
-    return found
+        samples.append(ReportSample(source, cut(prompt), "", answers, images))
+    return samples
 
 
 def _words_of(content: Any) -> str:
@@ -132,30 +132,31 @@ def _first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(chosen.values())[:PER_TASK]
 
 
-def _joined(task: str, by_model: Mapping[str, Sequence[dict[str, Any]]], pictures: Pictures) -> list[Sample]:
-    found: dict[tuple[str, Any, Any], Sample] = {}
+def _joined(task: str, by_model: Mapping[str, Sequence[dict[str, Any]]], thumbnails: Thumbnails) -> list[ReportSample]:
+    samples: dict[tuple[str, Any, Any], ReportSample] = {}
     for model, rows in by_model.items():
         for row in rows:
-            text = _said(row)
+            text = _answer_text(row)
             if text is None:
                 continue
             key = (row["task"], row["doc_id"], row.get("doc_hash"))
-            if key not in found:
-                images = [pictures.embedded(path) for path in row["images"]]
-                found[key] = Sample(task, cut(str(row["prompt"])), _target(row), [], images)
-            found[key].answers.append(Answer(model, cut(text), _right(row)))
-    return list(found.values())
+            if key not in samples:
+                images = [thumbnails.embedded(path) for path in row["images"]]
+                samples[key] = ReportSample(task, cut(str(row["prompt"])), _target(row), [], images)
+            samples[key].answers.append(SampleAnswer(model, cut(text), _right(row)))
+    return list(samples.values())
 
 
-def _said(row: Mapping[str, Any]) -> str | None:
-    """What was answered; of choices the most likely one. None where nothing was said but a likelihood taken."""
+def _answer_text(row: Mapping[str, Any]) -> str | None:
+    """The text of an answer, or the most likely choice. None where a task only takes likelihoods."""
     response = row["response"]
     if row["choices"]:
-        scores = [float(one[0]) for one in response]
+        scores = [float(log_prob) for log_prob, *_ in response]
         return str(row["choices"][scores.index(max(scores))])
-    one = response[0] if isinstance(response, list) and response else response
-    one = one[0] if isinstance(one, list) and one else one
-    return one if isinstance(one, str) else None
+    # lm-eval nests answers by repeats of the request.
+    answer = response[0] if isinstance(response, list) and response else response
+    answer = answer[0] if isinstance(answer, list) and answer else answer
+    return answer if isinstance(answer, str) else None
 
 
 def _target(row: Mapping[str, Any]) -> str:

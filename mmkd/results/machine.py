@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "mmkd": __version__,
-        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "versions": {name: installed for name in PACKAGES if (installed := _version(name)) is not None},
     }
 
 

@@ -34,17 +34,17 @@ def markdown(comparison: Mapping[str, Any]) -> str:
 def tables(comparison: Mapping[str, Any]) -> list[Cells]:
     """The tables of a comparison, those without a line left out."""
     rows = comparison["rows"]
-    found = [
+    candidates = [
         _numbers("", rows, "metrics"),
         _numbers("Benchmarks", rows, "tasks"),
-        _against("Percent of the teacher kept", rows, "retention", lambda one: f"{one:.1f} %"),
+        _against("Percent of the teacher kept", rows, "retention", lambda value: f"{value:.1f} %"),
         _against("Gain over SFT, positive is better", rows, "gain_over_sft", _gain),
         _against(
-            "Benchmark answers that flipped against the teacher", rows, "flips", lambda one: f"{100 * one:.1f} %"
+            "Benchmark answers that flipped against the teacher", rows, "flips", lambda value: f"{100 * value:.1f} %"
         ),
         _costs(rows),
     ]
-    return [(title, header, lines) for title, header, lines in found if lines and len(header) > 1]
+    return [(title, header, lines) for title, header, lines in candidates if lines and len(header) > 1]
 
 
 def _numbers(title: str, rows: Sequence[Mapping[str, Any]], key: str) -> Cells:
@@ -75,8 +75,8 @@ def _title(row: Mapping[str, Any], name: str) -> str:
     return {**row["metrics"], **row["tasks"]}[name]["title"]
 
 
-def _gain(one: Mapping[str, Any]) -> str:
-    return f"{one['gain']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
+def _gain(gain: Mapping[str, Any]) -> str:
+    return f"{gain['gain']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
 
 
 def _costs(rows: Sequence[Mapping[str, Any]]) -> Cells:
@@ -97,8 +97,8 @@ def _cache(cache: Mapping[str, Any] | None) -> str:
     return f"{cache['tokens']:,} tokens, {size}, built in {cache['hours']:.2f} hours"
 
 
-def _spread(one: Mapping[str, Any]) -> str:
-    return f"{one['mean']:.3f}" if one["std"] is None else f"{one['mean']:.3f} ± {one['std']:.3f}"
+def _spread(metric: Mapping[str, Any]) -> str:
+    return f"{metric['mean']:.3f}" if metric["std"] is None else f"{metric['mean']:.3f} ± {metric['std']:.3f}"
 
 
 def _footer(comparison: Mapping[str, Any]) -> str:

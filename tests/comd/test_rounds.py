@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 from mmkd.commands.main import main
 from mmkd.methods.comd.round_report import read_rounds
 from mmkd.models.load import load_model
-from mmkd.publish.push_folder import Wishes, prepare
+from mmkd.publish.push_folder import PushOptions, prepare
 from mmkd.publish.runs import parts_of
 from mmkd.teachers import endpoints
 from tests.comd.chat_server import ChatServer, chat_server, kind_of, said, scripted
@@ -435,7 +435,7 @@ def test_stages_with_pictures(tmp_path: Path, recipe: Recipe, tiny: dict[str, Pa
         assert not server.requests
         assert main(["train", str(path)]) == 0
         assert all("image_url" in json.dumps(body) for body in server.requests)
-    prepared = prepare(tmp_path / "run", Wishes("org/student"))
+    prepared = prepare(tmp_path / "run", PushOptions("org/student"))
     assert prepared.student.methods == ["sft", "comd"]
     assert {entry["part"] for entry in prepared.log} == {"round-0", "round-1"}
     assert "comd" in prepared.card.text

@@ -259,7 +259,7 @@ def log_of(folder: str) -> list[dict[str, Any]]:
 
 def is_of_time(name: str) -> bool:
     """Whether a number of a log says how fast a machine was."""
-    return any(word in name for word in ("runtime", "per_second", "seconds", "minutes"))
+    return any(word in name for word in ("time", "per_second", "seconds", "minutes"))
 
 
 def interrupt(folder: str, step: int) -> None:
@@ -283,11 +283,11 @@ def write_parsed() -> None:
         recipe = f"recipes/{name}.yaml"
         content = yaml.safe_load(Path(recipe).read_text())
         for flags in lines:
-            cases.append({"recipe": recipe, "flags": flags, "values": _said(content, flags, recipe)})
+            cases.append({"recipe": recipe, "flags": flags, "values": _named_values(content, flags, recipe)})
     PARSED.write_text(json.dumps(cases, indent=1) + "\n")
 
 
-def _said(content: Mapping[str, Any], flags: Sequence[str], recipe: str) -> dict[str, dict[str, Any]]:
+def _named_values(content: Mapping[str, Any], flags: Sequence[str], recipe: str) -> dict[str, dict[str, Any]]:
     if recipe.startswith("recipes/least_"):
         # Who computes the loss is no longer for a recipe to say.
         named = {*own_keys_of(content["method"])} - {"kernel"}

@@ -293,7 +293,7 @@ def test_dtype_mode_and_generation_config_are_the_teachers() -> None:
 @pytest.mark.parametrize(
     "wanted, message",
     [
-        ({}, "asked for nothing"),
+        ({}, "got no size"),
         ({"layers": 0}, "count from 1 to 5"),
         ({"layers": 6}, "count from 1 to 5"),
         ({"layers": []}, "does not name layers"),

@@ -169,7 +169,7 @@ def test_a_dry_run_writes_all_that_would_be_pushed(run, capsys):
     assert "tested" not in text
     assert str(run) not in (folder / "README.md").read_text()
     told = capsys.readouterr().err
-    assert "The teacher org/teacher (gemma) asks that what is distilled from it stays under its own terms" in told
+    assert "The teacher org/teacher (gemma) requires models distilled from it to stay under its own terms" in told
     assert "The data words (cc-by-nc-4.0) is for non-commercial or research use" in told
     assert "(cc-by-nc-4.0) is for non-commercial" in text
 

@@ -400,7 +400,7 @@ def test_half_types_are_computed_where_the_cpu_has_them(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, value: str, expected: torch.dtype
 ) -> None:
     monkeypatch.setenv(NATIVE_BF16, value)
-    monkeypatch.setattr("mmkd.precision._said", [])
+    monkeypatch.setattr("mmkd.precision._warned", [])
     loaded, load = [], TransformersEmbedder.load
 
     def recorded(*args: Any, **kwargs: Any) -> TransformersEmbedder:

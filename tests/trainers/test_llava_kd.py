@@ -325,7 +325,7 @@ def test_only_the_named_parts_are_trained(build_vlm: Build) -> None:
     assert changed == {name for name in before if "multi_modal_projector" in name}
 
 
-@pytest.mark.parametrize("parts, message", [(["head"], "list some of"), ([], "list some of")])
+@pytest.mark.parametrize("parts, message", [(["head"], "name one or more of"), ([], "name one or more of")])
 def test_parts_that_are_none(build_vlm: Build, parts: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_vlm(LLaVAKDTrainer, vision_rows([1] * 4), trainable=parts)
