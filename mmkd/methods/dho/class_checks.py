@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from mmkd.data.class_rows import ClassRows
 from mmkd.data.classification import HIDDEN, ClassificationData, ClassificationRecipe, hide_labels, load_classification
@@ -144,14 +144,25 @@ def _pictures(found: Classes) -> list[Finding]:
     return [Finding("problem", "images", text, "Training stops at the first one: correct them.")]
 
 
+def training_state(student: PreTrainedModel, args: DHOConfig) -> dict[str, float]:
+    """Bytes that stay on a device from step to step, by what they are for."""
+    tensors = [*student.parameters(), *student.buffers()]
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    return {
+        "student weights": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "gradients": sum(parameter.numel() * parameter.element_size() for parameter in trained),
+        "optimizer": optimizer_bytes(args) * sum(parameter.numel() for parameter in trained),
+    }
+
+
 def _student(found: Classes, run: Run) -> list[Finding]:
     student_processor(run, found.is_text)
-    student, args = empty_class_student(run, found), _config(run)
-    parameters = student.num_parameters()
-    # Weights, gradients and what the optimizer keeps; activations of students of classes are small beside a teacher.
-    total = parameters * (8 + optimizer_bytes(args))
+    student = empty_class_student(run, found)
+    # Activations of students of classes are small beside a teacher.
+    total = sum(training_state(student, _config(run)).values())
     device, room = device_memory()
-    text = f"{parameters / 1e6:.2f} M parameters; weights, gradients and optimizer take {readable_size(total)} of the "
+    text = f"{student.num_parameters() / 1e6:.2f} M parameters; weights, gradients and optimizer take "
+    text += f"{readable_size(total)} of the "
     text += f"{readable_size(room)} of {device}."
     return [Finding("ok" if total < 0.8 * room else "warning", "student", text)]
 

@@ -16,13 +16,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from mmkd.data.class_rows import ClassRows, SemiSupervisedSampler
 from mmkd.data.classification import hide_labels
 from mmkd.preflight.count import counted
-from mmkd.preflight.estimate import optimizer_bytes
 from mmkd.preflight.hardware import GIB, USABLE, Device
 from mmkd.preflight.stage_checks import StageRun
 from mmkd.recipe.run import Run
 from mmkd.teachers.classifiers import OPEN_CLIP
 
-from .class_checks import Classes, empty_class_student, load_classes
+from .class_checks import Classes, empty_class_student, load_classes, training_state
 from .dho_build import check_arguments, student_processor
 from .dho_config import DHOConfig
 
@@ -39,15 +38,9 @@ def plan_classes(one: StageRun, device: Device, devices: int, price: float | Non
     unlabeled = 0 if args.objective == "ce" else args.unlabeled_batch_size
     batch = args.per_device_train_batch_size + unlabeled
     student = empty_class_student(run, found)
-    weights = sum(part.numel() * part.element_size() for part in (*student.parameters(), *student.buffers()))
-    trained = sum(part.numel() for part in student.parameters())
+    state = training_state(student, args)
     flops, saved = _training_pass(student, _inputs(run, found, batch), bool(args.bf16))
-    parts = {
-        "student weights": weights,
-        "gradients": 4 * trained,
-        "optimizer": optimizer_bytes(args) * trained,
-        "activations": saved,
-    }
+    parts = {**state, "activations": saved}
     total = sum(parts.values())
     steps, rows = _steps(args, found, devices), len(found.rows)
     seconds = flops * args.gradient_accumulation_steps / (device.flops * device.utilisation)
