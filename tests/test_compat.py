@@ -52,7 +52,7 @@ def assert_same_log(folder: str, name: str, after: int = 0) -> None:
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["kd", "taid", "dho"])
+@pytest.mark.parametrize("name", ["kd", "taid", "dho", "adapter"])
 def test_a_training_goes_on_from_its_checkpoint(place: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = files_of(place / "caches/classes")
     assert main(["train", f"{name}.yaml", "--resume_from_checkpoint", "true"]) == 0

@@ -87,7 +87,7 @@ def make() -> None:
     run("train", "speaker.yaml")
     for name in ("trainer_state.json", "log.jsonl", "run.json", "training_args.bin"):
         Path("models/speaker", name).unlink()
-    for name in ("kd", "taid", "dho"):
+    for name in ("kd", "taid", "dho", "adapter"):
         run("train", f"{name}.yaml")
         told[name] = log_of(f"runs/{name}")
         interrupt(f"runs/{name}", step=3)
@@ -193,6 +193,13 @@ def write_recipes() -> None:
         "teacher_cache": "caches/classes",
     }
     write("dho.yaml", {**dho, **COMMON, **SAVED, "per_device_train_batch_size": 2, "output_dir": "runs/dho"})
+    adapter = {key: value for key, value in kd.items() if key not in ("teacher", "temperature", "ce_weight")}
+    adapter["teachers"] = {
+        "first": {"teacher": "models/teacher"},
+        "second": {"teacher": "models/speaker", "weight": 2},
+    }
+    adapter |= {"use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj", "v_proj"]}
+    write("adapter.yaml", {**adapter, **SAVED, "output_dir": "runs/adapter"})
     cached = {**kd, "temperature": 1.0, "teacher_top_k": 8, "cache_shard_rows": 8, "output_dir": "runs/cached"}
     write("cached.yaml", {**cached, "teacher_cache": "caches/top_k"})
     draws = {"teacher_top_k": 4, "cache_tail_draws": 4, "teacher_tail": "unbiased", "divergence": "forward_kl"}
