@@ -14,7 +14,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from compare_stages import Results, questions
 from rich.console import Console
@@ -23,8 +25,8 @@ from rich.table import Table
 from mmkd.commands.train import train
 from mmkd.methods.comd.round_plot import plot_rounds
 from mmkd.methods.comd.round_report import read_rounds
-from mmkd.recipe.run import read_recipe
-from mmkd.shipped import find_recipe
+from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.recipe import Recipe
 
 ARMS = ("comd", "random", "unassessed", "in rounds", "one-shot")
 
@@ -39,17 +41,17 @@ def main() -> None:
     parser.add_argument("--max_questions", type=int, default=4000, help="the first so many rows (default: 4000)")
     parser.add_argument("--plot", type=Path, help="a file to draw the rounds to; needs matplotlib")
     options, flags = parser.parse_known_args()
-    recipe = find_recipe(options.recipe)
-    rows = questions(options.test, str(recipe), flags, options.max_questions)
+    recipe = recipe_of(options.recipe, flags)
+    rows = questions(options.test, recipe, options.max_questions)
     results = Results(options.output / "results.json", options.test, options.max_questions)
-    teacher = str(read_recipe(recipe)["teacher"])
+    teacher = str(recipe.written["teacher"])
     table = [("teacher", [[results.get(Path(teacher), rows, teacher)["accuracy"]]])]
     reports = {}
     for arm in options.arms:
         runs = []
         for seed in options.seeds:
             begun = time.monotonic()
-            folder = run_arm(recipe, arm, seed, flags, options.output)
+            folder = run_arm(recipe, arm, seed, options.output)
             found = read_rounds(folder)
             reports[f"{arm}#{seed}"] = found
             students = [folder / f"round-{one['round']}" / "student" for one in found]
@@ -63,35 +65,35 @@ def main() -> None:
         plot_rounds(reports, options.plot)
 
 
-def run_arm(recipe: Path, arm: str, seed: int, flags: list[str], output: Path) -> Path:
+def run_arm(recipe: Recipe, arm: str, seed: int, output: Path) -> Path:
     """Trains what is missing of an arm; the folder of its rounds."""
     pretrained = output / f"pt-seed{seed}"
-    run(recipe, ["--stages", "PT", "--seed", str(seed), "--output_dir", str(pretrained), *flags])
+    keys = {"schedule": ["PT"], "seed": seed, "output_dir": str(pretrained)}
+    run(recipe.with_(**{**keys, **recipe.given}))
     folder = output / f"{arm.replace(' ', '-')}-seed{seed}"
-    own = ["--stages", "CoMD", "--seed", str(seed), "--student", str(pretrained / "1-PT"), "--output_dir", str(folder)]
-    run(recipe, [*own, *settings(recipe, arm, seed, output)])
+    own = {"schedule": ["CoMD"], "seed": seed, "student": str(pretrained / "1-PT"), "output_dir": str(folder)}
+    run(replace(recipe, given={**own, **settings(recipe, arm, seed, output)}))
     return folder / "1-CoMD"
 
 
-def settings(recipe: Path, arm: str, seed: int, output: Path) -> list[str]:
-    """The flags of an arm; those that need to know how much comd was answered look at its rounds."""
+def settings(recipe: Recipe, arm: str, seed: int, output: Path) -> dict[str, Any]:
+    """The keys of an arm; those that need to know how much comd was answered look at its rounds."""
     if arm == "comd":
-        return []
+        return {}
     if arm == "random":
-        return ["--augmentor", "random"]
+        return {"augmentor": "random"}
     if arm == "unassessed":
-        return ["--assessor", "none"]
+        return {"assessor": "none"}
     answers = read_rounds(output / f"comd-seed{seed}" / "1-CoMD")[-1]["pool"]
-    fixed = ["--assessor", "none", "--augmentor", "none", "--max_train_rows", str(answers)]
+    fixed = {"assessor": "none", "augmentor": "none", "max_train_rows": answers}
     if arm == "in rounds":
         return fixed
-    keys = read_recipe(recipe)
-    keys |= keys["stages"]["CoMD"]
-    return [*fixed, "--rounds", "0", "--max_steps", str((keys["rounds"] + 1) * keys["max_steps"])]
+    keys = recipe.stage("CoMD").written
+    return {**fixed, "rounds": 0, "max_steps": (keys["rounds"] + 1) * keys["max_steps"]}
 
 
-def run(recipe: Path, flags: list[str]) -> None:
-    if train(str(recipe), flags):
+def run(recipe: Recipe) -> None:
+    if train(recipe):
         raise SystemExit(130)
 
 

@@ -27,7 +27,7 @@ from mmkd.files import write_file
 from mmkd.losses.dual_head_losses import ALPHAS, BETAS, interpolate, search_interpolation
 from mmkd.methods.dho.dho_build import build_dho_trainer, load_class_teacher, new_student
 from mmkd.methods.dho.dho_trainer import DHOTrainer
-from mmkd.recipe.run import parse_run
+from mmkd.recipe.flags import recipe_of
 from mmkd.teachers.class_logits import compute_class_logits
 
 Answers = dict[str, torch.Tensor]
@@ -80,7 +80,7 @@ class Bench:
         """Of the zero-shot teacher on the test split."""
         key = " ".join([self.recipe, *self.flags, "teacher"])
         if key not in self.known:
-            run = parse_run(self.recipe, self.flags)
+            run = recipe_of(self.recipe, self.flags).parse()
             data = load_classification(ClassificationRecipe.load(run.arguments.data))
             rows = self._shared().test_dataset
             assert rows is not None
@@ -94,7 +94,7 @@ class Bench:
 
     def _shared(self) -> DHOTrainer:
         if self.base is None:
-            self.base = build_dho_trainer(parse_run(self.recipe, [*self.flags, "--labels_per_class", "1"]))
+            self.base = build_dho_trainer(recipe_of(self.recipe, [*self.flags, "--labels_per_class", "1"]).parse())
         return self.base
 
     def _run(self, objective: str, weight: float, labels: int, seed: int) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Bench:
         chosen = {"objective": objective, "ce_weight": weight, "labels_per_class": labels, "seed": seed}
         chosen |= {"label_seed": seed, "disable_tqdm": True, "output_dir": str(self.output / "run")}
         flags = [part for key, value in chosen.items() for part in (f"--{key}", str(value))]
-        run = parse_run(self.recipe, [*self.flags, *flags])
+        run = recipe_of(self.recipe, [*self.flags, *flags]).parse()
         data = load_classification(ClassificationRecipe.load(run.arguments.data))
         set_seed(seed)
         everything = shared.train_dataset.relabeled(torch.tensor(data.train["label"]).numpy())

@@ -10,12 +10,14 @@ Stages that schedules share are trained once. Every finished measurement is kept
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ from mmkd.commands.train import train
 from mmkd.data.images import read_image
 from mmkd.files import write_file
 from mmkd.models.load import load_model, load_processing_class
-from mmkd.recipe.run import load_rows_of, parse_run, read_recipe
+from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.recipe import Recipe
+from mmkd.recipe.run import load_rows_of
 from mmkd.recipe.stages import plan
-from mmkd.shipped import find_recipe
 
 
 def main() -> None:
@@ -42,18 +45,18 @@ def main() -> None:
     parser.add_argument("--test", type=Path, help="JSONL to ask instead of the recipe's eval rows")
     parser.add_argument("--max_questions", type=int, default=2000, help="the first so many rows (default: 2000)")
     options, flags = parser.parse_known_args()
-    recipe = find_recipe(options.recipe)
-    rows = questions(options.test, str(recipe), flags, options.max_questions)
+    recipe = recipe_of(options.recipe, flags)
+    rows = questions(options.test, recipe, options.max_questions)
     results = Results(options.output / "results.json", options.test, options.max_questions)
     table: list[tuple[str, list[dict[str, float]]]] = []
-    teacher = read_recipe(recipe).get("teacher")
+    teacher = recipe.written.get("teacher")
     if teacher is not None:
         table.append(("teacher", [results.get(Path(teacher), rows, teacher)]))
     for schedule in options.schedules:
         runs = []
         for seed in options.seeds:
             begun = time.monotonic()
-            last, steps, identity = run_schedule(recipe, schedule, seed, flags, options.output)
+            last, steps, identity = run_schedule(recipe, schedule, seed, options.output)
             seconds = time.monotonic() - begun
             runs.append({**results.get(last, rows, identity), "steps": float(steps)})
             print(f"{schedule}, seed {seed}: {runs[-1]['accuracy']:.4f} ({seconds:.0f} s)", flush=True)
@@ -61,27 +64,26 @@ def main() -> None:
     show(table, options.seeds, len(rows))
 
 
-def questions(test: Path | None, recipe: str, flags: Sequence[str], limit: int) -> list[dict[str, Any]]:
+def questions(test: Path | None, recipe: Recipe, limit: int) -> list[dict[str, Any]]:
     """Rows with messages and images: of a file, or of the recipe's eval split."""
     if test is not None:
         return [json.loads(line) for line in test.read_text(encoding="utf-8").splitlines()[:limit]]
-    data = load_rows_of(parse_run(recipe, [*flags, "--max_eval_rows", str(limit)]))["eval"]
+    data = load_rows_of(recipe.with_(max_eval_rows=limit).parse())["eval"]
     return [dict(row) for row in data]  # pyright: ignore[reportArgumentType]
 
 
-def run_schedule(recipe: Path, schedule: str, seed: int, flags: list[str], output: Path) -> tuple[Path, int, str]:
+def run_schedule(recipe: Recipe, schedule: str, seed: int, output: Path) -> tuple[Path, int, str]:
     """Trains what is missing of a schedule; its last stage's folder, all its updates, and its identity."""
     names, _, settings = schedule.partition(":")
     changed = edited(recipe, dict(one.split("=") for one in settings.split(",") if one), output)
     tail = settings.replace("=", "_").replace(",", "-")
-    own = ["--stages", *names.split("-"), "--seed", str(seed)]
     # Folders of equal beginnings could be shared; each schedule has its own, so that none waits for another.
     folder = output / f"{names}{'-' + tail if tail else ''}-seed{seed}"
-    own += ["--output_dir", str(folder)]
-    stages, rest = plan(changed, [*flags, *own])
-    steps = sum(parse_run_steps(stage.keys, rest) for stage in stages)
+    changed = changed.with_(schedule=names.split("-"), seed=seed, output_dir=str(folder))
+    stages = plan(changed)
+    steps = sum(int(stage.recipe.keys["max_steps"]) for stage in stages)
     share(stages, output)
-    if train(str(changed), [*flags, *own]):
+    if train(changed):
         raise SystemExit(130)
     for stage in stages:
         known = output / "stages" / stage.identity
@@ -100,26 +102,19 @@ def share(stages: Sequence[Any], output: Path) -> None:
             stage.folder.symlink_to(os.path.relpath(known.resolve(), stage.folder.parent))
 
 
-def parse_run_steps(keys: Any, flags: Sequence[str]) -> int:
-    given = [int(value) for flag, value in zip(flags, [*flags[1:], ""], strict=True) if flag == "--max_steps"]
-    return given[-1] if given else int(keys["max_steps"])
-
-
-def edited(recipe: Path, settings: dict[str, str], output: Path) -> Path:
+def edited(recipe: Recipe, settings: dict[str, str], output: Path) -> Recipe:
     """The recipe with other settings in its distilled stages."""
     if not settings:
         return recipe
-    keys = read_recipe(recipe)
+    keys = copy.deepcopy(dict(recipe.written))
     values = {key: yaml.safe_load(value) for key, value in settings.items()}
     for key, value in values.items():
         only, _, field = key.rpartition(".")
         for name, stage in keys["stages"].items():
             if name == only or (not only and stage.get("method", keys["method"]) != "sft"):
                 stage[field] = value
-    path = output / f"{recipe.stem}-{'-'.join(f'{key}_{value}' for key, value in settings.items())}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(keys, sort_keys=False))
-    return path
+    path = output / f"{Path(recipe.place).stem}-{'-'.join(f'{key}_{value}' for key, value in settings.items())}.yaml"
+    return replace(replace(recipe, written=keys, given={}).write(path), given=recipe.given)
 
 
 class Results:

@@ -17,8 +17,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from mmkd.commands.train import train
-from mmkd.recipe.run import read_recipe
-from mmkd.shipped import find_recipe
+from mmkd.recipe.flags import recipe_of
 from scripts import make_easy_vqa_models
 from scripts.compare_stages import Results, answers, questions, run_schedule, show
 from scripts.make_easy_vqa import OUTPUT_DIR, make_easy_vqa
@@ -38,18 +37,18 @@ def main() -> None:
     if not (OUTPUT_DIR / "captions.jsonl").is_file():
         make_easy_vqa(OUTPUT_DIR)
     make_easy_vqa_models.main([])
-    if train(str(find_recipe(TEACHER)), flags):
+    if train(recipe_of(TEACHER, flags)):
         raise SystemExit(130)
-    recipe = find_recipe(RECIPE)
+    recipe = recipe_of(RECIPE, flags)
     test = OUTPUT_DIR / "test.jsonl"
-    rows = questions(test, str(recipe), flags, QUESTIONS)
+    rows = questions(test, recipe, QUESTIONS)
     results = Results(options.output / "results.json", test, QUESTIONS)
     folders: dict[str, Path] = {}
     table: list[tuple[str, list[dict[str, float]]]] = []
     for name, schedule in SCHEDULES.items():
-        folders[name], steps, identity = run_schedule(recipe, schedule, options.seed, flags, options.output)
+        folders[name], steps, identity = run_schedule(recipe, schedule, options.seed, options.output)
         table.append((name, [{**results.get(folders[name], rows, identity), "steps": float(steps)}]))
-    folders["teacher"] = Path(read_recipe(recipe)["stages"]["DFT"]["teacher"])
+    folders["teacher"] = Path(recipe.written["stages"]["DFT"]["teacher"])
     table.append(("teacher", [results.get(folders["teacher"], rows, str(folders["teacher"]))]))
     # Evenly from all questions asked, not picked.
     some = rows[:: len(rows) // SHOWN][:SHOWN]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from mmkd.commands.main import main
-from mmkd.recipe.run import parse_run
+from mmkd.recipe.flags import recipe_of
 from scripts.make_tiny_models import sentences
 from tests.helpers import environment
 
@@ -296,19 +296,23 @@ def test_none_and_null_mean_nothing_there(workplace: Path, monkeypatch: Any) -> 
     monkeypatch.chdir(workplace)
     write_recipe(workplace, "other.yaml", method="kd", student="s", teacher="t", teacher_cache="c", max_train_rows=3)
     for word in ("null", "none", "None"):
-        run = parse_run("other.yaml", ["--teacher_cache", word, f"--max_train_rows={word}", "--max_length", word])
+        flags = ["--teacher_cache", word, f"--max_train_rows={word}", "--max_length", word]
+        run = recipe_of("other.yaml", flags).parse()
         assert (run.arguments.teacher_cache, run.arguments.max_train_rows, run.training.max_length) == (None,) * 3
-    assert parse_run("other.yaml", ["--teacher_cache", "none", "--teacher_cache", "d"]).arguments.teacher_cache == "d"
+    assert (
+        recipe_of("other.yaml", ["--teacher_cache", "none", "--teacher_cache", "d"]).parse().arguments.teacher_cache
+        == "d"
+    )
     write_recipe(workplace, "other.yaml", method="kd", student="s", teacher="t", teacher_cache="none")
-    assert parse_run("other.yaml").arguments.teacher_cache is None
+    assert recipe_of("other.yaml").parse().arguments.teacher_cache is None
     # To trackers the word means something else.
-    assert parse_run("other.yaml", ["--report_to", "none"]).training.report_to == []
+    assert recipe_of("other.yaml", ["--report_to", "none"]).parse().training.report_to == []
 
 
 def test_one_value_of_a_list_is_a_list(workplace: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(workplace)
     write_recipe(workplace, "other.yaml", method="kd", student="s", teacher="t", trainable="connector")
-    assert parse_run("other.yaml").training.trainable == ["connector"]
+    assert recipe_of("other.yaml").parse().training.trainable == ["connector"]
 
 
 def test_places_and_trackers_are_looked_at_before_models(workplace: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -22,7 +22,7 @@ from mmkd.preflight import costs
 from mmkd.preflight.doctor import doctor, examine
 from mmkd.preflight.facts import Finding, Rendered
 from mmkd.preflight.row_checks import lengths
-from mmkd.recipe.run import parse_run
+from mmkd.recipe.flags import recipe_of
 from scripts.make_tiny_models import CHAT_TEMPLATE, make_model, make_tokenizer, save, sentences
 from tests.teachers.fake_vllm import fake_vllm
 from tests.teachers.vlm import make_image, make_vlm
@@ -78,7 +78,7 @@ class Place:
         return str(path)
 
     def examine(self, **keys: Any) -> list[Finding]:
-        return examine(parse_run(self.recipe(**keys)))
+        return examine(recipe_of(self.recipe(**keys)).parse())
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def problems(findings: list[Finding]) -> list[str]:
 
 def printed(recipe: str, *flags: str) -> tuple[int, str]:
     sink = io.StringIO()
-    return doctor(recipe, flags, Console(file=sink, width=200)), sink.getvalue()
+    return doctor(recipe_of(recipe, flags), Console(file=sink, width=200)), sink.getvalue()
 
 
 # The command
@@ -357,7 +357,7 @@ def test_rows_without_a_supervised_token(place: Place, silent: int, severity: st
     ids, nothing = np.arange(10, dtype=np.int32), np.zeros(10, dtype=bool)
     told = [TokenSequence(ids, nothing if row < silent else ~nothing) for row in range(3)]
     prepared: Any = None
-    findings = lengths(Rendered(list(told), prepared, None), parse_run(place.recipe()), [])
+    findings = lengths(Rendered(list(told), prepared, None), recipe_of(place.recipe()).parse(), [])
     assert findings[0].severity == severity
     assert f"3 rows, 30 tokens, {30 - 10 * silent} of them supervised" in findings[0].found
 
@@ -369,7 +369,7 @@ def test_memory_against_the_device(place: Place, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(costs, "device_memory", lambda: ("a small device", 2**20))
     assert "1.0 MiB of a small device" in of(place.examine(), "memory", "warning")
     monkeypatch.setattr(costs.torch.cuda, "is_available", lambda: True)
-    run = parse_run(place.recipe())
+    run = recipe_of(place.recipe()).parse()
     assert of(examine(run), "memory", "problem")
     assert "shards" in of(examine(run, sharded=True), "memory", "warning")
 
@@ -441,7 +441,10 @@ def probe(tokenizer: Any) -> list[int]:
 def built(place: Place) -> str:
     """A cache of the recipe."""
     cache = str(place.folder / "cache")
-    build(make_plan(parse_run(place.recipe(teacher_cache=cache, cache_shard_rows=8))), Console(file=io.StringIO()))
+    build(
+        make_plan(recipe_of(place.recipe(teacher_cache=cache, cache_shard_rows=8)).parse()),
+        Console(file=io.StringIO()),
+    )
     return cache
 
 

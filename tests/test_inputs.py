@@ -8,7 +8,8 @@ import yaml
 
 from mmkd.preflight.doctor import examine
 from mmkd.preflight.facts import Finding
-from mmkd.recipe.run import build_trainer, parse_run
+from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.run import build_trainer
 from tests.inputs import COUNT, FAULTY, SOUND, Input
 from tests.vlms import make_llava
 
@@ -63,7 +64,7 @@ def said(findings: list[Finding]) -> list[str]:
 
 @pytest.mark.parametrize("name", SOUND)
 def test_doctor_is_silent_about_sound_inputs(place: Place, name: str) -> None:
-    findings = examine(parse_run(place.recipe(SOUND[name])))
+    findings = examine(recipe_of(place.recipe(SOUND[name])).parse())
     assert said(findings) == []
     if SOUND[name].vision:
         (about,) = (one.found for one in findings if one.name == "images")
@@ -73,8 +74,8 @@ def test_doctor_is_silent_about_sound_inputs(place: Place, name: str) -> None:
 @pytest.mark.parametrize("name", FAULTY)
 def test_doctor_says_what_is_wrong_and_training_refuses_what_is_fatal(place: Place, name: str) -> None:
     recipe = place.recipe(FAULTY[name])
-    findings = examine(parse_run(recipe))
+    findings = examine(recipe_of(recipe).parse())
     assert said(findings)
     if any(one.severity == "problem" for one in findings):
         with pytest.raises(ValueError, match=r"\S"):
-            build_trainer(parse_run(recipe)).train()
+            build_trainer(recipe_of(recipe).parse()).train()

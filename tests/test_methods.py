@@ -11,7 +11,8 @@ from trl.trainer.sft_config import SFTConfig
 import mmkd
 from mmkd.methods.kd import KDConfig
 from mmkd.recipe.arguments import StudentArguments
-from mmkd.recipe.run import parse_run, parser_of
+from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.key_parser import KeyParser
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
@@ -49,7 +50,7 @@ def test_trainer_and_config_are_public(method: str) -> None:
     "path", sorted((ROOT / "trainers").glob("*/*.yaml")), ids=lambda path: "/".join(path.parts[-2:])
 )
 def test_every_shipped_recipe_parses(path: Path) -> None:
-    run = parse_run(str(path), [])
+    run = recipe_of(str(path), []).parse()
     assert run.arguments.method == path.parent.name
 
 
@@ -63,7 +64,7 @@ def test_every_field_says_what_it_does(method: str) -> None:
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_help_lists_every_key(method: str) -> None:
-    text = parser_of(method).format_help()
+    text = KeyParser(method).format_help()
     assert all(f"--{name}" in text for name in ("student_layers", "ce_weight", "use_peft", "learning_rate"))
 
 

@@ -24,8 +24,10 @@ from mmkd.methods.dho.dho_trainer import DHOConfig
 from mmkd.methods.kd import KDConfig, KDTrainer
 from mmkd.models.load import load_model
 from mmkd.precision import NATIVE_BF16, native_dtype, product_dtype
+from mmkd.preflight.estimate import uses_bf16
 from mmkd.preflight.hardware import choose_device
-from mmkd.recipe.run import build_trainer, parse_run
+from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.run import build_trainer
 from mmkd.recipe.run_models import load_teacher
 from scripts.make_tiny_models import sentences
 from tests.helpers import Build, losses_of
@@ -183,9 +185,9 @@ def test_models_of_a_recipe_come_in_the_type_that_is_computed(
 ) -> None:
     monkeypatch.setenv(NATIVE_BF16, value)
     for flags in ([], ["--teacher_dtype", "bfloat16"]):
-        run = parse_run("recipe.yaml", flags)
+        run = recipe_of("recipe.yaml", flags).parse()
         assert load_teacher(run, str(run.arguments.teacher)).dtype == expected
-    trainer = build_trainer(parse_run("recipe.yaml", ["--dtype", "bfloat16"]))
+    trainer = build_trainer(recipe_of("recipe.yaml", ["--dtype", "bfloat16"]).parse())
     assert trainer.model.dtype == trainer.teacher.model.dtype == expected  # pyright: ignore[reportOptionalMemberAccess]
 
 
@@ -285,7 +287,7 @@ def test_weights_of_float32_need_no_other_type(hidden: None, tiny: dict[str, Pat
 
 
 def test_roles_of_comd_compute_and_record_float32(hidden: None, half: dict[str, Path], recipe: Path) -> None:
-    run = parse_run("recipe.yaml", ["--method", "comd"])
+    run = recipe_of("recipe.yaml", ["--method", "comd"]).parse()
     roles = Roles(run)
     assert roles.teacher.identity["dtype"] == "float32"  # pyright: ignore[reportAttributeAccessIssue]
     model, _ = roles.teacher._load()  # pyright: ignore[reportAttributeAccessIssue]
@@ -293,7 +295,7 @@ def test_roles_of_comd_compute_and_record_float32(hidden: None, half: dict[str, 
 
 
 def test_a_plan_is_of_the_device_that_it_is_for(hidden: None, recipe: Path) -> None:
-    args = parse_run("recipe.yaml", []).training
+    args = recipe_of("recipe.yaml", []).parse().training
     assert uses_bf16(args, "cuda")
     assert not uses_bf16(args, "cpu")
     assert choose_device("here", None, None).dtype == "fp32"

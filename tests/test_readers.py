@@ -23,7 +23,8 @@ from mmkd.capture.sequences import TokenSequence
 from mmkd.data.load_data import load_data
 from mmkd.data.prompts import model_inputs, prompt_of
 from mmkd.methods.comd.instructions import ImageStore, open_image, read_instructions
-from mmkd.recipe.run import build_trainer, parse_run
+from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.run import build_trainer
 from mmkd.teachers.vllm_wire import openai_messages
 from mmkd.training.base import DistillationTrainer
 from scripts.make_tiny_models import WORDS
@@ -200,7 +201,7 @@ def check(rows: list[Row], folder: Path, models: dict[str, str], caplog: pytest.
         return processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
     caplog.clear()
-    run = parse_run("run.yaml")
+    run = recipe_of("run.yaml").parse()
     by_recipe = collated(build_trainer(run))
     assert len(by_recipe) == len(usable)
     told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
@@ -223,7 +224,7 @@ def check(rows: list[Row], folder: Path, models: dict[str, str], caplog: pytest.
     for ours, theirs in zip(by_recipe, collated(in_python), strict=True):
         same(ours, theirs)
 
-    sequences = make_score_plan(parse_run("run.yaml", ["--teacher_cache", "cache"])).prepared.splits["train"]
+    sequences = make_score_plan(recipe_of("run.yaml", ["--teacher_cache", "cache"]).parse()).prepared.splits["train"]
     assert len(sequences) == len(usable)
     for number, batch in enumerate(by_recipe):
         sequence = sequences[number]

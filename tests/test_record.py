@@ -9,7 +9,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from mmkd.methods.kd import KDTrainer
 from mmkd.publish.runs import read_log, read_run
-from mmkd.recipe.run import given_flags
+from mmkd.recipe.flags import recipe_of
 from mmkd.recipe.run_record import RECORD, data_facts
 from mmkd.training.log import LOG
 from tests.classes import dho
@@ -75,7 +75,7 @@ def test_flags_as_keys():
     flags = ["--learning_rate", "1e-3", "--max_steps=2", "--save_strategy", "no", "--use_cpu", "--bf16", "false"]
     flags += ["--student_layers", "0", "3", "--run_name", "a: b"]
     expected = {"learning_rate": 1e-3, "max_steps": 2, "save_strategy": "no", "use_cpu": True, "bf16": False}
-    assert given_flags(flags) == expected | {"student_layers": [0, 3], "run_name": "a: b"}
+    assert recipe_of("kd/quickstart", flags).given == expected | {"student_layers": [0, 3], "run_name": "a: b"}
 
 
 def test_licences_of_all_parts_of_a_mixture_and_of_classes():

@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-from mmkd.recipe.run import build_trainer, parse_run
+from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.run import build_trainer
 from mmkd.recipe.run_models import load_student
 from scripts.make_tiny_models import sentences
 
@@ -30,7 +31,7 @@ def test_a_run_that_was_built_can_be_built_again(
 ) -> None:
     # trl's logger keeps its messages to itself.
     monkeypatch.setattr(logging.getLogger("trl"), "propagate", True)
-    run = parse_run(str(recipe))
+    run = recipe_of(recipe).parse()
     for _ in range(2):
         trainer = build_trainer(run)
         assert trainer.model.config._attn_implementation == "eager"
@@ -42,7 +43,7 @@ def test_a_run_that_was_built_can_be_built_again(
 @pytest.mark.parametrize("init", ["pretrained", "random", "prune"])
 def test_a_student_is_the_same_whenever_it_is_made(recipe: Path, init: str) -> None:
     flags = ["--student_layers", "1"] if init == "prune" else []
-    run = parse_run(str(recipe), ["--student_init", init, *flags])
+    run = recipe_of(recipe, ["--student_init", init, *flags]).parse()
     first, second = (load_student(run).state_dict() for _ in range(2))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

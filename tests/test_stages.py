@@ -12,7 +12,8 @@ from transformers import AutoProcessor, CLIPVisionModel, LlavaForConditionalGene
 
 from mmkd.commands.main import main
 from mmkd.models.load import load_model
-from mmkd.recipe.stages import plan, split_stages
+from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.stages import plan
 from scripts.make_tiny_models import make_model, make_tokenizer, save
 from tests.vlms import make_llava, make_tower, vision_rows
 
@@ -177,29 +178,26 @@ def test_bad_stages(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_keys_of_stages(recipe: Path) -> None:
-    stages, flags = plan(recipe, ["--seed", "1", "--stages", "PT", "SFT", "SFT", "--output_dir=there"])
-    assert flags == ["--seed", "1"]
+    stages = plan(recipe_of(recipe, ["--seed", "1", "--stages", "PT", "SFT", "SFT", "--output-dir=there"]))
+    assert all(stage.recipe.given == {"seed": 1} for stage in stages)
     assert [str(stage.folder) for stage in stages] == ["there/1-PT", "there/2-SFT", "there/3-SFT"]
-    assert [stage.keys["student"] for stage in stages[1:]] == ["there/1-PT", "there/2-SFT"]
-    assert "student_vision_tower" in stages[0].keys
-    assert all(
-        "student_vision_tower" not in stage.keys and "teacher" not in stage.keys and "stages" not in stage.keys
-        for stage in stages[1:]
-    )
+    assert [stage.recipe.keys["student"] for stage in stages[1:]] == ["there/1-PT", "there/2-SFT"]
+    assert "student_vision_tower" in stages[0].recipe.keys
+    assert not any({"student_vision_tower", "teacher", "stages"} & stage.recipe.keys.keys() for stage in stages[1:])
     assert len({stage.identity for stage in stages}) == 3
 
 
-def test_flags_of_stages() -> None:
-    assert split_stages(["--a", "1", "--stages", "X", "Y", "--b"]) == (["X", "Y"], ["--a", "1", "--b"])
-    assert split_stages(["--stages=X"]) == (["X"], [])
-    assert split_stages(["--a", "1"]) == (None, ["--a", "1"])
+def test_flags_of_stages(recipe: Path) -> None:
+    assert recipe_of(recipe, ["--seed", "1", "--stages", "X", "Y", "--bf16"]).given["schedule"] == ["X", "Y"]
+    assert recipe_of(recipe, ["--stages=X"]).given == {"schedule": ["X"]}
+    assert recipe_of(recipe, ["--seed", "1"]).given == {"seed": 1}
 
 
 def test_an_adapter_is_for_the_last_stage(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = yaml.safe_load(recipe.read_text())
     keys["stages"]["SFT"] |= {"use_peft": True, "trainable": None}
     recipe.write_text(yaml.safe_dump(keys))
-    assert [stage.name for stage in plan(recipe, ["--stages", "DPT", "SFT"])[0]] == ["DPT", "SFT"]
+    assert [stage.name for stage in plan(recipe_of(recipe, ["--stages", "DPT", "SFT"]))] == ["DPT", "SFT"]
     for flags in ([], ["--stages", "DPT", "DFT", "--use_peft"]):
         assert main(["train", str(recipe), *flags]) == 2
         assert "Set use_peft in the last stage only" in capsys.readouterr().err
@@ -229,13 +227,13 @@ def test_a_bad_stage_is_refused_before_the_first_is_trained(recipe: Path, capsys
 
 
 def test_a_folder_in_which_nothing_was_trained_is_used_again(recipe: Path) -> None:
-    stages, _ = plan(recipe, [])
+    stages = plan(recipe_of(recipe))
     stages[0].record(["DPT"], finished=False)
     edit(recipe, "DPT", learning_rate=2e-2)
-    plan(recipe, [])[0][0].check()
+    plan(recipe_of(recipe))[0].check()
     (stages[0].folder / "checkpoint-1").mkdir()
     with pytest.raises(ValueError, match="with other settings than now"):
-        plan(recipe, [])[0][0].check()
+        plan(recipe_of(recipe))[0].check()
 
 
 def test_doctor_plan_and_dry_run_look_at_every_stage(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

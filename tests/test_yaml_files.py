@@ -8,7 +8,8 @@ import pytest
 from mmkd.data.classification import ClassificationRecipe
 from mmkd.data.recipe import DataRecipe
 from mmkd.errors import UserError
-from mmkd.recipe.run import parse_run, read_recipe
+from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.stages import plan
 from mmkd.yaml_files import read_yaml
 
@@ -75,7 +76,7 @@ def test_recipes_of_data_say_what_is_wrong_and_where(tmp_path: Path, text: str, 
 def test_recipes_of_runs_say_what_is_wrong_and_where(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_recipe(tmp_path / "run.yaml")
+        Recipe.read(tmp_path / "run.yaml")
 
 
 def test_names_of_classes_stay_text(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ RUN = "method: kd\ndata: d\nteacher: t\n"
 def test_text_of_runs_stays_as_it_was_written(tmp_path: Path, word: str) -> None:
     keys = f"student: a/{word}\nrun_name: {word}\noutput_dir: {word}\ntrainable: [{word}, x]\n"
     (tmp_path / "run.yaml").write_text(f"{RUN}{keys}optim_target_modules: {word}\nlora_target_modules: [{word}, x]\n")
-    run = parse_run(str(tmp_path / "run.yaml"))
+    run = recipe_of(str(tmp_path / "run.yaml")).parse()
     training: Any = run.training
     assert (training.run_name, training.output_dir, training.optim_target_modules) == (word,) * 3
     assert training.trainable == [word, "x"]
@@ -107,9 +108,9 @@ def test_text_of_runs_stays_as_it_was_written(tmp_path: Path, word: str) -> None
 def test_text_of_stages_survives_their_recipes(tmp_path: Path, word: str) -> None:
     stages = f"stages:\n  A: {{run_name: {word}, student: {word}, save_strategy: no, max_steps: 1_0}}\n"
     (tmp_path / "run.yaml").write_text(f"{RUN}report_to: none\noutput_dir: {tmp_path}/run\n{stages}")
-    (stage,), _ = plan(tmp_path / "run.yaml", [])
+    (stage,) = plan(Recipe.read(tmp_path / "run.yaml"))
     stage.record(["A"], finished=False)
-    for run in (stage.parse([], [], {}), parse_run(str(stage.recipe))):
+    for run in (stage.parse({}), recipe_of(stage.recipe.place).parse()):
         assert (run.training.run_name, run.arguments.student) == (word, word)
         assert (run.training.save_strategy, run.training.max_steps) == ("no", 10)
 
@@ -119,8 +120,8 @@ def test_what_is_no_text_is_read_as_before(tmp_path: Path) -> None:
     kwargs = "model_init_kwargs: {a: no, b: 2024-01-31, c: 010}\n"
     plain = f"{RUN}{keys}{kwargs}beta: 1\nmax_length: ~\n"
     (tmp_path / "run.yaml").write_text(plain)
-    assert read_recipe(tmp_path / "run.yaml") == read_yaml(tmp_path / "run.yaml")
-    training: Any = parse_run(str(tmp_path / "run.yaml")).training
+    assert Recipe.read(tmp_path / "run.yaml").keys == read_yaml(tmp_path / "run.yaml")
+    training: Any = recipe_of(str(tmp_path / "run.yaml")).parse().training
     assert (training.bf16, training.max_steps, training.learning_rate, training.seed) == (False, 16, 0.001, 10)
     assert (training.resume_from_checkpoint, training.max_length) == (True, None)
     assert training.model_init_kwargs["c"] == 8
@@ -130,4 +131,4 @@ def test_what_is_no_text_is_read_as_before(tmp_path: Path) -> None:
 def test_truth_is_no_text(tmp_path: Path, keys: str) -> None:
     (tmp_path / "run.yaml").write_text(f"{RUN}{keys}\n")
     with pytest.raises(UserError, match="in quotes"):
-        parse_run(str(tmp_path / "run.yaml"))
+        recipe_of(str(tmp_path / "run.yaml")).parse()

@@ -13,8 +13,8 @@ from mmkd.cache.manifest import Manifest
 from mmkd.cache.merge import merge_parts
 from mmkd.cache.store import Cache, damaged_shards, read_log, shard_path
 from mmkd.errors import UserError
-from mmkd.recipe.launch_flags import parse_alone
-from mmkd.recipe.run import Run
+from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.recipe import Recipe, Run
 from mmkd.shipped import list_recipes
 from mmkd.teachers.cached import SIGNALS
 from mmkd.training.method import learns_from
@@ -27,9 +27,9 @@ from .fidelity import measure_fidelity
 from .generate import DATA_RECIPE, describe_answers
 
 
-def build_command(recipe: str, flags: Sequence[str]) -> int:
+def build_command(recipe: Recipe) -> int:
     """Builds the cache of a recipe, or those of its teachers, and prints the folders; with dry_run, what they cost."""
-    run, _ = parse_alone(recipe, flags)
+    run = recipe.parse()
     plans = []
     for one in _runs_with_cache(run):
         check_place(one)
@@ -148,7 +148,7 @@ def refuse_flags(command: str, flags: Sequence[str], known: Sequence[str]) -> No
 def _run_of(target: str, flags: Sequence[str], known: Sequence[str]) -> Run | None:
     """The run of a recipe, given by path or as a shipped one; None for a cache, which has `known` flags only."""
     if target.endswith((".yaml", ".yml")) or f"{target}.yaml" in list_recipes("trainers"):
-        return parse_alone(target, flags)[0]
+        return recipe_of(target, flags).parse()
     refuse_flags("For a cache without its recipe, this command", flags, known)
     return None
 

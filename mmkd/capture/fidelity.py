@@ -6,7 +6,7 @@ from mmkd.cache.codec import TokenScores
 from mmkd.cache.manifest import differences
 from mmkd.cache.store import Cache
 from mmkd.errors import UserError
-from mmkd.recipe.run import Run
+from mmkd.recipe.recipe import Run
 
 from .build_plan import ScorePlan, make_plan
 from .sequences import TokenSequence, UnusableRow, usable

@@ -25,7 +25,8 @@ from mmkd.generation.local_generation import LocalGenerator, on_device, prompt_i
 from mmkd.generation.served_generation import ServerGenerator
 from mmkd.models.load import positions_of, tokenizer_of
 from mmkd.preparation.vision_checks import refusal
-from mmkd.recipe.run import Run, load_rows_of
+from mmkd.recipe.recipe import Run
+from mmkd.recipe.run import load_rows_of
 from mmkd.recipe.run_models import load_teacher, teacher_processing_class
 from mmkd.teachers.vllm_client import Ids
 from mmkd.training.preparing import preparation_of

@@ -7,10 +7,14 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmkd import __version__
 from mmkd import shipped as recipes
 from mmkd.errors import UserError
+
+if TYPE_CHECKING:
+    from mmkd.recipe.recipe import Recipe
 
 from .flags import add_compare_flags, add_eval_flags, add_push_flags
 
@@ -216,22 +220,28 @@ def _add_models(commands: Commands) -> None:
 
 
 def _train(options: argparse.Namespace, flags: list[str]) -> int:
+    from mmkd.recipe.flags import recipe_of
+
     from . import train as launch
 
+    config = options.accelerate_config
+    recipe = recipe_of(options.recipe, flags if config is None else ["--accelerate_config", config, *flags])
     if options.help_keys:
-        return launch.print_keys(options.recipe, flags)
+        return launch.print_keys(recipe)
     if options.with_baseline:
         from mmkd.eval.compare import with_baseline
 
-        return with_baseline(options.recipe, flags)
-    return launch.train(options.recipe, flags, options.accelerate_config)
+        return with_baseline(recipe)
+    return launch.train(recipe)
 
 
 def _build_cache(options: argparse.Namespace, flags: list[str]) -> int:
     from mmkd.capture.commands import build_command
+    from mmkd.recipe.flags import recipe_of
 
-    _needs_tokens(options.recipe, flags, "a run of it keeps its teacher's logits by itself, in teacher_cache")
-    return build_command(options.recipe, flags)
+    recipe = recipe_of(options.recipe, flags)
+    _needs_tokens(recipe, "a run of it keeps its teacher's logits by itself, in teacher_cache")
+    return build_command(recipe)
 
 
 def _cache_info(options: argparse.Namespace, rest: list[str]) -> int:
@@ -275,9 +285,10 @@ def _plan(options: argparse.Namespace, flags: list[str]) -> int:
 
     from mmkd.preflight.hardware import choose_device
     from mmkd.preflight.plan import plan
+    from mmkd.recipe.flags import recipe_of
 
     device = choose_device(options.gpu, options.memory, options.utilisation)
-    return plan(options.recipe, flags, device, options.gpus, options.price, Console())
+    return plan(recipe_of(options.recipe, flags), device, options.gpus, options.price, Console())
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
@@ -296,18 +307,18 @@ def _doctor(options: argparse.Namespace, flags: list[str]) -> int:
     from rich.console import Console
 
     from mmkd.preflight.doctor import doctor
+    from mmkd.recipe.flags import recipe_of
 
-    return doctor(options.recipe, flags, Console())
+    return doctor(recipe_of(options.recipe, flags), Console())
 
 
-def _needs_tokens(recipe: str, flags: list[str], instead: str) -> None:
+def _needs_tokens(recipe: "Recipe", instead: str) -> None:
     """Raises UserError for a recipe of classes, which this command knows nothing about."""
-    from mmkd.recipe.run import method_of, read_recipe
     from mmkd.training.method import METHODS
 
-    predicted = METHODS[method_of(read_recipe(recipes.find_recipe(recipe)), flags)].predicts
+    predicted = METHODS[recipe.method].predicts
     if predicted != "tokens":
-        raise UserError(f"{recipe} predicts {predicted}, and this command is about tokens: {instead}.")
+        raise UserError(f"{recipe.name} predicts {predicted}, and this command is about tokens: {instead}.")
 
 
 def _list_recipes(options: argparse.Namespace, rest: list[str]) -> int:

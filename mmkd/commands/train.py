@@ -2,12 +2,9 @@
 
 import importlib.util
 import os
-import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,23 +15,14 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from mmkd.errors import UserError
-from mmkd.files import write_file
 from mmkd.preflight.dry_run import dry_run
-from mmkd.recipe.launch_flags import launch_keys_of, split
+from mmkd.preflight.stage_checks import check_stages
+from mmkd.recipe.key_parser import KeyParser
+from mmkd.recipe.launch_keys import launch_keys_of, launch_words
 from mmkd.recipe.phases import check_phases, evaluate_alone, finish, trains
-from mmkd.recipe.run import (
-    Run,
-    build_trainer,
-    check_surroundings,
-    last_checkpoint,
-    method_of,
-    parse_run,
-    parser_of,
-    read_recipe,
-    resume_point,
-)
-from mmkd.recipe.stages import plan, split_stages, train_stages
-from mmkd.shipped import find_recipe
+from mmkd.recipe.recipe import Recipe, Run
+from mmkd.recipe.run import build_trainer, check_surroundings, last_checkpoint, resume_point
+from mmkd.recipe.stages import plan, train_stages
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.interrupt import InterruptCallback
 from mmkd.training.method import METHODS
@@ -45,44 +33,28 @@ PRESETS = ("single_gpu", "ddp", "fsdp2", "zero2", "zero3")
 _LAUNCHED = "MMKD_LAUNCHED"
 
 
-def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = None) -> int:
+def train(recipe: Recipe) -> int:
     """Trains what a recipe describes; returns the exit status.
 
-    With `accelerate_config` (an argument or a key of the recipe) this process only launches the run; keys and flags
-    that `accelerate launch` knows and the recipe does not, such as num_processes, go to it.
+    With an accelerate_config this process only launches the run; keys that `accelerate launch` knows and the recipe
+    does not, such as num_processes, go to it.
     """
-    keys = read_recipe(find_recipe(recipe))
-    chosen, own_flags = split_stages(flags)
-    if chosen is not None and "stages" not in keys:
-        raise UserError(f"{recipe} has no stages, so --stages has nothing to choose from.")
-    # Those of --stages go to the processes that are launched.
-    stage_flags, flags = ([], flags) if chosen is None else (["--stages", *chosen], own_flags)
-    config = accelerate_config or keys.get("accelerate_config") or os.environ.get(_LAUNCHED)
-    launch_keys = launch_keys_of(method_of(keys, flags)) if config is not None else []
-    launch_flags, flags = split(flags, launch_keys)
-    run = parse_run(recipe, flags, ["accelerate_config", *launch_keys])
-    if config is not None and _LAUNCHED not in os.environ:
-        for key in launch_keys:
-            if key in keys and f"--{key}" not in launch_flags:
-                launch_flags = [*launch_flags, f"--{key}", str(keys[key])]
-        return _launch([recipe, *flags, *stage_flags], config, launch_flags)
+    run = recipe.parse()
+    if recipe.accelerate_config is not None and _LAUNCHED not in os.environ:
+        return _launch(recipe, recipe.accelerate_config)
     check_phases(run)
     check_surroundings(run)
     if run.arguments.dry_run:
-        if "stages" in keys:
-            return _dry_run_stages(find_recipe(recipe), [*flags, *stage_flags], launch_keys)
+        if recipe.in_stages:
+            return _dry_run_stages(recipe)
         with tempfile.TemporaryDirectory() as folder:
-            _dry_run(run, find_recipe(recipe), flags, folder)
+            _dry_run(run, folder)
         return 0
-    if "stages" in keys:
-        from mmkd.preflight.stage_checks import check_stages
-
-        read_elsewhere = ["accelerate_config", *launch_keys]
-        check = partial(check_stages, ignored=read_elsewhere)
-        return train_stages(find_recipe(recipe), [*flags, *stage_flags], train, check)
-    drive = METHODS[run.arguments.method].drive
+    if recipe.in_stages:
+        return train_stages(recipe, train, check_stages)
+    drive = METHODS[recipe.method].drive
     if drive is not None:
-        return drive(run, find_recipe(recipe), flags, train)
+        return drive(run, train)
     if not trains(run):
         evaluate_alone(build_trainer(run), run)
         return 0
@@ -100,7 +72,7 @@ def train(recipe: str, flags: Sequence[str], accelerate_config: str | None = Non
 
         trainer.describe = describe
     if not _train(trainer, checkpoint):
-        print(f"\nInterrupted at step {trainer.state.global_step}. {_way_on(run, recipe, flags)}", file=sys.stderr)
+        print(f"\nInterrupted at step {trainer.state.global_step}. {_way_on(run)}", file=sys.stderr)
         return 130
     finish(trainer, run)
     return 0
@@ -120,50 +92,49 @@ def _train(trainer: DistillationTrainer, checkpoint: str | None) -> bool:
     return not interrupt.asked
 
 
-def print_keys(recipe: str, flags: Sequence[str]) -> int:
+def print_keys(recipe: Recipe) -> int:
     """Prints every key that a recipe of this method may set, with its meaning."""
-    parser_of(method_of(read_recipe(find_recipe(recipe)), flags)).print_help()
+    KeyParser(recipe.method).print_help()
     return 0
 
 
-def _way_on(run: Run, recipe: str, flags: Sequence[str]) -> str:
+def _way_on(run: Run) -> str:
     newest = last_checkpoint(run.training.output_dir or "")
     if newest is None:
         return "Nothing was saved yet: set save_strategy and save_steps to be able to go on from a checkpoint."
-    return f"Go on from {newest.name} with: mmkd-train {shlex.join([recipe, *flags])} --resume_from_checkpoint true"
+    return f"Go on from {newest.name} with: {run.recipe.to_go_on()}"
 
 
-def _dry_run(run: Run, recipe: Path, flags: Sequence[str], folder: str) -> DistillationTrainer | None:
+def _dry_run(run: Run, folder: str) -> DistillationTrainer | None:
     """Says what a run would do, which may write to a folder; returns its trainer if the run has one over tokens."""
     run.training.push_to_hub = False
     run.training.output_dir = folder
-    return dry_run(run, recipe, flags, Console())
+    return dry_run(run, Console())
 
 
-def _dry_run_stages(recipe: Path, flags: Sequence[str], launch_keys: Sequence[str]) -> int:
+def _dry_run_stages(recipe: Recipe) -> int:
     """Says what each stage would do; one that is not trained yet hands its student on as it began."""
-    stages, flags = plan(recipe, flags)
-    ignored = ["accelerate_config", *launch_keys]
+    stages = plan(recipe)
     for stage in stages:
-        stage.parse(flags, ignored, {})
+        stage.parse({})
     moved: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for number, stage in enumerate(stages, start=1):
             Console().print(f"Stage {number} of {len(stages)}, {stage.name}", style="bold", highlight=False)
             folder = Path(scratch, stage.folder.name)
-            # comd makes recipes of this one.
-            path = folder / "recipe.yaml"
-            write_file(path, yaml.safe_dump(stage.moved_keys(moved), sort_keys=False, allow_unicode=True))
-            trainer = _dry_run(stage.parse(flags, ignored, moved), path, flags, str(folder))
+            trainer = _dry_run(stage.parse(moved), str(folder))
             if trainer is not None and number < len(stages) and not stage.finished:
                 trainer.save_model(str(folder / "student"))
                 moved[str(stage.folder)] = str(folder / "student")
     return 0
 
 
-def _launch(arguments: list[str], config: str, launch_flags: list[str]) -> int:
+def _launch(recipe: Recipe, config: str) -> int:
+    """Starts the processes, each with the same recipe; from their environment they know what they are."""
     file = _config_file(config)
-    options = ["--config_file", file, *launch_flags, "--module", "mmkd.commands.main", "train", *arguments]
+    keys = {**recipe.written, **recipe.launch}
+    words = launch_words({key: keys[key] for key in keys if key in launch_keys_of(KeyParser(recipe.method).names)})
+    options = ["--config_file", file, *words, "--module", "mmkd.commands.main", "train", *recipe.command_line()]
     parsed = launch_command_parser().parse_args(options)
     settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     if settings.get("distributed_type") == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:

@@ -4,21 +4,20 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 
 from mmkd.errors import UserError
 from mmkd.files import write_file
-from mmkd.recipe.launch_flags import parse_alone
-from mmkd.recipe.run import STAGE_KEYS, method_of, read_recipe
+from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.recipe import STAGE_KEYS, Recipe
 from mmkd.results.machine import machine
 from mmkd.results.tables import markdown, show
-from mmkd.shipped import find_recipe
 from mmkd.training.method import BASELINE_METHOD, METHODS
 
 from .bootstrap import paired_bootstrap
@@ -71,44 +70,45 @@ class Row:
 
 def compare_command(options: argparse.Namespace, flags: Sequence[str]) -> int:
     """Trains, evaluates and prints; returns 130 when interrupted, after which the same command goes on."""
+    recipes = [recipe_of(name, flags) for name in options.recipes]
+    baseline = options.baseline
+    return _compare(
+        recipes,
+        options.seeds,
+        options.output,
+        judge=None if options.judge is None else recipe_of(options.judge, flags),
+        baseline=baseline if baseline in (None, "none") else recipe_of(baseline, flags),
+        tasks=[task for name in options.suite for task in load_suite(name).tasks]
+        + [SuiteTask(name) for name in options.tasks],
+        include=options.include_path,
+        settings=Settings(limit=options.limit, device="cpu" if recipes[0].keys.get("use_cpu") else None),
+    )
+
+
+def with_baseline(recipe: Recipe) -> int:
+    """`mmkd-train RECIPE --with_baseline`: the comparison of one recipe, with its own seed, under its output_dir."""
+    training = recipe.parse().training
+    return _compare([recipe], [training.seed], Path(training.output_dir or "runs/compare"))
+
+
+def _compare(recipes: Sequence[Recipe], seeds: Sequence[int], output: Path, **options: Any) -> int:
     try:
-        found = compare(
-            options.recipes,
-            flags,
-            options.seeds,
-            options.output,
-            judge=options.judge,
-            baseline=options.baseline,
-            tasks=[task for name in options.suite for task in load_suite(name).tasks]
-            + [SuiteTask(name) for name in options.tasks],
-            include=options.include_path,
-            settings=Settings(limit=options.limit, device="cpu" if "--use_cpu" in flags else None),
-        )
+        comparison = compare(recipes, seeds, output, **options)
     except KeyboardInterrupt:
         print("\nInterrupted. Finished trainings are kept: the same command goes on with the next one.")
         return 130
-    show(found, Console(width=120))
-    print(f"{options.output / NAME}\n{options.output / PAGE}")
+    show(comparison, Console(width=120))
+    print(f"{output / NAME}\n{output / PAGE}")
     return 0
 
 
-def with_baseline(recipe: str, flags: Sequence[str]) -> int:
-    """`mmkd-train RECIPE --with_baseline`: the comparison of one recipe, with its own seed, under its output_dir."""
-    training = parse_alone(recipe, flags)[0].training
-    output = Path(training.output_dir or "runs/compare")
-    options = argparse.Namespace(recipes=[recipe], seeds=[training.seed], output=output, judge=None, baseline=None)
-    vars(options).update(suite=[], tasks=[], include_path=[], limit=None)
-    return compare_command(options, flags)
-
-
 def compare(
-    recipes: Sequence[str],
-    flags: Sequence[str],
+    recipes: Sequence[Recipe],
     seeds: Sequence[int],
     output: Path,
     *,
-    judge: str | None = None,
-    baseline: str | None = None,
+    judge: Recipe | None = None,
+    baseline: Recipe | Literal["none"] | None = None,
     tasks: Sequence[SuiteTask] = (),
     include: Sequence[str] = (),
     settings: Settings | None = None,
@@ -120,67 +120,66 @@ def compare(
     for recipes that train no tokens or train in stages.
     """
     for recipe in (*recipes, *([judge] if judge else [])):
-        _check(recipe, flags)
-    methods = [method_of(read_recipe(find_recipe(recipe)), flags) for recipe in recipes]
+        _check(recipe)
     first = judge or recipes[0]
-    if judge is None and not METHODS[methods[0]].one_vocabulary:
+    if judge is None and not METHODS[recipes[0].method].one_vocabulary:
         judge = recipes[0]
-    roles = ["baseline" if method == BASELINE_METHOD else "student" for method in methods]
-    trained = [(recipe, list(flags), role) for recipe, role in zip(recipes, roles, strict=True)]
-    if baseline not in (None, "none"):
-        assert baseline is not None
-        trained.insert(0, (baseline, list(flags), "baseline"))
-    elif baseline is None and BASELINE_METHOD not in methods:
-        trained.insert(0, (*make_baseline(recipes[0], flags, output), "baseline"))
+    trained = [(recipe, "baseline" if recipe.method == BASELINE_METHOD else "student") for recipe in recipes]
+    if isinstance(baseline, Recipe):
+        trained.insert(0, (baseline, "baseline"))
+    elif baseline is None and all(role == "student" for _, role in trained):
+        trained.insert(0, (make_baseline(recipes[0], output), "baseline"))
     if judge is None:
-        _check_reading({recipe: own for recipe, own, _ in trained})
-    trainings = Trainings(output, judge, bool(tasks), flags)
+        _check_reading([recipe for recipe, _ in trained])
+    trainings = Trainings(output, judge, bool(tasks))
     settings = settings or Settings()
 
     def asked(run: Measured) -> list[dict[str, Any]]:
         return evaluate(find_model(run.folder), tasks, settings, include=include) if tasks else []
 
     rows = []
-    if parse_alone(first, flags)[0].arguments.teacher is not None:
-        run = trainings.get(first, flags, "teacher")
-        rows.append(Row("teacher", "teacher", first, [run], [asked(run)]))
-    run = trainings.get(recipes[0] if judge is None else judge, flags, "untrained")
-    rows.append(Row("student, untrained", "untrained", first, [run], [asked(run)]))
-    for recipe, own, role in trained:
-        runs = [trainings.get(recipe, [*own, "--seed", str(seed)]) for seed in seeds]
-        rows.append(Row(label(recipe), role, recipe, runs, [asked(run) for run in runs]))
-    found = _summary(rows, seeds, flags, judge)
-    write_file(output / NAME, to_json(found, indent=1) + "\n")
-    write_file(output / PAGE, markdown(found))
-    return found
+    if first.parse().arguments.teacher is not None:
+        run = trainings.get(first, "teacher")
+        rows.append(Row("teacher", "teacher", first.name, [run], [asked(run)]))
+    run = trainings.get(judge or recipes[0], "untrained")
+    rows.append(Row("student, untrained", "untrained", first.name, [run], [asked(run)]))
+    for recipe, role in trained:
+        runs = [trainings.get(recipe.with_(seed=seed)) for seed in seeds]
+        rows.append(Row(label(recipe), role, recipe.name, runs, [asked(run) for run in runs]))
+    comparison = _summary(rows, seeds, recipes[0].flags(), judge.name if judge else None)
+    write_file(output / NAME, to_json(comparison, indent=1) + "\n")
+    write_file(output / PAGE, markdown(comparison))
+    return comparison
 
 
-def _check(recipe: str, flags: Sequence[str]) -> None:
-    keys = read_recipe(find_recipe(recipe))
-    predicted = METHODS[method_of(keys, flags)].predicts
+def _check(recipe: Recipe) -> None:
+    predicted = METHODS[recipe.method].predicts
     if predicted != "tokens":
-        raise UserError(f"{recipe} predicts {predicted} and no tokens; scripts/compare_dho.py compares such students.")
-    if any(key in keys for key in STAGE_KEYS):
         raise UserError(
-            f"{recipe} is trained in stages: scripts/compare_stages.py compares schedules, `mmkd eval` their students."
+            f"{recipe.name} predicts {predicted} and no tokens; scripts/compare_dho.py compares such students."
+        )
+    if any(key in recipe.keys for key in STAGE_KEYS):
+        raise UserError(
+            f"{recipe.name} is trained in stages: scripts/compare_stages.py compares schedules, `mmkd eval` their "
+            "students."
         )
 
 
-def _check_reading(recipes: Mapping[str, Sequence[str]]) -> None:
-    """Raises UserError for recipes (name -> flags) that read the held-out rows as different tokens."""
-    (first, one), *others = ((recipe, _reading(recipe, flags)) for recipe, flags in recipes.items())
-    for recipe, other in others:
-        differing = [name for name in one if one[name] != other[name]]
+def _check_reading(recipes: Sequence[Recipe]) -> None:
+    """Raises UserError for recipes that read the held-out rows as different tokens."""
+    (first, reading), *others = ((recipe.name, _reading(recipe)) for recipe in recipes)
+    for name, other in others:
+        differing = [key for key in reading if reading[key] != other[key]]
         if differing:
-            values = ", ".join(f"{name} {one[name]} and {other[name]}" for name in differing)
+            values = ", ".join(f"{key} {reading[key]} and {other[key]}" for key in differing)
             raise UserError(
-                f"{first} and {recipe} read the held-out rows as different tokens ({values}), so that their numbers "
+                f"{first} and {name} read the held-out rows as different tokens ({values}), so that their numbers "
                 f"do not compare. Have one of them judge all students: --judge {first}."
             )
 
 
-def _reading(recipe: str, flags: Sequence[str]) -> dict[str, Any]:
-    run, _ = parse_alone(recipe, flags)
+def _reading(recipe: Recipe) -> dict[str, Any]:
+    run = recipe.parse()
     args = run.training
     packed = args.packing if args.eval_packing is None else args.eval_packing
     facts = {"data": run.arguments.data, "max_eval_rows": run.arguments.max_eval_rows, "max_length": args.max_length}

@@ -3,20 +3,20 @@
 import json
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from mmkd.cache.store import Cache, read_log
 from mmkd.errors import UserError
 from mmkd.files import write_file
-from mmkd.recipe.launch_flags import parse_alone
-from mmkd.recipe.run import Run, RunArguments, build_trainer, parser_of, read_recipe
-from mmkd.shipped import find_recipe
+from mmkd.recipe.arguments import RunArguments
+from mmkd.recipe.key_parser import KeyParser
+from mmkd.recipe.recipe import Recipe, Run
+from mmkd.recipe.run import build_trainer
 from mmkd.training.method import BASELINE_METHOD, METHODS
 from mmkd.training.rollout_config import RolloutConfig
 
@@ -57,42 +57,31 @@ class Measured:
 class Trainings:
     """The trainings of a comparison by everything that decides them; each is kept as soon as it is measured."""
 
-    def __init__(self, folder: Path, judge: str | None, save_untrained: bool, flags: Sequence[str] = ()) -> None:
-        """`flags` are those of the judge, for all students alike."""
-        self.folder, self.judge, self.save_untrained, self.flags = folder, judge, save_untrained, list(flags)
+    def __init__(self, folder: Path, judge: Recipe | None, save_untrained: bool) -> None:
+        self.folder, self.judge, self.save_untrained = folder, judge, save_untrained
 
-    def get(self, recipe: str, flags: Sequence[str], stage: str = "trained") -> Measured:
+    def get(self, recipe: Recipe, stage: str = "trained") -> Measured:
         """The measurements of one training, from the folder or by running it."""
-        texts = [find_recipe(name).read_text(encoding="utf-8") for name in (recipe, self.judge) if name]
-        judged = self.flags if self.judge else []
-        key = key_of(texts, list(flags), judged, stage, self.save_untrained if stage == "untrained" else None)
+        judge = self.judge
+        texts, judged = [recipe.text, *([judge.text] if judge else [])], judge.flags() if judge else []
+        key = key_of(texts, recipe.flags(), judged, stage, self.save_untrained if stage == "untrained" else None)
         path = self.folder / "measured" / f"{key[:16]}.json"
         if path.is_file():
             return Measured(**json.loads(path.read_text(encoding="utf-8")))
         # What a cut-off training left is started over.
         place = self.folder / f"{label(recipe).replace(', ', '-')}-{stage}-{key[:6]}"
         shutil.rmtree(place, ignore_errors=True)
-        judge = None if self.judge is None else (self.judge, self.flags)
-        found = measure(recipe, flags, stage, place, judge, self.save_untrained)
-        write_file(path, to_json(vars(found), indent=1))
-        return found
+        measured = measure(recipe, stage, place, judge, self.save_untrained)
+        write_file(path, to_json(vars(measured), indent=1))
+        return measured
 
 
-def measure(
-    recipe: str,
-    flags: Sequence[str],
-    stage: str,
-    folder: Path,
-    judge: tuple[str, Sequence[str]] | None,
-    save_untrained: bool,
-) -> Measured:
+def measure(recipe: Recipe, stage: str, folder: Path, judge: Recipe | None, save_untrained: bool) -> Measured:
     """Evaluates the recipe's teacher ("teacher") or its student, "untrained" or "trained", which is saved.
 
-    A judge is a recipe with flags of its own: a baseline's lack those that its method does not know.
+    A judge is the recipe whose trainer evaluates the trained student.
     """
-    alone = ["--per_device_eval_batch_size", "1", "--save_strategy", "no"]
-    # Items to resample are batches of held-out rows; flags of the user come later and win.
-    run, _ = parse_alone(recipe, [*alone, *flags])
+    run = _alone(recipe)
     _prepare(run, folder)
     if stage != "trained" and all(one.arguments.teacher is not None for one in run.by_teacher().values()):
         run = replace(run, arguments=_without_caches(run.arguments))
@@ -107,7 +96,7 @@ def measure(
     cached = any(one.arguments.teacher_cache is not None for one in run.by_teacher().values())
     if stage == "trained" and (judge is not None or cached):
         # Judged by the teacher itself, like all others.
-        judging = run if judge is None else parse_alone(judge[0], [*alone, *judge[1]])[0]
+        judging = run if judge is None else _alone(judge)
         _prepare(judging, folder / "judged")
         trainer = build_trainer(replace(judging, arguments=_of(judging, str(folder))))
     trainer.batch_reports = []
@@ -119,40 +108,34 @@ def measure(
     return Measured(stage, place, parameters, metrics, items, tokens, cost, _cache_facts(run), weights)
 
 
-def make_baseline(recipe: str, flags: Sequence[str], folder: Path) -> tuple[str, list[str]]:
-    """A recipe of method sft for the same student, data and steps, written to the folder, and the flags it knows.
+def make_baseline(recipe: Recipe, folder: Path) -> Recipe:
+    """A recipe of method sft for the same student, data and steps, written to the folder.
 
     The teacher stays where its tokens are the student's, to measure the distance to it; it never enters the loss.
     """
-    run, _ = parse_alone(recipe, flags)
-    keys = read_recipe(find_recipe(recipe))
-    known = set(parser_of(BASELINE_METHOD).names) - _NOT_SFT - _PUBLISHING
+    run = recipe.parse()
+    known = set(KeyParser(BASELINE_METHOD).names) - _NOT_SFT - _PUBLISHING
     if not METHODS[run.arguments.method].one_vocabulary and run.arguments.student is not None:
         known -= {key for key in known if key.startswith("teacher")}
-    kept = {key: value for key, value in keys.items() if key in known and not key.startswith("cache_")}
+    kept = {key: value for key, value in recipe.keys.items() if key in known and not key.startswith("cache_")}
     if isinstance(teachers := run.arguments.teachers, dict):
-        # Of the recipe or of a flag, which would win.
-        known -= {"teachers"}
         kept["teachers"] = {name: _without(keys, _NOT_SFT) for name, keys in teachers.items()}
         if not all(keys.get("teacher") for keys in kept["teachers"].values()):
-            kept, known = _without(kept, _TEACHERS), known - _TEACHERS
-    header = f"# The SFT baseline of {recipe}: its student, data and settings, without its teacher in the loss.\n"
-    path = folder / BASELINE
-    write_file(path, header + yaml.safe_dump({**kept, "method": BASELINE_METHOD}, sort_keys=False, allow_unicode=True))
-    rest: list[str] = []
-    keep = True
-    for flag in flags:
-        if flag.startswith("--"):
-            name = flag[2:].partition("=")[0]
-            keep = name in known and name != "method"
-        rest += [flag] if keep else []
-    return str(path), rest
+            kept = _without(kept, _TEACHERS)
+    comment = f"The SFT baseline of {recipe.name}: its student, data and settings, without its teacher in the loss."
+    return Recipe.of({**kept, "method": BASELINE_METHOD}, folder / BASELINE).write(folder / BASELINE, comment)
 
 
-def label(recipe: str) -> str:
+def label(recipe: Recipe) -> str:
     """A training's name in tables: its method, and its recipe's name where that is not the quickstart's."""
-    method, name = read_recipe(find_recipe(recipe)).get("method", ""), Path(recipe).stem
-    return method if name in ("quickstart", Path(BASELINE).stem) else f"{method}, {name}"
+    name = Path(recipe.name).stem
+    return recipe.method if name in ("quickstart", Path(BASELINE).stem) else f"{recipe.method}, {name}"
+
+
+def _alone(recipe: Recipe) -> Run:
+    """The run of a recipe that saves nothing and whose batches of held-out rows are items to resample."""
+    settings = {"per_device_eval_batch_size": 1, "save_strategy": "no"}
+    return recipe.with_(**{**settings, **recipe.given}).parse()
 
 
 def _prepare(run: Run, folder: Path) -> None:

@@ -9,7 +9,8 @@ import torch
 from mmkd.cache.hub import is_hub_id
 from mmkd.cache.manifest import NAME
 from mmkd.preparation.supervision import kept
-from mmkd.recipe.run import Run, own_rows_of
+from mmkd.recipe.recipe import Run
+from mmkd.recipe.run import own_rows_of
 from mmkd.units import readable_size
 
 from .estimate import Loaded, memory_estimate, shape_of

@@ -1,6 +1,6 @@
 """The checks of a recipe one after the other, and what they found as a table."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmkd.recipe.run import Run, check_surroundings
+from mmkd.recipe.recipe import Recipe, Run
+from mmkd.recipe.run import check_surroundings
 from mmkd.recipe.run_teacher import reads_teacher
 from mmkd.training.method import METHODS
 
@@ -27,13 +28,13 @@ from .stage_checks import each_run
 STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
-def doctor(recipe: str, flags: Sequence[str], console: Console) -> int:
+def doctor(recipe: Recipe, console: Console) -> int:
     """Examines a recipe and prints what was found; returns 0 when its run would be sound, 1 when it would not.
 
     Loads configs, tokenizers and a sample of rows, and no weights. Raises UserError for a recipe that cannot be read.
     """
     findings: list[Finding] = []
-    for one in each_run(recipe, flags):
+    for one in each_run(recipe):
         with _quiet():
             found = examine(one.run, sharded=one.config not in (None, "single_gpu", "ddp"))
         found = [

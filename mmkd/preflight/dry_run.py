@@ -1,8 +1,7 @@
 """What a run would do: parameters, tokens, memory and the first batch, before anything is spent."""
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
 from datasets import Dataset
 from rich.console import Console
@@ -11,7 +10,8 @@ from rich.text import Text
 
 from mmkd.models.backbone import head_of
 from mmkd.models.load import tokenizer_of
-from mmkd.recipe.run import Run, build_trainer
+from mmkd.recipe.recipe import Run
+from mmkd.recipe.run import build_trainer
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.several import parts_of
 from mmkd.training.base import DistillationTrainer
@@ -21,14 +21,14 @@ from mmkd.units import readable_size
 from .estimate import estimate_memory
 
 
-def dry_run(run: Run, recipe: Path, flags: Sequence[str], console: Console) -> DistillationTrainer | None:
+def dry_run(run: Run, console: Console) -> DistillationTrainer | None:
     """Prints what a run would do, which may write to its output_dir; returns its trainer if it has one over tokens.
 
     Raises UserError for what training would refuse before its first step.
     """
     own = METHODS[run.arguments.method].dry_run
     if own is not None:
-        return own(run, recipe, flags, console)
+        return own(run, console)
     trainer = build_trainer(run)
     report(trainer, estimate_memory(run), console)
     return trainer

@@ -16,7 +16,7 @@ from transformers import (
 
 from mmkd.models.assemble import prune
 from mmkd.precision import product_dtype
-from mmkd.recipe.run import Run
+from mmkd.recipe.recipe import Run
 from mmkd.recipe.run_models import pruning_of
 
 from .facts import Side

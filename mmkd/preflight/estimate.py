@@ -16,7 +16,7 @@ from mmkd.losses.fused import logits_bytes
 from mmkd.models.backbone import base_of
 from mmkd.models.parts import train_only
 from mmkd.preparation.supervision import kept
-from mmkd.recipe.run import Run
+from mmkd.recipe.recipe import Run
 from mmkd.recipe.run_teacher import reads_teacher
 from mmkd.training.config import DistillationConfig
 

@@ -19,7 +19,7 @@ from mmkd.data.recipe import DataRecipe
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.fit import Misfit
-from mmkd.recipe.run import Run
+from mmkd.recipe.recipe import Run
 from mmkd.recipe.run_models import check_student, student_processing_class, teacher_processing_class
 from mmkd.training.config import DistillationConfig
 from mmkd.training.preparing import sequences_of

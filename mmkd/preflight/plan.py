@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmkd.errors import UserError
-from mmkd.recipe.run import Run
+from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run_teacher import reads_teacher
 from mmkd.training.method import METHODS
 from mmkd.units import readable_size
@@ -33,9 +33,7 @@ from .stage_checks import StageRun, each_run
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 
 
-def plan(
-    recipe: str, flags: Sequence[str], device: Device, devices: int, price: float | None, console: Console
-) -> int:
+def plan(recipe: Recipe, device: Device, devices: int, price: float | None, console: Console) -> int:
     """Prints the plan of a recipe on so many devices; returns 0 when some way of training fits, 1 when none does.
 
     Loads configs, tokenizers and a sample of rows, and no weights. Raises UserError for a recipe that cannot be read
@@ -44,7 +42,7 @@ def plan(
     if devices < 1:
         raise UserError(f"--gpus is {devices}; a run needs at least one.")
     # Any stage that fits nowhere ends the run there.
-    return max(_plan_one(one, device, devices, price, console) for one in each_run(recipe, flags))
+    return max(_plan_one(one, device, devices, price, console) for one in each_run(recipe))
 
 
 def _plan_one(one: StageRun, device: Device, devices: int, price: float | None, console: Console) -> int:

@@ -6,7 +6,7 @@ from collections import Counter
 from mmkd.capture.sequences import TokenSequence, UnusableRow
 from mmkd.preparation.fit import lacking_positions
 from mmkd.preparation.supervision import TokenCounts, kept
-from mmkd.recipe.run import Run
+from mmkd.recipe.recipe import Run
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.training.method import METHODS
 

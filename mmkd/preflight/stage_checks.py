@@ -8,11 +8,9 @@ from pathlib import Path
 from mmkd.alignment.vocab import shared_tokens
 from mmkd.cache.hub import is_hub_id
 from mmkd.errors import UserError
-from mmkd.recipe.launch_flags import alone, parse_alone
-from mmkd.recipe.run import Run, read_recipe
+from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run_teacher import reads_teacher
 from mmkd.recipe.stages import Stage, plan
-from mmkd.shipped import find_recipe
 from mmkd.training.method import METHODS
 
 from . import costs
@@ -45,42 +43,41 @@ class StageRun:
         return text
 
 
-def each_run(recipe: str, flags: Sequence[str]) -> Iterator[StageRun]:
+def each_run(recipe: Recipe) -> Iterator[StageRun]:
     """The run of a recipe, or those of its stages in order.
 
     Raises UserError for a recipe that cannot be read, all of its stages before the first is given, and for a stage
     that leaves nothing the next one could be looked at with.
     """
-    if "stages" not in read_recipe(find_recipe(recipe)):
-        run, config = parse_alone(recipe, flags)
-        yield StageRun("", recipe, run, config, {})
+    config = recipe.accelerate_config
+    if not recipe.in_stages:
+        yield StageRun("", recipe.name, recipe.parse(), config, {})
         return
-    own_flags, config, ignored = alone(recipe, flags)
-    stages, own_flags = plan(find_recipe(recipe), own_flags)
+    stages = plan(recipe)
     for stage in stages:
-        stage.parse(own_flags, ignored, {})
+        stage.parse({})
     moved: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for number, stage in enumerate(stages, start=1):
-            run = stage.parse(own_flags, ignored, moved)
-            title = f"{recipe}, stage {number} of {len(stages)}: {stage.name}"
+            run = stage.parse(moved)
+            title = f"{recipe.name}, stage {number} of {len(stages)}: {stage.name}"
             yield StageRun(stage.name, title, run, config, moved)
             if number < len(stages) and not stage.finished:
                 moved[str(stage.folder)] = str(_stand_in(stage, run, Path(scratch)))
 
 
-def check_stages(stages: Sequence[Stage], flags: Sequence[str], ignored: Sequence[str]) -> None:
+def check_stages(stages: Sequence[Stage]) -> None:
     """Raises UserError, naming the stage, for what would end a later stage after the ones before it were trained.
 
     The next stage to train is not looked at beyond its keys: it says so itself at once.
     """
     for stage in stages:
-        stage.parse(flags, ignored, {})
+        stage.parse({})
     missing = [stage for stage in stages if not stage.finished]
     moved: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for stage in missing:
-            run = stage.parse(flags, ignored, moved)
+            run = stage.parse(moved)
             try:
                 if stage is not missing[0]:
                     check_run = METHODS[run.arguments.method].check or check_tokens

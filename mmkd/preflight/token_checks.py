@@ -11,7 +11,7 @@ from trl.data_utils import is_conversational
 from mmkd.alignment.vocab import shared_tokens
 from mmkd.capture.sequences import TokenSequence
 from mmkd.preparation.fit import answer_ends, lacking_tokens
-from mmkd.recipe.run import Run
+from mmkd.recipe.recipe import Run
 from mmkd.training.method import METHODS
 
 from .facts import Finding, Rendered, Sample, Side, clones_template, finding_of, listed

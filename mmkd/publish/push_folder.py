@@ -15,10 +15,9 @@ from safetensors import safe_open
 
 from mmkd.errors import UserError
 from mmkd.eval.model import EvalModel, find_model
-from mmkd.recipe.run import method_of, read_recipe
+from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.run_record import data_facts
 from mmkd.results.scores import scores_of
-from mmkd.shipped import find_recipe
 
 from .licences import conflicts
 from .lineage import bases_of, data_ids, data_sources, portable, source_of, teachers_of, trainings_of
@@ -199,8 +198,8 @@ def _check_finished(run: Path, place: Path) -> None:
 def _record_of(place: Path, run: Path, options: PushOptions) -> dict[str, Any]:
     """The record of the run, or what of it the recipe knows."""
     if options.recipe is not None:
-        keys = read_recipe(find_recipe(options.recipe))
-        return {"keys": keys, "data": data_facts(method_of(keys, []), str(keys["data"]))}
+        recipe = Recipe.read(options.recipe)
+        return {"keys": recipe.keys, "data": data_facts(recipe.method, str(recipe.keys["data"]))}
     # A checkpoint's is that of its run.
     record = read_json(place / RECORD) or record_of(run) or read_json(place.parent / RECORD)
     if not record:

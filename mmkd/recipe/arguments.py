@@ -3,17 +3,14 @@
 import difflib
 import json
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl.trainer.model_config import ModelConfig
 
 from mmkd.errors import UserError
 from mmkd.teachers.cached import TAILS
-from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
-
-from .cache_arguments import CacheArguments
 
 
 @dataclass
@@ -217,36 +214,3 @@ class StudentArguments(ModelConfig):
         # trl unpacks a list of one, and PEFT reads text as a pattern of whole names, which one name alone never is.
         if isinstance(self.lora_target_modules, str) and re.fullmatch(r"[\w.]+", self.lora_target_modules):
             self.lora_target_modules = [self.lora_target_modules]
-
-
-@dataclass
-class Run:
-    """A parsed recipe."""
-
-    arguments: RunArguments
-    training: DistillationConfig
-    student: StudentArguments
-    cache: CacheArguments
-    recipe: str = ""
-    """Path of the YAML."""
-    keys: dict[str, Any] = field(default_factory=dict)
-    """Of the YAML and of the flags after it, as they were given."""
-    own_rows: tuple[str, str] | None = None
-    """Of the run of one of several teachers: a column, and the value in it of the rows that concern this one."""
-
-    def by_teacher(self) -> dict[str, "Run"]:
-        """The run as it would be with each of several teachers alone, by name; the run itself, as "", without them."""
-        arguments = self.arguments
-        if arguments.teachers is None:
-            return {"": self}
-        assert isinstance(arguments.teachers, dict)
-        column, found = arguments.teacher_column, {}
-        for name, keys in arguments.teachers.items():
-            own = {key: value for key, value in keys.items() if key != "weight"}
-            alone = replace(arguments, teachers=None, teacher_column=None, **own)
-            found[name] = replace(self, arguments=alone, own_rows=None if column is None else (column, name))
-        return found
-
-    def hub(self, revision: str | None) -> dict[str, Any]:
-        """Keyword arguments of `from_pretrained` for something of this run."""
-        return {"revision": revision, "trust_remote_code": self.training.trust_remote_code}

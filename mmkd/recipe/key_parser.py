@@ -1,6 +1,7 @@
 """The keys of a recipe and the flags after it as typed values; a value that cannot be is said in one line."""
 
 import argparse
+import contextlib
 import difflib
 import functools
 import json
@@ -8,8 +9,8 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from trl.scripts.utils import TrlParser
 
@@ -31,6 +32,7 @@ _TRUTH = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
 _SHOWN = 10
 _POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _NOTHING = ("none", "null")
+_JSON = {"{": '{"name": 1}', "[": '["name"]'}
 _OURS = {field.name for part in (RunArguments, CacheArguments) for field in fields(part)}
 # Keys with text for values of which true or false, yes or no say something of their own.
 _TRUE_TOO = {"teachers", "shard", "resume_from_checkpoint"}
@@ -40,12 +42,14 @@ _TRUE_TOO = {"teachers", "shard", "resume_from_checkpoint"}
 def _hints() -> dict[str, set[Any]]:
     """Key -> the types that some method gives its value, those of a list's items among them."""
     kinds = (RunArguments, StudentArguments, CacheArguments, *(method.config for method in METHODS.values()))
-    found: dict[str, set[Any]] = {}
+    types: dict[str, set[Any]] = {}
     for kind in kinds:
         hints = get_type_hints(kind)
-        for name in (field.name for field in fields(kind)):
-            found.setdefault(name, set()).update(get_args(hints[name]) or {hints[name]})
-    return found
+        for name, hint in ((field.name, hints[field.name]) for field in fields(kind)):
+            members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            items = [item for member in members if get_origin(member) is list for item in get_args(member)]
+            types.setdefault(name, set()).update(members, items)
+    return types
 
 
 def _is_text(name: str) -> bool:
@@ -53,6 +57,11 @@ def _is_text(name: str) -> bool:
     kinds = _hints().get(name, set())
     takes_text = not kinds.isdisjoint({str, list[str]})
     return takes_text and kinds.isdisjoint({bool, int, float, Literal[False]}) and name not in _TRUE_TOO
+
+
+def _takes(name: str, kind: type) -> bool:
+    """Whether a list or a mapping may be the value of a key."""
+    return any(kind in (hint, get_origin(hint)) for hint in _hints().get(name, set()))
 
 
 def with_text(keys: Mapping[Any, Any], written: Mapping[str, Any]) -> dict[Any, Any]:
@@ -89,18 +98,56 @@ class KeyParser(TrlParser):
         """All keys."""
         return [action.dest for action in self._actions if action.dest != "help"]
 
-    def read(self, keys: Mapping[str, Any], flags: Sequence[str]) -> tuple[list[Any], list[str]]:
-        """An instance of each of `types`, and the flags that none of them knows; flags win over keys.
+    @property
+    def options(self) -> dict[str, str]:
+        """Name of a flag -> its key; no_KEY of every key that is true or false."""
+        actions = self._by_dest()
+        negated = {f"no_{name}": name for name, action in actions.items() if _kind(action) == "string_to_bool"}
+        return {**negated, **{name: name for name in actions}}
 
-        Raises UserError for values that cannot be.
-        """
-        _refuse_fsdp({**dict.fromkeys(_flag_names(flags)), **keys})
+    def arity(self, option: str) -> tuple[int, int | None]:
+        """How many words stand after a flag: at least, and at most (None: any number)."""
+        action = self._by_dest()[self.options[option]]
+        if _kind(action) == "string_to_bool":
+            return 0, 0 if option != action.dest else 1
+        return 1, None if action.nargs == "+" or _takes(action.dest, list) else 1
+
+    def value(self, option: str, words: Sequence[str]) -> Any:
+        """What the words after a flag say, as a recipe's YAML would: of none, true or, after no_, false."""
+        action = self._by_dest()[self.options[option]]
+        if not words:
+            return option == action.dest
+        values = [self._value(action, word) for word in words]
+        return values[0] if len(values) == 1 else values
+
+    def _value(self, action: argparse.Action, word: str) -> Any:
+        """YAML 1.1 itself would read 1e-3 as text and no as false."""
+        name = action.dest
+        if self._means_nothing(action, word):
+            return None
+        if (word.startswith("{") and _takes(name, dict)) or (word.startswith("[") and _takes(name, list)):
+            try:
+                return json.loads(word)
+            except json.JSONDecodeError as error:
+                raise UserError(f"--{name} is no JSON ({error}): write --{name} '{_JSON[word[0]]}'.") from error
+        kinds = _hints()[name]
+        if _is_text(name):
+            return word
+        if word.lower() in (_TRUTH if _kind(action) == "string_to_bool" else ("true", "false")):
+            return word.lower() in _TRUTH[::2]
+        for kind in (kind for kind in (int, float) if not kinds.isdisjoint({int, float})):
+            with contextlib.suppress(ValueError):
+                return kind(word)
+        return word
+
+    def read(self, keys: Mapping[str, Any]) -> list[Any]:
+        """An instance of each of `types`. Raises UserError for values that cannot be."""
+        _refuse_fsdp(keys)
         actions = self._by_dest()
         values = {name: self._checked(actions[name], value) for name, value in keys.items() if name in actions}
-        flags, unset = self._without_nothing(flags, actions)
-        self.set_defaults_with_config(**{**values, **dict.fromkeys(unset)})
+        self.set_defaults_with_config(**values)
         try:
-            *found, unknown = self.parse_args_into_dataclasses(args=list(flags), return_remaining_strings=True)
+            found = list(self.parse_args_into_dataclasses(args=[]))
         except (ValueError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -111,7 +158,7 @@ class KeyParser(TrlParser):
         for name in _POSITIVE:
             if getattr(found[1], name) < 1:
                 raise UserError(f"{name} is {getattr(found[1], name)}; give 1 or more.")
-        return found, unknown
+        return found
 
     def _by_dest(self) -> dict[str, argparse.Action]:
         """Flags such as --no_bf16 come after the key they negate."""
@@ -120,24 +167,6 @@ class KeyParser(TrlParser):
             if action.dest != "help":
                 found.setdefault(action.dest, action)
         return found
-
-    def _without_nothing(
-        self, flags: Sequence[str], actions: Mapping[str, argparse.Action]
-    ) -> tuple[list[str], set[str]]:
-        """The flags without those whose only value is none or null, and the keys that these leave unset."""
-        kept: list[str] = []
-        unset: set[str] = set()
-        for words in _with_values(flags):
-            name, _, value = words[0].removeprefix("--").partition("=")
-            name, values = name.replace("-", "_"), [value] if value else words[1:]
-            action = actions.get(name)
-            if len(values) == 1 and action is not None and self._means_nothing(action, values[0]):
-                unset.add(name)
-            else:
-                # The last one wins, as with every flag.
-                unset.discard(name)
-                kept += words
-        return kept, unset
 
     def _means_nothing(self, action: argparse.Action, value: Any) -> bool:
         if not isinstance(value, str) or value.lower() not in _NOTHING or action.dest not in self.optional:
@@ -218,13 +247,9 @@ def _in_one_line(message: str, actions: Mapping[str, argparse.Action]) -> str:
         return f"The recipe does not set {' and '.join(dict.fromkeys(names))}, and no run is possible without."
     name, complaint = found[1].replace("-", "_"), found[2]
     action = actions.get(name)
-    if "expected" in complaint and "argument" in complaint:
-        return f"--{name} stands there without a value: write --{name} VALUE."
-    value = re.search(r"(?:value: |choice: |got )'?(.*?)'?(?: \(choose from| but expected|$)", complaint, re.DOTALL)
+    value = re.search(r"(?:value: |got )'?(.*?)'?(?: but expected|$)", complaint, re.DOTALL)
     if action is None or value is None:
         return f"{name}: {complaint}"
-    if action.choices is not None and "choice" in complaint:
-        return _no_choice(name, value[1], action.choices)
     return f"{name} is {value[1]!r}, which is {_KINDS.get(_kind(action), f'not what it takes ({complaint})')}."
 
 
@@ -236,21 +261,6 @@ def _refuse_fsdp(keys: Mapping[str, Any]) -> None:
                 f"{key} does not shard a run here. Remove it and set accelerate_config: fsdp2 (or the path of an "
                 "accelerate configuration of your own), which starts the processes and shards student and teacher."
             )
-
-
-def _with_values(flags: Sequence[str]) -> list[list[str]]:
-    """Each flag with the words after it."""
-    found: list[list[str]] = []
-    for word in flags:
-        if word.startswith("--") or not found:
-            found.append([word])
-        else:
-            found[-1].append(word)
-    return found
-
-
-def _flag_names(flags: Sequence[str]) -> list[str]:
-    return [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
 
 
 def set_environment(keys: Mapping[str, Any]) -> None:

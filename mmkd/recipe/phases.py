@@ -8,7 +8,7 @@ from mmkd.errors import UserError
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.method import METHODS
 
-from .arguments import Run
+from .recipe import Run
 
 # What transformers and TRL know and a recipe has no use for, with what to do instead.
 _UNUSED = {

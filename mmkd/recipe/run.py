@@ -1,11 +1,8 @@
 """One recipe is one run: what its keys are, and the trainer they describe."""
 
 import copy
-import difflib
 import json
 import os
-import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +14,13 @@ from trl.trainer.utils import get_peft_config
 from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
-from mmkd.shipped import find_recipe
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.several import parts_of
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
-from mmkd.yaml_files import AsWritten, read_yaml
 
-from .arguments import Run as Run
-from .arguments import RunArguments as RunArguments
-from .arguments import StudentArguments as StudentArguments
-from .key_parser import KeyParser, set_environment, with_text
+from .recipe import Run
 from .run_models import (
     check_student,
     load_student,
@@ -46,98 +38,6 @@ from .run_teacher import without_unreadable as without_unreadable
 # Of the trackers, those whose callbacks refuse to be made without their package.
 _CHECKED = {"azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune"}
 _CHECKED |= {"swanlab", "tensorboard", "trackio", "wandb"}
-
-# What TRL's scripts and trainers call keys of ours whose names are too unlike theirs to be found by spelling.
-_NAMES_ELSEWHERE = {name: "student" for name in ("model", "model_name_or_path", "student_model")}
-_NAMES_ELSEWHERE |= {name: "teacher" for name in ("teacher_model", "teacher_model_name_or_path")}
-_NAMES_ELSEWHERE |= {name: "data" for name in ("dataset", "dataset_name", "train_dataset")}
-
-# Keys that a release had and none has any more.
-_REMOVED = {
-    "kernel": "mmkd 0.1 had it, to compute the loss by Liger or TRL. Remove the key: mmkd's own loss, which was the "
-    "default, is the only one now."
-}
-
-_NUMBERS = {int: r"[+-]?\d+", float: r"[+-]?(\d+\.\d*|\.?\d+)([eE][+-]?\d+)?"}
-
-STAGE_KEYS = ("stages", "schedule")
-"""Keys of a recipe that is trained in stages; `mmkd.recipe.stages` reads them."""
-
-
-def parse_run(recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = ()) -> Run:
-    """The run that a recipe and the flags after it describe; flags win.
-
-    `ignored` are keys of the recipe that somebody else reads. Raises UserError for an unknown key or flag, naming the
-    nearest real one, and for values that cannot be.
-    """
-    path = find_recipe(recipe)
-    return parse_keys(read_recipe(path), str(path), flags, ignored)
-
-
-def parse_keys(keys: Mapping[str, Any], recipe: str, flags: Sequence[str] = (), ignored: Sequence[str] = ()) -> Run:
-    """The run of a recipe's keys and the flags after it; `recipe` names it. Raises UserError as `parse_run` does."""
-    method = method_of(keys, flags)
-    parser = parser_of(method)
-    # Of a recipe in stages, this is what all of them share.
-    ignored = [*ignored, *STAGE_KEYS, "env"]
-    for key in keys:
-        if key not in (*parser.names, *ignored):
-            raise UserError(
-                f"{recipe} sets {key!r}, which method {method} does not know.{_nearest(key, parser.names)}"
-            )
-    set_environment(keys)
-    (arguments, training, student, cache), unknown = parser.read(keys, flags)
-    for flag in unknown:
-        word = flag.lstrip("-").partition("=")[0]
-        advice = "." if flag.startswith("--") else "; write --key value."
-        raise UserError(f"{flag} is no flag of method {method}{advice}{_nearest(word, parser.names)}")
-    given = {**keys, **given_flags(flags)}
-    # A flag says it as JSON.
-    given |= {} if arguments.teachers is None else {"teachers": arguments.teachers}
-    return Run(arguments, training, student, cache, recipe, given)
-
-
-def given_flags(flags: Sequence[str]) -> dict[str, Any]:
-    """What flags say, as the keys of a recipe: one value, a list of several, True for none."""
-    found: dict[str, list[Any]] = {}
-    words: list[Any] = []
-    for flag in flags:
-        if flag.startswith("--"):
-            name, _, value = flag[2:].partition("=")
-            words = found[name.replace("-", "_")] = [_value(value)] if value else []
-        else:
-            words.append(_value(flag))
-    return {name: True if not words else words[0] if len(words) == 1 else words for name, words in found.items()}
-
-
-def parser_of(method: str) -> KeyParser:
-    """The parser of every key that a recipe of this method may set."""
-    return KeyParser(method)
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys of a recipe, text as it was written. Raises UserError when the file is no YAML mapping.
-
-    No key may stand there twice.
-    """
-    keys = read_yaml(path)
-    if not isinstance(keys, dict):
-        raise UserError(f"{path} is no recipe: it must hold `key: value` lines, with at least method and data.")
-    written = read_yaml(path, as_written=True)
-    if isinstance(keys.get("env"), dict):
-        for name, value in written["env"].items():
-            # TRL writes str(value) into the environment: True for yes, 321 for 00501.
-            if isinstance(value, AsWritten | bool):
-                raise UserError(
-                    f"{path}: env.{name} is text that YAML reads as {keys['env'][name]!r}; put it in quotes."
-                )
-    stages = keys.get("stages")
-    if isinstance(stages, dict):
-        keys["stages"] = {
-            name: with_text(own, written["stages"].get(str(name), {})) if isinstance(own, dict) else own
-            for name, own in stages.items()
-        }
-    return with_text(keys, written)
 
 
 def build_trainer(run: Run) -> DistillationTrainer:
@@ -247,38 +147,6 @@ def resume_point(training: DistillationConfig) -> str | None:
     if not _is_complete(Path(wanted)):
         raise UserError(f"{wanted} is no complete checkpoint: it has no readable trainer_state.json.")
     return str(wanted)
-
-
-def _value(word: str) -> Any:
-    """A word of the command line as a YAML file would have it. By YAML 1.1 itself, 1e-3 is text and no is false."""
-    for kind in (int, float):
-        if re.fullmatch(_NUMBERS[kind], word):
-            return kind(word)
-    return {"true": True, "false": False, "none": None, "null": None}.get(word.lower(), word)
-
-
-def method_of(keys: Mapping[str, Any], flags: Sequence[str]) -> str:
-    """The method of a recipe, or of the flags after it. Raises UserError when it is none of METHODS."""
-    method = keys.get("method")
-    for flag, value in zip(flags, [*flags[1:], ""], strict=False):
-        if flag == "--method":
-            method = value
-        elif flag.startswith("--method="):
-            method = flag.partition("=")[2]
-    if method is None or method not in METHODS:
-        raise UserError(
-            f"method is {method!r}; set it to one of {', '.join(METHODS)}.{_nearest(str(method), METHODS)}"
-        )
-    return method
-
-
-def _nearest(word: str, choices: Any) -> str:
-    if word in _REMOVED:
-        return f" {_REMOVED[word]}"
-    if _NAMES_ELSEWHERE.get(word) in choices:
-        return f" Here it is {_NAMES_ELSEWHERE[word]!r}."
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else " `mmkd-train --help` lists all."
 
 
 def _is_complete(checkpoint: Path) -> bool:

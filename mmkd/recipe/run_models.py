@@ -13,7 +13,7 @@ from mmkd.models.llava import assemble_llava, llava_processor
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.precision import native_dtype, product_dtype, say_float32
 
-from .arguments import Run
+from .recipe import Run
 
 
 def check_student(run: Run) -> None:

@@ -13,7 +13,7 @@ from mmkd.results.machine import machine
 from mmkd.results.places import RECORD
 from mmkd.training.method import METHODS
 
-from .arguments import Run
+from .recipe import Run
 
 SCHEMA = 1
 
@@ -40,7 +40,7 @@ def begin(run: Run, folder: Path) -> None:
     content = {
         "schema": SCHEMA,
         "method": run.arguments.method,
-        "recipe": run.recipe,
+        "recipe": run.recipe.place,
         "keys": run.keys,
         "data": data_facts(run.arguments.method, run.arguments.data),
         "machine": machine(),

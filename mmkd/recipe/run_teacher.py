@@ -20,7 +20,8 @@ from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.training.config import DistillationConfig
 
-from .arguments import Run, RunArguments
+from .arguments import RunArguments
+from .recipe import Run
 from .run_models import load_teacher, teacher_processing_class
 
 Found = TypeVar("Found")

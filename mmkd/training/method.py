@@ -1,29 +1,28 @@
 """What a method is, and METHODS: the one table of methods."""
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
 from mmkd.errors import UserError
 
-Train = Callable[[str, list[str]], int]
-"""Trains the recipe of a path with flags; the exit status."""
+Train = Callable[[Any], int]
+"""Trains a recipe; the exit status."""
 
-# The values that these take and give are of parts above this one: a `Run` is one of `mmkd.recipe`, a `Finding`, a
-# `StageRun` and a `Device` are ones of `mmkd.preflight`.
+# The values that these take and give are of parts above this one: a `Run` and a `Recipe` are of `mmkd.recipe`, a
+# `Finding`, a `StageRun` and a `Device` are ones of `mmkd.preflight`.
 Build = Callable[[Any], Any]
 """Run -> the trainer, with student, teacher and data loaded and checked. Raises UserError for what cannot be."""
 
-Drive = Callable[[Any, Path, Sequence[str], Train], int]
-"""(run, its recipe, the flags after it, how to train a recipe) -> the exit status of all trainings together."""
+Drive = Callable[[Any, Train], int]
+"""(run, how to train a recipe) -> the exit status of all trainings together."""
 
-DryRun = Callable[[Any, Path, Sequence[str], Console], Any]
+DryRun = Callable[[Any, Console], Any]
 """Prints what a run would do -> its trainer, whose student the next stage begins with; None where it has none."""
 
 Check = Callable[[Any], None]

@@ -14,7 +14,7 @@ from mmkd.cache.manifest import Manifest
 from mmkd.cache.store import SIGNAL_FEATURES, TOKEN_ORDER, CacheWriter, order_bytes
 from mmkd.capture.build_plan import ScorePlan, make_plan
 from mmkd.capture.sequences import TokenSequence, usable
-from mmkd.recipe.run import parse_run
+from mmkd.recipe.flags import recipe_of
 
 TEACHER, TEXT = Path(".cache/mmkd/SmolLM2-135M-Instruct"), Path(".cache/mmkd/python_docs/train.jsonl")
 RECIPE = "kd/quickstart_cached"
@@ -48,7 +48,7 @@ def plan_of(folder: Path, args: argparse.Namespace, *flags: str) -> ScorePlan:
     """What `mmkd cache build` would do with the quickstart's cache recipe, in whole sequences of `length` tokens."""
     # bf16 is about the student; the teacher is to run in its own type.
     sizes = ("--max_length", str(args.length), "--cache_shard_rows", str(args.sequences), "--bf16", "false")
-    plan = make_plan(parse_run(RECIPE, ["--teacher_cache", str(folder), *sizes, *flags]))
+    plan = make_plan(recipe_of(RECIPE, ["--teacher_cache", str(folder), *sizes, *flags]).parse())
     assert isinstance(plan, ScorePlan)
     return plan
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from mmkd.capture.build import build
 from mmkd.capture.build_plan import make_plan
 from mmkd.eval.trainings import Measured, measure
-from mmkd.recipe.launch_flags import parse_alone
+from mmkd.recipe.flags import recipe_of
 
 ARMS = {
     "sft": ("sft/quickstart", 1.6),
@@ -39,7 +39,7 @@ def trained(recipe: str, steps: int, seed: int, rows: list[str]) -> Measured:
     flags = ["--max_steps", str(steps), "--seed", str(seed), *rows]
     # The results are read from what is printed; how each training went is not a part of them.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        return measure(recipe, flags, "trained", Path(folder) / "student", None, False)
+        return measure(recipe_of(recipe, flags), "trained", Path(folder) / "student", None, False)
 
 
 def interpolated(curve: list[tuple[float, float]], moment: float) -> float:
@@ -72,8 +72,8 @@ def measure_arms(args: argparse.Namespace, cache: str) -> None:
     half = dtype_of(args) == torch.bfloat16
     few += ["--bf16", str(half).lower(), "--teacher_dtype", "bfloat16" if half else "float32"]
     begun = time.process_time()
-    run, _ = parse_alone(ARMS["kd, cached"][0], [*few, "--teacher_cache", cache])
-    build(make_plan(run), Console(stderr=True))
+    recipe = recipe_of(ARMS["kd, cached"][0], [*few, "--teacher_cache", cache])
+    build(make_plan(recipe.parse()), Console(stderr=True))
     rows: list[dict[str, Any]] = [{"arm": "the cache", "steps": None, "tokens": None}]
     rows[0] |= {"CPU min": (time.process_time() - begun) / 60, "agreement": None, "KL": None, "perplexity": None}
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in ARMS}

@@ -9,7 +9,8 @@ import torch.distributed
 
 from mmkd.methods.kd import KDTrainer
 from mmkd.recipe import run_teacher
-from mmkd.recipe.run import build_trainer, load_rows_of, parse_run
+from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.run import build_trainer, load_rows_of
 from mmkd.teachers.cached import CachedTeacher
 
 SIZES = ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2", "--max_steps", "2"]
@@ -34,7 +35,7 @@ def results(trainer: Any) -> dict[str, Any]:
 
 def streamed(recipe: str) -> list[float]:
     """The losses of a run whose rows come as a stream."""
-    run = parse_run(recipe, SIZES)
+    run = recipe_of(recipe, SIZES).parse()
     assert run.arguments.teacher_cache is not None
     assert run.arguments.student is not None
     trainer: Any = KDTrainer(
@@ -52,7 +53,7 @@ def refusals(recipe: str, other: str) -> list[str]:
     told = []
     for teacher in (other, str(Path(recipe).parent)):
         try:
-            build_trainer(parse_run(recipe, [*SIZES, "--teacher", teacher]))
+            build_trainer(recipe_of(recipe, [*SIZES, "--teacher", teacher]).parse())
         except ValueError as error:
             told.append(str(error))
     return told
@@ -63,7 +64,7 @@ def main(recipe: str, other: str, output: str) -> None:
     rank, hashed, weights_sha256 = 0, [], run_teacher.weights_sha256
     run_teacher.weights_sha256 = lambda *name: hashed.append(name) or weights_sha256(*name)
     for name, flags in VARIANTS.items():
-        trainer = build_trainer(parse_run(recipe, [*SIZES, *flags]))
+        trainer = build_trainer(recipe_of(recipe, [*SIZES, *flags]).parse())
         rank, seen[name] = trainer.args.process_index, results(trainer)
     seen["hashed"] = len(hashed)
     seen["refusals"] = refusals(recipe, other)

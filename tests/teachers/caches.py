@@ -13,7 +13,7 @@ from rich.console import Console
 from mmkd.cache.codec import TokenScores
 from mmkd.capture.build import build
 from mmkd.capture.build_plan import Plan, make_plan
-from mmkd.recipe.run import parse_run
+from mmkd.recipe.flags import recipe_of
 
 
 def write_recipe(folder: Path, tiny: Mapping[str, Path], data: Mapping[str, Dataset], **keys: Any) -> Path:
@@ -57,7 +57,7 @@ def write_recipe(folder: Path, tiny: Mapping[str, Path], data: Mapping[str, Data
 
 def plan_of(recipe: Path, *flags: str) -> Plan:
     """What `mmkd cache build RECIPE FLAGS` would do."""
-    run = parse_run(str(recipe), flags)
+    run = recipe_of(str(recipe), flags).parse()
     return make_plan(run)
 
 

@@ -25,7 +25,8 @@ from mmkd.methods.kd import DIVERGENCES, KDConfig, KDTrainer
 from mmkd.methods.sft import SFTBaselineTrainer
 from mmkd.methods.taid import TAIDTrainer
 from mmkd.preparation.collation import Collator
-from mmkd.recipe.run import build_trainer, parse_run
+from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.run import build_trainer
 from mmkd.teachers.batch import ONLY, View
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.local import LocalTeacher
@@ -179,7 +180,7 @@ def test_however_rows_are_prepared(build: Build, tiny: dict[str, Path], tmp_path
     data = {"train": TRAIN, "eval": EVAL}
     recipe = write_recipe(tmp_path / "recipe", tiny, data, teacher_top_k=VOCAB, **settings)
     cache = build_cache(recipe)
-    trainer: Any = build_trainer(parse_run(str(recipe)))
+    trainer: Any = build_trainer(recipe_of(str(recipe)).parse())
     assert isinstance(trainer.teacher, CachedTeacher)
     arguments = {"teacher": Encoded(tiny["teacher"], cache), "eval_dataset": EVAL}
     encoded: Any = build(KDTrainer, TRAIN, trainer=arguments, **settings)
@@ -300,7 +301,7 @@ def ranks(
 def test_losses_do_not_depend_on_ranks(sparse_recipe: Path, ranks: list[dict[str, Any]], name: str) -> None:
     """Two ranks of two rows are one rank of four; the last batch of an evaluation is uneven."""
     sizes = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "5", "--max_steps", "2"]
-    expected = results(build_trainer(parse_run(str(sparse_recipe), [*VARIANTS[name], *sizes])))
+    expected = results(build_trainer(recipe_of(str(sparse_recipe), [*VARIANTS[name], *sizes]).parse()))
     found = ranks[0][name]
     assert found == ranks[1][name]
     if name != "packed":
@@ -326,7 +327,7 @@ def test_streams_on_several_ranks(ranks: list[dict[str, Any]]) -> None:
 
 def test_packed_rows_that_ranks_repeat_do_not_count_twice(sparse_recipe: Path, ranks: list[dict[str, Any]]) -> None:
     """An evaluation of untrained students, whose packed rows do not fill the ranks' last batch."""
-    alone: Any = build_trainer(parse_run(str(sparse_recipe), VARIANTS["packed"]))
+    alone: Any = build_trainer(recipe_of(str(sparse_recipe), VARIANTS["packed"]).parse())
     assert len(alone.eval_dataset) % 6
     evaluated = alone.evaluate()
     expected = {name: evaluated[name] for name in ("eval_loss", "eval_kl", "eval_ce")}
@@ -391,7 +392,7 @@ def test_sequences_that_were_skipped_teach_nothing(tiny: dict[str, Path], tmp_pa
     assert {row: entry.reason for row, entry in cache.manifest.skipped["train"].items()} == dict.fromkeys(
         (0, 5, 23), "too shy"
     )
-    trainer: Any = build_trainer(parse_run(str(recipe), ["--per_device_train_batch_size", "1"]))
+    trainer: Any = build_trainer(recipe_of(str(recipe), ["--per_device_train_batch_size", "1"]).parse())
     trainer.train()
     tokens = plan.prepared.splits["train"].supervised_tokens - sum(int(one.supervised.sum()) for one in skipped)
     assert losses_of(trainer, "supervised_tokens")[-1] == tokens
@@ -494,7 +495,7 @@ def test_tails_that_the_cache_does_not_have_are_refused(whole: Path, tiny: dict[
 def test_draws_alone_train(tiny: dict[str, Path], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny, {"train": TRAIN}, teacher_top_k=0, cache_tail_draws=50, max_steps=20)
     build_cache(recipe)
-    trainer: Any = build_trainer(parse_run(str(recipe), ["--teacher_tail", "unbiased"]))
+    trainer: Any = build_trainer(recipe_of(str(recipe), ["--teacher_tail", "unbiased"]).parse())
     trainer.train()
     assert losses_of(trainer, "ce")[-1] != losses_of(trainer, "ce")[0]
     assert losses_of(trainer)[-1] < losses_of(trainer)[0]
@@ -528,20 +529,21 @@ def test_a_recipe_that_names_another_teacher_or_data_is_refused(
     with pytest.raises(
         ValueError, match=r"is of the teacher '.*teacher' \(weights [0-9a-f]{64}\), the recipe names '.*student'"
     ):
-        build_trainer(parse_run(str(recipe), ["--teacher", str(tiny["student"])]))
+        build_trainer(recipe_of(str(recipe), ["--teacher", str(tiny["student"])]).parse())
     other = yaml.safe_load((recipe.parent / "words.yaml").read_text()) | {"shuffle_seed": 5}
     other["data_files"] = {split: str(recipe.parent / name) for split, name in other["data_files"].items()}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
     with pytest.raises(ValueError, match=r"was built on the data 'words' with the fingerprint"):
-        build_trainer(parse_run(str(recipe), ["--data", str(tmp_path / "other.yaml")]))
+        build_trainer(recipe_of(str(recipe), ["--data", str(tmp_path / "other.yaml")]).parse())
     with pytest.raises(ValueError, match=r"max_length: 32 here, 64 there"):
-        build_trainer(parse_run(str(recipe), ["--max_length", "32"]))
+        build_trainer(recipe_of(str(recipe), ["--max_length", "32"]).parse())
 
 
 def test_the_same_teacher_under_another_name_is_welcome(recipe: Path, tiny: dict[str, Path], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.symlink_to(tiny["teacher"])
-    assert build_trainer(parse_run(str(recipe), ["--teacher", str(copy), "--output_dir", str(tmp_path / "run")]))
+    other = recipe_of(str(recipe), ["--teacher", str(copy), "--output_dir", str(tmp_path / "run")])
+    assert build_trainer(other.parse())
 
 
 def test_a_damaged_row_stops_training_and_names_its_shard(build: Build, tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -597,7 +599,7 @@ def test_a_vision_student_that_is_the_teacher_has_no_loss(tmp_path: Path) -> Non
     cache = Cache(build_cache(recipe))
     assert len(cache) == 6
     for flags in ([], ["--dataloader_num_workers", "2"]):
-        trainer: Any = build_trainer(parse_run(str(recipe), flags))
+        trainer: Any = build_trainer(recipe_of(str(recipe), flags).parse())
         trainer.train()
         assert all(0 <= loss < 3e-4 for loss in losses_of(trainer))
         assert losses_of(trainer, "top1_agreement") == [1, 1, 1]
@@ -612,6 +614,6 @@ def test_an_image_that_cannot_be_decoded_is_left_out_where_that_was_asked_for(tm
     assert len(cache) == 5
     ((_, entry),) = cache.manifest.skipped["train"].items()
     assert entry.key is None
-    trainer: Any = build_trainer(parse_run(str(recipe), ["--teacher_cache", str(tmp_path / "skipping")]))
+    trainer: Any = build_trainer(recipe_of(str(recipe), ["--teacher_cache", str(tmp_path / "skipping")]).parse())
     trainer.train()
     assert len(losses_of(trainer)) == 3

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from datasets import Dataset
 
 from mmkd.methods.comd.comd_trainer import CoMDConfig, CoMDTrainer
 from mmkd.methods.sft import SFTBaselineTrainer
-from mmkd.recipe.run import parse_run
+from mmkd.recipe.flags import recipe_of
 from mmkd.recipe.stages import plan
 from tests.helpers import Build, losses_of
 
@@ -51,9 +50,7 @@ def test_settings_of_a_round_may_be_a_flag(tmp_path: Any) -> None:
 @pytest.mark.parametrize("name", ["easy_vqa", "scienceqa_llava"])
 def test_stages_of_shipped_recipes_parse(name: str, tmp_path: Path) -> None:
     path = Path(__file__).parents[2] / "trainers" / "comd" / f"{name}.yaml"
-    stages, flags = plan(path, ["--output_dir", str(tmp_path)])
-    for stage in stages:
-        recipe = tmp_path / f"{stage.name}.yaml"
-        recipe.write_text(yaml.safe_dump(dict(stage.keys)))
-        run = parse_run(str(recipe), flags)
+    for stage in plan(recipe_of(path, ["--output_dir", str(tmp_path)])):
+        stage.recipe.write(Path(stage.recipe.place))
+        run = recipe_of(stage.recipe.place).parse()
         assert run.arguments.method == {"PT": "sft", "CoMD": "comd"}[stage.name]

@@ -27,7 +27,7 @@ from mmkd.methods.dho.dho_trainer import CHOICE, DHOConfig
 from mmkd.precision import NATIVE_BF16
 from mmkd.preflight.doctor import examine
 from mmkd.preflight.facts import Finding
-from mmkd.recipe.run import parse_run
+from mmkd.recipe.flags import recipe_of
 from mmkd.teachers.classifiers import TransformersEmbedder
 from tests.classes import NAMES, answers, dho, make_clip, pictures, pixels, vit
 from tests.helpers import losses_of
@@ -465,7 +465,7 @@ def examined(recipe: Path, **keys: Any) -> list[Finding]:
     changed = {**yaml.safe_load(recipe.read_text()), "output_dir": str(recipe.parent / "none"), **keys}
     path = recipe.with_name("examined.yaml")
     path.write_text(yaml.safe_dump({key: value for key, value in changed.items() if value is not None}))
-    return examine(parse_run(str(path)))
+    return examine(recipe_of(str(path)).parse())
 
 
 def test_doctor_and_plan_know_recipes_of_classes(recipe: Path, capsys: Any) -> None:

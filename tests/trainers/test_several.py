@@ -22,7 +22,7 @@ from mmkd.preflight.count import Passes
 from mmkd.preflight.doctor import examine
 from mmkd.preflight.estimate import Model, logits_of, together
 from mmkd.publish.lineage import teachers_of
-from mmkd.recipe.run import parse_run
+from mmkd.recipe.flags import recipe_of
 from mmkd.recipe.run_teacher import without_unreadable
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.local import LocalTeacher
@@ -257,7 +257,7 @@ def test_caches_are_their_live_teachers(
         again = build(KDTrainer, routed, {"teacher": on_disk}, max_steps=3, max_length=None, **settings)
         again.train()
         assert losses_of(again) == pytest.approx(losses_of(ours), rel=1e-4)
-    found = examine(parse_run(str(recipe)))
+    found = examine(recipe_of(str(recipe)).parse())
     assert not [one for one in found if one.severity == "problem"]
     if column is not None:
         assert any("It knows the 10 sequences" in one.found for one in found)
@@ -357,18 +357,18 @@ def test_recipes_that_cannot_be_are_refused(tmp_path: Path, keys: dict[str, Any]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"method": "kd", "student": "s", "data": "python_docs", **keys}))
     with pytest.raises(ValueError, match=message):
-        parse_run(str(recipe)).by_teacher()
+        recipe_of(str(recipe)).parse().by_teacher()
 
 
 def test_teachers_as_a_flag(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"method": "kd", "student": "s", "data": "python_docs"}))
     teachers = {"a": {"teacher": "x"}, "b": {"teacher": "y"}}
-    run = parse_run(str(recipe), ["--teachers", json.dumps(teachers)])
+    run = recipe_of(str(recipe), ["--teachers", json.dumps(teachers)]).parse()
     assert run.arguments.teachers == run.keys["teachers"] == teachers
     assert set(teachers_of([{"keys": run.keys}])) == {"x", "y"}
     with pytest.raises(ValueError, match=r"--teachers is no JSON .*write --teachers"):
-        parse_run(str(recipe), ["--teachers", "{a: x}"])
+        recipe_of(str(recipe), ["--teachers", "{a: x}"]).parse()
 
 
 @pytest.mark.parametrize(("names", "left"), [("******", "abcef"), ("xxyxxy", "abcd"), ("xyxyxy", "abcef")])
@@ -391,13 +391,14 @@ def test_the_baseline_of_several_teachers_hears_of_no_cache(tmp_path: Path) -> N
     cached = {"teacher_cache": "c", "teacher_tail": "unbiased"}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(keys | {"teachers": {"a": {"teacher": "x", **cached}, "b": {"teacher": "y"}}}))
-    made = yaml.safe_load(Path(make_baseline(str(recipe), [], tmp_path)[0]).read_text())
-    assert made["teachers"] == {"a": {"teacher": "x"}, "b": {"teacher": "y"}}
+    made = make_baseline(recipe_of(recipe), tmp_path)
+    assert yaml.safe_load(Path(made.place).read_text()) == made.keys
+    assert made.keys["teachers"] == {"a": {"teacher": "x"}, "b": {"teacher": "y"}}
     # Who is not named cannot measure the baseline.
     flag = json.dumps({"a": cached, "b": {"teacher": "y"}})
-    path, rest = make_baseline(str(recipe), ["--teachers", flag, "--max_steps", "3"], tmp_path)
-    assert rest == ["--max_steps", "3"]
-    assert not {"teachers", "teacher_column"} & yaml.safe_load(Path(path).read_text()).keys()
+    made = make_baseline(recipe_of(recipe, ["--teachers", flag, "--max_steps", "3"]), tmp_path)
+    assert made.keys["max_steps"] == 3
+    assert not {"teachers", "teacher_column"} & made.keys.keys()
 
 
 def test_a_recipe_by_domains(tiny: Any, other: Path, tmp_path: Path, capsys: Any) -> None:
@@ -427,7 +428,7 @@ def test_a_recipe_by_domains(tiny: Any, other: Path, tmp_path: Path, capsys: Any
         "save_strategy": "steps",
     }
     recipe.write_text(yaml.safe_dump({**keys, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}))
-    findings = examine(parse_run(str(recipe)))
+    findings = examine(recipe_of(str(recipe)).parse())
     assert not [one for one in findings if one.severity == "problem"]
     assert {one.name for one in findings} >= {"vocabulary (code, math)", "special tokens (code, math)", "memory"}
     (named,) = [one for one in findings if one.name == "routes"]
@@ -437,7 +438,7 @@ def test_a_recipe_by_domains(tiny: Any, other: Path, tmp_path: Path, capsys: Any
         ("--packing", "true", "Packing joins rows"),
         ("--teachers", json.dumps({"math": teachers["math"], "codes": teachers["code"]}), "are not: 'code'"),
     ):
-        found = examine(parse_run(str(recipe), [flag, value]))
+        found = examine(recipe_of(str(recipe), [flag, value]).parse())
         assert any(one.severity == "problem" and problem in one.found for one in found if one.name == "routes")
     assert main(["train", str(recipe), "--dry_run"]) == 0
     assert main(["plan", str(recipe), "--memory", "24"]) == 0
@@ -449,5 +450,5 @@ def test_a_recipe_by_domains(tiny: Any, other: Path, tmp_path: Path, capsys: Any
     assert main(["train", str(recipe), "--resume_from_checkpoint", "true"]) == 0
     logged = [json.loads(line) for line in (Path(keys["output_dir"]) / "log.jsonl").read_text().splitlines()]
     assert any("eval_kl_math" in line and "eval_kl_code" in line for line in logged)
-    record = {"keys": parse_run(str(recipe)).keys}
+    record = {"keys": recipe_of(str(recipe)).parse().keys}
     assert set(teachers_of([record])) == {str(tiny["teacher"]), str(other)}

@@ -1,7 +1,7 @@
 """Settings of CoMD that contradict each other, refused before its first question."""
 
 from mmkd.errors import UserError
-from mmkd.recipe.arguments import Run
+from mmkd.recipe.recipe import Run
 
 from .comd_trainer import CoMDConfig
 

@@ -1,6 +1,5 @@
 """What a run of comd would do, before anything is asked or trained."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -8,8 +7,8 @@ from rich.table import Table
 
 from mmkd.preflight.dry_run import report
 from mmkd.preflight.estimate import estimate_memory
-from mmkd.recipe.arguments import Run
-from mmkd.recipe.run import build_trainer, load_rows_of, parse_run
+from mmkd.recipe.recipe import Run
+from mmkd.recipe.run import build_trainer, load_rows_of
 from mmkd.training.base import DistillationTrainer
 
 from . import round_recipes as recipes
@@ -20,7 +19,7 @@ from .roles import Roles
 from .round_files import write_lines
 
 
-def dry_run_comd(run: Run, recipe: Path, flags: Sequence[str], console: Console) -> DistillationTrainer:
+def dry_run_comd(run: Run, console: Console) -> DistillationTrainer:
     """Prints the plan of all rounds, and that of training round 0, on the data's own answers in place of a teacher's.
 
     Returns the trainer of round 0. Raises UserError for what the loop would refuse before its first question.
@@ -53,8 +52,7 @@ def dry_run_comd(run: Run, recipe: Path, flags: Sequence[str], console: Console)
     console.print(table)
     write_lines(folder / "pool.jsonl", [row_of(one, one.reference or "?") for one in seeds])
     recipes.write_data(folder, any(one.images for one in seeds), None)
-    path = recipes.write_round(run, recipe, folder, recipes.student_keys(run), 0)
-    first = parse_run(str(path), recipes.round_flags(flags))
+    first = recipes.write_round(run, folder, recipes.student_keys(run), 0).parse()
     trainer = build_trainer(first)
     report(trainer, estimate_memory(first), console)
     return trainer

@@ -1,16 +1,17 @@
 """The teacher learns from its student, by LoRA: an extension of ours, which the paper does not attest."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmkd.errors import UserError
-from mmkd.recipe.arguments import Run
-from mmkd.recipe.run import last_checkpoint, parser_of, read_recipe
+from mmkd.recipe.recipe import Recipe, Run
+from mmkd.recipe.run import last_checkpoint
 
 from .comd_trainer import CoMDConfig
 from .round_files import merge_adapter, read_json, write_json, write_lines
-from .round_recipes import ADAPTER, OWN_KEYS, write_data, write_recipe
+from .round_recipes import ADAPTER, write_data
 
 _PARTS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "max_length", "bf16")
 _PARTS += ("per_device_train_batch_size", "gradient_accumulation_steps", "report_to", "disable_tqdm", "logging_steps")
@@ -22,8 +23,7 @@ def teach_teacher(
     rows: Sequence[Mapping[str, Any]],
     teacher: str,
     folder: Path,
-    recipe: Path,
-    train: Callable[[str, list[str]], int],
+    train: Callable[[Recipe], int],
 ) -> Path:
     """Trains a copy of the teacher on the student's better answers and returns its folder.
 
@@ -36,7 +36,7 @@ def teach_teacher(
         return done.parent
     write_lines(lessons / "pool.jsonl", rows)
     data = write_data(lessons, any(row["images"] for row in rows), None)
-    own = {key: value for key, value in read_recipe(recipe).items() if key in _PARTS}
+    own = {key: value for key, value in run.recipe.keys.items() if key in _PARTS}
     keys = {
         "method": "sft",
         "student": teacher,
@@ -50,12 +50,11 @@ def teach_teacher(
         "save_strategy": "no",
         "seed": training.seed,
     }
-    assert keys.keys() <= set(parser_of("sft").names)
-    assert not keys.keys() & OWN_KEYS
-    path = write_recipe(lessons / "recipe.yaml", keys, "What the teacher learns from its student.")
-    resume = ["--resume_from_checkpoint", "true"] if last_checkpoint(lessons / ADAPTER) is not None else []
-    if train(str(path), resume):
-        raise UserError(f"Teaching the teacher was interrupted; the same command goes on with {path}.")
+    recipe = replace(run.recipe, written=keys, given={})
+    recipe = recipe.write(lessons / "recipe.yaml", "What the teacher learns from its student.")
+    resumes = last_checkpoint(lessons / ADAPTER) is not None
+    if train(recipe.with_(resume_from_checkpoint=True) if resumes else recipe):
+        raise UserError(f"Teaching the teacher was interrupted; the same command goes on with {recipe.place}.")
     merge_adapter(teacher, lessons / ADAPTER, done.parent)
     write_json(done, {"lessons": len(rows)})
     return done.parent

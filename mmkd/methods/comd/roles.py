@@ -11,7 +11,7 @@ from mmkd.errors import UserError
 from mmkd.generation.generator import Sampling
 from mmkd.models.load import computed_dtype, load_model, load_processing_class
 from mmkd.precision import name_of_dtype
-from mmkd.recipe.arguments import Run
+from mmkd.recipe.recipe import Run
 from mmkd.recipe.run_models import load_teacher
 from mmkd.recipe.run_teacher import teacher_identity
 

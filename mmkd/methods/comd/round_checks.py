@@ -6,7 +6,7 @@ from pathlib import Path
 from mmkd.preflight.book import Book
 from mmkd.preflight.doctor import examine_tokens
 from mmkd.preflight.facts import Finding, Sample
-from mmkd.recipe.run import Run
+from mmkd.recipe.recipe import Run
 
 from .comd_checks import check_rounds
 from .comd_prompts import Prompts

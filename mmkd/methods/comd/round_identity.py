@@ -2,16 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from mmkd.errors import UserError
-from mmkd.recipe.arguments import Run
-from mmkd.recipe.run import read_recipe
+from mmkd.recipe.recipe import Run
 
 from .comd_prompts import Prompts
 from .round_files import read_json, write_json
-from .round_recipes import split_flags
 
 _FILE = "comd.json"
 
@@ -22,10 +19,11 @@ _FREE |= {"generation_batch_size", "prompts", "logging_steps", "save_strategy", 
 _FREE |= {"stages", "env", "disable_tqdm", "accelerate_config"}
 
 
-def check_identity(folder: Path, run: Run, recipe: Path, flags: Sequence[str], prompts: Prompts) -> None:
+def check_identity(folder: Path, run: Run, prompts: Prompts) -> None:
     """Writes down what decides the rounds. Raises UserError when the folder's rounds were made in another way."""
-    keys = {key: value for key, value in read_recipe(recipe).items() if key not in _FREE}
-    content = json.dumps([keys, split_flags(flags, _FREE)], sort_keys=True, default=str)
+    keys = {key: value for key, value in run.recipe.keys.items() if key not in _FREE}
+    # The empty list held flags, which were no keys in version 0.1.
+    content = json.dumps([keys, []], sort_keys=True, default=str)
     ours = {"settings": hashlib.sha256(content.encode()).hexdigest()[:16], "prompts": prompts.digests}
     # Without a round there is nothing that other settings could mix with.
     theirs = read_json(folder / _FILE) if any(folder.glob("round-*")) else None

@@ -1,7 +1,6 @@
 """The recipe of one round: an ordinary recipe of sft, kd or taid on the pool, which anyone can run again alone."""
 
-import dataclasses
-from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ import yaml
 
 from mmkd.errors import UserError
 from mmkd.files import write_file
-from mmkd.recipe.arguments import Run
-from mmkd.recipe.run import parser_of, read_recipe
+from mmkd.recipe.key_parser import KeyParser
+from mmkd.recipe.recipe import Recipe, Run
 from mmkd.training.config import DistillationConfig
 
 from .comd_trainer import CoMDConfig
@@ -22,31 +21,13 @@ _TEACHER = ("teacher", "teacher_server", "teacher_server_model", "teacher_cache"
 STUDENT, ADAPTER = "student", "adapter"
 """Folders of a round: the student, and what LoRA has made of it before that is merged into the student."""
 
-OWN_KEYS = {field.name for field in dataclasses.fields(CoMDConfig)} - {
-    field.name for field in dataclasses.fields(DistillationConfig)
-}
+OWN_KEYS = {field.name for field in fields(CoMDConfig)} - {field.name for field in fields(DistillationConfig)}
 """Keys that only the loop reads."""
 
 _SET_HERE = {"method", "data", "student", "output_dir", "resume_from_checkpoint", "seed", "ce_weight", "dry_run"}
 _SET_HERE |= {*_MAKING, *_TEACHER, "max_train_rows", "max_eval_rows", "push_to_hub", "hub_model_id"}
 # The pool is of prompts and completions: answers alone are learnt, whatever a chat template marks.
 _SET_HERE |= {"assistant_only_loss", "completion_only_loss"}
-
-
-def split_flags(flags: Sequence[str], keys: set[str]) -> list[str]:
-    """The flags without those named in `keys` and their values."""
-    kept, dropping = [], False
-    for flag in flags:
-        if flag.startswith("--"):
-            dropping = flag[2:].partition("=")[0] in keys
-        if not dropping:
-            kept.append(flag)
-    return kept
-
-
-def round_flags(flags: Sequence[str]) -> list[str]:
-    """The flags of a run that its rounds take too."""
-    return split_flags(flags, OWN_KEYS | _SET_HERE)
 
 
 def student_keys(run: Run) -> dict[str, Any]:
@@ -63,14 +44,12 @@ def student_keys(run: Run) -> dict[str, Any]:
     return {name: value for name, value in keys.items() if value is not None and value != defaults.get(name)}
 
 
-def write_round(
-    run: Run, recipe: Path, folder: Path, student: dict[str, Any], number: int, teacher: Path | None = None
-) -> Path:
-    """Writes the recipe of a round and returns its path; `teacher` stands for the run's own."""
+def write_round(run: Run, folder: Path, student: dict[str, Any], number: int, teacher: Path | None = None) -> Recipe:
+    """Writes the recipe of a round and returns it; `teacher` stands for the run's own."""
     training = run.training
     assert isinstance(training, CoMDConfig)
-    known = set(parser_of(training.round_method).names)
-    keys = {key: value for key, value in read_recipe(recipe).items() if key in known and key not in _SET_HERE}
+    known = set(KeyParser(training.round_method).names) - _SET_HERE - OWN_KEYS
+    keys = {key: value for key, value in run.recipe.written.items() if key in known}
     keys = {"method": training.round_method, **student, "data": str(folder / "data.yaml"), **keys}
     keys["output_dir"] = str(folder / (ADAPTER if run.student.use_peft else STUDENT))
     if training.round_method != "sft":
@@ -81,14 +60,9 @@ def write_round(
             keys["teacher_cache"] = str(folder / "teacher_cache")
     # Rounds on one pool would else see its rows in one order.
     keys |= {"seed": training.seed + number, **_settings(training)}
-    return write_recipe(folder / "recipe.yaml", keys, f"Round {number} of comd; mmkd-train runs it alone.")
-
-
-def write_recipe(path: Path, keys: dict[str, Any], comment: str) -> Path:
-    """Writes a recipe under a comment and returns its path."""
-    text = f"# {comment}\n" + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
-    write_file(path, text)
-    return path
+    given = {key: value for key, value in run.recipe.given.items() if key in known}
+    recipe = replace(run.recipe, written=keys, given=given)
+    return recipe.write(folder / "recipe.yaml", f"Round {number} of comd; mmkd-train runs it alone.")
 
 
 def write_data(folder: Path, images: bool, held_out: Path | None) -> Path:
@@ -99,13 +73,15 @@ def write_data(folder: Path, images: bool, held_out: Path | None) -> Path:
     if held_out is not None:
         files["eval"], splits["eval"] = str(held_out), "eval"
     keys = {"name": f"comd-{folder.name}", "source": "json", "data_files": files, "splits": splits, "columns": columns}
-    return write_recipe(folder / "data.yaml", keys, "The pool of a round, with the teacher's answers.")
+    text = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
+    write_file(folder / "data.yaml", f"# The pool of a round, with the teacher's answers.\n{text}")
+    return folder / "data.yaml"
 
 
 def _settings(training: CoMDConfig) -> dict[str, Any]:
     settings = training.round_settings or {}
     assert isinstance(settings, dict)
-    known = set(parser_of(training.round_method).names)
+    known = set(KeyParser(training.round_method).names)
     for key in settings:
         if key not in known or key in _SET_HERE - {"ce_weight"}:
             raise UserError(f"round_settings has {key!r}, which a recipe of {training.round_method} cannot set here.")

@@ -12,10 +12,12 @@ from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 
+from mmkd.capture.build import build
+from mmkd.capture.build_plan import check_place, make_plan
 from mmkd.errors import UserError
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.recipe import run_record as run_record
-from mmkd.recipe.arguments import Run
+from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run import last_checkpoint, load_rows_of
 from mmkd.recipe.run_models import check_student
 from mmkd.recipe.run_teacher import from_main_process
@@ -39,20 +41,20 @@ from .select import Score, difficulty, split
 from .similar import SimilarImages
 
 
-def train_rounds(run: Run, recipe: Path, flags: Sequence[str], train: Train) -> int:
+def train_rounds(run: Run, train: Train) -> int:
     """Runs all rounds that are not finished; the exit status of a training that fails or is interrupted, else 0.
 
     The last student is left in output_dir, each round in a folder of its own. Raises UserError for what cannot be.
     """
     check_student(run)
-    loop = Loop(run, recipe, flags, train)
+    loop = Loop(run, train)
     training = run.training
     from_main_process(training, loop.start)
     for number in range(loop.training.rounds + 1):
-        path = from_main_process(training, lambda number=number: loop.before(number))
-        if path is None:
+        recipe = from_main_process(training, lambda number=number: loop.before(number))
+        if recipe is None:
             break
-        status = loop.learn(number, Path(path))
+        status = loop.learn(number, recipe)
         if status:
             return status
         if not from_main_process(training, lambda number=number: loop.after(number)):
@@ -68,11 +70,10 @@ class Loop:
     it was told before, and skips the trainings that are finished.
     """
 
-    def __init__(self, run: Run, recipe: Path, flags: Sequence[str], train: Train):
+    def __init__(self, run: Run, train: Train):
         training = run.training
         assert isinstance(training, CoMDConfig)
-        self.run, self.training, self.recipe, self.train = run, training, recipe, train
-        self.given, self.flags = flags, recipes.round_flags(flags)
+        self.run, self.training, self.train = run, training, train
         self.folder = Path(training.output_dir or "runs")
         self.console = Console(stderr=True)
         default = ASSESSORS.get(training.assessor, 0.0)
@@ -92,7 +93,7 @@ class Loop:
         """Reads data, prompts and record."""
         self.roles = Roles(self.run)
         self.prompts = Prompts.read(self.training.prompts)
-        check_identity(self.folder, self.run, self.recipe, self.given, self.prompts)
+        check_identity(self.folder, self.run, self.prompts)
         run_record.begin(self.run, self.folder)
         self.prompts.write(self.folder / "prompts")
         self.record = Record(self.folder / "record.jsonl")
@@ -112,8 +113,8 @@ class Loop:
             rows = [row_of(one, one.reference or "") for one in self.held_out]
             write_lines(self.folder / "held_out.jsonl", rows)
 
-    def before(self, number: int) -> str | None:
-        """The teacher answers what is new; the path of the round's recipe, None when the loop ends here."""
+    def before(self, number: int) -> Recipe | None:
+        """The teacher answers what is new; the round's recipe, None when the loop ends here."""
         folder, phase = self._round(number), f"round-{number}/answer"
         self.lost: Counter[str] = Counter()
         replies = self.interview.answers(self.new, phase)
@@ -139,11 +140,11 @@ class Loop:
         self.base, self.base_revision = str(keys["student"]), keys.get("model_revision")
         self.size, self.added = len(rows), len(joined)
         self.roles.close()
-        return str(recipes.write_round(self.run, self.recipe, folder, keys, number, self.roles.taught))
+        return recipes.write_round(self.run, folder, keys, number, self.roles.taught)
 
-    def learn(self, number: int, recipe: Path) -> int:
+    def learn(self, number: int, recipe: Recipe) -> int:
         """Trains the student of a round, on all ranks; the exit status."""
-        folder = recipe.parent
+        folder = self._round(number)
         done, output = folder / "train.json", folder / recipes.STUDENT
         if done.is_file():
             return 0
@@ -151,10 +152,10 @@ class Loop:
         lora = self.run.student.use_peft
         trained = folder / recipes.ADAPTER if lora else output
         if self.training.round_cache:
-            from_main_process(self.training, lambda: _build_cache(recipe, self.flags))
+            from_main_process(self.training, lambda: _build_cache(recipe))
         print(f"Round {number} of {self.training.rounds}: {trained}", file=sys.stderr)
-        resume = ["--resume_from_checkpoint", "true"] if last_checkpoint(trained) is not None else []
-        status = self.train(str(recipe), [*self.flags, *resume])
+        resumes = last_checkpoint(trained) is not None
+        status = self.train(recipe.with_(resume_from_checkpoint=True) if resumes else recipe)
         # The trainer is in circles of references, and would stay beside the models that answer now.
         clear_device_cache(garbage_collection=True)
         PartialState().wait_for_everyone()
@@ -259,7 +260,7 @@ class Loop:
             return report
         self.roles.close()
         teacher = str(self.roles.taught or self.run.arguments.teacher)
-        taught = teach_teacher(self.run, rows, teacher, self._round(number), self.recipe, self.train)
+        taught = teach_teacher(self.run, rows, teacher, self._round(number), self.train)
         before, after = (
             held_out["teacher"],
             self.interview.held_out_score(number, "taught teacher", self.roles.checkpoint(taught), self.held_out),
@@ -307,10 +308,10 @@ class Loop:
         return load_model(folder, device=self.training.device), load_processing_class(folder)
 
 
-def _build_cache(recipe: Path, flags: Sequence[str]) -> None:
-    from mmkd.capture.commands import build_command
-
-    build_command(str(recipe), flags)
+def _build_cache(recipe: Recipe) -> str:
+    run = recipe.parse()
+    check_place(run)
+    return str(build(make_plan(run), Console(stderr=True)))
 
 
 def _counts(reasons: Counter[str]) -> str:

@@ -18,7 +18,8 @@ from mmkd.preflight.book import Book
 from mmkd.preflight.costs import device_memory
 from mmkd.preflight.estimate import optimizer_bytes
 from mmkd.preflight.facts import Finding, listed
-from mmkd.recipe.run import Run, check_surroundings
+from mmkd.recipe.recipe import Run
+from mmkd.recipe.run import check_surroundings
 from mmkd.teachers.class_logits import has_class_logits, read_class_logits
 from mmkd.teachers.classifiers import OPEN_CLIP, check_classes
 from mmkd.units import readable_size

@@ -18,7 +18,7 @@ from mmkd.data.classification import hide_labels
 from mmkd.preflight.count import counted
 from mmkd.preflight.hardware import GIB, USABLE, Device
 from mmkd.preflight.stage_checks import StageRun
-from mmkd.recipe.run import Run
+from mmkd.recipe.recipe import Run
 from mmkd.teachers.classifiers import OPEN_CLIP
 
 from .class_checks import Classes, empty_class_student, load_classes, training_state

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,8 @@ from mmkd.errors import UserError
 from mmkd.models.dual_head import DualHeadForImageClassification, DualHeadForSequenceClassification
 from mmkd.models.load import computed_dtype, load_model
 from mmkd.precision import name_of_dtype
-from mmkd.recipe.arguments import Run, RunArguments
+from mmkd.recipe.arguments import RunArguments
+from mmkd.recipe.recipe import Run
 from mmkd.teachers.class_logits import (
     ClassLogits,
     class_identity,
@@ -102,7 +102,7 @@ def build_dho_trainer(run: Run) -> DHOTrainer:
     )
 
 
-def dry_run_dho(run: Run, recipe: Path, flags: Sequence[str], console: Console) -> None:
+def dry_run_dho(run: Run, console: Console) -> None:
     """Prints the plan of a run: student, classes, rows and steps, and how long the teacher takes, by a few rows."""
     arguments, training = run.arguments, _config(run)
     check_arguments(run)

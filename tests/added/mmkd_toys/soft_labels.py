@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from mmkd.preflight.book import Book
 from mmkd.preflight.facts import Finding
 from mmkd.preflight.hardware import Device
 from mmkd.preflight.stage_checks import StageRun
-from mmkd.recipe.run import Run
+from mmkd.recipe.recipe import Run
 from mmkd.teachers.class_logits import compute_class_logits
 from mmkd.teachers.classifiers import TransformersEmbedder, ZeroShotTeacher
 from mmkd.training.method import Method
@@ -82,7 +81,7 @@ def student(run: Run, names: Sequence[str]) -> Any:
     return AutoModelForImageClassification.from_config(config)
 
 
-def dry_run(run: Run, recipe: Path, flags: Sequence[str], console: Console) -> None:
+def dry_run(run: Run, console: Console) -> None:
     """Prints how many rows of how many classes there are."""
     rows, names, _ = read(run)
     console.print(f"{len(rows)} rows of {len(names)} classes")

@@ -1,0 +1,92 @@
+"""The one reader of flags: what a command line says after a recipe, as keys of that recipe."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmkd.errors import UserError
+
+from .key_parser import KeyParser
+from .launch_keys import launch_keys_of, launch_options
+from .recipe import STAGE_KEYS, Recipe, nearest
+
+CONFIG = "accelerate_config"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A word that begins with two dashes, and what follows up to the next one."""
+
+    typed: str
+    """Without what stands after `=`; empty for words before the first flag."""
+    values: list[str]
+    joined: bool
+    """Whether the first value stands after `=`: it is then the only one."""
+
+    @property
+    def name(self) -> str:
+        """The key, however its words are joined."""
+        return self.typed.removeprefix("--").replace("-", "_")
+
+
+def recipe_of(name_or_path: str | Path, flags: Sequence[str] = ()) -> Recipe:
+    """A recipe with the flags after it, which win over its keys.
+
+    `--a-b 1`, `--a_b 1` and `--a_b=1` set the key a_b; the last of several wins; `--a` is true and `--no_a` false;
+    lists are several words or JSON, mappings are JSON; `--stages A B` sets the schedule. With an accelerate_config,
+    keys that `accelerate launch` knows and the recipe does not are read too. Raises UserError for a flag that nobody
+    knows, and for words that belong to none.
+    """
+    recipe, read = Recipe.read(name_or_path), _split(flags)
+    first = {flag.name: flag.values[0] for flag in read if flag.name in ("method", CONFIG) and flag.values}
+    launch: dict[str, Any] = {CONFIG: first[CONFIG]} if CONFIG in first else {}
+    recipe = replace(recipe, launch=launch, command=(*recipe.command, *flags))
+    method = recipe.with_(method=first["method"]).method if "method" in first else recipe.method
+    parser = KeyParser(method)
+    launch_keys = set() if recipe.accelerate_config is None else launch_keys_of(parser.names)
+    given: dict[str, Any] = {}
+    for flag in read:
+        name = flag.name
+        if name in parser.options:
+            words = _words(flag, *parser.arity(name), method, parser)
+            given[parser.options[name]] = parser.value(name, words)
+        elif name in STAGE_KEYS:
+            if not recipe.in_stages:
+                raise UserError(f"{recipe.name} has no stages, so {flag.typed} has nothing to choose from.")
+            given["schedule"] = _words(flag, 0, None, method, parser)
+        elif name == CONFIG or name in launch_keys:
+            takes = 0 if name != CONFIG and launch_options()[name].nargs == 0 else 1
+            launch[name] = (_words(flag, takes, takes, method, parser) or [True])[0]
+        else:
+            word = flag.typed or flag.values[0]
+            advice = "." if flag.typed else "; write --key value."
+            name = word.removeprefix("--").partition("=")[0]
+            raise UserError(f"{word} is no flag of method {method}{advice}{nearest(name, parser.names)}")
+    return replace(recipe, given=given)
+
+
+def _split(flags: Sequence[str]) -> list[Flag]:
+    """Each flag with the words after it."""
+    read: list[Flag] = []
+    for word in flags:
+        if word.startswith("--"):
+            typed, joined, value = word.partition("=")
+            read.append(Flag(typed, [value] if joined else [], bool(joined)))
+        else:
+            if not read:
+                read.append(Flag("", [], False))
+            read[-1].values.append(word)
+    return read
+
+
+def _words(flag: Flag, least: int, most: int | None, method: str, parser: KeyParser) -> list[str]:
+    """The values of a flag. Raises UserError for fewer or more than it takes."""
+    if len(flag.values) < least:
+        raise UserError(f"{flag.typed} stands there without a value: write {flag.typed} VALUE.")
+    most = 1 if flag.joined else most
+    if most is not None and len(flag.values) > most:
+        word = flag.values[most]
+        hint = nearest(word.partition("=")[0], parser.names)
+        raise UserError(f"{word} is no flag of method {method}; write --key value.{hint}")
+    return flag.values

@@ -1,0 +1,251 @@
+"""A recipe as a value: read once, never changed; everything that runs derives its own from it."""
+
+import difflib
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmkd.errors import UserError
+from mmkd.files import write_file
+from mmkd.shipped import find_recipe
+from mmkd.training.config import DistillationConfig
+from mmkd.training.method import METHODS
+from mmkd.yaml_files import AsWritten, read_yaml
+
+from .arguments import RunArguments, StudentArguments
+from .cache_arguments import CacheArguments
+from .key_parser import KeyParser, set_environment, with_text
+from .launch_keys import launch_keys_of
+
+STAGE_KEYS = ("stages", "schedule")
+"""Keys of a recipe that is trained in stages; `mmkd.recipe.stages` reads them."""
+
+# What TRL's scripts and trainers call keys of ours whose names are too unlike theirs to be found by spelling.
+_NAMES_ELSEWHERE = {name: "student" for name in ("model", "model_name_or_path", "student_model")}
+_NAMES_ELSEWHERE |= {name: "teacher" for name in ("teacher_model", "teacher_model_name_or_path")}
+_NAMES_ELSEWHERE |= {name: "data" for name in ("dataset", "dataset_name", "train_dataset")}
+
+# Keys that a release had and none has any more.
+_REMOVED = {
+    "kernel": "mmkd 0.1 had it, to compute the loss by Liger or TRL. Remove the key: mmkd's own loss, which was the "
+    "default, is the only one now."
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The keys of one run, text as it was written. `with_` and `without` give another one and leave this as it is."""
+
+    written: Mapping[str, Any]
+    """Keys of its file."""
+    name: str = ""
+    """As the user named it: a path, or a shipped recipe."""
+    place: str = ""
+    """Path of its YAML, which errors name."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that win over the file's, and in a recipe in stages over those of every stage: what flags have set."""
+    launch: Mapping[str, Any] = field(default_factory=dict)
+    """What flags say to `accelerate launch`, accelerate_config among it. It starts processes and decides no result."""
+    text: str = field(default="", compare=False, repr=False)
+    """Of its file, comments and all."""
+    command: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """What was typed after mmkd-train for the run that this recipe is a part of."""
+
+    @classmethod
+    def of(cls, keys: Mapping[str, Any], place: str | Path) -> "Recipe":
+        """The recipe of keys that stand in no file yet; `place` is the path they would have."""
+        return cls(dict(keys), str(place), str(place), command=(str(place),))
+
+    @classmethod
+    def read(cls, name_or_path: str | Path) -> "Recipe":
+        """The recipe in a file, or a shipped one. Raises UserError when the file is no YAML mapping.
+
+        No key may stand there twice.
+        """
+        path, name = find_recipe(name_or_path), str(name_or_path)
+        return cls(_read_keys(path), name, str(path), text=path.read_text(encoding="utf-8"), command=(name,))
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """All keys of the run."""
+        return {**self.written, **self.given}
+
+    @property
+    def method(self) -> str:
+        """The name of its method. Raises UserError when it is none of METHODS."""
+        method = self.keys.get("method")
+        if method is None or method not in METHODS:
+            raise UserError(
+                f"method is {method!r}; set it to one of {', '.join(METHODS)}.{nearest(str(method), METHODS)}"
+            )
+        return method
+
+    @property
+    def accelerate_config(self) -> str | None:
+        """The configuration that training is launched with."""
+        return self.launch.get("accelerate_config", self.written.get("accelerate_config"))
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether it is trained in stages."""
+        return "stages" in self.written
+
+    @property
+    def stages(self) -> Mapping[str, Mapping[str, Any]]:
+        """The keys of each stage, by name. Raises UserError for what is no such mapping."""
+        stages = self.written.get("stages")
+        if not isinstance(stages, dict) or not all(isinstance(keys, dict) for keys in stages.values()):
+            raise UserError(
+                f"{self.place}: stages must be a mapping of a name to its keys, such as `SFT: {{method: sft}}`."
+            )
+        return stages
+
+    def stage(self, name: str) -> "Recipe":
+        """The recipe of one stage: what all of them share under its own keys; null there takes a key away.
+
+        Raises UserError for a stage that there is not.
+        """
+        if name not in self.stages:
+            close = difflib.get_close_matches(name, list(self.stages), n=1, cutoff=0)
+            raise UserError(f"There is no stage {name!r} in {self.place}; did you mean {close[0]!r}?")
+        keys = {**self.without(*STAGE_KEYS).written, **self.stages[name]}
+        written = {key: value for key, value in keys.items() if value is not None}
+        return replace(self.without(*STAGE_KEYS), written=written)
+
+    def with_(self, **keys: Any) -> "Recipe":
+        """The recipe with other values for some keys, which win over its file's and over those of its stages."""
+        return replace(self, given={**self.given, **keys})
+
+    def without(self, *names: str) -> "Recipe":
+        """The recipe without some of its keys."""
+        written, given = (
+            {key: value for key, value in keys.items() if key not in names} for keys in (self.written, self.given)
+        )
+        return replace(self, written=written, given=given)
+
+    def flags(self) -> list[str]:
+        """The flags that make this recipe of its file, each in one spelling."""
+        return _flags_of(self.given)
+
+    def command_line(self) -> list[str]:
+        """What says the same after mmkd-train."""
+        return [self.name, *self.flags(), *_flags_of(self.launch)]
+
+    def write(self, path: Path, comment: str = "") -> "Recipe":
+        """Writes all keys to a file, under a comment, and returns the recipe of that file."""
+        header = f"# {comment}\n" if comment else ""
+        text = header + yaml.safe_dump(self.keys, sort_keys=False, allow_unicode=True)
+        write_file(path, text)
+        return replace(self, written=self.keys, name=str(path), place=str(path), given={}, text=text)
+
+    def parse(self) -> "Run":
+        """The run that the recipe describes.
+
+        Raises UserError for an unknown key, naming the nearest real one, and for values that cannot be.
+        """
+        method, keys = self.method, self.keys
+        parser = KeyParser(method)
+        known = {*parser.names, *STAGE_KEYS, "env", "accelerate_config"}
+        if self.accelerate_config is not None:
+            known |= launch_keys_of(parser.names)
+        for key in (key for key in keys if key not in known):
+            if key in self.given:
+                raise UserError(f"--{key} is no flag of method {method}.{nearest(key, parser.names)}")
+            raise UserError(
+                f"{self.place} sets {key!r}, which method {method} does not know.{nearest(key, parser.names)}"
+            )
+        set_environment(keys)
+        arguments, training, student, cache = parser.read(keys)
+        return Run(arguments, training, student, cache, self)
+
+    def to_go_on(self) -> str:
+        """The command that goes on with the run from its last checkpoint."""
+        return f"mmkd-train {shlex.join(self.command)} --resume_from_checkpoint true"
+
+
+@dataclass
+class Run:
+    """A parsed recipe."""
+
+    arguments: RunArguments
+    training: DistillationConfig
+    student: StudentArguments
+    cache: CacheArguments
+    recipe: Recipe
+    own_rows: tuple[str, str] | None = None
+    """Of the run of one of several teachers: a column, and the value in it of the rows that concern this one."""
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """Of the recipe, as they were given."""
+        teachers = self.arguments.teachers
+        # A recipe may say it as JSON.
+        return {**self.recipe.keys, **({} if teachers is None else {"teachers": teachers})}
+
+    def by_teacher(self) -> dict[str, "Run"]:
+        """The run as it would be with each of several teachers alone, by name; the run itself, as "", without them."""
+        arguments = self.arguments
+        if arguments.teachers is None:
+            return {"": self}
+        assert isinstance(arguments.teachers, dict)
+        column, runs = arguments.teacher_column, {}
+        for name, keys in arguments.teachers.items():
+            own = {key: value for key, value in keys.items() if key != "weight"}
+            alone = replace(arguments, teachers=None, teacher_column=None, **own)
+            runs[name] = replace(self, arguments=alone, own_rows=None if column is None else (column, name))
+        return runs
+
+    def hub(self, revision: str | None) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained` for something of this run."""
+        return {"revision": revision, "trust_remote_code": self.training.trust_remote_code}
+
+
+def nearest(word: str, choices: Any) -> str:
+    """A hint at the key that may be meant by a word."""
+    if word in _REMOVED:
+        return f" {_REMOVED[word]}"
+    if _NAMES_ELSEWHERE.get(word) in choices:
+        return f" Here it is {_NAMES_ELSEWHERE[word]!r}."
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else " `mmkd-train --help` lists all."
+
+
+def _flags_of(keys: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for key, value in keys.items():
+        values = [] if value is True else [_word(item) for item in (value if isinstance(value, list) else [value])]
+        dashes = len(values) == 1 and values[0].startswith("--")
+        words += [f"--{key}={values[0]}"] if dashes else [f"--{key}", *values]
+    return words
+
+
+def _word(value: Any) -> str:
+    """A value as it is written on a command line."""
+    plain = value is None or isinstance(value, bool | dict | list)
+    return json.dumps(value, ensure_ascii=False) if plain else str(value)
+
+
+def _read_keys(path: Path) -> dict[str, Any]:
+    keys = read_yaml(path)
+    if not isinstance(keys, dict):
+        raise UserError(f"{path} is no recipe: it must hold `key: value` lines, with at least method and data.")
+    written = read_yaml(path, as_written=True)
+    if isinstance(keys.get("env"), dict):
+        for name, value in written["env"].items():
+            # TRL writes str(value) into the environment: True for yes, 321 for 00501.
+            if isinstance(value, AsWritten | bool):
+                raise UserError(
+                    f"{path}: env.{name} is text that YAML reads as {keys['env'][name]!r}; put it in quotes."
+                )
+    stages = keys.get("stages")
+    if isinstance(stages, dict):
+        keys["stages"] = {
+            name: with_text(own, written["stages"].get(str(name), {})) if isinstance(own, dict) else own
+            for name, own in stages.items()
+        }
+    return with_text(keys, written)
