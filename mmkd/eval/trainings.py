@@ -117,13 +117,18 @@ def make_baseline(recipe: Recipe, folder: Path) -> Recipe:
     known = set(KeyParser(BASELINE_METHOD).names) - _NOT_SFT - _PUBLISHING
     if not METHODS[run.arguments.method].one_vocabulary and run.arguments.student is not None:
         known -= {key for key in known if key.startswith("teacher")}
-    kept = {key: value for key, value in recipe.keys.items() if key in known and not key.startswith("cache_")}
+    known = {key for key in known if not key.startswith("cache_")}
+    kept = {key: value for key, value in recipe.written.items() if key in known}
     if isinstance(teachers := run.arguments.teachers, dict):
+        # Of the recipe or of a flag, which would win.
+        known -= {"teachers"}
         kept["teachers"] = {name: _without(keys, _NOT_SFT) for name, keys in teachers.items()}
         if not all(keys.get("teacher") for keys in kept["teachers"].values()):
-            kept = _without(kept, _TEACHERS)
+            kept, known = _without(kept, _TEACHERS), known - _TEACHERS
     comment = f"The SFT baseline of {recipe.name}: its student, data and settings, without its teacher in the loss."
-    return Recipe.of({**kept, "method": BASELINE_METHOD}, folder / BASELINE).write(folder / BASELINE, comment)
+    made = Recipe.of({**kept, "method": BASELINE_METHOD}, folder / BASELINE).write(folder / BASELINE, comment)
+    given = {key: value for key, value in recipe.given.items() if key in known - {"method"}}
+    return replace(made, given=given, spelled=recipe.spelled)
 
 
 def label(recipe: Recipe) -> str:

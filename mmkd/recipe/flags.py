@@ -46,11 +46,14 @@ def recipe_of(name_or_path: str | Path, flags: Sequence[str] = ()) -> Recipe:
     parser = KeyParser(method)
     launch_keys = set() if recipe.accelerate_config is None else launch_keys_of(parser.names)
     given: dict[str, Any] = {}
+    spelled: dict[str, list[str]] = {}
     for flag in read:
         name = flag.name
         if name in parser.options:
             words = _words(flag, *parser.arity(name), method, parser)
-            given[parser.options[name]] = parser.value(name, words)
+            key = parser.options[name]
+            given[key] = parser.value(name, words)
+            spelled[key] = [] if given[key] is True else words if words else ["false"]
         elif name in STAGE_KEYS:
             if not recipe.in_stages:
                 raise UserError(f"{recipe.name} has no stages, so {flag.typed} has nothing to choose from.")
@@ -63,7 +66,7 @@ def recipe_of(name_or_path: str | Path, flags: Sequence[str] = ()) -> Recipe:
             advice = "." if flag.typed else "; write --key value."
             name = word.removeprefix("--").partition("=")[0]
             raise UserError(f"{word} is no flag of method {method}{advice}{nearest(name, parser.names)}")
-    return replace(recipe, given=given)
+    return replace(recipe, given=given, spelled=spelled)
 
 
 def _split(flags: Sequence[str]) -> list[Flag]:

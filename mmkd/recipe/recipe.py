@@ -3,7 +3,7 @@
 import difflib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class Recipe:
     """Keys that win over the file's, and in a recipe in stages over those of every stage: what flags have set."""
     launch: Mapping[str, Any] = field(default_factory=dict)
     """What flags say to `accelerate launch`, accelerate_config among it. It starts processes and decides no result."""
+    spelled: Mapping[str, Sequence[str]] = field(default_factory=dict, compare=False, repr=False)
+    """The words that flags gave for a key: 2e-2 is 0.02 to everybody but the results that version 0.1 kept."""
     text: str = field(default="", compare=False, repr=False)
     """Of its file, comments and all."""
     command: tuple[str, ...] = field(default=(), compare=False, repr=False)
@@ -119,7 +121,8 @@ class Recipe:
 
     def with_(self, **keys: Any) -> "Recipe":
         """The recipe with other values for some keys, which win over its file's and over those of its stages."""
-        return replace(self, given={**self.given, **keys})
+        spelled = {key: words for key, words in self.spelled.items() if key not in keys}
+        return replace(self, given={**self.given, **keys}, spelled=spelled)
 
     def without(self, *names: str) -> "Recipe":
         """The recipe without some of its keys."""
@@ -130,18 +133,19 @@ class Recipe:
 
     def flags(self) -> list[str]:
         """The flags that make this recipe of its file, each in one spelling."""
-        return _flags_of(self.given)
+        return _flags_of(self.given, self.spelled)
 
     def command_line(self) -> list[str]:
         """What says the same after mmkd-train."""
-        return [self.name, *self.flags(), *_flags_of(self.launch)]
+        return [self.name, *self.flags(), *_flags_of(self.launch, {})]
 
     def write(self, path: Path, comment: str = "") -> "Recipe":
         """Writes all keys to a file, under a comment, and returns the recipe of that file."""
         header = f"# {comment}\n" if comment else ""
         text = header + yaml.safe_dump(self.keys, sort_keys=False, allow_unicode=True)
         write_file(path, text)
-        return replace(self, written=self.keys, name=str(path), place=str(path), given={}, text=text)
+        place = str(path)
+        return replace(self, written=self.keys, name=place, place=place, given={}, spelled={}, text=text)
 
     def parse(self) -> "Run":
         """The run that the recipe describes.
@@ -215,10 +219,11 @@ def nearest(word: str, choices: Any) -> str:
     return f" Did you mean {close[0]!r}?" if close else " `mmkd-train --help` lists all."
 
 
-def _flags_of(keys: Mapping[str, Any]) -> list[str]:
+def _flags_of(keys: Mapping[str, Any], spelled: Mapping[str, Sequence[str]]) -> list[str]:
     words: list[str] = []
     for key, value in keys.items():
         values = [] if value is True else [_word(item) for item in (value if isinstance(value, list) else [value])]
+        values = list(spelled.get(key, values))
         dashes = len(values) == 1 and values[0].startswith("--")
         words += [f"--{key}={values[0]}"] if dashes else [f"--{key}", *values]
     return words
