@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from mmkd.preflight.predict import uses_bf16
 
 from mmkd import precision
 from mmkd.cache.manifest import Manifest
