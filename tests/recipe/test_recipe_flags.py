@@ -1,7 +1,5 @@
 """Flags are keys: every spelling of them is one recipe, to every command and in all that is made of the recipe."""
 
-import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +8,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkd.commands import main as commands
 from mmkd.eval.trainings import make_baseline
 from mmkd.methods.comd.round_recipes import write_round
 from mmkd.recipe.flags import recipe_of
 from mmkd.recipe.recipe import Recipe
-from mmkd.recipe.stages import plan, train_stages
+from mmkd.recipe.stages import plan
 
 PLAIN = {"method": "kd", "student": "s", "teacher": "t", "data": "d", "output_dir": "run"}
 STAGED = PLAIN | {"stages": {"A": {"method": "sft", "learning_rate": 1e-3}, "B": {"max_steps": 2}}}
