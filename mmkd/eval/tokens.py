@@ -69,9 +69,10 @@ def batches(model: Any, processing_class: Any, rows: Dataset, max_length: int, t
         trainer = SFTBaselineTrainer(
             model, args=config, train_dataset=rows, eval_dataset=rows, processing_class=processing_class
         )
-        if isinstance(trainer.views, VisionViews) and teacher is not None:
+        views = trainer.student_side.views
+        if isinstance(views, VisionViews) and teacher is not None:
             processor = processor_of_teacher(teacher.processing_class, teacher.name)
-            trainer.data_collator = replace(trainer.data_collator, views=trainer.views.with_teacher(processor))
+            trainer.data_collator = replace(trainer.data_collator, views=views.with_teacher(processor))
         # The trainer takes it, and batches, to the first GPU.
         model.to(device)
         for batch in trainer.get_eval_dataloader():

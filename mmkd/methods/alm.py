@@ -43,11 +43,11 @@ from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import ChunkAlignment, ChunkSignal, DenseSignal, LabelSignal
 from mmkd.training.answers import Placed
-from mmkd.training.balance import BalancedTrainer
+from mmkd.training.base import DistillationTrainer
 from mmkd.training.items import ItemLosses, Supervised
 from mmkd.training.method import Method
 from mmkd.training.preparing import preparation_of
-from mmkd.training.teaching import Teaching
+from mmkd.training.teaching import StudentSide, Teaching, load_teacher
 
 from .alm_config import DIVERGENCES
 from .alm_config import ALMConfig as ALMConfig
@@ -61,7 +61,7 @@ _ITEMS = {"divergence": "chunk", "ce": "token", "hidden": "end"}
 """Term of the loss -> kind of the items that it sums."""
 
 
-class ALMTrainer(BalancedTrainer):
+class ALMTrainer(DistillationTrainer):
     """Minimises a divergence of likelihoods per chunk of text that ends a token on both sides.
 
     The teacher reads the same rows in its own tokens and by its own chat template. Besides the base's arguments:
@@ -157,7 +157,7 @@ class ALMTrainer(BalancedTrainer):
 
     # The teacher
 
-    def build_teacher(self, teacher: Any, processing_class: Any) -> Teaching:
+    def build_teacher(self, student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:
         """The teacher, who reads the batch in its own tokens."""
         rows = self._reader(self.train_dataset, self.args)
         reader = rows.labelling
@@ -166,7 +166,7 @@ class ALMTrainer(BalancedTrainer):
             teacher.check(preparation_of(reader.processing_class, reader.args, reader.chat_template))
             self._check_cached_rows(teacher)
         elif not isinstance(teacher, Teacher):
-            model = self.load_teacher(teacher)
+            model = load_teacher(teacher, self.args)
             tokens = len(tokenizer_of(reader.processing_class))
             teacher = LocalTeacher(model, min(tokens, full_head(model).vocab_size))
         cached = teacher if isinstance(teacher, CachedTeacher) else None

@@ -10,7 +10,7 @@ from mmkd.losses import divergences
 from mmkd.losses.divergences import Divergence
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.signals import DenseSignal, SparseSignal, TopKSignal
-from mmkd.training.balance import BalancedTrainer
+from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
 from mmkd.training.method import Method
@@ -73,10 +73,10 @@ class KDConfig(DistillationConfig):
                 raise UserError(f"{name} is {getattr(self, name)}; it is a share and must lie between 0 and 1.")
 
 
-class KDTrainer(BalancedTrainer):
+class KDTrainer(DistillationTrainer):
     """Minimises `(1 - ce_weight) * temperature**2 * divergence(teacher, student) + ce_weight * cross-entropy`.
 
-    With `combine: gradmag` the two are balanced first, see `BalancedTrainer`.
+    With `combine: gradmag` the two are balanced first, see `mmkd.training.balance`.
     """
 
     method = "kd"

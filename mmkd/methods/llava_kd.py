@@ -16,7 +16,7 @@ from mmkd.models.heads import LMHead
 from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal
-from mmkd.training.balance import BalancedTrainer
+from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
 from mmkd.training.method import Method
@@ -110,7 +110,7 @@ class VisualSignal:
     images: Int[Tensor, "image"]
 
 
-class LLaVAKDTrainer(BalancedTrainer):
+class LLaVAKDTrainer(DistillationTrainer):
     """Minimises `cross-entropy + alpha KL(answer) + beta KL(visual tokens) + gamma (1 - cos of their relations)`.
 
     The terms are means over tokens, visual tokens and images of the whole accumulated batch on all ranks. Rows without

@@ -9,7 +9,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from mmkd.errors import UserError
 from mmkd.losses.divergences import entropy, forward_kl, interpolated_log_probs
-from mmkd.training.balance import BalancedTrainer
+from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
 from mmkd.training.method import Method
@@ -120,7 +120,7 @@ def _sigmoid(value: float) -> float:
     return (1 + math.tanh(value / 2)) / 2
 
 
-class TAIDTrainer(BalancedTrainer):
+class TAIDTrainer(DistillationTrainer):
     """Minimises KL(p_t || student), p_t = softmax((1 - t) student + t teacher) with the student there detached."""
 
     method = "taid"

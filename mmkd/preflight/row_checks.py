@@ -9,6 +9,7 @@ from mmkd.preparation.supervision import TokenCounts, kept
 from mmkd.recipe.recipe import Run
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.training.method import METHODS
+from mmkd.training.teaching import check_several
 
 from .facts import Finding, Rendered, Sample, Side, finding_of, listed
 
@@ -77,7 +78,7 @@ def routes(sample: Sample, run: Run) -> list[Finding]:
     assert isinstance(teachers, dict)
     assert column is not None
     several = SeveralTeachers(dict.fromkeys(teachers), column=column)
-    METHODS[run.arguments.method].trainer.check_several(several, run.training, sample.rows)
+    check_several(METHODS[run.arguments.method].trainer, several, run.training, sample.rows)
     named = Counter(sample.rows["train"][column])
     found = (
         f"Of {named.total()} rows, by {column}: " + ", ".join(f"{named[name]} for {name}" for name in teachers) + "."

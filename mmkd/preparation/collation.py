@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Self
 
 import torch
@@ -76,6 +77,13 @@ class TextViews:
         """Whether a processor makes of rows what the student's makes: there are no images to read."""
         return True
 
+    def with_teacher(self, processor: ProcessorMixin | None) -> Self:
+        """These, which are the teacher's too."""
+        return self
+
+    def reader(self, train: Any, sharded: bool) -> None:
+        """What decodes images: nothing, since there are none."""
+
     def __call__(self, rows: Rows) -> tuple[Rows, Batch]:
         # Collators write into their examples.
         view = View.of(self.collator([dict(example) for example in rows.examples]))
@@ -93,6 +101,17 @@ def _with_silent_companion(batch: Batch) -> Batch:
     labels, lengths = batch.student.labels.clone(), batch.row_lengths.clone()
     labels[-1], lengths[-1] = -100, 0
     return replace(batch.with_labels(labels), row_lengths=lengths)
+
+
+def views_of(
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]], data: tuple[Any, Any], skip: bool, names: RowNames
+) -> "TextViews | VisionViews":
+    """What student and teacher read by a collator, in which the rows of (train, evaluation) data are named."""
+    if not isinstance(collator, VisionLabels):
+        return TextViews(collator)
+    names.add(data[0], "train")
+    names.add(data[1], "eval")
+    return VisionViews(collator, skip, names)
 
 
 class StandIn:
@@ -181,9 +200,9 @@ class VisionViews:
         """Whether a processor makes of rows what the student's makes."""
         return processing_facts(processor) == processing_facts(self.student.processor)
 
-    def with_teacher(self, processor: ProcessorMixin) -> Self:
+    def with_teacher(self, processor: ProcessorMixin | None) -> Self:
         """The views with one of the teacher's own, if its processor makes another one."""
-        if self.reads_alike(processor):
+        if processor is None or self.reads_alike(processor):
             return self
         require_image_tokens(processor, "teacher")
         turns = Turns.of(processor) if self.student.assistant_only_loss else None
@@ -191,6 +210,18 @@ class VisionViews:
         template = None if turns is None else turns.template
         teacher = replace(student, processor=processor, chat_template=template, turns=turns)
         return type(self)(student, self.skip, self.names, teacher)
+
+    def reader(self, train: Any, sharded: bool) -> "ImageReader":
+        """What decodes the images of rows; where models are sharded, with a row of `train` that keeps ranks together.
+
+        Raises UserError when none of the first rows is usable.
+        """
+        companion = next((row for row in train if images_of(row)), None) if sharded else None
+        reader = ImageReader(self.skip, companion, self.names)
+        if self.skip:
+            # Finds a row to put in the place of others before the first batch, which may hold none.
+            self(reader([dict(row) for row in islice(train, 8)]))
+        return reader
 
     def __call__(self, rows: Rows) -> tuple[Rows, Batch]:
         examples = rows.examples

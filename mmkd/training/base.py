@@ -1,52 +1,47 @@
-"""The distillation step, owned once: shift, mask, ask the teacher, sum, normalise, log. A method adds item losses."""
+"""The distillation step, owned once: prepare, ask the teacher, forward, item losses, total. A method adds losses."""
 
 from collections.abc import Callable, Mapping
-from copy import copy
-from itertools import islice
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
 from jaxtyping import Float
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import TrainerCallback
 
-from mmkd.data.image_columns import image_column
-from mmkd.data.layouts import canonical
 from mmkd.errors import UserError
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import Objective, fused_loss
-from mmkd.models.backbone import allow_consumers, name_of
+from mmkd.models.backbone import allow_consumers
 from mmkd.models.heads import LMHead
-from mmkd.models.load import load_model, load_processing_class, tokenizer_of
-from mmkd.models.parts import train_only
 from mmkd.models.sharded_weights import is_sharded
-from mmkd.precision import say_emulated
-from mmkd.preparation.checks import check_precision, check_stream, check_student, check_training_data
-from mmkd.preparation.collation import BAD_ROWS, Collator, ImageReader, TextViews, VisionViews
+from mmkd.preparation.checks import check_stream, check_student
+from mmkd.preparation.collation import Collator, views_of
 from mmkd.preparation.labelling import LabellingTrainer
-from mmkd.preparation.prepared_rows import skips_preparation
-from mmkd.preparation.prompt_rows import with_open_answers
 from mmkd.preparation.row_names import RowNames
-from mmkd.preparation.vision_labels import VisionLabels
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.batch import Batch, View
-from mmkd.teachers.cached import images_of
+from mmkd.teachers.several import SeveralTeachers
 from mmkd.teachers.signals import DenseSignal, RoutedSignal, TopKSignal
 
+from .answers import Placed
+from .balance import balance_factors, check_balance
 from .config import DistillationConfig
+from .fitting import check_fit, check_rows_apart, stop_where_answers_end
 from .items import ItemLosses, Supervised
-from .on_policy import OnPolicyTrainer
-from .progress import DistillationProgress
-from .rollouts import check_rollouts
+from .on_policy import generator_of
+from .prepared import Prepared, canonical_rows, unread
+from .progress import show_progress
+from .reports import ReportingTrainer, reports_of
+from .rollouts import Rollouts
 from .run_trainer import RunTrainer
 from .sharding import without_repeated_rows
-from .teaching import TaughtTrainer, check_teachers
+from .teaching import StudentSide, Teaching, first_rows, teaching_of
 
 
-class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingTrainer):
+class DistillationTrainer(RunTrainer, ReportingTrainer, LabellingTrainer):
     """trl's SFTTrainer with a teacher. A method subclasses it and implements `item_losses`.
 
     Args:
@@ -61,8 +56,18 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
 
     config_class: ClassVar[type[DistillationConfig]] = DistillationConfig
     accepts: ClassVar[tuple[type, ...]] = (DenseSignal, TopKSignal)
+    one_vocabulary: ClassVar[bool] = True
+    """Whether a token must be the same to student and teacher."""
     # `compute_loss` divides by counts of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
+
+    # transformers types these as unions with None, for trainers that are still without them.
+    args: DistillationConfig
+    model: Any
+    train_dataset: Any
+    processing_class: Any
+    data_collator: Any
+    teacher: Any
 
     def __init__(
         self,
@@ -79,48 +84,55 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
         self._given_teacher = (teacher, teacher_processing_class)
         self._tag_names = ["mmkd", self.method]
         self._name = type(self).__name__.removesuffix("Trainer")
-        if teacher is None and self.needs_teacher:
-            raise UserError(f"Method {self.method} needs a teacher: pass a Hub id, a folder, a model or a Teacher.")
-        # What the Trainer writes into its settings does not concern those who gave them.
-        args = copy(self._settings_of(model, args))
-        self._reads_rows = kwargs.get("formatting_func") is None and not skips_preparation(args)
-        if self._reads_rows:
-            train_dataset, eval_dataset = (
-                _canonical(train_dataset, "train", args),
-                _canonical(eval_dataset, "eval", args),
-            )
-        if args.on_policy_fraction == 1:
-            train_dataset = with_open_answers(train_dataset)
-        check_teachers(type(self), teacher, args, {"train": train_dataset, "eval": eval_dataset})
-        if args.on_policy_fraction:
-            check_rollouts(teacher, train_dataset)
+        how = {"peft": kwargs.get("peft_config"), "formatting": kwargs.get("formatting_func")}
         if isinstance(model, str):
-            quantization = kwargs.pop("quantization_config", None)
-            model, processing_class = self._load_student(model, args, processing_class, quantization)
-            # Else trl warns that it does not read them.
-            args.model_init_kwargs = None
-        if processing_class is None:
-            processing_class = load_processing_class(name_of(model), "student")
-        check_precision(args, args.emulated_bf16)
-        say_emulated("student", model.dtype, args.device)
-        # Read by `ImageReader`, which can say what is wrong with an image.
-        train_dataset, eval_dataset = _unread(train_dataset), _unread(eval_dataset)
-        check_training_data(train_dataset, eval_dataset, args, tokenizer_of(processing_class))
+            how["quantization"] = kwargs.pop("quantization_config", None)
+        rows = (train_dataset, eval_dataset)
+        prepared = Prepared.of(type(self), model, teacher, args, rows, processing_class, **how)
+        self._reads_rows, self._row_names = prepared.reads_rows, RowNames()
         self._start_reports()
-        if args.trainable is not None:
-            _train_parts(model, args.trainable, kwargs.get("peft_config"))
         self._counts: dict[str, Tensor] = {}
+        callbacks = [self._clock, *self.method_callbacks(prepared.args)]
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=[self._clock, *self.method_callbacks(args), *(kwargs.pop("callbacks", None) or [])],
+            model=prepared.model,
+            args=prepared.args,
+            train_dataset=prepared.train,
+            eval_dataset=prepared.evaluation,
+            processing_class=prepared.processing_class,
+            callbacks=[*callbacks, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
         check_student(self)
-        self._get_ready(teacher, teacher_processing_class)
+        self._fit(teacher, teacher_processing_class)
+        self.rollouts: Rollouts | None = None
+        if self.args.on_policy_fraction:
+            generator, tokens = generator_of(self)
+            self.rollouts = Rollouts(generator, tokens, self.args, self.args.process_index, self.args.world_size)
+        show_progress(self)
+
+    def _fit(self, teacher: Any, teacher_processing_class: Any) -> None:
+        """Fits teacher, student and prepared rows to each other: what is compared, and what makes batches."""
+        allow_consumers(self.model)
+        args, rows, collate = self.args, (self.train_dataset, self.eval_dataset), self.data_collator
+        views = views_of(collate, rows, args.on_bad_row == "skip", self._row_names)
+        side = StudentSide(self.model, self.processing_class, args, self.labelling, *rows, views, self.padding_free)
+        teaching = self.build_teacher(side, teacher, teacher_processing_class)
+        self.teacher, self.vocab_size = teaching.teacher, teaching.vocab_size
+        self.student_side = side = replace(side, views=views.with_teacher(teaching.processor))
+        check_fit(side, teaching, self.one_vocabulary)
+        stop_where_answers_end(side)
+        if args.combine == "gradmag":
+            check_balance(self.model, args, is_sharded(self.accelerator))
+        reader = side.views.reader(self.train_dataset, is_sharded(self.accelerator))
+        self.data_collator = Collator(side.views, reader, teaching.fill, bool(args.on_policy_fraction))
+        if teaching.teacher is not None:
+            teaching.teacher.prepare(self.accelerator)
+        if self.padding_free:
+            check_rows_apart(side, teaching, collate, self.one_vocabulary)
+        if teaching.teacher is not None:
+            # One that cannot answer fails before training.
+            for row in first_rows(teaching.teacher, self.train_dataset):
+                self.ask(self._prepare_inputs(self.data_collator([row])))
 
     # What a method implements
 
@@ -137,6 +149,10 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
                 f"{type(teacher).__name__} answers with {teacher.signal_type.__name__}, method {cls.method} needs "
                 f"{accepted}. Use another teacher or another method."
             )
+
+    def build_teacher(self, student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:
+        """The teacher of the constructor's arguments, fitted to the student, and what follows from it."""
+        return teaching_of(student, teacher, processing_class)
 
     def method_callbacks(self, args: Any) -> list[TrainerCallback]:
         """Callbacks of the method; those that are ExportableState are saved in and restored from the trainer state."""
@@ -157,11 +173,9 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
         """
         return batch
 
-    def step_ended(self, means: dict[str, float]) -> None:
-        """Called once per optimizer step with this step's mean over all ranks of the reports named in `step_means`.
-
-        Without such names it is not called.
-        """
+    def with_rollouts(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
+        """A micro-batch whose rollouts (row -> rollout) are in place, as the method's teacher reads it."""
+        return batch
 
     def read_student(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Supervised:
         """What `item_losses` learns of the student; runs inside its forward."""
@@ -172,144 +186,13 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
         """How many items of each kind a micro-batch of this rank has."""
         return {"token": batch.student.supervised.sum()}
 
-    # What methods share
+    def step_ended(self, means: dict[str, float]) -> None:
+        """Called once per optimizer step with this step's mean over all ranks of the reports named in `step_means`.
 
-    def fused(
-        self,
-        student: Supervised,
-        signal: Any,
-        objective: Objective = forward_kl,
-        temperature: float = 1.0,
-        ce_weight: float | None = None,
-    ) -> ItemLosses:
-        """The item losses of a token-level divergence mixed with cross-entropy, with all reports."""
-        args = self.args
-        loss = fused_loss(
-            student.hidden,
-            student.head,
-            student.labels,
-            signal,
-            objective,
-            temperature=temperature,
-            ce_weight=args.ce_weight if ce_weight is None else ce_weight,
-            chunk_size=args.chunk_size,
-            precise=args.precise_logits,
-            diagnostics=self._reports_now(),
-            repeatable=args.combine == "gradmag",
-        )
-        sums = loss.sums
-        if self.logs_apart and "divergence" in sums:
-            # Of the tokens that "kl" is about; "divergence" itself is of all steps since the last log.
-            sums = {**sums, "step_divergence": sums["divergence"]}
-        tokens = len(student.labels)
-        return ItemLosses({"token": loss.total}, {name: (total, tokens) for name, total in sums.items()})
-
-    # Construction
-
-    @classmethod
-    def _settings_of(cls, student: Any, args: DistillationConfig | None) -> DistillationConfig:
-        """The settings, or the default ones. Raises UserError for those of another method."""
-        if args is None:
-            name = (student if isinstance(student, str) else name_of(student)).rstrip("/").split("/")[-1]
-            args = cls.config_class(f"{name or 'student'}-{cls.method}")
-        if not isinstance(args, cls.config_class):
-            raise UserError(f"{cls.__name__} takes a {cls.config_class.__name__}, not a {type(args).__name__}.")
-        return args
-
-    def _load_student(
-        self, name: str, args: DistillationConfig, processing_class: Any, quantization: Any
-    ) -> tuple[PreTrainedModel, Any]:
-        given = args.model_init_kwargs or {}
-        assert isinstance(given, dict)
-        init: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **given}
-        init["quantization_config"] = quantization or init.get("quantization_config")
-        if processing_class is None:
-            hub = {key: init.get(key) for key in ("revision", "trust_remote_code")}
-            processing_class = load_processing_class(name, "student", **hub)
-        return load_model(name, "student", device=args.device, **init), processing_class
-
-    def _get_ready(self, teacher: Any, teacher_processing_class: Any) -> None:
-        """Makes the teacher and what turns rows into batches, and asks once before training."""
-        args = self.args
-        collate = self.data_collator
-        self._row_names = RowNames()
-        self.views = self._views_by(collate)
-        allow_consumers(self.model)
-        teaching = self.build_teacher(teacher, teacher_processing_class)
-        self.teacher, self.vocab_size = teaching.teacher, teaching.vocab_size
-        if isinstance(self.views, VisionViews) and teaching.processor is not None:
-            self.views = self.views.with_teacher(teaching.processor)
-        self._check_fit()
-        self._stop_where_answers_end()
-        self.data_collator = Collator(self.views, self._image_reader(), teaching.fill, bool(args.on_policy_fraction))
-        if args.on_bad_row == "skip" and isinstance(self.views, VisionViews):
-            # Finds a row to put in the place of others before the first batch, which may hold none.
-            self.data_collator([dict(row) for row in islice(self.train_dataset, 8)])
-        if self.teacher is not None:
-            self.teacher.prepare(self.accelerator)
-        if self.padding_free:
-            self._check_packing(collate)
-        if self.teacher is not None:
-            for row in self._first_rows(self.teacher):
-                # A teacher that cannot answer fails before training.
-                self.ask(self._prepare_inputs(self.data_collator([row])))
-        if args.on_policy_fraction:
-            self._start_rollouts(Collator(self.views))
-        if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
-            self.remove_callback(ProgressCallback)
-            self.add_callback(DistillationProgress)
-
-    def _views_by(self, collate: Any) -> TextViews | VisionViews:
-        if not isinstance(collate, VisionLabels):
-            return TextViews(collate)
-        self._row_names.add(self.train_dataset, "train")
-        self._row_names.add(self.eval_dataset, "eval")
-        return VisionViews(collate, self.args.on_bad_row == "skip", self._row_names)
-
-    def _image_reader(self) -> ImageReader | None:
-        """What decodes the images of rows, if they have any."""
-        if not isinstance(self.views, VisionViews):
-            return None
-        companion = None
-        if is_sharded(self.accelerator):
-            companion = next((row for row in self.train_dataset if images_of(row)), None)
-        return ImageReader(self.args.on_bad_row == "skip", companion, self._row_names)
+        Without such names it is not called.
+        """
 
     # The step
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Collects one accumulated batch and counts its items of each kind over all ranks."""
-        self._clock.begin()
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if 0 < len(batches) < num_batches:
-            # A stream ends. The Trainer takes no step of too few, and would add their gradient to the next epoch's.
-            check_stream(len(batches), num_batches, self.state.global_step)
-            batches = []
-        if self.rollouts is not None:
-            batches = self._answered(batches)
-        batches = [self.ask_ahead(batch, len(batches) == 1) for batch in batches]
-        counts: dict[str, Tensor] = {}
-        for batch in batches:
-            for kind, count in self.count_items(batch).items():
-                counts[kind] = counts.get(kind, torch.zeros((), dtype=torch.long, device=device)) + count.to(device)
-        self._counts = {kind: self._summed(counts[kind]) for kind in sorted(counts)}
-        return batches, num_items
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        """The Trainer's, of every tensor of a batch."""
-        return inputs.map(self._prepare_input) if isinstance(inputs, Batch) else super()._prepare_inputs(inputs)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch; after the last one of an optimizer step, `step_ended`."""
-        loss = super().training_step(*args, **kwargs)
-        last = self.accelerator.sync_gradients
-        if self.step_means and last:
-            means = self._means(self._step_sums)
-            self._step_sums = {}
-            # A step without a single item has no mean to learn from.
-            if means:
-                self.step_ended(means)
-        return loss
 
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -319,7 +202,7 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
         signal = self.ask(batch) if self.needs_teacher or self._reports_now() else None
         losses = self.forward(model, batch, lambda student: self.losses_of(student, signal))
         loss = self.total(losses, counts)
-        self._record({**losses.reports, **self._reports_of(batch, losses, counts)})
+        self._record({**losses.reports, **reports_of(batch, losses, None if self.model.training else counts)})
         if not return_outputs:
             return loss
         with torch.no_grad():
@@ -360,36 +243,127 @@ class DistillationTrainer(RunTrainer, TaughtTrainer, OnPolicyTrainer, LabellingT
         # Gradients are averaged over ranks, while the counts are already those of all ranks.
         return torch.stack(means).sum() * (self.accelerator.num_processes if self.model.training else 1)
 
-    def _reports_of(self, batch: Batch, losses: ItemLosses, counts: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The reports that do not depend on the method."""
-        reports: dict[str, Any] = {"supervised_tokens": (batch.student.supervised.sum(), 1)}
-        if not self.model.training:
-            reports |= {f"loss/{kind}": (total, counts[kind]) for kind, total in losses.totals.items()}
-        if batch.skipped is not None:
-            reports |= {name: (count, 1) for name, count in zip(BAD_ROWS, batch.skipped, strict=True)}
-        return reports
+    # Around the step
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Collects one accumulated batch and counts its items of each kind over all ranks."""
+        self._clock.begin()
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if 0 < len(batches) < num_batches:
+            # A stream ends. The Trainer takes no step of too few, and would add their gradient to the next epoch's.
+            check_stream(len(batches), num_batches, self.state.global_step)
+            batches = []
+        if self.rollouts is not None:
+            batches = self._with_answers(self.rollouts, batches)
+        batches = [self.ask_ahead(batch, len(batches) == 1) for batch in batches]
+        counts: dict[str, Tensor] = {}
+        for batch in batches:
+            for kind, count in self.count_items(batch).items():
+                counts[kind] = counts.get(kind, torch.zeros((), dtype=torch.long, device=device)) + count.to(device)
+        self._counts = {kind: self._summed(counts[kind]) for kind in sorted(counts)}
+        return batches, num_items
+
+    def _with_answers(self, rollouts: Rollouts, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches of an optimizer step, the student's answers among them; told in the logs."""
+        batches, mixed = rollouts.mix(batches, self.state.global_step)
+        self._record(mixed.reports(self.accelerator.device), "train")
+        rollouts.judge(mixed.totals(self._summed, self.accelerator.device))
+        return [replace(self.with_rollouts(batch, mixed.of(number)), rows=()) for number, batch in enumerate(batches)]
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """The Trainer's, of every tensor of a batch."""
+        return inputs.map(self._prepare_input) if isinstance(inputs, Batch) else super()._prepare_inputs(inputs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; after the last one of an optimizer step, `step_ended`."""
+        loss = super().training_step(*args, **kwargs)
+        if self.step_means and self.accelerator.sync_gradients:
+            means = self._means_of_step()
+            # A step without a single item has no mean to learn from.
+            if means:
+                self.step_ended(means)
+        return loss
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation, of these rows or of those of the constructor."""
         if self._reads_rows and not isinstance(eval_dataset, str):
-            eval_dataset = _canonical(eval_dataset, "eval", self.args)
-        eval_dataset = _unread(eval_dataset)
-        if isinstance(self.views, VisionViews) and eval_dataset is not None:
+            eval_dataset = canonical_rows(eval_dataset, "eval", self.args)
+        eval_dataset = unread(eval_dataset)
+        if eval_dataset is not None:
             self._row_names.add(eval_dataset, "eval")
         return super().evaluate(eval_dataset, *args, **kwargs)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        teacher, columns = self._given_teacher[0], self._signature_columns
+        assert columns is not None
+        if isinstance(teacher, SeveralTeachers) and teacher.column not in (None, *columns):
+            columns.append(str(teacher.column))
 
-def _canonical(data: Any, split: str, args: Any) -> Any:
-    return canonical(data, split, skip=args.on_bad_row == "skip", text_field=args.dataset_text_field)
+    # What methods share
 
+    @property
+    def balances(self) -> bool:
+        """Whether the terms of this pass are to be balanced."""
+        return self.args.combine == "gradmag" and self.model.training
 
-def _train_parts(model: Any, parts: Any, peft_config: Any) -> None:
-    if peft_config is not None or isinstance(model, PeftModel):
-        raise UserError("trainable and PEFT both say what is trained: choose target_modules, or no adapter.")
-    train_only(model, parts)
+    def fused(
+        self,
+        student: Supervised,
+        signal: Any,
+        objective: Objective = forward_kl,
+        temperature: float = 1.0,
+        ce_weight: float | None = None,
+    ) -> ItemLosses:
+        """The item losses of a token-level divergence and cross-entropy, mixed or balanced, with all reports."""
+        if not self.balances:
+            weight = self.args.ce_weight if ce_weight is None else ce_weight
+            return self._mixed(student, signal, objective, temperature, weight)
+        terms, reports = self.apart(student, signal, objective, temperature)
+        return ItemLosses(self.balanced(terms, dict.fromkeys(terms, "token"), self.args.term_weights), reports)
 
+    def apart(
+        self, student: Supervised, signal: Any, objective: Objective = forward_kl, temperature: float = 1.0
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Divergence and cross-entropy, each by a pass of its own through the head, and the reports of both."""
+        divergence = self._mixed(student, signal, objective, temperature, ce_weight=0.0)
+        ce = self._mixed(student, None, forward_kl, 1.0, ce_weight=1.0)
+        return {"divergence": divergence.totals["token"], "ce": ce.totals["token"]}, ce.reports | divergence.reports
 
-def _unread(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {name: _unread(one) for name, one in data.items()}
-    return image_column(data)
+    def balanced(
+        self, terms: Mapping[str, Tensor], items: Mapping[str, str], weights: Mapping[str, float] | None = None
+    ) -> dict[str, Tensor]:
+        """What the terms, each a sum over `items` of a kind, add up to per kind of item when they are balanced.
+
+        Terms of weight 0 are left out; without weights all have the same. Logs each factor as `balance/<term>`.
+        """
+        counted = [name for name in terms if weights is None or weights[name]]
+        means = {name: terms[name] / self._counts[items[name]].clamp(min=1) for name in counted}
+        factors = balance_factors(means, weights, self.model, self._summed)
+        # A term without gradient, of a teacher without rows say, has no factor to speak of.
+        self._record({f"balance/{name}": (factor, factor > 0) for name, factor in factors.items()})
+        return ItemLosses.added({name: terms[name] * factor for name, factor in factors.items()}, items)
+
+    def _mixed(
+        self, student: Supervised, signal: Any, objective: Objective, temperature: float, ce_weight: float
+    ) -> ItemLosses:
+        args = self.args
+        loss = fused_loss(
+            student.hidden,
+            student.head,
+            student.labels,
+            signal,
+            objective,
+            temperature=temperature,
+            ce_weight=ce_weight,
+            chunk_size=args.chunk_size,
+            precise=args.precise_logits,
+            diagnostics=self._reports_now(),
+            repeatable=args.combine == "gradmag",
+        )
+        sums = loss.sums
+        if self.logs_apart and "divergence" in sums:
+            # Of the tokens that "kl" is about; "divergence" itself is of all steps since the last log.
+            sums = {**sums, "step_divergence": sums["divergence"]}
+        tokens = len(student.labels)
+        return ItemLosses({"token": loss.total}, {name: (total, tokens) for name, total in sums.items()})

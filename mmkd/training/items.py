@@ -32,6 +32,15 @@ class ItemLosses:
     reports: dict[str, tuple[Tensor, Tensor | int]] = field(default_factory=dict)
     """Name in the logs -> (sum, number of items), without gradient."""
 
+    @staticmethod
+    def added(terms: Mapping[str, Tensor], items: Mapping[str, str]) -> dict[str, Tensor]:
+        """The sums of terms, by the kind of the items of each."""
+        totals: dict[str, Tensor] = {}
+        for name, term in terms.items():
+            kind = items[name]
+            totals[kind] = totals[kind] + term if kind in totals else term
+        return totals
+
     @classmethod
     def of_parts(cls, parts: Mapping[str, Self]) -> Self:
         """The sums of the losses of several teachers, each over its own tokens, with the "kl" of each by its name."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 
 # Name in the logs -> name in the line, which has little room.
@@ -12,6 +13,13 @@ _SHOWN = {
     "taid_t": "t",
     "supervised_tokens_per_second": "tok/s",
 }
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Puts the line in the place of the Trainer's own, where that is shown."""
+    if any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks):
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(DistillationProgress)
 
 
 class DistillationProgress(ProgressCallback):

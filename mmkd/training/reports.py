@@ -1,16 +1,19 @@
 """What a training over tokens reports: tokens, speed, the time left and perplexity."""
 
 import math
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer
 
 from mmkd.preparation.collation import BAD_ROWS
+from mmkd.teachers.batch import Batch
 
 from .clock import StepClock
 from .counts import CountingTrainer, add
+from .items import ItemLosses
 
 
 class ReportingTrainer(CountingTrainer, SFTTrainer):
@@ -47,9 +50,21 @@ class ReportingTrainer(CountingTrainer, SFTTrainer):
         for name in (name for name in self.step_means if name in reports and self.model.training):
             add(self._step_sums, name, self._entry(*reports[name]))
 
+    def _means_of_step(self) -> dict[str, float]:
+        """The means of the optimizer step that ends, of the reports in `step_means`."""
+        sums, self._step_sums = self._step_sums, {}
+        return self._means(sums)
+
     def _training_reports(self, sums: dict[str, Float[Tensor, "2"]]) -> dict[str, float]:
         """Averages over items, counts since the start of the run, speed and the time left."""
-        counted, found = self._counted(sums), {}
+        found: dict[str, float] = {}
+        if "rollout_tokens" in sums:
+            # The tokens are counted below, where the supervised ones are.
+            tokens, seconds = (self._summed(sums[name][0]).item() for name in ("rollout_tokens", "rollout_seconds"))
+            del sums["rollout_seconds"]
+            found["rollout_seconds"] = seconds / self.args.world_size
+            found["rollout_tokens_per_second"] = tokens / max(found["rollout_seconds"], 1e-9)
+        counted = self._counted(sums)
         if "supervised_tokens" in counted:
             (seconds, steps), self._clock.spent = self._clock.spent, (0.0, 0)
             found |= self._count({**counted, "training_seconds": seconds})
@@ -71,3 +86,13 @@ class ReportingTrainer(CountingTrainer, SFTTrainer):
         """The sums over all ranks of what is counted and not averaged, taken out of the others."""
         # All ranks have the same names, so that they reduce the same tensors.
         return {name: int(self._summed(sums.pop(name)[0])) for name in self.cumulative if name in sums}
+
+
+def reports_of(batch: Batch, losses: ItemLosses, evaluated: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    """The reports that do not depend on the method; of an evaluation the losses too, by the counts of their items."""
+    reports: dict[str, Any] = {"supervised_tokens": (batch.student.supervised.sum(), 1)}
+    if evaluated is not None:
+        reports |= {f"loss/{kind}": (total, evaluated[kind]) for kind, total in losses.totals.items()}
+    if batch.skipped is not None:
+        reports |= {name: (count, 1) for name, count in zip(BAD_ROWS, batch.skipped, strict=True)}
+    return reports

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from mmkd.errors import UserError
 from mmkd.generation.generator import Generator, RowError, Sampling
@@ -57,6 +59,23 @@ class Mixed:
         """The rollouts of one micro-batch by their row."""
         pairs = zip(self.prompts, self.rollouts, strict=True)
         return {prompt.row: Placed(prompt.start, rollout) for prompt, rollout in pairs if prompt.batch == batch}
+
+    def reports(self, device: torch.device) -> dict[str, tuple[Tensor, Tensor | int]]:
+        """What the logs say of them."""
+        facts, rollouts = self.facts, len(self.rollouts)
+        # Where the other reports are: they are reduced together, by NCCL perhaps, which knows no others.
+        counts = dict(zip(facts, torch.tensor(list(facts.values()), device=device), strict=True))
+        return {
+            **{f"rollouts_{kind}": (counts[kind], rollouts) for kind in ("ended", "truncated", "empty")},
+            "rollout_length": (counts["tokens"], rollouts),
+            "rollout_tokens": (counts["tokens"], 1),
+            "rollout_seconds": (torch.tensor(self.seconds, device=device), 1),
+        }
+
+    def totals(self, summed: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, int]:
+        """The facts of all ranks together."""
+        facts = self.facts
+        return dict(zip(facts, summed(torch.tensor(list(facts.values()), device=device)).tolist(), strict=True))
 
     @property
     def facts(self) -> dict[str, int]:
