@@ -102,6 +102,8 @@ class DistillationTrainer(RunTrainer, ReportingTrainer, LabellingTrainer):
             callbacks=[*callbacks, *(kwargs.pop("callbacks", None) or [])],
             **kwargs,
         )
+        # Batches of streams would be cut and put together again field by field, and not all fields are about rows.
+        self.accelerator.dataloader_config.dispatch_batches = False
         check_student(self)
         self._fit(teacher, teacher_processing_class)
         self.rollouts: Rollouts | None = None

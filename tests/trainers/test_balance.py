@@ -242,6 +242,6 @@ def test_last_layers_without_gradients_are_refused(
         built(trainer={"peft_config": first})
     with pytest.raises(ValueError, match="use_reentrant: false"):
         built(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
-    monkeypatch.setattr("mmkd.training.balance.is_sharded", lambda accelerator: True)
+    monkeypatch.setattr("mmkd.training.base.is_sharded", lambda accelerator: True)
     with pytest.raises(ValueError, match="FSDP and ZeRO-3"):
         built()

@@ -1,5 +1,7 @@
 """The step that all methods share: what SFTTrainer gives is kept, and nothing depends on how a batch is cut."""
 
+import copy
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +24,13 @@ from transformers import (
 
 from mmkd.losses.divergences import forward_kl
 from mmkd.methods.comd.comd_trainer import CoMDTrainer
-from mmkd.methods.kd import KDTrainer
+from mmkd.methods.kd import KDConfig, KDTrainer
 from mmkd.methods.sft import SFTBaselineTrainer
 from mmkd.methods.taid import TAIDTrainer
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.several import SeveralTeachers
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.method import METHODS
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
@@ -182,6 +185,27 @@ def test_the_student_moves_towards_the_teacher(build: Build, texts: Dataset) -> 
     trainer.train()
     kl = losses_of(trainer, "kl")
     assert kl[-1] < 0.6 * kl[0]
+
+
+def test_what_a_trainer_is_given_stays_as_it_is(tiny: dict[str, Path], texts: Dataset, tmp_path: Path) -> None:
+    config = KDConfig(
+        str(tmp_path), model_init_kwargs={"dtype": "float32"}, bf16=False, report_to="none", max_length=64
+    )
+    before = {field.name: copy.copy(getattr(config, field.name)) for field in fields(config)}
+    local = LocalTeacher(AutoModelForCausalLM.from_pretrained(tiny["teacher"]))
+    tokens = local.vocab_size = local.vocab_size + 5
+    several = SeveralTeachers({"a": str(tiny["teacher"]), "b": local})
+    trainer = KDTrainer(str(tiny["student"]), several, config, texts)
+    assert {name: getattr(config, name) for name in before} == before
+    assert (several.teachers, local.vocab_size) == ({"a": str(tiny["teacher"]), "b": local}, tokens)
+    assert trainer.vocab_size < tokens
+
+
+def test_a_stream_is_evaluated_like_rows(build: Build, texts: Dataset) -> None:
+    trainer = build(KDTrainer, texts, per_device_eval_batch_size=5)
+    streamed, whole = trainer.evaluate(texts.to_iterable_dataset()), trainer.evaluate(texts)
+    names = ("eval_loss", "eval_kl", "eval_top1_agreement", "eval_perplexity")
+    assert [streamed[name] for name in names] == pytest.approx([whole[name] for name in names], rel=1e-5)
 
 
 def test_a_batch_without_supervised_tokens_is_a_zero(build: Build, completions: Dataset) -> None:
