@@ -31,9 +31,9 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
         raise UserError(f"{NATIVE_BF16} is {forced!r}; set it to 1 or 0, or leave it unset.")
     if forced == "1" or (forced == "0" and dtype == torch.bfloat16):
         return forced == "1"
-    # oneDNN does the products; where torch was built without it, nothing does them well. What it supports follows
-    # ONEDNN_MAX_CPU_ISA, but on plain AVX-512 it says yes to bf16 that it emulates: the processor's flags tell.
-    # Private names, for want of public ones.
+    # oneDNN computes the products; without it torch has no fast kernels. Its answer respects ONEDNN_MAX_CPU_ISA, but
+    # on plain AVX-512 it is yes although bf16 is emulated, so that the processor's flags are checked too. The names
+    # are private because torch has no public ones.
     if not torch.backends.mkldnn.is_available():
         return False
     ops = torch.ops.mkldnn
@@ -54,12 +54,12 @@ def native_dtype(device: str | torch.device) -> torch.dtype:
 
 
 def name_of_dtype(dtype: str | torch.dtype) -> str:
-    """As recipes write it: float32."""
+    """The name of a type in recipes, such as float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def say_emulated(role: str, dtype: torch.dtype, device: str | torch.device) -> None:
-    """Warns of a model that was loaded by others, and whose type the device's CPU emulates."""
+    """Logs a warning about a model that the user has loaded in a type that the device's CPU emulates."""
     if product_dtype(dtype, device) != dtype:
         logger.warning(
             "The %s is in %s, which this CPU emulates many times slower than float32. Load it with dtype float32.",
@@ -69,7 +69,7 @@ def say_emulated(role: str, dtype: torch.dtype, device: str | torch.device) -> N
 
 
 def say_float32() -> None:
-    """Warns, once per process and on the first rank only, that half types are computed in float32 here."""
+    """Logs a warning, once per process and only on the first rank, that half types are computed in float32."""
     if _warned or os.environ.get("RANK", "0") != "0":
         return
     _warned.append(NATIVE_BF16)

@@ -1,4 +1,4 @@
-"""The data card of a teacher's cache: who said what about which data, under which licences, and how faithfully."""
+"""The card of a teacher's cache: teacher, data, licences, content and fidelity."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ from .manifest import Manifest
 from .store import Cache
 
 DATA_RECIPE = "data.yaml"
-"""What a cache of answers has beside its shards: the recipe to train on them."""
+"""The file in a cache of answers with the recipe to train on them."""
 
-# What the Hub takes as `license`; it refuses a card with anything else.
+# The values of `license` that the Hub accepts; it rejects cards with others.
 HUB_LICENSE = re.compile(
     r"apache-2\.0|mit|unlicense|wtfpl|zlib|isc|bsl-1\.0|bsd-[23]-clause|artistic-2\.0|mpl-2\.0|eupl-1\.[12]"
     r"|a?gpl-3\.0|gpl-2\.0|lgpl-(2\.1|3\.0)|gfdl|ofl-1\.1|cc0-1\.0|cc-by-[234]\.0|cc-by-sa-[34]\.0|cc-by-nd-4\.0"
@@ -38,8 +38,8 @@ def cache_card(
 ) -> str:
     """The card (Markdown with a YAML header) of a complete cache.
 
-    `fidelity` is what `mmkd cache verify` measures: `kl_live_cache` in nats per token, over `rows` rows;
-    `method` a method that learns from such a cache.
+    `fidelity` is the measurement of `mmkd cache verify`: `kl_live_cache` in nats per token, over `rows` rows. `method`
+    is the name of a method that learns from such a cache.
     """
     identity = manifest.identity
     is_text = identity["signal"]["kind"] == "text"
@@ -59,14 +59,14 @@ def cache_card(
         ],
     )
     teacher, data = identity["teacher"], identity["data"]
-    what = f"What `{teacher['name']}` says about every supervised token of the data `{data['name']}`"
+    subject = f"What `{teacher['name']}` says about every supervised token of the data `{data['name']}`"
     if is_text:
-        what = f"The answers of `{teacher['name']}` to the prompts of the data `{data['name']}`"
+        subject = f"The answers of `{teacher['name']}` to the prompts of the data `{data['name']}`"
     card = DatasetCard.from_template(
         header,
         template_str=files("mmkd.cache").joinpath("cache_card.md").read_text(encoding="utf-8"),
         title=f"{teacher['name']} on {data['name']}",
-        summary=f"{what}, written down once by mmkd, so that students learn from it without running the teacher.",
+        summary=f"{subject}, written down once by mmkd, so that students learn from it without running the teacher.",
         facts={**_source(identity), **_content(folder, manifest)},
         fidelity=_fidelity(fidelity, is_text),
         usage=_text_usage(folder, repo_id) if is_text else _usage(identity, repo_id, method),
@@ -85,19 +85,19 @@ def hub_license(license: str | None) -> dict[str, Any]:
     name = license.lower()
     if HUB_LICENSE.fullmatch(name):
         return {"license": name}
-    # Recipes may also say in words what their sources' licences are; the text of the card has room for that.
+    # Recipes may also describe the licences of their sources in words, which go into the text of the card.
     return {"license": "other", **({"license_name": name} if re.fullmatch(r"[a-z0-9.-]+", name) else {})}
 
 
 def mass_kept(cache: Cache, rows: int = 1000) -> float:
-    """The share of its probability that the teacher gave to a token's exact outcomes; mean over evenly spread rows."""
+    """The mean probability that the teacher gives to the stored outcomes of a token, over evenly spaced rows."""
     places = np.unique(np.linspace(0, len(cache) - 1, min(rows, len(cache)), dtype=np.int64))
     tails = np.concatenate([cache.scores(place).tail_log_probs for place in places.tolist()])
     return float(1 - np.exp(tails.astype(np.float64)).mean())
 
 
 def _source(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Who was asked what."""
+    """The facts about teacher, data and preparation."""
     teacher, data, preparation = identity["teacher"], identity["data"], identity["preparation"]
     precision = [teacher["dtype"], teacher["quantization"], f"by {teacher['backend']}"]
     return {
@@ -115,25 +115,25 @@ def _source(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _content(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """What came of it."""
-    signal, found = manifest.identity["signal"], {}
+    """The facts about the rows of the cache."""
+    signal, facts = manifest.identity["signal"], {}
     for split, shards in manifest.shards.items():
         rows, tokens = (sum(getattr(entry, name) for entry in shards.values()) for name in ("rows", "tokens"))
-        found[f"Split `{split}`"] = f"{rows:,} rows, {tokens:,} tokens"
+        facts[f"Split `{split}`"] = f"{rows:,} rows, {tokens:,} tokens"
     entries = [entry for shards in manifest.shards.values() for entry in shards.values()]
     size, tokens = sum(entry.bytes for entry in entries), sum(entry.tokens for entry in entries)
-    found["Size on disk"] = f"{size:,} bytes, {size / max(1, tokens):.1f} bytes per token"
+    facts["Size on disk"] = f"{size:,} bytes, {size / max(1, tokens):.1f} bytes per token"
     if signal["kind"] == "top_k":
-        found["Kept per token"] = (
+        facts["Kept per token"] = (
             f"the {signal['k']} most likely tokens with their log-probs, {signal['tail_draws']} draws from the tail, "
             f"and the tail's mass; of a vocabulary of {signal['vocab_size']:,}"
         )
         if signal["k"] and tokens:
-            found["Mean mass kept"] = f"{mass_kept(Cache(folder)):.4f} of 1, in the most likely tokens"
+            facts["Mean mass kept"] = f"{mass_kept(Cache(folder)):.4f} of 1, in the most likely tokens"
     elif signal["kind"] == "log_probs":
-        found["Kept per token"] = "the token's own log-prob"
-    found["Rows left out"] = manifest.skipped_summary() if manifest.skipped_rows() else "0"
-    return found
+        facts["Kept per token"] = "the token's own log-prob"
+    facts["Rows left out"] = manifest.skipped_summary() if manifest.skipped_rows() else "0"
+    return facts
 
 
 def _fidelity(fidelity: Mapping[str, float] | None, is_text: bool) -> str:
@@ -175,7 +175,7 @@ def _text_usage(folder: Path, repo_id: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """A setting, or the first digits of a checksum: the manifest has the rest."""
+    """A setting as text; of a checksum the first digits, as the manifest has all."""
     is_checksum = isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value)
     return f"`{value[:12]}`" if is_checksum else f"`{value}`"
 

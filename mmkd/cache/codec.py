@@ -1,9 +1,9 @@
-"""What a teacher says about one sequence, as bytes: ids in planes, log-probs in 8 bits, a zstd frame per plane.
+"""Encoding of a teacher's scores of one sequence: ids in byte planes, log-probs in 8 bits, a zstd frame per plane.
 
 Ids are stored as their rank in a `TokenOrder`, most frequent token first, so that the high bytes are mostly zero and
-compress away; ranks along one row of a plane belong to one place in the top-k. Log-probs are companded: the step grows
-from 0.013 nats near probability 1 to 0.3 nats at 1e-10, where nothing depends on it. They decrease with the place, so
-that their differences are stored.
+compress well; a row of a plane holds the ranks of one place in the top-k. Log-probs are companded: the step grows from
+0.013 nats near probability 1 to 0.3 nats at 1e-10, where no result depends on it. They decrease with the place, so
+that their differences are small numbers and are stored in place of them.
 """
 
 import struct
@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 KINDS = ("top_k", "log_probs")
 
 _ZSTD = pa.Codec("zstd", compression_level=3)
+# The smallest log-prob in nats; a probability of 4e-11.
 _FLOOR = 24.0
 _CODES = np.arange(256, dtype=np.float64)
 _STEP = np.log1p(_FLOOR) / 255
@@ -26,10 +27,10 @@ _PROBS = np.exp(_LOG_PROBS)
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a teacher says about the supervised tokens of one sequence, in their order. All in nats.
+    """A teacher's scores of the supervised tokens of one sequence, in order, in nats.
 
-    A top-k has its ids most likely first, systematic draws from what is left (ids, each standing for an equal share of
-    the tail) and the tail's mass. The kind log_probs has k = 1: the token itself, and no tail.
+    A top-k has the most likely ids in order, systematic draws from the tail (ids, each with an equal share of the
+    tail) and the mass of the tail. The kind log_probs has k = 1, the token itself, and no tail.
     """
 
     ids: Int[np.ndarray, "token k"]
@@ -49,7 +50,7 @@ class TokenOrder:
 
     @staticmethod
     def of(counts: Int[np.ndarray, "vocab"]) -> "TokenOrder":
-        """By how often each token occurs in some text; equal ones by id."""
+        """The order by counts of tokens in a text; tokens with equal counts are in the order of their ids."""
         return TokenOrder(np.argsort(-counts, kind="stable").astype(np.int32))
 
     @cached_property
@@ -98,7 +99,7 @@ class Codec:
         if self.kind == "log_probs":
             log_probs = _joined(planes).view("<f2").astype(np.float32)
             return TokenScores(nothing, log_probs.T, nothing, np.full(tokens, -np.inf, dtype=np.float32))
-        # Everything stays in rows of one place each, and is turned at the end without a copy.
+        # Rows are places and columns are tokens throughout; the transposed views at the end cost no copy.
         ids = codes = np.zeros((0, tokens), dtype=np.uint8)
         if self.k:
             ids = self.order.ids.take(_joined(planes[: self._width]))
@@ -129,7 +130,7 @@ def _quantise(log_probs: Float[np.ndarray, "token k"]) -> Int[np.ndarray, "token
 
 
 def _planes(values: Int[np.ndarray, "token k"], width: int) -> Int[np.ndarray, "width k token"]:
-    """The bytes of the values, low ones first, a plane each."""
+    """The bytes of the values in one plane per byte, lowest byte first."""
     raw = np.ascontiguousarray(values.T.astype("<u4")).view(np.uint8)
     return raw.reshape(*values.T.shape, 4).transpose(2, 0, 1)[:width]
 

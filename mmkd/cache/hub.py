@@ -1,4 +1,4 @@
-"""Caches on the Hub: pushed as Parquet with a card, and read back into the folder that training opens."""
+"""Caches on the Hub: upload as Parquet with a card, and download to a folder for training."""
 
 import hashlib
 import re
@@ -31,7 +31,7 @@ from .manifest import Manifest
 from .store import LOG, TOKEN_ORDER, CacheWriter, codec_of, damaged_shards, read_shard, sha256_of, shard_path
 
 FILE_BYTES = 500_000_000
-"""A Parquet file has as many shards as fit into this."""
+"""The largest size of a Parquet file, in bytes of shards."""
 
 _BESIDE = (MANIFEST, TOKEN_ORDER, DATA_RECIPE, LOG)
 _PARQUET = re.compile(r"(?P<split>\w+)-(?P<first>\d+)-(?P<last>\d+)\.parquet")
@@ -46,16 +46,16 @@ def push_cache(
 ) -> str:
     """Uploads a cache as a data set of the Hub; returns its URL.
 
-    Everything becomes visible in one commit at the end. Pushed again, after an interruption or with another card, only
-    what the Hub does not have yet is sent. `fidelity` and `method` go into the card: see `cache_card`. Raises
-    UserError for a cache that is incomplete or damaged, a repository that holds something else, and when the Hub
-    refuses.
+    All files become visible in one commit at the end. A repeated push, after an interruption or with another card,
+    sends only files that the Hub does not have. `fidelity` and `method` are for the card: see `cache_card`. Raises
+    UserError for an incomplete or damaged cache, for a repository with other content, and if the Hub rejects the
+    upload.
     """
     folder = Path(folder)
     manifest = _checked(folder)
     api = HfApi(library_name="mmkd", library_version=__version__)
     with explained(repo_id):
-        # None leaves the choice to the organisation's default.
+        # None means the default of the organisation.
         url = api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
         repo_id = url.repo_id
         is_private = api.repo_info(repo_id, repo_type="dataset").private
@@ -64,7 +64,7 @@ def push_cache(
         raise UserError(f"{url} exists and is public. Make it private in its settings, or name another repository.")
     if MANIFEST not in present and {*present} - {".gitattributes", "README.md"}:
         raise UserError(f"{url} is no teacher cache; name another repository.")
-    # Before anything large is sent, since making the card may fail too.
+    # Before large files are sent, since making the card may fail.
     card = cache_card(folder, manifest, repo_id, _columns(folder, manifest), fidelity, method).encode()
     additions = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -74,7 +74,7 @@ def push_cache(
             additions.append(CommitOperationAdd(f"data/{name}", path))
             with explained(repo_id):
                 api.preupload_lfs_files(repo_id, additions[-1:], repo_type="dataset")
-            # One file at a time, or a large cache would need its size again on this disk.
+            # Written, sent and deleted one by one: all together would need the size of the cache again on this disk.
             if additions[-1].path_or_fileobj == b"":
                 path.unlink()
         additions.append(CommitOperationAdd("README.md", card))
@@ -92,11 +92,11 @@ def push_cache(
 
 
 def local_cache(name: str, revision: str | None = None) -> Path:
-    """The folder of a cache given by path or Hub id, which is downloaded if it is not there.
+    """The folder of a cache, given as a path or as a Hub id, which is downloaded if necessary.
 
-    A Hub id may name its branch, tag or commit, as in user/name@v1. Downloads lie under HF_HOME/mmkd, are verified,
-    and serve later calls, without a network too. Raises UserError when there is no such cache, when it cannot be
-    downloaded, and for damaged files, by name.
+    A Hub id may name a branch, tag or commit, as in user/name@v1. Downloads are verified and kept under HF_HOME/mmkd
+    for later calls, also without a network. Raises UserError if the cache does not exist or cannot be downloaded, and,
+    with their names, for damaged files.
     """
     if Path(name).exists():
         return Path(name)
@@ -113,12 +113,12 @@ def local_cache(name: str, revision: str | None = None) -> Path:
     snapshot = Path(snapshot)
     if not (snapshot / MANIFEST).is_file():
         raise UserError(f"{repo_id} on the Hub is no teacher cache: it has no {MANIFEST}. Correct teacher_cache.")
-    # By its content, so that a commit that changes the card only costs nothing.
+    # Named by a hash of the manifest, so that a commit that only changes the card causes no download.
     digest = hashlib.sha256((snapshot / MANIFEST).read_bytes()).hexdigest()[:16]
     home = Path(constants.HF_HOME) / "mmkd" / repo_id.replace("/", "--")
     home.mkdir(parents=True, exist_ok=True)
     folder, parquet = home / digest, home / f"{digest}.download"
-    # The ranks of a run come here together.
+    # All ranks of a run arrive here at the same time.
     with WeakFileLock(home / f"{digest}.lock"):
         if not _is_whole(folder):
             with explained(repo_id):
@@ -140,7 +140,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def _checked(folder: Path) -> Manifest:
-    """The manifest of a cache that is all there and intact. Reads all of it."""
+    """The manifest of a complete and intact cache. Reads all files."""
     manifest = Manifest.read(folder)
     missing = manifest.missing()
     if missing or manifest.part is not None:
@@ -162,7 +162,7 @@ def _checked(folder: Path) -> Manifest:
 
 
 def _parquet_files(manifest: Manifest) -> Iterator[tuple[str, str, list[int]]]:
-    """Name, split and shards of each file; depends on the manifest only, so that files come out equal every time."""
+    """Name, split and shards of each file. Depends only on the manifest, so that repeated pushes have equal files."""
     for split, entries in manifest.shards.items():
         groups: list[list[int]] = []
         size = FILE_BYTES
@@ -186,7 +186,7 @@ def _write_parquet(path: Path, folder: Path, manifest: Manifest, split: str, num
     entries = manifest.shards[split]
     schema = read_shard(folder, split, numbers[0], entries[numbers[0]]).schema
     try:
-        # Nearly every value is another one, so that dictionaries would only cost.
+        # Nearly all values differ, so that dictionary encoding would only cost time and space.
         with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
             for number in numbers:
                 table = read_shard(folder, split, number, entries[number])
@@ -199,7 +199,7 @@ def _write_parquet(path: Path, folder: Path, manifest: Manifest, split: str, num
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a cache was rebuilt to its end and all its files have their size."""
+    """Whether a cache is completely rebuilt and all its files have the right size."""
     if not (folder / "dataset_dict.json").is_file():
         return False
     manifest = Manifest.read(folder)
@@ -212,7 +212,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _rebuild(repo_id: str, snapshot: Path, parquet: Path, folder: Path) -> None:
-    """Writes the shards that are not there yet from their Parquet copies; goes on after an interruption."""
+    """Writes the missing shards from their Parquet copies; continues after an interruption."""
     published = Manifest.read(snapshot)
     places = _places(repo_id, published, parquet)
     order = published.identity["signal"].get("token_order")
@@ -224,7 +224,7 @@ def _rebuild(repo_id: str, snapshot: Path, parquet: Path, folder: Path) -> None:
     first = next(iter(places.values()))[0]
     with _damage_named(repo_id, first):
         features = Features.from_arrow_schema(pq.read_schema(first))
-    # A manifest of its own: another version of Arrow writes files of other sizes.
+    # A new manifest, because another version of Arrow writes files of other sizes.
     ours = Manifest(published.identity, published.shard_rows, published.total_rows)
     with CacheWriter(folder, ours, features) as writer:
         for split, number in writer.manifest.missing():
@@ -244,7 +244,7 @@ def _rebuild(repo_id: str, snapshot: Path, parquet: Path, folder: Path) -> None:
 
 
 def _places(repo_id: str, manifest: Manifest, parquet: Path) -> dict[tuple[str, int], tuple[Path, int]]:
-    """Where each shard lies: file and row group. Raises UserError when some are nowhere."""
+    """The file and row group of each shard. Raises UserError if some are missing."""
     places: dict[tuple[str, int], tuple[Path, int]] = {}
     for path in sorted(parquet.glob("*.parquet")):
         if match := _PARQUET.fullmatch(path.name):
@@ -262,11 +262,11 @@ def _places(repo_id: str, manifest: Manifest, parquet: Path) -> dict[tuple[str, 
 
 @contextmanager
 def _damage_named(repo_id: str, path: Path) -> Iterator[None]:
-    """Turns what reading a damaged Parquet file raises into a ValueError that names it."""
+    """Turns errors of reading a damaged Parquet file into a UserError that names it."""
     try:
         yield
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        # So that the next call downloads it anew.
+        # Deleted, so that the next call downloads it again.
         path.unlink(missing_ok=True)
         raise UserError(
             f"data/{path.name} of {repo_id} on the Hub is damaged: {error}. Run this again to download it once more; "
@@ -276,7 +276,7 @@ def _damage_named(repo_id: str, path: Path) -> Iterator[None]:
 
 @contextmanager
 def explained(repo_id: str, note: str = "", kind: str = "data set") -> Iterator[None]:
-    """Turns what the Hub's client raises into a ValueError that says what to do; `note` goes behind the name."""
+    """Turns errors of the Hub's client into a UserError with advice; `note` follows the name of the repository."""
     try:
         yield
     except HFValidationError as error:
@@ -298,7 +298,7 @@ def explained(repo_id: str, note: str = "", kind: str = "data set") -> Iterator[
             ) from error
         raise UserError(f"The Hub failed on {repo_id}: {_line(error)} Try again: what was sent is kept.") from error
     except RuntimeError as error:
-        # How the client tells of a large file that it could not upload.
+        # The client raises RuntimeError for a large file whose upload failed.
         if not isinstance(error.__cause__, HfHubHTTPError | HTTPError | OSError):
             raise
         raise UserError(

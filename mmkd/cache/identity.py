@@ -1,4 +1,4 @@
-"""What makes a teacher this teacher: its weights, under whatever name."""
+"""Identity of a teacher: a hash of its weights, independent of its name."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +15,9 @@ _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 
 def weights_sha256(name: str, revision: str | None = None) -> str:
-    """sha256 (hex) over the safetensors files of a folder or a Hub id, which are downloaded if they are not there.
+    """sha256 (hex) over the safetensors files of a folder or a Hub id, which are downloaded if necessary.
 
-    Raises UserError when there are none.
+    Raises UserError if there are none.
     """
     files = _weight_files(name, revision)
     with ThreadPoolExecutor() as pool:
@@ -27,7 +27,7 @@ def weights_sha256(name: str, revision: str | None = None) -> str:
 
 
 def saved_dtype(name: str, revision: str | None = None) -> str:
-    """The type of the first weight with a point in it: what transformers loads where neither config nor user name one.
+    """The type of the first floating-point weight, which transformers uses if neither config nor user sets a type.
 
     Raises UserError as `weights_sha256` does.
     """
@@ -47,7 +47,7 @@ def _weight_files(name: str, revision: str | None) -> list[Path]:
 
 
 def is_same_teacher(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """Whether two identities are one teacher: by weights where both are known, else by name and revision."""
+    """Whether two identities are the same teacher: by weights if both are known, otherwise by name and revision."""
     if ours["weights"] and theirs["weights"]:
         return ours["weights"] == theirs["weights"]
     return (ours["name"], ours["revision"]) == (theirs["name"], theirs["revision"])

@@ -1,4 +1,4 @@
-"""The manifest of a cache: what made it, which shards it has, and a checksum over itself."""
+"""The manifest of a cache: its identity, its finished shards, and a checksum over the manifest."""
 
 import hashlib
 import json
@@ -13,14 +13,15 @@ from mmkd.files import write_file
 from mmkd.precision import NATIVE_BF16
 
 FORMAT = 1
-"""Raised by whoever changes what the bytes of a cache mean, or which bytes the same answers become."""
+"""The version of the format. Raise it when the bytes of a cache change their meaning, or equal scores their bytes."""
 
 NAME = "manifest.json"
 
 RECORDED_ONLY = ("mmkd", "batch_tokens")
-"""Of an identity: what a build may go on with another value of. The version, since `FORMAT` says whether two of them
-write alike; the size of a batch, since padding moves a teacher's numbers by roundings of its type only, as the batches
-of a live teacher do (and generated answers, whose random numbers are those of a batch, are draws either way)."""
+"""The fields of an identity that may change when a build is continued. The version of mmkd, since `FORMAT` tells
+whether two versions write the same bytes. The size of a batch, since padding changes a teacher's numbers only by
+rounding, as the batches of a live teacher do (and sampled answers, whose random numbers depend on the batch, are draws
+either way)."""
 
 _PARTICULARS = re.compile(r"'[^']*'|\((path|URL|base64|data URL) [^()]*(\([^()]*\))?\)|0x[0-9a-f]+|[0-9]+")
 
@@ -33,15 +34,15 @@ class ShardEntry:
     tokens: int
     bytes: int
     sha256: str
-    """Over its rows and not its container, so that a Parquet copy has the same."""
+    """Over its rows and not its container, so that a Parquet copy has the same checksum."""
     file_sha256: str
     head: tuple[int, int]
-    """Length and crc32 of what comes before the rows' own bytes: what Arrow trusts without looking."""
+    """Length and crc32 of the bytes before the rows, which Arrow reads without validation."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row without an answer, and its key where it could be read at all."""
+    """A row without an answer, with its key if the row could be read."""
 
     reason: str
     key: str | None = None
@@ -49,16 +50,16 @@ class Skipped:
 
 @dataclass
 class Manifest:
-    """What a cache is. `identity` is all that its rows come from, as a tree of plain values."""
+    """The contents of a cache. `identity` describes everything that determines its rows, as a tree of plain values."""
 
     identity: dict[str, Any]
     shard_rows: int
     total_rows: dict[str, int]
-    """Split -> rows of the data that the cache covers, skipped ones included."""
+    """Split -> number of rows of the data that the cache covers, including skipped rows."""
     shards: dict[str, dict[int, ShardEntry]] = field(default_factory=dict)
     """Split -> shard number -> entry."""
     skipped: dict[str, dict[int, Skipped]] = field(default_factory=dict)
-    """Split -> row -> why the teacher gave no answer."""
+    """Split -> row -> the reason why the teacher gave no answer."""
     part: tuple[int, int] | None = None
     """(i, n) when this is the i-th of n parts of a build."""
 
@@ -75,7 +76,7 @@ class Manifest:
         return everything if self.part is None else everything[self.part[0] :: self.part[1]]
 
     def missing(self) -> list[tuple[str, int]]:
-        """The planned shards that are not there yet."""
+        """The planned shards that are not finished."""
         return [(split, number) for split, number in self.planned() if number not in self.shards[split]]
 
     def span(self, split: str, number: int) -> range:
@@ -84,31 +85,31 @@ class Manifest:
         return range(start, min(start + self.shard_rows, self.total_rows[split]))
 
     def rows(self) -> int:
-        """How many rows of the data this cache, or this part of it, covers."""
+        """The number of rows of the data that this cache, or this part of it, covers."""
         return sum(len(self.span(*shard)) for shard in self.planned())
 
     def skipped_rows(self) -> int:
-        """How many of them the teacher gave no answer to."""
+        """The number of these rows without an answer of the teacher."""
         return sum(map(len, self.skipped.values()))
 
     def skipped_reasons(self) -> list[tuple[int, str]]:
-        """Why: (how many rows, the reason of the first of them), the most frequent first."""
+        """The reasons for skipped rows, as (number of rows, reason of the first of them), most frequent first."""
         by_kind: dict[str, list[str]] = {}
         for rows in self.skipped.values():
             for _, entry in sorted(rows.items()):
-                # Numbers and what stands for a picture do not make another reason.
+                # Reasons that differ only in numbers, quotes or the description of a picture are counted as one.
                 by_kind.setdefault(_PARTICULARS.sub("", entry.reason), []).append(entry.reason)
         return sorted(((len(reasons), reasons[0]) for reasons in by_kind.values()), key=lambda pair: -pair[0])
 
     def skipped_summary(self) -> str:
-        """All that in a line, for a cache without some rows."""
+        """The skipped rows and their reasons in one line."""
         count, rows = self.skipped_rows(), self.rows()
         reasons = "; ".join(f"{times:,} times: {reason}" for times, reason in self.skipped_reasons()[:3])
         return f"{count:,} of {rows:,} rows ({count / rows:.1%}) have no answer of the teacher's: {reasons}"
 
     def write(self, folder: Path) -> None:
-        """Replaces the folder's manifest; at no moment is there half of one."""
-        # JSON turns numbers that are keys into text, which sorts 10 before 9.
+        """Replaces the folder's manifest atomically."""
+        # Sorted as numbers: JSON turns keys into text, which would sort 10 before 9.
         entries = {
             name: {
                 split: {str(number): vars(entry) for number, entry in sorted(numbered.items())}
@@ -118,12 +119,12 @@ class Manifest:
         }
         content = {**vars(self), **entries, "format": FORMAT}
         content["checksum"] = _checksum(content)
-        # Without indentation, which costs several times the rest: this is written after every shard.
+        # Without indentation, which would take most of the time: the manifest is written after every shard.
         write_file(folder / NAME, json.dumps(content).encode())
 
     @staticmethod
     def read(folder: Path) -> "Manifest":
-        """Raises UserError when there is none, or one that was edited, damaged or written by a newer mmkd."""
+        """The manifest of a folder. Raises UserError if it is missing, edited, damaged or from a newer mmkd."""
         path = folder / NAME
         if not path.is_file():
             raise UserError(f"{folder} is no teacher cache: it has no {NAME}. Make one with `mmkd cache build`.")
@@ -152,7 +153,7 @@ class Manifest:
             for split, rows in content.pop("skipped").items()
         }
         part = content.pop("part")
-        # Splits become paths, and a manifest may come from somebody else's repository.
+        # Names of splits become paths, and a manifest may come from an untrusted repository.
         if not all(split.isidentifier() for split in content["total_rows"]) or content["shard_rows"] < 1:
             raise UserError(f"{path} names splits that cannot be: {list(content['total_rows'])}. It is not mmkd's.")
         return Manifest(**content, shards=shards, skipped=skipped, part=None if part is None else tuple(part))
@@ -171,7 +172,7 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str 
 
 
 def identity_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """The fields in which two identities are those of different caches: one teacher may have several names."""
+    """The fields that make two identities different caches; the name of a teacher with equal weights is not one."""
     ignored = [f"{name}: " for name in RECORDED_ONLY]
     if ours["teacher"]["weights"] and theirs["teacher"]["weights"]:
         ignored += ["teacher.name: ", "teacher.revision: "]
@@ -183,7 +184,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def advice_on(different: Sequence[str]) -> str:
-    """What to do about a folder that holds another cache."""
+    """Advice for the user about a folder that holds another cache."""
     if len(different) == 1 and different[0].startswith("teacher.dtype: "):
         return (
             "A cache is of one type. Set teacher_dtype to the type it has, or name another folder. Where this CPU "

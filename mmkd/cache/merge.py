@@ -1,4 +1,4 @@
-"""Joins the parts of a build that several machines made."""
+"""Merging of the parts of a cache that several machines have built."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +13,9 @@ from .store import LOG, CacheWriter, damaged_shards, read_shard, shard_path, who
 
 
 def merge_parts(folder: Path, parts: Sequence[Path]) -> None:
-    """Writes the cache that a single machine would have built, from all n parts of a build.
+    """Writes the same cache as a build on a single machine, from all n parts of a build.
 
-    Raises UserError when a part is missing, incomplete, damaged or of another build; the parts stay as they are.
+    Raises UserError if a part is missing, incomplete, damaged or of another build. The parts are not changed.
     """
     manifests = [Manifest.read(part) for part in parts]
     if not manifests:
@@ -60,7 +60,7 @@ def _check_part(part: Path, manifest: Manifest, other: Path, first: Manifest) ->
 
 
 def _features(parts: Sequence[Path], manifests: Sequence[Manifest]) -> Features:
-    # With more parts than shards, some have none.
+    # If there are more parts than shards, some parts have no shard.
     part, manifest = next(pair for pair in zip(parts, manifests, strict=True) if pair[1].planned())
     split, number = manifest.planned()[0]
     return Features.from_arrow_schema(read_shard(part, split, number, manifest.shards[split][number]).schema)

@@ -1,4 +1,4 @@
-"""Names for what a teacher was asked: the tokens of one sequence, which of them count, and the images."""
+"""Keys of the sequences that a teacher scores: hashes of tokens, mask and images."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,8 @@ def sequence_key(
 ) -> bytes:
     """The key of a sequence: 16 bytes of blake2b over token ids, mask and image hashes.
 
-    Two sequences with one key get the same answer from the same teacher. The first token is predicted by nothing.
+    Two sequences with the same key get the same scores from the same teacher. The first token, which nothing predicts,
+    never counts as supervised.
     """
     mask = np.array(supervised, dtype=bool)
     mask[:1] = False
@@ -32,11 +33,11 @@ def sequence_key(
 def image_hash(image: Any) -> str:
     """sha256 (hex) over the pixels, size and mode of a PIL image.
 
-    Of one that `read_image` brought into RGB without changing a pixel, such as a grey one, those that its file has:
-    caches from before all pictures were read in RGB know it by them.
+    If `read_image` converted a picture to RGB without a visible change (a grey one, for example), the hash is that of
+    the original mode: caches that were built before all pictures were read in RGB have this hash.
     """
     image = image.info.get(STORED, image)
-    # The pixels of a palette image are places in a palette of its own.
+    # The pixels of a palette image are indices that mean something only with its palette.
     image = image.convert("RGBA") if image.mode in ("P", "PA") else image
     digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
     digest.update(image.tobytes())
@@ -44,7 +45,7 @@ def image_hash(image: Any) -> str:
 
 
 def segments(starts: Iterable[int], length: int) -> Iterator[slice]:
-    """The sequences of a packed row from where they begin: each sees itself alone."""
+    """The sequences of a packed row, given the positions at which they start."""
     bounds = [*starts, length]
     for start, stop in pairwise(bounds):
         yield slice(start, stop)

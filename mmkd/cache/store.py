@@ -1,12 +1,12 @@
-"""The teacher on disk: Arrow shards that open as a `datasets` Dataset, and a manifest that says what they are.
+"""A teacher's scores on disk: Arrow shards, readable as a `datasets` Dataset, and a manifest that describes them.
 
-    FOLDER/manifest.json        what made the cache, and its finished shards
+    FOLDER/manifest.json        identity of the cache, and its finished shards
     FOLDER/token_order.npy      the ranks that ids are stored as (top_k only)
     FOLDER/train/00000.arrow    `shard_rows` sequences: key, tokens, crc32, blob, images, image_tokens
-    FOLDER/log.jsonl            what each shard cost, on which kind of device; decides nothing
+    FOLDER/log.jsonl            cost of each shard and kind of device; only for reports
 
-A shard is the unit of work, of resuming and of merging: it holds a fixed span of the data's rows, is built from them
-alone, and exists once it stands in the manifest.
+A shard is the unit of work, of resuming and of merging. It covers a fixed span of the data's rows, depends only on
+them, and counts as finished once it is in the manifest.
 """
 
 import hashlib
@@ -46,16 +46,16 @@ LOG = "log.jsonl"
 
 
 class CacheWriter:
-    """The only writer of a folder. It resumes an earlier build and repairs damaged shards.
+    """The exclusive writer of a cache folder, which resumes an earlier build and repairs damaged shards.
 
-    Raises UserError when somebody else is writing there, or when the folder holds a cache of something else.
+    Raises UserError if another process is writing there, or if the folder holds another cache.
     """
 
     def __init__(self, folder: str | Path, manifest: Manifest, features: Features = SIGNAL_FEATURES):
         self.folder, self.manifest, self.features = Path(folder), manifest, features
 
     def __enter__(self) -> "CacheWriter":
-        # Windows has no such locks; whoever only trains from a cache needs none.
+        # Imported here because Windows has no such locks; training from a cache does not need them.
         try:
             import fcntl
         except ImportError as error:
@@ -126,7 +126,7 @@ class CacheWriter:
         skipped: Mapping[int, Skipped],
         cost: Mapping[str, Any],
     ) -> None:
-        """Commits a shard: its rows without `crc32`, and why others of its span are not among them."""
+        """Commits a shard: its rows without `crc32`, and the reasons for the skipped rows of its span."""
         table = sealed(rows, self.features)
         sink = io.BytesIO()
         with pa.ipc.new_stream(sink, table.schema) as stream:
@@ -154,10 +154,10 @@ class CacheWriter:
 
 
 class Cache:
-    """A finished cache of scores: finds sequences by their key and decodes what the teacher said about them."""
+    """A finished cache of scores: finds sequences by their key and decodes their scores."""
 
     def __init__(self, folder: str | Path):
-        """Raises UserError when the cache is not complete, holds no scores, or a shard cannot be read."""
+        """Raises UserError if the cache is incomplete, holds no scores, or has an unreadable shard."""
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
         signal = self.manifest.identity["signal"]
@@ -184,13 +184,13 @@ class Cache:
         self.tokens = np.concatenate([np.zeros(0, np.int32), *(table["tokens"].to_numpy() for table in self._tables)])
         entries = (entry for rows in self.manifest.skipped.values() for entry in rows.values())
         self.skipped_keys = {bytes.fromhex(entry.key) for entry in entries if entry.key is not None}
-        # Sorted, to look keys up without a Python object for each.
+        # A sorted array for binary search: a dict would need a Python object per key.
         keys = _keys(self._tables)
         self._order = np.argsort(keys, kind="stable")
         self._sorted_keys = keys[self._order]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # For the data loader's workers: memory maps do not travel, and opening them again is cheap.
+        # For workers of a data loader: memory maps cannot be pickled, and opening them again is cheap.
         return Cache, (self.folder,)
 
     def __len__(self) -> int:
@@ -200,14 +200,14 @@ class Cache:
         """The row of the sequence with this key, or None."""
         if not len(self):
             return None
-        # Numpy compares void values as bytes, like the sort did.
+        # Numpy compares void values as bytes, in the order of the sort.
         place = int(np.searchsorted(self._sorted_keys, np.void(key)))
         if place == len(self) or self._sorted_keys[place].tobytes() != key:
             return None
         return int(self._order[place])
 
     def scores(self, row: int) -> TokenScores:
-        """What the teacher said about a sequence. Raises UserError when its bytes are damaged."""
+        """The scores of a sequence. Raises UserError if its bytes are damaged."""
         shard = int(np.searchsorted(self._ends, row, side="right"))
         table = self._tables[shard]
         place = row - (int(self._ends[shard - 1]) if shard else 0)
@@ -222,7 +222,7 @@ class Cache:
 
 
 def codec_of(folder: Path, manifest: Manifest) -> Codec:
-    """The codec of a cache. Raises UserError when its token order is missing or not the one it was written with."""
+    """The codec of a cache. Raises UserError if its token order is missing or does not match the manifest."""
     signal = manifest.identity["signal"]
     if signal["kind"] == "log_probs":
         return Codec("log_probs", 1, 0, TokenOrder(np.zeros(0, dtype=np.int32)))
@@ -235,29 +235,29 @@ def codec_of(folder: Path, manifest: Manifest) -> Codec:
 
 
 def order_bytes(order: TokenOrder) -> bytes:
-    """A token order as the bytes of its file."""
+    """The content of the file of a token order."""
     sink = io.BytesIO()
     np.save(sink, order.ids, allow_pickle=False)
     return sink.getvalue()
 
 
 def shard_path(folder: Path, split: str, number: int) -> Path:
-    """Where a shard lies."""
+    """The path of a shard."""
     return folder / split / f"{number:05d}.arrow"
 
 
 def sealed(rows: Sequence[Mapping[str, Any]], features: Features) -> pa.Table:
-    """Rows as a table of one batch, each with its crc32."""
+    """Rows with their crc32, as a table of one batch."""
     complete = [{**row, "crc32": _crc32(row["key"], row["tokens"], _payload(row))} for row in rows]
     if "blob" in features:
         return pa.Table.from_pylist(complete, features.arrow_schema).combine_chunks()
-    # Messages whose parts differ, and images, are types that Arrow alone cannot write.
+    # Messages with different parts, and images, are types of `datasets`, which Arrow cannot build.
     columns = {name: [row[name] for row in complete] for name in features}
     return Dataset.from_dict(columns, features=features).data.table.combine_chunks()
 
 
 def sha256_of(table: pa.Table) -> str:
-    """The checksum of a shard's rows, whatever the file around them."""
+    """The checksum of a shard's rows, independent of the file format."""
     digest = hashlib.sha256()
     for row in table.to_pylist():
         row.pop("crc32")
@@ -268,13 +268,13 @@ def sha256_of(table: pa.Table) -> str:
 
 
 def read_shard(folder: Path, split: str, number: int, entry: ShardEntry) -> pa.Table:
-    """A shard, memory-mapped. Raises UserError when it is missing, truncated or not the one of the manifest."""
+    """A shard, memory-mapped. Raises UserError if it is missing, truncated or differs from the manifest."""
     path = shard_path(folder, split, number)
     try:
         with pa.memory_map(str(path)) as source:
             if source.size() != entry.bytes:
                 raise UserError(f"it has {source.size():,} bytes instead of {entry.bytes:,}")
-            # Arrow crashes, or asks for all memory, where these bytes are not what they were.
+            # If these bytes are damaged, Arrow crashes or allocates all memory.
             length, checksum = entry.head
             if zlib.crc32(source.read_buffer(length)) != checksum:
                 raise UserError("its description of the rows is damaged")
@@ -297,7 +297,7 @@ def read_shard(folder: Path, split: str, number: int, entry: ShardEntry) -> pa.T
 
 
 def damaged_shards(folder: Path, manifest: Manifest) -> Iterable[tuple[str, int]]:
-    """The finished shards whose file is missing or differs from what was written. Reads all of them."""
+    """The finished shards whose file is missing or changed. Reads all files."""
     damaged = []
     for split, entries in manifest.shards.items():
         for number, entry in entries.items():
@@ -308,13 +308,13 @@ def damaged_shards(folder: Path, manifest: Manifest) -> Iterable[tuple[str, int]
 
 
 def whole_lines(log: Path) -> bytes:
-    """The lines of a log, without a last one that its writer was killed in; nothing when there is no log."""
+    """The complete lines of a log, without a last line that a killed process left unfinished; empty without a log."""
     content = log.read_bytes() if log.is_file() else b""
     return content[: content.rfind(b"\n") + 1]
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """What each shard cost; shards that were built twice are there twice. Raises UserError for a damaged line."""
+    """The costs of shards; a shard that was built twice is listed twice. Raises UserError for a damaged line."""
     entries = []
     for number, line in enumerate(whole_lines(folder / LOG).splitlines(), start=1):
         try:
@@ -327,7 +327,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def describe_for_datasets(folder: Path, manifest: Manifest, features: Features) -> None:
-    """Writes the files that `datasets.load_from_disk` looks for."""
+    """Writes the files that `datasets.load_from_disk` requires."""
     info = json.dumps(
         {"features": features.to_dict(), "citation": "", "description": "", "homepage": "", "license": ""}
     )
@@ -351,7 +351,7 @@ def describe_for_datasets(folder: Path, manifest: Manifest, features: Features) 
 def _head(content: bytes) -> tuple[int, int]:
     """Length and crc32 of a stream up to the bytes of its only batch of rows, if it has one."""
     messages = list(pa.ipc.MessageReader.open_stream(content))
-    # After the batch come the eight bytes that end the stream.
+    # The end marker of a stream, after the batch, has eight bytes.
     length = len(content) - 8 - messages[1].body.size if len(messages) > 1 else len(content)
     return length, zlib.crc32(content[:length])
 
@@ -379,7 +379,7 @@ def _keys(tables: list[pa.Table]) -> np.ndarray:
 def _allow_open_files(count: int) -> None:
     """Raises the limit of open files: every shard stays open, and systems allow a process some 1,024 by default."""
     if sys.platform == "win32":
-        # It has no limit that a process could raise.
+        # Windows has no such limit.
         return
     import resource
 

@@ -1,4 +1,4 @@
-"""prune: building a student from parts of a teacher, so that distillation starts from what it already knows."""
+"""Pruning: a student made of parts of a teacher, so that distillation starts from trained weights."""
 
 import copy
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mmkd.errors import UserError
 
 Cuts = dict[str, tuple[int, Int[Tensor, "kept"]]]
-"""The parameters of one layer that get narrower: name -> the dimension to cut and the indices to keep, ascending."""
+"""The parameters of one layer that are pruned: name -> the dimension to cut and the indices to keep, ascending."""
 
 
 @torch.no_grad()
@@ -23,15 +23,15 @@ def prune(
     intermediate_size: int | None = None,
     num_attention_heads: int | None = None,
 ) -> PreTrainedModel:
-    """A new model of the teacher's class with copies of the weights worth keeping; the teacher is left as it was.
+    """A new model of the teacher's class with copies of the most important weights; the teacher is not changed.
 
     `layers` is a count, spread evenly as `round(linspace(0, depth - 1, layers))` so that the first and the last layer
     stay, or ascending 0-based indices. `intermediate_size` is the new FFN width. `num_attention_heads` is the new
-    number of query heads: key/value heads go with their queries, whole GQA groups at a time, and `head_dim` and
-    `hidden_size` stay (Llama and Gemma configs want `hidden_size` to be a multiple of the number of heads). Of a
+    number of query heads: key/value heads are removed with their queries, in whole GQA groups, and `head_dim` and
+    `hidden_size` stay (Llama and Gemma configs require `hidden_size` to be a multiple of the number of heads). In a
     vision-language model only the language model is pruned.
 
-    What stays in each layer is chosen by weight magnitude, without data (Minitron, arXiv 2407.14679, ranks the same
+    Units are chosen in each layer by weight magnitude, without data (Minitron, arXiv 2407.14679, ranks the same
     units by activations; the weight-only criterion is ours). FFN neuron i scores ||gate row i|| * ||up row i|| *
     ||down column i||; an attention group scores ||its columns of W_o|| * ||its rows of W_v||. Norms are in fp32.
 
@@ -61,12 +61,12 @@ def prune(
         kept_groups = _kept_groups(num_attention_heads, heads, groups)
         for cut, index in zip(cuts, kept, strict=True):
             cut.update(_attention_cuts(stack[index], groups, kept_groups))
-        # A config without head_dim means hidden_size / heads, which stops being true here.
+        # Without head_dim, a config implies hidden_size / heads, which no longer holds after pruning heads.
         text_config.head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
         text_config.num_attention_heads, text_config.num_key_value_heads = num_attention_heads, kept_groups
     text_config.validate_architecture()
 
-    # A model built from the new config numbers its layers (layer_idx, hence the KV cache) and picks its masks itself.
+    # A model is built from the new config, so that layers are numbered anew (layer_idx of the KV cache) and masks fit.
     student = _empty_model(teacher, config)
     _require_same_behaviour(_decoder_layers(_empty_model(teacher, teacher.config)), _decoder_layers(student), kept)
     _load(student, _kept_weights(teacher, stack, kept, cuts))
@@ -94,7 +94,7 @@ def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     stacks = [
         module
         for name, module in model.get_decoder().named_modules()
-        # A list below a numbered module belongs to one layer (its experts, say), however long it is.
+        # A list within a numbered module belongs to one layer (for example its experts), whatever its length.
         if isinstance(module, nn.ModuleList) and len(module) == depth and not any(map(str.isdigit, name.split(".")))
     ]
     if len(stacks) != 1:
@@ -123,7 +123,7 @@ def _kept_layers(layers: int | Sequence[int] | None, depth: int) -> list[int]:
 
 def _keep_layers_in_config(config: PreTrainedConfig, kept: list[int], depth: int) -> None:
     for name, value in vars(config).items():
-        # eos_token_id and architectures can be lists too, and of this length only by accident.
+        # Lists per layer (layer_types). eos_token_id and architectures are lists too, of this length only by accident.
         if isinstance(value, list) and len(value) == depth and not name.endswith(("token_id", "architectures")):
             setattr(config, name, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)
@@ -175,13 +175,13 @@ def _projections(layer: nn.Module, block: str, *names: str) -> list[Float[Tensor
 
 
 def _largest(importance: Float[Tensor, "unit"], count: int) -> Int[Tensor, "kept"]:
-    # topk breaks ties as it likes; a stable sort makes the student a function of the teacher.
+    # The order of ties in topk is undefined; a stable sort makes the result deterministic.
     return importance.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _empty_model(teacher: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    # Only the weights stay empty: buffers that no checkpoint holds (rotary frequencies, Gemma's embedding scale) are
-    # computed here, in the dtype that from_pretrained would give them.
+    # Only weights stay empty. Buffers that no checkpoint holds (rotary frequencies, Gemma's embedding scale) are
+    # computed here, in the type that from_pretrained would give them.
     with init_empty_weights(include_buffers=False):
         return type(teacher)._from_config(copy.deepcopy(config), dtype=teacher.dtype)
 
@@ -190,7 +190,7 @@ def _require_same_behaviour(before: nn.ModuleList, after: nn.ModuleList, kept: l
     for position, index in enumerate(kept):
         news = dict(after[position].named_modules())
         for name, module in before[index].named_modules():
-            # Integers are left out: layer_idx and the widths are meant to change.
+            # Integers are not compared: layer_idx and the widths change on purpose.
             settings = {key: value for key, value in vars(module).items() if isinstance(value, (bool, float, str))}
             new = news.get(name)
             if type(new) is not type(module) or any(vars(new).get(key) != value for key, value in settings.items()):
@@ -226,6 +226,6 @@ def _load(student: PreTrainedModel, weights: dict[str, Tensor]) -> None:
             f"{odd[0]} (and {len(odd) - 1} more) does not fit the pruned {type(student).__name__}: its shape depends "
             "on another size in this architecture. Prune layers only, or use another teacher."
         )
-    # assign keeps the dtype of every tensor, whatever the config says, and unties the embeddings.
+    # assign keeps the type of every tensor, which the config may contradict, but unties the embeddings.
     student.load_state_dict(weights, assign=True)
     student.tie_weights()

@@ -1,4 +1,4 @@
-"""The last hidden state of any causal LM or VLM and what its head does with it, without forming logits."""
+"""The last hidden state and the head of any causal LM or VLM, for losses that never form all logits."""
 
 import functools
 import types
@@ -19,7 +19,7 @@ from mmkd.errors import UserError
 from .heads import LMHead
 
 Consumer = Callable[[Tensor, LMHead], Any]
-"""(last hidden state [batch, position, width], head) -> what the model's forward returns instead of its output."""
+"""(last hidden state [batch, position, width], head) -> the value that the model's forward returns."""
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -30,26 +30,27 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def name_of(model: PreTrainedModel | PeftModel) -> str:
-    """The Hub id or folder that the model came from, empty when it was built from a config."""
+    """The Hub id or folder from which the model was loaded; empty if it was built from a config."""
     return base_of(model).config.name_or_path or ""
 
 
 def allow_consumers(model: PreTrainedModel | PeftModel) -> None:
     """Lets `model(**inputs, consumer=f)` return `f(last_hidden_state, head)`, computed inside the model's forward.
 
-    A loss must run there: only then do the hooks of DDP, FSDP and DeepSpeed see it. Without `consumer` the model's
-    forward is what it was. Call it before the model is wrapped. Raises UserError for a model whose logits are not its
+    A loss must run there, because only then the hooks of DDP, FSDP and DeepSpeed apply to it. Without `consumer` the
+    forward is unchanged. Call this before the model is wrapped. Raises UserError for a model whose logits are not its
     head applied to its last hidden state.
     """
     base = base_of(model)
     bound = base.forward
-    # Unbound where possible, so that a deep copy of the model runs its own weights; accelerate's hooks bind theirs.
+    # Unbound if possible, so that a deep copy of the model runs its own weights; accelerate's hooks bind the model in
+    # a forward of their own.
     original = (
         bound.__func__ if isinstance(bound, types.MethodType) else lambda _, *args, **kwargs: bound(*args, **kwargs)
     )
 
-    # torch.compile gets the backbone alone: the consumer is a new function in each step, and a loss that reads values
-    # and computes its own gradients would be compiled in pieces, anew for every number of tokens.
+    # torch.compile gets only the backbone: the consumer is a new function in each step, and a loss that reads values
+    # and computes its own gradients would be compiled in pieces, again for every number of tokens.
     @torch.compiler.disable(recursive=False)
     @functools.wraps(type(base).forward)
     def forward(self: PreTrainedModel, *args: Any, consumer: Consumer | None = None, **kwargs: Any) -> Any:
@@ -64,7 +65,7 @@ def allow_consumers(model: PreTrainedModel | PeftModel) -> None:
 
 @torch.no_grad()
 def _require_plain_head(model: PreTrainedModel) -> None:
-    """Compares both ways to the log-probs of two tokens: some families do more than a matrix product at the end."""
+    """Raises UserError if the head gives other log-probs than the model: some families do more after the product."""
     if model.base_model is model:
         raise UserError(
             f"{type(model).__name__} has no backbone apart from its head, so its logits cannot be chunked."
@@ -73,7 +74,7 @@ def _require_plain_head(model: PreTrainedModel) -> None:
         return
     ids, training = torch.tensor([[0, 1]], device=model.device), model.training
     model.eval()
-    # FlashAttention takes half precision only, as training in mixed precision gives it.
+    # FlashAttention accepts only half precision, which training in mixed precision provides.
     mixed = model.device.type == "cuda" and model.dtype == torch.float32
     with _attention_for(model), torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
         expected = model(input_ids=ids).logits.float()
@@ -88,13 +89,13 @@ def _require_plain_head(model: PreTrainedModel) -> None:
 
 
 def attention_now(model: PreTrainedModel) -> set[str | None]:
-    """The implementations of attention that a model and its parts are set to."""
+    """The implementations of attention that are set in a model and its parts."""
     return {module.config._attn_implementation for module in model.modules() if isinstance(module, PreTrainedModel)}
 
 
 @contextmanager
 def _attention_for(model: PreTrainedModel) -> Iterator[None]:
-    """Attention that runs where the model is: one that waits on the CPU for its GPU may be set to FlashAttention."""
+    """Sets an attention that runs on the model's device: a model still on the CPU may be set to FlashAttention."""
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     chosen = [config._attn_implementation for config in configs]
     if model.device.type == "cpu" and not attention_now(model) <= {"eager", "sdpa"}:
@@ -102,14 +103,14 @@ def _attention_for(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        # Whole models first, which tell their parts.
+        # In the order of modules(), whole models first: setting one also sets its parts, which are then restored.
         for config, attention in zip(configs, chosen, strict=True):
             config._attn_implementation = attention
 
 
 @torch.compiler.disable()
 def _inside(module: torch.nn.Module | None, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
-    """Calls the function as the forward of the head's module, whose hooks gather sharded weights and gradients."""
+    """Calls a function as the forward of the head's module, whose hooks gather sharded weights and gradients."""
     if module is None:
         return function(hidden)
     own = module.__dict__.get("forward")
@@ -123,10 +124,10 @@ def _inside(module: torch.nn.Module | None, function: Callable[[Tensor], Any], h
 
 
 def head_of(model: PreTrainedModel | PeftModel) -> LMHead:
-    """The head as it is now: weights are read on each call, since FSDP and PEFT replace them.
+    """The current head; its weights are read on each call, since FSDP and PEFT replace them.
 
-    Raises UserError for a head that is not a plain matrix: one with an adapter, or a quantised one; and for one that
-    would get the embeddings' adapter when it is merged.
+    Raises UserError for a head that is not a plain matrix (with an adapter, or quantised), and for a tied head whose
+    embeddings have an adapter.
     """
     base = base_of(model)
     module = base.get_output_embeddings()
@@ -141,8 +142,8 @@ def head_of(model: PreTrainedModel | PeftModel) -> LMHead:
     if isinstance(embeddings, BaseTunerLayer) and embeddings.get_base_layer().weight is module.weight:
         raise UserError(
             "The embeddings carry a PEFT adapter and share their weights with the lm_head. Merging would change both, "
-            "and make another model than the one that was trained. Remove 'embed_tokens' from target_modules; train "
-            "it whole with modules_to_save."
+            "so that the merged model would differ from the trained one. Remove 'embed_tokens' from target_modules; "
+            "train it whole with modules_to_save."
         )
     weight, bias = module.weight, getattr(module, "bias", None)
     if not weight.is_floating_point():
@@ -163,12 +164,12 @@ def _logit_scale(config: Any) -> float:
     divisor = getattr(config, "logits_scaling", None)
     if divisor is None:
         return 1.0
-    # Granite and MiniCPM3 divide by it; HyperCLOVA X multiplies.
+    # logits_scaling is a divisor in Granite and MiniCPM3, and a factor in HyperCLOVA X.
     return divisor if config.model_type == "hyperclovax" else 1 / divisor
 
 
 def full_head(model: PreTrainedModel | PeftModel) -> LMHead:
-    """The head outside of the model's forward, whole on every rank: a copy where ZeRO-3 partitions it."""
+    """The whole head on every rank, outside of the model's forward; a copy if ZeRO-3 partitions it."""
     with _gathered(base_of(model).get_output_embeddings()):
         head = head_of(model)
         if not _is_partitioned(head.weight):
@@ -196,7 +197,7 @@ def _is_partitioned(parameter: Tensor) -> bool:
 
 
 def _gathered(module: torch.nn.Module | None) -> AbstractContextManager:
-    """ZeRO-3 gathers a parameter in its module's own forward, which reading `lm_head.weight` never runs."""
+    """Gathers a module's parameters: ZeRO-3 does it in the module's forward, which does not run here."""
     parameters = [] if module is None else [p for p in module.parameters(recurse=False) if _is_partitioned(p)]
     if not parameters:
         return nullcontext()
@@ -205,6 +206,6 @@ def _gathered(module: torch.nn.Module | None) -> AbstractContextManager:
         ZeroParamStatus,
     )
 
-    # A tied embedding is gathered already; gathering it again would partition it on exit while it is in use.
+    # A tied embedding may be gathered already; gathered again, it would be partitioned on exit while it is in use.
     absent = [p for p in parameters if getattr(p, "ds_status", None) != ZeroParamStatus.AVAILABLE]
     return GatheredParameters(absent) if absent else nullcontext()

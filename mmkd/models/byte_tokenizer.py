@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens are the 256 bytes and the special tokens of another tokenizer."""
+"""Tokenizer of bytes with the special tokens of another tokenizer."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -6,17 +6,17 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 def byte_tokenizer(source: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
-    """A fast tokenizer that `AutoTokenizer` loads without mmkd: the id of a byte is its value, specials follow.
+    """A fast tokenizer that `AutoTokenizer` loads without mmkd: the id of a byte is its value; special tokens follow.
 
-    Specials, their roles and the chat template are the source's, and it adds those around a text that the source
-    adds.
+    Special tokens, their roles and the chat template are the source's. It adds the same special tokens around a text
+    as the source.
     """
     tokenizer = Tokenizer(models.BPE({character: byte for byte, character in bytes_to_unicode().items()}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    known = {token.content: token for _, token in sorted(source.added_tokens_decoder.items()) if token.special}
-    for name in dict.fromkeys((*known, *source.all_special_tokens)):
-        tokenizer.add_special_tokens([known.get(name, AddedToken(name, special=True, normalized=False))])
+    special = {token.content: token for _, token in sorted(source.added_tokens_decoder.items()) if token.special}
+    for name in dict.fromkeys((*special, *source.all_special_tokens)):
+        tokenizer.add_special_tokens([special.get(name, AddedToken(name, special=True, normalized=False))])
     tokenizer.post_processor = _around_texts(source, tokenizer)
     roles = {role: name for role, name in source.special_tokens_map.items() if isinstance(name, str)}
     fast = PreTrainedTokenizerFast(
@@ -31,13 +31,13 @@ def byte_tokenizer(source: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
 
 
 def _around_texts(source: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> processors.PostProcessor:
-    """What adds the specials that the source adds before and after a text."""
+    """The post-processor that adds the same special tokens before and after a text as the source."""
     added = source.convert_ids_to_tokens(source("", add_special_tokens=True)["input_ids"])
     around = [name for name in added if tokenizer.token_to_id(name) is not None]
     plain = processors.ByteLevel(trim_offsets=False)
     if not around:
         return plain
-    # Without a text between them nothing tells what stood before it: a text of one letter does.
+    # For an empty text it is unknown which of them come before it: encode a letter to see.
     whole = source.convert_ids_to_tokens(source("a", add_special_tokens=True)["input_ids"])
     before = next(i for i, name in enumerate(whole) if name not in around)
     template = processors.TemplateProcessing(

@@ -1,4 +1,4 @@
-"""One student out of a checkpoint that the ranks of a training wrote in shards."""
+"""Conversion of a sharded checkpoint to a single student folder."""
 
 import shutil
 import tempfile
@@ -19,7 +19,7 @@ _ADAPTER = "adapter_config.json"
 def consolidate(checkpoint: Path, output: Path) -> None:
     """Writes a folder that `from_pretrained` loads: config, tokenizer and weights in safetensors.
 
-    Reads the shards of FSDP2 and of DeepSpeed ZeRO. Raises UserError for a folder without shards and for an output
+    Reads shards of FSDP2 and of DeepSpeed ZeRO. Raises UserError for a folder without shards and for an output folder
     that is not empty.
     """
     if output.exists() and any(output.iterdir()):
@@ -28,7 +28,7 @@ def consolidate(checkpoint: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if (checkpoint / _ADAPTER).is_file():
         shutil.copy(checkpoint / _ADAPTER, output)
-        # ZeRO's shards name the adapter in each of its weights, which PEFT's files do not.
+        # Names in ZeRO's shards contain the name of the adapter (default); those in PEFT's files do not.
         weights = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}
         save_file(weights, output / "adapter_model.safetensors", metadata={"format": "pt"})
     else:

@@ -34,14 +34,14 @@ from .features import (
 
 
 class DualHeadConfig(PreTrainedConfig):
-    """A backbone's config, how its output becomes one feature per row, the heads, and alpha and beta."""
+    """The config of backbone, pooling and heads, with the weights alpha and beta of the prediction."""
 
     model_type = "mmkd_dual_head"
     sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
         "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="vit")
     }
 
-    # After construction always a config; a dict only where one is read from disk.
+    # A dict while a config is read from disk; after construction always a config.
     backbone_config: Any = None
     pooling: str | None = None
     kd_head: str = "linear"
@@ -67,7 +67,7 @@ class DualHeadConfig(PreTrainedConfig):
 
 
 class DualHeadTextConfig(DualHeadConfig):
-    """The same over a language model."""
+    """The config of a dual-head model over a language model."""
 
     model_type = "mmkd_dual_head_text"
     sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
@@ -94,8 +94,8 @@ class DualHeadOutput(ModelOutput):
 class CosineHead(nn.Module):
     """Class logits cos(features, weight of the class) / temperature (eq. 10).
 
-    `dho_parity` repeats the authors' code, for golden tests only: the weights keep their length, and a bias is divided
-    by the temperature as well.
+    `dho_parity` reproduces the authors' code, for golden tests only: weights are not normalised, and a bias is divided
+    by the temperature too.
     """
 
     def __init__(self, width: int, classes: int, temperature: float, dho_parity: bool = False):
@@ -111,13 +111,13 @@ class CosineHead(nn.Module):
 
 
 class _DualHeadModel(PreTrainedModel):
-    """What students of images and of text share."""
+    """The common base of image and text models."""
 
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    # The Trainer must not hand num_items_in_batch on to a backbone.
+    # Otherwise the Trainer passes num_items_in_batch, which backbones do not accept.
     accepts_loss_kwargs = False
     config: DualHeadConfig
 
@@ -140,8 +140,8 @@ class _DualHeadModel(PreTrainedModel):
     ) -> Any:
         """A student with new heads over a backbone: a Hub id or folder, a model, or a config (random weights).
 
-        `settings` are fields of the config; with a name, `dtype`, `revision`, `trust_remote_code` and
-        `attn_implementation` go to from_pretrained. Of a CLIP- or SigLIP-like model the vision tower is taken.
+        `settings` are fields of the config; for a name, `dtype`, `revision`, `trust_remote_code` and
+        `attn_implementation` are passed to from_pretrained. Of a CLIP- or SigLIP-like model the vision tower is used.
         """
         if len(class_names) < 2:
             raise UserError(f"A classifier needs two classes or more, not {len(class_names)}: pass their names.")
@@ -170,17 +170,17 @@ class _DualHeadModel(PreTrainedModel):
         return cls(config, model)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Saves the weights under the names they have here.
+        """Saves the weights under their current names.
 
-        transformers would rename those of some backbones (ViT) to what older versions called them, and its Trainer
+        By default transformers renames the weights of some backbones (ViT) to those of older versions, and its Trainer
         then does not find them when it resumes from the checkpoint.
         """
         return super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def init_heads(self, text_embeddings: Float[Tensor, "class width"]) -> None:
-        """Starts both heads from the teacher's text embeddings (language-aware initialisation), with zero biases.
+        """Initialises both heads with the teacher's text embeddings (language-aware initialisation) and zero biases.
 
-        Raises UserError when the student's features do not live in the teacher's space.
+        Raises UserError if the student's features do not have the teacher's width.
         """
         for head in (self.ce_head, self.kd_head):
             weight = head.get_parameter("weight")
@@ -204,7 +204,7 @@ class _DualHeadModel(PreTrainedModel):
         return DualHeadOutput(loss, logits, ce_logits, kd_logits, features)
 
     def single_head(self, head: str = "ce") -> tuple[Float[Tensor, "class width"], Float[Tensor, "class"]]:
-        """Weight and bias of one linear head that stands for both.
+        """Weight and bias of one linear head in place of both.
 
         ce: the supervised head; exactly this model at alpha 1. kd: the distillation head over beta; exactly this model
         at alpha 0. merged: alpha ce + (1 - alpha) kd / beta, the normalised *geometric* mean of the two predictions;
@@ -229,7 +229,7 @@ class _DualHeadModel(PreTrainedModel):
     def plain_model(self, head: str = "ce") -> PreTrainedModel:
         """A model of transformers' own classes with one head (see `single_head`), which loads without mmkd.
 
-        Raises UserError where transformers' classifier of this backbone pools its features differently.
+        Raises UserError if transformers' classifier of this backbone pools its features differently.
         """
         auto_class: Any = AutoModelForSequenceClassification if self.config.text else AutoModelForImageClassification
         config: Any = type(self.config.backbone_config).from_dict(self.config.backbone_config.to_dict())
@@ -274,7 +274,7 @@ class _DualHeadModel(PreTrainedModel):
         probe = _probe(self, image_size)
         batch = torch.export.Dim("batch", min=1)
         module = _Probabilities(self.eval(), list(probe))
-        # How many tokens there may be is the backbone's own limit, which the export finds.
+        # The range of the number of tokens is the backbone's own limit, which the export infers.
         automatic = torch.export.Dim.AUTO
         dimensions = {0: automatic, 1: automatic} if self.config.text else {0: batch}
         shapes = {"values": tuple(dimensions for _ in probe)}
@@ -326,7 +326,7 @@ class DualHeadForSequenceClassification(_DualHeadModel):
 
 
 class _Probabilities(nn.Module):
-    """The interpolated class probabilities of inputs given in order."""
+    """The interpolated class probabilities, for inputs as positional arguments."""
 
     def __init__(self, model: _DualHeadModel, names: list[str]):
         super().__init__()

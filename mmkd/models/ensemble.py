@@ -1,4 +1,4 @@
-"""Several models with one tokenizer as one causal LM, whose log-probs are the average of theirs."""
+"""Ensemble of models with the same tokenizer as one causal LM, whose log-probs are their mean."""
 
 import copy
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from .load import load_model, load_processing_class, tokenizer_of
 class Ensemble(PreTrainedModel, GenerationMixin):
     """A causal LM whose log-probs are the mean of its members', renormalised: their geometric mean.
 
-    Use it wherever transformers' causal LMs are used for inference, `HFLM(pretrained=Ensemble(models), tokenizer=...)`
-    of lm-eval say. It generates without a KV cache. Raises UserError for fewer than two members. The weight of
-    every member is the same, as are all tokens: those from `vocab_size` (by default the smallest number of rows) on,
-    which pad a vocabulary, get no probability.
+    Use it for inference in place of any causal LM of transformers, for example in lm-eval:
+    `HFLM(pretrained=Ensemble(models), tokenizer=...)`. It generates without a KV cache. All members have the same
+    weight and the same tokens. Tokens from `vocab_size` on (by default the smallest number of rows), which only pad a
+    vocabulary, get no probability. Raises UserError for fewer than two members.
     """
 
     def __init__(self, models: Sequence[PreTrainedModel], vocab_size: int | None = None) -> None:
@@ -55,12 +55,12 @@ class Ensemble(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=(total / len(self.members)).log_softmax(-1))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What transformers generates, whatever `use_cache` says."""
+        """Generation as in transformers, always without a cache."""
         generation: Any = super()
         return generation.generate(*args, **{**kwargs, "use_cache": False})
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Raises UserError: nothing could load it."""
+        """Raises UserError, as an ensemble has no weights of its own."""
         raise UserError("An ensemble has no weights of its own: save its members, and load it with load_ensemble.")
 
 

@@ -1,4 +1,4 @@
-"""Backbones of classifiers: any vision or language model of transformers, and one feature vector per row of it."""
+"""Backbones of classifiers: any vision or language model of transformers, pooled to one feature vector per row."""
 
 import inspect
 from typing import Any
@@ -13,13 +13,13 @@ POOLINGS = ("pooler", "cls", "mean", "last")
 
 
 def pooled(outputs: Any, pooling: str | None, mask: Tensor | None) -> Float[Tensor, "row width"]:
-    """One feature per row of a backbone's output; `mask` is that of a text's tokens."""
+    """One feature vector per row from a backbone's output; `mask` is the attention mask of text."""
     if pooling == "pooler":
         projected = outputs.get("image_embeds")
         return (outputs.pooler_output if projected is None else projected).flatten(1)
     hidden = outputs.last_hidden_state
     if hidden.ndim == 4:
-        # A convolution's map: channels first.
+        # The feature map of a convolution, channels first, to a sequence of positions.
         hidden = hidden.flatten(2).transpose(1, 2)
     if pooling == "cls":
         return hidden[:, 0]
@@ -35,9 +35,10 @@ def pooled(outputs: Any, pooling: str | None, mask: Tensor | None) -> Float[Tens
 
 
 def vision_tower(config: Any) -> PreTrainedConfig:
-    """The part of a config that is a backbone: a CLIP-like model's vision tower, else all of it."""
+    """The config of the backbone: the vision tower of a CLIP-like model, otherwise the config itself."""
     if config.model_type == "timm_wrapper" and config.model_args:
-        # timm writes it into its repositories, and transformers' wrapper without a classifier then gives it twice.
+        # timm's repositories have it in model_args, and transformers passes it a second time for a model without
+        # classifier.
         config.model_args.pop("num_classes", None)
     vision = getattr(config, "vision_config", None)
     if vision is None:
@@ -49,20 +50,20 @@ def vision_tower(config: Any) -> PreTrainedConfig:
 
 def backbone_class(config: Any) -> Any:
     """The class that loads and builds the backbone of a config."""
-    # The space a CLIP's text embeddings live in lies behind the projection, which AutoModel leaves out.
+    # CLIP's text embeddings are comparable with image features after the projection, which AutoModel leaves out.
     return CLIPVisionModelWithProjection if config.model_type == "clip_vision_model" else AutoModel
 
 
 def new_backbone(config: Any, pooling: str | None) -> PreTrainedModel:
-    """A backbone with random weights, without a pooler that is not used."""
+    """A backbone with random weights, without an unused pooler."""
     if config.model_type == "clip_vision_model":
         return CLIPVisionModelWithProjection(config)
     return AutoModel.from_config(config, **pooler_arguments(config, pooling))
 
 
 def pooler_arguments(config: Any, pooling: str | None) -> dict[str, bool]:
-    """What a backbone with an optional pooler must be told."""
-    # A pooler that is not used gets no gradient, which DDP takes for an error.
+    """The constructor arguments of a backbone with an optional pooler."""
+    # An unused pooler gets no gradient, which is an error under DDP.
     return {"add_pooling_layer": pooling == "pooler"} if _has_optional_pooler(config) else {}
 
 
@@ -73,7 +74,7 @@ def _has_optional_pooler(config: Any) -> bool:
 
 
 def usual_pooling(config: Any, text: bool) -> str:
-    """How the features of a backbone are usually pooled: as transformers' own classifiers do, where they can be."""
+    """The usual pooling of a backbone: that of transformers' own classifiers, if they have one."""
     if not text:
         return "cls" if _has_optional_pooler(config) else "pooler"
     if _has_optional_pooler(config):

@@ -31,13 +31,15 @@ class LMHead:
         return replace(self, trimmed_to=vocab_size)
 
     def frozen(self, dtype: torch.dtype | None = None) -> "LMHead":
-        """The head without gradient, cut to its vocabulary and in the given type: what `project` multiplies with."""
+        """The head for `project`: without gradient, trimmed to its vocabulary and in the given type."""
         bias = None if self.bias is None else self.bias.detach()[: self.vocab_size]
         return replace(self, weight=self.weight.detach()[: self.vocab_size].to(dtype), bias=bias, trimmed_to=None)
 
     def project(self, hidden: Float[Tensor, "token width"], out: Tensor) -> Float[Tensor, "token vocab"]:
         """`weight @ hidden + bias` of a frozen head, written to `out` in the type of `out`."""
-        # A GPU sums bf16 products in fp32 anyway and can return that sum; a CPU needs fp32 operands for it.
+        # A GPU sums bf16 products in fp32 anyway and can return that sum; a CPU needs fp32 operands for it. A product
+        # that is rounded to half precision first would lose what `out` is wide for. Only CUDA has `out_dtype`;
+        # elsewhere both factors are converted.
         if out.dtype == hidden.dtype:
             torch.mm(hidden, self.weight.T, out=out)
         elif hidden.device.type == "cuda":
@@ -55,7 +57,7 @@ class LMHead:
         return logits
 
     def log_probs(self, hidden: Float[Tensor, "*item width"]) -> Float[Tensor, "*item vocab"]:
-        """log softmax of all logits at once, in fp32 or better, differentiable; the fused loss never forms them."""
+        """log softmax of all logits at once, in fp32 or better, differentiable; for small inputs and tests."""
         bias = None if self.bias is None else self.bias[: self.vocab_size]
         logits = torch.nn.functional.linear(hidden, self.weight[: self.vocab_size], bias)
         return self.finish(logits.to(torch.promote_types(logits.dtype, torch.float32))).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""LLaVA-style students: a vision tower, a fresh projector and any causal LM as one standard transformers model."""
+"""LLaVA-style students: a vision tower, a new projector and any causal LM as one standard transformers model."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from .restore import save_under_published_names
 
 IMAGE_TOKEN = "<image>"
 
-# Towers that put a class token before the patches; how many of them, registers included, is in their configs.
+# Towers with a class token before the patches, and towers without one.
 _CLASS_TOKEN = ("clip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
 _PLAIN = ("siglip_vision_model", "siglip2_vision_model")
 
@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
     "{% else %}{{ said(message['content']) ~ ' ' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
-"""That of LLaVA-1.5, for language models whose own template knows text only: it asks for no special token but eos."""
+"""The template of LLaVA-1.5, for language models whose own template has no images; its only special token is eos."""
 
 
 def assemble_llava(
@@ -49,11 +49,11 @@ def assemble_llava(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> LlavaForConditionalGeneration:
-    """A LlavaForConditionalGeneration of two pretrained models with a fresh two-layer projector between them.
+    """A LlavaForConditionalGeneration of two pretrained models with a new two-layer projector between them.
 
-    `vision_feature_layer` is the layer of the tower whose patches are read (-2 as in LLaVA-1.5, -1 the last one). The
-    embeddings get a row for `<image>` where the language model has none to spare. `llava_processor` makes its
-    processor. Raises UserError for a tower whose layout of tokens is not known.
+    `vision_feature_layer` is the layer of the tower whose patches are used (-2 as in LLaVA-1.5, -1 for the last). If
+    the language model has no unused row for `<image>`, its embeddings are extended. `llava_processor` makes the
+    processor. Raises UserError for a tower whose layout of tokens is unknown.
     """
     hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text = load_model(str(language_model), "language model", dtype=dtype, **hub)
@@ -108,7 +108,7 @@ def llava_processor(
         tokenizer=tokenizer,
         patch_size=config.patch_size,
         vision_feature_select_strategy=strategy,
-        # "default" drops the class token, which the processor therefore must have counted.
+        # "default" drops the class token, and the processor subtracts it from this number.
         num_additional_image_tokens=int(strategy == "default"),
         image_token=IMAGE_TOKEN,
         chat_template=tokenizer.chat_template,
@@ -120,7 +120,7 @@ def _vision_config(config: Any) -> Any:
 
 
 def _vision_tower(name: str | Path, dtype: torch.dtype, hub: dict[str, Any]) -> PreTrainedModel:
-    """The image half of a model such as CLIP, or a model that is a vision tower itself."""
+    """The vision tower of a model such as CLIP, or the model itself if it is a vision tower."""
     whole = AutoModel.from_pretrained(name, dtype=dtype, **hub)
     tower = getattr(whole, "vision_model", whole) if hasattr(whole.config, "vision_config") else whole
     _select_strategy(tower.config)
@@ -128,7 +128,7 @@ def _vision_tower(name: str | Path, dtype: torch.dtype, hub: dict[str, Any]) -> 
 
 
 def _select_strategy(config: Any) -> Literal["default", "full"]:
-    """LLaVA's name for how patches are taken: without the class token, or all there is."""
+    """LLaVA's name for the selection of patches: "default" drops the class token, "full" keeps all tokens."""
     kind = config.model_type
     if kind in _PLAIN:
         return "full"
@@ -147,7 +147,7 @@ def _patches(config: Any) -> int:
 
 
 def _tokenizer(name: str | Path, chat_template: str | None, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer with an image token and a template that places images."""
+    """The language model's tokenizer with an image token and a template with images."""
     tokenizer: Any = AutoTokenizer.from_pretrained(name, **hub)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})

@@ -1,4 +1,4 @@
-"""Whether sequences that are laid end to end stay apart in a model, as packing and padding-free batches need."""
+"""Check that a model keeps packed sequences separate, which packing and padding-free batches require."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -12,7 +12,7 @@ from mmkd.errors import UserError
 
 from .backbone import attention_now, base_of
 
-# Of the largest hidden value. What a sequence lets through from another one is far more, rounding far less.
+# Tolerances relative to the largest hidden value: far above rounding, far below the effect of another sequence.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}
 _HALF = 0.05
 _SHORT, _LONG = 6, 9
@@ -70,11 +70,11 @@ def _examples(rows: list[list[int]]) -> list[dict[str, Any]]:
 def _last_states(
     model: PreTrainedModel | PeftModel, batch: dict[str, Any], run: Callable[..., Any], tokens: int
 ) -> Tensor:
-    """The hidden states of the last sequence of a batch of so many tokens, which padding to a multiple may follow."""
+    """The hidden states of the last sequence in a batch of `tokens` tokens, after which padding may follow."""
     device = base_of(model).device
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     del inputs["labels"]
-    # FlashAttention takes half precision only, as training in mixed precision gives it.
+    # FlashAttention accepts only half precision, which training in mixed precision provides.
     mixed = device.type == "cuda" and base_of(model).dtype == torch.float32
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         hidden = run(**inputs, consumer=lambda hidden, head: hidden)

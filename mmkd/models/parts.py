@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from mmkd.errors import UserError
 
 PARTS = ("vision_tower", "connector", "language_model")
-"""What `trainable` may name."""
+"""The names that `trainable` accepts."""
 
 # By the names that model families give to their modules: transformers has no attribute that says which part is which.
 _CONNECTOR = {
@@ -27,18 +27,18 @@ _VISION = {"vision_tower", "vision_model", "vision_encoder", "visual", "vision_e
 
 
 def part_of(parameter: str) -> str:
-    """Which of `PARTS` a parameter belongs to, by its name in the model."""
+    """The part, one of `PARTS`, to which a parameter belongs by its name in the model."""
     words = set(parameter.split("."))
-    # Qwen-VL's merger lies within its vision tower.
+    # The connector first: the merger of Qwen-VL is a module within its vision tower.
     if words & _CONNECTOR or any(word.startswith("deepstack_merger") for word in words):
         return "connector"
     return "vision_tower" if words & _VISION else "language_model"
 
 
 def train_only(model: PreTrainedModel, parts: Sequence[str]) -> None:
-    """Freezes every parameter outside of the named parts.
+    """Freezes all parameters outside of the named parts.
 
-    Raises UserError for names that are no parts and for parts that the model does not have.
+    Raises UserError for unknown parts and for parts that the model does not have.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:

@@ -1,4 +1,4 @@
-"""Models spread over the ranks by FSDP2 or ZeRO-3: the student that accelerate prepares, and the frozen teacher."""
+"""Models sharded over ranks by FSDP2 or ZeRO-3: the student that accelerate prepares, and the frozen teacher."""
 
 import os
 from dataclasses import replace
@@ -45,15 +45,15 @@ def settle_fsdp(accelerator: Accelerator, checkpoint_activations: bool) -> None:
     plugin: Any = accelerator.state.fsdp_plugin
     plugin.activation_checkpointing = plugin.activation_checkpointing or checkpoint_activations
     if plugin.mixed_precision_policy is not None:
-        # accelerate would round the losses that the forward returns, and with them the gradient's scale, to 8 bits,
-        # and sum gradients over ranks in half precision.
+        # By default accelerate casts the losses that the forward returns to bf16, which rounds the scale of the
+        # gradient to 8 bits, and sums gradients over ranks in half precision.
         plugin.mixed_precision_policy = replace(
             plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
         )
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether every rank holds a part of each weight only."""
+    """Whether each rank holds only a part of each weight."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin: Any = accelerator.state.deepspeed_plugin
         return plugin.zero_stage == 3
@@ -61,7 +61,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def loads_on_one_rank(accelerator: Accelerator) -> bool:
-    """Whether the first rank of a machine alone reads weights from disk, and the others get them when sharding."""
+    """Whether only the first rank of a machine reads weights from disk, and the others receive them by sharding."""
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     return plugin is not None and bool(plugin.cpu_ram_efficient_loading)
 
@@ -105,18 +105,18 @@ def _unties(model: PeftModel) -> bool:
 
 
 def check_cut(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Raises UserError for a student that FSDP2 is to evaluate and has not cut yet."""
+    """Raises UserError for a student that is to be evaluated before FSDP2 has sharded it."""
     if accelerator.distributed_type == DistributedType.FSDP and not isinstance(model, FSDPModule):
         raise UserError(
-            "FSDP2 cuts a student together with its optimizer, so that nothing can be evaluated before training. Set "
-            "eval_on_start: true to evaluate first, or evaluate on one device."
+            "FSDP2 shards a student together with its optimizer, so that nothing can be evaluated before training. "
+            "Set eval_on_start: true to evaluate first, or evaluate on one device."
         )
 
 
 def checkpoint_under_adapters(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Has a student with adapters checkpoint its activations itself, where FSDP would do it.
+    """Lets a student with adapters checkpoint its activations itself, instead of FSDP.
 
-    PEFT finds no adapter to save below the wrappers that FSDP puts around layers for that, and says nothing.
+    For its own checkpointing FSDP wraps layers, below which PEFT silently finds no adapter to save.
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.activation_checkpointing and isinstance(model, PeftModel):
@@ -125,9 +125,9 @@ def checkpoint_under_adapters(accelerator: Accelerator, model: torch.nn.Module) 
 
 
 def shard_frozen(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
-    """The model spread over the ranks by FSDP2, as accelerate does it for the student."""
+    """The model sharded over the ranks by FSDP2, as accelerate does it for the student."""
     plugin: Any = accelerator.state.fsdp_plugin
-    # The plugin would keep this model's layers as the ones by which to cut the student.
+    # Restored below, or the plugin would wrap the student by this model's layers.
     policy, layers = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
     plugin.transformer_cls_names_to_wrap = _layers_of(model)
     sharded = fsdp2_prepare_model(accelerator, model)
@@ -136,7 +136,7 @@ def shard_frozen(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.M
 
 
 def _layers_of(model: torch.nn.Module) -> list[str]:
-    """The classes of the model's blocks: those that transformers keeps whole and that come in lists."""
+    """The classes of the model's blocks: classes in `_no_split_modules` that occur in lists of modules."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     whole = set(getattr(model, "_no_split_modules", None) or ())
     return sorted({type(block).__name__ for blocks in lists for block in blocks} & whole)
@@ -150,9 +150,9 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 def whole_weights(model: torch.nn.Module, accelerator: Accelerator) -> dict[str, torch.Tensor] | None:
-    """The weights that FSDP2 spreads over the ranks, on the CPU of the first, nothing on the others; all call it.
+    """The whole weights of a model sharded by FSDP2, on the CPU of the first rank; empty on others; all must call it.
 
-    None where every rank holds the whole model itself.
+    None if every rank holds the whole model.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return None
@@ -161,6 +161,6 @@ def whole_weights(model: torch.nn.Module, accelerator: Accelerator) -> dict[str,
 
 
 def gathered(head: LMHead) -> LMHead:
-    """A copy of a sharded head, made where it is whole: in its module's forward."""
+    """A copy of a sharded head; call it in the head's module's forward, where the head is whole."""
     bias = None if head.bias is None else head.bias.detach().clone()
     return replace(head, weight=head.weight.detach().clone(), bias=bias)

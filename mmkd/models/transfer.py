@@ -1,10 +1,10 @@
-"""A model with another tokenizer: the rows of its embeddings and head are made of those of the old tokens (FVT).
+"""A model with another tokenizer: rows of embeddings and head are made of the rows of the old tokens (FVT).
 
     mmkd transfer-tokenizer MODEL TOKENIZER OUTPUT_DIR     # TOKENIZER may be the word bytes
     mmkd-train alm/smollm2_to_gemma_tokenizer              # student: OUTPUT_DIR, teacher: MODEL
 
-The first command leaves a model that runs but has to learn its tokens. The second, self-distillation by ALM, gives
-it back what the original can do: the teacher is the model as it was, and the data are texts of any kind.
+The first command writes a model that runs but has yet to learn its tokens. The second, self-distillation by ALM,
+restores the abilities of the original: the teacher is the original model, and the data are texts of any kind.
 """
 
 import copy
@@ -39,7 +39,7 @@ _OLD_IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequen
 
 @dataclass(frozen=True)
 class Transfer:
-    """A model with its new tokenizer, where its rows came from, and the special tokens added for its chat template."""
+    """A model with its new tokenizer, the origin of its rows, and the special tokens added for its chat template."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def transfer_tokenizer(
     pad_to_multiple_of: int = 1,
     seed: int = 0,
 ) -> Transfer:
-    """A new model that reads and writes the tokens of `target`; the model and both tokenizers are left as they were.
+    """A new model with the tokens of `target`; the model and both tokenizers are not changed.
 
     Each row of the embeddings, of the head and of its bias is the old token's where there is one of the same bytes or
     the same role, and otherwise the mean over the old tokens of the same text (FVT, arXiv 2402.09977); see
@@ -82,7 +82,8 @@ def transfer_tokenizer(
     config.tie_word_embeddings = head.weight is embedding and not untie
     _set_special_ids(config, model.config, target, rows)
     weights = _weights(model, rows, count, seed)
-    # Buffers that no checkpoint holds are computed, in the type that from_pretrained would give them.
+    # Only weights stay empty; buffers that no checkpoint holds are computed in the type that from_pretrained gives
+    # them.
     with init_empty_weights(include_buffers=False):
         student: Any = type(model)._from_config(config, dtype=model.dtype)
     # assign keeps the type of every tensor, and unties the embeddings.
@@ -97,9 +98,9 @@ def transfer_tokenizer(
 def transfer_command(
     model: str, tokenizer: str, output_dir: str, untie: bool = False, pad_to_multiple_of: int = 1
 ) -> int:
-    """Writes the folder of a model with another tokenizer (`bytes` is one token per byte) and says what it holds.
+    """Writes the folder of a model with another tokenizer (`bytes`: one token per byte) and prints a summary.
 
-    Raises UserError as `transfer_tokenizer` does, and when the folder exists.
+    Raises UserError as `transfer_tokenizer` does, and if the folder exists.
     """
     folder = Path(output_dir)
     if folder.exists():
@@ -109,7 +110,7 @@ def transfer_command(
     loaded = load_model(model, dtype="auto")
     done = transfer_tokenizer(loaded, source, target, untie=untie, pad_to_multiple_of=pad_to_multiple_of)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, so that the folder appears whole or not at all.
+    # Written beside it and renamed, so that the folder appears only when complete.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         complete = Path(scratch) / folder.name
         done.model.save_pretrained(complete)
@@ -157,14 +158,14 @@ def _require_transferable(model: PreTrainedModel) -> Float[Tensor, "row width"]:
     head: Any = model.get_output_embeddings()
     if head is None:
         raise UserError(
-            f"{type(model).__name__} has no output embeddings; only a model that writes text can learn to."
+            f"{type(model).__name__} has no output embeddings, so it cannot generate text. Use a causal LM."
         )
     sizes = {len(module.weight), getattr(config, "vocab_size_per_layer_input", None)}
     for name, table in model.named_modules():
         if isinstance(table, nn.Embedding) and table is not module and table.num_embeddings in sizes:
             raise UserError(
-                f"{name} of {type(model).__name__} has a row per token too, besides embeddings and head; which row a "
-                "new token needs there is unknown. Use a model without such a table."
+                f"{name} of {type(model).__name__} has one row per token, like embeddings and head, but "
+                "the rows of new tokens are unknown there. Use a model without such a table."
             )
     return module.weight
 
@@ -172,7 +173,7 @@ def _require_transferable(model: PreTrainedModel) -> Float[Tensor, "row width"]:
 def _with_chat_template(
     source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedTokenizerBase, tuple[str, ...]]:
-    """A copy of the target, with the source's chat template and the special tokens of it that are missing."""
+    """A copy of the target, which gets the source's chat template and its special tokens if it has no template."""
     target = copy.deepcopy(target)
     if target.chat_template is not None or source.chat_template is None:
         return target, ()
@@ -185,7 +186,7 @@ def _with_chat_template(
 def _set_special_ids(
     config: PreTrainedConfig | GenerationConfig, old: Any, target: PreTrainedTokenizerBase, rows: TokenRows
 ) -> None:
-    """Names the new ids of special tokens: the tokenizer's own, and all special copies of what ended the old texts."""
+    """Sets the new ids of special tokens; eos are the tokenizer's own and all special copies of the old eos tokens."""
     for name, value in vars(old).items():
         if name.endswith("_token_id") and value is not None:
             copies = rows.copies(value) if isinstance(value, int) else []
@@ -201,7 +202,7 @@ def _set_special_ids(
 
 
 def _weights(model: PreTrainedModel, rows: TokenRows, count: int, seed: int) -> dict[str, Tensor]:
-    """The state of the new model; nothing in it is shared with the old one."""
+    """The state of the new model, which shares no memory with the old one."""
     head: Any = model.get_output_embeddings()
     tables = [model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
     names = {id(table) for table in tables if table is not None}
@@ -221,7 +222,7 @@ def _weights(model: PreTrainedModel, rows: TokenRows, count: int, seed: int) -> 
 def _new_rows(
     old: Float[Tensor, "row *width"], rows: TokenRows, count: int, generator: torch.Generator
 ) -> Float[Tensor, "new *width"]:
-    """Means over old rows in fp32 or better; without old rows, draws from a normal around all of them by channel."""
+    """Means of old rows in fp32 or better; without old rows, draws from a normal per channel over all old rows."""
     wide = old.cpu().reshape(len(old), -1)
     wide = wide.to(torch.promote_types(old.dtype, torch.float32))
     starts = np.cumsum(rows.lengths) - rows.lengths
@@ -230,9 +231,9 @@ def _new_rows(
         torch.from_numpy(rows.pieces), wide, torch.from_numpy(starts), mode="mean"
     )
     # Rows that only pad the old vocabulary were never trained.
-    known = wide[torch.from_numpy(rows.old)]
-    unknown = torch.from_numpy(rows.lengths == 0)
-    noise = torch.randn(int(unknown.sum()), wide.shape[1], generator=generator, dtype=wide.dtype)
-    new[len(rows) :] = known.mean(0)
-    new[: len(rows)][unknown] = known.mean(0) + known.std(0) * noise
+    trained = wide[torch.from_numpy(rows.old)]
+    without_old = torch.from_numpy(rows.lengths == 0)
+    noise = torch.randn(int(without_old.sum()), wide.shape[1], generator=generator, dtype=wide.dtype)
+    new[len(rows) :] = trained.mean(0)
+    new[: len(rows)][without_old] = trained.mean(0) + trained.std(0) * noise
     return new.reshape(count, *old.shape[1:]).to(old.dtype).to(old.device)

@@ -1,4 +1,4 @@
-"""The curves of a run as SVG. Lines differ in style and markers, so that they can be told apart in black and white."""
+"""Curves of a run as SVG. Lines differ in style and markers, so that they are distinct in black and white."""
 
 import io
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from .runs import Part, RunFiles
 
 POINTS = 300
-"""A line has at most so many."""
+"""The maximal number of points of a line."""
 
 STYLES = [
     {"color": "#000000", "linestyle": "-", "marker": "o"},
@@ -28,7 +28,7 @@ Line = tuple[str, list[float], list[float]]
 
 @dataclass(frozen=True)
 class Panel:
-    """A plot of what the log says under some names; a name that ends in / stands for all that begin with it."""
+    """A plot of the values logged under some names; a name that ends in / stands for all names that begin with it."""
 
     title: str
     unit: str
@@ -65,7 +65,7 @@ class Figure:
 
 
 def draw(run: RunFiles) -> list[Figure]:
-    """All plots that the run has numbers for."""
+    """All plots for which the run has numbers."""
     figures = [_draw_panel(panel, run.lines) for panel in PANELS]
     figures += [_draw_rounds(run.rounds), _draw_choice(run.choice)]
     return [figure for figure in figures if figure is not None]
@@ -87,7 +87,7 @@ def _lines(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Iterator[Line]:
         names = [
             key for name in panel.names for key in logged if key == name or (name[-1] == "/" and key.startswith(name))
         ]
-        # Of several runs all terms of each would be too many lines.
+        # For several runs only the main lines of each: all terms would be too many.
         held_out = [name for name in names if name.startswith("eval_")][:1]
         chosen = dict.fromkeys(names if len(runs) == 1 else [*names[:1], *held_out])
         for name in chosen:
@@ -104,7 +104,7 @@ def _lines(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Iterator[Line]:
 
 
 def _starts(parts: Sequence[Part]) -> Iterator[tuple[str, int]]:
-    """The name of each part, and the step it begins at when all follow one another."""
+    """The name of each part, and the step at which it begins in a sequence of all parts."""
     start = 0
     for part in parts:
         yield part.name, start
@@ -112,7 +112,7 @@ def _starts(parts: Sequence[Part]) -> Iterator[tuple[str, int]]:
 
 
 def _gaps(name: str, parts: Sequence[Part], points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Where a line is broken: in the middle of each part that does not log it, between others that do."""
+    """NaN points that interrupt a line: in the middle of each part that does not log it, between parts that do."""
     silent = [
         start + part.steps / 2
         for part, (_, start) in zip(parts, _starts(parts), strict=True)
@@ -122,7 +122,7 @@ def _gaps(name: str, parts: Sequence[Part], points: Sequence[tuple[float, float]
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most POINTS of the points, evenly spread, the last one among them."""
+    """At most POINTS of the points, evenly spaced, including the last."""
     every = -(-len(points) // POINTS)
     return list(points[::-1][::every][::-1])
 
@@ -164,12 +164,12 @@ def _figure(
     marks: Sequence[tuple[str, int]] = (),
     whole: bool = False,
 ) -> Figure:
-    """A figure with a plot for each place: label of y, label of x, lines."""
+    """A figure with a plot for each of `places`: label of y, label of x, lines."""
     import matplotlib  # pyright: ignore[reportMissingImports]
     from matplotlib.backends.backend_svg import FigureCanvasSVG  # pyright: ignore[reportMissingImports]
     from matplotlib.figure import Figure as Canvas  # pyright: ignore[reportMissingImports]
 
-    # Words as words: smaller, and found by a reader's search.
+    # Text as text instead of paths: the file is smaller, and the text can be searched.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmkd", "font.size": 9}):
         figure = Canvas(figsize=(5.4 if len(places) == 1 else 3.6 * len(places), 3.1))
         FigureCanvasSVG(figure)

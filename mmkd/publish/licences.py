@@ -1,4 +1,4 @@
-"""What licences of models and data require of a student, and where its own licence conflicts with them."""
+"""Requirements of the licences of models and data on a student, and conflicts with its own licence."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LicensedSource:
-    """Something a student is made of: its name as it is published, and its licence as the Hub or a recipe says it."""
+    """A model or data set that a student is made of: its published name, and its licence on the Hub or in a recipe."""
 
     name: str
     license: str | None
@@ -15,18 +15,18 @@ class LicensedSource:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a licence asks for. Read it yourself: this is a reminder and no legal advice."""
+    """The requirements of a licence. Read the licence yourself: this is a reminder and no legal advice."""
 
     pattern: str
     non_commercial: bool = False
     share_alike: bool = False
     no_derivatives: bool = False
     family: str | None = None
-    """Where what is trained on a model's outputs must stay under the licence of this family."""
+    """The family under whose licence models must stay that were trained on the outputs."""
     no_training: bool = False
     """Outputs may not be used to train models outside of the family."""
     name_prefix: str | None = None
-    """What the name of a model that was trained on outputs must begin with."""
+    """The required first part of the name of a model that was trained on the outputs."""
 
 
 KNOWN = (
@@ -46,7 +46,7 @@ KNOWN = (
     Terms(r".*(non-?commercial|research use|research only).*", non_commercial=True),
 )  # fmt: skip
 
-# Texts that name no one licence, or terms of others beside it.
+# Texts that do not name a single licence, or that mention further terms.
 _UNKNOWN = re.compile(
     r"other|unknown|not stated|see the homepage|.*keep (their own|the licences)|.*each subset keeps|.*terms of use"
 )
@@ -54,7 +54,7 @@ _FAMILY_NAMES = re.compile(r"(?i)(?:^|/)(?:meta-)?(llama-?[234](?:[.-][123](?!\d
 
 
 def terms_of(source: LicensedSource) -> Terms | None:
-    """What is known of a licence; of a model without one, by the family that its name says."""
+    """The terms of a known licence; for a model without a licence, those of the family in its name."""
     license = source.license
     if license is None and (match := _FAMILY_NAMES.search(source.name)):
         license = match[1]
@@ -69,7 +69,7 @@ def conflicts(
     teachers: Sequence[LicensedSource],
     data: Sequence[LicensedSource],
 ) -> list[str]:
-    """Sentences about what does not go together with publishing the student as `repo_id` under a licence."""
+    """Sentences about conflicts with publishing the student as `repo_id` under the declared licence."""
     own = terms_of(LicensedSource("", declared)) if declared else None
     sentences = []
     for teacher in teachers:
@@ -114,8 +114,8 @@ def _of_outputs(
 def _of_part(role: str, source: LicensedSource, own: Terms | None, declared: str | None) -> list[str]:
     terms = terms_of(source)
     if terms is None:
-        known = source.license and not _UNKNOWN.match(source.license.lower())
-        return [] if known else [_not_known(role, source)]
+        is_stated = source.license and not _UNKNOWN.match(source.license.lower())
+        return [] if is_stated else [_not_known(role, source)]
     subject = f"The {role} {source.name} ({source.license or terms.family})"
     stated = f"and the student is declared {declared or 'without a licence'}."
     sentences = []

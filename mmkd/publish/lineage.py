@@ -39,9 +39,9 @@ def trainings_of(record: Mapping[str, Any], place: Path) -> list[Training]:
 
 
 def training_in(folder: Path) -> Training | None:
-    """The training whose student lies in a folder: of a run, its last stage, or a checkpoint; None without one."""
+    """The training of the student in a folder: of a run, its last stage, or a checkpoint; None if there is none."""
     for place in (folder, *reversed(stages_of(folder))):
-        # A checkpoint's record is that of its run.
+        # A checkpoint has no record of its own but that of its run.
         of = place.parent if place.name.startswith("checkpoint-") else place
         if record := read_json(of / RECORD):
             return Training(record, place)
@@ -50,12 +50,12 @@ def training_in(folder: Path) -> Training | None:
 
 
 def _start_of(keys: Mapping[str, Any], folder: Path) -> Path | None:
-    """The folder that the training in a folder took its student from; None for a Hub id or random weights."""
+    """The folder from which a training took its student; None for a Hub id or random weights."""
     start = keys.get("student") or keys.get("teacher")
     if keys.get("student_init") == "random" or not start:
         return None
     before = Path(str(start))
-    # Stages lie side by side, wherever their run has been moved since and from wherever it is looked at.
+    # Stages lie side by side, so that the folder is found after the run was moved and from any current folder.
     beside = folder.parent / before.name
     if _is_stage(folder) and _is_stage(before) and beside.is_dir():
         return beside
@@ -67,7 +67,7 @@ def _is_stage(folder: Path) -> bool:
 
 
 def bases_of(first: Mapping[str, Any]) -> list[str]:
-    """The models whose weights a student began with, by the keys of the first recipe that trained it."""
+    """The models from whose weights a student started, by the keys of the recipe of its first training."""
     made = first.get("student_init", "pretrained")
     if made == "random":
         return []
@@ -78,27 +78,27 @@ def bases_of(first: Mapping[str, Any]) -> list[str]:
 
 
 def teachers_of(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the student's teachers. An SFT baseline has one for comparison only, which is not among them."""
+    """The names of the student's teachers. The teacher of an SFT baseline is only for comparison and left out."""
     distilled = [training["keys"] for training in trainings if training["keys"]["method"] != BASELINE_METHOD]
-    # Each of several teachers has keys of its own.
+    # Under `teachers`, each teacher has its own keys.
     keys_of_teachers = [own for keys in distilled for own in (keys, *(keys.get("teachers") or {}).values())]
     return list(dict.fromkeys(str(own["teacher"]) for own in keys_of_teachers if own.get("teacher")))
 
 
 def source_of(name: str, published: str | None = None) -> LicensedSource:
-    """A model by its Hub id, or the name of its folder, with the licence that its card states.
+    """A model by its Hub id or the name of its folder, with the licence in its card.
 
-    `published` is the Hub id of what lies in a folder here.
+    `published` is the Hub id of a model in a local folder.
     """
     license = _stated_here(Path(name)) if Path(name).is_dir() else None
-    known = published or (name if not Path(name).is_dir() else None)
-    if known is not None and license is None:
-        license = _stated_there(known)
-    return LicensedSource(known or _name_of(Path(name).resolve()), license)
+    hub_id = published or (name if not Path(name).is_dir() else None)
+    if hub_id is not None and license is None:
+        license = _stated_there(hub_id)
+    return LicensedSource(hub_id or _name_of(Path(name).resolve()), license)
 
 
 def _name_of(folder: Path) -> str:
-    """A folder's name; a stage goes by the name of its run."""
+    """The name of a folder; for a stage, that of its run."""
     return folder.parent.name if _is_stage(folder) else folder.name
 
 
@@ -115,7 +115,7 @@ def data_ids(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def portable(keys: Mapping[str, Any], published: Mapping[str, str]) -> dict[str, Any]:
-    """The recipe without this machine's paths: a folder goes by its Hub id where that is known, else by its name."""
+    """The recipe without this machine's paths: folders are replaced by their Hub ids if known, else by their names."""
     return {key: _portable(value, published) for key, value in keys.items()}
 
 
@@ -135,7 +135,7 @@ def _stated_here(folder: Path) -> str | None:
 
 
 def _stated_there(repo_id: str) -> str | None:
-    """What the Hub says, None without a network or the right to read it: the licence is then looked up by hand."""
+    """The licence on the Hub; None without a network or access, where the user has to look it up."""
     if constants.HF_HUB_OFFLINE:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The card of a distilled student: what it is made of, what it reached, and what its licences ask for."""
+"""The card of a distilled student: its origin, its results, and the requirements of licences."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,11 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class Student:
-    """What the card of a student says."""
+    """The content of the card of a student."""
 
     repo_id: str
     methods: Sequence[str]
-    """Of all trainings that led to it."""
+    """The methods of all its trainings."""
     pipeline_tag: str
     adapter: bool
     parameters: int
@@ -38,19 +38,19 @@ class Student:
     license: str | None
     recipe: Mapping[str, Any]
     scores: Sequence[Mapping[str, Any]]
-    """Of benchmarks, as `mmkd eval` keeps them."""
+    """The scores of benchmarks, as `mmkd eval` stores them."""
     held_out: Mapping[str, float]
-    """Metric -> value, of the held-out rows of the last training's data."""
+    """Metric -> value on the held-out rows of the last training's data."""
     held_out_data: str
     """The name of that data's recipe."""
     held_out_id: str | None
-    """Its Hub id, where it has one."""
+    """Its Hub id, or None."""
     comparison: Mapping[str, Any] | None
     machine: Mapping[str, Any]
     tokens: Sequence[int]
-    """Supervised tokens of each training that led to it, the last one last; 0 where none are counted."""
+    """The supervised tokens of each of its trainings, in order; 0 if they are not counted."""
     earlier: Sequence[Mapping[str, Any]] = ()
-    """Recipes of the trainings before."""
+    """The recipes of earlier trainings."""
     warnings: Sequence[str] = ()
 
 
@@ -93,7 +93,7 @@ def model_card(student: Student) -> ModelCard:
 
 
 def eval_results(student: Student) -> list[EvalResult]:
-    """The results as the Hub's `model-index` has them: those of whole tasks, the last one of each."""
+    """The results for the Hub's `model-index`: of complete tasks only, the last result of each."""
     whole = {(score["task"], score["metric"]): score for score in student.scores if not is_partial(score)}
     results = [
         EvalResult(
@@ -111,7 +111,7 @@ def eval_results(student: Student) -> list[EvalResult]:
             task_type=student.pipeline_tag,
             dataset_type=student.held_out_id or student.held_out_data,
             dataset_name=f"{student.held_out_data}, held-out rows",
-            # Else the Hub's client puts it together with a benchmark of the same name.
+            # Without a split, the Hub's client merges it with a benchmark of the same name.
             dataset_split="eval",
             metric_type=name,
             metric_value=value,
@@ -124,12 +124,12 @@ def eval_results(student: Student) -> list[EvalResult]:
 def _summary(student: Student) -> str:
     taught = f" from {_names(student.teachers)}" if student.teachers else ""
     baseline = list(student.methods) == [BASELINE_METHOD]
-    what = "A baseline, fine-tuned" if baseline else f"A student, distilled{taught}"
+    subject = "A baseline, fine-tuned" if baseline else f"A student, distilled{taught}"
     start = f", starting at {_names(student.base)}" if student.base else ", starting at random weights"
     millions = student.parameters / 1e6
     size = "" if student.adapter else f" It has {millions:{',.1f' if millions >= 1 else '.2g'}} million parameters."
     methods = " and ".join(f"`{method}`" for method in student.methods)
-    return f"{what} with {methods} of mmkd {__version__}{start}.{size}"
+    return f"{subject} with {methods} of mmkd {__version__}{start}.{size}"
 
 
 def _names(sources: Sequence[LicensedSource]) -> str:
@@ -143,8 +143,8 @@ def _usage(student: Student) -> str:
         classes, loader = "AutoModelForImageTextToText, AutoProcessor", "processor = AutoProcessor"
     else:
         line = f'classify = pipeline("{student.pipeline_tag}", model="{student.repo_id}")'
-        known = "import mmkd  # makes its dual head known to transformers\nfrom transformers import pipeline"
-        return f"```python\n{known}\n\n{line}\n```"
+        imports = "import mmkd  # makes its dual head known to transformers\nfrom transformers import pipeline"
+        return f"```python\n{imports}\n\n{line}\n```"
     model = f'model = {classes.partition(",")[0]}.from_pretrained("{student.repo_id}")'
     also = "It is an adapter: `pip install peft` too.\n\n" if student.adapter else ""
     code = f'from transformers import {classes}\n\n{model}\n{loader}.from_pretrained("{student.repo_id}")'

@@ -1,4 +1,4 @@
-"""The folder that is published: weights, processor, recipe, results and card of a finished run."""
+"""The published folder of a finished run: weights, processor, recipe, results and card."""
 
 import json
 import shutil
@@ -27,44 +27,44 @@ from .runs import COMPARISON, RECORD, Log, comparison_of, parts_of, read_json, r
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 MODEL_FILES += ("adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*")
 MODEL_FILES += ("merges.txt", "*.model", "chat_template*", "*processor*.json", "interpolation.json", "*.py")
-"""What is published of a run's folder; optimizer, pickles and logs of the machine are not."""
+"""The files of a run's folder that are published; optimizer states, pickles and logs are not."""
 
 RECIPE, LOG, SCORES = "training/recipe.yaml", "training/log.jsonl", "eval/scores.json"
 
-# Of the trainer's evaluation, what a card shows.
+# The metrics of the trainer's evaluation that a card shows.
 _HELD_OUT = ("perplexity", "kl", "top1_agreement", "bits_per_byte", "chunk_gap", "accuracy", "loss")
 
 
 @dataclass(frozen=True)
 class PushOptions:
-    """What the user passes to `mmkd push`."""
+    """The options of `mmkd push`."""
 
     repo_id: str
     license: str | None = None
     base_model: Sequence[str] = ()
-    """Hub ids of the models that the student began with, where those are folders here."""
+    """Hub ids of the models from which the student started, if these are local folders."""
     teacher: str | None = None
-    """Hub id of the teacher, where that is a folder here."""
+    """Hub id of the teacher, if it is a local folder."""
     recipe: str | None = None
-    """Name or path, for runs that have no record."""
+    """Name or path of the recipe, for runs without a record."""
     comparison: Path | None = None
 
 
 @dataclass(frozen=True)
 class Published:
-    """A run as it is published."""
+    """The published form of a run."""
 
     student: Student
     model_folder: Path
     files: list[Path]
-    """Of the model."""
+    """The files of the model."""
     log: Log
     card: ModelCard
     keys: dict[str, Any] = field(default_factory=dict)
-    """Of the recipe, as they were given here."""
+    """The keys of the recipe, with local paths."""
 
     def write(self, folder: Path) -> None:
-        """Writes all of it into a folder. Raises UserError for one that is not empty."""
+        """Writes all files to a folder. Raises UserError if the folder is not empty."""
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty. Name another --output, or delete it.")
         self.write_texts(folder)
@@ -72,7 +72,7 @@ class Published:
             shutil.copyfile(path, folder / path.name)
 
     def write_texts(self, folder: Path) -> None:
-        """Writes what is not of the model itself, which may be large: card, recipes, log and results."""
+        """Writes all files but the model, which may be large: card, recipes, log and results."""
         for name in ("training", "eval"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         recipes = {RECIPE: self.student.recipe}
@@ -92,10 +92,10 @@ class Published:
 
 
 def prepare(run: Path, options: PushOptions, measured: bool = True) -> Published:
-    """What is published of a run, with results and comparison where it is `measured`.
+    """The published form of a run; with `measured`, including results and comparison.
 
-    Raises UserError for a run without weights, one that is not finished, one whose recipe is not known, and for
-    results of other weights.
+    Raises UserError for a run without weights, an unfinished run, a run with an unknown recipe, and results of other
+    weights.
     """
     if not run.is_dir():
         raise UserError(f"There is no folder {run}. Name the output_dir of a finished training.")
@@ -126,11 +126,11 @@ def prepare(run: Path, options: PushOptions, measured: bool = True) -> Published
 
 
 def describe(place: Path, folder: Path, repo_id: str) -> None:
-    """Writes the card of a model, with the files it names, into a folder that the Trainer uploads.
+    """Writes the card of a model, with the files it refers to, into a folder that the Trainer uploads.
 
-    `place` is the folder of the model: the uploaded one, or a checkpoint of its run. Raises UserError as `prepare`.
+    `place` is the folder of the model: the uploaded folder, or a checkpoint of its run. Raises UserError as `prepare`.
     """
-    # A model in training has no results yet: any in the folder are of earlier weights.
+    # During training, results in the folder are those of earlier weights.
     published = prepare(place, PushOptions(repo_id), measured=False)
     published.write_texts(folder)
     for warning in published.student.warnings if place == folder else ():
@@ -138,7 +138,7 @@ def describe(place: Path, folder: Path, repo_id: str) -> None:
 
 
 def _student(model: EvalModel, place: Path, record: Mapping[str, Any], options: PushOptions) -> Student:
-    """The facts of the card that need no results."""
+    """The content of the card without results."""
     if model.adapter and Path(model.path).is_dir():
         raise UserError(
             f"{place} is an adapter of {model.path}, a folder here that nobody else has. Merge them (PEFT's "
@@ -196,11 +196,11 @@ def _check_finished(run: Path, place: Path) -> None:
 
 
 def _record_of(place: Path, run: Path, options: PushOptions) -> dict[str, Any]:
-    """The record of the run, or what of it the recipe knows."""
+    """The record of the run, or the part of it that follows from a recipe."""
     if options.recipe is not None:
         recipe = Recipe.read(options.recipe)
         return {"keys": recipe.keys, "data": data_facts(recipe.method, str(recipe.keys["data"]))}
-    # A checkpoint's is that of its run.
+    # A checkpoint has no record of its own but that of its run.
     record = read_json(place / RECORD) or record_of(run) or read_json(place.parent / RECORD)
     if not record:
         raise UserError(
@@ -211,14 +211,14 @@ def _record_of(place: Path, run: Path, options: PushOptions) -> dict[str, Any]:
 
 
 def _log_of(place: Path) -> Log:
-    """The log of a training; of rounds all of theirs, each entry with the name of its round."""
+    """The log of a training, or the logs of all rounds, each entry with the name of its round."""
     if not any(place.glob("round-*")):
         return read_log(place)
     return [{"part": part.name, **entry} for part in parts_of(place) for entry in part.log]
 
 
 def _results(place: Path, model: EvalModel) -> dict[str, Any]:
-    # Of a folder without a record, pushed with --recipe, they may lie elsewhere.
+    # For a folder without a record, which is pushed with --recipe, the results may lie under runs/eval.
     places = [folder / "results.json" for folder in (place / "eval", model.results_folder)]
     path = next((path for path in places if path.is_file()), places[0])
     results = read_json(path)
@@ -231,9 +231,9 @@ def _results(place: Path, model: EvalModel) -> dict[str, Any]:
 
 
 def _held_out(place: Path, comparison: Mapping[str, Any] | None, model: EvalModel) -> dict[str, float] | None:
-    """The metrics of this very model in a comparison, not the mean over its seeds; None where it is not part of it.
+    """The metrics of this model in a comparison, not the mean over seeds; None if the model is not part of it.
 
-    Raises UserError where the comparison was of other weights.
+    Raises UserError if other weights were compared.
     """
     for row in (comparison or {}).get("rows", []):
         folders = [Path(name).resolve() for name in row["folders"]]
@@ -275,7 +275,7 @@ def _pipeline_tag(place: Path, model: EvalModel) -> str:
 
 
 def _parameters(place: Path) -> int:
-    """Of all files together, without reading the weights."""
+    """The number of parameters in all files, without reading the weights."""
     total = 0
     for path in place.glob("*.safetensors"):
         with safe_open(path, framework="np") as file:

@@ -1,4 +1,4 @@
-"""`mmkd report`: a run on one page, HTML that needs nothing else and Markdown."""
+"""`mmkd report`: a run on one page, as self-contained HTML and as Markdown."""
 
 import base64
 import html
@@ -28,7 +28,7 @@ HTML, MARKDOWN, FIGURES = "report.html", "report.md", "report-figures"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text."""
+    """A table with cells of text."""
 
     title: str
     header: Sequence[str]
@@ -45,12 +45,12 @@ class Section:
 
     @property
     def id(self) -> str:
-        """Of its heading."""
+        """The id of its heading."""
         return self.title.lower().replace(" ", "-")
 
 
 def report_command(run: str, output: Path | None, comparison: Path | None) -> int:
-    """Writes the pages of a run and prints where they are."""
+    """Writes the pages of a run and prints their paths."""
     for path in write_report(Path(run), output, comparison):
         print(path)
     return 0
@@ -59,7 +59,7 @@ def report_command(run: str, output: Path | None, comparison: Path | None) -> in
 def write_report(folder: Path, output: Path | None = None, comparison: Path | None = None) -> tuple[Path, Path]:
     """The paths of the HTML and the Markdown page of a run, written to `output` or the run's own folder.
 
-    May be called at any time of the run. Raises UserError for a folder that nothing was trained or compared in.
+    May be called at any time during a run. Raises UserError for a folder without a training or comparison.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("A report draws with matplotlib, which is not installed: pip install 'mmkd[plot]'.")
@@ -78,7 +78,7 @@ def write_report(folder: Path, output: Path | None = None, comparison: Path | No
 
 
 def page_facts(run: RunFiles) -> dict[str, Any]:
-    """What the templates show."""
+    """The variables of the templates."""
     record = run.record
     records = run.stages or ({"": record} if record else {})
     figures = [
@@ -108,14 +108,14 @@ def page_facts(run: RunFiles) -> dict[str, Any]:
 
 
 def _recipe(stage: str, record: Mapping[str, Any]) -> dict[str, str]:
-    """A recipe as it was run, and where it comes from."""
+    """A recipe as it was run, with its origin."""
     note = f"{record.get('recipe', '')} with its flags, started on {record['started']}."
     keys = yaml.safe_dump(record["keys"], sort_keys=False, allow_unicode=True)
     return {"note": f"Stage {stage}: {note}" if stage else note, "keys": keys}
 
 
 def _training(run: RunFiles) -> list[Table]:
-    """What each training has seen, of a run in stages or rounds all of them together too."""
+    """Steps, tokens and hours of each training, and their sums for a run in stages or rounds."""
     tables = []
     for name, parts in run.lines.items():
         lines = [_counts(part.name, part.steps, part.tokens, part.seconds) for part in parts if part.log]
@@ -170,7 +170,7 @@ def _benchmarks(results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
 
 
 def _measures(results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """One table per model with every number of every measurement, of student and teacher where both were measured."""
+    """One table per model with all numbers of all measurements, of student and teacher if both were measured."""
     tables = []
     for name, result in results.items():
         lines = []
@@ -222,5 +222,5 @@ def _versions(run: RunFiles) -> list[Table]:
 
 
 def _cell(text: str) -> str:
-    """Text in a cell of a Markdown table, where `<` of a model's answer begins no tag."""
+    """Text for a cell of a Markdown table, escaped so that `<` in a model's answer does not begin a tag."""
     return html.escape(str(text), quote=False).replace("|", "\\|").replace("\n", "<br>")

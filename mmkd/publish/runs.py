@@ -1,4 +1,4 @@
-"""What lies in a run's folder, finished or not, as far as a report needs it; loads neither torch nor a model."""
+"""The files of a run, finished or not, that a report needs. Imports neither torch nor transformers."""
 
 import json
 import re
@@ -31,34 +31,34 @@ class Part:
 
     @property
     def tokens(self) -> int | None:
-        """Supervised tokens it has seen, over all sessions; None where nothing counts them, as for classes."""
+        """Supervised tokens over all sessions; None if they are not counted, as for classes."""
         return next(
             (int(entry["supervised_tokens"]) for entry in reversed(self.log) if "supervised_tokens" in entry), None
         )
 
     @property
     def seconds(self) -> float | None:
-        """What its steps took, over all sessions."""
+        """The time of its steps in seconds, over all sessions."""
         return next((entry["training_seconds"] for entry in reversed(self.log) if "training_seconds" in entry), None)
 
     @property
     def planned(self) -> int | None:
-        """How many steps there will be, where that is known."""
+        """The planned number of steps, if known."""
         return next((entry["max_steps"] for entry in reversed(self.log) if "max_steps" in entry), None)
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What is known of a run."""
+    """The contents of a run's folder."""
 
     folder: Path
     lines: dict[str, list[Part]]
-    """Name -> trainings that follow one another; several where the run was compared with others."""
+    """Name -> consecutive trainings; several names if the run was compared with others."""
     record: dict[str, Any]
     results: dict[str, dict[str, Any]]
     """Name of a model -> its results.json."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of a run in stages, the name of each -> its record."""
+    """Name of a stage -> its record, for a run in stages."""
     comparison: dict[str, Any] | None = None
     rounds: Log = field(default_factory=list)
     choice: dict[str, Any] | None = None
@@ -67,7 +67,7 @@ class RunFiles:
 
     @property
     def state(self) -> str:
-        """How far it has come, in a sentence."""
+        """The progress of the run, as a sentence."""
         folder = self.folder.resolve()
         lines = self.lines.values()
         inside = [line for line in lines if any(part.folder.resolve().is_relative_to(folder) for part in line)]
@@ -79,13 +79,13 @@ class RunFiles:
         part = f"{last.name}, " if last.name != self.folder.name else ""
         places = [place for place in (last.folder, *last.folder.parents) if place.is_relative_to(self.folder)]
         records = [record for place in places or [last.folder] if (record := read_json(place / RECORD))]
-        # A round that has come to its end is not the end of its loop.
+        # A finished round does not mean that its loop is finished: all records count.
         done = all(record["finished"] for record in records) if records else last.steps == last.planned
         return f"{part}step {last.steps:,}{of}: {'finished' if done else 'not finished, or still running'}."
 
 
 def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:
-    """What a run, a run in stages or rounds, or a comparison has left so far.
+    """The files that a run, a run in stages or rounds, or a comparison has written so far.
 
     `comparison` is a folder or file of `mmkd compare`; by default the run's own, or one beside it that names it.
     Raises UserError for a folder that holds nothing of the kind.
@@ -96,8 +96,8 @@ def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:
     parts = parts_of(folder)
     lines = {} if compared is None else _compared(compared, folder)
     if any(part.log for part in parts):
-        known = {part.folder.resolve() for line in lines.values() for part in line}
-        if not {part.folder.resolve() for part in parts} <= known:
+        compared_folders = {part.folder.resolve() for line in lines.values() for part in line}
+        if not {part.folder.resolve() for part in parts} <= compared_folders:
             lines = {folder.name: parts, **lines}
     elif compared is None:
         lines = _under_way(folder)
@@ -144,7 +144,7 @@ def parts_of(folder: Path, prefix: str = "") -> list[Part]:
 
 
 def tokens_of(parts: Sequence[Part]) -> int | None:
-    """Supervised tokens of trainings together; None where none of them counts any."""
+    """The sum of supervised tokens of trainings; None if none of them counts tokens."""
     counted = [part.tokens for part in parts if part.tokens is not None]
     return sum(counted) if counted else None
 
@@ -156,7 +156,7 @@ def stages_of(folder: Path) -> list[Path]:
 
 
 def read_log(folder: Path) -> Log:
-    """What a training has logged: as it was written down line by line, else by its newest state."""
+    """The log of a training: from its log file, or else from its newest trainer state."""
     path = folder / LOG
     if path.is_file():
         return read_lines(path)
@@ -169,13 +169,13 @@ def read_log(folder: Path) -> Log:
 
 
 def read_lines(path: Path) -> Log:
-    """The objects of a file of JSON lines; a last line that is being written is left out."""
+    """The objects of a JSON Lines file, without an incomplete last line."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, {} where it is not there or is being written."""
+    """The object in a JSON file; {} if the file is missing or incomplete."""
     if not path.is_file():
         return {}
     try:
@@ -185,7 +185,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """What the run, its last stage or its last part says about itself."""
+    """The record of the run, or else of its last stage or part."""
     places = [folder, *reversed(stages_of(folder)), *(part.folder for part in reversed(parts_of(folder)))]
     return next((record for place in places if (record := read_json(place / RECORD))), {})
 
@@ -196,18 +196,18 @@ def with_parts(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _trained(round_folder: Path) -> list[Path]:
-    """The folder in a round that was trained into: with LoRA it is not that of the whole student."""
+    """The folder of the training in a round; with LoRA it is not the folder of the merged student."""
     inner = [path for path in round_folder.iterdir() if path.is_dir() and read_log(path)]
     return inner[:1]
 
 
 def _deep(folder: Path, pattern: str) -> list[Path]:
-    """Matches in a run's folder, else in those of its stages."""
+    """Matches in a run's folder, or else in the folders of its stages."""
     return sorted(folder.glob(pattern)) or sorted(folder.glob(f"[0-9]*-*/{pattern}"))
 
 
 def comparison_of(folder: Path, chosen: Path | None) -> dict[str, Any] | None:
-    """The comparison at a path; by default the run's own, or the one beside it that names it. None without any."""
+    """The comparison at a path; by default the run's own, or one beside it that names the run; or None."""
     if chosen is not None:
         path = chosen / COMPARISON if chosen.is_dir() else chosen
         content = read_json(path)
@@ -222,19 +222,19 @@ def comparison_of(folder: Path, chosen: Path | None) -> dict[str, Any] | None:
 
 
 def _seed_of(row: Mapping[str, Any], folder: Path) -> str:
-    """The folder that stands for a row of a comparison: the run's own, else that of the first seed."""
+    """The folder that represents a row of a comparison: the run's own, or else that of the first seed."""
     own = (name for name in row["folders"] if Path(name).resolve() == folder.resolve())
     return next(own, row["folders"][0])
 
 
 def _compared(comparison: Mapping[str, Any], folder: Path) -> dict[str, list[Part]]:
-    """The trainings of a comparison, one seed of each."""
+    """The trainings of a comparison, with one seed per row."""
     trained = {row["name"]: Path(_seed_of(row, folder)) for row in comparison["rows"] if row["cost"]}
     return {name: parts_of(path) for name, path in trained.items() if path.is_dir()}
 
 
 def _under_way(folder: Path) -> dict[str, list[Part]]:
-    """The trainings that a comparison has begun, in their order; each has a record of its own."""
+    """The trainings that an unfinished comparison has begun, in order, by their records."""
     records = {path: read_json(path / RECORD) for path in folder.iterdir() if (path / RECORD).is_file()}
     return {path.name: parts_of(path) for path in sorted(records, key=lambda path: records[path]["started"])}
 
@@ -255,7 +255,7 @@ def _results(folder: Path, parts: list[Part], comparison: Mapping[str, Any] | No
 
 
 def _kept(model: str) -> Path:
-    """The folder with a model's results, of before where there are no newer ones."""
+    """The folder with a model's results; that of an earlier version of mmkd if there are no newer results."""
     folder = results_folder(model)
     return folder if (folder / Path(RESULTS).name).is_file() else results_before(model) or folder
 

@@ -1,4 +1,4 @@
-"""Answers of several models to the same questions, side by side, with the pictures they are about."""
+"""Answers of several models to the same questions, side by side, with pictures."""
 
 import base64
 import io
@@ -12,20 +12,20 @@ from mmkd.data.images import UnreadableImage, read_image
 from .runs import RunFiles, read_lines
 
 PER_TASK = 4
-"""The first ones are shown, not chosen ones."""
+"""The number of samples per task: always the first ones, without selection."""
 
 PICTURE = 160
-"""Pixels of the longer side."""
+"""The longer side of a thumbnail in pixels."""
 
 PICTURE_BYTES = 1_000_000
-"""All pictures of a report together."""
+"""The total size of all thumbnails of a report in bytes."""
 
 _CHARACTERS = 800
 
 
 @dataclass(frozen=True)
 class SampleAnswer:
-    """The answer of one model, and whether it is right where that is known."""
+    """The answer of a model, and whether it is right, if known."""
 
     model: str
     text: str
@@ -34,40 +34,40 @@ class SampleAnswer:
 
 @dataclass
 class ReportSample:
-    """One question."""
+    """A question with the answers of several models."""
 
     source: str
     prompt: str
     target: str
     answers: list[SampleAnswer]
     images: list[str] = field(default_factory=list)
-    """Data URIs, or words where a picture is not there."""
+    """Data URIs, or a sentence in place of a missing picture."""
 
 
 def samples_of(run: RunFiles) -> list[ReportSample]:
-    """The samples of all tasks and generations that the run's results hold, and of its last round."""
+    """The samples of all tasks and generations in the run's results, and of its last round."""
     thumbnails, results = Thumbnails(), run.results
     samples = _assessed(run.assessed, thumbnails)
     samples += [sample for name, result in results.items() for sample in _generated(name, result, thumbnails)]
-    asked: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    rows_by_task: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for model, result in results.items():
         for entry in result["tasks"].values():
             path = Path(result["folder"], entry["samples"])
             if path.is_file():
-                asked.setdefault(entry["task"], {})[model] = _first(read_lines(path))
-    for task, by_model in asked.items():
+                rows_by_task.setdefault(entry["task"], {})[model] = _first(read_lines(path))
+    for task, by_model in rows_by_task.items():
         samples += _joined(task, by_model, thumbnails)
     return samples
 
 
 class Thumbnails:
-    """Makes small copies of pictures, as long as there is room."""
+    """Makes small copies of pictures up to a total size."""
 
     def __init__(self) -> None:
         self.room = PICTURE_BYTES
 
     def embedded(self, path: str) -> str:
-        """A data URI, or a sentence why there is none."""
+        """A data URI, or a sentence with the reason why there is none."""
         if not Path(path).is_file():
             return f"{Path(path).name} is not here"
         try:
@@ -100,17 +100,17 @@ def _generated(name: str, result: Mapping[str, Any], thumbnails: Thumbnails) -> 
 
 
 def _assessed(folder: Path | None, thumbnails: Thumbnails) -> list[ReportSample]:
-    """Hard and easy instructions of a round, with the answers that were compared."""
+    """Hard and easy instructions of a round, with the compared answers."""
     if folder is None:
         return []
     scores = read_lines(folder / "scores.jsonl")
-    asked = {row["key"]: row for row in read_lines(folder / "pool.jsonl")}
+    pool = {row["key"]: row for row in read_lines(folder / "pool.jsonl")}
     kinds = [
-        [row for row in scores if row["hard"] is hard and row["key"] in asked][:PER_TASK] for hard in (True, False)
+        [row for row in scores if row["hard"] is hard and row["key"] in pool][:PER_TASK] for hard in (True, False)
     ]
     samples = []
     for row in (row for rows in kinds for row in rows):
-        instruction = asked[row["key"]]
+        instruction = pool[row["key"]]
         answers = [SampleAnswer(side, cut(row[f"{side}_answer"])) for side in ("teacher", "student")]
         images = [thumbnails.embedded(path) for path in instruction["images"]]
         messages = instruction["prompt"] if "prompt" in instruction else instruction["messages"][:-1]
@@ -125,7 +125,7 @@ def _words_of(content: Any) -> str:
 
 
 def _first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first answers; a file has them once for each filter."""
+    """The first samples; a file has each sample once per filter."""
     chosen: dict[tuple[str, Any], dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: (row["task"], row["doc_id"])):
         chosen.setdefault((row["task"], row["doc_id"]), row)
@@ -148,7 +148,7 @@ def _joined(task: str, by_model: Mapping[str, Sequence[dict[str, Any]]], thumbna
 
 
 def _answer_text(row: Mapping[str, Any]) -> str | None:
-    """The text of an answer, or the most likely choice. None where a task only takes likelihoods."""
+    """The text of an answer, or the most likely choice. None for a task that only uses likelihoods."""
     response = row["response"]
     if row["choices"]:
         scores = [float(log_prob) for log_prob, *_ in response]
@@ -172,6 +172,6 @@ def _right(row: Mapping[str, Any]) -> bool | None:
 
 
 def cut(text: str) -> str:
-    """The text, or its beginning and end where it is long."""
+    """The text, shortened to its beginning and end if it is long."""
     text = text.strip()
     return text if len(text) <= _CHARACTERS else f"{text[: _CHARACTERS // 2]} [...] {text[-_CHARACTERS // 2 :]}"

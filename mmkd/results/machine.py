@@ -1,4 +1,4 @@
-"""What a reader of measurements needs to know of the machine and the packages."""
+"""Facts about the machine and the installed packages, to be stored with measurements."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "lm_eval", "lmms
 
 
 def machine() -> dict[str, Any]:
-    """Device, processor, threads and versions."""
+    """Device, processor, number of threads, and versions."""
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",

@@ -1,4 +1,4 @@
-"""The number that counts of a task's result."""
+"""The main score of a task's result."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,10 +7,10 @@ from mmkd.errors import UserError
 
 
 def scores_of(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The scores of a task's entry: one, or where a name stands for several tasks without a mean, one for each.
+    """The scores of a task's entry: one score, or one per task for a group without a mean.
 
-    A score is `{"task", "metric", "value", "stderr", "higher_is_better", "items", "of_items"}`: the last is how many
-    items the task has, all told. Raises UserError for a metric that the task does not have.
+    A score is `{"task", "metric", "value", "stderr", "higher_is_better", "items", "of_items"}`; `of_items` is the
+    total number of items of the task. Raises UserError for a metric that the task does not have.
     """
     task, metric = entry["task"], entry["metric"]
     everything = {**entry["results"], **entry["groups"]}
@@ -49,12 +49,12 @@ def _score(entry: Mapping[str, Any], task: str, numbers: dict[str, float], metri
 
 
 def items_of(score: Mapping[str, Any]) -> str:
-    """How many items a score is the mean of, in words."""
+    """The number of items of a score, as text."""
     if score["items"] is None:
         return ""
     return f"{score['items']:,}" + (f" of {score['of_items']:,}" if is_partial(score) else "")
 
 
 def is_partial(score: Mapping[str, Any]) -> bool:
-    """Whether a score is of some of the task's items alone, as with --limit."""
+    """Whether a score covers only some of the task's items, as with --limit."""
     return score["items"] is not None and score["of_items"] not in (None, score["items"])

@@ -1,4 +1,4 @@
-"""A comparison as tables: on the console and in Markdown, from the same cells."""
+"""Tables of a comparison, for the console and in Markdown, from the same cells."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def show(comparison: Mapping[str, Any], console: Console) -> None:
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
-    """A comparison as a page."""
+    """A comparison as a Markdown page."""
     parts = []
     for title, header, lines in tables(comparison):
         body = [header, ["---"] * len(header), *lines]
@@ -32,7 +32,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
 
 
 def tables(comparison: Mapping[str, Any]) -> list[Cells]:
-    """The tables of a comparison, those without a line left out."""
+    """The tables of a comparison; empty tables are left out."""
     rows = comparison["rows"]
     candidates = [
         _numbers("", rows, "metrics"),

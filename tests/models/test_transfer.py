@@ -392,5 +392,5 @@ def test_a_table_besides_the_embeddings_is_refused() -> None:
     tokenizer = CHATTERS["chatml"]()
     model = llama(tokenizer)
     model.model.second = nn.Embedding(model.config.vocab_size, 8)
-    with pytest.raises(ValueError, match=r"model\.second of LlamaForCausalLM has a row per token too"):
+    with pytest.raises(ValueError, match=r"model\.second of LlamaForCausalLM has one row per token"):
         transfer_tokenizer(model, tokenizer, tokenizer)
