@@ -4,7 +4,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from mmkd.errors import UserError
 from mmkd.losses import chunks, divergences
 from mmkd.losses.chunks import POLICIES, binarised
 from mmkd.losses.combine import COMBINATIONS
+from mmkd.schema import NonNegativeFloat, PositiveFloat, Range
 from mmkd.training.config import DistillationConfig
 
 ChunkLoss = Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +49,7 @@ class ALMConfig(DistillationConfig):
             "choices": list(DIVERGENCES),
         },
     )
-    tau: float = field(
+    tau: PositiveFloat = field(
         default=1.0,
         metadata={
             "help": "Temperature: likelihoods are raised to the power 1 / tau before they are compared, so that a "
@@ -56,7 +57,9 @@ class ALMConfig(DistillationConfig):
             "and 1 score higher in their own ablation."
         },
     )
-    renyi_alpha: float = field(default=2.0, metadata={"help": "Order of the divergence renyi; 1 is forward_kl."})
+    renyi_alpha: PositiveFloat = field(
+        default=2.0, metadata={"help": "Order of the divergence renyi; 1 is forward_kl."}
+    )
     chunks: str = field(
         default="merge",
         metadata={
@@ -67,7 +70,7 @@ class ALMConfig(DistillationConfig):
             "choices": list(POLICIES),
         },
     )
-    gamma: float = field(
+    gamma: Annotated[float, Range(above=0, below=1)] = field(
         default=0.1,
         metadata={"help": "Probability of a word's end up to which the end of a chunk does not count (paper: 0.1)."},
     )
@@ -80,7 +83,7 @@ class ALMConfig(DistillationConfig):
             "choices": ["weights", "sum", "gradmag"],
         },
     )
-    hidden_weight: float = field(
+    hidden_weight: NonNegativeFloat = field(
         default=0.0,
         metadata={
             "help": "Weight of the distance between last hidden states at the ends of chunks, the student's through a "
@@ -95,35 +98,18 @@ class ALMConfig(DistillationConfig):
             "choices": list(OBJECTIVES),
         },
     )
-    teacher_max_length: int | None = field(
+    teacher_max_length: Annotated[int, Range(min=2)] | None = field(
         default=None,
         metadata={"help": "The teacher's tokens that are read of a row; by default as many as max_length."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (
-            ("divergence", DIVERGENCES),
-            ("chunks", POLICIES),
-            ("objective", OBJECTIVES),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
-        if self.tau <= 0:
-            raise UserError(f"tau is {self.tau}; likelihoods are raised to the power 1 / tau: it must be positive.")
-        if self.renyi_alpha <= 0:
-            raise UserError(f"renyi_alpha is {self.renyi_alpha}; the order of a Renyi divergence is positive.")
-        if not 0 < self.gamma < 1:
-            raise UserError(f"gamma is {self.gamma}; it is a probability and must lie between 0 and 1, not on them.")
-        if self.hidden_weight < 0:
-            raise UserError(f"hidden_weight is {self.hidden_weight}; it must not be negative.")
         if self.hidden_weight and self.rollout_server is not None:
             raise UserError(
                 "hidden_weight learns a projection beside the student, which the model on a rollout_server has not. "
                 "Set hidden_weight: 0, or remove rollout_server to generate in this process."
             )
-        if self.teacher_max_length is not None and self.teacher_max_length < 2:
-            raise UserError(f"teacher_max_length is {self.teacher_max_length}; nothing predicts the first token.")
         if self.ce_weight == 1:
             raise UserError("ce_weight is 1, which leaves ALM nothing to do; use method sft for plain fine-tuning.")
         if self.packing and self.packing_strategy != "bfd":

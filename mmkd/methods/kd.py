@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from mmkd.errors import UserError
 from mmkd.losses import divergences
 from mmkd.losses.divergences import Divergence
+from mmkd.schema import PositiveFloat, Share
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.signals import DenseSignal, SparseSignal, TopKSignal
 from mmkd.training.base import DistillationTrainer
@@ -41,36 +42,26 @@ class KDConfig(DistillationConfig):
             "choices": list(DIVERGENCES),
         },
     )
-    temperature: float = field(
+    temperature: PositiveFloat = field(
         default=1.0,
         metadata={
             "help": "Divides both logits; the divergence is multiplied by its square, so that the balance with "
             "ce_weight stays. 1 (default) matches the distributions that will be sampled from; 2 stresses the tail."
         },
     )
-    beta: float = field(
+    beta: Share = field(
         default=0.5,
         metadata={
             "help": "The teacher's weight in jsd's mixture: 0 is forward_kl, 1 is reverse_kl (TRL's convention)."
         },
     )
-    skew: float = field(
+    skew: Share = field(
         default=0.1,
         metadata={"help": "Share of the first distribution in skew_kl and skew_reverse_kl (DistiLLM's lambda, 0.1)."},
     )
-    mu: float = field(
+    mu: Share = field(
         default=0.5, metadata={"help": "Teacher mass that counts as the head in adaptive_kl (0.5 in its paper)."}
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.temperature <= 0:
-            raise UserError(f"temperature is {self.temperature}; logits are divided by it, so it must be positive.")
-        if self.divergence not in DIVERGENCES:
-            raise UserError(f"divergence {self.divergence!r} is unknown; choose one of {', '.join(DIVERGENCES)}.")
-        for name in ("beta", "skew", "mu"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it is a share and must lie between 0 and 1.")
 
 
 class KDTrainer(DistillationTrainer):

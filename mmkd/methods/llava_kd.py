@@ -13,6 +13,7 @@ from mmkd.losses.fused import fused_loss
 from mmkd.losses.visual_relations import common_tokens, logit_metric, pooled, relation_loss, relations
 from mmkd.models.backbone import full_head
 from mmkd.models.heads import LMHead
+from mmkd.schema import NonNegativeFloat, Share
 from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal
@@ -28,16 +29,16 @@ class LLaVAKDConfig(DistillationConfig):
 
     combinations: ClassVar[tuple[str, ...]] = ("weights", "gradmag")
 
-    ce_weight: float = field(
+    ce_weight: Share = field(
         default=0.0, metadata={"help": "Always 0: alpha, beta and gamma weigh the terms, cross-entropy counts 1."}
     )
-    alpha: float = field(
+    alpha: NonNegativeFloat = field(
         default=1.0, metadata={"help": "Weight of the KL to the teacher on the answer's tokens (the paper's 1)."}
     )
-    beta: float = field(
+    beta: NonNegativeFloat = field(
         default=1.0, metadata={"help": "Weight of the KL to the teacher at the visual tokens (the paper's 1)."}
     )
-    gamma: float = field(
+    gamma: NonNegativeFloat = field(
         default=0.5,
         metadata={"help": "Weight of the relation of visual tokens; the paper's 0.5, its authors' code has 1."},
     )
@@ -72,15 +73,8 @@ class LLaVAKDConfig(DistillationConfig):
                 f"ce_weight is {self.ce_weight}, but llava_kd adds its terms to a cross-entropy of weight 1; set "
                 "alpha, beta and gamma instead."
             )
-        for name in ("alpha", "beta", "gamma"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; a term's weight must not be negative.")
         if not self.alpha + self.beta + self.gamma:
             raise UserError("alpha, beta and gamma are 0, which leaves nothing of the teacher; use method sft.")
-        if self.relation_on not in ("logits", "hidden"):
-            raise UserError(f"relation_on is {self.relation_on!r}; choose logits or hidden.")
-        if self.visual_mismatch not in ("error", "pool"):
-            raise UserError(f"visual_mismatch is {self.visual_mismatch!r}; choose error or pool.")
 
     @property
     def term_weights(self) -> dict[str, float]:

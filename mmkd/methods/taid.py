@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from mmkd.errors import UserError
 from mmkd.losses.divergences import entropy, forward_kl, interpolated_log_probs
+from mmkd.schema import NonNegativeFloat, Range, Share
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
@@ -22,21 +23,23 @@ class TAIDConfig(DistillationConfig):
     learns_from_rollouts: ClassVar[bool] = True
     combinations: ClassVar[tuple[str, ...]] = ("weights", "gradmag")
 
-    t_start: float = field(
+    t_start: Share = field(
         default=0.4,
         metadata={
             "help": "Where the interpolation starts: 0 is the student, 1 the teacher. The paper uses 0.4 or 0.2."
         },
     )
-    t_end: float = field(default=1.0, metadata={"help": "Where the interpolation ends; 1 (default) is the teacher."})
-    taid_alpha: float = field(
+    t_end: Share = field(default=1.0, metadata={"help": "Where the interpolation ends; 1 (default) is the teacher."})
+    taid_alpha: NonNegativeFloat = field(
         default=5e-4,
         metadata={
             "help": "Step size of the adaptive part. With t_end 1 and fewer than 1 / taid_alpha optimizer steps the "
             "schedule is the linear one, whatever the loss does: set about 8 / steps to let progress matter."
         },
     )
-    taid_beta: float = field(default=0.99, metadata={"help": "Momentum of the relative progress that drives t."})
+    taid_beta: Annotated[float, Range(min=0, below=1)] = field(
+        default=0.99, metadata={"help": "Momentum of the relative progress that drives t."}
+    )
     adaptive: bool = field(
         default=True,
         metadata={"help": "Let progress speed t up; False follows the linear schedule from t_start to t_end."},
@@ -52,19 +55,12 @@ class TAIDConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.t_start <= self.t_end <= 1:
+        if self.t_start > self.t_end:
             raise UserError(
                 f"t_start is {self.t_start} and t_end {self.t_end}; t moves up from t_start to t_end within [0, 1]."
             )
-        if self.taid_alpha < 0 or not 0 <= self.taid_beta < 1:
-            raise UserError(
-                f"taid_alpha is {self.taid_alpha} and taid_beta {self.taid_beta}; the first must not be negative and "
-                "the second must lie in [0, 1)."
-            )
         if self.ce_weight == 1:
             raise UserError("ce_weight is 1, which leaves TAID nothing to do; use method sft for plain fine-tuning.")
-        if self.progress_measure not in ("cross_entropy", "kl"):
-            raise UserError(f"progress_measure {self.progress_measure!r} is unknown; choose cross_entropy or kl.")
 
 
 class TAIDSchedule(TrainerCallback, ExportableState):

@@ -9,6 +9,7 @@ from typing import Any
 from trl.trainer.model_config import ModelConfig
 
 from mmkd.errors import UserError
+from mmkd.schema import NonNegativeInt, PositiveFloat, PositiveInt, check_fields
 from mmkd.teachers.cached import TAILS
 from mmkd.training.method import METHODS
 
@@ -42,12 +43,14 @@ class RunArguments:
         default=-2,
         metadata={"help": "llava: which layer of the tower is read: -2 (default, as in LLaVA-1.5), -1 is the last."},
     )
-    student_layers: list[int] | None = field(
+    student_layers: list[NonNegativeInt] | None = field(
         default=None,
         metadata={"help": "prune: how many layers to keep (one number, spread evenly) or which (several, from 0)."},
     )
-    student_intermediate_size: int | None = field(default=None, metadata={"help": "prune: width of the FFN to keep."})
-    student_num_attention_heads: int | None = field(
+    student_intermediate_size: PositiveInt | None = field(
+        default=None, metadata={"help": "prune: width of the FFN to keep."}
+    )
+    student_num_attention_heads: PositiveInt | None = field(
         default=None, metadata={"help": "prune: query heads to keep; key-value heads follow in proportion."}
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "The teacher's branch, tag or commit."})
@@ -92,12 +95,14 @@ class RunArguments:
     teacher_server_model: str | None = field(
         default=None, metadata={"help": "The teacher's name on the servers, where they offer several models."}
     )
-    teacher_concurrency: int = field(default=16, metadata={"help": "Requests under way at a time, over all servers."})
-    teacher_timeout: float = field(
+    teacher_concurrency: PositiveInt = field(
+        default=16, metadata={"help": "Requests under way at a time, over all servers."}
+    )
+    teacher_timeout: PositiveFloat = field(
         default=600,
         metadata={"help": "Seconds that a server may take over one request before it is asked again (six times)."},
     )
-    teacher_top_k: int = field(
+    teacher_top_k: NonNegativeInt = field(
         default=64,
         metadata={
             "help": "Outcomes kept exactly per token, in a cache or asked of a server. 64 (default) with the tail's "
@@ -116,8 +121,8 @@ class RunArguments:
         default=None,
         metadata={"help": "Of several teachers: the rows' column that holds the NAME of the one to ask about a row."},
     )
-    max_train_rows: int | None = field(default=None, metadata={"help": "Use at most so many rows to train."})
-    max_eval_rows: int | None = field(default=None, metadata={"help": "Use at most so many rows to evaluate."})
+    max_train_rows: PositiveInt | None = field(default=None, metadata={"help": "Use at most so many rows to train."})
+    max_eval_rows: PositiveInt | None = field(default=None, metadata={"help": "Use at most so many rows to evaluate."})
     dry_run: bool = field(
         default=False,
         metadata={
@@ -128,8 +133,7 @@ class RunArguments:
     def __post_init__(self) -> None:
         if isinstance(self.student_layers, int):
             self.student_layers = [self.student_layers]
-        if self.student_init not in ("pretrained", "prune", "random", "llava"):
-            raise UserError(f"student_init is {self.student_init!r}; choose pretrained, prune, random or llava.")
+        check_fields(self)
         if (self.student_init == "llava") != (self.student_vision_tower is not None):
             raise UserError("student_init: llava and student_vision_tower go together: set both or neither.")
         pruned = [self.student_layers, self.student_intermediate_size, self.student_num_attention_heads]
@@ -150,12 +154,6 @@ class RunArguments:
                 f"Method {self.method} needs a teacher: set `teacher` to a Hub id or a folder, or teacher_cache, or "
                 "teacher_server."
             )
-        if self.teacher_tail not in TAILS:
-            raise UserError(f"teacher_tail is {self.teacher_tail!r}; choose one of {', '.join(TAILS)}.")
-        if self.teacher_top_k < 0:
-            raise UserError(f"teacher_top_k is {self.teacher_top_k}; it is a number of tokens, 0 or more.")
-        if self.teacher_timeout <= 0:
-            raise UserError(f"teacher_timeout is {self.teacher_timeout}; give a number of seconds above 0.")
         if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
             raise UserError("teacher_load_in_4bit and teacher_load_in_8bit exclude each other: keep one.")
 
@@ -167,9 +165,6 @@ class RunArguments:
             return
         if not isinstance(teachers, dict) or not all(isinstance(keys, dict) for keys in teachers.values()):
             raise UserError("teachers is no mapping of names to keys; write {NAME: {teacher: ...}, ...}.")
-        strange = next((name for name in teachers if not isinstance(name, str)), None)
-        if strange is not None:
-            raise UserError(f"teachers has the name {strange!r}, which YAML reads as no text: put it into quotes.")
         if len(teachers) < 2:
             raise UserError(f"teachers holds {len(teachers)}; name two or more, or set `teacher` to the only one.")
         if one_too:

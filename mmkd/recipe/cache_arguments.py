@@ -1,9 +1,11 @@
 """What `mmkd cache build` reads from a recipe besides what `mmkd train` does."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from mmkd.cache.codec import KINDS
 from mmkd.errors import UserError
+from mmkd.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Share, check_fields
 
 JOBS = ("score", "generate")
 
@@ -28,18 +30,18 @@ class CacheArguments:
             "choices": list(KINDS),
         },
     )
-    cache_tail_draws: int = field(
+    cache_tail_draws: NonNegativeInt = field(
         default=0,
         metadata={
             "help": "Systematic draws from the tail per token, for teacher_tail: unbiased. 32 exact and 32 draws cost "
             "less than 64 exact and give a better gradient; teacher_top_k: 0 with 50 draws is RS-KD."
         },
     )
-    cache_shard_rows: int = field(
+    cache_shard_rows: PositiveInt = field(
         default=512,
         metadata={"help": "Sequences per shard: what a killed build loses at most, and what one worker takes."},
     )
-    cache_batch_tokens: int = field(
+    cache_batch_tokens: PositiveInt = field(
         default=8192, metadata={"help": "Tokens, padding included, that a local teacher reads at a time."}
     )
     on_error: str = field(
@@ -51,7 +53,7 @@ class CacheArguments:
             "choices": ["fail", "skip"],
         },
     )
-    max_skipped: float = field(
+    max_skipped: Share = field(
         default=0.1,
         metadata={
             "help": "on_error: skip: the largest share of the rows that may be left out. A build that would leave "
@@ -69,14 +71,16 @@ class CacheArguments:
             "choices": ["process", "ray"],
         },
     )
-    cache_workers: int = field(default=2, metadata={"help": "Workers of engine: ray, each with a teacher of its own."})
-    cache_worker_cpus: float = field(default=1, metadata={"help": "CPUs that each Ray worker reserves."})
-    cache_worker_gpus: float = field(
+    cache_workers: PositiveInt = field(
+        default=2, metadata={"help": "Workers of engine: ray, each with a teacher of its own."}
+    )
+    cache_worker_cpus: NonNegativeFloat = field(default=1, metadata={"help": "CPUs that each Ray worker reserves."})
+    cache_worker_gpus: NonNegativeFloat = field(
         default=0,
         metadata={"help": "GPUs that each Ray worker reserves: 1 for a local teacher on GPUs, 0 for servers."},
     )
-    cache_samples: int = field(default=1, metadata={"help": "generate: answers per prompt."})
-    cache_max_new_tokens: int = field(default=512, metadata={"help": "generate: longest answer, in tokens."})
+    cache_samples: PositiveInt = field(default=1, metadata={"help": "generate: answers per prompt."})
+    cache_max_new_tokens: PositiveInt = field(default=512, metadata={"help": "generate: longest answer, in tokens."})
     cache_keep_truncated: bool = field(
         default=False,
         metadata={
@@ -86,32 +90,18 @@ class CacheArguments:
             "to change data.yaml; nothing is asked anew."
         },
     )
-    cache_temperature: float = field(
+    cache_temperature: NonNegativeFloat = field(
         default=1.0, metadata={"help": "generate: sampling temperature; 0 is greedy decoding."}
     )
-    cache_top_p: float = field(default=1.0, metadata={"help": "generate: nucleus of the sampled distribution."})
-    cache_seed: int = field(default=0, metadata={"help": "generate: seed of the sampling; draws have none."})
+    cache_top_p: Annotated[float, Range(above=0, max=1)] = field(
+        default=1.0, metadata={"help": "generate: nucleus of the sampled distribution."}
+    )
+    cache_seed: NonNegativeInt = field(
+        default=0, metadata={"help": "generate: seed of the sampling; draws have none."}
+    )
 
     def __post_init__(self) -> None:
-        for name, values in (
-            ("job", JOBS),
-            ("cache_signal", KINDS),
-            ("on_error", ("fail", "skip")),
-            ("engine", ("process", "ray")),
-        ):
-            if getattr(self, name) not in values:
-                raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(values)}.")
-        positive = ("shard_rows", "batch_tokens", "workers", "samples", "max_new_tokens")
-        for name in (f"cache_{suffix}" for suffix in positive):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; give 1 or more.")
-        if not 0 <= self.max_skipped <= 1:
-            raise UserError(f"max_skipped is {self.max_skipped}; it is a share of the rows, between 0 and 1.")
-        if self.cache_tail_draws < 0 or self.cache_temperature < 0 or not 0 < self.cache_top_p <= 1:
-            raise UserError(
-                f"cache_tail_draws {self.cache_tail_draws} and cache_temperature {self.cache_temperature} must not be "
-                f"negative, and cache_top_p {self.cache_top_p} must lie above 0 and up to 1."
-            )
+        check_fields(self)
         if self.job == "generate" and self.cache_samples > 1 and self.cache_temperature == 0:
             raise UserError("cache_samples above 1 with cache_temperature 0 gives the same answer several times.")
         if self.engine == "ray" and self.shard is not None:

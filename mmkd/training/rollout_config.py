@@ -1,11 +1,12 @@
 """Settings of on-policy distillation: how much of a batch the student answers itself, and how."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from trl.trainer.sft_config import SFTConfig
 
 from mmkd.errors import UserError
+from mmkd.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Share, check_fields
 
 
 @dataclass
@@ -15,7 +16,7 @@ class RolloutConfig(SFTConfig):
     learns_from_rollouts: ClassVar[bool] = False
     """Whether the method can learn from what the student says itself."""
 
-    on_policy_fraction: float = field(
+    on_policy_fraction: Share = field(
         default=0.0,
         metadata={
             "help": "Share of each batch's prompts that the student answers itself before the teacher judges the "
@@ -23,27 +24,27 @@ class RolloutConfig(SFTConfig):
             "0.5; generating takes longer than training."
         },
     )
-    rollout_max_tokens: int = field(
+    rollout_max_tokens: PositiveInt = field(
         default=128,
         metadata={
             "help": "The student's tokens after which a rollout is cut. Short ones (default 128) cost less and teach "
             "nearly as much: a student goes wrong early. max_length cuts too."
         },
     )
-    rollout_temperature: float = field(
+    rollout_temperature: NonNegativeFloat = field(
         default=1.0,
         metadata={
             "help": "Sampling temperature of rollouts: 1 (default) is the student's own distribution, 0 greedy."
         },
     )
-    rollout_top_p: float = field(
+    rollout_top_p: Annotated[float, Range(above=0, max=1)] = field(
         default=1.0, metadata={"help": "Nucleus of rollouts: 1 (default) samples from the whole distribution."}
     )
-    rollout_batch_size: int = field(
+    rollout_batch_size: PositiveInt = field(
         default=16,
         metadata={"help": "Prompts that one rank answers at a time. They need no gradients: larger is faster."},
     )
-    rollout_prompt_tokens: int | None = field(
+    rollout_prompt_tokens: PositiveInt | None = field(
         default=None,
         metadata={
             "help": "Take the first so many tokens of a row without a prompt (plain text) as its prompt. Such "
@@ -59,7 +60,7 @@ class RolloutConfig(SFTConfig):
             "choices": ["keep", "drop"],
         },
     )
-    rollout_patience: int = field(
+    rollout_patience: NonNegativeInt = field(
         default=20,
         metadata={
             "help": "End the run with an error when, in so many steps on end, at least 95 of 100 rollouts are empty "
@@ -83,11 +84,8 @@ class RolloutConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        check_fields(self, besides=SFTConfig)
         super().__post_init__()
-        if not 0 <= self.on_policy_fraction <= 1:
-            raise UserError(
-                f"on_policy_fraction is {self.on_policy_fraction}; it is a share and must lie between 0 and 1."
-            )
         if self.on_policy_fraction:
             self._check_method()
             self._check_sampling()
@@ -106,18 +104,6 @@ class RolloutConfig(SFTConfig):
             )
 
     def _check_sampling(self) -> None:
-        if self.rollout_temperature < 0 or not 0 < self.rollout_top_p <= 1:
-            raise UserError(
-                f"rollout_temperature is {self.rollout_temperature} and rollout_top_p {self.rollout_top_p}; the first "
-                "must not be negative and the second must lie in (0, 1]."
-            )
-        if self.rollout_batch_size < 1 or self.rollout_patience < 0:
-            raise UserError(
-                f"rollout_batch_size is {self.rollout_batch_size} and rollout_patience {self.rollout_patience}; at "
-                "least one prompt is answered at a time, and patience is a number of steps, 0 or more."
-            )
-        if self.rollout_truncated not in ("keep", "drop"):
-            raise UserError(f"rollout_truncated is {self.rollout_truncated!r}; choose keep or drop.")
         if self.rollout_truncated == "drop" and self.rollout_prompt_tokens is not None:
             raise UserError(
                 "rollout_prompt_tokens continues plain text, which does not end, and rollout_truncated: drop would "
@@ -126,11 +112,6 @@ class RolloutConfig(SFTConfig):
 
     def _check_lengths(self) -> None:
         prompt = self.rollout_prompt_tokens
-        if self.rollout_max_tokens < 1 or (prompt is not None and prompt < 1):
-            raise UserError(
-                f"rollout_max_tokens is {self.rollout_max_tokens} and rollout_prompt_tokens {prompt}; a prompt and an "
-                "answer have at least one token each."
-            )
         if self.max_length is not None and (prompt or 1) + self.rollout_max_tokens > self.max_length:
             raise UserError(
                 f"max_length {self.max_length} has no room for a prompt of {prompt or 1} tokens and the "

@@ -417,7 +417,7 @@ def test_a_process_takes_one_of_several_gpus(method: str, tmp_path: Path, monkey
         ({"ce_weight": -0.1}, "ce_weight is -0.1"),
         ({"temperature": 0}, "temperature is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"divergence": "kl"}, "divergence 'kl' is unknown"),
+        ({"divergence": "kl"}, "divergence is 'kl'; choose one of"),
         ({"beta": 2.0}, "beta is 2.0"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"loss_type": "dft"}, "loss_type"),

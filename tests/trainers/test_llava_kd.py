@@ -306,10 +306,10 @@ def test_answers_that_differ_are_an_error(build_vlm: Build, vlms: Any, tmp_path:
     "wrong, message",
     [
         ({"ce_weight": 0.5}, "alpha, beta and gamma"),
-        ({"beta": -1.0}, "negative"),
+        ({"beta": -1.0}, "beta is -1.0; give 0 or more"),
         ({"alpha": 0.0, "beta": 0.0, "gamma": 0.0}, "method sft"),
-        ({"relation_on": "pixels"}, "logits or hidden"),
-        ({"visual_mismatch": "ignore"}, "error or pool"),
+        ({"relation_on": "pixels"}, "choose one of logits, hidden"),
+        ({"visual_mismatch": "ignore"}, "choose one of error, pool"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:

@@ -367,14 +367,14 @@ def test_what_a_rollout_is() -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"on_policy_fraction": 1.5}, "a share"),
+        ({"on_policy_fraction": 1.5}, "give a number from 0 to 1"),
         ({"on_policy_fraction": 0.5, "packing": True}, "packing and padding_free"),
         ({"on_policy_fraction": 0.5, "padding_free": True}, "packing and padding_free"),
         ({"on_policy_fraction": 0.5, "ce_weight": 0.1}, "ce_weight"),
         ({"on_policy_fraction": 0.5, "rollout_temperature": -1.0}, "rollout_temperature"),
         ({"on_policy_fraction": 0.5, "rollout_top_p": 0.0}, "rollout_top_p"),
         ({"on_policy_fraction": 0.5, "rollout_batch_size": 0}, "rollout_batch_size"),
-        ({"on_policy_fraction": 0.5, "rollout_truncated": "cut"}, "keep or drop"),
+        ({"on_policy_fraction": 0.5, "rollout_truncated": "cut"}, "choose one of keep, drop"),
         ({"on_policy_fraction": 0.5, "rollout_max_tokens": 64, "max_length": 64}, "has no room"),
         ({"on_policy_fraction": 0.5, "rollout_prompt_tokens": 8, "rollout_truncated": "drop"}, "does not end"),
     ],

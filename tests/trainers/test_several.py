@@ -327,7 +327,7 @@ def test_runs_that_cannot_be_are_refused(build: Build, routed: Dataset, completi
     [
         ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher_cach": "y"}}}, "did you mean 'teacher_cache'"),
         ({"teachers": {"a": {"teacher": "x"}, "b": {}}}, "teachers.b names nobody"),
-        ({"teachers": ["x", "y"]}, "no mapping"),
+        ({"teachers": ["x", "y"]}, "give a mapping"),
         ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher": None}}}, "teachers.b names nobody"),
         ({"teachers": {"a": {"teacher": "x"}}}, "teachers holds 1; name two or more"),
         ({"teachers": {1: {"teacher": "x"}, 2: {"teacher": "y"}}}, "the name 1, .* quotes"),

@@ -148,11 +148,11 @@ def test_a_second_training_starts_its_schedule_anew(build: Build, texts: Dataset
     ("settings", "reason"),
     [
         ({"t_start": 0.8, "t_end": 0.5}, "t_start is 0.8 and t_end 0.5"),
-        ({"t_end": 1.2}, "t_end 1.2"),
+        ({"t_end": 1.2}, "t_end is 1.2"),
         ({"taid_alpha": -1.0}, "taid_alpha is -1.0"),
-        ({"taid_beta": 1.0}, "taid_beta 1.0"),
+        ({"taid_beta": 1.0}, "taid_beta is 1.0"),
         ({"ce_weight": 1.0}, "ce_weight is 1"),
-        ({"progress_measure": "loss"}, "progress_measure 'loss'"),
+        ({"progress_measure": "loss"}, "progress_measure is 'loss'"),
     ],
 )
 def test_schedules_that_cannot_be(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:

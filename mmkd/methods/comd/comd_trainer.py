@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mmkd.errors import UserError
+from mmkd.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
@@ -23,10 +24,10 @@ class CoMDConfig(DistillationConfig):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DistillationConfig._VALID_DICT_FIELDS, "round_settings"]
 
-    ce_weight: float = field(
+    ce_weight: Share = field(
         default=1.0, metadata={"help": "Always 1: mix by round_method: kd and round_settings: {ce_weight: ...}."}
     )
-    rounds: int = field(
+    rounds: NonNegativeInt = field(
         default=4,
         metadata={
             "help": "Competitive distillations after round 0, in which the student learns the teacher's answers to "
@@ -72,10 +73,10 @@ class CoMDConfig(DistillationConfig):
         default=None, metadata={"help": "Base URLs of chat servers (OpenAI's protocol) with the judge."}
     )
     assessor_server_model: str | None = field(default=None, metadata={"help": "The judge's name on its servers."})
-    assessor_tries: int = field(
+    assessor_tries: PositiveInt = field(
         default=3, metadata={"help": "How often a judge is asked for scores before the pair is dropped and counted."}
     )
-    assess_instructions: int | None = field(
+    assess_instructions: PositiveInt | None = field(
         default=None, metadata={"help": "Assess at most so many instructions of the pool per round. Default: all."}
     )
     hard_threshold: float | None = field(
@@ -105,8 +106,8 @@ class CoMDConfig(DistillationConfig):
         default=None, metadata={"help": "Base URLs of chat servers (OpenAI's protocol) with who writes."}
     )
     augmentor_server_model: str | None = field(default=None, metadata={"help": "Its name on its servers."})
-    new_instructions: int = field(default=512, metadata={"help": "New instructions wanted per round."})
-    hard_ratio: float = field(
+    new_instructions: PositiveInt = field(default=512, metadata={"help": "New instructions wanted per round."})
+    hard_ratio: Share = field(
         default=0.5,
         metadata={"help": "Share of the new instructions that are made of hard ones; 0.5 (default) as Lion."},
     )
@@ -118,37 +119,41 @@ class CoMDConfig(DistillationConfig):
             "choices": ["parent", "similar"],
         },
     )
-    max_rouge: float = field(
+    max_rouge: Share = field(
         default=0.7, metadata={"help": "ROUGE-L above which a new instruction repeats an old one; 0.7 as Lion."}
     )
-    min_words: int = field(default=4, metadata={"help": "Words that a new instruction has at least; 4 as Lion."})
-    max_words: int = field(default=200, metadata={"help": "Words that a new instruction has at most."})
-    type_words: int = field(
+    min_words: PositiveInt = field(
+        default=4, metadata={"help": "Words that a new instruction has at least; 4 as Lion."}
+    )
+    max_words: PositiveInt = field(default=200, metadata={"help": "Words that a new instruction has at most."})
+    type_words: PositiveInt = field(
         default=2, metadata={"help": "First words of an instruction that name its type, in reports and templates."}
     )
-    max_teacher_tokens: int | None = field(
+    max_teacher_tokens: PositiveInt | None = field(
         default=None,
         metadata={
             "help": "Tokens the teacher may generate in the whole run, in all its roles. Checked before every batch; "
             "when they are spent the loop trains on what it has and ends."
         },
     )
-    max_new_instructions: int | None = field(
+    max_new_instructions: PositiveInt | None = field(
         default=None, metadata={"help": "New instructions of the whole run, of all rounds together."}
     )
-    answer_max_new_tokens: int = field(
+    answer_max_new_tokens: PositiveInt = field(
         default=512, metadata={"help": "Longest answer of teacher and student; longer ones are left out of the pool."}
     )
-    answer_temperature: float = field(
+    answer_temperature: NonNegativeFloat = field(
         default=0.0, metadata={"help": "Sampling temperature of answers; 0 (default) is greedy decoding."}
     )
-    judge_max_new_tokens: int = field(default=256, metadata={"help": "Longest reply of a judge."})
-    augment_max_new_tokens: int = field(default=256, metadata={"help": "Longest new instruction."})
-    judge_temperature: float = field(default=0.2, metadata={"help": "Sampling temperature of a judge; 0.2 as Lion."})
-    augment_temperature: float = field(
+    judge_max_new_tokens: PositiveInt = field(default=256, metadata={"help": "Longest reply of a judge."})
+    augment_max_new_tokens: PositiveInt = field(default=256, metadata={"help": "Longest new instruction."})
+    judge_temperature: NonNegativeFloat = field(
+        default=0.2, metadata={"help": "Sampling temperature of a judge; 0.2 as Lion."}
+    )
+    augment_temperature: NonNegativeFloat = field(
         default=1.0, metadata={"help": "Sampling temperature of the augmentor; 1 as Lion, for variety."}
     )
-    generation_batch_size: int = field(
+    generation_batch_size: PositiveInt = field(
         default=16, metadata={"help": "Questions that a model in this process reads at a time."}
     )
     prompts: str | None = field(
@@ -169,11 +174,11 @@ class CoMDConfig(DistillationConfig):
             "student's answers where those are better. A teacher or student whose held-out score falls is rolled back."
         },
     )
-    mutual_steps: int = field(default=50, metadata={"help": "mutual: updates of the teacher per round."})
-    mutual_learning_rate: float = field(
+    mutual_steps: PositiveInt = field(default=50, metadata={"help": "mutual: updates of the teacher per round."})
+    mutual_learning_rate: NonNegativeFloat = field(
         default=1e-4, metadata={"help": "mutual: learning rate of the teacher's LoRA."}
     )
-    mutual_tolerance: float = field(
+    mutual_tolerance: NonNegativeFloat = field(
         default=0.0, metadata={"help": "mutual: how far a held-out score may fall before it is rolled back."}
     )
 
@@ -186,50 +191,12 @@ class CoMDConfig(DistillationConfig):
                 f"ce_weight is {self.ce_weight}; a round of comd mixes by round_method: kd with round_settings: "
                 "{ce_weight: ...}."
             )
-        for name, choices in (
-            ("round_method", _ROUNDS),
-            ("train_on", ("pool", "new")),
-            ("assessor", _ASSESSORS),
-            ("augmentor", _AUGMENTORS),
-            ("new_image", ("parent", "similar")),
-            ("held_out_metric", ("exact", "rouge")),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
-        self._check_numbers()
         if self.train_on == "new" and self.augmentor == "none":
             raise UserError("train_on: new needs new instructions; choose an augmentor, or train_on: pool.")
         if self.round_cache and self.round_method == "sft":
             raise UserError("round_cache keeps the teacher's distribution, which round_method: sft does not read.")
         if self.mutual and self.assessor == "none":
             raise UserError("mutual needs an assessor to know whose answer is better.")
-
-    def _check_numbers(self) -> None:
-        for name in (
-            "rounds",
-            "assessor_tries",
-            "new_instructions",
-            "min_words",
-            "max_words",
-            "type_words",
-            "answer_max_new_tokens",
-            "judge_max_new_tokens",
-            "augment_max_new_tokens",
-            "generation_batch_size",
-            "mutual_steps",
-        ):
-            if getattr(self, name) < (0 if name == "rounds" else 1):
-                raise UserError(f"{name} is {getattr(self, name)}; give {0 if name == 'rounds' else 1} or more.")
-        for name in ("max_teacher_tokens", "max_new_instructions", "assess_instructions"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; give 1 or more, or leave it out for no limit.")
-        for name in ("hard_ratio", "max_rouge"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1.")
-        for name in ("answer_temperature", "judge_temperature", "augment_temperature", "mutual_tolerance"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative.")
 
 
 class CoMDTrainer(DistillationTrainer):

@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -11,8 +12,9 @@ from transformers import TrainingArguments
 from mmkd.data.class_rows import AUGMENTATIONS
 from mmkd.data.classification import HIDDEN
 from mmkd.errors import UserError
-from mmkd.losses.dual_head_losses import ALPHAS, BETAS, check_interpolation
+from mmkd.losses.dual_head_losses import ALPHAS, BETAS
 from mmkd.preparation.checks import take_one_gpu, without_emulated_bf16
+from mmkd.schema import NonNegativeInt, PositiveFloat, PositiveInt, Range, Share, check_fields
 
 OBJECTIVES = ("dho", "ce", "kd", "single_head")
 TEACHER_KINDS = ("zero_shot", "tip_adapter", "question", "classifier")
@@ -30,45 +32,45 @@ class DHOConfig(TrainingArguments):
             "choices": list(OBJECTIVES),
         },
     )
-    ce_weight: float = field(
+    ce_weight: Share = field(
         default=0.5,
         metadata={
             "help": "Weight lambda of the supervised loss; the distillation loss has the rest. 0.5 as in the paper."
         },
     )
-    temperature: float = field(
+    temperature: PositiveFloat = field(
         default=2.0, metadata={"help": "Softens teacher and distillation head in the loss; 2 as in the paper."}
     )
-    unlabeled_batch_size: int = field(
+    unlabeled_batch_size: NonNegativeInt = field(
         default=64,
         metadata={
             "help": "Unlabelled rows per device beside the per_device_train_batch_size labelled ones; any ratio."
         },
     )
-    labels_per_class: int | None = field(
+    labels_per_class: PositiveInt | None = field(
         default=None,
         metadata={"help": "Show so many labels of each class and hide the others; default: all there are."},
     )
-    label_fraction: float | None = field(
+    label_fraction: Annotated[float, Range(above=0, max=1)] | None = field(
         default=None, metadata={"help": "Show this share of each class's labels, such as 0.01, one at least."}
     )
-    label_seed: int = field(
+    label_seed: NonNegativeInt = field(
         default=0, metadata={"help": "Seed of which labels are shown; fewer labels are always among those of more."}
     )
-    alpha: float | None = field(
+    alpha: Share | None = field(
         default=None,
         metadata={
             "help": "Weight of the supervised head in the prediction; unset with beta: chosen on validation rows."
         },
     )
-    beta: float | None = field(
+    beta: PositiveFloat | None = field(
         default=None, metadata={"help": "Temperature of the distillation head in the prediction; set with alpha."}
     )
-    alphas: list[float] = field(
+    alphas: list[Share] = field(
         default_factory=lambda: list(ALPHAS),
         metadata={"help": "Values of alpha to choose from; the authors' by default."},
     )
-    betas: list[float] = field(
+    betas: list[PositiveFloat] = field(
         default_factory=lambda: list(BETAS),
         metadata={"help": "Values of beta to choose from; the authors' by default."},
     )
@@ -104,7 +106,7 @@ class DHOConfig(TrainingArguments):
     )
     tip_alpha: float = field(default=1.0, metadata={"help": "Weight of Tip-Adapter's cache of labelled images."})
     tip_beta: float = field(default=5.5, metadata={"help": "Sharpness of Tip-Adapter's cache."})
-    teacher_batch_size: int = field(default=64, metadata={"help": "Rows that the teacher answers at a time."})
+    teacher_batch_size: PositiveInt = field(default=64, metadata={"help": "Rows that the teacher answers at a time."})
     augmentation: str = field(
         default="none",
         metadata={
@@ -116,8 +118,8 @@ class DHOConfig(TrainingArguments):
         default=False,
         metadata={"help": "Prepare every image once and keep it in memory: for small sets, without augmentation."},
     )
-    max_length: int = field(default=256, metadata={"help": "Tokens of a text at most; images do not read it."})
-    conflict_steps: int | None = field(
+    max_length: PositiveInt = field(default=256, metadata={"help": "Tokens of a text at most; images do not read it."})
+    conflict_steps: PositiveInt | None = field(
         default=None,
         metadata={
             "help": "Measure the cosine of the two losses' gradients every so many steps; default: logging_steps. Not "
@@ -137,6 +139,7 @@ class DHOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_fields(self, besides=TrainingArguments)
         # transformers wants this said before it allows bf16 on a machine without an accelerator.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         # The collator reads columns that no model takes.
@@ -144,23 +147,10 @@ class DHOConfig(TrainingArguments):
         super().__post_init__()
         take_one_gpu(self)
         self.emulated_bf16 = without_emulated_bf16(self)
-        for name, choices in (
-            ("objective", OBJECTIVES),
-            ("kd_head", ("linear", "cosine")),
-            ("head_init", ("random", "text")),
-            ("teacher_kind", TEACHER_KINDS),
-            ("augmentation", AUGMENTATIONS),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
-        if not 0 <= self.ce_weight <= 1:
-            raise UserError(f"ce_weight is {self.ce_weight}; it is a share and must lie between 0 and 1.")
         if self.objective == "dho" and self.ce_weight in (0, 1):
             raise UserError(f"ce_weight {self.ce_weight} leaves a head without a loss; use objective kd or ce.")
-        if self.temperature <= 0:
-            raise UserError(f"temperature is {self.temperature}; it divides logits and must be positive.")
-        if self.unlabeled_batch_size < 0 or (self.unlabeled_batch_size == 0 and self.objective != "ce"):
-            raise UserError(f"unlabeled_batch_size is {self.unlabeled_batch_size}; give 1 or more (0 only for ce).")
+        if self.unlabeled_batch_size == 0 and self.objective != "ce":
+            raise UserError("unlabeled_batch_size is 0; give 1 or more (0 only for objective ce).")
         self._check_labels()
         self._check_interpolation()
         if self.keep_rows and self.augmentation != "none":
@@ -189,10 +179,6 @@ class DHOConfig(TrainingArguments):
     def _check_labels(self) -> None:
         if self.labels_per_class is not None and self.label_fraction is not None:
             raise UserError("labels_per_class and label_fraction exclude each other: keep one.")
-        if self.labels_per_class is not None and self.labels_per_class < 1:
-            raise UserError(f"labels_per_class is {self.labels_per_class}; every class needs a labelled row.")
-        if self.label_fraction is not None and not 0 < self.label_fraction <= 1:
-            raise UserError(f"label_fraction is {self.label_fraction}; it is a share above 0 and up to 1.")
 
     def _check_interpolation(self) -> None:
         if (self.alpha is None) != (self.beta is None):
@@ -201,7 +187,3 @@ class DHOConfig(TrainingArguments):
             raise UserError(f"alpha and beta join two heads; objective {self.objective} predicts with one.")
         if not self.alphas or not self.betas:
             raise UserError("alphas and betas hold the values to choose from: give at least one of each.")
-        given = [] if self.alpha is None else [(self.alpha, self.beta)]
-        pairs = [*given, *((alpha, 1.0) for alpha in self.alphas), *((1.0, beta) for beta in self.betas)]
-        for alpha, beta in pairs:
-            check_interpolation(alpha, beta)
