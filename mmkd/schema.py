@@ -7,7 +7,7 @@ import difflib
 import functools
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
 from numbers import Integral, Real
@@ -83,12 +83,13 @@ class Field:
     kinds: tuple[Any, ...]
     """The members of its annotation, which is a union of these."""
     bounds: Range = _FINITE
-    choices: tuple[Any, ...] = ()
+    choices: Collection[Any] = ()
+    """As declared: a table of names may still grow."""
     items: "Field | None" = None
     """Of those that take a list: what its items are."""
 
     @classmethod
-    def of(cls, name: str, hint: Any, choices: Iterable[Any] = (), bounds: Range = _FINITE) -> "Field":
+    def of(cls, name: str, hint: Any, choices: Collection[Any] = (), bounds: Range = _FINITE) -> "Field":
         """The field of an annotation, with `Annotated` left in it."""
         members: list[Any] = []
         waiting = [hint]
@@ -101,7 +102,7 @@ class Field:
                 waiting = [*get_args(member), *waiting]
             else:
                 members.append(member)
-        choices = tuple(choices) or tuple(
+        choices = choices or tuple(
             value
             for member in members
             for value in (

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmkd.errors import UserError
 from mmkd.losses.divergences import forward_kl, reverse_kl
+from mmkd.schema import Share
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
@@ -15,12 +15,7 @@ from mmkd.training.method import Method
 class SymmetricKLConfig(DistillationConfig):
     """Settings of method symmetric_kl."""
 
-    forward_share: float = field(default=0.5, metadata={"help": "Share of the forward KL; reverse KL has the rest."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.forward_share <= 1:
-            raise UserError(f"forward_share is {self.forward_share}; it is a share and must lie between 0 and 1.")
+    forward_share: Share = field(default=0.5, metadata={"help": "Share of the forward KL; reverse KL has the rest."})
 
 
 class SymmetricKLTrainer(DistillationTrainer):
