@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pytest
 from transformers.trainer_utils import SaveStrategy
@@ -89,7 +89,7 @@ def test_a_range_says_what_lies_in_it(bounds: Range, inside: float, outside: flo
         (dict[str, Any] | str | None, {"a": 1}, {"a": 1}),
         (str | list[str] | None, ["a"], ["a"]),
         (Literal["a", "b"], "b", "b"),
-        (Annotated[int, Range(min=1)] | str | None, "7", 7),
+        (PositiveInt | str | None, "7", 7),
     ],
 )
 def test_yaml_is_read_as_the_annotation_says(hint: Any, written: Any, value: Any) -> None:
@@ -107,5 +107,5 @@ def test_a_config_in_python_is_checked_as_a_recipe_is() -> None:
 def test_parsers_of_trl_read_our_configs(method: str) -> None:
     """Ranges stand where argparse does not see them, so that scripts of others can use the configs."""
     config = METHODS[method].config
-    (parsed,) = TrlParser([config]).parse_args_into_dataclasses(args=["--output_dir", "run"])
+    (parsed,) = TrlParser(config).parse_args_into_dataclasses(args=["--output_dir", "run"])
     assert isinstance(parsed, config)
