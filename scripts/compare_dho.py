@@ -25,7 +25,9 @@ from transformers.trainer_utils import set_seed
 from mmkd.data.classification import ClassificationRecipe, hide_labels, load_classification
 from mmkd.files import write_file
 from mmkd.losses.dual_head_losses import ALPHAS, BETAS, interpolate, search_interpolation
-from mmkd.methods.dho.dho_build import build_dho_trainer, load_class_teacher, new_student
+from mmkd.methods.dho.class_run import Classes
+from mmkd.methods.dho.class_teacher import load_class_teacher
+from mmkd.methods.dho.dho_build import build_dho_trainer, new_student
 from mmkd.methods.dho.dho_trainer import DHOTrainer
 from mmkd.recipe.flags import recipe_of
 from mmkd.teachers.class_logits import compute_class_logits
@@ -84,7 +86,7 @@ class Bench:
             data = load_classification(ClassificationRecipe.load(run.arguments.data))
             rows = self._shared().test_dataset
             assert rows is not None
-            logits = compute_class_logits(load_class_teacher(run, data, rows), rows.raw, len(rows))
+            logits = compute_class_logits(load_class_teacher(run, Classes(data, rows)), rows.raw, len(rows))
             self.known[key] = (logits.argmax(-1) == torch.as_tensor(rows.labels)).float().mean().item()
             self._save()
         return self.known[key]

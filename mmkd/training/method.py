@@ -34,6 +34,9 @@ Examine = Callable[[Any, bool], list[Any]]
 Forecast = Callable[[Any, Any, int, float | None, Console], int]
 """(stage's run, device, devices, price of an hour) -> 0 when the run fits, 1 when not; prints the plan."""
 
+BuildCache = Callable[[Any], Path]
+"""Writes what the teacher of a run says of all rows, unless it is there -> the folder."""
+
 DataFacts = Callable[[str], dict[str, Any]]
 """Name of a data recipe -> what the record of a run says of it: name, licence, homepage and source at least."""
 
@@ -63,6 +66,7 @@ class Method:
     examine: Examine | None = None
     plan: Forecast | None = None
     data_facts: DataFacts | None = None
+    build_cache: BuildCache | None = None
 
     def __post_init__(self) -> None:
         own = ("build", "dry_run", "check", "examine", "plan", "data_facts")

@@ -22,7 +22,7 @@ from mmkd.commands.main import main
 from mmkd.data.class_rows import ClassRows, SemiSupervisedSampler, augmented
 from mmkd.data.classification import HIDDEN, hide_labels
 from mmkd.losses.dual_head_losses import distillation_loss, search_interpolation, supervised_loss
-from mmkd.methods.dho import dho_build as classification
+from mmkd.methods.dho import dho_dry_run as classification
 from mmkd.methods.dho.dho_trainer import CHOICE, DHOConfig
 from mmkd.precision import NATIVE_BF16
 from mmkd.preflight.doctor import examine

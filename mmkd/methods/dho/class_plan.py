@@ -14,15 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from mmkd.data.class_rows import ClassRows, SemiSupervisedSampler
-from mmkd.data.classification import hide_labels
 from mmkd.preflight.count import counted
 from mmkd.preflight.hardware import GIB, USABLE, Device
 from mmkd.preflight.stage_checks import StageRun
 from mmkd.recipe.recipe import Run
 from mmkd.teachers.classifiers import OPEN_CLIP
 
-from .class_checks import Classes, empty_class_student, load_classes, training_state
-from .dho_build import check_arguments, student_processor
+from .class_checks import empty_class_student, training_state
+from .class_run import Classes, check_arguments, load_classes
+from .dho_build import student_processor
 from .dho_config import DHOConfig
 
 
@@ -34,15 +34,15 @@ def plan_classes(one: StageRun, device: Device, devices: int, price: float | Non
     run: Any = one.run
     args: DHOConfig = run.training
     check_arguments(run)
-    found = load_classes(run)
+    classes = load_classes(run)
     unlabeled = 0 if args.objective == "ce" else args.unlabeled_batch_size
     batch = args.per_device_train_batch_size + unlabeled
-    student = empty_class_student(run, found)
+    student = empty_class_student(run, classes)
     state = training_state(student, args)
-    flops, saved = _training_pass(student, _inputs(run, found, batch), bool(args.bf16))
+    flops, saved = _training_pass(student, _inputs(run, classes, batch), bool(args.bf16))
     parts = {**state, "activations": saved}
     total = sum(parts.values())
-    steps, rows = _steps(args, found, devices), len(found.rows)
+    steps, rows = _steps(args, classes, devices), len(classes.rows)
     seconds = flops * args.gradient_accumulation_steps / (device.flops * device.utilisation)
     console.print(
         f"mmkd plan {one.title}: {devices} x {device.name} ({device.memory / GIB:.0f} GiB), {batch} rows on each.",
@@ -58,7 +58,7 @@ def plan_classes(one: StageRun, device: Device, devices: int, price: float | Non
     table.add_row("steps of the run", f"{steps:,}")
     hours = steps * seconds * devices / 3600
     table.add_row("device-hours of the run", f"{hours:,.3g}")
-    teacher = _teacher_flops(run, found)
+    teacher = _teacher_flops(run, classes)
     once = 0.0 if teacher is None else rows * teacher / (device.flops * device.utilisation) / 3600
     if args.objective != "ce" and run.arguments.teacher is not None:
         said = f"{once:,.3g}" if teacher is not None else f"not counted for teacher_kind {args.teacher_kind}"
@@ -70,12 +70,12 @@ def plan_classes(one: StageRun, device: Device, devices: int, price: float | Non
     return 0 if total <= USABLE * device.memory else 1
 
 
-def _inputs(run: Run, found: Classes, batch: int) -> dict[str, tuple[int, ...]]:
+def _inputs(run: Run, classes: Classes, batch: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a batch of rows like the first one."""
     args: Any = run.training
-    rows = ClassRows(found.rows.dataset, student_processor(run, found.is_text), max_length=args.max_length)
+    rows = ClassRows(classes.rows.dataset, student_processor(run, classes.is_text), max_length=args.max_length)
     first = rows[0]
-    if found.is_text:
+    if classes.is_text:
         return {"input_ids": (batch, len(first["input_ids"]))}
     return {"pixel_values": (batch, *first["pixel_values"].shape)}
 
@@ -114,11 +114,11 @@ def _zeros(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     }
 
 
-def _teacher_flops(run: Run, found: Classes) -> float | None:
+def _teacher_flops(run: Run, classes: Classes) -> float | None:
     """FLOPs of a teacher's pass over one row; None for one that is not counted."""
     args: Any = run.training
     name, hub = run.arguments.teacher, run.hub(run.arguments.teacher_revision)
-    if args.objective == "ce" or name is None or found.is_text or name.startswith(OPEN_CLIP):
+    if args.objective == "ce" or name is None or classes.is_text or name.startswith(OPEN_CLIP):
         return None
     if args.teacher_kind == "question":
         return None
@@ -126,20 +126,18 @@ def _teacher_flops(run: Run, found: Classes) -> float | None:
     auto_class: Any = AutoModelForImageClassification if classifier else AutoModel
     with init_empty_weights(include_buffers=False):
         model = auto_class.from_config(AutoConfig.from_pretrained(name, **hub))
-    pixels = AutoImageProcessor.from_pretrained(name, **hub)(images=found.rows.raw(0), return_tensors="pt")
+    pixels = AutoImageProcessor.from_pretrained(name, **hub)(images=classes.rows.raw(0), return_tensors="pt")
     ask: Callable[..., Any] = model if classifier else model.get_image_features
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model.to_empty(device="cpu")
         return counted(lambda: ask(pixel_values=torch.zeros(tuple(pixels["pixel_values"].shape))))[1]
 
 
-def _steps(args: DHOConfig, found: Classes, devices: int) -> int:
+def _steps(args: DHOConfig, classes: Classes, devices: int) -> int:
     """Optimizer steps of the run: an epoch is a pass over the unlabelled rows."""
     if args.max_steps > 0:
         return args.max_steps
-    shown = hide_labels(
-        found.rows.labels, found.data.class_names, args.labels_per_class, args.label_fraction, args.label_seed
-    )
+    shown = args.shown_labels(classes.rows.labels, classes.data.class_names)
     sampler = SemiSupervisedSampler(shown, args.per_device_train_batch_size, args.unlabeled_batch_size, args.seed)
     an_epoch = math.ceil(sampler.batches / (devices * args.gradient_accumulation_steps))
     return math.ceil(an_epoch * args.num_train_epochs)

@@ -1,6 +1,7 @@
 """Settings of method dho."""
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from jaxtyping import Int
 from transformers import TrainingArguments
 
 from mmkd.data.class_rows import AUGMENTATIONS
-from mmkd.data.classification import HIDDEN
+from mmkd.data.classification import HIDDEN, hide_labels
 from mmkd.errors import UserError
 from mmkd.losses.dual_head_losses import ALPHAS, BETAS
 from mmkd.preparation.checks import take_one_gpu, without_emulated_bf16
@@ -159,6 +160,10 @@ class DHOConfig(TrainingArguments):
             raise UserError("label_smoothing_factor changes the Trainer's own loss, which DHO replaces. Remove it.")
         if self.plot_conflict and importlib.util.find_spec("matplotlib") is None:
             raise UserError("plot_conflict needs matplotlib: pip install 'mmkd[plot]', or leave it out.")
+
+    def shown_labels(self, labels: Int[np.ndarray, "row"], class_names: Sequence[str]) -> Int[np.ndarray, "row"]:
+        """The labels of training rows, with those hidden that the settings do not show."""
+        return hide_labels(labels, class_names, self.labels_per_class, self.label_fraction, self.label_seed)
 
     def check_unlabeled(self, labels: Int[np.ndarray, "row"]) -> None:
         """Raises UserError when all labels are shown to an objective that learns from rows without one."""

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmkd.data.class_rows import ClassRows
-from mmkd.data.classification import HIDDEN, hide_labels
+from mmkd.data.classification import HIDDEN
 from mmkd.errors import UserError
 from mmkd.teachers.class_logits import compute_class_logits
 from mmkd.teachers.classifiers import ClassTeacher, check_classes
@@ -21,7 +21,7 @@ def training_rows(dataset: Any, processing_class: Any, args: DHOConfig, class_na
     """The rows to learn, with the labels that are shown. Raises UserError where none is left to learn without one."""
     rows = _rows(dataset, processing_class, args, "train")
     _check_range(rows.labels, class_names, "train")
-    shown = hide_labels(rows.labels, class_names, args.labels_per_class, args.label_fraction, args.label_seed)
+    shown = args.shown_labels(rows.labels, class_names)
     args.check_unlabeled(shown)
     return rows.relabeled(shown)
 

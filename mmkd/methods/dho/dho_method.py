@@ -4,7 +4,10 @@ from mmkd.training.method import Method
 
 from .class_checks import check_classes_run, examine_classes
 from .class_plan import plan_classes
-from .dho_build import build_dho_trainer, class_data_facts, dry_run_dho
+from .class_run import class_data_facts
+from .class_teacher import build_class_cache
+from .dho_build import build_dho_trainer
+from .dho_dry_run import dry_run_dho
 from .dho_trainer import DHOTrainer
 
 METHOD = Method(
@@ -16,4 +19,5 @@ METHOD = Method(
     examine=examine_classes,
     plan=plan_classes,
     data_facts=class_data_facts,
+    build_cache=build_class_cache,
 )

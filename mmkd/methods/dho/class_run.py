@@ -1,0 +1,68 @@
+"""What a recipe of classes says: its settings, its rows with the unlabelled ones, and what it must not set."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from mmkd.data.class_rows import ClassRows
+from mmkd.data.classification import ClassificationData, ClassificationRecipe, load_classification
+from mmkd.errors import UserError
+from mmkd.recipe.arguments import RunArguments
+from mmkd.recipe.recipe import Run
+
+from .dho_config import DHOConfig
+
+# What a recipe of every method may set, and a classifier's run reads.
+_READ = {"method", "data", "teacher", "teacher_revision", "teacher_dtype", "teacher_attn_implementation"}
+_READ |= {"teacher_cache", "student", "student_init", "max_train_rows", "max_eval_rows", "dry_run"}
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The data of a recipe of classes."""
+
+    data: ClassificationData
+    rows: ClassRows
+    """Those of train and, after them, the unlabelled ones, as a teacher reads them."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the rows are texts, and not images."""
+        return self.data.recipe.text is not None
+
+
+def load_classes(run: Run) -> Classes:
+    """The rows of a recipe of classes. Raises UserError as `load_classification` does."""
+    arguments = run.arguments
+    recipe = ClassificationRecipe.load(arguments.data)
+    data = load_classification(recipe, max_train_rows=arguments.max_train_rows, max_eval_rows=arguments.max_eval_rows)
+    rows = data.train
+    if data.unlabeled is not None:
+        rows = datasets.concatenate_datasets([rows, data.unlabeled.cast(rows.features)])
+    return Classes(data, ClassRows(rows, None))
+
+
+def settings_of(run: Run) -> DHOConfig:
+    """The settings of the method."""
+    config: Any = run.training
+    assert isinstance(config, DHOConfig)
+    return config
+
+
+def check_arguments(run: Run) -> None:
+    """Raises UserError for keys of tokens, and for a student that cannot be trained."""
+    for key in dataclasses.fields(RunArguments):
+        if key.name not in _READ and getattr(run.arguments, key.name) != key.default:
+            raise UserError(f"Method dho does not read {key.name}; it is about tokens. Remove it.")
+    if run.student.use_peft or run.student.load_in_4bit or run.student.load_in_8bit:
+        raise UserError("Method dho trains the whole student; remove use_peft, load_in_4bit and load_in_8bit.")
+    if run.arguments.student is None or run.arguments.student_init == "prune":
+        raise UserError("Set `student` to a vision model, a text model or, with student_init: random, its config.")
+
+
+def class_data_facts(name: str) -> dict[str, Any]:
+    """Name, licence, homepage and source of a data recipe of classes."""
+    recipe = ClassificationRecipe.load(name)
+    return {"name": recipe.name, "license": recipe.license, "homepage": recipe.homepage, "source": recipe.source}

@@ -1,0 +1,166 @@
+"""The teacher of a recipe of classes, and its logits of every training row on disk."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+from mmkd.cache.identity import saved_dtype, weights_sha256
+from mmkd.data.classification import HIDDEN, ClassificationData
+from mmkd.errors import UserError
+from mmkd.models.load import computed_dtype, load_model
+from mmkd.precision import name_of_dtype
+from mmkd.recipe.recipe import Run
+from mmkd.teachers.class_logits import (
+    ClassLogits,
+    class_identity,
+    compute_class_logits,
+    has_class_logits,
+    read_class_logits,
+    rows_digest,
+    write_class_logits,
+)
+from mmkd.teachers.classifiers import (
+    OPEN_CLIP,
+    ClassifierTeacher,
+    ClassTeacher,
+    OpenClipEmbedder,
+    QuestionTeacher,
+    TipAdapterTeacher,
+    TransformersEmbedder,
+    ZeroShotTeacher,
+)
+
+from .class_run import Classes, check_arguments, load_classes, settings_of
+from .dho_config import DHOConfig
+
+LOGITS_FOLDER = "teacher_logits"
+"""Where in output_dir a run without teacher_cache keeps its teacher's logits."""
+
+
+def logits_folder(run: Run) -> Path:
+    """Where the teacher's logits of a run are, or will be."""
+    return Path(run.arguments.teacher_cache or Path(run.training.output_dir or ".") / LOGITS_FOLDER)
+
+
+def build_class_cache(run: Run) -> Path:
+    """Writes the teacher's logits of all training rows, unless they are there; the folder.
+
+    Raises UserError for a recipe without a teacher to ask or a place to write to, and for logits of something else.
+    """
+    check_arguments(run)
+    if run.arguments.teacher is None or run.arguments.teacher_cache is None:
+        raise UserError("A cache needs `teacher` (whose answers they are) and `teacher_cache` (the folder to write).")
+    cached_logits(run, load_classes(run))
+    return logits_folder(run)
+
+
+def cached_logits(run: Run, classes: Classes) -> tuple[Float[Tensor, "row class"], ClassTeacher | None]:
+    """The logits of every training row, from the cache or computed and written there; and the teacher, if named."""
+    arguments, rows, names, folder = run.arguments, classes.rows, classes.data.class_names, logits_folder(run)
+    digest = rows_digest(rows.content, len(rows))
+    expected: dict[str, Any] = {"class_names": list(names), "rows": digest}
+    name = arguments.teacher
+    if name is None:
+        return read_class_logits(folder, expected).logits, None
+    teacher = load_class_teacher(run, classes)
+    # open_clip keeps its weights in files of its own; its names are precise.
+    weights = None if name.startswith(OPEN_CLIP) else weights_sha256(name, arguments.teacher_revision)
+    identity = class_identity(name, weights, teacher, names, digest)
+    training = settings_of(run)
+    # One rank asks, the others read what it wrote.
+    with training.main_process_first(desc="teacher logits"):
+        if not has_class_logits(folder):
+            print(f"Asking the teacher about {len(rows):,} rows, once: {folder}", file=sys.stderr)
+            logits = compute_class_logits(teacher, rows.raw, len(rows), training.teacher_batch_size)
+            # Recorded, and not compared: the same teacher in another type is the same teacher.
+            write_class_logits(folder, ClassLogits(logits, identity | _computed_in(run)))
+    return read_class_logits(folder, identity).logits, teacher
+
+
+def load_class_teacher(run: Run, classes: Classes) -> ClassTeacher:
+    """The teacher of a recipe, ready to be asked; of kind tip_adapter it learns from the labels shown first."""
+    arguments, training, data, text = run.arguments, settings_of(run), classes.data, classes.is_text
+    assert arguments.teacher is not None
+    kind, name = training.teacher_kind, arguments.teacher
+    if kind in ("zero_shot", "tip_adapter"):
+        if text:
+            raise UserError(f"teacher_kind {kind} compares images with prompts; texts need classifier or question.")
+        teacher = zero_shot(run, data)
+        return teacher if kind == "zero_shot" else _tip_adapter(training, teacher, classes)
+    hub = {"revision": arguments.teacher_revision, "trust_remote_code": training.trust_remote_code}
+    loading = {"dtype": _teacher_dtype(run), **hub}
+    if arguments.teacher_attn_implementation is not None:
+        loading["attn_implementation"] = arguments.teacher_attn_implementation
+    if kind == "classifier":
+        auto_class: Any = AutoModelForSequenceClassification if text else AutoModelForImageClassification
+        processor: Any = (AutoTokenizer if text else AutoImageProcessor).from_pretrained(name, **hub)
+        classifier = auto_class.from_pretrained(name, **loading)
+        return ClassifierTeacher(classifier.to(training.device), processor, data.class_names)
+    model: Any = load_model(name, "teacher", **loading)
+    processor = (AutoTokenizer if text else AutoProcessor).from_pretrained(name, **hub)
+    return QuestionTeacher(model.to(training.device), processor, data.class_names, training.teacher_question)
+
+
+def _teacher_dtype(run: Run) -> str | torch.dtype:
+    """The type that a teacher of transformers is loaded in, one that the run's device multiplies."""
+    arguments = run.arguments
+    assert arguments.teacher is not None
+    hub = {"revision": arguments.teacher_revision, "trust_remote_code": run.training.trust_remote_code}
+    config = AutoConfig.from_pretrained(arguments.teacher, **hub)
+    return computed_dtype(arguments.teacher_dtype, config, run.training.device)
+
+
+def _computed_in(run: Run) -> dict[str, str]:
+    """What the class logits' record says of the type they were computed in; nothing of open_clip's own models."""
+    arguments = run.arguments
+    assert arguments.teacher is not None
+    if arguments.teacher.startswith(OPEN_CLIP):
+        return {}
+    dtype = _teacher_dtype(run)
+    return {
+        "dtype": saved_dtype(arguments.teacher, arguments.teacher_revision)
+        if dtype == "auto"
+        else name_of_dtype(dtype)
+    }
+
+
+def zero_shot(run: Run, data: ClassificationData) -> ZeroShotTeacher:
+    """The teacher of a recipe as a comparison of images with prompts. Raises UserError when the recipe names none."""
+    arguments, training = run.arguments, settings_of(run)
+    name = arguments.teacher
+    if name is None:
+        raise UserError("head_init: text asks the teacher for its text embeddings; set `teacher`.")
+    if name.startswith(OPEN_CLIP):
+        embedder: Any = OpenClipEmbedder(name, training.device)
+    else:
+        hub = {"revision": arguments.teacher_revision, "trust_remote_code": training.trust_remote_code}
+        embedder = TransformersEmbedder.load(name, dtype=_teacher_dtype(run), **hub)
+        embedder.model.to(training.device)
+    return ZeroShotTeacher(embedder, data.class_names, data.recipe.prompts, training.normalize_prompt_mean)
+
+
+def _tip_adapter(training: DHOConfig, teacher: ZeroShotTeacher, classes: Classes) -> TipAdapterTeacher:
+    rows = classes.rows
+    labels = training.shown_labels(rows.labels, classes.data.class_names)
+    shown = np.flatnonzero(labels != HIDDEN)
+    return TipAdapterTeacher.fit(
+        teacher,
+        [rows.raw(int(row)) for row in shown],
+        labels[shown].tolist(),
+        alpha=training.tip_alpha,
+        beta=training.tip_beta,
+        seed=training.label_seed,
+    )
