@@ -395,6 +395,19 @@ def test_the_teacher_is_asked_once_for_all_runs(recipe: Path, tmp_path: Path, ca
     assert "made with another rows" in capsys.readouterr().err
 
 
+def test_its_logits_can_be_built_before_any_training(recipe: Path, tmp_path: Path, capsys: Any) -> None:
+    build, cache = ["cache", "build", str(recipe)], ["--teacher_cache", str(tmp_path / "logits")]
+    assert main([*build, *cache, "--dry_run", "true"]) == 0
+    assert "teacher's pass" in capsys.readouterr().out
+    assert not (tmp_path / "logits").exists()
+    assert main([*build, *cache]) == 0
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'logits'}\n")
+    assert train(recipe, tmp_path / "run", *cache) == 0
+    assert "Asking the teacher" not in capsys.readouterr().err
+    assert main(build) == 2
+    assert "`teacher_cache` (the folder to write)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("value", "expected"), [("0", torch.float32), ("1", torch.bfloat16)])
 def test_half_types_are_computed_where_the_cpu_has_them(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, value: str, expected: torch.dtype
@@ -454,11 +467,6 @@ def test_a_dry_run_judges_the_teacher_on_rows_of_all_classes() -> None:
     assert (classification._sampled(np.where(rows == 1, rows, HIDDEN)) // 400 == 1).all()
     assert "no row has a label" in classification._accuracy(right[:0])
     assert classification._accuracy(np.ones(10, bool)).endswith("interval 72% to 100%)")
-
-
-def test_building_a_cache_of_classes_is_refused(recipe: Path, capsys: Any) -> None:
-    assert main(["cache", "build", str(recipe)]) == 2
-    assert "predicts classes" in capsys.readouterr().err
 
 
 def examined(recipe: Path, **keys: Any) -> list[Finding]:
