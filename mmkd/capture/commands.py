@@ -17,7 +17,7 @@ from mmkd.recipe.flags import recipe_of
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.shipped import list_recipes
 from mmkd.teachers.cached import SIGNALS
-from mmkd.training.method import learns_from
+from mmkd.training.method import METHODS, Method, learns_from
 from mmkd.units import readable_size
 
 from .build import build
@@ -28,8 +28,13 @@ from .generate import DATA_RECIPE, describe_answers
 
 
 def build_command(recipe: Recipe) -> int:
-    """Builds the cache of a recipe, or those of its teachers, and prints the folders; with dry_run, what they cost."""
-    run = recipe.parse()
+    """Builds the cache of a recipe, or those of its teachers, and prints the folders; with dry_run, what they cost.
+
+    A method that does not predict tokens has a cache of its own. Raises UserError for one that has none.
+    """
+    run, method = recipe.parse(), METHODS[recipe.method]
+    if method.predicts != "tokens":
+        return _build_own(run, method)
     plans = []
     for one in _runs_with_cache(run):
         check_place(one)
@@ -46,6 +51,17 @@ def build_command(recipe: Recipe) -> int:
             print(
                 f"Part {index} of {count} is done. With all parts in one place: mmkd cache merge {_cache_of(plan.run)}"
             )
+    return 0
+
+
+def _build_own(run: Run, method: Method) -> int:
+    if method.build_cache is None:
+        raise UserError(f"Method {method.name} predicts {method.predicts} and keeps nothing of its teacher on disk.")
+    if run.arguments.dry_run:
+        assert method.dry_run is not None
+        method.dry_run(run, Console())
+    else:
+        print(method.build_cache(run))
     return 0
 
 

@@ -7,14 +7,10 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mmkd import __version__
 from mmkd import shipped as recipes
 from mmkd.errors import UserError
-
-if TYPE_CHECKING:
-    from mmkd.recipe.recipe import Recipe
 
 from .flags import add_compare_flags, add_eval_flags, add_push_flags
 
@@ -239,9 +235,7 @@ def _build_cache(options: argparse.Namespace, flags: list[str]) -> int:
     from mmkd.capture.commands import build_command
     from mmkd.recipe.flags import recipe_of
 
-    recipe = recipe_of(options.recipe, flags)
-    _needs_tokens(recipe, "a run of it keeps its teacher's logits by itself, in teacher_cache")
-    return build_command(recipe)
+    return build_command(recipe_of(options.recipe, flags))
 
 
 def _cache_info(options: argparse.Namespace, rest: list[str]) -> int:
@@ -310,15 +304,6 @@ def _doctor(options: argparse.Namespace, flags: list[str]) -> int:
     from mmkd.recipe.flags import recipe_of
 
     return doctor(recipe_of(options.recipe, flags), Console())
-
-
-def _needs_tokens(recipe: "Recipe", instead: str) -> None:
-    """Raises UserError for a recipe of classes, which this command knows nothing about."""
-    from mmkd.training.method import METHODS
-
-    predicted = METHODS[recipe.method].predicts
-    if predicted != "tokens":
-        raise UserError(f"{recipe.name} predicts {predicted}, and this command is about tokens: {instead}.")
 
 
 def _list_recipes(options: argparse.Namespace, rest: list[str]) -> int:

@@ -117,7 +117,7 @@ def compare(
 
     `judge` is the recipe whose trainer evaluates all students, by default each one's own. `baseline` is a recipe of
     method sft, by default the one among `recipes`, else one made of the first; "none" trains none. Raises UserError
-    for recipes that train no tokens or train in stages.
+    for recipes that train no tokens, or train several times.
     """
     for recipe in (*recipes, *([judge] if judge else [])):
         _check(recipe)
@@ -157,6 +157,11 @@ def _check(recipe: Recipe) -> None:
     if predicted != "tokens":
         raise UserError(
             f"{recipe.name} predicts {predicted} and no tokens; scripts/compare_dho.py compares such students."
+        )
+    if METHODS[recipe.method].drive is not None:
+        raise UserError(
+            f"{recipe.name} consists of several trainings, as method {recipe.method} does, and a comparison is of "
+            "single ones at equal tokens. Train it, and compare its student with `mmkd eval`."
         )
     if any(key in recipe.keys for key in STAGE_KEYS):
         raise UserError(

@@ -137,7 +137,11 @@ def test_a_given_baseline_and_none(workplace):
 
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [({"stages": {"SFT": {"method": "sft"}}}, "is trained in stages"), ({"method": "dho"}, "predicts classes")],
+    [
+        ({"stages": {"SFT": {"method": "sft"}}}, "is trained in stages"),
+        ({"method": "dho"}, "predicts classes"),
+        ({"method": "comd"}, "consists of several trainings"),
+    ],
 )
 def test_recipes_that_others_compare_are_refused(workplace, capsys, keys, message):
     recipe = yaml.safe_load(Path("kd.yaml").read_text())
