@@ -19,7 +19,7 @@ from mmkd.results.scores import scores_of
 from . import measures
 from .harness import Harness, Settings
 from .lmms import check_lmms, lmms_key, lmms_settings, run_lmms
-from .measures import Held, measure
+from .measures import HeldOut, measure
 from .model import EvalModel, ensemble_of, find_model
 from .results import NAME, Results
 from .suites import SuiteTask, load_suite, suite_names
@@ -116,7 +116,7 @@ def eval_command(options: argparse.Namespace) -> int:
         chat_template=options.chat_template,
         seed=options.seed,
     )
-    held = Held(options.data, options.rows, max_new_tokens=options.max_new_tokens) if options.data else None
+    held = HeldOut(options.data, options.rows, max_new_tokens=options.max_new_tokens) if options.data else None
     teacher = find_model(options.teacher) if options.teacher else None
     found, measured = {}, {}
     try:

@@ -29,7 +29,7 @@ from .answer_statistics import AnswerStatistics, greedy_answers, summary
 from .harness import Settings, device_of
 from .model import EvalModel
 from .results import Results, key_of
-from .tokens import Agreement, Calibration, batches, say
+from .tokens import Agreement, Calibration, batches, beliefs_of
 
 MEASURES = ("cost", "generation", "bytes", "agreement", "calibration")
 """In the order in which they are taken: the last two prepare the model for training's own batches."""
@@ -39,7 +39,7 @@ SAMPLES = 16
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOut:
     """What is measured on, and how much of it."""
 
     data: str
@@ -58,7 +58,7 @@ class Held:
 def measure(
     model: EvalModel,
     names: Sequence[str],
-    held: Held | None,
+    held: HeldOut | None,
     settings: Settings,
     teacher: EvalModel | None = None,
     output: Path | None = None,
@@ -72,10 +72,10 @@ def measure(
     rows = None if held is None else held.load()
     chosen = [name for name in MEASURES if name in names] if names else _possible(model, rows, teacher)
     results = Results.of(model, output)
-    taking = Taking(model, teacher, rows, held, settings)
+    measurements = Measurements(model, teacher, rows, held, settings)
     found: dict[str, dict[str, Any]] = {}
     device = device_of(settings)
-    types = [side.computed_dtype(settings.dtype, device) for side in taking.sides.values()]
+    types = [side.computed_dtype(settings.dtype, device) for side in measurements.sides.values()]
     for name in chosen:
         told = {
             "device": device,
@@ -88,7 +88,7 @@ def measure(
         key = key_of("measure", __version__, name, told, None if name == "cost" else _digest(rows))
         entry = results.measure(key)
         if entry is None:
-            values = getattr(taking, name)()
+            values = getattr(measurements, name)()
             date = datetime.now(UTC).isoformat("T", "seconds")
             entry = {"measure": name, "settings": told, "values": values, "machine": machine(), "date": date}
             entry = results.add_measure(key, entry)
@@ -96,11 +96,16 @@ def measure(
     return found
 
 
-class Taking:
+class Measurements:
     """Takes measurements; each is a method that returns `{"student": ..., "teacher": ...}` or what they share."""
 
     def __init__(
-        self, model: EvalModel, teacher: EvalModel | None, rows: Dataset | None, held: Held | None, settings: Settings
+        self,
+        model: EvalModel,
+        teacher: EvalModel | None,
+        rows: Dataset | None,
+        held: HeldOut | None,
+        settings: Settings,
     ) -> None:
         self.sides = {"student": model} | ({} if teacher is None else {"teacher": teacher})
         self.rows, self.held, self.settings = rows, held, settings
@@ -124,16 +129,16 @@ class Taking:
         prompts = [prompt for prompt, _ in pairs]
         tools = list(self.rows["tools"]) if "tools" in self.rows.column_names else None
         tokens = self.held.max_new_tokens
-        said: dict[str, list[AnswerStatistics]] = {
+        written: dict[str, list[AnswerStatistics]] = {
             side: greedy_answers(self.model(side), model.processing_class, prompts, tokens, tools=tools)
             for side, model in self.sides.items()
         }
         samples = [
             {"prompt": words_of(prompt), "reference": reference}
-            | {side: answers[place].text for side, answers in said.items()}
+            | {side: answers[place].text for side, answers in written.items()}
             for place, (prompt, reference) in enumerate(pairs[:SAMPLES])
         ]
-        return {**{side: summary(answers) for side, answers in said.items()}, "samples": samples}
+        return {**{side: summary(answers) for side, answers in written.items()}, "samples": samples}
 
     def bytes(self) -> dict[str, Any]:
         """Bits per byte of the rows' text, each side in its own tokens, as lm-eval's rolling log-likelihood."""
@@ -176,12 +181,12 @@ class Taking:
             size = shared_tokens(tokenizer_of(model.processing_class), tokenizer_of(teacher.processing_class))
         agreement, calibrations = Agreement(), {side: Calibration() for side in self.sides}
         for batch in batches(self.model("student"), model.processing_class, self.rows, self.held.max_length, teacher):
-            said = {"student": say(self.model("student").eval(), batch.ours, size)}
+            beliefs = {"student": beliefs_of(self.model("student").eval(), batch.ours, size)}
             if teacher is not None:
-                said["teacher"] = say(self.model("teacher"), batch.theirs, size)
-                agreement.add(said["student"], said["teacher"])
-            for side, one in said.items():
-                calibrations[side].add(one.confidence, one.right)
+                beliefs["teacher"] = beliefs_of(self.model("teacher"), batch.theirs, size)
+                agreement.add(beliefs["student"], beliefs["teacher"])
+            for side, belief in beliefs.items():
+                calibrations[side].add(belief.confidence, belief.right)
         return agreement, calibrations
 
 
@@ -216,7 +221,7 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value if value is not None else "")
 
 
-def _check(names: Sequence[str], held: Held | None, teacher: EvalModel | None, model: EvalModel) -> None:
+def _check(names: Sequence[str], held: HeldOut | None, teacher: EvalModel | None, model: EvalModel) -> None:
     for name in names:
         if name not in MEASURES:
             raise UserError(f"There is no measure {name!r}; choose some of {', '.join(MEASURES)}.")

@@ -28,7 +28,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Said:
+class Beliefs:
     """A model's beliefs at the supervised positions of one row."""
 
     log_probs: Float[Tensor, "token vocab"]
@@ -82,11 +82,11 @@ def batches(model: Any, processing_class: Any, rows: Dataset, max_length: int, t
 
 
 @torch.no_grad()
-def say(model: Any, view: View, vocab_size: int | None = None) -> Said:
+def beliefs_of(model: Any, view: View, vocab_size: int | None = None) -> Beliefs:
     """What a model believes at the supervised positions of a batch, over the first `vocab_size` tokens."""
     logits = model(**{**view.inputs, "use_cache": False}).logits[:, :-1][view.supervised]
     log_probs = logits[:, :vocab_size].float().log_softmax(-1)
-    return Said(log_probs, view.labels[:, 1:][view.supervised].to(log_probs.device))
+    return Beliefs(log_probs, view.labels[:, 1:][view.supervised].to(log_probs.device))
 
 
 class Agreement:
@@ -96,7 +96,7 @@ class Agreement:
         self.sums: dict[str, float] = {}
         self.tokens = self.rows = 0
 
-    def add(self, student: Said, teacher: Said) -> None:
+    def add(self, student: Beliefs, teacher: Beliefs) -> None:
         """Adds the tokens of a row."""
         difference = teacher.log_probs - student.log_probs
         # 0 * inf where a token is impossible for one of them.

@@ -14,7 +14,7 @@ from mmkd.data.load_data import load_data
 from mmkd.data.prompts import prompt_of
 from mmkd.eval.answer_statistics import greedy_answers, summary
 from mmkd.eval.model import find_model
-from mmkd.eval.tokens import Agreement, Calibration, Said, batches, say
+from mmkd.eval.tokens import Agreement, Beliefs, Calibration, batches, beliefs_of
 from mmkd.methods.kd import KDTrainer
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.results.places import results_folder
@@ -34,8 +34,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def said(log_probs: list[list[float]], labels: list[int]) -> Said:
-    return Said(torch.tensor(log_probs).log(), torch.tensor(labels))
+def said(log_probs: list[list[float]], labels: list[int]) -> Beliefs:
+    return Beliefs(torch.tensor(log_probs).log(), torch.tensor(labels))
 
 
 def test_agreement_by_hand():
@@ -88,7 +88,9 @@ def test_agreement_is_what_training_evaluates(kind, tiny, build, texts, chats, t
     asked = [find_model(str(folders[side])) for side in ("student", "teacher")]
     agreement = Agreement()
     for batch in batches(models["student"], asked[0].processing_class, rows, 64, asked[1]):
-        agreement.add(say(models["student"].eval(), batch.ours), say(models["teacher"].eval(), batch.theirs))
+        agreement.add(
+            beliefs_of(models["student"].eval(), batch.ours), beliefs_of(models["teacher"].eval(), batch.theirs)
+        )
     names = {"model": str(folders["student"]), "teacher": str(folders["teacher"])}
     trainer = build(
         KDTrainer, rows, {**names, "eval_dataset": rows}, max_length=64, assistant_only_loss=kind != "texts"
@@ -150,7 +152,7 @@ def test_all_measures_from_the_command_line_are_kept(tiny, workplace, capsys, mo
         total, size = total - log_probs.sum().item(), size + len(text.encode())
     assert found["bytes"]["student"]["bits_per_byte"] == pytest.approx(total / size / math.log(2), rel=1e-5)
     assert "top1_agreement" in capsys.readouterr().out
-    monkeypatch.setattr("mmkd.eval.measures.Taking.cost", None)
+    monkeypatch.setattr("mmkd.eval.measures.Measurements.cost", None)
     assert main(command) == 0
 
 
