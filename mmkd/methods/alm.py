@@ -61,7 +61,7 @@ _ITEMS = {"divergence": "chunk", "ce": "token", "hidden": "end"}
 """Term of the loss -> kind of the items that it sums."""
 
 
-class ALMTrainer(DistillationTrainer):
+class ALMTrainer(DistillationTrainer[ChunkSignal]):
     """Minimises a divergence of likelihoods per chunk of text that ends a token on both sides.
 
     The teacher reads the same rows in its own tokens and by its own chat template. Besides the base's arguments:

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mmkd.errors import UserError
 from mmkd.losses import divergences
 from mmkd.losses.divergences import Divergence
+from mmkd.losses.fused import Targets
 from mmkd.schema import PositiveFloat, Share
 from mmkd.teachers.base import Teacher
 from mmkd.teachers.signals import DenseSignal, SparseSignal, TopKSignal
@@ -64,7 +65,7 @@ class KDConfig(DistillationConfig):
     )
 
 
-class KDTrainer(DistillationTrainer):
+class KDTrainer(DistillationTrainer[Targets]):
     """Minimises `(1 - ce_weight) * temperature**2 * divergence(teacher, student) + ce_weight * cross-entropy`.
 
     With `combine: gradmag` the two are balanced first, see `mmkd.training.balance`.
@@ -92,7 +93,7 @@ class KDTrainer(DistillationTrainer):
                 "its tail was not kept. Set temperature: 1, or teacher_tail: renormalise."
             )
 
-    def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
+    def item_losses(self, student: Supervised, signal: Targets) -> ItemLosses:
         """One divergence per supervised token."""
         objective = DIVERGENCES[self.args.divergence](self.args)
         return self.fused(student, signal, objective, self.args.temperature)

@@ -104,7 +104,7 @@ class VisualSignal:
     images: Int[Tensor, "image"]
 
 
-class LLaVAKDTrainer(DistillationTrainer):
+class LLaVAKDTrainer(DistillationTrainer[VisualSignal]):
     """Minimises `cross-entropy + alpha KL(answer) + beta KL(visual tokens) + gamma (1 - cos of their relations)`.
 
     The terms are means over tokens, visual tokens and images of the whole accumulated batch on all ranks. Rows without

@@ -1,9 +1,9 @@
 """Supervised fine-tuning through the same step: the baseline that every method is compared with."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from mmkd.errors import UserError
+from mmkd.losses.fused import Targets
 from mmkd.schema import Share
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
@@ -23,7 +23,7 @@ class SFTBaselineConfig(DistillationConfig):
             raise UserError(f"ce_weight is {self.ce_weight}, but sft has cross-entropy only; use method kd to mix.")
 
 
-class SFTBaselineTrainer(DistillationTrainer):
+class SFTBaselineTrainer(DistillationTrainer[Targets | None]):
     """Cross-entropy with the data's tokens. A teacher is optional and only measures: it never enters the loss."""
 
     method = "sft"
@@ -31,7 +31,7 @@ class SFTBaselineTrainer(DistillationTrainer):
     config_class = SFTBaselineConfig
     needs_teacher = False
 
-    def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
+    def item_losses(self, student: Supervised, signal: Targets | None) -> ItemLosses:
         """One cross-entropy per supervised token."""
         return self.fused(student, signal)
 

@@ -9,6 +9,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from mmkd.errors import UserError
 from mmkd.losses.divergences import entropy, forward_kl, interpolated_log_probs
+from mmkd.losses.fused import Targets
 from mmkd.schema import NonNegativeFloat, Range, Share
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
@@ -116,7 +117,7 @@ def _sigmoid(value: float) -> float:
     return (1 + math.tanh(value / 2)) / 2
 
 
-class TAIDTrainer(DistillationTrainer):
+class TAIDTrainer(DistillationTrainer[Targets]):
     """Minimises KL(p_t || student), p_t = softmax((1 - t) student + t teacher) with the student there detached."""
 
     method = "taid"
@@ -139,7 +140,7 @@ class TAIDTrainer(DistillationTrainer):
         """The one in use; `restore_callback_states_from_checkpoint` puts another in its place."""
         return next(one for one in self.callback_handler.callbacks if isinstance(one, TAIDSchedule))
 
-    def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
+    def item_losses(self, student: Supervised, signal: Targets) -> ItemLosses:
         """One KL to the intermediate teacher per supervised token."""
         return self.fused(student, signal, self._objective)
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mmkd.errors import UserError
+from mmkd.losses.fused import Targets
 from mmkd.models.sharded_weights import is_sharded
 
 from .base import Teacher
@@ -91,7 +92,7 @@ class SeveralTeachers(Teacher[MixedSignal | RoutedSignal]):
             parts[name] = (own[supervised], self._ask_about(teacher, asked[name], own))
         return RoutedSignal(parts)
 
-    def _ask_about(self, teacher: Teacher, view: View, own: Bool[Tensor, "batch position"]) -> Any:
+    def _ask_about(self, teacher: Teacher[Targets], view: View, own: Bool[Tensor, "batch position"]) -> Targets:
         """One teacher about its tokens, of which there may be none, without the rows of the others."""
         rows = own.any(1)
         if not isinstance(teacher, LocalTeacher):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -118,7 +118,7 @@ class MixedSignal:
 class RoutedSignal:
     """What several teachers, by name, say each about its own tokens, of which the mask tells."""
 
-    parts: Mapping[str, tuple[Bool[Tensor, "token"], Any]]
+    parts: Mapping[str, tuple[Bool[Tensor, "token"], Targets]]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -13,7 +13,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from mmkd.errors import UserError
 from mmkd.losses.divergences import forward_kl
-from mmkd.losses.fused import Objective, fused_loss
+from mmkd.losses.fused import Objective, Targets, fused_loss
 from mmkd.models.backbone import allow_consumers
 from mmkd.models.heads import LMHead
 from mmkd.models.sharded_weights import is_sharded
@@ -40,9 +40,12 @@ from .run_trainer import RunTrainer
 from .sharding import without_repeated_rows
 from .teaching import StudentSide, Teaching, first_rows, teaching_of
 
+Signal = TypeVar("Signal")
+"""What a method reads of its teacher."""
 
-class DistillationTrainer(RunTrainer, ReportingTrainer, LabellingTrainer):
-    """trl's SFTTrainer with a teacher. A method subclasses it and implements `item_losses`.
+
+class DistillationTrainer(RunTrainer, ReportingTrainer, LabellingTrainer, Generic[Signal]):
+    """trl's SFTTrainer with a teacher. A method subclasses it with the signal it reads and implements `item_losses`.
 
     Args:
         model: student: a Hub id, a local folder, or a (PEFT) model.
@@ -138,7 +141,7 @@ class DistillationTrainer(RunTrainer, ReportingTrainer, LabellingTrainer):
 
     # What a method implements
 
-    def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
+    def item_losses(self, student: Supervised, signal: Signal) -> ItemLosses:
         """The losses of one micro-batch; runs inside the student's forward. `signal` is None without a teacher."""
         raise NotImplementedError
 
@@ -160,7 +163,7 @@ class DistillationTrainer(RunTrainer, ReportingTrainer, LabellingTrainer):
         """Callbacks of the method; those that are ExportableState are saved in and restored from the trainer state."""
         return []
 
-    def ask(self, batch: Batch) -> Any:
+    def ask(self, batch: Batch) -> Signal | RoutedSignal | None:
         """The teacher's signal about a batch; None where nobody is asked."""
         if self.teacher is None:
             return None
@@ -231,12 +234,14 @@ class DistillationTrainer(RunTrainer, ReportingTrainer, LabellingTrainer):
 
         return ItemLosses(*model(**view.inputs, consumer=consumer))
 
-    def losses_of(self, student: Supervised, signal: Any) -> ItemLosses:
+    def losses_of(self, student: Supervised, signal: Signal | RoutedSignal | None) -> ItemLosses:
         """Those of the method; where each of several teachers speaks of its own tokens, their sums."""
         if not isinstance(signal, RoutedSignal):
-            return self.item_losses(student, signal)
+            # None only where a method can do without a teacher.
+            return self.item_losses(student, cast(Signal, signal))
+        parts: Mapping[str, tuple[Tensor, Any]] = signal.parts
         return ItemLosses.of_parts(
-            {name: self.item_losses(student.only(tokens), part) for name, (tokens, part) in signal.parts.items()}
+            {name: self.item_losses(student.only(tokens), part) for name, (tokens, part) in parts.items()}
         )
 
     def total(self, losses: ItemLosses, counts: Mapping[str, Tensor]) -> Tensor:
@@ -312,7 +317,7 @@ class DistillationTrainer(RunTrainer, ReportingTrainer, LabellingTrainer):
     def fused(
         self,
         student: Supervised,
-        signal: Any,
+        signal: Targets | None,
         objective: Objective = forward_kl,
         temperature: float = 1.0,
         ce_weight: float | None = None,
@@ -325,7 +330,7 @@ class DistillationTrainer(RunTrainer, ReportingTrainer, LabellingTrainer):
         return ItemLosses(self.balanced(terms, dict.fromkeys(terms, "token"), self.args.term_weights), reports)
 
     def apart(
-        self, student: Supervised, signal: Any, objective: Objective = forward_kl, temperature: float = 1.0
+        self, student: Supervised, signal: Targets | None, objective: Objective = forward_kl, temperature: float = 1.0
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Divergence and cross-entropy, each by a pass of its own through the head, and the reports of both."""
         divergence = self._mixed(student, signal, objective, temperature, ce_weight=0.0)
@@ -347,7 +352,7 @@ class DistillationTrainer(RunTrainer, ReportingTrainer, LabellingTrainer):
         return ItemLosses.added({name: terms[name] * factor for name, factor in factors.items()}, items)
 
     def _mixed(
-        self, student: Supervised, signal: Any, objective: Objective, temperature: float, ce_weight: float
+        self, student: Supervised, signal: Targets | None, objective: Objective, temperature: float, ce_weight: float
     ) -> ItemLosses:
         args = self.args
         loss = fused_loss(

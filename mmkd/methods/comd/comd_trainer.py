@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mmkd.errors import UserError
+from mmkd.losses.fused import Targets
 from mmkd.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
@@ -199,7 +200,7 @@ class CoMDConfig(DistillationConfig):
             raise UserError("mutual needs an assessor to know whose answer is better.")
 
 
-class CoMDTrainer(DistillationTrainer):
+class CoMDTrainer(DistillationTrainer[Targets | None]):
     """The loss of a round: cross-entropy with the teacher's answers, the one term that the paper attests.
 
     It trains one round on rows you give it. `mmkd-train` with method comd runs the whole loop.
@@ -211,6 +212,6 @@ class CoMDTrainer(DistillationTrainer):
     needs_teacher = False
     args: CoMDConfig
 
-    def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
+    def item_losses(self, student: Supervised, signal: Targets | None) -> ItemLosses:
         """One cross-entropy per supervised token."""
         return self.fused(student, signal)
