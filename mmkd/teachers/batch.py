@@ -29,7 +29,7 @@ class View(Mapping[str, Any]):
     """Which positions stand for a piece of an image; None where rows have no images."""
     image_tokens: Int[Tensor, "image 2"] | None = None
     """Row and number of visual tokens of each image, in the order of the rows."""
-    targets: Mapping[str, Targets] = field(default_factory=dict)
+    targets: Mapping[str, Targets] = field(default_factory=dict[str, Targets])
     """What the teachers on disk said, by the teacher's name."""
     route: Int[Tensor, "batch position"] | None = None
     """The number of the teacher of each token, or of each row in one column, where rows name theirs."""
@@ -149,7 +149,7 @@ class Batch(Mapping[str, Any]):
             return
         answers = zip(_answers(self.student), _answers(self.teacher_view()), strict=True)
         for row, (ours, theirs) in enumerate(answers):
-            if ours != theirs:
+            if not torch.equal(ours, theirs):
                 raise UserError(
                     f"Row {row} of a batch is supervised on {len(ours)} tokens of the student's and {len(theirs)} of "
                     "the teacher's, or on different ones: their chat templates write an answer differently, prompts "
@@ -178,5 +178,5 @@ class Batch(Mapping[str, Any]):
         return self.map(lambda tensor: tensor.pin_memory())
 
 
-def _answers(view: View) -> list[list[int]]:
-    return [row[mask].tolist() for row, mask in zip(view.labels[:, 1:], view.supervised, strict=True)]
+def _answers(view: View) -> list[Int[Tensor, "token"]]:
+    return [row[mask] for row, mask in zip(view.labels[:, 1:], view.supervised, strict=True)]

@@ -27,9 +27,9 @@ class Supervised:
 class ItemLosses:
     """What one micro-batch adds up to."""
 
-    totals: dict[str, Tensor] = field(default_factory=dict)
+    totals: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Kind of item -> sum of the losses of its items, with gradient. Each is divided by its own global count."""
-    reports: dict[str, tuple[Tensor, Tensor | int]] = field(default_factory=dict)
+    reports: dict[str, tuple[Tensor, Tensor | int]] = field(default_factory=dict[str, tuple[Tensor, Tensor | int]])
     """Name in the logs -> (sum, number of items), without gradient."""
 
     @staticmethod

@@ -228,7 +228,7 @@ def make_step(trainer: Trainer, rows: list[dict[str, Any]]) -> Step:
     def step() -> float:
         model.zero_grad(set_to_none=True)
         batches, items = trainer.get_batch_samples(iter([collate(rows)]), 1, trainer.args.device)
-        return float(trainer.training_step(model, dict(batches[0]), items))
+        return float(trainer.training_step(model, batches[0], items))
 
     return step
 
