@@ -1,5 +1,6 @@
 """A method is complete: module, card, recipe, test, public names."""
 
+import ast
 import dataclasses
 import warnings
 from pathlib import Path
@@ -26,6 +27,25 @@ def test_one_name_of_a_module_is_no_pattern() -> None:
     """trl makes text of a list of one, in which PEFT then finds no module."""
     for given, found in ((["q_proj"], ["q_proj"]), (["all-linear"], "all-linear"), ([".*q_proj"], ".*q_proj")):
         assert StudentArguments(lora_target_modules=given).lora_target_modules == found
+
+
+def branches_on_a_method(source: str) -> list[str]:
+    """The comparisons of something called a method with the name of one."""
+    compared = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Compare)]
+    return [
+        ast.unparse(node)
+        for node in compared
+        if "method" in ast.unparse(node)
+        and any(isinstance(part, ast.Constant) and part.value in METHODS for part in ast.walk(node))
+    ]
+
+
+def test_nothing_branches_on_the_name_of_a_method_outside_of_its_package() -> None:
+    assert branches_on_a_method('if run.arguments.method == "dho":\n    pass')
+    assert branches_on_a_method('baseline = list(student.methods) == ["sft"]')
+    paths = [path for path in ROOT.glob("mmkd/**/*.py") if "methods" not in path.relative_to(ROOT).parts]
+    assert len(paths) > 100
+    assert {str(path): branches for path in paths if (branches := branches_on_a_method(path.read_text()))} == {}
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -21,6 +21,7 @@ from transformers import (
 from mmkd.commands.main import main
 from mmkd.data.class_rows import ClassRows, SemiSupervisedSampler, augmented
 from mmkd.data.classification import HIDDEN, hide_labels
+from mmkd.errors import UserError
 from mmkd.losses.dual_head_losses import distillation_loss, search_interpolation, supervised_loss
 from mmkd.methods.dho import dho_dry_run as classification
 from mmkd.methods.dho.dho_trainer import CHOICE, DHOConfig
@@ -29,6 +30,7 @@ from mmkd.preflight.doctor import examine
 from mmkd.preflight.facts import Finding
 from mmkd.recipe.flags import recipe_of
 from mmkd.teachers.classifiers import TransformersEmbedder
+from mmkd.training.method import METHODS
 from tests.classes import NAMES, answers, dho, make_clip, pictures, pixels, vit
 from tests.helpers import losses_of
 
@@ -393,6 +395,14 @@ def test_the_teacher_is_asked_once_for_all_runs(recipe: Path, tmp_path: Path, ca
     assert train(tmp_path / "alone.yaml", tmp_path / "three", "--teacher_cache", cache) == 0
     assert train(recipe, tmp_path / "four", "--teacher_cache", cache, "--max_train_rows", "30") == 2
     assert "made with another rows" in capsys.readouterr().err
+
+
+def test_a_later_stage_is_checked_before_the_first_is_trained(recipe: Path) -> None:
+    check = METHODS["dho"].check
+    assert check is not None
+    check(recipe_of(str(recipe), []).parse())
+    with pytest.raises(UserError, match="no unlabelled row"):
+        check(recipe_of(str(recipe), ["--labels_per_class", "12"]).parse())
 
 
 def test_its_logits_can_be_built_before_any_training(recipe: Path, tmp_path: Path, capsys: Any) -> None:
