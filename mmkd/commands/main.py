@@ -33,7 +33,7 @@ def train_main() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [part for word in (sys.argv[1:] if arguments is None else arguments) for part in _parts(word)]
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and "takes_flags" not in options:
@@ -58,6 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         error.add_note(_REPORT)
         raise
+
+
+def _parts(word: str) -> list[str]:
+    """A flag as the parsers have it, however its words are joined."""
+    if not word.startswith("--"):
+        return [word]
+    flag, joined, value = word.partition("=")
+    flag = f"--{flag[2:].replace('-', '_')}"
+    # argparse takes an unknown flag with a space in its value for a value itself.
+    return [flag, value] if " " in value else [f"{flag}{joined}{value}"]
 
 
 def _parser() -> argparse.ArgumentParser:

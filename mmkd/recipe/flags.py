@@ -1,5 +1,6 @@
 """The one reader of flags: what a command line says after a recipe, as keys of that recipe."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ def recipe_of(name_or_path: str | Path, flags: Sequence[str] = ()) -> Recipe:
     launch: dict[str, Any] = {CONFIG: first[CONFIG]} if CONFIG in first else {}
     recipe = replace(recipe, launch=launch, command=(*recipe.command, *flags))
     method = recipe.with_(method=first["method"]).method if "method" in first else recipe.method
-    parser = KeyParser(method)
+    parser = _parser_of(method)
     launch_keys = set() if recipe.accelerate_config is None else launch_keys_of(parser.names)
     given: dict[str, Any] = {}
     spelled: dict[str, list[str]] = {}
@@ -53,7 +54,10 @@ def recipe_of(name_or_path: str | Path, flags: Sequence[str] = ()) -> Recipe:
             words = _words(flag, *parser.arity(name), method, parser)
             key = parser.options[name]
             given[key] = parser.value(name, words)
-            spelled[key] = [] if given[key] is True else words if words else ["false"]
+            # One spelling of what is true or false; the others as they were typed.
+            spelled.pop(key, None)
+            if parser.arity(name)[0] or given[key] is True:
+                spelled[key] = words if parser.arity(name)[0] else []
         elif name in STAGE_KEYS:
             if not recipe.in_stages:
                 raise UserError(f"{recipe.name} has no stages, so {flag.typed} has nothing to choose from.")
@@ -67,6 +71,12 @@ def recipe_of(name_or_path: str | Path, flags: Sequence[str] = ()) -> Recipe:
             name = word.removeprefix("--").partition("=")[0]
             raise UserError(f"{word} is no flag of method {method}{advice}{nearest(name, parser.names)}")
     return replace(recipe, given=given, spelled=spelled)
+
+
+@functools.cache
+def _parser_of(method: str) -> KeyParser:
+    """For looking at alone: one that reads a recipe takes its values as defaults."""
+    return KeyParser(method)
 
 
 def _split(flags: Sequence[str]) -> list[Flag]:

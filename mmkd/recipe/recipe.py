@@ -222,8 +222,7 @@ def nearest(word: str, choices: Any) -> str:
 def _flags_of(keys: Mapping[str, Any], spelled: Mapping[str, Sequence[str]]) -> list[str]:
     words: list[str] = []
     for key, value in keys.items():
-        values = [] if value is True else [_word(item) for item in (value if isinstance(value, list) else [value])]
-        values = list(spelled.get(key, values))
+        values = list(spelled.get(key, map(_word, value if isinstance(value, list) else [value])))
         dashes = len(values) == 1 and values[0].startswith("--")
         words += [f"--{key}={values[0]}"] if dashes else [f"--{key}", *values]
     return words
