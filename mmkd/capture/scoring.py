@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmkd.cache.codec import TokenScores
 from mmkd.losses.divergences import log_one_minus_exp
-from mmkd.losses.fused import tile_rows
+from mmkd.losses.projection import tile_rows
 from mmkd.teachers.signals import DenseSignal
 
 _CHUNK = 256

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from mmkd.errors import UserError
 
-from .fused import Head, HeadGradients, Projection, check_labels
+from .projection import Head, HeadGradients, Projection, check_labels
 
 
 @overload

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .fused import ReadyGradients
+from .projection import ReadyGradients
 
 # The number of rows of the head that are copied to fp32 at a time.
 _ROWS = 8192

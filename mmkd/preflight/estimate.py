@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 from trl.trainer.utils import get_peft_config
 
 from mmkd.errors import UserError
-from mmkd.losses.fused import logits_bytes
+from mmkd.losses.projection import logits_bytes
 from mmkd.models.backbone import base_of
 from mmkd.models.parts import train_only
 from mmkd.preparation.supervision import kept

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mmkd.errors import UserError
 from mmkd.losses.divergences import log_one_minus_exp
-from mmkd.losses.fused import Share, Targets, starts
+from mmkd.losses.fused import Share, Targets
+from mmkd.losses.projection import starts
 from mmkd.models.heads import LMHead
 
 

@@ -221,7 +221,9 @@ class VLLMClient:
             text = PROBE + "".join(tokenizer.all_special_tokens)
             ours = tokenizer(text, add_special_tokens=False)["input_ids"]
             body = {"model": facts.model, "prompt": text, "add_special_tokens": False}
-            theirs = wire.decoded(self._endpoints.run(self._post("/tokenize", body, url)), wire.Tokens, url).tokens
+            theirs = wire.decoded(
+                self._endpoints.run(self._post("/tokenize", body, url)), wire.TokenizeReply, url
+            ).tokens
             if list(ours) != theirs:
                 raise UserError(
                     f"{url} tokenises unlike the tokenizer that the teacher should have: "

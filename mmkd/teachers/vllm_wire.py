@@ -61,7 +61,7 @@ class Version(msgspec.Struct):
     version: str
 
 
-class Tokens(msgspec.Struct):
+class TokenizeReply(msgspec.Struct):
     tokens: list[int]
 
 

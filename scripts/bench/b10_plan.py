@@ -11,7 +11,7 @@ import torch
 from _measure import MEGABYTE, arguments, dtype_of, report, verdict
 from _training import QUICK_STUDENT, QUICK_TEACHER, SMOLLM2_135M, SMOLLM2_360M, Training, llama, measure_steps
 
-from mmkd.losses.fused import logits_bytes
+from mmkd.losses.projection import logits_bytes
 from mmkd.preflight import estimate
 from mmkd.preflight.hardware import this_device
 

@@ -34,7 +34,7 @@ from mmkd.capture.build_plan import ScorePlan, ShardResult
 from mmkd.capture.scorers import LocalScorer, batches
 from mmkd.capture.scoring import score_tokens
 from mmkd.capture.sequences import usable
-from mmkd.losses.fused import starts
+from mmkd.losses.projection import starts
 from mmkd.models.backbone import full_head
 from mmkd.teachers.signals import DenseSignal
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmkd.losses import fused
+from mmkd.losses import projection
 from mmkd.losses.divergences import entropy, forward_kl, log_one_minus_exp, reverse_kl
 from mmkd.losses.fused import FusedLoss, Objective, fused_loss
 from mmkd.methods.kd import DIVERGENCES, KDConfig
@@ -121,7 +121,7 @@ def relative_errors(case: Case, actual: Tensor, reference: Case, expected: Tenso
 @pytest.mark.parametrize("tile_rows", [None, 2])
 def test_loss_and_gradients_are_those_of_dense_logits(objective, chunk_size, tile_rows, monkeypatch):
     if tile_rows:
-        monkeypatch.setattr(fused, "CPU_TILE_ELEMENTS", tile_rows * VOCAB)
+        monkeypatch.setattr(projection, "CPU_TILE_ELEMENTS", tile_rows * VOCAB)
     case = make_case(bias=True)
     loss = run(case, objective, chunk_size=chunk_size)
     assert_same(loss.total, dense_loss(case, objective), case.leaves)
@@ -129,7 +129,7 @@ def test_loss_and_gradients_are_those_of_dense_logits(objective, chunk_size, til
 
 
 def test_tiles_of_less_than_one_row_are_one_row(monkeypatch):
-    monkeypatch.setattr(fused, "CPU_TILE_ELEMENTS", 1)
+    monkeypatch.setattr(projection, "CPU_TILE_ELEMENTS", 1)
     case = make_case()
     assert_same(run(case).total, dense_loss(case, forward_kl), case.leaves)
 
@@ -492,7 +492,7 @@ def expected_diagnostics(case: Case) -> dict[str, Tensor]:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
 def test_diagnostics_are_sums_at_temperature_one(temperature, ce_weight, monkeypatch):
-    monkeypatch.setattr(fused, "CPU_TILE_ELEMENTS", 2 * VOCAB)
+    monkeypatch.setattr(projection, "CPU_TILE_ELEMENTS", 2 * VOCAB)
     case = make_case(bias=True, softcap=5.0)
     case.labels[:4] = dense_logits(case.hidden, case.head).argmax(-1)[:4]
     case.teacher.hidden[0] = 0.0
@@ -504,7 +504,7 @@ def test_diagnostics_are_sums_at_temperature_one(temperature, ce_weight, monkeyp
 
 
 def test_agreement_counts_every_token_when_student_is_teacher(monkeypatch):
-    monkeypatch.setattr(fused, "CPU_TILE_ELEMENTS", 2 * VOCAB)
+    monkeypatch.setattr(projection, "CPU_TILE_ELEMENTS", 2 * VOCAB)
     case = make_case()
     case.teacher = DenseSignal(case.hidden.detach().clone(), case.head)
     assert run(case, diagnostics=True).sums["top1_agreement"] == TOKENS
@@ -571,7 +571,7 @@ def test_top_k_of_the_whole_vocabulary_is_dense(objective, nothing):
 
 @pytest.mark.parametrize("k", [1, 4, VOCAB - 1])
 def test_top_k_diagnostics_are_those_of_the_bucketed_distributions(k, monkeypatch):
-    monkeypatch.setattr(fused, "CPU_TILE_ELEMENTS", 2 * VOCAB)
+    monkeypatch.setattr(projection, "CPU_TILE_ELEMENTS", 2 * VOCAB)
     case = make_case()
     case.labels[:4] = dense_logits(case.hidden, case.head).argmax(-1)[:4]
     signal = top_k(case, k)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmkd.losses import fused
+from mmkd.losses import projection
 from mmkd.losses.likelihood import token_log_probs
 from mmkd.models.heads import LMHead
 
@@ -64,7 +64,7 @@ def mixed(values: list[Tensor | None] | list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("tile_rows", [None, 2])
 def test_values_and_gradients_are_those_of_dense_log_probs(kind, with_set, chunk_size, tile_rows, monkeypatch):
     if tile_rows:
-        monkeypatch.setattr(fused, "CPU_TILE_ELEMENTS", tile_rows * VOCAB)
+        monkeypatch.setattr(projection, "CPU_TILE_ELEMENTS", tile_rows * VOCAB)
     hidden, head, labels, outcomes = make_case(**HEADS[kind])
     outcomes = outcomes if with_set else None
     actual = [*token_log_probs(hidden, head, labels, outcomes, chunk_size=chunk_size)]
