@@ -26,6 +26,7 @@ from mmkd.recipe.stages import plan, train_stages
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.interrupt import InterruptCallback
 from mmkd.training.method import METHODS
+from mmkd.training.run_trainer import RunTrainer
 
 PRESETS = ("single_gpu", "ddp", "fsdp2", "zero2", "zero3")
 """The accelerate configurations in `_presets`."""
@@ -78,7 +79,7 @@ def train(recipe: Recipe) -> int:
     return 0
 
 
-def _train(trainer: DistillationTrainer, checkpoint: str | None) -> bool:
+def _train(trainer: RunTrainer, checkpoint: str | None) -> bool:
     """Trains to the end: True. False when interrupted."""
     interrupt = InterruptCallback()
     trainer.add_callback(interrupt)

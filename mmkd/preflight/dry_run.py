@@ -11,7 +11,7 @@ from rich.text import Text
 from mmkd.models.backbone import head_of
 from mmkd.models.load import tokenizer_of
 from mmkd.recipe.recipe import Run
-from mmkd.recipe.run import build_trainer
+from mmkd.recipe.run import build_token_trainer
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.several import parts_of
 from mmkd.training.base import DistillationTrainer
@@ -29,7 +29,7 @@ def dry_run(run: Run, console: Console) -> DistillationTrainer | None:
     own = METHODS[run.arguments.method].dry_run
     if own is not None:
         return own(run, console)
-    trainer = build_trainer(run)
+    trainer = build_token_trainer(run)
     report(trainer, estimate_memory(run), console)
     return trainer
 

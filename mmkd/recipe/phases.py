@@ -5,8 +5,8 @@ from pathlib import Path
 from transformers.trainer_utils import IntervalStrategy
 
 from mmkd.errors import UserError
-from mmkd.training.base import DistillationTrainer
 from mmkd.training.method import METHODS
+from mmkd.training.run_trainer import RunTrainer
 
 from .recipe import Run
 
@@ -64,7 +64,7 @@ def trains(run: Run) -> bool:
     return run.keys.get("do_train") is not False
 
 
-def evaluate_alone(trainer: DistillationTrainer, run: Run) -> None:
+def evaluate_alone(trainer: RunTrainer, run: Run) -> None:
     """Evaluates the student without training it. Raises UserError for data without held-out rows."""
     if trainer.eval_dataset is None:
         raise UserError(
@@ -74,7 +74,7 @@ def evaluate_alone(trainer: DistillationTrainer, run: Run) -> None:
     trainer.save_metrics("eval", trainer.evaluate())
 
 
-def finish(trainer: DistillationTrainer, run: Run) -> None:
+def finish(trainer: RunTrainer, run: Run) -> None:
     """Saves the trained student and its state, evaluates it unless the training has just done so, and publishes it."""
     trainer.save_model()
     trainer.save_state()

@@ -19,6 +19,7 @@ from mmkd.teachers.several import parts_of
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
+from mmkd.training.run_trainer import RunTrainer
 
 from .recipe import Run
 from .run_models import (
@@ -40,10 +41,10 @@ _CHECKED = {"azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive
 _CHECKED |= {"swanlab", "tensorboard", "trackio", "wandb"}
 
 
-def build_trainer(run: Run) -> DistillationTrainer:
+def build_trainer(run: Run) -> RunTrainer:
     """The trainer of a run, with student, teacher and data loaded and checked."""
-    build = METHODS[run.arguments.method].build or _build_token_trainer
-    trainer = build(run)
+    build = METHODS[run.arguments.method].build or build_token_trainer
+    trainer: RunTrainer = build(run)
     trainer.add_callback(RunRecord(run))
     return trainer
 
@@ -69,7 +70,8 @@ def check_surroundings(run: Run) -> None:
         raise UserError(f"output_dir {run.training.output_dir} cannot be written: no right to write in {folder}.")
 
 
-def _build_token_trainer(run: Run) -> DistillationTrainer:
+def build_token_trainer(run: Run) -> DistillationTrainer:
+    """The trainer of a run over tokens."""
     check_student(run)
     arguments, training = run.arguments, run.training
     data = load_rows_of(run)

@@ -8,7 +8,7 @@ from rich.table import Table
 from mmkd.preflight.dry_run import report
 from mmkd.preflight.estimate import estimate_memory
 from mmkd.recipe.recipe import Run
-from mmkd.recipe.run import build_trainer, load_rows_of
+from mmkd.recipe.run import build_token_trainer, load_rows_of
 from mmkd.training.base import DistillationTrainer
 
 from . import round_recipes as recipes
@@ -53,6 +53,6 @@ def dry_run_comd(run: Run, console: Console) -> DistillationTrainer:
     write_lines(folder / "pool.jsonl", [row_of(one, one.reference or "?") for one in seeds])
     recipes.write_data(folder, any(one.images for one in seeds), None)
     first = recipes.write_round(run, folder, recipes.student_keys(run), 0).parse()
-    trainer = build_trainer(first)
+    trainer = build_token_trainer(first)
     report(trainer, estimate_memory(first), console)
     return trainer
