@@ -6,6 +6,7 @@ import os
 import torch
 
 from mmkd.errors import UserError
+from mmkd.seams.torch_seam import cpu_has_products_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +33,11 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
     if forced == "1" or (forced == "0" and dtype == torch.bfloat16):
         return forced == "1"
     # oneDNN computes the products; without it torch has no fast kernels. Its answer respects ONEDNN_MAX_CPU_ISA, but
-    # on plain AVX-512 it is yes although bf16 is emulated, so that the processor's flags are checked too. The names
-    # are private because torch has no public ones.
+    # on plain AVX-512 it is yes although bf16 is emulated, so that the processor's flags are checked too.
     if not torch.backends.mkldnn.is_available():
         return False
-    ops = torch.ops.mkldnn
-    supported = ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported()
     flags = torch.cpu.get_capabilities()
-    return supported and any(flags.get(flag, False) for flag in _FLAGS[dtype])
+    return cpu_has_products_of(dtype) and any(flags.get(flag, False) for flag in _FLAGS[dtype])
 
 
 def product_dtype(dtype: torch.dtype, device: str | torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # The parts of mmkd from the ground up: each imports only parts before it.
-ORDER = ("errors", "schema", "files", "units", "yaml_files", "shipped", "losses", "alignment", "precision", "seams")
+ORDER = ("errors", "schema", "files", "units", "yaml_files", "shipped", "losses", "alignment", "seams", "precision")
 ORDER += ("results", "data", "models", "cache", "teachers", "generation", "preparation", "training", "recipe")
 ORDER += ("capture", "preflight", "methods", "eval", "publish", "prepare", "commands")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate.commands.launch import launch_command, launch_command_parser
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -23,6 +22,7 @@ from mmkd.recipe.phases import check_phases, evaluate_alone, finish, trains
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run import build_trainer, check_surroundings, last_checkpoint, resume_point
 from mmkd.recipe.stages import plan, train_stages
+from mmkd.seams.accelerate_seam import launch, parsed_launch
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.interrupt import InterruptCallback
 from mmkd.training.method import METHODS
@@ -136,7 +136,7 @@ def _launch(recipe: Recipe, config: str) -> int:
     keys = {**recipe.written, **recipe.launch}
     words = launch_words({key: keys[key] for key in keys if key in launch_keys_of(KeyParser(recipe.method).names)})
     options = ["--config_file", file, *words, "--module", "mmkd.commands.main", "train", *recipe.command_line()]
-    parsed = launch_command_parser().parse_args(options)
+    parsed = parsed_launch(options)
     settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     if settings.get("distributed_type") == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"accelerate_config {config} needs DeepSpeed: pip install deepspeed, or use fsdp2.")
@@ -147,7 +147,7 @@ def _launch(recipe: Recipe, config: str) -> int:
     _check_world(config, settings.get("distributed_type", "NO"), processes, machines)
     os.environ[_LAUNCHED] = config
     try:
-        launch_command(parsed)
+        launch(parsed)
     except ChildFailedError as error:
         return _status_of(error)
     except SignalException as error:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Json, LargeList, List, Value
 
 from mmkd.errors import UserError
+from mmkd.seams.datasets_seam import indices_of
 
 from .arrow import BATCH, encoded_json, has_json, plain_rows, storage
 from .canonical import CHATS, OURS, DatasetTraits, Layout, canonical_row, features_of, finished, image_column_of
@@ -121,7 +122,7 @@ class Conversion:
 def source_rows(dataset: Dataset) -> Sequence[int]:
     """The number of each row in the data set from which a shuffle or a selection took it."""
     # `datasets` has no public access to it, and a column with numbers would be passed to every reader of the rows.
-    indices: Any = dataset._indices
+    indices = indices_of(dataset)
     return range(len(dataset)) if indices is None else indices.column(0).to_pylist()
 
 

@@ -19,6 +19,7 @@ from PIL import Image as PILImage
 
 from mmkd.errors import UserError
 from mmkd.files import write_file
+from mmkd.seams.datasets_seam import fingerprint_of, indices_of
 
 from .arrow import decoded_json, has_json
 from .image_urls import download, is_url
@@ -79,9 +80,9 @@ def _of_rows(dataset: Dataset, name: str) -> Dataset:
         table,  # pyright: ignore[reportArgumentType]
         info=info,
         split=dataset.split,
-        indices_table=dataset._indices,
+        indices_table=indices_of(dataset),
         # Without a fingerprint, `datasets` hashes the whole table.
-        fingerprint=Hasher.hash((dataset._fingerprint, "image_column")),
+        fingerprint=Hasher.hash((fingerprint_of(dataset), "image_column")),
     )
 
 

@@ -17,14 +17,12 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
-
-# The function with which the Image type of datasets reads files outside the file system; it has no public name.
-from datasets.utils.file_utils import xopen
 from PIL import Image as PILImage
 from PIL import ImageOps
 from PIL.ExifTags import Base as ExifTag
 
 from mmkd.errors import UserError
+from mmkd.seams.datasets_seam import xopen
 
 from .colours import has_alpha, in_eight_bits, in_rgba, in_srgb, on_white
 from .image_urls import download, is_url

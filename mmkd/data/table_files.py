@@ -6,10 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import ArrowBasedBuilder, BuilderConfig, Dataset, DatasetInfo, DownloadManager, SplitGenerator
-from datasets.builder import Key
 from datasets.exceptions import DatasetGenerationError
 
 from mmkd.errors import UserError
+from mmkd.seams.datasets_seam import Key
 
 from .csv_rows import csv_features, csv_tables
 from .json_rows import json_features, json_tables

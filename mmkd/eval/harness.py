@@ -13,6 +13,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
+from mmkd.seams.lm_eval_seam import model_class
 
 from .model import EvalModel
 from .results import key_of
@@ -153,12 +154,10 @@ class Harness:
         return self._loaded[1]
 
     def _load(self, model_type: str, model_args: Mapping[str, Any]) -> Any:
-        from lm_eval.api.registry import get_model
-
         model, settings = self.model, self.settings
         device = device_of(settings)
         more = {"batch_size": settings.batch_size, "device": device}
-        kind: Any = get_model(model_type)
+        kind = model_class(model_type)
         if model.members or (model.vision and model_type == "hf"):
             # lm-eval cannot load ensembles, or a vision-language model as a text model, but accepts loaded models.
             arguments = {key: value for key, value in model_args.items() if key != "dtype"}

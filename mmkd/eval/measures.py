@@ -23,6 +23,7 @@ from mmkd.data.prompts import prompt_of, text_of, words_of
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.results.machine import machine
+from mmkd.seams.lm_eval_seam import model_class, rolling_log_likelihoods
 
 from . import speed
 from .answer_statistics import AnswerStatistics, greedy_answers, summary
@@ -142,10 +143,7 @@ class Measurements:
 
     def bytes(self) -> dict[str, Any]:
         """Bits per byte of the rows' text, each side in its own tokens, as lm-eval's rolling log-likelihood."""
-        from lm_eval.api.instance import Instance
-        from lm_eval.api.registry import get_model
-
-        kind: Any = get_model("hf")
+        kind = model_class("hf")
         assert self.rows is not None
         texts = [_text(dict(row)) for row in self.rows]  # pyright: ignore
         size = sum(len(text.encode()) for text in texts)
@@ -153,11 +151,7 @@ class Measurements:
         for side, model in self.sides.items():
             tokenizer: Any = tokenizer_of(model.processing_class)
             lm = kind(pretrained=self.model(side), tokenizer=tokenizer, batch_size=1)
-            asked: list[Any] = [
-                Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=number)
-                for number, text in enumerate(texts)
-            ]
-            total = sum(lm.loglikelihood_rolling(asked, disable_tqdm=True))
+            total = sum(rolling_log_likelihoods(lm, texts))
             tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
             found[side] = {"bits_per_byte": -total / size / math.log(2), "bytes": size, "tokens": tokens}
         return found

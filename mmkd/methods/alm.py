@@ -95,8 +95,9 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
 
     # Two readings of the data
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        packing, formatting_func, name = rest
+    def prepared(self, rows: Any, args: Any, packing: bool, formatting_func: Any, split: str) -> Any:
+        """The rows as both sides read them, paired."""
+        dataset, name, processing_class = rows, split, self.labelling.processing_class
         args = self.labelling.given(args)
         if not isinstance(dataset, Dataset):
             raise UserError(
@@ -110,7 +111,7 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
             )
         rows, alone = numbered(dataset), copy(args)
         alone.shuffle_dataset = False
-        ours = super()._prepare_dataset(rows, processing_class, alone, False, formatting_func, name, **kwargs)
+        ours = super().prepared(rows, alone, False, formatting_func, name)
         reader = self._reader(dataset, args).labelling
         theirs = reader.prepare(rows, reader.args, False, formatting_func, f"{name} (teacher's)")
         questions = questions_of(dataset, args.rollout_prompt_tokens) if args.on_policy_fraction else None
@@ -127,11 +128,10 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
             both = both.shuffle(seed=args.seed)
         return packed(both, args) if packing else both
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        if not self.labelling.vision and "teacher_input_ids" not in columns:
-            columns += ["teacher_input_ids", "teacher_labels", "teacher_seq_lengths", QUESTION]
+    def columns_to_keep(self) -> list[str]:
+        """The teacher's reading of rows of text, too."""
+        theirs = ["teacher_input_ids", "teacher_labels", "teacher_seq_lengths", QUESTION]
+        return [*super().columns_to_keep(), *([] if self.labelling.vision else theirs)]
 
     @property
     def _readers(self) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
                 )
             assert isinstance(teacher, LocalTeacher)
             widths = (full_head(model).weight.shape[1] for model in (self.model, teacher.model))
-            # A part of the student, so that optimizer and ranks treat it like all others; `_save` keeps it apart.
+            # A part of the student, so that optimizer and ranks treat it like all others; files keep it apart.
             base_of(self.model).add_module(_PROJECTION, nn.Linear(*widths, bias=False, device=device))
         tokens = min(full_head(self.model).vocab_size, len(tokenizer_of(self.processing_class)))
         return Teaching(teacher, tokens, self._aligned)
@@ -336,27 +336,22 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
 
     # The projection of hidden states, which no one needs after training
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def weights_to_save(self, folder: Path, weights: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """The student's own; the projection goes into a file beside them."""
+        weights = super().weights_to_save(folder, weights)
+        if not self.args.hidden_weight:
+            return weights
+        everything: Any = self.model.state_dict() if weights is None else weights
+        own = {name: value for name, value in everything.items() if _PROJECTION in name.split(".")}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"weight": next(iter(own.values())).contiguous()}, folder / f"{_PROJECTION}.safetensors")
+        return {name: value for name, value in everything.items() if name not in own}
+
+    def weights_restored(self, checkpoint: Path) -> None:
+        """The projection's, too."""
+        super().weights_restored(checkpoint)
         if self.args.hidden_weight:
-            everything: Any = self.model.state_dict() if state_dict is None else state_dict
-            own = {name: value for name, value in everything.items() if _PROJECTION in name.split(".")}
-            state_dict = {name: value for name, value in everything.items() if name not in own}
-            folder = Path(output_dir or str(self.args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({"weight": next(iter(own.values())).contiguous()}, folder / f"{_PROJECTION}.safetensors")
-        super()._save(output_dir, state_dict)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_projection(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_projection(str(self.state.best_model_checkpoint))
-
-    def _load_projection(self, checkpoint: str) -> None:
-        if self.args.hidden_weight:
-            saved = load_file(Path(checkpoint) / f"{_PROJECTION}.safetensors")
+            saved = load_file(checkpoint / f"{_PROJECTION}.safetensors")
             getattr(base_of(self.model), _PROJECTION).load_state_dict(saved)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mmkd.errors import UserError
+from mmkd.seams.transformers_seam import empty_like
 
 Cuts = dict[str, tuple[int, Int[Tensor, "kept"]]]
 """The parameters of one layer that are pruned: name -> the dimension to cut and the indices to keep, ascending."""
@@ -183,7 +184,7 @@ def _empty_model(teacher: PreTrainedModel, config: PreTrainedConfig) -> PreTrain
     # Only weights stay empty. Buffers that no checkpoint holds (rotary frequencies, Gemma's embedding scale) are
     # computed here, in the type that from_pretrained would give them.
     with init_empty_weights(include_buffers=False):
-        return type(teacher)._from_config(copy.deepcopy(config), dtype=teacher.dtype)
+        return empty_like(type(teacher), copy.deepcopy(config), teacher.dtype)
 
 
 def _require_same_behaviour(before: nn.ModuleList, after: nn.ModuleList, kept: list[int]) -> None:

@@ -3,18 +3,20 @@
 import functools
 import types
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from mmkd.errors import UserError
+from mmkd.seams.deepspeed_seam import gathered, is_partitioned
+from mmkd.seams.peft_seam import is_adapted
+from mmkd.seams.transformers_seam import attention_of, set_attention
 
 from .heads import LMHead
 
@@ -70,7 +72,7 @@ def _require_plain_head(model: PreTrainedModel) -> None:
         raise UserError(
             f"{type(model).__name__} has no backbone apart from its head, so its logits cannot be chunked."
         )
-    if any(_is_partitioned(parameter) or parameter.is_meta for parameter in model.parameters()):
+    if any(is_partitioned(parameter) or parameter.is_meta for parameter in model.parameters()):
         return
     ids, training = torch.tensor([[0, 1]], device=model.device), model.training
     model.eval()
@@ -90,22 +92,22 @@ def _require_plain_head(model: PreTrainedModel) -> None:
 
 def attention_now(model: PreTrainedModel) -> set[str | None]:
     """The implementations of attention that are set in a model and its parts."""
-    return {module.config._attn_implementation for module in model.modules() if isinstance(module, PreTrainedModel)}
+    return {attention_of(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)}
 
 
 @contextmanager
 def _attention_for(model: PreTrainedModel) -> Iterator[None]:
     """Sets an attention that runs on the model's device: a model still on the CPU may be set to FlashAttention."""
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    chosen = [config._attn_implementation for config in configs]
+    chosen = [attention_of(config) for config in configs]
     if model.device.type == "cpu" and not attention_now(model) <= {"eager", "sdpa"}:
-        model.config._attn_implementation = "eager"
+        set_attention(model.config, "eager")
     try:
         yield
     finally:
         # In the order of modules(), whole models first: setting one also sets its parts, which are then restored.
         for config, attention in zip(configs, chosen, strict=True):
-            config._attn_implementation = attention
+            set_attention(config, attention)
 
 
 @torch.compiler.disable()
@@ -133,13 +135,13 @@ def head_of(model: PreTrainedModel | PeftModel) -> LMHead:
     module = base.get_output_embeddings()
     if module is None:
         raise UserError(f"{type(base).__name__} has no output embeddings; distillation needs a model with an lm_head.")
-    if isinstance(module, BaseTunerLayer):
+    if is_adapted(module):
         raise UserError(
             "The lm_head carries a PEFT adapter. The fused loss multiplies with lm_head.weight itself, so the adapter "
             "would never be trained. Remove 'lm_head' from target_modules; train it whole with modules_to_save."
         )
     embeddings: Any = base.get_input_embeddings()
-    if isinstance(embeddings, BaseTunerLayer) and embeddings.get_base_layer().weight is module.weight:
+    if is_adapted(embeddings) and embeddings.get_base_layer().weight is module.weight:
         raise UserError(
             "The embeddings carry a PEFT adapter and share their weights with the lm_head. Merging would change both, "
             "so that the merged model would differ from the trained one. Remove 'embed_tokens' from target_modules; "
@@ -172,7 +174,7 @@ def full_head(model: PreTrainedModel | PeftModel) -> LMHead:
     """The whole head on every rank, outside of the model's forward; a copy if ZeRO-3 partitions it."""
     with _gathered(base_of(model).get_output_embeddings()):
         head = head_of(model)
-        if not _is_partitioned(head.weight):
+        if not is_partitioned(head.weight):
             return head
         bias = None if head.bias is None else head.bias.detach().clone()
         return replace(head, weight=head.weight.detach().clone(), bias=bias)
@@ -192,20 +194,7 @@ def devices_of(model: PreTrainedModel | PeftModel) -> set[torch.device]:
     return {parameter.device for parameter in model.parameters()}
 
 
-def _is_partitioned(parameter: Tensor) -> bool:
-    return hasattr(parameter, "ds_id")
-
-
 def _gathered(module: torch.nn.Module | None) -> AbstractContextManager:
-    """Gathers a module's parameters: ZeRO-3 does it in the module's forward, which does not run here."""
-    parameters = [] if module is None else [p for p in module.parameters(recurse=False) if _is_partitioned(p)]
-    if not parameters:
-        return nullcontext()
-    from deepspeed.runtime.zero.partition_parameters import (  # pyright: ignore[reportMissingImports]
-        GatheredParameters,
-        ZeroParamStatus,
-    )
-
-    # A tied embedding may be gathered already; gathered again, it would be partitioned on exit while it is in use.
-    absent = [p for p in parameters if getattr(p, "ds_status", None) != ZeroParamStatus.AVAILABLE]
-    return GatheredParameters(absent) if absent else nullcontext()
+    """ZeRO-3 gathers a parameter in its module's own forward, which reading `lm_head.weight` never runs."""
+    parameters = [] if module is None else [p for p in module.parameters(recurse=False) if is_partitioned(p)]
+    return gathered(parameters)

@@ -2,7 +2,8 @@
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from mmkd.seams.transformers_seam import byte_letters
 
 
 def byte_tokenizer(source: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
@@ -11,7 +12,7 @@ def byte_tokenizer(source: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
     Special tokens, their roles and the chat template are the source's. It adds the same special tokens around a text
     as the source.
     """
-    tokenizer = Tokenizer(models.BPE({character: byte for byte, character in bytes_to_unicode().items()}, []))
+    tokenizer = Tokenizer(models.BPE({character: byte for byte, character in byte_letters().items()}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = {token.content: token for _, token in sorted(source.added_tokens_decoder.items()) if token.special}

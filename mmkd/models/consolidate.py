@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mmkd.errors import UserError
+from mmkd.seams.deepspeed_seam import whole_weights
 
 _FSDP = "pytorch_model_fsdp_0"
 _ADAPTER = "adapter_config.json"
@@ -53,12 +54,7 @@ def _weights(checkpoint: Path) -> dict[str, Tensor]:
             merge_fsdp_weights(str(checkpoint / _FSDP), folder)
             return load_file(Path(folder) / "model.safetensors")
     if (checkpoint / "latest").is_file():
-        from deepspeed.utils.zero_to_fp32 import (  # pyright: ignore[reportMissingImports]
-            get_fp32_state_dict_from_zero_checkpoint,
-        )
-
-        weights: Any = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
-        return weights
+        return whole_weights(checkpoint)
     if any(checkpoint.glob("*.safetensors")):
         raise UserError(f"{checkpoint} holds a whole student already: load it as it is.")
     raise UserError(

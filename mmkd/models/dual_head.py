@@ -20,6 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from mmkd.errors import UserError
 from mmkd.losses.dual_head_losses import check_interpolation, interpolate
+from mmkd.seams.transformers_seam import has_class_for
 
 from .features import (
     POOLINGS,
@@ -239,7 +240,7 @@ class _DualHeadModel(PreTrainedModel):
             f"transformers has no classifier over {config.model_type} that computes what this model does with "
             f"pooling {self.config.pooling!r}. Export the whole model with export_program, which needs torch alone."
         )
-        if type(config) not in auto_class._model_mapping:
+        if not has_class_for(auto_class, type(config)):
             raise unfit
         if self.config.text and getattr(config, "pad_token_id", None) is None:
             raise UserError(

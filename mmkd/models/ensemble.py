@@ -11,6 +11,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmkd.errors import UserError
+from mmkd.seams.transformers_seam import set_attention
 
 from .load import load_model, load_processing_class, tokenizer_of
 
@@ -34,7 +35,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):
         config.get_text_config().vocab_size = vocab_size or rows
         config.tie_word_embeddings = False
         # It has no attention itself; members keep their own implementation.
-        config._attn_implementation = "eager"
+        set_attention(config, "eager")
         super().__init__(config)
         self.generation_config = copy.deepcopy(models[0].generation_config)
         self.members = nn.ModuleList(models)

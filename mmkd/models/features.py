@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoModel, CLIPVisionModelWithProjection, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING
+
+from mmkd.seams.transformers_seam import generates_text, model_class
 
 POOLINGS = ("pooler", "cls", "mean", "last")
 
@@ -68,9 +69,8 @@ def pooler_arguments(config: Any, pooling: str | None) -> dict[str, bool]:
 
 
 def _has_optional_pooler(config: Any) -> bool:
-    if type(config) not in MODEL_MAPPING:
-        return False
-    return "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
+    model = model_class(config)
+    return model is not None and "add_pooling_layer" in inspect.signature(model.__init__).parameters
 
 
 def usual_pooling(config: Any, text: bool) -> str:
@@ -79,7 +79,7 @@ def usual_pooling(config: Any, text: bool) -> str:
         return "cls" if _has_optional_pooler(config) else "pooler"
     if _has_optional_pooler(config):
         return "pooler"
-    return "last" if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "cls"
+    return "last" if generates_text(config) else "cls"
 
 
 def width_of(backbone: Any) -> int:

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from mmkd.errors import UserError
+from mmkd.seams.transformers_seam import empty_like, save_under_published_names
 
 from .load import load_model
-from .restore import save_under_published_names
 
 IMAGE_TOKEN = "<image>"
 
@@ -74,7 +74,7 @@ def assemble_llava(
         image_seq_length=_patches(tower.config),
         tie_word_embeddings=text.config.tie_word_embeddings,
     )
-    model = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+    model = empty_like(LlavaForConditionalGeneration, config, dtype)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(text.base_model.state_dict())
     head: Any = text.get_output_embeddings()

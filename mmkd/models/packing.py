@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmkd.errors import UserError
+from mmkd.seams.transformers_seam import attention_of
 
 from .backbone import attention_now, base_of
 
@@ -55,7 +56,7 @@ def check_packing(
     if max((behind - behind_other).abs().max(), (behind - alone).abs().max()) <= allowed:
         return
     raise UserError(
-        f"The {role} ({type(base).__name__}, attention {base.config._attn_implementation}) lets sequences that are "
+        f"The {role} ({type(base).__name__}, attention {attention_of(base.config)}) lets sequences that are "
         "packed together see each other: its prediction for a row changes with the row before it in the pack. "
         "Set packing: false and padding_free: false, or, where the model has it, attn_implementation: "
         "flash_attention_2."

@@ -1,21 +1,9 @@
 """Loading of a checkpoint's weights into a model in memory, if they were saved under other names."""
 
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-
-
-def save_under_published_names(model: PreTrainedModel) -> None:
-    """Makes `save_pretrained` save the weights under the names of the published models of this architecture.
-
-    transformers does so, and translates back, only for a model that it has loaded under such names. vLLM supports no
-    other names for CLIP and SigLIP towers.
-    """
-    conversions: Any = get_model_conversion_mapping(model, add_legacy=False)
-    model._weight_conversions = conversions
 
 
 def renamed_on_disk(model: PreTrainedModel, folder: Path) -> bool:

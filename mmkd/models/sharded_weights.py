@@ -5,16 +5,16 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from mmkd.errors import UserError
+from mmkd.seams.accelerate_seam import count_ranks_as_gpus, shard_by_fsdp2
+from mmkd.seams.peft_seam import is_copied
 
 from .backbone import base_of
 from .heads import LMHead
@@ -26,8 +26,8 @@ def allow_fsdp_on_cpu(sharded: bool) -> None:
     accelerate would otherwise train whole copies there, and not say so.
     """
     sharded = sharded or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if sharded and PartialState().distributed_type == DistributedType.MULTI_CPU:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if sharded:
+        count_ranks_as_gpus()
 
 
 def settle_fsdp(accelerator: Accelerator, checkpoint_activations: bool) -> None:
@@ -101,7 +101,7 @@ def _unties(model: PeftModel) -> bool:
     base = base_of(model)
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     tied = bool(getattr(base.config.get_text_config(), "tie_word_embeddings", False))
-    return tied and any(isinstance(end, AuxiliaryTrainingWrapper) for end in ends)
+    return tied and any(is_copied(end) for end in ends)
 
 
 def check_cut(accelerator: Accelerator, model: torch.nn.Module) -> None:
@@ -130,7 +130,7 @@ def shard_frozen(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.M
     # Restored below, or the plugin would wrap the student by this model's layers.
     policy, layers = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
     plugin.transformer_cls_names_to_wrap = _layers_of(model)
-    sharded = fsdp2_prepare_model(accelerator, model)
+    sharded = shard_by_fsdp2(accelerator, model)
     plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy, layers
     return sharded
 

@@ -29,6 +29,7 @@ from transformers import (
 
 from mmkd.alignment.token_rows import TokenRows, missing_specials, token_rows
 from mmkd.errors import UserError
+from mmkd.seams.transformers_seam import empty_like
 
 from .backbone import full_head
 from .byte_tokenizer import byte_tokenizer
@@ -85,7 +86,7 @@ def transfer_tokenizer(
     # Only weights stay empty; buffers that no checkpoint holds are computed in the type that from_pretrained gives
     # them.
     with init_empty_weights(include_buffers=False):
-        student: Any = type(model)._from_config(config, dtype=model.dtype)
+        student: Any = empty_like(type(model), config, model.dtype)
     # assign keeps the type of every tensor, and unties the embeddings.
     student.load_state_dict(weights, assign=True)
     student.tie_weights()

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mmkd.models.backbone import base_of
 from mmkd.models.parts import part_of
+from mmkd.seams.torch_seam import cpu_attention_flops, storage_key, without_data
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _decoder(base: PreTrainedModel, batch: torch.Size, bf16: bool, train: bool, 
     count = config.num_hidden_layers
     if not (train or flops):
         return Passes(0.0, 0.0, 0.0, 0.0, count)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_data():
         name = _equal_layers(decoder, config)
         if name is None:
             decoder.to_empty(device="cpu")
@@ -122,12 +122,12 @@ def _shapes(layer: nn.Module) -> tuple[Any, ...]:
 def _run(decoder: Any, batch: torch.Size, bf16: bool, train: bool, flops: bool, layers: int) -> Passes:
     """What a decoder of so many layers does with a batch [rows, tokens, width] of embeddings."""
     decoder.train(train)
-    weights = {tensor.untyped_storage()._cdata for tensor in (*decoder.parameters(), *decoder.buffers())}
+    weights = {storage_key(tensor) for tensor in (*decoder.parameters(), *decoder.buffers())}
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in weights:
-            saved[tensor.untyped_storage()._cdata] = tensor
+        if storage_key(tensor) not in weights:
+            saved[storage_key(tensor)] = tensor
         return tensor
 
     # Leaves that need a gradient, as the embeddings or an adapter before the first layer would make them.
@@ -149,10 +149,7 @@ def _run(decoder: Any, batch: torch.Size, bf16: bool, train: bool, flops: bool, 
 
 def counted(function: Callable[[], Any]) -> tuple[Any, float]:
     """What a function returns, and its FLOPs."""
-    attention = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    }
+    attention = cpu_attention_flops(_attention_flops, _attention_backward_flops)
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         result = function()
     return result, float(counter.get_total_flops())

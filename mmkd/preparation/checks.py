@@ -96,11 +96,6 @@ def check_student(trainer: Any) -> None:
         )
 
 
-def take_one_gpu(args: TrainingArguments) -> None:
-    """Keeps the Trainer from splitting batches over all GPUs in sight by nn.DataParallel: a process drives one."""
-    args._n_gpu = min(args.n_gpu, 1)
-
-
 def without_emulated_bf16(args: TrainingArguments) -> bool:
     """Turns bf16 off where the CPU would only emulate it, and returns whether it was on.
 

@@ -10,11 +10,10 @@ from transformers import ProcessorMixin
 from transformers.trainer_callback import TrainerCallback
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling, SFTTrainer
-from trl.trainer.utils import global_then_local_main_first
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mmkd.errors import UserError
-from mmkd.seams.trl_seam import prepare_rows
+from mmkd.seams.trl_seam import HookedSFTTrainer, first_process_first, prepare_rows
 
 from .checks import check_layout, check_supervision
 from .sampled import SampledRow, sample_of
@@ -70,7 +69,7 @@ class Labelling:
             settings = {"turns": self._turns(), "completion_only": self.completion_only, "split": split}
             # A stream is read in one process.
             processes = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-            with global_then_local_main_first():
+            with first_process_first():
                 rows = rows.map(assistant_labels, with_indices=True, fn_kwargs=settings, **processes)
         elif raw:
             rows = check_all_weights(rows, split, self.completion_only)
@@ -82,7 +81,7 @@ class Labelling:
         if TRUNCATED in columns and raw:
             first: Any = next(iter(dataset))
             ending = Ending.of(Turns(self.processing_class, self.chat_template), first, args.eos_token)
-            with global_then_local_main_first():
+            with first_process_first():
                 labelled = labelled.map(unended, with_indices=True, fn_kwargs={"ending": ending, "split": split})
         if isinstance(labelled, Dataset):
             self.token_counts[split] = TokenCounts.count(supervised_of(labelled), cut)
@@ -156,7 +155,7 @@ class Labelling:
         return TokenCounts.count([row.supervised for row in sample], self.args, of=of)
 
 
-class LabellingTrainer(SFTTrainer):
+class LabellingTrainer(HookedSFTTrainer):
     """trl's SFTTrainer, whose rows `Labelling` prepares.
 
     Raises UserError where what the assistant says cannot be told from the rest.
@@ -194,18 +193,15 @@ class LabellingTrainer(SFTTrainer):
     def _collator_of_images(self) -> VisionLabels | None:
         return self.vision_labels if self.labelling.vision else None
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
+    def columns_to_keep(self) -> list[str]:
+        """Those that trl drops from rows with images, whose collator reads them."""
         args: Any = self.args
-        # trl drops them from rows with images, which its collator and ours read.
-        more = (args.dataset_text_field, "tools", "chat_template_kwargs", TRUNCATED) if self.labelling.vision else ()
-        columns += [name for name in more if name not in columns]
+        more = [args.dataset_text_field, "tools", "chat_template_kwargs", TRUNCATED] if self.labelling.vision else []
+        return [*super().columns_to_keep(), *more]
 
-    def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
-    ) -> Any:
-        return self.labelling.prepare(dataset, args, packing, formatting_func, dataset_name)
+    def prepared(self, rows: Any, args: Any, packing: bool, formatting_func: Any, split: str) -> Any:
+        """The rows of a split as tokens and labels."""
+        return self.labelling.prepare(rows, args, packing, formatting_func, split)
 
 
 class SupervisionNote(TrainerCallback):

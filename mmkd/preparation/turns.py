@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Bool
 from jinja2 import TemplateError
 from transformers import ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import (
     get_training_chat_template,
     has_generation_markers,
@@ -26,6 +25,7 @@ from trl.data_utils import (
 from mmkd.data.messages import is_learnt
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
+from mmkd.seams.transformers_seam import marked_spans
 
 logger = logging.getLogger(__name__)
 
@@ -119,15 +119,8 @@ class Turns:
         if isinstance(template, dict):
             named = "tool_use" if settings.get("tools") and "tool_use" in template else "default"
             template = template[named]
-        # What `apply_chat_template` does, which gives the places of tokens only.
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            return_assistant_tokens_mask=True,
-            continue_final_message=False,
-            add_generation_prompt=False,
-            **{**tokenizer_of(self.processing_class).special_tokens_map, "chat_template": template, **settings},
-        )
-        return Rendering(texts[0], [(int(start), int(end)) for start, end in spans[0]])
+        special = tokenizer_of(self.processing_class).special_tokens_map
+        return Rendering(*marked_spans(messages, template, {**special, **settings}))
 
     def _told_apart(self, messages: list[Any], settings: Mapping[str, Any]) -> Rendering:
         """The rendering, where a turn is what it adds to the messages before it and the prompt to speak."""

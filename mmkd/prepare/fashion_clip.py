@@ -17,8 +17,14 @@ from datasets import load_dataset
 from jaxtyping import Float
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast, ResNetConfig
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+)
 
 from mmkd.data.classification import ClassificationRecipe
 from mmkd.teachers.classifiers import TransformersEmbedder, ZeroShotTeacher

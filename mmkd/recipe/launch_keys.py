@@ -5,7 +5,7 @@ import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from accelerate.commands.launch import launch_command_parser
+from mmkd.seams.accelerate_seam import launch_actions
 
 # Of help and -m mmkd says itself; `env` is a mapping in a recipe, which its own process sets.
 _NOT_HERE = {"help", "module", "env"}
@@ -14,8 +14,7 @@ _NOT_HERE = {"help", "module", "env"}
 @functools.cache
 def launch_options() -> Mapping[str, argparse.Action]:
     """The options of `accelerate launch`, by the key they are in a recipe."""
-    actions = [action for action in launch_command_parser()._actions if action.option_strings]
-    return {action.dest: action for action in actions if action.dest not in _NOT_HERE}
+    return {action.dest: action for action in launch_actions() if action.dest not in _NOT_HERE}
 
 
 def launch_keys_of(ours: Collection[str]) -> set[str]:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_peft_config
 
 from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
+from mmkd.seams.transformers_seam import trackers
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.several import parts_of
 from mmkd.training.base import DistillationTrainer
@@ -51,9 +51,9 @@ def build_trainer(run: Run) -> RunTrainer:
 
 def check_surroundings(run: Run) -> None:
     """Raises UserError for a tracker that is not installed and an output_dir that cannot be written."""
-    known, here = set(INTEGRATION_TO_CALLBACK), set(get_available_reporting_integrations())
-    trackers = run.training.report_to
-    for name in [trackers] if isinstance(trackers, str) else trackers or []:
+    known, here = map(set, trackers())
+    chosen = run.training.report_to
+    for name in [chosen] if isinstance(chosen, str) else chosen or []:
         if name not in {*known, "all", "none"}:
             raise UserError(f"report_to is {name!r}; choose one of none, all, {', '.join(sorted(known))}.")
         if name in _CHECKED and name not in here:

@@ -1,6 +1,7 @@
 """What mmkd borrows of TRL beyond its documentation."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,9 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.chat_template_utils import clone_chat_template
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
+from trl.trainer.utils import global_then_local_main_first
+
+from .trainer_seam import HookedTrainer
 
 
 def prepare_rows(
@@ -31,6 +35,29 @@ def prepare_rows(
         completion_only_loss=completion_only,
     )
     return SFTTrainer._prepare_dataset(reader, dataset, processing_class, args, packing, formatting_func, split)
+
+
+def first_process_first() -> AbstractContextManager:
+    """In it, one process prepares rows, then one of each machine, then the others, which find them in the cache.
+
+    accelerate has one of the two, and nests neither in the other.
+    """
+    return global_then_local_main_first()
+
+
+class HookedSFTTrainer(HookedTrainer, SFTTrainer):
+    """TRL's SFTTrainer, whose preparation of rows a subclass can replace."""
+
+    def prepared(
+        self, rows: Any, args: SFTConfig, packing: bool, formatting_func: Callable[[dict], str] | None, split: str
+    ) -> Any:
+        """The rows of a split as the collator takes them; called once for each before training, and by `evaluate`."""
+        raise NotImplementedError
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        return self.prepared(dataset, args, packing, formatting_func, dataset_name)
 
 
 def clone_template(processing_class: Any, source: str) -> None:

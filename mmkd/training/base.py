@@ -137,7 +137,7 @@ class DistillationTrainer(RunTrainer, ReportingTrainer, LabellingTrainer, Generi
         if teaching.teacher is not None:
             # One that cannot answer fails before training.
             for row in first_rows(teaching.teacher, self.train_dataset):
-                self.ask(self._prepare_inputs(self.data_collator([row])))
+                self.ask(self.on_device(self.data_collator([row])))
 
     # What a method implements
 
@@ -277,9 +277,9 @@ class DistillationTrainer(RunTrainer, ReportingTrainer, LabellingTrainer, Generi
         rollouts.judge(mixed.totals(self._summed, self.accelerator.device))
         return [replace(self.with_rollouts(batch, mixed.of(number)), rows=()) for number, batch in enumerate(batches)]
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
+    def on_device(self, inputs: Any) -> Any:
         """The Trainer's, of every tensor of a batch."""
-        return inputs.map(self._prepare_input) if isinstance(inputs, Batch) else super()._prepare_inputs(inputs)
+        return inputs.map(self.tensor_on_device) if isinstance(inputs, Batch) else super().on_device(inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; after the last one of an optimizer step, `step_ended`."""
@@ -300,12 +300,11 @@ class DistillationTrainer(RunTrainer, ReportingTrainer, LabellingTrainer, Generi
             self._row_names.add(eval_dataset, "eval")
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        teacher, columns = self._given_teacher[0], self._signature_columns
-        assert columns is not None
-        if isinstance(teacher, SeveralTeachers) and teacher.column not in (None, *columns):
-            columns.append(str(teacher.column))
+    def columns_to_keep(self) -> list[str]:
+        """The one that names the teacher of each row, too."""
+        teacher = self._given_teacher[0]
+        column = teacher.column if isinstance(teacher, SeveralTeachers) else None
+        return [*super().columns_to_keep(), *([] if column is None else [column])]
 
     # What methods share
 

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import torch
 
 from mmkd.errors import UserError
-from mmkd.preparation.checks import take_one_gpu, without_emulated_bf16
+from mmkd.preparation.checks import without_emulated_bf16
 from mmkd.schema import PositiveInt, Share
+from mmkd.seams.trainer_seam import take_one_gpu, with_json_keys
 
 from .rollout_config import RolloutConfig
 
@@ -16,7 +17,7 @@ from .rollout_config import RolloutConfig
 class DistillationConfig(RolloutConfig):
     """What every method reads, besides everything of trl's SFTConfig."""
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*RolloutConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = with_json_keys(RolloutConfig, "teacher_model_init_kwargs")
 
     ce_weight: Share = field(
         default=0.0,

@@ -5,13 +5,12 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Trainer
 
-_STATE = "MmkdCounts"
-"""Where in the trainer state of a checkpoint the counts are."""
+from mmkd.seams.accelerate_seam import forget_prepared
+from mmkd.seams.trainer_seam import HookedTrainer
 
 
-class CountingTrainer(Trainer):
+class CountingTrainer(HookedTrainer):
     """transformers' Trainer whose logs are means over the items of all ranks since the last log.
 
     Its checkpoints hold everything that a log after them has to know. The Trainer forgets in a resumed run what it had
@@ -19,6 +18,7 @@ class CountingTrainer(Trainer):
     lacks some.
     """
 
+    state_name = "MmkdCounts"
     cumulative: ClassVar[tuple[str, ...]] = ()
     """Reports that are sums since the start of the run, in a log; a checkpoint has them up to its own step."""
 
@@ -109,8 +109,7 @@ class CountingTrainer(Trainer):
         if not (self.is_in_train or self.is_deepspeed_enabled or self.is_fsdp_enabled):
             # accelerate leaves a model alone that it has prepared for an evaluation: DDP would not wrap it, and the
             # ranks of a training after this would drift apart.
-            self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
-            self.model._is_accelerate_prepared = False
+            forget_prepared(self.accelerator, self.model)
         return result
 
     def _count(self, counted: dict[str, float]) -> dict[str, float]:
@@ -129,49 +128,38 @@ class CountingTrainer(Trainer):
         found = {name: value for entry in logged if "eval_runtime" in entry for name, value in entry.items()}
         return {name: value for name, value in found.items() if name != "step"} or None
 
-    # Private places of the Trainer: a public hook between its reset of what it has logged and the first step, or
-    # between the last log and what is written, would do instead.
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The Trainer's, with what was counted and not logged yet. All ranks come here."""
+    def state_to_save(self) -> dict[str, Any]:
+        """What was counted and not logged yet, over all ranks."""
         sums = self._unlogged()
         names = sorted(sums)
         summed = self._summed(torch.stack([sums[name] for name in names])).tolist() if names else []
-        unlogged: Any = self._tr_loss
-        state = {
+        loss, logged_step = self.unlogged
+        return {
             "totals": self._totals,
             "sums": dict(zip(names, summed, strict=True)),
             "spent": list(self._spent_unlogged()),
-            "loss": self._summed(unlogged.detach()).item() / self.args.world_size,
-            "logged_step": self._globalstep_last_logged,
+            "loss": self._summed(loss).item() / self.args.world_size,
+            "logged_step": logged_step,
         }
-        # As that of a callback, which is how the state of a checkpoint can be extended.
-        callbacks: Any = self.state.stateful_callbacks
-        callbacks[_STATE] = {"args": {}, "attributes": state}
-        super()._save_checkpoint(model, trial)
-        del callbacks[_STATE]
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, at the start of every training: nothing is counted, or what the checkpoint had counted."""
+    def training_starts(self) -> None:
+        """Nothing is counted yet, or what the checkpoint had counted."""
+        super().training_starts()
         self._totals, self._resumed = {}, None
         self._unlogged().clear()
         self._spent_unlogged((0.0, 0))
-        return super()._init_training_state(*args, **kwargs)
 
-    def _load_callback_state(self) -> None:
-        """The Trainer's, with the counts of the checkpoint; one of an earlier version of mmkd has what it logged."""
-        callbacks: Any = self.state.stateful_callbacks
-        # Taken out before the Trainer looks for a callback of this name.
-        found = callbacks.pop(_STATE, {"attributes": None})["attributes"]
-        super()._load_callback_state()
-        if found is None:
+    def state_restored(self, state: dict[str, Any] | None) -> None:
+        """Goes on from the counts of the checkpoint; one of an earlier version of mmkd has what it logged."""
+        super().state_restored(state)
+        if state is None:
             entries = [entry for entry in self.state.log_history if "loss" in entry or "train_runtime" in entry]
             self._totals = {name: entry[name] for entry in entries for name in self.cumulative if name in entry}
             return
-        self._totals, self._resumed = dict(found["totals"]), found
-        self._spent_unlogged((found["spent"][0], int(found["spent"][1])))
+        self._totals, self._resumed = dict(state["totals"]), state
+        self._spent_unlogged((state["spent"][0], int(state["spent"][1])))
         sums, device = self._unlogged(), self.accelerator.device
-        for name, pair in found["sums"].items():
+        for name, pair in state["sums"].items():
             entry = torch.tensor(pair, dtype=_wide(device), device=device)
             # They are those of all ranks together; the others only have the same names.
             sums[name] = entry if self.is_world_process_zero() else torch.zeros_like(entry)
@@ -179,10 +167,7 @@ class CountingTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's; before the first one of a resumed run, its loss since the last log is what it was."""
         if self._resumed is not None:
-            self._tr_loss += self._resumed["loss"]
-            # The mean loss that training returns is that of its own steps.
-            self._total_loss_scalar -= self._resumed["loss"]
-            self._globalstep_last_logged = self._resumed["logged_step"]
+            self.restore_unlogged(self._resumed["loss"], self._resumed["logged_step"])
             self._resumed = None
         return super().training_step(*args, **kwargs)
 

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from mmkd.errors import UserError
 from mmkd.generation.generator import Generator
 from mmkd.generation.local_generation import AnswerTokens
 from mmkd.preparation.collation import Collator
+from mmkd.seams.deepspeed_seam import is_zero3
 
 from .rollout_server import ServedStudent
 from .rollouts import RolloutPrompt, check_prompts, student_generator, student_tokens
@@ -24,7 +24,7 @@ def generator_of(trainer: Any) -> tuple[Generator[RolloutPrompt], AnswerTokens]:
     vision = side.labelling.vision
     check_prompts(args, side.train, trainer.data_collator, vision)
     tokens = student_tokens(side.model, side.tokenizer, trainer.vocab_size, text_only=not trainer.one_vocabulary)
-    if is_deepspeed_zero3_enabled() or (trainer.is_fsdp_enabled and args.rollout_server is None):
+    if is_zero3() or (trainer.is_fsdp_enabled and args.rollout_server is None):
         raise UserError(
             "on_policy_fraction generates with a student whose weights are sharded (FSDP2, ZeRO-3), which would "
             "gather all of them for every token. Set rollout_server under fsdp2, which gathers them once per "

@@ -4,14 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
+
+from mmkd.seams.trainer_seam import HookedTrainer
 
 Describe = Callable[[Path, Path, str], None]
 """(folder of a model, folder that is uploaded, Hub id): writes the model's card, and what it speaks of."""
 
 
-class PublishingTrainer(Trainer):
+class PublishingTrainer(HookedTrainer):
     """transformers' Trainer without a card that says less than is known.
 
     TRL's own names neither teacher nor data, and where the student came from a folder calls it a fine-tuned version of
@@ -44,11 +45,11 @@ class PublishingTrainer(Trainer):
     _final = False
     """Whether the output folder holds the student to be published, and not yet a state of its training."""
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # TRL writes its card before there is a checkpoint, and ours reads what it describes.
-        folder, repo_id = Path(checkpoint_folder), self.hub_model_id
+    def before_pushing(self, checkpoint: Path) -> None:
+        """Writes the card: TRL does before there is a checkpoint, and ours reads what it describes."""
+        super().before_pushing(checkpoint)
+        repo_id = self.hub_model_id
         pushes = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
         # A checkpoint in shards holds no student that somebody could load, and is not copied to the output folder.
-        if pushes and self.describe is not None and repo_id is not None and any(folder.glob("*.safetensors")):
-            self.describe(folder, Path(self.args.output_dir or "."), repo_id)
-        super()._push_from_checkpoint(checkpoint_folder)
+        if pushes and self.describe is not None and repo_id is not None and any(checkpoint.glob("*.safetensors")):
+            self.describe(checkpoint, Path(self.args.output_dir or "."), repo_id)

@@ -27,16 +27,9 @@ class RunTrainer(PublishingTrainer, ShardedTrainer, CountingTrainer):
     def __init__(self, *args: Any, callbacks: list[Any] | None = None, **kwargs: Any):
         super().__init__(*args, callbacks=[RunLog(), *(callbacks or [])], **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._restore_renamed(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._restore_renamed(self.state.best_model_checkpoint or "")
-
-    def _restore_renamed(self, checkpoint: str) -> None:
+    def weights_restored(self, checkpoint: Path) -> None:
         """Loads what the Trainer, which looks for the model's own names, silently left out."""
+        super().weights_restored(checkpoint)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if isinstance(self.model, PreTrainedModel) and not sharded and renamed_on_disk(self.model, Path(checkpoint)):
-            restore(self.model, Path(checkpoint))
+        if isinstance(self.model, PreTrainedModel) and not sharded and renamed_on_disk(self.model, checkpoint):
+            restore(self.model, checkpoint)

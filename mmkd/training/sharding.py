@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch.distributed.fsdp import StateDictType
-from transformers import Trainer
 
 from mmkd.models.sharded_weights import (
     allow_fsdp_on_cpu,
@@ -16,19 +15,21 @@ from mmkd.models.sharded_weights import (
     cut_by_layers,
     settle_fsdp,
 )
+from mmkd.seams.trainer_seam import HookedTrainer
 from mmkd.teachers.batch import Batch
 
 
-class ShardedTrainer(Trainer):
+class ShardedTrainer(HookedTrainer):
     """transformers' Trainer under FSDP2 and ZeRO-3."""
 
     # transformers types these as unions with None, for trainers that are still without them.
     model: Any
     processing_class: Any
 
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+    def before_accelerator(self) -> None:
+        """Lets FSDP2 run without a GPU too."""
+        super().before_accelerator()
         allow_fsdp_on_cpu(bool(self.args.fsdp))
-        return super()._build_accelerator_args(**kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's; FSDP2 also without a GPU, with its own activation checkpointing."""
@@ -37,12 +38,13 @@ class ShardedTrainer(Trainer):
         settle_fsdp(self.accelerator, bool(checkpoints))
         self.args.activation_checkpointing = checkpoints and not self.is_fsdp_enabled
 
-    def _wrap_model(self, model: Any, training: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def before_wrapping(self, training: bool) -> None:
+        """Tells FSDP how to cut the student."""
+        super().before_wrapping(training)
         if not training:
             check_cut(self.accelerator, self.model)
         cut_by_layers(self.accelerator, self.model)
         checkpoint_under_adapters(self.accelerator, self.model)
-        return super()._wrap_model(model, training, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's, which leaves a student in sharded checkpoints alone.

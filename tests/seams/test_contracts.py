@@ -4,18 +4,180 @@ They run on tiny objects, so that raising a cap in pyproject.toml is one commit:
 """
 
 import inspect
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    core_model_loading,
+)
+from transformers.trainer_callback import TrainerState
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from mmkd.seams import trl_seam
-from scripts.make_tiny_models import make_tokenizer
+from mmkd.seams import (
+    accelerate_seam,
+    datasets_seam,
+    deepspeed_seam,
+    lm_eval_seam,
+    peft_seam,
+    torch_seam,
+    trainer_seam,
+    transformers_seam,
+    trl_seam,
+)
+from scripts.make_tiny_models import CHAT_TEMPLATE, make_model, make_tokenizer
 
 
 def parameters_of(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
+
+
+# transformers' Trainer
+
+HOOKED = {
+    "_build_accelerator_args": ["self", "kwargs"],
+    "_wrap_model": ["self", "model", "training", "dataloader"],
+    "_init_training_state": [
+        "self",
+        "max_steps",
+        "num_update_steps_per_epoch",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "trial",
+    ],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_callback_state": ["self"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_best_model": ["self"],
+    "_save": ["self", "output_dir", "state_dict"],
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    "_set_signature_columns_if_needed": ["self"],
+    "_prepare_inputs": ["self", "inputs"],
+    "_prepare_input": ["self", "data"],
+}
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_the_trainer_has_the_place_of_a_hook(name: str) -> None:
+    assert parameters_of(getattr(Trainer, name)) == HOOKED[name]
+    assert name == "_prepare_input" or name in vars(trainer_seam.HookedTrainer), "no hook stands there"
+
+
+class Hooked(trainer_seam.HookedTrainer):
+    """Writes down which hooks are called, and in which order."""
+
+    state_name = "test"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.called: list[str] = []
+        self.restored: list[Any] = []
+        super().__init__(*args, **kwargs)
+
+    def before_accelerator(self) -> None:
+        self.called.append("before_accelerator")
+
+    def before_wrapping(self, training: bool) -> None:
+        self.called.append("before_wrapping")
+
+    def training_starts(self) -> None:
+        self.called.append("training_starts")
+
+    def state_to_save(self) -> dict[str, Any]:
+        self.called.append("state_to_save")
+        return {"loss": self.unlogged.loss.item(), "step": self.unlogged.logged_step}
+
+    def state_restored(self, state: dict[str, Any] | None) -> None:
+        self.called.append("state_restored")
+        self.restored.append(state)
+
+    def weights_restored(self, checkpoint: Any) -> None:
+        self.called.append(f"weights_restored {checkpoint.name}")
+
+    def weights_to_save(self, folder: Any, weights: Any) -> Any:
+        self.called.append(f"weights_to_save {folder.name}")
+        return weights
+
+    def columns_to_keep(self) -> list[str]:
+        return ["kept"]
+
+
+class Seen:
+    """A collator that remembers the columns it got."""
+
+    columns: ClassVar[set[str]] = set()
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        type(self).columns = {*examples[0]}
+        ids = torch.tensor([example["input_ids"] for example in examples])
+        return {"input_ids": ids, "labels": ids}
+
+
+def test_every_hook_is_called_in_training_and_resuming(tmp_path) -> None:
+    rows = Dataset.from_list([{"input_ids": [1, 2, 3], "kept": 1, "dropped": 1}] * 8)
+    settings: Any = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 2}
+    settings |= {"max_steps": 3, "save_steps": 2, "logging_steps": 5, "eval_strategy": "steps", "eval_steps": 2}
+
+    def trainer(**more: Any) -> Hooked:
+        args = TrainingArguments(str(tmp_path), **{**settings, **more})
+        return Hooked(make_model(), args, Seen(), rows, rows.select(range(2)))
+
+    first = trainer()
+    first.train()
+    assert first.called[0] == "before_accelerator"
+    assert "training_starts" in first.called
+    assert "before_wrapping" in first.called
+    assert "weights_to_save checkpoint-2" in first.called
+    assert first.restored == []
+    assert Seen.columns == {"input_ids", "kept"}
+    saved = TrainerState.load_from_json(str(tmp_path / "checkpoint-2" / "trainer_state.json"))
+    callbacks: Any = saved.stateful_callbacks
+    state = callbacks["test"]
+    assert state["attributes"]["loss"] > 0, "the loss of two steps that were not logged"
+    assert state["attributes"]["step"] == 0
+    again = trainer(load_best_model_at_end=True)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.restored == [state["attributes"]]
+    assert again.called.index("training_starts") < again.called.index("state_restored")
+    restored = [name for name in again.called if name.startswith("weights_restored")]
+    assert restored[0] == "weights_restored checkpoint-2"
+    assert len(restored) == 2, "the best one is loaded at the end"
+
+
+def test_the_loss_since_the_last_log_can_be_restored(tmp_path) -> None:
+    trainer = Hooked(make_model(), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    trainer._tr_loss, trainer._total_loss_scalar, trainer._globalstep_last_logged = torch.tensor(1.0), 5.0, 2
+    trainer.restore_unlogged(3.0, 4)
+    assert trainer.unlogged == (torch.tensor(4.0), 4)
+    assert trainer._total_loss_scalar == 2.0
+    for name in ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"):
+        assert f"self.{name}" in inspect.getsource(Trainer), name
+
+
+def test_training_arguments_count_gpus_in_n_gpu(tmp_path) -> None:
+    args: Any = TrainingArguments(str(tmp_path), use_cpu=True)
+    args._n_gpu = 4
+    assert args.n_gpu == 4
+    trainer_seam.take_one_gpu(args)
+    assert args.n_gpu == 1
+
+
+def test_training_arguments_read_json_keys(tmp_path) -> None:
+    assert "accelerator_config" in trainer_seam.with_json_keys(TrainingArguments)
+    assert "_VALID_DICT_FIELDS" in inspect.getsource(TrainingArguments.__post_init__)
+    assert trainer_seam.with_json_keys(SFTConfig, "mine")[-1] == "mine"
 
 
 # TRL
@@ -25,7 +187,8 @@ def test_trl_prepares_rows_without_a_trainer(tmp_path) -> None:
     expected = ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"]
     assert parameters_of(SFTTrainer._prepare_dataset) == expected
     rows = Dataset.from_list([{"prompt": "the cat", "completion": " sat"}] * 3)
-    args, tokenizer = SFTConfig(str(tmp_path), bf16=False, use_cpu=True, max_length=None), make_tokenizer()
+    args = SFTConfig(str(tmp_path), bf16=False, use_cpu=True, max_length=None)
+    tokenizer: Any = make_tokenizer()
     settings: Any = {"chat_template": None, "completion_only": True}
     prepared = trl_seam.prepare_rows(rows, tokenizer, args, False, None, "train", **settings)
     ids, labels = prepared[0]["input_ids"], prepared[0]["labels"]
@@ -37,6 +200,16 @@ def test_trl_prepares_rows_without_a_trainer(tmp_path) -> None:
     assert packed["seq_lengths"] == [len(ids)] * 3
 
 
+def test_trl_prepares_the_rows_of_a_trainer_by_the_same_method() -> None:
+    source = inspect.getsource(SFTTrainer)
+    assert source.count("self._prepare_dataset(") >= 4, "train, one or several evaluations, and evaluate"
+    assert {"_is_vision_dataset", "_tag_names", "_name"} <= {word.split("(")[0] for word in _words(source)}
+
+
+def _words(source: str) -> set[str]:
+    return {word.strip(",:()=") for line in source.splitlines() for word in line.replace("self.", " ").split()}
+
+
 def test_trl_clones_a_template_without_a_model(tmp_path) -> None:
     source, tokenizer = make_tokenizer(), make_tokenizer()
     source.add_tokens(["<|turn|>"])
@@ -46,3 +219,183 @@ def test_trl_clones_a_template_without_a_model(tmp_path) -> None:
     assert tokenizer.chat_template == source.chat_template
     assert "<|turn|>" in tokenizer.get_vocab()
     assert len(tokenizer) % 64 == 0
+
+
+def test_trl_lets_the_first_process_prepare_first() -> None:
+    with trl_seam.first_process_first():
+        pass
+
+
+# transformers
+
+
+def test_attention_is_an_attribute_of_configs() -> None:
+    config = make_model().config
+    transformers_seam.set_attention(config, "eager")
+    assert transformers_seam.attention_of(config) == "eager"
+
+
+def test_a_class_makes_a_model_of_a_config() -> None:
+    model = make_model()
+    made = transformers_seam.empty_like(type(model), model.config, torch.bfloat16)
+    assert type(made) is type(model)
+    assert made.dtype == torch.bfloat16
+
+
+def test_published_names_are_conversions_of_a_model() -> None:
+    model = make_model()
+    transformers_seam.save_under_published_names(model)
+    assert "_weight_conversions" in inspect.getsource(core_model_loading.revert_weight_conversion)
+
+
+def test_auto_classes_know_their_configs() -> None:
+    assert transformers_seam.has_class_for(AutoModelForImageClassification, ViTConfig)
+    assert not transformers_seam.has_class_for(AutoModelForImageClassification, AutoConfig)  # pyright: ignore
+    config = ViTConfig()
+    model: Any = transformers_seam.model_class(config)
+    assert model.__name__ == "ViTModel"
+    assert transformers_seam.model_class(SimpleNamespace()) is None  # pyright: ignore[reportArgumentType]
+    assert transformers_seam.generates_text(make_model().config)
+    assert not transformers_seam.generates_text(config)
+
+
+def test_a_template_gives_the_characters_between_its_marks() -> None:
+    messages = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "me"}]
+    special = make_tokenizer().special_tokens_map
+    text, ((start, end),) = transformers_seam.marked_spans(messages, CHAT_TEMPLATE, special)
+    assert "me" in text[start:end]
+    assert "who" not in text[start:end]
+
+
+def test_bytes_have_letters() -> None:
+    assert len(transformers_seam.byte_letters()) == 256
+    assert transformers_seam.byte_letters()[ord(" ")] == "Ġ"
+
+
+def test_trackers_are_known_by_name() -> None:
+    known, here = transformers_seam.trackers()
+    assert {"wandb", "tensorboard", "trackio"} <= {*known}
+    assert {*here} <= {*known}
+
+
+# accelerate
+
+
+def test_accelerate_forgets_a_prepared_model() -> None:
+    accelerator = Accelerator(cpu=True)
+    kept, model = accelerator.prepare(torch.nn.Linear(1, 1)), accelerator.prepare(torch.nn.Linear(1, 1))
+    assert model._is_accelerate_prepared
+    accelerate_seam.forget_prepared(accelerator, model)
+    assert [one is kept for one in accelerator._models] == [True]
+    assert not model._is_accelerate_prepared
+
+
+def test_accelerate_shares_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    PartialState()
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MULTI_CPU)
+    accelerate_seam.count_ranks_as_gpus()
+    assert PartialState().distributed_type == DistributedType.MULTI_GPU
+
+
+def test_accelerate_shards_a_second_model() -> None:
+    assert parameters_of(fsdp2_prepare_model) == ["accelerator", "model"]
+
+
+def test_accelerate_launch_has_a_parser() -> None:
+    options = {action.dest for action in accelerate_seam.launch_actions()}
+    assert {"num_processes", "config_file", "module"} <= options
+    parsed = accelerate_seam.parsed_launch(["--num_processes", "2", "--module", "a", "--b"])
+    assert (parsed.num_processes, parsed.training_script_args) == (2, ["--b"])
+
+
+# PEFT
+
+
+def test_peft_marks_its_layers() -> None:
+    model: Any = get_peft_model(
+        make_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    )
+    layer = model.base_model.model.model.layers[0].self_attn
+    assert peft_seam.is_adapted(layer.q_proj)
+    assert not peft_seam.is_adapted(layer.k_proj)
+    assert peft_seam.is_copied(model.base_model.model.lm_head)
+    assert not peft_seam.is_copied(layer.q_proj)
+
+
+# datasets
+
+
+def test_a_selection_knows_where_its_rows_were() -> None:
+    rows = Dataset.from_dict({"number": [0, 1, 2]})
+    assert datasets_seam.indices_of(rows) is None
+    assert datasets_seam.indices_of(rows.select([2, 0])).column(0).to_pylist() == [2, 0]
+    changed = rows.map(lambda row: {"number": row["number"] + 1})
+    assert datasets_seam.fingerprint_of(changed) != datasets_seam.fingerprint_of(rows)
+    assert datasets_seam.fingerprint_of(rows) == Dataset(rows.data, fingerprint=rows._fingerprint)._fingerprint
+
+
+def test_files_of_datasets_open_by_address(tmp_path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a")
+    with datasets_seam.xopen(str(tmp_path / "a.txt"), "rb") as file:
+        assert file.read() == b"a"
+    key = datasets_seam.Key(1, 2)
+    assert (key.original_shard_id, key.item_or_batch_id) == (1, 2)
+
+
+# lm-eval
+
+
+def test_lm_eval_scores_texts() -> None:
+    asked: list[Any] = []
+
+    def rolling(requests: list[Any], disable_tqdm: bool) -> list[float]:
+        asked.extend(request.args for request in requests)
+        return [-1.0] * len(requests)
+
+    lm = SimpleNamespace(loglikelihood_rolling=rolling)
+    assert lm_eval_seam.rolling_log_likelihoods(lm, ["a", "b"]) == [-1.0, -1.0]
+    assert asked == [("a",), ("b",)]
+    kind = lm_eval_seam.model_class("hf")
+    assert {"pretrained", "tokenizer", "batch_size"} <= {*parameters_of(kind.__init__)}
+    assert parameters_of(kind.loglikelihood_rolling) == ["self", "requests", "disable_tqdm"]
+
+
+# DeepSpeed
+
+
+def test_deepspeed_marks_what_it_cuts() -> None:
+    assert not deepspeed_seam.is_zero3()
+    assert not deepspeed_seam.is_partitioned(torch.nn.Parameter(torch.zeros(1)))
+    with deepspeed_seam.gathered([]):
+        pass
+    deepspeed = pytest.importorskip("deepspeed")
+    assert "ds_id" in inspect.getsource(deepspeed.runtime.zero.partition_parameters)
+    assert "ds_status" in inspect.getsource(deepspeed.runtime.zero.partition_parameters)
+    assert parameters_of(deepspeed.zero.GatheredParameters.__init__)[:2] == ["self", "params"]
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # pyright: ignore
+
+    assert parameters_of(get_fp32_state_dict_from_zero_checkpoint)[0] == "checkpoint_dir"
+
+
+# torch
+
+
+def test_torch_knows_the_products_of_its_cpu() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch_seam.cpu_has_products_of(dtype) in (True, False)
+
+
+def test_torch_runs_models_without_data() -> None:
+    with torch_seam.without_data():
+        weight = torch.zeros(1 << 20, 1 << 20)
+        assert (weight @ weight).shape == weight.shape
+        assert torch_seam.storage_key(weight) == torch_seam.storage_key(weight.T)
+        assert torch_seam.storage_key(weight) != torch_seam.storage_key(torch.zeros(1))
+
+
+def test_torch_counts_attention_by_our_formulas() -> None:
+    formulas = torch_seam.cpu_attention_flops(lambda *_, **__: 7, lambda *_, **__: 11)
+    query = torch.zeros(1, 2, 4, 8, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
+    assert counter.get_total_flops() == 18

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import torch
-from accelerate.utils.memory import clear_device_cache
+from accelerate.utils import release_memory
 from transformers import PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
@@ -48,7 +48,7 @@ class LocalEngine(Engine):
 
     def close(self) -> None:
         self._loaded, self._scores = None, False
-        clear_device_cache(garbage_collection=True)
+        release_memory()
 
     def replies(self, questions: Sequence[Question], sampling: Sampling) -> Iterator[list[tuple[int, Reply]]]:
         generator = self._generator()

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from mmkd.errors import UserError
 from mmkd.losses.fused import Targets
 from mmkd.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
+from mmkd.seams.trainer_seam import with_json_keys
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
@@ -23,7 +24,7 @@ _ROUNDS = ("sft", "kd", "taid")
 class CoMDConfig(DistillationConfig):
     """Settings of method comd, besides those that every round is trained with."""
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DistillationConfig._VALID_DICT_FIELDS, "round_settings"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = with_json_keys(DistillationConfig, "round_settings")
 
     ce_weight: Share = field(
         default=1.0, metadata={"help": "Always 1: mix by round_method: kd and round_settings: {ce_weight: ...}."}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils.memory import clear_device_cache
+from accelerate.utils import release_memory
 from rich.console import Console
 
 from mmkd.capture.build import build
@@ -157,7 +157,7 @@ class Loop:
         resumes = last_checkpoint(trained) is not None
         status = self.train(recipe.with_(resume_from_checkpoint=True) if resumes else recipe)
         # The trainer is in circles of references, and would stay beside the models that answer now.
-        clear_device_cache(garbage_collection=True)
+        release_memory()
         PartialState().wait_for_everyone()
         if status:
             return status

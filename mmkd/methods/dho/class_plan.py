@@ -10,7 +10,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from mmkd.data.class_rows import ClassRows, SemiSupervisedSampler
@@ -18,6 +17,7 @@ from mmkd.preflight.count import counted
 from mmkd.preflight.hardware import GIB, USABLE, Device
 from mmkd.preflight.stage_checks import StageRun
 from mmkd.recipe.recipe import Run
+from mmkd.seams.torch_seam import storage_key, without_data
 from mmkd.teachers.classifiers import OPEN_CLIP
 
 from .class_checks import empty_class_student, training_state
@@ -82,15 +82,15 @@ def _inputs(run: Run, classes: Classes, batch: int) -> dict[str, tuple[int, ...]
 
 def _training_pass(model: Any, shapes: dict[str, tuple[int, ...]], bf16: bool) -> tuple[float, float]:
     """FLOPs of a forward and a backward pass of a model without data, and the bytes kept between the two."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_data():
         model.to_empty(device="cpu")
         model.train()
-        weights = {part.untyped_storage()._cdata for part in (*model.parameters(), *model.buffers())}
+        weights = {storage_key(part) for part in (*model.parameters(), *model.buffers())}
         saved: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage()._cdata not in weights:
-                saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            if storage_key(tensor) not in weights:
+                saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
             return tensor
 
         with (
@@ -128,7 +128,7 @@ def _teacher_flops(run: Run, classes: Classes) -> float | None:
         model = auto_class.from_config(AutoConfig.from_pretrained(name, **hub))
     pixels = AutoImageProcessor.from_pretrained(name, **hub)(images=classes.rows.raw(0), return_tensors="pt")
     ask: Callable[..., Any] = model if classifier else model.get_image_features
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with without_data(), torch.no_grad():
         model.to_empty(device="cpu")
         return counted(lambda: ask(pixel_values=torch.zeros(tuple(pixels["pixel_values"].shape))))[1]
 

@@ -14,8 +14,9 @@ from mmkd.data.class_rows import AUGMENTATIONS
 from mmkd.data.classification import HIDDEN, hide_labels
 from mmkd.errors import UserError
 from mmkd.losses.dual_head_losses import ALPHAS, BETAS
-from mmkd.preparation.checks import take_one_gpu, without_emulated_bf16
+from mmkd.preparation.checks import without_emulated_bf16
 from mmkd.schema import NonNegativeInt, PositiveFloat, PositiveInt, Range, Share, check_fields
+from mmkd.seams.trainer_seam import take_one_gpu
 
 OBJECTIVES = ("dho", "ce", "kd", "single_head")
 TEACHER_KINDS = ("zero_shot", "tip_adapter", "question", "classifier")

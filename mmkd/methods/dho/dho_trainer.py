@@ -212,7 +212,7 @@ class DHOTrainer(RunTrainer):
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Any, Any]:
         """Both heads' logits; a loss would need the teacher, which has not seen these rows."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self.on_device(inputs)
         labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)

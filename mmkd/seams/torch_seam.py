@@ -1,0 +1,40 @@
+"""What mmkd borrows of torch beyond its documentation."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def cpu_has_products_of(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of bfloat16 or float16 on this CPU, within what ONEDNN_MAX_CPU_ISA allows.
+
+    torch has no public name for it.
+    """
+    ops = torch.ops.mkldnn
+    return bool(ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported())
+
+
+def without_data() -> AbstractContextManager:
+    """Tensors in it have shapes and no data, so that a pass of a model is counted and not computed.
+
+    Meta tensors, which are public, do not go through operators for one device as training does.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """What tensors that share their memory have in common; those without data have no `data_ptr`."""
+    return tensor.untyped_storage()._cdata
+
+
+def cpu_attention_flops(forward: Callable[..., int], backward: Callable[..., int]) -> dict[Any, Callable[..., int]]:
+    """A `custom_mapping` of FlopCounterMode for attention on a CPU, which torch does not count."""
+    ops = torch.ops.aten
+    return {
+        ops._scaled_dot_product_flash_attention_for_cpu: forward,
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }

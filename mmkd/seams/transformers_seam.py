@@ -1,0 +1,82 @@
+"""What mmkd borrows of transformers' models and texts beyond its documentation."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING
+from transformers.utils.chat_template_utils import render_jinja_template
+
+
+def attention_of(config: Any) -> str | None:
+    """The implementation of attention that a model with this config runs; `set_attn_implementation` has no getter."""
+    return config._attn_implementation
+
+
+def set_attention(config: Any, implementation: str | None) -> None:
+    """Sets it without the checks of `set_attn_implementation`, which loads what is not installed."""
+    config._attn_implementation = implementation
+
+
+def empty_like(model: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """A model of a class, made of a config in a type; the auto classes' `from_config` picks the class itself."""
+    return model._from_config(config, dtype=dtype)
+
+
+def save_under_published_names(model: PreTrainedModel) -> None:
+    """Has `save_pretrained` give weights the names of the published models of this architecture.
+
+    transformers does so by itself for a model that it has loaded under such names.
+    """
+    conversions: Any = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = conversions
+
+
+def has_class_for(auto_class: Any, config: type[PreTrainedConfig]) -> bool:
+    """Whether an auto class has a model for this class of configs; `from_config` tells by an error of many causes."""
+    return config in auto_class._model_mapping
+
+
+def generates_text(config: PreTrainedConfig) -> bool:
+    """Whether transformers generates text with models of this kind."""
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def model_class(config: PreTrainedConfig) -> type | None:
+    """The class that `AutoModel` makes of a config; None for a config that it does not know."""
+    mapping: Any = MODEL_MAPPING
+    return mapping.get(type(config), None)
+
+
+def marked_spans(messages: list[Any], template: str, settings: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as a chat template writes it, and the characters between its {% generation %} marks.
+
+    `apply_chat_template` gives the places of tokens only.
+    """
+    texts, spans = render_jinja_template(
+        conversations=[messages],
+        return_assistant_tokens_mask=True,
+        continue_final_message=False,
+        add_generation_prompt=False,
+        **{"chat_template": template, **settings},
+    )
+    return texts[0], [(int(start), int(end)) for start, end in spans[0]]
+
+
+def byte_letters() -> dict[int, str]:
+    """The letter by which a byte-level BPE writes each byte."""
+    return bytes_to_unicode()
+
+
+def trackers() -> tuple[Iterable[str], Iterable[str]]:
+    """The values of `report_to` that transformers knows, and those whose packages are installed."""
+    # Imports the Trainer and PEFT, and this module is imported while PEFT may be half imported itself.
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    return list(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
