@@ -11,7 +11,7 @@ from transformers.trainer_callback import TrainerCallback
 from mmkd.methods.kd import KDTrainer
 from mmkd.preparation.collation import BAD_ROWS
 from mmkd.publish.runs import read_log
-from mmkd.training.counts import _STATE
+from mmkd.training.counts import CountingTrainer
 from mmkd.training.interrupt import InterruptCallback
 from tests.classes import dho
 from tests.helpers import Build
@@ -75,7 +75,7 @@ def test_interrupted_and_resumed_logs_the_same(
     assert seconds == sorted(seconds)
     # The loss that training returns is that of its own steps, as the Trainer has it.
     assert 0 < resumed.training_loss < 3 * whole[0]["loss"]
-    assert _STATE not in (trainer.state.stateful_callbacks or {})
+    assert CountingTrainer.state_name not in (trainer.state.stateful_callbacks or {})
 
 
 def test_a_checkpoint_of_before_counts_goes_on_from_what_it_logged(
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_before_counts_goes_on_from_what_it_logged(
     build(KDTrainer, texts, **{**STEPS, "max_steps": 6}).train()
     checkpoint = tmp_path / "run" / "checkpoint-6"
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    del state["stateful_callbacks"][_STATE]
+    del state["stateful_callbacks"][CountingTrainer.state_name]
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     trainer = build(KDTrainer, texts, **STEPS)
     trainer.train(resume_from_checkpoint=True)
