@@ -55,11 +55,22 @@ class HookedTrainer(Trainer):
         """Columns of the data that the collator reads besides what the model takes."""
         return []
 
+    def collator_of(self, training: bool) -> Any:
+        """What makes batches: of the rows of training, or of those of an evaluation."""
+        return self.data_collator
+
     def on_device(self, inputs: Any) -> Any:
         """A batch on the model's device, as a step takes it; without an override as the Trainer moves it."""
         return super()._prepare_inputs(inputs)
 
     # Where the Trainer calls them
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        own: Any = self.data_collator
+        self.data_collator = self.collator_of(description == "Training")
+        loader = super()._get_dataloader(dataset, description, *args, **kwargs)
+        self.data_collator = own
+        return loader
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return self.on_device(inputs)

@@ -66,6 +66,15 @@ HOOKED = {
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "_set_signature_columns_if_needed": ["self"],
     "_prepare_inputs": ["self", "inputs"],
+    "_get_dataloader": [
+        "self",
+        "dataset",
+        "description",
+        "batch_size",
+        "sampler_fn",
+        "is_training",
+        "dataloader_key",
+    ],
     "_prepare_input": ["self", "data"],
 }
 
@@ -113,6 +122,10 @@ class Hooked(trainer_seam.HookedTrainer):
     def columns_to_keep(self) -> list[str]:
         return ["kept"]
 
+    def collator_of(self, training: bool) -> Any:
+        self.called.append(f"collator_of {training}")
+        return super().collator_of(training)
+
 
 class Seen:
     """A collator that remembers the columns it got."""
@@ -138,7 +151,7 @@ def test_every_hook_is_called_in_training_and_resuming(tmp_path) -> None:
     first.train()
     assert first.called[0] == "before_accelerator"
     assert "training_starts" in first.called
-    assert "before_wrapping" in first.called
+    assert {"before_wrapping", "collator_of True", "collator_of False"} <= {*first.called}
     assert "weights_to_save checkpoint-2" in first.called
     assert first.restored == []
     assert Seen.columns == {"input_ids", "kept"}

@@ -218,14 +218,9 @@ class DHOTrainer(RunTrainer):
             outputs = model(**inputs)
         return None, (outputs.ce_logits.float(), outputs.kd_logits.float()), labels
 
-    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        # Only training rows have teacher logits.
-        collator = self.data_collator
-        if description != "Training":
-            self.data_collator = ClassCollator(self.processing_class)
-        loader = super()._get_dataloader(dataset, description, *args, **kwargs)
-        self.data_collator = collator
-        return loader
+    def collator_of(self, training: bool) -> Any:
+        """Only training rows have teacher logits."""
+        return super().collator_of(training) if training else ClassCollator(self.processing_class)
 
     def _accuracies(self, prediction: EvalPrediction) -> dict[str, float]:
         """Accuracy of the prediction and of each head that was trained."""
