@@ -30,7 +30,7 @@ def shard_by_fsdp2(accelerator: Accelerator, model: Any) -> Any:
 
 
 def launch_actions() -> list[argparse.Action]:
-    """The options of `accelerate launch`, of which accelerate has no list but its parser, and argparse no public one."""
+    """The options of `accelerate launch`, of which there is no list but that of its parser, which is private."""
     return [action for action in launch_command_parser()._actions if action.option_strings]
 
 

@@ -13,8 +13,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 ROOT = Path(__file__).resolve().parents[2]
 SEAMS = {path.stem.removesuffix("_seam") for path in (ROOT / "mmkd/seams").glob("*_seam.py")} - {"trainer"}
 
-# Public all the same: those of NamedTuple, and what transformers' documentation has models override.
-PUBLIC = {"_replace", "_asdict", "_fields", "_init_weights"}
+# Public all the same: those of NamedTuple, what transformers' documentation has models override, and the type of what
+# `add_subparsers` gives, which has no other name.
+PUBLIC = {"_replace", "_asdict", "_fields", "_init_weights", "_SubParsersAction"}
 
 # Modules without documentation, or whose documentation is about other names than ours.
 UNDOCUMENTED = (
