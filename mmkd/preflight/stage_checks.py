@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmkd.alignment.vocab import shared_tokens
@@ -90,7 +90,8 @@ def check_stages(stages: Sequence[Stage]) -> None:
 
 def check_tokens(run: Run) -> None:
     """Raises UserError for a student, teachers, data or caches that training would refuse too."""
-    run.arguments.max_train_rows = min(_ROWS, run.arguments.max_train_rows or _ROWS)
+    rows = min(_ROWS, run.arguments.max_train_rows or _ROWS)
+    run = replace(run, arguments=replace(run.arguments, max_train_rows=rows))
     student, sample = student_side(run), take_sample(run)
     ours = student.prepared_as(render(run, student, sample), run)
     for one in run.by_teacher().values():
