@@ -277,12 +277,12 @@ def test_a_value_of_another_type_is_one_line(workplace: Path, capsys: Any, monke
         assert reason in one_line(workplace, capsys, **{name: value}), name
     for flags, reason in [
         (["--learning_rate", "abc"], "learning_rate is 'abc', which is no number (float)."),
-        (["--max-steps=2.5"], "max_steps is '2.5', which is no whole number (int)."),
+        (["--max-steps=2.5"], "max_steps is 2.5, which is no whole number (int)."),
         (["--bf16", "maybe"], "bf16 is 'maybe', which is neither true nor false."),
         (["--teacher_tail", "buckets"], "choose one of bucket, unbiased, renormalise. Did you mean 'bucket'?"),
         (["--learning_rate"], "--learning_rate stands there without a value: write --learning_rate VALUE."),
         (["--fsdp", "full_shard"], "accelerate_config: fsdp2"),
-        (["--model_init_kwargs", "{a"], "'{a' is no JSON"),
+        (["--model_init_kwargs", "{a"], "--model_init_kwargs is no JSON"),
         (
             ["--save_strategy=steps", "--load_best_model_at_end=1"],
             "--load_best_model_at_end requires",
