@@ -1,0 +1,169 @@
+"""What a method adds to a trainer, and the losses that methods share."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, TypeVar
+
+from jaxtyping import Float
+from torch import Tensor
+from transformers.trainer_callback import TrainerCallback
+
+from mmkd.errors import UserError
+from mmkd.losses.divergences import forward_kl
+from mmkd.losses.fused import Objective, Targets, fused_loss
+from mmkd.models.heads import LMHead
+from mmkd.teachers.base import Teacher
+from mmkd.teachers.batch import Batch, View
+from mmkd.teachers.signals import DenseSignal, RoutedSignal, TopKSignal
+
+from .answers import Placed
+from .balance import balance_factors
+from .config import DistillationConfig
+from .items import ItemLosses, Supervised
+from .reports import ReportingTrainer
+from .teaching import StudentSide, Teaching, teaching_of
+
+Signal = TypeVar("Signal")
+"""What a method reads of its teacher."""
+
+
+class MethodTrainer(ReportingTrainer, Generic[Signal]):
+    """The hooks that a method overrides, of which it must write `item_losses`, and what it calls in them."""
+
+    method: ClassVar[str]
+    config_class: ClassVar[type[DistillationConfig]] = DistillationConfig
+    accepts: ClassVar[tuple[type, ...]] = (DenseSignal, TopKSignal)
+    one_vocabulary: ClassVar[bool] = True
+    """Whether a token must be the same to student and teacher."""
+
+    # transformers types these as unions with None, for trainers that are still without them.
+    args: DistillationConfig
+    model: Any
+    teacher: Any
+    _counts: dict[str, Tensor]
+    """Kind of item -> how many the accumulated batch has on all ranks."""
+
+    # What a method implements
+
+    def item_losses(self, student: Supervised, signal: Signal) -> ItemLosses:
+        """The losses of one micro-batch; runs inside the student's forward. `signal` is None without a teacher."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_teacher(cls, teacher: Teacher, args: Any) -> None:
+        """Raises UserError when the teacher does not answer with a signal that this method can learn from."""
+        if not issubclass(teacher.signal_type, cls.accepts):
+            accepted = " or ".join(signal.__name__ for signal in cls.accepts)
+            raise UserError(
+                f"{type(teacher).__name__} answers with {teacher.signal_type.__name__}, method {cls.method} needs "
+                f"{accepted}. Use another teacher or another method."
+            )
+
+    def build_teacher(self, student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:
+        """The teacher of the constructor's arguments, fitted to the student, and what follows from it."""
+        return teaching_of(student, teacher, processing_class)
+
+    def method_callbacks(self, args: Any) -> list[TrainerCallback]:
+        """Callbacks of the method; those that are ExportableState are saved in and restored from the trainer state."""
+        return []
+
+    def ask(self, batch: Batch) -> Signal | RoutedSignal | None:
+        """The teacher's signal about a batch; None where nobody is asked."""
+        if self.teacher is None:
+            return None
+        batch.check_answers()
+        view = batch.teacher_view()
+        return self.teacher.ask(view, view.supervised)
+
+    def ask_ahead(self, batch: Batch, alone: bool) -> Batch:
+        """The batch with what the teacher must have said before its items can be counted: nothing, in most methods.
+
+        `alone` says that it is the only one of its optimizer step, so that what it holds lives no longer than that.
+        """
+        return batch
+
+    def with_rollouts(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
+        """A micro-batch whose rollouts (row -> rollout) are in place, as the method's teacher reads it."""
+        return batch
+
+    def read_student(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Supervised:
+        """What `item_losses` learns of the student; runs inside its forward."""
+        supervised = view.supervised
+        return Supervised(hidden[:, :-1][supervised], head, view.labels[:, 1:][supervised])
+
+    def count_items(self, batch: Batch) -> dict[str, Tensor]:
+        """How many items of each kind a micro-batch of this rank has."""
+        return {"token": batch.student.supervised.sum()}
+
+    def step_ended(self, means: dict[str, float]) -> None:
+        """Called once per optimizer step with this step's mean over all ranks of the reports named in `step_means`.
+
+        Without such names it is not called.
+        """
+
+    # What methods share
+
+    @property
+    def balances(self) -> bool:
+        """Whether the terms of this pass are to be balanced."""
+        return self.args.combine == "gradmag" and self.model.training
+
+    def fused(
+        self,
+        student: Supervised,
+        signal: Targets | None,
+        objective: Objective = forward_kl,
+        temperature: float = 1.0,
+        ce_weight: float | None = None,
+    ) -> ItemLosses:
+        """The item losses of a token-level divergence and cross-entropy, mixed or balanced, with all reports."""
+        if not self.balances:
+            weight = self.args.ce_weight if ce_weight is None else ce_weight
+            return self._mixed(student, signal, objective, temperature, weight)
+        terms, reports = self.apart(student, signal, objective, temperature)
+        return ItemLosses(self.balanced(terms, dict.fromkeys(terms, "token"), self.args.term_weights), reports)
+
+    def apart(
+        self, student: Supervised, signal: Targets | None, objective: Objective = forward_kl, temperature: float = 1.0
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Divergence and cross-entropy, each by a pass of its own through the head, and the reports of both."""
+        divergence = self._mixed(student, signal, objective, temperature, ce_weight=0.0)
+        ce = self._mixed(student, None, forward_kl, 1.0, ce_weight=1.0)
+        return {"divergence": divergence.totals["token"], "ce": ce.totals["token"]}, ce.reports | divergence.reports
+
+    def balanced(
+        self, terms: Mapping[str, Tensor], items: Mapping[str, str], weights: Mapping[str, float] | None = None
+    ) -> dict[str, Tensor]:
+        """What the terms, each a sum over `items` of a kind, add up to per kind of item when they are balanced.
+
+        Terms of weight 0 are left out; without weights all have the same. Logs each factor as `balance/<term>`.
+        """
+        counted = [name for name in terms if weights is None or weights[name]]
+        means = {name: terms[name] / self._counts[items[name]].clamp(min=1) for name in counted}
+        factors = balance_factors(means, weights, self.model, self._summed)
+        # A term without gradient, of a teacher without rows say, has no factor to speak of.
+        self._record({f"balance/{name}": (factor, factor > 0) for name, factor in factors.items()})
+        return ItemLosses.added({name: terms[name] * factor for name, factor in factors.items()}, items)
+
+    def _mixed(
+        self, student: Supervised, signal: Targets | None, objective: Objective, temperature: float, ce_weight: float
+    ) -> ItemLosses:
+        args = self.args
+        loss = fused_loss(
+            student.hidden,
+            student.head,
+            student.labels,
+            signal,
+            objective,
+            temperature=temperature,
+            ce_weight=ce_weight,
+            chunk_size=args.chunk_size,
+            precise=args.precise_logits,
+            diagnostics=self._reports_now(),
+            repeatable=args.combine == "gradmag",
+        )
+        sums = loss.sums
+        if self.logs_apart and "divergence" in sums:
+            # Of the tokens that "kl" is about; "divergence" itself is of all steps since the last log.
+            sums = {**sums, "step_divergence": sums["divergence"]}
+        tokens = len(student.labels)
+        return ItemLosses({"token": loss.total}, {name: (total, tokens) for name, total in sums.items()})
