@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mmkd.data.classification import ClassificationRecipe
-from mmkd.data.recipe import DataRecipe
+from mmkd.data.data_recipe import DataRecipe
 from mmkd.errors import UserError
 from mmkd.recipe.flags import recipe_of
 from mmkd.recipe.recipe import Recipe

@@ -21,18 +21,14 @@ from mmkd.cache.identity import saved_dtype
 from mmkd.cache.manifest import Manifest, Skipped
 from mmkd.cache.store import SIGNAL_FEATURES, TOKEN_ORDER, order_bytes
 from mmkd.data.arrow import read_rows
+from mmkd.data.data_recipe import DataRecipe
 from mmkd.data.filters import row_key
-from mmkd.data.recipe import DataRecipe
 from mmkd.errors import UserError
 from mmkd.generation.generator import Advance
 from mmkd.models.load import tokenizer_of
 from mmkd.precision import name_of_dtype, product_dtype, say_float32
 from mmkd.recipe.cache_arguments import CacheArguments
-from mmkd.recipe.run import (
-    Run,
-    load_rows_of,
-    teacher_identity,
-)
+from mmkd.recipe.run import Run, load_rows_of, teacher_identity
 from mmkd.recipe.run_models import load_teacher, student_processing_class, teacher_processing_class
 from mmkd.teachers.vllm_client import ServerFacts, VLLMClient
 

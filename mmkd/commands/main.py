@@ -12,7 +12,7 @@ from mmkd import __version__
 from mmkd import shipped as recipes
 from mmkd.errors import UserError
 
-from .flags import add_compare_flags, add_eval_flags, add_push_flags
+from .command_flags import add_compare_flags, add_eval_flags, add_push_flags
 
 Commands = argparse._SubParsersAction
 """What `add_subparsers` gives, which argparse has no public name for."""
@@ -242,38 +242,39 @@ def _train(options: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _build_cache(options: argparse.Namespace, flags: list[str]) -> int:
-    from mmkd.capture.commands import build_command
     from mmkd.recipe.flags import recipe_of
+
+    from .cache_commands import build_command
 
     return build_command(recipe_of(options.recipe, flags))
 
 
 def _cache_info(options: argparse.Namespace, rest: list[str]) -> int:
-    from mmkd.capture.commands import info_command
+    from .cache_commands import info_command
 
     return info_command(options.cache)
 
 
 def _verify_cache(options: argparse.Namespace, flags: list[str]) -> int:
-    from mmkd.capture.commands import verify_command
+    from .cache_commands import verify_command
 
     return verify_command(options.target, flags, options.rows)
 
 
 def _push_cache(options: argparse.Namespace, flags: list[str]) -> int:
-    from mmkd.capture.commands import push_command
+    from .cache_commands import push_command
 
     return push_command(options.target, options.repo_id, flags, options.private, options.rows)
 
 
 def _merge_cache(options: argparse.Namespace, rest: list[str]) -> int:
-    from mmkd.capture.commands import merge_command
+    from .cache_commands import merge_command
 
     return merge_command(options.cache, options.parts)
 
 
 def _eval(options: argparse.Namespace, rest: list[str]) -> int:
-    from mmkd.eval.commands import eval_command
+    from mmkd.eval.evaluation import eval_command
 
     return eval_command(options)
 

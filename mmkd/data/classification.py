@@ -21,8 +21,8 @@ from mmkd.shipped import find_recipe
 from mmkd.yaml_files import AsWritten, read_yaml
 
 from .columns import nearest
+from .data_recipe import BUILDERS
 from .images import UnreadableImage, read_image
-from .recipe import BUILDERS
 from .sources import local_files, read_files, read_hub
 
 SPLITS = ("train", "validation", "test", "unlabeled")

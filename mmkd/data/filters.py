@@ -10,9 +10,9 @@ from typing import Any
 from datasets import Dataset
 
 from .arrow import read_rows
+from .data_recipe import DataRecipe
 from .left_out import LeftOut
 from .messages import missing, texts_of
-from .recipe import DataRecipe
 from .templates import as_text
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Value
 
 from .columns import TurnColumns, is_template, template_columns
-from .recipe import BUILDERS, DataRecipe
+from .data_recipe import BUILDERS, DataRecipe
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from mmkd.errors import UserError
 from .arrow import read_rows
 from .canonical import CHATS
 from .conversion import aligned, is_text, source_rows
+from .data_recipe import DataRecipe
 from .filters import RowFilter, row_key
 from .guessed_types import warn_guessed_types
 from .image_columns import download_images
 from .layouts import log_layout, read_by_recipe
 from .mapping import check_columns, layout_of_source, map_rows
-from .recipe import DataRecipe
 from .sources import load_split
 
 logger = logging.getLogger(__name__)

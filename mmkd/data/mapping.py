@@ -15,10 +15,10 @@ from .arrow import BATCH, is_struct_list, plain_rows, storage
 from .canonical import CHATS, PARTS, Layout, image_column_of
 from .columns import ROLES, MessagesColumn, TurnColumns, is_template, nearest, template_columns
 from .conversion import Conversion
+from .data_recipe import CONVERSION, OUTPUT_COLUMNS, DataRecipe
 from .image_columns import check_images, image_counts, image_lists
 from .layouts import CARRIED, recognised, sample_of
 from .messages import CONTENT_KEYS
-from .recipe import CONVERSION, OUTPUT_COLUMNS, DataRecipe
 from .templates import filled, filled_answer
 
 Column = str | MessagesColumn | TurnColumns

@@ -9,7 +9,7 @@ from mmkd.errors import UserError
 from mmkd.yaml_files import AsWritten, read_yaml
 
 from .columns import MessagesColumn, TurnColumns, is_template, nearest
-from .recipe import DataFilters, DataRecipe, MixturePart
+from .data_recipe import DataFilters, DataRecipe, MixturePart
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _KINDS |= {dict: "{key: value}", list: "a list"}

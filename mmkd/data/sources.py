@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from mmkd.errors import UserError
 
 from .columns import nearest
-from .recipe import BUILDERS, DataRecipe
+from .data_recipe import BUILDERS, DataRecipe
 from .table_files import READERS, read_table_files
 
 _KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}

@@ -21,7 +21,7 @@ from mmkd.results.tables import markdown, show
 from mmkd.training.method import BASELINE_METHOD, METHODS
 
 from .bootstrap import paired_bootstrap
-from .commands import evaluate
+from .evaluation import evaluate
 from .harness import Settings
 from .model import find_model
 from .results import SCHEMA, to_json

@@ -37,11 +37,11 @@ from mmkd.preparation.pairs import (
     teacher_sequences,
 )
 from mmkd.preparation.prepared_rows import PreparedRows
-from mmkd.teachers.base import Teacher
 from mmkd.teachers.batch import Batch
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import ChunkAlignment, ChunkSignal, DenseSignal, LabelSignal
+from mmkd.teachers.teacher import Teacher
 from mmkd.training.answers import Placed
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.items import ItemLosses, Supervised

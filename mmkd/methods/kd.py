@@ -10,8 +10,8 @@ from mmkd.losses import divergences
 from mmkd.losses.divergences import Divergence
 from mmkd.losses.fused import Targets
 from mmkd.schema import PositiveFloat, Share
-from mmkd.teachers.base import Teacher
 from mmkd.teachers.signals import DenseSignal, SparseSignal, TopKSignal
+from mmkd.teachers.teacher import Teacher
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised

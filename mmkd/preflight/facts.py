@@ -12,10 +12,10 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, GenerationConfig, LlavaConfig, PreTrainedConfig
 
 from mmkd.capture.sequences import Prepared, Sequences, TokenSequence, UnusableRow, prepare
+from mmkd.data.data_recipe import DataRecipe
 from mmkd.data.image_columns import image_column
 from mmkd.data.images import read_row
 from mmkd.data.load_data import load_data
-from mmkd.data.recipe import DataRecipe
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.fit import Misfit

@@ -15,17 +15,7 @@ from mmkd.training.method import METHODS
 from mmkd.units import readable_size
 
 from . import costs
-from .estimate import (
-    Model,
-    Shape,
-    Work,
-    count_teacher,
-    count_work,
-    logits_of,
-    memory_of,
-    shape_of,
-    together,
-)
+from .estimate import Model, Shape, Work, count_teacher, count_work, logits_of, memory_of, shape_of, together
 from .facts import Sample, Side, render, student_side, take_sample, teacher_side
 from .hardware import GIB, USABLE, Device
 from .stage_checks import StageRun, each_run

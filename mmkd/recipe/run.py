@@ -22,13 +22,7 @@ from mmkd.training.method import METHODS
 from mmkd.training.run_trainer import RunTrainer
 
 from .recipe import Run
-from .run_models import (
-    check_student,
-    load_student,
-    load_teacher,
-    student_processing_class,
-    teacher_processing_class,
-)
+from .run_models import check_student, load_student, load_teacher, student_processing_class, teacher_processing_class
 from .run_record import RunRecord
 from .run_teacher import absent_teacher, reads_teacher, several_teachers
 from .run_teacher import check_cache as check_cache

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
-from mmkd.data.recipe import DataRecipe
+from mmkd.data.data_recipe import DataRecipe
 from mmkd.files import write_file
 from mmkd.results.machine import machine
 from mmkd.results.places import RECORD

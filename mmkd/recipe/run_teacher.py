@@ -12,7 +12,7 @@ from mmkd.alignment.vocab import shared_tokens
 from mmkd.cache.hub import local_cache
 from mmkd.cache.identity import is_same_teacher, weights_sha256
 from mmkd.cache.store import Cache
-from mmkd.data.recipe import DataRecipe
+from mmkd.data.data_recipe import DataRecipe
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.cached import CachedTeacher

@@ -18,9 +18,9 @@ from mmkd.cache.sequence_keys import image_hash, segments, sequence_key
 from mmkd.cache.store import Cache
 from mmkd.errors import UserError
 
-from .base import Teacher
 from .batch import ONLY, Batch, View
 from .signals import LabelSignal, SparseSignal, TopKSignal
+from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 

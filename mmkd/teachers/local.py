@@ -17,8 +17,8 @@ from mmkd.models.backbone import allow_consumers, devices_of, full_head
 from mmkd.models.heads import LMHead
 from mmkd.models.sharded_weights import gathered, is_quantized, is_sharded, loads_on_one_rank, reshard, shard_frozen
 
-from .base import Teacher
 from .signals import DenseSignal
+from .teacher import Teacher
 
 
 class LocalTeacher(Teacher[DenseSignal]):

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from mmkd.errors import UserError
 from mmkd.losses.divergences import log_one_minus_exp
 
-from .base import Teacher
 from .signals import TopKSignal
+from .teacher import Teacher
 from .vllm_client import Answer as Answer
 from .vllm_client import Prompt as Prompt
 from .vllm_client import RowError as RowError

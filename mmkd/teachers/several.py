@@ -14,12 +14,12 @@ from mmkd.errors import UserError
 from mmkd.losses.fused import Targets
 from mmkd.models.sharded_weights import is_sharded
 
-from .base import Teacher
 from .batch import Batch, View
 from .cached import CachedTeacher, answers_of, hashed_images
 from .local import LocalTeacher
 from .server import IMAGE_INPUTS
 from .signals import MixedSignal, RoutedSignal
+from .teacher import Teacher
 
 
 class SeveralTeachers(Teacher[MixedSignal | RoutedSignal]):

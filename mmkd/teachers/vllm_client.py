@@ -36,13 +36,8 @@ NEUTRAL_SAMPLING = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-SAMPLING = {*NEUTRAL_SAMPLING, "max_tokens", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos"} | {
-    "allowed_token_ids",
-    "bad_words",
-    "include_stop_str_in_output",
-    "logit_bias",
-    "skip_special_tokens",
-}
+SAMPLING = {*NEUTRAL_SAMPLING, "max_tokens", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos"}
+SAMPLING |= {"allowed_token_ids", "bad_words", "include_stop_str_in_output", "logit_bias", "skip_special_tokens"}
 # Text of several scripts and kinds, on which different tokenizers hardly ever agree.
 PROBE = "The naïve fox — 12345 × 0.5 — says: 你好, привет 🙂\n\tdef f(x):\n        return x['y']  # ok"
 

@@ -16,10 +16,10 @@ from mmkd.preparation.checks import check_stream, check_student
 from mmkd.preparation.collation import Collator, views_of
 from mmkd.preparation.labelling import LabellingTrainer
 from mmkd.preparation.row_names import RowNames
-from mmkd.teachers.base import Teacher
 from mmkd.teachers.batch import Batch
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.teachers.signals import RoutedSignal
+from mmkd.teachers.teacher import Teacher
 
 from .balance import check_balance
 from .config import DistillationConfig

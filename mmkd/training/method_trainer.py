@@ -11,9 +11,9 @@ from mmkd.errors import UserError
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import Objective, Targets, fused_loss
 from mmkd.models.heads import LMHead
-from mmkd.teachers.base import Teacher
 from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.signals import DenseSignal, RoutedSignal, TopKSignal
+from mmkd.teachers.teacher import Teacher
 
 from .answers import Placed
 from .balance import balance_factors

@@ -17,11 +17,11 @@ from mmkd.precision import say_emulated
 from mmkd.preparation.collation import Fill, TextViews, VisionViews
 from mmkd.preparation.labelling import Labelling
 from mmkd.preparation.vision_checks import processor_of_teacher
-from mmkd.teachers.base import Teacher
 from mmkd.teachers.cached import CachedTeacher, with_targets
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTargets, SeveralTeachers, parts_of
+from mmkd.teachers.teacher import Teacher
 
 from .config import DistillationConfig
 from .preparing import preparation_of, sequences_of

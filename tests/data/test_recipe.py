@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmkd.data.columns import MessagesColumn
+from mmkd.data.data_recipe import IDENTITY, DataRecipe
 from mmkd.data.load_data import load_data, load_rows, mixture_counts
-from mmkd.data.recipe import IDENTITY, DataRecipe
 
 SHIPPED = Path(__file__).parents[2] / "data_recipes"
 CHAT = [

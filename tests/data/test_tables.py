@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from mmkd.commands.main import main
 from mmkd.data.arrow import read_rows
 from mmkd.data.classification import ClassificationRecipe, load_classification
+from mmkd.data.data_recipe import DataRecipe
 from mmkd.data.json_rows import WrittenNumber, json_text, parse_json
 from mmkd.data.load_data import load_data
-from mmkd.data.recipe import DataRecipe
 from mmkd.data.table_files import read_table_files
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmkd.commands.main import main
-from mmkd.eval.commands import evaluate
+from mmkd.eval.evaluation import evaluate
 from mmkd.eval.harness import Harness, Settings
 from mmkd.eval.model import find_model
 from mmkd.eval.suites import SuiteTask
@@ -316,7 +316,7 @@ def test_tasks_of_lmms_eval_are_handed_to_it(tmp_path, monkeypatch, capsys):
     evaluator.simple_evaluate = simple_evaluate
     monkeypatch.setitem(sys.modules, "lmms_eval", ModuleType("lmms_eval"))
     monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", evaluator)
-    monkeypatch.setattr("mmkd.eval.commands.check_lmms", lambda: None)
+    monkeypatch.setattr("mmkd.eval.evaluation.check_lmms", lambda: None)
     monkeypatch.setattr("mmkd.eval.lmms.version", lambda package: "0.7.3")
     folder = make_llava(tmp_path / "llava")
     suite = tmp_path / "suite.yaml"

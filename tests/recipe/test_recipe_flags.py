@@ -116,7 +116,7 @@ COMMANDS = {
     ("train", "RECIPE"): "mmkd.commands.train.train",
     ("train", "RECIPE", "--help-keys"): "mmkd.commands.train.print_keys",
     ("train", "RECIPE", "--with-baseline"): "mmkd.eval.compare.with_baseline",
-    ("cache", "build", "RECIPE"): "mmkd.capture.commands.build_command",
+    ("cache", "build", "RECIPE"): "mmkd.commands.cache_commands.build_command",
     ("doctor", "RECIPE"): "mmkd.preflight.doctor.doctor",
     ("plan", "RECIPE", "--memory", "8"): "mmkd.preflight.plan.plan",
     ("compare", "RECIPE", "--seeds", "0"): "mmkd.eval.compare.compare",

@@ -27,10 +27,10 @@ from mmkd.methods.comd.comd_trainer import CoMDTrainer
 from mmkd.methods.kd import KDConfig, KDTrainer
 from mmkd.methods.sft import SFTBaselineTrainer
 from mmkd.methods.taid import TAIDTrainer
-from mmkd.teachers.base import Teacher
 from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.several import SeveralTeachers
+from mmkd.teachers.teacher import Teacher
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.method import METHODS
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences

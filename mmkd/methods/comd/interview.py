@@ -14,9 +14,9 @@ from .augment import Filter, augment, in_ratio
 from .comd_prompts import Prompts
 from .comd_trainer import CoMDConfig
 from .instructions import ImageStore, Instruction, child_of_round
-from .progress import progress
 from .reply_record import Engine, Record, Reply
 from .roles import Roles
+from .round_progress import progress
 from .select import Score
 from .similar import SimilarImages
 

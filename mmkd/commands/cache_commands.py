@@ -12,6 +12,11 @@ from mmkd.cache.hub import local_cache, push_cache
 from mmkd.cache.manifest import Manifest
 from mmkd.cache.merge import merge_parts
 from mmkd.cache.store import Cache, damaged_shards, read_log, shard_path
+from mmkd.capture.build import build
+from mmkd.capture.build_estimate import report_estimate
+from mmkd.capture.build_plan import ScorePlan, check_place, make_plan
+from mmkd.capture.fidelity import measure_fidelity
+from mmkd.capture.generate import DATA_RECIPE, describe_answers
 from mmkd.errors import UserError
 from mmkd.recipe.flags import recipe_of
 from mmkd.recipe.recipe import Recipe, Run
@@ -19,12 +24,6 @@ from mmkd.shipped import list_recipes
 from mmkd.teachers.cached import SIGNALS
 from mmkd.training.method import METHODS, Method, learns_from
 from mmkd.units import readable_size
-
-from .build import build
-from .build_estimate import report_estimate
-from .build_plan import ScorePlan, check_place, make_plan
-from .fidelity import measure_fidelity
-from .generate import DATA_RECIPE, describe_answers
 
 
 def build_command(recipe: Recipe) -> int:
