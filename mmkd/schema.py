@@ -25,8 +25,8 @@ _NO = {
     dict: "no mapping of names to values",
 }
 _A = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a mapping"}
-_TRUTH = {"true": True, "yes": True, "t": True, "y": True, "1": True}
-_TRUTH |= {"false": False, "no": False, "f": False, "n": False, "0": False}
+TRUTH = {"true": True, "yes": True, "t": True, "y": True, "1": True}
+TRUTH |= {"false": False, "no": False, "f": False, "n": False, "0": False}
 # More choices than these are not listed in an error, and longer values are cut.
 _SHOWN_CHOICES, _SHOWN_LETTERS = 12, 80
 # What torch and Arrow hold a whole number in.
@@ -58,9 +58,9 @@ class Range:
         """What to give instead of a number outside of it."""
         lower, upper = (self.min, self.above), (self.max, self.below)
         if upper == (None, None) and self.min is not None:
-            return f"{self.min:g} or more"
-        starts = ["from {:g}", "above {:g}"]
-        ends = ["to {:g}" if self.min is not None else "up to {:g}", "below {:g}"]
+            return f"{self.min} or more"
+        starts = ["from {}", "above {}"]
+        ends = ["to {}" if self.min is not None else "up to {}", "below {}"]
         low = [text.format(bound) for text, bound in zip(starts, lower, strict=True) if bound is not None]
         high = [text.format(bound) for text, bound in zip(ends, upper, strict=True) if bound is not None]
         joint = " " if high and high[0].startswith("to") else " and "
@@ -145,7 +145,7 @@ class Field:
             if isinstance(value, Integral) and abs(int(value)) > _LARGEST:
                 raise UserError(f"{name} is {shown(value)}, which no computer counts to. Give a smaller number.")
             if float(value) not in self.bounds:
-                omit = ", or leave it out" if self.optional else ""
+                omit = ", or null" if self.optional else ""
                 raise UserError(f"{name} is {value}; give {self.bounds}{omit}.")
 
     def read(self, value: Any, where: str = "") -> Any:
@@ -162,14 +162,14 @@ class Field:
 
     def _converted(self, value: Any) -> Any:
         if isinstance(value, str):
-            if bool in self.kinds and value.lower() in _TRUTH and value not in self.choices:
-                return _TRUTH[value.lower()]
+            if bool in self.kinds and value.lower() in TRUTH and value not in self.choices:
+                return TRUTH[value.lower()]
             for kind in (kind for kind in (int, float) if kind in self.kinds):
                 try:
                     return kind(value)
                 except ValueError:
                     continue
-        elif isinstance(value, int) and str(value) in _TRUTH and bool in self.kinds and int not in self.kinds:
+        elif isinstance(value, int) and str(value) in TRUTH and bool in self.kinds and int not in self.kinds:
             return bool(value)
         return value
 

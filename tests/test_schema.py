@@ -32,7 +32,7 @@ class Settings:
         ({"share": [1]}, "share is [1], which is no number (float)."),
         ({"share": True}, "share is True, which is no number (float)."),
         ({"share": None}, "share is null, and it needs a value."),
-        ({"rows": 0}, "rows is 0; give 1 or more, or leave it out."),
+        ({"rows": 0}, "rows is 0; give 1 or more, or null."),
         ({"rows": 2.5}, "rows is 2.5, which is no whole number (int)."),
         ({"rows": 10**30}, "which no computer counts to."),
         ({"shares": [0.5, -1]}, "shares[1] is -1; give a number from 0 to 1."),
@@ -107,5 +107,6 @@ def test_a_config_in_python_is_checked_as_a_recipe_is() -> None:
 def test_parsers_of_trl_read_our_configs(method: str) -> None:
     """Ranges stand where argparse does not see them, so that scripts of others can use the configs."""
     config = METHODS[method].config
-    (parsed,) = TrlParser(config).parse_args_into_dataclasses(args=["--output_dir", "run"])
+    parser: Any = TrlParser
+    (parsed,) = parser(config).parse_args_into_dataclasses(args=["--output_dir", "run"])
     assert isinstance(parsed, config)

@@ -9,7 +9,7 @@ from typing import Any
 from trl.trainer.model_config import ModelConfig
 
 from mmkd.errors import UserError
-from mmkd.schema import NonNegativeInt, PositiveFloat, PositiveInt, check_fields
+from mmkd.schema import Field, NonNegativeInt, PositiveFloat, PositiveInt, check_fields, fields_of
 from mmkd.teachers.cached import TAILS
 from mmkd.training.method import METHODS
 
@@ -165,6 +165,7 @@ class RunArguments:
             return
         if not isinstance(teachers, dict) or not all(isinstance(keys, dict) for keys in teachers.values()):
             raise UserError("teachers is no mapping of names to keys; write {NAME: {teacher: ...}, ...}.")
+        teachers = self.teachers = dict(teachers)
         if len(teachers) < 2:
             raise UserError(f"teachers holds {len(teachers)}; name two or more, or set `teacher` to the only one.")
         if one_too:
@@ -174,15 +175,15 @@ class RunArguments:
             raise UserError(f"Method {self.method} learns from one teacher; `teachers` are for {several}.")
         known = [part.name for part in fields(self) if part.name.startswith("teacher_")]
         known = ["teacher", "weight", *(name for name in known if name != "teacher_column")]
-        for name, keys in teachers.items():
+        allowed = {**fields_of(RunArguments), "weight": Field.of("weight", PositiveFloat)}
+        for name, keys in list(teachers.items()):
             unknown = next((key for key in keys if key not in known), None)
             if unknown is not None:
                 near = difflib.get_close_matches(str(unknown), known, n=1, cutoff=0.0)[0]
                 raise UserError(f"teachers.{name} sets {unknown!r}, which no teacher has; did you mean {near!r}?")
-            weight = keys.get("weight", 1)
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-                raise UserError(f"teachers.{name}.weight is {weight!r}; give a number above 0.")
-            if not any(keys.get(source) for source in ("teacher", "teacher_cache", "teacher_server")):
+            read = {key: allowed[key].read(value, f"teachers.{name}.") for key, value in keys.items()}
+            teachers[name] = read
+            if not any(read.get(source) for source in ("teacher", "teacher_cache", "teacher_server")):
                 raise UserError(f"teachers.{name} names nobody: set its teacher, teacher_cache or teacher_server.")
         if self.teacher_column is not None and any("weight" in keys for keys in teachers.values()):
             raise UserError("teacher_column gives each row to one teacher, so that a weight says nothing: keep one.")

@@ -28,7 +28,7 @@ def test_a_round_learns_the_answers_as_sft_does(build: Build, completions: Datas
         ({"rounds": -1}, "give 0 or more"),
         ({"new_instructions": 0}, "give 1 or more"),
         ({"hard_ratio": 1.5}, "from 0 to 1"),
-        ({"max_teacher_tokens": 0}, "give 1 or more, or leave it out"),
+        ({"max_teacher_tokens": 0}, "give 1 or more, or null"),
         ({"assessor": "jury"}, "choose one of judge"),
         ({"augmentor": "me"}, "choose one of model"),
         ({"round_method": "dho"}, "choose one of sft, kd, taid"),
