@@ -26,7 +26,7 @@ CLASSES = sorted(recipe_root("data_recipes").glob("classification/*.yaml"))
 SHORT = [pytest.param(60, id="short"), pytest.param(2000, id="long", marks=pytest.mark.slow)]
 
 
-def mistaken(content: dict[str, Any], names: list[str], chance: random.Random) -> str:
+def mistaken(content: dict[Any, Any], names: list[str], chance: random.Random) -> str:
     """The YAML of a recipe with one to three mistakes."""
     content = {**content}
     for _ in range(chance.randint(1, 3)):
@@ -64,9 +64,8 @@ def tracebacks(paths: list[Path], names: Callable[[dict[str, Any]], list[str]], 
         Path("recipe.yaml").write_text(text, encoding="utf-8")
         try:
             read("./recipe.yaml")
-        except UserError as error:
-            if "\n" in str(error):
-                ended.append(f"{seed}: more than a line: {error}")
+        except UserError:
+            continue
         except Exception as error:
             ended.append(f"{seed}: {type(error).__name__}: {str(error)[:200]}\n{text[:800]}")
     return ended

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from PIL import Image
 
 from mmkd.errors import UserError
+from mmkd.schema import NonNegativeInt, PositiveInt, check_fields, shown
 from mmkd.shipped import find_recipe
 from mmkd.yaml_files import AsWritten, read_yaml
 
@@ -57,14 +58,19 @@ class ClassificationRecipe:
         default=("a photo of a {}.",),
         metadata={"help": "Templates with {} for the class name; a teacher's text features are averaged over them."},
     )
-    validation_per_class: int | None = field(
+    validation_per_class: PositiveInt | None = field(
         default=None, metadata={"help": "Rows per class to hold out of train where there is no validation split."}
     )
-    split_seed: int = field(default=0, metadata={"help": "Seed of the rows held out for validation."})
+    split_seed: NonNegativeInt = field(default=0, metadata={"help": "Seed of the rows held out for validation."})
     folder: Path | None = field(default=None, compare=False, metadata={"help": "The YAML's folder."})
 
     def __post_init__(self) -> None:
         """Raises UserError where fields contradict each other or leave the rows undecided."""
+        check_fields(self)
+        for key in ("splits", "data_files"):
+            strange = next((value for value in getattr(self, key).values() if not isinstance(value, str)), None)
+            if strange is not None:
+                raise UserError(f"{self.name}: {key} has {shown(strange)}, which is no text; write {{split: text}}.")
         if (self.image is None) == (self.text is None):
             raise UserError(f"{self.name}: set one of image and text: the column that is classified.")
         if not self.source or (self.source in BUILDERS and not self.data_files):
@@ -103,7 +109,7 @@ class ClassificationRecipe:
             if isinstance(keys.get(key), AsWritten):
                 keys[key] = keys[key].value
         for key in ("class_names", "prompts"):
-            if key in keys:
+            if isinstance(keys.get(key), list):
                 keys[key] = tuple(_text(value, f"{path.name}: {key}") for value in keys[key])
         return cls(**{"name": path.stem, **keys, "folder": path.parent})
 

@@ -81,7 +81,7 @@ class Recipe:
     def method(self) -> str:
         """The name of its method. Raises UserError when it is none of METHODS."""
         method = self.keys.get("method")
-        if method is None or method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise UserError(
                 f"method is {method!r}; set it to one of {', '.join(METHODS)}.{nearest(str(method), METHODS)}"
             )
@@ -209,8 +209,9 @@ class Run:
         return {"revision": revision, "trust_remote_code": self.training.trust_remote_code}
 
 
-def nearest(word: str, choices: Any) -> str:
-    """A hint at the key that may be meant by a word."""
+def nearest(word: object, choices: Any) -> str:
+    """A hint at the key that may be meant by a word, which may be a number in YAML."""
+    word = str(word)
     if word in _REMOVED:
         return f" {_REMOVED[word]}"
     if _NAMES_ELSEWHERE.get(word) in choices:
