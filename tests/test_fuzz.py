@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mmkd.data.classification import ClassificationRecipe
-from mmkd.data.recipe import DataRecipe
+from mmkd.data.data_recipe import DataRecipe
 from mmkd.errors import UserError
 from mmkd.recipe.key_parser import KeyParser
 from mmkd.recipe.recipe import Recipe

@@ -175,7 +175,7 @@ def _value(field: Field, word: str) -> Any:
     if word.lower() in (TRUTH if bool in field.kinds else ("true", "false")):
         return TRUTH[word.lower()]
     kinds = {*field.kinds, *(() if field.items is None else field.items.kinds)}
-    for kind in (kind for kind in (int, float) if kind in kinds or float in kinds):
+    for kind in (kind for kind in (int, float) if not kinds.isdisjoint({int, float})):
         with contextlib.suppress(ValueError):
             return kind(word)
     return word
