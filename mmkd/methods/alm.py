@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from datasets import Dataset
 from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from mmkd.alignment.nearest_tokens import nearest_tokens
 from mmkd.alignment.pieces import boundary_mask
@@ -23,20 +22,13 @@ from mmkd.losses.combine import combination_weights
 from mmkd.losses.fused import fused_loss
 from mmkd.losses.likelihood import token_log_probs
 from mmkd.losses.other_vocabulary import MappedTargets, SortedTargets, uld
-from mmkd.models.backbone import base_of, full_head, name_of
-from mmkd.models.load import load_processing_class, tokenizer_of
+from mmkd.models.backbone import base_of, full_head
+from mmkd.models.load import tokenizer_of
 from mmkd.preparation.pairs import (
     QUESTION,
-    Agreement,
     AlignedSide,
-    BatchAligner,
-    counts_of,
-    numbered,
-    packed,
-    paired,
     teacher_sequences,
 )
-from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.teachers.batch import Batch
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.local import LocalTeacher
@@ -51,9 +43,8 @@ from mmkd.training.teaching import StudentSide, Teaching, load_teacher
 
 from .alm_config import DIVERGENCES
 from .alm_config import ALMConfig as ALMConfig
-from .pair_rollouts import as_teacher_reads, questions_of, said
-
-logger = logging.get_logger(__name__)
+from .pair_rollouts import as_teacher_reads, said
+from .two_readings import TwoReadings
 
 _PROJECTION = "alm_projection"
 
@@ -95,73 +86,36 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
 
     # Two readings of the data
 
+    @cached_property
+    def _readings(self) -> TwoReadings:
+        # Data come before the Trainer itself is made.
+        return TwoReadings(*self._given_teacher)
+
     def prepared(self, rows: Any, args: Any, packing: bool, formatting_func: Any, split: str) -> Any:
         """The rows as both sides read them, paired."""
-        dataset, name, processing_class = rows, split, self.labelling.processing_class
-        args = self.labelling.given(args)
-        if not isinstance(dataset, Dataset):
-            raise UserError(
-                f"The {name} data is a stream. alm reads every row twice and pairs the readings; load it whole."
-            )
-        if "teacher_input_ids" in dataset.column_names:
-            return dataset
-        if "input_ids" in dataset.column_names:
-            raise UserError(
-                f"The {name} data is tokenised for the student already, so the teacher cannot read it. Pass its text."
-            )
-        rows, alone = numbered(dataset), copy(args)
-        alone.shuffle_dataset = False
-        ours = super().prepared(rows, alone, False, formatting_func, name)
-        reader = self._reader(dataset, args).labelling
-        theirs = reader.prepare(rows, reader.args, False, formatting_func, f"{name} (teacher's)")
-        questions = questions_of(dataset, args.rollout_prompt_tokens) if args.on_policy_fraction else None
-        both = paired(ours, theirs, questions)
-        agreement = Agreement.of(counts_of(both, self._batch_aligner(processing_class, args)))
-        if not agreement.chunks:
-            raise UserError(
-                f"Student and teacher share no chunk of text in any of the {len(both)} usable rows of {name}: their "
-                "tokens, or what their chat templates supervise, have no bytes in common. First row: "
-                f"{both[0] if len(both) else None}"
-            )
-        logger.warning(f"{name}: {agreement} Rows that one side cannot use: {len(dataset) - len(both)}.")
-        if args.shuffle_dataset:
-            both = both.shuffle(seed=args.seed)
-        return packed(both, args) if packing else both
+        read = super().prepared
+
+        def as_student(rows: Dataset, alone: ALMConfig) -> Dataset:
+            return read(rows, alone, False, formatting_func, split)
+
+        labelling = self.labelling
+        given = labelling.given(args)
+        return self._readings.pair(
+            rows, split, given, packing, formatting_func, labelling.processing_class, as_student
+        )
 
     def columns_to_keep(self) -> list[str]:
         """The teacher's reading of rows of text, too."""
         theirs = ["teacher_input_ids", "teacher_labels", "teacher_seq_lengths", QUESTION]
         return [*super().columns_to_keep(), *([] if self.labelling.vision else theirs)]
 
-    @property
-    def _readers(self) -> dict[str, Any]:
-        """What is made when the first data set comes, before the Trainer itself is: a reader, an aligner."""
-        return self.__dict__.setdefault("_readers_", {})
-
-    def _reader(self, dataset: Dataset, args: ALMConfig) -> PreparedRows:
-        """What prepares rows for the teacher."""
-        if "reader" not in self._readers:
-            teacher, processing_class = self._given_teacher
-            if processing_class is None:
-                hub = {"trust_remote_code": args.trust_remote_code}
-                processing_class = load_processing_class(_name_of(teacher), "teacher", **hub)
-            rows = dataset.select(range(1))
-            self._readers["reader"] = PreparedRows.of(args.for_teacher(), processing_class, rows)
-        return self._readers["reader"]
-
-    def _batch_aligner(self, processing_class: Any, args: ALMConfig) -> BatchAligner:
-        if "aligner" not in self._readers:
-            teacher = self._readers["reader"].labelling.processing_class
-            self._readers["aligner"] = BatchAligner.of(processing_class, teacher, to_space=args.chunks == "space")
-        return self._readers["aligner"]
-
     # The teacher
 
     def build_teacher(self, student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:
         """The teacher, who reads the batch in its own tokens."""
-        rows = self._reader(self.train_dataset, self.args)
+        rows = self._readings.reader(self.train_dataset, self.args)
         reader = rows.labelling
-        align = self._batch_aligner(self.processing_class, self.args)
+        align = self._readings.aligner(self.processing_class, self.args)
         if isinstance(teacher, CachedTeacher):
             teacher.check(preparation_of(reader.processing_class, reader.args, reader.chat_template))
             self._check_cached_rows(teacher)
@@ -197,7 +151,7 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
         if not placed:
             return batch
         examples, tokenizer = list(batch.rows), tokenizer_of(self.processing_class)
-        reader = self._readers["reader"].labelling
+        reader = self._readings.reader(self.train_dataset, self.args).labelling
         for row, placing in placed.items():
             text, whole = said(tokenizer, batch["input_ids"][row].tolist(), placing)
             examples[row] = as_teacher_reads(examples[row], text, whole, placing.rollout.ended, reader)
@@ -363,14 +317,3 @@ def _after(boundary: Tensor, following: Int[Tensor, "chunk"]) -> Tensor:
     if not len(boundary):
         return boundary.new_zeros(len(following))
     return boundary[following.clamp(min=0)].where(following >= 0, 0)
-
-
-def _name_of(teacher: Any) -> str:
-    """The name under which a teacher's tokenizer is found."""
-    if isinstance(teacher, CachedTeacher):
-        return teacher.cache.manifest.identity["teacher"]["name"]
-    if isinstance(teacher, LocalTeacher):
-        teacher = teacher.model
-    if isinstance(teacher, Teacher):
-        raise UserError(f"A {type(teacher).__name__} does not tell its tokenizer: pass teacher_processing_class.")
-    return teacher if isinstance(teacher, str) else name_of(teacher)

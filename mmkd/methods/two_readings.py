@@ -1,0 +1,104 @@
+"""Rows as student and teacher read them, each in its own tokens and by its own chat template, paired."""
+
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+from datasets import Dataset
+from transformers.utils import logging
+
+from mmkd.errors import UserError
+from mmkd.models.backbone import name_of
+from mmkd.models.load import load_processing_class
+from mmkd.preparation.pairs import Agreement, BatchAligner, counts_of, numbered, packed, paired
+from mmkd.preparation.prepared_rows import PreparedRows
+from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.teacher import Teacher
+
+from .alm_config import ALMConfig
+from .pair_rollouts import questions_of
+
+logger = logging.get_logger(__name__)
+
+
+class TwoReadings:
+    """Reads rows for the teacher and aligns them with the student's reading; made before there is a Trainer."""
+
+    def __init__(self, teacher: Any, processing_class: Any) -> None:
+        """`processing_class` is the teacher's; None finds it by the teacher's name."""
+        self._teacher, self._processing_class = teacher, processing_class
+        self._reader: PreparedRows | None = None
+        self._aligner: BatchAligner | None = None
+
+    def reader(self, dataset: Dataset, args: ALMConfig) -> PreparedRows:
+        """What prepares rows for the teacher; that of the first data set reads all others."""
+        if self._reader is None:
+            processing_class = self._processing_class
+            if processing_class is None:
+                hub = {"trust_remote_code": args.trust_remote_code}
+                processing_class = load_processing_class(_name_of(self._teacher), "teacher", **hub)
+            self._reader = PreparedRows.of(args.for_teacher(), processing_class, dataset.select(range(1)))
+        return self._reader
+
+    def aligner(self, processing_class: Any, args: ALMConfig) -> BatchAligner:
+        """What aligns the student's tokens, of this tokenizer, with the teacher's. Needs a reader before it."""
+        if self._aligner is None:
+            assert self._reader is not None
+            teacher = self._reader.labelling.processing_class
+            self._aligner = BatchAligner.of(processing_class, teacher, to_space=args.chunks == "space")
+        return self._aligner
+
+    def pair(
+        self,
+        dataset: Any,
+        name: str,
+        args: ALMConfig,
+        packing: bool,
+        formatting_func: Any,
+        processing_class: Any,
+        read: Callable[[Dataset, ALMConfig], Dataset],
+    ) -> Dataset:
+        """The rows as both sides read them; `read` is the student's reading.
+
+        Raises UserError for streams, for rows that are tokens already, and where the sides share no text at all.
+        """
+        if not isinstance(dataset, Dataset):
+            raise UserError(
+                f"The {name} data is a stream. alm reads every row twice and pairs the readings; load it whole."
+            )
+        if "teacher_input_ids" in dataset.column_names:
+            return dataset
+        if "input_ids" in dataset.column_names:
+            raise UserError(
+                f"The {name} data is tokenised for the student already, so the teacher cannot read it. Pass its text."
+            )
+        rows, alone = numbered(dataset), copy(args)
+        alone.shuffle_dataset = False
+        ours = read(rows, alone)
+        reader = self.reader(dataset, args).labelling
+        theirs = reader.prepare(rows, reader.args, False, formatting_func, f"{name} (teacher's)")
+        questions = questions_of(dataset, args.rollout_prompt_tokens) if args.on_policy_fraction else None
+        both = paired(ours, theirs, questions)
+        agreement = Agreement.of(counts_of(both, self.aligner(processing_class, args)))
+        if not agreement.chunks:
+            raise UserError(
+                f"Student and teacher share no chunk of text in any of the {len(both)} usable rows of {name}: their "
+                "tokens, or what their chat templates supervise, have no bytes in common. First row: "
+                f"{both[0] if len(both) else None}"
+            )
+        logger.warning(f"{name}: {agreement} Rows that one side cannot use: {len(dataset) - len(both)}.")
+        if args.shuffle_dataset:
+            both = both.shuffle(seed=args.seed)
+        return packed(both, args) if packing else both
+
+
+def _name_of(teacher: Any) -> str:
+    """The name under which a teacher's tokenizer is found."""
+    if isinstance(teacher, CachedTeacher):
+        return teacher.cache.manifest.identity["teacher"]["name"]
+    if isinstance(teacher, LocalTeacher):
+        teacher = teacher.model
+    if isinstance(teacher, Teacher):
+        raise UserError(f"A {type(teacher).__name__} does not tell its tokenizer: pass teacher_processing_class.")
+    return teacher if isinstance(teacher, str) else name_of(teacher)
