@@ -137,7 +137,7 @@ def method_crossings(imports: list[Import], methods: set[str]) -> list[str]:
 
     def method_of(module: str) -> str | None:
         name = module.removeprefix("mmkd.methods.").split(".")[0]
-        return next((method for method in methods if name in {method, f"{method}_config"}), None)
+        return next((method for method in methods if name == method or name.startswith(f"{method}_")), None)
 
     return [
         str(item)

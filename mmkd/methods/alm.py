@@ -43,8 +43,8 @@ from mmkd.training.teaching import StudentSide, Teaching, load_teacher
 
 from .alm_config import DIVERGENCES
 from .alm_config import ALMConfig as ALMConfig
+from .alm_readings import TwoReadings
 from .pair_rollouts import as_teacher_reads, said
-from .two_readings import TwoReadings
 
 _PROJECTION = "alm_projection"
 
@@ -118,7 +118,7 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
         align = self._readings.aligner(self.processing_class, self.args)
         if isinstance(teacher, CachedTeacher):
             teacher.check(preparation_of(reader.processing_class, reader.args, reader.chat_template))
-            self._check_cached_rows(teacher)
+            _check_cached_rows(teacher, self.train_dataset, self.eval_dataset)
         elif not isinstance(teacher, Teacher):
             model = load_teacher(teacher, self.args)
             tokens = len(tokenizer_of(reader.processing_class))
@@ -157,12 +157,6 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
             examples[row] = as_teacher_reads(examples[row], text, whole, placing.rollout.ended, reader)
         aligned = self._aligned(batch.to("cpu"), examples).to(self.accelerator.device)
         return replace(batch, teacher=aligned.teacher, alignment=aligned.alignment)
-
-    def _check_cached_rows(self, teacher: CachedTeacher) -> None:
-        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        for name, dataset in {"train": self.train_dataset, **evaluation}.items():
-            if isinstance(dataset, Dataset) and "teacher_input_ids" in dataset.column_names:
-                teacher.check_sequences(teacher_sequences(dataset), name)
 
     def ask(self, batch: Batch) -> ChunkSignal:
         """How likely the teacher finds each chunk of the batch."""
@@ -310,6 +304,13 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
 
 
 METHOD = Method(ALMTrainer)
+
+
+def _check_cached_rows(teacher: CachedTeacher, train: Any, evaluation: Any) -> None:
+    splits = {"train": train, **(evaluation if isinstance(evaluation, dict) else {"eval": evaluation})}
+    for name, dataset in splits.items():
+        if isinstance(dataset, Dataset) and "teacher_input_ids" in dataset.column_names:
+            teacher.check_sequences(teacher_sequences(dataset), name)
 
 
 def _after(boundary: Tensor, following: Int[Tensor, "chunk"]) -> Tensor:
