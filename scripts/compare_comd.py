@@ -69,10 +69,10 @@ def run_arm(recipe: Recipe, arm: str, seed: int, output: Path) -> Path:
     """Trains what is missing of an arm; the folder of its rounds."""
     pretrained = output / f"pt-seed{seed}"
     keys = {"schedule": ["PT"], "seed": seed, "output_dir": str(pretrained)}
-    run(recipe.with_(**{**keys, **recipe.given}))
+    run(recipe.with_(**{**keys, **recipe.overrides}))
     folder = output / f"{arm.replace(' ', '-')}-seed{seed}"
     own = {"schedule": ["CoMD"], "seed": seed, "student": str(pretrained / "1-PT"), "output_dir": str(folder)}
-    run(replace(recipe, given={**own, **settings(recipe, arm, seed, output)}))
+    run(replace(recipe, overrides={**own, **settings(recipe, arm, seed, output)}))
     return folder / "1-CoMD"
 
 

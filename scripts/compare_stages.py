@@ -114,7 +114,7 @@ def edited(recipe: Recipe, settings: dict[str, str], output: Path) -> Recipe:
             if name == only or (not only and stage.get("method", keys["method"]) != "sft"):
                 stage[field] = value
     path = output / f"{Path(recipe.place).stem}-{'-'.join(f'{key}_{value}' for key, value in settings.items())}.yaml"
-    return replace(replace(recipe, written=keys, given={}).write(path), given=recipe.given)
+    return replace(replace(recipe, written=keys, overrides={}).write(path), overrides=recipe.overrides)
 
 
 class Results:

@@ -75,7 +75,7 @@ def test_flags_as_keys():
     flags = ["--learning_rate", "1e-3", "--max_steps=2", "--save_strategy", "no", "--use_cpu", "--bf16", "false"]
     flags += ["--student_layers", "0", "3", "--run_name", "a: b"]
     expected = {"learning_rate": 1e-3, "max_steps": 2, "save_strategy": "no", "use_cpu": True, "bf16": False}
-    assert recipe_of("kd/quickstart", flags).given == expected | {"student_layers": [0, 3], "run_name": "a: b"}
+    assert recipe_of("kd/quickstart", flags).overrides == expected | {"student_layers": [0, 3], "run_name": "a: b"}
 
 
 def test_licences_of_all_parts_of_a_mixture_and_of_classes():

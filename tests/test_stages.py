@@ -179,7 +179,7 @@ def test_bad_stages(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_keys_of_stages(recipe: Path) -> None:
     stages = plan(recipe_of(recipe, ["--seed", "1", "--stages", "PT", "SFT", "SFT", "--output-dir=there"]))
-    assert all(stage.recipe.given == {"seed": 1} for stage in stages)
+    assert all(stage.recipe.overrides == {"seed": 1} for stage in stages)
     assert [str(stage.folder) for stage in stages] == ["there/1-PT", "there/2-SFT", "there/3-SFT"]
     assert [stage.recipe.keys["student"] for stage in stages[1:]] == ["there/1-PT", "there/2-SFT"]
     assert "student_vision_tower" in stages[0].recipe.keys
@@ -188,9 +188,9 @@ def test_keys_of_stages(recipe: Path) -> None:
 
 
 def test_flags_of_stages(recipe: Path) -> None:
-    assert recipe_of(recipe, ["--seed", "1", "--stages", "X", "Y", "--bf16"]).given["schedule"] == ["X", "Y"]
-    assert recipe_of(recipe, ["--stages=X"]).given == {"schedule": ["X"]}
-    assert recipe_of(recipe, ["--seed", "1"]).given == {"seed": 1}
+    assert recipe_of(recipe, ["--seed", "1", "--stages", "X", "Y", "--bf16"]).overrides["schedule"] == ["X", "Y"]
+    assert recipe_of(recipe, ["--stages=X"]).overrides == {"schedule": ["X"]}
+    assert recipe_of(recipe, ["--seed", "1"]).overrides == {"seed": 1}
 
 
 def test_an_adapter_is_for_the_last_stage(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

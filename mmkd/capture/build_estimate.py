@@ -22,25 +22,27 @@ def report_estimate(plan: "ScorePlan", console: Console) -> None:
     sequences, total = plan.prepared.splits["train"], sum(plan.manifest.total_rows.values())
     count = min(_SAMPLE_ROWS, len(sequences))
     places = [index * len(sequences) // count for index in range(count)]
-    found = [one for place in places for _, one in usable(sequences, range(place, place + 1))]
-    asked = [one for one in found if isinstance(one, TokenSequence)]
+    results = [result for place in places for _, result in usable(sequences, range(place, place + 1))]
+    asked = [result for result in results if isinstance(result, TokenSequence)]
     if not asked:
-        reason = next((one.reason for one in found if isinstance(one, UnusableRow)), "no token is supervised")
+        reason = next(
+            (result.reason for result in results if isinstance(result, UnusableRow)), "no token is supervised"
+        )
         raise UserError(f"None of the {count} sampled rows can be read; the first: {reason}")
     # The first question loads the teacher and warms it up.
     plan.scorer.score(asked[:1], lambda tokens: None)
     start = time.perf_counter()
     answers = plan.scorer.score(asked, lambda tokens: None)
     seconds = (time.perf_counter() - start) / len(asked)
-    scores = [one for one in answers if not isinstance(one, UnusableRow)]
+    scores = [answer for answer in answers if not isinstance(answer, UnusableRow)]
     if not scores:
-        reason = next(one.reason for one in answers if isinstance(one, UnusableRow))
+        reason = next(answer.reason for answer in answers if isinstance(answer, UnusableRow))
         raise UserError(
             f"The teacher refused all {len(asked)} sampled rows, so nothing can be estimated; the first: {reason}"
         )
-    supervised = sum(len(one) for one in scores)
-    encoded = sum(len(plan.codec.encode(one)) for one in scores)
-    read = sum(len(one.ids) for one in asked) / len(asked)
+    supervised = sum(len(score) for score in scores)
+    encoded = sum(len(plan.codec.encode(score)) for score in scores)
+    read = sum(len(sequence.ids) for sequence in asked) / len(asked)
     tokens, labels = read * total, supervised / len(scores) * total
     counted = [split for split in plan.prepared.splits.values() if isinstance(split, Sequences)]
     if counted:

@@ -28,11 +28,13 @@ from mmkd.generation.generator import Advance
 from mmkd.models.load import tokenizer_of
 from mmkd.precision import name_of_dtype, product_dtype, say_float32
 from mmkd.recipe.cache_arguments import CacheArguments
-from mmkd.recipe.run import Run, load_rows_of, teacher_identity
+from mmkd.recipe.recipe import Run
+from mmkd.recipe.run import load_rows_of
 from mmkd.recipe.run_models import load_teacher, student_processing_class, teacher_processing_class
+from mmkd.recipe.run_teacher import teacher_identity
 from mmkd.teachers.vllm_client import ServerFacts, VLLMClient
 
-from .scorers import LocalScorer, Scorer, ServerScorer, Wanted
+from .scorers import LocalScorer, ScoreFormat, Scorer, ServerScorer
 from .sequences import Prepared, TokenSequence, UnusableRow, prepare, usable
 
 
@@ -99,21 +101,21 @@ class ScorePlan(Plan):
     def scorer(self) -> Scorer:
         """Whoever answers; loading the teacher waits until somebody asks."""
         run, codec = self.run, self.codec
-        wanted = Wanted(codec.kind, codec.k, codec.m, self.manifest.identity["signal"]["vocab_size"])
+        score_format = ScoreFormat(codec.kind, codec.k, codec.m, self.manifest.identity["signal"]["vocab_size"])
         if run.arguments.teacher_server is not None:
-            return ServerScorer(client_of(run, self.prepared.processing_class), wanted)
+            return ServerScorer(client_of(run, self.prepared.processing_class), score_format)
         assert run.arguments.teacher is not None
         model = load_teacher(run, run.arguments.teacher, self.dtype)
-        return LocalScorer(model, self.prepared, wanted, self.arguments.cache_batch_tokens)
+        return LocalScorer(model, self.prepared, score_format, self.arguments.cache_batch_tokens)
 
     def files(self) -> dict[str, bytes]:
         return {TOKEN_ORDER: order_bytes(self.codec.order)} if self.codec.kind == "top_k" else {}
 
     def shard(self, split: str, number: int, advance: Advance) -> ShardResult:
         start, teacher_start = time.perf_counter(), self.scorer.teacher_seconds
-        found = list(usable(self.prepared.splits[split], self.manifest.span(split, number)))
-        asked = [(row, sequence) for row, sequence in found if isinstance(sequence, TokenSequence)]
-        skipped = {row: Skipped(one.reason) for row, one in found if isinstance(one, UnusableRow)}
+        sequences = list(usable(self.prepared.splits[split], self.manifest.span(split, number)))
+        asked = [(row, sequence) for row, sequence in sequences if isinstance(sequence, TokenSequence)]
+        skipped = {row: Skipped(sequence.reason) for row, sequence in sequences if isinstance(sequence, UnusableRow)}
         self.refuse(skipped, split)
         rows = []
         answers = self.scorer.score([sequence for _, sequence in asked], advance)

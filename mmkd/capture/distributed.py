@@ -48,10 +48,10 @@ def shards_on_ray(plan: Plan, missing: list[tuple[str, int]]) -> Iterator[ShardR
             max_task_retries=_TRIES - 1,
         )
         for row in _explained(results.iter_rows(), RayActorError):
-            found = pickle.loads(row["result"])
-            if isinstance(found, ValueError):
-                raise UserError(str(found))
-            yield found
+            outcome = pickle.loads(row["result"])
+            if isinstance(outcome, ValueError):
+                raise UserError(str(outcome))
+            yield outcome
     finally:
         if started:
             ray.shutdown()
@@ -93,7 +93,7 @@ class _Worker:
     def __call__(self, shard: dict[str, Any]) -> dict[str, bytes]:
         # Ray wraps what a worker raises until its message is hard to find; bad input should read as it does elsewhere.
         try:
-            found = self.plan.shard(str(shard["split"]), int(shard["number"]), lambda tokens: None)
+            outcome = self.plan.shard(str(shard["split"]), int(shard["number"]), lambda tokens: None)
         except ValueError as error:
-            found = error
-        return {"result": pickle.dumps(found)}
+            outcome = error
+        return {"result": pickle.dumps(outcome)}

@@ -24,14 +24,16 @@ def measure_fidelity(run: Run, cache: Cache, rows: int) -> dict[str, float]:
         raise UserError(
             "The distance to the live teacher is measured on the exact part of a top-k, which this cache has not."
         )
-    ours, theirs = ({name: one.identity[name] for name in _COMPARED} for one in (plan.manifest, cache.manifest))
+    ours, theirs = (
+        {name: manifest.identity[name] for name in _COMPARED} for manifest in (plan.manifest, cache.manifest)
+    )
     different = differences(ours, theirs)
     if different:
         raise UserError(f"{cache.folder} is not the cache of this recipe: {'; '.join(different)}.")
     sequences = plan.prepared.splits["train"]
     places = sorted({index * len(sequences) // rows for index in range(rows)})
-    found = [one for place in places for _, one in usable(sequences, range(place, place + 1))]
-    asked = [one for one in found if isinstance(one, TokenSequence)]
+    results = [result for place in places for _, result in usable(sequences, range(place, place + 1))]
+    asked = [result for result in results if isinstance(result, TokenSequence)]
     divergences = []
     for sequence, live in zip(asked, plan.scorer.score(asked, lambda tokens: None), strict=True):
         row = cache.find(sequence.key)
@@ -60,6 +62,6 @@ def divergence(live: TokenScores, cached: TokenScores) -> np.ndarray:
         p = np.zeros_like(q)
         p[theirs] = np.exp(live.log_probs[place][ours].astype(np.float64))
         p, q = (np.append(mass, max(1 - mass.sum(), 1e-12)) for mass in (p, q))
-        told = p > 0
-        values.append(float((p[told] * np.log(p[told] / q[told])).sum()))
+        positive = p > 0
+        values.append(float((p[positive] * np.log(p[positive] / q[positive])).sum()))
     return np.array(values)

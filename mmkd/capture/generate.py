@@ -90,11 +90,11 @@ class GeneratePlan(Plan):
         raw = dict(zip(span, read_rows(dataset.select(span), dataset.column_names), strict=True))
         asked, skipped = [], {}
         for row, values in raw.items():
-            one = self._asked(row, values)
-            if isinstance(one, UnusableRow):
-                skipped[row] = Skipped(one.reason)
+            request = self._asked(row, values)
+            if isinstance(request, UnusableRow):
+                skipped[row] = Skipped(request.reason)
             else:
-                asked.append(one)
+                asked.append(request)
         self.refuse(skipped, split)
         asked = [row for row in asked if not self._too_long(row, skipped)]
         arguments, rows = self.arguments, []
@@ -165,12 +165,12 @@ class GeneratePlan(Plan):
 
     def _row(self, row: Mapping[str, Any], prompt: AskedRow, sample: int, answer: Answer) -> dict[str, Any]:
         asked = question_of(row)
-        said = answer.text if isinstance(asked, str) else [{"role": "assistant", "content": answer.text}]
+        completion = answer.text if isinstance(asked, str) else [{"role": "assistant", "content": answer.text}]
         key = hashlib.blake2b(json.dumps([list(map(int, prompt.ids)), sample]).encode(), digest_size=16)
         for image in prompt.images:
             key.update(bytes.fromhex(image))
         others = {name: row[name] for name in ("images", "tools") if name in row}
-        own = {"prompt": asked, "completion": said, **others}
+        own = {"prompt": asked, "completion": completion, **others}
         own = {name: encoded_json(value, self.features[name]) for name, value in own.items()}
         facts = {"sample": sample, "finish_reason": answer.finish_reason}
         return {"key": key.digest(), "tokens": len(answer.ids), **own, **facts}
@@ -236,14 +236,14 @@ def describe_answers(folder: Path, manifest: Manifest) -> str:
     if not cut:
         return f"{total:,} answers, none cut off."
     longest = manifest.identity["sampling"]["max_new_tokens"]
-    said = f"{total:,} answers, {cut:,} of them cut off at cache_max_new_tokens {longest}"
+    summary = f"{total:,} answers, {cut:,} of them cut off at cache_max_new_tokens {longest}"
     if "filters" in (yaml.safe_load((folder / DATA_RECIPE).read_text(encoding="utf-8")) or {}):
         return (
-            f"{said}: {DATA_RECIPE} leaves those out of training. Raise cache_max_new_tokens and name another folder "
-            "to get them whole, or build again with cache_keep_truncated: true to train on them up to where they were "
-            "cut."
+            f"{summary}: {DATA_RECIPE} leaves those out of training. Raise cache_max_new_tokens and name another "
+            "folder to get them whole, or build again with cache_keep_truncated: true to train on them up to where "
+            "they were cut."
         )
-    return f"{said}, which {DATA_RECIPE} trains on up to where they were cut (cache_keep_truncated)."
+    return f"{summary}, which {DATA_RECIPE} trains on up to where they were cut (cache_keep_truncated)."
 
 
 def too_long_prompt(tokens: int, room: int | None) -> UnusableRow | None:

@@ -24,7 +24,7 @@ from .sequences import Prepared, TokenSequence, UnusableRow
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ScoreFormat:
     """What is asked about every supervised token."""
 
     kind: str
@@ -47,15 +47,17 @@ class Scorer(ABC):
 class LocalScorer(Scorer):
     """A model in this process, which reads sequences of like length together."""
 
-    def __init__(self, model: PreTrainedModel, prepared: Prepared, wanted: Wanted, batch_tokens: int):
-        self.teacher = LocalTeacher(model, wanted.vocab_size)
+    def __init__(self, model: PreTrainedModel, prepared: Prepared, score_format: ScoreFormat, batch_tokens: int):
+        self.teacher = LocalTeacher(model, score_format.vocab_size)
         self.device = Accelerator().device
         self.teacher.place(self.device)
         self.positions = positions_of(model.config)
-        self.prepared, self.wanted, self.batch_tokens = prepared, wanted, batch_tokens
+        self.prepared, self.score_format, self.batch_tokens = prepared, score_format, batch_tokens
 
     def score(self, sequences: Sequence[TokenSequence], advance: Advance) -> list[TokenScores | UnusableRow]:
-        answers: list[TokenScores | UnusableRow | None] = [too_long(len(one.ids), self.positions) for one in sequences]
+        answers: list[TokenScores | UnusableRow | None] = [
+            too_long(len(sequence.ids), self.positions) for sequence in sequences
+        ]
         fitting = [place for place, answer in enumerate(answers) if answer is None]
         for batch in batches([len(sequences[place].ids) for place in fitting], self.batch_tokens):
             places = [fitting[place] for place in batch]
@@ -75,47 +77,47 @@ class LocalScorer(Scorer):
         return [answer for answer in answers if answer is not None]
 
     def _score_batch(self, sequences: list[TokenSequence]) -> TokenScores:
-        device, wanted = self.device, self.wanted
+        device, score_format = self.device, self.score_format
         inputs, supervised = self.prepared.batch(sequences)
         inputs = {name: value.to(device) if hasattr(value, "to") else value for name, value in inputs.items()}
         supervised = supervised.to(device)
         start = time.perf_counter()
         signal = self.teacher.ask(inputs, supervised)
         self.teacher_seconds += time.perf_counter() - start
-        if wanted.kind == "log_probs":
+        if score_format.kind == "log_probs":
             labels = inputs["input_ids"][:, 1:][supervised]
             nothing = np.zeros((len(labels), 0), dtype=np.int32)
             values = label_log_probs(signal, labels)[:, None]
             return TokenScores(nothing, values, nothing, np.full(len(labels), -np.inf, dtype=np.float32))
         # From the key, so that a sequence has the same draws whichever batch or machine it is in.
         offsets = [
-            np.random.default_rng(int.from_bytes(one.key, "little")).random(int(one.supervised.sum()))
-            for one in sequences
+            np.random.default_rng(int.from_bytes(sequence.key, "little")).random(int(sequence.supervised.sum()))
+            for sequence in sequences
         ]
-        return score_tokens(signal, wanted.k, wanted.m, np.concatenate(offsets))
+        return score_tokens(signal, score_format.k, score_format.m, np.concatenate(offsets))
 
 
 class ServerScorer(Scorer):
     """vLLM over HTTP."""
 
-    def __init__(self, client: VLLMClient, wanted: Wanted):
-        self.client, self.wanted = client, wanted
+    def __init__(self, client: VLLMClient, score_format: ScoreFormat):
+        self.client, self.score_format = client, score_format
 
     def score(self, sequences: Sequence[TokenSequence], advance: Advance) -> list[TokenScores | UnusableRow]:
         answers: list[TokenScores | UnusableRow] = []
         questions = map(question_of, sequences)
-        found = self.client.score(questions, self.wanted.k, self.wanted.vocab_size)
+        replies = self.client.score(questions, self.score_format.k, self.score_format.vocab_size)
         start = time.perf_counter()
-        for sequence, answer in zip(sequences, found, strict=True):
+        for sequence, reply in zip(sequences, replies, strict=True):
             self.teacher_seconds += time.perf_counter() - start
-            answers.append(UnusableRow(answer.reason) if isinstance(answer, RowError) else self._scores(answer))
+            answers.append(UnusableRow(reply.reason) if isinstance(reply, RowError) else self._scores(reply))
             advance(len(sequence.ids))
             start = time.perf_counter()
         return answers
 
     def _scores(self, answer: TopK) -> TokenScores:
         nothing = np.zeros((len(answer.ids), 0), dtype=np.int32)
-        if self.wanted.kind == "log_probs":
+        if self.score_format.kind == "log_probs":
             return TokenScores(
                 nothing, answer.label_log_probs[:, None], nothing, np.full(len(nothing), -np.inf, np.float32)
             )

@@ -61,14 +61,14 @@ class Sequences:
         spans: list[tuple[int, int, int]] = []
         self.counts = np.zeros(0, dtype=np.int64)
         self.tokens = self.supervised_tokens = 0
-        for one in sequences_of(dataset):
-            key = sequence_key(one.ids, one.supervised)
-            if one.supervised.any() and key not in seen:
+        for located in sequences_of(dataset):
+            key = sequence_key(located.ids, located.supervised)
+            if located.supervised.any() and key not in seen:
                 seen.add(key)
-                spans.append((one.row, one.span.start, one.span.stop))
-                self.tokens += len(one.ids)
-                self.supervised_tokens += int(one.supervised.sum())
-                self.counts = _added(self.counts, np.bincount(one.ids))
+                spans.append((located.row, located.span.start, located.span.stop))
+                self.tokens += len(located.ids)
+                self.supervised_tokens += int(located.supervised.sum())
+                self.counts = _added(self.counts, np.bincount(located.ids))
         self.dataset = dataset.select_columns(["input_ids", "labels"]).with_format("numpy")
         self._spans = np.array(spans, dtype=np.int64).reshape(-1, 3)
 
@@ -77,10 +77,10 @@ class Sequences:
 
     def __getitem__(self, row: int) -> TokenSequence | UnusableRow:
         place, start, stop = self._spans[row].tolist()
-        found = self.dataset[place]
-        supervised = found["labels"][start:stop] != -100
+        tokens = self.dataset[place]
+        supervised = tokens["labels"][start:stop] != -100
         supervised[:1] = False
-        return TokenSequence(found["input_ids"][start:stop].astype(np.int32), supervised)
+        return TokenSequence(tokens["input_ids"][start:stop].astype(np.int32), supervised)
 
 
 class VisionSequences:

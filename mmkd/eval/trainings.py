@@ -127,8 +127,8 @@ def make_baseline(recipe: Recipe, folder: Path) -> Recipe:
             kept, known = _without(kept, _TEACHERS), known - _TEACHERS
     comment = f"The SFT baseline of {recipe.name}: its student, data and settings, without its teacher in the loss."
     made = Recipe.of({**kept, "method": BASELINE_METHOD}, folder / BASELINE).write(folder / BASELINE, comment)
-    given = {key: value for key, value in recipe.given.items() if key in known - {"method"}}
-    return replace(made, given=given, spelled=recipe.spelled)
+    overrides = {key: value for key, value in recipe.overrides.items() if key in known - {"method"}}
+    return replace(made, overrides=overrides, spelled=recipe.spelled)
 
 
 def label(recipe: Recipe) -> str:
@@ -140,7 +140,7 @@ def label(recipe: Recipe) -> str:
 def _alone(recipe: Recipe) -> Run:
     """The run of a recipe that saves nothing and whose batches of held-out rows are items to resample."""
     settings = {"per_device_eval_batch_size": 1, "save_strategy": "no"}
-    return recipe.with_(**{**settings, **recipe.given}).parse()
+    return recipe.with_(**{**settings, **recipe.overrides}).parse()
 
 
 def _prepare(run: Run, folder: Path) -> None:

@@ -74,9 +74,9 @@ class LocalGenerator(Generator[Asked]):
         # The prompts alone would not say which random numbers they get: those are of this call and batch.
         with seeded(self.model, sampling.seed), speaking(self.model, self.own_settings):
             for places in self.batches(prompts):
-                found = self.continued([prompts[place] for place in places], sampling, samples)
-                answers |= zip(places, found, strict=True)
-                advance(sum(len(answer.ids) for own in found for answer in own))
+                continuations = self.continued([prompts[place] for place in places], sampling, samples)
+                answers |= zip(places, continuations, strict=True)
+                advance(sum(len(answer.ids) for own in continuations for answer in own))
         return [answers[place] for place in range(len(prompts))]
 
     def continued(self, prompts: list[Asked], sampling: Sampling, samples: int) -> list[list[Answer]]:
@@ -156,15 +156,15 @@ def by_number(order: Iterable[int], size: int) -> list[list[int]]:
 
 def stops_of(model: Any) -> list[int]:
     """The tokens at which the model's own generation ends."""
-    told = None if model.generation_config is None else model.generation_config.eos_token_id
-    return [told] if isinstance(told, int) else list(told or [])
+    stops = None if model.generation_config is None else model.generation_config.eos_token_id
+    return [stops] if isinstance(stops, int) else list(stops or [])
 
 
 def silenced_tokens(model: Any, vocab_size: int) -> list[int]:
     """What an answer must not hold: tokens from `vocab_size` on, and those that stand for images."""
     rows = full_head(model).vocab_size
-    told = [getattr(model.config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id")]
-    images = [token for token in told if isinstance(token, int)]
+    tokens = [getattr(model.config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id")]
+    images = [token for token in tokens if isinstance(token, int)]
     return sorted({*range(vocab_size, rows), *images})
 
 

@@ -35,7 +35,7 @@ class ServerGenerator(Generator[Asked]):
             "seed": sampling.seed,
         }
         answers: list[list[Answer] | RowError] = []
-        for found in self.client.generate(map(self.prompt_of, prompts), {**settings, **self.own}, samples):
-            answers.append(found)
-            advance(0 if isinstance(found, RowError) else sum(len(answer.ids) for answer in found))
+        for reply in self.client.generate(map(self.prompt_of, prompts), {**settings, **self.own}, samples):
+            answers.append(reply)
+            advance(0 if isinstance(reply, RowError) else sum(len(answer.ids) for answer in reply))
         return answers

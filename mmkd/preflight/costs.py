@@ -10,7 +10,7 @@ from mmkd.cache.hub import is_hub_id
 from mmkd.cache.manifest import NAME
 from mmkd.preparation.supervision import kept
 from mmkd.recipe.recipe import Run
-from mmkd.recipe.run import own_rows_of
+from mmkd.recipe.run_teacher import own_rows_of
 from mmkd.units import readable_size
 
 from .estimate import Loaded, memory_estimate, shape_of

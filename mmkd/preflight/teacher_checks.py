@@ -10,7 +10,7 @@ from mmkd.capture.build_plan import check_place, check_settings
 from mmkd.capture.sequences import TokenSequence, prepare, usable
 from mmkd.errors import UserError
 from mmkd.recipe.recipe import Run
-from mmkd.recipe.run import check_cache, own_rows_of
+from mmkd.recipe.run_teacher import check_cache, own_rows_of
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.vllm_client import VLLMClient

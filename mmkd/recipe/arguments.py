@@ -171,7 +171,7 @@ class RunArguments:
         if one_too:
             raise UserError("teacher, teacher_cache and teacher_server say who teaches, and so does `teachers`.")
         if not METHODS[self.method].takes_several:
-            several = ", ".join(name for name, one in METHODS.items() if one.takes_several)
+            several = ", ".join(name for name, method in METHODS.items() if method.takes_several)
             raise UserError(f"Method {self.method} learns from one teacher; `teachers` are for {several}.")
         known = [part.name for part in fields(self) if part.name.startswith("teacher_")]
         known = ["teacher", "weight", *(name for name in known if name != "teacher_column")]

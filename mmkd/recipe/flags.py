@@ -46,22 +46,22 @@ def recipe_of(name_or_path: str | Path, flags: Sequence[str] = ()) -> Recipe:
     method = recipe.with_(method=first["method"]).method if "method" in first else recipe.method
     parser = _parser_of(method)
     launch_keys = set() if recipe.accelerate_config is None else launch_keys_of(parser.names)
-    given: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     spelled: dict[str, list[str]] = {}
     for flag in read:
         name = flag.name
         if name in parser.options:
             words = _words(flag, *parser.arity(name), method, parser)
             key = parser.options[name]
-            given[key] = parser.value(name, words)
+            overrides[key] = parser.value(name, words)
             # One spelling of what is true or false; the others as they were typed.
             spelled.pop(key, None)
-            if parser.arity(name)[0] or given[key] is True:
+            if parser.arity(name)[0] or overrides[key] is True:
                 spelled[key] = words if parser.arity(name)[0] else []
         elif name in STAGE_KEYS:
             if not recipe.in_stages:
                 raise UserError(f"{recipe.name} has no stages, so {flag.typed} has nothing to choose from.")
-            given["schedule"] = _words(flag, 0, None, method, parser)
+            overrides["schedule"] = _words(flag, 0, None, method, parser)
         elif name == CONFIG or name in launch_keys:
             takes = 0 if name != CONFIG and launch_options()[name].nargs == 0 else 1
             launch[name] = (_words(flag, takes, takes, method, parser) or [True])[0]
@@ -70,7 +70,7 @@ def recipe_of(name_or_path: str | Path, flags: Sequence[str] = ()) -> Recipe:
             advice = "." if flag.typed else "; write --key value."
             name = word.removeprefix("--").partition("=")[0]
             raise UserError(f"{word} is no flag of method {method}{advice}{nearest(name, parser.names)}")
-    return replace(recipe, given=given, spelled=spelled)
+    return replace(recipe, overrides=overrides, spelled=spelled)
 
 
 @functools.cache

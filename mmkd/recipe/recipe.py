@@ -47,7 +47,7 @@ class Recipe:
     """As the user named it: a path, or a shipped recipe."""
     place: str = ""
     """Path of its YAML, which errors name."""
-    given: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     """Keys that win over the file's, and in a recipe in stages over those of every stage: what flags have set."""
     launch: Mapping[str, Any] = field(default_factory=dict)
     """What flags say to `accelerate launch`, accelerate_config among it. It starts processes and decides no result."""
@@ -75,7 +75,7 @@ class Recipe:
     @property
     def keys(self) -> dict[str, Any]:
         """All keys of the run."""
-        return {**self.written, **self.given}
+        return {**self.written, **self.overrides}
 
     @property
     def method(self) -> str:
@@ -122,18 +122,18 @@ class Recipe:
     def with_(self, **keys: Any) -> "Recipe":
         """The recipe with other values for some keys, which win over its file's and over those of its stages."""
         spelled = {key: words for key, words in self.spelled.items() if key not in keys}
-        return replace(self, given={**self.given, **keys}, spelled=spelled)
+        return replace(self, overrides={**self.overrides, **keys}, spelled=spelled)
 
     def without(self, *names: str) -> "Recipe":
         """The recipe without some of its keys."""
-        written, given = (
-            {key: value for key, value in keys.items() if key not in names} for keys in (self.written, self.given)
+        written, overrides = (
+            {key: value for key, value in keys.items() if key not in names} for keys in (self.written, self.overrides)
         )
-        return replace(self, written=written, given=given)
+        return replace(self, written=written, overrides=overrides)
 
     def flags(self) -> list[str]:
         """The flags that make this recipe of its file, each in one spelling."""
-        return _flags_of(self.given, self.spelled)
+        return _flags_of(self.overrides, self.spelled)
 
     def command_line(self) -> list[str]:
         """What says the same after mmkd-train."""
@@ -145,7 +145,7 @@ class Recipe:
         text = header + yaml.safe_dump(self.keys, sort_keys=False, allow_unicode=True)
         write_file(path, text)
         place = str(path)
-        return replace(self, written=self.keys, name=place, place=place, given={}, spelled={}, text=text)
+        return replace(self, written=self.keys, name=place, place=place, overrides={}, spelled={}, text=text)
 
     def parse(self) -> "Run":
         """The run that the recipe describes.
@@ -158,7 +158,7 @@ class Recipe:
         if self.accelerate_config is not None:
             known |= launch_keys_of(parser.names)
         for key in (key for key in keys if key not in known):
-            if key in self.given:
+            if key in self.overrides:
                 raise UserError(f"--{key} is no flag of method {method}.{nearest(key, parser.names)}")
             raise UserError(
                 f"{self.place} sets {key!r}, which method {method} does not know.{nearest(key, parser.names)}"

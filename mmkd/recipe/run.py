@@ -24,11 +24,7 @@ from mmkd.training.run_trainer import RunTrainer
 from .recipe import Run
 from .run_models import check_student, load_student, load_teacher, student_processing_class, teacher_processing_class
 from .run_record import RunRecord
-from .run_teacher import absent_teacher, reads_teacher, several_teachers
-from .run_teacher import check_cache as check_cache
-from .run_teacher import own_rows_of as own_rows_of
-from .run_teacher import teacher_identity as teacher_identity
-from .run_teacher import without_unreadable as without_unreadable
+from .run_teacher import absent_teacher, own_rows_of, reads_teacher, several_teachers, without_unreadable
 
 # Of the trackers, those whose callbacks refuse to be made without their package.
 _CHECKED = {"azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune"}
@@ -79,7 +75,9 @@ def build_token_trainer(run: Run) -> DistillationTrainer:
     elif not reads_teacher(arguments):
         teacher = absent_teacher(run, tokenizer_of(student_processing_class(run)))
     asked = zip(run.by_teacher().values(), parts_of(teacher), strict=True)
-    data = without_unreadable(data, [(one, part.cache) for one, part in asked if isinstance(part, CachedTeacher)])
+    data = without_unreadable(
+        data, [(teacher_run, part.cache) for teacher_run, part in asked if isinstance(part, CachedTeacher)]
+    )
     adapter: Any = get_peft_config(run.student)
     if adapter is not None:
         # What the adapter belongs to; PEFT would load it onto the newest revision.
@@ -129,20 +127,20 @@ def resume_point(training: DistillationConfig) -> str | None:
     `resume_from_checkpoint: true` is the newest complete one, if any. Raises UserError when a fresh start would mix
     with an earlier run's checkpoints, or when the named checkpoint is not complete.
     """
-    output_dir, wanted = training.output_dir or "", training.resume_from_checkpoint
+    output_dir, requested = training.output_dir or "", training.resume_from_checkpoint
     newest = last_checkpoint(output_dir)
-    if not wanted or str(wanted).lower() == "false":
+    if not requested or str(requested).lower() == "false":
         if newest is not None:
             raise UserError(
                 f"{output_dir} holds the checkpoint {newest.name} of an earlier run. Go on from it with "
                 "--resume_from_checkpoint true, or name another output_dir, or delete the folder."
             )
         return None
-    if str(wanted).lower() == "true":
+    if str(requested).lower() == "true":
         return None if newest is None else str(newest)
-    if not _is_complete(Path(wanted)):
-        raise UserError(f"{wanted} is no complete checkpoint: it has no readable trainer_state.json.")
-    return str(wanted)
+    if not _is_complete(Path(requested)):
+        raise UserError(f"{requested} is no complete checkpoint: it has no readable trainer_state.json.")
+    return str(requested)
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -107,9 +107,9 @@ def pruning_of(run: Run) -> dict[str, Any]:
 def _made_dtype(run: Run, source: torch.dtype) -> torch.dtype:
     """The type of a student that is made here: that of its source for auto, and one that the device multiplies."""
     name = run.student.dtype
-    wanted = source if name == "auto" else getattr(torch, name or "float32")
-    computed = product_dtype(wanted, run.training.device)
-    if computed != wanted:
+    requested = source if name == "auto" else getattr(torch, name or "float32")
+    computed = product_dtype(requested, run.training.device)
+    if computed != requested:
         say_float32()
     return computed
 

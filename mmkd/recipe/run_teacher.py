@@ -24,7 +24,7 @@ from .arguments import RunArguments
 from .recipe import Run
 from .run_models import load_teacher, teacher_processing_class
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher:
@@ -68,13 +68,17 @@ def absent_teacher(run: Run, student: Any) -> CachedTeacher | ServerTeacher:
 
 def several_teachers(run: Run, student: Any) -> SeveralTeachers:
     """The teachers of a run that names several, for a student with this tokenizer."""
-    arguments, found = run.arguments, {}
+    arguments, teachers = run.arguments, {}
     assert isinstance(arguments.teachers, dict)
-    for name, one in run.by_teacher().items():
-        read = reads_teacher(one.arguments)
-        found[name] = load_teacher(one, str(one.arguments.teacher)) if read else absent_teacher(one, student)
+    for name, teacher_run in run.by_teacher().items():
+        read = reads_teacher(teacher_run.arguments)
+        teachers[name] = (
+            load_teacher(teacher_run, str(teacher_run.arguments.teacher))
+            if read
+            else absent_teacher(teacher_run, student)
+        )
     weights = {name: float(keys.get("weight", 1)) for name, keys in arguments.teachers.items()}
-    return SeveralTeachers(found, None if arguments.teacher_column else weights, arguments.teacher_column)
+    return SeveralTeachers(teachers, None if arguments.teacher_column else weights, arguments.teacher_column)
 
 
 def teacher_identity(run: Run, download: bool = True) -> dict[str, Any]:
@@ -108,32 +112,32 @@ def check_cache(run: Run, cache: Cache) -> None:
         )
 
 
-def _check_dtype(wanted: str, cache: Cache) -> None:
-    found = cache.manifest.identity["teacher"]["dtype"]
+def _check_dtype(dtype: str, cache: Cache) -> None:
+    stored = cache.manifest.identity["teacher"]["dtype"]
     # A server does not say in which type it computes; auto asks for nothing. float32 is what a CPU that only emulates
     # half types computes of a recipe that asks for them.
-    if wanted != "auto" and found not in (None, "float32") and getattr(torch, wanted, wanted) != getattr(torch, found):
+    if dtype != "auto" and stored not in (None, "float32") and getattr(torch, dtype, dtype) != getattr(torch, stored):
         raise UserError(
-            f"The cache {cache.folder} was computed by a teacher in {found}, the recipe's teacher_dtype is {wanted}. "
-            f"Set teacher_dtype: {found} (or auto), or build a cache with teacher_dtype: {wanted} in another folder."
+            f"The cache {cache.folder} was computed by a teacher in {stored}, the recipe's teacher_dtype is {dtype}. "
+            f"Set teacher_dtype: {stored} (or auto), or build a cache with teacher_dtype: {dtype} in another folder."
         )
 
 
-def from_main_process(args: DistillationConfig, compute: Callable[[], Found]) -> Found:
+def from_main_process(args: DistillationConfig, compute: Callable[[], Result]) -> Result:
     """What `compute` gives on the main process, on every rank; every rank raises the ValueError that it raises."""
     if args.world_size == 1:
         return compute()
-    told: list[Any] = [None]
+    results: list[Any] = [None]
     if args.process_index == 0:
         try:
-            told = [compute()]
+            results = [compute()]
         except ValueError as error:
             # The others would wait for an answer until they time out.
-            told = [error]
-    (found,) = broadcast_object_list(told)
-    if isinstance(found, ValueError):
-        raise found
-    return found
+            results = [error]
+    (result,) = broadcast_object_list(results)
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def own_rows_of(run: Run, data: DatasetDict) -> DatasetDict:

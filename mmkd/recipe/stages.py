@@ -85,13 +85,13 @@ def plan(recipe: Recipe) -> list[Stage]:
     recipe does not have.
     """
     stages = recipe.stages
-    schedule = recipe.given.get("schedule", recipe.written.get("schedule") or list(stages))
+    schedule = recipe.overrides.get("schedule", recipe.written.get("schedule") or list(stages))
     if not schedule:
         raise UserError(f"--stages names no stage; those of {recipe.place} are {', '.join(stages)}.")
-    root, student = Path(recipe.keys.get("output_dir") or "runs"), recipe.given.get("student")
+    root, student = Path(recipe.keys.get("output_dir") or "runs"), recipe.overrides.get("student")
     # Going on from a checkpoint is no other training.
     own = {"output_dir", "student", "resume_from_checkpoint", *STAGE_KEYS}
-    given = {key: value for key, value in recipe.given.items() if key not in own}
+    overrides = {key: value for key, value in recipe.overrides.items() if key not in own}
     if student:
         recipe = replace(recipe, written={**recipe.written, "student": student})
     if student and _sees_images(student):
@@ -100,7 +100,9 @@ def plan(recipe: Recipe) -> list[Stage]:
     planned: list[Stage] = []
     for number, name in enumerate(schedule, start=1):
         folder = root / f"{number}-{name}"
-        staged = replace(recipe.stage(name), given=given, name=str(folder / RECIPE), place=str(folder / RECIPE))
+        staged = replace(
+            recipe.stage(name), overrides=overrides, name=str(folder / RECIPE), place=str(folder / RECIPE)
+        )
         if planned:
             before = planned[-1].recipe
             if before.keys.get("use_peft") and not METHODS[before.method].leaves_whole_student:

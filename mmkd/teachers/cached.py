@@ -124,32 +124,32 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
         key = sequence_key(ids, supervised, images)
         if key in self.cache.skipped_keys:
             return None
-        found = self.cache.find(key)
-        if found is None:
+        place = self.cache.find(key)
+        if place is None:
             raise UserError(
                 f"The cache {self.cache.folder} does not know a sequence of this batch (first tokens "
                 f"{ids[:8].tolist()}): the data or its preparation differs from what the cache was built on. Build it "
                 "again with this recipe."
             )
-        return self.cache.scores(found)
+        return self.cache.scores(place)
 
     def tensors(self, scores: list[TokenScores]) -> dict[str, Tensor]:
         """The fields of this teacher's signal for the supervised tokens of a batch."""
         scores = scores or [self._nothing()]
         if self.signal_type is LabelSignal:
-            log_probs = np.concatenate([one.log_probs[:, 0] for one in scores])
+            log_probs = np.concatenate([score.log_probs[:, 0] for score in scores])
             return {"log_probs": torch.from_numpy(log_probs).float().view(torch.int32)}
         if self.tail == "unbiased":
-            outcomes = [_with_draws(one) for one in scores]
+            outcomes = [_with_draws(score) for score in scores]
         else:
-            outcomes = [(one.ids, one.log_probs) for one in scores]
+            outcomes = [(score.ids, score.log_probs) for score in scores]
         ids = np.concatenate([ids for ids, _ in outcomes])
         log_probs = torch.from_numpy(np.concatenate([log_probs for _, log_probs in outcomes]))
         if self.tail == "renormalise":
             log_probs = log_probs.log_softmax(-1)
         fields = {"ids": torch.from_numpy(ids), "log_probs": log_probs}
         if self.tail == "bucket":
-            fields["tail_log_probs"] = torch.from_numpy(np.concatenate([one.tail_log_probs for one in scores]))
+            fields["tail_log_probs"] = torch.from_numpy(np.concatenate([score.tail_log_probs for score in scores]))
         # As integers, here and above: DeepSpeed turns all floats of a batch into its own, shorter type.
         return {name: tensor if name == "ids" else tensor.float().view(torch.int32) for name, tensor in fields.items()}
 

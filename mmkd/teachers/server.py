@@ -95,9 +95,9 @@ class ServerTeacher(Teacher[TopKSignal]):
 def questions_of(inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> list[ScoreRequest]:
     """One question per sequence of a batch that has a supervised token, in row-major order."""
     ids = inputs["input_ids"].cpu().numpy()
-    wanted = np.zeros(ids.shape, bool)
+    scored = np.zeros(ids.shape, bool)
     # Position i predicts token i + 1.
-    wanted[:, 1:] = supervised.cpu().numpy()
+    scored[:, 1:] = supervised.cpu().numpy()
     real = np.ones(ids.shape, bool)
     if inputs.get("attention_mask") is not None:
         real = inputs["attention_mask"].cpu().numpy().astype(bool)
@@ -109,9 +109,9 @@ def questions_of(inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch posi
         sequence = np.cumsum(begins[row][real[row]])
         cuts = np.flatnonzero(np.diff(sequence)) + 1
         for tokens, flags in zip(
-            np.split(ids[row][real[row]], cuts), np.split(wanted[row][real[row]], cuts), strict=True
+            np.split(ids[row][real[row]], cuts), np.split(scored[row][real[row]], cuts), strict=True
         ):
             if flags.any():
                 questions.append(ScoreRequest(tokens, flags))
-    assert sum(int(q.supervised.sum()) for q in questions) == int(wanted.sum()), "padding is never supervised"
+    assert sum(int(q.supervised.sum()) for q in questions) == int(scored.sum()), "padding is never supervised"
     return questions

@@ -69,7 +69,7 @@ class SeveralTeachers(Teacher[MixedSignal | RoutedSignal]):
     @property
     def caches(self) -> dict[str, CachedTeacher]:
         """Those that answer from a disk."""
-        return {name: one for name, one in self.teachers.items() if isinstance(one, CachedTeacher)}
+        return {name: teacher for name, teacher in self.teachers.items() if isinstance(teacher, CachedTeacher)}
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Each takes its place."""

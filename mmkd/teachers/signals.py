@@ -112,7 +112,9 @@ class MixedSignal:
     def chunks(self, size: int) -> Iterator[list[Share]]:
         """The shares of `size` tokens at a time."""
         for outcomes in zip(*(signal.chunks(size) for signal in self.signals.values()), strict=True):
-            yield [Share(name, self.weights[name], one) for name, one in zip(self.signals, outcomes, strict=True)]
+            yield [
+                Share(name, self.weights[name], entries) for name, entries in zip(self.signals, outcomes, strict=True)
+            ]
 
 
 @dataclass(frozen=True)

@@ -180,14 +180,14 @@ class VLLMClient:
         models = self._get(url, "/v1/models", wire.Models).data
         version = self._get(url, "/version", wire.Version).version
         # An adapter has the model it belongs to as its parent.
-        wanted = self._wanted_model
-        found = [m for m in models if m.id == wanted] if wanted else [m for m in models if m.parent is None]
-        if len(found) != 1:
+        name = self._wanted_model
+        matches = [m for m in models if m.id == name] if name else [m for m in models if m.parent is None]
+        if len(matches) != 1:
             names = ", ".join(repr(model.id) for model in models)
             raise UserError(
-                f"{url} serves {names}" + (f", not {wanted!r}." if wanted else ".") + " Name one of them as the model."
+                f"{url} serves {names}" + (f", not {name!r}." if name else ".") + " Name one of them as the model."
             )
-        (model,) = found
+        (model,) = matches
         if model.max_model_len is None:
             raise UserError(f"{url} does not state max_model_len for {model.id!r}: this is no vLLM server.")
         return ServerFacts((url,), model.id, model.root or model.id, model.max_model_len, version)
@@ -272,19 +272,19 @@ class VLLMClient:
         return self._endpoints.map(ask, enumerate(prompts))
 
     async def _score(self, question: ScoreRequest, k: int, vocab_size: int | None, model: str) -> TopK | RowError:
-        wanted = np.flatnonzero(question.supervised).tolist()
-        if not wanted:
+        places = np.flatnonzero(question.supervised).tolist()
+        if not places:
             return TopK(np.empty((0, k), np.int32), np.empty((0, k), np.float32), np.empty(0, np.float32))
         asked = k
         while True:
             answer = await self._ask(question, {"model": model, **wire.scoring(asked)}, generation=False)
             if isinstance(answer, RowError):
                 return answer
-            found = answer.prompt_logprobs or answer.choices[0].prompt_logprobs
-            positions = wire.positions(found, _scored_length(question))
-            entries = [positions[t] for t in wanted]
+            log_probs_by_place = answer.prompt_logprobs or answer.choices[0].prompt_logprobs
+            positions = wire.positions(log_probs_by_place, _scored_length(question))
+            entries = [positions[t] for t in places]
             ids, log_probs = wire.top_k(entries, asked)
-            labels = wire.log_probs_of(entries, [int(question.ids[t]) for t in wanted])
+            labels = wire.log_probs_of(entries, [int(question.ids[t]) for t in places])
             known = np.ones_like(ids, bool) if vocab_size is None else ids < vocab_size
             missing = k - int(known.sum(-1).min())
             if missing <= 0:

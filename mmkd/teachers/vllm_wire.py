@@ -80,13 +80,13 @@ def scoring(k: int) -> dict[str, Any]:
     return {"prompt_logprobs": k, "max_tokens": 1, "temperature": 0}
 
 
-def positions(found: Positions | None, count: int) -> list[dict[int, LogProb]]:
+def positions(entries: Positions | None, count: int) -> list[dict[int, LogProb]]:
     """One entry per token of the prompt, the first of them empty; ValueError when there is no such entry."""
-    if found is None:
+    if entries is None:
         raise UserError("The server gave no log-probs of the prompt; it must be a vLLM that takes prompt_logprobs.")
-    if len(found) != count:
-        raise UserError(f"The server scored {len(found)} tokens where {count} were sent.")
-    return [entry or {} for entry in found]
+    if len(entries) != count:
+        raise UserError(f"The server scored {len(entries)} tokens where {count} were sent.")
+    return [entry or {} for entry in entries]
 
 
 def top_k(
@@ -97,15 +97,15 @@ def top_k(
     An entry holds them and, where it is not among them, the actual token, whose rank is then above k. Raises
     ValueError when there are fewer than k, or when they are no log-probs.
     """
-    found = [log_prob for entry in entries for log_prob in entry.values()]
+    candidates = [log_prob for entry in entries for log_prob in entry.values()]
     token = np.repeat(np.arange(len(entries)), [len(entry) for entry in entries])
-    rank = np.array([log_prob.rank for log_prob in found], np.int64)
+    rank = np.array([log_prob.rank for log_prob in candidates], np.int64)
     listed = rank <= k
     token, rank = token[listed], rank[listed] - 1
     ids, log_probs = np.zeros((len(entries), k), np.int32), np.full((len(entries), k), np.inf, np.float32)
     ids[token, rank] = np.array([i for entry in entries for i in entry], np.int64)[listed]
     # None, vLLM's way to write a NaN, becomes NaN again.
-    log_probs[token, rank] = np.array([log_prob.logprob for log_prob in found], np.float32)[listed]
+    log_probs[token, rank] = np.array([log_prob.logprob for log_prob in candidates], np.float32)[listed]
     absent = np.isposinf(log_probs)
     if absent.any():
         raise UserError(

@@ -113,13 +113,13 @@ def _answered(
             fields[name][row, :length] = value[row, :length]
             if row in placed:
                 end = length + len(ids)
-                told = torch.tensor(ids, dtype=value.dtype, device=value.device)
+                answer = torch.tensor(ids, dtype=value.dtype, device=value.device)
                 if name == "labels":
                     fields[name][row, :length] = -100
                     if placed[row].rollout.ended or learn_truncated:
-                        fields[name][row, length:end] = told
+                        fields[name][row, length:end] = answer
                 elif name in ("input_ids", "attention_mask"):
-                    fields[name][row, length:end] = told if name == "input_ids" else 1
+                    fields[name][row, length:end] = answer if name == "input_ids" else 1
     visual = view.visual_tokens
     if visual is not None:
         # All images stand before the answer, so that none is added or lost.

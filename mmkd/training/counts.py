@@ -125,8 +125,8 @@ class CountingTrainer(HookedTrainer):
             # Another student than that of the last step.
             return None
         logged = [entry for entry in state.log_history if entry["step"] == state.global_step]
-        found = {name: value for entry in logged if "eval_runtime" in entry for name, value in entry.items()}
-        return {name: value for name, value in found.items() if name != "step"} or None
+        metrics = {name: value for entry in logged if "eval_runtime" in entry for name, value in entry.items()}
+        return {name: value for name, value in metrics.items() if name != "step"} or None
 
     def state_to_save(self) -> dict[str, Any]:
         """What was counted and not logged yet, over all ranks."""

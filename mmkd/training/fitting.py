@@ -81,9 +81,9 @@ def stop_where_answers_end(student: StudentSide) -> None:
     # The Trainer adds the tokenizer's EOS itself.
     added = add_stops(base.generation_config, [index for index in ends if index != tokenizer.eos_token_id])
     if added:
-        told = ", ".join(map(str, tokenizer.convert_ids_to_tokens(added)))
+        stops = ", ".join(map(str, tokenizer.convert_ids_to_tokens(added)))
         logger.warning(
-            f"The answers end with {told}, at which the student's generation did not stop. From now on it does, "
+            f"The answers end with {stops}, at which the student's generation did not stop. From now on it does, "
             "and so does the saved student (generation_config.eos_token_id)."
         )
 

@@ -55,8 +55,8 @@ class Prepared:
         if teacher is None and trainer.needs_teacher:
             raise UserError(f"Method {trainer.method} needs a teacher: pass a Hub id, a folder, a model or a Teacher.")
         # The Trainer writes into its settings, and trl warns of this one beside a student that is loaded.
-        given = settings_of(trainer, model, args)
-        args = copy(given)
+        settings = settings_of(trainer, model, args)
+        args = copy(settings)
         reads_rows = formatting is None and not skips_preparation(args)
         train, evaluation = rows
         if reads_rows:
@@ -67,7 +67,7 @@ class Prepared:
         if args.on_policy_fraction:
             check_rollouts(teacher, train)
         if isinstance(model, str):
-            model, processing_class = _load_student(model, given, processing_class, quantization)
+            model, processing_class = _load_student(model, settings, processing_class, quantization)
             args.model_init_kwargs = None
         if processing_class is None:
             processing_class = load_processing_class(name_of(model), "student")
@@ -107,9 +107,9 @@ def unread(data: Any) -> Any:
 def _load_student(
     name: str, args: DistillationConfig, processing_class: Any, quantization: Any
 ) -> tuple[PreTrainedModel, Any]:
-    given = args.model_init_kwargs or {}
-    assert isinstance(given, dict)
-    init: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **given}
+    settings = args.model_init_kwargs or {}
+    assert isinstance(settings, dict)
+    init: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **settings}
     init["quantization_config"] = quantization or init.get("quantization_config")
     if processing_class is None:
         hub = {key: init.get(key) for key in ("revision", "trust_remote_code")}

@@ -57,20 +57,20 @@ class ReportingTrainer(CountingTrainer, SFTTrainer):
 
     def _training_reports(self, sums: dict[str, Float[Tensor, "2"]]) -> dict[str, float]:
         """Averages over items, counts since the start of the run, speed and the time left."""
-        found: dict[str, float] = {}
+        report: dict[str, float] = {}
         if "rollout_tokens" in sums:
             # The tokens are counted below, where the supervised ones are.
             tokens, seconds = (self._summed(sums[name][0]).item() for name in ("rollout_tokens", "rollout_seconds"))
             del sums["rollout_seconds"]
-            found["rollout_seconds"] = seconds / self.args.world_size
-            found["rollout_tokens_per_second"] = tokens / max(found["rollout_seconds"], 1e-9)
+            report["rollout_seconds"] = seconds / self.args.world_size
+            report["rollout_tokens_per_second"] = tokens / max(report["rollout_seconds"], 1e-9)
         counted = self._counted(sums)
         if "supervised_tokens" in counted:
             (seconds, steps), self._clock.spent = self._clock.spent, (0.0, 0)
-            found |= self._count({**counted, "training_seconds": seconds})
-            found["supervised_tokens_per_second"] = counted["supervised_tokens"] / seconds
-            found["eta_minutes"] = seconds / max(1, steps) * (self.state.max_steps - self.state.global_step) / 60
-        return found | self._means(sums)
+            report |= self._count({**counted, "training_seconds": seconds})
+            report["supervised_tokens_per_second"] = counted["supervised_tokens"] / seconds
+            report["eta_minutes"] = seconds / max(1, steps) * (self.state.max_steps - self.state.global_step) / 60
+        return report | self._means(sums)
 
     def _evaluation_reports(self, sums: dict[str, Float[Tensor, "2"]]) -> dict[str, float]:
         counted = self._counted(sums)

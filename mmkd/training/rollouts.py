@@ -175,11 +175,11 @@ class Rollouts:
     def _answered(self, prompts: Sequence[RolloutPrompt], seed: int) -> list[Rollout]:
         args, rollouts = self.args, []
         sampling = Sampling(args.rollout_max_tokens, args.rollout_temperature, args.rollout_top_p, seed)
-        for prompt, found in zip(prompts, self.generator.generate(prompts, sampling), strict=True):
-            if isinstance(found, RowError):
-                raise UserError(f"The rollout server refused a prompt: {found.reason}")
+        for prompt, answers in zip(prompts, self.generator.generate(prompts, sampling), strict=True):
+            if isinstance(answers, RowError):
+                raise UserError(f"The rollout server refused a prompt: {answers.reason}")
             room = None if not args.max_length else args.max_length - prompt.start
-            rollouts.append(Rollout(*up_to_stop(found[0].ids[:room], self.tokens.stops)))
+            rollouts.append(Rollout(*up_to_stop(answers[0].ids[:room], self.tokens.stops)))
         return rollouts
 
     def _prompts(self, batches: Sequence[Batch], step: int) -> list[RolloutPrompt]:
@@ -212,7 +212,7 @@ class Rollouts:
 
 def check_rollouts(teacher: Any, data: Any) -> None:
     """Raises UserError for rows that cannot be answered reproducibly, and for a teacher that cannot judge answers."""
-    if any(isinstance(one, CachedTeacher) for one in parts_of(teacher)):
+    if any(isinstance(part, CachedTeacher) for part in parts_of(teacher)):
         raise UserError(
             "A teacher_cache holds the teacher's words about the data's answers, not about what the student will say. "
             "Set on_policy_fraction: 0, or use the teacher itself (remove teacher_cache) or a teacher_server."

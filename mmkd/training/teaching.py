@@ -89,9 +89,9 @@ def load_teacher(teacher: str | PreTrainedModel, args: DistillationConfig) -> Pr
     """The model of a name, with `teacher_model_init_kwargs`; a model as it is."""
     if not isinstance(teacher, str):
         return teacher
-    given = args.teacher_model_init_kwargs or {}
-    assert isinstance(given, dict)
-    init = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, **given}
+    settings = args.teacher_model_init_kwargs or {}
+    assert isinstance(settings, dict)
+    init = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, **settings}
     return load_model(teacher, "teacher", device=args.device, **init)
 
 
@@ -211,11 +211,11 @@ def check_teachers(trainer: Any, teacher: Any, args: DistillationConfig, data: M
     """Raises UserError where a trainer's class cannot learn from the teacher, or one of several, that it is given."""
     if isinstance(teacher, SeveralTeachers):
         check_several(trainer, teacher, args, data)
-    for one in parts_of(teacher):
-        if isinstance(one, Teacher):
-            trainer.check_teacher(one, args)
+    for part in parts_of(teacher):
+        if isinstance(part, Teacher):
+            trainer.check_teacher(part, args)
 
 
 def _rows_of(dataset: Dataset, column: str, name: str) -> Dataset:
     """The rows whose column names this teacher."""
-    return dataset.select([row for row, one in enumerate(dataset[column]) if one == name])
+    return dataset.select([row for row, value in enumerate(dataset[column]) if value == name])

@@ -80,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_spelling_is_the_recipe_with_these_keys(said: Any, folder: Path) -> None:
     keys, plain, spelled = said
     recipe = recipe_of(folder / "plain.yaml", spelled)
-    assert recipe.given == keys
+    assert recipe.overrides == keys
     assert recipe == recipe_of(folder / "plain.yaml", plain)
     # What processes are launched with, and what a comparison is kept under.
     assert recipe_of(recipe.name, recipe.command_line()[1:]) == recipe
@@ -100,7 +100,7 @@ def test_every_spelling_gives_the_same_to_all_that_is_made_of_a_recipe(said: Any
 
 def of_comparison(recipe: Recipe, folder: Path) -> Any:
     baseline = make_baseline(recipe, folder)
-    assert {**recipe.given, **baseline.given} == recipe.given
+    assert {**recipe.overrides, **baseline.overrides} == recipe.overrides
     return baseline
 
 
@@ -150,7 +150,7 @@ def test_every_command_reads_the_same_recipe(
     second = ["--student_layers=[0, 3]", "--num_processes", "2", "--learning_rate=.123", "--accelerate_config=ddp"]
     assert [main([*words, *first]), main([*words, *second])] == [2, 2]
     assert seen[0] == seen[1] == recipe_of(path, first)
-    assert seen[0].given == {"learning_rate": 0.123, "student_layers": [0, 3]}
+    assert seen[0].overrides == {"learning_rate": 0.123, "student_layers": [0, 3]}
     assert seen[0].launch == {"accelerate_config": "ddp", "num_processes": "2"}
 
 
@@ -205,9 +205,9 @@ def test_words_that_say_nothing_are_refused(flags: list[str], said: str, folder:
 
 def test_a_recipe_is_not_changed_by_what_is_made_of_it(folder: Path) -> None:
     recipe = recipe_of(folder / "staged.yaml", ["--seed", "1"])
-    before = (dict(recipe.written), dict(recipe.given))
+    before = (dict(recipe.written), dict(recipe.overrides))
     other = recipe.with_(seed=2).without("teacher")
     assert (other.keys["seed"], "teacher" in other.keys) == (2, False)
     recipe.keys["seed"] = 3
     assert recipe.stage("A").keys == {**PLAIN, "method": "sft", "learning_rate": 1e-3, "seed": 1}
-    assert (recipe.written, recipe.given) == before
+    assert (recipe.written, recipe.overrides) == before

@@ -50,7 +50,7 @@ def teach_teacher(
         "save_strategy": "no",
         "seed": training.seed,
     }
-    recipe = replace(run.recipe, written=keys, given={})
+    recipe = replace(run.recipe, written=keys, overrides={})
     recipe = recipe.write(lessons / "recipe.yaml", "What the teacher learns from its student.")
     resumes = last_checkpoint(lessons / ADAPTER) is not None
     if train(recipe.with_(resume_from_checkpoint=True) if resumes else recipe):

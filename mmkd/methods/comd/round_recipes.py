@@ -60,8 +60,8 @@ def write_round(run: Run, folder: Path, student: dict[str, Any], number: int, te
             keys["teacher_cache"] = str(folder / "teacher_cache")
     # Rounds on one pool would else see its rows in one order.
     keys |= {"seed": training.seed + number, **_settings(training)}
-    given = {key: value for key, value in run.recipe.given.items() if key in known}
-    recipe = replace(run.recipe, written=keys, given=given)
+    overrides = {key: value for key, value in run.recipe.overrides.items() if key in known}
+    recipe = replace(run.recipe, written=keys, overrides=overrides)
     return recipe.write(folder / "recipe.yaml", f"Round {number} of comd; mmkd-train runs it alone.")
 
 
