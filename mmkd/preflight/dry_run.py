@@ -30,8 +30,14 @@ def dry_run(run: Run, console: Console) -> DistillationTrainer | None:
     if own is not None:
         return own(run, console)
     trainer = build_token_trainer(run)
-    report(trainer, estimate_memory(run), console)
+    report(trainer, estimate_memory(run, longest_row(trainer)), console)
     return trainer
+
+
+def longest_row(trainer: DistillationTrainer) -> int:
+    """Tokens of the longest row of the train data; 0 where rows are packed, or not counted before training."""
+    counts = trainer.count_tokens()
+    return 0 if counts is None or trainer.args.packing else counts.longest
 
 
 def report(trainer: DistillationTrainer, memory: Mapping[str, float], console: Console) -> None:

@@ -123,12 +123,16 @@ def memory_of(work: Work, strategy: str, devices: int) -> dict[str, float]:
     return {name: size for name, size in parts.items() if size}
 
 
-def estimate_memory(run: Run) -> dict[str, float]:
-    """`memory_estimate` of a run on the device here. Raises UserError for what cannot be loaded."""
+def estimate_memory(run: Run, longest: int = 0) -> dict[str, float]:
+    """`memory_estimate` of a run on the device here; `longest` row of all, of which the estimate draws a sample.
+
+    Raises UserError for what cannot be loaded.
+    """
     student, sample = student_side(run), take_sample(run)
     loaded = [alone for alone in run.by_teacher().values() if reads_teacher(alone.arguments)]
     teachers = [(alone, teacher_side(alone)) for alone in loaded if alone.arguments.teacher is not None]
     shape = shape_of(run, sample, render(run, student, sample))
+    shape = replace(shape, tokens=max(shape.tokens, len(range(longest)[kept(longest, run.training)])))
     return memory_estimate(run, student, teachers, shape, run.training.device.type)
 
 

@@ -10,11 +10,15 @@ import pytest
 import yaml
 
 from mmkd.commands.main import main
+from mmkd.preflight import facts
 from mmkd.preflight import plan as plans
 from mmkd.preflight.count import Passes
-from mmkd.preflight.estimate import Model, Shape, Work, memory_of
+from mmkd.preflight.dry_run import longest_row
+from mmkd.preflight.estimate import Model, Shape, Work, estimate_memory, memory_of
 from mmkd.preflight.hardware import DEVICES, choose_device
 from mmkd.preflight.plan import seconds_of
+from mmkd.recipe.recipe import Recipe
+from mmkd.recipe.run import build_token_trainer
 from mmkd.units import readable_size
 from scripts.make_tiny_models import sentences
 from tests.vlms import make_llava, vision_rows
@@ -138,6 +142,16 @@ def test_all_commands_tell_one_estimate(
     told = dict(re.findall(r"memory: ([\w ]+?) +│ +([\d.]+ \w+)", capsys.readouterr().out))
     assert told.pop("at least") == readable_size(sum(memory_of(works[0], "ddp", 1).values()))
     assert told == parts
+
+
+def test_a_dry_run_counts_the_longest_row_of_all(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Recipe.read(recipe(use_cpu=True, bf16=False)).parse()
+    trainer = build_token_trainer(run)
+    longest = longest_row(trainer)
+    monkeypatch.setattr(facts, "TRAIN_ROWS", 1)
+    sampled, whole = estimate_memory(run), estimate_memory(run, longest)
+    assert estimate_memory(run, 1) == sampled
+    assert sampled["activations"] < whole["activations"]
 
 
 def test_pictures_count(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mmkd.preflight.dry_run import report
+from mmkd.preflight.dry_run import longest_row, report
 from mmkd.preflight.estimate import estimate_memory
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run import build_token_trainer, load_rows_of
@@ -54,5 +54,5 @@ def dry_run_comd(run: Run, console: Console) -> DistillationTrainer:
     recipes.write_data(folder, any(one.images for one in seeds), None)
     first = recipes.write_round(run, folder, recipes.student_keys(run), 0).parse()
     trainer = build_token_trainer(first)
-    report(trainer, estimate_memory(first), console)
+    report(trainer, estimate_memory(first, longest_row(trainer)), console)
     return trainer
