@@ -1,5 +1,18 @@
 """What a user can mend: the command line prints it in one line, everything else keeps its traceback."""
 
+from typing import Literal
+
+Because = Literal["meaning", "upstream", "not built"]
+"""Why settings that are good each cannot be set together: that has no meaning; transformers, trl, PEFT, vLLM or the
+like forbid it; or nobody wrote it. `scripts/combinations.py` makes the table of these from the source."""
+
 
 class UserError(ValueError):
-    """Bad input: the message says what it is, why it cannot be, and what to do instead."""
+    """Bad input: the message says what it is, why it cannot be, and what to do instead.
+
+    `because` is given where a combination of settings is refused, and None for a bad value, path or row.
+    """
+
+    def __init__(self, message: str, *, because: Because | None = None) -> None:
+        super().__init__(message)
+        self.because: Because | None = because

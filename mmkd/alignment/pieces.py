@@ -100,7 +100,8 @@ class TokenPieces:
             raise UserError(
                 f"The tokenizer {name} ({type(tokenizer).__name__}) tells neither the bytes of its tokens nor their "
                 "position in a text, so nothing can be aligned with it. Load a fast tokenizer (use_fast=True, or a "
-                "tokenizer.json), or choose another model."
+                "tokenizer.json), or choose another model.",
+                because="not built",
             )
         pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
         for token, index in vocabulary.items():

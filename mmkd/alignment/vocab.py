@@ -34,7 +34,8 @@ def shared_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int], ad
             f"Student ({len(student)} tokens) and teacher ({len(teacher)} tokens) have different vocabularies: "
             f"{len(unrelated)} tokens are missing or have another id on one side ({examples}, ...). A divergence per "
             "token would compare unrelated tokens. Use a teacher of the same family, or method alm, which distils "
-            "across tokenizers."
+            "across tokenizers.",
+            because="meaning",
         )
     return end
 

@@ -164,7 +164,8 @@ class Cache:
         if signal["kind"] not in ("top_k", "log_probs"):
             raise UserError(
                 f"{folder} holds the teacher's answers, not its scores. Train on it as data: "
-                f"`data: {folder}/data.yaml`."
+                f"`data: {folder}/data.yaml`.",
+                because="meaning",
             )
         missing = self.manifest.missing()
         if missing or self.manifest.part is not None:

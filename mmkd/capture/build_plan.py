@@ -230,11 +230,15 @@ def check_settings(run: Run) -> None:
         )
     exact = settings.teacher_top_k if arguments.cache_signal == "top_k" else 1
     if exact == 0 and arguments.cache_tail_draws == 0:
-        raise UserError("teacher_top_k and cache_tail_draws are both 0: nothing would be kept. Raise one of them.")
+        raise UserError(
+            "teacher_top_k and cache_tail_draws are both 0: nothing would be kept. Raise one of them.",
+            because="meaning",
+        )
     if settings.teacher_server is not None and (arguments.cache_tail_draws or not exact):
         raise UserError(
             "A server tells its most likely tokens only, not the tail to draw from. Set cache_tail_draws: 0 and "
-            "teacher_top_k above 0, or use a local teacher."
+            "teacher_top_k above 0, or use a local teacher.",
+            because="upstream",
         )
 
 

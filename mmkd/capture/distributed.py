@@ -50,7 +50,7 @@ def shards_on_ray(plan: Plan, missing: list[tuple[str, int]]) -> Iterator[ShardR
         for row in _explained(results.iter_rows(), RayActorError):
             outcome = pickle.loads(row["result"])
             if isinstance(outcome, ValueError):
-                raise UserError(str(outcome))
+                raise UserError(str(outcome), because=outcome.because if isinstance(outcome, UserError) else None)
             yield outcome
     finally:
         if started:
@@ -62,7 +62,8 @@ def _check_gpus(plan: Plan, resources: Mapping[str, float]) -> None:
     if resources.get("GPU") and not plan.arguments.cache_worker_gpus and plan.run.arguments.teacher_server is None:
         raise UserError(
             "cache_worker_gpus is 0, so that all Ray workers would load their teacher onto the first GPU. Set "
-            "cache_worker_gpus: 1, or a share of one where several teachers fit."
+            "cache_worker_gpus: 1, or a share of one where several teachers fit.",
+            because="meaning",
         )
 
 

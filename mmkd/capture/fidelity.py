@@ -22,7 +22,8 @@ def measure_fidelity(run: Run, cache: Cache, rows: int) -> dict[str, float]:
     plan = make_plan(run)
     if not isinstance(plan, ScorePlan) or plan.codec.kind != "top_k" or not plan.codec.k:
         raise UserError(
-            "The distance to the live teacher is measured on the exact part of a top-k, which this cache has not."
+            "The distance to the live teacher is measured on the exact part of a top-k, which this cache has not.",
+            because="not built",
         )
     ours, theirs = (
         {name: manifest.identity[name] for name in _COMPARED} for manifest in (plan.manifest, cache.manifest)

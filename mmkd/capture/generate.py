@@ -145,7 +145,8 @@ class GeneratePlan(Plan):
         if text is not None and self.run.arguments.teacher_server is not None:
             raise UserError(
                 "A server is asked about images through messages, but the prompts are plain text. Map them to "
-                "messages, or use a local teacher (remove teacher_server)."
+                "messages, or use a local teacher (remove teacher_server).",
+                because="not built",
             )
         try:
             ids = model_inputs(self.processing_class, [asked], [row.get("tools")])["input_ids"][0].tolist()
@@ -207,7 +208,8 @@ def make_generate_plan(run: Run) -> GeneratePlan:
     if "text" in columns:
         raise UserError(
             f"The data {settings.data!r} is plain text without prompts, so there is nothing to answer. Map its "
-            "columns to prompt (and completion), or to messages."
+            "columns to prompt (and completion), or to messages.",
+            because="meaning",
         )
     processing_class = teacher_processing_class(run)
     # vLLM has to have room for prompt and answer; how long prompts are is not known before they are rendered.

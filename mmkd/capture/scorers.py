@@ -148,7 +148,8 @@ def _messages(example: Mapping[str, Any], images: list[Any]) -> list[dict[str, A
     if not all(isinstance(message, dict) for message in messages):
         raise UserError(
             "A server is asked about images through messages, but the data has plain text. Map its columns to "
-            "messages, or use a local teacher."
+            "messages, or use a local teacher.",
+            because="not built",
         )
     return prepare_multimodal_messages(messages, images=images)
 

@@ -41,7 +41,10 @@ def build_command(recipe: Recipe) -> int:
     for plan in plans:
         if run.arguments.dry_run:
             if not isinstance(plan, ScorePlan):
-                raise UserError("A dry run estimates scoring; how long answers to generate get is not known before.")
+                raise UserError(
+                    "A dry run estimates scoring; how long answers to generate get is not known before.",
+                    because="not built",
+                )
             report_estimate(plan, Console())
             continue
         print(build(plan, Console(stderr=True)))
@@ -55,7 +58,10 @@ def build_command(recipe: Recipe) -> int:
 
 def _build_own(run: Run, method: Method) -> int:
     if method.build_cache is None:
-        raise UserError(f"Method {method.name} predicts {method.predicts} and keeps nothing of its teacher on disk.")
+        raise UserError(
+            f"Method {method.name} predicts {method.predicts} and keeps nothing of its teacher on disk.",
+            because="not built",
+        )
     if run.arguments.dry_run:
         assert method.dry_run is not None
         method.dry_run(run, Console())
@@ -180,7 +186,10 @@ def _runs_with_cache(run: Run) -> list[Run]:
 
 def _cache_of(run: Run) -> str:
     if run.arguments.teachers is not None:
-        raise UserError("The recipe has several teachers; give this command the folder of the cache of one of them.")
+        raise UserError(
+            "The recipe has several teachers; give this command the folder of the cache of one of them.",
+            because="not built",
+        )
     if run.arguments.teacher_cache is None:
         raise UserError("The recipe names no teacher_cache.")
     return run.arguments.teacher_cache

@@ -175,7 +175,8 @@ def _check_world(config: str, kind: str, processes: int, machines: int) -> None:
     if kind == "NO" and processes > 1:
         raise UserError(
             f"accelerate_config {config} is for one process, and num_processes is {processes}. Use ddp, fsdp2, zero2 "
-            "or zero3, or set num_processes to 1."
+            "or zero3, or set num_processes to 1.",
+            because="meaning",
         )
     gpus, here = torch.cuda.device_count(), processes // machines
     if gpus and here > gpus:
@@ -185,7 +186,8 @@ def _check_world(config: str, kind: str, processes: int, machines: int) -> None:
         )
     if not gpus and kind == "DEEPSPEED":
         raise UserError(
-            f"accelerate_config {config} needs GPUs, and there are none here. Use ddp or fsdp2 to try out."
+            f"accelerate_config {config} needs GPUs, and there are none here. Use ddp or fsdp2 to try out.",
+            because="upstream",
         )
     if not gpus and here > (os.cpu_count() or 1):
         raise UserError(

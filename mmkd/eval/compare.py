@@ -156,17 +156,20 @@ def _check(recipe: Recipe) -> None:
     predicted = METHODS[recipe.method].predicts
     if predicted != "tokens":
         raise UserError(
-            f"{recipe.name} predicts {predicted} and no tokens; scripts/compare_dho.py compares such students."
+            f"{recipe.name} predicts {predicted} and no tokens; scripts/compare_dho.py compares such students.",
+            because="not built",
         )
     if METHODS[recipe.method].drive is not None:
         raise UserError(
             f"{recipe.name} consists of several trainings, as method {recipe.method} does, and a comparison is of "
-            "single ones at equal tokens. Train it, and compare its student with `mmkd eval`."
+            "single ones at equal tokens. Train it, and compare its student with `mmkd eval`.",
+            because="not built",
         )
     if any(key in recipe.keys for key in STAGE_KEYS):
         raise UserError(
             f"{recipe.name} is trained in stages: scripts/compare_stages.py compares schedules, `mmkd eval` their "
-            "students."
+            "students.",
+            because="not built",
         )
 
 
@@ -179,7 +182,8 @@ def _check_reading(recipes: Sequence[Recipe]) -> None:
             values = ", ".join(f"{key} {reading[key]} and {other[key]}" for key in differing)
             raise UserError(
                 f"{first} and {name} read the held-out rows as different tokens ({values}), so that their numbers "
-                f"do not compare. Have one of them judge all students: --judge {first}."
+                f"do not compare. Have one of them judge all students: --judge {first}.",
+                because="meaning",
             )
 
 

@@ -100,7 +100,9 @@ def eval_command(options: argparse.Namespace) -> int:
     if options.ensemble:
         models = [ensemble_of(models)]
     if options.output is not None and len(models) > 1:
-        raise UserError("--output is the folder of one model's results; leave it out to evaluate several.")
+        raise UserError(
+            "--output is the folder of one model's results; leave it out to evaluate several.", because="meaning"
+        )
     tasks = [task for name in options.suite for task in load_suite(name).tasks]
     tasks += [SuiteTask(name) for name in options.tasks]
     if not tasks and options.measures is None:

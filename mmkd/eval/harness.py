@@ -79,11 +79,13 @@ class Harness:
         if settings.chat_template == "on" and not self.model.has_chat_template:
             raise UserError(
                 f"{self.model.name} has no chat template. Evaluate it on plain text with --chat_template off, or save "
-                "one with its tokenizer."
+                "one with its tokenizer.",
+                because="meaning",
             )
         if task.vision and not self.model.vision:
             raise UserError(
-                f"Task {task.name} has images, and {self.model.name} is no vision-language model. Leave the task out."
+                f"Task {task.name} has images, and {self.model.name} is no vision-language model. Leave the task out.",
+                because="meaning",
             )
         use_template = settings.chat_template == "on" or (
             settings.chat_template == "auto" and suite_task.chat_template is not False

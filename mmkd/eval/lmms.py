@@ -49,7 +49,8 @@ def lmms_settings(model: EvalModel, settings: Settings) -> dict[str, Any]:
     if name is None:
         raise UserError(
             f"{model.name} is a {kind}, for which mmkd knows no model of lmms-eval: name it with "
-            "--model_args lmms_model=NAME (`python -m lmms_eval --help` says how to list them)."
+            "--model_args lmms_model=NAME (`python -m lmms_eval --help` says how to list them).",
+            because="not built",
         )
     dtype = model.computed_dtype(settings.dtype, device_of(settings))
     path = {"pretrained": model.path, **({"dtype": dtype} if dtype != "auto" else {})}

@@ -52,7 +52,10 @@ class HeldOut:
         """The held-out rows. Raises UserError for a recipe without any."""
         found = load_data(self.data, max_eval_rows=self.rows, max_train_rows=1)
         if "eval" not in found:
-            raise UserError(f"The data recipe {self.data} holds nothing out, so there is nothing fair to measure on.")
+            raise UserError(
+                f"The data recipe {self.data} holds nothing out, so there is nothing fair to measure on.",
+                because="meaning",
+            )
         return image_column(found["eval"])
 
 
@@ -224,7 +227,9 @@ def _check(names: Sequence[str], held: HeldOut | None, teacher: EvalModel | None
     if "agreement" in names and teacher is None:
         raise UserError("Measure agreement compares with a teacher: name it with --teacher.")
     if model.members:
-        raise UserError("Measurements are of one model; an ensemble is evaluated with --suite or --tasks.")
+        raise UserError(
+            "Measurements are of one model; an ensemble is evaluated with --suite or --tasks.", because="not built"
+        )
 
 
 def _possible(model: EvalModel, rows: Dataset | None, teacher: EvalModel | None) -> list[str]:

@@ -144,7 +144,8 @@ def ensemble_of(models: list[EvalModel]) -> EvalModel:
     adapted = [model.name for model in models if model.adapter]
     if adapted:
         raise UserError(
-            f"{adapted[0]} is an adapter; merge it into its model (PEFT's merge_and_unload) to average it."
+            f"{adapted[0]} is an adapter; merge it into its model (PEFT's merge_and_unload) to average it.",
+            because="not built",
         )
     return EvalModel("+".join(Path(model.name).name for model in models), models[0].path, members=tuple(models))
 

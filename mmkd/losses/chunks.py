@@ -82,7 +82,8 @@ def group_chunks(
     if teacher_boundary_log_probs is None:
         raise UserError(
             f"Chunk policy {policy} needs the teacher's probability of a boundary after each chunk, which "
-            "this teacher does not give. Use policy all or space."
+            "this teacher does not give. Use policy all or space.",
+            because="not built",
         )
     probable = teacher_boundary_log_probs.detach().exp() > threshold
     if policy == "unbiased":

@@ -27,7 +27,9 @@ def combination_weights(
     if combination not in COMBINATIONS:
         raise UserError(f"Combination {combination!r} is unknown; choose one of {', '.join(COMBINATIONS)}.")
     if combination == "sum" and weights is not None:
-        raise UserError("Combination sum does not use weights; remove them, or choose combination weights.")
+        raise UserError(
+            "Combination sum does not use weights; remove them, or choose combination weights.", because="meaning"
+        )
     if combination == "weights" and weights is None:
         raise UserError(f"Combination weights needs a weight for each of {', '.join(losses)}.")
     if weights is not None and set(weights) != set(losses):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,14 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
         if teacher.signal_type is LabelSignal and args.needs_boundaries:
             raise UserError(
                 f"chunks: {args.chunks} needs the teacher's probability of a word's end, and the cache holds those of "
-                "the text's own tokens only. Set chunks: all or space, or use a teacher without a cache."
+                "the text's own tokens only. Set chunks: all or space, or use a teacher without a cache.",
+                because="not built",
             )
         if teacher.signal_type is LabelSignal and args.needs_hidden:
             raise UserError(
                 "hidden_weight and the baselines uld and mined need the teacher itself; a cache of log-probs has no "
-                "hidden states. Remove teacher_cache."
+                "hidden states. Remove teacher_cache.",
+                because="not built",
             )
 
     # Two readings of the data
@@ -93,11 +95,7 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
 
     def prepared(self, rows: Any, args: Any, packing: bool, formatting_func: Any, split: str) -> Any:
         """The rows as both sides read them, paired."""
-        read = super().prepared
-
-        def as_student(rows: Dataset, alone: ALMConfig) -> Dataset:
-            return read(rows, alone, False, formatting_func, split)
-
+        as_student = partial(super().prepared, packing=False, formatting_func=formatting_func, split=split)
         labelling = self.labelling
         given = labelling.given(args)
         return self._readings.pair(
@@ -137,7 +135,8 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
         if self.args.hidden_weight:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise UserError(
-                    "hidden_weight learns a projection, which FSDP and DeepSpeed do not know. Set it to 0."
+                    "hidden_weight learns a projection, which FSDP and DeepSpeed do not know. Set it to 0.",
+                    because="not built",
                 )
             assert isinstance(teacher, LocalTeacher)
             widths = (full_head(model).weight.shape[1] for model in (self.model, teacher.model))

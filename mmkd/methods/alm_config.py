@@ -108,14 +108,19 @@ class ALMConfig(DistillationConfig):
         if self.hidden_weight and self.rollout_server is not None:
             raise UserError(
                 "hidden_weight learns a projection beside the student, which the model on a rollout_server has not. "
-                "Set hidden_weight: 0, or remove rollout_server to generate in this process."
+                "Set hidden_weight: 0, or remove rollout_server to generate in this process.",
+                because="not built",
             )
         if self.ce_weight == 1:
-            raise UserError("ce_weight is 1, which leaves ALM nothing to do; use method sft for plain fine-tuning.")
+            raise UserError(
+                "ce_weight is 1, which leaves ALM nothing to do; use method sft for plain fine-tuning.",
+                because="meaning",
+            )
         if self.packing and self.packing_strategy != "bfd":
             raise UserError(
                 f"packing_strategy {self.packing_strategy} cuts sequences where the other tokenizer has no cut. Use "
-                "bfd, or packing: false."
+                "bfd, or packing: false.",
+                because="meaning",
             )
 
     def for_teacher(self) -> "ALMConfig":

@@ -65,13 +65,15 @@ class TwoReadings:
         """
         if not isinstance(dataset, Dataset):
             raise UserError(
-                f"The {name} data is a stream. alm reads every row twice and pairs the readings; load it whole."
+                f"The {name} data is a stream. alm reads every row twice and pairs the readings; load it whole.",
+                because="not built",
             )
         if "teacher_input_ids" in dataset.column_names:
             return dataset
         if "input_ids" in dataset.column_names:
             raise UserError(
-                f"The {name} data is tokenised for the student already, so the teacher cannot read it. Pass its text."
+                f"The {name} data is tokenised for the student already, so the teacher cannot read it. Pass its text.",
+                because="meaning",
             )
         rows, alone = numbered(dataset), copy(args)
         alone.shuffle_dataset = False

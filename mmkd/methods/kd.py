@@ -85,12 +85,14 @@ class KDTrainer(DistillationTrainer[Targets]):
         if partial_signal and args.divergence != "forward_kl":
             raise UserError(
                 f"{args.divergence} compares with the whole distribution, which a teacher without its tail does not "
-                "give. Set teacher_tail: bucket, or divergence: forward_kl."
+                "give. Set teacher_tail: bucket, or divergence: forward_kl.",
+                because="meaning",
             )
         if args.temperature != 1 and not teacher.can_temper:
             raise UserError(
                 f"temperature is {args.temperature}, but this teacher is known at temperature 1 only: the shape of "
-                "its tail was not kept. Set temperature: 1, or teacher_tail: renormalise."
+                "its tail was not kept. Set temperature: 1, or teacher_tail: renormalise.",
+                because="meaning",
             )
 
     def item_losses(self, student: Supervised, signal: Targets) -> ItemLosses:

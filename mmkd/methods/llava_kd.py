@@ -71,10 +71,13 @@ class LLaVAKDConfig(DistillationConfig):
         if self.ce_weight:
             raise UserError(
                 f"ce_weight is {self.ce_weight}, but llava_kd adds its terms to a cross-entropy of weight 1; set "
-                "alpha, beta and gamma instead."
+                "alpha, beta and gamma instead.",
+                because="meaning",
             )
         if not self.alpha + self.beta + self.gamma:
-            raise UserError("alpha, beta and gamma are 0, which leaves nothing of the teacher; use method sft.")
+            raise UserError(
+                "alpha, beta and gamma are 0, which leaves nothing of the teacher; use method sft.", because="meaning"
+            )
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -128,7 +131,8 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal]):
             if full_head(self.model).softcap is not None or self.teacher.softcap is not None:
                 raise UserError(
                     "The logits of the student or the teacher are softcapped (Gemma 2), so their products do not "
-                    "follow from the head alone. Set relation_on: hidden."
+                    "follow from the head alone. Set relation_on: hidden.",
+                    because="not built",
                 )
 
     def count_items(self, batch: Batch) -> dict[str, Tensor]:
@@ -211,7 +215,8 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal]):
             raise UserError(
                 f"Student and teacher cut images into different numbers of visual tokens ({ours[:4]} and "
                 f"{theirs[:4]}), which cannot be compared one by one. Set visual_mismatch: pool to average them to a "
-                "common grid, or beta: 0 and gamma: 0 with visual_mismatch: pool to compare answers only."
+                "common grid, or beta: 0 and gamma: 0 with visual_mismatch: pool to compare answers only.",
+                because="meaning",
             )
         return [common_tokens(*pair) for pair in zip(ours, theirs, strict=True)]
 

@@ -23,7 +23,8 @@ def questions_of(dataset: Dataset, prompt_tokens: int | None) -> list[str]:
     if prompt_tokens is not None and names:
         raise UserError(
             f"rollout_prompt_tokens cuts rows of plain text, but these have {', '.join(names)}: the teacher's chat "
-            "template cannot render a part of a conversation. Remove it; with messages set assistant_only_loss: true."
+            "template cannot render a part of a conversation. Remove it; with messages set assistant_only_loss: true.",
+            because="meaning",
         )
     rows: Any = dataset.select_columns(names) if names else [{}] * len(dataset)
     return [json.dumps({name: row[name] for name in names}) for row in rows]

@@ -20,7 +20,10 @@ class SFTBaselineConfig(DistillationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ce_weight != 1:
-            raise UserError(f"ce_weight is {self.ce_weight}, but sft has cross-entropy only; use method kd to mix.")
+            raise UserError(
+                f"ce_weight is {self.ce_weight}, but sft has cross-entropy only; use method kd to mix.",
+                because="meaning",
+            )
 
 
 class SFTBaselineTrainer(DistillationTrainer[Targets | None]):

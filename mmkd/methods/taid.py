@@ -58,10 +58,14 @@ class TAIDConfig(DistillationConfig):
         super().__post_init__()
         if self.t_start > self.t_end:
             raise UserError(
-                f"t_start is {self.t_start} and t_end {self.t_end}; t moves up from t_start to t_end within [0, 1]."
+                f"t_start is {self.t_start} and t_end {self.t_end}; t moves up from t_start to t_end within [0, 1].",
+                because="meaning",
             )
         if self.ce_weight == 1:
-            raise UserError("ce_weight is 1, which leaves TAID nothing to do; use method sft for plain fine-tuning.")
+            raise UserError(
+                "ce_weight is 1, which leaves TAID nothing to do; use method sft for plain fine-tuning.",
+                because="meaning",
+            )
 
 
 class TAIDSchedule(TrainerCallback, ExportableState):

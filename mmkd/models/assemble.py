@@ -80,13 +80,15 @@ def _require_prunable(teacher: PreTrainedModel) -> None:
     if packed or getattr(teacher, "is_quantized", False) or getattr(teacher, "quantization_method", None):
         raise UserError(
             "The teacher is quantised, so its rows and columns are packed and cannot be copied one by one: load it "
-            "unquantised to prune it; the student can be quantised afterwards."
+            "unquantised to prune it; the student can be quantised afterwards.",
+            because="not built",
         )
     config = teacher.config.get_text_config()
     if getattr(config, "is_heterogeneous", False) or isinstance(getattr(config, "intermediate_size", None), list):
         raise UserError(
             f"{type(config).__name__} sizes its layers one by one, so one number cannot say how wide the student is: "
-            "use a teacher whose layers are all alike (not Gemma 3n or Gemma 4)."
+            "use a teacher whose layers are all alike (not Gemma 3n or Gemma 4).",
+            because="not built",
         )
 
 
@@ -101,7 +103,8 @@ def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     if len(stacks) != 1:
         raise UserError(
             f"{type(model).__name__} has {len(stacks)} lists of {depth} decoder layers, so which to prune is unclear: "
-            "use a model whose decoder layers are one ModuleList."
+            "use a model whose decoder layers are one ModuleList.",
+            because="not built",
         )
     return stacks[0]
 
@@ -170,7 +173,8 @@ def _projections(layer: nn.Module, block: str, *names: str) -> list[Float[Tensor
     if len(linears) < len(names):
         raise UserError(
             f"{type(layer).__name__} has no linear {', '.join(names)} in {block}, so this width cannot be pruned: "
-            "prune layers only, or use a teacher built like Llama, Qwen, Mistral or Gemma."
+            "prune layers only, or use a teacher built like Llama, Qwen, Mistral or Gemma.",
+            because="not built",
         )
     return [linear.weight.float() for linear in linears]
 
@@ -198,7 +202,8 @@ def _require_same_behaviour(before: nn.ModuleList, after: nn.ModuleList, kept: l
                 raise UserError(
                     f"Layer {index} of the teacher would compute something else as layer {position} of the student: "
                     f"its {type(module).__name__} is set up by the layer's number or the number of heads. Leave that "
-                    "as it is, or use another teacher."
+                    "as it is, or use another teacher.",
+                    because="not built",
                 )
 
 
@@ -225,7 +230,8 @@ def _load(student: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     if odd:
         raise UserError(
             f"{odd[0]} (and {len(odd) - 1} more) does not fit the pruned {type(student).__name__}: its shape depends "
-            "on another size in this architecture. Prune layers only, or use another teacher."
+            "on another size in this architecture. Prune layers only, or use another teacher.",
+            because="not built",
         )
     # assign keeps the type of every tensor, which the config may contradict, but unties the embeddings.
     student.load_state_dict(weights, assign=True)

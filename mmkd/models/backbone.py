@@ -70,7 +70,8 @@ def _require_plain_head(model: PreTrainedModel) -> None:
     """Raises UserError if the head gives other log-probs than the model: some families do more after the product."""
     if model.base_model is model:
         raise UserError(
-            f"{type(model).__name__} has no backbone apart from its head, so its logits cannot be chunked."
+            f"{type(model).__name__} has no backbone apart from its head, so its logits cannot be chunked.",
+            because="not built",
         )
     if any(is_partitioned(parameter) or parameter.is_meta for parameter in model.parameters()):
         return
@@ -86,7 +87,8 @@ def _require_plain_head(model: PreTrainedModel) -> None:
         raise UserError(
             f"The logits of {type(model).__name__} are not its output embeddings applied to its last hidden state "
             "(times a scale, softcapped). The fused loss would train another model than the one you run. Please open "
-            "an issue that names the model."
+            "an issue that names the model.",
+            because="not built",
         )
 
 
@@ -134,24 +136,30 @@ def head_of(model: PreTrainedModel | PeftModel) -> LMHead:
     base = base_of(model)
     module = base.get_output_embeddings()
     if module is None:
-        raise UserError(f"{type(base).__name__} has no output embeddings; distillation needs a model with an lm_head.")
+        raise UserError(
+            f"{type(base).__name__} has no output embeddings; distillation needs a model with an lm_head.",
+            because="meaning",
+        )
     if is_adapted(module):
         raise UserError(
             "The lm_head carries a PEFT adapter. The fused loss multiplies with lm_head.weight itself, so the adapter "
-            "would never be trained. Remove 'lm_head' from target_modules; train it whole with modules_to_save."
+            "would never be trained. Remove 'lm_head' from target_modules; train it whole with modules_to_save.",
+            because="not built",
         )
     embeddings: Any = base.get_input_embeddings()
     if is_adapted(embeddings) and embeddings.get_base_layer().weight is module.weight:
         raise UserError(
             "The embeddings carry a PEFT adapter and share their weights with the lm_head. Merging would change both, "
             "so that the merged model would differ from the trained one. Remove 'embed_tokens' from target_modules; "
-            "train it whole with modules_to_save."
+            "train it whole with modules_to_save.",
+            because="upstream",
         )
     weight, bias = module.weight, getattr(module, "bias", None)
     if not weight.is_floating_point():
         raise UserError(
             f"The lm_head of {type(base).__name__} is quantised to {weight.dtype}. Keep it out of quantisation: "
-            "llm_int8_skip_modules=['lm_head'] in the BitsAndBytesConfig."
+            "llm_int8_skip_modules=['lm_head'] in the BitsAndBytesConfig.",
+            because="not built",
         )
     if isinstance(weight, DTensor):
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
@@ -185,7 +193,9 @@ def last_layer(model: PreTrainedModel | PeftModel) -> torch.nn.Module:
     decoder = base_of(model).get_decoder()
     blocks = [module for module in decoder.children() if isinstance(module, torch.nn.ModuleList)]
     if len(blocks) != 1:
-        raise UserError(f"{type(decoder).__name__} has no single list of blocks, so none of them is the last.")
+        raise UserError(
+            f"{type(decoder).__name__} has no single list of blocks, so none of them is the last.", because="not built"
+        )
     return blocks[0][-1]
 
 

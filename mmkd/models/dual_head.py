@@ -189,7 +189,8 @@ class _DualHeadModel(PreTrainedModel):
                 raise UserError(
                     f"The teacher's text embeddings are {tuple(text_embeddings.shape)} (classes, width), the "
                     f"student's heads {tuple(weight.shape)}. Take a student whose features have "
-                    "the teacher's width (the vision tower of a CLIP-like model), or set head_init: random."
+                    "the teacher's width (the vision tower of a CLIP-like model), or set head_init: random.",
+                    because="meaning",
                 )
             with torch.no_grad():
                 weight.copy_(text_embeddings)
@@ -218,7 +219,8 @@ class _DualHeadModel(PreTrainedModel):
         if alpha < 1 and not isinstance(self.kd_head, nn.Linear):
             raise UserError(
                 "A cosine head divides by the features' length, which no linear layer does. Export head 'ce', or the "
-                "whole model with export_program."
+                "whole model with export_program.",
+                because="meaning",
             )
         weight, bias = alpha * self.ce_head.weight.detach(), alpha * self.ce_head.bias.detach()
         if alpha < 1:
@@ -238,7 +240,8 @@ class _DualHeadModel(PreTrainedModel):
         weight, bias = self.single_head(head)
         unfit = UserError(
             f"transformers has no classifier over {config.model_type} that computes what this model does with "
-            f"pooling {self.config.pooling!r}. Export the whole model with export_program, which needs torch alone."
+            f"pooling {self.config.pooling!r}. Export the whole model with export_program, which needs torch alone.",
+            because="upstream",
         )
         if not has_class_for(auto_class, type(config)):
             raise unfit

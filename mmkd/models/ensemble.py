@@ -75,7 +75,8 @@ def load_ensemble(names: Sequence[str], **kwargs: Any) -> Ensemble:
         if vocabulary != vocabularies[0]:
             raise UserError(
                 f"{name} and {names[0]} have different vocabularies, so their log-probs are not of the same tokens. "
-                f"Give one of them the other's: mmkd transfer-tokenizer {name} {names[0]} FOLDER, then distil it."
+                f"Give one of them the other's: mmkd transfer-tokenizer {name} {names[0]} FOLDER, then distil it.",
+                because="meaning",
             )
     size = max(vocabularies[0].values()) + 1
     return Ensemble([load_model(name, **kwargs) for name in names], size)

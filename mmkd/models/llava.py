@@ -58,7 +58,9 @@ def assemble_llava(
     hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     text = load_model(str(language_model), "language model", dtype=dtype, **hub)
     if hasattr(text.config, "vision_config"):
-        raise UserError(f"{language_model} is a vision-language model already; use it as the student itself.")
+        raise UserError(
+            f"{language_model} is a vision-language model already; use it as the student itself.", because="meaning"
+        )
     tower = _vision_tower(vision_tower, dtype, hub)
     tokenizer = _tokenizer(language_model, chat_template, hub)
     embeddings: Any = text.get_input_embeddings()
@@ -79,7 +81,10 @@ def assemble_llava(
     model.model.language_model.load_state_dict(text.base_model.state_dict())
     head: Any = text.get_output_embeddings()
     if head.bias is not None:
-        raise UserError(f"The lm_head of {language_model} has a bias, which LLaVA's has not; use another model.")
+        raise UserError(
+            f"The lm_head of {language_model} has a bias, which LLaVA's has not; use another model.",
+            because="upstream",
+        )
     model.lm_head.load_state_dict(head.state_dict())
     model.tie_weights()
     model.generation_config = text.generation_config
@@ -138,7 +143,8 @@ def _select_strategy(config: Any) -> Literal["default", "full"]:
         f"The vision tower is a {kind!r}"
         + (" with register tokens" if kind in _CLASS_TOKEN else "")
         + f", whose layout of tokens mmkd does not know. Use one of {', '.join((*_CLASS_TOKEN, *_PLAIN))}, without "
-        "registers."
+        "registers.",
+        because="not built",
     )
 
 

@@ -59,7 +59,8 @@ def check_packing(
         f"The {role} ({type(base).__name__}, attention {attention_of(base.config)}) lets sequences that are "
         "packed together see each other: its prediction for a row changes with the row before it in the pack. "
         "Set packing: false and padding_free: false, or, where the model has it, attn_implementation: "
-        "flash_attention_2."
+        "flash_attention_2.",
+        because="upstream",
     )
 
 

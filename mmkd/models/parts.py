@@ -50,7 +50,8 @@ def train_only(model: PreTrainedModel, parts: Sequence[str]) -> None:
     if missing:
         raise UserError(
             f"trainable names {', '.join(missing)}, but {type(model).__name__} has no such part: it has "
-            f"{', '.join(sorted(set(part_by_name.values())))}."
+            f"{', '.join(sorted(set(part_by_name.values())))}.",
+            because="meaning",
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and part_by_name[name] in parts)

@@ -40,7 +40,8 @@ def settle_fsdp(accelerator: Accelerator, checkpoint_activations: bool) -> None:
     if not accelerator.is_fsdp2:
         raise UserError(
             "The fused loss does not run under FSDP 1. Set fsdp_version: 2 in the accelerate config, or use "
-            "accelerate_config fsdp2."
+            "accelerate_config fsdp2.",
+            because="not built",
         )
     plugin: Any = accelerator.state.fsdp_plugin
     plugin.activation_checkpointing = plugin.activation_checkpointing or checkpoint_activations
@@ -84,13 +85,15 @@ def cut_by_layers(accelerator: Accelerator, model: torch.nn.Module) -> None:
     if isinstance(model, PeftModel) and _unties(model):
         raise UserError(
             "modules_to_save copies embeddings that are the lm_head too, and FSDP2 would tie them again: the "
-            "adapter would not be the student that was trained. Remove embed_tokens and lm_head from it, or use ddp."
+            "adapter would not be the student that was trained. Remove embed_tokens and lm_head from it, or use ddp.",
+            because="upstream",
         )
     types = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if len(types) > 1 and accelerator.mixed_precision == "no":
         raise UserError(
             f"The student's trained weights are of {' and '.join(sorted(map(str, types)))}, which FSDP2 cannot lay "
-            "side by side. Load it in one type, or set bf16: true."
+            "side by side. Load it in one type, or set bf16: true.",
+            because="upstream",
         )
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = _layers_of(model)
@@ -109,7 +112,8 @@ def check_cut(accelerator: Accelerator, model: torch.nn.Module) -> None:
     if accelerator.distributed_type == DistributedType.FSDP and not isinstance(model, FSDPModule):
         raise UserError(
             "FSDP2 shards a student together with its optimizer, so that nothing can be evaluated before training. "
-            "Set eval_on_start: true to evaluate first, or evaluate on one device."
+            "Set eval_on_start: true to evaluate first, or evaluate on one device.",
+            because="upstream",
         )
 
 

@@ -70,7 +70,7 @@ def transfer_tokenizer(
     """
     embedding, head = _require_transferable(model), full_head(model)
     if untie and head.weight is not embedding:
-        raise UserError("The model's embeddings and head are separate already: leave out untie.")
+        raise UserError("The model's embeddings and head are separate already: leave out untie.", because="meaning")
     if pad_to_multiple_of < 1:
         raise UserError(f"pad_to_multiple_of is {pad_to_multiple_of}; the rows of a vocabulary pad to 1 or more.")
     target, added = _with_chat_template(source, target)
@@ -151,22 +151,27 @@ def _require_transferable(model: PreTrainedModel) -> Float[Tensor, "row width"]:
     if hasattr(model.config, "vision_config"):
         raise UserError(
             f"{type(model).__name__} reads images, and its processor writes image tokens of the old tokenizer. Only "
-            "text models can get a new tokenizer."
+            "text models can get a new tokenizer.",
+            because="not built",
         )
     if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
-        raise UserError("The model is quantised, so its rows cannot be averaged: load it unquantised.")
+        raise UserError(
+            "The model is quantised, so its rows cannot be averaged: load it unquantised.", because="not built"
+        )
     module: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     if head is None:
         raise UserError(
-            f"{type(model).__name__} has no output embeddings, so it cannot generate text. Use a causal LM."
+            f"{type(model).__name__} has no output embeddings, so it cannot generate text. Use a causal LM.",
+            because="meaning",
         )
     sizes = {len(module.weight), getattr(config, "vocab_size_per_layer_input", None)}
     for name, table in model.named_modules():
         if isinstance(table, nn.Embedding) and table is not module and table.num_embeddings in sizes:
             raise UserError(
                 f"{name} of {type(model).__name__} has one row per token, like embeddings and head, but "
-                "the rows of new tokens are unknown there. Use a model without such a table."
+                "the rows of new tokens are unknown there. Use a model without such a table.",
+                because="not built",
             )
     return module.weight
 

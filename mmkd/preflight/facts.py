@@ -99,7 +99,9 @@ def _llava_config(run: Run, side: Side) -> LlavaConfig:
     trust, name = run.training.trust_remote_code, run.arguments.student_vision_tower
     assert name is not None
     if hasattr(side.config, "vision_config"):
-        raise UserError(f"{side.name} is a vision-language model already; use it as the student itself.")
+        raise UserError(
+            f"{side.name} is a vision-language model already; use it as the student itself.", because="meaning"
+        )
     tower = AutoConfig.from_pretrained(name, trust_remote_code=trust)
     config = LlavaConfig(
         vision_config=getattr(tower, "vision_config", tower).to_dict(),

@@ -85,7 +85,8 @@ def check_stages(stages: Sequence[Stage]) -> None:
                 if stage is not missing[-1]:
                     moved[str(stage.folder)] = str(_stand_in(stage, run, Path(scratch)))
             except UserError as error:
-                raise UserError(f"Stage {stage.name} could not be trained: {_shown(error, moved)}") from error
+                text = f"Stage {stage.name} could not be trained: {_shown(error, moved)}"
+                raise UserError(text, because=error.because) from error
 
 
 def check_tokens(run: Run) -> None:

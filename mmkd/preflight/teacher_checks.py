@@ -81,7 +81,8 @@ def cache(run: Run, known: int, teacher: CachedTeacher) -> list[Finding]:
     if teacher.vocab_size > known:
         raise UserError(
             f"The cache {teacher.cache.folder} speaks of {teacher.vocab_size} tokens, the student has {known}. Build "
-            "it again with this student."
+            "it again with this student.",
+            because="meaning",
         )
     facts = f"{len(teacher.cache):,} sequences, {int(teacher.cache.tokens.sum()):,} tokens"
     return [Finding("ok", "cache", f"{teacher.cache.folder} is complete: {facts}.")]

@@ -34,7 +34,8 @@ def check_training_data(train: Any, evaluation: Any, args: SFTConfig, tokenizer:
             raise UserError(
                 f"The rows of the {name} data are prompts without answers to learn from or to judge. Add a column "
                 "`completion`, let the teacher answer them (`job: generate`), or train on what the student answers "
-                "(on_policy_fraction: 1, without evaluation)."
+                "(on_policy_fraction: 1, without evaluation).",
+                because="meaning",
             )
         templated = is_conversational(row) or is_conversational_from_value(row)
         if templated and tokenizer.chat_template is None and args.chat_template_path is None:
@@ -49,20 +50,23 @@ def check_layout(args: SFTConfig, row: Mapping[str, Any], vision: bool, is_proce
     if vision and not is_processor:
         raise UserError(
             "The rows have images and the student has a tokenizer only. Use a vision-language model, or leave the "
-            "columns `image` and `images` out of the data."
+            "columns `image` and `images` out of the data.",
+            because="meaning",
         )
     for key in ("packing", "padding_free"):
         if vision and getattr(args, key):
-            raise UserError(f"Rows with images cannot be laid end to end. Set {key}: false.")
+            raise UserError(f"Rows with images cannot be laid end to end. Set {key}: false.", because="not built")
     if vision and args.max_length is not None and args.truncation_mode == "keep_end":
         raise UserError(
             "truncation_mode: keep_end would cut the images off rows, which stand in their prompts. Set it to "
-            "keep_start, or max_length: null."
+            "keep_start, or max_length: null.",
+            because="meaning",
         )
     if args.padding_free and not args.packing and not vision and args.max_length is not None:
         raise UserError(
             "padding_free does not cut rows to max_length. Set packing: true, or max_length: null for rows that are "
-            "short enough already."
+            "short enough already.",
+            because="not built",
         )
     if (
         args.assistant_only_loss
@@ -71,7 +75,8 @@ def check_layout(args: SFTConfig, row: Mapping[str, Any], vision: bool, is_proce
     ):
         raise UserError(
             "assistant_only_loss needs conversations, and the data is plain text. Set assistant_only_loss: false, or "
-            "map the data to messages."
+            "map the data to messages.",
+            because="meaning",
         )
 
 
@@ -80,19 +85,24 @@ def check_student(trainer: Any) -> None:
     if trainer.aux_loss_enabled:
         raise UserError(
             "The student is a mixture of experts with a load-balancing loss, which distillation does not add. Set "
-            "router_aux_loss_coef: 0 to train it without."
+            "router_aux_loss_coef: 0 to train it without.",
+            because="not built",
         )
     if isinstance(trainer.model, PeftModel) and trainer.model.active_peft_config.is_prompt_learning:
-        raise UserError("Prompt learning adds positions that the teacher does not have. Use LoRA instead.")
+        raise UserError(
+            "Prompt learning adds positions that the teacher does not have. Use LoRA instead.", because="not built"
+        )
     if trainer.get_cp_size() * trainer.get_sp_size() > 1:
         raise UserError(
             "Context and sequence parallelism cut a sequence between ranks; the teacher would see fragments. Set "
-            "their sizes to 1 and shard with FSDP or ZeRO-3."
+            "their sizes to 1 and shard with FSDP or ZeRO-3.",
+            because="not built",
         )
     if len(devices_of(trainer.model)) > 1:
         raise UserError(
             "The student is spread over several devices by device_map. Load it without device_map and shard it "
-            "with accelerate_config zero3 or fsdp2."
+            "with accelerate_config zero3 or fsdp2.",
+            because="not built",
         )
 
 
@@ -115,7 +125,9 @@ def check_precision(args: TrainingArguments, emulated_bf16: bool) -> None:
     Raises UserError for fp16 on a CPU, where accelerate would train in fp32 and say nothing.
     """
     if args.fp16 and args.device.type == "cpu":
-        raise UserError("fp16 trains on a GPU, and this is a CPU. Set bf16: true, or neither of them for fp32.")
+        raise UserError(
+            "fp16 trains on a GPU, and this is a CPU. Set bf16: true, or neither of them for fp32.", because="upstream"
+        )
     if emulated_bf16:
         say_float32()
 

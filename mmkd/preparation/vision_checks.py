@@ -35,7 +35,8 @@ def require_image_tokens(processor: Any, role: str) -> None:
         raise UserError(
             f"The {role}'s processor {type(processor).__name__} has no image_token_id, so its visual tokens cannot be "
             "found in the text. Use a model that puts its images between the tokens (LLaVA, Qwen-VL, Idefics3, "
-            "SmolVLM, InternVL, Gemma 3, ...)."
+            "SmolVLM, InternVL, Gemma 3, ...).",
+            because="not built",
         )
 
 
@@ -44,7 +45,8 @@ def processor_of_teacher(processing_class: Any, name: str) -> ProcessorMixin:
     if not isinstance(processing_class, ProcessorMixin):
         raise UserError(
             f"The data has images, but the teacher {name or 'given'!r} reads text only. Use a vision-language "
-            "teacher, or data without images."
+            "teacher, or data without images.",
+            because="meaning",
         )
     return processing_class
 
@@ -64,7 +66,8 @@ def check_no_videos(row: Mapping[str, Any], split: str) -> None:
     if {"video", "videos"} & row.keys() or "video" in (part.get("type") for part in _parts(row)):
         raise UserError(
             f"The {split} data holds videos, which mmkd does not train on yet. Map its frames to images, or leave "
-            "such rows out."
+            "such rows out.",
+            because="not built",
         )
 
 

@@ -19,7 +19,8 @@ def check_weights(row: Mapping[str, Any], number: int, split: str, completion_on
             if isinstance(message, Mapping) and message.get("role") == "assistant" and not is_learnt(message):
                 raise UserError(
                     f"Row {number} of the {split} data: {column}[{place}] has weight 0, and all turns would be "
-                    "learnt from. Set assistant_only_loss: true, which leaves such turns out, or remove the weight."
+                    "learnt from. Set assistant_only_loss: true, which leaves such turns out, or remove the weight.",
+                    because="meaning",
                 )
 
 

@@ -142,7 +142,8 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], options: 
     if model.adapter and Path(model.path).is_dir():
         raise UserError(
             f"{place} is an adapter of {model.path}, a folder here that nobody else has. Merge them (PEFT's "
-            "merge_and_unload) and push the whole, or train it on a Hub id."
+            "merge_and_unload) and push the whole, or train it on a Hub id.",
+            because="meaning",
         )
     keys, lineage = record["keys"], trainings_of(record, place)
     trainings = [training.record for training in lineage]

@@ -135,7 +135,9 @@ class RunArguments:
             self.student_layers = [self.student_layers]
         check_fields(self)
         if (self.student_init == "llava") != (self.student_vision_tower is not None):
-            raise UserError("student_init: llava and student_vision_tower go together: set both or neither.")
+            raise UserError(
+                "student_init: llava and student_vision_tower go together: set both or neither.", because="meaning"
+            )
         pruned = [self.student_layers, self.student_intermediate_size, self.student_num_attention_heads]
         if self.student is None and (self.student_init != "prune" or self.teacher is None):
             several = "" if self.teachers is None else " With several teachers, prune names its `student` too."
@@ -145,7 +147,8 @@ class RunArguments:
         if (self.student_init == "prune") != any(part is not None for part in pruned):
             raise UserError(
                 "student_init: prune and the sizes to keep (student_layers, student_intermediate_size, "
-                "student_num_attention_heads) go together: set both or neither."
+                "student_num_attention_heads) go together: set both or neither.",
+                because="meaning",
             )
         sources = [self.teacher, self.teacher_cache, self.teacher_server]
         self._check_teachers(any(sources))
@@ -155,13 +158,18 @@ class RunArguments:
                 "teacher_server."
             )
         if self.teacher_load_in_4bit and self.teacher_load_in_8bit:
-            raise UserError("teacher_load_in_4bit and teacher_load_in_8bit exclude each other: keep one.")
+            raise UserError(
+                "teacher_load_in_4bit and teacher_load_in_8bit exclude each other: keep one.", because="meaning"
+            )
 
     def _check_teachers(self, one_too: bool) -> None:
         teachers = self.teachers = self._read_teachers()
         if teachers is None:
             if self.teacher_column is not None:
-                raise UserError(f"teacher_column is {self.teacher_column!r}, but there are no `teachers` to choose.")
+                raise UserError(
+                    f"teacher_column is {self.teacher_column!r}, but there are no `teachers` to choose.",
+                    because="meaning",
+                )
             return
         if not isinstance(teachers, dict) or not all(isinstance(keys, dict) for keys in teachers.values()):
             raise UserError("teachers is no mapping of names to keys; write {NAME: {teacher: ...}, ...}.")
@@ -169,10 +177,14 @@ class RunArguments:
         if len(teachers) < 2:
             raise UserError(f"teachers holds {len(teachers)}; name two or more, or set `teacher` to the only one.")
         if one_too:
-            raise UserError("teacher, teacher_cache and teacher_server say who teaches, and so does `teachers`.")
+            raise UserError(
+                "teacher, teacher_cache and teacher_server say who teaches, and so does `teachers`.", because="meaning"
+            )
         if not METHODS[self.method].takes_several:
             several = ", ".join(name for name, method in METHODS.items() if method.takes_several)
-            raise UserError(f"Method {self.method} learns from one teacher; `teachers` are for {several}.")
+            raise UserError(
+                f"Method {self.method} learns from one teacher; `teachers` are for {several}.", because="not built"
+            )
         known = [part.name for part in fields(self) if part.name.startswith("teacher_")]
         known = ["teacher", "weight", *(name for name in known if name != "teacher_column")]
         allowed = {**fields_of(RunArguments), "weight": Field.of("weight", PositiveFloat)}
@@ -186,7 +198,10 @@ class RunArguments:
             if not any(read.get(source) for source in ("teacher", "teacher_cache", "teacher_server")):
                 raise UserError(f"teachers.{name} names nobody: set its teacher, teacher_cache or teacher_server.")
         if self.teacher_column is not None and any("weight" in keys for keys in teachers.values()):
-            raise UserError("teacher_column gives each row to one teacher, so that a weight says nothing: keep one.")
+            raise UserError(
+                "teacher_column gives each row to one teacher, so that a weight says nothing: keep one.",
+                because="meaning",
+            )
 
     def _read_teachers(self) -> Any:
         if not isinstance(self.teachers, str):

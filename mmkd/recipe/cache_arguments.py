@@ -103,9 +103,14 @@ class CacheArguments:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.job == "generate" and self.cache_samples > 1 and self.cache_temperature == 0:
-            raise UserError("cache_samples above 1 with cache_temperature 0 gives the same answer several times.")
+            raise UserError(
+                "cache_samples above 1 with cache_temperature 0 gives the same answer several times.",
+                because="meaning",
+            )
         if self.engine == "ray" and self.shard is not None:
-            raise UserError("engine: ray spreads the shards over its workers itself; leave shard out.")
+            raise UserError(
+                "engine: ray spreads the shards over its workers itself; leave shard out.", because="meaning"
+            )
         self.part = _part(self.shard)
 
 

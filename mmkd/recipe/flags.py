@@ -60,7 +60,9 @@ def recipe_of(name_or_path: str | Path, flags: Sequence[str] = ()) -> Recipe:
                 spelled[key] = words if parser.arity(name)[0] else []
         elif name in STAGE_KEYS:
             if not recipe.in_stages:
-                raise UserError(f"{recipe.name} has no stages, so {flag.typed} has nothing to choose from.")
+                raise UserError(
+                    f"{recipe.name} has no stages, so {flag.typed} has nothing to choose from.", because="meaning"
+                )
             overrides["schedule"] = _words(flag, 0, None, method, parser)
         elif name == CONFIG or name in launch_keys:
             takes = 0 if name != CONFIG and launch_options()[name].nargs == 0 else 1

@@ -130,7 +130,7 @@ class KeyParser:
             raise UserError(f"{error.doc!r} is no JSON ({error.msg}): write it as '{{\"name\": 1}}'.") from error
         except (ValueError, TypeError) as error:
             # transformers and trl say so of a combination of keys; the values of each have been looked at above.
-            raise UserError(f"These settings cannot be: {' '.join(str(error).split())}") from error
+            raise UserError(f"These settings cannot be: {' '.join(str(error).split())}", because="upstream") from error
 
     def _read(self, name: str, value: Any) -> Any:
         """A recipe's value for a key, one value of a list as a list. Raises UserError for one that cannot be."""

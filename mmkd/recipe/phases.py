@@ -30,13 +30,15 @@ def check_phases(run: Run) -> None:
     if training.push_to_hub and run.student.use_peft and student is not None and Path(student).is_dir():
         raise UserError(
             f"push_to_hub would publish an adapter of {student}, a folder here that nobody else has. Train it on a "
-            "Hub id, or publish the merged student with `mmkd push`."
+            "Hub id, or publish the merged student with `mmkd push`.",
+            because="meaning",
         )
     strategy = IntervalStrategy(training.eval_strategy)
     if run.keys.get("do_eval") is False and strategy != IntervalStrategy.NO:
         raise UserError(
             f"do_eval is false, but eval_strategy is {strategy.value}, which evaluates. Set eval_strategy: no to skip "
-            "evaluation, or remove do_eval."
+            "evaluation, or remove do_eval.",
+            because="meaning",
         )
     stages = run.keys.get("stages")
     own = [keys for keys in stages.values() if isinstance(keys, dict)] if isinstance(stages, dict) else []
@@ -45,17 +47,20 @@ def check_phases(run: Run) -> None:
     if stages or METHODS[run.arguments.method].drive is not None:
         raise UserError(
             "do_train is false, and this recipe consists of several trainings, each of which needs the one before. "
-            "Evaluate what they left with `mmkd eval`, or remove do_train."
+            "Evaluate what they left with `mmkd eval`, or remove do_train.",
+            because="meaning",
         )
     if not training.do_eval:
         raise UserError(
             "do_train is false, so that nothing would happen. Set do_eval: true to evaluate the student as it is, or "
-            "use `--dry_run`, which reads everything and trains nothing."
+            "use `--dry_run`, which reads everything and trains nothing.",
+            because="meaning",
         )
     if str(training.resume_from_checkpoint or "false").lower() != "false":
         raise UserError(
             "do_train is false, so that there is nothing to resume. Set `student` to the checkpoint's folder to "
-            "evaluate it, and remove resume_from_checkpoint."
+            "evaluate it, and remove resume_from_checkpoint.",
+            because="meaning",
         )
 
 
@@ -69,7 +74,8 @@ def evaluate_alone(trainer: RunTrainer, run: Run) -> None:
     if trainer.eval_dataset is None:
         raise UserError(
             f"do_train is false, and the data recipe {run.arguments.data} holds no rows out to evaluate on. Give it "
-            "eval_rows or a split `eval`."
+            "eval_rows or a split `eval`.",
+            because="meaning",
         )
     trainer.save_metrics("eval", trainer.evaluate())
 

@@ -20,14 +20,18 @@ def check_student(run: Run) -> None:
     """Raises UserError for a student that could not be trained, or not be saved."""
     init, quantised = run.arguments.student_init, run.student.load_in_4bit or run.student.load_in_8bit
     if quantised and init != "pretrained":
-        raise UserError(f"student_init: {init} makes new weights, which cannot be quantised yet.")
+        raise UserError(f"student_init: {init} makes new weights, which cannot be quantised yet.", because="not built")
     if run.student.use_peft and init != "pretrained":
         raise UserError(
             f"student_init: {init} makes new weights, which an adapter's folder does not hold, so that nobody could "
-            "load the student. Train it whole first, and then its folder with use_peft; or set use_peft: false."
+            "load the student. Train it whole first, and then its folder with use_peft; or set use_peft: false.",
+            because="not built",
         )
     if quantised and not run.student.use_peft:
-        raise UserError("A quantised student has no weights to train: set use_peft: true, or do not quantise it.")
+        raise UserError(
+            "A quantised student has no weights to train: set use_peft: true, or do not quantise it.",
+            because="upstream",
+        )
 
 
 def load_student(run: Run, teacher: PreTrainedModel | None = None) -> PreTrainedModel:

@@ -100,7 +100,8 @@ def check_cache(run: Run, cache: Cache) -> None:
             raise UserError(
                 f"The cache {cache.folder} is of the teacher {identity['teacher']['name']!r} (weights "
                 f"{identity['teacher']['weights']}), the recipe names {ours['name']!r} ({ours['weights']}). Correct "
-                "`teacher`, or build a cache of it."
+                "`teacher`, or build a cache of it.",
+                because="meaning",
             )
     _check_dtype(arguments.teacher_dtype, cache)
     fingerprint, *earlier = DataRecipe.load(arguments.data).fingerprints
@@ -108,7 +109,8 @@ def check_cache(run: Run, cache: Cache) -> None:
         raise UserError(
             f"The cache {cache.folder} was built on the data {identity['data']['name']!r} with the fingerprint "
             f"{identity['data']['fingerprint']}, the recipe's data has {fingerprint}. Use that data, or build a cache "
-            "with this recipe."
+            "with this recipe.",
+            because="meaning",
         )
 
 
@@ -119,7 +121,8 @@ def _check_dtype(dtype: str, cache: Cache) -> None:
     if dtype != "auto" and stored not in (None, "float32") and getattr(torch, dtype, dtype) != getattr(torch, stored):
         raise UserError(
             f"The cache {cache.folder} was computed by a teacher in {stored}, the recipe's teacher_dtype is {dtype}. "
-            f"Set teacher_dtype: {stored} (or auto), or build a cache with teacher_dtype: {dtype} in another folder."
+            f"Set teacher_dtype: {stored} (or auto), or build a cache with teacher_dtype: {dtype} in another folder.",
+            because="meaning",
         )
 
 
@@ -172,7 +175,8 @@ def without_unreadable(data: DatasetDict, caches: Sequence[tuple[Run, Cache]]) -
                 raise UserError(
                     f"The cache {cache.folder} leaves out rows that could not be read, by their number among "
                     f"{cache.manifest.total_rows[split]} rows of {split}; the run has {len(own)}. Give the same "
-                    "max_train_rows and max_eval_rows as for the build."
+                    "max_train_rows and max_eval_rows as for the build.",
+                    because="meaning",
                 )
             unreadable.setdefault(split, set()).update(own[row] for row in bad)
     for split, bad in unreadable.items():

@@ -53,7 +53,7 @@ class Stage:
         except UserError as error:
             # Its recipe is not written yet.
             text = str(error).replace(f"{self.recipe.place} sets", "it sets")
-            raise UserError(f"Stage {self.name}: {text}") from error
+            raise UserError(f"Stage {self.name}: {text}", because=error.because) from error
 
     def check(self) -> None:
         """Raises UserError when the folder holds a stage that was trained in another way."""
@@ -108,7 +108,8 @@ def plan(recipe: Recipe) -> list[Stage]:
             if before.keys.get("use_peft") and not METHODS[before.method].leaves_whole_student:
                 raise UserError(
                     f"Stage {planned[-1].name} trains an adapter (use_peft), and {name} after it begins with a whole "
-                    "student. Set use_peft in the last stage only."
+                    "student. Set use_peft in the last stage only.",
+                    because="not built",
                 )
             staged = staged.without(*_MAKING)
             staged = replace(staged, written={**staged.written, "student": str(planned[-1].folder)})

@@ -54,10 +54,13 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
         if tail == "unbiased" and not codec.m:
             raise UserError(
                 f"{self.cache.folder} has no draws from the tail, which teacher_tail: unbiased needs. Use bucket, or "
-                "build a cache with cache_tail_draws."
+                "build a cache with cache_tail_draws.",
+                because="meaning",
             )
         if tail != "unbiased" and not codec.k:
-            raise UserError(f"{self.cache.folder} has draws only (top-k of 0): set teacher_tail: unbiased.")
+            raise UserError(
+                f"{self.cache.folder} has draws only (top-k of 0): set teacher_tail: unbiased.", because="meaning"
+            )
         self.signal_type = TopKSignal if tail == "bucket" else SparseSignal
         self.can_temper = tail == "renormalise"
 
@@ -72,7 +75,8 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
         if different:
             raise UserError(
                 f"The cache {self.cache.folder} was built for other sequences than this run trains on: "
-                f"{'; '.join(different)}. Set these as in the cache, or build a cache with this recipe."
+                f"{'; '.join(different)}. Set these as in the cache, or build a cache with this recipe.",
+                because="meaning",
             )
 
     def check_sequences(self, sequences: Iterable[tuple[np.ndarray, np.ndarray]], name: str) -> None:

@@ -77,7 +77,8 @@ def read_class_logits(folder: str | Path, expected: dict[str, Any]) -> ClassLogi
             raise UserError(
                 f"The class logits in {folder} were made with another {key.replace('_', ' ')}: "
                 f"{_short(identity.get(key))}, the run has {_short(value)}. Name another folder as "
-                "teacher_cache, or delete this one."
+                "teacher_cache, or delete this one.",
+                because="meaning",
             )
     return ClassLogits(load_file(folder / LOGITS)["logits"], identity)
 

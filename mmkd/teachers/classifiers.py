@@ -57,7 +57,8 @@ class TransformersEmbedder(Embedder):
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
             raise UserError(
                 f"{type(model).__name__} does not embed images and texts in one space. Take a CLIP- or SigLIP-like "
-                "teacher, or another teacher_kind."
+                "teacher, or another teacher_kind.",
+                because="meaning",
             )
         self.model, self.processor = model.eval().requires_grad_(False), processor
         self.name = model.name_or_path
@@ -304,5 +305,6 @@ def check_classes(classes: int, class_names: Sequence[str], who: str) -> None:
         raise UserError(
             f"{who} answers with {classes} classes, the data has {len(class_names)} ({', '.join(class_names[:3])}, "
             "...). Take a teacher of the same classes in the same order, or one that is told their names (zero_shot, "
-            "question)."
+            "question).",
+            because="meaning",
         )

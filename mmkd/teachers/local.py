@@ -54,12 +54,14 @@ class LocalTeacher(Teacher[DenseSignal]):
             raise UserError(
                 f"The teacher is on {', '.join(sorted(map(str, devices)))} and cannot be moved to the student's "
                 f"device {here}. Load it without device_map, or with device_map="
-                f"{{'': '{here}'}}."
+                f"{{'': '{here}'}}.",
+                because="not built",
             )
         if accelerator.distributed_type == DistributedType.DEEPSPEED and sharded and is_quantized(self.model):
             raise UserError(
                 "The teacher is quantised, and ZeRO-3 cannot cut its weights. Use accelerate_config fsdp2, which "
-                "leaves it whole on every rank, or zero2, or load the teacher in bfloat16."
+                "leaves it whole on every rank, or zero2, or load the teacher in bfloat16.",
+                because="upstream",
             )
         allow_consumers(self.model)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -77,7 +77,8 @@ class ServerTeacher(Teacher[TopKSignal]):
         if images:
             raise UserError(
                 f"A served teacher cannot be asked from {', '.join(images)}: a vLLM server takes images, not the "
-                "student's pixels. Build a cache of this teacher first (mmkd cache build), or use a local teacher."
+                "student's pixels. Build a cache of this teacher first (mmkd cache build), or use a local teacher.",
+                because="not built",
             )
         signals = list(self.client.score(questions_of(inputs, supervised), self.k, self.vocab_size))
         for signal in signals:

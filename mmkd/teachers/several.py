@@ -47,7 +47,8 @@ class SeveralTeachers(Teacher[MixedSignal | RoutedSignal]):
         if column is not None and weights is not None:
             raise UserError(
                 f"The column {column!r} gives each row to one teacher, which leaves nothing to weigh. Remove the "
-                "weights, or the column to mix all teachers on every token."
+                "weights, or the column to mix all teachers on every token.",
+                because="meaning",
             )
         weights = dict.fromkeys(teachers, 1.0) if weights is None else weights
         if weights.keys() != teachers.keys() or not all(0 < weight < float("inf") for weight in weights.values()):

@@ -95,7 +95,8 @@ class TopKSignal(SparseSignal):
     def compare(self, logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
         if temperature != 1:
             raise UserError(
-                f"A top-k signal is known at temperature 1 only, not at {temperature}; set temperature: 1."
+                f"A top-k signal is known at temperature 1 only, not at {temperature}; set temperature: 1.",
+                because="meaning",
             )
         inside, teacher = super().compare(logits, rows, 1)
         student = torch.cat([inside, log_one_minus_exp(inside.logsumexp(-1, keepdim=True))], dim=-1)

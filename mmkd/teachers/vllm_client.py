@@ -259,7 +259,10 @@ class VLLMClient:
                 + f". Give max_tokens, n of at least 1, and any of {', '.join(sorted(SAMPLING))}."
             )
         if n > 1 and sampling.get("temperature") == 0:
-            raise UserError(f"temperature 0 gives n={n} times the same answer; set n: 1, or a temperature above 0.")
+            raise UserError(
+                f"temperature 0 gives n={n} times the same answer; set n: 1, or a temperature above 0.",
+                because="meaning",
+            )
         body = {**NEUTRAL_SAMPLING, **sampling, "n": n, "model": (self._facts or self.check()).model}
         seed = body.pop("seed", None)
 

@@ -35,19 +35,22 @@ def check_balance(model: Any, args: DistillationConfig, sharded: bool) -> None:
     if sharded:
         raise UserError(
             "combine: gradmag needs gradients of the last layer before the backward pass, when FSDP and ZeRO-3 "
-            "have put its weights away. Set combine: weights, or train with accelerate_config ddp or zero2."
+            "have put its weights away. Set combine: weights, or train with accelerate_config ddp or zero2.",
+            because="not built",
         )
     if not trained(last_layer(model)):
         raise UserError(
             "combine: gradmag compares gradients in the last layer, of which nothing is trained. Set combine: "
-            "weights, or train that layer too (trainable, target_modules, layers_to_transform)."
+            "weights, or train that layer too (trainable, target_modules, layers_to_transform).",
+            because="not built",
         )
     checkpointing = args.activation_checkpointing_kwargs or {}
     assert isinstance(checkpointing, dict)
     if args.activation_checkpointing and checkpointing.get("use_reentrant"):
         raise UserError(
             "combine: gradmag differentiates before the backward pass, which reentrant checkpointing cannot. Set "
-            "use_reentrant: false in activation_checkpointing_kwargs, or combine: weights."
+            "use_reentrant: false in activation_checkpointing_kwargs, or combine: weights.",
+            because="upstream",
         )
 
 

@@ -96,12 +96,15 @@ class DistillationConfig(RolloutConfig):
         if self.on_policy_fraction and self.ce_weight:
             raise UserError(
                 "ce_weight is the share of the data's own answers, which a rollout replaces: it would train the "
-                "student on what it says anyway. Set ce_weight: 0, or on_policy_fraction: 0."
+                "student on what it says anyway. Set ce_weight: 0, or on_policy_fraction: 0.",
+                because="not built",
             )
         check_combination(self)
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise UserError(
-                "loss_type and label_smoothing_factor change SFT's own loss, which distillation replaces. Remove them."
+                "loss_type and label_smoothing_factor change SFT's own loss, which distillation replaces. Remove "
+                "them.",
+                because="meaning",
             )
 
     def for_teacher(self) -> "DistillationConfig":
@@ -115,11 +118,13 @@ def check_combination(config: DistillationConfig) -> None:
         raise UserError(
             f"combine is gradmag, but the loss of {type(config).__name__} has no terms to balance. Set combine: "
             "weights, or use a method with several terms: kd or taid with ce_weight between 0 and 1, alm or llava_kd. "
-            "Rounds of comd take it in round_settings."
+            "Rounds of comd take it in round_settings.",
+            because="meaning",
         )
     terms = [name for name, weight in config.term_weights.items() if weight]
     if config.combine == "gradmag" and len(terms) < 2:
         raise UserError(
             f"combine is gradmag, but {' and '.join(terms)} is the only term whose weight is not 0, which leaves "
-            "nothing to balance. Give another term a weight, such as ce_weight: 0.5, or set combine: weights."
+            "nothing to balance. Give another term a weight, such as ce_weight: 0.5, or set combine: weights.",
+            because="meaning",
         )

@@ -55,7 +55,8 @@ class MethodTrainer(ReportingTrainer, Generic[Signal]):
             accepted = " or ".join(signal.__name__ for signal in cls.accepts)
             raise UserError(
                 f"{type(teacher).__name__} answers with {teacher.signal_type.__name__}, method {cls.method} needs "
-                f"{accepted}. Use another teacher or another method."
+                f"{accepted}. Use another teacher or another method.",
+                because="not built",
             )
 
     def build_teacher(self, student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:

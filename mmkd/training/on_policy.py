@@ -28,7 +28,8 @@ def generator_of(trainer: Any) -> tuple[Generator[RolloutPrompt], AnswerTokens]:
         raise UserError(
             "on_policy_fraction generates with a student whose weights are sharded (FSDP2, ZeRO-3), which would "
             "gather all of them for every token. Set rollout_server under fsdp2, which gathers them once per "
-            "step; or use DDP or ZeRO-2, or on_policy_fraction: 0."
+            "step; or use DDP or ZeRO-2, or on_policy_fraction: 0.",
+            because="not built",
         )
     if args.rollout_server is None:
         # The student's views alone: a prompt is not asked about.
@@ -37,7 +38,8 @@ def generator_of(trainer: Any) -> tuple[Generator[RolloutPrompt], AnswerTokens]:
     if vision or isinstance(side.model, PeftModel):
         raise UserError(
             "A rollout_server takes whole students that read text; this one has images or an adapter. Remove "
-            "rollout_server to generate in this process."
+            "rollout_server to generate in this process.",
+            because="not built",
         )
     # Its name keeps it out of what is pushed to the Hub.
     folder = Path(args.rollout_server_folder or Path(args.output_dir or ".") / "_rollout_weights")

@@ -77,7 +77,10 @@ class Prepared:
         check_training_data(train, evaluation, args, tokenizer_of(processing_class))
         if args.trainable is not None:
             if peft is not None or isinstance(model, PeftModel):
-                raise UserError("trainable and PEFT both say what is trained: choose target_modules, or no adapter.")
+                raise UserError(
+                    "trainable and PEFT both say what is trained: choose target_modules, or no adapter.",
+                    because="meaning",
+                )
             train_only(model, args.trainable)
         return cls(args, model, processing_class, train, evaluation, reads_rows)
 

@@ -95,19 +95,22 @@ class RolloutConfig(SFTConfig):
         if not self.learns_from_rollouts:
             raise UserError(
                 f"on_policy_fraction is {self.on_policy_fraction}, but {type(self).__name__} learns from the data's "
-                "answers only. Set it to 0, or use method kd, taid or alm."
+                "answers only. Set it to 0, or use method kd, taid or alm.",
+                because="not built",
             )
         if self.packing or self.padding_free:
             raise UserError(
                 "packing and padding_free lay rows end to end before the student has answered them. Set both to "
-                "false, or on_policy_fraction: 0."
+                "false, or on_policy_fraction: 0.",
+                because="not built",
             )
 
     def _check_sampling(self) -> None:
         if self.rollout_truncated == "drop" and self.rollout_prompt_tokens is not None:
             raise UserError(
                 "rollout_prompt_tokens continues plain text, which does not end, and rollout_truncated: drop would "
-                "learn nothing from it. Set rollout_truncated: keep."
+                "learn nothing from it. Set rollout_truncated: keep.",
+                because="meaning",
             )
 
     def _check_lengths(self) -> None:
@@ -115,5 +118,6 @@ class RolloutConfig(SFTConfig):
         if self.max_length is not None and (prompt or 1) + self.rollout_max_tokens > self.max_length:
             raise UserError(
                 f"max_length {self.max_length} has no room for a prompt of {prompt or 1} tokens and the "
-                f"{self.rollout_max_tokens} of rollout_max_tokens. Raise the one or lower the other."
+                f"{self.rollout_max_tokens} of rollout_max_tokens. Raise the one or lower the other.",
+                because="meaning",
             )

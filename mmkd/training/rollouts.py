@@ -96,7 +96,9 @@ def student_tokens(model: Any, tokenizer: Any, vocab_size: int, text_only: bool)
     """
     tokens = AnswerTokens.of(base_of(model), tokenizer)
     if not tokens.stops:
-        raise UserError("The student has no token that ends an answer. Set eos_token, or on_policy_fraction: 0.")
+        raise UserError(
+            "The student has no token that ends an answer. Set eos_token, or on_policy_fraction: 0.", because="meaning"
+        )
     special = set(tokenizer.all_special_ids) - set(tokens.stops) if text_only else set()
     return replace(tokens, silenced=sorted({*silenced_tokens(base_of(model), vocab_size), *special}))
 
@@ -215,12 +217,14 @@ def check_rollouts(teacher: Any, data: Any) -> None:
     if any(isinstance(part, CachedTeacher) for part in parts_of(teacher)):
         raise UserError(
             "A teacher_cache holds the teacher's words about the data's answers, not about what the student will say. "
-            "Set on_policy_fraction: 0, or use the teacher itself (remove teacher_cache) or a teacher_server."
+            "Set on_policy_fraction: 0, or use the teacher itself (remove teacher_cache) or a teacher_server.",
+            because="meaning",
         )
     if not hasattr(data, "__len__"):
         raise UserError(
             "The train data is a stream, of which the student cannot answer rows reproducibly. Load it whole, or set "
-            "on_policy_fraction: 0."
+            "on_policy_fraction: 0.",
+            because="not built",
         )
 
 
@@ -229,7 +233,8 @@ def check_prompts(args: RolloutConfig, data: Any, collate: Collate, vision: bool
     if vision and args.rollout_prompt_tokens is not None:
         raise UserError(
             "rollout_prompt_tokens would cut rows within their images. Remove it, and map the data to prompt and "
-            "completion."
+            "completion.",
+            because="meaning",
         )
     examples = [dict(data[row]) for row in range(min(len(data), _LOOKED_AT))]
     prompt_tokens = args.rollout_prompt_tokens

@@ -124,7 +124,8 @@ def _several(student: StudentSide, several: SeveralTeachers, processing_class: A
             if not alike:
                 raise UserError(
                     "One of several teachers reads images in another way than the student, and a batch holds one "
-                    "version besides the student's. Use teachers with the student's processor, or one teacher."
+                    "version besides the student's. Use teachers with the student's processor, or one teacher.",
+                    because="not built",
                 )
         elif isinstance(teacher, LocalTeacher | ServerTeacher) and teacher.vocab_size is not None:
             tokens = min(tokens, teacher.vocab_size)
@@ -134,7 +135,8 @@ def _several(student: StudentSide, several: SeveralTeachers, processing_class: A
         elif isinstance(teacher, CachedTeacher) and teacher.vocab_size > tokens:
             raise UserError(
                 f"The cache of the teacher {name!r} speaks of {teacher.vocab_size} tokens, but the student and "
-                f"all teachers share {tokens} only. Use teachers with one tokenizer."
+                f"all teachers share {tokens} only. Use teachers with one tokenizer.",
+                because="not built",
             )
     several = several.replaced_by(teachers)
     return Teaching(several, tokens, SeveralTargets.of(several))
@@ -152,7 +154,8 @@ def _check_cache(student: StudentSide, teacher: CachedTeacher) -> None:
     if teacher.vocab_size > student.tokens:
         raise UserError(
             f"The cache {teacher.cache.folder} speaks of {teacher.vocab_size} tokens, the student has "
-            f"{student.tokens}. Build it again with this student."
+            f"{student.tokens}. Build it again with this student.",
+            because="meaning",
         )
     teacher.check(preparation_of(student.processing_class, student.args, student.labelling.chat_template))
 
@@ -180,14 +183,16 @@ def check_several(trainer: Any, teachers: SeveralTeachers, args: DistillationCon
     if not trainer.takes_several:
         raise UserError(
             f"Method {trainer.method} learns from one teacher. Several can teach kd and taid; distil one after the "
-            "other, or merge them before."
+            "other, or merge them before.",
+            because="not built",
         )
     if teachers.column is None:
         return
     if args.packing or args.eval_packing:
         raise UserError(
             f"Packing joins rows of different teachers, so that the column {teachers.column!r} cannot say whom to "
-            "ask. Set packing: false (padding_free: true wastes nothing either), or mix the teachers by weights."
+            "ask. Set packing: false (padding_free: true wastes nothing either), or mix the teachers by weights.",
+            because="not built",
         )
     evaluation = data.get("eval")
     splits = data if not isinstance(evaluation, Mapping) else {**data, **evaluation}

@@ -72,7 +72,8 @@ class ReferenceAssessor(Assessor):
         if not scores:
             raise UserError(
                 f"assessor: {self.kind} compares with the data's own answers, but no instruction has one. Choose "
-                "assessor: judge, likelihood or agreement."
+                "assessor: judge, likelihood or agreement.",
+                because="meaning",
             )
         return Assessment(scores)
 

@@ -287,5 +287,6 @@ def _require_images(pool: Sequence[Instruction], kind: str) -> None:
     if not any(instruction.images for instruction in pool):
         raise UserError(
             f"augmentor: {kind} asks the pool's questions about other pictures of the pool, but there are no "
-            "pictures. Use augmentor: model."
+            "pictures. Use augmentor: model.",
+            because="meaning",
         )

@@ -136,7 +136,9 @@ class LocalEngine(Engine):
         if question.images:
             if not isinstance(processing_class, ProcessorMixin):
                 raise UserError(
-                    f"A question has images, but {self.name} reads text only. Use a vision-language model in its role."
+                    f"A question has images, but {self.name} reads text only. Use a vision-language model in its "
+                    "role.",
+                    because="meaning",
                 )
             images = [open_image(path) for path in question.images]
             return Prompt((), prepare_multimodal_messages(messages, images=images), images)
@@ -209,7 +211,8 @@ class ChatServer(Engine):
         if any(question.answer is not None for question in questions):
             raise UserError(
                 "assessor: likelihood needs the log-probs of a model in this process. Give the teacher as a folder or "
-                "Hub id without teacher_server, or choose another assessor."
+                "Hub id without teacher_server, or choose another assessor.",
+                because="not built",
             )
         if self._endpoints is None:
             self._endpoints = Endpoints(self._urls, *self._settings, self._retries)

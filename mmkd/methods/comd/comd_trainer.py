@@ -191,14 +191,20 @@ class CoMDConfig(DistillationConfig):
         if self.ce_weight != 1:
             raise UserError(
                 f"ce_weight is {self.ce_weight}; a round of comd mixes by round_method: kd with round_settings: "
-                "{ce_weight: ...}."
+                "{ce_weight: ...}.",
+                because="meaning",
             )
         if self.train_on == "new" and self.augmentor == "none":
-            raise UserError("train_on: new needs new instructions; choose an augmentor, or train_on: pool.")
+            raise UserError(
+                "train_on: new needs new instructions; choose an augmentor, or train_on: pool.", because="meaning"
+            )
         if self.round_cache and self.round_method == "sft":
-            raise UserError("round_cache keeps the teacher's distribution, which round_method: sft does not read.")
+            raise UserError(
+                "round_cache keeps the teacher's distribution, which round_method: sft does not read.",
+                because="meaning",
+            )
         if self.mutual and self.assessor == "none":
-            raise UserError("mutual needs an assessor to know whose answer is better.")
+            raise UserError("mutual needs an assessor to know whose answer is better.", because="meaning")
 
 
 class CoMDTrainer(DistillationTrainer[Targets | None]):

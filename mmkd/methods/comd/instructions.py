@@ -105,7 +105,8 @@ def read_instructions(dataset: Dataset, store: ImageStore) -> list[Instruction]:
     if "text" in columns or any(isinstance(row, str) for row in dataset[:1].get("prompt", [])):
         raise UserError(
             "comd asks a teacher through messages, but the data holds plain text. Map its columns to messages, such "
-            "as `messages: {user: '{question}', assistant: '{answer}'}`."
+            "as `messages: {user: '{question}', assistant: '{answer}'}`.",
+            because="not built",
         )
     instructions: dict[str, Instruction] = {}
     for row in read_rows(dataset, columns):
@@ -116,7 +117,8 @@ def read_instructions(dataset: Dataset, store: ImageStore) -> list[Instruction]:
         if row.get("tools"):
             raise UserError(
                 "A row has tools, which the judge and the augmentor of comd would not see. Leave such rows out, "
-                "or take the column `tools` out of the data."
+                "or take the column `tools` out of the data.",
+                because="not built",
             )
         if not any(message["role"] == "user" for message in prompt):
             raise UserError("A row asks nothing: it has no message of a user. Leave such rows out with filters.")

@@ -42,7 +42,8 @@ class Roles:
         if arguments.teacher_cache is not None:
             raise UserError(
                 "comd's teacher answers instructions that are not known before, so it cannot be a teacher_cache. Set "
-                "`teacher` or teacher_server; round_cache: true keeps its distributions on disk, round by round."
+                "`teacher` or teacher_server; round_cache: true keeps its distributions on disk, round by round.",
+                because="meaning",
             )
         self.run, self.training = run, training
         self.taught: Path | None = None
@@ -125,7 +126,9 @@ class Roles:
         if urls is not None:
             return self._server(urls, served, name or role)
         if served is not None:
-            raise UserError(f"{role}_server_model is set without {role}_server: give the URLs of its servers.")
+            raise UserError(
+                f"{role}_server_model is set without {role}_server: give the URLs of its servers.", because="meaning"
+            )
         if name is None:
             return self.teacher
         return self._local(f"The {role}", name, {"weights": weights_sha256(name)})

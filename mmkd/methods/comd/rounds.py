@@ -246,7 +246,10 @@ class Loop:
     ) -> dict[str, Any]:
         """Rolls the student back where it got worse, and lets it teach the teacher where it is better."""
         if held_out is None:
-            raise UserError("mutual guards held-out scores, but the data holds no answers out. Give it eval rows.")
+            raise UserError(
+                "mutual guards held-out scores, but the data holds no answers out. Give it eval rows.",
+                because="meaning",
+            )
         tolerance = self.training.mutual_tolerance
         report: dict[str, Any] = {}
         if previous is not None and held_out["student"] < self.best - tolerance:

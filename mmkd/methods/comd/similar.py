@@ -41,7 +41,8 @@ class SimilarImages:
         if not hasattr(model, "get_image_features"):
             raise UserError(
                 f"new_image: similar compares pictures by the student's vision tower, but {type(model).__name__} has "
-                "no get_image_features. Set new_image: parent."
+                "no get_image_features. Set new_image: parent.",
+                because="not built",
             )
         model = model.eval().to(PartialState().device)
         features = [

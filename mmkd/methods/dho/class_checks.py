@@ -149,7 +149,8 @@ def _teacher(classes: Classes, run: Run) -> list[Finding]:
         if len(rows) != len(classes.rows):
             raise UserError(
                 f"The class logits in {folder} are of {len(rows):,} rows, and there are {len(classes.rows):,} "
-                "training rows. Name another folder as teacher_cache, or delete this one."
+                "training rows. Name another folder as teacher_cache, or delete this one.",
+                because="meaning",
             )
     elif arguments.teacher is None:
         # In the words in which training refuses it.
@@ -163,7 +164,9 @@ def _kind(name: str, classes: Classes, run: Run) -> Finding:
     kind, hub = settings_of(run).teacher_kind, run.hub(run.arguments.teacher_revision)
     compares = kind in ("zero_shot", "tip_adapter")
     if compares and classes.is_text:
-        raise UserError(f"teacher_kind {kind} compares images with prompts; texts need classifier or question.")
+        raise UserError(
+            f"teacher_kind {kind} compares images with prompts; texts need classifier or question.", because="meaning"
+        )
     if name.startswith(OPEN_CLIP):
         if importlib.util.find_spec("open_clip") is None:
             raise UserError(f"The teacher {name} needs open_clip: pip install open_clip_torch.")
@@ -172,7 +175,8 @@ def _kind(name: str, classes: Classes, run: Run) -> Finding:
     if compares and not (hasattr(config, "text_config") and hasattr(config, "vision_config")):
         raise UserError(
             f"The teacher {name} is a {config.model_type}, which does not embed images and texts in one space. Take a "
-            "CLIP- or SigLIP-like teacher, or another teacher_kind."
+            "CLIP- or SigLIP-like teacher, or another teacher_kind.",
+            because="meaning",
         )
     if kind == "classifier":
         check_classes(config.num_labels, classes.data.class_names, "The teacher")

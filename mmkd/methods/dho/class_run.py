@@ -55,11 +55,16 @@ def check_arguments(run: Run) -> None:
     """Raises UserError for keys of tokens, and for a student that cannot be trained."""
     for key in dataclasses.fields(RunArguments):
         if key.name not in _READ and getattr(run.arguments, key.name) != key.default:
-            raise UserError(f"Method dho does not read {key.name}; it is about tokens. Remove it.")
+            raise UserError(f"Method dho does not read {key.name}; it is about tokens. Remove it.", because="meaning")
     if run.student.use_peft or run.student.load_in_4bit or run.student.load_in_8bit:
-        raise UserError("Method dho trains the whole student; remove use_peft, load_in_4bit and load_in_8bit.")
+        raise UserError(
+            "Method dho trains the whole student; remove use_peft, load_in_4bit and load_in_8bit.", because="not built"
+        )
     if run.arguments.student is None or run.arguments.student_init == "prune":
-        raise UserError("Set `student` to a vision model, a text model or, with student_init: random, its config.")
+        raise UserError(
+            "Set `student` to a vision model, a text model or, with student_init: random, its config.",
+            because="not built",
+        )
 
 
 def class_data_facts(name: str) -> dict[str, Any]:

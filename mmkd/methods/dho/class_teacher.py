@@ -97,7 +97,10 @@ def load_class_teacher(run: Run, classes: Classes) -> ClassTeacher:
     kind, name = training.teacher_kind, arguments.teacher
     if kind in ("zero_shot", "tip_adapter"):
         if text:
-            raise UserError(f"teacher_kind {kind} compares images with prompts; texts need classifier or question.")
+            raise UserError(
+                f"teacher_kind {kind} compares images with prompts; texts need classifier or question.",
+                because="meaning",
+            )
         teacher = zero_shot(run, data)
         return teacher if kind == "zero_shot" else _tip_adapter(training, teacher, classes)
     hub = {"revision": arguments.teacher_revision, "trust_remote_code": training.trust_remote_code}
@@ -142,7 +145,7 @@ def zero_shot(run: Run, data: ClassificationData) -> ZeroShotTeacher:
     arguments, training = run.arguments, settings_of(run)
     name = arguments.teacher
     if name is None:
-        raise UserError("head_init: text asks the teacher for its text embeddings; set `teacher`.")
+        raise UserError("head_init: text asks the teacher for its text embeddings; set `teacher`.", because="meaning")
     if name.startswith(OPEN_CLIP):
         embedder: Any = OpenClipEmbedder(name, training.device)
     else:

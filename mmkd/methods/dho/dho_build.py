@@ -39,7 +39,10 @@ def build_dho_trainer(run: Run) -> DHOTrainer:
         teacher = zero_shot(run, data) if teacher is None else teacher
         embedded = teacher.zero_shot if isinstance(teacher, TipAdapterTeacher) else teacher
         if not isinstance(embedded, ZeroShotTeacher):
-            raise UserError(f"head_init: text needs a teacher with text embeddings, not {training.teacher_kind}.")
+            raise UserError(
+                f"head_init: text needs a teacher with text embeddings, not {training.teacher_kind}.",
+                because="meaning",
+            )
         model.init_heads(embedded.text_embeddings)
     return DHOTrainer(
         model=model,

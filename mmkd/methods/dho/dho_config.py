@@ -150,15 +150,22 @@ class DHOConfig(TrainingArguments):
         take_one_gpu(self)
         self.emulated_bf16 = without_emulated_bf16(self)
         if self.objective == "dho" and self.ce_weight in (0, 1):
-            raise UserError(f"ce_weight {self.ce_weight} leaves a head without a loss; use objective kd or ce.")
+            raise UserError(
+                f"ce_weight {self.ce_weight} leaves a head without a loss; use objective kd or ce.", because="meaning"
+            )
         if self.unlabeled_batch_size == 0 and self.objective != "ce":
-            raise UserError("unlabeled_batch_size is 0; give 1 or more (0 only for objective ce).")
+            raise UserError("unlabeled_batch_size is 0; give 1 or more (0 only for objective ce).", because="meaning")
         self._check_labels()
         self._check_interpolation()
         if self.keep_rows and self.augmentation != "none":
-            raise UserError("keep_rows keeps what augmentation has made once; set one of them only.")
+            raise UserError(
+                "keep_rows keeps what augmentation has made once; set one of them only.", because="meaning"
+            )
         if self.label_smoothing_factor:
-            raise UserError("label_smoothing_factor changes the Trainer's own loss, which DHO replaces. Remove it.")
+            raise UserError(
+                "label_smoothing_factor changes the Trainer's own loss, which DHO replaces. Remove it.",
+                because="meaning",
+            )
         if self.plot_conflict and importlib.util.find_spec("matplotlib") is None:
             raise UserError("plot_conflict needs matplotlib: pip install 'mmkd[plot]', or leave it out.")
 
@@ -171,7 +178,8 @@ class DHOConfig(TrainingArguments):
         if self.objective != "ce" and not (labels == HIDDEN).any():
             raise UserError(
                 "There is no unlabelled row: every label of train is shown. Hide some with labels_per_class or "
-                "label_fraction, add rows labelled -100 (splits.unlabeled of a data recipe), or use objective ce."
+                "label_fraction, add rows labelled -100 (splits.unlabeled of a data recipe), or use objective ce.",
+                because="meaning",
             )
 
     def check_validation(self, validation: bool) -> None:
@@ -179,17 +187,23 @@ class DHOConfig(TrainingArguments):
         if self.objective == "dho" and self.alpha is None and not validation:
             raise UserError(
                 "alpha and beta are chosen on validation rows, and there are none: add a validation split "
-                "(validation_per_class of a data recipe), or set alpha and beta (the paper's 0.5 and 0.5)."
+                "(validation_per_class of a data recipe), or set alpha and beta (the paper's 0.5 and 0.5).",
+                because="meaning",
             )
 
     def _check_labels(self) -> None:
         if self.labels_per_class is not None and self.label_fraction is not None:
-            raise UserError("labels_per_class and label_fraction exclude each other: keep one.")
+            raise UserError("labels_per_class and label_fraction exclude each other: keep one.", because="meaning")
 
     def _check_interpolation(self) -> None:
         if (self.alpha is None) != (self.beta is None):
-            raise UserError("alpha and beta go together: set both, or neither to choose them on validation rows.")
+            raise UserError(
+                "alpha and beta go together: set both, or neither to choose them on validation rows.",
+                because="meaning",
+            )
         if self.objective != "dho" and self.alpha is not None:
-            raise UserError(f"alpha and beta join two heads; objective {self.objective} predicts with one.")
+            raise UserError(
+                f"alpha and beta join two heads; objective {self.objective} predicts with one.", because="meaning"
+            )
         if not self.alphas or not self.betas:
             raise UserError("alphas and betas hold the values to choose from: give at least one of each.")

@@ -87,7 +87,8 @@ def _check_range(labels: np.ndarray, class_names: Sequence[str], name: str) -> N
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UserError(
             f"The labels of {name} are not one class number per row; several classes per row are not what DHO's heads "
-            "(softmax) can say. Keep the rows and the column of a single class."
+            "(softmax) can say. Keep the rows and the column of a single class.",
+            because="meaning",
         )
     outside = labels[(labels != HIDDEN) & ((labels < 0) | (labels >= len(class_names)))]
     if len(outside):

@@ -107,7 +107,8 @@ class DHOTrainer(RunTrainer):
         if self.is_fsdp_enabled:
             raise UserError(
                 "Students of classes are not trained under FSDP: accelerate cannot cut vision towers. They are small, "
-                "so use accelerate_config ddp or zero2."
+                "so use accelerate_config ddp or zero2.",
+                because="upstream",
             )
 
     # The step
