@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from mmkd.commands.main import main
-from mmkd.commands.prepare import PREPARATIONS
 from mmkd.prepare import fashion_mnist, packages
+from mmkd.prepare.preparations import PREPARATIONS
 from mmkd.shipped import KINDS, recipe_root
 
 

@@ -1,6 +1,5 @@
-"""`mmkd compare`: was distillation worth it? Teacher, SFT baseline and students over seeds, in one table."""
+"""Was distillation worth it? Teacher, SFT baseline and students over seeds, in one table."""
 
-import argparse
 import json
 import math
 import statistics
@@ -10,14 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
 
 from mmkd.errors import UserError
 from mmkd.files import write_file
-from mmkd.recipe.flags import recipe_of
 from mmkd.recipe.recipe import STAGE_KEYS, Recipe
 from mmkd.results.machine import machine
-from mmkd.results.tables import markdown, show
+from mmkd.results.tables import markdown
 from mmkd.training.method import BASELINE_METHOD, METHODS
 
 from .bootstrap import paired_bootstrap
@@ -25,7 +22,7 @@ from .evaluation import evaluate
 from .harness import Settings
 from .model import find_model
 from .results import SCHEMA, to_json
-from .suites import SuiteTask, load_suite
+from .suites import SuiteTask
 from .trainings import Measured, Trainings, label, make_baseline
 
 NAME, PAGE = "comparison.json", "comparison.md"
@@ -66,40 +63,6 @@ class Row:
     runs: list[Measured]
     tasks: list[list[dict[str, Any]]]
     """Per run, the entries of the suite's tasks."""
-
-
-def compare_command(options: argparse.Namespace, flags: Sequence[str]) -> int:
-    """Trains, evaluates and prints; returns 130 when interrupted, after which the same command goes on."""
-    recipes = [recipe_of(name, flags) for name in options.recipes]
-    baseline = options.baseline
-    return _compare(
-        recipes,
-        options.seeds,
-        options.output,
-        judge=None if options.judge is None else recipe_of(options.judge, flags),
-        baseline=baseline if baseline in (None, "none") else recipe_of(baseline, flags),
-        tasks=[task for name in options.suite for task in load_suite(name).tasks]
-        + [SuiteTask(name) for name in options.tasks],
-        include=options.include_path,
-        settings=Settings(limit=options.limit, device="cpu" if recipes[0].keys.get("use_cpu") else None),
-    )
-
-
-def with_baseline(recipe: Recipe) -> int:
-    """`mmkd-train RECIPE --with_baseline`: the comparison of one recipe, with its own seed, under its output_dir."""
-    training = recipe.parse().training
-    return _compare([recipe], [training.seed], Path(training.output_dir or "runs/compare"))
-
-
-def _compare(recipes: Sequence[Recipe], seeds: Sequence[int], output: Path, **options: Any) -> int:
-    try:
-        comparison = compare(recipes, seeds, output, **options)
-    except KeyboardInterrupt:
-        print("\nInterrupted. Finished trainings are kept: the same command goes on with the next one.")
-        return 130
-    show(comparison, Console(width=120))
-    print(f"{output / NAME}\n{output / PAGE}")
-    return 0
 
 
 def compare(

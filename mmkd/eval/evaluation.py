@@ -1,6 +1,5 @@
-"""`mmkd eval`: tasks and measurements of models, kept per model and printed side by side."""
+"""Tasks of models, kept per model and printed side by side."""
 
-import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -9,20 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from mmkd.errors import UserError
 from mmkd.results.scores import scores_of
 
-from . import measures
 from .harness import Harness, Settings
 from .lmms import check_lmms, lmms_key, lmms_settings, run_lmms
-from .measures import HeldOut, measure
-from .model import EvalModel, ensemble_of, find_model
-from .results import NAME, Results
-from .suites import SuiteTask, load_suite, suite_names
+from .model import EvalModel
+from .results import Results
+from .suites import SuiteTask
 from .tasks import Tasks
 
 
@@ -91,57 +86,3 @@ def show(found: Mapping[str, Sequence[Mapping[str, Any]]], console: Console) -> 
     for (task, metric), row in rows.items():
         table.add_row(task, metric, row["items"], *(row.get(name, "") for name in found))
     console.print(table)
-
-
-def eval_command(options: argparse.Namespace) -> int:
-    """Evaluates models as the command line says and prints the tables; 130 when interrupted."""
-    hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    models = [find_model(name, **hub) for name in options.models]
-    if options.ensemble:
-        models = [ensemble_of(models)]
-    if options.output is not None and len(models) > 1:
-        raise UserError(
-            "--output is the folder of one model's results; leave it out to evaluate several.", because="meaning"
-        )
-    tasks = [task for name in options.suite for task in load_suite(name).tasks]
-    tasks += [SuiteTask(name) for name in options.tasks]
-    if not tasks and options.measures is None:
-        raise UserError(f"Say what to evaluate: --suite {', '.join(suite_names())}, or --tasks, or --measures.")
-    settings = Settings(
-        model_type=options.model_type,
-        model_args=_model_args(options.model_args),
-        dtype=options.dtype,
-        batch_size=int(options.batch_size) if options.batch_size.isdigit() else options.batch_size,
-        device=options.device,
-        limit=options.limit,
-        num_fewshot=options.num_fewshot,
-        chat_template=options.chat_template,
-        seed=options.seed,
-    )
-    held = HeldOut(options.data, options.rows, max_new_tokens=options.max_new_tokens) if options.data else None
-    teacher = find_model(options.teacher) if options.teacher else None
-    found, measured = {}, {}
-    try:
-        for model in models:
-            found[model.name] = evaluate(model, tasks, settings, options.output, options.include_path)
-            if options.measures is not None:
-                measured[model.name] = measure(model, options.measures, held, settings, teacher, options.output)
-    except KeyboardInterrupt:
-        print("\nInterrupted. Finished tasks are kept: the same command goes on with the next one.", file=sys.stderr)
-        return 130
-    if tasks:
-        show(found, Console())
-    for name, entries in measured.items():
-        measures.show(name, entries, Console())
-    for model in models:
-        print(f"{(options.output or model.results_folder) / NAME}")
-    return 0
-
-
-def _model_args(words: Sequence[str]) -> dict[str, Any]:
-    """`key=value` words, values read as YAML. Raises UserError for other words."""
-    pairs = [pair for word in words for pair in word.split(",") if pair]
-    for pair in pairs:
-        if "=" not in pair:
-            raise UserError(f"--model_args has {pair!r}; write key=value.")
-    return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}

@@ -55,6 +55,11 @@ def suite_names() -> list[str]:
     return [Path(name).stem for name in list_recipes("eval") if name.startswith("suites/")]
 
 
+def tasks_of(suites: Sequence[str], tasks: Sequence[str]) -> list[SuiteTask]:
+    """The tasks of suites, and tasks by name after them. Raises UserError as `load_suite` does."""
+    return [task for name in suites for task in load_suite(name).tasks] + [SuiteTask(name) for name in tasks]
+
+
 def load_suite(name_or_path: str) -> Suite:
     """A suite that ships with mmkd, or a suite in a file. Raises UserError for an unknown name and unknown keys."""
     if Path(name_or_path).is_file():

@@ -49,13 +49,6 @@ class Section:
         return self.title.lower().replace(" ", "-")
 
 
-def report_command(run: str, output: Path | None, comparison: Path | None) -> int:
-    """Writes the pages of a run and prints their paths."""
-    for path in write_report(Path(run), output, comparison):
-        print(path)
-    return 0
-
-
 def write_report(folder: Path, output: Path | None = None, comparison: Path | None = None) -> tuple[Path, Path]:
     """The paths of the HTML and the Markdown page of a run, written to `output` or the run's own folder.
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from mmkd.commands.prepare import PREPARATIONS
 from mmkd.eval.suites import SuiteTask, load_suite, suite_names
 from mmkd.eval.tasks import Tasks
 from mmkd.prepare.eval_data import humaneval_rows, mmlu_rows
+from mmkd.prepare.preparations import PREPARATIONS
 from mmkd.shipped import recipe_root
 
 

@@ -1,6 +1,8 @@
 """Flags are keys: every spelling of them is one recipe, to every command and in all that is made of the recipe."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from mmkd.methods.comd.round_recipes import write_round
 from mmkd.recipe.flags import recipe_of
 from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.stages import plan, train_stages
+from tests.helpers import environment
 
 PLAIN = {"method": "kd", "student": "s", "teacher": "t", "data": "d", "output_dir": "run"}
 PLAIN |= {"student_init": "prune", "student_layers": 2}
@@ -115,8 +118,8 @@ def of_rounds(recipe: Recipe, folder: Path) -> Any:
 COMMANDS = {
     ("train", "RECIPE"): "mmkd.commands.train.train",
     ("train", "RECIPE", "--help-keys"): "mmkd.commands.train.print_keys",
-    ("train", "RECIPE", "--with-baseline"): "mmkd.eval.compare.with_baseline",
-    ("cache", "build", "RECIPE"): "mmkd.commands.cache_commands.build_command",
+    ("train", "RECIPE", "--with-baseline"): "mmkd.commands.compare_command.with_baseline",
+    ("cache", "build", "RECIPE"): "mmkd.commands.cache_actions.build_cache",
     ("doctor", "RECIPE"): "mmkd.preflight.doctor.doctor",
     ("plan", "RECIPE", "--memory", "8"): "mmkd.preflight.plan.plan",
     ("compare", "RECIPE", "--seeds", "0"): "mmkd.eval.compare.compare",
@@ -211,3 +214,69 @@ def test_a_recipe_is_not_changed_by_what_is_made_of_it(folder: Path) -> None:
     recipe.keys["seed"] = 3
     assert recipe.stage("A").keys == {**PLAIN, "method": "sft", "learning_rate": 1e-3, "seed": 1}
     assert (recipe.written, recipe.overrides) == before
+
+
+BEFORE: list[tuple[str, ...]] = [
+    ("train", "--max_steps", "2", "RECIPE"),
+    ("train", "--max-steps", "2", "RECIPE"),
+    ("train", "--max_steps", "2", "--seed", "1", "RECIPE"),
+    ("train", "--accelerate_config", "ddp", "--max_steps", "2", "RECIPE"),
+    ("train", "--run_name=a b", "RECIPE"),
+    # Which of the two is the recipe cannot be seen.
+    ("train", "--output_dir", "RECIPE", "RECIPE"),
+    ("cache", "build", "--max_steps", "2", "RECIPE"),
+    ("cache", "verify", "--max_steps", "2", "RECIPE"),
+    ("cache", "push", "--max_steps", "2", "RECIPE", "me/cache"),
+    ("doctor", "--max_steps", "2", "RECIPE"),
+    ("plan", "--gpu", "L4", "--max_steps", "2", "RECIPE"),
+    ("compare", "--max_steps", "2", "RECIPE", "RECIPE"),
+]
+
+
+@pytest.mark.parametrize("command", BEFORE, ids=" ".join)
+def test_a_value_before_the_recipe_is_not_taken_for_the_recipe(
+    command: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = str(folder / "plain.yaml")
+    assert main([path if word == "RECIPE" else word for word in command]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search("mmkd: --(max_steps|run_name|output_dir) stands before the recipe", line)
+    assert "Put the recipe first" in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--dry_run", "--max_steps=2", "RECIPE"],
+        ["train", "--max_steps=2", "--dry-run", "RECIPE"],
+        ["train", "--max_steps=2", "RECIPE", "--dry_run"],
+        ["train", "--accelerate_config", "ddp", "RECIPE", "--dry_run", "--max_steps", "2"],
+    ],
+    ids=" ".join,
+)
+def test_what_can_only_be_read_in_one_way_may_stand_before_the_recipe(
+    words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+    monkeypatch.setattr("mmkd.commands.train.train", lambda recipe: seen.append(recipe) or 0)
+    assert main([str(folder / "plain.yaml") if word == "RECIPE" else word for word in words]) == 0
+    (recipe,) = seen
+    assert recipe.overrides == {"dry_run": True, "max_steps": 2}
+
+
+def test_help_and_parsing_wait_for_no_heavy_package() -> None:
+    """Torch alone takes seconds, which `mmkd --help` and a mistyped command need not cost."""
+    script = (
+        "import sys\n"
+        "from mmkd.commands.main import main\n"
+        "for words in (['--help'], ['train', '--help'], ['cache', 'verify', '--help'], ['env', '--nonsense']):\n"
+        "    try:\n"
+        "        main(words)\n"
+        "    except SystemExit:\n"
+        "        pass\n"
+        "print({'torch', 'trl', 'transformers', 'numpy', 'rich', 'yaml'} & {*sys.modules})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "set()"

@@ -1,7 +1,8 @@
-"""`mmkd cache`: build, info, verify and merge, as functions that print."""
+"""What `mmkd cache` does, as functions that print."""
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +27,7 @@ from mmkd.training.method import METHODS, Method, learns_from
 from mmkd.units import readable_size
 
 
-def build_command(recipe: Recipe) -> int:
+def build_cache(recipe: Recipe) -> int:
     """Builds the cache of a recipe, or those of its teachers, and prints the folders; with dry_run, what they cost.
 
     A method that does not predict tokens has a cache of its own. Raises UserError for one that has none.
@@ -35,9 +36,9 @@ def build_command(recipe: Recipe) -> int:
     if method.predicts != "tokens":
         return _build_own(run, method)
     plans = []
-    for one in _runs_with_cache(run):
-        check_place(one)
-        plans.append(make_plan(one))
+    for part in _runs_with_cache(run):
+        check_place(part)
+        plans.append(make_plan(part))
     for plan in plans:
         if run.arguments.dry_run:
             if not isinstance(plan, ScorePlan):
@@ -70,7 +71,7 @@ def _build_own(run: Run, method: Method) -> int:
     return 0
 
 
-def info_command(name: str) -> int:
+def describe_cache(name: str) -> int:
     """Prints what a cache is, how large, how much of the teacher's mass it keeps, and what it cost."""
     folder = local_cache(name)
     manifest = Manifest.read(folder)
@@ -113,10 +114,32 @@ def _progress(manifest: Manifest, split: str) -> str:
     return f"{held:,} answers to {len(done - manifest.skipped[split].keys()):,} of {total:,} prompts"
 
 
-def verify_command(target: str, flags: Sequence[str], rows: int) -> int:
+@dataclass(frozen=True)
+class CacheTarget:
+    """A cache to look after: its own name, or that of the recipe that made it."""
+
+    cache: str
+    run: Run | None
+
+    @classmethod
+    def of(cls, name: str, flags: Sequence[str], known: Sequence[str]) -> "CacheTarget":
+        """The cache with a name, or of a recipe, given by path or as a shipped one, with the flags after it.
+
+        Raises UserError for flags after a cache, for which there are only those in `known`.
+        """
+        if name.endswith((".yaml", ".yml")) or f"{name}.yaml" in list_recipes("trainers"):
+            run = recipe_of(name, flags).parse()
+            return cls(_cache_of(run), run)
+        if flags:
+            near = difflib.get_close_matches(flags[0].partition("=")[0], known, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"it takes {' and '.join(known)}."
+            raise UserError(f"For a cache without its recipe, this command does not know {flags[0]!r}; {advice}")
+        return cls(name, None)
+
+
+def verify_cache(target: CacheTarget, rows: int) -> int:
     """Checks a cache's checksums; of a recipe also KL(live || cache) on some rows. Exit status 1 when damaged."""
-    run = _run_of(target, flags, ["--rows"])
-    folder = local_cache(target if run is None else _cache_of(run))
+    folder = local_cache(target.cache)
     manifest = Manifest.read(folder)
     damaged = list(damaged_shards(folder, manifest))
     for split, number in damaged:
@@ -127,10 +150,10 @@ def verify_command(target: str, flags: Sequence[str], rows: int) -> int:
         return 1
     if manifest.identity["signal"]["kind"] != "top_k":
         return 0
-    if run is None:
+    if target.run is None:
         print("For the distance to the live teacher, give the recipe: mmkd cache verify RECIPE.yaml")
         return 0
-    fidelity = measure_fidelity(run, Cache(folder), rows)
+    fidelity = measure_fidelity(target.run, Cache(folder), rows)
     print(
         f"KL(live || cache) on {fidelity['rows']} sequences, {fidelity['tokens']:,} tokens: mean "
         f"{fidelity['kl_live_cache']:.2e} nats, largest {fidelity['kl_live_cache_max']:.2e}"
@@ -138,50 +161,35 @@ def verify_command(target: str, flags: Sequence[str], rows: int) -> int:
     return 0
 
 
-def push_command(target: str, repo_id: str, flags: Sequence[str], private: bool, rows: int) -> int:
+def publish_cache(target: CacheTarget, repo_id: str, private: bool, rows: int) -> int:
     """Publishes a cache on the Hub; of a recipe, with KL(live || cache) on its card."""
-    run = _run_of(target, flags, ["--rows", "--private"])
-    folder = Path(target if run is None else _cache_of(run))
+    folder = Path(target.cache)
     kind = Manifest.read(folder).identity["signal"]["kind"]
-    fidelity = None if run is None or kind != "top_k" else measure_fidelity(run, Cache(folder), rows)
+    fidelity = None
+    if target.run is not None and kind == "top_k":
+        fidelity = measure_fidelity(target.run, Cache(folder), rows)
     method = None if kind not in SIGNALS else learns_from(SIGNALS[kind])
     print(push_cache(folder, repo_id, private=private, fidelity=fidelity, method=method))
     return 0
 
 
-def merge_command(target: str, parts: Sequence[str]) -> int:
+def merge_cache(target: str, parts: Sequence[str]) -> int:
     """Joins the parts of a build; without their names, those that lie beside the folder to write."""
     folder = Path(target)
-    found = [Path(part) for part in parts] or sorted(folder.parent.glob(f"{folder.name}.part-*-of-*"))
-    merge_parts(folder, found)
+    folders = [Path(part) for part in parts] or sorted(folder.parent.glob(f"{folder.name}.part-*-of-*"))
+    merge_parts(folder, folders)
     print(folder)
     return 0
-
-
-def refuse_flags(command: str, flags: Sequence[str], known: Sequence[str]) -> None:
-    """Raises UserError for what is left of a command line, naming the nearest flag there is."""
-    if flags:
-        near = difflib.get_close_matches(flags[0].partition("=")[0], known, n=1)
-        advice = f"did you mean {near[0]!r}?" if near else f"it takes {' and '.join(known)}."
-        raise UserError(f"{command} does not know {flags[0]!r}; {advice}")
-
-
-def _run_of(target: str, flags: Sequence[str], known: Sequence[str]) -> Run | None:
-    """The run of a recipe, given by path or as a shipped one; None for a cache, which has `known` flags only."""
-    if target.endswith((".yaml", ".yml")) or f"{target}.yaml" in list_recipes("trainers"):
-        return recipe_of(target, flags).parse()
-    refuse_flags("For a cache without its recipe, this command", flags, known)
-    return None
 
 
 def _runs_with_cache(run: Run) -> list[Run]:
     """The run itself; of several teachers, the runs of those who have weights and a cache to write."""
     if run.arguments.teachers is None:
         return [run]
-    found = [one for one in run.by_teacher().values() if one.arguments.teacher and one.arguments.teacher_cache]
-    if not found:
+    runs = [part for part in run.by_teacher().values() if part.arguments.teacher and part.arguments.teacher_cache]
+    if not runs:
         raise UserError("None of the `teachers` has both a teacher and a teacher_cache, so there is nothing to build.")
-    return found
+    return runs
 
 
 def _cache_of(run: Run) -> str:

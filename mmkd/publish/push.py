@@ -1,47 +1,20 @@
-"""`mmkd push`: a finished student on the Hub, in one commit, with the proof on its card."""
+"""A finished student on the Hub, in one commit, with the proof on its card."""
 
-import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import get_token, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from mmkd import __version__
 from mmkd.cache.hub import explained, is_hub_id
 from mmkd.errors import UserError
-from mmkd.publish.push_folder import RECIPE, Published, PushOptions, prepare
+
+from .push_folder import RECIPE, Published
 
 _KEPT = (".gitattributes",)
-
-
-def push_command(options: argparse.Namespace) -> int:
-    """Publishes a run, or with --dry_run writes the folder, and prints where it is."""
-    pushed = PushOptions(
-        options.repo,
-        license=options.license,
-        base_model=options.base_model,
-        teacher=options.teacher,
-        recipe=options.recipe,
-        comparison=options.comparison,
-    )
-    check_name(options.repo)
-    if not options.dry_run and not get_token():
-        raise UserError("There is no token of the Hub here. Log in with `hf auth login`, or set HF_TOKEN.")
-    found = prepare(Path(options.run_folder), pushed)
-    for warning in found.student.warnings:
-        print(f"Mind: {warning}", file=sys.stderr)
-    if options.dry_run:
-        output = options.output or Path(options.run_folder) / "push"
-        found.write(output)
-        print(output)
-        return 0
-    cache = options.cache or _cache_of(found)
-    print(push(found, public=options.public, collection=options.collection, cache=cache))
-    return 0
 
 
 def check_name(repo_id: str) -> None:
@@ -54,7 +27,7 @@ def check_name(repo_id: str) -> None:
         raise UserError(f"{repo_id!r} does not say whose it is: write ORG/NAME, such as my-org/student.")
 
 
-def push(found: Published, public: bool = False, collection: str | None = None, cache: str | None = None) -> str:
+def push(published: Published, public: bool = False, collection: str | None = None, cache: str | None = None) -> str:
     """Uploads what was prepared; returns its URL.
 
     Everything becomes visible in one commit at the end; pushed again, only what the Hub does not have is sent, and
@@ -62,11 +35,11 @@ def push(found: Published, public: bool = False, collection: str | None = None, 
     Student and cache are put under it.
     Raises UserError where the Hub refuses, before anything is sent where that can be known.
     """
-    repo_id = found.student.repo_id
+    repo_id = published.student.repo_id
     api = HfApi(library_name="mmkd", library_version=__version__)
     with explained(repo_id, kind="model"):
         api.whoami()
-        found.card.validate(repo_type="model")
+        published.card.validate(repo_type="model")
         url = api.create_repo(repo_id, private=not public, exist_ok=True)
         is_private = api.repo_info(repo_id).private
         present = api.list_repo_files(repo_id)
@@ -79,15 +52,15 @@ def push(found: Published, public: bool = False, collection: str | None = None, 
             slug = made.slug
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        found.write_texts(folder)
+        published.write_texts(folder)
         texts = sorted(path for path in folder.rglob("*") if path.is_file())
-        additions = [CommitOperationAdd(path.name, path) for path in found.files]
+        additions = [CommitOperationAdd(path.name, path) for path in published.files]
         additions += [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in texts]
         ours = {addition.path_in_repo for addition in additions}
         stale = [CommitOperationDelete(name) for name in present if name not in ours and name not in _KEPT]
         with explained(repo_id, kind="model"):
             api.preupload_lfs_files(repo_id, additions)
-            message = f"{', '.join(found.student.methods)} student, pushed by mmkd {__version__}"
+            message = f"{', '.join(published.student.methods)} student, pushed by mmkd {__version__}"
             api.create_commit(repo_id, [*additions, *stale], commit_message=message)
     if slug is not None:
         _collect(api, slug, repo_id, cache)
@@ -113,7 +86,7 @@ def _collect(api: HfApi, slug: str, repo_id: str, cache: str | None) -> None:
             api.add_collection_item(slug, cache, "dataset", exists_ok=True)
 
 
-def _cache_of(found: Published) -> str | None:
+def cache_of(published: Published) -> str | None:
     """The teacher's cache that the run was trained from, where it is on the Hub."""
-    cache = found.keys.get("teacher_cache")
+    cache = published.keys.get("teacher_cache")
     return str(cache).partition("@")[0] if cache and not Path(str(cache)).exists() and is_hub_id(str(cache)) else None

@@ -1,4 +1,4 @@
-"""`mmkd prepare`: what the shipped recipes and suites need, listed, and made where it is missing."""
+"""The models and data that the shipped recipes and suites need, and how each is made."""
 
 import difflib
 import importlib.util
@@ -84,8 +84,8 @@ def _fashion_clip(_: Path | None) -> None:
 
 
 PREPARATIONS = {
-    one.name: one
-    for one in (
+    preparation.name: preparation
+    for preparation in (
         Preparation(
             "python_docs",
             "text: Python's language reference, as it ships with CPython",
@@ -159,43 +159,44 @@ PREPARATIONS = {
 }
 
 
-def prepare_command(names: Sequence[str], source: Path | None, console: Console) -> int:
-    """Makes what is missing of these and of what they need; without names, lists what there is. The exit status.
+def make(names: Sequence[str], source: Path | None, console: Console) -> None:
+    """Makes what is missing of these and of what they need, and prints where it is.
 
     Raises UserError for a name that is not known and for packages that are not installed, before anything is made.
     """
-    if not names:
-        console.print(_table())
-        console.print("Make some with `mmkd prepare NAME ...`; they are written under .cache/mmkd in this folder.")
-        return 0
     for name in names:
         if name not in PREPARATIONS:
             near = difflib.get_close_matches(name, PREPARATIONS, n=1, cutoff=0)[0]
             raise UserError(f"{name!r} is nothing to prepare; did you mean {near!r}? `mmkd prepare` lists all.")
     wanted = [PREPARATIONS[name] for name in dict.fromkeys(_with_needs(names))]
-    missing = [one for one in wanted if not one.is_there]
-    for one in missing:
-        absent = [package for package in one.packages if importlib.util.find_spec(package) is None]
+    missing = [preparation for preparation in wanted if not preparation.is_there]
+    for preparation in missing:
+        absent = [package for package in preparation.packages if importlib.util.find_spec(package) is None]
         if absent:
             packages = " ".join(package.replace("_", "-") for package in absent)
-            raise UserError(f"{one.name} is made with {packages}, which is not installed: pip install {packages}.")
-    for one in wanted:
-        if one in missing:
-            console.print(f"{one.name}: {one.what} ({one.license}) ...", highlight=False)
-            one.make(source)
-        console.print(f"{one.name}: {', '.join(str(CACHE / file) for file in one.files)}", highlight=False)
-    return 0
+            raise UserError(
+                f"{preparation.name} is made with {packages}, which is not installed: pip install {packages}."
+            )
+    for preparation in wanted:
+        if preparation in missing:
+            console.print(f"{preparation.name}: {preparation.what} ({preparation.license}) ...", highlight=False)
+            preparation.make(source)
+        files = ", ".join(str(CACHE / file) for file in preparation.files)
+        console.print(f"{preparation.name}: {files}", highlight=False)
 
 
-def _with_needs(names: Sequence[str]) -> list[str]:
-    return [each for name in names for each in [*_with_needs(PREPARATIONS[name].needs), name]]
-
-
-def _table() -> Table:
+def table_of_all() -> Table:
+    """What there is to make, what each needs, and whether it is there."""
     table = Table(box=box.SIMPLE)
     for column in ("name", "what it is", "download", "licence", "needs", "there"):
         table.add_column(column)
-    for one in PREPARATIONS.values():
-        needs = ", ".join([*one.needs, *(f"pip install {name.replace('_', '-')}" for name in one.packages)])
-        table.add_row(one.name, one.what, one.size, one.license, needs, "yes" if one.is_there else "no")
+    for preparation in PREPARATIONS.values():
+        packages = (f"pip install {name.replace('_', '-')}" for name in preparation.packages)
+        needs = ", ".join([*preparation.needs, *packages])
+        there = "yes" if preparation.is_there else "no"
+        table.add_row(preparation.name, preparation.what, preparation.size, preparation.license, needs, there)
     return table
+
+
+def _with_needs(names: Sequence[str]) -> list[str]:
+    return [word for name in names for word in [*_with_needs(PREPARATIONS[name].needs), name]]

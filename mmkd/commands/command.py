@@ -1,0 +1,66 @@
+"""What a command is: its name, its flags, and what runs it."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from mmkd.errors import UserError
+from mmkd.shipped import find_recipe
+
+
+def no_flags(parser: ArgumentParser) -> None:
+    """Adds nothing: for a command that is one word."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A word after `mmkd`. Its module imports what is heavy inside `run`, so that `--help` does not wait for torch."""
+
+    name: str
+    help: str
+    run: Callable[[Namespace], int]
+    """Does it; returns the exit status. The words that its parser does not know are in `flags`."""
+    add_flags: Callable[[ArgumentParser], None] = no_flags
+    description: str | None = None
+    recipe: str | None = None
+    """Its argument that names a recipe, where flags that its parser does not know are keys of that recipe."""
+    allow_abbrev: bool = True
+
+    def check_flags(self, options: Namespace, words: Sequence[str]) -> None:
+        """Raises UserError for a key before the recipe whose value was taken for the recipe.
+
+        Only who reads the recipe knows how many values a key of it takes. What can stand there is a key that is true.
+        """
+        if self.recipe is None:
+            return
+        name = getattr(options, self.recipe)
+        name = name if isinstance(name, str) else name[0]
+        start = words.index(name)
+        key = words[start - 1] if start else ""
+        if key not in options.flags or "=" in key:
+            return
+        values = list(takewhile(lambda word: not word.startswith("--"), words[start:]))
+        # A last word that found no place belongs to the key, and so do those before it.
+        if values[-1] in options.flags or not _is_recipe(name):
+            raise UserError(
+                f"{key} stands before the recipe, where its value cannot be told from a recipe's name. Put the recipe "
+                f"first: RECIPE {key} {name}."
+            )
+
+
+@dataclass(frozen=True)
+class CommandGroup:
+    """A word after `mmkd` with commands of its own."""
+
+    name: str
+    help: str
+    commands: tuple[Command, ...]
+
+
+def _is_recipe(name: str) -> bool:
+    try:
+        find_recipe(name)
+    except UserError:
+        return False
+    return True

@@ -1,0 +1,79 @@
+"""`mmkd compare`: was distillation worth it?"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .command import Command
+
+if TYPE_CHECKING:
+    from mmkd.recipe.recipe import Recipe
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """Those that are no keys of the recipes."""
+    add = parser.add_argument
+    add("recipes", nargs="+", metavar="RECIPE", help="recipes to compare, by name or path")
+    add("--seeds", nargs="+", type=int, default=[0], help="each recipe is trained with each (default: 0)")
+    add("--baseline", help="recipe of method sft, or none (default: the one given, else made of the first recipe)")
+    add("--judge", help="recipe whose trainer evaluates all students (default: each one's own)")
+    add("--suite", nargs="+", default=[], help="also evaluate all of them on a suite, as `mmkd eval` does")
+    add("--tasks", nargs="+", default=[], help="also evaluate all of them on tasks, by name or pattern")
+    add("--include_path", nargs="+", default=[], help="folders with tasks of your own, in lm-eval's YAML")
+    add("--limit", type=float, help="at most so many items of each task, or below 1 a share of them")
+    add("--output", type=Path, default=Path("runs/compare"), help="folder to write (default: runs/compare)")
+
+
+def run(options: Namespace) -> int:
+    """Trains, evaluates and prints; returns 130 when interrupted, after which the same command goes on."""
+    from mmkd.eval.harness import Settings
+    from mmkd.eval.suites import tasks_of
+    from mmkd.recipe.flags import recipe_of
+
+    recipes = [recipe_of(name, options.flags) for name in options.recipes]
+    baseline = options.baseline
+    return _compare(
+        recipes,
+        options.seeds,
+        options.output,
+        judge=None if options.judge is None else recipe_of(options.judge, options.flags),
+        baseline=baseline if baseline in (None, "none") else recipe_of(baseline, options.flags),
+        tasks=tasks_of(options.suite, options.tasks),
+        include=options.include_path,
+        settings=Settings(limit=options.limit, device="cpu" if recipes[0].keys.get("use_cpu") else None),
+    )
+
+
+def with_baseline(recipe: "Recipe") -> int:
+    """`mmkd-train RECIPE --with_baseline`: the comparison of one recipe, with its own seed, under its output_dir."""
+    training = recipe.parse().training
+    return _compare([recipe], [training.seed], Path(training.output_dir or "runs/compare"))
+
+
+def _compare(recipes: "list[Recipe]", seeds: list[int], output: Path, **options: Any) -> int:
+    from rich.console import Console
+
+    from mmkd.eval.compare import NAME, PAGE, compare
+    from mmkd.results.tables import show
+
+    try:
+        comparison = compare(recipes, seeds, output, **options)
+    except KeyboardInterrupt:
+        print("\nInterrupted. Finished trainings are kept: the same command goes on with the next one.")
+        return 130
+    show(comparison, Console(width=120))
+    print(f"{output / NAME}\n{output / PAGE}")
+    return 0
+
+
+COMMAND = Command(
+    "compare",
+    "train recipes and their SFT baseline over seeds; say whether distillation was worth it",
+    run,
+    add_flags,
+    "Trains recipes and an SFT baseline at equal tokens, evaluates them with the teacher, and writes "
+    "OUTPUT/comparison.json and .md. Every key of the recipes is a flag. What is finished is kept.",
+    recipe="recipes",
+    # Or --seed, which is a recipe's key, would be read as --seeds.
+    allow_abbrev=False,
+)

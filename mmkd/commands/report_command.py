@@ -1,0 +1,31 @@
+"""`mmkd report`: a run on one page."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from .command import Command
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """Which run, and where its pages go."""
+    parser.add_argument("folder", metavar="RUN", help="output_dir of a training, or of `mmkd compare`")
+    parser.add_argument("--output", type=Path, help="folder of the pages (default: the run's)")
+    parser.add_argument("--comparison", type=Path, help="of `mmkd compare` (default: the run's, or one that names it)")
+
+
+def run(options: Namespace) -> int:
+    """Writes the pages of a run and prints their paths."""
+    from mmkd.publish.report_page import write_report
+
+    for path in write_report(Path(options.folder), options.output, options.comparison):
+        print(path)
+    return 0
+
+
+COMMAND = Command(
+    "report",
+    "a run on one page: curves, comparison, samples, recipe",
+    run,
+    add_flags,
+    "Writes report.html, which needs no other file, and report.md. Works while the run is going on.",
+)
