@@ -327,7 +327,7 @@ def test_places_and_trackers_are_looked_at_before_models(workplace: Path, capsys
         ({"student": "my model"}, "The student 'my model' cannot be loaded"),
         ({"student": "model"}, "The student 'model' cannot be loaded: the folder holds nothing;"),
     ]:
-        monkeypatch.setattr("mmkd.recipe.run.get_available_reporting_integrations", list)
+        monkeypatch.setattr("transformers.integrations.integration_utils.get_available_reporting_integrations", list)
         assert reason in one_line(workplace, capsys, **keys)
     (workplace / "model" / "adapter_config.json").write_text("{}")
     assert "the folder holds an adapter: merge it" in one_line(workplace, capsys, teacher="model")
