@@ -88,7 +88,7 @@ def place(tmp_path: Path, tiny: dict[str, Path]) -> Place:
 
 def of(findings: list[Finding], name: str, severity: str) -> str:
     """What the findings of one name and severity say."""
-    return "\n".join(f"{one.found} {one.advice}" for one in findings if (one.name, one.severity) == (name, severity))
+    return "\n".join(f"{one.message} {one.advice}" for one in findings if (one.name, one.severity) == (name, severity))
 
 
 def problems(findings: list[Finding]) -> list[str]:
@@ -359,7 +359,7 @@ def test_rows_without_a_supervised_token(place: Place, silent: int, severity: st
     prepared: Any = None
     findings = lengths(Rendered(list(told), prepared, None), recipe_of(place.recipe()).parse(), [])
     assert findings[0].severity == severity
-    assert f"3 rows, 30 tokens, {30 - 10 * silent} of them supervised" in findings[0].found
+    assert f"3 rows, 30 tokens, {30 - 10 * silent} of them supervised" in findings[0].message
 
 
 # Memory and disk

@@ -59,7 +59,7 @@ def place(tmp_path: Path, tiny: dict[str, Path], llavas: dict[str, Path], monkey
 
 
 def said(findings: list[Finding]) -> list[str]:
-    return [f"{one.severity}, {one.name}: {one.found}" for one in findings if one.severity != "ok"]
+    return [f"{one.severity}, {one.name}: {one.message}" for one in findings if one.severity != "ok"]
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -67,7 +67,7 @@ def test_doctor_is_silent_about_sound_inputs(place: Place, name: str) -> None:
     findings = examine(recipe_of(place.recipe(SOUND[name])).parse())
     assert said(findings) == []
     if SOUND[name].vision:
-        (about,) = (one.found for one in findings if one.name == "images")
+        (about,) = (one.message for one in findings if one.name == "images")
         assert about.startswith(f"{COUNT // (2 if 'without' in name else 1)} rows have 4 image tokens each")
 
 

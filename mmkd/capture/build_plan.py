@@ -35,7 +35,7 @@ from mmkd.recipe.run_teacher import teacher_identity
 from mmkd.teachers.vllm_client import ServerFacts, VLLMClient
 
 from .scorers import LocalScorer, ScoreFormat, Scorer, ServerScorer
-from .sequences import Prepared, TokenSequence, UnusableRow, prepare, usable
+from .sequences import PreparedSequences, TokenSequence, UnusableRow, prepare, usable
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Plan(ABC):
 class ScorePlan(Plan):
     """The teacher's distributions over given answers."""
 
-    prepared: Prepared
+    prepared: PreparedSequences
     codec: Codec
 
     @cached_property

@@ -20,7 +20,7 @@ from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.vllm_client import RowError, ScoreRequest, TopK, VLLMClient
 
 from .scoring import label_log_probs, score_tokens
-from .sequences import Prepared, TokenSequence, UnusableRow
+from .sequences import PreparedSequences, TokenSequence, UnusableRow
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class Scorer(ABC):
 class LocalScorer(Scorer):
     """A model in this process, which reads sequences of like length together."""
 
-    def __init__(self, model: PreTrainedModel, prepared: Prepared, score_format: ScoreFormat, batch_tokens: int):
+    def __init__(
+        self, model: PreTrainedModel, prepared: PreparedSequences, score_format: ScoreFormat, batch_tokens: int
+    ):
         self.teacher = LocalTeacher(model, score_format.vocab_size)
         self.device = Accelerator().device
         self.teacher.place(self.device)

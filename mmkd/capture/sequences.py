@@ -157,7 +157,7 @@ class VisionSequences:
 
 
 @dataclass
-class Prepared:
+class PreparedSequences:
     """What a recipe's training would see."""
 
     splits: dict[str, Sequences | VisionSequences]
@@ -186,7 +186,7 @@ class Prepared:
 
 def prepare(
     data: DatasetDict, args: DistillationConfig, processing_class: Any, judges_template: bool = True
-) -> Prepared:
+) -> PreparedSequences:
     """The sequences of "train" and, if it is there, "eval". Raises UserError for what training would refuse too.
 
     Of a teacher that is compared with its student, the chat template is not judged.
@@ -197,7 +197,7 @@ def prepare(
     rows = PreparedRows.of(args, processing_class, unread["train"], unread.get("eval"), judges_template)
     labelling, vision = rows.labelling, rows.labelling.vision
     image_token_id = getattr(processing_class, "image_token_id", None)
-    return Prepared(
+    return PreparedSequences(
         {
             split: VisionSequences(dataset, rows.collator, image_token_id) if vision else Sequences(dataset)
             for split, dataset in {"train": rows.train, "eval": rows.evaluation}.items()

@@ -162,7 +162,7 @@ def _summary(rows: Sequence[Row], seeds: Sequence[int], flags: Sequence[str], ju
     teacher = next((row for row in rows if row.role == "teacher"), None)
     baseline = next((row for row in rows if row.role == "baseline"), None)
     shown = [name for name in METRICS if all(name in run.metrics for row in rows for run in row.runs)]
-    told = []
+    summaries = []
     for row in rows:
         metrics = {name: _spread([run.metrics[name] for run in row.runs]) for name in shown}
         scores = _scores(row)
@@ -171,7 +171,7 @@ def _summary(rows: Sequence[Row], seeds: Sequence[int], flags: Sequence[str], ju
         gain = {}
         if baseline is not None and row.role == "student":
             gain = {name: _gain(row, baseline, name) for name in shown} | _task_gains(row, baseline)
-        told.append(
+        summaries.append(
             {
                 "name": row.name,
                 "role": row.role,
@@ -184,7 +184,7 @@ def _summary(rows: Sequence[Row], seeds: Sequence[int], flags: Sequence[str], ju
                 "tasks": scores,
                 "retention": retention,
                 "flips": {} if teacher is None or row is teacher else _flips(row, teacher),
-                "gain_over_sft": {name: one for name, one in gain.items() if one is not None},
+                "gain_over_sft": {name: interval for name, interval in gain.items() if interval is not None},
                 "cost": _cost(row.runs),
                 "cache": row.runs[0].cache,
             }
@@ -195,7 +195,7 @@ def _summary(rows: Sequence[Row], seeds: Sequence[int], flags: Sequence[str], ju
         "flags": list(flags),
         "judge": judge,
         "machine": machine(),
-        "rows": told,
+        "rows": summaries,
     }
 
 
@@ -233,17 +233,17 @@ def _retention(pairs: dict[str, Any], theirs: dict[str, Any], teacher: Row, show
     """Percent of the teacher's score that is kept; of what is better when lower, the teacher's over ours."""
     known = {name: teacher.runs[0].metrics[name] for name in shown if METRICS[name].of_the_model}
     known |= {name: score["mean"] for name, score in theirs.items()}
-    found = {}
+    retained = {}
     for name, value in known.items():
         if name in pairs and value and pairs[name]["mean"]:
             ratio = pairs[name]["mean"] / value
-            found[name] = 100 * (ratio if pairs[name]["higher_is_better"] else 1 / ratio)
-    return found
+            retained[name] = 100 * (ratio if pairs[name]["higher_is_better"] else 1 / ratio)
+    return retained
 
 
 def _gain(row: Row, baseline: Row, name: str) -> dict[str, Any] | None:
     metric = METRICS[name]
-    sides = [[run.items.get(metric.report) for run in one.runs] for one in (row, baseline)]
+    sides = [[run.items.get(metric.report) for run in side_row.runs] for side_row in (row, baseline)]
     if any(items is None for side in sides for items in side):
         return None
     return _interval(sides[0], sides[1], metric.transform, metric.higher_is_better)
@@ -251,13 +251,13 @@ def _gain(row: Row, baseline: Row, name: str) -> dict[str, Any] | None:
 
 def _task_gains(row: Row, baseline: Row) -> dict[str, dict[str, Any] | None]:
     scores = [score for entry in (row.tasks[0] if row.tasks else []) for score in entry["scores"]]
-    found = {}
+    gains = {}
     for score in scores:
-        sides = [[_items(entries, score) for entries in one.tasks] for one in (row, baseline)]
+        sides = [[_items(entries, score) for entries in side_row.tasks] for side_row in (row, baseline)]
         if all(items for side in sides for items in side):
             transform = (lambda mean: -mean / math.log(2)) if score["metric"].startswith("bits_per_byte") else _same
-            found[_title(score)] = _interval(sides[0], sides[1], transform, score["higher_is_better"])
-    return found
+            gains[_title(score)] = _interval(sides[0], sides[1], transform, score["higher_is_better"])
+    return gains
 
 
 def _flips(row: Row, teacher: Row) -> dict[str, float]:
@@ -265,13 +265,13 @@ def _flips(row: Row, teacher: Row) -> dict[str, float]:
 
     Equal scores can hide many (Dutta et al., 2024). Of the seeds' mean; of metrics that are right or wrong only.
     """
-    found = {}
+    flips = {}
     for score in (score for entry in (teacher.tasks[0] if teacher.tasks else []) for score in entry["scores"]):
         theirs = np.array(_items(teacher.tasks[0], score))
         if len(theirs) and np.isin(theirs[:, 0], (0, 1)).all() and (theirs[:, 1] == 1).all():
             ours = [np.array(_items(entries, score)) for entries in row.tasks]
-            found[_title(score)] = float(np.mean([one[:, 0] != theirs[:, 0] for one in ours]))
-    return found
+            flips[_title(score)] = float(np.mean([items[:, 0] != theirs[:, 0] for items in ours]))
+    return flips
 
 
 def _same(mean: Any) -> Any:
@@ -280,12 +280,14 @@ def _same(mean: Any) -> Any:
 
 def _items(entries: Sequence[dict[str, Any]], score: dict[str, Any]) -> list[tuple[float, float]]:
     """(total, count) of every answer behind a score; none where its values have no mean."""
-    entry = next(one for one in entries if any(_title(other) == _title(score) for other in one["scores"]))
+    entry = next(
+        candidate for candidate in entries if any(_title(other) == _title(score) for other in candidate["scores"])
+    )
     samples = map(json.loads, Path(entry["samples"]).read_text(encoding="utf-8").splitlines())
     metric, _, chosen = score["metric"].partition(",")
     values = [
         sample["metrics"][metric]
-        for sample in sorted(samples, key=lambda one: (one["task"], one["doc_id"]))
+        for sample in sorted(samples, key=lambda sample: (sample["task"], sample["doc_id"]))
         if sample.get("filter", chosen) == chosen and metric in sample["metrics"]
     ]
     if all(isinstance(value, int | float) for value in values):
@@ -298,8 +300,8 @@ def _items(entries: Sequence[dict[str, Any]], score: dict[str, Any]) -> list[tup
 def _interval(ours: Any, theirs: Any, transform: Callable[[Any], Any], higher: bool) -> dict[str, Any]:
     """The gain of ours over theirs, positive where ours is better, with its interval."""
     sign = 1 if higher else -1
-    found = paired_bootstrap(np.array(ours), np.array(theirs), lambda mean: sign * transform(mean))
-    return {"gain": found.value, "low": found.low, "high": found.high, "level": found.level}
+    estimate = paired_bootstrap(np.array(ours), np.array(theirs), lambda mean: sign * transform(mean))
+    return {"gain": estimate.value, "low": estimate.low, "high": estimate.high, "level": estimate.level}
 
 
 def _cost(runs: Sequence[Measured]) -> dict[str, Any] | None:

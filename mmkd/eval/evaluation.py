@@ -30,12 +30,12 @@ def evaluate(
     task is kept as soon as it is done. Raises UserError for unknown tasks, missing data and results of other weights,
     before anything runs where that is possible.
     """
-    wanted = [task for task in tasks if task.needs != "vision" or model.vision]
+    supported = [task for task in tasks if task.needs != "vision" or model.vision]
     for task in tasks:
-        if task not in wanted:
+        if task not in supported:
             print(f"{task.task} needs a vision-language model, which {model.name} is not: left out.", file=sys.stderr)
     results = Results.of(model, output)
-    planned = _plan(model, wanted, settings, include)
+    planned = _plan(model, supported, settings, include)
     if settings.chat_template == "auto" and not model.has_chat_template:
         print(f"{model.name} has no chat template: it is asked in plain text.", file=sys.stderr)
     entries = []
@@ -43,13 +43,13 @@ def evaluate(
         entry = results.task(key)
         if entry is None:
             begun = time.monotonic()
-            found = run()
-            if found is None:
+            outcome = run()
+            if outcome is None:
                 # Another rank of the same evaluation writes.
                 continue
-            told, samples = found
-            told = {**told, "seconds": time.monotonic() - begun, "date": datetime.now(UTC).isoformat("T", "seconds")}
-            entry = results.add_task(key, {**told, "scores": scores_of(told)}, samples)
+            facts, samples = outcome
+            facts = {**facts, "seconds": time.monotonic() - begun, "date": datetime.now(UTC).isoformat("T", "seconds")}
+            entry = results.add_task(key, {**facts, "scores": scores_of(facts)}, samples)
         entries.append({**entry, "samples": str(results.folder / entry["samples"])})
     return entries
 
@@ -73,16 +73,16 @@ def _plan(model: EvalModel, tasks: Sequence[SuiteTask], settings: Settings, incl
     return planned
 
 
-def show(found: Mapping[str, Sequence[Mapping[str, Any]]], console: Console) -> None:
+def show(results: Mapping[str, Sequence[Mapping[str, Any]]], console: Console) -> None:
     """One line per task, one column per model."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for name, entries in found.items():
+    for name, entries in results.items():
         for score in (score for entry in entries for score in entry["scores"]):
             sign = "↑" if score["higher_is_better"] else "↓"
             row = rows.setdefault((score["task"], f"{score['metric'].removesuffix(',none')} {sign}"), {})
             row[name] = f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.4f}")
             row["items"] = f"{score['items']:,}" if score["items"] is not None else ""
-    table = Table("task", "metric", "items", *found)
+    table = Table("task", "metric", "items", *results)
     for (task, metric), row in rows.items():
-        table.add_row(task, metric, row["items"], *(row.get(name, "") for name in found))
+        table.add_row(task, metric, row["items"], *(row.get(name, "") for name in results))
     console.print(table)

@@ -30,7 +30,7 @@ from .answer_statistics import AnswerStatistics, greedy_answers, summary
 from .harness import Settings, device_of
 from .model import EvalModel
 from .results import Results, key_of
-from .tokens import Agreement, Calibration, batches, beliefs_of
+from .tokens import Calibration, TokenAgreement, batches, beliefs_of
 
 MEASURES = ("cost", "generation", "bytes", "agreement", "calibration")
 """In the order in which they are taken: the last two prepare the model for training's own batches."""
@@ -50,13 +50,13 @@ class HeldOut:
 
     def load(self) -> Dataset:
         """The held-out rows. Raises UserError for a recipe without any."""
-        found = load_data(self.data, max_eval_rows=self.rows, max_train_rows=1)
-        if "eval" not in found:
+        data = load_data(self.data, max_eval_rows=self.rows, max_train_rows=1)
+        if "eval" not in data:
             raise UserError(
                 f"The data recipe {self.data} holds nothing out, so there is nothing fair to measure on.",
                 because="meaning",
             )
-        return image_column(found["eval"])
+        return image_column(data["eval"])
 
 
 def measure(
@@ -77,11 +77,11 @@ def measure(
     chosen = [name for name in MEASURES if name in names] if names else _possible(model, rows, teacher)
     results = Results.of(model, output)
     measurements = Measurements(model, teacher, rows, held, settings)
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     device = device_of(settings)
     types = [side.computed_dtype(settings.dtype, device) for side in measurements.sides.values()]
     for name in chosen:
-        told = {
+        conditions = {
             "device": device,
             # Of both sides, where the CPU emulates the type of one of them.
             "dtype": types[0] if len(set(types)) == 1 else types,
@@ -89,15 +89,15 @@ def measure(
             "held": None if held is None or name == "cost" else vars(held),
             "teacher": None if teacher is None else {"name": teacher.name, "weights": teacher.weights},
         }
-        key = key_of("measure", __version__, name, told, None if name == "cost" else _digest(rows))
+        key = key_of("measure", __version__, name, conditions, None if name == "cost" else _digest(rows))
         entry = results.measure(key)
         if entry is None:
             values = getattr(measurements, name)()
             date = datetime.now(UTC).isoformat("T", "seconds")
-            entry = {"measure": name, "settings": told, "values": values, "machine": machine(), "date": date}
+            entry = {"measure": name, "settings": conditions, "values": values, "machine": machine(), "date": date}
             entry = results.add_measure(key, entry)
-        found[name] = entry
-    return found
+        entries[name] = entry
+    return entries
 
 
 class Measurements:
@@ -150,14 +150,14 @@ class Measurements:
         assert self.rows is not None
         texts = [_text(dict(row)) for row in self.rows]  # pyright: ignore
         size = sum(len(text.encode()) for text in texts)
-        found = {}
+        sides = {}
         for side, model in self.sides.items():
             tokenizer: Any = tokenizer_of(model.processing_class)
             lm = kind(pretrained=self.model(side), tokenizer=tokenizer, batch_size=1)
             total = sum(rolling_log_likelihoods(lm, texts))
             tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-            found[side] = {"bits_per_byte": -total / size / math.log(2), "bytes": size, "tokens": tokens}
-        return found
+            sides[side] = {"bits_per_byte": -total / size / math.log(2), "bytes": size, "tokens": tokens}
+        return sides
 
     def agreement(self) -> dict[str, Any]:
         """How far the student is from the teacher, per token."""
@@ -168,7 +168,7 @@ class Measurements:
         return {side: calibration.result() for side, calibration in self._beliefs[1].items()}
 
     @cached_property
-    def _beliefs(self) -> tuple[Agreement, dict[str, Calibration]]:
+    def _beliefs(self) -> tuple[TokenAgreement, dict[str, Calibration]]:
         """What both sides believe of every supervised token, read once."""
         assert self.rows is not None
         assert self.held is not None
@@ -176,7 +176,7 @@ class Measurements:
         size = None
         if teacher is not None:
             size = shared_tokens(tokenizer_of(model.processing_class), tokenizer_of(teacher.processing_class))
-        agreement, calibrations = Agreement(), {side: Calibration() for side in self.sides}
+        agreement, calibrations = TokenAgreement(), {side: Calibration() for side in self.sides}
         for batch in batches(self.model("student"), model.processing_class, self.rows, self.held.max_length, teacher):
             beliefs = {"student": beliefs_of(self.model("student").eval(), batch.ours, size)}
             if teacher is not None:
@@ -187,10 +187,10 @@ class Measurements:
         return agreement, calibrations
 
 
-def show(model: str, found: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+def show(model: str, entries: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     """One line per number, a column for each side."""
     table = Table("measure", "", "student", "teacher", title=model, title_justify="left")
-    for name, entry in found.items():
+    for name, entry in entries.items():
         values = entry["values"]
         sides = [side for side in ("student", "teacher") if isinstance(values.get(side), dict)]
         if not sides:
@@ -205,10 +205,12 @@ def show(model: str, found: Mapping[str, Mapping[str, Any]], console: Console) -
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     flat = {key: value for key, value in values.items() if not isinstance(value, list)}
-    for one in values.get("speed", []):
-        batch = one["batch_size"]
-        flat |= {f"{key}, batch {batch}": value for key, value in one.items() if key.endswith(("seconds", "second"))}
-        flat[f"peak_bytes, batch {batch}"] = one["peak_bytes"]
+    for timing in values.get("speed", []):
+        batch = timing["batch_size"]
+        flat |= {
+            f"{key}, batch {batch}": value for key, value in timing.items() if key.endswith(("seconds", "second"))
+        }
+        flat[f"peak_bytes, batch {batch}"] = timing["peak_bytes"]
     return flat
 
 

@@ -125,15 +125,15 @@ def find_model(name: str, revision: str | None = None, trust_remote_code: bool =
                 "output_dir of a training, the folder of a model, or a Hub id."
             )
         return EvalModel(name, name, revision, trust_remote_code)
-    found = _model_in(folder)
-    if found is None:
+    model_folder = _model_in(folder)
+    if model_folder is None:
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise UserError(f"{name} holds no model: there is neither config.json nor a checkpoint or stage, but {held}.")
-    if (found / "config.json").is_file():
-        return EvalModel(name, str(found), None, trust_remote_code)
-    base = json.loads((found / ADAPTER).read_text(encoding="utf-8"))
+    if (model_folder / "config.json").is_file():
+        return EvalModel(name, str(model_folder), None, trust_remote_code)
+    base = json.loads((model_folder / ADAPTER).read_text(encoding="utf-8"))
     return EvalModel(
-        name, base["base_model_name_or_path"], base.get("revision"), trust_remote_code, adapter=str(found)
+        name, base["base_model_name_or_path"], base.get("revision"), trust_remote_code, adapter=str(model_folder)
     )
 
 
@@ -166,7 +166,7 @@ def _model_in(folder: Path) -> Path | None:
         return folder
     stages = [path for path in folder.iterdir() if re.fullmatch(r"\d+-\w+", path.name) and path.is_dir()]
     for stage in sorted(stages, key=lambda path: int(path.name.partition("-")[0]), reverse=True):
-        found = _model_in(stage)
-        if found is not None:
-            return found
+        model_folder = _model_in(stage)
+        if model_folder is not None:
+            return model_folder
     return last_checkpoint(folder)

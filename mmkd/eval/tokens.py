@@ -20,7 +20,7 @@ BINS = 15
 
 
 @dataclass(frozen=True)
-class Pair:
+class ComparedBatch:
     """Held-out rows as the student sees them, and as the teacher does."""
 
     ours: View
@@ -47,7 +47,9 @@ class Beliefs:
         return self.log_probs.amax(-1).exp()
 
 
-def batches(model: Any, processing_class: Any, rows: Dataset, max_length: int, teacher: Any = None) -> Iterator[Pair]:
+def batches(
+    model: Any, processing_class: Any, rows: Dataset, max_length: int, teacher: Any = None
+) -> Iterator[ComparedBatch]:
     """The rows one by one, tokenised, masked and cut as method sft does it; chats are supervised on the answers.
 
     Raises UserError for a template in which nobody can tell what the assistant says, and where
@@ -78,7 +80,7 @@ def batches(model: Any, processing_class: Any, rows: Dataset, max_length: int, t
         for batch in trainer.get_eval_dataloader():
             batch: Batch = batch.to(device)
             batch.check_answers()
-            yield Pair(batch.student, batch.teacher_view())
+            yield ComparedBatch(batch.student, batch.teacher_view())
 
 
 @torch.no_grad()
@@ -89,7 +91,7 @@ def beliefs_of(model: Any, view: View, vocab_size: int | None = None) -> Beliefs
     return Beliefs(log_probs, view.labels[:, 1:][view.supervised].to(log_probs.device))
 
 
-class Agreement:
+class TokenAgreement:
     """Sums over tokens of how student and teacher differ."""
 
     def __init__(self) -> None:
@@ -102,7 +104,7 @@ class Agreement:
         # 0 * inf where a token is impossible for one of them.
         forward = (teacher.log_probs.exp() * difference).nan_to_num(nan=0.0).sum(-1)
         reverse = (student.log_probs.exp() * -difference).nan_to_num(nan=0.0).sum(-1)
-        found = {
+        differences = {
             "kl": forward,
             "reverse_kl": reverse,
             "top1_agreement": student.top == teacher.top,
@@ -111,7 +113,7 @@ class Agreement:
             "student_accuracy": student.right,
             "teacher_accuracy": teacher.right,
         }
-        for name, values in found.items():
+        for name, values in differences.items():
             self.sums[name] = self.sums.get(name, 0.0) + values.double().sum().item()
         self.tokens += len(student.labels)
         self.rows += 1
@@ -150,5 +152,5 @@ class Calibration:
             "ece": ((self.right - self.confidence).abs().sum() / total).item(),
             "confidence": (self.confidence.sum() / total).item(),
             "accuracy": (self.right.sum() / total).item(),
-            "bins": [dict(zip(("share", "confidence", "accuracy"), one, strict=True)) for one in bins],
+            "bins": [dict(zip(("share", "confidence", "accuracy"), row, strict=True)) for row in bins],
         }

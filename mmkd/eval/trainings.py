@@ -83,7 +83,9 @@ def measure(recipe: Recipe, stage: str, folder: Path, judge: Recipe | None, save
     """
     run = _alone(recipe)
     _prepare(run, folder)
-    if stage != "trained" and all(one.arguments.teacher is not None for one in run.by_teacher().values()):
+    if stage != "trained" and all(
+        teacher_run.arguments.teacher is not None for teacher_run in run.by_teacher().values()
+    ):
         run = replace(run, arguments=_without_caches(run.arguments))
     if stage == "teacher":
         run = replace(run, arguments=_of(run, run.arguments.teacher))
@@ -93,7 +95,7 @@ def measure(recipe: Recipe, stage: str, folder: Path, judge: Recipe | None, save
         tokens, cost = _train(trainer, run)
     if stage == "trained" or (stage == "untrained" and save_untrained):
         trainer.save_model()
-    cached = any(one.arguments.teacher_cache is not None for one in run.by_teacher().values())
+    cached = any(teacher_run.arguments.teacher_cache is not None for teacher_run in run.by_teacher().values())
     if stage == "trained" and (judge is not None or cached):
         # Judged by the teacher itself, like all others.
         judging = run if judge is None else _alone(judge)
@@ -102,7 +104,10 @@ def measure(recipe: Recipe, stage: str, folder: Path, judge: Recipe | None, save
     trainer.batch_reports = []
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     reports = trainer.batch_reports
-    items = {name: [one.get(name, (0.0, 0.0)) for one in reports] for name in {key for one in reports for key in one}}
+    items = {
+        name: [batch.get(name, (0.0, 0.0)) for batch in reports]
+        for name in {key for batch in reports for key in batch}
+    }
     place = str(run.arguments.teacher) if stage == "teacher" else str(folder)
     weights = find_model(place).weights if stage == "trained" else None
     return Measured(stage, place, parameters, metrics, items, tokens, cost, _cache_facts(run), weights)
@@ -178,7 +183,9 @@ def _train(trainer: Any, run: Run) -> tuple[int, dict[str, Any]]:
     runtime = trainer.train().metrics["train_runtime"]
     seconds, spent = time.monotonic() - begun, time.process_time() - spent
     tokens = next(entry for entry in reversed(trainer.state.log_history) if "supervised_tokens" in entry)
-    live = trainer.needs_teacher and any(one.arguments.teacher_cache is None for one in run.by_teacher().values())
+    live = trainer.needs_teacher and any(
+        teacher_run.arguments.teacher_cache is None for teacher_run in run.by_teacher().values()
+    )
     cost = {
         "unit": "GPU-hours" if cuda else "CPU-hours",
         "hours": (seconds * trainer.args.world_size if cuda else spent) / 3600,

@@ -156,9 +156,9 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal]):
 
     def read_student(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Supervised:
         """The student at the same positions of its own sequence."""
-        one = super().read_student(hidden, head, view)
+        supervised = super().read_student(hidden, head, view)
         seen = hidden[:, :-1][view.visual[:, :-1]]
-        return VisualSupervised(one.hidden, one.head, one.labels, seen, view.images[:, 1])
+        return VisualSupervised(supervised.hidden, supervised.head, supervised.labels, seen, view.images[:, 1])
 
     def item_losses(self, student: Supervised, signal: VisualSignal) -> ItemLosses:
         """The weighted terms of one micro-batch, each with its own kind of item."""

@@ -96,4 +96,4 @@ def _turn(text: str, others: list[dict[str, Any]]) -> dict[str, Any]:
 def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
     """How long the two are the same from their start on."""
     pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(first), len(second)))

@@ -142,7 +142,7 @@ class TAIDTrainer(DistillationTrainer[Targets]):
     @property
     def schedule(self) -> TAIDSchedule:
         """The one in use; `restore_callback_states_from_checkpoint` puts another in its place."""
-        return next(one for one in self.callback_handler.callbacks if isinstance(one, TAIDSchedule))
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, TAIDSchedule))
 
     def item_losses(self, student: Supervised, signal: Targets) -> ItemLosses:
         """One KL to the intermediate teacher per supervised token."""

@@ -34,16 +34,21 @@ class Book:
 
     def check(self, name: str, function: Callable[..., list[Finding]], *arguments: Any) -> None:
         """Writes down what a check found; one finding names all of several teachers that it is true of."""
-        for one in self.attempt(name, function, *arguments) or []:
-            place = self._said(one)
+        for finding in self.attempt(name, function, *arguments) or []:
+            place = self._place_of_same(finding)
             if place is not None:
-                self.findings[place] = replace(one, name=f"{self.findings[place].name[:-1]}, {self.teacher})")
+                self.findings[place] = replace(finding, name=f"{self.findings[place].name[:-1]}, {self.teacher})")
             else:
-                self.findings.append(replace(one, name=f"{one.name} ({self.teacher})") if self.teacher else one)
+                self.findings.append(
+                    replace(finding, name=f"{finding.name} ({self.teacher})") if self.teacher else finding
+                )
 
-    def _said(self, one: Finding) -> int | None:
-        """Where the same was found about another teacher."""
+    def _place_of_same(self, finding: Finding) -> int | None:
+        """The place of the same finding about another teacher."""
         for place, known in enumerate(self.findings if self.teacher else []):
-            if known.name.startswith(f"{one.name} (") and (known.found, known.advice) == (one.found, one.advice):
+            if known.name.startswith(f"{finding.name} (") and (known.message, known.advice) == (
+                finding.message,
+                finding.advice,
+            ):
                 return place
         return None

@@ -14,14 +14,15 @@ _USUAL = 0.9
 def alignment(ours: Rendered, theirs: Rendered) -> list[Finding]:
     """The share of the student's supervised tokens that lie in chunks of text which end tokens on both sides."""
     pairs = [
-        (one, other)
-        for one, other in zip(ours.sequences, theirs.sequences, strict=True)
-        if isinstance(one, TokenSequence) and isinstance(other, TokenSequence)
+        (student_sequence, teacher_sequence)
+        for student_sequence, teacher_sequence in zip(ours.sequences, theirs.sequences, strict=True)
+        if isinstance(student_sequence, TokenSequence) and isinstance(teacher_sequence, TokenSequence)
     ]
     if not pairs:
         return [Finding("problem", "alignment", "No row can be read by both student and teacher.")]
     student, teacher = (
-        read([(one.ids, np.where(one.supervised, one.ids, -100)) for one in side]) for side in zip(*pairs, strict=True)
+        read([(sequence.ids, np.where(sequence.supervised, sequence.ids, -100)) for sequence in side])
+        for side in zip(*pairs, strict=True)
     )
     align = BatchAligner.of(ours.prepared.processing_class, theirs.prepared.processing_class)
     counts = align.chunks(student, teacher).counts

@@ -32,7 +32,7 @@ def memory(
     parts = memory_estimate(run, student, teachers, shape, run.training.device.type)
     device, room = device_memory()
     total = sum(parts.values())
-    found = f"At least {readable_size(total)} of the {readable_size(room)} of {device}: " + ", ".join(
+    message = f"At least {readable_size(total)} of the {readable_size(room)} of {device}: " + ", ".join(
         f"{name} {readable_size(part)}" for name, part in parts.items()
     )
     severity, advice = "ok", ""
@@ -51,7 +51,7 @@ def memory(
             "Lower per_device_train_batch_size or max_length, load the teacher in 4 bits, build a teacher_cache, use "
             "LoRA, or shard with accelerate_config: zero3."
         )
-    return [Finding(severity, "memory", f"{found}.", advice)]
+    return [Finding(severity, "memory", f"{message}.", advice)]
 
 
 def device_memory() -> tuple[str, int]:
@@ -71,7 +71,8 @@ def cache_room(run: Run, sample: Sample, rendered: Rendered) -> list[Finding]:
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     per_row = sum(
-        row_bytes(run, int(one.supervised[kept(len(one.ids), run.training)].sum())) for one in rendered.usable
+        row_bytes(run, int(sequence.supervised[kept(len(sequence.ids), run.training)].sum()))
+        for sequence in rendered.usable
     )
     per_row *= own_share(run, sample) / len(rendered.usable)
     counts = [count for count in sample.totals.values() if count is not None]
@@ -81,10 +82,10 @@ def cache_room(run: Run, sample: Sample, rendered: Rendered) -> list[Finding]:
     total = sum(counts) * per_row
     severity = "problem" if total > free else "warning" if total > 0.5 * free else "ok"
     what = f"{_token_bytes(run):.0f} bytes per token" if run.cache.job == "score" else "answers as long as allowed"
-    found = f"The cache takes about {readable_size(total)} ({sum(counts):,} rows, {what}); "
-    found += f"{readable_size(free)} are free at {parent}."
+    message = f"The cache takes about {readable_size(total)} ({sum(counts):,} rows, {what}); "
+    message += f"{readable_size(free)} are free at {parent}."
     advice = "Lower teacher_top_k, or name a folder with more room."
-    return [Finding(severity, "disk", found, advice if severity != "ok" else "")]
+    return [Finding(severity, "disk", message, advice if severity != "ok" else "")]
 
 
 def own_share(run: Run, sample: Sample) -> float:

@@ -41,17 +41,16 @@ class Passes:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What a batch has of pictures."""
+class ImageCounts:
+    """The number of images of a batch, and of the tokens of their text that stand for them."""
 
     images: float
     tokens: float
-    """That stand for them among those of the text."""
 
     def patches(self, vision: Mapping[str, Any]) -> float:
         """The patches that a tower with this config reads."""
         if "image_size" not in vision:
-            # Pictures of any size: each token stands for a square of patches.
+            # Images of any size: each token stands for a square of patches.
             return self.tokens * vision["spatial_merge_size"] ** 2
         size, patch = (_sides(vision[name]) for name in ("image_size", "patch_size"))
         return self.images * (size[0] // patch[0]) * (size[1] // patch[1])
@@ -65,7 +64,7 @@ def count_passes(
     model: PreTrainedModel | PeftModel,
     rows: int,
     tokens: int,
-    pictures: Pictures,
+    pictures: ImageCounts,
     bf16: bool,
     train: bool,
     flops: bool = True,
@@ -97,10 +96,10 @@ def _decoder(base: PreTrainedModel, batch: torch.Size, bf16: bool, train: bool, 
         layers = getattr(decoder, name)[:2]
         setattr(decoder, name, layers)
         decoder.to_empty(device="cpu")
-        two = _run(decoder, batch, bf16, train, flops, 2)
+        two_layers = _run(decoder, batch, bf16, train, flops, 2)
         setattr(decoder, name, layers[:1])
-        one = _run(decoder, batch, bf16, train, flops, 1)
-        pairs = zip(astuple(one), astuple(two), strict=True)
+        one_layer = _run(decoder, batch, bf16, train, flops, 1)
+        pairs = zip(astuple(one_layer), astuple(two_layers), strict=True)
         return Passes(*(first + (count - 1) * (both - first) for first, both in pairs))
 
 
@@ -166,7 +165,7 @@ def _attention_backward_flops(gradient: torch.Size, query: torch.Size, key: torc
     return 5 * _attention_flops(query, key) // 2
 
 
-def _tower(base: PreTrainedModel, pictures: Pictures, train: bool) -> Passes:
+def _tower(base: PreTrainedModel, pictures: ImageCounts, train: bool) -> Passes:
     """Every linear layer or patch embedding outside of the decoder, over all patches of all images."""
     vision = base.config.vision_config.to_dict()  # pyright: ignore[reportAttributeAccessIssue]
     patches = pictures.patches(vision)

@@ -34,15 +34,18 @@ def doctor(recipe: Recipe, console: Console) -> int:
     Loads configs, tokenizers and a sample of rows, and no weights. Raises UserError for a recipe that cannot be read.
     """
     findings: list[Finding] = []
-    for one in each_run(recipe):
+    for stage in each_run(recipe):
         with _quiet():
-            found = examine(one.run, sharded=one.config not in (None, "single_gpu", "ddp"))
-        found = [
-            replace(finding, found=one.place(finding.found), advice=one.place(finding.advice)) for finding in found
+            stage_findings = examine(stage.run, sharded=stage.config not in (None, "single_gpu", "ddp"))
+        stage_findings = [
+            replace(finding, message=stage.place(finding.message), advice=stage.place(finding.advice))
+            for finding in stage_findings
         ]
-        console.print(_table(one.title, found))
-        findings += found
-    problems, warnings = (sum(one.severity == severity for one in findings) for severity in ("problem", "warning"))
+        console.print(_table(stage.title, stage_findings))
+        findings += stage_findings
+    problems, warnings = (
+        sum(finding.severity == severity for finding in findings) for severity in ("problem", "warning")
+    )
     verdict = Text("Not sound: " if problems else "Sound: ", style=STYLES["problem" if problems else "ok"])
     console.print(verdict + Text(f"{_count(problems, 'problem')}, {_count(warnings, 'warning')}."))
     return 1 if problems else 0
@@ -72,18 +75,18 @@ def examine_tokens(run: Run, sharded: bool, own: Callable[[Book, Sample | None],
     if own is not None:
         own(book, sample)
     sides: dict[str, Side] = {}
-    for name, one in alone.items():
+    for name, teacher_run in alone.items():
         book.teacher = name
-        teacher = None if one.arguments.teacher is None else book.attempt("teacher", teacher_side, one)
+        teacher = None if teacher_run.arguments.teacher is None else book.attempt("teacher", teacher_side, teacher_run)
         theirs = None
         if teacher is not None:
             sides[name] = teacher
             if trained is not None:
-                theirs = _against_teacher(book, one, trained, teacher, sample, ours)
+                theirs = _against_teacher(book, teacher_run, trained, teacher, sample, ours)
         if student is not None:
-            book.check("special tokens", tokens.special_tokens, student, teacher, ours, one)
+            book.check("special tokens", tokens.special_tokens, student, teacher, ours, teacher_run)
         if student is not None and sample is not None and ours is not None and sample.has_images:
-            book.check("images", rows.images, ours, theirs, sample, one)
+            book.check("images", rows.images, ours, theirs, sample, teacher_run)
     book.teacher = ""
     if student is not None and sample is not None and ours is not None and ours.usable:
         book.check("rendering", tokens.rendering, ours)
@@ -91,8 +94,8 @@ def examine_tokens(run: Run, sharded: bool, own: Callable[[Book, Sample | None],
         book.check("length", rows.lengths, ours, run, [student, *sides.values()])
         _costs(book, run, student, sides, sample, ours, sharded)
     if student is not None and trained is not None:
-        for book.teacher, one in alone.items():
-            _away(book, one, student, trained.rows, sides.get(book.teacher), sample)
+        for book.teacher, teacher_run in alone.items():
+            _away(book, teacher_run, student, trained.rows, sides.get(book.teacher), sample)
     return book.findings
 
 
@@ -127,9 +130,9 @@ def _costs(
     loaded = [(alone[name], side) for name, side in sides.items() if reads_teacher(alone[name].arguments)]
     if book.attempt("student", empty_student, run, student) is not None:
         book.check("memory", costs.memory, run, student, loaded, sample, ours, sharded)
-    for book.teacher, one in alone.items():
-        if one.arguments.teacher_cache is not None and costs.takes_room(one.arguments.teacher_cache):
-            book.check("disk", costs.cache_room, one, sample, ours)
+    for book.teacher, teacher_run in alone.items():
+        if teacher_run.arguments.teacher_cache is not None and costs.takes_room(teacher_run.arguments.teacher_cache):
+            book.check("disk", costs.cache_room, teacher_run, sample, ours)
 
 
 def _away(book: Book, run: Run, student: Side, known: int, teacher: Side | None, sample: Sample | None) -> None:
@@ -173,11 +176,11 @@ def _table(recipe: str, findings: list[Finding]) -> Table:
     table.add_column()
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for one in findings:
-        found = Text(one.found)
-        if one.advice:
-            found.append(f"\n{one.advice}", style="italic")
-        table.add_row(Text(one.severity, style=STYLES[one.severity]), one.name, found)
+    for finding in findings:
+        cell = Text(finding.message)
+        if finding.advice:
+            cell.append(f"\n{finding.advice}", style="italic")
+        table.add_row(Text(finding.severity, style=STYLES[finding.severity]), finding.name, cell)
     return table
 
 

@@ -88,15 +88,15 @@ def _data(trainer: DistillationTrainer) -> list[tuple[str, str]]:
     data, args, counts = trainer.train_dataset, trainer.args, trainer.count_tokens()
     if counts is None or not isinstance(data, Dataset):
         return [("data", "streamed; not counted")]
-    told = [("data", f"{counts.size}."), ("length", f"{counts.cutting}.")]
+    entries = [("data", f"{counts.size}."), ("length", f"{counts.cutting}.")]
     template = trainer.labelling.template_reports["train"]
-    told += [("template", said) for said in (*template.warnings, *filter(None, [template.note]))]
+    entries += [("template", sentence) for sentence in (*template.warnings, *filter(None, [template.note]))]
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / batch) * args.num_train_epochs)
     # A row of a pack holds several of those that were counted.
     rows = len(data) if args.packing else counts.rows - counts.silent - counts.emptied
     tokens = steps * batch * (counts.supervised - counts.lost_supervised) // max(1, rows)
-    return [*told, ("steps", f"{steps:,} optimizer steps of {batch} rows, about {tokens:,} tokens")]
+    return [*entries, ("steps", f"{steps:,} optimizer steps of {batch} rows, about {tokens:,} tokens")]
 
 
 def _runs(ids: list[int], supervised: list[bool]) -> list[tuple[list[int], bool]]:

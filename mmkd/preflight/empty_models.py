@@ -85,5 +85,5 @@ def bits_of(in_4bit: bool, in_8bit: bool) -> int | None:
 def _dtype(name: str | None, saved: str | torch.dtype | None, device: str | torch.device) -> torch.dtype:
     """The type that a recipe names, that of the files for auto, as it is computed on a device."""
     dtype = saved if name == "auto" else name
-    wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")
-    return product_dtype(wanted, device)
+    requested = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")
+    return product_dtype(requested, device)

@@ -20,7 +20,7 @@ from mmkd.recipe.recipe import Run
 from mmkd.recipe.run_teacher import reads_teacher
 from mmkd.training.config import DistillationConfig
 
-from .count import Passes, Pictures, count_passes
+from .count import ImageCounts, Passes, count_passes
 from .empty_models import bits_of, empty_student, empty_teacher, weight_bytes
 from .facts import Rendered, Sample, Side, render, student_side, take_sample, teacher_side
 
@@ -47,7 +47,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelCosts:
     """A student or teacher as a training step sees it."""
 
     weights: float
@@ -70,8 +70,8 @@ class Work:
     """All that one micro-batch on one device needs, counted."""
 
     shape: Shape
-    student: Model
-    teacher: Model | None
+    student: ModelCosts
+    teacher: ModelCosts | None
     logits: float
     """Bytes that exist at a time, of student and teacher, with their comparison."""
     head_gradient: float
@@ -144,7 +144,7 @@ def memory_estimate(run: Run, student: Side, teachers: Loaded, shape: Shape, dev
 
 
 def count_work(
-    run: Run, student: Side, teacher: Model | None, shape: Shape, device_type: str = "cuda", flops: bool = True
+    run: Run, student: Side, teacher: ModelCosts | None, shape: Shape, device_type: str = "cuda", flops: bool = True
 ) -> Work:
     """Counts a recipe's micro-batch. `teacher` is None when it does not run in the training process."""
     args = run.training
@@ -165,7 +165,7 @@ def count_work(
     return Work(shape, ours, teacher, logits, head_bytes, optimizer_bytes(args), checkpointing)
 
 
-def count_teacher(run: Run, teacher: Side, shape: Shape, device_type: str = "cuda", flops: bool = True) -> Model:
+def count_teacher(run: Run, teacher: Side, shape: Shape, device_type: str = "cuda", flops: bool = True) -> ModelCosts:
     """The teacher's part of a micro-batch: a forward pass over the same rows."""
     empty, stored = empty_teacher(run, teacher, device_type)
     return facts_of(empty, stored, shape, uses_bf16(run.training, device_type), train=False, flops=flops)
@@ -176,44 +176,44 @@ def uses_bf16(args: DistillationConfig, device_type: str) -> bool:
     return bool(args.bf16) or (args.emulated_bf16 and device_type != "cpu")
 
 
-def together(teachers: Sequence[Model], column: str | None) -> Model | None:
+def together(teachers: Sequence[ModelCosts], column: str | None) -> ModelCosts | None:
     """Several teachers as one: all on every row, or where a column names theirs each on an equal share of them."""
     if not teachers:
         return None
     share = 1.0 if column is None else 1 / len(teachers)
-    passes = replace(teachers[0].passes, forward=share * sum(one.passes.forward for one in teachers))
+    passes = replace(teachers[0].passes, forward=share * sum(teacher.passes.forward for teacher in teachers))
     return replace(
         teachers[0],
-        weights=sum(one.weights for one in teachers),
-        largest_layer=max(one.largest_layer for one in teachers),
-        width=round(share * sum(one.width for one in teachers)),
+        weights=sum(teacher.weights for teacher in teachers),
+        largest_layer=max(teacher.largest_layer for teacher in teachers),
+        width=round(share * sum(teacher.width for teacher in teachers)),
         passes=passes,
         chunks=at_a_time(len(teachers), column),
     )
 
 
-def facts_of(model: Any, stored: float, shape: Shape, bf16: bool, train: bool, flops: bool = True) -> Model:
+def facts_of(model: Any, stored: float, shape: Shape, bf16: bool, train: bool, flops: bool = True) -> ModelCosts:
     """What a step needs of a model without data, whose weights take `stored` bytes. The model cannot be used again.
 
     Without `flops`, which take the longer part of the time, those of its passes are 0.
     """
     base = base_of(model)
-    trainable = [one for one in model.parameters() if one.requires_grad] if train else []
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad] if train else []
     head = base.get_output_embeddings()
     assert head is not None
     blocks = [block for module in base.modules() if isinstance(module, nn.ModuleList) for block in module]
     largest = max(*map(_bytes, blocks), _bytes(head))
-    gradients = float(sum(one.numel() * one.element_size() for one in trainable))
-    parameters = float(sum(one.numel() for one in trainable))
+    gradients = float(sum(parameter.numel() * parameter.element_size() for parameter in trainable))
+    parameters = float(sum(parameter.numel() for parameter in trainable))
     width, vocabulary = base.config.get_text_config().hidden_size, len(head.weight)
     # Last: counting puts other tensors in the place of the parameters.
-    pictures = Pictures(shape.rows * shape.images, shape.rows * shape.image_tokens)
+    pictures = ImageCounts(shape.rows * shape.images, shape.rows * shape.image_tokens)
     passes = count_passes(model, shape.rows, shape.tokens, pictures, bf16, train, flops)
-    return Model(stored, parameters, gradients, largest, width, vocabulary, passes)
+    return ModelCosts(stored, parameters, gradients, largest, width, vocabulary, passes)
 
 
 def _bytes(module: nn.Module) -> float:
-    return float(sum(one.numel() * one.element_size() for one in module.parameters()))
+    return float(sum(parameter.numel() * parameter.element_size() for parameter in module.parameters()))
 
 
 def shape_of(run: Run, sample: Sample, rendered: Rendered) -> Shape:

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, GenerationConfig, LlavaConfig, PreTrainedConfig
 
-from mmkd.capture.sequences import Prepared, Sequences, TokenSequence, UnusableRow, prepare
+from mmkd.capture.sequences import PreparedSequences, Sequences, TokenSequence, UnusableRow, prepare
 from mmkd.data.data_recipe import DataRecipe
 from mmkd.data.image_columns import image_column
 from mmkd.data.images import read_row
@@ -32,18 +32,18 @@ VISION_ROWS = 32
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check saw."""
+    """The result of one check."""
 
     severity: str
     """ok, warning or problem; a run with a problem is not sound."""
     name: str
-    found: str
+    message: str
     advice: str = ""
 
 
 def finding_of(misfit: Misfit, name: str) -> Finding:
     """What a check of training found, a problem where training refuses it."""
-    return Finding("problem" if misfit.fatal else "warning", name, misfit.found, misfit.advice)
+    return Finding("problem" if misfit.fatal else "warning", name, misfit.message, misfit.advice)
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Side:
 
     def stops(self) -> set[int]:
         """The ids at which the model's own generation ends."""
-        told = [self.generation] if self.generation is not None else [self.config, self.config.get_text_config()]
-        ids = {index for config in told for index in _ids(config.eos_token_id)}
+        configs = [self.generation] if self.generation is not None else [self.config, self.config.get_text_config()]
+        ids = {index for config in configs for index in _ids(config.eos_token_id)}
         return ids | set(_ids(self.tokenizer.eos_token_id))
 
     def prepared_as(self, rendered: "Rendered", run: Run) -> "Side":
@@ -168,9 +168,9 @@ def take_sample(run: Run) -> Sample:
         totals[str(split)] = min([count for count in [known, *caps[str(split)]] if count is not None], default=None)
     unreadable: dict[int, str] = {}
     if "images" in rows["train"].column_names:
-        found = {str(split): _unreadable(dataset) for split, dataset in rows.items()}
-        unreadable = found["train"]
-        for split, bad in found.items():
+        unreadable_rows = {str(split): _unreadable(dataset) for split, dataset in rows.items()}
+        unreadable = unreadable_rows["train"]
+        for split, bad in unreadable_rows.items():
             rows[split] = rows[split].select([row for row in range(len(rows[split])) if row not in bad])
         if not len(rows["train"]):
             first = next(iter(unreadable.values()))
@@ -204,7 +204,7 @@ class Rendered:
 
     sequences: list[TokenSequence | UnusableRow]
     """One per row of the sample."""
-    prepared: Prepared
+    prepared: PreparedSequences
     image_token: int | None
     """The id that stands for a piece of an image, where the processor names it."""
 
@@ -215,16 +215,16 @@ class Rendered:
 
     @cached_property
     def usable(self) -> list[TokenSequence]:
-        return [one for one in self.sequences if isinstance(one, TokenSequence)]
+        return [sequence for sequence in self.sequences if isinstance(sequence, TokenSequence)]
 
     @cached_property
     def counts(self) -> tuple[Counter[int], Counter[int]]:
         """How often each id occurs, and how often supervised."""
         everything: Counter[int] = Counter()
         supervised: Counter[int] = Counter()
-        for one in self.usable:
-            everything.update(one.ids.tolist())
-            supervised.update(one.ids[one.supervised].tolist())
+        for sequence in self.usable:
+            everything.update(sequence.ids.tolist())
+            supervised.update(sequence.ids[sequence.supervised].tolist())
         return everything, supervised
 
 
@@ -238,13 +238,13 @@ def render(run: Run, side: Side, sample: Sample) -> Rendered:
     rows = DatasetDict({"train": sample.rows["train"]})
     # Preparation changes the template and special tokens of what it is given.
     prepared = prepare(rows, args, copy.deepcopy(side.processing_class), judges_template=side.role == "student")
-    found = prepared.splits["train"]
+    split = prepared.splits["train"]
     image_token = getattr(prepared.processing_class, "image_token_id", None)
-    if not isinstance(found, Sequences):
-        return Rendered([found[row] for row in range(len(found))], prepared, image_token)
+    if not isinstance(split, Sequences):
+        return Rendered([split[row] for row in range(len(split))], prepared, image_token)
     # All rows, while `Sequences` itself leaves out equal ones and those without a supervised token.
-    located = sequences_of(found.dataset)
-    sequences = [TokenSequence(one.ids.astype(np.int32), one.supervised) for one in located]
+    located = sequences_of(split.dataset)
+    sequences = [TokenSequence(part.ids.astype(np.int32), part.supervised) for part in located]
     return Rendered(list(sequences), prepared, image_token)
 
 
@@ -269,5 +269,5 @@ def _ids(value: int | list[int] | None) -> list[int]:
 
 def listed(items: Iterable[str], most: int = 3) -> str:
     """The first few of many things for a reader."""
-    found = list(items)
-    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+    names = list(items)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -74,8 +74,8 @@ def choose_device(name: str | None, memory: float | None, utilisation: float | N
     elif memory is None:
         raise UserError("Say what the run shall fit: --memory with the GiB of one device, or --gpu with its name.")
     else:
-        largest = max(DEVICES.values(), key=lambda one: one.memory)
-        device = next((one for one in DEVICES.values() if one.memory >= memory * GIB), largest)
+        largest = max(DEVICES.values(), key=lambda candidate: candidate.memory)
+        device = next((candidate for candidate in DEVICES.values() if candidate.memory >= memory * GIB), largest)
     memory_bytes = device.memory if memory is None else memory * GIB
     return replace(device, memory=memory_bytes, utilisation=utilisation or device.utilisation)
 

@@ -15,7 +15,7 @@ from mmkd.training.method import METHODS
 from mmkd.units import readable_size
 
 from . import costs
-from .estimate import Model, Shape, Work, count_teacher, count_work, logits_of, memory_of, shape_of, together
+from .estimate import ModelCosts, Shape, Work, count_teacher, count_work, logits_of, memory_of, shape_of, together
 from .facts import Sample, Side, render, student_side, take_sample, teacher_side
 from .hardware import GIB, USABLE, Device
 from .stage_checks import StageRun, each_run
@@ -32,24 +32,24 @@ def plan(recipe: Recipe, device: Device, devices: int, price: float | None, cons
     if devices < 1:
         raise UserError(f"--gpus is {devices}; a run needs at least one.")
     # Any stage that fits nowhere ends the run there.
-    return max(_plan_one(one, device, devices, price, console) for one in each_run(recipe))
+    return max(_plan_one(stage, device, devices, price, console) for stage in each_run(recipe))
 
 
-def _plan_one(one: StageRun, device: Device, devices: int, price: float | None, console: Console) -> int:
-    plan_run = METHODS[one.run.arguments.method].plan or plan_tokens
-    return plan_run(one, device, devices, price, console)
+def _plan_one(stage: StageRun, device: Device, devices: int, price: float | None, console: Console) -> int:
+    plan_run = METHODS[stage.run.arguments.method].plan or plan_tokens
+    return plan_run(stage, device, devices, price, console)
 
 
-def plan_tokens(one: StageRun, device: Device, devices: int, price: float | None, console: Console) -> int:
+def plan_tokens(stage: StageRun, device: Device, devices: int, price: float | None, console: Console) -> int:
     """Prints the plan of a training over tokens; returns 0 when some way of training fits, 1 when none does."""
-    recipe, run, chosen = one.title, one.run, one.config
+    recipe, run, chosen = stage.title, stage.run, stage.config
     student, sample = student_side(run), take_sample(run)
     shape = shape_of(run, sample, render(run, student, sample))
     alone = run.by_teacher()
     teachers = {
-        name: count_teacher(one, teacher_side(one), shape, device.kind)
-        for name, one in alone.items()
-        if one.arguments.teacher
+        name: count_teacher(teacher_run, teacher_side(teacher_run), shape, device.kind)
+        for name, teacher_run in alone.items()
+        if teacher_run.arguments.teacher
     }
     loaded = [counted for name, counted in teachers.items() if reads_teacher(alone[name].arguments)]
     work = count_work(run, student, together(loaded, run.arguments.teacher_column), shape, device.kind)
@@ -86,7 +86,7 @@ def _memory_table(work: Work, strategies: Sequence[str], devices: int, device: D
     parts = {name: memory_of(work, name, devices) for name in strategies}
     for name in strategies:
         table.add_column(name if devices > 1 else "", justify="right")
-    for kind in dict.fromkeys(kind for one in parts.values() for kind in one):
+    for kind in dict.fromkeys(kind for kinds in parts.values() for kind in kinds):
         table.add_row(kind, *(_gib(parts[name].get(kind, 0.0)) for name in strategies))
     table.add_row("in all", *(_gib(sum(parts[name].values())) for name in strategies), style="bold")
     table.add_row("fits", *("yes" if _fits(work, name, devices, device) else "no" for name in strategies))
@@ -155,18 +155,18 @@ def _steps(run: Run, sample: Sample, data_rows: float, devices: int) -> int | No
     return math.ceil(math.ceil(rows / batch) * args.num_train_epochs)
 
 
-def _cache(run: Run, sample: Sample, shape: Shape, teacher: Model, device: Device) -> str:
+def _cache(run: Run, sample: Sample, shape: Shape, teacher: ModelCosts, device: Device) -> str:
     """What the teacher's answers on disk would take, and asking for them once."""
     per_row = costs.row_bytes(run, round(shape.supervised))
     flops = teacher.passes.forward / shape.rows + 2 * shape.supervised * teacher.width * teacher.vocabulary
     seconds = flops / (device.flops * device.utilisation)
     rows = sample.totals["train"]
     if rows is None:
-        many, found = 1e6, "per million rows of training"
+        many, scope = 1e6, "per million rows of training"
     else:
-        many, found = rows * costs.own_share(run, sample) / shape.data_rows, f"for {rows:,} rows"
+        many, scope = rows * costs.own_share(run, sample) / shape.data_rows, f"for {rows:,} rows"
     return (
-        f"A teacher_cache takes {readable_size(many * per_row)} {found}, and {many * seconds / 3600:,.3g} "
+        f"A teacher_cache takes {readable_size(many * per_row)} {scope}, and {many * seconds / 3600:,.3g} "
         "device-hours of the teacher to build."
     )
 

@@ -21,9 +21,10 @@ def images(student: Rendered, teacher: Rendered | None, sample: Sample, run: Run
     """Whether images can be read, and whether they become as many tokens on both sides."""
     skip = run.arguments.teacher_cache is not None and run.cache.on_error == "skip"
     findings = unusable_rows(sample, student, "warning" if skip else "problem")
-    ours = {row: one for row, one in enumerate(student.sequences) if isinstance(one, TokenSequence) and one.images}
-    counts = sorted(one.image_tokens for one in ours.values())
-    blind = [row for row, one in ours.items() if not one.image_tokens]
+    rows = enumerate(student.sequences)
+    ours = {row: sequence for row, sequence in rows if isinstance(sequence, TokenSequence) and sequence.images}
+    counts = sorted(sequence.image_tokens for sequence in ours.values())
+    blind = [row for row, sequence in ours.items() if not sequence.image_tokens]
     if blind and student.image_token is not None:
         findings.append(
             Finding(
@@ -37,7 +38,9 @@ def images(student: Rendered, teacher: Rendered | None, sample: Sample, run: Run
     if teacher is None:
         return findings or [Finding("ok", "images", f"{len(ours)} rows have {_range(counts)} image tokens each.")]
     theirs = dict(enumerate(teacher.sequences))
-    failed = [(row, one.reason) for row, one in theirs.items() if row in ours and isinstance(one, UnusableRow)]
+    failed = [
+        (row, result.reason) for row, result in theirs.items() if row in ours and isinstance(result, UnusableRow)
+    ]
     if failed:
         findings.append(
             Finding(
@@ -49,9 +52,9 @@ def images(student: Rendered, teacher: Rendered | None, sample: Sample, run: Run
             )
         )
     unequal = [
-        (row, ours[row].image_tokens, one.image_tokens)
-        for row, one in theirs.items()
-        if row in ours and isinstance(one, TokenSequence) and one.image_tokens != ours[row].image_tokens
+        (row, ours[row].image_tokens, sequence.image_tokens)
+        for row, sequence in theirs.items()
+        if row in ours and isinstance(sequence, TokenSequence) and sequence.image_tokens != ours[row].image_tokens
     ]
     if unequal:
         row, mine, other = unequal[0]
@@ -80,13 +83,13 @@ def routes(sample: Sample, run: Run) -> list[Finding]:
     several = SeveralTeachers(dict.fromkeys(teachers), column=column)
     check_several(METHODS[run.arguments.method].trainer, several, run.training, sample.rows)
     named = Counter(sample.rows["train"][column])
-    found = (
+    message = (
         f"Of {named.total()} rows, by {column}: " + ", ".join(f"{named[name]} for {name}" for name in teachers) + "."
     )
     if all(named[name] for name in teachers):
-        return [Finding("ok", "routes", found)]
+        return [Finding("ok", "routes", message)]
     advice = "The run is refused if no later row names a teacher either: look at the names."
-    return [Finding("warning", "routes", found, advice)]
+    return [Finding("warning", "routes", message, advice)]
 
 
 def unusable_rows(sample: Sample, rendered: Rendered, severity: str) -> list[Finding]:
@@ -94,9 +97,9 @@ def unusable_rows(sample: Sample, rendered: Rendered, severity: str) -> list[Fin
     bad = dict(sample.unreadable)
     # The sequences are those of the rows that could be decoded.
     readable = (row for row in range(len(bad) + len(rendered.sequences)) if row not in bad)
-    for row, one in zip(list(readable), rendered.sequences, strict=True):
-        if isinstance(one, UnusableRow):
-            bad[row] = one.reason
+    for row, sequence in zip(list(readable), rendered.sequences, strict=True):
+        if isinstance(sequence, UnusableRow):
+            bad[row] = sequence.reason
     if not bad:
         return []
     total = len(sample.unreadable) + len(rendered.sequences)
@@ -133,7 +136,7 @@ def _pixels(student: Rendered, teacher: Rendered) -> list[Finding]:
 def lengths(rendered: Rendered, run: Run, sides: list[Side]) -> list[Finding]:
     """The share of supervised tokens, and what max_length costs."""
     rows = rendered.usable
-    counts = TokenCounts.count([one.supervised for one in rows], run.training)
+    counts = TokenCounts.count([sequence.supervised for sequence in rows], run.training)
     findings = [
         Finding(
             "problem" if counts.silent == counts.rows else "warning" if counts.silent else "ok",
@@ -146,18 +149,18 @@ def lengths(rendered: Rendered, run: Run, sides: list[Side]) -> list[Finding]:
 
 
 def _truncation(counts: TokenCounts, run: Run) -> Finding:
-    found = f"{counts.cutting[0].upper()}{counts.cutting[1:]}"
+    message = f"{counts.cutting[0].upper()}{counts.cutting[1:]}"
     if counts.max_length is None:
         training = run.training
         how = "no max_length" if training.max_length is None else f"packing_strategy {training.packing_strategy}"
-        return Finding("ok", "length", f"{found} ({how}).")
+        return Finding("ok", "length", f"{message} ({how}).")
     if not counts.cut:
-        return Finding("ok", "length", f"{found}.")
+        return Finding("ok", "length", f"{message}.")
     costly = max(counts.lost_tokens / counts.tokens, counts.lost_supervised / max(1, counts.supervised)) >= 0.01
     return Finding(
         "problem" if counts.emptied == counts.rows else "warning" if costly else "ok",
         "length",
-        f"{found}.",
+        f"{message}.",
         f"Raise max_length (to {counts.longest} for all of this sample), or filter long rows in the data recipe.",
     )
 
@@ -166,14 +169,14 @@ def _positions(rows: list[TokenSequence], run: Run, sides: list[Side]) -> list[F
     """Findings about sequences that are longer than a model is made for."""
     training = run.training
     findings: list[Finding] = []
-    longest = max(len(one.ids) for one in rows)
+    longest = max(len(sequence.ids) for sequence in rows)
     if training.max_length is not None:
         # Packs that ignore where rows begin are read as one sequence.
         wrapped = training.packing and training.packing_strategy == "wrapped"
         longest = training.max_length if wrapped else min(longest, training.max_length)
     for side in sides:
         misfits = lacking_positions(side.role, side.config, longest, training.max_length)
-        findings += [finding_of(one, "length") for one in misfits]
+        findings += [finding_of(misfit, "length") for misfit in misfits]
     return findings
 
 
@@ -181,10 +184,11 @@ def _lost_images(rendered: Rendered, run: Run) -> list[Finding]:
     """A finding when max_length cuts image tokens off, which no vision model survives."""
     lost = [
         row
-        for row, one in enumerate(rendered.sequences)
-        if isinstance(one, TokenSequence)
-        and one.images
-        and int((one.ids[kept(len(one.ids), run.training)] == rendered.image_token).sum()) < one.image_tokens
+        for row, sequence in enumerate(rendered.sequences)
+        if isinstance(sequence, TokenSequence)
+        and sequence.images
+        and int((sequence.ids[kept(len(sequence.ids), run.training)] == rendered.image_token).sum())
+        < sequence.image_tokens
     ]
     if not lost:
         return []

@@ -95,17 +95,17 @@ def check_tokens(run: Run) -> None:
     run = replace(run, arguments=replace(run.arguments, max_train_rows=rows))
     student, sample = student_side(run), take_sample(run)
     ours = student.prepared_as(render(run, student, sample), run)
-    for one in run.by_teacher().values():
-        arguments = one.arguments
+    for teacher_run in run.by_teacher().values():
+        arguments = teacher_run.arguments
         if arguments.teacher is not None:
-            teacher = teacher_side(one)
+            teacher = teacher_side(teacher_run)
             if tokens.compares_tokens(run) and (reads_teacher(arguments) or arguments.teacher_server is not None):
                 shared_tokens(ours.tokenizer, teacher.tokenizer)
         cache = arguments.teacher_cache
         if cache is not None and costs.is_to_be_built(cache):
             raise UserError(f"its teacher_cache {cache} is not there; build it first with `mmkd cache build`.")
         if cache is not None and not is_hub_id(cache):
-            teachers.open_cache(one)
+            teachers.open_cache(teacher_run)
 
 
 def _stand_in(stage: Stage, run: Run, scratch: Path) -> Path:

@@ -43,11 +43,11 @@ def server(run: Run, student: Side, teacher: Side | None, sample: Sample | None)
     tokenizer = student.tokenizer if teacher is None else teacher.tokenizer
     with VLLMClient(urls, arguments.teacher_server_model, timeout=PATIENCE) as client:
         facts = client.check(arguments.teacher, k, run.training.max_length, tokenizer)
-    found = (
+    message = (
         f"{', '.join(facts.urls)}: vLLM {facts.vllm_version} serves {facts.model!r} with room for "
         f"{facts.max_model_len:,} tokens, gives the top {k} and tokenises alike."
     )
-    return [*findings, Finding("ok", "server", found)]
+    return [*findings, Finding("ok", "server", message)]
 
 
 def _check_method(run: Run, teacher: ServerTeacher) -> None:
@@ -88,10 +88,10 @@ def cache(run: Run, known: int, teacher: CachedTeacher) -> list[Finding]:
     return [Finding("ok", "cache", f"{teacher.cache.folder} is complete: {facts}.")]
 
 
-def origin(run: Run, found: Cache) -> list[Finding]:
+def origin(run: Run, cache: Cache) -> list[Finding]:
     """Whether a cache is of the recipe's teacher and data. Raises UserError when it is of others."""
-    check_cache(run, found)
-    name = found.manifest.identity["teacher"]["name"]
+    check_cache(run, cache)
+    name = cache.manifest.identity["teacher"]["name"]
     return [Finding("ok", "cache", f"It is of the recipe's data, by the teacher {name}.")]
 
 
@@ -107,13 +107,13 @@ def preparation(run: Run, student: Side, sample: Sample, teacher: CachedTeacher)
         text = "Where wrapped sequences begin depends on all rows, so the sample's were not looked up."
         return [Finding("ok", "cache", text)]
     keys = [
-        (split, row, one.key)
+        (split, row, sequence.key)
         for split, sequences in prepared.splits.items()
-        for row, one in usable(sequences, range(len(sequences)))
-        if isinstance(one, TokenSequence)
+        for row, sequence in usable(sequences, range(len(sequences)))
+        if isinstance(sequence, TokenSequence)
     ]
-    found = teacher.cache
-    missing = [(split, row) for split, row, key in keys if found.find(key) is None and key not in found.skipped_keys]
+    cache = teacher.cache
+    missing = [(split, row) for split, row, key in keys if cache.find(key) is None and key not in cache.skipped_keys]
     if not missing:
         return [Finding("ok", "cache", f"It knows the {len(keys)} sequences of the sample.")]
     split, row = missing[0]

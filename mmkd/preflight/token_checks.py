@@ -104,7 +104,7 @@ def stops_after_training(student: Side, rendered: Rendered | None, run: Run) -> 
         return student.stops()
     eos = rendered.tokenizer.eos_token_id
     # Training adds what most answers end with.
-    sequences = ((one.ids, one.supervised) for one in rendered.usable)
+    sequences = ((sequence.ids, sequence.supervised) for sequence in rendered.usable)
     own = {*answer_ends(sequences, rendered.tokenizer), eos} - {None}
     return own if clones_template(run.training) else student.stops() | own
 
@@ -155,7 +155,7 @@ def special_tokens(student: Side, teacher: Side | None, rendered: Rendered | Non
     if rendered is not None:
         needed = {} if run.training.padding_free else {"the padding token": ours.pad_token_id}
         rows, highest = student.prepared_as(rendered, run).rows, max(rendered.counts[0], default=-1)
-        findings += [finding_of(one, name) for one in lacking_tokens("student", rows, highest, needed)]
+        findings += [finding_of(misfit, name) for misfit in lacking_tokens("student", rows, highest, needed)]
     if rendered is not None and ours.pad_token_id == ours.eos_token_id:
         findings.append(_padding_with_eos(rendered))
     return findings
@@ -163,21 +163,21 @@ def special_tokens(student: Side, teacher: Side | None, rendered: Rendered | Non
 
 def _specials(role: str, tokenizer: Any, stops: Iterable[int]) -> str:
     tokens = ("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id), ("pad", tokenizer.pad_token_id)
-    told = [f"{kind} {_token(tokenizer, index) if index is not None else 'none'}" for kind, index in tokens]
+    names = [f"{kind} {_token(tokenizer, index) if index is not None else 'none'}" for kind, index in tokens]
     ends = ", ".join(_token(tokenizer, index) for index in sorted(stops)) or "nothing"
-    return f"{role}: {', '.join(told)}; stops at {ends}"
+    return f"{role}: {', '.join(names)}; stops at {ends}"
 
 
 def _padding_with_eos(rendered: Rendered) -> Finding:
     """Whether a batch keeps the EOS of its rows supervised when padding is the same token."""
     eos = rendered.tokenizer.eos_token_id
-    by_length = sorted(rendered.usable, key=lambda one: len(one.ids))
+    by_length = sorted(rendered.usable, key=lambda sequence: len(sequence.ids))
     rows = [by_length[0], by_length[-1]]
-    before = sum(int(((one.ids == eos) & one.supervised).sum()) for one in rows)
+    before = sum(int(((sequence.ids == eos) & sequence.supervised).sum()) for sequence in rows)
     if rendered.prepared.vision:
-        batch = rendered.prepared.collator([dict(one.example) for one in rows])
+        batch = rendered.prepared.collator([dict(sequence.example) for sequence in rows])
     else:
-        examples = [{"input_ids": one.ids.tolist(), "labels": _labels(one).tolist()} for one in rows]
+        examples = [{"input_ids": sequence.ids.tolist(), "labels": _labels(sequence).tolist()} for sequence in rows]
         batch = rendered.prepared.collator(examples)
     after = int((batch["labels"][:, 1:] == eos).sum())
     if after == before:
@@ -255,12 +255,12 @@ def _ends(rendered: Rendered, stops: set[int]) -> tuple[Counter[int], Counter[in
     tokenizer = rendered.tokenizer
     special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
     taught, other, masked, absent = Counter(), Counter(), Counter(), 0
-    for one in rendered.usable:
-        if not one.supervised.any():
+    for sequence in rendered.usable:
+        if not sequence.supervised.any():
             continue
-        last = _last_word(one, tokenizer)
-        following = next((i for i in one.ids[last + 1 :].tolist() if tokenizer.decode([i]).strip()), None)
-        index = int(one.ids[last])
+        last = _last_word(sequence, tokenizer)
+        following = next((i for i in sequence.ids[last + 1 :].tolist() if tokenizer.decode([i]).strip()), None)
+        index = int(sequence.ids[last])
         if index in stops:
             taught[index] += 1
         elif index in special:
@@ -272,10 +272,10 @@ def _ends(rendered: Rendered, stops: set[int]) -> tuple[Counter[int], Counter[in
     return taught, other, masked, absent
 
 
-def _last_word(one: TokenSequence, tokenizer: Any) -> int:
+def _last_word(sequence: TokenSequence, tokenizer: Any) -> int:
     """The place of the last supervised token that is not white space, which templates write after the EOS."""
-    places = np.flatnonzero(one.supervised)[::-1].tolist()
-    return next((place for place in places if tokenizer.decode([one.ids[place]]).strip()), places[0])
+    places = np.flatnonzero(sequence.supervised)[::-1].tolist()
+    return next((place for place in places if tokenizer.decode([sequence.ids[place]]).strip()), places[0])
 
 
 def chat_template(student: Rendered, teacher: Rendered, teacher_name: str) -> list[Finding]:
@@ -321,8 +321,8 @@ def rendering(rendered: Rendered) -> list[Finding]:
     findings = [Finding("warning", name, warning) for warning in report.warnings]
     if report.note is not None:
         findings.append(Finding("ok", name, report.note))
-    told = Finding("ok", name, f"The chat template writes all that {report.rows} rows say.")
-    return findings or ([told] if report.rows else [])
+    complete = Finding("ok", name, f"The chat template writes all that {report.rows} rows say.")
+    return findings or ([complete] if report.rows else [])
 
 
 def without_template(sample: Sample, teacher: Side) -> Finding | None:
@@ -338,8 +338,8 @@ def without_template(sample: Sample, teacher: Side) -> Finding | None:
     )
 
 
-def _strings(tokenizer: Any, one: TokenSequence) -> list[str]:
-    return tokenizer.convert_ids_to_tokens(one.ids.tolist())
+def _strings(tokenizer: Any, sequence: TokenSequence) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(sequence.ids.tolist())
 
 
 def _first_difference(ours: list[str], theirs: list[str]) -> int:
@@ -358,9 +358,9 @@ def _differs_where_supervised(
     )
 
 
-def _around(tokenizer: Any, one: TokenSequence, place: int) -> str:
+def _around(tokenizer: Any, sequence: TokenSequence, place: int) -> str:
     """The tokens around a place, the one there between > and <."""
-    ids = one.ids.tolist()
+    ids = sequence.ids.tolist()
     start, stop = max(0, place - CONTEXT), min(len(ids), place + CONTEXT + 1)
     shown = [f"> {show(tokenizer, ids[i])} <" if i == place else show(tokenizer, ids[i]) for i in range(start, stop)]
     end = [] if stop < len(ids) else ["> end <" if place >= len(ids) else "end"]
@@ -376,8 +376,8 @@ def _token(tokenizer: Any, index: int) -> str:
     return f"{tokenizer.convert_ids_to_tokens(index)} ({index})"
 
 
-def _labels(one: TokenSequence) -> np.ndarray:
-    return np.where(one.supervised, one.ids, -100)
+def _labels(sequence: TokenSequence) -> np.ndarray:
+    return np.where(sequence.supervised, sequence.ids, -100)
 
 
 def _name(token: str | None) -> str:

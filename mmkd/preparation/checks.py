@@ -150,10 +150,10 @@ def check_supervision(
         )
 
 
-def check_stream(found: int, wanted: int, step: int) -> None:
+def check_stream(batches: int, accumulation: int, step: int) -> None:
     """Raises UserError when a stream ends after fewer micro-batches than one step takes, before any step."""
     if step == 0:
         raise UserError(
-            f"The train data is a stream of {found} batches, and gradient_accumulation_steps {wanted} takes as many "
-            "for one step. Lower it or per_device_train_batch_size, or bring more rows."
+            f"The train data is a stream of {batches} batches, and gradient_accumulation_steps {accumulation} takes "
+            "as many for one step. Lower it or per_device_train_batch_size, or bring more rows."
         )

@@ -28,12 +28,12 @@ _USUAL = 0.5
 class Misfit:
     """Something that a model lacks for the data, and what to do; a fatal one is an index error in training."""
 
-    found: str
+    message: str
     advice: str
     fatal: bool
 
     def __str__(self) -> str:
-        return f"{self.found} {self.advice}"
+        return f"{self.message} {self.advice}"
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Extent:
     @classmethod
     def of_rows(cls, rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> "Extent":
         """Of (ids, supervised) of some rows."""
-        found = cls()
+        extent = cls()
         for ids, supervised in rows:
-            found |= cls(len(ids), ids.max(initial=-1).item(), ids[supervised].max(initial=-1).item())
-        return found
+            extent |= cls(len(ids), ids.max(initial=-1).item(), ids[supervised].max(initial=-1).item())
+        return extent
 
     @classmethod
     def of(cls, dataset: Any, prefix: str = "") -> "Extent":
@@ -66,15 +66,15 @@ class Extent:
         if not isinstance(dataset, Dataset) or not {ids, labels} <= {*dataset.column_names}:
             return cls()
         columns = [name for name in (ids, labels, lengths) if name in dataset.column_names]
-        found = cls()
+        extent = cls()
         for batch in dataset.select_columns(columns).with_format("arrow").iter(_READ):
             table: Any = batch
             sizes = (
                 compute.list_flatten(table[lengths]) if lengths in columns else compute.list_value_length(table[ids])
             )
             highest, supervised = (_highest(compute.list_flatten(table[name])) for name in (ids, labels))
-            found |= cls(max(0, _highest(sizes)), highest, supervised)
-        return found
+            extent |= cls(max(0, _highest(sizes)), highest, supervised)
+        return extent
 
 
 def _highest(values: Any) -> int:
@@ -106,10 +106,10 @@ def lacking_tokens(role: str, rows: int, highest: int, named: Mapping[str, int |
         beyond = {"a token of the data": highest, **beyond}
     if not beyond:
         return []
-    told = ", ".join(f"{name} is {index}" for name, index in beyond.items())
+    ids_beyond = ", ".join(f"{name} is {index}" for name, index in beyond.items())
     return [
         Misfit(
-            f"The {role} has embeddings for {rows:,} tokens, with ids below {rows}, and {told}.",
+            f"The {role} has embeddings for {rows:,} tokens, with ids below {rows}, and {ids_beyond}.",
             "Use the tokenizer and chat template that the model came with, or resize its embeddings to the tokenizer "
             "(model.resize_token_embeddings(len(tokenizer))) and save both.",
             True,
@@ -147,8 +147,8 @@ def answer_ends(sequences: Iterable[tuple[np.ndarray, np.ndarray]], tokenizer: A
 
 def add_stops(generation: Any, ends: Iterable[int]) -> list[int]:
     """Lets a generation config stop at these tokens; returns those at which it did not."""
-    told = generation.eos_token_id
-    stops = [told] if isinstance(told, int) else list(told or [])
+    known = generation.eos_token_id
+    stops = [known] if isinstance(known, int) else list(known or [])
     missing = [index for index in ends if index not in stops]
     if missing:
         generation.eos_token_id = [*stops, *missing]

@@ -56,9 +56,10 @@ def packed(rows: Dataset, args: SFTConfig) -> Dataset:
         starts = np.cumsum([0, *row["seq_lengths"][:-1]])
         members: list[Any] = [teacher[row[_ROW][start]] for start in starts.tolist()]
         joined = {
-            name: np.concatenate([one[name] for one in members]) for name in ("teacher_input_ids", "teacher_labels")
+            name: np.concatenate([member[name] for member in members])
+            for name in ("teacher_input_ids", "teacher_labels")
         }
-        return {**joined, "teacher_seq_lengths": [len(one["teacher_input_ids"]) for one in members]}
+        return {**joined, "teacher_seq_lengths": [len(member["teacher_input_ids"]) for member in members]}
 
     return bins.map(with_teacher, remove_columns=[_ROW], desc="Packing the teacher's side")
 
@@ -104,7 +105,7 @@ class Read(NamedTuple):
 def read(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> Read:
     """Pairs of (ids, labels) as one; nothing predicts the first token of a sequence."""
     ids, labels = ([np.asarray(pair[side]) for pair in sequences] for side in (0, 1))
-    lengths = np.array([len(one) for one in ids], dtype=np.int64)
+    lengths = np.array([len(sequence) for sequence in ids], dtype=np.int64)
     supervised = np.concatenate([*labels, np.zeros(0, np.int64)]) != -100
     supervised[np.cumsum(lengths) - lengths] = False
     return Read(np.concatenate([*ids, np.zeros(0, np.int64)]).astype(np.int64), supervised, lengths)
@@ -133,17 +134,17 @@ class BatchAligner:
 
         Where prompts differ (a template written in plain text, say), what is supervised is aligned by itself.
         """
-        found = self._aligned(student, teacher)
+        chunks = self._aligned(student, teacher)
         ours, theirs = student.answers(), teacher.answers()
-        apart = (found.counts.differing > 0) & (ours == theirs)
+        apart = (chunks.counts.differing > 0) & (ours == theirs)
         if not apart.any():
-            return found
+            return chunks
         cut = [side.cut_at_answers(apart) for side in (student, teacher)]
-        found = self._aligned(*cut)
+        chunks = self._aligned(*cut)
         parts = np.where(apart, ours + 1, 1)
         begins = np.cumsum(parts) - parts
-        counts = [np.add.reduceat(getattr(found.counts, part.name), begins) for part in fields(RowCounts)]
-        return replace(found, row=np.repeat(np.arange(len(parts)), parts)[found.row], counts=RowCounts(*counts))
+        counts = [np.add.reduceat(getattr(chunks.counts, part.name), begins) for part in fields(RowCounts)]
+        return replace(chunks, row=np.repeat(np.arange(len(parts)), parts)[chunks.row], counts=RowCounts(*counts))
 
     def _aligned(self, student: Read, teacher: Read) -> Chunks:
         aligner = self.aligner
@@ -152,23 +153,23 @@ class BatchAligner:
 
     def __call__(self, student: Read, teacher: Read) -> ChunkAlignment:
         """The chunks by the supervised tokens that they are made of."""
-        found = self.chunks(student, teacher)
-        row, marker = found.row, found.marker
-        ends = np.ones(len(found), dtype=bool)
+        chunks = self.chunks(student, teacher)
+        row, marker = chunks.row, chunks.marker
+        ends = np.ones(len(chunks), dtype=bool)
         if self.to_space:
-            ends = found.at_boundary.copy()
+            ends = chunks.at_boundary.copy()
             ends[:-1] |= row[1:] != row[:-1]
             ends[-1:] = True
         # The chunk that each one becomes part of; one more for tokens in none.
         joined = np.append(np.cumsum(ends) - ends, -1)
         afters = [
             _next_supervised(spans[:, 1][ends], side)
-            for spans, side in ((found.student, student), (found.teacher, teacher))
+            for spans, side in ((chunks.student, student), (chunks.teacher, teacher))
         ]
         known = (afters[0] >= 0) & (afters[1] >= 0) & ~marker[ends]
         fields = (
-            joined[found.chunk_of_student_token[student.supervised]],
-            joined[found.chunk_of_teacher_token[teacher.supervised]],
+            joined[chunks.chunk_of_student_token[student.supervised]],
+            joined[chunks.chunk_of_teacher_token[teacher.supervised]],
             *(np.where(known, after, -1) for after in afters),
             row[ends],
         )
@@ -203,7 +204,7 @@ def teacher_sequences(rows: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def counts_of(rows: Dataset, align: BatchAligner) -> RowCounts:
     """What becomes of each row of paired data."""
-    found: list[RowCounts] = []
+    counts: list[RowCounts] = []
     columns = ["input_ids", "labels", "teacher_input_ids", "teacher_labels"]
     for batch in rows.select_columns(columns).with_format("numpy").iter(_COUNTED):
         lists: Any = batch
@@ -211,8 +212,10 @@ def counts_of(rows: Dataset, align: BatchAligner) -> RowCounts:
             read(list(zip(lists[f"{side}input_ids"], lists[f"{side}labels"], strict=True)))
             for side in ("", "teacher_")
         )
-        found.append(align.chunks(student, teacher).counts)
-    return RowCounts(*(np.concatenate([getattr(one, part.name) for one in found]) for part in fields(RowCounts)))
+        counts.append(align.chunks(student, teacher).counts)
+    return RowCounts(
+        *(np.concatenate([getattr(batch_counts, part.name) for batch_counts in counts]) for part in fields(RowCounts))
+    )
 
 
 @dataclass(frozen=True)
@@ -272,13 +275,13 @@ class AlignedSide:
         ends = np.cumsum(teacher.lengths).tolist()
         for number, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
             if supervised[start:stop].any():
-                found = self.cached.look_up(
+                answer_scores = self.cached.look_up(
                     teacher.ids[start:stop], supervised[start:stop], images[number] if len(images) == len(ends) else ()
                 )
-                if found is None:
+                if answer_scores is None:
                     supervised[start:stop] = False
                 else:
-                    scores.append(found)
+                    scores.append(answer_scores)
         return self.cached.tensors(scores), teacher._replace(supervised=supervised)
 
 

@@ -57,8 +57,8 @@ class _Places:
     def _numbers(self) -> defaultdict[int, list[int]]:
         """Key -> rows. Made by the first bad row, since with on_bad_row: skip there may be thousands."""
         numbers: defaultdict[int, list[int]] = defaultdict(list)
-        for number, (said, images) in enumerate(self._rows()):
-            numbers[_key(said, images)].append(number)
+        for number, (values, images) in enumerate(self._rows()):
+            numbers[_key(values, images)].append(number)
         return numbers
 
     def _rows(self) -> Iterator[tuple[list[Any], Sequence[Any]]]:
@@ -66,14 +66,14 @@ class _Places:
         for batch in self.dataset.select_columns(columns).iter(_READ):
             rows: Any = batch
             images = rows.get("images") or [[]] * len(rows[self.columns[0]])
-            for said, shown in zip(zip(*(rows[name] for name in self.columns), strict=True), images, strict=True):
-                yield list(said), shown or []
+            for values, shown in zip(zip(*(rows[name] for name in self.columns), strict=True), images, strict=True):
+                yield list(values), shown or []
 
 
-def _key(said: list[Any], images: Sequence[Any]) -> int:
+def _key(values: list[Any], images: Sequence[Any]) -> int:
     """What rows are looked up by. Bytes of images count by their number: most rows need no more to be told apart."""
     shown = [_summary(image) for image in images]
-    return hash(repr((said, shown)))
+    return hash(repr((values, shown)))
 
 
 def _summary(image: Any) -> Any:

@@ -39,9 +39,9 @@ def sample_of(data: Any, collator: VisionLabels | None, prefix: str = "") -> lis
     else:
         rows = [data[row] for row in range(0, len(data), math.ceil(len(data) / SAMPLED))]
     if collator is None:
-        return [one for row in rows for one in _labelled(row, prefix)]
+        return [labelled for row in rows for labelled in _labelled(row, prefix)]
     whole = replace(collator, max_length=None)
-    return [one for row in rows if (one := _collated(row, whole)) is not None]
+    return [collated for row in rows if (collated := _collated(row, whole)) is not None]
 
 
 def _labelled(row: Mapping[str, Any], prefix: str) -> Iterator[SampledRow]:

@@ -57,10 +57,10 @@ class TokenCounts:
         """Of sequences, given by which of their tokens are supervised."""
         numbers = dict.fromkeys(("rows", "tokens", "supervised", "silent", "cut"), 0)
         numbers |= dict.fromkeys(("lost_tokens", "lost_supervised", "emptied", "longest"), 0)
-        for one in sequences:
-            length, supervised, part = len(one), int(one.sum()), kept(len(one), args)
+        for mask in sequences:
+            length, supervised, part = len(mask), int(mask.sum()), kept(len(mask), args)
             # Nothing predicts the first token that is kept.
-            learnt = int(one[part].sum()) - (part.start > 0 and bool(one[part.start]))
+            learnt = int(mask[part].sum()) - (part.start > 0 and bool(mask[part.start]))
             numbers["rows"] += 1
             numbers["tokens"] += length
             numbers["supervised"] += supervised

@@ -42,25 +42,25 @@ class TemplateReport:
     @property
     def warnings(self) -> list[str]:
         """What may not be meant, one sentence each."""
-        found = []
+        sentences = []
         if self.missing:
             rows = "; ".join(f"row {row}: {lost[0]}" for row, lost in islice(self.missing.items(), _SHOWN))
-            found.append(
+            sentences.append(
                 f"The chat template leaves out a part of {len(self.missing)} of {self.rows} rows: {rows}. If that is "
                 "not meant, use a template that writes it (chat_template_path)."
             )
         if self.unknown:
-            found.append(
+            sentences.append(
                 f"The chat template does not know these keys of messages, and leaves them out: "
                 f"{', '.join(sorted(self.unknown))}. Use a template that writes them (chat_template_path), or remove "
                 "them from the data."
             )
         if self.date is not None:
-            found.append(
+            sentences.append(
                 f"The chat template writes today's date ({self.date}) into the rows: tomorrow they are others, and a "
                 "cache of a teacher knows none of them. Use a template without it (chat_template_path)."
             )
-        return found
+        return sentences
 
     @property
     def note(self) -> str | None:
@@ -88,7 +88,7 @@ def look_at(rows: Any, turns: Turns, split: str) -> TemplateReport:
         except TemplateError as error:
             raise UserError(f"Row {number} of the {split} data: the chat template refuses it: {error}.") from error
         lost = missing_parts(messages, settings.get("tools"), rendered)
-        answer = next((one for one in lost if one.answer), None)
+        answer = next((part for part in lost if part.answer), None)
         if answer is not None and wrong is None:
             wrong = (
                 f"Row {number} of the {split} data: the chat template leaves out what the student is to learn, "
@@ -116,6 +116,8 @@ def _sample(rows: Any) -> Iterable[tuple[int, dict[str, Any]]]:
 def _in_parts(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The messages as templates of processors take them."""
     return [
-        {**one, "content": [{"type": "text", "text": text}]} if isinstance(text := one.get("content"), str) else one
-        for one in messages
+        {**message, "content": [{"type": "text", "text": text}]}
+        if isinstance(text := message.get("content"), str)
+        else message
+        for message in messages
     ]

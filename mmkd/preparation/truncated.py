@@ -45,8 +45,8 @@ class Ending:
 
     def tokens(self, row: Mapping[str, Any], ids: Sequence[int]) -> int | None:
         """How many of a row's last tokens are its end, and no answer; None where they are something else."""
-        said = row.get("completion") or row.get("messages")
-        if not self.text or (isinstance(said, list) and said[-1]["role"] != "assistant"):
+        answer = row.get("completion") or row.get("messages")
+        if not self.text or (isinstance(answer, list) and answer[-1]["role"] != "assistant"):
             return 0
         for count in range(1, min(len(ids), len(self.text.encode()) + 1) + 1):
             last = self.tokenizer.decode(list(ids[-count:]), clean_up_tokenization_spaces=False)

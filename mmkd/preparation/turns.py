@@ -108,10 +108,10 @@ class Turns:
         if all(learnt):
             return spans
         if len(spans) == len(learnt):
-            return [span for span, told in zip(spans, learnt, strict=True) if told]
+            return [span for span, is_learnt in zip(spans, learnt, strict=True) if is_learnt]
         # Some templates mark a turn in pieces, or not all turns.
         turns = self._told_apart(messages, settings).spans
-        read = [turn for turn, told in zip(turns, learnt, strict=True) if not told]
+        read = [turn for turn, is_learnt in zip(turns, learnt, strict=True) if not is_learnt]
         return [(a, b) for a, b in spans if not any(a < end and start < b for start, end in read)]
 
     def _marked(self, messages: list[Any], settings: Mapping[str, Any]) -> Rendering:
@@ -183,18 +183,20 @@ def assistant_labels(
     # As `apply_chat_template` of a processor does, unlike that of a tokenizer.
     begins = isinstance(turns.processing_class, ProcessorMixin) and not _starts_with_bos(text, tokenizer)
     encoded = tokenizer(text, add_special_tokens=begins, return_offsets_mapping=True)
-    said = overlapping(encoded["offset_mapping"], spans)
-    labels = [index if told else -100 for index, told in zip(encoded["input_ids"], said.tolist(), strict=True)]
+    overlaps = overlapping(encoded["offset_mapping"], spans)
+    labels = [
+        index if overlap else -100 for index, overlap in zip(encoded["input_ids"], overlaps.tolist(), strict=True)
+    ]
     return {"input_ids": encoded["input_ids"], "labels": labels}
 
 
 def overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Bool[np.ndarray, "token"]:
     """Which tokens, given by their characters, share one with a span."""
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    found = np.zeros(len(starts), dtype=bool)
+    overlaps = np.zeros(len(starts), dtype=bool)
     for start, end in spans:
-        found |= (starts < end) & (ends > start)
-    return found
+        overlaps |= (starts < end) & (ends > start)
+    return overlaps
 
 
 def template_settings(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,16 +219,16 @@ def _training_template(processing_class: Any) -> str | None:
 def _otherwise(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message of the same role whose content begins with another letter."""
     content = message.get("content") or ""
-    said = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
-    letter = "b" if said.strip().startswith("a") else "a"
-    told: Any = letter if isinstance(content, str) else [{"type": "text", "text": letter}]
-    return {"role": message["role"], "content": told}
+    text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+    letter = "b" if text.strip().startswith("a") else "a"
+    other: Any = letter if isinstance(content, str) else [{"type": "text", "text": letter}]
+    return {"role": message["role"], "content": other}
 
 
-def _common(one: str, other: str) -> int:
+def _common(first: str, second: str) -> int:
     """How many characters two texts begin with alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _continues(text: str, through: str, end: str) -> bool:

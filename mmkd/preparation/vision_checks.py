@@ -73,13 +73,13 @@ def check_no_videos(row: Mapping[str, Any], split: str) -> None:
 
 def _parts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The content parts of all messages of a row."""
-    found: list[Mapping[str, Any]] = []
+    parts: list[Mapping[str, Any]] = []
     for column in ("messages", "prompt", "completion"):
         messages = row.get(column)
         for message in messages if isinstance(messages, list) else []:
             content = message.get("content")
-            found += content if isinstance(content, list) else []
-    return found
+            parts += content if isinstance(content, list) else []
+    return parts
 
 
 def check_placeholders(row: Mapping[str, Any], processor: Any, names: RowNames) -> None:

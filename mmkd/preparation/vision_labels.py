@@ -116,9 +116,11 @@ class VisionLabels(DataCollatorForVisionLanguageModeling):
             [(_shifted(start, inserted), _shifted(end, inserted)) for start, end in rendering.spans]
             for rendering, inserted in zip(read, shifts or [[]] * len(read), strict=True)
         ]
-        said = np.stack([overlapping(one, told) for one, told in zip(offsets, spans, strict=True)])
+        overlaps = np.stack(
+            [overlapping(row_offsets, row_spans) for row_offsets, row_spans in zip(offsets, spans, strict=True)]
+        )
         ids, present = batch["input_ids"], batch["attention_mask"].bool()
-        return {**batch, "labels": ids.masked_fill(~(torch.from_numpy(said) & present), -100)}
+        return {**batch, "labels": ids.masked_fill(~(torch.from_numpy(overlaps) & present), -100)}
 
 
 @dataclass(frozen=True)
@@ -147,15 +149,15 @@ class ImageTokens:
 
     def of(self, ids: Int[Tensor, "batch position"]) -> Bool[Tensor, "batch position"]:
         """Which tokens of a batch are an image's."""
-        found, blank = torch.isin(ids, self.ids), torch.isin(ids, self.blank)
+        image_tokens, blank = torch.isin(ids, self.ids), torch.isin(ids, self.blank)
         while True:
-            beside = torch.zeros_like(found)
-            beside[:, 1:] |= found[:, :-1]
-            beside[:, :-1] |= found[:, 1:]
-            grown = found | (blank & beside)
-            if torch.equal(grown, found):
-                return found
-            found = grown
+            beside = torch.zeros_like(image_tokens)
+            beside[:, 1:] |= image_tokens[:, :-1]
+            beside[:, :-1] |= image_tokens[:, 1:]
+            grown = image_tokens | (blank & beside)
+            if torch.equal(grown, image_tokens):
+                return image_tokens
+            image_tokens = grown
 
 
 def _around_image(processor: Any) -> set[int]:
@@ -173,11 +175,13 @@ def _around_image(processor: Any) -> set[int]:
     except (TemplateError, TypeError):
         return set()
     tokenizer: Any = tokenizer_of(processor)
-    ids = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in (without, with_image)]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (without, with_image)]
     return {*ids[1]} - {*ids[0]}
 
 
 def _shifted(place: int, inserted: list[dict[str, Any]]) -> int:
     """Where a character stands once placeholders before it have been replaced by the tokens of their images."""
-    gains = [one["new_span"][1] - one["span"][1] for one in inserted if one["span"][1] <= place]
+    gains = [
+        insertion["new_span"][1] - insertion["span"][1] for insertion in inserted if insertion["span"][1] <= place
+    ]
     return place + (gains[-1] if gains else 0)

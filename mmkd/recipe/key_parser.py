@@ -123,7 +123,7 @@ class KeyParser:
             raise UserError(f"The recipe does not set {' and '.join(missing)}, and no run is possible without.")
         own = [{name: values[name] for name in fields_of(kind) if name in values} for kind in self.types]
         try:
-            return [kind(**given) for kind, given in zip(self.types, own, strict=True)]
+            return [kind(**settings) for kind, settings in zip(self.types, own, strict=True)]
         except UserError:
             raise
         except json.JSONDecodeError as error:

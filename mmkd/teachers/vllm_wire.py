@@ -46,7 +46,7 @@ class Answers(msgspec.Struct):
     prompt_token_ids: list[int] | None = None
 
 
-class Model(msgspec.Struct):
+class ServedModel(msgspec.Struct):
     id: str
     root: str | None = None
     parent: str | None = None
@@ -54,7 +54,7 @@ class Model(msgspec.Struct):
 
 
 class Models(msgspec.Struct):
-    data: list[Model]
+    data: list[ServedModel]
 
 
 class Version(msgspec.Struct):

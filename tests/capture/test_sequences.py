@@ -16,7 +16,15 @@ from PIL import Image as PILImage
 from transformers import AutoProcessor
 
 from mmkd.cache.sequence_keys import image_hash, segments, sequence_key
-from mmkd.capture.sequences import Prepared, Sequences, TokenSequence, UnusableRow, VisionSequences, prepare, usable
+from mmkd.capture.sequences import (
+    PreparedSequences,
+    Sequences,
+    TokenSequence,
+    UnusableRow,
+    VisionSequences,
+    prepare,
+    usable,
+)
 from mmkd.methods.kd import KDConfig, KDTrainer
 from mmkd.preparation.collation import Collator, TextViews
 from mmkd.preparation.vision_labels import ImageTokens
@@ -46,12 +54,12 @@ class Asked:
         return replace(collator, fill=partial(with_targets, teacher=cast(Any, self)))
 
 
-def prepared_like(trainer: Any, data: DatasetDict) -> Prepared:
+def prepared_like(trainer: Any, data: DatasetDict) -> PreparedSequences:
     """What a build with the trainer's settings would ask about."""
     return prepare(data, trainer.args, trainer.processing_class)
 
 
-def text_sequences(prepared: Prepared, split: str = "train") -> list[TokenSequence]:
+def text_sequences(prepared: PreparedSequences, split: str = "train") -> list[TokenSequence]:
     sequences = prepared.splits[split]
     assert isinstance(sequences, Sequences)
     found = [cast(TokenSequence, sequences[row]) for row in range(len(sequences))]
@@ -274,7 +282,9 @@ def image_rows(count: int = 5) -> list[dict[str, Any]]:
     ]
 
 
-def vision(rows: Dataset, processor: Any, tmp_path: Path, **settings: Any) -> tuple[Prepared, VisionSequences]:
+def vision(
+    rows: Dataset, processor: Any, tmp_path: Path, **settings: Any
+) -> tuple[PreparedSequences, VisionSequences]:
     settings = {"max_length": None, **settings}
     config = KDConfig(output_dir=str(tmp_path), report_to="none", bf16=False, **settings)
     prepared = prepare(DatasetDict({"train": rows}), config, processor)

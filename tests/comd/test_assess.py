@@ -7,9 +7,9 @@ import pytest
 from mmkd.generation.generator import Sampling
 from mmkd.methods.comd.assess import (
     AgreementAssessor,
+    AnswerPair,
     Assessment,
     JudgeAssessor,
-    Pair,
     ReferenceAssessor,
     parse_scores,
 )
@@ -19,7 +19,7 @@ from mmkd.methods.comd.reply_record import Question, Record
 from tests.comd.stand_ins import Scripted, instruction, nothing
 
 PAIRS = [
-    Pair(instruction(f"what is number {n}?"), "a long answer " * (n % 4 + 1), "short " * (n % 3 + 1))
+    AnswerPair(instruction(f"what is number {n}?"), "a long answer " * (n % 4 + 1), "short " * (n % 3 + 1))
     for n in range(12)
 ]
 
@@ -34,7 +34,7 @@ def by_length(question: Question) -> str:
     return " ".join(str(max(1, min(10, len(answer) // 6))) for answer in judged(question)) + "\nLonger is better."
 
 
-def assess(folder: Path, engine: Scripted, pairs: list[Pair] = PAIRS, retries: int = 2) -> Assessment:
+def assess(folder: Path, engine: Scripted, pairs: list[AnswerPair] = PAIRS, retries: int = 2) -> Assessment:
     record = Record(folder / "record.jsonl")
     return JudgeAssessor(record, engine, Prompts.read(None), Sampling(16), retries).assess(pairs, "phase", nothing)
 
@@ -44,7 +44,7 @@ def test_a_judge_sees_both_orders_and_swapping_teacher_and_student_negates_the_g
     scores = assess(tmp_path, engine).scores
     assert len(engine.asked) == 24
     assert judged(engine.asked[0]) == list(reversed(judged(engine.asked[1])))
-    swapped = [Pair(pair.instruction, pair.student, pair.teacher) for pair in PAIRS]
+    swapped = [AnswerPair(pair.instruction, pair.student, pair.teacher) for pair in PAIRS]
     mirrored = assess(tmp_path / "swapped", Scripted(by_length), swapped).scores
     assert [one.gap for one in scores] == [-one.gap for one in mirrored]
     assert any(one.gap for one in scores)
@@ -82,7 +82,7 @@ def test_a_judge_that_prefers_a_place_is_refused(tmp_path: Path, reply: str, sid
 
 
 def test_a_judge_that_always_prefers_the_teacher_is_not_one_sided(tmp_path: Path) -> None:
-    pairs = [Pair(pair.instruction, "the teacher's answer is long", "short") for pair in PAIRS]
+    pairs = [AnswerPair(pair.instruction, "the teacher's answer is long", "short") for pair in PAIRS]
     found = assess(tmp_path, Scripted(by_length), pairs)
     assert found.first_preferred == 0.5
     assert all(one.gap > 0 for one in found.scores)
@@ -118,8 +118,8 @@ def test_scores_of_a_reply(reply: str, scores: tuple[float, float] | None) -> No
 
 def test_references() -> None:
     known = [
-        Pair(instruction("what?", "A red shape."), "a red shape", "a red circle"),
-        Pair(PAIRS[0].instruction, "x", "y"),
+        AnswerPair(instruction("what?", "A red shape."), "a red shape", "a red circle"),
+        AnswerPair(PAIRS[0].instruction, "x", "y"),
     ]
     (exact,) = ReferenceAssessor("exact").assess(known, "phase", nothing).scores
     assert (exact.teacher, exact.student) == (1.0, 0.0)
@@ -130,5 +130,8 @@ def test_references() -> None:
 
 
 def test_agreement() -> None:
-    pairs = [Pair(instruction("what is it?"), "Blue", "blue"), Pair(instruction("and that?"), "blue", "red")]
+    pairs = [
+        AnswerPair(instruction("what is it?"), "Blue", "blue"),
+        AnswerPair(instruction("and that?"), "blue", "red"),
+    ]
     assert [one.gap for one in AgreementAssessor().assess(pairs, "phase", nothing).scores] == [0.0, 1.0]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mmkd.generation.generator import Sampling
-from mmkd.methods.comd.assess import LikelihoodAssessor, Pair, question_of
+from mmkd.methods.comd.assess import AnswerPair, LikelihoodAssessor, question_of
 from mmkd.methods.comd.comd_engines import ChatServer, LocalEngine
 from mmkd.methods.comd.reply_record import Question, Record, Reply
 from mmkd.models.load import load_model, load_processing_class
@@ -88,7 +88,7 @@ def test_the_likelihood_of_an_answer_about_a_picture(llava: Path, tmp_path: Path
 
 def test_a_student_that_is_the_teacher_has_no_likelihood_gap(tiny: dict[str, Path], tmp_path: Path) -> None:
     record = Record(tmp_path / "record.jsonl")
-    pairs = [Pair(instruction(text), "the cat sat", "") for text in sentences(4, seed=9)]
+    pairs = [AnswerPair(instruction(text), "the cat sat", "") for text in sentences(4, seed=9)]
     teacher, same = local(tiny["teacher"]), local(tiny["teacher"])
     scores = LikelihoodAssessor(record, teacher, same).assess(pairs, "phase", nothing).scores
     assert [one.gap for one in scores] == [0.0] * 4

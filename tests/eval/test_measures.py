@@ -14,7 +14,7 @@ from mmkd.data.load_data import load_data
 from mmkd.data.prompts import prompt_of
 from mmkd.eval.answer_statistics import greedy_answers, summary
 from mmkd.eval.model import find_model
-from mmkd.eval.tokens import Agreement, Beliefs, Calibration, batches, beliefs_of
+from mmkd.eval.tokens import Beliefs, Calibration, TokenAgreement, batches, beliefs_of
 from mmkd.methods.kd import KDTrainer
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.results.places import results_folder
@@ -39,7 +39,7 @@ def said(log_probs: list[list[float]], labels: list[int]) -> Beliefs:
 
 
 def test_agreement_by_hand():
-    agreement = Agreement()
+    agreement = TokenAgreement()
     agreement.add(said([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]], [0, 0]), said([[0.5, 0.5, 0.0], [0.6, 0.2, 0.2]], [0, 0]))
     found = agreement.result()
     forward = 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.2)
@@ -86,7 +86,7 @@ def test_agreement_is_what_training_evaluates(kind, tiny, build, texts, chats, t
         folders, rows = tiny, (texts if kind == "texts" else chats).select(range(5))
     models = {side: load_model(str(folders[side]), dtype="float32") for side in ("student", "teacher")}
     asked = [find_model(str(folders[side])) for side in ("student", "teacher")]
-    agreement = Agreement()
+    agreement = TokenAgreement()
     for batch in batches(models["student"], asked[0].processing_class, rows, 64, asked[1]):
         agreement.add(
             beliefs_of(models["student"].eval(), batch.ours), beliefs_of(models["teacher"].eval(), batch.theirs)

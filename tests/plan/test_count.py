@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from mmkd.preflight.count import Pictures, count_passes
+from mmkd.preflight.count import ImageCounts, count_passes
 from tests.families import FAMILIES, made
 
 SIZES: dict[str, Any] = {
@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 128,
 }
 ROWS, TOKENS = 2, 24
-NONE = Pictures(0.0, 0.0)
+NONE = ImageCounts(0.0, 0.0)
 LINEAR = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
 ATTENTION = 3 * 4 * ROWS * 4 * TOKENS * TOKENS * 16
 
@@ -91,7 +91,7 @@ def test_towers_of_all_families_are_counted(family: str) -> None:
     with init_empty_weights(include_buffers=False):
         model = made(family)[0]()
     text = count_passes(copy.deepcopy(model), ROWS, TOKENS, NONE, bf16=False, train=True, flops=False)
-    both = count_passes(model, ROWS, TOKENS, Pictures(2.0, 8.0), bf16=False, train=True, flops=False)
+    both = count_passes(model, ROWS, TOKENS, ImageCounts(2.0, 8.0), bf16=False, train=True, flops=False)
     assert (both.forward > 0, both.saved > text.saved) == (True, True)
 
 

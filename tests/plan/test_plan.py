@@ -14,7 +14,7 @@ from mmkd.preflight import facts
 from mmkd.preflight import plan as plans
 from mmkd.preflight.count import Passes
 from mmkd.preflight.dry_run import longest_row
-from mmkd.preflight.estimate import Model, Shape, Work, estimate_memory, memory_of
+from mmkd.preflight.estimate import ModelCosts, Shape, Work, estimate_memory, memory_of
 from mmkd.preflight.hardware import DEVICES, choose_device
 from mmkd.preflight.plan import seconds_of
 from mmkd.recipe.recipe import Recipe
@@ -24,8 +24,8 @@ from scripts.make_tiny_models import sentences
 from tests.vlms import make_llava, vision_rows
 
 PASSES = Passes(100.0, 200.0, 64.0, 8.0, 4)
-STUDENT = Model(1000.0, 250.0, 1000.0, 90.0, 16, 32, PASSES)
-TEACHER = Model(6000.0, 0.0, 0.0, 120.0, 24, 32, replace(PASSES, backward=0.0, saved=0.0))
+STUDENT = ModelCosts(1000.0, 250.0, 1000.0, 90.0, 16, 32, PASSES)
+TEACHER = ModelCosts(6000.0, 0.0, 0.0, 120.0, 24, 32, replace(PASSES, backward=0.0, saved=0.0))
 WORK = Work(Shape(2, 64, 40.0, 0.0, 0.0, 1.0), STUDENT, TEACHER, 10.0, 20.0, 8.0, False)
 
 

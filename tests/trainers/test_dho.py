@@ -521,7 +521,7 @@ def test_doctor_names_what_a_run_of_classes_cannot_use(
     keys = {key: str(recipe.parent / "student") if value == "STUDENT" else value for key, value in keys.items()}
     problems = [one for one in examined(recipe, **keys) if one.severity == "problem"]
     assert [one.name for one in problems] == [name]
-    assert says in problems[0].found
+    assert says in problems[0].message
 
 
 def test_doctor_names_pictures_that_cannot_be_read(recipe: Path, tmp_path: Path) -> None:
@@ -534,7 +534,7 @@ def test_doctor_names_pictures_that_cannot_be_read(recipe: Path, tmp_path: Path)
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
     (one,) = [one for one in examined(recipe, data=str(tmp_path / "data.yaml")) if one.severity == "problem"]
     assert one.name == "images"
-    assert "Row 4 of" in one.found
+    assert "Row 4 of" in one.message
 
 
 # Texts

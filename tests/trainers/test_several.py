@@ -20,7 +20,7 @@ from mmkd.methods.sft import SFTBaselineTrainer
 from mmkd.methods.taid import TAIDTrainer
 from mmkd.preflight.count import Passes
 from mmkd.preflight.doctor import examine
-from mmkd.preflight.estimate import Model, logits_of, together
+from mmkd.preflight.estimate import ModelCosts, logits_of, together
 from mmkd.publish.lineage import teachers_of
 from mmkd.recipe.flags import recipe_of
 from mmkd.recipe.run_teacher import without_unreadable
@@ -200,7 +200,7 @@ def test_the_least_vocabulary_counts(build: Build, completions: Dataset, tiny: A
 
 def test_the_estimate_counts_logits_of_all_that_teach_a_token() -> None:
     passes = Passes(6.0, 0.0, 0.0, 0.0, 1)
-    teacher = Model(10.0, 0.0, 0.0, 4.0, 8, 300, passes)
+    teacher = ModelCosts(10.0, 0.0, 0.0, 4.0, 8, 300, passes)
     mixed, routed = (together([teacher, teacher], column) for column in (None, "domain"))
     assert mixed is not None
     assert routed is not None
@@ -260,7 +260,7 @@ def test_caches_are_their_live_teachers(
     found = examine(recipe_of(str(recipe)).parse())
     assert not [one for one in found if one.severity == "problem"]
     if column is not None:
-        assert any("It knows the 10 sequences" in one.found for one in found)
+        assert any("It knows the 10 sequences" in one.message for one in found)
     # The recipe reads the cache it has built.
     assert main(["train", str(recipe), "--max_steps", "2"]) == 0
     logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -432,14 +432,14 @@ def test_a_recipe_by_domains(tiny: Any, other: Path, tmp_path: Path, capsys: Any
     assert not [one for one in findings if one.severity == "problem"]
     assert {one.name for one in findings} >= {"vocabulary (code, math)", "special tokens (code, math)", "memory"}
     (named,) = [one for one in findings if one.name == "routes"]
-    assert named.found == "Of 24 rows, by domain: 12 for code, 12 for math."
+    assert named.message == "Of 24 rows, by domain: 12 for code, 12 for math."
     for flag, value, problem in (
         ("--teacher_column", "topic", "no column 'topic'"),
         ("--packing", "true", "Packing joins rows"),
         ("--teachers", json.dumps({"math": teachers["math"], "codes": teachers["code"]}), "are not: 'code'"),
     ):
         found = examine(recipe_of(str(recipe), [flag, value]).parse())
-        assert any(one.severity == "problem" and problem in one.found for one in found if one.name == "routes")
+        assert any(one.severity == "problem" and problem in one.message for one in found if one.name == "routes")
     assert main(["train", str(recipe), "--dry_run"]) == 0
     assert main(["plan", str(recipe), "--memory", "24"]) == 0
     shown = capsys.readouterr().out

@@ -23,7 +23,7 @@ _ENOUGH = 8
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """An instruction with the answers of teacher and student."""
 
     instruction: Instruction
@@ -48,7 +48,7 @@ class Assessor(ABC):
     """Scores answers, in the order of the pairs."""
 
     @abstractmethod
-    def assess(self, pairs: Sequence[Pair], phase: str, advance: Advance) -> Assessment:
+    def assess(self, pairs: Sequence[AnswerPair], phase: str, advance: Advance) -> Assessment:
         """The scores of all pairs. Raises UserError for an assessor that cannot be trusted."""
 
 
@@ -61,7 +61,7 @@ class ReferenceAssessor(Assessor):
     def __init__(self, kind: str):
         self.kind = kind
 
-    def assess(self, pairs: Sequence[Pair], phase: str, advance: Advance) -> Assessment:
+    def assess(self, pairs: Sequence[AnswerPair], phase: str, advance: Advance) -> Assessment:
         scores = []
         for pair in pairs:
             reference = pair.instruction.reference
@@ -81,7 +81,7 @@ class ReferenceAssessor(Assessor):
 class AgreementAssessor(Assessor):
     """How much the student says what the teacher says: 1 where the answers are equal, else their ROUGE-L."""
 
-    def assess(self, pairs: Sequence[Pair], phase: str, advance: Advance) -> Assessment:
+    def assess(self, pairs: Sequence[AnswerPair], phase: str, advance: Advance) -> Assessment:
         scores = [Score(pair.instruction.key, 1.0, match("rouge", pair.student, pair.teacher)) for pair in pairs]
         advance(len(pairs), 0)
         return Assessment(scores)
@@ -96,7 +96,7 @@ class LikelihoodAssessor(Assessor):
     def __init__(self, record: Record, teacher: Engine, student: Engine):
         self.record, self.teacher, self.student = record, teacher, student
 
-    def assess(self, pairs: Sequence[Pair], phase: str, advance: Advance) -> Assessment:
+    def assess(self, pairs: Sequence[AnswerPair], phase: str, advance: Advance) -> Assessment:
         questions = [question_of(pair.instruction, answer=pair.teacher) for pair in pairs]
         replies: list[list[Reply]] = []
         for engine in (self.teacher, self.student):
@@ -132,7 +132,7 @@ class JudgeAssessor(Assessor):
         self.record, self.engine, self.prompts, self.sampling = record, engine, prompts, sampling
         self.retries, self.max_dropped, self.max_one_sided = retries, max_dropped, max_one_sided
 
-    def assess(self, pairs: Sequence[Pair], phase: str, advance: Advance) -> Assessment:
+    def assess(self, pairs: Sequence[AnswerPair], phase: str, advance: Advance) -> Assessment:
         questions = [self.question(pair, swapped) for pair in pairs for swapped in (False, True)]
         opinions: list[tuple[float, float] | None] = [None] * len(questions)
         missing, again, example = list(range(len(questions))), 0, ""
@@ -165,7 +165,7 @@ class JudgeAssessor(Assessor):
         assessment.first_preferred = self._first_preferred(scores)
         return assessment
 
-    def question(self, pair: Pair, swapped: bool) -> Question:
+    def question(self, pair: AnswerPair, swapped: bool) -> Question:
         """What the judge is asked about a pair, with the student's answer first where swapped."""
         answers = (pair.student, pair.teacher) if swapped else (pair.teacher, pair.student)
         text = self.prompts.fill(

@@ -235,7 +235,7 @@ def picker(keep: bool, similar: SimilarImages | None, seed: int) -> Callable[[In
 def augment(
     augmentor: Augmentor,
     parents: dict[str, Sequence[Instruction]],
-    wanted: dict[str, int],
+    counts: dict[str, int],
     fit: Filter,
     seed: int,
     phase: str,
@@ -246,8 +246,8 @@ def augment(
 
     Parents are drawn without repetition as far as they go, `tries` times for what was rejected.
     """
-    accepted: dict[str, list[Instruction]] = {kind: [] for kind in wanted}
-    for kind, count in wanted.items():
+    accepted: dict[str, list[Instruction]] = {kind: [] for kind in counts}
+    for kind, count in counts.items():
         ordered = sorted(parents[kind], key=lambda instruction: instruction.key)
         for attempt in range(tries if ordered else 0):
             missing = count - len(accepted[kind])

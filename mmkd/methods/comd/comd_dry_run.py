@@ -50,8 +50,8 @@ def dry_run_comd(run: Run, console: Console) -> DistillationTrainer:
         "teacher's answers", f"at most {longest:,} tokens, budget {training.max_teacher_tokens or 'unlimited'}"
     )
     console.print(table)
-    write_lines(folder / "pool.jsonl", [row_of(one, one.reference or "?") for one in seeds])
-    recipes.write_data(folder, any(one.images for one in seeds), None)
+    write_lines(folder / "pool.jsonl", [row_of(instruction, instruction.reference or "?") for instruction in seeds])
+    recipes.write_data(folder, any(instruction.images for instruction in seeds), None)
     first = recipes.write_round(run, folder, recipes.student_keys(run), 0).parse()
     trainer = build_token_trainer(first)
     report(trainer, estimate_memory(first, longest_row(trainer)), console)

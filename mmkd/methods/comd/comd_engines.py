@@ -123,12 +123,12 @@ class LocalEngine(Engine):
             return label_log_probs(DenseSignal(hidden[:, start:-1][real], head), tail[real])
 
         values = model(**inputs, consumer=read)
-        found, first = [], 0
+        replies, first = [], 0
         for answer in answers:
             total = float(values[first : first + len(answer)].sum())
             first += len(answer)
-            found.append(Reply("", len(answer), "stop", 0.0, total))
-        return found
+            replies.append(Reply("", len(answer), "stop", 0.0, total))
+        return replies
 
     def _prompt(self, generator: LocalGenerator[Prompt], question: Question) -> Prompt:
         processing_class: Any = generator.processing_class
@@ -239,14 +239,14 @@ class ChatServer(Engine):
                 raise UserError(
                     f"{refusal}. See that the URL, the model's name and the key (VLLM_API_KEY) are right."
                 ) from refusal
-            found = wire.decoded(answer, _Chat, endpoints.urls[0])
-            if not found.choices:
+            completion = wire.decoded(answer, _Chat, endpoints.urls[0])
+            if not completion.choices:
                 raise UserError(f"{endpoints.urls[0]} answered without choices: it is no chat server.")
-            said, counts = found.choices[0], found.usage or _Counts()
-            text = (said.message.content or "").strip()
+            choice, counts = completion.choices[0], completion.usage or _Counts()
+            text = (choice.message.content or "").strip()
             # Servers that do not count leave words to count by.
             tokens = counts.completion_tokens or len(text.split())
-            return Reply(text, tokens, said.finish_reason or "stop", 0.0)
+            return Reply(text, tokens, choice.finish_reason or "stop", 0.0)
 
         begun = time.perf_counter()
         for place, reply in endpoints.each(ask, questions):
@@ -270,8 +270,8 @@ class ChatServer(Engine):
 
 
 def _length(question: Question) -> int:
-    said = sum(len(str(message["content"])) for message in question.messages)
-    return said + len(question.answer or "")
+    characters = sum(len(str(message["content"])) for message in question.messages)
+    return characters + len(question.answer or "")
 
 
 def _seed(seed: int, asked: list[Question]) -> int:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mmkd.generation.generator import Sampling
 
-from .assess import Assessment, Pair, match, question_of
+from .assess import AnswerPair, Assessment, match, question_of
 from .augment import Filter, augment, in_ratio
 from .comd_prompts import Prompts
 from .comd_trainer import CoMDConfig
@@ -22,7 +22,7 @@ from .similar import SimilarImages
 
 
 @dataclass(frozen=True)
-class Pictures:
+class InstructionImages:
     """The pictures that instructions of a run may be about."""
 
     store: ImageStore
@@ -86,7 +86,7 @@ class Interview:
 
     def assess(
         self, number: int, student: Engine, pool: Sequence[tuple[Instruction, str]]
-    ) -> tuple[list[Pair], Assessment]:
+    ) -> tuple[list[AnswerPair], Assessment]:
         """The student's answers beside the teacher's to instructions of the pool, and how they compare."""
         training = self.training
         chosen = sorted(pool, key=lambda pair: pair[0].key)
@@ -98,7 +98,8 @@ class Interview:
             questions = [question_of(instruction) for instruction, _ in chosen]
             replies = self.record.ask(student, questions, self.sampling, phase, advance)
         pairs = [
-            Pair(instruction, answer, reply.text) for (instruction, answer), reply in zip(chosen, replies, strict=True)
+            AnswerPair(instruction, answer, reply.text)
+            for (instruction, answer), reply in zip(chosen, replies, strict=True)
         ]
         assessor = self.roles.make_assessor(self.record, self.prompts, student)
         asked = 2 * len(pairs) if training.assessor in ("judge", "likelihood") else len(pairs)
@@ -113,7 +114,7 @@ class Interview:
         hard: Sequence[Score],
         easy: Sequence[Score],
         fit: Filter,
-        pictures: Pictures,
+        pictures: InstructionImages,
     ) -> tuple[list[Instruction], dict[str, Any]]:
         """At most `cap` instructions made of the pool's, in the ratio of hard to easy ones, and how many there were.
 
@@ -122,16 +123,16 @@ class Interview:
         training, phase = self.training, f"round-{number}/augment"
         everything = list(pool.values())
         parents: dict[str, Sequence[Instruction]] = {"any": everything}
-        wanted = {"any": cap}
+        counts = {"any": cap}
         if training.assessor != "none":
             kinds = {"hard": hard, "easy": easy}
             parents = {kind: [pool[score.key] for score in scores] for kind, scores in kinds.items()}
-            wanted = _shares(training.hard_ratio, cap, [kind for kind in parents if parents[kind]])
+            counts = _shares(training.hard_ratio, cap, [kind for kind in parents if parents[kind]])
         augmentor = self.roles.make_augmentor(self.record, self.prompts, everything, pictures.store, pictures.similar)
-        with progress(self.console, phase, sum(wanted.values())) as advance:
-            made = augment(augmentor, parents, wanted, fit, training.seed, phase, advance)
+        with progress(self.console, phase, sum(counts.values())) as advance:
+            made = augment(augmentor, parents, counts, fit, training.seed, phase, advance)
         new = [child_of_round(child, number + 1) for child in in_ratio(made, training.hard_ratio, cap)]
-        facts: dict[str, Any] = {kind: {"wanted": wanted[kind], "fit": len(made[kind])} for kind in wanted}
+        facts: dict[str, Any] = {kind: {"wanted": counts[kind], "fit": len(made[kind])} for kind in counts}
         facts |= {"joined": dict(Counter(child.kind for child in new)), "rejected": dict(fit.reasons)}
         return new, facts
 
@@ -141,6 +142,6 @@ def _shares(hard_ratio: float, cap: int, kinds: Sequence[str]) -> dict[str, int]
     shares = {"hard": hard_ratio, "easy": 1 - hard_ratio}
     kinds = [kind for kind in kinds if shares[kind]]
     hard = round(hard_ratio * cap)
-    wanted = {"hard": hard, "easy": cap - hard}
+    counts = {"hard": hard, "easy": cap - hard}
     # The share of a last one may round to the kind that there is none of.
-    return {kind: wanted[kind] for kind in kinds if wanted[kind]} or {kinds[0]: 1}
+    return {kind: counts[kind] for kind in kinds if counts[kind]} or {kinds[0]: 1}

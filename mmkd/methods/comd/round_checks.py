@@ -44,7 +44,7 @@ def budget(sample: Sample, run: Run) -> list[Finding]:
     training = run.training
     assert isinstance(training, CoMDConfig)
     with tempfile.TemporaryDirectory() as scratch:
-        found = len(read_instructions(sample.rows["train"], ImageStore(Path(scratch))))
+        usable = len(read_instructions(sample.rows["train"], ImageStore(Path(scratch))))
     made = training.rounds * training.new_instructions if training.augmentor != "none" else 0
     made = min(made, training.max_new_instructions or made)
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -56,5 +56,5 @@ def budget(sample: Sample, run: Run) -> list[Finding]:
     longest = "" if total is None else f", at most {(total + made) * training.answer_max_new_tokens:,} tokens"
     limit = training.max_teacher_tokens
     cap = "max_teacher_tokens sets no limit" if limit is None else f"max_teacher_tokens stops at {limit:,}"
-    text = f"The teacher answers {asked} and {made:,} new ones{longest}; {cap}. {found} in the sample can be asked."
+    text = f"The teacher answers {asked} and {made:,} new ones{longest}; {cap}. {usable} in the sample can be asked."
     return [Finding("ok", "budget", text)]

@@ -25,14 +25,14 @@ def plot_rounds(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
     for name, rounds in runs.items():
         label = name.partition("#")[0]
         line = {"color": colors.setdefault(label, f"C{len(colors)}"), "alpha": 0.8, "marker": "o", "markersize": 3}
-        shown = label if name == next(one for one in runs if one.partition("#")[0] == label) else None
-        hard = [(one["round"], one["hard"] / one["assessed"]) for one in rounds if one.get("assessed")]
-        student = [(one["round"], one["held_out"]["student"]) for one in rounds if one.get("held_out")]
-        teacher = [(one["round"], one["held_out"]["teacher"]) for one in rounds if one.get("held_out")]
+        shown = label if name == next(run for run in runs if run.partition("#")[0] == label) else None
+        hard = [(entry["round"], entry["hard"] / entry["assessed"]) for entry in rounds if entry.get("assessed")]
+        student = [(entry["round"], entry["held_out"]["student"]) for entry in rounds if entry.get("held_out")]
+        teacher = [(entry["round"], entry["held_out"]["teacher"]) for entry in rounds if entry.get("held_out")]
         _line(axes[0], hard, label=shown, **line)
         _line(axes[1], student, label=shown, **line)
         _line(axes[1], teacher, **{**line, "marker": "", "linestyle": "--", "color": "black"})
-        _line(axes[2], [(one["round"], one["pool"]) for one in rounds], label=shown, **line)
+        _line(axes[2], [(entry["round"], entry["pool"]) for entry in rounds], label=shown, **line)
     titles = ("share of hard instructions", "held out (teacher dashed)", "instructions in the pool")
     for place, title in zip(axes, titles, strict=True):
         place.set(xlabel="round", title=title)

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmkd.errors import UserError
 
-from .assess import Assessment, Pair
+from .assess import AnswerPair, Assessment
 from .instructions import Instruction
 from .reply_record import Record, Reply
 from .round_files import read_json, write_json, write_lines
@@ -60,7 +60,7 @@ def new_row(instruction: Instruction) -> dict[str, Any]:
 
 
 def write_scores(
-    folder: Path, pairs: Sequence[Pair], assessment: Assessment, threshold: float, type_words: int
+    folder: Path, pairs: Sequence[AnswerPair], assessment: Assessment, threshold: float, type_words: int
 ) -> None:
     """Writes what was assessed, hard ones first, as they are selected."""
     by_key = {pair.instruction.key: pair for pair in pairs}

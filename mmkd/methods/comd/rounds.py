@@ -24,13 +24,13 @@ from mmkd.recipe.run_teacher import from_main_process
 from mmkd.training.method import Train
 
 from . import round_recipes as recipes
-from .assess import ASSESSORS, Pair
+from .assess import ASSESSORS, AnswerPair
 from .augment import Filter
 from .comd_checks import check_rounds
 from .comd_prompts import Prompts
 from .comd_trainer import CoMDConfig
 from .instructions import ImageStore, Instruction, apart_from, read_instructions, row_of
-from .interview import Interview, Pictures
+from .interview import InstructionImages, Interview
 from .mutual import teach_teacher
 from .reply_record import Record, Reply
 from .roles import Roles
@@ -102,15 +102,15 @@ class Loop:
         data = load_rows_of(self.run)
         held_out = read_instructions(data["eval"], store) if "eval" in data else []
         # Without an answer of the data's there is nothing to compare with, and still nothing to train on.
-        self.held_out = [one for one in held_out if one.reference is not None]
+        self.held_out = [instruction for instruction in held_out if instruction.reference is not None]
         self.kept_out, seeds = held_out, read_instructions(data["train"], store)
         self.new = apart_from(seeds, held_out)
         if len(self.new) < len(seeds):
             self.say(f"{len(seeds) - len(self.new)} instructions are held out too, and are not trained on.")
         paths = [path for instruction in self.new for path in instruction.images]
-        self.pictures = Pictures(store, SimilarImages(paths, self._first_student))
+        self.pictures = InstructionImages(store, SimilarImages(paths, self._first_student))
         if self.training.eval_strategy != "no" and self.held_out:
-            rows = [row_of(one, one.reference or "") for one in self.held_out]
+            rows = [row_of(instruction, instruction.reference or "") for instruction in self.held_out]
             write_lines(self.folder / "held_out.jsonl", rows)
 
     def before(self, number: int) -> Recipe | None:
@@ -119,8 +119,8 @@ class Loop:
         self.lost: Counter[str] = Counter()
         replies = self.interview.answers(self.new, phase)
         joined = [
-            (one, reply.text)
-            for one, reply in zip(self.new, replies, strict=False)
+            (instruction, reply.text)
+            for instruction, reply in zip(self.new, replies, strict=False)
             if self._is_answer(reply, self.lost)
         ]
         self.lost["over the budget"] += len(self.new) - len(replies)
@@ -129,13 +129,13 @@ class Loop:
             self.ended = f"round {number} has no new answers: {_counts(self.lost)}"
             shutil.rmtree(folder)
             return None
-        self.pool |= {one.key: (one, answer) for one, answer in joined}
+        self.pool |= {instruction.key: (instruction, answer) for instruction, answer in joined}
         rows = joined if self.training.train_on == "new" else list(self.pool.values())
         self._check_size(number, len(rows))
         write_lines(folder / "pool.jsonl", [row_of(*pair) for pair in rows])
         evaluated = self.training.eval_strategy != "no" and self.held_out
         held_out = self.folder / "held_out.jsonl" if evaluated else None
-        recipes.write_data(folder, any(one.images for one, _ in rows), held_out)
+        recipes.write_data(folder, any(instruction.images for instruction, _ in rows), held_out)
         keys = recipes.student_keys(self.run) if self.student is None else {"student": str(self.student)}
         self.base, self.base_revision = str(keys["student"]), keys.get("model_revision")
         self.size, self.added = len(rows), len(joined)
@@ -203,7 +203,7 @@ class Loop:
             report["augmented"] = self._augment(number, hard, easy)
             if not self.new:
                 go_on, self.ended = False, f"max_new_instructions {training.max_new_instructions} are made"
-        write_lines(folder / "new.jsonl", [new_row(one) for one in self.new])
+        write_lines(folder / "new.jsonl", [new_row(instruction) for instruction in self.new])
         self.roles.close()
         report["phases"] = phases_of(self.record, number, read_json(folder / "train.json")["seconds"])
         report["teacher_tokens"] = self.roles.teacher_tokens(self.record)
@@ -242,7 +242,7 @@ class Loop:
         return facts
 
     def _mutual(
-        self, number: int, pairs: Sequence[Pair], previous: Path | None, held_out: dict[str, Any] | None
+        self, number: int, pairs: Sequence[AnswerPair], previous: Path | None, held_out: dict[str, Any] | None
     ) -> dict[str, Any]:
         """Rolls the student back where it got worse, and lets it teach the teacher where it is better."""
         if held_out is None:
@@ -256,7 +256,7 @@ class Loop:
             report["student_rolled_back_from"], self.student = held_out["student"], previous
         else:
             self.best = held_out["student"]
-        better = {one.key for one in self.scores if -one.gap >= self.threshold}
+        better = {score.key for score in self.scores if -score.gap >= self.threshold}
         rows = [row_of(pair.instruction, pair.student) for pair in pairs if pair.instruction.key in better]
         report["lessons"] = len(rows)
         if len(rows) < self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps:

@@ -26,12 +26,12 @@ from .dho_build import student_processor
 from .dho_config import DHOConfig
 
 
-def plan_classes(one: StageRun, device: Device, devices: int, price: float | None, console: Console) -> int:
+def plan_classes(stage: StageRun, device: Device, devices: int, price: float | None, console: Console) -> int:
     """Prints the plan of a run of classes; returns 0 when it fits one device, 1 when it does not.
 
     Weights, gradients and optimizer are on every device, as with accelerate_config ddp.
     """
-    run: Any = one.run
+    run: Any = stage.run
     args: DHOConfig = run.training
     check_arguments(run)
     classes = load_classes(run)
@@ -45,7 +45,7 @@ def plan_classes(one: StageRun, device: Device, devices: int, price: float | Non
     steps, rows = _steps(args, classes, devices), len(classes.rows)
     seconds = flops * args.gradient_accumulation_steps / (device.flops * device.utilisation)
     console.print(
-        f"mmkd plan {one.title}: {devices} x {device.name} ({device.memory / GIB:.0f} GiB), {batch} rows on each.",
+        f"mmkd plan {stage.title}: {devices} x {device.name} ({device.memory / GIB:.0f} GiB), {batch} rows on each.",
         highlight=False,
     )
     table = Table(box=box.SIMPLE, show_header=False)
@@ -61,8 +61,8 @@ def plan_classes(one: StageRun, device: Device, devices: int, price: float | Non
     teacher = _teacher_flops(run, classes)
     once = 0.0 if teacher is None else rows * teacher / (device.flops * device.utilisation) / 3600
     if args.objective != "ce" and run.arguments.teacher is not None:
-        said = f"{once:,.3g}" if teacher is not None else f"not counted for teacher_kind {args.teacher_kind}"
-        table.add_row(f"device-hours of the teacher, once over {rows:,} rows", said)
+        answering = f"{once:,.3g}" if teacher is not None else f"not counted for teacher_kind {args.teacher_kind}"
+        table.add_row(f"device-hours of the teacher, once over {rows:,} rows", answering)
     if price is not None:
         table.add_row("cost", f"{price * (hours + once):,.2f}")
     console.print(table)

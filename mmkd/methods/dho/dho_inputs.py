@@ -68,8 +68,8 @@ def teacher_logits(
 
 def settle_heads(model: Any, args: DHOConfig) -> None:
     """Sets what the model predicts with until that is chosen; freezes a head without a loss, on which DDP insists."""
-    given = (0.5, 0.5) if args.alpha is None else (args.alpha, args.beta)
-    alpha, beta = {"dho": given, "kd": (0.0, 1.0)}.get(args.objective, (1.0, 1.0))
+    weights = (0.5, 0.5) if args.alpha is None else (args.alpha, args.beta)
+    alpha, beta = {"dho": weights, "kd": (0.0, 1.0)}.get(args.objective, (1.0, 1.0))
     model.config.alpha, model.config.beta = alpha, beta
     model.ce_head.requires_grad_(args.objective != "kd")
     model.kd_head.requires_grad_(args.objective in ("dho", "kd"))
