@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 
 from mmkd.precision import NATIVE_BF16
 from mmkd.training.base import DistillationTrainer
-from mmkd.training.config import DistillationConfig
 from scripts.make_tiny_models import make_tiny_models, make_tokenizer, sentences
 from tests.helpers import Build
 
@@ -71,7 +70,7 @@ def build(tiny: dict[str, Path], tmp_path: Path) -> Build:
             "disable_tqdm": True,
             "max_length": 64,
         }
-        config: DistillationConfig = cls.config_class(**{**defaults, **settings})
+        config: Any = cls.config_class(**{**defaults, **settings})
         arguments = {"model": str(tiny["student"]), "teacher": str(tiny["teacher"]), **(trainer or {})}
         return cls(args=config, train_dataset=data, **arguments)
 

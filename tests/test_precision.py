@@ -186,8 +186,8 @@ def test_models_of_a_recipe_come_in_the_type_that_is_computed(
     for flags in ([], ["--teacher_dtype", "bfloat16"]):
         run = recipe_of("recipe.yaml", flags).parse()
         assert load_teacher(run, str(run.arguments.teacher)).dtype == expected
-    trainer = build_trainer(recipe_of("recipe.yaml", ["--dtype", "bfloat16"]).parse())
-    assert trainer.model.dtype == trainer.teacher.model.dtype == expected  # pyright: ignore[reportOptionalMemberAccess]
+    trainer: Any = build_trainer(recipe_of("recipe.yaml", ["--dtype", "bfloat16"]).parse())
+    assert trainer.model.dtype == trainer.teacher.model.dtype == expected
 
 
 def test_models_of_the_python_trainers_come_in_the_type_that_is_computed(

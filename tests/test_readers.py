@@ -202,7 +202,8 @@ def check(rows: list[Row], folder: Path, models: dict[str, str], caplog: pytest.
 
     caplog.clear()
     run = recipe_of("run.yaml").parse()
-    by_recipe = collated(build_trainer(run))
+    trainer: Any = build_trainer(run)
+    by_recipe = collated(trainer)
     assert len(by_recipe) == len(usable)
     told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert len(told) == bool(silent)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from mmkd import __version__
 from mmkd.errors import UserError
+from mmkd.seams.bitsandbytes_seam import silence_missing_kernel
 
 from . import (
     cache_command,
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Command = options.chosen
     if flags and command.recipe is None:
         options.parser.error(f"unrecognized arguments: {' '.join(flags)}; its only flag is --help")
+    silence_missing_kernel()
     try:
         command.check_flags(options, words[options.depth :])
         return command.run(options)

@@ -258,22 +258,23 @@ class _Shape:
             kind = WrittenNumber
         self.kinds.add(kind)
 
-    def feature(self) -> Any:
+    def feature(self, in_list: bool = False) -> Any:
         """The type of `datasets`, or JSON where any type would change a value (objects with different keys)."""
         if not self.kinds:
-            return Value("null")
+            # Arrow makes arrays that are too short of fields of type null in a list, as it reads and as it casts.
+            return Value("string" if in_list else "null")
         if len(self.kinds) > 1:
             return Json()
         (kind,) = self.kinds
         if kind is dict:
             whole = self.fields and not self.ragged
-            return {key: field.feature() for key, field in self.fields.items()} if whole else Json()
+            return {key: field.feature(in_list) for key, field in self.fields.items()} if whole else Json()
         if kind is list:
             assert self.inside is not None
             if self.inside.holds_null and not self.inside.kinds:
                 # Arrow builds invalid arrays from lists that hold only null.
                 return Json()
-            return List(self.inside.feature())
+            return List(self.inside.feature(bool(self.inside.kinds)))
         names = {str: "string", bool: "bool", int: "int64", float: "float64"}
         return Value(names[kind]) if kind in names else Json()
 

@@ -164,6 +164,20 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"b": [{"a": "x", "name": None}, {"a": "y", "name": None}]}] * 2,
+        [{"b": None}, {"b": [None, None, {"a": None}]}, {"b": [{"a": None}]}],
+        [{"b": [[{"a": {"c": None}}, {"a": {"c": None}}]]}],
+    ],
+)
+def test_keys_of_list_items_that_are_always_null_come_back(rows: list[dict[str, Any]]) -> None:
+    Path("null.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = list(read_rows(read_table_files("json", [str(Path("null.jsonl").resolve())], "train"), ["b"]))
+    assert [json.loads(json_text(row)) for row in read] == rows
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.fixed_dictionaries({"a": JSON, "b": JSON}), min_size=1, max_size=6), whole=st.booleans())
 def test_any_json_comes_back(rows: list[dict[str, Any]], whole: bool) -> None:

@@ -29,6 +29,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from mmkd.seams import (
     accelerate_seam,
+    bitsandbytes_seam,
     datasets_seam,
     deepspeed_seam,
     lm_eval_seam,
@@ -412,3 +413,12 @@ def test_torch_counts_attention_by_our_formulas() -> None:
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
     assert counter.get_total_flops() == 18
+
+
+# bitsandbytes
+
+
+def test_bitsandbytes_warns_of_its_missing_kernel_by_the_logger_that_is_filtered() -> None:
+    operators = pytest.importorskip("bitsandbytes.backends.cpu.ops")
+    assert operators.logger.name == bitsandbytes_seam.LOGGER
+    assert bitsandbytes_seam.MESSAGE in inspect.getsource(operators)
