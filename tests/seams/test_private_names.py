@@ -109,7 +109,8 @@ def test_overridden_private_methods_are_found() -> None:
 
 def test_packages_with_private_uses_are_capped_where_they_were_tested() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["deepspeed"]]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["deepspeed"], *extras["quant"]]
     asked = {requirement.name.replace("-", "_"): requirement for requirement in map(Requirement, lines)}
     for package in SEAMS | {"trl", "transformers"}:
         bounds = asked[package].specifier

@@ -204,7 +204,7 @@ def test_losses_do_not_depend_on_ranks(
 def test_who_cannot_judge_or_answer_is_refused(build: Build, completions: Dataset, monkeypatch: Any) -> None:
     with pytest.raises(ValueError, match="teacher_cache holds the teacher's words"):
         check_rollouts(CachedTeacher.__new__(CachedTeacher), completions)
-    monkeypatch.setattr("mmkd.training.on_policy.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("mmkd.training.on_policy.is_zero3", lambda: True)
     with pytest.raises(ValueError, match="gather all of them for every token"):
         build(KDTrainer, completions, **GREEDY)
 
