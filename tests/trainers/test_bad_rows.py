@@ -165,7 +165,7 @@ def test_nothing_but_bad_rows_is_an_error(build: Build, vlms: dict[str, Path], t
             max_length=128,
             on_bad_row="skip",
         )
-    with pytest.raises(ValueError, match="choose error or skip"):
+    with pytest.raises(ValueError, match="choose one of error, skip"):
         build(LLaVAKDTrainer, vision_rows([1]), on_bad_row="ignore")
 
 
