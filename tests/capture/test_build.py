@@ -374,7 +374,7 @@ def test_too_many_skipped_rows_stop_a_build_that_keeps_what_was_done(
     assert f"Skipped: {summary}" in done
     assert done.count("Skipped row") == 1
     assert "intact" in done
-    assert summary in " ".join(mmkd("cache", "info", "cache").split())
+    assert summary in " ".join(mmkd("cache", "info", "cache").replace("│", " ").split())
     # A cache that is complete still has too few rows for who allows no more than that.
     assert "had to be skipped" in mmkd("cache", "build", "recipe.yaml", *flags, status=2)
     caplog.clear()
