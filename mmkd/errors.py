@@ -1,5 +1,7 @@
 """What a user can mend: the command line prints it in one line, everything else keeps its traceback."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Literal
 
 Because = Literal["meaning", "upstream", "not built"]
@@ -16,3 +18,8 @@ class UserError(ValueError):
     def __init__(self, message: str, *, because: Because | None = None) -> None:
         super().__init__(message)
         self.because: Because | None = because
+
+
+def nearest(word: object, choices: Iterable[str]) -> str:
+    """The choice spelled most like `word`, for a message; `choices` must not be empty."""
+    return difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.0)[0]

@@ -1,11 +1,10 @@
 """The recipes that ship with mmkd: list them, find one by name, copy one to edit."""
 
-import difflib
 import os
 import shutil
 from pathlib import Path
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, nearest
 
 KINDS = ("trainers", "data_recipes", "eval")
 
@@ -43,8 +42,7 @@ def find_recipe(name_or_path: str | Path, kind: str = "trainers") -> Path:
     name = path.as_posix().removeprefix(f"{kind}/").removesuffix(".yaml") + ".yaml"
     if name in recipes:
         return recipe_root(kind) / name
-    nearest = difflib.get_close_matches(name, recipes, n=1, cutoff=0)
-    hint = f"the nearest is {nearest[0]!r}, and " if nearest else ""
+    hint = f"the nearest is {nearest(name, recipes)!r}, and " if recipes else ""
     raise UserError(
         f"{os.fspath(name_or_path)!r} is neither a file nor a recipe that ships under {kind}/; "
         f"{hint}`mmkd recipes ls` lists them all."

@@ -16,12 +16,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from mmkd.errors import UserError
 from mmkd.preflight.dry_run import dry_run
 from mmkd.preflight.stage_checks import check_stages
-from mmkd.recipe.key_parser import KeyParser
+from mmkd.recipe.key_parser import parser_of
 from mmkd.recipe.launch_keys import launch_keys_of, launch_words
 from mmkd.recipe.phases import check_phases, evaluate_alone, finish, trains
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run import build_trainer, check_surroundings, last_checkpoint, resume_point
-from mmkd.recipe.stages import plan, train_stages
+from mmkd.recipe.stages import parsed_plan, train_stages
 from mmkd.seams.accelerate_seam import launch, parsed_launch
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.interrupt import InterruptCallback
@@ -95,7 +95,7 @@ def _train(trainer: RunTrainer, checkpoint: str | None) -> bool:
 
 def print_keys(recipe: Recipe) -> int:
     """Prints every key that a recipe of this method may set, with its meaning."""
-    KeyParser(recipe.method).print_help()
+    parser_of(recipe.method).print_help()
     return 0
 
 
@@ -115,9 +115,7 @@ def _dry_run(run: Run, folder: str) -> DistillationTrainer | None:
 
 def _dry_run_stages(recipe: Recipe) -> int:
     """Says what each stage would do; one that is not trained yet hands its student on as it began."""
-    stages = plan(recipe)
-    for stage in stages:
-        stage.parse({})
+    stages = parsed_plan(recipe)
     moved: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for number, stage in enumerate(stages, start=1):
@@ -134,7 +132,7 @@ def _launch(recipe: Recipe, config: str) -> int:
     """Starts the processes, each with the same recipe; from their environment they know what they are."""
     file = _config_file(config)
     keys = {**recipe.written, **recipe.launch}
-    words = launch_words({key: keys[key] for key in keys if key in launch_keys_of(KeyParser(recipe.method).names)})
+    words = launch_words({key: keys[key] for key in keys if key in launch_keys_of(parser_of(recipe.method).names)})
     options = ["--config_file", file, *words, "--module", "mmkd.commands.main", "train", *recipe.command_line()]
     parsed = parsed_launch(options)
     settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))

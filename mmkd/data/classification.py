@@ -16,12 +16,11 @@ from datasets import ClassLabel, Dataset
 from jaxtyping import Int
 from PIL import Image
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, nearest
 from mmkd.schema import NonNegativeInt, PositiveInt, check_fields, shown
 from mmkd.shipped import find_recipe
 from mmkd.yaml_files import AsWritten, read_yaml
 
-from .columns import nearest
 from .data_recipe import BUILDERS
 from .images import UnreadableImage, read_image
 from .sources import local_files, read_files, read_hub

@@ -1,18 +1,12 @@
 """The mapping from a source's columns to TRL's: by name, by template, or as a list of messages."""
 
-import difflib
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-def nearest(word: object, choices: Sequence[str]) -> str:
-    """The choice spelled most like `word`; `choices` must not be empty."""
-    return difflib.get_close_matches(str(word), choices, n=1, cutoff=0.0)[0]
 
 
 def is_template(mapping: str) -> bool:

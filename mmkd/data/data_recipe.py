@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, nearest
 
-from .columns import MessagesColumn, TurnColumns, is_template, nearest, template_columns
+from .columns import MessagesColumn, TurnColumns, is_template, template_columns
 
 BUILDERS = ("json", "csv", "parquet", "text")
 LAYOUTS = (("text",), ("messages",), ("prompt", "completion"), ("prompt",))

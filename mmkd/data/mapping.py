@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, Image, Json, LargeList, List, Value
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, nearest
 
 from .arrow import BATCH, is_struct_list, plain_rows, storage
 from .canonical import CHATS, PARTS, Layout, image_column_of
-from .columns import ROLES, MessagesColumn, TurnColumns, is_template, nearest, template_columns
+from .columns import ROLES, MessagesColumn, TurnColumns, is_template, template_columns
 from .conversion import Conversion
 from .data_recipe import CONVERSION, OUTPUT_COLUMNS, DataRecipe
 from .image_columns import check_images, image_counts, image_lists

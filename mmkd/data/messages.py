@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, nearest
 
-from .columns import ROLES, nearest
+from .columns import ROLES
 from .image_columns import stored_image
 from .images import content_of_text, decoded_base64
 

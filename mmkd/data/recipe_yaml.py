@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, nearest
 from mmkd.yaml_files import AsWritten, read_yaml
 
-from .columns import MessagesColumn, TurnColumns, is_template, nearest
+from .columns import MessagesColumn, TurnColumns, is_template
 from .data_recipe import DataFilters, DataRecipe, MixturePart
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -9,9 +9,8 @@ import datasets
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, nearest
 
-from .columns import nearest
 from .data_recipe import BUILDERS, DataRecipe
 from .table_files import READERS, read_table_files
 

@@ -14,7 +14,7 @@ from mmkd.cache.store import Cache, read_log
 from mmkd.errors import UserError
 from mmkd.files import write_file
 from mmkd.recipe.arguments import RunArguments
-from mmkd.recipe.key_parser import KeyParser
+from mmkd.recipe.key_parser import parser_of
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run import build_trainer
 from mmkd.training.method import BASELINE_METHOD, METHODS
@@ -119,7 +119,7 @@ def make_baseline(recipe: Recipe, folder: Path) -> Recipe:
     The teacher stays where its tokens are the student's, to measure the distance to it; it never enters the loss.
     """
     run = recipe.parse()
-    known = set(KeyParser(BASELINE_METHOD).names) - _NOT_SFT - _PUBLISHING
+    known = set(parser_of(BASELINE_METHOD).names) - _NOT_SFT - _PUBLISHING
     if not METHODS[run.arguments.method].one_vocabulary and run.arguments.student is not None:
         known -= {key for key in known if key.startswith("teacher")}
     known = {key for key in known if not key.startswith("cache_")}

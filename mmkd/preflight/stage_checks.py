@@ -10,7 +10,7 @@ from mmkd.cache.hub import is_hub_id
 from mmkd.errors import UserError
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run_teacher import reads_teacher
-from mmkd.recipe.stages import Stage, plan
+from mmkd.recipe.stages import Stage, parsed_plan
 from mmkd.training.method import METHODS
 
 from . import costs
@@ -53,9 +53,7 @@ def each_run(recipe: Recipe) -> Iterator[StageRun]:
     if not recipe.in_stages:
         yield StageRun("", recipe.name, recipe.parse(), config, {})
         return
-    stages = plan(recipe)
-    for stage in stages:
-        stage.parse({})
+    stages = parsed_plan(recipe)
     moved: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for number, stage in enumerate(stages, start=1):

@@ -1,6 +1,5 @@
 """The models and data that the shipped recipes and suites need, and how each is made."""
 
-import difflib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, nearest
 
 CACHE = Path(".cache/mmkd")
 
@@ -166,7 +165,7 @@ def make(names: Sequence[str], source: Path | None, console: Console) -> None:
     """
     for name in names:
         if name not in PREPARATIONS:
-            near = difflib.get_close_matches(name, PREPARATIONS, n=1, cutoff=0)[0]
+            near = nearest(name, PREPARATIONS)
             raise UserError(f"{name!r} is nothing to prepare; did you mean {near!r}? `mmkd prepare` lists all.")
     wanted = [PREPARATIONS[name] for name in dict.fromkeys(_with_needs(names))]
     missing = [preparation for preparation in wanted if not preparation.is_there]

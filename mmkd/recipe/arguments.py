@@ -1,6 +1,5 @@
 """What a recipe says, as typed values."""
 
-import difflib
 import json
 import re
 from dataclasses import dataclass, field, fields
@@ -8,7 +7,7 @@ from typing import Any
 
 from trl.trainer.model_config import ModelConfig
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, nearest
 from mmkd.schema import Field, NonNegativeInt, PositiveFloat, PositiveInt, check_fields, fields_of
 from mmkd.teachers.cached import TAILS
 from mmkd.training.method import METHODS
@@ -191,7 +190,7 @@ class RunArguments:
         for name, keys in list(teachers.items()):
             unknown = next((key for key in keys if key not in known), None)
             if unknown is not None:
-                near = difflib.get_close_matches(str(unknown), known, n=1, cutoff=0.0)[0]
+                near = nearest(unknown, known)
                 raise UserError(f"teachers.{name} sets {unknown!r}, which no teacher has; did you mean {near!r}?")
             read = {key: allowed[key].read(value, f"teachers.{name}.") for key, value in keys.items()}
             teachers[name] = read

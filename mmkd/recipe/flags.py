@@ -1,6 +1,5 @@
 """The one reader of flags: what a command line says after a recipe, as keys of that recipe."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any
 
 from mmkd.errors import UserError
 
-from .key_parser import KeyParser
+from .key_parser import KeyParser, parser_of
 from .launch_keys import launch_keys_of, launch_options
-from .recipe import STAGE_KEYS, Recipe, nearest
+from .recipe import STAGE_KEYS, Recipe, hint_at
 
 CONFIG = "accelerate_config"
 
@@ -44,20 +43,23 @@ def recipe_of(name_or_path: str | Path, flags: Sequence[str] = ()) -> Recipe:
     launch: dict[str, Any] = {CONFIG: first[CONFIG]} if CONFIG in first else {}
     recipe = replace(recipe, launch=launch, command=(*recipe.command, *flags))
     method = recipe.with_(method=first["method"]).method if "method" in first else recipe.method
-    parser = _parser_of(method)
+    parser = parser_of(method)
     launch_keys = set() if recipe.accelerate_config is None else launch_keys_of(parser.names)
     overrides: dict[str, Any] = {}
     spelled: dict[str, list[str]] = {}
     for flag in read:
         name = flag.name
         if name in parser.options:
-            words = _words(flag, *parser.arity(name), method, parser)
+            least, most = parser.arity(name)
+            words = _words(flag, least, most, method, parser)
             key = parser.options[name]
             overrides[key] = parser.value(name, words)
             # One spelling of what is true or false; the others as they were typed.
             spelled.pop(key, None)
-            if parser.arity(name)[0] or overrides[key] is True:
-                spelled[key] = words if parser.arity(name)[0] else []
+            if least:
+                spelled[key] = words
+            elif overrides[key] is True:
+                spelled[key] = []
         elif name in STAGE_KEYS:
             if not recipe.in_stages:
                 raise UserError(
@@ -71,14 +73,8 @@ def recipe_of(name_or_path: str | Path, flags: Sequence[str] = ()) -> Recipe:
             word = flag.typed or flag.values[0]
             advice = "." if flag.typed else "; write --key value."
             name = word.removeprefix("--").partition("=")[0]
-            raise UserError(f"{word} is no flag of method {method}{advice}{nearest(name, parser.names)}")
+            raise UserError(f"{word} is no flag of method {method}{advice}{hint_at(name, parser.names)}")
     return replace(recipe, overrides=overrides, spelled=spelled)
-
-
-@functools.cache
-def _parser_of(method: str) -> KeyParser:
-    """For looking at alone: one that reads a recipe takes its values as defaults."""
-    return KeyParser(method)
 
 
 def _split(flags: Sequence[str]) -> list[Flag]:
@@ -102,6 +98,6 @@ def _words(flag: Flag, least: int, most: int | None, method: str, parser: KeyPar
     most = 1 if flag.joined else most
     if most is not None and len(flag.values) > most:
         word = flag.values[most]
-        hint = nearest(word.partition("=")[0], parser.names)
+        hint = hint_at(word.partition("=")[0], parser.names)
         raise UserError(f"{word} is no flag of method {method}; write --key value.{hint}")
     return flag.values

@@ -93,7 +93,7 @@ class KeyParser:
         """All keys."""
         return list(self._fields)
 
-    @property
+    @functools.cached_property
     def options(self) -> dict[str, str]:
         """Name of a flag -> its key; no_KEY of every key that is true or false."""
         negated = {f"no_{name}": name for name, field in self._fields.items() if bool in field.kinds}
@@ -151,6 +151,12 @@ class KeyParser:
     def _default(self, name: str) -> Any:
         field = next(field for kind in self.types for field in fields(kind) if field.name == name)
         return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+@functools.cache
+def parser_of(method: str) -> KeyParser:
+    """The reader of a method's keys, which stays as it is whatever it reads."""
+    return KeyParser(method)
 
 
 def _number_as_text(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, nearest
 from mmkd.files import write_file
 from mmkd.shipped import find_recipe
 from mmkd.training.config import DistillationConfig
@@ -19,7 +19,7 @@ from mmkd.yaml_files import AsWritten, read_yaml
 
 from .arguments import RunArguments, StudentArguments
 from .cache_arguments import CacheArguments
-from .key_parser import KeyParser, set_environment, with_text
+from .key_parser import parser_of, set_environment, with_text
 from .launch_keys import launch_keys_of
 
 STAGE_KEYS = ("stages", "schedule")
@@ -83,7 +83,7 @@ class Recipe:
         method = self.keys.get("method")
         if not isinstance(method, str) or method not in METHODS:
             raise UserError(
-                f"method is {method!r}; set it to one of {', '.join(METHODS)}.{nearest(str(method), METHODS)}"
+                f"method is {method!r}; set it to one of {', '.join(METHODS)}.{hint_at(str(method), METHODS)}"
             )
         return method
 
@@ -113,8 +113,8 @@ class Recipe:
         Raises UserError for a stage that there is not.
         """
         if name not in self.stages:
-            close = difflib.get_close_matches(name, list(self.stages), n=1, cutoff=0)
-            raise UserError(f"There is no stage {name!r} in {self.place}; did you mean {close[0]!r}?")
+            near = nearest(name, self.stages)
+            raise UserError(f"There is no stage {name!r} in {self.place}; did you mean {near!r}?")
         keys = {**self.without(*STAGE_KEYS).written, **self.stages[name]}
         written = {key: value for key, value in keys.items() if value is not None}
         return replace(self.without(*STAGE_KEYS), written=written)
@@ -153,15 +153,15 @@ class Recipe:
         Raises UserError for an unknown key, naming the nearest real one, and for values that cannot be.
         """
         method, keys = self.method, self.keys
-        parser = KeyParser(method)
+        parser = parser_of(method)
         known = {*parser.names, *STAGE_KEYS, "env", "accelerate_config"}
         if self.accelerate_config is not None:
             known |= launch_keys_of(parser.names)
         for key in (key for key in keys if key not in known):
             if key in self.overrides:
-                raise UserError(f"--{key} is no flag of method {method}.{nearest(key, parser.names)}")
+                raise UserError(f"--{key} is no flag of method {method}.{hint_at(key, parser.names)}")
             raise UserError(
-                f"{self.place} sets {key!r}, which method {method} does not know.{nearest(key, parser.names)}"
+                f"{self.place} sets {key!r}, which method {method} does not know.{hint_at(key, parser.names)}"
             )
         set_environment(keys)
         arguments, training, student, cache = parser.read(keys)
@@ -209,7 +209,7 @@ class Run:
         return {"revision": revision, "trust_remote_code": self.training.trust_remote_code}
 
 
-def nearest(word: object, choices: Any) -> str:
+def hint_at(word: object, choices: Any) -> str:
     """A hint at the key that may be meant by a word, which may be a number in YAML."""
     word = str(word)
     if word in _REMOVED:

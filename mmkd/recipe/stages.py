@@ -127,6 +127,14 @@ def _identity(name: str, keys: Mapping[str, Any], before: Sequence[Stage]) -> st
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def parsed_plan(recipe: Recipe) -> list[Stage]:
+    """The stages of `plan`. Raises UserError too for one whose keys cannot be, before the first is looked at."""
+    stages = plan(recipe)
+    for stage in stages:
+        stage.parse({})
+    return stages
+
+
 def train_stages(recipe: Recipe, train: Callable[[Recipe], int], check: Callable[[Sequence[Stage]], None]) -> int:
     """Trains the stages that are not finished; the exit status of the first that fails, else 0.
 

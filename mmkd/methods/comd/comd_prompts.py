@@ -1,13 +1,12 @@
 """The prompts of assessor and augmentor: text files one can edit, copied into the run that they belong to."""
 
-import difflib
 import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, nearest
 from mmkd.files import write_file
 
 SHIPPED = Path(__file__).with_name("prompts")
@@ -42,8 +41,7 @@ class Prompts:
                 raise UserError(f"prompts {str(folder)!r} holds no .txt file; copy those of {SHIPPED} to edit them.")
             for path in own:
                 if path.stem not in FIELDS:
-                    close = difflib.get_close_matches(path.stem, FIELDS, n=1, cutoff=0)[0]
-                    raise UserError(f"{path} is no prompt of comd; did you mean {close}.txt?")
+                    raise UserError(f"{path} is no prompt of comd; did you mean {nearest(path.stem, FIELDS)}.txt?")
                 texts[path.stem] = path.read_text(encoding="utf-8")
                 _check(path, texts[path.stem])
         return cls(texts)

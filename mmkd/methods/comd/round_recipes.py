@@ -8,7 +8,7 @@ import yaml
 
 from mmkd.errors import UserError
 from mmkd.files import write_file
-from mmkd.recipe.key_parser import KeyParser
+from mmkd.recipe.key_parser import parser_of
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.training.config import DistillationConfig
 
@@ -48,7 +48,7 @@ def write_round(run: Run, folder: Path, student: dict[str, Any], number: int, te
     """Writes the recipe of a round and returns it; `teacher` stands for the run's own."""
     training = run.training
     assert isinstance(training, CoMDConfig)
-    known = set(KeyParser(training.round_method).names) - _SET_HERE - OWN_KEYS
+    known = set(parser_of(training.round_method).names) - _SET_HERE - OWN_KEYS
     keys = {key: value for key, value in run.recipe.written.items() if key in known}
     keys = {"method": training.round_method, **student, "data": str(folder / "data.yaml"), **keys}
     keys["output_dir"] = str(folder / (ADAPTER if run.student.use_peft else STUDENT))
@@ -81,7 +81,7 @@ def write_data(folder: Path, images: bool, held_out: Path | None) -> Path:
 def _settings(training: CoMDConfig) -> dict[str, Any]:
     settings = training.round_settings or {}
     assert isinstance(settings, dict)
-    known = set(KeyParser(training.round_method).names)
+    known = set(parser_of(training.round_method).names)
     for key in settings:
         if key not in known or key in _SET_HERE - {"ce_weight"}:
             raise UserError(f"round_settings has {key!r}, which a recipe of {training.round_method} cannot set here.")
