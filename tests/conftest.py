@@ -18,6 +18,12 @@ from tests.helpers import Build
 # What asks for bf16 gets it, so that a test means the same on every CPU; tests/test_precision.py sets it otherwise.
 os.environ[NATIVE_BF16] = "1"
 
+# Tables that commands print are as wide on every machine. Both sizes are given: with one alone, rich takes a dumb
+# terminal for 80 columns wide.
+os.environ.update(COLUMNS="200", LINES="50")
+for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

@@ -33,7 +33,7 @@ def losses_of(trainer: DistillationTrainer, name: str = "loss") -> list[float]:
 def environment() -> dict[str, str]:
     """For processes that a test starts: mmkd can be imported, one thread, wide lines."""
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
 
 
 LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -25,7 +25,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_list_says_what_each_is_and_whether_it_is_there(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
     assert main(["prepare", "python_docs"]) == 0
     capsys.readouterr()
     assert main(["prepare"]) == 0

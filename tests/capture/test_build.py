@@ -85,7 +85,6 @@ def write_recipe(folder: Path, name: str = "recipe.yaml", **keys: Any) -> None:
 def mmkd(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command of mmkd in the workplace; gives what it printed, and checks its exit status against `status`."""
     monkeypatch.chdir(workplace)
-    monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str, status: int = 0) -> str:
         capsys.readouterr()

@@ -513,7 +513,6 @@ def test_tables_on_the_hub_are_read_by_guesses(monkeypatch, caplog, kind: str, s
 
 def test_the_command_line_says_it_in_one_line(capsys, monkeypatch) -> None:
     """Before anything is loaded: a broken line is the recipe's fault, not the library's."""
-    monkeypatch.setenv("COLUMNS", "200")
     Path("t.jsonl").write_text('{"q": 1}\n{"q": }\n')
     data = recipe("t.jsonl", {"text": "q"})
     keys = {"method": "kd", "teacher": "nobody/here", "student": "nobody/here", "data": data, "output_dir": "run"}

@@ -128,7 +128,6 @@ def test_a_cached_or_served_teacher_is_not_in_the_process(recipe: Any, capsys: p
 def test_all_commands_tell_one_estimate(
     recipe: Any, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
     path = recipe(use_cpu=True, bf16=False, **keys, **({"student_layers": [1]} if "student_init" in keys else {}))
     works: list[Work] = []
     monkeypatch.setattr(plans, "memory_of", lambda work, *how: works.append(work) or memory_of(work, *how))
