@@ -29,10 +29,10 @@ def main() -> None:
 
 
 def check_sdist(sdist: Path) -> None:
-    """Every recipe, test and script of the checkout is in the sdist, and nothing that a checkout collects is."""
+    """Every recipe, page, test and script of the checkout is in the sdist, and nothing that a checkout collects is."""
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    expect_all(files_under(*RECIPES, "mmkd", "scripts", "tests"), names, sdist.name)
+    expect_all(files_under(*RECIPES, "docs", "mmkd", "scripts", "tests"), names, sdist.name)
     stray = [name for name in names if name.split("/", 1)[0] in {".venv", ".cache", ".git", "runs", "dist"}]
     expect(not stray, f"{sdist.name} holds {sorted(stray)[:5]}; see only-include in pyproject.toml.")
 

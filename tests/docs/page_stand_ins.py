@@ -1,0 +1,101 @@
+"""Tiny models and data under the names that pages use: a folder wins over a Hub id of the same name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
+from tests.vlms import make_llava, make_tower
+
+Maker = Callable[[Path], object]
+
+
+def chat_model(seed: int, layers: int = 2, width: int = 32, padding: int = 0) -> Maker:
+    """A tiny Llama with a chat template; `padding` rows of its vocabulary stand for no token."""
+
+    def make(folder: Path) -> object:
+        tokenizer = make_tokenizer()
+        return save(make_model(layers, width, len(tokenizer) + padding, seed), tokenizer, folder)
+
+    return make
+
+
+def other_tokenizer(seed: int) -> Maker:
+    """A tiny Llama with another vocabulary."""
+
+    def make(folder: Path) -> object:
+        tokenizer = make_tokenizer(vocab_size=280)
+        return save(make_model(rows=len(tokenizer), seed=seed), tokenizer, folder)
+
+    return make
+
+
+def clip(folder: Path) -> object:
+    from tests.classes import make_clip
+
+    return make_clip(folder)
+
+
+def chats(rows: int = 48) -> Maker:
+    """A data set of conversations, as a folder of JSON lines."""
+
+    def make(folder: Path) -> object:
+        folder.mkdir(parents=True)
+        for split, seed in (("train", 0), ("test", 1)):
+            questions, answers = sentences(rows, seed=seed), sentences(rows, seed=seed + 10)
+            turns = [
+                {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+                for question, answer in zip(questions, answers, strict=True)
+            ]
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turns))
+        return folder
+
+    return make
+
+
+def texts(rows: int = 48) -> Maker:
+    """A corpus, as a folder of JSON lines."""
+
+    def make(folder: Path) -> object:
+        folder.mkdir(parents=True)
+        for split, seed in (("train", 0), ("eval", 1)):
+            lines = [json.dumps({"text": text}) + "\n" for text in sentences(rows, seed=seed)]
+            (folder / f"{split}.jsonl").write_text("".join(lines))
+        return folder
+
+    return make
+
+
+STAND_INS: dict[str, Maker] = {
+    ".cache/mmkd/SmolLM2-135M-Instruct": chat_model(1, layers=30, width=16),
+    ".cache/mmkd/gemma-3-270m": other_tokenizer(3),
+    ".cache/mmkd/python_docs": texts(),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": chat_model(2),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": chat_model(1, layers=3, width=48),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": chat_model(1, layers=3, width=48),
+    "Qwen/Qwen2.5-0.5B-Instruct": chat_model(2),
+    "Qwen/Qwen2.5-1.5B-Instruct": chat_model(1, layers=3, width=48),
+    "Qwen/Qwen2.5-3B-Instruct": chat_model(1, layers=3, width=48),
+    "Qwen/Qwen2.5-7B-Instruct": chat_model(1, layers=3, width=48, padding=8),
+    "google/gemma-3-270m-it": other_tokenizer(3),
+    "google/gemma-3-1b-it": other_tokenizer(4),
+    "google/siglip-base-patch16-224": make_tower,
+    "openai/clip-vit-base-patch32": clip,
+    "openai/clip-vit-large-patch14": clip,
+    "llava-hf/llava-1.5-7b-hf": lambda folder: make_llava(folder, seed=1, layers=3),
+    "trl-lib/Capybara": chats(),
+}
+"""By the name in a page's text. Add a line for a model or data set that a page names."""
+
+PREPARED = {".cache/mmkd/SmolLM2-135M-Instruct", ".cache/mmkd/python_docs"}
+"""What the recipes of the quickstart use."""
+
+
+def make_stand_ins(text: str, folder: Path) -> list[str]:
+    """Makes what a page names, under a folder; returns the names."""
+    # Shipped recipes name what `mmkd prepare` makes.
+    named = [name for name in STAND_INS if name in text or (name in PREPARED and "quickstart" in text)]
+    for name in named:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        STAND_INS[name](folder / name)
+    return named
