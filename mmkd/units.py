@@ -5,3 +5,15 @@ def readable_size(count: float) -> str:
     """A number of bytes as text in a suitable unit, such as 1.5 GiB."""
     unit = next((i for i in range(4) if count < 1000 * 1024**i), 4)
     return f"{count / 1024**unit:.{0 if unit == 0 else 1}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+
+def readable_time(seconds: float) -> str:
+    """A duration as text in its two largest units, such as 4 min 10 s."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"

@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags and command.recipe is None:
         options.parser.error(f"unrecognized arguments: {' '.join(flags)}; its only flag is --help")
     silence_missing_kernel()
+    _show_long_bars_only()
     try:
         command.check_flags(options, words[options.depth :])
         return command.run(options)
@@ -87,6 +88,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         error.add_note(_REPORT)
         raise
+
+
+def _show_long_bars_only() -> None:
+    """Keeps the bars of other libraries back until they have lasted some seconds, and takes them away at their end.
+
+    They are of tqdm, which reads this when it is imported; a file gets a state per minute and not a hundred.
+    """
+    settings = {"DELAY": "5", "LEAVE": ""}
+    if not sys.stderr.isatty():
+        settings["MININTERVAL"] = "60"
+    for name, value in settings.items():
+        os.environ.setdefault(f"TQDM_{name}", value)
 
 
 def _parts(word: str) -> list[str]:

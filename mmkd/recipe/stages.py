@@ -13,6 +13,7 @@ from accelerate import PartialState
 from mmkd.errors import UserError
 from mmkd.files import write_file
 from mmkd.training.method import METHODS
+from mmkd.training.progress import phase
 
 from .recipe import STAGE_KEYS, Recipe, Run
 from .run import last_checkpoint
@@ -153,7 +154,8 @@ def train_stages(recipe: Recipe, train: Callable[[Recipe], int], check: Callable
         print(f"Stage {number} of {len(stages)}, {stage.name}: {stage.folder}", file=sys.stderr)
         stage.record(schedule[:number], finished=False)
         resumes = last_checkpoint(stage.folder) is not None
-        status = train(stage.recipe.with_(resume_from_checkpoint=True) if resumes else stage.recipe)
+        with phase(f"stage {number} of {len(stages)}, {stage.name}"):
+            status = train(stage.recipe.with_(resume_from_checkpoint=True) if resumes else stage.recipe)
         # No rank may read what another is still writing.
         PartialState().wait_for_everyone()
         if status:

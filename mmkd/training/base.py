@@ -28,7 +28,6 @@ from .items import ItemLosses, Supervised
 from .method_trainer import MethodTrainer, Signal
 from .on_policy import generator_of
 from .prepared import Prepared, canonical_rows, unread
-from .progress import show_progress
 from .reports import reports_of
 from .rollouts import Rollouts
 from .run_trainer import RunTrainer
@@ -98,7 +97,6 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         if self.args.on_policy_fraction:
             generator, tokens = generator_of(self)
             self.rollouts = Rollouts(generator, tokens, self.args, self.args.process_index, self.args.world_size)
-        show_progress(self)
 
     def _fit(self, teacher: Any, teacher_processing_class: Any) -> None:
         """Fits teacher, student and prepared rows to each other: what is compared, and what makes batches."""

@@ -9,6 +9,7 @@ from mmkd.models.restore import renamed_on_disk, restore
 
 from .counts import CountingTrainer
 from .log import RunLog
+from .progress import show_progress
 from .publishing import PublishingTrainer
 from .sharding import ShardedTrainer
 
@@ -26,6 +27,23 @@ class RunTrainer(PublishingTrainer, ShardedTrainer, CountingTrainer):
 
     def __init__(self, *args: Any, callbacks: list[Any] | None = None, **kwargs: Any):
         super().__init__(*args, callbacks=[RunLog(), *(callbacks or [])], **kwargs)
+        self._progress = show_progress(self)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; an error leaves the terminal as it was."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._progress is not None:
+                self._progress.close()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; one that stands alone leaves the terminal as it was."""
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if self._progress is not None and not self.is_in_train:
+                self._progress.close()
 
     def weights_restored(self, checkpoint: Path) -> None:
         """Loads what the Trainer, which looks for the model's own names, silently left out."""

@@ -8,6 +8,7 @@ from typing import Any
 from mmkd.errors import UserError
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run import last_checkpoint
+from mmkd.training.progress import phase
 
 from .comd_trainer import CoMDConfig
 from .round_files import merge_adapter, read_json, write_json, write_lines
@@ -53,7 +54,9 @@ def teach_teacher(
     recipe = replace(run.recipe, written=keys, overrides={})
     recipe = recipe.write(lessons / "recipe.yaml", "What the teacher learns from its student.")
     resumes = last_checkpoint(lessons / ADAPTER) is not None
-    if train(recipe.with_(resume_from_checkpoint=True) if resumes else recipe):
+    with phase("teaching the teacher"):
+        status = train(recipe.with_(resume_from_checkpoint=True) if resumes else recipe)
+    if status:
         raise UserError(f"Teaching the teacher was interrupted; the same command goes on with {recipe.place}.")
     merge_adapter(teacher, lessons / ADAPTER, done.parent)
     write_json(done, {"lessons": len(rows)})

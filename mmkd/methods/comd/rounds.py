@@ -22,6 +22,7 @@ from mmkd.recipe.run import last_checkpoint, load_rows_of
 from mmkd.recipe.run_models import check_student
 from mmkd.recipe.run_teacher import from_main_process
 from mmkd.training.method import Train
+from mmkd.training.progress import phase
 
 from . import round_recipes as recipes
 from .assess import ASSESSORS, AnswerPair
@@ -155,7 +156,8 @@ class Loop:
             from_main_process(self.training, lambda: _build_cache(recipe))
         print(f"Round {number} of {self.training.rounds}: {trained}", file=sys.stderr)
         resumes = last_checkpoint(trained) is not None
-        status = self.train(recipe.with_(resume_from_checkpoint=True) if resumes else recipe)
+        with phase(f"round {number} of {self.training.rounds}"):
+            status = self.train(recipe.with_(resume_from_checkpoint=True) if resumes else recipe)
         # The trainer is in circles of references, and would stay beside the models that answer now.
         release_memory()
         PartialState().wait_for_everyone()

@@ -1,0 +1,115 @@
+"""A log as one short line: which of its values are shown, under which names, and what the names mean."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmkd.units import readable_time
+
+
+@dataclass(frozen=True)
+class Column:
+    """A value of a log as a line shows it."""
+
+    label: str
+    meaning: str
+    write: Callable[[float], str]
+    but_not_beside: str = ""
+    """A report that says the same better: where the log has it, this one is not shown."""
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+COLUMNS: dict[str, Column] = {
+    "loss": Column("loss", "what training minimises", _number),
+    "accuracy": Column("accuracy", "share of rows whose class is predicted right", _share),
+    "kl": Column("kl", "KL divergence from teacher to student, nats per token", _number),
+    "chunk_kl": Column("chunk_kl", "KL divergence from teacher to student, nats per chunk of text", _number),
+    "visual_kl": Column("visual_kl", "KL divergence from teacher to student, nats per image token", _number),
+    "ce": Column("ce", "cross-entropy on labelled rows, nats per row", _number, "token_accuracy"),
+    "kd_labeled": Column("kd", "KL divergence from teacher to student on labelled rows, nats per row", _number),
+    "kd_unlabeled": Column("kd_unlabelled", "the same on unlabelled rows", _number),
+    "top1_agreement": Column("agreement", "share of tokens where student and teacher predict the same one", _share),
+    "teacher_agreement": Column("agreement", "share of rows where student and teacher predict the same class", _share),
+    "token_accuracy": Column(
+        "accuracy", "share of tokens that the student predicts right", _share, but_not_beside="top1_agreement"
+    ),
+    "ce_head_accuracy": Column("ce_head", "accuracy of the supervised head alone", _share),
+    "kd_head_accuracy": Column("kd_head", "accuracy of the distillation head alone", _share),
+    "bits_per_byte": Column("bits/byte", "cross-entropy of the student, in bits per byte of text", _number),
+    "perplexity": Column("perplexity", "exp of the cross-entropy on the held-out rows", _number),
+    "taid_t": Column("t", "share of the teacher in TAID's target, from 0 to 1", _number),
+    "rollout_length": Column("answer", "tokens per answer that the student wrote", _count),
+    "supervised_tokens_per_second": Column("tokens/s", "supervised tokens per second, of all processes", _count),
+}
+"""Report -> its column, in the order of a line."""
+
+DETAILS = {"ce", "divergence", "step_divergence", "student_entropy", "teacher_entropy", "chunk_gap", "aligned"}
+"""Reports of an evaluation that its line leaves to the log on disk."""
+
+_CLOCK = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch", "step"}
+
+
+def columns_of(log: Mapping[str, Any]) -> list[str]:
+    """The reports that the lines of a training show, to judge by its first log."""
+    return [name for name, column in COLUMNS.items() if name in log and column.but_not_beside not in log]
+
+
+def training_line(log: Mapping[str, Any], columns: list[str], step: int, steps: int, left: float) -> str:
+    """A training log in one line; every line has the same columns."""
+    parts = [f"step {step:{len(str(steps))}}/{steps}", *cells(log, columns), f"left {readable_time(left)}"]
+    return "   ".join(parts)
+
+
+def cells(log: Mapping[str, Any], columns: list[str]) -> Iterator[str]:
+    """Label and value of each column; as wide where the log lacks it."""
+    for name in columns:
+        column = COLUMNS[name]
+        width = 7 if column.write is not _share else 6
+        value = column.write(log[name]) if name in log else "-"
+        yield f"{column.label} {value:<{width}}"
+
+
+def evaluation_line(log: Mapping[str, Any], prefix: str, step: int) -> str:
+    """The measures of an evaluation in one line; those that the caller computes (`compute_metrics`) among them."""
+    measures = {name.removeprefix(f"{prefix}_"): value for name, value in log.items() if name.startswith(f"{prefix}_")}
+    shown = columns_of(measures)
+    known = {*COLUMNS, *DETAILS, *_CLOCK}
+    parts = [f"{COLUMNS[name].label} {COLUMNS[name].write(measures[name])}" for name in shown]
+    parts += _plain({name: value for name, value in measures.items() if name not in known})
+    title = {"eval": "evaluation", "test": "test"}.get(prefix, f"evaluation ({prefix.removeprefix('eval_')})")
+    took = [f"in {readable_time(measures['runtime'])}"] if "runtime" in measures else []
+    return "   ".join([f"{title} after step {step}", *parts, *took])
+
+
+def other_line(log: Mapping[str, Any], step: int) -> str:
+    """Whatever else is logged, in one line."""
+    return "   ".join([f"step {step}", *_plain({name: value for name, value in log.items() if name not in _CLOCK})])
+
+
+def legend(columns: list[str]) -> list[str]:
+    """What the columns mean, one line each."""
+    labels = [(COLUMNS[name].label, COLUMNS[name].meaning) for name in columns]
+    labels.append(("left", "estimated time to the last step, evaluations included"))
+    width = max(len(label) for label, _ in labels)
+    return [f"  {label:<{width}}  {meaning}" for label, meaning in labels]
+
+
+def evaluation_prefix(log: Mapping[str, Any]) -> str | None:
+    """The prefix of an evaluation's log; None for any other log."""
+    names = (name.removesuffix("_runtime") for name in log if name.endswith("_runtime"))
+    return next((name for name in names if name != "train"), None)
+
+
+def _plain(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name} {_number(value) if isinstance(value, float) else value}" for name, value in values.items()]
