@@ -7,7 +7,7 @@ site is built: nothing is copied in the checkout.
 
 import os
 import re
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, HelpFormatter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -179,9 +179,9 @@ def all_commands() -> Iterator[tuple[tuple[str, ...], Command]]:
 
 def parser_of(words: tuple[str, ...], command: Command) -> ArgumentParser:
     """The parser of a command by itself."""
-    wide = partial(RawDescriptionHelpFormatter, width=100, max_help_position=32)
+    narrow = partial(HelpFormatter, width=78, max_help_position=26)
     name, description = " ".join(["mmkd", *words]), command.description or command.help
-    parser = ArgumentParser(name, description=description, allow_abbrev=command.allow_abbrev, formatter_class=wide)
+    parser = ArgumentParser(name, description=description, allow_abbrev=command.allow_abbrev, formatter_class=narrow)
     command.add_flags(parser)
     return parser
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import io
 import os
 import re
@@ -136,7 +137,7 @@ class PageRunner:
             if not Path(recipe).exists() and self._made_before(recipe):
                 continue
             # Some commands also take models and runs, which are not there.
-            if command.recipe != "recipe" and not recipe.endswith((".yaml", ".yml")) and not is_shipped(recipe):
+            if command.recipe == "target" and not recipe.endswith((".yaml", ".yml")) and not is_shipped(recipe):
                 continue
             status, printed = captured(lambda recipe=recipe: parse(recipe, flags))
             self.printed += printed
@@ -214,13 +215,15 @@ def check_setup(words: list[str]) -> None:
 
 
 def resolve_names(tree: ast.AST) -> None:
-    """What a block imports from mmkd is there."""
+    """What a block imports from mmkd is there, and takes the keywords that it is called with."""
+    imported: dict[str, Any] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mmkd":
             module = importlib.import_module(node.module or "")
             for name in node.names:
                 if not hasattr(module, name.name):
                     raise PageError(f"{node.module} has no {name.name}")
+                imported[name.asname or name.name] = getattr(module, name.name)
         elif (
             isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name)
@@ -228,6 +231,14 @@ def resolve_names(tree: ast.AST) -> None:
             and not hasattr(importlib.import_module("mmkd"), node.attr)
         ):
             raise PageError(f"mmkd has no {node.attr}")
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    for call in calls:
+        if (name := ast.unparse(call.func)) in imported:
+            keywords = {keyword.arg: None for keyword in call.keywords if keyword.arg is not None}
+            try:
+                inspect.signature(imported[name]).bind_partial(**keywords)
+            except TypeError as error:
+                raise PageError(f"{name}: {error}") from error
 
 
 def is_program(text: str) -> bool:

@@ -43,6 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (block("bash", "bash scripts/quikstart.sh"), "there is no scripts/quikstart.sh"),
         (block("python", "import torch\ntorch.zeros(2)[3]"), "raises IndexError"),
         (block("python", "from mmkd import KDTrainerr", GPU), "mmkd has no KDTrainerr"),
+        (block("python", "from mmkd import KDConfig\nKDConfig(temprature=2)", GPU), "KDConfig: got an unexpected"),
         (block('yaml title="a.yaml"', "method: kd\ntemprature: 2"), "sets 'temprature'"),
         (block("bash", "echo a") + block("text", "b", "<!-- test: output -->"), "the page promises"),
     ],
