@@ -3,11 +3,12 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mmkd.models.registration import register_models
+from mmkd.models.registration import register_models as _register_models
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mmkd.errors import UserError as UserError
     from mmkd.methods.alm import ALMConfig as ALMConfig
     from mmkd.methods.alm import ALMTrainer as ALMTrainer
     from mmkd.methods.comd.comd_trainer import CoMDConfig as CoMDConfig
@@ -27,13 +28,12 @@ if TYPE_CHECKING:
     from mmkd.teachers.cached import CachedTeacher as CachedTeacher
     from mmkd.teachers.local import LocalTeacher as LocalTeacher
     from mmkd.teachers.server import ServerTeacher as ServerTeacher
+    from mmkd.teachers.several import SeveralTeachers as SeveralTeachers
 
 _MODULES = {
-    "CachedTeacher": "mmkd.teachers.cached",
-    "LocalTeacher": "mmkd.teachers.local",
-    "ServerTeacher": "mmkd.teachers.server",
     "ALMConfig": "mmkd.methods.alm",
     "ALMTrainer": "mmkd.methods.alm",
+    "CachedTeacher": "mmkd.teachers.cached",
     "CoMDConfig": "mmkd.methods.comd.comd_trainer",
     "CoMDTrainer": "mmkd.methods.comd.comd_trainer",
     "DHOConfig": "mmkd.methods.dho.dho_trainer",
@@ -44,14 +44,23 @@ _MODULES = {
     "KDTrainer": "mmkd.methods.kd",
     "LLaVAKDConfig": "mmkd.methods.llava_kd",
     "LLaVAKDTrainer": "mmkd.methods.llava_kd",
+    "LocalTeacher": "mmkd.teachers.local",
     "SFTBaselineConfig": "mmkd.methods.sft",
     "SFTBaselineTrainer": "mmkd.methods.sft",
+    "ServerTeacher": "mmkd.teachers.server",
+    "SeveralTeachers": "mmkd.teachers.several",
     "TAIDConfig": "mmkd.methods.taid",
     "TAIDTrainer": "mmkd.methods.taid",
+    "UserError": "mmkd.errors",
 }
 
+_PUBLIC = sorted([*_MODULES, "__version__"])
 
-register_models()
+if not TYPE_CHECKING:
+    # Type checkers take the names imported above, and none that is computed.
+    __all__ = _PUBLIC
+
+_register_models()
 
 
 def __getattr__(name: str) -> Any:
@@ -59,3 +68,8 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'mmkd' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, also those that nothing has imported yet."""
+    return _PUBLIC

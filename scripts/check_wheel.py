@@ -46,8 +46,12 @@ def check_wheel(wheel: Path) -> None:
         config.read_string(archive.read(entry_points).decode())
     top_level = {name.split("/", 1)[0] for name in names} - {entry_points.split("/", 1)[0]}
     expect(top_level == {"mmkd"}, f"{wheel.name} would install {sorted(top_level)}; only mmkd may be importable.")
-    modules = {name for name in files_under("mmkd") if name.endswith(".py")}
-    expect_all(modules | {f"mmkd/_recipes/{name}" for name in files_under(*RECIPES)}, names, wheel.name)
+    # Modules, what lies beside them, and py.typed, without which type checkers ignore the annotations.
+    expect_all(
+        {*files_under("mmkd"), "mmkd/py.typed"} | {f"mmkd/_recipes/{name}" for name in files_under(*RECIPES)},
+        names,
+        wheel.name,
+    )
     scripts = dict(config["console_scripts"])
     expect(scripts == SCRIPTS, f"{wheel.name} installs the commands {scripts} and not {SCRIPTS}.")
 

@@ -21,6 +21,7 @@ from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
 from mmkd.training.method import Method
+from mmkd.training.teaching import StudentSide, Teaching
 
 
 @dataclass
@@ -123,17 +124,20 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal]):
         "id": "2410.16236",
     }
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._teacher_metric: Tensor | None = None
-        super().__init__(*args, **kwargs)
+    _teacher_metric: Tensor | None = None
+
+    def build_teacher(self, student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:
+        """The base's. Raises UserError too where visual tokens cannot be related by their logits."""
+        teaching = super().build_teacher(student, teacher, processing_class)
         if self.args.gamma and self.args.relation_on == "logits":
-            assert isinstance(self.teacher, LocalTeacher)
-            if full_head(self.model).softcap is not None or self.teacher.softcap is not None:
+            assert isinstance(teaching.teacher, LocalTeacher)
+            if full_head(self.model).softcap is not None or teaching.teacher.softcap is not None:
                 raise UserError(
                     "The logits of the student or the teacher are softcapped (Gemma 2), so their products do not "
                     "follow from the head alone. Set relation_on: hidden.",
                     because="not built",
                 )
+        return teaching
 
     def count_items(self, batch: Batch) -> dict[str, Tensor]:
         """Tokens, visual tokens that are compared, and images, each kind with its own mean."""

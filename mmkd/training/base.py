@@ -5,9 +5,15 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_utils import TrainOutput
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mmkd.models.backbone import allow_consumers
 from mmkd.models.heads import LMHead
@@ -34,16 +40,32 @@ from .run_trainer import RunTrainer
 from .sharding import without_repeated_rows
 from .teaching import StudentSide, first_rows
 
+Rows = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
+"""Rows to evaluate on: one set of them, or several by name."""
+
 
 class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
     """trl's SFTTrainer with a teacher. A method subclasses it with the signal it reads and implements `item_losses`.
 
     Args:
-        model: student: a Hub id, a local folder, or a (PEFT) model.
-        teacher: a Hub id, a local folder, a model, or a `Teacher`, such as `SeveralTeachers`. Frozen; quantise and
-            place it as you like.
-        teacher_processing_class: the teacher's tokenizer, to compare vocabularies; by default found by its name.
-        args, train_dataset, eval_dataset, processing_class, peft_config, ...: as in SFTTrainer.
+        model: the student: a Hub id, a local folder, or a model, with or without a PEFT adapter.
+        teacher: a Hub id, a local folder, a model, or a `Teacher`, such as `CachedTeacher`, `ServerTeacher` or
+            `SeveralTeachers`. Frozen; quantise and place it as you like. None where the method needs no teacher.
+        args: settings of the method, by default its config's own with an output_dir named after the student.
+        train_dataset: rows in any layout that mmkd knows: chat, prompt and completion, plain text, with images or not.
+        eval_dataset: rows to evaluate on, or several sets of them by name.
+        processing_class: the student's tokenizer or processor, by default the one beside the student.
+        teacher_processing_class: the teacher's tokenizer or processor, by default the one beside the teacher.
+        data_collator: makes a batch of prepared rows, by default trl's for text or images. Its labels are what is
+            learnt from.
+        compute_metrics: metrics of an evaluation, computed from the student's logits.
+        callbacks: callbacks besides those of the method.
+        optimizers: an optimizer and a schedule in place of those that args ask for.
+        optimizer_cls_and_kwargs: the class of an optimizer and its arguments, in place of `optim` in args.
+        preprocess_logits_for_metrics: what becomes of logits before `compute_metrics` collects them.
+        quantization_config: how a student given by name is quantised when it is loaded.
+        peft_config: the adapter that is trained in place of the whole student.
+        formatting_func: makes text of a row, for rows in a layout that mmkd does not know.
 
     Raises UserError when student, teacher, data and settings cannot work together, before any step is taken.
     """
@@ -58,37 +80,55 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | Any,
-        teacher: str | PreTrainedModel | Teacher | None = None,
+        model: str | PreTrainedModel | PeftModel,
+        teacher: str | PreTrainedModel | PeftModel | Teacher | None = None,
         args: DistillationConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Any = None,
+        eval_dataset: Rows | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        **kwargs: Any,
+        *,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        quantization_config: QuantizationConfigMixin | None = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
     ):
         # For methods that prepare data for the teacher too, which happens before there is one.
         self._given_teacher = (teacher, teacher_processing_class)
         self._tag_names = ["mmkd", self.method]
         self._name = type(self).__name__.removesuffix("Trainer")
-        how = {"peft": kwargs.get("peft_config"), "formatting": kwargs.get("formatting_func")}
-        if isinstance(model, str):
-            how["quantization"] = kwargs.pop("quantization_config", None)
+        how = {"peft": peft_config, "formatting": formatting_func, "quantization": quantization_config}
         rows = (train_dataset, eval_dataset)
         prepared = Prepared.of(type(self), model, teacher, args, rows, processing_class, **how)
         self._reads_rows, self._row_names = prepared.reads_rows, RowNames()
         self._start_reports()
         self._counts = {}
-        callbacks = [self._clock, *self.method_callbacks(prepared.args)]
         super().__init__(
             model=prepared.model,
             args=prepared.args,
+            data_collator=data_collator,
             train_dataset=prepared.train,
             eval_dataset=prepared.evaluation,
             processing_class=prepared.processing_class,
-            callbacks=[*callbacks, *(kwargs.pop("callbacks", None) or [])],
-            **kwargs,
+            compute_metrics=compute_metrics,
+            callbacks=[self._clock, *self.method_callbacks(prepared.args), *(callbacks or [])],
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            # A student given by name is quantised already; of another one, trl says that it is not.
+            quantization_config=None if isinstance(model, str) else quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
         )
+        self._start(teacher, teacher_processing_class)
+
+    def _start(self, teacher: Any, teacher_processing_class: Any) -> None:
+        """What is left to do once there is a Trainer."""
         # Batches of streams would be cut and put together again field by field, and not all fields are about rows.
         self.accelerator.dataloader_config.dispatch_batches = False
         check_student(self)
@@ -205,6 +245,15 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
     def on_device(self, inputs: Any) -> Any:
         """The Trainer's, of every tensor of a batch."""
         return inputs.map(self.tensor_on_device) if isinstance(inputs, Batch) else super().on_device(inputs)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """The Trainer's: trains from the start, from the last checkpoint in output_dir (True), or from a given one."""
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; after the last one of an optimizer step, `step_ended`."""

@@ -6,11 +6,12 @@ from typing import Annotated, ClassVar
 from trl.trainer.sft_config import SFTConfig
 
 from mmkd.errors import UserError
+from mmkd.field_docs import DocumentedFields
 from mmkd.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Share, check_fields
 
 
 @dataclass
-class RolloutConfig(SFTConfig):
+class RolloutConfig(DocumentedFields, SFTConfig):
     """trl's SFTConfig with the settings of on-policy distillation."""
 
     learns_from_rollouts: ClassVar[bool] = False

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from mmkd.data.class_rows import AUGMENTATIONS
 from mmkd.data.classification import HIDDEN, hide_labels
 from mmkd.errors import UserError
+from mmkd.field_docs import DocumentedFields
 from mmkd.losses.dual_head_losses import ALPHAS, BETAS
 from mmkd.preparation.checks import without_emulated_bf16
 from mmkd.schema import NonNegativeInt, PositiveFloat, PositiveInt, Range, Share, check_fields
@@ -23,7 +24,7 @@ TEACHER_KINDS = ("zero_shot", "tip_adapter", "question", "classifier")
 
 
 @dataclass
-class DHOConfig(TrainingArguments):
+class DHOConfig(DocumentedFields, TrainingArguments):
     """Settings of method dho."""
 
     objective: str = field(

@@ -5,12 +5,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
-from transformers import EvalPrediction
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from mmkd.data.class_rows import ClassCollator, SemiSupervisedSampler
+from mmkd.data.class_rows import ClassCollator, ClassRows, SemiSupervisedSampler
 from mmkd.data.classification import HIDDEN
 from mmkd.errors import UserError
 from mmkd.files import write_file
@@ -21,7 +26,11 @@ from mmkd.losses.dual_head_losses import (
     search_interpolation,
     supervised_loss,
 )
-from mmkd.models.dual_head import DualHeadOutput
+from mmkd.models.dual_head import (
+    DualHeadForImageClassification,
+    DualHeadForSequenceClassification,
+    DualHeadOutput,
+)
 from mmkd.preparation.checks import check_precision
 from mmkd.teachers.classifiers import ClassTeacher
 from mmkd.training.run_trainer import RunTrainer
@@ -40,13 +49,17 @@ class DHOTrainer(RunTrainer):
 
     Args:
         model: a `DualHeadForImageClassification` or `DualHeadForSequenceClassification`.
-        teacher: a `ClassTeacher`, asked once about every training row, or its logits of them, row by row.
-        args: a `DHOConfig`.
+        teacher: a `ClassTeacher`, asked once about every training row, or its logits of them, row by row. None for
+            the objective ce, which learns from labels alone.
+        args: settings of the method, by default the config's own with the output_dir "dho".
         train_dataset: rows with `image` or `text`, and `label`; a label of -100 is unknown. `labels_per_class` and
             `label_fraction` hide further ones. Or `ClassRows`.
         eval_dataset: validation rows, by which alpha and beta are chosen after training.
         test_dataset: rows that are measured at the end and that nothing is chosen by.
         processing_class: the student's image processor or tokenizer.
+        callbacks: callbacks of transformers' Trainer.
+        optimizers: an optimizer and a schedule in place of those that args ask for.
+        optimizer_cls_and_kwargs: the class of an optimizer and its arguments, in place of `optim` in args.
 
     Raises UserError when model, teacher, data and settings cannot work together, before any step is taken.
     """
@@ -64,14 +77,17 @@ class DHOTrainer(RunTrainer):
 
     def __init__(
         self,
-        model: Any,
+        model: DualHeadForImageClassification | DualHeadForSequenceClassification,
         teacher: ClassTeacher | Float[Tensor, "row class"] | None = None,
         args: DHOConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        test_dataset: Any = None,
-        processing_class: Any = None,
-        **kwargs: Any,
+        train_dataset: Dataset | ClassRows | None = None,
+        eval_dataset: Dataset | ClassRows | None = None,
+        test_dataset: Dataset | ClassRows | None = None,
+        processing_class: PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin | None = None,
+        *,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
     ):
         args = self.config_class("dho") if args is None else args
         if not isinstance(args, self.config_class):
@@ -81,7 +97,8 @@ class DHOTrainer(RunTrainer):
                 "DHO needs train_dataset, and the student's image processor or tokenizer as processing_class."
             )
         check_precision(args, args.emulated_bf16)
-        self.class_names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+        config: Any = model.config
+        self.class_names = [config.id2label[number] for number in range(config.num_labels)]
         train = training_rows(train_dataset, processing_class, args, self.class_names)
         validation = evaluated_rows(eval_dataset, processing_class, args, self.class_names, "validation")
         self.test_dataset = evaluated_rows(test_dataset, processing_class, args, self.class_names, "test")
@@ -96,7 +113,9 @@ class DHOTrainer(RunTrainer):
             eval_dataset=validation,
             processing_class=processing_class,
             compute_metrics=self._accuracies,
-            **kwargs,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.choice: Interpolation | None = None
         self._counts: dict[str, Tensor] = {}
@@ -236,9 +255,14 @@ class DHOTrainer(RunTrainer):
 
     # After training
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Trains, then chooses alpha and beta on the validation rows and measures the test rows, if there are any."""
-        result = super().train(*args, **kwargs)
+        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.state.global_step < self.state.max_steps:
             return result
         if self.args.objective == "dho" and self.args.alpha is None:
@@ -247,17 +271,8 @@ class DHOTrainer(RunTrainer):
             metrics = self.evaluate(self.test_dataset, metric_key_prefix="test")  # pyright: ignore
             self.save_metrics("test", metrics)
         if self.args.plot_conflict and self.is_world_process_zero():
-            self._plot_conflict()
+            _plot_conflict(self)
         return result
-
-    def _plot_conflict(self) -> None:
-        from .conflict_plot import plot_conflict
-
-        if any("gradient_cosine" in entry for entry in self.state.log_history):
-            plot_conflict({"": self.state.log_history}, Path(self.args.output_dir or ".") / "gradient_conflict.png")
-        else:
-            # A run shorter than logging_steps: nothing to draw, and no reason to lose the student.
-            logger.warning("No gradient_conflict.png: the run was shorter than logging_steps, so nothing was logged.")
 
     def choose(self) -> Interpolation:
         """The alpha and beta with the best accuracy on the validation rows, set in the model's config and written."""
@@ -281,3 +296,13 @@ def write_choice(path: Path, choice: Interpolation, rows: int) -> None:
     grid = [dict(zip(("alpha", "beta", "accuracy"), point, strict=True)) for point in choice.grid]
     chosen = {"alpha": choice.alpha, "beta": choice.beta, "accuracy": choice.accuracy}
     write_file(path, json.dumps({**chosen, "split": "validation", "rows": rows, "grid": grid}, indent=1))
+
+
+def _plot_conflict(trainer: DHOTrainer) -> None:
+    from .conflict_plot import plot_conflict
+
+    if any("gradient_cosine" in entry for entry in trainer.state.log_history):
+        plot_conflict({"": trainer.state.log_history}, Path(trainer.args.output_dir or ".") / "gradient_conflict.png")
+    else:
+        # A run shorter than logging_steps: nothing to draw, and no reason to lose the student.
+        logger.warning("No gradient_conflict.png: the run was shorter than logging_steps, so nothing was logged.")
