@@ -15,7 +15,7 @@ from mmkd.errors import UserError, nearest
 
 from .columns import MessagesColumn, TurnColumns, is_template, template_columns
 
-BUILDERS = ("json", "csv", "parquet", "text")
+BUILDERS = ("json", "csv", "parquet", "text", "arrow", "imagefolder", "webdataset")
 LAYOUTS = (("text",), ("messages",), ("prompt", "completion"), ("prompt",))
 BESIDES = ("images", "tools", "domain", "truncated")
 OUTPUT_COLUMNS = ("text", "messages", "prompt", "completion", *BESIDES)
@@ -112,7 +112,11 @@ class DataRecipe:
     )
     source: str = field(
         default="",
-        metadata={"help": "owner/name on the Hub, json|csv|parquet|text, or a folder of save_to_disk.", "yaml": str},
+        metadata={
+            "help": "owner/name on the Hub, a kind of file (json, csv, parquet, text, arrow, webdataset), "
+            "imagefolder (folders of pictures), or a folder of save_to_disk.",
+            "yaml": str,
+        },
     )
     config: str | None = field(default=None, metadata={"help": "The Hub data set's config (subset).", "yaml": str})
     revision: str | None = field(
@@ -168,6 +172,7 @@ class DataRecipe:
         },
     )
     folder: Path | None = field(default=None, compare=False, metadata={"help": "The YAML's folder."})
+    notes: tuple[str, ...] = field(default=(), compare=False, metadata={"help": "Sentences to log with the rows."})
 
     def __post_init__(self) -> None:
         """Raises UserError where fields contradict each other or leave the rows undecided."""
@@ -188,8 +193,9 @@ class DataRecipe:
     def load(cls, name_or_path: str | Path, *, root: Path | None = None) -> "DataRecipe":
         """The recipe of that name under `root` (default: the shipped `data_recipes/`), or at that path.
 
-        Anything with a slash or a suffix is a path. Raises UserError when there is none, when the YAML cannot be
-        read, and when it asks for something that cannot be.
+        A file of rows, a folder, a glob and a data set on the Hub (owner/name) may be named directly: see
+        `mmkd.data.direct_source`. Raises UserError when there is none of them, when it cannot be read, and when a YAML
+        asks for something that cannot be.
         """
         from .recipe_yaml import read_recipe
 

@@ -45,6 +45,9 @@ UNDECODABLE = (
 STORED = "mmkd_stored"
 """The key of an image's `info` under which the picture is kept in its original mode, if that was not RGB."""
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
+"""Endings of the names of picture files."""
+
 # The number of characters of base64, and of paths and URLs, that errors show.
 _SHOWN, _LONG = 40, 300
 _LONGEST_PATH = 4096

@@ -59,7 +59,7 @@ def json_text(value: Any) -> str:
 
 def json_features(files: Iterable[tuple[str, str]]) -> Features:
     """The types of all rows; `files` are (path, name in messages). Raises UserError for broken or empty files."""
-    shape, names = _Shape(), []
+    shape, names = Shape(), []
     for path, name in files:
         names.append(name)
         for block in _blocks(path, name):
@@ -75,23 +75,32 @@ def json_features(files: Iterable[tuple[str, str]]) -> Features:
 def json_tables(path: str, name: str, features: Features) -> Iterator[pa.Table]:
     """The rows of a file as tables of these types. Raises UserError as `json_features` does."""
     schema = Features({key: _stored(feature) for key, feature in features.items()}).arrow_schema
-    encoders = {key: encode for key, feature in features.items() if (encode := _encoder(feature)) is not None}
-    if not encoders and not _is_one_value(path):
+    if all(_encoder(feature) is None for feature in features.values()) and not _is_one_value(path):
         # Arrow is several times as fast, and with a schema it does not guess types.
         for _, lines in _blocks_of_lines(path):
             yield _read_by_arrow(b"".join(lines), schema, name)
         return
     for block in _blocks(path, name):
-        rows = [row for _, row in block]
-        for key, encode in encoders.items():
-            rows = [{**row, key: encode(row[key])} if key in row else row for row in rows]
-        try:
-            table = pa.Table.from_pylist(rows, schema=schema)
-        except UnicodeEncodeError as error:
-            where = next(where for where, row in block if not _is_text(row))
-            raise UserError(f"{name}, {where}: {_HALF}") from error
-        # Not `table_cast` of `datasets`, which treats numbers beyond 64 bits as invalid JSON and quotes them.
-        yield table.cast(features.arrow_schema)
+        yield rows_table(block, name, features)
+
+
+def rows_table(block: list[tuple[str, dict[str, Any]]], name: str, features: Features) -> pa.Table:
+    """Rows, each with its position in the file `name`, as a table of these types.
+
+    Raises UserError for text that is half of a character.
+    """
+    schema = Features({key: _stored(feature) for key, feature in features.items()}).arrow_schema
+    encoders = {key: encode for key, feature in features.items() if (encode := _encoder(feature)) is not None}
+    rows = [row for _, row in block]
+    for key, encode in encoders.items():
+        rows = [{**row, key: encode(row[key])} if key in row else row for row in rows]
+    try:
+        table = pa.Table.from_pylist(rows, schema=schema)
+    except UnicodeEncodeError as error:
+        where = next(where for where, row in block if not _is_text(row))
+        raise UserError(f"{name}, {where}: {_HALF}") from error
+    # Not `table_cast` of `datasets`, which treats numbers beyond 64 bits as invalid JSON and quotes them.
+    return table.cast(features.arrow_schema)
 
 
 def _read_by_arrow(block: bytes, schema: pa.Schema, name: str) -> pa.Table:
@@ -132,8 +141,8 @@ def _blocks(path: str, name: str) -> Iterator[list[tuple[str, dict[str, Any]]]]:
             if not line.isspace():
                 where = f"line {number}"
                 # Without the line end, as an error at the end of the text would be reported for the next line.
-                text = _decoded(line, name, number).rstrip("\r\n")
-                block.append((where, _row(_parsed(text, name, number), name, where)))
+                text = decoded_text(line, name, number).rstrip("\r\n")
+                block.append((where, _row(parsed_text(text, name, number), name, where)))
         yield block
 
 
@@ -167,14 +176,15 @@ def _is_one_value(path: str) -> bool:
 
 
 def _whole(content: bytes, name: str) -> list[tuple[str, dict[str, Any]]]:
-    value = _parsed(_decoded(content, name), name)
+    value = parsed_text(decoded_text(content, name), name)
     rows = value if isinstance(value, list) else [value]
     # A list of strings is read as rows of text.
     rows = [{"text": row} if isinstance(row, str) else row for row in rows]
     return [(f"row {number}", _row(row, name, f"row {number}")) for number, row in enumerate(rows)]
 
 
-def _decoded(content: bytes, name: str, line: int | None = None) -> str:
+def decoded_text(content: bytes, name: str, line: int | None = None) -> str:
+    """The text of UTF-8. Raises UserError for other bytes, with the line in the file `name`."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -192,7 +202,8 @@ def not_utf8(name: str, line: int, byte: int) -> str:
     )
 
 
-def _parsed(text: str, name: str, line: int = 1) -> Any:
+def parsed_text(text: str, name: str, line: int = 1) -> Any:
+    """The value of a JSON text that begins in this line of the file `name`. Raises UserError for other text."""
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
@@ -225,19 +236,20 @@ def _is_text(row: Any) -> bool:
     return True
 
 
-class _Shape:
+class Shape:
     """The kinds of values at one place of all rows, with the shapes of list items and object fields."""
 
     __slots__ = ("fields", "holds_null", "inside", "kinds", "ragged")
 
     def __init__(self) -> None:
         self.kinds: set[type] = set()
-        self.fields: dict[str, _Shape] = {}
-        self.inside: _Shape | None = None
+        self.fields: dict[str, Shape] = {}
+        self.inside: Shape | None = None
         self.ragged = False
         self.holds_null = False
 
     def see(self, value: Any) -> None:
+        """Adds the kind of a value."""
         if value is None:
             return
         kind = type(value)
@@ -246,10 +258,10 @@ class _Shape:
                 self.ragged = True
             for key, item in value.items():
                 if key not in self.fields:
-                    self.fields[key] = _Shape()
+                    self.fields[key] = Shape()
                 self.fields[key].see(item)
         elif kind is list:
-            self.inside = self.inside or _Shape()
+            self.inside = self.inside or Shape()
             for item in value:
                 self.inside.see(item)
             self.inside.holds_null |= None in value

@@ -39,7 +39,8 @@ def load_data(
     """The rows of a data recipe in TRL's columns: "train" and, where the recipe has one, "eval".
 
     Args:
-        name_or_path: a recipe's name under `root` (default: those that ship with mmkd), or the path of a YAML.
+        name_or_path: a recipe's name under `root` (default: those that ship with mmkd), a YAML's path, or the rows
+            themselves: a file, a folder, a glob, or owner/name on the Hub.
         max_train_rows: the maximal number of training rows; it does not change which rows are held out for eval.
         max_eval_rows: the maximal number of eval rows.
 
@@ -57,6 +58,8 @@ def load_rows(
     for name, rows in (("max_train_rows", max_train_rows), ("max_eval_rows", max_eval_rows)):
         if rows is not None and rows < 1:
             raise UserError(f"{name} is {rows}; give 1 or more, or leave it out for all rows.")
+    for note in recipe.notes:
+        logger.warning("%s: %s", recipe.name, note)
     caps = [cap for cap in (recipe.max_rows, max_train_rows) if cap is not None]
     rows = (_mixture_rows if recipe.mixture else _source_rows)(recipe, min(caps, default=None), max_eval_rows)
     if recipe.image_urls:

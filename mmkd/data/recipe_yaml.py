@@ -1,6 +1,7 @@
 """Reading a data recipe: find its YAML, check every key, and load the recipes it mixes."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from mmkd.yaml_files import AsWritten, read_yaml
 
 from .columns import MessagesColumn, TurnColumns, is_template
 from .data_recipe import DataFilters, DataRecipe, MixturePart
+from .direct_source import direct_recipe
+
+logger = logging.getLogger(__name__)
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _KINDS |= {dict: "{key: value}", list: "a list"}
@@ -20,35 +24,54 @@ def read_recipe(name_or_path: str, *, root: Path | None = None) -> DataRecipe:
     return _load(name_or_path, root=root, base=None, parents=())
 
 
-def _find(name_or_path: str, root: Path | None, base: Path | None) -> Path:
-    """The YAML's path. Raises UserError when there is none, or the file is no YAML."""
-    if "/" in name_or_path or Path(name_or_path).suffix:
-        tried = [folder / Path(name_or_path).expanduser() for folder in (Path.cwd(), base) if folder is not None]
-        found = next((path for path in tried if path.exists()), None)
-        if found is None:
+def _find(name_or_path: str, root: Path | None, base: Path | None) -> Path | DataRecipe:
+    """The YAML's path, or the recipe of rows that are named directly. Raises UserError when there is neither."""
+    is_path = "/" in name_or_path or bool(Path(name_or_path).suffix)
+    tried = [folder / Path(name_or_path).expanduser() for folder in (Path.cwd(), base) if folder is not None]
+    if is_path and Path(name_or_path).suffix in (".yaml", ".yml"):
+        path = next((path for path in tried if path.is_file()), None)
+        if path is None:
             raise UserError(f"no data recipe at {' or '.join(map(str, tried))}; check the path.")
-        if found.suffix not in (".yaml", ".yml"):
-            raise UserError(
-                f"{found} is no YAML; a data recipe for it says `source:`, `data_files:` and `columns:` "
-                "(data_recipes/python_docs.yaml is one to copy)."
-            )
-        return found.resolve()
-    if root is None:
-        from mmkd.shipped import recipe_root
+        return path.resolve()
+    if not is_path:
+        if root is None:
+            from mmkd.shipped import recipe_root
 
-        root = recipe_root("data_recipes")
-    shipped = sorted(path.stem for path in root.glob("*.yaml"))
-    if name_or_path not in shipped:
-        hint = f"did you mean {nearest(name_or_path, shipped)!r}? " if shipped else ""
+            root = recipe_root("data_recipes")
+        path = root / f"{name_or_path}.yaml"
+        if path.is_file():
+            if tried[0].exists():
+                logger.warning(
+                    "%s is read as the data recipe of this name, and not as %s here; for that write ./%s.",
+                    *(name_or_path, tried[0].name, name_or_path),
+                )
+            return path.resolve()
+    inside = next((folder / "data.yaml" for folder in tried if (folder / "data.yaml").is_file()), None)
+    if inside is not None:
+        logger.warning("%s: read by the data recipe in it, data.yaml.", name_or_path)
+        return inside.resolve()
+    recipe = direct_recipe(name_or_path, base=base)
+    if recipe is not None:
+        return recipe
+    if is_path:
         raise UserError(
-            f"unknown data recipe {name_or_path!r}; {hint}Those in {root}: {', '.join(shipped) or 'none'}. "
-            "For a recipe of your own give its path, such as ./my_data.yaml."
+            f"no file, folder or data recipe at {' or '.join(map(str, tried))}; check the path. `data` names a data "
+            "recipe, a file of rows, a folder, a glob, or owner/name on the Hub."
         )
-    return (root / f"{name_or_path}.yaml").resolve()
+    assert root is not None
+    shipped = sorted(path.stem for path in root.glob("*.yaml"))
+    hint = f"did you mean {nearest(name_or_path, shipped)!r}? " if shipped else ""
+    raise UserError(
+        f"unknown data recipe {name_or_path!r}; {hint}Those in {root}: {', '.join(shipped) or 'none'}. "
+        "For a recipe of your own give its path, such as ./my_data.yaml; rows may be named directly, such as "
+        "./rows.jsonl."
+    )
 
 
 def _load(name_or_path: str, *, root: Path | None, base: Path | None, parents: tuple[Path, ...]) -> DataRecipe:
     path = _find(name_or_path, root, base)
+    if isinstance(path, DataRecipe):
+        return path
     if path in parents:
         chain = " -> ".join(p.stem for p in (*parents, path))
         raise UserError(f"the mixture is cyclic: {chain}; a recipe cannot be a part of itself.")

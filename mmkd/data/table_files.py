@@ -1,4 +1,4 @@
-"""JSON and CSV files as rows on disk, read by our own readers, because those of `datasets` guess types of text."""
+"""JSON, CSV and tar files as rows on disk, read by our own readers: those of `datasets` guess types of text."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +13,10 @@ from mmkd.seams.datasets_seam import Key
 
 from .csv_rows import csv_features, csv_tables
 from .json_rows import json_features, json_tables
+from .tar_shards import shard_features, shard_notes, shard_tables
 
 READERS = {"json": (json_features, json_tables), "csv": (csv_features, csv_tables)}
+READERS |= {"webdataset": (shard_features, shard_tables)}
 
 # Raise it when the same file gives other rows than before: it is part of the key of the cache.
 _VERSION = 1
@@ -59,8 +61,13 @@ class TableFiles(ArrowBasedBuilder):
     def _split_generators(self, dl_manager: DownloadManager) -> list[SplitGenerator]:
         config: Any = self.config
         names = list(config.data_files[config.split])
-        files = list(zip(dl_manager.download_and_extract(names), names, strict=True))
+        # The reader of archives opens them itself; extracting them would fill the disk with small files.
+        archives = config.kind == "webdataset"
+        paths = dl_manager.download(names) if archives else dl_manager.download_and_extract(names)
+        files = list(zip(paths, names, strict=True))
         self.info.features = READERS[config.kind][0](files)
+        # Kept with the rows, so that it is known when the rows come from the cache.
+        self.info.description = shard_notes(files) if archives else ""
         return [SplitGenerator(name=config.split, gen_kwargs={"files": files})]
 
     def _generate_shards(self, files: list[tuple[str, str]]) -> Iterator[str]:

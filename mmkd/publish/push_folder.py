@@ -82,13 +82,18 @@ class Published:
             text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
             (folder / name).write_text(text, encoding="utf-8")
         data = Path(str(self.keys["data"]))
-        if data.is_file():
+        if is_recipe_file(data):
             shutil.copyfile(data, folder / "training" / data.name)
         (folder / LOG).write_text("".join(f"{json.dumps(entry)}\n" for entry in self.log), encoding="utf-8")
         _write(folder / SCORES, {"scores": list(self.student.scores), "held_out": dict(self.student.held_out)})
         if self.student.comparison is not None:
             _write(folder / "eval" / COMPARISON, self.student.comparison)
         self.card.save(folder / "README.md")
+
+
+def is_recipe_file(data: Path) -> bool:
+    """Whether a run's `data` is the file of a data recipe; rows that are named directly are never published."""
+    return data.is_file() and data.suffix in (".yaml", ".yml")
 
 
 def prepare(run: Path, options: PushOptions, measured: bool = True) -> Published:
@@ -159,7 +164,7 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], options: 
     }
     stated = {source.license for source in base}
     data = Path(str(keys["data"]))
-    recipe = {**portable(keys, ids), **({"data": f"training/{data.name}"} if data.is_file() else {})}
+    recipe = {**portable(keys, ids), **({"data": f"training/{data.name}"} if is_recipe_file(data) else {})}
     return Student(
         repo_id=options.repo_id,
         methods=list(dict.fromkeys(training["keys"]["method"] for training in trainings)),

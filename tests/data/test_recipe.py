@@ -587,7 +587,7 @@ def test_files_that_are_no_recipe(tmp_path):
     for path, message in (
         ("./list.yaml", "holds list, not keys and values"),
         ("./broken.yaml", "is not valid YAML"),
-        ("data.jsonl", "is no YAML; a data recipe for it says"),
+        ("data.jsonl", "data.jsonl: there are no rows in it"),
         ("./gone.yaml", "no data recipe at .*gone.yaml"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -639,7 +639,7 @@ def test_every_field_decides_rows_or_describes():
     """A new field must be put on one side, or caches would outlive a change of the rows."""
     describes = {"name", "description", "license", "homepage", "prepare", "rows", "folder", "mixture"}
     # Where the same images lie on this machine.
-    describes |= {"image_folder", "image_urls"}
+    describes |= {"image_folder", "image_urls", "notes"}
     fields = {f.name for f in dataclasses.fields(DataRecipe)}
     assert fields == describes | set(IDENTITY)
     assert all(f.metadata["help"] for f in dataclasses.fields(DataRecipe))
