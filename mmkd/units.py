@@ -7,6 +7,14 @@ def readable_size(count: float) -> str:
     return f"{count / 1024**unit:.{0 if unit == 0 else 1}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
 
+def readable_count(count: float) -> str:
+    """A number of parameters or tokens as text, such as 134.5 million."""
+    if count < 1000:
+        return f"{count:.0f}"
+    unit = next((i for i in (1, 2, 3) if count < 999.95 * 1000**i), 3)
+    return f"{count / 1000**unit:.1f} {('thousand', 'million', 'billion')[unit - 1]}"
+
+
 def readable_time(seconds: float) -> str:
     """A duration as text in its two largest units, such as 4 min 10 s."""
     whole = max(0, round(seconds))

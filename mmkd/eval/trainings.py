@@ -137,9 +137,9 @@ def make_baseline(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def label(recipe: Recipe) -> str:
-    """A training's name in tables: its method, and its recipe's name where that is not the quickstart's."""
+    """A training's name in tables: its method, and its recipe's name where that says more."""
     name = Path(recipe.name).stem
-    return recipe.method if name in ("quickstart", Path(BASELINE).stem) else f"{recipe.method}, {name}"
+    return recipe.method if name in ("quickstart", Path(BASELINE).stem, recipe.method) else f"{recipe.method}, {name}"
 
 
 def _alone(recipe: Recipe) -> Run:

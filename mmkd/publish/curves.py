@@ -11,6 +11,12 @@ from .runs import Part, RunFiles
 POINTS = 300
 """The maximal number of points of a line."""
 
+CHARACTER = 0.012
+"""The width of a character of a stage's name, as a share of a plot's width."""
+
+LEGEND_NAME = 36
+"""The longest name in a legend of two columns, in characters."""
+
 STYLES = [
     {"color": "#000000", "linestyle": "-", "marker": "o"},
     {"color": "#b2182b", "linestyle": "--", "marker": "s"},
@@ -76,9 +82,17 @@ def _draw_panel(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Figure | No
     if not lines:
         return None
     longest = max(runs.values(), key=lambda parts: sum(part.steps for part in parts))
-    marks = list(_starts(longest))[1:] if len(longest) > 1 else []
-    scale = "log" if panel.log_scale and not any(y <= 0 for _, _, ys in lines for y in ys) else "linear"
-    return _figure(panel.title, [(panel.unit, "optimizer step", lines)], scale=scale, marks=marks)
+    spans = [
+        (part.name, start, start + part.steps) for part, (_, start) in zip(longest, _starts(longest), strict=True)
+    ]
+    log_scale = panel.log_scale and _spans_a_decade([y for _, _, ys in lines for y in ys if not math.isnan(y)])
+    place = (panel.unit, "optimizer step", lines)
+    return _figure(panel.title, [place], log_scale=log_scale, spans=spans if len(spans) > 1 else [])
+
+
+def _spans_a_decade(values: Sequence[float]) -> bool:
+    """Whether a logarithmic axis shows more than a linear one, and is possible."""
+    return min(values) > 0 and max(values) / min(values) >= 5
 
 
 def _lines(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Iterator[Line]:
@@ -160,38 +174,83 @@ def _named(lines: Mapping[str, Sequence[tuple[float, float]]]) -> list[Line]:
 def _figure(
     title: str,
     places: Sequence[tuple[str, str, list[Line]]],
-    scale: str = "linear",
-    marks: Sequence[tuple[str, int]] = (),
+    log_scale: bool = False,
+    spans: Sequence[tuple[str, float, float]] = (),
     whole: bool = False,
 ) -> Figure:
-    """A figure with a plot for each of `places`: label of y, label of x, lines."""
+    """A figure with a plot for each of `places`: label of y, label of x, lines. `spans` are stages: name, from, to."""
     import matplotlib  # pyright: ignore[reportMissingImports]
     from matplotlib.backends.backend_svg import FigureCanvasSVG  # pyright: ignore[reportMissingImports]
     from matplotlib.figure import Figure as Canvas  # pyright: ignore[reportMissingImports]
 
     # Text as text instead of paths: the file is smaller, and the text can be searched.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmkd", "font.size": 9}):
-        figure = Canvas(figsize=(5.4 if len(places) == 1 else 3.6 * len(places), 3.1))
+        rows = max(_legend_rows(lines) for _, _, lines in places)
+        figure = Canvas(figsize=(5.4 if len(places) == 1 else 3.6 * len(places), 3.1 + 0.18 * rows))
         FigureCanvasSVG(figure)
         for axes, (unit, across, lines) in zip(figure.subplots(1, len(places), squeeze=False)[0], places, strict=True):
             for style, (name, xs, ys) in zip(_styles(len(lines)), lines, strict=True):
                 every = max(1, len(xs) // 12)
                 axes.plot(xs, ys, label=name, linewidth=1.2, markersize=4, markevery=every, **style)
-            axes.set(xlabel=across, ylabel=unit, yscale=scale)
+            axes.set(xlabel=across, ylabel=unit)
             axes.grid(color="#dddddd", linewidth=0.5)
             axes.spines[["top", "right"]].set_visible(False)
+            if log_scale:
+                _readable_log_scale(axes)
             if whole:
                 axes.xaxis.get_major_locator().set_params(integer=True)
-            for name, start in marks:
-                axes.axvline(start, color="#999999", linewidth=0.8, linestyle=":")
-                axes.annotate(name, (start, 1), xycoords=("data", "axes fraction"), fontsize=7, rotation=90, va="top")
+            _mark_spans(axes, spans)
             if len(lines) > 1:
-                axes.legend(fontsize=8, framealpha=0.7)
+                # Under the plot, where it hides no line.
+                axes.legend(
+                    fontsize=8, frameon=False, ncols=_legend_columns(lines), loc="upper left", bbox_to_anchor=(0, -0.2)
+                )
+        figure.suptitle(title, fontsize=10, fontweight="bold", x=0.02, ha="left")
         figure.tight_layout()
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     words = "; ".join(f"{name}: {ys[-1]:.4g} at {xs[-1]:g}" for _, _, lines in places for name, xs, ys in lines)
     return Figure(title.lower().replace(" ", "-").replace("'", "").strip("?"), title, file.getvalue(), words)
+
+
+def _readable_log_scale(axes: Any) -> None:
+    """A logarithmic axis of y whose ticks are plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # pyright: ignore[reportMissingImports]
+
+    axes.set_yscale("log")
+    bottom, top = axes.get_ylim()
+    steps = (1.0, 2.0, 5.0) if top / bottom < 1000 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=20))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}" if value < 1e6 else f"{value:.0e}"))
+
+
+def _mark_spans(axes: Any, spans: Sequence[tuple[str, float, float]]) -> None:
+    """Shows where each stage begins, with its name above the plot; upright where the name is wider than its stage."""
+    end = max((stop for _, _, stop in spans), default=0)
+    upright = any(len(name) * CHARACTER > (stop - start) / end for name, start, stop in spans if end)
+    for number, (name, start, stop) in enumerate(spans):
+        if number % 2:
+            axes.axvspan(start, stop, color="#f1f1f1", linewidth=0, zorder=0)
+        axes.annotate(
+            name,
+            ((start + stop) / 2, 1.02),
+            xycoords=("data", "axes fraction"),
+            fontsize=7,
+            color="#444444",
+            rotation=90 if upright else 0,
+            ha="center",
+            va="bottom",
+        )
+
+
+def _legend_columns(lines: Sequence[Line]) -> int:
+    """As many columns as fit under a plot."""
+    return 1 if max(len(name) for name, _, _ in lines) > LEGEND_NAME else 2
+
+
+def _legend_rows(lines: Sequence[Line]) -> int:
+    return -(-len(lines) // _legend_columns(lines)) if len(lines) > 1 else 0
 
 
 def _styles(count: int) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import base64
 import html
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,16 +13,20 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from mmkd import __version__
 from mmkd.errors import UserError
 from mmkd.files import write_file
+from mmkd.results.places import RECORD
 from mmkd.results.scores import items_of, scores_of
 from mmkd.results.tables import markdown, tables
+from mmkd.units import readable_time
 
 from .curves import draw
-from .runs import RunFiles, read_run, tokens_of, with_parts
-from .samples import samples_of
+from .runs import Part, RunFiles, read_json, read_run, tokens_of, with_parts
+from .samples import ReportSample, samples_of
+from .summary import summary_of
 
 HTML, MARKDOWN, FIGURES = "report.html", "report.md", "report-figures"
 
@@ -64,7 +69,7 @@ def write_report(folder: Path, output: Path | None = None, comparison: Path | No
         write_file(output / FIGURES / f"{figure['name']}.svg", figure["svg"])
     for name, escape in ((HTML, True), (MARKDOWN, False)):
         environment = Environment(autoescape=escape, undefined=StrictUndefined, keep_trailing_newline=True)
-        environment.filters["cell"] = _cell
+        environment.filters |= {"cell": _cell, "code": _code}
         template = templates.joinpath(name.replace("report", "report_page")).read_text(encoding="utf-8")
         write_file(output / name, environment.from_string(template).render(**facts))
     return output / HTML, output / MARKDOWN
@@ -84,47 +89,64 @@ def page_facts(run: RunFiles) -> dict[str, Any]:
         }
         for figure in draw(run)
     ]
-    methods = ", ".join(dict.fromkeys(record["method"] for record in records.values() if "method" in record))
+    samples = samples_of(run)
     return {
-        "title": f"{methods or 'Report of'} {run.folder.name}",
+        "title": f"{'Comparison' if run.comparison is not None else 'Run'} {run.name}",
         "state": run.state,
         "written": datetime.now(UTC).isoformat(" ", "seconds"),
         "version": __version__,
         "warnings": _warnings(run),
+        "summary": summary_of(run),
         "sections": [section for section in _sections(run) if section.tables or section.note],
         "closing": [Section("Data", _data(records)), Section("Versions", _versions(run))],
         "figures": figures,
         "folder": FIGURES,
-        "samples": samples_of(run),
+        "samples": samples,
+        "samples_note": _samples_note(samples),
         "recipes": [_recipe(name, record) for name, record in records.items() if "keys" in record],
     }
+
+
+def _samples_note(samples: Sequence[ReportSample]) -> str:
+    if samples:
+        return "The first ones of each kind, not chosen ones."
+    return "There are none."
 
 
 def _recipe(stage: str, record: Mapping[str, Any]) -> dict[str, str]:
     """A recipe as it was run, with its origin."""
     note = f"{record.get('recipe', '')} with its flags, started on {record['started']}."
     keys = yaml.safe_dump(record["keys"], sort_keys=False, allow_unicode=True)
-    return {"note": f"Stage {stage}: {note}" if stage else note, "keys": keys}
+    return {"title": f"Stage {stage}", "note": f"Stage {stage}: {note}" if stage else note, "keys": keys}
 
 
 def _training(run: RunFiles) -> list[Table]:
-    """Steps, tokens and hours of each training, and their sums for a run in stages or rounds."""
+    """Data, steps, tokens and time of each training, and their sums for a run in stages or rounds."""
     tables = []
     for name, parts in run.lines.items():
-        lines = [_counts(part.name, part.steps, part.tokens, part.seconds) for part in parts if part.log]
+        lines = [
+            [part.name, *_origin(part), *_counts(part.steps, part.tokens, part.seconds)] for part in parts if part.log
+        ]
         if len(lines) > 1:
             seconds = [part.seconds for part in parts if part.seconds is not None]
             steps = sum(part.steps for part in parts)
-            lines.append(_counts("all", steps, tokens_of(parts), sum(seconds) if seconds else None))
+            lines.append(["all", "", "", *_counts(steps, tokens_of(parts), sum(seconds) if seconds else None)])
         if lines:
             title = name if len(run.lines) > 1 else ""
-            tables.append(Table(title, ["training", "steps", "supervised tokens", "hours"], lines))
+            header = ["training", "method", "data", "steps", "supervised tokens", "time"]
+            tables.append(Table(title, header, lines))
     return tables
 
 
-def _counts(name: str, steps: int, tokens: int | None, seconds: float | None) -> list[str]:
-    hours = "" if seconds is None else f"{seconds / 3600:.3g}"
-    return [name, f"{steps:,}", "" if tokens is None else f"{tokens:,}", hours]
+def _origin(part: Part) -> list[str]:
+    """Method and data of a training."""
+    record = read_json(part.folder / RECORD)
+    return [str(record.get("method", "")), str((record.get("data") or {}).get("name", ""))]
+
+
+def _counts(steps: int, tokens: int | None, seconds: float | None) -> list[str]:
+    time = "" if seconds is None else readable_time(seconds)
+    return [f"{steps:,}", "" if tokens is None else f"{tokens:,}", time]
 
 
 def _sections(run: RunFiles) -> list[Section]:
@@ -211,9 +233,14 @@ def _versions(run: RunFiles) -> list[Table]:
     if not machine:
         return []
     facts = {key: value for key, value in machine.items() if key != "versions"} | machine["versions"]
-    return [Table("", ["", ""], [[key, str(value)] for key, value in facts.items()])]
+    return [Table("", ["package or fact", "value"], [[key, str(value)] for key, value in facts.items()])]
 
 
 def _cell(text: str) -> str:
     """Text for a cell of a Markdown table, escaped so that `<` in a model's answer does not begin a tag."""
     return html.escape(str(text), quote=False).replace("|", "\\|").replace("\n", "<br>")
+
+
+def _code(text: str) -> Markup:
+    """HTML of text in which `...` is code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)))

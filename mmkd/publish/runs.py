@@ -13,6 +13,9 @@ from mmkd.results.places import COMPARISON, RECORD, RESULTS, results_before, res
 LOG, STATE = "log.jsonl", "trainer_state.json"
 ROUNDS, CHOICE = "round-*/report.json", "interpolation.json"
 
+BEFORE_RESULTS, TEACHER_RESULTS = "student before", "teacher"
+"""Names of the results of the model that a student started from, and of its teacher."""
+
 Log = list[dict[str, Any]]
 
 
@@ -66,8 +69,35 @@ class RunFiles:
     """The last round whose answers were compared."""
 
     @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.resolve().name
+
+    @property
+    def student_folder(self) -> Path:
+        """The folder of the student: the run's own, or that of its last training."""
+        parts = self.own_parts
+        own = [self.folder, *(part.folder for part in parts[-1:])]
+        return next((place for place in own if any(place.glob("*.safetensors"))), own[-1])
+
+    @property
+    def own_parts(self) -> list[Part]:
+        """The trainings of the run itself; of a comparison's folder, those of its first student."""
+        lines = {name: parts for name, parts in self.lines.items() if any(part.log for part in parts)}
+        folder = self.folder.resolve()
+        inside = [
+            parts for parts in lines.values() if all(part.folder.resolve().is_relative_to(folder) for part in parts)
+        ]
+        if self.comparison is not None:
+            names = [row["name"] for row in shown_rows(self.comparison, self.folder)]
+            inside = [lines[name] for name in names if name in lines] or inside
+        return inside[0] if inside else []
+
+    @property
     def state(self) -> str:
         """The progress of the run, as a sentence."""
+        if (self.folder / COMPARISON).is_file():
+            return "Every training of the comparison is finished."
         folder = self.folder.resolve()
         lines = self.lines.values()
         inside = [line for line in lines if any(part.folder.resolve().is_relative_to(folder) for part in line)]
@@ -221,6 +251,13 @@ def comparison_of(folder: Path, chosen: Path | None) -> dict[str, Any] | None:
     return beside if folder.resolve() in named else None
 
 
+def shown_rows(comparison: Mapping[str, Any], folder: Path) -> list[Mapping[str, Any]]:
+    """The students of a comparison that a report is about: the run in the folder, or else all of them."""
+    students = [row for row in comparison["rows"] if row["role"] == "student"]
+    own = [row for row in students if folder.resolve() in {Path(name).resolve() for name in row["folders"]}]
+    return own or students
+
+
 def _seed_of(row: Mapping[str, Any], folder: Path) -> str:
     """The folder that represents a row of a comparison: the run's own, or else that of the first seed."""
     own = (name for name in row["folders"] if Path(name).resolve() == folder.resolve())
@@ -247,9 +284,11 @@ def _results(folder: Path, parts: list[Part], comparison: Mapping[str, Any] | No
         last = parts[-1].folder if parts else folder
         own = folder if (folder / RESULTS).is_file() else last
         places = {folder.name: own / "eval"}
-        teacher = record_of(folder).get("keys", {}).get("teacher")
-        if teacher:
-            places = {"teacher": _kept(str(teacher)), **places}
+        keys = record_of(folder).get("keys", {})
+        if keys.get("student") and keys.get("student_init", "pretrained") == "pretrained":
+            places = {BEFORE_RESULTS: _kept(str(keys["student"])), **places}
+        if keys.get("teacher"):
+            places = {TEACHER_RESULTS: _kept(str(keys["teacher"])), **places}
     contents = {name: (place, read_json(place / "results.json")) for name, place in places.items()}
     return {name: {**content, "folder": str(place)} for name, (place, content) in contents.items() if content}
 

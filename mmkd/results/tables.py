@@ -60,7 +60,7 @@ def _numbers(title: str, rows: Sequence[Mapping[str, Any]], key: str) -> Cells:
             speed = f"{row['cost']['tokens_per_second']:.0f}" if row["cost"] else ""
             cells = [f"{row['parameters'] / 1e6:.1f} M", tokens, *cells, speed]
         lines.append([row["name"], *cells])
-    return title, ["", *own, *titles, *last] if names or own else [""], lines
+    return title, ["model", *own, *titles, *last] if names or own else ["model"], lines
 
 
 def _against(title: str, rows: Sequence[Mapping[str, Any]], key: str, cell: Any) -> Cells:
@@ -68,7 +68,7 @@ def _against(title: str, rows: Sequence[Mapping[str, Any]], key: str, cell: Any)
     names = list(dict.fromkeys(name for row in chosen for name in row[key]))
     titles = [_title(chosen[0], name) for name in names]
     lines = [[row["name"], *(cell(row[key][name]) if name in row[key] else "" for name in names)] for row in chosen]
-    return title, ["", *titles], lines
+    return title, ["model", *titles], lines
 
 
 def _title(row: Mapping[str, Any], name: str) -> str:
@@ -85,9 +85,9 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> Cells:
     unit = chosen[0]["cost"]["unit"] if chosen else ""
     lines = []
     for row in chosen:
-        cells = [row["name"], f"{row['cost']['hours']:.3f}", f"{row['cost']['teacher_tokens']:,.0f}"]
+        cells = [row["name"], f"{row['cost']['hours']:.3g}", f"{row['cost']['teacher_tokens']:,.0f}"]
         lines.append([*cells, *([_cache(row["cache"])] if cached else [])])
-    return "Cost of a training", ["", unit, "teacher tokens", *(["cache"] if cached else [])], lines
+    return "Cost of a training", ["model", unit, "teacher tokens", *(["cache"] if cached else [])], lines
 
 
 def _cache(cache: Mapping[str, Any] | None) -> str:

@@ -117,7 +117,7 @@ def test_one_recipe_against_its_baseline_over_seeds(workplace, monkeypatch, caps
 def test_with_baseline_is_a_comparison_under_the_runs_folder(workplace, capsys):
     assert main(["train", "kd.yaml", "--with_baseline", "--temperature", "2", "--max_steps", "2"]) == 0
     found = json.loads(Path("run/comparison.json").read_text())
-    assert [row["name"] for row in found["rows"]] == ["teacher", "student, untrained", "sft", "kd, kd"]
+    assert [row["name"] for row in found["rows"]] == ["teacher", "student, untrained", "sft", "kd"]
     assert math.isfinite(found["rows"][-1]["gain_over_sft"]["kl"]["low"])
 
 

@@ -180,7 +180,7 @@ def test_the_markdown_page(run, tmp_path):
     assert all((tmp_path / "out" / name).read_text().startswith("<?xml") for name in figures)
     assert "| kd | right | red\\| |" in text
     assert "| kd | wrong | &lt;b&gt;no&lt;/b&gt; |" in text
-    assert re.search(r"\|  \| parameters \| tokens seen \| KL to teacher \(nats\) \| tokens/s \|\n\| --- ", text)
+    assert re.search(r"\| model \| parameters \| tokens seen \| KL to teacher \(nats\) \| tokens/s \|\n\| --- ", text)
     # No line of a table is cut off by an empty one.
     assert not re.search(r"\|\n\n\|", text)
 
@@ -242,7 +242,13 @@ def test_a_report_knows_all_stages(tmp_path):
     for text in (path.read_text() for path in write_report(tmp_path)):
         for words in ("kd, sft", "licence-captions", "licence-questions", "data: captions", "data: questions"):
             assert words in text
-    assert "| 1-PT | 100 | 2,701 | 1 |\n| 2-SFT | 100 | 869 | 1 |\n| all | 200 | 3,570 | 2 |" in text
+    header = "| training | method | data | steps | supervised tokens | time |"
+    first = "| 1-PT | kd | captions | 100 | 2,701 | 1 h |"
+    second = "| 2-SFT | sft | questions | 100 | 869 | 1 h |"
+    assert (
+        f"{header}\n| --- | --- | --- | --- | --- | --- |\n{first}\n{second}\n| all |  |  | 200 | 3,570 | 2 h |"
+        in text
+    )
     assert "Stage 1-PT: x.yaml with its flags, started on 2026-01-02." in text
 
 
@@ -368,5 +374,5 @@ def test_a_browser_shows_all_of_it(run, tmp_path):
         "unnamed": 0,
         "wider": False,
         "fetched": 0,
-        "headings": ["Comparison", "Benchmarks", "Curves", "Samples", "Recipe", "Data", "Versions"],
+        "headings": ["Comparison", "Training", "Benchmarks", "Curves", "Samples", "Recipe", "Data", "Versions"],
     }
