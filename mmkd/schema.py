@@ -25,6 +25,7 @@ _NO = {
     dict: "no mapping of names to values",
 }
 _A = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a mapping"}
+_TAKES = {int: "whole number", float: "number", bool: "true | false", str: "text", list: "list", dict: "mapping"}
 TRUTH = {"true": True, "yes": True, "t": True, "y": True, "1": True}
 TRUTH |= {"false": False, "no": False, "f": False, "n": False, "0": False}
 # More choices than these are not listed in an error, and longer values are cut.
@@ -127,6 +128,24 @@ class Field:
         """Whether its value, or each item of its list, is text, and no number or truth value."""
         kinds = {*self.kinds, *(() if self.items is None else self.items.kinds)}
         return str in kinds and kinds.isdisjoint({bool, int, float, Any})
+
+    def described(self, most_choices: int = _SHOWN_CHOICES) -> str:
+        """What it takes, in a few words; more than `most_choices` choices are counted."""
+        if self.choices:
+            kinds = [str(getattr(choice, "value", choice)) for choice in self.choices]
+            kinds = kinds if len(kinds) <= most_choices else [f"one of {len(kinds)} values"]
+        elif self.items is not None and list in self.kinds:
+            return f"list: {self.items.described(most_choices)}"
+        else:
+            kinds = [_TAKES.get(kind, _name(kind)) for kind in self.kinds if kind is not NoneType]
+            # What others declare as a mapping or text is a mapping in YAML, and text on a command line.
+            kinds = ["mapping"] if dict in self.kinds and {*self.kinds} <= {dict, str, NoneType} else kinds
+        text = " | ".join(dict.fromkeys(kinds))
+        numbers = not {int, float}.isdisjoint(self.kinds) and self.bounds != _FINITE
+        if not numbers:
+            return text
+        within = str(self.bounds)
+        return f"{text} {within.removeprefix('a number ')}" if within.startswith("a ") else f"{text}, {within}"
 
     def check(self, value: Any, where: str = "") -> None:
         """Raises UserError for a value of another type, none of the choices, or a number out of range."""

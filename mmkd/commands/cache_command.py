@@ -1,12 +1,35 @@
 """`mmkd cache`: build, info, verify, push and merge."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Action, ArgumentParser, Namespace
+from typing import Any
 
 from .command import Command, CommandGroup
 
 
+class _HelpWithKeys(Action):
+    """Prints the help of a command, and the keys of a recipe that are about caches."""
+
+    def __call__(self, parser: ArgumentParser, *unused: Any) -> None:
+        from dataclasses import fields
+
+        from rich.console import Console
+
+        from mmkd.recipe.cache_arguments import CacheArguments
+        from mmkd.recipe.key_format import Key, print_key
+        from mmkd.schema import fields_of
+
+        parser.print_help()
+        console = Console(highlight=False)
+        console.print("\nkeys of a cache, in the recipe or as flags:")
+        checked = fields_of(CacheArguments)
+        for field in fields(CacheArguments):
+            print_key(console, Key.of(field, checked[field.name], "cache"), whole=True)
+        parser.exit()
+
+
 def add_build_flags(parser: ArgumentParser) -> None:
     """Of `mmkd cache build`."""
+    parser.add_argument("-h", "--help", nargs=0, action=_HelpWithKeys, help="show this help message and exit")
     parser.add_argument("recipe", help="path of a YAML file, or name of a shipped recipe")
 
 
@@ -86,7 +109,12 @@ COMMAND = CommandGroup(
             "run the teacher of a recipe over its data; run it again to go on",
             build,
             add_build_flags,
+            "Runs the teacher of a recipe over its data and writes what it says to the recipe's teacher_cache, or "
+            "with job: generate its answers. Every key of the recipe can be given as a flag, such as --dry_run or "
+            "--teacher_top_k 32. Besides the keys below, teacher, teacher_*, data and max_length decide what is "
+            "written; `mmkd-train RECIPE --help_keys teacher` describes them.",
             recipe="recipe",
+            add_help=False,
         ),
         Command("info", "what a cache holds, its size, the mass it keeps, what it cost", info, add_info_flags),
         Command(

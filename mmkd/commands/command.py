@@ -26,15 +26,17 @@ class Command:
     recipe: str | None = None
     """Its argument that names a recipe, where flags that its parser does not know are keys of that recipe."""
     allow_abbrev: bool = True
+    add_help: bool = True
+    """Whether its --help is argparse's, and `add_flags` adds none of its own."""
 
     def check_flags(self, options: Namespace, words: Sequence[str]) -> None:
         """Raises UserError for a key before the recipe whose value was taken for the recipe.
 
         Only who reads the recipe knows how many values a key of it takes. What can stand there is a key that is true.
         """
-        if self.recipe is None:
+        name = None if self.recipe is None else getattr(options, self.recipe)
+        if name is None:
             return
-        name = getattr(options, self.recipe)
         name = name if isinstance(name, str) else name[0]
         start = words.index(name)
         key = words[start - 1] if start else ""
@@ -42,7 +44,7 @@ class Command:
             return
         values = list(takewhile(lambda word: not word.startswith("--"), words[start:]))
         # A last word that found no place belongs to the key, and so do those before it.
-        if values[-1] in options.flags or not _is_recipe(name):
+        if values[-1] in options.flags or not is_recipe(name):
             raise UserError(
                 f"{key} stands before the recipe, where its value cannot be told from a recipe's name. Put the recipe "
                 f"first: RECIPE {key} {name}."
@@ -58,7 +60,8 @@ class CommandGroup:
     commands: tuple[Command, ...]
 
 
-def _is_recipe(name: str) -> bool:
+def is_recipe(name: str) -> bool:
+    """Whether it is a file, or the name of a shipped recipe."""
     try:
         find_recipe(name)
     except UserError:

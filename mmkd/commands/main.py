@@ -127,7 +127,11 @@ def _add(commands: Sequence[Command | CommandGroup], parser: ArgumentParser, dep
             _add(command.commands, parsers.add_parser(command.name, help=command.help), depth + 1)
             continue
         own = parsers.add_parser(
-            command.name, help=command.help, description=command.description, allow_abbrev=command.allow_abbrev
+            command.name,
+            help=command.help,
+            description=command.description,
+            allow_abbrev=command.allow_abbrev,
+            add_help=command.add_help,
         )
         command.add_flags(own)
         own.set_defaults(chosen=command, parser=own, depth=depth)

@@ -93,12 +93,6 @@ def _train(trainer: RunTrainer, checkpoint: str | None) -> bool:
     return not interrupt.asked
 
 
-def print_keys(recipe: Recipe) -> int:
-    """Prints every key that a recipe of this method may set, with its meaning."""
-    parser_of(recipe.method).print_help()
-    return 0
-
-
 def _way_on(run: Run) -> str:
     newest = last_checkpoint(run.training.output_dir or "")
     if newest is None:

@@ -225,4 +225,7 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal]):
         return [common_tokens(*pair) for pair in zip(ours, theirs, strict=True)]
 
 
-METHOD = Method(LLaVAKDTrainer)
+METHOD = Method(
+    LLaVAKDTrainer,
+    unused={"ce_weight": "Always 0: alpha, beta and gamma weigh the other terms."},
+)

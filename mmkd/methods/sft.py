@@ -39,4 +39,4 @@ class SFTBaselineTrainer(DistillationTrainer[Targets | None]):
         return self.fused(student, signal)
 
 
-METHOD = Method(SFTBaselineTrainer)
+METHOD = Method(SFTBaselineTrainer, unused={"ce_weight": "Always 1: the loss has no other term."})

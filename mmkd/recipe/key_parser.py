@@ -4,12 +4,9 @@ import contextlib
 import functools
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from typing import Any
-
-from trl.scripts.utils import TrlParser
 
 from mmkd.errors import UserError
 from mmkd.schema import TRUTH, Field, Range, fields_of, missing_fields, shown
@@ -80,13 +77,9 @@ class KeyParser:
             if name in self._fields
         }
 
-    def print_help(self) -> None:
-        """Prints what every key is for."""
-        sys.stdout.write(self.format_help())
-
-    def format_help(self) -> str:
-        """What every key is for, as argparse lists flags."""
-        return TrlParser(self.types, prog=f"mmkd-train ({self.method})", allow_abbrev=False).format_help()
+    def field(self, name: str) -> Field:
+        """What a key may hold."""
+        return self._fields[name]
 
     @property
     def names(self) -> list[str]:

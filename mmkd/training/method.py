@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -68,6 +68,9 @@ class Method:
     plan: Forecast | None = None
     data_facts: DataFacts | None = None
     build_cache: BuildCache | None = None
+
+    unused: Mapping[str, str] = field(default_factory=dict)
+    """Keys that every recipe may set and one of this method has no use for -> why. `--help_keys` hides them."""
 
     def __post_init__(self) -> None:
         own = ("build", "dry_run", "check", "examine", "plan", "data_facts")

@@ -117,7 +117,7 @@ def of_rounds(recipe: Recipe, folder: Path) -> Any:
 
 COMMANDS = {
     ("train", "RECIPE"): "mmkd.commands.train.train",
-    ("train", "RECIPE", "--help-keys"): "mmkd.commands.train.print_keys",
+    ("train", "RECIPE", "--help-keys"): "mmkd.recipe.key_help.print_keys_of",
     ("train", "RECIPE", "--with-baseline"): "mmkd.commands.compare_command.with_baseline",
     ("cache", "build", "RECIPE"): "mmkd.commands.cache_actions.build_cache",
     ("doctor", "RECIPE"): "mmkd.preflight.doctor.doctor",

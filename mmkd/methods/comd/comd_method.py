@@ -9,5 +9,14 @@ from .rounds import train_rounds
 
 # An adapter is merged after every round.
 METHOD = Method(
-    CoMDTrainer, leaves_whole_student=True, drive=train_rounds, dry_run=dry_run_comd, examine=examine_rounds
+    CoMDTrainer,
+    leaves_whole_student=True,
+    drive=train_rounds,
+    dry_run=dry_run_comd,
+    examine=examine_rounds,
+    unused={
+        "ce_weight": "Always 1: set round_method to kd and ce_weight in round_settings.",
+        "teacher_cache": "The teacher answers instructions that are not known before. See round_cache.",
+        "job": "A round builds its cache itself. See round_cache.",
+    },
 )

@@ -10,6 +10,7 @@ from mmkd.data.class_rows import ClassRows
 from mmkd.data.classification import ClassificationData, ClassificationRecipe, load_classification
 from mmkd.errors import UserError
 from mmkd.recipe.arguments import RunArguments
+from mmkd.recipe.cache_arguments import CacheArguments
 from mmkd.recipe.recipe import Run
 
 from .dho_config import DHOConfig
@@ -17,6 +18,10 @@ from .dho_config import DHOConfig
 # What a recipe of every method may set, and a classifier's run reads.
 _READ = {"method", "data", "teacher", "teacher_revision", "teacher_dtype", "teacher_attn_implementation"}
 _READ |= {"teacher_cache", "student", "student_init", "max_train_rows", "max_eval_rows", "dry_run"}
+
+_ADAPTERS = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
+_ADAPTERS += ("lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")
+_ADAPTERS += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,16 @@ def check_arguments(run: Run) -> None:
             "Set `student` to a vision model, a text model or, with student_init: random, its config.",
             because="not built",
         )
+
+
+def unused_keys() -> dict[str, str]:
+    """The keys of every recipe that one of classes has no use for -> why.
+
+    Those of a cache are among them: the logits of classes are written in one way.
+    """
+    unread = [key.name for key in dataclasses.fields(RunArguments) if key.name not in _READ]
+    unread += [key.name for key in dataclasses.fields(CacheArguments)]
+    return dict.fromkeys(unread, "It is about tokens.") | dict.fromkeys(_ADAPTERS, "The whole student is trained.")
 
 
 def class_data_facts(name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from mmkd.training.method import Method
 
 from .class_checks import check_classes_run, examine_classes
 from .class_plan import plan_classes
-from .class_run import class_data_facts
+from .class_run import class_data_facts, unused_keys
 from .class_teacher import build_class_cache
 from .dho_build import build_dho_trainer
 from .dho_dry_run import dry_run_dho
@@ -20,4 +20,5 @@ METHOD = Method(
     plan=plan_classes,
     data_facts=class_data_facts,
     build_cache=build_class_cache,
+    unused=unused_keys(),
 )
