@@ -113,7 +113,8 @@ def _lines(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Iterator[Line]:
             ]
             label = name.removeprefix("eval_") + ", held out" if name.startswith("eval_") else name
             if points:
-                xs, ys = zip(*sorted([*thinned(points), *_gaps(name, parts, points)]), strict=True)
+                gaps = [*_gaps(name, parts, points), *(_other_rows(parts) if name.startswith("eval_") else [])]
+                xs, ys = zip(*sorted([*thinned(points), *gaps]), strict=True)
                 yield (label if len(runs) == 1 else f"{run}: {label}"), list(xs), list(ys)
 
 
@@ -133,6 +134,16 @@ def _gaps(name: str, parts: Sequence[Part], points: Sequence[tuple[float, float]
         if not any(name in entry for entry in part.log)
     ]
     return [(x, math.nan) for x in silent if points[0][0] < x < points[-1][0]]
+
+
+def _other_rows(parts: Sequence[Part]) -> list[tuple[float, float]]:
+    """NaN points that interrupt a line of held-out rows where a part begins that holds out other rows."""
+    starts = [start for _, start in _starts(parts)]
+    return [
+        (starts[number] + 0.5, math.nan)
+        for number in range(1, len(parts))
+        if parts[number].data != parts[number - 1].data
+    ]
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -228,6 +239,8 @@ def _readable_log_scale(axes: Any) -> None:
 def _mark_spans(axes: Any, spans: Sequence[tuple[str, float, float]]) -> None:
     """Shows where each stage begins, with its name above the plot; upright where the name is wider than its stage."""
     end = max((stop for _, _, stop in spans), default=0)
+    if end:
+        axes.set_xlim(-0.02 * end, 1.02 * end)
     upright = any(len(name) * CHARACTER > (stop - start) / end for name, start, stop in spans if end)
     for number, (name, start, stop) in enumerate(spans):
         if number % 2:

@@ -18,13 +18,13 @@ from markupsafe import Markup
 from mmkd import __version__
 from mmkd.errors import UserError
 from mmkd.files import write_file
-from mmkd.results.places import RECORD
 from mmkd.results.scores import items_of, scores_of
 from mmkd.results.tables import markdown, tables
 from mmkd.units import readable_time
 
 from .curves import draw
-from .runs import Part, RunFiles, read_json, read_run, tokens_of, with_parts
+from .run_samples import make_samples
+from .runs import RunFiles, read_run, tokens_of, with_parts
 from .samples import ReportSample, samples_of
 from .summary import summary_of
 
@@ -54,15 +54,23 @@ class Section:
         return self.title.lower().replace(" ", "-")
 
 
-def write_report(folder: Path, output: Path | None = None, comparison: Path | None = None) -> tuple[Path, Path]:
+def write_report(
+    folder: Path, output: Path | None = None, comparison: Path | None = None, samples: int | None = None
+) -> tuple[Path, Path]:
     """The paths of the HTML and the Markdown page of a run, written to `output` or the run's own folder.
+
+    `samples` is the number of held-out questions that student and teacher answer; None for a few, if there are no
+    samples yet, the run is finished and its models are small. They are kept in the run's folder.
 
     May be called at any time during a run. Raises UserError for a folder without a training or comparison.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("A report draws with matplotlib, which is not installed: pip install 'mmkd[plot]'.")
     run = read_run(folder, comparison)
-    facts = page_facts(run)
+    reason = ""
+    if samples or not samples_of(run):
+        reason = make_samples(run, samples)
+    facts = page_facts(run, reason)
     output = output or folder
     templates = files("mmkd.publish")
     for figure in facts["figures"]:
@@ -75,8 +83,8 @@ def write_report(folder: Path, output: Path | None = None, comparison: Path | No
     return output / HTML, output / MARKDOWN
 
 
-def page_facts(run: RunFiles) -> dict[str, Any]:
-    """The variables of the templates."""
+def page_facts(run: RunFiles, without_samples: str = "") -> dict[str, Any]:
+    """The variables of the templates; `without_samples` says why there are none, or not all."""
     record = run.record
     records = run.stages or ({"": record} if record else {})
     figures = [
@@ -102,15 +110,14 @@ def page_facts(run: RunFiles) -> dict[str, Any]:
         "figures": figures,
         "folder": FIGURES,
         "samples": samples,
-        "samples_note": _samples_note(samples),
+        "samples_note": _samples_note(samples, without_samples),
         "recipes": [_recipe(name, record) for name, record in records.items() if "keys" in record],
     }
 
 
-def _samples_note(samples: Sequence[ReportSample]) -> str:
-    if samples:
-        return "The first ones of each kind, not chosen ones."
-    return "There are none."
+def _samples_note(samples: Sequence[ReportSample], reason: str) -> str:
+    first = "The first ones of each kind, not chosen ones." if samples else ""
+    return f"{first} {reason}".strip() or "There are none."
 
 
 def _recipe(stage: str, record: Mapping[str, Any]) -> dict[str, str]:
@@ -125,7 +132,9 @@ def _training(run: RunFiles) -> list[Table]:
     tables = []
     for name, parts in run.lines.items():
         lines = [
-            [part.name, *_origin(part), *_counts(part.steps, part.tokens, part.seconds)] for part in parts if part.log
+            [part.name, str(part.record.get("method", "")), part.data, *_counts(part.steps, part.tokens, part.seconds)]
+            for part in parts
+            if part.log
         ]
         if len(lines) > 1:
             seconds = [part.seconds for part in parts if part.seconds is not None]
@@ -136,12 +145,6 @@ def _training(run: RunFiles) -> list[Table]:
             header = ["training", "method", "data", "steps", "supervised tokens", "time"]
             tables.append(Table(title, header, lines))
     return tables
-
-
-def _origin(part: Part) -> list[str]:
-    """Method and data of a training."""
-    record = read_json(part.folder / RECORD)
-    return [str(record.get("method", "")), str((record.get("data") or {}).get("name", ""))]
 
 
 def _counts(steps: int, tokens: int | None, seconds: float | None) -> list[str]:

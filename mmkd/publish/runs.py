@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ class Part:
     name: str
     folder: Path
     log: Log
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What the training recorded of itself."""
+        return read_json(self.folder / RECORD)
+
+    @property
+    def data(self) -> str:
+        """The name of its data; empty if it is not recorded."""
+        return str((self.record.get("data") or {}).get("name") or "")
 
     @property
     def steps(self) -> int:
@@ -74,6 +85,17 @@ class RunFiles:
         return self.folder.resolve().name
 
     @property
+    def keys(self) -> dict[str, Any]:
+        """The keys of the recipe of its last training."""
+        return self.record.get("keys", {})
+
+    @property
+    def finished(self) -> bool:
+        """Whether its own trainings are at their end."""
+        parts = [part for part in self.own_parts if part.log]
+        return bool(parts) and self._is_done(parts[-1])
+
+    @property
     def student_folder(self) -> Path:
         """The folder of the student: the run's own, or that of its last training."""
         parts = self.own_parts
@@ -107,11 +129,14 @@ class RunFiles:
         last = [part for part in own if part.log][-1]
         of = f" of {last.planned:,}" if last.planned else ""
         part = f"{last.name}, " if last.name != self.folder.name else ""
+        done = self._is_done(last)
+        return f"{part}step {last.steps:,}{of}: {'finished' if done else 'not finished, or still running'}."
+
+    def _is_done(self, last: Part) -> bool:
         places = [place for place in (last.folder, *last.folder.parents) if place.is_relative_to(self.folder)]
         records = [record for place in places or [last.folder] if (record := read_json(place / RECORD))]
         # A finished round does not mean that its loop is finished: all records count.
-        done = all(record["finished"] for record in records) if records else last.steps == last.planned
-        return f"{part}step {last.steps:,}{of}: {'finished' if done else 'not finished, or still running'}."
+        return all(record["finished"] for record in records) if records else last.steps == last.planned
 
 
 def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:

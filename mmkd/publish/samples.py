@@ -9,6 +9,7 @@ from typing import Any
 
 from mmkd.data.images import UnreadableImage, read_image
 
+from .run_samples import FOLDER, kept_samples
 from .runs import RunFiles, read_lines
 
 PER_TASK = 4
@@ -47,7 +48,7 @@ class ReportSample:
 def samples_of(run: RunFiles) -> list[ReportSample]:
     """The samples of all tasks and generations in the run's results, and of its last round."""
     thumbnails, results = Thumbnails(), run.results
-    samples = _assessed(run.assessed, thumbnails)
+    samples = _kept(run, thumbnails) + _assessed(run.assessed, thumbnails)
     samples += [sample for name, result in results.items() for sample in _generated(name, result, thumbnails)]
     rows_by_task: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for model, result in results.items():
@@ -84,6 +85,17 @@ class Thumbnails:
         self.room -= len(content)
         kind = "png" if small else "jpeg"
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _kept(run: RunFiles, thumbnails: Thumbnails) -> list[ReportSample]:
+    """Those in the run's folder, which `mmkd report` makes."""
+    samples = []
+    for row in kept_samples(run):
+        judged = row.get("right", {})
+        answers = [SampleAnswer(side, cut(text), judged.get(side)) for side, text in row["answers"].items()]
+        images = [thumbnails.embedded(str(run.folder / FOLDER / name)) for name in row["images"]]
+        samples.append(ReportSample(row["source"], cut(row["prompt"]), cut(row["target"]), answers, images))
+    return samples
 
 
 def _generated(name: str, result: Mapping[str, Any], thumbnails: Thumbnails) -> list[ReportSample]:
