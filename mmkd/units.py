@@ -25,3 +25,8 @@ def readable_time(seconds: float) -> str:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def with_noun(number: int, noun: str) -> str:
+    """A number with its noun, such as 1 row or 2,000 rows."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

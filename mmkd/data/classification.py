@@ -4,6 +4,7 @@ One YAML under `data_recipes/classification/` is one data set.
 """
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ from mmkd.yaml_files import AsWritten, read_yaml
 
 from .data_recipe import BUILDERS
 from .images import UnreadableImage, read_image
-from .sources import local_files, read_files, read_hub
+from .sources import left_out_note, load_split
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test", "unlabeled")
 HIDDEN = -100
@@ -39,16 +42,28 @@ class ClassificationRecipe:
     license: str | None = field(default=None, metadata={"help": "SPDX id, or what its authors say."})
     homepage: str | None = field(default=None, metadata={"help": "Where to read about the data."})
     prepare: str | None = field(default=None, metadata={"help": "The command that writes data_files."})
-    source: str = field(default="", metadata={"help": "owner/name on the Hub, or json|csv|parquet with data_files."})
+    source: str = field(
+        default="",
+        metadata={
+            "help": "owner/name on the Hub, a kind of file (json, csv, parquet, arrow, webdataset), imagefolder (a "
+            "folder per class), or a folder of save_to_disk."
+        },
+    )
     config: str | None = field(default=None, metadata={"help": "The Hub data set's config (subset)."})
     revision: str | None = field(default=None, metadata={"help": "The Hub commit; pin one for repeatable rows."})
-    data_files: Mapping[str, str] = field(default_factory=dict, metadata={"help": "{source split: path}."})
+    data_files: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "{source split: path(s) or globs}, from the current folder, then the YAML's."},
+    )
     splits: Mapping[str, str] = field(
         default_factory=lambda: {"train": "train", "test": "test"},
         metadata={"help": "{train|validation|test|unlabeled: source split}; test is never used for a choice."},
     )
     image: str | None = field(default=None, metadata={"help": "The column of images."})
     text: str | None = field(default=None, metadata={"help": "The column of texts, for text classifiers."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Where relative paths of images start: a folder, from the current one."}
+    )
     label: str = field(default="label", metadata={"help": "The column of classes: numbers from 0, or names."})
     class_names: tuple[str, ...] = field(
         default=(), metadata={"help": "Names in the order of the labels; default: those the data set declares."}
@@ -62,12 +77,13 @@ class ClassificationRecipe:
     )
     split_seed: NonNegativeInt = field(default=0, metadata={"help": "Seed of the rows held out for validation."})
     folder: Path | None = field(default=None, compare=False, metadata={"help": "The YAML's folder."})
+    notes: tuple[str, ...] = field(default=(), compare=False, metadata={"help": "Sentences to log with the rows."})
 
     def __post_init__(self) -> None:
         """Raises UserError where fields contradict each other or leave the rows undecided."""
         check_fields(self)
-        for key in ("splits", "data_files"):
-            strange = next((value for value in getattr(self, key).values() if not isinstance(value, str)), None)
+        for key, values in (("splits", self.splits.values()), ("data_files", self._files())):
+            strange = next((value for value in values if not isinstance(value, str)), None)
             if strange is not None:
                 raise UserError(f"{self.name}: {key} has {shown(strange)}, which is no text; write {{split: text}}.")
         if (self.image is None) == (self.text is None):
@@ -90,12 +106,25 @@ class ClassificationRecipe:
         if twice:
             raise UserError(f"{self.name}: class_names has {twice[0]!r} twice; no teacher can tell them apart.")
 
+    def _files(self) -> list[Any]:
+        values = self.data_files.values()
+        return [path for value in values for path in (value if isinstance(value, tuple | list) else [value])]
+
     @classmethod
     def load(cls, name_or_path: str | Path) -> "ClassificationRecipe":
-        """The recipe at a path, or that ships under that name. Raises UserError when it cannot be read."""
+        """The recipe at a path or that ships under that name, or of rows that are named directly.
+
+        A folder with a folder of pictures per class, a file with a column of classes, and a data set on the Hub may be
+        named directly (`mmkd.data.class_source`). Raises UserError for what cannot be read.
+        """
+        from .class_source import direct_classes
+
+        recipe = direct_classes(str(name_or_path))
+        if recipe is not None:
+            return recipe
         path = find_recipe(name_or_path, "data_recipes")
         keys = read_yaml(path, as_written=True)
-        fields = [field.name for field in dataclasses.fields(cls) if field.name != "folder"]
+        fields = [field.name for field in dataclasses.fields(cls) if field.name not in ("folder", "notes")]
         if not isinstance(keys, dict):
             raise UserError(f"{path} is no data recipe: it must hold `key: value` lines.")
         for key in keys:
@@ -139,7 +168,12 @@ def load_classification(
     Raises UserError for files and columns that are not there, labels of several classes at once, and class names that
     do not match the labels.
     """
+    for note in recipe.notes:
+        logger.warning("%s: %s", recipe.name, note)
     raw = {ours: _load_split(recipe, theirs) for ours, theirs in recipe.splits.items()}
+    for split, dataset in raw.items():
+        if note := left_out_note(recipe, dataset):
+            logger.warning("%s: %s: %s", recipe.name, split, note)
     class_names = _class_names(recipe, raw["train"])
     rows = {split: _ours(recipe, dataset, split, class_names) for split, dataset in raw.items()}
     if recipe.validation_per_class is not None:
@@ -196,13 +230,9 @@ def read_cell(cell: Any, where: str) -> Image.Image:
 
 
 def _load_split(recipe: ClassificationRecipe, split: str) -> Dataset:
-    if recipe.source not in BUILDERS:
-        files = {split: recipe.data_files[split]} if recipe.data_files else None
-        return read_hub(recipe.name, recipe.source, recipe.config, recipe.revision, files, split)
-    if split not in recipe.data_files:
+    if recipe.source in BUILDERS and split not in recipe.data_files:
         raise UserError(f"{recipe.name}: splits asks for {split!r}, which data_files does not list.")
-    files = local_files(recipe.name, recipe.data_files[split], recipe.folder, recipe.prepare)
-    return read_files(recipe.name, recipe.source, files, split)
+    return load_split(recipe, split)
 
 
 def _class_names(recipe: ClassificationRecipe, train: Dataset) -> tuple[str, ...]:
@@ -236,10 +266,20 @@ def _ours(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_name
     rows = dataset.select_columns([theirs])
     if theirs != ours:
         rows = rows.rename_column(theirs, ours)
+    if ours == "image" and recipe.image_folder is not None:
+        rows = _with_folder(rows, recipe.image_folder)
     if ours == "image":
         # Read by `read_cell`, which can say which row is broken.
         rows = rows.cast_column("image", datasets.Image(decode=False))
     return rows.add_column("label", labels)  # pyright: ignore[reportCallIssue]
+
+
+def _with_folder(rows: Dataset, folder: str) -> Dataset:
+    """The rows with their relative paths of images joined to a folder; images of other kinds stay."""
+    if getattr(rows.features["image"], "dtype", None) != "string":
+        return rows
+    paths = [path and str(Path(folder) / path) for path in rows["image"][:]]
+    return Dataset.from_dict({"image": paths})
 
 
 def _labels(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_names: Sequence[str]) -> list[int]:
@@ -271,7 +311,9 @@ def _numbers_of_texts(
     recipe: ClassificationRecipe, values: set[Any], split: str, class_names: Sequence[str]
 ) -> dict[str, int]:
     """The classes of labels that are text: names, or numbers, which in CSV are text too."""
-    by_name = {name: number for number, name in enumerate(class_names)}
+    # A folder is named golden_retriever where a person writes golden retriever.
+    by_name = {name.replace(" ", "_"): number for number, name in enumerate(class_names)}
+    by_name |= {name: number for number, name in enumerate(class_names)}
     if not all(isinstance(value, str) and value.isdecimal() for value in values):
         return by_name
     by_number = {value: int(value) for value in values}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from mmkd.errors import UserError
+from mmkd.units import with_noun
 
 from .image_folders import METADATA
 from .images import IMAGE_SUFFIXES
@@ -21,6 +22,8 @@ _SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
+    # For methods that learn from rows without labels.
+    "unlabeled": ("unlabeled", "unlabelled"),
 }
 # Files beside the rows that describe them or the repository.
 _ABOUT = re.compile(r"(dataset_infos?|dataset_dict|state|README|LICEN[CS]E|classes|labels)\.(json|txt)", re.IGNORECASE)
@@ -128,7 +131,7 @@ def _of_folder(source: str, place: Path, base: Path | None) -> Container:
     container = _of_files(source, tables, base)
     others = len(files) - sum(map(len, _expanded(container, base))) - images
     if others:
-        note = f"Not read: {others} other file{'s' if others > 1 else ''} in {source}."
+        note = f"Not read: {with_noun(others, 'other file')} in {source}."
         return replace(container, notes=(*container.notes, note))
     return container
 

@@ -46,7 +46,7 @@ def direct_recipe(source: str, *, base: Path | None = None) -> DataRecipe | None
 
 
 def chosen_splits(names: Sequence[str], source: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Our split -> the source's, of train, validation and test, with sentences about the choice.
+    """Our split -> the source's, of train, validation, test and unlabeled, with sentences about the choice.
 
     Raises UserError where no split is for training.
     """
@@ -62,7 +62,7 @@ def chosen_splits(names: Sequence[str], source: str) -> tuple[dict[str, str], tu
             f"{source} has the splits {', '.join(names)}, and none is named for training. Choose one in a data recipe "
             "with `source:` and `splits: {train: NAME}`."
         )
-    ours = {split: splits[split] for split in ("train", "validation", "test") if split in splits}
+    ours = {split: splits[split] for split in ("train", "validation", "test", "unlabeled") if split in splits}
     unread = [name for name in names if name not in ours.values()]
     return ours, (f"Not read: the splits {', '.join(unread)}.",) if unread else ()
 
@@ -77,8 +77,8 @@ def source_names(container: Container) -> Sequence[str]:
 def _recipe(source: str, container: Container) -> DataRecipe:
     splits, notes = chosen_splits(source_names(container), source)
     eval_split = splits.get("validation", splits.get("test"))
-    if "validation" in splits and "test" in splits:
-        notes = (*notes, f"Not read: the split {splits['test']}.")
+    for name in [splits[split] for split in ("test", "unlabeled") if split in splits and splits[split] != eval_split]:
+        notes = (*notes, f"Not read: the split {name}.")
     recipe = DataRecipe(
         name=source,
         source=container.source,
@@ -89,15 +89,13 @@ def _recipe(source: str, container: Container) -> DataRecipe:
         folder=container.base,
     )
     rows = load_split(recipe, splits["train"])
-    if rows.info.builder_name == "table_files" and rows.info.description:
-        notes = (*notes, rows.info.description)
     if eval_split is None:
         held_out = _held_out(len(rows))
         recipe = replace(recipe, eval_rows=held_out)
         notes = (*notes, _held_out_note(len(rows), held_out))
     else:
         notes = (*notes, f"Held out for evaluation: the split {eval_split}.")
-    folder = _image_folder(rows, container)
+    folder = image_folder_of(rows, container)
     if folder is not None:
         recipe = replace(recipe, image_folder=folder)
         notes = (*notes, f"Pictures are looked up in {folder}.")
@@ -117,9 +115,12 @@ def _held_out_note(rows: int, held_out: int | None) -> str:
     )
 
 
-def _image_folder(rows: Dataset, container: Container) -> str | None:
-    """The folder in which relative paths of pictures lie, if that is not the current one."""
-    paths = [path for path in _picture_paths(rows) if not Path(path).is_absolute() and "://" not in path]
+def image_folder_of(rows: Dataset, container: Container, is_picture: bool = False) -> str | None:
+    """The folder in which relative paths of pictures lie, if that is not the current one.
+
+    With `is_picture`, all columns hold pictures whatever they are called.
+    """
+    paths = [path for path in _picture_paths(rows, is_picture) if not Path(path).is_absolute() and "://" not in path]
     paths = [path for path in paths if len(path) < 300 and not path.startswith("data:")]
     if not paths or any(Path(path).is_file() for path in paths):
         return None
@@ -129,13 +130,13 @@ def _image_folder(rows: Dataset, container: Container) -> str | None:
     return next((str(place) for place in candidates if any((place / path).is_file() for path in paths)), None)
 
 
-def _picture_paths(rows: Dataset) -> Iterator[str]:
+def _picture_paths(rows: Dataset, is_picture: bool) -> Iterator[str]:
     """Texts that may be paths of pictures, in the first rows."""
     features = rows.features
     decoded = [name for name, feature in features.items() if feature in (Image(), List(Image()))]
     names = [name for name in rows.column_names if name not in decoded]
     for row in islice(read_rows(rows.select(range(min(len(rows), _LOOKED_AT))), names), _LOOKED_AT):
-        yield from _texts_at(row, False)
+        yield from _texts_at(list(row.values()) if is_picture else row, is_picture)
 
 
 def _texts_at(value: Any, is_picture: bool) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Rows of folders of pictures: the class is the folder's name, or a metadata file has a row for each picture."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,10 @@ import datasets
 from datasets import Dataset, Features, Image, List, Value
 
 from mmkd.errors import UserError
+from mmkd.units import with_noun
 
 from .images import IMAGE_SUFFIXES
 from .table_files import read_table_files
-
-logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Files in a folder of pictures with a row for each picture."""
@@ -25,6 +23,7 @@ _NAMES = {"file_name": "image", "file_names": "images"}
 def read_image_folder(name: str, folders: Sequence[Path]) -> Dataset:
     """The pictures below folders in a column `image`, with the columns of their metadata or a `label`.
 
+    What is left out of them stands in `info.description`.
     Raises UserError for folders without pictures, and for metadata that does not fit them.
     """
     parts = [_read(name, folder) for folder in folders]
@@ -45,9 +44,8 @@ def _read(name: str, folder: Path) -> Dataset:
         used = {path for part in parts for path in _paths_of(part)}
         unused = [path for path in pictures if str(path) not in used]
         if unused:
-            logger.warning(
-                "%s: %d pictures are not in %s and are left out, such as %s.",
-                *(name, len(unused), metadata[0].name, unused[0]),
+            rows.info.description = (
+                f"{with_noun(len(unused), 'picture')} left out, not in {metadata[0].name}, such as {unused[0]}."
             )
         return rows
     if not pictures:
@@ -55,13 +53,12 @@ def _read(name: str, folder: Path) -> Dataset:
     classed = [path for path in pictures if path.parent != folder]
     if not classed:
         return _dataset({"image": [str(path) for path in pictures]}, {"image": Image()})
-    if len(classed) < len(pictures):
-        logger.warning(
-            "%s: %d pictures lie in %s itself, and not in a folder of a class; they are left out.",
-            *(name, len(pictures) - len(classed), folder),
-        )
     columns = {"image": [str(path) for path in classed], "label": [path.parent.name for path in classed]}
-    return _dataset(columns, {"image": Image(), "label": Value("string")})
+    rows = _dataset(columns, {"image": Image(), "label": Value("string")})
+    if len(classed) < len(pictures):
+        beside = with_noun(len(pictures) - len(classed), "picture")
+        rows.info.description = f"{beside} left out, in {folder} itself and not in the folder of a class."
+    return rows
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:

@@ -19,6 +19,7 @@ from .conversion import Conversion
 from .left_out import LeftOut
 from .messages import Message
 from .streams import converted_stream
+from .unknown_layout import unknown_layout
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +51,6 @@ _ABOUT += (
 # Columns that TRL, transformers or mmkd would read although they belong to another layout than the recognised one.
 _MISLEADING = ("text", *CHATS, *_TALKS, "chosen", "rejected", "image", "labels", "completion_mask", "assistant_masks")
 _LOOKED_AT = 100
-_KNOWN = (
-    "text; messages; conversations (ShareGPT, LLaVA); prompt and completion; prompt and chosen; instruction, input "
-    "and output (Alpaca); a question and an answer; body (OpenAI batch); input and preferred_output (OpenAI "
-    "preferences)"
-)
 
 
 def recognised(sample: Mapping[str, Any], subject: str, text_field: str = "text") -> Layout:
@@ -63,24 +59,17 @@ def recognised(sample: Mapping[str, Any], subject: str, text_field: str = "text"
     Raises UserError with the names of the columns if no layout fits. `subject` begins the message: whose rows they
     are.
     """
-    readers = (_messages, _talk, _batch, _openai_preference, _preference, _pair_of_ours)
-    for reader in (*readers, partial(_text, text_field=text_field), _alpaca, _question, _prompt):
-        layout = reader(sample)
-        if layout is not None:
-            return layout
-    hint = ""
-    if isinstance(sample.get("response"), Mapping) and "custom_id" in sample:
-        hint = " These are an OpenAI batch's answers without its questions: join both files by custom_id."
-    if isinstance(sample.get("chosen"), str):
-        hint = (
-            " `chosen` is a text here, and without a column `prompt` nothing says where its answer begins. Split it "
-            "into the columns prompt and completion, or learn from all of it by naming the column text (in a data "
-            "recipe: `columns: {text: chosen}`)."
-        )
-    raise UserError(
-        f"{subject}: no layout is known with the columns {', '.join(sample) or '(none)'}.{hint} The known ones are "
-        f"{_KNOWN}. Rename the columns, or map them with `columns:` in a data recipe."
-    )
+    layout = layout_of(sample, text_field)
+    if layout is not None:
+        return layout
+    raise UserError(unknown_layout(sample, subject))
+
+
+def layout_of(sample: Mapping[str, Any], text_field: str = "text") -> Layout | None:
+    """The layout of rows like `sample`, or None for one that is not known."""
+    readers = (_messages, _talk, _batch, _openai_preference, _preference, _pair_of_ours, _caption)
+    readers = (*readers, partial(_text, text_field=text_field), _alpaca, _question, _prompt)
+    return next((layout for reader in readers if (layout := reader(sample)) is not None), None)
 
 
 def _carried(sample: Mapping[str, Any]) -> tuple[str, ...]:
@@ -224,10 +213,36 @@ def _read_question(row: Mapping[str, Any], question: str, answer: str) -> dict[s
 
 def _prompt(sample: Mapping[str, Any]) -> Layout | None:
     """Prompts without answers, for a student or a teacher that answers them itself."""
-    if "prompt" not in sample or any(name in sample for name in _ANSWERS):
+    if any(name in sample for name in _ANSWERS):
         return None
-    reads = ("prompt", *_carried(sample))
-    return Layout("prompts", reads, partial(_picked, names=reads), as_is=True)
+    if "prompt" in sample:
+        reads = ("prompt", *_carried(sample))
+        return Layout("prompts", reads, partial(_picked, names=reads), as_is=True)
+    questions = [name for name in _QUESTIONS if isinstance(sample.get(name), str)]
+    others = sample.keys() - {*questions, *_ABOUT, *CARRIED, "image", "images"}
+    if len(questions) != 1 or others:
+        return None
+    return Layout("prompts", (questions[0], *_carried(sample)), partial(_read_prompt, question=questions[0]))
+
+
+def _read_prompt(row: Mapping[str, Any], question: str) -> dict[str, Any]:
+    asked = None if row[question] is None else [{"role": "user", "content": row[question]}]
+    return {"prompt": asked, **_picked(row, CARRIED)}
+
+
+def _caption(sample: Mapping[str, Any]) -> Layout | None:
+    """What one picture shows, as the answer to the picture alone: LLaVA's pre-training."""
+    name = next((name for name in ("caption", "text") if isinstance(sample.get(name), str)), None)
+    if name is None or "image" not in sample or sample.keys() - {name, "image", *_ABOUT}:
+        return None
+    # A text with a mark such as <image> says itself where its picture is.
+    if name == "text" and any(bracket in sample[name] for bracket in "<["):
+        return None
+    return Layout("captions", (name,), partial(_read_caption, name=name))
+
+
+def _read_caption(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "completion": row[name]}
 
 
 def _picked(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

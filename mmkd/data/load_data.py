@@ -21,7 +21,7 @@ from .guessed_types import warn_guessed_types
 from .image_columns import download_images
 from .layouts import log_layout, read_by_recipe
 from .mapping import check_columns, layout_of_source, map_rows
-from .sources import load_split
+from .sources import left_out_note, load_split
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ def load_rows(
 def _source_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None) -> DatasetDict:
     raw = {ours: load_split(recipe, theirs) for ours, theirs in recipe.splits.items()}
     for ours, dataset in raw.items():
+        if note := left_out_note(recipe, dataset):
+            logger.warning("%s: %s: %s", recipe.name, ours, note)
         check_columns(recipe, dataset)
         warn_guessed_types(recipe, dataset)
         if not recipe.columns:

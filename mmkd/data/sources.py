@@ -68,6 +68,12 @@ def load_split(recipe: SourceKeys, split: str) -> Dataset:
     return saved[split]
 
 
+def left_out_note(recipe: SourceKeys, rows: Dataset) -> str:
+    """What reading the files has left out, as a sentence; empty for nothing."""
+    # Our own readers write it there; data sets of others have their own descriptions.
+    return rows.info.description if recipe.source in ("imagefolder", "webdataset") else ""
+
+
 def read_files(name: str, kind: str, files: Sequence[str], split: str) -> Dataset:
     """The rows of files of one kind. Raises UserError for files of another kind, and for broken or empty ones."""
     for file in files:
@@ -159,7 +165,8 @@ def local_files(name: str, path: str, folder: Path | None, prepare: str | None) 
 def image_folder(name: str, path: str, folder: Path | None) -> Path:
     """The folder of pictures at a path, in the current folder or else the YAML's. Raises UserError without one."""
     places = _places(path, folder)
-    place = next((place for place in places if place.is_dir()), None)
+    # Relative as it is written, so that rows are the same wherever the current folder lies.
+    place = next((place for place in (Path(path).expanduser(), *places) if place.is_dir()), None)
     if place is None:
         looked = " or ".join(str(place) for place in dict.fromkeys(places))
         raise UserError(f"{name}: there is no folder {looked}; source imagefolder reads folders of pictures.")

@@ -54,7 +54,7 @@ def shard_notes(files: Iterable[tuple[str, str]]) -> str:
         for row in _rows(path, name, pictures=False):
             unread.update(row.unread)
     kinds = ", ".join(f"{count} .{ending}" for ending, count in unread.most_common())
-    return f"Files in the archives that are not read: {kinds}." if unread else ""
+    return f"Not read in the archives: {kinds}." if unread else ""
 
 
 def shard_tables(path: str, name: str, features: Features) -> Iterator[pa.Table]:
