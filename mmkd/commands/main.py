@@ -16,6 +16,7 @@ from . import (
     doctor_command,
     env_command,
     eval_command,
+    init_command,
     plan_command,
     prepare_command,
     push_command,
@@ -28,6 +29,7 @@ from .command import Command, CommandGroup
 
 # In the order of --help.
 COMMANDS: tuple[Command | CommandGroup, ...] = (
+    init_command.COMMAND,
     train_command.COMMAND,
     cache_command.COMMAND,
     eval_command.COMMAND,

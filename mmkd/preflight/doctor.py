@@ -35,7 +35,7 @@ def doctor(recipe: Recipe, console: Console) -> int:
     """
     findings: list[Finding] = []
     for stage in each_run(recipe):
-        with _quiet():
+        with quiet():
             stage_findings = examine(stage.run, sharded=stage.config not in (None, "single_gpu", "ddp"))
         stage_findings = [
             replace(finding, message=stage.place(finding.message), advice=stage.place(finding.advice))
@@ -160,7 +160,7 @@ def _cache(book: Book, run: Run, student: Side, known: int, sample: Sample | Non
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars of a few hundred rows between the findings."""
     shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

@@ -1,0 +1,104 @@
+"""What answers are about, as far as it can be seen without weights: data, models and devices."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from mmkd.data.classification import ClassificationRecipe
+from mmkd.data.data_recipe import DataRecipe
+from mmkd.data.load_data import load_data
+from mmkd.errors import UserError
+from mmkd.preflight.costs import device_memory
+from mmkd.preflight.hardware import DEVICES, GIB, HERE, Device, choose_device
+
+from .tasks import Task
+
+NONE = "none"
+OPEN_CLIP = "open_clip:"
+"""Names of teachers that another library loads begin so."""
+
+
+class DeviceChoice:
+    """Devices by what a user says of them."""
+
+    @property
+    def here(self) -> str:
+        """The answer that names the device of this machine."""
+        return f"{device_memory()[1] / GIB:.0f}" if torch.cuda.is_available() else NONE
+
+    def check(self, text: str) -> str:
+        """The answer itself. Raises UserError for one that names no device."""
+        self.device(text)
+        return text
+
+    def device(self, text: str) -> Device:
+        """The device that an answer names, for an estimate of memory."""
+        word = text.strip()
+        if word.lower() in (NONE, "cpu", "0"):
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            return Device("a CPU", memory, 1e11, 1e9, 0.4, "cpu", "fp32")
+        number = word.lower().removesuffix("gib").removesuffix("gb").strip()
+        if number.replace(".", "", 1).isdecimal():
+            return replace(choose_device(None, float(number), None), name=f"a GPU of {number} GiB")
+        if word == HERE:
+            return self.device(self.here)
+        name = next((name for name in DEVICES if name.lower() == word.lower()), None)
+        if name is None:
+            raise UserError(
+                f"{text!r} is no device: give its memory in GiB, such as 24, one of {', '.join(DEVICES)}, or {NONE}."
+            )
+        return replace(DEVICES[name], name=f"one {name}")
+
+
+def config_of(name: str, role: str) -> Any:
+    """The config of a model. Raises UserError when it cannot be loaded."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"The {role} {name!r} cannot be loaded: it is neither a folder here nor a Hub id that can be reached. "
+            f"Check the spelling, the network and your login ({reason})"
+        ) from error
+
+
+def check_model(name: str, role: str, task: Task) -> str:
+    """The name itself. Raises UserError for a model that cannot be loaded or is of no use for the task."""
+    if name.startswith(OPEN_CLIP) and task.name == "classify":
+        return name
+    config = config_of(name, role)
+    if task.name == "vlm" and not hasattr(config, "vision_config"):
+        raise UserError(
+            f"The {role} {name} reads text only. Name a vision-language model; `mmkd recipes show "
+            "llava_kd/qwen1.5_4b_to_0.5b` shows how one is made of a vision tower and a language model."
+        )
+    return name
+
+
+def layers_of(name: str) -> int:
+    """How many layers the language model of a teacher has."""
+    return int(config_of(name, "teacher").get_text_config().num_hidden_layers)
+
+
+def suggested_task(source: str) -> str:
+    """The task that data are for. Raises UserError for data that cannot be read."""
+    try:
+        columns = data_columns(source)
+    except UserError as error:
+        try:
+            ClassificationRecipe.load(source)
+        except UserError:
+            raise error from None
+        return "classify"
+    if "images" in columns:
+        return "vlm"
+    return "on-policy" if set(columns) == {"prompt"} else "text"
+
+
+def data_columns(source: str) -> list[str]:
+    """The columns that the first rows of data have once their layout is recognised."""
+    DataRecipe.load(source)
+    return load_data(source, max_train_rows=8, max_eval_rows=8)["train"].column_names
