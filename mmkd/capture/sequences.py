@@ -20,6 +20,7 @@ from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.checks import check_training_data
 from mmkd.preparation.prepared_rows import PreparedRows
+from mmkd.preparation.prompt_rows import with_open_answers
 from mmkd.preparation.template import TemplateReport
 from mmkd.preparation.vision_checks import refusal
 from mmkd.teachers.cached import images_of
@@ -193,6 +194,8 @@ def prepare(
     """
     # Looking at the columns should not fail where an image cannot be decoded.
     unread = {str(split): image_column(canonical(dataset, str(split))) for split, dataset in data.items()}
+    if args.on_policy_fraction == 1:
+        unread["train"] = with_open_answers(unread["train"])
     check_training_data(unread["train"], unread.get("eval"), args, tokenizer_of(processing_class))
     rows = PreparedRows.of(args, processing_class, unread["train"], unread.get("eval"), judges_template)
     labelling, vision = rows.labelling, rows.labelling.vision

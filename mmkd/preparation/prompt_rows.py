@@ -1,8 +1,11 @@
 """Rows that are prompts alone, which the student answers itself."""
 
+import logging
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+
+logger = logging.getLogger(__name__)
 
 
 def with_open_answers(dataset: Any) -> Any:
@@ -14,6 +17,20 @@ def with_open_answers(dataset: Any) -> Any:
         return dataset
     # Not by add_column, which is for data sets at hand only.
     return dataset.map(_with_open_answer)
+
+
+def answered(evaluation: Any) -> Any:
+    """The held-out rows; None, which is said, where they are prompts alone, since nothing measures a student on them.
+
+    Several data sets of them are the caller's own choice and stay.
+    """
+    if not isinstance(evaluation, Dataset | IterableDataset):
+        return evaluation
+    row = next(iter(evaluation), None)
+    if row is None or not is_prompt_alone(row):
+        return evaluation
+    logger.warning("The held-out rows are prompts without answers, so that there is no evaluation.")
+    return None
 
 
 def is_prompt_alone(row: Any) -> bool:

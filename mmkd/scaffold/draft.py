@@ -66,3 +66,8 @@ def _line(key: str, value: Any) -> str:
     text = yaml.safe_dump(value, allow_unicode=True, width=10_000, sort_keys=False, default_flow_style=True)
     # A document of a scalar alone ends in a line of dots.
     return f"{key}: {text.removesuffix(f'...{chr(10)}').strip()}"
+
+
+def counted(rows: int) -> str:
+    """A number of rows for a reader."""
+    return "1 row" if rows == 1 else f"{rows:,} rows"

@@ -13,7 +13,7 @@ from mmkd.training.method import METHODS
 
 from .answers import Answers, Wishes, gather
 from .class_recipe import draft_classes
-from .draft import Draft
+from .draft import Draft, counted
 from .fitting import Fit
 from .questions import Asker
 from .token_recipe import draft_tokens
@@ -67,7 +67,7 @@ def next_commands(draft: Draft, answers: Answers) -> list[tuple[str, str]]:
     if "teacher_cache" in keys and method.predicts == "tokens":
         commands.append((f"mmkd cache build {path}", "runs the teacher once"))
     commands.append((f"mmkd-train {path} --dry_run", "parameters, tokens, memory, the first batch"))
-    commands.append((f"mmkd-train {path}", "trains; interrupted, --resume_from_checkpoint true goes on"))
+    commands.append((f"mmkd-train {path}", "trains"))
     if method.predicts == "tokens":
         commands.append((f"mmkd eval {folder} --measures", "how near the student is to the teacher"))
     commands.append((f"mmkd report {folder}", f"curves, tables and samples: {os.path.join(folder, 'report.html')}"))
@@ -79,7 +79,7 @@ def _summary(draft: Draft, fit: Fit, answers: Answers) -> str:
     if not fit.fits:
         return f"It does not fit {answers.device.name}: the recipe says what would help."
     taken = [name for name, key in _NAMES.items() if draft.keys.get(key)]
-    return f"It fits {answers.device.name} with {rows} rows at a time" + (
+    return f"It fits {answers.device.name} with {counted(rows)} at a time" + (
         f", by {', '.join(taken)}." if taken else "."
     )
 

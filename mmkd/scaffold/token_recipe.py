@@ -15,7 +15,7 @@ from mmkd.preflight.hardware import GIB
 from mmkd.recipe.recipe import Recipe
 
 from .answers import Answers
-from .draft import Draft
+from .draft import Draft, counted
 from .fitting import LORA, Fit, Looked, fit_tokens, savings
 from .tasks import TASKS
 
@@ -33,12 +33,16 @@ def draft_tokens(answers: Answers, console: Console) -> tuple[Draft, Fit]:
     _models(draft, answers)
     draft.set("data", "data", answers.data)
     draft.set("training", "output_dir", answers.output_dir, "The student, its checkpoints and its logs.")
-    run = Recipe.of({**draft.keys, "method": method}, answers.output).parse()
-    student, teacher, sample = student_side(run), teacher_side(run), take_sample(run)
+    run = Recipe.of(draft.keys, answers.output).parse()
+    sample = take_sample(run)
+    columns = sample.rows["train"].column_names
+    _check_columns(answers, columns)
+    student, teacher = student_side(run), teacher_side(run)
     method, why = _method(answers, student, teacher, console)
     draft.set("models", "method", method, why)
-    columns = sample.rows["train"].column_names
-    _fit_data(answers, columns)
+    if set(columns) == {"prompt"}:
+        # Such rows can be read by nothing else.
+        run = Recipe.of({**draft.keys, "on_policy_fraction": 1.0}, answers.output).parse()
     rendered = render(run, student, sample)
     looked = Looked(student, teacher, sample, rendered)
     longest = max((len(row.ids) for row in rendered.usable), default=0)
@@ -60,7 +64,7 @@ def draft_tokens(answers: Answers, console: Console) -> tuple[Draft, Fit]:
     most = 32 if answers.device.kind != "cpu" else 8
     if rows is not None:
         # A run of a handful of steps learns little: small data get small batches.
-        most = min(most, max(1, 2 ** int(math.log2(max(1, rows // 16)))))
+        most = min(most, max(4, 2 ** int(math.log2(max(1, rows // 16)))))
     fit = fit_tokens(Recipe.of(draft.keys, answers.output), looked, answers.device, _tries(answers, method), most)
     _memory(draft, answers, fit, most)
     _training(draft, answers, fit, sample)
@@ -126,7 +130,7 @@ _METHODS = {
 }
 
 
-def _fit_data(answers: Answers, columns: list[str]) -> None:
+def _check_columns(answers: Answers, columns: list[str]) -> None:
     """Raises UserError for rows that the task cannot learn from."""
     task, images = answers.task.name, "images" in columns
     if task == "vlm" and not images:
@@ -248,7 +252,7 @@ _SAVINGS = {
 
 def _memory(draft: Draft, answers: Answers, fit: Fit, most: int) -> None:
     """Batch and savings, with what the estimate says of them."""
-    rows = f"{fit.batch} row{'s' if fit.batch > 1 else ''} at a time"
+    rows = f"{counted(fit.batch)} at a time"
     what = f"{rows} take about {fit.memory / GIB:.1f} of the {answers.device.memory / GIB:.0f} GiB of "
     what += f"{answers.device.name} (`mmkd plan`'s estimate)."
     if not fit.fits:
@@ -264,7 +268,7 @@ def _memory(draft: Draft, answers: Answers, fit: Fit, most: int) -> None:
 
 
 def _training(draft: Draft, answers: Answers, fit: Fit, sample: Sample) -> None:
-    rows = sample.totals["train"]
+    rows, columns = sample.totals["train"], sample.rows["train"].column_names
     epochs = 1 if rows is None or rows > 20_000 else 3
     total = "how many rows there are is not known" if rows is None else f"{rows:,} rows"
     draft.set("training", "num_train_epochs", epochs, f"Passes over the data: {total}.")
@@ -275,7 +279,8 @@ def _training(draft: Draft, answers: Answers, fit: Fit, sample: Sample) -> None:
     if "dtype" not in fit.keys:
         draft.set("training", "dtype", "float32", "The student's weights, so that small updates are not rounded away.")
     draft.set("training", "bf16", True, "Products in bf16. A CPU without instructions for it computes in float32.")
-    schedule(draft, rows, fit.batch * draft.keys["gradient_accumulation_steps"], epochs, "eval" in sample.rows)
+    has_eval = "eval" in sample.rows and columns != ["prompt"]
+    schedule(draft, rows, fit.batch * draft.keys["gradient_accumulation_steps"], epochs, has_eval)
 
 
 def _learning_rate(answers: Answers, saved: Mapping[str, Any]) -> tuple[float, str]:

@@ -16,7 +16,7 @@ from mmkd.models.parts import train_only
 from mmkd.precision import say_emulated
 from mmkd.preparation.checks import check_precision, check_training_data
 from mmkd.preparation.prepared_rows import skips_preparation
-from mmkd.preparation.prompt_rows import with_open_answers
+from mmkd.preparation.prompt_rows import answered, with_open_answers
 
 from .config import DistillationConfig
 from .rollouts import check_rollouts
@@ -62,7 +62,7 @@ class Prepared:
         if reads_rows:
             train, evaluation = canonical_rows(train, "train", args), canonical_rows(evaluation, "eval", args)
         if args.on_policy_fraction == 1:
-            train = with_open_answers(train)
+            train, evaluation = with_open_answers(train), answered(evaluation)
         check_teachers(trainer, teacher, args, {"train": train, "eval": evaluation})
         if args.on_policy_fraction:
             check_rollouts(teacher, train)
