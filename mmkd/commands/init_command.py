@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from mmkd.scaffold.tasks import PRUNE, SERVER, TASKS, named
+from mmkd.scaffold.init_tasks import PRUNE, SERVER, TASKS, named
 
 from .command import Command
 
@@ -27,8 +27,8 @@ def run(options: Namespace) -> int:
     """Asks, writes, checks."""
     from rich.console import Console
 
-    from mmkd.scaffold.answers import Wishes
     from mmkd.scaffold.init import init
+    from mmkd.scaffold.init_answers import Wishes
     from mmkd.scaffold.questions import Asker, edit_lines, is_terminal
 
     names = ("output", "task", "data", "gpu", "teacher", "server", "student", "keep_layers", "output_dir", "force")

@@ -6,10 +6,10 @@ from mmkd.data.classification import HIDDEN, ClassificationData, ClassificationR
 from mmkd.errors import UserError
 from mmkd.recipe.recipe import Recipe
 
-from .answers import Answers
 from .draft import Draft
-from .fitting import Fit, fit_by_plan
+from .init_answers import Answers
 from .looking import OPEN_CLIP, config_of
+from .memory_fit import Fit, fit_by_plan
 from .token_recipe import schedule
 
 _SHOWN = 0.9

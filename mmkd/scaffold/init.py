@@ -11,10 +11,10 @@ from mmkd.preflight.doctor import doctor, quiet
 from mmkd.recipe.recipe import Recipe
 from mmkd.training.method import METHODS
 
-from .answers import Answers, Wishes, gather
 from .class_recipe import draft_classes
 from .draft import Draft, counted
-from .fitting import Fit
+from .init_answers import Answers, Wishes, gather
+from .memory_fit import Fit
 from .questions import Asker
 from .token_recipe import draft_tokens
 

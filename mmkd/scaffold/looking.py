@@ -14,7 +14,7 @@ from mmkd.errors import UserError
 from mmkd.preflight.costs import device_memory
 from mmkd.preflight.hardware import DEVICES, GIB, HERE, Device, choose_device
 
-from .tasks import Task
+from .init_tasks import Task
 
 NONE = "none"
 OPEN_CLIP = "open_clip:"

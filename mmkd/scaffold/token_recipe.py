@@ -14,10 +14,10 @@ from mmkd.preflight.facts import Sample, Side, render, student_side, take_sample
 from mmkd.preflight.hardware import GIB
 from mmkd.recipe.recipe import Recipe
 
-from .answers import Answers
 from .draft import Draft, counted
-from .fitting import LORA, Fit, Looked, fit_tokens, savings
-from .tasks import TASKS
+from .init_answers import Answers
+from .init_tasks import TASKS
+from .memory_fit import LORA, Fit, Looked, fit_tokens, savings
 
 _LONGEST = 2048
 """Tokens of a row beyond which rows are cut unless the user raises it: attention and activations grow with it."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from mmkd.errors import UserError
 
+from .init_tasks import PRUNE, SERVER, TASKS, Task
 from .questions import Asker, Question, any_text
-from .tasks import PRUNE, SERVER, TASKS, Task
 
 
 @dataclass(frozen=True)
