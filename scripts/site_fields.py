@@ -24,6 +24,11 @@ class FieldHelp(Extension):
         metadata = given.get("metadata")
         if isinstance(metadata, ast.Dict):
             for key, entry in zip(metadata.keys, metadata.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == "help" and isinstance(entry, ast.Constant):
+                if (
+                    isinstance(key, ast.Constant)
+                    and key.value == "help"
+                    and isinstance(entry, ast.Constant)
+                    and isinstance(entry.value, str)
+                ):
                     attr.docstring = Docstring(entry.value, lineno=attr.lineno, endlineno=attr.endlineno, parent=attr)
         attr.value = ast.unparse(given["default"]) if "default" in given else None

@@ -5,6 +5,7 @@ the parsers. A link to any other file of the repository leads to a page with tha
 site is built: nothing is copied in the checkout.
 """
 
+import json
 import os
 import re
 from argparse import ArgumentParser, HelpFormatter
@@ -39,6 +40,8 @@ PAGES = {
 }
 """Where a Markdown file of the repository is read on the site."""
 
+NOTEBOOKS = sorted(ROOT.glob("docs/notebooks/*.ipynb"))
+
 _LINK = re.compile(r"(?P<before>\]\()(?P<target>[^)\s#]*)(?P<anchor>#[^)\s]*)?(?P<after>\)|\s+\"[^\"]*\"\))")
 _FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,}).*?^(?P=indent)(?P=ticks) *$", re.MULTILINE | re.DOTALL)
 _INSTRUCTION = re.compile(r"^ *<!-- test: [^>]*-->\n", re.MULTILINE)
@@ -49,6 +52,7 @@ _slug = slugify(case="lower")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are made, and those of files they link to."""
     made = {"reference/cli.md": command_reference(), "architecture.md": section_of("CONTRIBUTING.md", ARCHITECTURE)}
+    made |= {f"notebooks/{path.stem}.md": notebook_page(path) for path in NOTEBOOKS}
     made |= {place: read(path) for path, place in PAGES.items() if place not in files.src_uris}
     made["contributing.md"] = made["contributing.md"].replace(section_of("CONTRIBUTING.md", ARCHITECTURE), "")
     for place, text in made.items():
@@ -84,6 +88,8 @@ def source_of(place: str) -> str:
         return "CONTRIBUTING.md"
     if place.startswith("repository/"):
         return place.removeprefix("repository/").removesuffix(".md")
+    if place.startswith("notebooks/"):
+        return f"docs/{place.removesuffix('.md')}.ipynb"
     if (ROOT / "docs" / place).is_file():
         return f"docs/{place}"
     return next((source for source, shown in PAGES.items() if shown == place), f"docs/{place}")
@@ -95,6 +101,8 @@ def place_of(source: str, anchor: str = "") -> str:
         return "architecture.md"
     if source in PAGES:
         return PAGES[source]
+    if source.startswith("docs/notebooks/"):
+        return source.removeprefix("docs/").replace(".ipynb", ".md")
     if source.startswith("docs/"):
         return source.removeprefix("docs/")
     whole = Path(source).suffix in {".png", ".svg", ".ipynb"}
@@ -166,6 +174,19 @@ def file_page(path: str) -> str:
     language = _LANGUAGES.get(Path(path).suffix, "text")
     head = f"---\nsearch: {{exclude: true}}\ntitle: {Path(path).name}\n---\n\n# `{path}`\n"
     return f"{head}\n{ticks}{language}\n{read(path)}{ticks}\n"
+
+
+def notebook_page(path: Path) -> str:
+    """A page with the cells of a notebook, and a link to the notebook itself."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells]
+    parts = [
+        text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```"
+        for cell, text in zip(cells, texts, strict=True)
+    ]
+    title, _, rest = parts[0].partition("\n")
+    download = f'<a href="../{path.name}" download>Download this notebook</a>'
+    return "\n\n".join([title, download, rest.strip(), *parts[1:], ""])
 
 
 def all_commands() -> Iterator[tuple[tuple[str, ...], Command]]:

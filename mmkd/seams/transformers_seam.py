@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING
 from transformers.utils.chat_template_utils import render_jinja_template
 
 
@@ -42,11 +41,16 @@ def has_class_for(auto_class: Any, config: type[PreTrainedConfig]) -> bool:
 
 def generates_text(config: PreTrainedConfig) -> bool:
     """Whether transformers generates text with models of this kind."""
+    # Imported here: with the auto classes come ours (`models/registration.py`), which import this module.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def model_class(config: PreTrainedConfig) -> type | None:
     """The class that `AutoModel` makes of a config; None for a config that it does not know."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
     mapping: Any = MODEL_MAPPING
     return mapping.get(type(config), None)
 

@@ -216,6 +216,11 @@ def test_a_pipeline_works_where_mmkd_was_imported(first: str, tmp_path: Path) ->
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment())
 
 
+def test_any_module_may_be_imported_first() -> None:
+    """transformers' auto classes bring the dual heads, which need what asked for the auto classes."""
+    subprocess.run([sys.executable, "-c", "import mmkd.models.assemble"], check=True, env=environment())
+
+
 def test_a_plain_model_works_in_a_pipeline(tmp_path: Path) -> None:
     student("vit").plain_model().save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
