@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mmkd import __version__
 from mmkd.errors import UserError
-from mmkd.seams.bitsandbytes_seam import silence_missing_kernel
+from mmkd.seams.upstream_messages import keep_back_messages
 
 from . import (
     cache_command,
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Command = options.chosen
     if flags and command.recipe is None:
         options.parser.error(f"unrecognized arguments: {' '.join(flags)}; its only flag is --help")
-    silence_missing_kernel()
+    keep_back_messages()
     _show_long_bars_only()
     try:
         command.check_flags(options, words[options.depth :])

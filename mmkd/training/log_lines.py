@@ -14,8 +14,8 @@ class Column:
     label: str
     meaning: str
     write: Callable[[float], str]
-    but_not_beside: str = ""
-    """A report that says the same better: where the log has it, this one is not shown."""
+    but_not_beside: tuple[str, ...] = ()
+    """Reports of which one is enough: where the log has any of them, this one is not shown."""
 
 
 def _number(value: float) -> str:
@@ -36,13 +36,13 @@ COLUMNS: dict[str, Column] = {
     "kl": Column("kl", "KL divergence from teacher to student, nats per token", _number),
     "chunk_kl": Column("chunk_kl", "KL divergence from teacher to student, nats per chunk of text", _number),
     "visual_kl": Column("visual_kl", "KL divergence from teacher to student, nats per image token", _number),
-    "ce": Column("ce", "cross-entropy on labelled rows, nats per row", _number, "token_accuracy"),
+    "ce": Column("ce", "cross-entropy on labelled rows, nats per row", _number, ("token_accuracy", "bits_per_byte")),
     "kd_labeled": Column("kd", "KL divergence from teacher to student on labelled rows, nats per row", _number),
     "kd_unlabeled": Column("kd_unlabelled", "the same on unlabelled rows", _number),
     "top1_agreement": Column("agreement", "share of tokens where student and teacher predict the same one", _share),
     "teacher_agreement": Column("agreement", "share of rows where student and teacher predict the same class", _share),
     "token_accuracy": Column(
-        "accuracy", "share of tokens that the student predicts right", _share, but_not_beside="top1_agreement"
+        "accuracy", "share of tokens that the student predicts right", _share, ("top1_agreement",)
     ),
     "ce_head_accuracy": Column("ce_head", "accuracy of the supervised head alone", _share),
     "kd_head_accuracy": Column("kd_head", "accuracy of the distillation head alone", _share),
@@ -54,7 +54,16 @@ COLUMNS: dict[str, Column] = {
 }
 """Report -> its column, in the order of a line."""
 
-DETAILS = {"ce", "divergence", "step_divergence", "student_entropy", "teacher_entropy", "chunk_gap", "aligned"}
+DETAILS = {
+    "ce",
+    "divergence",
+    "step_divergence",
+    "student_entropy",
+    "teacher_entropy",
+    "chunk_gap",
+    "aligned",
+    "progress_loss",
+}
 """Reports of an evaluation that its line leaves to the log on disk."""
 
 _CLOCK = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch", "step"}
@@ -62,7 +71,7 @@ _CLOCK = {"runtime", "samples_per_second", "steps_per_second", "model_preparatio
 
 def columns_of(log: Mapping[str, Any]) -> list[str]:
     """The reports that the lines of a training show, to judge by its first log."""
-    return [name for name, column in COLUMNS.items() if name in log and column.but_not_beside not in log]
+    return [name for name, column in COLUMNS.items() if name in log and log.keys().isdisjoint(column.but_not_beside)]
 
 
 def training_line(log: Mapping[str, Any], columns: list[str], step: int, steps: int, left: float) -> str:
@@ -89,7 +98,8 @@ def evaluation_line(log: Mapping[str, Any], prefix: str, step: int) -> str:
     parts += _plain({name: value for name, value in measures.items() if name not in known})
     title = {"eval": "evaluation", "test": "test"}.get(prefix, f"evaluation ({prefix.removeprefix('eval_')})")
     took = [f"in {readable_time(measures['runtime'])}"] if "runtime" in measures else []
-    return "   ".join([f"{title} after step {step}", *parts, *took])
+    when = f"after step {step}" if step else "before training"
+    return "   ".join([f"{title} {when}", *parts, *took])
 
 
 def other_line(log: Mapping[str, Any], step: int) -> str:
@@ -98,7 +108,7 @@ def other_line(log: Mapping[str, Any], step: int) -> str:
 
 
 def legend(columns: list[str]) -> list[str]:
-    """What the columns mean, one line each."""
+    """What the columns and the time left mean, one line each."""
     labels = [(COLUMNS[name].label, COLUMNS[name].meaning) for name in columns]
     labels.append(("left", "estimated time to the last step, evaluations included"))
     width = max(len(label) for label, _ in labels)

@@ -130,10 +130,10 @@ class TrainingProgress(TrainerCallback):
     def _print_training(self, logs: Mapping[str, Any], args: Any, state: Any) -> None:
         if self._columns is None:
             self._columns = columns_of(logs)
-            if not self.explained.issuperset(self._columns):
-                self.explained.update(self._columns)
+            if new := [name for name in self._columns if name not in self.explained]:
+                self.explained.update(new)
                 more = f"  Each log has more values: {Path(args.output_dir, LOG)}"
-                self._print("\n".join([*legend(self._columns), more]), style="dim")
+                self._print("\n".join([*legend(new), more]), style="dim")
         self._values = "  ".join(cell.strip() for cell in cells(logs, self._columns))
         self._print(training_line(logs, self._columns, state.global_step, state.max_steps, self._left(state)))
         self._show(state)

@@ -279,7 +279,7 @@ class Loop:
 
     def say(self, text: str) -> None:
         """Prints a line to the terminal."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _summary(self, report: dict[str, Any]) -> None:
         held_out = report["held_out"]
