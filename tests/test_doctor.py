@@ -324,6 +324,24 @@ def test_a_teacher_without_a_template(place: Place) -> None:
     assert "has no chat template" in of(findings, "chat template", "warning")
 
 
+def test_prompts_without_answers_are_sound_where_the_student_answers_them(place: Place) -> None:
+    prompts = [{"prompt": row["messages"][:1]} for row in chats()]
+    (place.folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    data = place.folder / "prompts.yaml"
+    data.write_text(yaml.safe_dump({"source": "json", "data_files": {"train": "prompts.jsonl"}}))
+    asked = {"data": str(data), "rollout_max_tokens": 8, "assistant_only_loss": False}
+    assert problems(place.examine(on_policy_fraction=1, **asked)) == []
+    assert "prompts without answers" in of(place.examine(**asked), "data", "problem")
+
+
+def test_evaluation_without_rows_for_it(place: Place) -> None:
+    data = place.folder / "all.yaml"
+    data.write_text(yaml.safe_dump({"source": "json", "data_files": {"train": "chats.jsonl"}}))
+    often = {"data": str(data), "eval_strategy": "steps", "eval_steps": 2}
+    assert "has no rows for evaluation" in of(place.examine(**often), "evaluation", "problem")
+    assert problems(place.examine(**{**often, "eval_strategy": "no"})) == []
+
+
 # Lengths
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmkd.preparation.checks import check_held_out
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run import check_surroundings
 from mmkd.recipe.run_teacher import reads_teacher
@@ -69,6 +70,8 @@ def examine_tokens(run: Run, sharded: bool, own: Callable[[Book, Sample | None],
     ours = None
     if student is not None and sample is not None:
         ours = book.attempt("data", render, run, student, sample)
+    if sample is not None:
+        book.attempt("evaluation", check_held_out, sample.rows.get("eval"), run.training)
     trained = student if student is None or ours is None else student.prepared_as(ours, run)
     if sample is not None and run.arguments.teacher_column is not None:
         book.check("routes", rows.routes, sample, run)

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 from trl.data_utils import is_conversational, is_conversational_from_value
 from trl.trainer.sft_config import SFTConfig
 
@@ -43,6 +44,17 @@ def check_training_data(train: Any, evaluation: Any, args: SFTConfig, tokenizer:
                 f"The {name} data set holds messages but the student's tokenizer has no chat template. Set "
                 "chat_template_path to a Jinja file or to a model whose template the student should use (the teacher)."
             )
+
+
+def check_held_out(evaluation: Any, args: SFTConfig) -> None:
+    """Raises UserError for evaluations during training without rows to evaluate on."""
+    if evaluation is None and args.eval_strategy != "no":
+        raise UserError(
+            f"eval_strategy is {IntervalStrategy(args.eval_strategy).value}, but the data has no rows for evaluation. "
+            "Hold some out (in a data recipe: eval_rows, eval_fraction or splits: {eval: ...}; in Python: "
+            "eval_dataset), or set eval_strategy: no.",
+            because="meaning",
+        )
 
 
 def check_layout(args: SFTConfig, row: Mapping[str, Any], vision: bool, is_processor: bool) -> None:

@@ -14,7 +14,7 @@ from mmkd.models.backbone import name_of
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.models.parts import train_only
 from mmkd.precision import say_emulated
-from mmkd.preparation.checks import check_precision, check_training_data
+from mmkd.preparation.checks import check_held_out, check_precision, check_training_data
 from mmkd.preparation.prepared_rows import skips_preparation
 from mmkd.preparation.prompt_rows import answered, with_open_answers
 
@@ -63,6 +63,7 @@ class Prepared:
             train, evaluation = canonical_rows(train, "train", args), canonical_rows(evaluation, "eval", args)
         if args.on_policy_fraction == 1:
             train, evaluation = with_open_answers(train), answered(evaluation)
+        check_held_out(evaluation, args)
         check_teachers(trainer, teacher, args, {"train": train, "eval": evaluation})
         if args.on_policy_fraction:
             check_rollouts(teacher, train)

@@ -299,6 +299,11 @@ def test_lora_trains_adapters_and_saves_them(build: Build, texts: Dataset, tmp_p
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
+def test_evaluation_without_rows_is_refused_before_models_are_loaded(build: Build, texts: Dataset) -> None:
+    with pytest.raises(ValueError, match="has no rows for evaluation"):
+        build(KDTrainer, texts, trainer={"model": "no/such-model"}, eval_strategy="steps", eval_steps=1)
+
+
 def test_lora_on_the_head_is_refused(build: Build, texts: Dataset) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="lm_head"):
