@@ -36,6 +36,15 @@ def clip(folder: Path) -> object:
     return make_clip(folder)
 
 
+def resnet(folder: Path) -> object:
+    """A tiny ResNet with its image processor."""
+    from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetModel
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ResNetModel(config).save_pretrained(folder)
+    return ConvNextImageProcessorPil(size={"shortest_edge": 16}).save_pretrained(folder)
+
+
 def chats(rows: int = 48) -> Maker:
     """A data set of conversations, as a folder of JSON lines."""
 
@@ -82,6 +91,9 @@ STAND_INS: dict[str, Maker] = {
     "google/siglip-base-patch16-224": make_tower,
     "openai/clip-vit-base-patch32": clip,
     "openai/clip-vit-large-patch14": clip,
+    "Qwen/Qwen2.5-VL-3B-Instruct": make_llava,
+    "Qwen/Qwen2.5-VL-7B-Instruct": lambda folder: make_llava(folder, seed=1, layers=3),
+    "microsoft/resnet-18": resnet,
     "llava-hf/llava-1.5-7b-hf": lambda folder: make_llava(folder, seed=1, layers=3),
     "trl-lib/Capybara": chats(),
 }
