@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The parts of mmkd from the ground up: each imports only parts before it.
 ORDER = ("errors", "schema", "field_docs", "files", "units", "yaml_files", "shipped", "losses", "alignment", "seams")
 ORDER += ("precision", "results", "data", "models", "cache", "teachers", "generation", "preparation", "training")
-ORDER += ("recipe", "capture", "preflight", "methods", "eval", "publish", "prepare", "scaffold", "commands")
+ORDER += ("recipe", "capture", "preflight", "methods", "eval", "publish", "prepare", "scaffold", "ui", "commands")
 
 # Of the parts at the ground, more is asked: maths, paths and YAML know nothing of the rest.
 NARROW = {"losses": {"errors"}, "alignment": {"errors"}, "shipped": {"errors"}, "yaml_files": {"errors"}}

@@ -11,6 +11,7 @@ from mmkd.seams.upstream_messages import keep_back_messages
 
 from . import (
     cache_command,
+    chat_command,
     compare_command,
     consolidate_command,
     doctor_command,
@@ -24,6 +25,7 @@ from . import (
     report_command,
     train_command,
     transfer_tokenizer_command,
+    ui_command,
 )
 from .command import Command, CommandGroup
 
@@ -35,6 +37,8 @@ COMMANDS: tuple[Command | CommandGroup, ...] = (
     eval_command.COMMAND,
     compare_command.COMMAND,
     report_command.COMMAND,
+    chat_command.COMMAND,
+    ui_command.COMMAND,
     push_command.COMMAND,
     doctor_command.COMMAND,
     plan_command.COMMAND,

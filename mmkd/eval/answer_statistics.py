@@ -1,14 +1,13 @@
 """What models write on held-out prompts: how long, whether they stop, how much they repeat; kept to be read."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmkd.data.prompts import RowPrompt, model_inputs
+from mmkd.data.prompts import RowPrompt
 from mmkd.generation.generator import Answer, RowError, Sampling
-from mmkd.generation.local_generation import AnswerTokens, LocalGenerator, by_number, stops_of
-from mmkd.models.load import tokenizer_of
+from mmkd.generation.row_answers import row_generator
 
 
 @dataclass(frozen=True)
@@ -43,24 +42,12 @@ def greedy_answers(
 
     The model answers as those who download it will see it: with its own settings, a repetition penalty say.
     """
-    tokenizer: Any = tokenizer_of(processing_class)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokens = AnswerTokens(stops_of(model) or [tokenizer.eos_token_id], [], tokenizer.pad_token_id)
-
-    def inputs(asked: list[tuple[RowPrompt, Any]]) -> Mapping[str, Any]:
-        batch, own = zip(*asked, strict=True)
-        return model_inputs(processing_class, batch, None if tools is None else own)
-
-    def batches(asked: Sequence[Any]) -> list[list[int]]:
-        return by_number(range(len(asked)), batch_size)
-
-    generator = LocalGenerator(model, processing_class, inputs, batches, tokens, own_settings=True)
+    generator = row_generator(model, processing_class, batch_size)
     asked = list(zip(prompts, tools or [None] * len(prompts), strict=True))
     found = []
     for answers in generator.generate(asked, Sampling(max_new_tokens)):
         assert not isinstance(answers, RowError), "a model in this process refuses nothing"
-        found.append(AnswerStatistics.of(answers[0], tokenizer))
+        found.append(AnswerStatistics.of(answers[0], generator.tokenizer))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from mmkd.data.prompts import IllustratedText, model_inputs
 from mmkd.models.backbone import base_of, full_head
@@ -81,15 +82,46 @@ class LocalGenerator(Generator[Asked]):
 
     def continued(self, prompts: list[Asked], sampling: Sampling, samples: int) -> list[list[Answer]]:
         """The answers to the prompts of one batch."""
+        answers = [self._answer(ids) for ids in self._continuations(prompts, sampling, samples)]
+        return [answers[first : first + samples] for first in range(0, len(answers), samples)]
+
+    def stream(self, prompt: Asked, sampling: Sampling) -> Iterator[str]:
+        """The answer to one prompt in pieces, as they are generated. Closing the iterator ends the generation."""
+        streamer: Any = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        closed, errors = threading.Event(), []
+
+        def generate() -> None:
+            try:
+                with torch.no_grad(), seeded(self.model, sampling.seed), speaking(self.model, self.own_settings):
+                    ends = StoppingCriteriaList([_StopWhen(closed.is_set)])
+                    self._continuations([prompt], sampling, 1, streamer=streamer, stopping_criteria=ends)
+            except Exception as error:
+                # It belongs to who reads the pieces, in another thread.
+                errors.append(error)
+            finally:
+                streamer.end()
+
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        try:
+            yield from streamer
+        finally:
+            closed.set()
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def _continuations(
+        self, prompts: list[Asked], sampling: Sampling, samples: int, **options: Any
+    ) -> list[list[int]]:
+        """The tokens after the prompts of one batch, padded to one length."""
         base: Any = base_of(self.model)
         inputs = self.read(prompts)
         width = inputs["input_ids"].shape[1]
         config = copy.deepcopy(base.generation_config)
         config.update(**self._settings(sampling, samples, width))
         with self.autocast():
-            output = base.generate(**inputs, generation_config=config)[:, width:].tolist()
-        answers = [self._answer(ids) for ids in output]
-        return [answers[first : first + samples] for first in range(0, len(answers), samples)]
+            return base.generate(**inputs, generation_config=config, **options)[:, width:].tolist()
 
     def read(self, prompts: list[Asked]) -> dict[str, Any]:
         """What the model reads of the prompts of one batch, on its device."""
@@ -116,6 +148,16 @@ class LocalGenerator(Generator[Asked]):
         ids, ended = up_to_stop(ids, self.tokens.stops)
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return Answer(str(text), ids, "stop" if ended else "length")
+
+
+class _StopWhen(StoppingCriteria):
+    """Ends all answers of a batch once a function says so."""
+
+    def __init__(self, ends: Callable[[], bool]):
+        self.ends = ends
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), self.ends(), device=input_ids.device)
 
 
 def on_device(model: Any) -> Any:

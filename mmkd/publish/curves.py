@@ -70,29 +70,40 @@ class Figure:
     """The last value of each line, for readers who cannot see the plot."""
 
 
+@dataclass(frozen=True)
+class PanelLines:
+    """The lines of a panel, and the stages of the longest run: name, from, to; none for a run of one training."""
+
+    panel: Panel
+    lines: list[Line]
+    spans: Sequence[tuple[str, float, float]]
+
+    @property
+    def log_scale(self) -> bool:
+        """Whether a logarithmic axis is possible and shows more than a linear one."""
+        values = [y for _, _, ys in self.lines for y in ys if not math.isnan(y)]
+        return self.panel.log_scale and min(values) > 0 and max(values) / min(values) >= 5
+
+
+def panels_of(runs: Mapping[str, Sequence[Part]]) -> list[PanelLines]:
+    """The panels for which the runs have numbers; of several runs, with the main lines of each."""
+    longest = max(runs.values(), key=lambda parts: sum(part.steps for part in parts), default=[])
+    starts = (start for _, start in _starts(longest))
+    spans = [(part.name, start, start + part.steps) for part, start in zip(longest, starts, strict=True)]
+    panels = [PanelLines(panel, list(_lines(panel, runs)), spans if len(spans) > 1 else []) for panel in PANELS]
+    return [panel for panel in panels if panel.lines]
+
+
 def draw(run: RunFiles) -> list[Figure]:
     """All plots for which the run has numbers."""
-    figures = [_draw_panel(panel, run.lines) for panel in PANELS]
-    figures += [_draw_rounds(run.rounds), _draw_choice(run.choice)]
-    return [figure for figure in figures if figure is not None]
+    figures = [_draw_panel(panel) for panel in panels_of(run.lines)]
+    figures += [figure for figure in (_draw_rounds(run.rounds), _draw_choice(run.choice)) if figure is not None]
+    return figures
 
 
-def _draw_panel(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Figure | None:
-    lines = list(_lines(panel, runs))
-    if not lines:
-        return None
-    longest = max(runs.values(), key=lambda parts: sum(part.steps for part in parts))
-    spans = [
-        (part.name, start, start + part.steps) for part, (_, start) in zip(longest, _starts(longest), strict=True)
-    ]
-    log_scale = panel.log_scale and _spans_a_decade([y for _, _, ys in lines for y in ys if not math.isnan(y)])
-    place = (panel.unit, "optimizer step", lines)
-    return _figure(panel.title, [place], log_scale=log_scale, spans=spans if len(spans) > 1 else [])
-
-
-def _spans_a_decade(values: Sequence[float]) -> bool:
-    """Whether a logarithmic axis shows more than a linear one, and is possible."""
-    return min(values) > 0 and max(values) / min(values) >= 5
+def _draw_panel(panel: PanelLines) -> Figure:
+    place = (panel.panel.unit, "optimizer step", panel.lines)
+    return _figure(panel.panel.title, [place], log_scale=panel.log_scale, spans=panel.spans)
 
 
 def _lines(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Iterator[Line]:

@@ -72,15 +72,19 @@ def write_report(
         reason = make_samples(run, samples)
     facts = page_facts(run, reason)
     output = output or folder
-    templates = files("mmkd.publish")
     for figure in facts["figures"]:
         write_file(output / FIGURES / f"{figure['name']}.svg", figure["svg"])
-    for name, escape in ((HTML, True), (MARKDOWN, False)):
-        environment = Environment(autoescape=escape, undefined=StrictUndefined, keep_trailing_newline=True)
-        environment.filters |= {"cell": _cell, "code": _code}
-        template = templates.joinpath(name.replace("report", "report_page")).read_text(encoding="utf-8")
-        write_file(output / name, environment.from_string(template).render(**facts))
+    for name in (HTML, MARKDOWN):
+        write_file(output / name, render(name, facts))
     return output / HTML, output / MARKDOWN
+
+
+def render(name: str, facts: Mapping[str, Any]) -> str:
+    """One of the pages, report.html or report.md, of a run's facts."""
+    environment = Environment(autoescape=name == HTML, undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters |= {"cell": _cell, "code": _code}
+    template = files("mmkd.publish").joinpath(name.replace("report", "report_page")).read_text(encoding="utf-8")
+    return environment.from_string(template).render(**facts)
 
 
 def page_facts(run: RunFiles, without_samples: str = "") -> dict[str, Any]:

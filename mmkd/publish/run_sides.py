@@ -36,7 +36,11 @@ class RunSide:
     @property
     def fits(self) -> bool:
         """Whether half of the device's memory holds it. A model of unknown size is taken to fit."""
-        return self.parameters is None or self.parameters * _BYTES <= _ROOM * device_memory()[1]
+        return self.fits_beside(0)
+
+    def fits_beside(self, parameters: int) -> bool:
+        """Whether it fits beside models with so many parameters together."""
+        return self.parameters is None or (self.parameters + parameters) * _BYTES <= _ROOM * device_memory()[1]
 
     def load(self) -> Any:
         """The model on this machine's device."""
@@ -76,12 +80,6 @@ def _teachers(run: RunFiles) -> dict[str, Mapping[str, Any]]:
         if keys.get("teacher"):
             return {TEACHER: keys}
     return {}
-
-
-def data_of(run: RunFiles) -> str | None:
-    """The data recipe of the run's last training, if it can be found from here."""
-    data = run.keys.get("data")
-    return None if data is None else str(data)
 
 
 def is_local(model: EvalModel) -> bool:

@@ -185,6 +185,14 @@ def read_run(folder: Path, comparison: Path | None = None) -> RunFiles:
     )
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run or a comparison, finished or not. A checkpoint is none."""
+    if folder.name.startswith("checkpoint-"):
+        return False
+    names = (RECORD, LOG, STATE, COMPARISON)
+    return any((folder / name).is_file() for name in names) or any(map(is_run, stages_of(folder)))
+
+
 def parts_of(folder: Path, prefix: str = "") -> list[Part]:
     """The trainings of a run, in order."""
     stages = stages_of(folder)

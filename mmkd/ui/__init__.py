@@ -1,0 +1,1 @@
+"""Runs in a browser on this machine, and conversations with their models."""
