@@ -201,14 +201,8 @@ def all_commands() -> Iterator[tuple[tuple[str, ...], Command]]:
 def parser_of(words: tuple[str, ...], command: Command) -> ArgumentParser:
     """The parser of a command by itself."""
     narrow = partial(HelpFormatter, width=78, max_help_position=26)
-    name, description = " ".join(["mmkd", *words]), command.description or command.help
-    parser = ArgumentParser(
-        name,
-        description=description,
-        allow_abbrev=command.allow_abbrev,
-        add_help=command.add_help,
-        formatter_class=narrow,
-    )
+    settings = {**command.of_parser, "description": command.description or command.help}
+    parser = ArgumentParser(" ".join(["mmkd", *words]), formatter_class=narrow, **settings)
     command.add_flags(parser)
     return parser
 

@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 from mmkd.errors import UserError
 from mmkd.shipped import find_recipe
@@ -28,6 +29,11 @@ class Command:
     allow_abbrev: bool = True
     add_help: bool = True
     """Whether its --help is argparse's, and `add_flags` adds none of its own."""
+
+    @property
+    def of_parser(self) -> dict[str, Any]:
+        """What its parser is made with; `add_flags` adds the rest."""
+        return {"description": self.description, "allow_abbrev": self.allow_abbrev, "add_help": self.add_help}
 
     def check_flags(self, options: Namespace, words: Sequence[str]) -> None:
         """Raises UserError for a key before the recipe whose value was taken for the recipe.

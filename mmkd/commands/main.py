@@ -132,13 +132,7 @@ def _add(commands: Sequence[Command | CommandGroup], parser: ArgumentParser, dep
         if isinstance(command, CommandGroup):
             _add(command.commands, parsers.add_parser(command.name, help=command.help), depth + 1)
             continue
-        own = parsers.add_parser(
-            command.name,
-            help=command.help,
-            description=command.description,
-            allow_abbrev=command.allow_abbrev,
-            add_help=command.add_help,
-        )
+        own = parsers.add_parser(command.name, help=command.help, **command.of_parser)
         command.add_flags(own)
         own.set_defaults(chosen=command, parser=own, depth=depth)
 

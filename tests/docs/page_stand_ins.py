@@ -62,6 +62,12 @@ def chats(rows: int = 48) -> Maker:
     return make
 
 
+def chat_file(path: Path) -> object:
+    """What stands for a reader's own file."""
+    made = chats(24)(path.with_suffix(""))
+    return (Path(str(made)) / "train.jsonl").rename(path)
+
+
 def texts(rows: int = 48) -> Maker:
     """A corpus, as a folder of JSON lines."""
 
@@ -96,6 +102,7 @@ STAND_INS: dict[str, Maker] = {
     "microsoft/resnet-18": resnet,
     "llava-hf/llava-1.5-7b-hf": lambda folder: make_llava(folder, seed=1, layers=3),
     "trl-lib/Capybara": chats(),
+    "your_chats.jsonl": chat_file,
 }
 """By the name in a page's text. Add a line for a model or data set that a page names."""
 
