@@ -9,6 +9,7 @@ import pytest
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
+import mmkd
 from mmkd.training.method import METHODS
 from scripts.site_pages import all_commands
 
@@ -51,6 +52,12 @@ def test_every_command_stands_in_the_reference(site: Path) -> None:
     text = (site / "reference" / "cli" / "index.html").read_text(encoding="utf-8")
     for words, _ in all_commands():
         assert f'id="mmkd-{"-".join(words)}"' in text
+
+
+def test_every_public_name_stands_in_the_reference(site: Path) -> None:
+    text = (site / "reference" / "api" / "index.html").read_text(encoding="utf-8")
+    documented = set(re.findall(r'id="mmkd\.(\w+)"', text))
+    assert set(dir(mmkd)) - documented == {"__version__"}
 
 
 def test_instructions_to_the_tests_are_not_shown(site: Path) -> None:
