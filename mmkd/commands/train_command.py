@@ -32,7 +32,8 @@ def run(options: Namespace) -> int:
     if options.help_keys is not None:
         return _print_keys(options)
     if options.recipe is None:
-        options.parser.error("the following arguments are required: recipe")
+        parser: ArgumentParser = options.parser
+        parser.error("the following arguments are required: recipe")
     from . import train
 
     recipe = _recipe_of(options.recipe, options)
