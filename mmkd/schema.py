@@ -28,6 +28,8 @@ _A = {int: "a whole number", float: "a number", bool: "true or false", str: "tex
 _TAKES = {int: "whole number", float: "number", bool: "true | false", str: "text", list: "list", dict: "mapping"}
 TRUTH = {"true": True, "yes": True, "t": True, "y": True, "1": True}
 TRUTH |= {"false": False, "no": False, "f": False, "n": False, "0": False}
+_JSON_TYPES: dict[Any, str] = {int: "integer", float: "number", bool: "boolean", str: "string"}
+_JSON_TYPES |= {list: "array", dict: "object"}
 # More choices than these are not listed in an error, and longer values are cut.
 _SHOWN_CHOICES, _SHOWN_LETTERS = 12, 80
 # What torch and Arrow hold a whole number in.
@@ -206,6 +208,34 @@ class Field:
         if len(kinds) == 1:
             return f"{name} is {shown(value)}, which is {_NO.get(kinds[0], f'no {_name(kinds[0])}')}."
         return f"{name} is {shown(value)}; give {' or '.join(_A.get(kind, _name(kind)) for kind in kinds)}."
+
+
+def as_json_schema(field: Field) -> dict[str, Any]:
+    """What JSON Schema (draft 2020-12) says of a field, null left to the caller.
+
+    Where `Field.read` also takes a value in another spelling, such as "0.5" in quotes for 0.5, the schema is stricter.
+    """
+    if field.items is not None and list in field.kinds:
+        items = as_json_schema(field.items)
+        # One value is a list of one.
+        alternatives = [{"type": "array", "items": items}, items]
+        text = {"type": "string"}
+        return {"anyOf": alternatives if str not in field.kinds or text in alternatives else [*alternatives, text]}
+    choices = [str(getattr(choice, "value", choice)) for choice in field.choices]
+    if choices:
+        return {"enum": choices}
+    types = [_JSON_TYPES[kind] for kind in field.kinds if kind in _JSON_TYPES]
+    if Any in field.kinds:
+        return {}
+    if not types:
+        # A type of Python, which no YAML value is.
+        return {"not": {}}
+    schema: dict[str, Any] = {"type": types[0] if len(types) == 1 else types}
+    if not {"integer", "number"}.isdisjoint(types):
+        bounds = {"minimum": field.bounds.min, "exclusiveMinimum": field.bounds.above}
+        bounds |= {"maximum": field.bounds.max, "exclusiveMaximum": field.bounds.below}
+        schema |= {name: bound for name, bound in bounds.items() if bound is not None}
+    return schema
 
 
 @functools.cache

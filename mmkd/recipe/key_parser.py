@@ -110,7 +110,7 @@ class KeyParser:
     def read(self, keys: Mapping[str, Any]) -> list[Any]:
         """An instance of each of `types`. Raises UserError for values that cannot be."""
         _refuse_fsdp(keys)
-        values = {name: self._read(name, value) for name, value in keys.items() if name in self._fields}
+        values = {name: self.read_value(name, value) for name, value in keys.items() if name in self._fields}
         missing = [name for kind in self.types for name in missing_fields(kind, values)]
         if missing:
             raise UserError(f"The recipe does not set {' and '.join(missing)}, and no run is possible without.")
@@ -125,7 +125,7 @@ class KeyParser:
             # transformers and trl say so of a combination of keys; the values of each have been looked at above.
             raise UserError(f"These settings cannot be: {' '.join(str(error).split())}", because="upstream") from error
 
-    def _read(self, name: str, value: Any) -> Any:
+    def read_value(self, name: str, value: Any) -> Any:
         """A recipe's value for a key, one value of a list as a list. Raises UserError for one that cannot be."""
         field = self._fields[name]
         if value is None and not field.optional:
