@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from mmkd.errors import UserError, nearest
+from mmkd.yaml_files import SchemaKind, schema_line, without_schema_line
 
 KINDS = ("trainers", "data_recipes", "eval")
 
@@ -134,7 +135,7 @@ def copy_recipe(name: str | Path, destination: str | Path, kind: str = "trainers
     """The path of a new copy of a recipe, to edit.
 
     `destination` is a file, or a folder (an existing one, or a path that ends in a slash) in which the copy keeps its
-    name. Raises UserError if the file exists already.
+    name. Its first line names the schema by which editors check it. Raises UserError if the file exists already.
     """
     source, target = find_recipe(name, kind), Path(destination)
     if target.is_dir() or os.fspath(destination).endswith(("/", os.sep)):
@@ -145,8 +146,23 @@ def copy_recipe(name: str | Path, destination: str | Path, kind: str = "trainers
     # The copy gets its name only when it is complete, so that an interrupted copy is not taken for the recipe.
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        shutil.copyfile(source, partial)
+        schema = _schema_of(source)
+        if schema is None:
+            shutil.copyfile(source, partial)
+        else:
+            text = without_schema_line(source.read_bytes().decode())
+            partial.write_bytes(f"{schema_line(schema, target)}{text}".encode())
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def _schema_of(path: Path) -> SchemaKind | None:
+    """The schema of a shipped file; evaluations have none, and of a user's own file nobody knows what it is."""
+    path = path.resolve()
+    if path.is_relative_to(recipe_root("trainers")):
+        return "recipe"
+    if not path.is_relative_to(recipe_root("data_recipes")):
+        return None
+    return "class_data_recipe" if path.parent.name == "classification" else "data_recipe"

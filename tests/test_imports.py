@@ -17,7 +17,7 @@ ORDER += ("precision", "results", "data", "models", "cache", "teachers", "genera
 ORDER += ("recipe", "capture", "preflight", "methods", "eval", "publish", "prepare", "scaffold", "ui", "commands")
 
 # Of the parts at the ground, more is asked: maths, paths and YAML know nothing of the rest.
-NARROW = {"losses": {"errors"}, "alignment": {"errors"}, "shipped": {"errors"}, "yaml_files": {"errors"}}
+NARROW = {"losses": {"errors"}, "alignment": {"errors"}, "shipped": {"errors", "yaml_files"}, "yaml_files": {"errors"}}
 
 # Slow to import, or not installed with mmkd at all: a user of something else must not pay for them.
 HEAVY = {"bitsandbytes", "flash_attn", "gguf", "liger_kernel", "lm_eval", "lmms_eval", "matplotlib", "ray"}

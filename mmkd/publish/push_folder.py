@@ -18,6 +18,7 @@ from mmkd.eval.model import EvalModel, find_model
 from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.run_record import data_facts
 from mmkd.results.scores import scores_of
+from mmkd.yaml_files import without_schema_line
 
 from .licences import conflicts
 from .lineage import bases_of, data_ids, data_sources, portable, source_of, teachers_of, trainings_of
@@ -83,7 +84,8 @@ class Published:
             (folder / name).write_text(text, encoding="utf-8")
         data = Path(str(self.keys["data"]))
         if is_recipe_file(data):
-            shutil.copyfile(data, folder / "training" / data.name)
+            text = without_schema_line(data.read_bytes().decode())
+            (folder / "training" / data.name).write_bytes(text.encode())
         (folder / LOG).write_text("".join(f"{json.dumps(entry)}\n" for entry in self.log), encoding="utf-8")
         _write(folder / SCORES, {"scores": list(self.student.scores), "held_out": dict(self.student.held_out)})
         if self.student.comparison is not None:

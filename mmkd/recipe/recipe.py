@@ -15,7 +15,7 @@ from mmkd.files import write_file
 from mmkd.shipped import find_recipe
 from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
-from mmkd.yaml_files import AsWritten, read_yaml
+from mmkd.yaml_files import AsWritten, read_yaml, schema_line, without_schema_line
 
 from .arguments import RunArguments, StudentArguments
 from .cache_arguments import CacheArguments
@@ -70,7 +70,9 @@ class Recipe:
         No key may stand there twice.
         """
         path, name = find_recipe(name_or_path), str(name_or_path)
-        return cls(_read_keys(path), name, str(path), text=path.read_text(encoding="utf-8"), command=(name,))
+        # Where the schema lies says nothing of the run, and comparisons are found by this text.
+        text = without_schema_line(path.read_text(encoding="utf-8"))
+        return cls(_read_keys(path), name, str(path), text=text, command=(name,))
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -143,7 +145,9 @@ class Recipe:
         """Writes all keys to a file, under a comment, and returns the recipe of that file."""
         header = f"# {comment}\n" if comment else ""
         text = header + yaml.safe_dump(self.keys, sort_keys=False, allow_unicode=True)
-        write_file(path, text)
+        # A file that says the same stays as it is, from a release without that line too.
+        if not path.is_file() or without_schema_line(path.read_text(encoding="utf-8")) != text:
+            write_file(path, schema_line("recipe", path) + text)
         place = str(path)
         return replace(self, written=self.keys, name=place, place=place, overrides={}, spelled={}, text=text)
 

@@ -95,7 +95,7 @@ def _nullable(key: Key) -> dict[str, Any]:
     """What a key may hold, or null, which takes a key away from a stage."""
     assert key.field is not None
     schema = {"const": ""} if key.name in _REFUSED else _values(key)
-    described = {"description": _description(key)}
+    described: dict[str, Any] = {"description": _description(key)}
     if key.unused:
         described["deprecated"] = True
     default = _json_default(key)
@@ -177,6 +177,10 @@ def _of_any(specs: Iterable[Mapping[str, Any]], shared: Mapping[str, Any]) -> di
 
 def _name_of(owners: Sequence[str]) -> str:
     return "of_" + "_and_".join(owners)
+
+
+def _ref(owners: Sequence[str]) -> dict[str, Any]:
+    return {"$ref": f"#/$defs/{_name_of(owners)}"}
 
 
 def _required(keys: Iterable[Sequence[Key]]) -> list[str]:

@@ -11,6 +11,7 @@ from mmkd.files import write_file
 from mmkd.recipe.key_parser import parser_of
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.training.config import DistillationConfig
+from mmkd.yaml_files import schema_line
 
 from .comd_trainer import CoMDConfig
 
@@ -74,8 +75,9 @@ def write_data(folder: Path, images: bool, held_out: Path | None) -> Path:
         files["eval"], splits["eval"] = str(held_out), "eval"
     keys = {"name": f"comd-{folder.name}", "source": "json", "data_files": files, "splits": splits, "columns": columns}
     text = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
-    write_file(folder / "data.yaml", f"# The pool of a round, with the teacher's answers.\n{text}")
-    return folder / "data.yaml"
+    path = folder / "data.yaml"
+    write_file(path, f"{schema_line('data_recipe', path)}# The pool of a round, with the teacher's answers.\n{text}")
+    return path
 
 
 def _settings(training: CoMDConfig) -> dict[str, Any]:
