@@ -16,10 +16,11 @@ from tests.docs.page_stand_ins import make_stand_ins
 PAGES = [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "README.md"]
 CARDS = [
     *sorted(ROOT.glob("trainers/*/README.md")),
+    ROOT / "CONTRIBUTING.md",
     ROOT / "eval" / "README.md",
     ROOT / "scripts" / "bench" / "README.md",
 ]
-"""Pages about runs of hours: their commands are checked and not run."""
+"""Pages about runs of hours or about the house: what they show is checked and not run."""
 
 
 def name_of(path: Path) -> str:
