@@ -94,7 +94,7 @@ class SourceDescription:
         """What these rows can be used for only, as a sentence; None for data that any method over tokens reads."""
         if self.kind == "prompts_only":
             return (
-                "Prompts without answers train on-policy (student_rollouts) or by CoMD, or after the teacher has "
+                "Prompts without answers train on-policy (on_policy_fraction: 1) or by CoMD, or after the teacher has "
                 "answered them: `mmkd cache build RECIPE --job generate`."
             )
         if self.recipe is None:

@@ -59,7 +59,7 @@ def render_first_batch(trainer: DistillationTrainer, rows: int = 2, width: int =
     for number, (ids, labels) in enumerate(zip(batch["input_ids"][:rows], batch["labels"][:rows], strict=True)):
         text.append(f"\nfirst batch, row {number + 1} of {len(batch['input_ids'])}: ", style="bold")
         start = len(text)
-        for token_ids, supervised in _runs(ids.tolist(), (labels != -100).tolist()):
+        for token_ids, supervised in runs_of(ids.tolist(), (labels != -100).tolist()):
             piece = str(tokenizer.decode(token_ids))
             text.append(f"[{piece}]" if supervised else piece, style="green" if supervised else "dim")
             if len(text) - start > width:
@@ -99,7 +99,8 @@ def _data(trainer: DistillationTrainer) -> list[tuple[str, str]]:
     return [*entries, ("steps", f"{steps:,} optimizer steps of {batch} rows, about {tokens:,} tokens")]
 
 
-def _runs(ids: list[int], supervised: list[bool]) -> list[tuple[list[int], bool]]:
+def runs_of(ids: list[int], supervised: list[bool]) -> list[tuple[list[int], bool]]:
+    """Consecutive tokens that are all supervised or all not."""
     runs: list[tuple[list[int], bool]] = []
     for token, flag in zip(ids, supervised, strict=True):
         if not runs or runs[-1][1] != flag:

@@ -208,6 +208,19 @@ class Rendered:
     image_token: int | None
     """The id that stands for a piece of an image, where the processor names it."""
 
+    @classmethod
+    def of(cls, prepared: PreparedSequences) -> "Rendered":
+        """The training rows of prepared data."""
+        split = prepared.splits["train"]
+        image_token = getattr(prepared.processing_class, "image_token_id", None)
+        if not isinstance(split, Sequences):
+            return cls([split[row] for row in range(len(split))], prepared, image_token)
+        # All rows, while `Sequences` itself leaves out equal ones and those without a supervised token.
+        located = sequences_of(split.dataset)
+        return cls(
+            [TokenSequence(part.ids.astype(np.int32), part.supervised) for part in located], prepared, image_token
+        )
+
     @property
     def tokenizer(self) -> Any:
         """With the settings that preparation makes: a template from elsewhere, another EOS, a pad token."""
@@ -237,15 +250,9 @@ def render(run: Run, side: Side, sample: Sample) -> Rendered:
         args.assistant_only_loss = False
     rows = DatasetDict({"train": sample.rows["train"]})
     # Preparation changes the template and special tokens of what it is given.
-    prepared = prepare(rows, args, copy.deepcopy(side.processing_class), judges_template=side.role == "student")
-    split = prepared.splits["train"]
-    image_token = getattr(prepared.processing_class, "image_token_id", None)
-    if not isinstance(split, Sequences):
-        return Rendered([split[row] for row in range(len(split))], prepared, image_token)
-    # All rows, while `Sequences` itself leaves out equal ones and those without a supervised token.
-    located = sequences_of(split.dataset)
-    sequences = [TokenSequence(part.ids.astype(np.int32), part.supervised) for part in located]
-    return Rendered(list(sequences), prepared, image_token)
+    return Rendered.of(
+        prepare(rows, args, copy.deepcopy(side.processing_class), judges_template=side.role == "student")
+    )
 
 
 def whole(training: DistillationConfig) -> DistillationConfig:

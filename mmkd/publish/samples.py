@@ -1,13 +1,12 @@
 """Answers of several models to the same questions, side by side, with pictures."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmkd.data.images import UnreadableImage, read_image
+from mmkd.data.thumbnails import thumbnail_url
 
 from .run_samples import FOLDER, kept_samples
 from .runs import RunFiles, read_lines
@@ -75,16 +74,11 @@ class Thumbnails:
             image = read_image(path)
         except UnreadableImage:
             return f"{Path(path).name} cannot be read"
-        small = max(image.size) <= PICTURE
-        image.thumbnail((PICTURE, PICTURE))
-        file = io.BytesIO()
-        image.save(file, "PNG" if small else "JPEG", **({} if small else {"quality": 80}))
-        content = file.getvalue()
-        if len(content) > self.room:
+        url = thumbnail_url(image, PICTURE)
+        if len(url) > self.room:
             return f"{Path(path).name} would make the page too large"
-        self.room -= len(content)
-        kind = "png" if small else "jpeg"
-        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        self.room -= len(url)
+        return url
 
 
 def _kept(run: RunFiles, thumbnails: Thumbnails) -> list[ReportSample]:
