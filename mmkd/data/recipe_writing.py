@@ -27,7 +27,7 @@ def write_data_recipe(description: SourceDescription, path: Path) -> None:
         raise UserError(f"{path} does not end in .yaml, by which a data recipe is told from rows. Name it so.")
     if os.path.lexists(path):
         raise UserError(f"{path} exists already and would be overwritten; remove it or name another file.")
-    write_file(path, recipe_text(description, recipe, path.absolute().parent))
+    write_file(path, recipe_text(description, recipe, path))
 
 
 def described_recipe(description: SourceDescription) -> DataRecipe | ClassificationRecipe:
@@ -43,10 +43,11 @@ def described_recipe(description: SourceDescription) -> DataRecipe | Classificat
     return recipe
 
 
-def recipe_text(description: SourceDescription, recipe: DataRecipe | ClassificationRecipe, folder: Path) -> str:
-    """The YAML of a recipe that will lie in `folder`, with comments that say what was recognised."""
+def recipe_text(description: SourceDescription, recipe: DataRecipe | ClassificationRecipe, path: Path) -> str:
+    """The YAML of a recipe that will lie at `path`, with comments that say what was recognised."""
+    folder, name = path.absolute().parent, str(path) if "/" in str(path) else f"./{path}"
     lines = [
-        f"# The rows of {description.source}: {description.spoken}. In the recipe of a run: data: ./data.yaml",
+        f"# The rows of {description.source}: {description.spoken}. In the recipe of a run write `data: {name}`.",
         *_comments([f"Read: {', '.join(description.columns)}."]),
         *(_comments([f"Not read: {', '.join(description.unread)}."]) if description.unread else []),
         *_comments(description.notes),
@@ -116,8 +117,12 @@ def _revision(recipe: DataRecipe | ClassificationRecipe) -> list[str]:
 
 def _entry(key: str, value: Any) -> list[str]:
     # Mappings and lists of words stand in one line where they fit.
-    text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
-    return text.rstrip("\n").split("\n")
+    flow = isinstance(value, dict | list)
+    if not flow:
+        return yaml.safe_dump({key: value}, allow_unicode=True).rstrip("\n").split("\n")
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=True, width=110)
+    first, *others = text.rstrip("\n").split("\n")
+    return [f"{key}: {first}", *(f"  {line}" for line in others)]
 
 
 def _comments(sentences: Any) -> list[str]:
