@@ -29,7 +29,7 @@ def run(options: Namespace) -> int:
 
     import uvicorn
 
-    from mmkd.ui.server import build_app
+    from mmkd.ui.ui_server import build_app
 
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     print(f"{address}/  shows the runs in {options.folder}. Ctrl-C ends.", flush=True)

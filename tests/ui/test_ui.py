@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from mmkd.commands.main import main
 from mmkd.ui.run_list import RunList
-from mmkd.ui.server import TOKEN, build_app
+from mmkd.ui.ui_server import TOKEN, build_app
 from scripts.make_tiny_models import sentences
 from tests.helpers import environment
 from tests.ui.stand_ins import log_step, make_run
@@ -163,7 +163,7 @@ def test_only_listed_runs_are_served(client: TestClient, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/../secret.txt", "/ui.py", "/server.py", "/ui.css/..%2fserver.py", "/%2e%2e/secret.txt"]
+    "path", ["/../secret.txt", "/ui.py", "/ui_server.py", "/ui.css/..%2fui_server.py", "/%2e%2e/secret.txt"]
 )
 def test_no_other_file_is_served(client: TestClient, path: str) -> None:
     assert client.get(path).status_code == 404
