@@ -1,6 +1,8 @@
 """What a run does besides training: it evaluates once, trains only where asked, and writes no card of others."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 from mmkd.commands.main import main
 from mmkd.publish.runs import read_log
 from mmkd.training.base import DistillationTrainer
+from mmkd.training.progress import phase
 from tests.test_cli import workplace as workplace
 
 
@@ -57,6 +60,42 @@ def test_the_best_student_is_evaluated_again(evaluations: list[int]) -> None:
     assert evaluations == [2, 4, 4]
     logged = {one["step"]: one["eval_kl"] for one in read_log(Path("run"))[:-1] if "eval_kl" in one}
     assert results()["eval_kl"] == pytest.approx(logged[2]) != pytest.approx(logged[4])
+
+
+def test_the_end_says_what_came_out_and_what_works_next(
+    evaluations: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its commands are run as they stand."""
+    flags = ["--eval_on_start", "true", "--eval_strategy", "steps", "--eval_steps", "2", "--output_dir", "my run"]
+    assert main(["train", "recipe.yaml", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(re.fullmatch(r"Finished: 4 steps in .* s, [\d,]+ supervised tokens\.", line) for line in lines)
+    assert any(re.fullmatch(r"held-out rows +before training +now", line) for line in lines)
+    assert any(re.fullmatch(r"kl +[\d.]+ +[\d.]+", line) for line in lines)
+    assert "The student is in my run" in lines
+    commands = [line.strip() for line in lines if line.startswith("    mmkd ")]
+    assert [shlex.split(command)[1] for command in commands] == ["report", "eval", "push"]
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+
+
+def test_an_adapter_of_a_folder_is_compared_and_not_pushed(
+    evaluations: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "recipe.yaml", "--use_peft", "true", "--max_steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "    mmkd compare recipe.yaml --use_peft true --max_steps 1\n" in out
+    assert "mmkd push" not in out
+
+
+def test_a_part_of_something_larger_says_nothing_about_what_is_next(
+    evaluations: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with phase("stage 1 of 2"):
+        assert main(["train", "recipe.yaml", "--max_steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "The student is in run" in out
+    assert "mmkd report" not in out
 
 
 def test_a_run_that_does_not_train_evaluates(evaluations: list[int]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate import PartialState
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -21,11 +22,13 @@ from mmkd.recipe.launch_keys import launch_keys_of, launch_words
 from mmkd.recipe.phases import check_phases, evaluate_alone, finish, trains
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run import build_trainer, check_surroundings, last_checkpoint, resume_point
-from mmkd.recipe.stages import parsed_plan, train_stages
+from mmkd.recipe.run_summary import print_next_commands
+from mmkd.recipe.stages import parsed_plan, plan, train_stages
 from mmkd.seams.accelerate_seam import launch, parsed_launch
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.interrupt import InterruptCallback
 from mmkd.training.method import METHODS
+from mmkd.training.progress import within_phase
 from mmkd.training.run_trainer import RunTrainer
 
 PRESETS = ("single_gpu", "ddp", "fsdp2", "zero2", "zero3")
@@ -52,10 +55,10 @@ def train(recipe: Recipe) -> int:
             _dry_run(run, folder)
         return 0
     if recipe.in_stages:
-        return train_stages(recipe, train, check_stages)
+        return _with_next(train_stages(recipe, train, check_stages), recipe)
     drive = METHODS[recipe.method].drive
     if drive is not None:
-        return drive(run, train)
+        return _with_next(drive(run, train), recipe)
     if not trains(run):
         evaluate_alone(build_trainer(run), run)
         return 0
@@ -76,7 +79,15 @@ def train(recipe: Recipe) -> int:
         print(f"\nInterrupted at step {trainer.state.global_step}. {_way_on(run)}", file=sys.stderr)
         return 130
     finish(trainer, run)
-    return 0
+    return _with_next(0, recipe)
+
+
+def _with_next(status: int, recipe: Recipe) -> int:
+    """The exit status of a run; says what can be done with its student, where it ended well and is no part of more."""
+    if not status and not within_phase() and PartialState().is_main_process:
+        last = plan(recipe)[-1].parse({}) if recipe.in_stages else recipe.parse()
+        print_next_commands(last, Path(recipe.keys.get("output_dir") or last.training.output_dir or "runs"))
+    return status
 
 
 def _train(trainer: RunTrainer, checkpoint: str | None) -> bool:

@@ -9,6 +9,7 @@ from mmkd.training.method import METHODS
 from mmkd.training.run_trainer import RunTrainer
 
 from .recipe import Run
+from .run_summary import print_summary
 
 # What transformers and TRL know and a recipe has no use for, with what to do instead.
 _UNUSED = {
@@ -81,7 +82,10 @@ def evaluate_alone(trainer: RunTrainer, run: Run) -> None:
 
 
 def finish(trainer: RunTrainer, run: Run) -> None:
-    """Saves the trained student and its state, evaluates it unless the training has just done so, and publishes it."""
+    """Saves the trained student and its state, evaluates it unless the training has just done so, and publishes it.
+
+    Says what was trained at what cost.
+    """
     trainer.save_model()
     trainer.save_state()
     if trainer.eval_dataset is not None and run.keys.get("do_eval") is not False:
@@ -89,3 +93,4 @@ def finish(trainer: RunTrainer, run: Run) -> None:
         trainer.save_metrics("eval", trainer.evaluate() if metrics is None else metrics)
     if run.training.push_to_hub:
         trainer.push_to_hub()
+    print_summary(trainer)

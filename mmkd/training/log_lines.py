@@ -89,22 +89,28 @@ def cells(log: Mapping[str, Any], columns: list[str]) -> Iterator[str]:
         yield f"{column.label} {value:<{width}}"
 
 
-def evaluation_line(log: Mapping[str, Any], prefix: str, step: int) -> str:
-    """The measures of an evaluation in one line; those that the caller computes (`compute_metrics`) among them."""
+def measures_of(log: Mapping[str, Any], prefix: str) -> dict[str, str]:
+    """The measures of an evaluation by their labels; those that the caller computes (`compute_metrics`) among them."""
     measures = {name.removeprefix(f"{prefix}_"): value for name, value in log.items() if name.startswith(f"{prefix}_")}
-    shown = columns_of(measures)
     known = {*COLUMNS, *DETAILS, *_CLOCK}
-    parts = [f"{COLUMNS[name].label} {COLUMNS[name].write(measures[name])}" for name in shown]
-    parts += _plain({name: value for name, value in measures.items() if name not in known})
+    others = {name: _plain(value) for name, value in measures.items() if name not in known}
+    return {COLUMNS[name].label: COLUMNS[name].write(measures[name]) for name in columns_of(measures)} | others
+
+
+def evaluation_line(log: Mapping[str, Any], prefix: str, step: int) -> str:
+    """The measures of an evaluation in one line."""
+    parts = [f"{label} {value}" for label, value in measures_of(log, prefix).items()]
+    seconds = log.get(f"{prefix}_runtime")
+    took = [] if seconds is None else [f"in {readable_time(seconds)}"]
     title = {"eval": "evaluation", "test": "test"}.get(prefix, f"evaluation ({prefix.removeprefix('eval_')})")
-    took = [f"in {readable_time(measures['runtime'])}"] if "runtime" in measures else []
     when = f"after step {step}" if step else "before training"
     return "   ".join([f"{title} {when}", *parts, *took])
 
 
 def other_line(log: Mapping[str, Any], step: int) -> str:
     """Whatever else is logged, in one line."""
-    return "   ".join([f"step {step}", *_plain({name: value for name, value in log.items() if name not in _CLOCK})])
+    values = [f"{name} {_plain(value)}" for name, value in log.items() if name not in _CLOCK]
+    return "   ".join([f"step {step}", *values])
 
 
 def legend(columns: list[str]) -> list[str]:
@@ -121,5 +127,5 @@ def evaluation_prefix(log: Mapping[str, Any]) -> str | None:
     return next((name for name in names if name != "train"), None)
 
 
-def _plain(values: Mapping[str, Any]) -> list[str]:
-    return [f"{name} {_number(value) if isinstance(value, float) else value}" for name, value in values.items()]
+def _plain(value: Any) -> str:
+    return _number(value) if isinstance(value, float) else str(value)

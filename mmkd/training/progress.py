@@ -45,6 +45,11 @@ def phase(name: str) -> Iterator[None]:
         _phase.reset(token)
 
 
+def within_phase() -> bool:
+    """Whether a training is a part of something larger."""
+    return bool(_phase.get())
+
+
 def show_progress(trainer: Trainer) -> "TrainingProgress | None":
     """Puts our lines in the place of the Trainer's own; a notebook keeps its table, and there is None."""
     for kind in (ProgressCallback, PrinterCallback):

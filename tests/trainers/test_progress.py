@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +30,16 @@ class Terminal:
     def __init__(self) -> None:
         self._master, slave = os.openpty()
         self.file = os.fdopen(slave, "w", buffering=1)
-        os.set_blocking(self._master, False)
-        self.written = ""
+        self._parts: list[bytes] = []
+        # A terminal that nobody reads is full after some thousand characters, and who writes to it waits.
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        # An error ends what a terminal says when its other side is closed.
+        with contextlib.suppress(OSError):
+            while part := os.read(self._master, 1 << 16):
+                self._parts.append(part)
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
@@ -38,18 +47,15 @@ class Terminal:
         with contextlib.redirect_stdout(self.file), contextlib.redirect_stderr(self.file):
             yield
 
-    def read(self) -> str:
-        """Everything that was written so far. A terminal holds little: read often."""
-        self.file.flush()
-        with contextlib.suppress(BlockingIOError):
-            self.written += os.read(self._master, 1 << 20).decode()
-        return self.written
+    def written(self) -> str:
+        """Everything that was written; nothing can be written after it."""
+        self.file.close()
+        self._reader.join()
+        return b"".join(self._parts).decode()
 
-    def lines(self) -> list[str]:
-        """What a user sees in the end."""
-        screen = pyte.Screen(200, 60)
-        pyte.Stream(screen).feed(self.read())
-        return [line.rstrip() for line in screen.display if line.strip()]
+    def close(self) -> None:
+        self.written()
+        os.close(self._master)
 
 
 @pytest.fixture
@@ -57,7 +63,14 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     terminal = Terminal()
     monkeypatch.setenv("TERM", "xterm")
     yield terminal
-    terminal.file.close()
+    terminal.close()
+
+
+def lines_of(written: str) -> list[str]:
+    """What a user sees in the end."""
+    screen = pyte.Screen(200, 60)
+    pyte.Stream(screen).feed(written)
+    return [line.rstrip() for line in screen.display if line.strip()]
 
 
 @pytest.fixture(autouse=True)
@@ -65,33 +78,32 @@ def nothing_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingProgress, "explained", set())
 
 
-class Reader(TrainerCallback):
-    """Empties the terminal after each step; says something in between, and fails where it should."""
+class Speaker(TrainerCallback):
+    """Says something during training, and fails where it should."""
 
-    def __init__(self, terminal: Terminal, fails: bool = False) -> None:
-        self.terminal, self.fails = terminal, fails
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
             print("a message of somebody", file=sys.stderr)
             if self.fails:
                 raise RuntimeError("out of memory")
-        self.terminal.read()
 
 
 def test_a_terminal_has_a_status_line_and_a_line_per_log(build: Build, texts: Dataset, terminal: Terminal) -> None:
     trainer = build(KDTrainer, texts, disable_tqdm=False, trainer={"eval_dataset": texts.select(range(4))})
-    trainer.add_callback(Reader(terminal))
+    trainer.add_callback(Speaker())
     with terminal.shown():
         with phase("stage 2 of 3, DFT"):
             trainer.train()
         trainer.evaluate()
-    written = terminal.read()
+    written = terminal.written()
     assert "\x1b[?25l" in written  # Was live ...
     assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")  # ... and has given the cursor back.
     assert "stage 2 of 3, DFT" in written
     assert "evaluating, batch 1/1" in written
-    lines = terminal.lines()
+    lines = lines_of(written)
     assert len([line for line in lines if STEP.fullmatch(line)]) == 4
     assert "a message of somebody" in lines
     assert len([line for line in lines if line.startswith("  kl ")]) == 1
@@ -101,12 +113,12 @@ def test_a_terminal_has_a_status_line_and_a_line_per_log(build: Build, texts: Da
 
 def test_an_error_leaves_the_terminal_as_it_was(build: Build, texts: Dataset, terminal: Terminal) -> None:
     trainer = build(KDTrainer, texts, disable_tqdm=False)
-    trainer.add_callback(Reader(terminal, fails=True))
+    trainer.add_callback(Speaker(fails=True))
     with terminal.shown():
         with pytest.raises(RuntimeError):
             trainer.train()
         assert sys.stdout is sys.stderr is terminal.file
-    written = terminal.read()
+    written = terminal.written()
     assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
 
 
@@ -131,7 +143,7 @@ def test_a_terminal_without_a_status_line_where_it_is_disabled(
     trainer = build(KDTrainer, texts, disable_tqdm=True, max_steps=2)
     with terminal.shown():
         trainer.train()
-    assert "\x1b[?25l" not in terminal.read()
+    assert "\x1b[?25l" not in terminal.written()
 
 
 def test_what_a_caller_logs_and_measures_is_shown(
