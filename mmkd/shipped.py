@@ -17,10 +17,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from mmkd.errors import UserError, nearest
-from mmkd.yaml_files import SchemaKind, schema_line, without_schema_line
+from mmkd.schema_lines import moved_schema_line
 
 KINDS = ("trainers", "data_recipes", "eval")
 
@@ -56,6 +54,9 @@ def summary_of(name: str, kind: str = "trainers") -> Summary:
     """What the recipe of that name says of itself."""
     text = (recipe_root(kind) / name).read_text(encoding="utf-8")
     if kind == "data_recipes" or name.startswith("suites/"):
+        # Neither `mmkd --help` nor finding a recipe waits for it.
+        import yaml
+
         keys = yaml.safe_load(text)
         # The first sentence; the others are for `mmkd recipes show`.
         purpose = re.split(r"(?<=\.)\s", str(keys.get("description", "")).strip())[0]
@@ -146,23 +147,12 @@ def copy_recipe(name: str | Path, destination: str | Path, kind: str = "trainers
     # The copy gets its name only when it is complete, so that an interrupted copy is not taken for the recipe.
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        schema = _schema_of(source)
-        if schema is None:
-            shutil.copyfile(source, partial)
-        else:
-            text = without_schema_line(source.read_bytes().decode())
-            partial.write_bytes(f"{schema_line(schema, target)}{text}".encode())
+        shutil.copyfile(source, partial)
+        text = source.read_bytes().decode()
+        moved = moved_schema_line(text, target)
+        if moved != text:
+            partial.write_bytes(moved.encode())
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
     return target
-
-
-def _schema_of(path: Path) -> SchemaKind | None:
-    """The schema of a shipped file; evaluations have none, and of a user's own file nobody knows what it is."""
-    path = path.resolve()
-    if path.is_relative_to(recipe_root("trainers")):
-        return "recipe"
-    if not path.is_relative_to(recipe_root("data_recipes")):
-        return None
-    return "class_data_recipe" if path.parent.name == "classification" else "data_recipe"

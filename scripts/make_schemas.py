@@ -10,8 +10,8 @@ from typing import Any
 from mmkd.data.data_schema import class_data_recipe_schema, data_recipe_schema
 from mmkd.files import write_file
 from mmkd.recipe.recipe_schema import recipe_schema
+from mmkd.schema_lines import SCHEMAS
 from mmkd.training.method import METHODS
-from mmkd.yaml_files import SCHEMAS
 
 
 def schemas() -> dict[str, str]:

@@ -18,7 +18,7 @@ from mmkd.eval.model import EvalModel, find_model
 from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.run_record import data_facts
 from mmkd.results.scores import scores_of
-from mmkd.yaml_files import without_schema_line
+from mmkd.schema_lines import without_schema_line
 
 from .licences import conflicts
 from .lineage import bases_of, data_ids, data_sources, portable, source_of, teachers_of, trainings_of

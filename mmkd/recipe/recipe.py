@@ -12,10 +12,11 @@ import yaml
 
 from mmkd.errors import UserError, nearest
 from mmkd.files import write_file
+from mmkd.schema_lines import schema_line, without_schema_line
 from mmkd.shipped import find_recipe
 from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
-from mmkd.yaml_files import AsWritten, read_yaml, schema_line, without_schema_line
+from mmkd.yaml_files import AsWritten, read_yaml
 
 from .arguments import RunArguments, StudentArguments
 from .cache_arguments import CacheArguments

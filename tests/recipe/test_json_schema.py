@@ -16,9 +16,10 @@ from mmkd.errors import UserError
 from mmkd.recipe.key_parser import parser_of
 from mmkd.recipe.key_reference import keys_of
 from mmkd.recipe.recipe import Recipe
+from mmkd.schema_lines import SCHEMAS, schema_line, without_schema_line
 from mmkd.shipped import copy_recipe, recipe_root
 from mmkd.training.method import METHODS
-from mmkd.yaml_files import SCHEMAS, read_yaml, schema_line, without_schema_line
+from mmkd.yaml_files import read_yaml
 from scripts.make_schemas import schemas
 
 ROOT = Path(__file__).parents[2]
@@ -236,7 +237,7 @@ def test_a_schema_beside_the_file_is_named_by_a_relative_path(monkeypatch: pytes
 
 
 def test_a_path_with_a_space_is_written_as_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmkd.yaml_files.SCHEMAS", tmp_path / "my env")
+    monkeypatch.setattr("mmkd.schema_lines.SCHEMAS", tmp_path / "my env")
     assert schema_line("recipe", "/elsewhere/recipe.yaml").endswith("/my%20env/recipe.schema.json\n")
 
 

@@ -10,8 +10,8 @@ from mmkd.errors import UserError
 from mmkd.files import write_file
 from mmkd.recipe.key_parser import parser_of
 from mmkd.recipe.recipe import Recipe, Run
+from mmkd.schema_lines import schema_line
 from mmkd.training.config import DistillationConfig
-from mmkd.yaml_files import schema_line
 
 from .comd_trainer import CoMDConfig
 
