@@ -201,6 +201,11 @@ def exists(path: Path) -> State:
     return lambda: (float(path.exists()), "")
 
 
+def matches(folder: Path, pattern: str) -> State:
+    """Done once a path of the folder matches."""
+    return lambda: (float(any(folder.glob(pattern))), "")
+
+
 def measured(folder: Path, count: int) -> State:
     """Done once so many models of a comparison are evaluated."""
     return lambda: (float(len(list(folder.glob("*.json"))) >= count), "")
@@ -248,17 +253,17 @@ def vision_half(output: Path) -> Half:
     """The vision-language students; see scripts/quickstart_vlm.py."""
     since, models, place = time.time(), ROOT / ".cache/mmkd/easy_vqa/models", output / "easy_vqa"
 
-    def stage(title: str, share: float, folder: Path) -> Phase:
-        state = trained(exists(folder / "model.safetensors"), folder, "log.jsonl", since)
+    def stage(title: str, share: float, root: Path, folder: str) -> Phase:
+        state = trained(matches(root, f"{folder}/model.safetensors"), root, f"{folder}/log.jsonl", since)
         return Phase(title, share * VISION, state)
 
     names = {"tower": "vision tower", "large": "teacher's language model", "small": "student's language model"}
     phases = [Phase(f"making the {name}", 0.1 * VISION, exists(models / folder)) for folder, name in names.items()]
     teacher = ROOT / "runs/easy_vqa/teacher"
-    phases += [stage("teacher, stage 1", 0.06, teacher / "1-PT"), stage("teacher, stage 2", 0.26, teacher / "2-SFT")]
-    for schedule, share in (("PT-SFT-SFT", 0.14), ("DPT-SFT-DFT", 0.18)):
+    phases += [stage("teacher, stage 1", 0.06, teacher, "1-PT"), stage("teacher, stage 2", 0.26, teacher, "2-SFT")]
+    for method, schedule, share in (("sft", "PT-SFT-SFT", 0.14), ("llava_kd", "DPT-SFT-DFT", 0.18)):
         phases += [
-            stage(f"{schedule}, stage {number}", share / 3, place / f"{schedule}-seed0" / f"{number}-{name}")
+            stage(f"{schedule}, stage {number}", share / 3, place, f"{method}-{schedule}-*/{number}-{name}")
             for number, name in enumerate(schedule.split("-"), 1)
         ]
     phases.append(Phase("answering the test questions", 0.06 * VISION, exists(place / "answers.png")))

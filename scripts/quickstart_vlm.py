@@ -9,21 +9,26 @@ is finished is kept, so that the command can be repeated after an interruption.
 """
 
 import argparse
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
 
 from mmkd.commands.train import train
+from mmkd.eval.asked_questions import Questions
+from mmkd.eval.compare import Asked, compare
 from mmkd.recipe.flags import recipe_of
+from mmkd.results.tables import show
 from scripts import make_easy_vqa_models
-from scripts.compare_stages import Results, answers, questions, run_schedule, show
 from scripts.make_easy_vqa import OUTPUT_DIR, make_easy_vqa
 
 RECIPE, TEACHER = "llava_kd/easy_vqa", "sft/easy_vqa_teacher"
-SCHEDULES = {"SFT only (PT-SFT-SFT)": "PT-SFT-SFT", "LLaVA-KD (DPT-SFT-DFT)": "DPT-SFT-DFT"}
+NAMES = {"PT-SFT-SFT": "SFT only", "DPT-SFT-DFT": "LLaVA-KD", "teacher": "teacher"}
+"""Row of the comparison -> what the picture calls it."""
 QUESTIONS, SHOWN = 2000, 8
 SIDE, WIDTH, TEXT, FONT = 192, 232, 118, 13
 """Pixels of a picture, its cell's width, the text below it, and the height of a letter."""
@@ -39,22 +44,21 @@ def main() -> None:
     make_easy_vqa_models.main([])
     if train(recipe_of(TEACHER, flags)):
         raise SystemExit(130)
-    recipe = recipe_of(RECIPE, flags)
-    test = OUTPUT_DIR / "test.jsonl"
-    rows = questions(test, recipe, QUESTIONS)
-    results = Results(options.output / "results.json", test, QUESTIONS)
-    folders: dict[str, Path] = {}
-    table: list[tuple[str, list[dict[str, float]]]] = []
-    for name, schedule in SCHEDULES.items():
-        folders[name], steps, identity = run_schedule(recipe, schedule, options.seed, options.output)
-        table.append((name, [{**results.get(folders[name], rows, identity), "steps": float(steps)}]))
-    folders["teacher"] = Path(recipe.written["stages"]["DFT"]["teacher"])
-    table.append(("teacher", [results.get(folders["teacher"], rows, str(folders["teacher"]))]))
+    recipe, test = recipe_of(RECIPE, flags), OUTPUT_DIR / "test.jsonl"
+    asked = Asked(schedules=[name for name in NAMES if name != "teacher"], test=test, max_questions=QUESTIONS)
+    comparison = compare([recipe], [options.seed], options.output, train, asked)
+    folders = {NAMES[row["name"]]: row["folders"][0] for row in comparison["rows"]}
     # Evenly from all questions asked, not picked.
-    some = rows[:: len(rows) // SHOWN][:SHOWN]
+    questions = Questions.in_file(test, QUESTIONS)
+    places = range(0, len(questions.rows), len(questions.rows) // SHOWN)[:SHOWN]
+    some = Questions(questions.rows.select(places), f"{SHOWN} questions")
+    lines = test.read_text(encoding="utf-8").splitlines()
+    sheet = contact_sheet(
+        [json.loads(lines[place]) for place in places], {name: some.ask(folder)[1] for name, folder in folders.items()}
+    )
     picture = options.output / "answers.png"
-    contact_sheet(some, {name: answers(folder, some) for name, folder in folders.items()}).save(picture)
-    show(table, [options.seed], len(rows))
+    sheet.save(picture)
+    show(comparison, Console(width=120))
     print(f"Some of the questions with the models' answers: {picture}")
 
 
@@ -70,7 +74,7 @@ def contact_sheet(rows: Sequence[Mapping[str, Any]], said: Mapping[str, Sequence
         lines = [(line, "black") for line in textwrap.wrap(question, 30)] + [(f"right: {answer}", "black")]
         for name, answers_of in said.items():
             color = "darkgreen" if answers_of[number] == answer else "red"
-            lines.append((f"{name.partition(' (')[0]}: {answers_of[number]}", color))
+            lines.append((f"{name}: {answers_of[number]}", color))
         for line, (text, color) in enumerate(lines):
             draw.text((left, top + SIDE + 4 + line * (FONT + 4)), text, fill=color, font=font)
     return sheet

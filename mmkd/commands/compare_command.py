@@ -2,11 +2,12 @@
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .command import Command
 
 if TYPE_CHECKING:
+    from mmkd.eval.compare import Asked
     from mmkd.recipe.recipe import Recipe
 
 
@@ -15,7 +16,23 @@ def add_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("recipes", nargs="+", metavar="RECIPE", help="recipes to compare, by name or path")
     add("--seeds", nargs="+", type=int, default=[0], help="each recipe is trained with each (default: 0)")
-    add("--baseline", help="recipe of method sft, or none (default: the one given, else made of the first recipe)")
+    add("--baseline", help="recipe that distils nothing, or none (default: the one given, else made of the first)")
+    add("--controls", nargs="+", default=[], help="also train a method's own controls; its card says which there are")
+    add(
+        "--schedules",
+        nargs="+",
+        default=[],
+        metavar="STAGE-STAGE[:KEY=VALUE,...]",
+        help="compare these schedules of a recipe in stages; keys are for all stages that distil (beta=0) or for one "
+        "(DFT.beta=0)",
+    )
+    add(
+        "--test",
+        type=Path,
+        help="file of questions whose answers are measured; look at it last. Recipes in stages or rounds are asked "
+        "the held-out rows of their data without it",
+    )
+    add("--max_questions", type=int, help="ask at most so many (default: all)")
     add("--judge", help="recipe whose trainer evaluates all students (default: each one's own)")
     add("--suite", nargs="+", default=[], help="also evaluate all of them on a suite, as `mmkd eval` does")
     add("--tasks", nargs="+", default=[], help="also evaluate all of them on tasks, by name or pattern")
@@ -26,22 +43,25 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Trains, evaluates and prints; returns 130 when interrupted, after which the same command goes on."""
+    from mmkd.eval.compare import Asked
     from mmkd.eval.harness import Settings
     from mmkd.eval.suites import tasks_of
     from mmkd.recipe.flags import recipe_of
 
     recipes = [recipe_of(name, options.flags) for name in options.recipes]
     baseline = options.baseline
-    return _compare(
-        recipes,
-        options.seeds,
-        options.output,
+    asked = Asked(
         judge=None if options.judge is None else recipe_of(options.judge, options.flags),
         baseline=baseline if baseline in (None, "none") else recipe_of(baseline, options.flags),
+        controls=options.controls,
+        schedules=options.schedules,
+        test=options.test,
+        max_questions=options.max_questions,
         tasks=tasks_of(options.suite, options.tasks),
         include=options.include_path,
         settings=Settings(limit=options.limit, device="cpu" if recipes[0].keys.get("use_cpu") else None),
     )
+    return _compare(recipes, options.seeds, options.output, asked)
 
 
 def with_baseline(recipe: "Recipe") -> int:
@@ -50,19 +70,34 @@ def with_baseline(recipe: "Recipe") -> int:
     return _compare([recipe], [training.seed], Path(training.output_dir or "runs/compare"))
 
 
-def _compare(recipes: "list[Recipe]", seeds: list[int], output: Path, **options: Any) -> int:
+def _compare(recipes: "list[Recipe]", seeds: list[int], output: Path, asked: "Asked | None" = None) -> int:
+    import importlib.util
+
     from rich.console import Console
 
     from mmkd.eval.compare import NAME, PAGE, compare
+    from mmkd.eval.compare_progress import LOG_NAME, quiet
+    from mmkd.publish.report_page import write_report
     from mmkd.results.tables import show
 
+    from .train import train
+
+    known = set(output.glob("measured/*"))
     try:
-        comparison = compare(recipes, seeds, output, **options)
+        comparison = compare(recipes, seeds, output, train, asked)
     except KeyboardInterrupt:
         print("\nInterrupted. Finished trainings are kept: the same command goes on with the next one.")
         return 130
     show(comparison, Console(width=120))
-    print(f"{output / NAME}\n{output / PAGE}")
+    for path in (output / NAME, output / PAGE):
+        print(path)
+    # A comparison of hours ends well without a package that draws.
+    if set(output.glob("measured/*")) > known and importlib.util.find_spec("matplotlib") is not None:
+        with quiet(output / LOG_NAME):
+            page, _ = write_report(output)
+        print(f"The report, with curves and samples: {page}")
+    else:
+        print(f"`mmkd report {output}` makes a page of it, with curves and samples.")
     return 0
 
 
@@ -71,8 +106,9 @@ COMMAND = Command(
     "train recipes and their SFT baseline over seeds; say whether distillation was worth it",
     run,
     add_flags,
-    "Trains recipes and an SFT baseline at equal tokens, evaluates them with the teacher, and writes "
-    "OUTPUT/comparison.json and .md. Every key of the recipes is a flag. What is finished is kept.",
+    "Trains recipes and a baseline without a teacher for as many steps, measures them with the teacher, and writes "
+    "OUTPUT/comparison.json, .md and a report. Recipes may be of one training, in stages, in rounds (comd) or of "
+    "classes (dho). Every key of the recipes is a flag. What is finished is kept: the same command goes on.",
     recipe="recipes",
     # Or --seed, which is a recipe's key, would be read as --seeds.
     allow_abbrev=False,

@@ -20,6 +20,8 @@ def show(comparison: Mapping[str, Any], console: Console) -> None:
             table.add_row(*line)
         console.print(table)
     console.print(_footer(comparison))
+    for verdict in comparison.get("verdicts", []):
+        console.print(verdict, style="bold", highlight=False)
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
@@ -28,30 +30,31 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     for title, header, lines in tables(comparison):
         body = [header, ["---"] * len(header), *lines]
         parts.append((f"### {title}\n\n" if title else "") + "\n".join(f"| {' | '.join(line)} |" for line in body))
-    return "\n\n".join([*parts, _footer(comparison)]) + "\n"
+    return "\n\n".join([*comparison.get("verdicts", []), *parts, _footer(comparison)]) + "\n"
 
 
 def tables(comparison: Mapping[str, Any]) -> list[Cells]:
     """The tables of a comparison; empty tables are left out."""
-    rows = comparison["rows"]
+    rows, items = comparison["rows"], comparison.get("items", "tokens")
     candidates = [
-        _numbers("", rows, "metrics"),
-        _numbers("Benchmarks", rows, "tasks"),
+        _numbers("", rows, "metrics", items),
+        _further(rows),
+        _numbers("Benchmarks", rows, "tasks", items),
         _against("Percent of the teacher kept", rows, "retention", lambda value: f"{value:.1f} %"),
-        _against("Gain over SFT, positive is better", rows, "gain_over_sft", _gain),
+        _against(f"Gain over {comparison.get('baseline', 'SFT')}, positive is better", rows, "gain_over_sft", _gain),
         _against(
             "Benchmark answers that flipped against the teacher", rows, "flips", lambda value: f"{100 * value:.1f} %"
         ),
-        _costs(rows),
+        _costs(rows, items),
     ]
     return [(title, header, lines) for title, header, lines in candidates if lines and len(header) > 1]
 
 
-def _numbers(title: str, rows: Sequence[Mapping[str, Any]], key: str) -> Cells:
+def _numbers(title: str, rows: Sequence[Mapping[str, Any]], key: str, items: str) -> Cells:
     names = [name for name in rows[0][key] if all(name in row[key] for row in rows)]
     titles = [rows[0][key][name]["title"] for name in names]
-    own = ["parameters", "tokens seen"] if key == "metrics" else []
-    last = ["tokens/s"] if key == "metrics" else []
+    own = ["parameters", f"{items} seen"] if key == "metrics" else []
+    last = [f"{items}/s"] if key == "metrics" else []
     lines = []
     for row in rows:
         cells = [_spread(row[key][name]) for name in names]
@@ -61,6 +64,17 @@ def _numbers(title: str, rows: Sequence[Mapping[str, Any]], key: str) -> Cells:
             cells = [f"{row['parameters'] / 1e6:.1f} M", tokens, *cells, speed]
         lines.append([row["name"], *cells])
     return title, ["model", *own, *titles, *last] if names or own else ["model"], lines
+
+
+def _further(rows: Sequence[Mapping[str, Any]]) -> Cells:
+    """What is known of some rows only."""
+    chosen = [row for row in rows if row.get("further")]
+    titles = {name: metric["title"] for row in chosen for name, metric in row["further"].items()}
+    lines = [
+        [row["name"], *(_spread(row["further"][name]) if name in row["further"] else "" for name in titles)]
+        for row in chosen
+    ]
+    return "More of some", ["", *titles.values()], lines
 
 
 def _against(title: str, rows: Sequence[Mapping[str, Any]], key: str, cell: Any) -> Cells:
@@ -79,13 +93,14 @@ def _gain(gain: Mapping[str, Any]) -> str:
     return f"{gain['gain']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
 
 
-def _costs(rows: Sequence[Mapping[str, Any]]) -> Cells:
+def _costs(rows: Sequence[Mapping[str, Any]], items: str) -> Cells:
     chosen = [row for row in rows if row["cost"]]
     cached = any(row["cache"] for row in chosen)
     unit = chosen[0]["cost"]["unit"] if chosen else ""
     lines = []
     for row in chosen:
-        cells = [row["name"], f"{row['cost']['hours']:.3g}", f"{row['cost']['teacher_tokens']:,.0f}"]
+        asked = row["cost"]["teacher_tokens"]
+        cells = [row["name"], f"{row['cost']['hours']:.3g}", "" if asked is None else f"{asked:,.0f}"]
         lines.append([*cells, *([_cache(row["cache"])] if cached else [])])
     return "Cost of a training", ["model", unit, "teacher tokens", *(["cache"] if cached else [])], lines
 
@@ -106,5 +121,7 @@ def _footer(comparison: Mapping[str, Any]) -> str:
     spread = ", mean ± standard deviation" if len(seeds) > 1 else ""
     gains = any(row["gain_over_sft"] for row in comparison["rows"])
     between = "; intervals: 95 %, paired bootstrap over held-out items and seeds" if gains else ""
+    on = f" Measured on {comparison['measured_on']}." if comparison.get("measured_on") else ""
     where = facts["processor"] if facts["device"] == "cpu" else facts["device"]
-    return f"Seeds {seeds}{spread}{between}. {where}, {facts['threads']} threads, torch {facts['versions']['torch']}."
+    machine = f"{where}, {facts['threads']} threads, torch {facts['versions']['torch']}"
+    return f"Seeds {seeds}{spread}{between}. {machine}.{on}"

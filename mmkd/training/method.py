@@ -12,6 +12,8 @@ from rich.console import Console
 
 from mmkd.errors import UserError
 
+from .comparison import Comparison
+
 Train = Callable[[Any], int]
 """Trains a recipe; the exit status."""
 
@@ -71,6 +73,9 @@ class Method:
 
     unused: Mapping[str, str] = field(default_factory=dict)
     """Keys that every recipe may set and one of this method has no use for -> why. `--help_keys` hides them."""
+
+    comparison: Comparison = field(default_factory=Comparison)
+    """What `mmkd compare` trains beside its students, and how it measures them."""
 
     def __post_init__(self) -> None:
         own = ("build", "dry_run", "check", "examine", "plan", "data_facts")

@@ -20,8 +20,9 @@ from rich.console import Console
 
 from mmkd.capture.build import build
 from mmkd.capture.build_plan import make_plan
-from mmkd.eval.trainings import Measured, measure
+from mmkd.eval.trainings import measure
 from mmkd.recipe.flags import recipe_of
+from mmkd.results.compared import ComparedModel
 
 ARMS = {
     "sft": ("sft/quickstart", 1.6),
@@ -34,7 +35,7 @@ ARMS = {
 STEPS = (10, 20, 40)
 
 
-def trained(recipe: str, steps: int, seed: int, rows: list[str]) -> Measured:
+def trained(recipe: str, steps: int, seed: int, rows: list[str]) -> ComparedModel:
     """A student of so many steps, measured and forgotten."""
     flags = ["--max_steps", str(steps), "--seed", str(seed), *rows]
     # The results are read from what is printed; how each training went is not a part of them.

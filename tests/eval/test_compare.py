@@ -135,22 +135,6 @@ def test_a_given_baseline_and_none(workplace):
     assert rows[-1]["gain_over_sft"] == {}
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"stages": {"SFT": {"method": "sft"}}}, "is trained in stages"),
-        ({"method": "dho"}, "predicts classes"),
-        ({"method": "comd"}, "consists of several trainings"),
-    ],
-)
-def test_recipes_that_others_compare_are_refused(workplace, capsys, keys, message):
-    recipe = yaml.safe_load(Path("kd.yaml").read_text())
-    Path("other.yaml").write_text(yaml.safe_dump({**recipe, **keys}))
-    assert main(["compare", "other.yaml"]) == 2
-    assert message in capsys.readouterr().err
-    assert not Path("runs").exists()
-
-
 def test_recipes_that_read_the_held_out_rows_differently_need_a_judge(workplace, capsys):
     keys = yaml.safe_load(Path("kd.yaml").read_text())
     Path("packed.yaml").write_text(yaml.safe_dump(keys | {"packing": True, "max_length": 32, "bf16": False}))

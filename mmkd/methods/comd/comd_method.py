@@ -2,6 +2,7 @@
 
 from mmkd.training.method import Method
 
+from .comd_comparison import COMPARISON
 from .comd_dry_run import dry_run_comd
 from .comd_trainer import CoMDTrainer
 from .round_checks import examine_rounds
@@ -19,4 +20,5 @@ METHOD = Method(
         "teacher_cache": "The teacher answers instructions that are not known before. See round_cache.",
         "job": "A round builds its cache itself. See round_cache.",
     },
+    comparison=COMPARISON,
 )

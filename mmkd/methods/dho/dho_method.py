@@ -3,6 +3,7 @@
 from mmkd.training.method import Method
 
 from .class_checks import check_classes_run, examine_classes
+from .class_comparison import COMPARISON
 from .class_plan import plan_classes
 from .class_run import class_data_facts, unused_keys
 from .class_teacher import build_class_cache
@@ -21,4 +22,5 @@ METHOD = Method(
     data_facts=class_data_facts,
     build_cache=build_class_cache,
     unused=unused_keys(),
+    comparison=COMPARISON,
 )
