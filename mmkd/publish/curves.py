@@ -14,6 +14,9 @@ POINTS = 300
 CHARACTER = 0.012
 """The width of a character of a stage's name, as a share of a plot's width."""
 
+UPRIGHT = 0.06
+"""The height of a character of an upright name of a stage, in inches."""
+
 LEGEND_NAME = 36
 """The longest name in a legend of two columns, in characters."""
 
@@ -68,6 +71,8 @@ class Figure:
     svg: bytes
     words: str
     """The last value of each line, for readers who cannot see the plot."""
+    plots: int = 1
+    """Side by side."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def _lines(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Iterator[Line]:
             ]
             label = name.removeprefix("eval_") + ", held out" if name.startswith("eval_") else name
             if points:
-                gaps = [*_gaps(name, parts, points), *(_other_rows(parts) if name.startswith("eval_") else [])]
+                gaps = [*_gaps(name, parts, points), *(_other_rows(parts, points) if name.startswith("eval_") else [])]
                 xs, ys = zip(*sorted([*thinned(points), *gaps]), strict=True)
                 yield (label if len(runs) == 1 else f"{run}: {label}"), list(xs), list(ys)
 
@@ -147,14 +152,11 @@ def _gaps(name: str, parts: Sequence[Part], points: Sequence[tuple[float, float]
     return [(x, math.nan) for x in silent if points[0][0] < x < points[-1][0]]
 
 
-def _other_rows(parts: Sequence[Part]) -> list[tuple[float, float]]:
+def _other_rows(parts: Sequence[Part], points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """NaN points that interrupt a line of held-out rows where a part begins that holds out other rows."""
     starts = [start for _, start in _starts(parts)]
-    return [
-        (starts[number] + 0.5, math.nan)
-        for number in range(1, len(parts))
-        if parts[number].data != parts[number - 1].data
-    ]
+    changes = [starts[number] + 0.5 for number in range(1, len(parts)) if parts[number].data != parts[number - 1].data]
+    return [(x, math.nan) for x in changes if points[0][0] < x < points[-1][0]]
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -204,11 +206,14 @@ def _figure(
     import matplotlib  # pyright: ignore[reportMissingImports]
     from matplotlib.backends.backend_svg import FigureCanvasSVG  # pyright: ignore[reportMissingImports]
     from matplotlib.figure import Figure as Canvas  # pyright: ignore[reportMissingImports]
+    from matplotlib.transforms import ScaledTranslation  # pyright: ignore[reportMissingImports]
 
     # Text as text instead of paths: the file is smaller, and the text can be searched.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmkd", "font.size": 9}):
         rows = max(_legend_rows(lines) for _, _, lines in places)
-        figure = Canvas(figsize=(5.4 if len(places) == 1 else 3.6 * len(places), 3.1 + 0.18 * rows))
+        upright = max((len(name) for name, _, _ in spans), default=0) if _are_upright(spans) else 0
+        height = 3.1 + 0.18 * rows + UPRIGHT * upright
+        figure = Canvas(figsize=(5.4 if len(places) == 1 else 3.6 * len(places), height))
         FigureCanvasSVG(figure)
         for axes, (unit, across, lines) in zip(figure.subplots(1, len(places), squeeze=False)[0], places, strict=True):
             for style, (name, xs, ys) in zip(_styles(len(lines)), lines, strict=True):
@@ -223,16 +228,18 @@ def _figure(
                 axes.xaxis.get_major_locator().set_params(integer=True)
             _mark_spans(axes, spans)
             if len(lines) > 1:
-                # Under the plot, where it hides no line.
-                axes.legend(
-                    fontsize=8, frameon=False, ncols=_legend_columns(lines), loc="upper left", bbox_to_anchor=(0, -0.2)
-                )
+                # Under the plot and its label, where it hides no line.
+                place = axes.transAxes + ScaledTranslation(0, -0.42, figure.dpi_scale_trans)
+                legend = {"fontsize": 8, "frameon": False, "ncols": _legend_columns(lines), "loc": "upper left"}
+                axes.legend(bbox_to_anchor=(0, 0), bbox_transform=place, borderaxespad=0, **legend)
         figure.suptitle(title, fontsize=10, fontweight="bold", x=0.02, ha="left")
         figure.tight_layout()
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     words = "; ".join(f"{name}: {ys[-1]:.4g} at {xs[-1]:g}" for _, _, lines in places for name, xs, ys in lines)
-    return Figure(title.lower().replace(" ", "-").replace("'", "").strip("?"), title, file.getvalue(), words)
+    return Figure(
+        title.lower().replace(" ", "-").replace("'", "").strip("?"), title, file.getvalue(), words, len(places)
+    )
 
 
 def _readable_log_scale(axes: Any) -> None:
@@ -252,7 +259,7 @@ def _mark_spans(axes: Any, spans: Sequence[tuple[str, float, float]]) -> None:
     end = max((stop for _, _, stop in spans), default=0)
     if end:
         axes.set_xlim(-0.02 * end, 1.02 * end)
-    upright = any(len(name) * CHARACTER > (stop - start) / end for name, start, stop in spans if end)
+    upright = _are_upright(spans)
     for number, (name, start, stop) in enumerate(spans):
         if number % 2:
             axes.axvspan(start, stop, color="#f1f1f1", linewidth=0, zorder=0)
@@ -266,6 +273,12 @@ def _mark_spans(axes: Any, spans: Sequence[tuple[str, float, float]]) -> None:
             ha="center",
             va="bottom",
         )
+
+
+def _are_upright(spans: Sequence[tuple[str, float, float]]) -> bool:
+    """Whether the name of a stage is wider than the stage."""
+    end = max((stop for _, _, stop in spans), default=0)
+    return bool(end) and any(len(name) * CHARACTER > (stop - start) / end for name, start, stop in spans)
 
 
 def _legend_columns(lines: Sequence[Line]) -> int:

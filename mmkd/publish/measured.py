@@ -87,7 +87,7 @@ def measured_by_run(run: RunFiles, has_teacher: bool) -> Measured:
     notes = ["On held-out rows of the run's data. `mmkd compare` adds intervals over rows and seeds."] if lines else []
     if any("±" in cell for line in lines for cell in line):
         notes.append("± is the standard error of a benchmark.")
-    if any(line[1] == NOT_MEASURED for line in lines) and _same_data(run):
+    if any(line[1] == NOT_MEASURED for line in lines) and _same_data(run) and not run.rounds:
         notes.append("`eval_on_start: true` in the recipe measures the student before training too.")
     if not lines:
         notes.append("Nothing is measured on held-out rows yet. `mmkd eval` measures a finished student.")

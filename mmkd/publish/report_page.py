@@ -96,6 +96,7 @@ def page_facts(run: RunFiles, without_samples: str = "") -> dict[str, Any]:
             "name": figure.name,
             "title": figure.title,
             "words": figure.words,
+            "several": figure.plots > 1,
             "svg": figure.svg.decode(),
             "encoded": base64.b64encode(figure.svg).decode(),
         }
@@ -147,8 +148,15 @@ def _training(run: RunFiles) -> list[Table]:
         if lines:
             title = name if len(run.lines) > 1 else ""
             header = ["training", "method", "data", "steps", "supervised tokens", "time"]
-            tables.append(Table(title, header, lines))
+            tables.append(_without_empty_columns(Table(title, header, lines)))
     return tables
+
+
+def _without_empty_columns(table: Table) -> Table:
+    """The table without columns that say nothing, such as tokens of a run over classes."""
+    kept = [place for place in range(len(table.header)) if any(line[place] for line in table.lines)]
+    lines = [[line[place] for place in kept] for line in table.lines]
+    return Table(table.title, [table.header[place] for place in kept], lines)
 
 
 def _counts(steps: int, tokens: int | None, seconds: float | None) -> list[str]:

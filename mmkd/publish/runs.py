@@ -52,8 +52,9 @@ class Part:
 
     @property
     def seconds(self) -> float | None:
-        """The time of its steps in seconds, over all sessions."""
-        return next((entry["training_seconds"] for entry in reversed(self.log) if "training_seconds" in entry), None)
+        """The time of its steps in seconds, over all sessions; else that of the last session with its evaluations."""
+        names = ("training_seconds", "train_runtime")
+        return next((entry[name] for name in names for entry in reversed(self.log) if name in entry), None)
 
     @property
     def planned(self) -> int | None:

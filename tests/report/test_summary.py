@@ -173,3 +173,23 @@ def test_a_logarithmic_axis_has_plain_numbers(tmp_path: Path) -> None:
     figures = {figure.title: figure.svg.decode() for figure in draw(read_run(write_run(tmp_path / "run", entries)))}
     words = re.findall(r"<text[^>]*>([^<]+)</text>", figures["Perplexity on held-out rows"])
     assert {"20", "50", "100", "200", "500"} <= set(words)
+
+
+def test_stages_with_long_names_and_other_rows(tmp_path: Path) -> None:
+    """Names that are wider than their stages stand upright, and a last value is one that was measured."""
+    for number, name in enumerate(("1-PT", *(f"{n}-AStageOfAVeryLongName" for n in range(2, 9)))):
+        held = {"eval_kl": 1.0} if number == 0 else {}
+        write_run(tmp_path / "run" / name, trained(**held), data=f"data {number}")
+    figures = {figure.title: figure for figure in draw(read_run(tmp_path / "run"))}
+    kl = figures["KL to the teacher"]
+    assert kl.words == "kl, held out: 1 at 10"
+    assert len(re.findall(r"rotate\(-90[^>]*>\d-", kl.svg.decode())) == 8
+
+
+def test_classes_have_no_tokens_and_a_time_of_their_own(tmp_path: Path) -> None:
+    entries = [{"loss": 1.0, "step": 10}, {"eval_accuracy": 0.5, "step": 10}, {"train_runtime": 75.0, "step": 10}]
+    folder = write_run(tmp_path / "run", entries, method="dho", teacher="clip")
+    assert dict(summary(folder).facts)["Cost"] == "10 steps, 1 min 15 s of training, a CPU, 2 threads"
+    page = write_report(folder)[1].read_text()
+    assert "| training | method | data | steps | time |" in page
+    assert "| accuracy ↑ | not measured | 0.5 | not measured |" in page
