@@ -12,7 +12,6 @@ from .data_recipe import OUTPUT_COLUMNS, DataFilters, DataRecipe
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
-_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 _PATHS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
 _PART = {
     "type": "object",
@@ -61,7 +60,7 @@ def class_data_recipe_schema() -> dict[str, Any]:
     checked = fields_of(ClassificationRecipe)
     properties: dict[str, Any] = {}
     for field in fields(ClassificationRecipe):
-        if field.name == "folder":
+        if field.name in ("folder", "notes"):
             continue
         schema = as_json_schema(checked[field.name])
         if checked[field.name].optional and "type" in schema:
@@ -71,7 +70,7 @@ def class_data_recipe_schema() -> dict[str, Any]:
     for name in ("class_names", "prompts"):
         properties[name] = {"description": properties[name]["description"], **strings}
     properties["prompts"]["items"] = {"type": "string", "pattern": r"\{\}"}
-    properties["data_files"] |= _TEXTS
+    properties["data_files"] |= {"type": "object", "additionalProperties": _PATHS}
     properties["splits"] |= _split_names(SPLITS)
     schema = {"type": "object", "properties": properties, "required": ["source"], "additionalProperties": False}
     one_of = [{"required": ["image"]}, {"required": ["text"]}]

@@ -9,6 +9,7 @@ import yaml
 
 from mmkd.errors import UserError
 from mmkd.files import write_file
+from mmkd.yaml_files import schema_line
 
 from .classification import ClassificationRecipe
 from .data_recipe import BUILDERS, DataRecipe
@@ -46,7 +47,9 @@ def described_recipe(description: SourceDescription) -> DataRecipe | Classificat
 def recipe_text(description: SourceDescription, recipe: DataRecipe | ClassificationRecipe, path: Path) -> str:
     """The YAML of a recipe that will lie at `path`, with comments that say what was recognised."""
     folder, name = path.absolute().parent, str(path) if "/" in str(path) else f"./{path}"
+    kind = "class_data_recipe" if isinstance(recipe, ClassificationRecipe) else "data_recipe"
     lines = [
+        schema_line(kind, path).rstrip("\n"),
         f"# The rows of {description.source}: {description.spoken}. In the recipe of a run write `data: {name}`.",
         *_comments([f"Read: {', '.join(description.columns)}."]),
         *(_comments([f"Not read: {', '.join(description.unread)}."]) if description.unread else []),
