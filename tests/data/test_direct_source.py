@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
+from transformers import ViTConfig
 
 from mmkd.commands.main import main
 from mmkd.data.classification import ClassificationRecipe, load_classification
@@ -19,7 +20,9 @@ from mmkd.data.recipe_writing import write_data_recipe
 from mmkd.data.source_description import describe
 from mmkd.errors import UserError
 from mmkd.publish.push_folder import is_recipe_file
+from tests.classes import pixels
 from tests.data.sources import CONTAINERS, LAYOUTS, NESTED, png, rows_of, write_jsonl, write_png, write_shard
+from tests.helpers import VISION
 from tests.hub_server import loopback_hub
 
 
@@ -391,8 +394,7 @@ def test_a_run_of_a_file(tiny: dict[str, Path]) -> None:
     write_jsonl("rows.jsonl", rows_of("prompt_completion"))
     keys = {"method": "kd", "teacher": str(tiny["teacher"]), "student": str(tiny["student"]), "max_length": 64}
     assert main(["train", run_keys(data="rows.jsonl", **keys)]) == 0
-    record = json.loads(Path("run/mmkd_run.json").read_text()) if Path("run/mmkd_run.json").is_file() else None
-    assert record is None or record["data"]["source"] == "json"
+    assert json.loads(Path("run/run.json").read_text())["data"]["source"] == "json"
     assert not is_recipe_file(Path("rows.jsonl"))
 
 
@@ -401,3 +403,14 @@ def test_prompts_alone_are_refused_with_a_way_out(tiny: dict[str, Path], capsys:
     keys = {"method": "kd", "teacher": str(tiny["teacher"]), "student": str(tiny["student"])}
     assert main(["train", run_keys(data="asked.jsonl", **keys)]) == 2
     assert "on_policy_fraction" in capsys.readouterr().err
+
+
+def test_a_classifier_of_class_folders(capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(8):
+        write_png(f"colours/red/{i}.png")
+        write_png(f"colours/blue/{i}.png", "blue")
+    ViTConfig(**VISION).save_pretrained("student")
+    pixels().save_pretrained("student")
+    keys = {"method": "dho", "objective": "ce", "student": "student", "student_init": "random", "data": "colours"}
+    assert main(["train", run_keys(**keys)]) == 0, capsys.readouterr().err
+    assert json.loads(Path("run/config.json").read_text())["id2label"] == {"0": "blue", "1": "red"}
