@@ -8,6 +8,7 @@ site is built: nothing is copied in the checkout.
 import json
 import os
 import re
+import sys
 from argparse import ArgumentParser, HelpFormatter
 from collections.abc import Iterator
 from functools import partial
@@ -23,6 +24,10 @@ from mmkd.commands.command import Command, CommandGroup
 from mmkd.commands.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
+# mkdocs loads this file by its path.
+sys.path.insert(0, str(ROOT))
+
+from scripts.site_keys import data_key_page, key_page  # noqa: E402
 
 ARCHITECTURE = "How the house is built"
 """The section of CONTRIBUTING.md that is a page of its own."""
@@ -52,6 +57,7 @@ _slug = slugify(case="lower")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are made, and those of files they link to."""
     made = {"reference/cli.md": command_reference(), "architecture.md": section_of("CONTRIBUTING.md", ARCHITECTURE)}
+    made |= {"reference/keys.md": key_page(), "reference/data_keys.md": data_key_page()}
     made |= {f"notebooks/{path.stem}.md": notebook_page(path) for path in NOTEBOOKS}
     made |= {place: read(path) for path, place in PAGES.items() if place not in files.src_uris}
     made["contributing.md"] = made["contributing.md"].replace(section_of("CONTRIBUTING.md", ARCHITECTURE), "")

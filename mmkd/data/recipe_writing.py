@@ -9,7 +9,7 @@ import yaml
 
 from mmkd.errors import UserError
 from mmkd.files import write_file
-from mmkd.yaml_files import schema_line
+from mmkd.schema_lines import schema_line
 
 from .classification import ClassificationRecipe
 from .data_recipe import BUILDERS, DataRecipe

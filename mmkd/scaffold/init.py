@@ -9,6 +9,7 @@ from rich.text import Text
 from mmkd.files import write_file
 from mmkd.preflight.doctor import doctor, quiet
 from mmkd.recipe.recipe import Recipe
+from mmkd.schema_lines import schema_line
 from mmkd.training.method import METHODS
 
 from .class_recipe import draft_classes
@@ -33,7 +34,7 @@ def init(wishes: Wishes, asker: Asker) -> int:
         classes = METHODS[answers.task.method].predicts == "classes"
         with quiet():
             draft, fit = draft_classes(answers) if classes else draft_tokens(answers, console)
-        write_file(answers.output, draft.text(header(answers)))
+        write_file(answers.output, schema_line("recipe", answers.output) + draft.text(header(answers)))
         written = answers.output
         console.print(Text(f"\nWrote {answers.output}. {_summary(draft, fit, answers)}\n", style="bold"))
         status = doctor(Recipe.read(answers.output), console)
