@@ -198,7 +198,7 @@ def test_shards_with_pictures(name: str) -> None:
 
 
 def splits_of(source: str) -> dict[str, int]:
-    return {split: len(rows) for split, rows in load_data(source).items()}
+    return {str(split): len(rows) for split, rows in load_data(source).items()}
 
 
 def test_splits_by_the_names_of_files_and_folders(caplog: pytest.LogCaptureFixture) -> None:
@@ -223,7 +223,7 @@ def test_saved_splits() -> None:
     parts = {
         name: Dataset.from_list([{"text": f"{name} {i}"} for i in range(4)]) for name in ("train_sft", "test_sft")
     }
-    DatasetDict(parts).save_to_disk("saved")
+    DatasetDict(**parts).save_to_disk("saved")
     assert DataRecipe.load("saved").splits == {"train": "train_sft", "eval": "test_sft"}
 
 
