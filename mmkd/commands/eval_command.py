@@ -12,6 +12,8 @@ from .command import Command
 
 if TYPE_CHECKING:
     from mmkd.eval.harness import Settings
+    from mmkd.eval.measures import HeldOut
+    from mmkd.eval.model import EvalModel
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -22,8 +24,8 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--tasks", nargs="+", default=[], help="tasks of lm-eval or mmkd by name or pattern (arc_*)")
     add("--include_path", nargs="+", default=[], help="folders with tasks of your own, in lm-eval's YAML")
     add("--measures", nargs="*", help="also cost, generation, bytes, agreement, calibration (none named: all)")
-    add("--data", help="data recipe on whose held-out rows is measured")
-    add("--teacher", help="model to measure beside, a folder or a Hub id")
+    add("--data", help="data on whose held-out rows is measured (default: that of the run)")
+    add("--teacher", help="model to measure beside, a folder or a Hub id (default: the teacher of the run)")
     add("--rows", type=int, default=64, help="held-out rows to measure on (default: 64)")
     add("--max_new_tokens", type=int, default=64, help="length of generations to measure (default: 64)")
     add("--ensemble", action="store_true", help="the models as one: the average of their log-probs")
@@ -76,8 +78,9 @@ def run(options: Namespace) -> int:
         for model in models:
             scores[model.name] = evaluate(model, tasks, settings, options.output, options.include_path)
             if options.measures is not None:
+                rows, beside = _as_trained(model, held, teacher, options)
                 measured[model.name] = measures.measure(
-                    model, options.measures, held, settings, teacher, options.output
+                    model, options.measures, rows, settings, beside, options.output
                 )
     except KeyboardInterrupt:
         print("\nInterrupted. Finished tasks are kept: the same command goes on with the next one.", file=sys.stderr)
@@ -89,6 +92,43 @@ def run(options: Namespace) -> int:
     for model in models:
         print(f"{(options.output or model.results_folder) / NAME}")
     return 0
+
+
+def _as_trained(
+    model: "EvalModel", held: "HeldOut | None", teacher: "EvalModel | None", options: Namespace
+) -> "tuple[HeldOut | None, EvalModel | None]":
+    """What a model is measured on and beside: what flags say, or else the data and the teacher of its run.
+
+    Says what it takes of the run, and what of it cannot be had any more.
+    """
+    from mmkd.eval.measures import HeldOut
+    from mmkd.eval.model import find_model
+    from mmkd.publish.runs import record_of
+    from mmkd.training.method import METHODS
+
+    record = record_of(Path(model.name)) if Path(model.name).is_dir() else {}
+    keys, method = record.get("keys", {}), record.get("method")
+    if method not in METHODS or METHODS[method].predicts != "tokens" or options.measures == ["cost"]:
+        return held, teacher
+    if held is None and keys.get("data"):
+        own = HeldOut(str(keys["data"]), options.rows, max_new_tokens=options.max_new_tokens)
+        try:
+            own.load()
+            held = own
+            print(f"{model.name}: measured on the held-out rows of {own.data}; --data names others.", file=sys.stderr)
+        except UserError as error:
+            print(f"{model.name}: not measured on the data of its run. {error}", file=sys.stderr)
+    if teacher is None and keys.get("teacher"):
+        revision, trust = keys.get("teacher_revision"), bool(keys.get("trust_remote_code"))
+        beside = find_model(str(keys["teacher"]), revision, trust)
+        try:
+            # What is no longer there says so here.
+            _ = beside.weights
+            teacher = beside
+            print(f"{model.name}: measured beside {beside.name}; --teacher names another.", file=sys.stderr)
+        except (UserError, OSError) as error:
+            print(f"{model.name}: not measured beside its teacher. {error}", file=sys.stderr)
+    return held, teacher
 
 
 def _settings(options: Namespace) -> "Settings":

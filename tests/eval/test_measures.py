@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,25 @@ def test_all_measures_from_the_command_line_are_kept(tiny, workplace, capsys, mo
     assert "top1_agreement" in capsys.readouterr().out
     monkeypatch.setattr("mmkd.eval.measures.Measurements.cost", None)
     assert main(command) == 0
+
+
+def test_a_run_is_measured_on_its_data_beside_its_teacher(tiny, workplace, capsys):
+    shutil.copytree(tiny["student"], "runs/kd")
+    keys = {"method": "kd", "data": "words.yaml", "teacher": str(tiny["teacher"])}
+    Path("runs/kd/run.json").write_text(json.dumps({"method": "kd", "keys": keys}))
+    command = ["eval", "runs/kd", "--measures", "--rows", "2", "--max_new_tokens", "2", "--output"]
+    assert main([*command, "out"]) == 0
+    kept = json.loads(Path("out/results.json").read_text())["measures"].values()
+    assert [entry["measure"] for entry in kept] == ["cost", "generation", "bytes", "agreement", "calibration"]
+    said = capsys.readouterr().err
+    assert "runs/kd: measured on the held-out rows of words.yaml; --data names others." in said
+    assert f"runs/kd: measured beside {tiny['teacher']}; --teacher names another." in said
+    Path("words.yaml").unlink()
+    assert main([*command, "again", "--teacher", str(tiny["teacher"])]) == 0
+    assert "runs/kd: not measured on the data of its run." in capsys.readouterr().err
+    assert [entry["measure"] for entry in json.loads(Path("again/results.json").read_text())["measures"].values()] == [
+        "cost"
+    ]
 
 
 def test_models_of_different_vocabularies_are_compared_in_bytes(tiny, workplace, capsys):
