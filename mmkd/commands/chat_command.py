@@ -46,21 +46,32 @@ def run(options: Namespace) -> int:
     start: list[dict[str, Any]] = [] if options.system is None else [{"role": "system", "content": options.system}]
     talks = {name: list(start) for name in sides}
     asked = iter([options.prompt]) if options.prompt is not None else _questions()
-    for question in asked:
-        if question == CLEAR:
-            talks, images = {name: list(start) for name in sides}, []
-            continue
-        for name, side in sides.items():
-            talks[name].append({"role": "user", "content": question})
-            if len(sides) > 1:
-                print(f"{name}: ", end="", flush=True)
-            answer = ""
-            for piece in models.reply(side, talks[name], images, sampling):
-                print(piece, end="", flush=True)
-                answer += piece
-            print(flush=True)
-            talks[name].append({"role": "assistant", "content": answer})
+    try:
+        for question in asked:
+            if question == CLEAR:
+                talks, images = {name: list(start) for name in sides}, []
+                continue
+            for name, side in sides.items():
+                if len(sides) > 1:
+                    print(f"{name}: ", end="", flush=True)
+                talk = talks[name]
+                talk.append({"role": "user", "content": question})
+                answer = _printed(models.reply(side, list(talk), images, sampling))
+                talk.append({"role": "assistant", "content": answer})
+    except KeyboardInterrupt:
+        print()
+        return 130
     return 0
+
+
+def _printed(pieces: Iterator[str]) -> str:
+    """The whole answer, printed as it comes."""
+    answer = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        answer += piece
+    print(flush=True)
+    return answer
 
 
 def _chosen(sides: "dict[str, RunSide]", wanted: str) -> "dict[str, RunSide]":

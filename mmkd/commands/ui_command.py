@@ -3,6 +3,7 @@
 import importlib.util
 import socket
 from argparse import ArgumentParser, Namespace
+from contextlib import suppress
 from pathlib import Path
 
 from mmkd.errors import UserError
@@ -34,7 +35,9 @@ def run(options: Namespace) -> int:
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     print(f"{address}/  shows the runs in {options.folder}. Ctrl-C ends.", flush=True)
     config = uvicorn.Config(build_app(options.folder), log_level="warning", access_log=False)
-    uvicorn.Server(config).run(sockets=[listening])
+    # Ctrl-C is how it ends. uvicorn raises it again when it has closed its connections.
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])
     return 0
 
 

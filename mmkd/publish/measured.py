@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmkd.results.scores import scores_of
+from mmkd.results.verdicts import verdict_of
 
 from .runs import BEFORE_RESULTS, TEACHER_RESULTS, RunFiles
 
@@ -46,39 +47,43 @@ class Measured:
 
 def measured_by_comparison(comparison: Mapping[str, Any], students: Sequence[Mapping[str, Any]]) -> Measured:
     """The models of a comparison: the student before, the baseline, the given students and the teacher."""
-    rows = comparison["rows"]
+    rows, baseline = comparison["rows"], comparison.get("baseline", "SFT")
     columns: list[tuple[str, Mapping[str, Any]]] = []
     columns += [("before", row) for row in rows if row["role"] == "untrained"]
-    columns += [("after, SFT", row) for row in rows if row["role"] == "baseline"][:1]
+    columns += [(f"after, {baseline}", row) for row in rows if row["role"] == "baseline"][:1]
     columns += [(f"after, {row['name']}", row) for row in students]
     columns += [("teacher", row) for row in rows if row["role"] == "teacher"]
+    gains = students[0]["gain_over_sft"] if len(students) == 1 else {}
     lines = []
     for kind, most in (("tasks", BENCHMARKS), ("metrics", len(HELD_OUT))):
         names = list(dict.fromkeys(name for _, row in columns for name in row[kind]))[:most]
         for name in names:
             shown = next(row[kind][name] for _, row in columns if name in row[kind])
             cells = [_mean(row[kind][name]) if name in row[kind] else NOT_MEASURED for _, row in columns]
-            lines.append([_titled(shown["title"], shown["higher_is_better"]), *cells])
+            gain = [_gain(gains[name]) if name in gains else ""] if gains else []
+            lines.append([_titled(shown["title"], shown["higher_is_better"]), *cells, *gain])
+    header = ["measure", *(title for title, _ in columns), *([f"gain over {baseline}, 95 %"] if gains else [])]
     seeds = comparison["seeds"]
     notes = [f"Mean ± standard deviation of {len(seeds)} seeds."] if len(seeds) > 1 else []
-    return Measured(
-        ["measure", *(title for title, _ in columns)], lines, notes, [_verdict(row, seeds) for row in students]
-    )
+    notes += ["A positive gain is better."] if gains else []
+    notes += [f"Measured on {comparison['measured_on']}."] if comparison.get("measured_on") else []
+    return Measured(header, lines, notes, _verdicts(comparison, students))
 
 
-def _verdict(row: Mapping[str, Any], seeds: Sequence[int]) -> str:
-    """What the intervals of a student's gains over the SFT baseline say."""
-    titles = {name: metric["title"] for name, metric in {**row["metrics"], **row["tasks"]}.items()}
-    sides: dict[str, list[str]] = {"better": [], "worse": [], "no clear difference": []}
-    for name, gain in row["gain_over_sft"].items():
-        side = "better" if gain["low"] > 0 else "worse" if gain["high"] < 0 else "no clear difference"
-        interval = f"{gain['gain']:+.3g} [{gain['low']:+.3g}, {gain['high']:+.3g}]"
-        sides[side].append(f"{titles.get(name, name)} {interval}")
-    if not row["gain_over_sft"]:
-        return f"{row['name']}: no SFT baseline was trained, so there is no verdict."
-    said = "; ".join(f"{side} in {', '.join(gains)}" for side, gains in sides.items() if gains)
-    number = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-    return f"{row['name']} against SFT at equal tokens: {said}. Gains with 95 % intervals, {number}."
+def _gain(gain: Mapping[str, Any]) -> str:
+    return f"{gain['gain']:+.3g} [{gain['low']:+.3g}, {gain['high']:+.3g}]"
+
+
+def _verdicts(comparison: Mapping[str, Any], students: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the comparison says of the students; comparisons of earlier versions kept their numbers only."""
+    if "verdicts" in comparison:
+        starts = tuple(f"{row['name']}{after}" for row in students for after in (": ", " is "))
+        return [verdict for verdict in comparison["verdicts"] if verdict.startswith(starts)]
+    verdicts = [
+        verdict_of(row, [*row["tasks"], *HELD_OUT], comparison.get("baseline", "SFT"), len(comparison["seeds"]))
+        for row in students
+    ]
+    return [verdict for verdict in verdicts if verdict is not None]
 
 
 def measured_by_run(run: RunFiles, has_teacher: bool) -> Measured:

@@ -74,7 +74,7 @@ def _further(rows: Sequence[Mapping[str, Any]]) -> Cells:
         [row["name"], *(_spread(row["further"][name]) if name in row["further"] else "" for name in titles)]
         for row in chosen
     ]
-    return "More of some", ["", *titles.values()], lines
+    return "Further measures", ["model", *titles.values()], lines
 
 
 def _against(title: str, rows: Sequence[Mapping[str, Any]], key: str, cell: Any) -> Cells:

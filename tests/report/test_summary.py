@@ -97,7 +97,11 @@ def test_stages_on_other_rows_do_not_measure_the_student_before(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
-    [(0.1, 0.9, "better in"), (-0.9, -0.1, "worse in"), (-0.1, 0.9, "no clear difference in")],
+    [
+        (0.1, 0.9, "student is better than SFT in KL by 0.5"),
+        (-0.9, -0.1, "student is worse than SFT in KL by 0.5"),
+        (-0.1, 0.9, "student: no difference from SFT is shown in KL"),
+    ],
 )
 def test_the_verdict_is_what_the_interval_says(tmp_path: Path, low: float, high: float, verdict: str) -> None:
     folder = write_run(tmp_path / "kd", trained(), teacher="t")
@@ -113,10 +117,15 @@ def test_the_verdict_is_what_the_interval_says(tmp_path: Path, low: float, high:
     comparison = {"schema": 1, "seeds": [0, 1], "machine": machine, "rows": rows}
     (folder / "comparison.json").write_text(json.dumps(comparison))
     box = summary(folder)
-    assert list(box.header) == ["measure", "before", "after, SFT", "after, student", "teacher"]
-    assert box.lines == [["KL ↓", *["1 ± 0.25"] * 4]]
-    assert f"{verdict} KL +0.5 [{low:+.3g}, {high:+.3g}]" in box.verdict[0]
+    models = ["before", "after, SFT", "after, student", "teacher"]
+    assert list(box.header) == ["measure", *models, "gain over SFT, 95 %"]
+    assert box.lines == [["KL ↓", *["1 ± 0.25"] * 4, f"+0.5 [{low:+.3g}, {high:+.3g}]"]]
+    assert box.verdict[0].startswith(verdict)
     assert "2 seeds" in box.verdict[0]
+    # What the comparison says itself is taken.
+    said = ["student is better than SFT.", "other is better than SFT."]
+    (folder / "comparison.json").write_text(json.dumps({**comparison, "verdicts": said}))
+    assert summary(folder).verdict == said[:1]
 
 
 def test_parameters_are_read_from_headers(tmp_path: Path, tiny: dict[str, Path]) -> None:
