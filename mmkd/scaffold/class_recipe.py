@@ -29,7 +29,7 @@ def draft_classes(answers: Answers) -> tuple[Draft, Fit]:
     draft.set(
         "models",
         "teacher_cache",
-        f"{answers.output_dir}_teacher_logits",
+        answers.teacher_folder,
         "The teacher reads every row once; its answers are kept here for this run and the next ones.",
     )
     assert answers.student is not None

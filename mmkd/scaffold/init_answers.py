@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from mmkd.errors import UserError
 
 from .init_tasks import PRUNE, SERVER, TASKS, Task
@@ -44,17 +46,26 @@ class Answers:
     server: str | None
     output_dir: str
 
+    @property
+    def teacher_folder(self) -> str:
+        """Where what the teacher says is kept, beside the run and not in it: other runs can read it too."""
+        folder = Path(self.output_dir)
+        # In a folder more than a Hub id has, so that it cannot be taken for one.
+        return str(folder.parent / "teacher_caches" / folder.name)
+
 
 def gather(asker: Asker, wishes: Wishes) -> Answers:
     """All answers. Raises UserError for one that cannot be, and for one that is missing without a terminal."""
-    from .looking import DeviceChoice, check_model, layers_of, suggested_task
-
     # What cannot be written is said before anything is asked; a name that is not given is asked for last.
     early = _output(asker, wishes) if wishes.output is not None or not asker.interactive else None
     suggestions: dict[str, str] = {}
 
     def readable(source: str) -> str:
-        suggestions["task"] = suggested_task(source)
+        with asker.console.status(Text(f"Reading {source} ...")):
+            from .looking import look_at_data
+
+            suggestions["task"], sentence = look_at_data(source)
+        asker.console.print(Text(sentence, style="dim"))
         return source
 
     data = asker.ask(
@@ -68,6 +79,8 @@ def gather(asker: Asker, wishes: Wishes) -> Answers:
     )
     choices = {task.name: task.label for task in TASKS.values()}
     task = TASKS[asker.ask(Question("--task", "What shall be trained?", suggestions["task"], choices), wishes.task)]
+    from .looking import DeviceChoice, check_model, layers_of
+
     choice = DeviceChoice()
     device = choice.device(
         asker.ask(
@@ -88,20 +101,7 @@ def gather(asker: Asker, wishes: Wishes) -> Answers:
     if task.name == "served-teacher" or wishes.server is not None:
         server = asker.ask(Question("--server", "The URL of its vLLM server?", SERVER, check=_url), wishes.server)
     student, layers = _student(asker, wishes, task, teacher, pair.student if teacher == pair.teacher else None)
-    keep = None
-    if student is None:
-        depth = layers_of(teacher)
-        keep = int(
-            asker.ask(
-                Question(
-                    "--keep_layers",
-                    f"How many of the teacher's {depth} layers does the student keep?",
-                    str(max(1, depth // 2)),
-                    check=lambda text: _count(text, depth),
-                ),
-                None if layers is None else str(layers),
-            )
-        )
+    keep = _kept(asker, layers_of(teacher), layers) if student is None else None
     output = early or _output(asker, wishes)
     output_dir = wishes.output_dir or f"runs/{output.stem}"
     return Answers(output, task, data, device, teacher, student, keep, server, output_dir)
@@ -159,6 +159,17 @@ def _student(
     if answer != PRUNE and wishes.keep_layers is not None:
         raise UserError(f"--keep_layers is for --student {PRUNE}; the student {answer} keeps all of its layers.")
     return (None, wishes.keep_layers) if answer == PRUNE else (answer, None)
+
+
+def _kept(asker: Asker, depth: int, given: int | None) -> int:
+    """How many layers of the teacher the student keeps."""
+    question = Question(
+        "--keep_layers",
+        f"How many of the teacher's {depth} layers does the student keep?",
+        str(max(1, depth // 2)),
+        check=lambda text: _count(text, depth),
+    )
+    return int(asker.ask(question, None if given is None else str(given)))
 
 
 def _count(text: str, most: int) -> str:

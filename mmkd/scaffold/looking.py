@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from mmkd.data.classification import ClassificationRecipe
-from mmkd.data.data_recipe import DataRecipe
-from mmkd.data.load_data import load_data
+from mmkd.data.source_description import describe
 from mmkd.errors import UserError
 from mmkd.preflight.costs import device_memory
+from mmkd.preflight.doctor import quiet
 from mmkd.preflight.hardware import DEVICES, GIB, HERE, Device, choose_device
 
 from .init_tasks import Task
@@ -39,7 +38,7 @@ class DeviceChoice:
         word = text.strip()
         if word.lower() in (NONE, "cpu", "0"):
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            return Device("a CPU", memory, 1e11, 1e9, 0.4, "cpu", "fp32")
+            return Device(f"a CPU with {memory / GIB:.0f} GiB", memory, 1e11, 1e9, 0.4, "cpu", "fp32")
         number = word.lower().removesuffix("gib").removesuffix("gb").strip()
         if number.replace(".", "", 1).isdecimal():
             return replace(choose_device(None, float(number), None), name=f"a GPU of {number} GiB")
@@ -83,22 +82,15 @@ def layers_of(name: str) -> int:
     return int(config_of(name, "teacher").get_text_config().num_hidden_layers)
 
 
-def suggested_task(source: str) -> str:
-    """The task that data are for. Raises UserError for data that cannot be read."""
-    try:
-        columns = data_columns(source)
-    except UserError as error:
-        try:
-            ClassificationRecipe.load(source)
-        except UserError:
-            raise error from None
-        return "classify"
-    if "images" in columns:
-        return "vlm"
-    return "on-policy" if set(columns) == {"prompt"} else "text"
-
-
-def data_columns(source: str) -> list[str]:
-    """The columns that the first rows of data have once their layout is recognised."""
-    DataRecipe.load(source)
-    return load_data(source, max_train_rows=8, max_eval_rows=8)["train"].column_names
+def look_at_data(source: str) -> tuple[str, str]:
+    """The task that data are for, and what they are in a sentence. Raises UserError for data that cannot be read."""
+    with quiet():
+        described = describe(source)
+    rows = ", ".join(f"{count:,} {split}" for split, count in described.rows.items())
+    classes = f", {len(described.class_names)} classes" if described.class_names else ""
+    sentence = f"{source}: {described.spoken} ({rows} rows{classes})."
+    if described.kind in ("class_folders", "classes"):
+        return "classify", sentence
+    if described.has_images:
+        return "vlm", sentence
+    return "on-policy" if described.kind == "prompts_only" else "text", sentence

@@ -101,15 +101,15 @@ def _largest(run: Run, keys: Mapping[str, Any], looked: Looked, device: Device, 
 
 def _memories(run: Run, looked: Looked, device: Device) -> Iterator[tuple[int, float]]:
     """Rows of a micro-batch, and the bytes that they take on the device."""
-    shape = shape_of(run, looked.sample, looked.rendered)
+    shape = replace(shape_of(run, looked.sample, looked.rendered), rows=1)
+    teacher = None
+    if looked.teacher is not None and reads_teacher(run.arguments):
+        teacher = together([count_teacher(run, looked.teacher, shape, device.kind, flops=False)], None)
+    parts = memory_of(count_work(run, looked.student, teacher, shape, device.kind, flops=False), "ddp", 1)
+    # Counting models of billions takes seconds, and of all parts only this one grows with the rows.
+    activations = parts.pop("activations")
     for batch in _BATCHES:
-        sized = replace(shape, rows=batch)
-        teacher = None
-        if looked.teacher is not None and reads_teacher(run.arguments):
-            counted = count_teacher(run, looked.teacher, sized, device.kind, flops=False)
-            teacher = together([counted], None)
-        work = count_work(run, looked.student, teacher, sized, device.kind, flops=False)
-        yield batch, sum(memory_of(work, "ddp", 1).values())
+        yield batch, sum(parts.values()) + batch * activations
 
 
 def _can_be_built(run: Run, looked: Looked, device: Device) -> bool:

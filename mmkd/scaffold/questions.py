@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.text import Text
 
-from mmkd.errors import UserError, nearest
+from mmkd.errors import UserError
 
 
 def any_text(text: str) -> str:
@@ -40,8 +40,7 @@ class Question:
         if text.isdecimal() and 1 <= int(text) <= len(names):
             return names[int(text) - 1]
         if text not in names:
-            near = f"did you mean {nearest(text, names)!r}?" if text else f"choose one of {', '.join(names)}."
-            raise UserError(f"{self.flag} is {text!r}; {near}")
+            raise UserError(f"{self.flag} {text!r} is none of {', '.join(names)}.")
         return self.check(text)
 
 
@@ -85,7 +84,7 @@ class Asker:
         self.console.print(Text(question.text, style="bold"))
         for number, (name, meaning) in enumerate(question.choices.items(), start=1):
             if meaning:
-                line = Text.assemble((f"  {number}  ", "dim"), (name.ljust(16), "cyan"), meaning)
+                line = Text.assemble((f"  {number}  ", "dim"), (name.ljust(17), "cyan"), meaning)
                 self.console.print(line)
         if question.hint:
             self.console.print(Text(question.hint, style="dim"))

@@ -225,7 +225,7 @@ def _tries(answers: Answers, method: str) -> list[dict[str, Any]]:
     """What may be saved to fit the device."""
     cache: dict[str, Any] | None = None
     if answers.task.name != "on-policy" and answers.server is None and method == "kd":
-        cache = {"teacher_cache": f"{answers.output_dir}_teacher_cache"}
+        cache = {"teacher_cache": answers.teacher_folder}
     tries = savings(answers.device, cache, answers.teacher if answers.student is None else None)
     if answers.server is not None:
         # Its weights are elsewhere.
@@ -253,8 +253,7 @@ _SAVINGS = {
 def _memory(draft: Draft, answers: Answers, fit: Fit, most: int) -> None:
     """Batch and savings, with what the estimate says of them."""
     rows = f"{counted(fit.batch)} at a time"
-    what = f"{rows} take about {fit.memory / GIB:.1f} of the {answers.device.memory / GIB:.0f} GiB of "
-    what += f"{answers.device.name} (`mmkd plan`'s estimate)."
+    what = f"{rows} take about {max(0.1, fit.memory / GIB):.1f} GiB on {answers.device.name} (`mmkd plan`'s estimate)."
     if not fit.fits:
         what = f"IT DOES NOT FIT: {what} Take a smaller teacher or student, or have a server run the teacher (task "
         what += "served-teacher)."
