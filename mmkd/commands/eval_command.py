@@ -108,7 +108,7 @@ def _as_trained(
 
     record = record_of(Path(model.name)) if Path(model.name).is_dir() else {}
     keys, method = record.get("keys", {}), record.get("method")
-    if method not in METHODS or METHODS[method].predicts != "tokens" or options.measures == ["cost"]:
+    if str(method) not in METHODS or METHODS[str(method)].predicts != "tokens" or options.measures == ["cost"]:
         return held, teacher
     if held is None and keys.get("data"):
         own = HeldOut(str(keys["data"]), options.rows, max_new_tokens=options.max_new_tokens)
