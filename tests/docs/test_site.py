@@ -1,6 +1,7 @@
 """The site is built without a network, every link of it leads somewhere, and every page can be reached."""
 
 import logging
+import os
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,6 +13,7 @@ from mkdocs.config import load_config
 import mmkd
 from mmkd.training.method import METHODS
 from scripts.site_pages import all_commands
+from tests.docs.test_pages import CARDS, PAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,6 +71,18 @@ def test_links_of_a_card_lead_to_pages(site: Path) -> None:
     assert 'href="../../repository/trainers/sft/gemma3.yaml/"' in text
     page = (site / "repository/trainers/sft/gemma3.yaml/index.html").read_text(encoding="utf-8")
     assert "per_device_train_batch_size" in page
+
+
+MADE = {"docs/reference/cli.md", "docs/reference/keys.md", "docs/reference/data_keys.md"}
+"""Pages that are on the site alone."""
+
+
+@pytest.mark.parametrize("path", [*PAGES, *CARDS], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_work_in_the_checkout_too(path: Path) -> None:
+    text = re.sub(r"^( *)```.*?^\1```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
+    targets = {os.path.relpath((path.parent / link).resolve(), ROOT) for link in links}
+    assert {target for target in targets - MADE if not (ROOT / target).exists()} == set()
 
 
 def test_addresses_are_well_formed(site: Path) -> None:
