@@ -30,6 +30,7 @@ from mmkd.training.interrupt import InterruptCallback
 from mmkd.training.method import METHODS
 from mmkd.training.progress import within_phase
 from mmkd.training.run_trainer import RunTrainer
+from mmkd.training.tracking import trackers_open
 
 PRESETS = ("single_gpu", "ddp", "fsdp2", "zero2", "zero3")
 """The accelerate configurations in `_presets`."""
@@ -75,10 +76,11 @@ def train(recipe: Recipe) -> int:
         from mmkd.publish.push_folder import describe
 
         trainer.describe = describe
-    if not _train(trainer, checkpoint):
-        print(f"\nInterrupted at step {trainer.state.global_step}. {_way_on(run)}", file=sys.stderr)
-        return 130
-    finish(trainer, run)
+    with trackers_open(trainer):
+        if not _train(trainer, checkpoint):
+            print(f"\nInterrupted at step {trainer.state.global_step}. {_way_on(run)}", file=sys.stderr)
+            return 130
+        finish(trainer, run)
     return _with_next(0, recipe)
 
 

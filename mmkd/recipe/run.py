@@ -13,7 +13,7 @@ from trl.trainer.utils import get_peft_config
 from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
-from mmkd.seams.transformers_seam import trackers
+from mmkd.seams.transformers_seam import installed_trackers, tracker_classes
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.several import parts_of
 from mmkd.training.base import DistillationTrainer
@@ -29,6 +29,9 @@ from .run_teacher import absent_teacher, own_rows_of, reads_teacher, several_tea
 # Of the trackers, those whose callbacks refuse to be made without their package.
 _CHECKED = {"azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune"}
 _CHECKED |= {"swanlab", "tensorboard", "trackio", "wandb"}
+# What to install for a tracker whose package has another name, or is an extra of ours.
+_PACKAGES = {name: f"'mmkd[{name}]'" for name in ("mlflow", "tensorboard", "trackio", "wandb")}
+_PACKAGES |= {"comet_ml": "comet-ml", "azure_ml": "azureml-sdk"}
 
 
 def build_trainer(run: Run) -> RunTrainer:
@@ -41,16 +44,7 @@ def build_trainer(run: Run) -> RunTrainer:
 
 def check_surroundings(run: Run) -> None:
     """Raises UserError for a tracker that is not installed and an output_dir that cannot be written."""
-    known, here = map(set, trackers())
-    chosen = run.training.report_to
-    for name in [chosen] if isinstance(chosen, str) else chosen or []:
-        if name not in {*known, "all", "none"}:
-            raise UserError(f"report_to is {name!r}; choose one of none, all, {', '.join(sorted(known))}.")
-        if name in _CHECKED and name not in here:
-            package = {"comet_ml": "comet-ml", "azure_ml": "azureml-sdk"}.get(name, name)
-            raise UserError(
-                f"report_to is {name}, which is not installed: pip install {package}, or set report_to: none."
-            )
+    _check_trackers(run.training.report_to)
     folder = Path(run.training.output_dir or ".").absolute()
     while not os.path.lexists(folder):
         folder = folder.parent
@@ -58,6 +52,36 @@ def check_surroundings(run: Run) -> None:
         raise UserError(f"output_dir {run.training.output_dir} cannot be a folder: {folder} is a file. Name another.")
     if not os.access(folder, os.W_OK):
         raise UserError(f"output_dir {run.training.output_dir} cannot be written: no right to write in {folder}.")
+
+
+def _check_trackers(report_to: Any) -> None:
+    known, here = tracker_classes(), set(installed_trackers())
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name not in {*known, "all", "none"}:
+            raise UserError(f"report_to is {name!r}; choose one of none, all, {', '.join(sorted(known))}.")
+        if name in _CHECKED and name not in here:
+            package = _PACKAGES.get(name, name)
+            raise UserError(
+                f"report_to is {name}, which is not installed: pip install {package}, or set report_to: none."
+            )
+        if name == "mlflow" or (name == "all" and "mlflow" in here):
+            _check_mlflow()
+
+
+def _check_mlflow() -> None:
+    """Raises UserError where MLflow would refuse its store, which it says only when training begins."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        MlflowClient().search_experiments(max_results=1)
+    except (MlflowException, ImportError) as error:
+        reason = str(error).split(". ")[0].strip().removesuffix(".")
+        raise UserError(
+            f"report_to is mlflow, which cannot open its store: {reason}. Set MLFLOW_TRACKING_URI to a server "
+            "(http://localhost:5000). To write files here set MLFLOW_TRACKING_URI=file:runs/mlflow and "
+            "MLFLOW_ALLOW_FILE_STORE=true. For a local database install the whole MLflow: pip install mlflow."
+        ) from error
 
 
 def build_token_trainer(run: Run) -> DistillationTrainer:

@@ -75,12 +75,16 @@ def byte_letters() -> dict[int, str]:
     return bytes_to_unicode()
 
 
-def trackers() -> tuple[Iterable[str], Iterable[str]]:
-    """The values of `report_to` that transformers knows, and those whose packages are installed."""
+def tracker_classes() -> dict[str, type]:
+    """The values of `report_to` that transformers knows, with the callback of each."""
     # Imports the Trainer and PEFT, and this module is imported while PEFT may be half imported itself.
-    from transformers.integrations.integration_utils import (
-        INTEGRATION_TO_CALLBACK,
-        get_available_reporting_integrations,
-    )
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    return list(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
+    return dict(INTEGRATION_TO_CALLBACK)
+
+
+def installed_trackers() -> Iterable[str]:
+    """Those whose packages are installed."""
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    return get_available_reporting_integrations()

@@ -290,9 +290,10 @@ def test_bytes_have_letters() -> None:
 
 
 def test_trackers_are_known_by_name() -> None:
-    known, here = transformers_seam.trackers()
-    assert {"wandb", "tensorboard", "trackio"} <= {*known}
-    assert {*here} <= {*known}
+    known = transformers_seam.tracker_classes()
+    assert {"wandb", "tensorboard", "trackio", "mlflow"} <= known.keys()
+    assert all(callable(tracker.on_train_end) for tracker in known.values())
+    assert {*transformers_seam.installed_trackers()} <= known.keys()
 
 
 # accelerate
