@@ -10,7 +10,7 @@ from mmkd.training.method import BASELINE_METHOD
 from mmkd.units import readable_count, readable_time
 
 from .measured import measured_by_comparison, measured_by_run
-from .runs import RunFiles, shown_rows, tokens_of
+from .runs import RunFiles, record_of, shown_rows, tokens_of
 
 _PRUNED = "student_layers", "student_intermediate_size", "student_num_attention_heads"
 
@@ -34,7 +34,7 @@ class Summary:
 
 def summary_of(run: RunFiles) -> Summary | None:
     """The summary of a run; None for a folder that only holds results."""
-    records = list(run.stages.values()) or ([run.record] if run.record else [])
+    records = _records(run)
     keys = [record["keys"] for record in records if "keys" in record]
     if not keys and run.comparison is None:
         return None
@@ -59,6 +59,15 @@ def summary_of(run: RunFiles) -> Summary | None:
         measured.notes,
         measured.verdict,
     )
+
+
+def _records(run: RunFiles) -> list[dict[str, Any]]:
+    """The records of the stages, of the run, or of the students that a comparison's folder holds."""
+    if run.stages or run.comparison is None:
+        return list(run.stages.values()) or ([run.record] if run.record else [])
+    folders = [Path(row["folders"][0]) for row in shown_rows(run.comparison, run.folder)]
+    records = [record for folder in folders if folder.is_dir() and (record := record_of(folder))]
+    return records or ([run.record] if run.record else [])
 
 
 def short_name(name: str) -> str:
@@ -144,6 +153,8 @@ def _cost(run: RunFiles) -> str:
     words = [f"{tokens:,} supervised tokens" if tokens is not None else f"{steps:,} steps"] if parts else []
     if seconds:
         words.append(f"{readable_time(sum(seconds))} of training")
+    if run.comparison is not None and words:
+        words[0] = f"{words[0]} in each training"
     machine = run.record.get("machine") or (run.comparison or {}).get("machine")
     if machine:
         words.append(machine_name(machine))
