@@ -89,8 +89,8 @@ def _compare(recipes: "list[Recipe]", seeds: list[int], output: Path, asked: "As
         print("\nInterrupted. Finished trainings are kept: the same command goes on with the next one.")
         return 130
     show(comparison, Console(width=120))
-    for path in (output / NAME, output / PAGE):
-        print(path)
+    for name in (NAME, PAGE, *([comparison["picture"]] if "picture" in comparison else [])):
+        print(output / name)
     # A comparison of hours ends well without a package that draws.
     if set(output.glob("measured/*")) > known and importlib.util.find_spec("matplotlib") is not None:
         with quiet(output / LOG_NAME):

@@ -16,6 +16,7 @@ from mmkd.data.layouts import canonical
 from mmkd.data.prompts import prompt_of
 from mmkd.data.table_files import read_table_files
 from mmkd.errors import UserError
+from mmkd.methods.comd.text import rouge_l, words
 from mmkd.models.load import tokenizer_of
 from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.run import load_rows_of
@@ -29,9 +30,12 @@ from .model import find_model
 METRICS = {
     "accuracy": Metric("accuracy", "accuracy", higher_is_better=True, of_the_model=True),
     "open_accuracy": Metric("accuracy but for yes and no", "open_accuracy", higher_is_better=True, of_the_model=True),
+    "rouge_l": Metric("ROUGE-L of answers", "rouge_l", higher_is_better=True, of_the_model=True),
 }
 
 _YES_NO = ("yes", "no")
+# Answers longer than so many words on average are hardly ever the data's, word for word.
+_SHORT = 5
 # An answer that goes on for more tokens than the longest right one is wrong, however it ends.
 _MORE = 4
 _BATCH = 32
@@ -105,8 +109,12 @@ class Questions:
         return loaded.num_parameters(), said
 
     def measure(self, folder: Path | str) -> tuple[int, dict[str, float], Items]:
-        """Parameters, accuracies, and each question's share in them as (right, 1)."""
+        """Parameters, accuracies, and each question's share in them as (right, 1); of long answers ROUGE-L."""
         parameters, said = self.ask(folder)
+        wanted = [words(answer) for answer in self.answers]
+        if statistics.fmean(map(len, wanted)) > _SHORT:
+            scores = [rouge_l(words(ours), theirs) for ours, theirs in zip(said, wanted, strict=True)]
+            return parameters, {"rouge_l": statistics.fmean(scores)}, {"rouge_l": [(score, 1.0) for score in scores]}
         right = [float(ours == theirs) for ours, theirs in zip(said, self.answers, strict=True)]
         items = {"accuracy": [(value, 1.0) for value in right]}
         counts = [float(answer.lower() not in _YES_NO) for answer in self.answers]

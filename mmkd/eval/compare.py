@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from mmkd.recipe.stages import plan
 from mmkd.results.compared import ComparedModel, Metric
 from mmkd.results.tables import markdown
 from mmkd.training.comparison import Control
-from mmkd.training.method import BASELINE_METHOD, METHODS, Train
+from mmkd.training.method import METHODS, Train
+from mmkd.units import readable_time
 
 from .asked_questions import Questions
 from .baselines import (
@@ -29,7 +31,7 @@ from .baselines import (
 )
 from .compare_checks import check_reading, check_recipe, check_together
 from .compare_progress import ComparisonProgress, quiet
-from .comparison_summary import Row, summary
+from .comparison_summary import Row, first_of, summary
 from .evaluation import evaluate
 from .harness import Settings
 from .model import find_model
@@ -94,7 +96,7 @@ class Comparing:
         for recipe in (*recipes, *([judge] if judge else [])):
             check_recipe(recipe)
         given = scheduled(self.first, asked.schedules, output) if asked.schedules else {}
-        trained = given or {label(recipe): recipe for recipe in recipes}
+        trained = given or labelled(recipes)
         self.method = comparison_of(next((recipe for recipe in trained.values() if distils(recipe)), recipes[0]))
         several = [recipe for recipe in trained.values() if trains_several_times(recipe)]
         check_together(list(trained.values()), asked, self.method)
@@ -117,13 +119,13 @@ class Comparing:
         rows = self._untrained_rows()
         jobs = [(candidate, seed) for candidate in self.candidates for seed in self.seeds]
         self._begin(jobs)
-        runs: dict[str, list[ComparedModel]] = {}
-        for candidate, seed in jobs:
-            runs.setdefault(candidate.name, []).append(self._trained(candidate, seed))
+        runs = [self._trained(candidate, seed) for candidate, seed in jobs]
+        found = []
+        for number, candidate in enumerate(self.candidates):
+            own = runs[number * len(self.seeds) :][: len(self.seeds)]
+            found.append(Row(candidate.name, candidate.role, candidate.recipe.name, own, [*map(self._tasks_of, own)]))
         order = ("baseline", "control", "student")
-        for candidate in sorted(self.candidates, key=lambda each: order.index(each.role)):
-            own = runs[candidate.name]
-            rows.append(Row(candidate.name, candidate.role, candidate.recipe.name, own, [*map(self._tasks_of, own)]))
+        rows += sorted(found, key=lambda row: order.index(row.role))
         judge = self.judge.name if self.judge else None
         comparison = summary(rows, self.seeds, self.first.flags(), judge, self.method)
         picture = self._plot(rows)
@@ -164,12 +166,8 @@ class Comparing:
             place = self.trainings.place(self._seeded(student, seed))
             return [self._seeded(make_baseline(student, path, place), seed)]
 
-        name, recipe = self.method.baseline_name, student
-        if student.in_stages:
-            return Candidate(name or "sft, same stages", "baseline", student, of_seed)
-        if not several:
-            recipe = make_baseline(student, self.output / f"{BASELINE}.yaml", self.output)
-        return Candidate(name or BASELINE_METHOD, "baseline", recipe, of_seed)
+        recipe = of_seed(self.seeds[0])[0]
+        return Candidate(self.method.baseline_name or label(recipe), "baseline", recipe, of_seed)
 
     def _control(self, name: str, control: Control, student: Recipe) -> Candidate:
         def of_seed(seed: int) -> list[Recipe]:
@@ -194,19 +192,21 @@ class Comparing:
     def _begin(self, jobs: Sequence[tuple[Candidate, int]]) -> None:
         recipes = [_recipes(candidate, seed) for candidate, seed in jobs]
         finished = sum(bool(own) and all(map(self.trainings.known, own)) for own in recipes)
-        self.progress.begin([steps_of(candidate.recipe) for candidate, _ in jobs], finished)
+        steps = [steps_of(each.recipe) * max(1, len(own)) for (each, _), own in zip(jobs, recipes, strict=True)]
+        self.progress.begin(steps, finished)
 
     def _trained(self, candidate: Candidate, seed: int) -> ComparedModel:
         """The training of a seed, of several candidates the chosen one."""
-        recipes = candidate.of_seed(seed)
-        if all(self.trainings.known(recipe) for recipe in recipes):
+        recipes, name = candidate.of_seed(seed), f"{candidate.name}, seed {seed}"
+        known = all(self.trainings.known(recipe) for recipe in recipes)
+        with nullcontext() if known else self.progress.running(name):
             models = [self.trainings.get(recipe) for recipe in recipes]
-        else:
-            with self.progress.running(f"{candidate.name}, seed {seed}"):
-                models = [self.trainings.get(recipe) for recipe in recipes]
-        seconds = [model.cost["seconds"] for model in models if model.cost is not None]
+        model = chosen(models, candidate.usual, self.method.metrics)
+        seconds = [each.cost["seconds"] for each in models if each.cost is not None]
         self.progress.count(sum(seconds) if seconds else None)
-        return chosen(models, candidate.usual, self.method.metrics)
+        if not known:
+            self.progress.say(f"{name}: {first_of(model, self.method)}, {readable_time(sum(seconds))}")
+        return model
 
     def _untrained_rows(self) -> list[Row]:
         """The teacher, and the student before training where it can be asked."""
@@ -242,6 +242,15 @@ class Comparing:
             row.name: [Path(run.folder) for run in row.runs] for row in rows if row.role in ("student", "control")
         }
         return self.method.plot(folders, self.output)
+
+
+def labelled(recipes: Sequence[Recipe]) -> dict[str, Recipe]:
+    """The recipes by a name of their own."""
+    found: dict[str, Recipe] = {}
+    for recipe in recipes:
+        names = [label(recipe), f"{recipe.method}, {recipe.name}", *(f"{label(recipe)} ({n})" for n in range(2, 100))]
+        found[next(name for name in names if name not in found)] = recipe
+    return found
 
 
 def chosen(models: Sequence[ComparedModel], usual: int, metrics: Mapping[str, Metric]) -> ComparedModel:

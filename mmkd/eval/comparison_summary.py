@@ -103,6 +103,13 @@ def summary(
     }
 
 
+def first_of(model: ComparedModel, method: Comparison) -> str:
+    """The measure of a model that counts most, in words."""
+    known = {**METRICS, **method.metrics}
+    name = _first_of_the_model({name: metric for name, metric in known.items() if name in model.metrics})[0]
+    return f"{known[name].title} {model.metrics[name]:.4g}"
+
+
 def _first_of_the_model(shown: Mapping[str, Metric]) -> list[str]:
     """The measures, the ones that count first, by which it is said whether distilling was worth it."""
     return sorted(shown, key=lambda name: not shown[name].of_the_model)

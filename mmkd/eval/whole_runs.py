@@ -50,7 +50,8 @@ def measure_whole(recipe: Recipe, stage: str, folder: Path, questions: Questions
     keep_stages(stages, folder.parent)
     parameters, metrics, items = questions.measure(last)
     ways = {} if comparison.along is None or not distils(recipe) else comparison.along(last)
-    along = {title: questions.measure(student)[1]["accuracy"] for title, student in ways.items()}
+    first = next(iter(metrics))
+    along = {title: questions.measure(student)[1][first] for title, student in ways.items()}
     tokens = sum(_tokens(stage.folder) for stage in stages) if stages else _tokens(folder)
     asked = None if comparison.teacher_tokens is None or not distils(recipe) else comparison.teacher_tokens(last)
     cost |= {"tokens_per_second": tokens / max(cost["seconds"], 1e-9), "teacher_tokens": asked}

@@ -30,7 +30,8 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     for title, header, lines in tables(comparison):
         body = [header, ["---"] * len(header), *lines]
         parts.append((f"### {title}\n\n" if title else "") + "\n".join(f"| {' | '.join(line)} |" for line in body))
-    return "\n\n".join([*comparison.get("verdicts", []), *parts, _footer(comparison)]) + "\n"
+    picture = [f"![{comparison['picture']}]({comparison['picture']})"] if "picture" in comparison else []
+    return "\n\n".join([*comparison.get("verdicts", []), *parts, *picture, _footer(comparison)]) + "\n"
 
 
 def tables(comparison: Mapping[str, Any]) -> list[Cells]:
