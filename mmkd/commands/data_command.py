@@ -22,6 +22,7 @@ def add_preview_flags(parser: ArgumentParser) -> None:
         help="with --model, whether a run learns from the assistant's turns alone (default: true) or from all tokens "
         "of a conversation",
     )
+    add("--chat_template_path", metavar="PATH", help="with --model, another chat template: a Jinja file or a model")
     add("--html", metavar="PAGE.html", help="write a page with thumbnails of the pictures too")
     add("--write", metavar="DATA.yaml", help="write the data recipe of the source, with comments, to edit")
     add(
@@ -50,7 +51,7 @@ def preview(options: Namespace) -> int:
     if options.model is not None:
         from mmkd.preflight.token_preview import reader_of
 
-        reader = reader_of(options.model, options.assistant_only_loss == "true")
+        reader = reader_of(options.model, options.assistant_only_loss == "true", options.chat_template_path)
     shown = preview_data(options.source, rows=options.rows, checked=options.check_rows, reader=reader)
     print_preview(shown, Console(soft_wrap=True))
     if options.html is not None:

@@ -16,7 +16,7 @@ _PATHS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "str
 _PART = {
     "type": "object",
     "properties": {
-        "data": {"type": "string", "description": "A data recipe: its name or path."},
+        "data": {"type": "string", "description": "A data recipe, or rows: a file, a folder, a glob or a Hub id."},
         "weight": {"type": ["number", "null"], "exclusiveMinimum": 0, "description": "Its share of the mixture."},
         "rows": {"type": ["integer", "null"], "minimum": 1, "description": "Its number of training rows."},
         "domain": {"type": ["string", "null"], "description": "What stands in the column `domain` of its rows."},

@@ -135,7 +135,7 @@ def _said(message: Mapping[str, Any]) -> str:
     """The content of a message, with a mark for each picture and all other keys but its role."""
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
-    said = "".join("<picture>" if part["type"] == "image" else part["text"] for part in parts)
+    said = " ".join("<picture>" if part["type"] == "image" else part["text"] for part in parts)
     others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
     return " ".join([*([said] if said else []), *(f"{key}: {as_text(value)}" for key, value in others.items())])
 

@@ -19,16 +19,16 @@ from .dry_run import runs_of
 from .facts import Rendered, whole
 
 
-def reader_of(model: str, assistant_only: bool = True) -> RowReader:
+def reader_of(model: str, assistant_only: bool = True, template: str | None = None) -> RowReader:
     """Reads rows through the chat template of a Hub id or folder and the preparation of training, uncut.
 
-    With `assistant_only`, a conversation is learnt as with assistant_only_loss. Raises UserError for rows that
-    training would refuse.
+    With `assistant_only`, a conversation is learnt as with assistant_only_loss; `template` is a chat_template_path.
+    Raises UserError for rows that training would refuse.
     """
-    return partial(_as_tokens, model=model, assistant_only=assistant_only)
+    return partial(_as_tokens, model=model, assistant_only=assistant_only, template=template)
 
 
-def _as_tokens(rows: Dataset, model: str, assistant_only: bool) -> tuple[list[PreviewRow], str]:
+def _as_tokens(rows: Dataset, model: str, assistant_only: bool, template: str | None) -> tuple[list[PreviewRow], str]:
     processing_class = load_processing_class(model, "student")
     listed = image_column(rows)
     if is_prompt_alone(rows.features):
@@ -38,7 +38,8 @@ def _as_tokens(rows: Dataset, model: str, assistant_only: bool) -> tuple[list[Pr
         )
     config: Any = METHODS["sft"].trainer.config_class
     chat = "messages" in rows.column_names
-    args = whole(config(output_dir="preview", report_to="none", assistant_only_loss=chat and assistant_only))
+    keys = {"assistant_only_loss": chat and assistant_only, "chat_template_path": template}
+    args = whole(config(output_dir="preview", report_to="none", **keys))
     rendered = Rendered.of(prepare(DatasetDict({"train": rows}), args, processing_class))
     pictures: Any = listed["images"] if "images" in listed.column_names else []
     read = [
@@ -55,21 +56,21 @@ def _of_sequence(sequence: TokenSequence | UnusableRow, rendered: Rendered, pict
         return PreviewRow([PreviewPiece(sequence.reason, False)], shown, "This row cannot be used.")
     pieces = []
     for ids, supervised in runs_of(sequence.ids.tolist(), sequence.supervised.tolist()):
-        pieces += [PreviewPiece(text, supervised) for text in _decoded(ids, rendered)]
+        pieces += [PreviewPiece(text, supervised) for text in _decoded(ids, rendered.tokenizer, rendered.image_token)]
     count = int(sequence.supervised.sum())
     return PreviewRow(pieces, shown, f"{len(sequence.ids):,} tokens, {count:,} of them learnt")
 
 
-def _decoded(ids: list[int], rendered: Rendered) -> Iterator[str]:
+def _decoded(ids: list[int], tokenizer: Any, image_token: int | None) -> Iterator[str]:
     """The text of tokens, with one mark for the tokens of a picture."""
     place = 0
     while place < len(ids):
-        is_image = ids[place] == rendered.image_token
-        run = next((i for i in range(place, len(ids)) if (ids[i] == rendered.image_token) != is_image), len(ids))
+        is_image = ids[place] == image_token
+        run = next((i for i in range(place, len(ids)) if (ids[i] == image_token) != is_image), len(ids))
         if is_image:
             yield f"<picture, {run - place:,} tokens>"
         else:
-            yield str(rendered.tokenizer.decode(ids[place:run]))
+            yield str(tokenizer.decode(ids[place:run]))
         place = run
 
 
@@ -80,5 +81,5 @@ def _as_prompt(row: Mapping[str, Any], processing_class: Any) -> PreviewRow:
         return PreviewRow([], pictures, "This row cannot be used.")
     question, _ = prompt_of(row)
     ids = model_inputs(processing_class, [question], [row.get("tools")])["input_ids"][0].tolist()
-    text = str(tokenizer_of(processing_class).decode(ids))
-    return PreviewRow([PreviewPiece(text, False)], pictures, f"{len(ids):,} tokens")
+    texts = _decoded(ids, tokenizer_of(processing_class), getattr(processing_class, "image_token_id", None))
+    return PreviewRow([PreviewPiece(text, False) for text in texts], pictures, f"{len(ids):,} tokens")

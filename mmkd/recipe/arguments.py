@@ -18,7 +18,12 @@ class RunArguments:
     """What a recipe says besides its method's settings."""
 
     method: str = field(metadata={"help": "How to distil.", "choices": METHODS})
-    data: str = field(metadata={"help": "Data recipe: a name under data_recipes/ or a path to a YAML file."})
+    data: str = field(
+        metadata={
+            "help": "The rows: a file, a folder, a glob, owner/name[:config] on the Hub, or a data recipe (a name "
+            "under data_recipes/ or the path of a YAML file). `mmkd data preview` shows how they are read."
+        }
+    )
     teacher: str | None = field(default=None, metadata={"help": "Teacher: a Hub id or a local folder."})
     student: str | None = field(
         default=None,

@@ -10,6 +10,7 @@ from mmkd.data.data_recipe import DataRecipe
 from mmkd.preflight.data_preview import preview_data
 from mmkd.preflight.token_preview import reader_of
 from tests.data.sources import rows_of, turn, write_jsonl, write_png
+from tests.vlms import make_llava
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +106,28 @@ def test_prompts_as_tokens(tiny: dict[str, Path]) -> None:
 def test_numbers_of_rows(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "preview", "rows.jsonl", flag, "0"]) == 2
     assert "give 1 or more" in capsys.readouterr().err
+
+
+def test_pictures_as_tokens(tmp_path: Path) -> None:
+    model = str(make_llava(tmp_path / "vlm"))
+    talk = [{"from": "human", "value": "<image>\nasked"}, {"from": "gpt", "value": "told"}]
+    write_jsonl("rows.jsonl", [{"image": f"{i}.png", "conversations": talk} for i in range(2)])
+    write_png("0.png")
+    Path("1.png").write_bytes(b"no picture")
+    first, second = preview_data("rows.jsonl", reader=reader_of(model)).rows
+    texts = [piece.text for piece in first.pieces]
+    assert "<picture, 4 tokens>" in texts
+    assert "told" in "".join(piece.text for piece in first.pieces if piece.supervised)
+    assert not isinstance(first.pictures[0], str)
+    assert first.pictures[0].size == (8, 8)
+    assert second.note == "This row cannot be used."
+    assert isinstance(second.pictures[0], str)
+
+
+def test_prompts_with_pictures_as_tokens(tmp_path: Path) -> None:
+    model = str(make_llava(tmp_path / "vlm"))
+    write_jsonl("rows.jsonl", [{"image": "0.png", "question": f"asked {i}"} for i in range(2)])
+    write_png("0.png")
+    first, _ = preview_data("rows.jsonl", reader=reader_of(model)).rows
+    assert "<picture, 4 tokens>" in [piece.text for piece in first.pieces]
+    assert "asked" in "".join(piece.text for piece in first.pieces)
