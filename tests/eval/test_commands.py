@@ -131,9 +131,15 @@ def test_a_finished_task_is_not_run_again_and_an_interrupted_evaluation_goes_on(
     monkeypatch.setattr(Harness, "run", counted)
     command = ["eval", str(student), "--tasks", "tiny_choice", "tiny_text", "--include_path", str(folder)]
     assert main(command) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the same command goes on" in said
+    assert f"{student}, tiny_choice: task 1 of 2\n" in said
+    assert f"{student}, tiny_text: task 2 of 2, about " in said
     assert main(command) == 0
+    said = capsys.readouterr().err
+    assert f"{student}: 1 of 2 tasks are finished already and kept in {student / 'eval'}." in said
     assert main(command) == 0
+    assert "task 1 of" not in capsys.readouterr().err
     assert ran == ["tiny_choice", "tiny_text", "tiny_text"]
     # Other settings and other data are other results.
     assert main([*command, "--limit", "3"]) == 0
