@@ -1,6 +1,7 @@
 """The recipe of answers: written, checked, and what to do with it."""
 
 import os
+import shlex
 from datetime import date
 
 from rich.console import Console
@@ -65,24 +66,24 @@ def next_commands(draft: Draft, answers: Answers) -> list[tuple[str, str]]:
         commands.append((f"mmkd cache build {path}", "runs the teacher once"))
     commands.append((f"mmkd-train {path} --dry_run", "parameters, tokens, memory, the first batch"))
     commands.append((f"mmkd-train {path}", "trains"))
-    if method.predicts == "tokens":
-        commands.append((f"mmkd eval {folder} --measures", "how near the student is to the teacher"))
+    if "eval_strategy" in keys:
+        what = f"--data {shlex.quote(answers.data)} --teacher {shlex.quote(answers.teacher)} --measures agreement"
+        commands.append((f"mmkd eval {folder} {what}", "how near the student is to the teacher"))
     commands.append((f"mmkd report {folder}", f"curves, tables and samples: {os.path.join(folder, 'report.html')}"))
     return commands
 
 
 def _summary(draft: Draft, fit: Fit, answers: Answers) -> str:
-    rows = draft.keys["per_device_train_batch_size"]
+    keys = draft.keys
     if not fit.fits:
         return f"It does not fit {answers.device.name}: the recipe says what would help."
-    taken = [name for name, key in _NAMES.items() if draft.keys.get(key)]
-    return f"It fits {answers.device.name} with {counted(rows)} at a time" + (
-        f", by {', '.join(taken)}." if taken else "."
-    )
+    rows = keys["per_device_train_batch_size"] + keys.get("unlabeled_batch_size", 0)
+    taken = [name for name, key in _SAVINGS.items() if keys.get(key) and key in fit.keys]
+    return f"It fits {answers.device.name}, {counted(rows)} at a time{''.join(f', {name}' for name in taken)}."
 
 
-_NAMES = {
-    "activation checkpointing": "activation_checkpointing",
+_SAVINGS = {
+    "with activation checkpointing": "activation_checkpointing",
     "a teacher in 4 bits": "teacher_load_in_4bit",
     "a teacher_cache": "teacher_cache",
     "LoRA": "use_peft",

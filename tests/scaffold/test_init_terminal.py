@@ -19,8 +19,7 @@ LEFT, BACKSPACE, CONTROL_C, CONTROL_D = "\x1b[D", "\x7f", "\x03", "\x04"
 def test_an_interruption_writes_nothing(workplace: Path, key: str) -> None:
     before = sorted(workplace.rglob("*"))
     with Played(workplace, "init") as terminal:
-        terminal.wait("Your data?")
-        terminal.type("cha")
+        terminal.answer("Your data?", "cha")
         terminal.wait("> cha")
         terminal.type(key if key == CONTROL_C else 3 * BACKSPACE + key)
         assert terminal.end() == 130
@@ -32,30 +31,21 @@ def test_an_interruption_writes_nothing(workplace: Path, key: str) -> None:
 def test_a_dialogue(workplace: Path, models: dict[str, Path]) -> None:
     """With a typing error, an answer that cannot be, suggestions that are taken, and keys that edit."""
     with Played(workplace, "init") as terminal:
-        terminal.wait("Your data?")
-        terminal.type("chatz.jsonl\r")
-        terminal.wait("no file, folder or data recipe at")
+        terminal.answer("Your data?", "chatz.jsonl\r")
         # chas.jsonl, and back to where the t belongs; the prompt stays through it all.
-        terminal.type("chaz" + BACKSPACE + "s.jsonl" + 7 * LEFT + "t")
+        terminal.answer("no file, folder or data recipe at", "chaz" + BACKSPACE + "s.jsonl" + 7 * LEFT + "t")
         terminal.wait("> chats.jsonl")
-        assert terminal.screen.display[terminal.screen.cursor.y].rstrip() == "> chats.jsonl"
+        assert terminal.line == "> chats.jsonl"
         terminal.type("\r")
         terminal.wait("chats.jsonl: conversations (24 train rows).")
-        terminal.wait("[text] >")
-        terminal.type("8\r")
-        terminal.wait("--task '8' is none of text, vlm,")
-        terminal.type("1\r")
-        terminal.wait("[none] >")
+        terminal.answer("[text] >", "8\r")
+        terminal.answer("--task '8' is none of text, vlm,", "1\r")
         # Nothing is deleted where nothing was typed.
-        terminal.type(5 * BACKSPACE + "\r")
-        terminal.wait("The teacher?")
-        terminal.type(f"{models['teacher']}\r")
-        terminal.wait("The student?")
-        terminal.type("\r")
-        terminal.wait("3 layers does the student keep?")
-        terminal.type("2\r")
-        terminal.wait("The file of the recipe?")
-        terminal.type("\r")
+        terminal.answer("[none] >", 5 * BACKSPACE + "\r")
+        terminal.answer("The teacher?", f"{models['teacher']}\r")
+        terminal.answer("The student?", "\r")
+        terminal.answer("3 layers does the student keep?", "2\r")
+        terminal.answer("The file of the recipe?", "\r")
         assert terminal.end() == 0
         text = terminal.text
     for line in ("[none] >", "Wrote mine.yaml. It fits a CPU", "Sound: 0 problems", "mmkd-train mine.yaml # trains"):
