@@ -38,6 +38,7 @@ _MIXTURE_FIELDS = (
     "shuffle_seed",
     "mixture",
     "folder",
+    "notes",
 )
 
 

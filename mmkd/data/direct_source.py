@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,12 @@ def direct_recipe(source: str, *, base: Path | None = None) -> DataRecipe | None
     container = container_of(source, base)
     if container is None:
         return None
-    try:
+    if not container.on_hub:
         return _recipe(source, container)
+    try:
+        return _hub_recipe(source)
     except UserError as error:
-        if container.on_hub:
-            raise UserError(f"There is no file or folder {source} here. On the Hub: {error}") from error
-        raise
+        raise UserError(f"There is no file or folder {source} here. On the Hub: {error}") from error
 
 
 def chosen_splits(names: Sequence[str], source: str) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -72,6 +73,14 @@ def source_names(container: Container) -> Sequence[str]:
     if container.on_hub:
         return hub_splits(container.source, container.config, container.revision)
     return container.splits or list(container.files)
+
+
+@lru_cache(maxsize=64)
+def _hub_recipe(source: str) -> DataRecipe:
+    """Asked once: a run reads its recipe several times, and the Hub answers slowly."""
+    container = container_of(source)
+    assert container is not None
+    return _recipe(source, container)
 
 
 def _recipe(source: str, container: Container) -> DataRecipe:

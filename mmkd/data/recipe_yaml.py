@@ -1,7 +1,6 @@
 """Reading a data recipe: find its YAML, check every key, and load the recipes it mixes."""
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from mmkd.yaml_files import AsWritten, read_yaml
 from .columns import MessagesColumn, TurnColumns, is_template
 from .data_recipe import DataFilters, DataRecipe, MixturePart
 from .direct_source import direct_recipe
-
-logger = logging.getLogger(__name__)
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _KINDS |= {dict: "{key: value}", list: "a list"}
@@ -40,15 +37,9 @@ def _find(name_or_path: str, root: Path | None, base: Path | None) -> Path | Dat
             root = recipe_root("data_recipes")
         path = root / f"{name_or_path}.yaml"
         if path.is_file():
-            if tried[0].exists():
-                logger.warning(
-                    "%s is read as the data recipe of this name, and not as %s here; for that write ./%s.",
-                    *(name_or_path, tried[0].name, name_or_path),
-                )
             return path.resolve()
     inside = next((folder / "data.yaml" for folder in tried if (folder / "data.yaml").is_file()), None)
     if inside is not None:
-        logger.warning("%s: read by the data recipe in it, data.yaml.", name_or_path)
         return inside.resolve()
     recipe = direct_recipe(name_or_path, base=base)
     if recipe is not None:
@@ -94,7 +85,18 @@ def _load(name_or_path: str, *, root: Path | None, base: Path | None, parents: t
         values["mixture"] = tuple(_part(part, path, root, (*parents, path)) for part in raw["mixture"])
         if not values["mixture"]:
             raise UserError(f"{path.name}: mixture is empty; list at least one {{data: ..., weight: ...}}.")
-    return DataRecipe(**values, folder=path.parent)
+    return DataRecipe(**values, folder=path.parent, notes=_notes(name_or_path, path))
+
+
+def _notes(name: str, path: Path) -> tuple[str, ...]:
+    """What a user should know who may have meant something else by a name."""
+    if Path(name).suffix in (".yaml", ".yml"):
+        return ()
+    if path.parent.name == Path(name).name and path.name == "data.yaml":
+        return (f"{name} is read by the data recipe in it, data.yaml.",)
+    if Path(name).exists():
+        return (f"{name} is read as the data recipe of this name, and not as {name} here; for that write ./{name}.",)
+    return ()
 
 
 def _values(raw: Mapping[str, Any], cls: type, what: str) -> dict[str, Any]:

@@ -241,10 +241,10 @@ def test_what_is_held_out(count: int, held_out: int | None) -> None:
 # Names
 
 
-def test_a_recipe_keeps_its_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_recipe_keeps_its_name() -> None:
     write_jsonl("python_docs/rows.jsonl", rows_of("text"))
     assert DataRecipe.load("python_docs").source == "json"
-    assert "read as the data recipe of this name" in caplog.text
+    assert "read as the data recipe of this name" in DataRecipe.load("python_docs").notes[0]
     assert DataRecipe.load("python_docs").data_files["train"] != ("python_docs/rows.jsonl",)
     assert DataRecipe.load("./python_docs").data_files["train"] == ("python_docs/rows.jsonl",)
 
