@@ -14,6 +14,7 @@ from datasets import Dataset
 from mmkd.data.image_columns import image_column
 from mmkd.data.layouts import canonical
 from mmkd.data.prompts import prompt_of
+from mmkd.data.sources import KINDS
 from mmkd.data.table_files import read_table_files
 from mmkd.errors import UserError
 from mmkd.methods.comd.text import rouge_l, words
@@ -55,10 +56,13 @@ class Questions:
 
     @classmethod
     def in_file(cls, path: Path, limit: int | None) -> "Questions":
-        """The rows of a JSON Lines file, in any layout of questions and answers."""
+        """The rows of a JSON or CSV file, in any layout of questions and answers."""
         if not path.is_file():
-            raise UserError(f"There is no file {path}. Name a JSON Lines file of questions with their answers.")
-        rows = read_table_files("json", [str(path)], "test")
+            raise UserError(f"There is no file {path}. Name a JSON or CSV file of questions with their answers.")
+        kind = KINDS.get(path.suffix)
+        if kind not in ("json", "csv"):
+            raise UserError(f"--test is {path}, and questions are read from JSON and CSV files. Write them as .jsonl.")
+        rows = read_table_files(kind, [str(path)], "test")
         return cls._of(canonical(rows, "test"), f"questions of {path}", limit)
 
     @classmethod

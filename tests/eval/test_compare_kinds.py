@@ -9,6 +9,7 @@ import yaml
 
 from mmkd.commands import train as training
 from mmkd.commands.main import main
+from mmkd.errors import UserError
 from mmkd.eval import trainings
 from mmkd.eval.asked_questions import Questions
 from mmkd.eval.baselines import make_baseline, schedule_of
@@ -189,6 +190,11 @@ def test_questions_are_rows_with_answers(tmp_path: Path) -> None:
     assert questions.answers == ["yes", "no", "a cat"]
     assert questions.source == f"3 questions of {path}"
     assert Questions.in_file(path, 2).key != questions.key
+    table = tmp_path / "questions.csv"
+    table.write_text("question,answer\na b,yes\na b,no\na b,a cat\n")
+    assert Questions.in_file(table, None).answers == questions.answers
+    with pytest.raises(UserError, match="read from JSON and CSV"):
+        Questions.in_file(path.rename(tmp_path / "questions.xyz"), None)
 
 
 @pytest.mark.parametrize(
