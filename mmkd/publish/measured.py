@@ -50,7 +50,8 @@ def measured_by_comparison(comparison: Mapping[str, Any], students: Sequence[Map
     rows, baseline = comparison["rows"], comparison.get("baseline", "SFT")
     columns: list[tuple[str, Mapping[str, Any]]] = []
     columns += [("before", row) for row in rows if row["role"] == "untrained"]
-    columns += [(f"after, {baseline}", row) for row in rows if row["role"] == "baseline"][:1]
+    others = [row for row in rows if row["role"] == "baseline" and row not in students]
+    columns += [(f"after, {baseline}", row) for row in others[:1]]
     columns += [(f"after, {row['name']}", row) for row in students]
     columns += [("teacher", row) for row in rows if row["role"] == "teacher"]
     gains = students[0]["gain_over_sft"] if len(students) == 1 else {}

@@ -17,8 +17,8 @@ from .runs import RunFiles
 
 STUDENT, TEACHER = "student", "teacher"
 
-_BYTES = 4
-"""Per parameter, on a CPU that computes in float32."""
+_BYTES = {"cpu": 4, "cuda": 2}
+"""Per parameter: a CPU may have to compute in float32."""
 _ROOM = 0.5
 """The share of a device's memory that a model may take here."""
 
@@ -40,7 +40,9 @@ class RunSide:
 
     def fits_beside(self, parameters: int) -> bool:
         """Whether it fits beside models with so many parameters together."""
-        return self.parameters is None or (self.parameters + parameters) * _BYTES <= _ROOM * device_memory()[1]
+        if self.parameters is None:
+            return True
+        return (self.parameters + parameters) * _BYTES[device_here()] <= _ROOM * device_memory()[1]
 
     def load(self) -> Any:
         """The model on this machine's device."""

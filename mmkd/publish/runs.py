@@ -286,10 +286,10 @@ def comparison_of(folder: Path, chosen: Path | None) -> dict[str, Any] | None:
 
 
 def shown_rows(comparison: Mapping[str, Any], folder: Path) -> list[Mapping[str, Any]]:
-    """The students of a comparison that a report is about: the run in the folder, or else all of them."""
-    students = [row for row in comparison["rows"] if row["role"] == "student"]
-    own = [row for row in students if folder.resolve() in {Path(name).resolve() for name in row["folders"]}]
-    return own or students
+    """The models of a comparison that a report is about: the one in the folder, or else all students."""
+    trained = [row for row in comparison["rows"] if row["cost"]]
+    own = [row for row in trained if folder.resolve() in {Path(name).resolve() for name in row["folders"]}]
+    return own or [row for row in trained if row["role"] == "student"]
 
 
 def _seed_of(row: Mapping[str, Any], folder: Path) -> str:

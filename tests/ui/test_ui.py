@@ -64,13 +64,17 @@ def test_a_run_without_news_has_stopped(root: Path) -> None:
 
 def test_a_comparison_and_its_trainings_are_listed(tmp_path: Path) -> None:
     make_run(tmp_path / "both/kd")
+    make_run(tmp_path / "both/sft", steps=2)
     cost = {"unit": "CPU-hours", "hours": 1.0, "tokens_per_second": 9.0, "teacher_tokens": 5}
     facts = {"name": "kd", "role": "student", "folders": [str(tmp_path / "both/kd")], "parameters": 10, "tokens": [3]}
     more = {"metrics": {}, "tasks": {}, "retention": {}, "gain_over_sft": {}, "flips": {}, "cache": None, "cost": cost}
     machine = {"device": "cpu", "processor": "", "threads": 1, "versions": {"torch": "2"}}
-    comparison = {"schema": 1, "seeds": [0], "machine": machine, "rows": [{**facts, **more}]}
+    other = {**facts, "name": "sft", "role": "baseline", "folders": [str(tmp_path / "both/sft")]}
+    rows = [{**other, **more}, {**facts, **more}]
+    comparison = {"schema": 1, "seeds": [0], "machine": machine, "rows": rows}
     (tmp_path / "both/comparison.json").write_text(json.dumps(comparison))
-    assert {row["name"]: row["kind"] for row in RunList(tmp_path).rows()} == {"both": "comparison", "both/kd": "run"}
+    listed = {row["name"]: (row["kind"], row["step"]) for row in RunList(tmp_path).rows()}
+    assert listed == {"both": ("comparison", 3), "both/kd": ("run", 3), "both/sft": ("run", 2)}
 
 
 def test_curves_grow_with_the_log(client: TestClient, root: Path) -> None:
