@@ -32,7 +32,7 @@ def template_columns(template: str) -> list[str]:
 class MessagesColumn:
     """A column that holds a list of messages, with the keys of role and content."""
 
-    column: str = field(metadata={"help": "The source's column: a list of objects, one per message.", "yaml": str})
+    column: str = field(metadata={"help": "The source column: a list of objects, one for each message.", "yaml": str})
     role_key: str = field(
         default="role", metadata={"help": "The key of the speaker; 'from' in ShareGPT.", "yaml": str}
     )
@@ -41,27 +41,30 @@ class MessagesColumn:
     )
     role_map: Mapping[str, str] = field(
         default_factory=dict,
-        metadata={"help": "The source's role -> ours, such as {human: user, gpt: assistant}.", "yaml": dict},
+        metadata={
+            "help": "{role in the source: role of the chat template}, such as {human: user, gpt: assistant}.",
+            "yaml": dict,
+        },
     )
 
     image_token: str | None = field(
         default=None,
         metadata={
-            "help": "The mark for an image within the text, such as '<image>' in LLaVA's data sets. It becomes a part "
-            "{type: image}, and the text around it parts of text.",
+            "help": "The mark for an image within the text, such as '<image>' in LLaVA's data. It becomes an image "
+            "of the message, between the texts around it.",
             "yaml": str,
         },
     )
     user_key: str | None = field(
         default=None,
         metadata={
-            "help": "For lists of pairs such as The Cauldron's: the key of the question. Images are placed before the "
-            "first question.",
+            "help": "For lists of pairs, such as The Cauldron's. The key of the question; images are placed before "
+            "the first one.",
             "yaml": str,
         },
     )
     assistant_key: str | None = field(
-        default=None, metadata={"help": "For lists of pairs: the key of the answer.", "yaml": str}
+        default=None, metadata={"help": "For lists of pairs. The key of the answer.", "yaml": str}
     )
 
     def __post_init__(self) -> None:
@@ -83,8 +86,8 @@ class TurnColumns:
     Besides `{column}`, `{choices:letters}` writes a list as lettered lines and `{answer:letter}` a number as a letter.
     """
 
-    user: str = field(metadata={"help": "The question, such as '{question}'.", "yaml": str})
-    assistant: str = field(metadata={"help": "The answer, such as '{answer}'.", "yaml": str})
+    user: str = field(metadata={"help": "Template of the question, such as '{question}'.", "yaml": str})
+    assistant: str = field(metadata={"help": "Template of the answer, such as '{answer}'.", "yaml": str})
 
     def __post_init__(self) -> None:
         """Raises UserError for a template that reads no column."""

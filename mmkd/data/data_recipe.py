@@ -46,20 +46,25 @@ _MIXTURE_FIELDS = (
 class DataFilters:
     """Which rows stay. Lengths are in characters of the answer: the text, the completion, or all assistant turns."""
 
-    min_chars: int | None = field(default=None, metadata={"help": "Drop shorter answers.", "yaml": int})
-    max_chars: int | None = field(default=None, metadata={"help": "Drop longer answers.", "yaml": int})
+    min_chars: int | None = field(
+        default=None, metadata={"help": "Leave out rows whose answer has fewer characters.", "yaml": int}
+    )
+    max_chars: int | None = field(
+        default=None, metadata={"help": "Leave out rows whose answer has more characters.", "yaml": int}
+    )
     equals: Mapping[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "{source column: value}; rows with another value are dropped.", "yaml": dict},
+        metadata={"help": "{source column: value}. Leave out rows with another value.", "yaml": dict},
     )
     drop_empty: bool = field(
         default=True,
-        metadata={"help": "Drop rows whose answer is empty: nothing can be learnt from them.", "yaml": bool},
+        metadata={"help": "Leave out rows with an empty answer, from which nothing can be learnt.", "yaml": bool},
     )
     dedupe: bool = field(
         default=False,
         metadata={
-            "help": "Drop rows equal to an earlier row or to a held-out one; off since it reads all.",
+            "help": "Leave out rows that equal an earlier row or a held-out one. Off by default, since it reads "
+            "all rows.",
             "yaml": bool,
         },
     )
@@ -99,76 +104,103 @@ class MixturePart:
 class DataRecipe:
     """One data set or mixture: everything that decides its rows, and what a reader should know about them."""
 
-    name: str = field(metadata={"help": "The name a run recipe uses; the file's name unless given.", "yaml": str})
+    name: str = field(metadata={"help": "The name of the data. Default: the file's name.", "yaml": str})
     description: str = field(default="", metadata={"help": "What the rows are, in a sentence or two.", "yaml": str})
-    license: str | None = field(default=None, metadata={"help": "SPDX id, or what its authors say.", "yaml": str})
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the rows: an SPDX id, or what the authors say. It stands on the student's card.",
+            "yaml": str,
+        },
+    )
     homepage: str | None = field(default=None, metadata={"help": "Where to read about the data.", "yaml": str})
     prepare: str | None = field(
         default=None,
-        metadata={"help": "The command that writes data_files, quoted when they are missing.", "yaml": str},
+        metadata={"help": "The command that makes data_files. It is quoted if they are missing.", "yaml": str},
     )
     rows: Mapping[str, int] = field(
         default_factory=dict,
-        metadata={"help": "{train: ..., eval: ...} as the source documents them; shown, not checked.", "yaml": dict},
+        metadata={
+            "help": "{train: ..., eval: ...}: the numbers of rows that the source documents. Shown, not checked.",
+            "yaml": dict,
+        },
     )
     source: str = field(
         default="",
         metadata={
-            "help": "owner/name on the Hub, a kind of file (json, csv, parquet, text, arrow, webdataset), "
-            "imagefolder (folders of pictures), or a folder of save_to_disk.",
+            "help": "Where the rows are: owner/name on the Hub, a kind of file (json, csv, parquet, text, arrow, "
+            "webdataset), imagefolder (folders of pictures), or a folder of save_to_disk.",
             "yaml": str,
         },
     )
-    config: str | None = field(default=None, metadata={"help": "The Hub data set's config (subset).", "yaml": str})
+    config: str | None = field(
+        default=None, metadata={"help": "Configuration (subset) of a data set on the Hub.", "yaml": str}
+    )
     revision: str | None = field(
         default=None,
-        metadata={"help": "The Hub commit; pin one, or your rows change when its authors push.", "yaml": str},
+        metadata={
+            "help": "Commit of a data set on the Hub. Pin one, or the rows change when its authors push.",
+            "yaml": str,
+        },
     )
     data_files: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict,
-        metadata={"help": "{source split: path(s) or globs}, from the current folder, then the YAML's.", "yaml": dict},
+        metadata={
+            "help": "{source split: path, glob or list of them}. Relative paths start at the current folder, then "
+            "at the YAML's.",
+            "yaml": dict,
+        },
     )
     splits: Mapping[str, str] = field(
         default_factory=lambda: {"train": "train"},
-        metadata={"help": "{train: source split, eval: source split}; eval may be left out.", "yaml": dict},
+        metadata={
+            "help": "{train: source split, eval: source split}. Without eval, set eval_rows or eval_fraction to "
+            "hold rows out.",
+            "yaml": dict,
+        },
     )
     columns: Mapping[str, str | MessagesColumn | TurnColumns] = field(
         default_factory=dict,
         metadata={
-            "help": "{our column: source column, '{a} {b}' template or messages}; others are dropped, save the tools "
-            "of messages. `truncated` (true or false, or a server's finish_reason) says which answers were cut off, "
-            "whose end is not learnt. Unset: the layout is recognised (messages, ShareGPT, Alpaca, LLaVA, ...); "
-            "an answer in a column of its own becomes the completion, and is all that is learnt.",
+            "help": "{column of mmkd: source column, '{a} {b}' template, or options of messages}. Columns that are "
+            "not named are left out, except the tools of messages. `truncated` (true or false, or a "
+            "server's finish_reason) marks answers that were cut off, whose end is not learnt. Without "
+            "`columns` the layout is recognised (messages, ShareGPT, Alpaca, LLaVA, ...).",
             "yaml": dict,
         },
     )
     image_folder: str | None = field(
         default=None,
-        metadata={"help": "Where relative paths of images start: a folder, from the current one.", "yaml": str},
+        metadata={
+            "help": "Folder in which relative paths of images start. Relative to the current folder.",
+            "yaml": str,
+        },
     )
     image_urls: bool = field(
         default=False,
-        metadata={"help": "Whether images that are http(s) URLs are downloaded, each once.", "yaml": bool},
+        metadata={"help": "Download images that are http(s) URLs, each once.", "yaml": bool},
     )
-    filters: DataFilters = field(default_factory=DataFilters, metadata={"help": "Which rows stay.", "yaml": dict})
+    filters: DataFilters = field(default_factory=DataFilters, metadata={"help": "Which rows are kept.", "yaml": dict})
     eval_rows: int | None = field(
-        default=None, metadata={"help": "Rows to hold out of train when there is no eval split.", "yaml": int}
+        default=None, metadata={"help": "Number of rows to hold out of train if there is no eval split.", "yaml": int}
     )
     eval_fraction: float | None = field(
-        default=None, metadata={"help": "The same, as a share of the source's rows.", "yaml": float}
+        default=None, metadata={"help": "Share of rows to hold out of train if there is no eval split.", "yaml": float}
     )
-    max_rows: int | None = field(default=None, metadata={"help": "At most this many training rows.", "yaml": int})
+    max_rows: int | None = field(default=None, metadata={"help": "Use at most this many training rows.", "yaml": int})
     shuffle_seed: int | None = field(
         default=0,
         metadata={
-            "help": "Seed of the shuffle before rows are held out, capped or mixed; null: no shuffle.",
+            "help": "Seed of the shuffle before rows are held out, limited or mixed. null: no shuffle.",
             "yaml": int,
         },
     )
     mixture: tuple[MixturePart, ...] = field(
         default=(),
         metadata={
-            "help": "[{data: name or path, weight: share} or {data: ..., rows: ..., domain: ...}].",
+            "help": "Several data recipes instead of a source: [{data: name or path, weight: share}, ...]. rows: N "
+            "instead of weight takes so many rows; domain: NAME fills the column `domain`, by which "
+            "several teachers can be told apart.",
             "yaml": list,
         },
     )

@@ -44,63 +44,68 @@ class ALMConfig(DistillationConfig):
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": "What is minimised per chunk, over the outcomes {this chunk, anything else}: forward_kl (the "
-            "default), reverse_kl, tvd, renyi, or kl_limit, which is forward_kl as tau goes to infinity.",
+            "help": "What is minimised for each chunk of text, over the two outcomes `this chunk` and `anything "
+            "else`. forward_kl (default), reverse_kl, tvd, renyi, or kl_limit: forward_kl for an infinite "
+            "tau.",
             "choices": list(DIVERGENCES),
         },
     )
     tau: PositiveFloat = field(
         default=1.0,
         metadata={
-            "help": "Temperature: likelihoods are raised to the power 1 / tau before they are compared, so that a "
-            "larger one stresses unlikely chunks. The loss is multiplied by it. The authors train with 100, but 5 "
-            "and 1 score higher in their own ablation."
+            "help": "Temperature. Likelihoods are raised to the power 1 / tau before they are compared; a larger "
+            "tau stresses unlikely chunks, and the loss is multiplied by it. The authors train with 100, "
+            "but 5 and 1 (default) score higher in their own comparison."
         },
     )
     renyi_alpha: PositiveFloat = field(
-        default=2.0, metadata={"help": "Order of the divergence renyi; 1 is forward_kl."}
+        default=2.0, metadata={"help": "For renyi. Order of the divergence; 1 is forward_kl."}
     )
     chunks: str = field(
         default="merge",
         metadata={
-            "help": "Which chunks are compared. merge (default, the paper's): likelihoods are multiplied by the "
-            "probability that a word ends there, and chunks whose end the teacher finds improbable (gamma) are joined "
-            "to the next. unbiased: the same, but such chunks are left out. all: every chunk as it is. space: joined "
-            "so that all end at white space. A cached teacher knows no such probability: use all or space.",
+            "help": "Which chunks of text are compared. merge (default, as in the paper): weighted by the "
+            "probability that a word ends there; a chunk below gamma is joined to the next. unbiased: the "
+            "same, but such a chunk is left out. all: every chunk. space: joined up to the next space. A "
+            "cached teacher needs all or space.",
             "choices": list(POLICIES),
         },
     )
     gamma: Annotated[float, Range(above=0, below=1)] = field(
         default=0.1,
-        metadata={"help": "Probability of a word's end up to which the end of a chunk does not count (paper: 0.1)."},
+        metadata={
+            "help": "For chunks: merge and unbiased. Probability of the end of a word below which a chunk does not "
+            "end there; 0.1 as in the paper."
+        },
     )
     combine: str = field(
         default="weights",
         metadata={
-            "help": "How the terms whose weight is not 0 become one loss. weights: (1 - ce_weight) ALM + ce_weight "
-            "cross-entropy + hidden_weight hidden states. sum: as they are. gradmag: each with the same norm of its "
-            "gradient in the last layer, in every micro-batch, whatever its weight (as the authors do).",
+            "help": "How the terms of the loss are added. weights (default): (1 - ce_weight) of ALM, ce_weight of "
+            "cross-entropy and hidden_weight of the hidden states. sum: without weights. gradmag: each "
+            "scaled to the same norm of its gradient in the last layer, as the authors do.",
             "choices": ["weights", "sum", "gradmag"],
         },
     )
     hidden_weight: NonNegativeFloat = field(
         default=0.0,
         metadata={
-            "help": "Weight of the distance between last hidden states at the ends of chunks, the student's through a "
-            "projection that is learned too. Helps students on bytes; hurts subword students in the paper."
+            "help": "Weight of the distance between the last hidden states at the ends of chunks, through a "
+            "projection that is learnt too. Default: 0. In the paper it helps students on bytes and hurts "
+            "students on subwords."
         },
     )
     objective: str = field(
         default="alm",
         metadata={
-            "help": "alm, or a baseline where chunks begin: uld (distance of the sorted probabilities of the next "
-            "token) or mined (their KL over tokens paired by edit distance).",
+            "help": "alm (default), or a baseline to compare with: uld (distance of the sorted probabilities of "
+            "the next token) or mined (KL divergence over tokens that are paired by edit distance).",
             "choices": list(OBJECTIVES),
         },
     )
     teacher_max_length: Annotated[int, Range(min=2)] | None = field(
         default=None,
-        metadata={"help": "The teacher's tokens that are read of a row; by default as many as max_length."},
+        metadata={"help": "Longest row in tokens of the teacher. Default: max_length."},
     )
 
     def __post_init__(self) -> None:

@@ -38,30 +38,39 @@ class KDConfig(DistillationConfig):
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": "What is minimised per token: forward_kl (covers the teacher; the default, and safest for small "
-            "students), reverse_kl (seeks its modes), jsd, skew_kl, skew_reverse_kl, tvd or adaptive_kl.",
+            "help": "What is minimised at each token. forward_kl (default) covers all that the teacher would say, "
+            "and is the safest choice. reverse_kl concentrates on what the teacher finds most likely. jsd, "
+            "skew_kl and skew_reverse_kl lie between them; tvd and adaptive_kl are further choices.",
             "choices": list(DIVERGENCES),
         },
     )
     temperature: PositiveFloat = field(
         default=1.0,
         metadata={
-            "help": "Divides both logits; the divergence is multiplied by its square, so that the balance with "
-            "ce_weight stays. 1 (default) matches the distributions that will be sampled from; 2 stresses the tail."
+            "help": "Divides the logits of student and teacher before they are compared. 1 (default) matches the "
+            "distributions that are sampled from later; 2 stresses unlikely tokens. The divergence is "
+            "multiplied by its square, which keeps the balance with ce_weight."
         },
     )
     beta: Share = field(
         default=0.5,
         metadata={
-            "help": "The teacher's weight in jsd's mixture: 0 is forward_kl, 1 is reverse_kl (TRL's convention)."
+            "help": "For jsd. The teacher's weight in the mixture: 0 is forward_kl, 1 is reverse_kl, as in TRL."
         },
     )
     skew: Share = field(
         default=0.1,
-        metadata={"help": "Share of the first distribution in skew_kl and skew_reverse_kl (DistiLLM's lambda, 0.1)."},
+        metadata={
+            "help": "For skew_kl and skew_reverse_kl. Share of the first distribution in the mixture: DistiLLM's "
+            "lambda, 0.1 there too."
+        },
     )
     mu: Share = field(
-        default=0.5, metadata={"help": "Teacher mass that counts as the head in adaptive_kl (0.5 in its paper)."}
+        default=0.5,
+        metadata={
+            "help": "For adaptive_kl. Probability of the teacher's most likely tokens that count as the head; 0.5 "
+            "as in its paper."
+        },
     )
 
 

@@ -31,38 +31,46 @@ class LLaVAKDConfig(DistillationConfig):
     combinations: ClassVar[tuple[str, ...]] = ("weights", "gradmag")
 
     ce_weight: Share = field(
-        default=0.0, metadata={"help": "Always 0: alpha, beta and gamma weigh the terms, cross-entropy counts 1."}
+        default=0.0,
+        metadata={"help": "Always 0. alpha, beta and gamma weigh the other terms; cross-entropy counts 1."},
     )
     alpha: NonNegativeFloat = field(
-        default=1.0, metadata={"help": "Weight of the KL to the teacher on the answer's tokens (the paper's 1)."}
+        default=1.0,
+        metadata={
+            "help": "Weight of the KL divergence from the teacher on the tokens of the answer; 1 as in the paper."
+        },
     )
     beta: NonNegativeFloat = field(
-        default=1.0, metadata={"help": "Weight of the KL to the teacher at the visual tokens (the paper's 1)."}
+        default=1.0,
+        metadata={"help": "Weight of the KL divergence from the teacher on the visual tokens; 1 as in the paper."},
     )
     gamma: NonNegativeFloat = field(
         default=0.5,
-        metadata={"help": "Weight of the relation of visual tokens; the paper's 0.5, its authors' code has 1."},
+        metadata={
+            "help": "Weight of the distance between the relations of visual tokens. 0.5 as in the paper; the "
+            "authors' code has 1."
+        },
     )
     relation_on: str = field(
         default="logits",
         metadata={
-            "help": "What relates visual tokens: logits (default, the paper's) or hidden, which needs no shared "
-            "vocabulary of the features and costs less with a large head.",
+            "help": "Features by which visual tokens are related. logits (default): as in the paper. hidden: the "
+            "last hidden states, which costs less with a large vocabulary and needs no shared one.",
             "choices": ["logits", "hidden"],
         },
     )
     relation_normalized: bool = field(
         default=False,
         metadata={
-            "help": "Centre every token's features and give them length 1 before they are related. False (default) is "
-            "the paper's raw product, which a constant added to all logits changes and tokens with a large norm rule."
+            "help": "Centre the features of each token and scale them to length 1 before they are related. false "
+            "(default) is the paper's raw product, in which tokens with a large norm dominate."
         },
     )
     visual_mismatch: str = field(
         default="error",
         metadata={
-            "help": "When student and teacher cut an image into different numbers of visual tokens: error (default), "
-            "or pool, which averages the finer one to the coarser one's grid for the visual terms.",
+            "help": "What to do if student and teacher cut an image into different numbers of visual tokens. error "
+            "(default): stop. pool: average the finer grid to the coarser one for the visual terms.",
             "choices": ["error", "pool"],
         },
     )

@@ -15,7 +15,7 @@ from mmkd.training.method import Method
 class SFTBaselineConfig(DistillationConfig):
     """Settings of method sft: those of every method, with nothing but cross-entropy in the loss."""
 
-    ce_weight: Share = field(default=1.0, metadata={"help": "Always 1: this baseline has no other term."})
+    ce_weight: Share = field(default=1.0, metadata={"help": "Always 1. The loss of this baseline has no other term."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

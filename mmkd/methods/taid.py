@@ -27,29 +27,33 @@ class TAIDConfig(DistillationConfig):
     t_start: Share = field(
         default=0.4,
         metadata={
-            "help": "Where the interpolation starts: 0 is the student, 1 the teacher. The paper uses 0.4 or 0.2."
+            "help": "Where the interpolation starts: 0 is the student, 1 the teacher. 0.4 (default) as in the "
+            "paper, which also uses 0.2."
         },
     )
-    t_end: Share = field(default=1.0, metadata={"help": "Where the interpolation ends; 1 (default) is the teacher."})
+    t_end: Share = field(default=1.0, metadata={"help": "Where the interpolation ends. 1 (default) is the teacher."})
     taid_alpha: NonNegativeFloat = field(
         default=5e-4,
         metadata={
-            "help": "Step size of the adaptive part. With t_end 1 and fewer than 1 / taid_alpha optimizer steps the "
-            "schedule is the linear one, whatever the loss does: set about 8 / steps to let progress matter."
+            "help": "How fast t moves up when the loss falls. At the default, runs with t_end 1 of fewer than 1 / "
+            "taid_alpha = 2,000 updates follow the linear schedule; set it to about 8 / updates to let the "
+            "loss decide."
         },
     )
     taid_beta: Annotated[float, Range(min=0, below=1)] = field(
-        default=0.99, metadata={"help": "Momentum of the relative progress that drives t."}
+        default=0.99, metadata={"help": "Momentum of the measured progress; 0.99 as in the paper."}
     )
     adaptive: bool = field(
         default=True,
-        metadata={"help": "Let progress speed t up; False follows the linear schedule from t_start to t_end."},
+        metadata={
+            "help": "Move t faster while the loss falls. false follows the straight line from t_start to t_end."
+        },
     )
     progress_measure: str = field(
         default="cross_entropy",
         metadata={
-            "help": "Loss whose relative decrease is progress: cross_entropy (default: the authors' code, hence the "
-            "published numbers) or kl (the paper's text; larger relative changes).",
+            "help": "The loss whose decrease counts as progress. cross_entropy (default): as in the authors' code, "
+            "which gave the published numbers. kl: as in the text of the paper; it changes more.",
             "choices": ["cross_entropy", "kl"],
         },
     )

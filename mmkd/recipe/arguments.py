@@ -17,120 +17,167 @@ from mmkd.training.method import METHODS
 class RunArguments:
     """What a recipe says besides its method's settings."""
 
-    method: str = field(metadata={"help": "How to distil.", "choices": METHODS})
+    method: str = field(metadata={"help": "How the student learns: the name of a method.", "choices": METHODS})
     data: str = field(
         metadata={
             "help": "The rows: a file, a folder, a glob, owner/name[:config] on the Hub, or a data recipe (a name "
             "under data_recipes/ or the path of a YAML file). `mmkd data preview` shows how they are read."
         }
     )
-    teacher: str | None = field(default=None, metadata={"help": "Teacher: a Hub id or a local folder."})
+    teacher: str | None = field(default=None, metadata={"help": "The teacher: a Hub id or a local folder."})
     student: str | None = field(
         default=None,
-        metadata={"help": "Student: a Hub id or a local folder. May be left out with student_init: prune."},
+        metadata={
+            "help": "The student: a Hub id or a local folder. Leave it out with student_init: prune to cut the "
+            "student out of the teacher."
+        },
     )
     student_init: str = field(
         default="pretrained",
         metadata={
-            "help": "pretrained: the student's own weights. prune: a new student from layers (and optionally narrower "
-            "FFN and heads) of `student`, or of the teacher when `student` is not set. random: the student's config "
-            "with fresh weights. llava: a vision-language model of student_vision_tower, a fresh projector and the "
-            "language model `student`.",
+            "help": "How the student begins. pretrained (default): with its own weights. prune: with some layers, "
+            "and if you like a narrower FFN and fewer heads, of `student`, or of the teacher if `student` "
+            "is not set. random: with new weights for the student's config. llava: as a new "
+            "vision-language model made of student_vision_tower, a new projector and the language model "
+            "`student`.",
             "choices": ["pretrained", "prune", "random", "llava"],
         },
     )
     student_vision_tower: str | None = field(
         default=None,
-        metadata={"help": "llava: the vision tower, a Hub id or a folder of CLIP, SigLIP, DINOv2 or ViT."},
+        metadata={
+            "help": "For student_init: llava. The vision tower: a Hub id or folder of a CLIP, SigLIP, DINOv2 or "
+            "ViT model."
+        },
     )
     student_vision_layer: int = field(
         default=-2,
-        metadata={"help": "llava: which layer of the tower is read: -2 (default, as in LLaVA-1.5), -1 is the last."},
+        metadata={
+            "help": "For student_init: llava. The layer of the vision tower that is read. -2 (default) is the one "
+            "before the last, as in LLaVA-1.5; -1 is the last."
+        },
     )
     student_layers: list[NonNegativeInt] | None = field(
         default=None,
-        metadata={"help": "prune: how many layers to keep (one number, spread evenly) or which (several, from 0)."},
+        metadata={
+            "help": "For student_init: prune. The layers to keep: one number for so many layers spread evenly, or "
+            "a list of layers counted from 0."
+        },
     )
     student_intermediate_size: PositiveInt | None = field(
-        default=None, metadata={"help": "prune: width of the FFN to keep."}
+        default=None, metadata={"help": "For student_init: prune. The width of the FFN to keep. Default: all of it."}
     )
     student_num_attention_heads: PositiveInt | None = field(
-        default=None, metadata={"help": "prune: query heads to keep; key-value heads follow in proportion."}
+        default=None,
+        metadata={
+            "help": "For student_init: prune. The number of query heads to keep; key-value heads are reduced in "
+            "proportion. Default: all."
+        },
     )
-    teacher_revision: str | None = field(default=None, metadata={"help": "The teacher's branch, tag or commit."})
+    teacher_revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Branch, tag or commit of the teacher. Default: the newest. Pin a commit to make a run repeatable."
+        },
+    )
     teacher_dtype: str = field(
         default="auto",
         metadata={
-            "help": "The teacher's type; auto (default) is the one it was saved in. A CPU without instructions for it "
-            "computes in float32, and says so; MMKD_NATIVE_BF16=1 in the environment insists."
+            "help": "Type of the teacher's weights, such as bfloat16. auto (default) uses the type they were saved "
+            "in. A CPU that only emulates that type computes in float32 and says so; set "
+            "MMKD_NATIVE_BF16=1 in the environment to prevent that."
         },
     )
     teacher_attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "The teacher's attention, e.g. flash_attention_2; default: transformers' choice."},
+        metadata={"help": "Attention of the teacher, such as flash_attention_2. Default: what transformers chooses."},
     )
     teacher_load_in_4bit: bool = field(
         default=False,
-        metadata={"help": "Quantise the teacher to 4 bits (nf4) with bitsandbytes, whatever the student is."},
+        metadata={
+            "help": "Quantise the teacher to 4 bits (nf4) with bitsandbytes. Takes a quarter of the memory of "
+            "bfloat16. Independent of the student's quantisation."
+        },
     )
-    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the teacher to 8 bits."})
+    teacher_load_in_8bit: bool = field(
+        default=False,
+        metadata={"help": "Quantise the teacher to 8 bits with bitsandbytes. Takes half of the memory of bfloat16."},
+    )
     teacher_cache: str | None = field(
         default=None,
         metadata={
-            "help": "The teacher on disk: the folder that `mmkd cache build` writes and training reads, or a Hub id "
-            "to read it from. The teacher itself is then not loaded."
+            "help": "Folder of the teacher's stored predictions. `mmkd cache build` writes it, and training then "
+            "reads it and does not load the teacher. A Hub id of a published cache is read too."
         },
     )
     teacher_tail: str = field(
         default="bucket",
         metadata={
-            "help": "What stands for the tokens outside of a cached top-k. bucket (default): one outcome with their "
-            "mass, for any divergence. unbiased: the draws of cache_tail_draws, for forward_kl. renormalise: nothing.",
+            "help": "What stands for the tokens outside a cached top-k. bucket (default): one outcome with their "
+            "total probability, which suits every divergence. unbiased: the random draws of "
+            "cache_tail_draws, for forward_kl. renormalise: nothing; the top-k is scaled up to 1, which "
+            "biases the student.",
             "choices": list(TAILS),
         },
     )
     teacher_server: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Base URLs of vLLM servers with the teacher (scripts/serve_teacher.sh), which is then not loaded "
-            "here: to build a cache through them, or to train with their live top-k."
+            "help": "URLs of vLLM servers that run the teacher (see scripts/serve_teacher.sh). The teacher is then "
+            "not loaded here: caches are built through the servers, and training without a cache asks them "
+            "for every batch."
         },
     )
     teacher_server_model: str | None = field(
-        default=None, metadata={"help": "The teacher's name on the servers, where they offer several models."}
+        default=None, metadata={"help": "The teacher's name on the servers. Needed if they offer several models."}
     )
     teacher_concurrency: PositiveInt = field(
-        default=16, metadata={"help": "Requests under way at a time, over all servers."}
+        default=16,
+        metadata={
+            "help": "Requests to have open at the same time, over all servers. Raise it while the servers have "
+            "capacity left."
+        },
     )
     teacher_timeout: PositiveFloat = field(
         default=600,
-        metadata={"help": "Seconds that a server may take over one request before it is asked again (six times)."},
+        metadata={
+            "help": "Seconds to wait for one request to a server before it is sent again. It is sent up to six times."
+        },
     )
     teacher_top_k: NonNegativeInt = field(
         default=64,
         metadata={
-            "help": "Outcomes kept exactly per token, in a cache or asked of a server. 64 (default) with the tail's "
-            "mass has a gradient within 5 percent of the whole distribution's on a strong student."
+            "help": "Number of most likely tokens to keep exactly at each position, in a cache or from a server. "
+            "With 64 (default) and the tail's probability, the gradient is within 5 percent of that of the "
+            "whole distribution for a strong student."
         },
     )
     teachers: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Several teachers: {NAME: {teacher: ..., teacher_cache: ..., weight: 1, any teacher_ key}, ...}. "
-            "All teach every token by their weights (default: equal), or each its own rows (teacher_column). Keys "
-            "beside `teachers`, such as teacher_dtype, are for all that do not set them."
+            "help": "Several teachers: {NAME: {teacher: ..., teacher_cache: ..., weight: 1, ...}, ...}. Without "
+            "teacher_column, every token learns from all of them, weighted by `weight` (default: equal). A "
+            "teacher_ key beside `teachers`, such as teacher_dtype, applies to each teacher that does not "
+            "set it."
         },
     )
     teacher_column: str | None = field(
         default=None,
-        metadata={"help": "Of several teachers: the rows' column that holds the NAME of the one to ask about a row."},
+        metadata={
+            "help": "For several teachers. The column of the rows that holds the NAME of the teacher to ask about "
+            "a row."
+        },
     )
-    max_train_rows: PositiveInt | None = field(default=None, metadata={"help": "Use at most so many rows to train."})
-    max_eval_rows: PositiveInt | None = field(default=None, metadata={"help": "Use at most so many rows to evaluate."})
+    max_train_rows: PositiveInt | None = field(
+        default=None, metadata={"help": "Train on at most this many rows. Use it for a quick trial. Default: all."}
+    )
+    max_eval_rows: PositiveInt | None = field(
+        default=None, metadata={"help": "Evaluate on at most this many rows. Default: all held-out rows."}
+    )
     dry_run: bool = field(
         default=False,
         metadata={
-            "help": "Load everything, report parameters, tokens, memory and the first batch, and train nothing."
+            "help": "Load everything, report parameters, tokens, memory and the first batch, and stop before training."
         },
     )
 

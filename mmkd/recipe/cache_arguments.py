@@ -17,88 +17,112 @@ class CacheArguments:
     job: str = field(
         default="score",
         metadata={
-            "help": "score: the teacher's distribution over the tokens of the data's own answers. generate: the "
-            "teacher's answers to the data's prompts, as text; the result is a data set to train on or to score.",
+            "help": "What the teacher does with the data. score (default): it predicts every token of the data's "
+            "own answers. generate: it writes answers to the data's prompts; the result is a data set to "
+            "train on or to score.",
             "choices": list(JOBS),
         },
     )
     cache_signal: str = field(
         default="top_k",
         metadata={
-            "help": "top_k: teacher_top_k exact outcomes, the tail's mass and cache_tail_draws per token. log_probs: "
-            "the token's own log-prob, in the teacher's tokens, for method alm.",
+            "help": "What is stored of each token. top_k (default): the teacher_top_k most likely tokens with "
+            "their probabilities, the probability of the rest, and cache_tail_draws. log_probs: the "
+            "probability of the token itself, in the teacher's tokenization, for method alm.",
             "choices": list(KINDS),
         },
     )
     cache_tail_draws: NonNegativeInt = field(
         default=0,
         metadata={
-            "help": "Systematic draws from the tail per token, for teacher_tail: unbiased. 32 exact and 32 draws cost "
-            "less than 64 exact and give a better gradient; teacher_top_k: 0 with 50 draws is RS-KD."
+            "help": "Random draws from the tail to store for each token, for teacher_tail: unbiased. Default: 0, "
+            "none. 32 exact tokens with 32 draws take less space than 64 exact ones and give a better "
+            "gradient; teacher_top_k: 0 with 50 draws is RS-KD."
         },
     )
     cache_shard_rows: PositiveInt = field(
         default=512,
-        metadata={"help": "Sequences per shard: what a killed build loses at most, and what one worker takes."},
+        metadata={
+            "help": "Sequences in one shard. A build that is killed loses at most one unfinished shard, and "
+            "workers take one shard at a time."
+        },
     )
     cache_batch_tokens: PositiveInt = field(
-        default=8192, metadata={"help": "Tokens, padding included, that a local teacher reads at a time."}
+        default=8192,
+        metadata={
+            "help": "Tokens, padding included, that a local teacher reads in one forward pass. Lower it if the "
+            "teacher runs out of memory."
+        },
     )
     on_error: str = field(
         default="fail",
         metadata={
-            "help": "A row the teacher cannot read (an undecodable image, image tokens that max_length cuts off, more "
-            "tokens than the teacher or its server has room for). fail: stop there. skip: leave it out, count it in "
-            "the manifest, and leave it out of training from the cache.",
+            "help": "What to do with a row that the teacher cannot read, such as a broken image or a row too long "
+            "for the teacher. fail (default): stop. skip: leave it out of cache and training, and count "
+            "it.",
             "choices": ["fail", "skip"],
         },
     )
     max_skipped: Share = field(
         default=0.1,
         metadata={
-            "help": "on_error: skip: the largest share of the rows that may be left out. A build that would leave "
-            "out more ends with an error; what it wrote is kept."
+            "help": "For on_error: skip. The largest share of rows to leave out. A build above it ends with an "
+            "error and keeps what it wrote."
         },
     )
     shard: str | None = field(
         default=None,
-        metadata={"help": "i/n: build the i-th (from 0) of n parts, on as many machines; then `mmkd cache merge`."},
+        metadata={
+            "help": "Build part i of n only, written i/n with i from 0, such as 0/4. Use it to divide a build "
+            "between machines, then join the parts with `mmkd cache merge`."
+        },
     )
     engine: str = field(
         default="process",
         metadata={
-            "help": "process: this process. ray: Ray Data over cache_workers workers, on one machine or a cluster.",
+            "help": "Where the teacher runs. process (default): in this process. ray: in cache_workers workers of "
+            "Ray Data, on one machine or a cluster.",
             "choices": ["process", "ray"],
         },
     )
     cache_workers: PositiveInt = field(
-        default=2, metadata={"help": "Workers of engine: ray, each with a teacher of its own."}
+        default=2, metadata={"help": "For engine: ray. Number of workers; each loads a teacher of its own."}
     )
-    cache_worker_cpus: NonNegativeFloat = field(default=1, metadata={"help": "CPUs that each Ray worker reserves."})
+    cache_worker_cpus: NonNegativeFloat = field(
+        default=1, metadata={"help": "For engine: ray. CPUs to reserve for each worker."}
+    )
     cache_worker_gpus: NonNegativeFloat = field(
         default=0,
-        metadata={"help": "GPUs that each Ray worker reserves: 1 for a local teacher on GPUs, 0 for servers."},
+        metadata={
+            "help": "For engine: ray. GPUs to reserve for each worker: 1 for a local teacher on GPUs, 0 (default) "
+            "for servers."
+        },
     )
-    cache_samples: PositiveInt = field(default=1, metadata={"help": "generate: answers per prompt."})
-    cache_max_new_tokens: PositiveInt = field(default=512, metadata={"help": "generate: longest answer, in tokens."})
+    cache_samples: PositiveInt = field(
+        default=1, metadata={"help": "For job: generate. Answers to write for each prompt."}
+    )
+    cache_max_new_tokens: PositiveInt = field(
+        default=512, metadata={"help": "For job: generate. Tokens after which an answer is cut off."}
+    )
     cache_keep_truncated: bool = field(
         default=False,
         metadata={
-            "help": "generate: also train on answers that cache_max_new_tokens cut off. The data.yaml beside the "
-            "answers leaves them out by default. Kept, they are marked (column `truncated`), and the end that the "
-            "template writes after them is not learnt: the teacher had more to say. Build again with another value "
-            "to change data.yaml; nothing is asked anew."
+            "help": "For job: generate. Train on cut-off answers too. By default the data.yaml beside the answers "
+            "leaves them out. If they are kept, the end that the chat template adds to them is not learnt. "
+            "Build again with the other value to change data.yaml; no answer is generated again."
         },
     )
     cache_temperature: NonNegativeFloat = field(
-        default=1.0, metadata={"help": "generate: sampling temperature; 0 is greedy decoding."}
+        default=1.0, metadata={"help": "For job: generate. Sampling temperature of the answers; 0 is greedy decoding."}
     )
     cache_top_p: Annotated[float, Range(above=0, max=1)] = field(
-        default=1.0, metadata={"help": "generate: nucleus of the sampled distribution."}
+        default=1.0,
+        metadata={
+            "help": "For job: generate. Sample from the most likely tokens that have this total probability. 1 "
+            "(default) samples from all."
+        },
     )
-    cache_seed: NonNegativeInt = field(
-        default=0, metadata={"help": "generate: seed of the sampling; draws have none."}
-    )
+    cache_seed: NonNegativeInt = field(default=0, metadata={"help": "For job: generate. Seed of the sampling."})
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -22,52 +22,58 @@ class DistillationConfig(RolloutConfig):
     ce_weight: Share = field(
         default=0.0,
         metadata={
-            "help": "Share of the cross-entropy with the data's own tokens, between 0 and 1; the divergence gets the "
-            "rest. 0 (default) is pure distillation; try 0.1 to 0.5 when the data is better than the teacher."
+            "help": "Weight of the cross-entropy with the data's own tokens; the divergence from the teacher has "
+            "the rest. 0 (default) learns from the teacher alone. Try 0.1 to 0.5 if the data is better "
+            "than the teacher."
         },
     )
     combine: str = field(
         default="weights",
         metadata={
-            "help": "How the terms of the loss become one (kd and taid with 0 < ce_weight < 1, llava_kd). weights "
-            "(default): each times its weight. gradmag: each times weight / |its gradient|, times sum(weights) / "
-            "sum(weights / |gradients|), with gradients in the last layer in every micro-batch, so that weights are "
-            "shares of the gradient whatever the temperature. Costs a backward pass of the last layer per term.",
+            "help": "How the terms of the loss are added. weights (default): each times its weight. gradmag: each "
+            "is first scaled by the norm of its gradient in the last layer, so that weights become shares "
+            "of the gradient at any temperature; this costs one more backward pass of the last layer for "
+            "each term. Needs at least two terms, such as ce_weight between 0 and 1.",
             "choices": ["weights", "gradmag"],
         },
     )
     chunk_size: PositiveInt = field(
         default=512,
         metadata={
-            "help": "Supervised tokens whose logits exist at a time. Larger is slightly faster on a GPU and costs "
-            "chunk_size x vocabulary x 2 bytes (bf16) per model, beside about 0.5 GiB on a GPU to compare them."
+            "help": "Supervised tokens whose logits are computed at a time. Lower it to save memory: each model "
+            "takes chunk_size x vocabulary x 2 bytes in bf16, beside about 0.5 GiB on a GPU. A larger one "
+            "is slightly faster."
         },
     )
     precise_logits: bool = field(
         default=False,
         metadata={
-            "help": "Form the student's logits in fp32 from bf16 weights, and sum the head's gradient in fp32. Lowers "
-            "the gradient's rounding error several times; costs little on a GPU and much on a CPU."
+            "help": "Compute the student's logits in fp32 from bf16 weights, and sum the gradient of the head in "
+            "fp32. Rounding errors become several times smaller. Costs little on a GPU and much on a CPU."
         },
     )
     trainable: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Parts of a vision-language student that are trained, of vision_tower, connector and "
-            "language_model; the others are frozen. Default: all."
+            "help": "Parts of a vision-language student to train: vision_tower, connector, language_model. The "
+            "others are frozen. Default: all."
         },
     )
     on_bad_row: str = field(
         default="error",
         metadata={
-            "help": "What to do with a row whose images are missing, broken or cut by max_length: error (default), or "
-            "skip, which leaves it out, warns, and counts it in the logs as unreadable_rows or overlong_rows.",
+            "help": "What to do with a row whose images are missing, broken or cut by max_length. error (default): "
+            "stop and name the row. skip: leave it out, warn, and count it in the logs as unreadable_rows "
+            "or overlong_rows.",
             "choices": ["error", "skip"],
         },
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Keyword arguments of from_pretrained for a teacher given by name, such as dtype."},
+        metadata={
+            "help": "In Python: keyword arguments of from_pretrained for a teacher that is given by name, such as "
+            "dtype."
+        },
     )
 
     emulated_bf16: bool = field(

@@ -20,67 +20,74 @@ class RolloutConfig(DocumentedFields, SFTConfig):
     on_policy_fraction: Share = field(
         default=0.0,
         metadata={
-            "help": "Share of each batch's prompts that the student answers itself before the teacher judges the "
-            "answer (kd, taid and alm): 0 (default) learns from the data's answers alone, 1 from the student's. Try "
-            "0.5; generating takes longer than training."
+            "help": "Share of each batch's prompts that the student answers itself; the teacher then judges these "
+            "answers (on-policy distillation). 0 (default) learns from the data's answers, 1 from the "
+            "student's only. Try 0.5. Generating takes longer than training."
         },
     )
     rollout_max_tokens: PositiveInt = field(
         default=128,
         metadata={
-            "help": "The student's tokens after which a rollout is cut. Short ones (default 128) cost less and teach "
-            "nearly as much: a student goes wrong early. max_length cuts too."
+            "help": "Tokens after which an answer of the student is cut off. Short answers (default 128) cost less "
+            "and teach nearly as much, since a student goes wrong early. max_length limits them too."
         },
     )
     rollout_temperature: NonNegativeFloat = field(
         default=1.0,
         metadata={
-            "help": "Sampling temperature of rollouts: 1 (default) is the student's own distribution, 0 greedy."
+            "help": "Sampling temperature of the student's answers. 1 (default) samples from its own distribution; "
+            "0 is greedy decoding."
         },
     )
     rollout_top_p: Annotated[float, Range(above=0, max=1)] = field(
-        default=1.0, metadata={"help": "Nucleus of rollouts: 1 (default) samples from the whole distribution."}
+        default=1.0,
+        metadata={
+            "help": "Sample the student's answers from the most likely tokens that have this total probability. 1 "
+            "(default) samples from all."
+        },
     )
     rollout_batch_size: PositiveInt = field(
         default=16,
-        metadata={"help": "Prompts that one rank answers at a time. They need no gradients: larger is faster."},
+        metadata={
+            "help": "Prompts that each process answers at a time. Generating needs no gradients, so a larger "
+            "number fits and is faster."
+        },
     )
     rollout_prompt_tokens: PositiveInt | None = field(
         default=None,
         metadata={
-            "help": "Take the first so many tokens of a row without a prompt (plain text) as its prompt. Such "
-            "rollouts are not expected to end. Default: only rows with a prompt are answered."
+            "help": "For plain text. Use the first so many tokens of a row as the prompt that the student "
+            "continues. Default: only rows with a prompt are answered."
         },
     )
     rollout_truncated: str = field(
         default="keep",
         metadata={
-            "help": "What happens to rollouts that did not end: keep (default; a divergence at a token depends on "
-            "nothing after it, so that a cut answer is as right as a whole one), or drop, which learns nothing from "
-            "them.",
+            "help": "What to do with answers of the student that were cut off. keep (default): learn from them, "
+            "since the divergence at a token does not depend on later ones. drop: ignore them.",
             "choices": ["keep", "drop"],
         },
     )
     rollout_patience: NonNegativeInt = field(
         default=20,
         metadata={
-            "help": "End the run with an error when, in so many steps on end, at least 95 of 100 rollouts are empty "
-            "or never end. 0 goes on whatever they are."
+            "help": "Stop the run with an error if at least 95 percent of the student's answers are empty or never "
+            "end for this many steps in a row. 0 never stops it."
         },
     )
     rollout_server: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Base URLs of vLLM servers that carry the student and answer in its place, each started with "
-            "VLLM_SERVER_DEV_MODE=1; they get the student's weights before each batch. Default: transformers' "
-            "generate in this process."
+            "help": "URLs of vLLM servers that generate the student's answers, started with "
+            "VLLM_SERVER_DEV_MODE=1. They get the student's weights before each batch. Default: generate "
+            "in this process with transformers."
         },
     )
     rollout_server_folder: str | None = field(
         default=None,
         metadata={
-            "help": "Where the weights are handed to rollout_server, which must see the same path; fast storage such "
-            "as /dev/shm pays. Default: _rollout_weights in output_dir."
+            "help": "Folder through which the weights reach rollout_server; the server must see it under the same "
+            "path. Fast storage such as /dev/shm pays off. Default: _rollout_weights in output_dir."
         },
     )
 

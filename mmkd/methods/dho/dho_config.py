@@ -30,110 +30,143 @@ class DHOConfig(DocumentedFields, TrainingArguments):
     objective: str = field(
         default="dho",
         metadata={
-            "help": "dho: both heads. Baselines on the same path: ce (labels only), kd (teacher only), single_head "
-            "(one head with both losses, whose ce_weight then has to be swept).",
+            "help": "What is trained. dho (default): both heads. Baselines to compare with: ce (labels only), kd "
+            "(teacher only), single_head (one head with both losses; try several values of ce_weight).",
             "choices": list(OBJECTIVES),
         },
     )
     ce_weight: Share = field(
         default=0.5,
         metadata={
-            "help": "Weight lambda of the supervised loss; the distillation loss has the rest. 0.5 as in the paper."
+            "help": "Weight of the loss on labels; the loss on the teacher has the rest. 0.5 (default) as in the "
+            "paper."
         },
     )
     temperature: PositiveFloat = field(
-        default=2.0, metadata={"help": "Softens teacher and distillation head in the loss; 2 as in the paper."}
+        default=2.0,
+        metadata={
+            "help": "Softens the predictions of the teacher and of the distillation head in the loss; 2 (default) "
+            "as in the paper."
+        },
     )
     unlabeled_batch_size: NonNegativeInt = field(
         default=64,
         metadata={
-            "help": "Unlabelled rows per device beside the per_device_train_batch_size labelled ones; any ratio."
+            "help": "Unlabelled rows per step on each device, beside the per_device_train_batch_size labelled ones."
         },
     )
     labels_per_class: PositiveInt | None = field(
         default=None,
-        metadata={"help": "Show so many labels of each class and hide the others; default: all there are."},
+        metadata={"help": "Use this many labels of each class and hide the others. Default: all labels."},
     )
     label_fraction: Annotated[float, Range(above=0, max=1)] | None = field(
-        default=None, metadata={"help": "Show this share of each class's labels, such as 0.01, one at least."}
+        default=None,
+        metadata={
+            "help": "Use this share of each class's labels, such as 0.01, but at least one. Default: all labels."
+        },
     )
     label_seed: NonNegativeInt = field(
-        default=0, metadata={"help": "Seed of which labels are shown; fewer labels are always among those of more."}
+        default=0,
+        metadata={
+            "help": "Seed that chooses which labels are used. With the same seed, fewer labels are a part of more."
+        },
     )
     alpha: Share | None = field(
         default=None,
         metadata={
-            "help": "Weight of the supervised head in the prediction; unset with beta: chosen on validation rows."
+            "help": "Weight of the labels' head in the prediction. Default: alpha and beta are chosen on "
+            "validation rows."
         },
     )
     beta: PositiveFloat | None = field(
-        default=None, metadata={"help": "Temperature of the distillation head in the prediction; set with alpha."}
+        default=None,
+        metadata={"help": "Temperature of the distillation head in the prediction. Set it together with alpha."},
     )
     alphas: list[Share] = field(
         default_factory=lambda: list(ALPHAS),
-        metadata={"help": "Values of alpha to choose from; the authors' by default."},
+        metadata={"help": "Values of alpha to choose from. Default: the authors'."},
     )
     betas: list[PositiveFloat] = field(
         default_factory=lambda: list(BETAS),
-        metadata={"help": "Values of beta to choose from; the authors' by default."},
+        metadata={"help": "Values of beta to choose from. Default: the authors'."},
     )
     kd_head: str = field(
         default="linear",
-        metadata={"help": "linear, or cosine for students of a VLM (eq. 10).", "choices": ["linear", "cosine"]},
+        metadata={
+            "help": "Form of the distillation head. linear (default), or cosine for a student that is the tower of "
+            "a vision-language model (equation 10 of the paper).",
+            "choices": ["linear", "cosine"],
+        },
     )
     head_init: str = field(
         default="random",
         metadata={
-            "help": "text starts both heads from the teacher's text embeddings; the student's features must then have "
-            "the teacher's width.",
+            "help": "How both heads begin. random (default), or text: with the teacher's text embeddings, for "
+            "which the student's features must have the teacher's width.",
             "choices": ["random", "text"],
         },
     )
     pooling: str | None = field(
-        default=None, metadata={"help": "pooler, cls, mean or last; default: what is usual for the backbone."}
+        default=None,
+        metadata={
+            "help": "How a backbone's features become one vector: pooler, cls, mean or last. Default: what is "
+            "usual for the backbone."
+        },
     )
     teacher_kind: str = field(
         default="zero_shot",
         metadata={
-            "help": "zero_shot: a CLIP-like model and prompts. tip_adapter: the same with the labelled images. "
-            "question: an LLM or VLM asked the class. classifier: a classifier of the same classes.",
+            "help": "What the teacher is. zero_shot (default): a CLIP-like model with prompts. tip_adapter: the "
+            "same, with the labelled images. question: an LLM or VLM that is asked for the class. "
+            "classifier: a classifier of the same classes.",
             "choices": list(TEACHER_KINDS),
         },
     )
     teacher_question: str | None = field(
-        default=None, metadata={"help": "What teacher_kind question asks before it lists the classes."}
+        default=None, metadata={"help": "For teacher_kind: question. What is asked before the classes are listed."}
     )
     normalize_prompt_mean: bool = field(
         default=True,
-        metadata={"help": "Give a class's mean text feature unit length; False as the authors do for DFN ViT-H."},
+        metadata={"help": "Scale a class's mean text feature to length 1. The authors set false for DFN ViT-H."},
     )
-    tip_alpha: float = field(default=1.0, metadata={"help": "Weight of Tip-Adapter's cache of labelled images."})
-    tip_beta: float = field(default=5.5, metadata={"help": "Sharpness of Tip-Adapter's cache."})
-    teacher_batch_size: PositiveInt = field(default=64, metadata={"help": "Rows that the teacher answers at a time."})
+    tip_alpha: float = field(
+        default=1.0, metadata={"help": "For teacher_kind: tip_adapter. Weight of the labelled images."}
+    )
+    tip_beta: float = field(
+        default=5.5,
+        metadata={"help": "For teacher_kind: tip_adapter. Sharpness of the similarity with labelled images."},
+    )
+    teacher_batch_size: PositiveInt = field(default=64, metadata={"help": "Rows that the teacher reads at a time."})
     augmentation: str = field(
         default="none",
         metadata={
-            "help": "none, flip, or crop_flip: what the student sees of an image; the teacher sees all of it, once.",
+            "help": "How an image is varied for the student. none (default), flip, or crop_flip. The teacher sees "
+            "the whole image, once.",
             "choices": list(AUGMENTATIONS),
         },
     )
     keep_rows: bool = field(
         default=False,
-        metadata={"help": "Prepare every image once and keep it in memory: for small sets, without augmentation."},
+        metadata={"help": "Prepare every image once and keep it in memory. For small data sets without augmentation."},
     )
-    max_length: PositiveInt = field(default=256, metadata={"help": "Tokens of a text at most; images do not read it."})
+    max_length: PositiveInt = field(default=256, metadata={"help": "Longest text in tokens. Images do not read it."})
     conflict_steps: PositiveInt | None = field(
         default=None,
         metadata={
-            "help": "Measure the cosine of the two losses' gradients every so many steps; default: logging_steps. Not "
-            "measured under FSDP and DeepSpeed, which shard the heads."
+            "help": "Measure the cosine between the gradients of the two losses after every so many updates. "
+            "Default: logging_steps. Not measured under FSDP and DeepSpeed, which shard the heads."
         },
     )
     plot_conflict: bool = field(
         default=False,
-        metadata={"help": "Draw gradient_conflict.png at the end, which needs matplotlib (pip install 'mmkd[plot]')."},
+        metadata={"help": "Draw gradient_conflict.png at the end. Needs matplotlib (pip install 'mmkd[plot]')."},
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with models on the Hub."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Run code that comes with models from the Hub. Default: false, since that code can do anything."
+        },
+    )
 
     emulated_bf16: bool = field(
         init=False,
