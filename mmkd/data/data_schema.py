@@ -8,7 +8,8 @@ from mmkd.schema import as_json_schema, fields_of
 
 from .classification import SPLITS, ClassificationRecipe
 from .columns import ROLES, MessagesColumn, TurnColumns
-from .data_recipe import OUTPUT_COLUMNS, DataFilters, DataRecipe
+from .data_recipe import OUTPUT_COLUMNS, DataRecipe
+from .filter_options import DataFilters
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}

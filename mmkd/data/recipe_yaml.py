@@ -9,8 +9,9 @@ from mmkd.errors import UserError, nearest
 from mmkd.yaml_files import AsWritten, read_yaml
 
 from .columns import MessagesColumn, TurnColumns, is_template
-from .data_recipe import DataFilters, DataRecipe, MixturePart
+from .data_recipe import DataRecipe, MixturePart
 from .direct_source import direct_recipe
+from .filter_options import DataFilters
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _KINDS |= {dict: "{key: value}", list: "a list"}

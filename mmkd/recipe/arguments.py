@@ -25,6 +25,13 @@ class RunArguments:
         }
     )
     teacher: str | None = field(default=None, metadata={"help": "The teacher: a Hub id or a local folder."})
+    data: str = field(
+        metadata={
+            "help": "The rows: a file, a folder, a glob, owner/name[:config] on the Hub, or a data recipe (a name "
+            "under data_recipes/ or the path of a YAML file). `mmkd data preview` shows how they are read."
+        }
+    )
+    teacher: str | None = field(default=None, metadata={"help": "The teacher: a Hub id or a local folder."})
     student: str | None = field(
         default=None,
         metadata={
@@ -45,10 +52,7 @@ class RunArguments:
     )
     student_vision_tower: str | None = field(
         default=None,
-        metadata={
-            "help": "For student_init: llava. The vision tower: a Hub id or folder of a CLIP, SigLIP, DINOv2 or "
-            "ViT model."
-        },
+        metadata={"help": "For student_init: llava. Hub id or folder of a CLIP, SigLIP, DINOv2 or ViT model."},
     )
     student_vision_layer: int = field(
         default=-2,
@@ -69,10 +73,7 @@ class RunArguments:
     )
     student_num_attention_heads: PositiveInt | None = field(
         default=None,
-        metadata={
-            "help": "For student_init: prune. The number of query heads to keep; key-value heads are reduced in "
-            "proportion. Default: all."
-        },
+        metadata={"help": "For student_init: prune. Query heads to keep; key-value heads follow. Default: all."},
     )
     teacher_revision: str | None = field(
         default=None,
@@ -90,7 +91,7 @@ class RunArguments:
     )
     teacher_attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "Attention of the teacher, such as flash_attention_2. Default: what transformers chooses."},
+        metadata={"help": "The teacher's attention, such as flash_attention_2. Default: transformers' choice."},
     )
     teacher_load_in_4bit: bool = field(
         default=False,
@@ -101,7 +102,7 @@ class RunArguments:
     )
     teacher_load_in_8bit: bool = field(
         default=False,
-        metadata={"help": "Quantise the teacher to 8 bits with bitsandbytes. Takes half of the memory of bfloat16."},
+        metadata={"help": "Quantise the teacher to 8 bits: half the memory of bfloat16."},
     )
     teacher_cache: str | None = field(
         default=None,

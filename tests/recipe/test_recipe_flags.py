@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mmkd.commands.main import main
 from mmkd.errors import UserError
-from mmkd.eval.trainings import make_baseline
+from mmkd.eval.baselines import make_baseline
 from mmkd.methods.comd.round_recipes import write_round
 from mmkd.recipe.flags import recipe_of
 from mmkd.recipe.recipe import Recipe
@@ -102,7 +102,7 @@ def test_every_spelling_gives_the_same_to_all_that_is_made_of_a_recipe(said: Any
 
 
 def of_comparison(recipe: Recipe, folder: Path) -> Any:
-    baseline = make_baseline(recipe, folder)
+    baseline = make_baseline(recipe, folder / "baseline.yaml", folder)
     assert {**recipe.overrides, **baseline.overrides} == recipe.overrides
     return baseline
 
@@ -160,7 +160,7 @@ def test_every_command_reads_the_same_recipe(
 def test_the_baseline_of_a_comparison_learns_at_the_rate_of_its_student(folder: Path) -> None:
     """In 0.1 it lost flags with dashes, so that the student had been trained in another way."""
     recipe = recipe_of(folder / "plain.yaml", ["--learning-rate", "0.123", "--ce-weight", "0.5"])
-    baseline = make_baseline(recipe, folder)
+    baseline = make_baseline(recipe, folder / "baseline.yaml", folder)
     assert baseline.method == "sft"
     assert baseline.parse().training.learning_rate == 0.123
     assert "ce_weight" not in baseline.keys
