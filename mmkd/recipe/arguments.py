@@ -25,13 +25,6 @@ class RunArguments:
         }
     )
     teacher: str | None = field(default=None, metadata={"help": "The teacher: a Hub id or a local folder."})
-    data: str = field(
-        metadata={
-            "help": "The rows: a file, a folder, a glob, owner/name[:config] on the Hub, or a data recipe (a name "
-            "under data_recipes/ or the path of a YAML file). `mmkd data preview` shows how they are read."
-        }
-    )
-    teacher: str | None = field(default=None, metadata={"help": "The teacher: a Hub id or a local folder."})
     student: str | None = field(
         default=None,
         metadata={
