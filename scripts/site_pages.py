@@ -22,11 +22,14 @@ from pymdownx.slugs import slugify
 
 from mmkd.commands.command import Command, CommandGroup
 from mmkd.commands.main import COMMANDS
+from mmkd.seams.upstream_messages import keep_back_messages
 
 ROOT = Path(__file__).resolve().parents[1]
 # mkdocs loads this file by its path.
 sys.path.insert(0, str(ROOT))
 
+# What packages print when they are imported is no news about the site.
+keep_back_messages()
 from scripts.site_keys import data_key_page, key_page  # noqa: E402
 
 ARCHITECTURE = "How the house is built"
