@@ -94,7 +94,9 @@ def gather(asker: Asker, wishes: Wishes) -> Answers:
             wishes.gpu,
         )
     )
-    pair = task.pair(0 if device.kind == "cpu" else device.memory / (1 << 30))
+    # Rounds and rollouts are for models of either kind, and the rows say which.
+    sees = suggestions["task"] == "vlm" and task.name in ("comd", "on-policy", "served-teacher")
+    pair = (TASKS["vlm"] if sees else task).pair(0 if device.kind == "cpu" else device.memory / (1 << 30))
     known: Callable[[str], str] = lambda name: check_model(name, "teacher", task)  # noqa: E731
     teacher = asker.ask(Question("--teacher", "The teacher?", pair.teacher, check=known, hint=_MODEL), wishes.teacher)
     server = None

@@ -105,6 +105,11 @@ def test_the_data_suggest_the_task(workplace: Path, capsys: Any, data: str, task
     assert f"or --yes, which takes {task} and every other default" in capsys.readouterr().err
 
 
+def test_pictures_suggest_models_that_see_them(workplace: Path, capsys: Any) -> None:
+    assert main(["init", "mine.yaml", "--data", "vqa.json", "--task", "comd", "--gpu", "none"]) == 2
+    assert "which takes HuggingFaceTB/SmolVLM-500M-Instruct and every other default" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Configs and tokenizers of models of 7 and 0.5 billion parameters, without weights."""
