@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mmkd.cache.store import Cache
 from mmkd.commands.main import main
-from mmkd.eval.trainings import make_baseline
+from mmkd.eval.baselines import make_baseline
 from mmkd.methods.alm import ALMTrainer
 from mmkd.methods.kd import KDConfig, KDTrainer
 from mmkd.methods.sft import SFTBaselineTrainer
@@ -391,12 +391,14 @@ def test_the_baseline_of_several_teachers_hears_of_no_cache(tmp_path: Path) -> N
     cached = {"teacher_cache": "c", "teacher_tail": "unbiased"}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(keys | {"teachers": {"a": {"teacher": "x", **cached}, "b": {"teacher": "y"}}}))
-    made = make_baseline(recipe_of(recipe), tmp_path)
+    made = make_baseline(recipe_of(recipe), tmp_path / "sft-baseline.yaml", tmp_path)
     assert yaml.safe_load(Path(made.place).read_text()) == made.keys
     assert made.keys["teachers"] == {"a": {"teacher": "x"}, "b": {"teacher": "y"}}
     # Who is not named cannot measure the baseline.
     flag = json.dumps({"a": cached, "b": {"teacher": "y"}})
-    made = make_baseline(recipe_of(recipe, ["--teachers", flag, "--max_steps", "3"]), tmp_path)
+    made = make_baseline(
+        recipe_of(recipe, ["--teachers", flag, "--max_steps", "3"]), tmp_path / "sft-baseline.yaml", tmp_path
+    )
     assert made.keys["max_steps"] == 3
     assert not {"teachers", "teacher_column"} & made.keys.keys()
 
