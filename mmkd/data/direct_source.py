@@ -118,9 +118,10 @@ def _held_out(rows: int) -> int | None:
 def _held_out_note(rows: int, held_out: int | None) -> str:
     if held_out is None:
         return f"Nothing is held out for evaluation, because there are fewer than {FEWEST_ROWS} rows."
+    are = "is" if held_out == 1 else "are"
     return (
-        f"{held_out:,} of {rows:,} rows are held out for evaluation, because there is no split for it (5 percent, at "
-        f"most {MOST_HELD_OUT}; the same rows every time)."
+        f"{held_out:,} of {rows:,} rows {are} held out for evaluation, because there is no split for it (5 percent, "
+        f"at most {MOST_HELD_OUT}; the same rows every time)."
     )
 
 

@@ -1,5 +1,6 @@
 """Rows that are named directly: files, folders, globs and Hub ids, their layouts, splits and what is refused."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -75,6 +76,12 @@ def test_a_written_recipe_gives_the_same_rows(kind: str, folder: str) -> None:
         assert DataRecipe.load(path).fingerprint == DataRecipe.load(source).fingerprint
     with pytest.raises(UserError, match="exists already"):
         write_data_recipe(found, Path(folder, "data.yaml"))
+
+
+def test_compressed_files() -> None:
+    write_jsonl("rows.jsonl", rows_of("chat"))
+    Path("rows.jsonl.gz").write_bytes(gzip.compress(Path("rows.jsonl").read_bytes()))
+    assert all_rows(load_data("rows.jsonl.gz")) == all_rows(load_data("rows.jsonl"))
 
 
 def test_lines_of_text() -> None:
