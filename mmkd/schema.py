@@ -273,7 +273,9 @@ def no_choice(name: str, value: Any, choices: Iterable[Any]) -> str:
     hint = f" Did you mean {near[0]!r}?" if near else ""
     if len(known) <= _SHOWN_CHOICES:
         return f"{name} is {shown(value)}; choose one of {', '.join(known)}.{hint}"
-    return f"{name} is {shown(value)}, which is not one of its {len(known)} choices (--help_keys lists them).{hint}"
+    key = name.rpartition(".")[2].partition("[")[0]
+    listed = f"its {len(known)} choices (--help_keys {key} lists them)"
+    return f"{name} is {shown(value)}, which is not one of {listed}.{hint}"
 
 
 def shown(value: Any) -> str:

@@ -266,7 +266,7 @@ def test_a_value_of_another_type_is_one_line(workplace: Path, capsys: Any, monke
         (
             "optim",
             "adamwtorch",
-            "(--help_keys lists them). Did you mean 'adamw_torch'?",
+            "(--help_keys optim lists them). Did you mean 'adamw_torch'?",
         ),
         ("teacher_tail", "buckets", "choose one of bucket, unbiased, renormalise. Did you mean 'bucket'?"),
         ("max_steps", None, "max_steps is null, and it needs a value. Leave it out for its default, -1."),

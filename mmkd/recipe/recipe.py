@@ -222,7 +222,7 @@ def hint_at(word: object, choices: Any) -> str:
     if _NAMES_ELSEWHERE.get(word) in choices:
         return f" Here it is {_NAMES_ELSEWHERE[word]!r}."
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else " `mmkd-train --help` lists all."
+    return f" Did you mean {close[0]!r}?" if close else " `mmkd-train --help_keys WORD` finds keys."
 
 
 def _flags_of(keys: Mapping[str, Any], spelled: Mapping[str, Sequence[str]]) -> list[str]:
