@@ -1,5 +1,6 @@
 """`mmkd train`, which is also `mmkd-train`."""
 
+import os
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
@@ -34,6 +35,7 @@ def run(options: Namespace) -> int:
     if options.recipe is None:
         parser: ArgumentParser = options.parser
         parser.error("the following arguments are required: recipe")
+    _look(options)
     from . import train
 
     recipe = _recipe_of(options.recipe, options)
@@ -42,6 +44,16 @@ def run(options: Namespace) -> int:
 
         return with_baseline(recipe)
     return train.train(recipe)
+
+
+def _look(options: Namespace) -> None:
+    """Says what will be trained, before anything heavy is imported; of several processes the first one says so."""
+    from mmkd.recipe.first_look import first_look
+
+    launched = [] if options.accelerate_config is None else ["--accelerate_config", options.accelerate_config]
+    line = first_look(options.recipe, [*launched, *options.flags])
+    if os.environ.get("RANK", "0") == "0" and "--dry_run" not in options.flags:
+        print(line, flush=True)
 
 
 def _recipe_of(name: str, options: Namespace) -> Any:

@@ -7,9 +7,10 @@ from typing import Any
 
 from mmkd.errors import UserError
 
+from .key_hints import hint_at
 from .key_parser import KeyParser, parser_of
 from .launch_keys import launch_keys_of, launch_options
-from .recipe import STAGE_KEYS, Recipe, hint_at
+from .recipe import STAGE_KEYS, Recipe
 
 CONFIG = "accelerate_config"
 

@@ -1,6 +1,5 @@
 """A recipe as a value: read once, never changed; everything that runs derives its own from it."""
 
-import difflib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -20,22 +19,12 @@ from mmkd.yaml_files import AsWritten, read_yaml
 
 from .arguments import RunArguments, StudentArguments
 from .cache_arguments import CacheArguments
+from .key_hints import hint_at
 from .key_parser import parser_of, set_environment, with_text
 from .launch_keys import launch_keys_of
 
 STAGE_KEYS = ("stages", "schedule")
 """Keys of a recipe that is trained in stages; `mmkd.recipe.stages` reads them."""
-
-# What TRL's scripts and trainers call keys of ours whose names are too unlike theirs to be found by spelling.
-_NAMES_ELSEWHERE = {name: "student" for name in ("model", "model_name_or_path", "student_model")}
-_NAMES_ELSEWHERE |= {name: "teacher" for name in ("teacher_model", "teacher_model_name_or_path")}
-_NAMES_ELSEWHERE |= {name: "data" for name in ("dataset", "dataset_name", "train_dataset")}
-
-# Keys that a release had and none has any more.
-_REMOVED = {
-    "kernel": "mmkd 0.1 had it, to compute the loss by Liger or TRL. Remove the key: mmkd's own loss, which was the "
-    "default, is the only one now."
-}
 
 
 @dataclass(frozen=True)
@@ -212,17 +201,6 @@ class Run:
     def hub(self, revision: str | None) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained` for something of this run."""
         return {"revision": revision, "trust_remote_code": self.training.trust_remote_code}
-
-
-def hint_at(word: object, choices: Any) -> str:
-    """A hint at the key that may be meant by a word, which may be a number in YAML."""
-    word = str(word)
-    if word in _REMOVED:
-        return f" {_REMOVED[word]}"
-    if _NAMES_ELSEWHERE.get(word) in choices:
-        return f" Here it is {_NAMES_ELSEWHERE[word]!r}."
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else " `mmkd-train --help_keys WORD` finds keys."
 
 
 def _flags_of(keys: Mapping[str, Any], spelled: Mapping[str, Sequence[str]]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
 from mmkd.training.run_trainer import RunTrainer
 
+from .first_look import check_output_dir
 from .recipe import Run
 from .run_models import check_student, load_student, load_teacher, student_processing_class, teacher_processing_class
 from .run_record import RunRecord
@@ -45,13 +45,7 @@ def build_trainer(run: Run) -> RunTrainer:
 def check_surroundings(run: Run) -> None:
     """Raises UserError for a tracker that is not installed and an output_dir that cannot be written."""
     _check_trackers(run.training.report_to)
-    folder = Path(run.training.output_dir or ".").absolute()
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"output_dir {run.training.output_dir} cannot be a folder: {folder} is a file. Name another.")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"output_dir {run.training.output_dir} cannot be written: no right to write in {folder}.")
+    check_output_dir(run.training.output_dir)
 
 
 def _check_trackers(report_to: Any) -> None:
