@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column as TableColumn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from mmkd.units import readable_time
 
@@ -97,7 +98,7 @@ class TrainingProgress(TrainerCallback):
             return
         self._open(state)
         self._predicted += 1
-        of = f"/{len(eval_dataloader)}" if hasattr(eval_dataloader, "__len__") else ""
+        of = f"/{len(eval_dataloader)}" if has_length(eval_dataloader) else ""
         self._show(state, f"evaluating, batch {self._predicted}{of}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
