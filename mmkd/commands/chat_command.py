@@ -34,9 +34,13 @@ def run(options: Namespace) -> int:
     """Asks and prints the answers as they are generated."""
     from mmkd.data.images import UnreadableImage, read_image
     from mmkd.generation.generator import Sampling
-    from mmkd.ui.conversation import LoadedModels, sides_named
+    from mmkd.ui.conversation import LoadedModels, sides_named, silent_side
 
-    sides = _chosen(sides_named(options.model), options.side)
+    sides = sides_named(options.model)
+    silent = silent_side(options.model) if options.side != "student" else ""
+    if silent:
+        print(silent, file=sys.stderr)
+    sides = _chosen(sides, options.side)
     try:
         images = [read_image(path) for path in options.image]
     except UnreadableImage as error:
@@ -78,7 +82,7 @@ def _chosen(sides: "dict[str, RunSide]", wanted: str) -> "dict[str, RunSide]":
     """The sides of a name that answer. Raises UserError where there is none of the wanted kind."""
     chosen = {name: side for name, side in sides.items() if wanted == "both" or name.split()[0] == wanted}
     if not chosen:
-        raise UserError(f"There is no {wanted} here that is a model, only {', '.join(sides)}. Leave --side out.")
+        raise UserError(f"There is no {wanted} here that can answer, only {', '.join(sides)}. Leave --side out.")
     return chosen
 
 

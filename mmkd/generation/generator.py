@@ -1,10 +1,11 @@
 """One way to generate text: prompts go on as answers, by a model in this process or by servers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from mmkd.errors import UserError
 from mmkd.teachers.vllm_client import Answer as Answer
 from mmkd.teachers.vllm_client import Prompt as Prompt
 from mmkd.teachers.vllm_client import RowError as RowError
@@ -36,3 +37,10 @@ class Generator(ABC, Generic[Asked]):
 
         The same prompts and sampling give the same answers. `advance` is told of the tokens of each.
         """
+
+    def stream(self, prompt: Asked, sampling: Sampling) -> Iterator[str]:
+        """The answer to one prompt, as it comes; here in one piece. Raises UserError where the prompt is refused."""
+        (answers,) = self.generate([prompt], sampling)
+        if isinstance(answers, RowError):
+            raise UserError(answers.reason)
+        yield answers[0].text

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from mmkd.errors import UserError
-from mmkd.precision import product_dtype, say_float32
+from mmkd.precision import native_dtype, product_dtype, say_float32
 
 # Their first position is the one after that of padding.
 _COUNTS_FROM_PADDING = {
@@ -70,6 +71,18 @@ def load_model(
         say_float32()
         model.float()
     return model
+
+
+def quantised_to(bits: int | None, device: str | torch.device) -> BitsAndBytesConfig | None:
+    """How frozen weights are quantised to 4 (NF4) or 8 bits; None, as they are, without bits."""
+    if bits is None:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=native_dtype(device),
+    )
 
 
 def computed_dtype(

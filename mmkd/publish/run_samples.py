@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmkd.errors import UserError
 from mmkd.files import write_file
@@ -12,6 +12,11 @@ from mmkd.training.method import METHODS
 from mmkd.units import readable_count
 
 from .runs import RunFiles, read_lines
+
+if TYPE_CHECKING:
+    from mmkd.generation.row_answers import PromptWithTools
+
+    from .run_sides import RunSide
 
 FOLDER, NAME = "samples", "samples.jsonl"
 """Of a run's folder: where its samples are, and their file."""
@@ -62,29 +67,33 @@ def _answered(run: RunFiles, count: int, unasked: bool) -> tuple[list[dict[str, 
     if METHODS[method].predicts == "classes":
         return _classified(run, count), ""
     from mmkd.data.prompts import pictures_of, prompt_of, words_of
-    from mmkd.eval.answer_statistics import greedy_answers
 
-    from .run_sides import STUDENT, device_here, is_local, sides_of
+    from .run_sides import STUDENT, device_here, is_at_hand, sides_of, silent_teachers
 
     sides = sides_of(run)
     largest = LARGEST[device_here()]
     asked = {
         name: side
         for name, side in sides.items()
-        if not unasked or (is_local(side.model) and side.fits and (side.parameters or 0) <= largest)
+        if not unasked or (is_at_hand(side) and side.fits and (side.parameters or 0) <= largest)
     }
     if STUDENT not in asked:
         size = readable_count(sides[STUDENT].parameters or 0)
         return [], f"The student has {size} parameters. `mmkd report RUN --samples 4` lets it answer all the same."
     rows, split = _rows(run, count)
     pairs = [prompt_of(row) for row in rows]
-    tools = [row.get("tools") for row in rows] if any("tools" in row for row in rows) else None
+    questions = [(prompt, row.get("tools")) for (prompt, _), row in zip(pairs, rows, strict=True)]
     written: dict[str, list[str]] = {}
+    missing = [silent_teachers(run)]
     for name, side in asked.items():
         print(f"Samples: {len(rows)} answers of the {name} ...", file=sys.stderr)
-        prompts = [prompt for prompt, _ in pairs]
-        answers = greedy_answers(side.load(), side.model.processing_class, prompts, MAX_NEW_TOKENS, tools=tools)
-        written[name] = [answer.text for answer in answers]
+        try:
+            written[name] = _answers(side, questions)
+        except (UserError, OSError, RuntimeError) as error:
+            if name == STUDENT:
+                raise
+            # The student's answers are worth showing where a server is down or a teacher too large.
+            missing.append(f"Without {name}: {error} `mmkd report RUN --samples {count}` asks again.")
     samples = [
         {
             "source": f"{run.keys['data']}, {split}, greedy, at most {MAX_NEW_TOKENS} tokens",
@@ -95,8 +104,17 @@ def _answered(run: RunFiles, count: int, unasked: bool) -> tuple[list[dict[str, 
         }
         for number, (prompt, answer) in enumerate(pairs)
     ]
-    silent = ", ".join(name for name in sides if name not in asked)
-    return samples, f"Without {silent}, which is too large to load unasked." if silent else ""
+    large = ", ".join(name for name in sides if name not in asked)
+    missing.append(f"Without {large}, which is too large to load unasked." if large else "")
+    return samples, " ".join(filter(None, missing))
+
+
+def _answers(side: "RunSide", questions: "Sequence[PromptWithTools]") -> list[str]:
+    """What a model answers greedily, or why its server refused the question."""
+    from mmkd.generation.generator import RowError, Sampling
+
+    replies = side.generator().generate(questions, Sampling(MAX_NEW_TOKENS))
+    return [f"Refused: {reply.reason}" if isinstance(reply, RowError) else reply[0].text for reply in replies]
 
 
 def _rows(run: RunFiles, count: int) -> tuple[list[dict[str, Any]], str]:

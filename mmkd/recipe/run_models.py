@@ -3,15 +3,15 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import set_seed
 from trl.trainer.utils import get_quantization_config
 
 from mmkd.errors import UserError
 from mmkd.models.assemble import prune
 from mmkd.models.llava import assemble_llava, llava_processor
-from mmkd.models.load import load_model, load_processing_class
-from mmkd.precision import native_dtype, product_dtype, say_float32
+from mmkd.models.load import load_model, load_processing_class, quantised_to
+from mmkd.precision import product_dtype, say_float32
 
 from .recipe import Run
 
@@ -124,21 +124,14 @@ def load_teacher(run: Run, name: str, dtype: str | None = None) -> PreTrainedMod
     Raises UserError when it cannot be loaded.
     """
     arguments, device = run.arguments, run.training.device
-    quantization = None
-    if arguments.teacher_load_in_4bit or arguments.teacher_load_in_8bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=arguments.teacher_load_in_4bit,
-            load_in_8bit=arguments.teacher_load_in_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=native_dtype(device),
-        )
+    bits = 4 if arguments.teacher_load_in_4bit else 8 if arguments.teacher_load_in_8bit else None
     return load_model(
         name,
         "teacher",
         device=device if dtype is None else None,
         dtype=dtype or arguments.teacher_dtype,
         attn_implementation=arguments.teacher_attn_implementation,
-        quantization_config=quantization,
+        quantization_config=quantised_to(bits, device),
         **run.hub(arguments.teacher_revision),
     )
 

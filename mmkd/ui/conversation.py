@@ -14,10 +14,9 @@ from transformers import ProcessorMixin
 from mmkd.data.prompts import RowPrompt, text_of, with_pictures
 from mmkd.errors import UserError
 from mmkd.eval.model import find_model
-from mmkd.generation.generator import Sampling
-from mmkd.generation.local_generation import LocalGenerator
-from mmkd.generation.row_answers import PromptWithTools, row_generator
-from mmkd.publish.run_sides import RunSide, sides_of
+from mmkd.generation.generator import Generator, Sampling
+from mmkd.generation.row_answers import PromptWithTools
+from mmkd.publish.run_sides import RunSide, sides_of, silent_teachers
 from mmkd.publish.runs import is_run, read_run
 from mmkd.results.parameters import parameters_of
 
@@ -39,13 +38,27 @@ def sides_named(name: str) -> dict[str, RunSide]:
     return {MODEL: RunSide(MODEL, model, parameters_of(model.adapter or model.path, model.revision))}
 
 
+def silent_side(name: str) -> str:
+    """Why the teacher of a run cannot answer, as a sentence; empty if it can, and for what is no run."""
+    return silent_teachers(read_run(Path(name))) if Path(name).is_dir() and is_run(Path(name)) else ""
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """Who answers, and the tokenizer or processor that renders the questions."""
+
+    generator: Generator[PromptWithTools]
+    processing_class: Any
+    size: float
+    """Bytes of this machine's device."""
+
+
 @dataclass
 class LoadedModels:
-    """The models that are in memory, by where they lie."""
+    """The models that are in memory, and the servers that are connected."""
 
-    generators: dict[str, LocalGenerator[PromptWithTools]] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    """Parameters."""
+    loaded: dict[str, Speaker] = field(default_factory=dict)
+    served: dict[str, Speaker] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while a model is loaded or answers: one at a time."""
 
@@ -54,29 +67,29 @@ class LoadedModels:
     ) -> Iterator[str]:
         """The side's answer to the last message, in pieces. Raises UserError for images that it cannot see."""
         with self.lock:
-            generator = self._generator(side)
-            yield from generator.stream((_prompt(generator.processing_class, messages, images), None), sampling)
+            speaker = self._speaker(side)
+            prompt = _prompt(speaker.processing_class, messages, images)
+            yield from speaker.generator.stream((prompt, None), sampling)
 
     def unload(self) -> int:
         """Frees the memory of all models; returns how many there were."""
         with self.lock:
-            count = len(self.generators)
+            count = len(self.loaded)
             self._free()
         return count
 
-    def _generator(self, side: RunSide) -> LocalGenerator[PromptWithTools]:
-        key = f"{side.model.adapter or side.model.path} {side.model.revision} {side.dtype}"
-        if key not in self.generators:
-            size = side.parameters or 0
-            if self.generators and not side.fits_beside(sum(self.sizes.values())):
+    def _speaker(self, side: RunSide) -> Speaker:
+        speakers = self.loaded if side.server is None else self.served
+        where = side.server or side.model.adapter or side.model.path
+        key = f"{where} {side.model.revision} {side.dtype} {side.bits}"
+        if key not in speakers:
+            if not side.fits_beside(sum(speaker.size for speaker in self.loaded.values())):
                 self._free()
-            self.generators[key] = row_generator(side.load(), side.model.processing_class)
-            self.sizes[key] = size
-        return self.generators[key]
+            speakers[key] = Speaker(side.generator(), side.model.processing_class, side.size)
+        return speakers[key]
 
     def _free(self) -> None:
-        self.generators.clear()
-        self.sizes.clear()
+        self.loaded.clear()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

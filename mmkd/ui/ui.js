@@ -332,7 +332,9 @@ async function drawTalk() {
   byId("talk-note").textContent = "";
   let sides = [];
   try {
-    sides = (await get(`/api/sides?${query([run])}`)).sides;
+    const reply = await get(`/api/sides?${query([run])}`);
+    sides = reply.sides;
+    byId("talk-note").textContent = reply.note;
   } catch (error) {
     byId("talk-note").textContent = error.message;
   }

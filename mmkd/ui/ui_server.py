@@ -163,22 +163,22 @@ class _Pages:
 
     def sides(self, request: Request) -> Response:
         """The models of a run that can be talked to."""
-        from .conversation import sides_named
+        from .conversation import sides_named, silent_side
 
         folder = self.list.folders()[request.query_params["run"]]
         sides = sides_named(str(folder))
-        loaded = len(self.models.generators)
+        loaded = len(self.models.loaded)
         facts = [
             {
                 "name": name,
-                "model": side.model.name,
+                "model": side.title,
                 "size": "" if side.parameters is None else f"{readable_count(side.parameters)} parameters",
                 "images": side.model.vision,
                 "fits": side.fits,
             }
             for name, side in sides.items()
         ]
-        return JSONResponse({"sides": facts, "loaded": loaded})
+        return JSONResponse({"sides": facts, "loaded": loaded, "note": silent_side(str(folder))})
 
     def report(self, request: Request) -> Response:
         """The report of a run as `mmkd report` would write it, written nowhere."""

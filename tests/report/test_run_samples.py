@@ -9,12 +9,14 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mmkd.commands.main import main
+from mmkd.models.load import load_processing_class
 from mmkd.publish import run_samples
 from mmkd.publish.report_page import write_report
 from mmkd.publish.run_samples import kept_samples, make_samples
 from mmkd.publish.runs import read_run
 from scripts.make_tiny_models import sentences
 from tests.classes import NAMES, pictures, pixels, vit
+from tests.teachers.fake_vllm import ServedModel, fake_vllm
 from tests.vlms import make_llava, vision_rows
 
 
@@ -85,6 +87,19 @@ def test_large_models_answer_only_when_asked(run: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(run_samples, "LARGEST", {"cpu": 5, "cuda": 5})
     assert "28.2 thousand parameters. `mmkd report RUN --samples 4`" in write_report(run)[1].read_text()
     assert make_samples(read_run(run), 1) == ""
+
+
+def test_a_served_teacher_answers_or_is_said_to_be_missing(run: Path, tiny: dict[str, Path]) -> None:
+    folder = str(tiny["teacher"])
+    keys = json.loads((run / "run.json").read_text())["keys"]
+    with fake_vllm(ServedModel, root=folder, tokenizer=load_processing_class(folder)) as fake:
+        write_run(run, **{**keys, "teacher": folder, "teacher_server": [fake.url]})
+        assert make_samples(read_run(run), 2) == ""
+    assert all(row["answers"]["teacher"].startswith("served: ") for row in kept_samples(read_run(run)))
+    note = make_samples(read_run(run), 2)
+    assert note.startswith("Without teacher: ")
+    assert fake.url in note
+    assert set(kept_samples(read_run(run))[0]["answers"]) == {"student"}
 
 
 def test_why_there_are_none(run: Path, tmp_path: Path) -> None:

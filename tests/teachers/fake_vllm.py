@@ -96,6 +96,22 @@ class FakeVLLM:
         return {str(t): {"logprob": values[t], "rank": ranks[t], "decoded_token": '"}{'} for t in listed}
 
 
+@dataclass
+class ServedModel(FakeVLLM):
+    """Tokenises as a model of this machine does, and answers any prompt with its text after a mark."""
+
+    tokenizer: Any = None
+
+    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if path == "/tokenize":
+            return 200, {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
+        return super().respond(path, body)
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        text = f"served: {self.tokenizer.decode(body['prompt'], skip_special_tokens=True)}"
+        return 200, {"choices": [{"index": 0, "text": text, "token_ids": [1], "finish_reason": "stop"}]}
+
+
 @contextmanager
 def fake_vllm(kind: type[FakeVLLM] = FakeVLLM, **settings: Any) -> Iterator[Any]:
     """A fake that runs on a free port of the loopback interface."""

@@ -14,10 +14,12 @@ from mmkd.commands.main import main
 from mmkd.errors import UserError
 from mmkd.eval.answer_statistics import greedy_answers
 from mmkd.generation.generator import Sampling
+from mmkd.generation.local_generation import LocalGenerator
 from mmkd.generation.row_answers import row_generator
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.publish import run_sides
 from mmkd.ui.conversation import LoadedModels, sides_named
+from tests.teachers.fake_vllm import ServedModel, fake_vllm
 from tests.ui.stand_ins import make_run
 from tests.vlms import make_llava
 
@@ -79,13 +81,13 @@ def test_memory_holds_one_model_where_it_is_short(run: Path, monkeypatch: pytest
     models, sides = LoadedModels(), sides_named(str(run))
     for side in sides.values():
         assert list(models.reply(side, ASKED, [], Sampling(2)))
-    assert len(models.generators) == 2
+    assert len(models.loaded) == 2
     assert models.unload() == 2
     # Half of this holds either model, and not both.
     monkeypatch.setattr(run_sides, "device_memory", lambda: ("a small device", 80_000 * 4 * 2))
     for side in sides.values():
         assert list(models.reply(side, ASKED, [], Sampling(2)))
-    assert len(models.generators) == 1
+    assert len(models.loaded) == 1
 
 
 def test_chat_prints_both_answers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,6 +97,52 @@ def test_chat_prints_both_answers(run: Path, capsys: pytest.CaptureFixture[str])
     assert "\nteacher: " in out
     assert main(["chat", str(run), "--prompt", "the cat", "--side", "teacher", "--max_new_tokens", "4"]) == 0
     assert "teacher: " not in capsys.readouterr().out
+
+
+def taught_by(run: Path, **keys: Any) -> Path:
+    """The run, with these keys of its teacher."""
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "keys": {**record["keys"], **keys}}))
+    return run
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_served_teacher_answers(
+    run: Path, tiny: dict[str, Path], named: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tiny["teacher"])
+    with fake_vllm(ServedModel, root=folder, tokenizer=load_processing_class(folder)) as fake:
+        taught_by(run, teacher=folder if named else None, teacher_server=[fake.url])
+        assert main(["chat", str(run), "--prompt", "the cat", "--max_new_tokens", "4"]) == 0
+    answer = capsys.readouterr().out.partition("\nteacher: ")[2]
+    assert answer.startswith("served: ")
+    assert "the cat" in answer
+    (asked,) = fake.requests
+    assert (asked["max_tokens"], asked["temperature"]) == (4, 0.0)
+
+
+def test_a_served_teacher_that_is_down_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taught_by(run, teacher=None, teacher_server=["http://127.0.0.1:9"])
+    assert main(["chat", str(run), "--prompt", "the cat", "--side", "teacher"]) == 2
+    assert "127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_a_teacher_that_is_only_cached_is_said_to_be_silent(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taught_by(run, teacher=None, teacher_cache="cache/words")
+    assert main(["chat", str(run), "--prompt", "the cat", "--max_new_tokens", "2"]) == 0
+    captured = capsys.readouterr()
+    assert "The teacher cannot answer: the run read it from the cache cache/words" in captured.err
+    assert "teacher:" not in captured.out
+
+
+def test_a_quantised_teacher_is_loaded_as_in_training(run: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    whole = sides_named(str(run))["teacher"]
+    side = sides_named(str(taught_by(run, teacher_load_in_4bit=True)))["teacher"]
+    assert side.size == whole.size / 8
+    generator = side.generator()
+    assert isinstance(generator, LocalGenerator)
+    assert generator.model.config.quantization_config.load_in_4bit
 
 
 def test_chat_reads_questions_line_by_line(
