@@ -95,7 +95,7 @@ def gather(asker: Asker, wishes: Wishes) -> Answers:
         )
     )
     # Rounds and rollouts are for models of either kind, and the rows say which.
-    sees = suggestions["task"] == "vlm" and task.name in ("comd", "on-policy", "served-teacher")
+    sees = suggestions["task"] == "vlm" and task.images == "possible"
     pair = (TASKS["vlm"] if sees else task).pair(0 if device.kind == "cpu" else device.memory / (1 << 30))
     known: Callable[[str], str] = lambda name: check_model(name, "teacher", task)  # noqa: E731
     teacher = asker.ask(Question("--teacher", "The teacher?", pair.teacher, check=known, hint=_MODEL), wishes.teacher)
@@ -142,20 +142,18 @@ def _student(
     """The student's name, and None for one made of the teacher's layers, of which so many stay."""
     from .looking import check_model
 
-    can_prune = task.name not in ("classify", "other-tokenizer")
-
     def known(name: str) -> str:
         if name != PRUNE:
             return check_model(name, "student", task)
-        if not can_prune:
+        if not task.prunes:
             raise UserError(
                 f"{PRUNE} makes the student of the teacher's layers, which task {task.name} has no use for. Name a "
                 "student."
             )
         return name
 
-    hint = f"{_MODEL} {PRUNE}: a smaller copy of the teacher, made of some of its layers." if can_prune else _MODEL
-    default = suggestion or (PRUNE if can_prune else task.pair(0).student)
+    hint = f"{_MODEL} {PRUNE}: a smaller copy of the teacher, made of some of its layers." if task.prunes else _MODEL
+    default = suggestion or (PRUNE if task.prunes else task.pair(0).student)
     given = wishes.student if wishes.student is not None or wishes.keep_layers is None else PRUNE
     answer = asker.ask(Question("--student", "The student?", default, check=known, hint=hint), given)
     if answer != PRUNE and wishes.keep_layers is not None:

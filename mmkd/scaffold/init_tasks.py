@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 PREPARED = Path(".cache/mmkd/SmolLM2-135M-Instruct")
 """A teacher that `mmkd prepare` makes where there is no Hub."""
@@ -30,6 +31,14 @@ class Task:
     method: str
     pairs: tuple[Pair, ...]
     """From the smallest device to the largest."""
+    images: Literal["unread", "possible", "needed"] = "unread"
+    """Whether rows of text may have pictures, which both models then have to see."""
+    takes_prompts: bool = False
+    """Whether rows of prompts alone are enough."""
+    rollouts: bool = False
+    """Whether the student learns from answers of its own."""
+    prunes: bool = True
+    """Whether the student can be made of the teacher's layers."""
 
     def pair(self, memory: float) -> Pair:
         """The suggestion for a device of so many GiB, 0 for none."""
@@ -66,16 +75,42 @@ _SERVED = (
     Pair(38, "Qwen/Qwen2.5-72B-Instruct", "Qwen/Qwen2.5-3B-Instruct"),
 )
 
+OTHER_TOKENIZER = Task(
+    "other-tokenizer", "a language model whose teacher has another tokenizer", "alm", _OTHER, prunes=False
+)
+"""Its method also takes the place of one that compares token by token, where the tokenizers turn out to differ."""
+
 TASKS = {
     task.name: task
     for task in (
         Task("text", "a language model, from chats, instructions or plain text", "kd", _CHAT),
-        Task("vlm", "a vision-language model, from pictures with text", "llava_kd", _VISION),
-        Task("classify", "a classifier of pictures or texts, from classes", "dho", _CLASSES),
-        Task("comd", "rounds: the teacher asks more of what the student fails at", "comd", _CHAT),
-        Task("other-tokenizer", "a language model whose teacher has another tokenizer", "alm", _OTHER),
-        Task("served-teacher", "a language model whose teacher runs on a vLLM server", "kd", _SERVED),
-        Task("on-policy", "a language model that answers itself and is corrected", "kd", _CHAT),
+        Task("vlm", "a vision-language model, from pictures with text", "llava_kd", _VISION, images="needed"),
+        Task("classify", "a classifier of pictures or texts, from classes", "dho", _CLASSES, prunes=False),
+        Task(
+            "comd",
+            "rounds: the teacher asks more of what the student fails at",
+            "comd",
+            _CHAT,
+            images="possible",
+            takes_prompts=True,
+        ),
+        OTHER_TOKENIZER,
+        Task(
+            "served-teacher",
+            "a language model whose teacher runs on a vLLM server",
+            "kd",
+            _SERVED,
+            images="possible",
+        ),
+        Task(
+            "on-policy",
+            "a language model that answers itself and is corrected",
+            "kd",
+            _CHAT,
+            images="possible",
+            takes_prompts=True,
+            rollouts=True,
+        ),
     )
 }
 

@@ -69,7 +69,7 @@ def check_model(name: str, role: str, task: Task) -> str:
     if name.startswith(OPEN_CLIP) and task.name == "classify":
         return name
     config = config_of(name, role)
-    if task.name == "vlm" and not hasattr(config, "vision_config"):
+    if task.images == "needed" and not hasattr(config, "vision_config"):
         raise UserError(
             f"The {role} {name} reads text only. Name a vision-language model; `mmkd recipes show "
             "llava_kd/qwen1.5_4b_to_0.5b` shows how one is made of a vision tower and a language model."

@@ -16,8 +16,9 @@ from mmkd.recipe.recipe import Recipe
 
 from .draft import Draft, counted
 from .init_answers import Answers
-from .init_tasks import TASKS
+from .init_tasks import OTHER_TOKENIZER, TASKS, named
 from .memory_fit import LORA, Fit, Looked, fit_tokens, savings
+from .token_methods import TOKEN_METHODS, MethodFacts, TokenMethod, set_rollouts
 
 _LONGEST = 2048
 """Tokens of a row beyond which rows are cut unless the user raises it: attention and activations grow with it."""
@@ -29,7 +30,6 @@ def draft_tokens(answers: Answers, console: Console) -> tuple[Draft, Fit]:
     Loads configs, tokenizers and a sample of rows, and no weights.
     """
     draft = Draft()
-    method = answers.task.method
     _models(draft, answers)
     draft.set("data", "data", answers.data)
     draft.set("training", "output_dir", answers.output_dir, "The student, its checkpoints and its logs.")
@@ -38,8 +38,8 @@ def draft_tokens(answers: Answers, console: Console) -> tuple[Draft, Fit]:
     columns = sample.rows["train"].column_names
     _check_columns(answers, columns)
     student, teacher = student_side(run), teacher_side(run)
-    method, why = _method(answers, student, teacher, console)
-    draft.set("models", "method", method, why)
+    method = _method(answers, student, teacher, console)
+    draft.set("models", "method", method.name, method.why)
     if set(columns) == {"prompt"}:
         # Such rows can be read by nothing else.
         run = Recipe.of({**draft.keys, "on_policy_fraction": 1.0}, answers.output).parse()
@@ -59,7 +59,9 @@ def draft_tokens(answers: Answers, console: Console) -> tuple[Draft, Fit]:
     )
     if "messages" in columns:
         draft.set("data", "assistant_only_loss", True, "Learn what the assistant says, and not what it is asked.")
-    _learnt(draft, answers, method, columns, looked)
+    if answers.task.rollouts:
+        set_rollouts(draft, columns)
+    method.set_keys(draft, MethodFacts(student, teacher, columns, answers.server is not None))
     rows = sample.totals["train"]
     most = 32 if answers.device.kind != "cpu" else 8
     if rows is not None:
@@ -92,139 +94,57 @@ def _models(draft: Draft, answers: Answers) -> None:
         draft.set("models", "student", answers.student)
 
 
-def _method(answers: Answers, student: Side, teacher: Side, console: Console) -> tuple[str, str]:
-    """The method for two tokenizers, and why."""
-    method = answers.task.method
+def _method(answers: Answers, student: Side, teacher: Side, console: Console) -> TokenMethod:
+    """The method for two tokenizers: that of the task where it fits them."""
+    method = TOKEN_METHODS[answers.task.method]
     try:
         tokens = shared_tokens(student.tokenizer, teacher.tokenizer, student.rows, teacher.rows)
     except UserError:
-        if method not in ("alm", "comd"):
+        if method.tokenizers == "same":
+            method = TOKEN_METHODS[OTHER_TOKENIZER.method]
             console.print(
                 Text(
-                    f"{student.name} and {teacher.name} have different tokenizers, so the method is alm: it compares "
-                    "how likely both find the same text. (Task other-tokenizer.)",
+                    f"{student.name} and {teacher.name} have different tokenizers, so the method is {method.name}. "
+                    f"{method.why} (Task {OTHER_TOKENIZER.name}.)",
                     style="yellow",
                 )
             )
-            method = "alm"
-        if student.is_vision and method == "alm":
+        if student.is_vision and not method.images:
             raise UserError(
-                f"{student.name} and {teacher.name} have different tokenizers, and alm is for text. Name two models "
-                "of one family, such as the suggested ones.",
+                f"{student.name} and {teacher.name} have different tokenizers, and {method.name} is for text. Name "
+                "two models of one family, such as the suggested ones.",
                 because="not built",
             ) from None
-        return method, _METHODS[method]
-    if method == "alm":
+        return method
+    if method.tokenizers == "different":
         console.print(
             Text(f"Both have the same {tokens:,} tokens: `method: kd` would compare them one by one.", style="yellow")
         )
-    return method, _METHODS[method]
-
-
-_METHODS = {
-    "kd": "The student learns the teacher's distribution over every next token.",
-    "llava_kd": "The student learns the teacher's distribution over the answer and at the visual tokens, and how "
-    "these relate.",
-    "alm": "Student and teacher have different tokenizers: chunks of text that end a token on both are compared.",
-    "comd": "In each round the student's failures decide what the teacher is asked next.",
-}
+    return method
 
 
 def _check_columns(answers: Answers, columns: list[str]) -> None:
     """Raises UserError for rows that the task cannot learn from."""
-    task, images = answers.task.name, "images" in columns
-    if task == "vlm" and not images:
+    task, images = answers.task, "images" in columns
+    if task.images == "needed" and not images:
         raise UserError(
-            f"{answers.data} has no pictures (its rows have {', '.join(columns)}), which task vlm learns from. Choose "
-            "task text, or data with pictures."
+            f"{answers.data} has no pictures (its rows have {', '.join(columns)}), which task {task.name} learns "
+            "from. Choose task text, or data with pictures."
         )
-    if images and task not in ("vlm", "comd", "on-policy", "served-teacher"):
-        raise UserError(f"{answers.data} has pictures, and task {task} is about text. Choose task vlm.")
-    if set(columns) == {"prompt"} and task not in ("on-policy", "comd"):
+    if images and task.images == "unread":
+        raise UserError(f"{answers.data} has pictures, and task {task.name} is about text. Choose task vlm.")
+    if set(columns) == {"prompt"} and not task.takes_prompts:
+        takers = named([other.name for other in TASKS.values() if other.takes_prompts])
         raise UserError(
-            f"{answers.data} has prompts and no answers, which task {task} learns from. Choose task on-policy or "
-            "comd, or let the teacher write answers first: `mmkd cache build RECIPE --job generate`."
+            f"{answers.data} has prompts and no answers, which task {task.name} learns from. Choose task {takers}, or "
+            "let the teacher write answers first: `mmkd cache build RECIPE --job generate`."
         )
 
 
-def _learnt(draft: Draft, answers: Answers, method: str, columns: list[str], looked: Looked) -> None:
-    """The keys of the method."""
-    if answers.task.name == "on-policy":
-        prompts = set(columns) == {"prompt"}
-        draft.set(
-            "method",
-            "on_policy_fraction",
-            1.0 if prompts else 0.5,
-            "The data has prompts only, so that the student answers all of them."
-            if prompts
-            else "Share of the prompts that the student answers itself; the others have the data's answers.",
-        )
-        room = int(draft.keys["max_length"]) // 2
-        draft.set(
-            "method", "rollout_max_tokens", min(128, max(1, room)), "A student goes wrong early: short ones will do."
-        )
-        if "text" in columns:
-            draft.set(
-                "method", "rollout_prompt_tokens", max(1, min(64, room)), "Plain text: so much of it is continued."
-            )
-    if method == "kd" and "divergence" not in draft.keys:
-        draft.set(
-            "method",
-            "divergence",
-            "forward_kl",
-            "Covers all that the teacher would say; safest for small students. "
-            "Try jsd or reverse_kl against rambling.",
-        )
-        draft.set("method", "temperature", 1.0)
-    if method == "llava_kd":
-        _visual(draft, looked)
-    if method == "alm":
-        draft.set("method", "ce_weight", 0.1, "A little of the data's own text keeps the student's spelling right.")
-    if method == "comd":
-        _rounds(draft, answers, "images" in columns)
-
-
-def _visual(draft: Draft, looked: Looked) -> None:
-    student, teacher = looked.student.config, looked.teacher and looked.teacher.config
-    towers = [getattr(config.vision_config, "image_size", None) for config in (student, teacher) if config]
-    patches = [getattr(config.vision_config, "patch_size", None) for config in (student, teacher) if config]
-    if len({*map(str, towers)}) > 1 or len({*map(str, patches)}) > 1:
-        draft.set(
-            "method",
-            "visual_mismatch",
-            "pool",
-            "The two cut pictures into different numbers of tokens: the finer one is averaged.",
-        )
-
-
-def _rounds(draft: Draft, answers: Answers, images: bool) -> None:
-    served = answers.server is not None
-    draft.set("method", "rounds", 2, "After the first, which learns the teacher's answers to your own questions.")
-    assessor = "agreement" if images else "rouge" if served else "likelihood"
-    draft.set(
-        "method",
-        "assessor",
-        assessor,
-        "Finds what the student fails at. `judge` lets the teacher rate both answers, which needs one of 7B or more.",
-    )
-    draft.set(
-        "method",
-        "augmentor",
-        "templates" if images else "model",
-        "New questions are questions of yours about other pictures."
-        if images
-        else "The teacher writes new questions like those that the student fails at.",
-    )
-    draft.set("method", "new_instructions", 256, "New questions per round.")
-    room = max(1, int(draft.keys["max_length"]) // 2)
-    draft.set("method", "answer_max_new_tokens", min(256, room), "Longer answers are left out.")
-    draft.set("method", "held_out_metric", "rouge", "How held-out answers are compared with yours.")
-
-
-def _tries(answers: Answers, method: str) -> list[dict[str, Any]]:
+def _tries(answers: Answers, method: TokenMethod) -> list[dict[str, Any]]:
     """What may be saved to fit the device."""
     cache: dict[str, Any] | None = None
-    if answers.task.name != "on-policy" and answers.server is None and method == "kd":
+    if method.reads_cache and not answers.task.rollouts and answers.server is None:
         cache = {"teacher_cache": answers.teacher_folder}
     tries = savings(answers.device, cache, answers.teacher if answers.student is None else None)
     if answers.server is not None:
@@ -287,7 +207,7 @@ def _learning_rate(answers: Answers, saved: Mapping[str, Any]) -> tuple[float, s
         return 2e-4, f"For LoRA ({LORA['lora_target_modules']})."
     if answers.student is None:
         return 3e-4, "A cut student has to find its way back, which takes larger steps than a whole one."
-    if answers.task is TASKS["vlm"]:
+    if answers.task.images == "needed":
         return 2e-5, "Usual for whole vision-language models."
     return 5e-5, "Usual for whole language models; halve it if the loss jumps."
 
