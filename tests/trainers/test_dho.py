@@ -138,6 +138,14 @@ def test_alpha_and_beta_are_chosen_on_validation_rows_and_saved(tmp_path: Path) 
     assert (again.config.alpha, again.config.beta) == (found.alpha, found.beta)
 
 
+def test_rows_are_measured_in_the_form_that_the_constructor_takes(tmp_path: Path) -> None:
+    rows = pictures(4, seed=2)
+    trainer: Any = dho(tmp_path, {"test_dataset": rows})
+    accuracy = trainer.evaluate(rows)["eval_accuracy"]
+    assert accuracy == trainer.evaluate(trainer.test_dataset)["eval_accuracy"]
+    assert accuracy == trainer.predict(rows).metrics["test_accuracy"]
+
+
 def test_the_test_rows_choose_nothing(tmp_path: Path) -> None:
     chosen = []
     for seed in (2, 3):

@@ -92,10 +92,6 @@ class DHOTrainer(RunTrainer):
         args = self.config_class("dho") if args is None else args
         if not isinstance(args, self.config_class):
             raise UserError(f"{type(self).__name__} takes a DHOConfig, not a {type(args).__name__}.")
-        if train_dataset is None or processing_class is None:
-            raise UserError(
-                "DHO needs train_dataset, and the student's image processor or tokenizer as processing_class."
-            )
         check_precision(args, args.emulated_bf16)
         config: Any = model.config
         self.class_names = [config.id2label[number] for number in range(config.num_labels)]
@@ -238,6 +234,14 @@ class DHOTrainer(RunTrainer):
             outputs = model(**inputs)
         return None, (outputs.ce_logits.float(), outputs.kd_logits.float()), labels
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The Trainer's, also of rows as the constructor takes them."""
+        return super().get_eval_dataloader(_measured(self, eval_dataset, "eval"))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The Trainer's, also of rows as the constructor takes them."""
+        return super().get_test_dataloader(_measured(self, test_dataset, "test"))
+
     def collator_of(self, training: bool) -> Any:
         """Only training rows have teacher logits."""
         return super().collator_of(training) if training else ClassCollator(self.processing_class)
@@ -296,6 +300,12 @@ def write_choice(path: Path, choice: Interpolation, rows: int) -> None:
     grid = [dict(zip(("alpha", "beta", "accuracy"), point, strict=True)) for point in choice.grid]
     chosen = {"alpha": choice.alpha, "beta": choice.beta, "accuracy": choice.accuracy}
     write_file(path, json.dumps({**chosen, "split": "validation", "rows": rows, "grid": grid}, indent=1))
+
+
+def _measured(trainer: DHOTrainer, dataset: Any, name: str) -> Any:
+    if not isinstance(dataset, Dataset):
+        return dataset
+    return evaluated_rows(dataset, trainer.processing_class, trainer.args, trainer.class_names, name)
 
 
 def _plot_conflict(trainer: DHOTrainer) -> None:
