@@ -23,9 +23,7 @@ def training_rows(dataset: Any, processing_class: Any, args: DHOConfig, class_na
     Raises UserError where rows or what reads them are missing, and where no row is left to learn without a label.
     """
     if dataset is None or processing_class is None:
-        raise UserError(
-            "DHO needs train_dataset, and the student's image processor or tokenizer as processing_class."
-        )
+        raise UserError("DHO needs train_dataset, and the student's image processor or tokenizer as processing_class.")
     rows = _rows(dataset, processing_class, args, "train")
     _check_range(rows.labels, class_names, "train")
     shown = args.shown_labels(rows.labels, class_names)
