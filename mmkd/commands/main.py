@@ -29,6 +29,7 @@ from . import (
     ui_command,
 )
 from .command import Command, CommandGroup
+from .said_once import said_once
 
 # In the order of --help.
 COMMANDS: tuple[Command | CommandGroup, ...] = (
@@ -77,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _show_long_bars_only()
     try:
         command.check_flags(options, words[options.depth :])
-        return command.run(options)
+        with said_once():
+            return command.run(options)
     except UserError as error:
         print(f"mmkd: {error}", file=sys.stderr)
         return 2

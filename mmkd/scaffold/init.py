@@ -6,7 +6,6 @@ from rich.text import Text
 
 from .init_answers import Wishes, gather
 from .questions import Asker
-from .said_once import said_once
 
 
 def init(wishes: Wishes, asker: Asker) -> int:
@@ -16,14 +15,13 @@ def init(wishes: Wishes, asker: Asker) -> int:
     """
     written: Path | None = None
     try:
-        with said_once():
-            answers = gather(asker, wishes)
-            # What follows takes seconds to import.
-            from .init_recipe import check_recipe, write_recipe
+        answers = gather(asker, wishes)
+        # What follows takes seconds to import.
+        from .init_recipe import check_recipe, write_recipe
 
-            draft = write_recipe(answers, asker.console)
-            written = answers.output
-            return check_recipe(draft, answers, asker.console)
+        draft = write_recipe(answers, asker.console)
+        written = answers.output
+        return check_recipe(draft, answers, asker.console)
     except (KeyboardInterrupt, EOFError):
         left = "Nothing was written." if written is None else f"{written} is written, and not checked."
         asker.console.print(Text(f"\nInterrupted. {left}"))

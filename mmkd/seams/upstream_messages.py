@@ -21,6 +21,13 @@ class Message:
     reason: str
     category: type[Warning] | None = None
     """Of a warning; None: it is logged."""
+    value: str = ""
+    """What must follow, where the message has other values that a user should see."""
+
+    @property
+    def printed(self) -> str:
+        """How it begins, with its value."""
+        return self.text + self.value
 
 
 MESSAGES = (
@@ -39,6 +46,12 @@ MESSAGES = (
         "The new embeddings will be initialized from a multivariate normal distribution",
         "transformers.modeling_utils",
         "Says how the rows of a new image token are made; a recipe has no key for it and needs none.",
+    ),
+    Message(
+        "There were missing keys in the checkpoint model loaded: ",
+        "transformers.trainer",
+        "A head that is tied to the embeddings is saved with them, once.",
+        value="['lm_head.weight']",
     ),
     Message(
         "The tokenizer has new PAD/BOS/EOS tokens",
@@ -60,7 +73,7 @@ class _Filter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        return not any(text.startswith(message.text) for message in MESSAGES if message.source == record.name)
+        return not any(text.startswith(message.printed) for message in MESSAGES if message.source == record.name)
 
 
 _FILTER = _Filter()
@@ -73,7 +86,7 @@ def keep_back_messages() -> None:
         logger = logging.getLogger(message.source)
         if message.category is not None:
             if not shows_all:
-                warnings.filterwarnings("ignore", re.escape(message.text), message.category)
+                warnings.filterwarnings("ignore", re.escape(message.printed), message.category)
         elif shows_all:
             logger.removeFilter(_FILTER)
         else:

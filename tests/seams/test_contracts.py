@@ -442,7 +442,7 @@ def test_messages_are_kept_back_by_name_alone(
             warnings.resetwarnings()
             upstream_messages.keep_back_messages()
             for message in upstream_messages.MESSAGES:
-                for text in (message.text, f"Something else than: {message.text}"):
+                for text in (message.printed, f"Something else than: {message.printed}"):
                     if message.category is None:
                         logging.getLogger(message.source).warning("%s and more", text)
                     else:

@@ -1,4 +1,4 @@
-"""Log messages that are said once however often the data are read."""
+"""Log messages about the data that a command says once, however often it reads them."""
 
 import logging
 from collections.abc import Iterator
@@ -25,6 +25,8 @@ class _First(logging.Filter):
         self._said: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith("mmkd.data"):
+            return True
         message = record.getMessage()
         first = message not in self._said
         self._said.add(message)
