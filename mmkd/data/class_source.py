@@ -104,8 +104,8 @@ def _recipe(source: str, container: Container) -> ClassificationRecipe:
     }
     names, said = _class_names(source, rows, columns.label, container)
     recipe = ClassificationRecipe(**keys, class_names=names)
-    found = (f"Pictures are looked up in {folder}.",) if folder is not None else ()
-    notes = (*container.notes, *notes, *said, *found)
+    looked_up = (f"Pictures are looked up in {folder}.",) if folder is not None else ()
+    notes = (*container.notes, *notes, *said, *looked_up)
     if "validation" in splits or "test" in splits:
         return replace(recipe, notes=notes)
     fewest = min(Counter(rows.with_format(None)[columns.label]).values())

@@ -211,7 +211,7 @@ def _pattern(files: Sequence[str], root: str | None, pattern: str | None, base: 
         candidates += [f"{root}/*{ending}", f"{root}/**/*{ending}"]
         candidates += [f"{root}/{top}/**/*{ending}" for top in tops if len(tops) == 1]
         candidates += [f"{root}/{stem[0]}*{ending}"] if stem and stem[0] else []
-    return next(((one,) for one in candidates if _matches(one, base) == sorted(files)), tuple(files))
+    return next(((candidate,) for candidate in candidates if _matches(candidate, base) == sorted(files)), tuple(files))
 
 
 def _is_packed(file: str) -> bool:

@@ -29,8 +29,8 @@ def read_image_folder(name: str, folders: Sequence[Path]) -> Dataset:
     parts = [_read(name, folder) for folder in folders]
     columns = {tuple(sorted(part.column_names)) for part in parts}
     if len(columns) > 1:
-        found = " and ".join(", ".join(names) for names in sorted(columns))
-        raise UserError(f"{name}: the folders of one split have different columns: {found}.")
+        listed = " and ".join(", ".join(names) for names in sorted(columns))
+        raise UserError(f"{name}: the folders of one split have different columns: {listed}.")
     return datasets.concatenate_datasets(parts)
 
 

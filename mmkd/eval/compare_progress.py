@@ -1,7 +1,6 @@
 """What is shown while models are compared: which training runs, how long all will take, and nothing of each one."""
 
 import contextlib
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,13 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mmkd.seams.upstream_messages import handlers_writing_to
 from mmkd.units import readable_time
 
 LOG_NAME = "trainings.log"
 """File of a comparison's folder with everything that its trainings print."""
-
-# Libraries that write messages to the standard error that was there when they were imported.
-_LIBRARIES = ("", "transformers", "datasets", "huggingface_hub", "accelerate", "trl", "peft")
 
 
 class ComparisonProgress:
@@ -85,10 +82,8 @@ def quiet(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     moved: list[tuple[Any, Any]] = []
     with path.open("a", encoding="utf-8") as file:
-        for name in _LIBRARIES:
-            for handler in logging.getLogger(name).handlers:
-                if type(handler) is logging.StreamHandler and handler.stream in (sys.stderr, sys.__stderr__):
-                    moved.append((handler, handler.setStream(file)))
+        for handler in handlers_writing_to(sys.stderr, sys.__stderr__):
+            moved.append((handler, handler.setStream(file)))
         try:
             with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
                 yield

@@ -71,7 +71,8 @@ def preview_data(
 
     Raises UserError for rows that training would refuse.
     """
-    with _remarks() as remarks:
+    # Loading the rows says the same again.
+    with _remarks():
         description = describe(source)
     if description.recipe is None or description.kind == "classes":
         return _classes(description, rows, reader)

@@ -12,7 +12,7 @@ from mmkd.data.image_columns import image_column
 from mmkd.data.prompts import model_inputs, prompt_of
 from mmkd.models.load import load_processing_class, tokenizer_of
 from mmkd.preparation.prompt_rows import is_prompt_alone
-from mmkd.training.method import METHODS
+from mmkd.training.method import BASELINE_METHOD, METHODS
 
 from .data_preview import PreviewPiece, PreviewRow, RowReader, picture_of
 from .dry_run import runs_of
@@ -36,7 +36,7 @@ def _as_tokens(rows: Dataset, model: str, assistant_only: bool, template: str | 
         return [_as_prompt(row, processing_class) for row in asked], (
             "Nothing is marked: the rows have no answers to learn. The student or a teacher goes on where they end."
         )
-    config: Any = METHODS["sft"].trainer.config_class
+    config: Any = METHODS[BASELINE_METHOD].trainer.config_class
     chat = "messages" in rows.column_names
     keys = {"assistant_only_loss": chat and assistant_only, "chat_template_path": template}
     args = whole(config(output_dir="preview", report_to="none", **keys))

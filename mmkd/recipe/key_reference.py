@@ -77,12 +77,13 @@ def _unused_by(method: Method) -> dict[str, str]:
     """Why a recipe of a method has no use for some of the keys that every method has."""
     unused: dict[str, str] = {}
     config = method.config
-    if not getattr(config, "learns_from_rollouts", False):
+    of_tokens = issubclass(config, DistillationConfig)
+    if not of_tokens or not config.learns_from_rollouts:
         reason = f"Method {method.name} learns from the data's answers only."
         names = [name for name in fields_of(DistillationConfig) if name.startswith("rollout_")]
         unused |= dict.fromkeys(["on_policy_fraction", *names], reason)
     if not method.takes_several:
         unused |= dict.fromkeys(["teachers", "teacher_column"], f"Method {method.name} learns from one teacher.")
-    if getattr(config, "combinations", ()) == ("weights",):
+    if of_tokens and config.combinations == ("weights",):
         unused["combine"] = f"The loss of method {method.name} has no terms to balance."
     return {**unused, **method.unused}

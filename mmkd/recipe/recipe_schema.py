@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Any
 
 from mmkd.schema import as_json_schema, fields_of
+from mmkd.training.method import BASELINE_METHOD
 
 from .arguments import RunArguments
 from .key_format import Key, default_text
@@ -81,7 +82,7 @@ def recipe_schema(methods: Sequence[str]) -> dict[str, Any]:
 
 def _own_properties(stage: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that a recipe has besides those of its method."""
-    descriptions = {key.name: key.help for key in keys_of("sft") if key.field is None}
+    descriptions = {key.name: key.help for key in keys_of(BASELINE_METHOD) if key.field is None}
     schemas: dict[str, dict[str, Any]] = {
         "stages": {"type": "object", "minProperties": 1, "additionalProperties": dict(stage)},
         "schedule": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]},

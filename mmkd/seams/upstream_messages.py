@@ -1,10 +1,12 @@
-"""Messages of other packages about which a user of mmkd can do nothing: what is kept back, and why."""
+"""Messages of other packages: which are kept back because a user can do nothing about them, and who writes them."""
 
 import logging
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 SHOW_ALL = "MMKD_WARNINGS"
 """Variable of the environment that, set to `all`, shows every message of every package."""
@@ -66,6 +68,20 @@ MESSAGES = (
         "longer than the positions of a model.",
     ),
 )
+
+
+_LIBRARIES = ("", "transformers", "datasets", "huggingface_hub", "accelerate", "trl", "peft")
+
+
+def handlers_writing_to(*streams: Any) -> Iterator["logging.StreamHandler[Any]"]:
+    """The handlers of messages that write to one of these streams.
+
+    Libraries write to the standard error that was there when they were imported, wherever `sys.stderr` leads later.
+    """
+    for name in _LIBRARIES:
+        for handler in logging.getLogger(name).handlers:
+            if type(handler) is logging.StreamHandler and handler.stream in streams:
+                yield handler
 
 
 class _Filter(logging.Filter):

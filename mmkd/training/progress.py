@@ -1,7 +1,6 @@
 """What training shows: one short line per log, and on a terminal a status line below them."""
 
 import contextlib
-import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import has_length
 
+from mmkd.seams.upstream_messages import handlers_writing_to
 from mmkd.units import readable_time
 
 from .log import LOG
@@ -30,9 +30,6 @@ from .log_lines import (
 )
 
 _phase: ContextVar[str] = ContextVar("phase", default="")
-
-# Libraries that write messages to the standard error that was there when they were imported.
-_LIBRARIES = ("", "transformers", "datasets", "huggingface_hub", "accelerate", "trl", "peft")
 
 
 @contextlib.contextmanager
@@ -207,8 +204,6 @@ class Status:
 
     def _move_messages(self) -> None:
         """Has messages of libraries printed above the line, and not into it: rich moves `sys.stderr` only."""
-        for name in _LIBRARIES:
-            for handler in logging.getLogger(name).handlers:
-                if type(handler) is logging.StreamHandler and handler.stream in (sys.__stderr__, sys.__stdout__):
-                    self._moved.append((handler, handler.stream))
-                    handler.setStream(sys.stderr)
+        for handler in handlers_writing_to(sys.__stderr__, sys.__stdout__):
+            self._moved.append((handler, handler.stream))
+            handler.setStream(sys.stderr)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmkd.errors import UserError
 from mmkd.publish.runs import LOG, RunFiles, is_run, read_run
 from mmkd.results.places import COMPARISON, RECORD
 
@@ -15,6 +16,10 @@ SILENT = 600
 """Seconds without a new line in the log after which an unfinished run counts as stopped."""
 
 _SHOWN = ("loss", "kl", "top1_agreement", "supervised_tokens_per_second", "eta_minutes")
+
+
+class UnknownRun(UserError):
+    """A run or a model of one is asked for that is not there."""
 
 
 class RunList:
@@ -28,18 +33,27 @@ class RunList:
         """The runs' folders by their paths under the root; the root itself is `.`."""
         return {path.relative_to(self.root).as_posix(): path for path in _runs_in(self.root, DEPTH)}
 
+    def folder(self, name: str) -> Path:
+        """The folder of a run by its path under the root. Raises UnknownRun for any other path."""
+        folders = self.folders()
+        if name not in folders:
+            raise UnknownRun(f"There is no run {name!r} in {self.root}.")
+        return folders[name]
+
     def run(self, name: str) -> RunFiles:
-        """The files of a run by its path under the root. Raises KeyError for what is none of them."""
-        folder = self.folders()[name]
+        """The files of a run by its path under the root. Raises UnknownRun for any other path."""
+        return self._files_of(self.folder(name))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What the list shows of each run, the newest first."""
+        rows = [_row(name, self._files_of(folder)) for name, folder in self.folders().items()]
+        return sorted(rows, key=lambda row: row["changed"], reverse=True)
+
+    def _files_of(self, folder: Path) -> RunFiles:
         state = _signature(folder)
         if folder not in self._read or self._read[folder][0] != state:
             self._read[folder] = (state, read_run(folder))
         return self._read[folder][1]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """What the list shows of each run, the newest first."""
-        rows = [_row(name, self.run(name)) for name in self.folders()]
-        return sorted(rows, key=lambda row: row["changed"], reverse=True)
 
 
 def _runs_in(folder: Path, depth: int) -> Iterator[Path]:

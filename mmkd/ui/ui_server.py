@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import html
 import io
 import json
 import math
@@ -31,7 +32,7 @@ from mmkd.publish.runs import Part, RunFiles
 from mmkd.publish.samples import samples_of
 from mmkd.units import readable_count
 
-from .run_list import RunList
+from .run_list import RunList, UnknownRun
 
 if TYPE_CHECKING:
     from mmkd.generation.generator import Sampling
@@ -43,6 +44,7 @@ TOKEN = "x-mmkd-token"
 """Header of every request that changes something. Pages of other sites can neither know nor send it."""
 
 MOST_TOKENS = 4096
+MOST_SAMPLES = 16
 MOST_BYTES = 30_000_000
 """Of a request: a conversation with pictures."""
 
@@ -68,7 +70,7 @@ def build_app(root: Path, token: str | None = None) -> Starlette:
         Route("/api/unload", pages.unload, methods=["POST"]),
         Route("/report", pages.report),
     ]
-    handlers: Any = {UserError: _refused, KeyError: _unknown}
+    handlers: Any = {UserError: _refused, UnknownRun: _unknown}
     return Starlette(routes=routes, middleware=[Middleware(_OnlyHere, pages.token)], exception_handlers=handlers)
 
 
@@ -120,7 +122,7 @@ class _Pages:
     async def page(self, request: Request) -> Response:
         """The page itself, with the token of this server."""
         text = _asset("ui_page.html").replace("{{token}}", self.token).replace("{{version}}", __version__)
-        text = text.replace("{{root}}", _escaped(str(self.list.root)))
+        text = text.replace("{{root}}", html.escape(str(self.list.root)))
         return HTMLResponse(text, headers={"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-store"})
 
     async def asset(self, request: Request) -> Response:
@@ -134,7 +136,7 @@ class _Pages:
 
     def curves(self, request: Request) -> Response:
         """The panels of one run, or the main lines of several."""
-        names = request.query_params.getlist("run")
+        names = _runs_named(request)
         shown = {name: _own_lines(self.list.run(name)) for name in names}
         runs = (
             shown[names[0]]
@@ -158,14 +160,14 @@ class _Pages:
 
     def samples(self, request: Request) -> Response:
         """The samples of one run or several."""
-        names = request.query_params.getlist("run")
+        names = _runs_named(request)
         return JSONResponse([_samples(name, self.list.run(name)) for name in names])
 
     def sides(self, request: Request) -> Response:
         """The models of a run that can be talked to."""
         from .conversation import sides_named, silent_side
 
-        folder = self.list.folders()[request.query_params["run"]]
+        folder = self.list.folder(_runs_named(request)[0])
         sides = sides_named(str(folder))
         loaded = len(self.models.loaded)
         facts = [
@@ -182,14 +184,15 @@ class _Pages:
 
     def report(self, request: Request) -> Response:
         """The report of a run as `mmkd report` would write it, written nowhere."""
-        page = render(HTML, page_facts(self.list.run(request.query_params["run"])))
+        page = render(HTML, page_facts(self.list.run(_runs_named(request)[0])))
         return HTMLResponse(page, headers={"Content-Security-Policy": _REPORT_POLICY, "Cache-Control": "no-store"})
 
     async def make_samples(self, request: Request) -> Response:
         """Has the models of a run answer held-out questions, as `mmkd report --samples` does."""
         body = await _body(request)
-        run = self.list.run(str(body["run"]))
-        count = max(1, min(int(body.get("count", 4)), 16))
+        run, count = self.list.run(_text_in(body, "run")), body.get("count", 4)
+        if not isinstance(count, int) or not 1 <= count <= MOST_SAMPLES:
+            raise UserError(f"count is a whole number from 1 to {MOST_SAMPLES}.")
         reason = await run_in_threadpool(self._with_models_free, run, count)
         return JSONResponse({"reason": reason})
 
@@ -202,8 +205,8 @@ class _Pages:
     async def chat(self, request: Request) -> Response:
         """The answer of one side, streamed as text; an error after its start as a last line that begins with NUL."""
         body = await _body(request)
-        folder = self.list.folders()[str(body["run"])]
-        side = await run_in_threadpool(self._side, folder, str(body["side"]))
+        folder = self.list.folder(_text_in(body, "run"))
+        side = await run_in_threadpool(self._side, folder, _text_in(body, "side"))
         messages, images = _conversation(body)
         sampling = _sampling(body)
         pieces = _told(self.models.reply(side, messages, images, sampling))
@@ -212,7 +215,10 @@ class _Pages:
     def _side(self, folder: Path, name: str) -> Any:
         from .conversation import sides_named
 
-        return sides_named(str(folder))[name]
+        sides = sides_named(str(folder))
+        if name not in sides:
+            raise UnknownRun(f"There is no {name!r} that answers here, only {', '.join(sides)}.")
+        return sides[name]
 
     async def unload(self, request: Request) -> Response:
         """Frees the memory of the models."""
@@ -235,6 +241,21 @@ async def _body(request: Request) -> Mapping[str, Any]:
     if not isinstance(body, dict):
         raise UserError("The request must be a JSON object.")
     return body
+
+
+def _runs_named(request: Request) -> list[str]:
+    """The runs that a request is about. Raises UserError where it names none."""
+    names = request.query_params.getlist("run")
+    if not names:
+        raise UserError("The request must name a run.")
+    return names
+
+
+def _text_in(body: Mapping[str, Any], key: str) -> str:
+    value = body.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"The request must have a text {key!r}.")
+    return value
 
 
 def _conversation(body: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[Image]]:
@@ -295,13 +316,9 @@ def _asset(name: str) -> str:
     return files("mmkd.ui").joinpath(name).read_text(encoding="utf-8")
 
 
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-
-
 async def _refused(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, status_code=400)
 
 
 async def _unknown(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": f"There is no {error} here."}, status_code=404)
+    return JSONResponse({"error": str(error)}, status_code=404)

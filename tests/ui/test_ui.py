@@ -133,6 +133,8 @@ def test_student_and_teacher_answer(client: TestClient) -> None:
         ({"messages": [{"role": "root", "content": "x"}]}, "needs a role"),
         ({"max_new_tokens": 10**9}, "at most 4096"),
         ({"temperature": "hot"}, "must be numbers"),
+        ({"run": None}, "must have a text 'run'"),
+        ({"side": 1}, "must have a text 'side'"),
         ({"images": ["/etc/passwd"]}, "data URL"),
         ({"images": ["data:image/png;base64,AAAA"]}, "cannot be read"),
     ],
@@ -142,6 +144,21 @@ def test_bad_questions_are_explained(client: TestClient, changed: dict[str, Any]
     reply = client.post("/api/chat", json=asked, headers=SECRET)
     assert reply.status_code == 400
     assert says in reply.json()["error"]
+
+
+def test_other_bad_requests_are_explained_and_faults_of_the_server_are_not_taken_for_them(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "must name a run" in client.get("/api/curves").json()["error"]
+    reply = client.post("/api/samples", json={"run": "deep/done <1>", "count": "many"}, headers=SECRET)
+    assert (reply.status_code, reply.json()["error"]) == (400, "count is a whole number from 1 to 16.")
+    asked = {"run": "deep/done <1>", "side": "nobody", "messages": [{"role": "user", "content": "x"}]}
+    reply = client.post("/api/chat", json=asked, headers=SECRET)
+    assert reply.status_code == 404
+    assert "'nobody'" in reply.json()["error"]
+    monkeypatch.setattr("mmkd.ui.ui_server.panels_of", lambda runs: {}["panels"])
+    with pytest.raises(KeyError):
+        client.get("/api/curves", params={"run": "deep/done <1>"})
 
 
 def test_pictures_for_a_model_that_cannot_see_are_refused_in_the_stream(client: TestClient) -> None:
