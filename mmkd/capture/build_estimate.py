@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmkd.errors import UserError
-from mmkd.units import readable_size
+from mmkd.units import readable_size, with_noun
 
 from .sequences import Sequences, TokenSequence, UnusableRow, usable
 
@@ -53,7 +53,7 @@ def report_estimate(plan: "ScorePlan", console: Console) -> None:
     table = Table(title="mmkd cache build: dry run", show_header=False)
     for name, value in (
         ("teacher", plan.manifest.identity["teacher"]["name"]),
-        ("sequences", f"{total:,} in {-(-total // plan.manifest.shard_rows):,} shards or more"),
+        ("sequences", f"{total:,} in {with_noun(-(-total // plan.manifest.shard_rows), 'shard')} or more"),
         ("tokens to read", f"{tokens:,.0f}"),
         ("supervised tokens", f"{labels:,.0f}"),
         ("bytes per supervised token", f"{encoded / supervised:.1f}"),

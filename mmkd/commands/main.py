@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.flags = flags
     command: Command = options.chosen
     if flags and command.recipe is None:
-        options.parser.error(f"unrecognized arguments: {' '.join(flags)}; its only flag is --help")
+        options.parser.error(f"unrecognized arguments: {' '.join(flags)}")
     keep_back_messages()
     _show_long_bars_only()
     try:

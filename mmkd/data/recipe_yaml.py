@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def _find(name_or_path: str, root: Path | None, base: Path | None) -> Path | Dat
         return recipe
     if is_path:
         raise UserError(
-            f"no file, folder or data recipe at {' or '.join(map(str, tried))}; check the path. `data` names a data "
+            f"no file, folder or data recipe at {' or '.join(map(str, tried))}; {_advice(tried)} `data` names a data "
             "recipe, a file of rows, a folder, a glob, or owner/name on the Hub."
         )
     assert root is not None
@@ -58,6 +59,17 @@ def _find(name_or_path: str, root: Path | None, base: Path | None) -> Path | Dat
         "For a recipe of your own give its path, such as ./my_data.yaml; rows may be named directly, such as "
         "./rows.jsonl."
     )
+
+
+def _advice(tried: Sequence[Path]) -> str:
+    """What to do about a path that is not there: the nearest name beside it, where one is near."""
+    if any(character in tried[0].name for character in "*?["):
+        return "no file matches this glob; check it."
+    for path in tried:
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        for name in get_close_matches(path.name, names, 1, 0.8):
+            return f"did you mean {name}?"
+    return "check the path."
 
 
 def _load(name_or_path: str, *, root: Path | None, base: Path | None, parents: tuple[Path, ...]) -> DataRecipe:

@@ -99,6 +99,11 @@ def _words(flag: Flag, least: int, most: int | None, method: str, parser: KeyPar
     most = 1 if flag.joined else most
     if most is not None and len(flag.values) > most:
         word = flag.values[most]
+        if flag.typed == "--data":
+            raise UserError(
+                f"--data takes one source of rows, and {word} is another. Put a glob in quotes; to mix sources, write "
+                "a data recipe with `mixture:`."
+            )
         hint = hint_at(word.partition("=")[0], parser.names)
         raise UserError(f"{word} is no flag of method {method}; write --key value.{hint}")
     return flag.values

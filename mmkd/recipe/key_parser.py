@@ -136,6 +136,12 @@ class KeyParser:
             return None
         if isinstance(value, bool) and name == "resume_from_checkpoint":
             return value
+        if name == "data" and isinstance(value, list | dict):
+            raise UserError(
+                f"data is {shown(value)}, and it takes one source of rows. For files of one layout name their folder "
+                'or a glob, such as data: "part-*.jsonl", or list them in a data recipe as '
+                "`data_files: {train: [a.jsonl, b.jsonl]}`. To mix sources, write a data recipe with `mixture:`."
+            )
         # Where a mapping or nothing can be given to transformers, false may say nothing.
         if value is False and dict in field.kinds and name not in _OURS:
             return value

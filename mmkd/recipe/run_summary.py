@@ -11,7 +11,7 @@ from rich.console import Console
 from mmkd.training.log_lines import measures_of
 from mmkd.training.method import METHODS
 from mmkd.training.run_trainer import RunTrainer
-from mmkd.units import readable_time
+from mmkd.units import readable_time, with_noun
 
 from .recipe import Run
 
@@ -88,7 +88,7 @@ def _cost(trainer: RunTrainer) -> str:
     seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), 0.0)
     tokens = next((entry["supervised_tokens"] for entry in reversed(log) if "supervised_tokens" in entry), None)
     learnt = "" if tokens is None else f", {tokens:,} supervised tokens"
-    return f"Finished: {trainer.state.global_step} steps in {readable_time(seconds)}{learnt}."
+    return f"Finished: {with_noun(trainer.state.global_step, 'step')} in {readable_time(seconds)}{learnt}."
 
 
 def _table(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[str]:

@@ -421,3 +421,12 @@ def test_a_classifier_of_class_folders(capsys: pytest.CaptureFixture[str]) -> No
     keys = {"method": "dho", "objective": "ce", "student": "student", "student_init": "random", "data": "colours"}
     assert main(["train", run_keys(**keys)]) == 0, capsys.readouterr().err
     assert json.loads(Path("run/config.json").read_text())["id2label"] == {"0": "blue", "1": "red"}
+
+
+def test_a_wrong_path_names_the_nearest_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("train_rows.jsonl", rows_of("chat"))
+    with pytest.raises(UserError, match=r"train_row\.jsonl; did you mean train_rows\.jsonl\?"):
+        DataRecipe.load("train_row.jsonl")
+    with pytest.raises(UserError, match=r"part-\*\.jsonl; no file matches this glob"):
+        DataRecipe.load("part-*.jsonl")
