@@ -22,6 +22,7 @@ from mmkd.preparation.fit import Misfit
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run_models import check_student, student_processing_class, teacher_processing_class
 from mmkd.training.config import DistillationConfig
+from mmkd.training.method import METHODS
 from mmkd.training.preparing import sequences_of
 
 TRAIN_ROWS = 256
@@ -144,6 +145,8 @@ class Sample:
     """Split -> rows that the run will use, at most; None where nobody knows."""
     unreadable: dict[int, str]
     """Training rows that cannot be decoded, and why; they are not among `rows`."""
+    assumed_answer: int | None = None
+    """Tokens of the stand-in for the answer that the teacher will write, where rows are prompts only."""
 
     @property
     def has_images(self) -> bool:
@@ -175,7 +178,21 @@ def take_sample(run: Run) -> Sample:
         if not len(rows["train"]):
             first = next(iter(unreadable.values()))
             raise UserError(f"None of the first {len(unreadable)} rows of {recipe.name} can be decoded: {first}")
-    return Sample(rows, totals, unreadable)
+    method, assumed = METHODS[arguments.method], None
+    if method.answer_tokens is not None and set(rows["train"].column_names) <= {"prompt", "images"}:
+        assumed = method.answer_tokens(run.training)
+        for split, dataset in rows.items():
+            rows[split] = dataset.map(_with_answer, fn_kwargs={"tokens": assumed}, keep_in_memory=True)
+    return Sample(rows, totals, unreadable, assumed)
+
+
+def _with_answer(row: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The answer of a prompt that has none yet: about so many tokens, in the form of the prompt."""
+    text, prompt = " ".join(["a"] * tokens), row["prompt"]
+    if isinstance(prompt, str):
+        return {"completion": f" {text}"}
+    content = text if isinstance(prompt[-1]["content"], str) else [{"type": "text", "text": text}]
+    return {"completion": [{"role": "assistant", "content": content}]}
 
 
 def _documented(recipe: DataRecipe, split: str, dataset: Dataset) -> int | None:

@@ -19,6 +19,10 @@ class MethodFacts:
     """Of the rows."""
     served: bool
     """Whether a server runs the teacher."""
+    answered: bool
+    """Whether the rows have answers of their own."""
+    room: int
+    """Tokens of max_length that the longest sampled row leaves for an answer."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,25 @@ class TokenMethod:
     """Whether it learns from pictures too."""
     reads_cache: bool = False
     """Whether a teacher that does not fit beside the student can be run before training."""
+    answer_tokens: int = 0
+    """Of an answer that the teacher writes during training, at most."""
 
 
-def set_rollouts(draft: Draft, columns: Sequence[str]) -> None:
+ROLLOUT_TOKENS = 128
+"""Of an answer that the student writes, at most."""
+
+_ANSWER_TOKENS = 256
+
+
+def prompts_only(columns: Sequence[str]) -> bool:
+    """Whether rows have no answer."""
+    return set(columns) <= {"prompt", "images"}
+
+
+def set_rollouts(draft: Draft, facts: MethodFacts) -> None:
     """The keys of answers that the student writes itself, for every method over tokens."""
-    prompts = set(columns) == {"prompt"}
+    columns = facts.columns
+    prompts = prompts_only(columns)
     draft.set(
         "method",
         "on_policy_fraction",
@@ -49,9 +67,8 @@ def set_rollouts(draft: Draft, columns: Sequence[str]) -> None:
         else "Share of the prompts that the student answers itself; the others have the data's answers.",
     )
     room = int(draft.keys["max_length"]) // 2
-    draft.set(
-        "method", "rollout_max_tokens", min(128, max(1, room)), "A student goes wrong early: short ones will do."
-    )
+    tokens = min(ROLLOUT_TOKENS, max(1, room, facts.room if prompts else 0))
+    draft.set("method", "rollout_max_tokens", tokens, "A student goes wrong early: short ones will do.")
     if "text" in columns:
         draft.set("method", "rollout_prompt_tokens", max(1, min(64, room)), "Plain text: so much of it is continued.")
 
@@ -83,11 +100,15 @@ def _chunks(draft: Draft, facts: MethodFacts) -> None:
 
 def _rounds(draft: Draft, facts: MethodFacts) -> None:
     images = "images" in facts.columns
+    assessor = "likelihood"
+    if images or facts.served:
+        # Rouge compares with the data's own answers.
+        assessor = "agreement" if images or not facts.answered else "rouge"
     draft.set("method", "rounds", 2, "After the first, which learns the teacher's answers to your own questions.")
     draft.set(
         "method",
         "assessor",
-        "agreement" if images else "rouge" if facts.served else "likelihood",
+        assessor,
         "Finds what the student fails at. `judge` lets the teacher rate both answers, which needs one of 7B or more.",
     )
     draft.set(
@@ -99,9 +120,10 @@ def _rounds(draft: Draft, facts: MethodFacts) -> None:
         else "The teacher writes new questions like those that the student fails at.",
     )
     draft.set("method", "new_instructions", 256, "New questions per round.")
-    room = max(1, int(draft.keys["max_length"]) // 2)
-    draft.set("method", "answer_max_new_tokens", min(256, room), "Longer answers are left out.")
-    draft.set("method", "held_out_metric", "rouge", "How held-out answers are compared with yours.")
+    room = max(1, int(draft.keys["max_length"]) // 2, facts.room)
+    draft.set("method", "answer_max_new_tokens", min(_ANSWER_TOKENS, room), "Longer answers are left out.")
+    if facts.answered:
+        draft.set("method", "held_out_metric", "rouge", "How held-out answers are compared with yours.")
 
 
 TOKEN_METHODS = {
@@ -131,6 +153,7 @@ TOKEN_METHODS = {
             "In each round the student's failures decide what the teacher is asked next.",
             _rounds,
             tokenizers="any",
+            answer_tokens=_ANSWER_TOKENS,
         ),
     )
 }

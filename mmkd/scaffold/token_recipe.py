@@ -18,7 +18,7 @@ from .draft import Draft, counted
 from .init_answers import Answers
 from .init_tasks import OTHER_TOKENIZER, TASKS, named
 from .memory_fit import LORA, Fit, Looked, fit_tokens, savings
-from .token_methods import TOKEN_METHODS, MethodFacts, TokenMethod, set_rollouts
+from .token_methods import ROLLOUT_TOKENS, TOKEN_METHODS, MethodFacts, TokenMethod, prompts_only, set_rollouts
 
 _LONGEST = 2048
 """Tokens of a row beyond which rows are cut unless the user raises it: attention and activations grow with it."""
@@ -33,14 +33,16 @@ def draft_tokens(answers: Answers, console: Console) -> tuple[Draft, Fit]:
     _models(draft, answers)
     draft.set("data", "data", answers.data)
     draft.set("training", "output_dir", answers.output_dir, "The student, its checkpoints and its logs.")
-    run = Recipe.of(draft.keys, answers.output).parse()
+    asked = TOKEN_METHODS[answers.task.method].answer_tokens
+    assumed = {"answer_max_new_tokens": asked} if asked else {}
+    run = Recipe.of({**draft.keys, **assumed}, answers.output).parse()
     sample = take_sample(run)
     columns = sample.rows["train"].column_names
     _check_columns(answers, columns)
     student, teacher = student_side(run), teacher_side(run)
     method = _method(answers, student, teacher, console)
     draft.set("models", "method", method.name, method.why)
-    if set(columns) == {"prompt"}:
+    if prompts_only(columns):
         # Such rows can be read by nothing else.
         run = Recipe.of({**draft.keys, "on_policy_fraction": 1.0}, answers.output).parse()
     rendered = render(run, student, sample)
@@ -48,20 +50,17 @@ def draft_tokens(answers: Answers, console: Console) -> tuple[Draft, Fit]:
     longest = max((len(row.ids) for row in rendered.usable), default=0)
     if not longest:
         raise UserError(f"No row of {answers.data} can be used. `mmkd data preview {answers.data}` shows why.")
-    limit = min([_LONGEST, *(limit for side in (student, teacher) if (limit := positions_of(side.config)))])
-    length = min(limit, 64 * math.ceil((longest + 1) / 64))
-    cut = f"; longer rows are cut at this, and {longest:,} would cut none of them" if longest > length else ""
-    draft.set(
-        "data",
-        "max_length",
-        length,
-        f"Tokens of a row. The longest of {len(rendered.usable)} sampled rows has {longest:,}{cut}.",
-    )
+    # Without the stand-in for an answer.
+    longest -= sample.assumed_answer or 0
+    _length(draft, looked, longest, method.answer_tokens or (ROLLOUT_TOKENS if prompts_only(columns) else 0))
     if "messages" in columns:
         draft.set("data", "assistant_only_loss", True, "Learn what the assistant says, and not what it is asked.")
+    answered = sample.assumed_answer is None and not prompts_only(columns)
+    room = int(draft.keys["max_length"]) - longest
+    facts = MethodFacts(student, teacher, columns, answers.server is not None, answered, room)
     if answers.task.rollouts:
-        set_rollouts(draft, columns)
-    method.set_keys(draft, MethodFacts(student, teacher, columns, answers.server is not None))
+        set_rollouts(draft, facts)
+    method.set_keys(draft, facts)
     rows = sample.totals["train"]
     most = 32 if answers.device.kind != "cpu" else 8
     if rows is not None:
@@ -69,8 +68,19 @@ def draft_tokens(answers: Answers, console: Console) -> tuple[Draft, Fit]:
         most = min(most, max(4, 2 ** int(math.log2(max(1, rows // 16)))))
     fit = fit_tokens(Recipe.of(draft.keys, answers.output), looked, answers.device, _tries(answers, method), most)
     _memory(draft, answers, fit, most)
-    _training(draft, answers, fit, sample)
+    _training(draft, answers, fit, sample, answered)
     return draft, fit
+
+
+def _length(draft: Draft, looked: Looked, longest: int, answer: int) -> None:
+    """max_length, with room for an answer that a model writes."""
+    sides = [side for side in (looked.student, looked.teacher) if side is not None]
+    limit = min([_LONGEST, *(limit for side in sides if (limit := positions_of(side.config)))])
+    length = min(limit, 64 * math.ceil((longest + answer + 1) / 64))
+    sampled = f"The longest of {len(looked.rendered.usable)} sampled rows has {longest:,}"
+    room = f", and room is left for a new answer of up to {answer}" if answer else ""
+    cut = f"; longer rows are cut at this, and {longest:,} would cut none of them" if longest > length else ""
+    draft.set("data", "max_length", length, f"Tokens of a row. {sampled}{room}{cut}.")
 
 
 def _models(draft: Draft, answers: Answers) -> None:
@@ -133,7 +143,7 @@ def _check_columns(answers: Answers, columns: list[str]) -> None:
         )
     if images and task.images == "unread":
         raise UserError(f"{answers.data} has pictures, and task {task.name} is about text. Choose task vlm.")
-    if set(columns) == {"prompt"} and not task.takes_prompts:
+    if prompts_only(columns) and not task.takes_prompts:
         takers = named([other.name for other in TASKS.values() if other.takes_prompts])
         raise UserError(
             f"{answers.data} has prompts and no answers, which task {task.name} learns from. Choose task {takers}, or "
@@ -186,8 +196,8 @@ def _memory(draft: Draft, answers: Answers, fit: Fit, most: int) -> None:
         draft.set("models" if key == "student" else "memory", key, value, why if value else otherwise)
 
 
-def _training(draft: Draft, answers: Answers, fit: Fit, sample: Sample) -> None:
-    rows, columns = sample.totals["train"], sample.rows["train"].column_names
+def _training(draft: Draft, answers: Answers, fit: Fit, sample: Sample, answered: bool) -> None:
+    rows = sample.totals["train"]
     epochs = 1 if rows is None or rows > 20_000 else 3
     total = "how many rows there are is not known" if rows is None else f"{rows:,} rows"
     draft.set("training", "num_train_epochs", epochs, f"Passes over the data: {total}.")
@@ -198,7 +208,7 @@ def _training(draft: Draft, answers: Answers, fit: Fit, sample: Sample) -> None:
     if "dtype" not in fit.keys:
         draft.set("training", "dtype", "float32", "The student's weights, so that small updates are not rounded away.")
     draft.set("training", "bf16", True, "Products in bf16. A CPU without instructions for it computes in float32.")
-    has_eval = "eval" in sample.rows and columns != ["prompt"]
+    has_eval = "eval" in sample.rows and answered
     schedule(draft, rows, fit.batch * draft.keys["gradient_accumulation_steps"], epochs, has_eval)
 
 

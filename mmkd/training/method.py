@@ -64,6 +64,10 @@ class Method:
     drive: Drive | None = None
     """Set where a run consists of several trainings, which it starts one after another."""
 
+    answer_tokens: Callable[[Any], int] | None = None
+    """Set where the teacher writes the answers, so that rows may be prompts only: the settings of training -> tokens
+    of the longest answer."""
+
     dry_run: DryRun | None = None
     check: Check | None = None
     examine: Examine | None = None

@@ -1,5 +1,6 @@
 """`mmkd init` without a terminal: a recipe for every task, which doctor finds sound and which trains."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import yaml
 
 from mmkd.commands.main import main
 from mmkd.recipe.recipe import Recipe
+from tests.scaffold.conftest import write_rows
 from tests.teachers.fake_vllm import FakeVLLM, fake_vllm
 
 CASES: dict[str, tuple[str, str, str, str]] = {
@@ -70,3 +72,16 @@ def test_rounds(workplace: Path, models: dict[str, Path], capsys: Any) -> None:
     rambling = ["--answer_temperature", "1", "--answer_max_new_tokens", "150", "--max_length", "256", "--rounds", "0"]
     assert main(["train", "mine.yaml", *SHORT, *rambling]) == 0
     assert (Path("runs/mine") / "model.safetensors").is_file()
+
+
+def test_rounds_on_prompts_alone(workplace: Path, models: dict[str, Path], capsys: Any) -> None:
+    asked = [json.loads(line)["prompt"] for line in Path("prompts.jsonl").read_text().splitlines()]
+    write_rows(Path("prompts.jsonl"), [{"prompt": [{"role": "user", "content": text}]} for text in asked])
+    assert main([*flags_of("comd", models), "--data", "prompts.jsonl"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The rows are prompts only. The checks assume answers of" in shown
+    assert "Sound: 0 problems" in shown
+    keys = Recipe.read("mine.yaml").keys
+    assert "held_out_metric" not in keys
+    assert "eval_strategy" not in keys
+    assert keys["answer_max_new_tokens"] > 64, "The model's 256 tokens have room for more than half a short prompt."

@@ -46,9 +46,8 @@ def dry_run_comd(run: Run, console: Console) -> DistillationTrainer:
         named = getattr(training, f"{role}_server") or getattr(training, f"{role}_model") or "the teacher"
         table.add_row(role, f"{kind}, {named}" if kind in ("judge", "model") else kind)
     longest = (len(seeds) + made) * training.answer_max_new_tokens
-    table.add_row(
-        "teacher's answers", f"at most {longest:,} tokens, budget {training.max_teacher_tokens or 'unlimited'}"
-    )
+    budget = f"{training.max_teacher_tokens:,}" if training.max_teacher_tokens else "unlimited"
+    table.add_row("teacher's answers", f"at most {longest:,} tokens, budget {budget}")
     console.print(table)
     write_lines(folder / "pool.jsonl", [row_of(instruction, instruction.reference or "?") for instruction in seeds])
     recipes.write_data(folder, any(instruction.images for instruction in seeds), None)

@@ -87,7 +87,7 @@ class LocalEngine(Engine):
         longest = max(len(prompt.ids) for prompt in prompts)
         if positions is not None and longest + sampling.max_new_tokens > positions:
             raise UserError(
-                f"A question to {self.name} has {longest} tokens and may be answered in {sampling.max_new_tokens}, "
+                f"{self.name}: a question has {longest} tokens and may be answered in {sampling.max_new_tokens}, "
                 f"but the model has room for {positions}. Lower answer_max_new_tokens, or filter long rows out."
             )
         replies = []

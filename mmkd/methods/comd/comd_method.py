@@ -13,6 +13,7 @@ METHOD = Method(
     CoMDTrainer,
     leaves_whole_student=True,
     drive=train_rounds,
+    answer_tokens=lambda training: training.answer_max_new_tokens,
     dry_run=dry_run_comd,
     examine=examine_rounds,
     unused={

@@ -105,7 +105,8 @@ def read_instructions(dataset: Dataset, store: ImageStore) -> list[Instruction]:
     if "text" in columns or any(isinstance(row, str) for row in dataset[:1].get("prompt", [])):
         raise UserError(
             "comd asks a teacher through messages, but the data holds plain text. Map its columns to messages, such "
-            "as `messages: {user: '{question}', assistant: '{answer}'}`.",
+            "as `messages: {user: '{question}', assistant: '{answer}'}`. Prompts without answers are rows such as "
+            '{"prompt": [{"role": "user", "content": "..."}]}.',
             because="not built",
         )
     instructions: dict[str, Instruction] = {}

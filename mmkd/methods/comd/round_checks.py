@@ -22,6 +22,9 @@ def examine_rounds(run: Run, sharded: bool) -> list[Finding]:
         book.check("roles", roles, run)
         if sample is not None:
             book.check("budget", budget, sample, run)
+            if sample.assumed_answer is not None:
+                text = f"The rows are prompts only. The checks assume answers of {sample.assumed_answer} tokens."
+                book.findings.append(Finding("ok", "answers", text))
 
     return examine_tokens(run, sharded, of_the_loop)
 

@@ -71,11 +71,9 @@ def _data(classes: Classes) -> list[Finding]:
     rows = ", ".join(f"{len(split):,} {name}" for name, split in sizes.items() if split is not None)
     names = data.class_names
     of_each = sorted(counts[number] for number in range(len(names)))
-    findings = [
-        Finding(
-            "ok", "data", f"{len(names)} classes, {of_each[0]:,} to {of_each[-1]:,} labelled rows of each; {rows}."
-        )
-    ]
+    fewest, most = of_each[0], of_each[-1]
+    each = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    findings = [Finding("ok", "data", f"{len(names)} classes, {each} labelled rows of each; {rows}.")]
     for name in ("validation", "test"):
         split = sizes[name]
         if split is None:
