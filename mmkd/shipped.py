@@ -125,7 +125,8 @@ def find_recipe(name_or_path: str | Path, kind: str = "trainers") -> Path:
     name = path.as_posix().removeprefix(f"{kind}/").removesuffix(".yaml") + ".yaml"
     if name in recipes:
         return recipe_root(kind) / name
-    hint = f"the nearest is {nearest(name, recipes)!r}, and " if recipes else ""
+    known = [*recipes, *map(os.fspath, sorted(path.parent.glob("*.y*ml")))]
+    hint = f"the nearest is {nearest(name, known)!r}, and " if known else ""
     raise UserError(
         f"{os.fspath(name_or_path)!r} is neither a file nor a recipe that ships under {kind}/; "
         f"{hint}`mmkd recipes ls` lists them all."

@@ -153,6 +153,7 @@ def test_a_missing_recipe_names_what_there_is(mmkd: Run) -> None:
     done = mmkd("train", "kd/quikstart.yaml")
     assert done.returncode == 2
     assert "kd/quickstart.yaml" in done.stderr
+    assert "nearest is 'recipe.yaml'" in mmkd("train", "recipie.yaml").stderr
 
 
 def test_dry_run_reports_and_trains_nothing(mmkd: Run, workplace: Path) -> None:
@@ -160,6 +161,9 @@ def test_dry_run_reports_and_trains_nothing(mmkd: Run, workplace: Path) -> None:
     assert done.returncode == 0, done.stderr
     for word in ("student", "teacher", "supervised", "optimizer steps", "memory: at least", "first batch, row 1"):
         assert word in done.stdout
+    # The part that is learnt is marked as by `mmkd data preview`, and padding is not shown.
+    assert "[[" in done.stdout.partition("first batch")[2]
+    assert "<|pad|>" not in done.stdout
     assert not (workplace / "run").exists()
 
 

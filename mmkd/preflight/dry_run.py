@@ -10,13 +10,14 @@ from rich.text import Text
 
 from mmkd.models.backbone import head_of
 from mmkd.models.load import tokenizer_of
+from mmkd.precision import name_of_dtype
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run import build_token_trainer
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.several import parts_of
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.method import METHODS
-from mmkd.units import readable_size
+from mmkd.units import readable_size, with_noun
 
 from .estimate import estimate_memory
 
@@ -49,19 +50,23 @@ def report(trainer: DistillationTrainer, memory: Mapping[str, float], console: C
         table.add_row(f"memory: {name}", readable_size(size))
     table.add_row("memory: at least", readable_size(sum(memory.values())))
     console.print(table)
-    console.print(render_first_batch(trainer))
+    console.print(render_first_batch(trainer, plain=console.color_system is None or console.no_color))
 
 
-def render_first_batch(trainer: DistillationTrainer, rows: int = 2, width: int = 1200) -> Text:
-    """The text of the first batch, supervised tokens in green between [ and ]."""
+def render_first_batch(trainer: DistillationTrainer, plain: bool, rows: int = 2, width: int = 1200) -> Text:
+    """The text of the first batch; supervised tokens are green, or stand between [[ and ]] where it is plain."""
     batch = next(iter(trainer.get_train_dataloader()))
     tokenizer, text = tokenizer_of(trainer.processing_class), Text()
     for number, (ids, labels) in enumerate(zip(batch["input_ids"][:rows], batch["labels"][:rows], strict=True)):
         text.append(f"\nfirst batch, row {number + 1} of {len(batch['input_ids'])}: ", style="bold")
         start = len(text)
+        if "attention_mask" in batch:
+            real = batch["attention_mask"][number].bool()
+            ids, labels = ids[real], labels[real]
         for token_ids, supervised in runs_of(ids.tolist(), (labels != -100).tolist()):
             piece = str(tokenizer.decode(token_ids))
-            text.append(f"[{piece}]" if supervised else piece, style="green" if supervised else "dim")
+            marked = f"[[{piece}]]" if supervised and plain else piece
+            text.append(marked, style="green" if supervised else "dim")
             if len(text) - start > width:
                 text.append(" ...")
                 break
@@ -77,7 +82,7 @@ def _models(trainer: DistillationTrainer) -> list[tuple[str, str]]:
     for name, teacher in zip(names, parts_of(trainer.teacher), strict=True):
         if isinstance(teacher, LocalTeacher):
             weights = list(teacher.model.parameters())
-            size = f"{_count(sum(p.numel() for p in weights))} parameters, {weights[0].dtype}"
+            size = f"{_count(sum(p.numel() for p in weights))} parameters, {name_of_dtype(weights[0].dtype)}"
             rows.append((f"teacher {name}".strip(), size))
     vocabulary = f"{trainer.vocab_size:,} tokens compared"
     padding = len(head.weight) - trainer.vocab_size
@@ -96,7 +101,10 @@ def _data(trainer: DistillationTrainer) -> list[tuple[str, str]]:
     # A row of a pack holds several of those that were counted.
     rows = len(data) if args.packing else counts.rows - counts.silent - counts.emptied
     tokens = steps * batch * (counts.supervised - counts.lost_supervised) // max(1, rows)
-    return [*entries, ("steps", f"{steps:,} optimizer steps of {batch} rows, about {tokens:,} tokens")]
+    return [
+        *entries,
+        ("steps", f"{with_noun(steps, 'optimizer step')} of {batch} rows, about {tokens:,} tokens"),
+    ]
 
 
 def runs_of(ids: list[int], supervised: list[bool]) -> list[tuple[list[int], bool]]:
