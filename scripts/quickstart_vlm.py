@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
 
 from mmkd.commands.train import train
 from mmkd.eval.asked_questions import Questions
 from mmkd.eval.compare import Asked, compare
 from mmkd.recipe.flags import recipe_of
-from mmkd.results.tables import show
+from mmkd.results.tables import show, table_console
 from scripts import make_easy_vqa_models
 from scripts.make_easy_vqa import OUTPUT_DIR, make_easy_vqa
 
@@ -58,7 +57,7 @@ def main() -> None:
     )
     picture = options.output / "answers.png"
     sheet.save(picture)
-    show(comparison, Console(width=120))
+    show(comparison, table_console())
     print(f"Some of the questions with the models' answers: {picture}")
 
 

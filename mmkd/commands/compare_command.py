@@ -73,12 +73,10 @@ def with_baseline(recipe: "Recipe") -> int:
 def _compare(recipes: "list[Recipe]", seeds: list[int], output: Path, asked: "Asked | None" = None) -> int:
     import importlib.util
 
-    from rich.console import Console
-
     from mmkd.eval.compare import NAME, PAGE, compare
     from mmkd.eval.compare_progress import LOG_NAME, quiet
     from mmkd.publish.report_page import write_report
-    from mmkd.results.tables import show
+    from mmkd.results.tables import show, table_console
 
     from .train import train
 
@@ -88,7 +86,7 @@ def _compare(recipes: "list[Recipe]", seeds: list[int], output: Path, asked: "As
     except KeyboardInterrupt:
         print("\nInterrupted. Finished trainings are kept: the same command goes on with the next one.")
         return 130
-    show(comparison, Console(width=120))
+    show(comparison, table_console())
     for name in (NAME, PAGE, *([comparison["picture"]] if "picture" in comparison else [])):
         print(output / name)
     # A comparison of hours ends well without a package that draws.

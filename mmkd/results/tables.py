@@ -6,10 +6,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mmkd.units import readable_size
+from mmkd.units import readable_size, with_noun
 
 Cells = tuple[str, list[str], list[list[str]]]
 """Title, header, lines."""
+
+
+def table_console() -> Console:
+    """As wide as the terminal. What goes to a file gets 120 columns, in which the tables need no folding."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def show(comparison: Mapping[str, Any], console: Console) -> None:
@@ -124,5 +130,5 @@ def _footer(comparison: Mapping[str, Any]) -> str:
     between = "; intervals: 95 %, paired bootstrap over held-out items and seeds" if gains else ""
     on = f" Measured on {comparison['measured_on']}." if comparison.get("measured_on") else ""
     where = facts["processor"] if facts["device"] == "cpu" else facts["device"]
-    machine = f"{where}, {facts['threads']} threads, torch {facts['versions']['torch']}"
+    machine = f"{where}, {with_noun(facts['threads'], 'thread')}, torch {facts['versions']['torch']}"
     return f"Seeds {seeds}{spread}{between}. {machine}.{on}"
