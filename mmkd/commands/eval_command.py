@@ -12,8 +12,6 @@ from .command import Command
 
 if TYPE_CHECKING:
     from mmkd.eval.harness import Settings
-    from mmkd.eval.measures import HeldOut
-    from mmkd.eval.model import EvalModel
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -56,6 +54,7 @@ def run(options: Namespace) -> int:
     from mmkd.eval.model import ensemble_of, find_model
     from mmkd.eval.results import NAME
     from mmkd.eval.suites import suite_names, tasks_of
+    from mmkd.publish.as_trained import as_trained
 
     hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     models = [find_model(name, **hub) for name in options.models]
@@ -78,7 +77,9 @@ def run(options: Namespace) -> int:
         for model in models:
             scores[model.name] = evaluate(model, tasks, settings, options.output, options.include_path)
             if options.measures is not None:
-                rows, beside = _as_trained(model, held, teacher, options)
+                rows, beside = held, teacher
+                if options.measures != ["cost"]:
+                    rows, beside = as_trained(model, held, teacher, options.rows, options.max_new_tokens)
                 measured[model.name] = measures.measure(
                     model, options.measures, rows, settings, beside, options.output
                 )
@@ -92,43 +93,6 @@ def run(options: Namespace) -> int:
     for model in models:
         print(f"{(options.output or model.results_folder) / NAME}")
     return 0
-
-
-def _as_trained(
-    model: "EvalModel", held: "HeldOut | None", teacher: "EvalModel | None", options: Namespace
-) -> "tuple[HeldOut | None, EvalModel | None]":
-    """What a model is measured on and beside: what flags say, or else the data and the teacher of its run.
-
-    Says what it takes of the run, and what of it cannot be had any more.
-    """
-    from mmkd.eval.measures import HeldOut
-    from mmkd.eval.model import find_model
-    from mmkd.publish.runs import record_of
-    from mmkd.training.method import METHODS
-
-    record = record_of(Path(model.name)) if Path(model.name).is_dir() else {}
-    keys, method = record.get("keys", {}), record.get("method")
-    if str(method) not in METHODS or METHODS[str(method)].predicts != "tokens" or options.measures == ["cost"]:
-        return held, teacher
-    if held is None and keys.get("data"):
-        own = HeldOut(str(keys["data"]), options.rows, max_new_tokens=options.max_new_tokens)
-        try:
-            own.load()
-            held = own
-            print(f"{model.name}: measured on the held-out rows of {own.data}; --data names others.", file=sys.stderr)
-        except UserError as error:
-            print(f"{model.name}: not measured on the data of its run. {error}", file=sys.stderr)
-    if teacher is None and keys.get("teacher"):
-        revision, trust = keys.get("teacher_revision"), bool(keys.get("trust_remote_code"))
-        beside = find_model(str(keys["teacher"]), revision, trust)
-        try:
-            # What is no longer there says so here.
-            _ = beside.weights
-            teacher = beside
-            print(f"{model.name}: measured beside {beside.name}; --teacher names another.", file=sys.stderr)
-        except (UserError, OSError) as error:
-            print(f"{model.name}: not measured beside its teacher. {error}", file=sys.stderr)
-    return held, teacher
 
 
 def _settings(options: Namespace) -> "Settings":

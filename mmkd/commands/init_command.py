@@ -28,7 +28,7 @@ def run(options: Namespace) -> int:
     from rich.console import Console
 
     from mmkd.scaffold.init import init
-    from mmkd.scaffold.init_answers import Wishes
+    from mmkd.scaffold.init_answers import InitFlags
     from mmkd.scaffold.questions import Asker, edit_lines, is_terminal
 
     names = ("output", "task", "data", "gpu", "teacher", "server", "student", "keep_layers", "output_dir", "force")
@@ -36,7 +36,7 @@ def run(options: Namespace) -> int:
     if interactive:
         edit_lines()
     asker = Asker(Console(highlight=False), options.yes, interactive)
-    return init(Wishes(**{name: getattr(options, name) for name in names}), asker)
+    return init(InitFlags(**{name: getattr(options, name) for name in names}), asker)
 
 
 COMMAND = Command(

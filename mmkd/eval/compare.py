@@ -120,12 +120,14 @@ class Comparing:
         jobs = [(candidate, seed) for candidate in self.candidates for seed in self.seeds]
         self._begin(jobs)
         runs = [self._trained(candidate, seed) for candidate, seed in jobs]
-        found = []
+        trained = []
         for number, candidate in enumerate(self.candidates):
             own = runs[number * len(self.seeds) :][: len(self.seeds)]
-            found.append(Row(candidate.name, candidate.role, candidate.recipe.name, own, [*map(self._tasks_of, own)]))
+            trained.append(
+                Row(candidate.name, candidate.role, candidate.recipe.name, own, [*map(self._tasks_of, own)])
+            )
         order = ("baseline", "control", "student")
-        rows += sorted(found, key=lambda row: order.index(row.role))
+        rows += sorted(trained, key=lambda row: order.index(row.role))
         judge = self.judge.name if self.judge else None
         comparison = summary(rows, self.seeds, self.first.flags(), judge, self.method)
         picture = self._plot(rows)
@@ -139,23 +141,23 @@ class Comparing:
 
     def _candidates(self, trained: Mapping[str, Recipe]) -> list[Candidate]:
         """Students first: what they are compared with may depend on what came of them."""
-        baseline, found = self.asked.baseline, []
+        baseline, candidates = self.asked.baseline, []
         roles = {name: "student" if distils(recipe) else "control" for name, recipe in trained.items()}
         if self.method.baseline_method is not None and not isinstance(baseline, Recipe):
             plain = next((name for name, role in roles.items() if role == "control"), None)
             roles |= {} if plain is None else {plain: "baseline"}
         for name, recipe in trained.items():
-            found.append(Candidate(name, roles[name], recipe, lambda seed, own=recipe: [self._seeded(own, seed)]))
+            candidates.append(Candidate(name, roles[name], recipe, lambda seed, own=recipe: [self._seeded(own, seed)]))
         student = next((name for name, role in roles.items() if role == "student"), None)
         if isinstance(baseline, Recipe):
             given = Candidate(label(baseline), "baseline", baseline, lambda seed: [self._seeded(baseline, seed)])
-            found.append(given)
+            candidates.append(given)
         elif baseline is None and "baseline" not in roles.values() and student is not None:
-            found.append(self._made_baseline(trained[student]))
+            candidates.append(self._made_baseline(trained[student]))
         for name in self.asked.controls:
             assert student is not None
-            found.append(self._control(name, self.method.controls[name], trained[student]))
-        return found
+            candidates.append(self._control(name, self.method.controls[name], trained[student]))
+        return candidates
 
     def _made_baseline(self, student: Recipe) -> Candidate:
         # One that depends on what came of its student is another one for each seed.
@@ -246,11 +248,11 @@ class Comparing:
 
 def labelled(recipes: Sequence[Recipe]) -> dict[str, Recipe]:
     """The recipes by a name of their own."""
-    found: dict[str, Recipe] = {}
+    by_label: dict[str, Recipe] = {}
     for recipe in recipes:
         names = [label(recipe), f"{recipe.method}, {recipe.name}", *(f"{label(recipe)} ({n})" for n in range(2, 100))]
-        found[next(name for name in names if name not in found)] = recipe
-    return found
+        by_label[next(name for name in names if name not in by_label)] = recipe
+    return by_label
 
 
 def chosen(models: Sequence[ComparedModel], usual: int, metrics: Mapping[str, Metric]) -> ComparedModel:

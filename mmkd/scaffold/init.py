@@ -4,18 +4,18 @@ from pathlib import Path
 
 from rich.text import Text
 
-from .init_answers import Wishes, gather
+from .init_answers import InitFlags, gather
 from .questions import Asker
 
 
-def init(wishes: Wishes, asker: Asker) -> int:
+def init(flags: InitFlags, asker: Asker) -> int:
     """Asks what is not given, writes the recipe, checks it and says what comes next; the exit status of doctor.
 
     Raises UserError for what cannot be, before anything is written; an interruption leaves nothing either.
     """
     written: Path | None = None
     try:
-        answers = gather(asker, wishes)
+        answers = gather(asker, flags)
         # What follows takes seconds to import.
         from .init_recipe import check_recipe, write_recipe
 

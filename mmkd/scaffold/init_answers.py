@@ -14,7 +14,7 @@ from .questions import Asker, Question, any_text
 
 
 @dataclass(frozen=True)
-class Wishes:
+class InitFlags:
     """What flags say; None is asked for."""
 
     output: str | None = None
@@ -54,10 +54,10 @@ class Answers:
         return str(folder.parent / "teacher_caches" / folder.name)
 
 
-def gather(asker: Asker, wishes: Wishes) -> Answers:
+def gather(asker: Asker, flags: InitFlags) -> Answers:
     """All answers. Raises UserError for one that cannot be, and for one that is missing without a terminal."""
     # What cannot be written is said before anything is asked; a name that is not given is asked for last.
-    early = _output(asker, wishes) if wishes.output is not None or not asker.interactive else None
+    early = _output(asker, flags) if flags.output is not None or not asker.interactive else None
     suggestions: dict[str, str] = {}
 
     def readable(source: str) -> str:
@@ -75,10 +75,10 @@ def gather(asker: Asker, wishes: Wishes) -> Answers:
             check=readable,
             hint="A file (jsonl, json, csv, parquet, txt), a folder, a glob, a Hub id, or the name of a data recipe.",
         ),
-        wishes.data,
+        flags.data,
     )
     choices = {task.name: task.label for task in TASKS.values()}
-    task = TASKS[asker.ask(Question("--task", "What shall be trained?", suggestions["task"], choices), wishes.task)]
+    task = TASKS[asker.ask(Question("--task", "What shall be trained?", suggestions["task"], choices), flags.task)]
     from .looking import DeviceChoice, check_model, layers_of
 
     choice = DeviceChoice()
@@ -91,28 +91,28 @@ def gather(asker: Asker, wishes: Wishes) -> Answers:
                 check=choice.check,
                 hint="Its memory in GiB, such as 24; a name, such as A100-80GB; or none for a CPU.",
             ),
-            wishes.gpu,
+            flags.gpu,
         )
     )
     # Rounds and rollouts are for models of either kind, and the rows say which.
     sees = suggestions["task"] == "vlm" and task.images == "possible"
     pair = (TASKS["vlm"] if sees else task).pair(0 if device.kind == "cpu" else device.memory / (1 << 30))
     known: Callable[[str], str] = lambda name: check_model(name, "teacher", task)  # noqa: E731
-    teacher = asker.ask(Question("--teacher", "The teacher?", pair.teacher, check=known, hint=_MODEL), wishes.teacher)
+    teacher = asker.ask(Question("--teacher", "The teacher?", pair.teacher, check=known, hint=_MODEL), flags.teacher)
     server = None
-    if task.name == "served-teacher" or wishes.server is not None:
-        server = asker.ask(Question("--server", "The URL of its vLLM server?", SERVER, check=_url), wishes.server)
-    student, layers = _student(asker, wishes, task, teacher, pair.student if teacher == pair.teacher else None)
+    if task.name == "served-teacher" or flags.server is not None:
+        server = asker.ask(Question("--server", "The URL of its vLLM server?", SERVER, check=_url), flags.server)
+    student, layers = _student(asker, flags, task, teacher, pair.student if teacher == pair.teacher else None)
     keep = _kept(asker, layers_of(teacher), layers) if student is None else None
-    output = early or _output(asker, wishes)
-    output_dir = wishes.output_dir or f"runs/{output.stem}"
+    output = early or _output(asker, flags)
+    output_dir = flags.output_dir or f"runs/{output.stem}"
     return Answers(output, task, data, device, teacher, student, keep, server, output_dir)
 
 
 _MODEL = "A Hub id or a folder."
 
 
-def _output(asker: Asker, wishes: Wishes) -> Path:
+def _output(asker: Asker, flags: InitFlags) -> Path:
     """Where the recipe is to stand; a file that is there stays unless it is to be replaced."""
 
     def free(text: str) -> str:
@@ -121,14 +121,14 @@ def _output(asker: Asker, wishes: Wishes) -> Path:
             raise UserError(f"{path} has no suffix that says it is a recipe; name it {path}.yaml.")
         if path.is_dir() or any(part.is_file() for part in path.parents):
             raise UserError(f"{path} cannot be a file: there is a folder of that name, or a file in its path.")
-        if path.exists() and not wishes.force:
+        if path.exists() and not flags.force:
             raise UserError(f"{path} is there already and would be replaced; name another file, or give --force.")
         return text
 
     question = Question("OUTPUT", "The file of the recipe?", _free_name(), check=free)
-    if wishes.output is None and not asker.interactive:
+    if flags.output is None and not asker.interactive:
         return Path(free("mine.yaml"))
-    return Path(asker.ask(question, wishes.output))
+    return Path(asker.ask(question, flags.output))
 
 
 def _free_name() -> str:
@@ -137,7 +137,7 @@ def _free_name() -> str:
 
 
 def _student(
-    asker: Asker, wishes: Wishes, task: Task, teacher: str, suggestion: str | None
+    asker: Asker, flags: InitFlags, task: Task, teacher: str, suggestion: str | None
 ) -> tuple[str | None, int | None]:
     """The student's name, and None for one made of the teacher's layers, of which so many stay."""
     from .looking import check_model
@@ -154,11 +154,11 @@ def _student(
 
     hint = f"{_MODEL} {PRUNE}: a smaller copy of the teacher, made of some of its layers." if task.prunes else _MODEL
     default = suggestion or (PRUNE if task.prunes else task.pair(0).student)
-    given = wishes.student if wishes.student is not None or wishes.keep_layers is None else PRUNE
+    given = flags.student if flags.student is not None or flags.keep_layers is None else PRUNE
     answer = asker.ask(Question("--student", "The student?", default, check=known, hint=hint), given)
-    if answer != PRUNE and wishes.keep_layers is not None:
+    if answer != PRUNE and flags.keep_layers is not None:
         raise UserError(f"--keep_layers is for --student {PRUNE}; the student {answer} keeps all of its layers.")
-    return (None, wishes.keep_layers) if answer == PRUNE else (answer, None)
+    return (None, flags.keep_layers) if answer == PRUNE else (answer, None)
 
 
 def _kept(asker: Asker, depth: int, given: int | None) -> int:
