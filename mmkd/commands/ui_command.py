@@ -60,5 +60,5 @@ COMMAND = Command(
     "runs in a browser: live curves, reports, samples, talking to student and teacher",
     run,
     add_flags,
-    "Serves a page about the runs under a folder, to this machine only (127.0.0.1). pip install 'mmkd[ui]'.",
+    "Serves a page about the runs under a folder, to this machine only (127.0.0.1). Needs `pip install 'mmkd[ui]'`.",
 )
