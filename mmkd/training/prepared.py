@@ -17,6 +17,7 @@ from mmkd.precision import say_emulated
 from mmkd.preparation.checks import check_held_out, check_precision, check_training_data
 from mmkd.preparation.prepared_rows import skips_preparation
 from mmkd.preparation.prompt_rows import answered, with_open_answers
+from mmkd.seams.bitsandbytes_seam import keep_differentiable
 
 from .config import DistillationConfig
 from .rollouts import check_rollouts
@@ -74,6 +75,7 @@ class Prepared:
             processing_class = load_processing_class(name_of(model), "student")
         check_precision(args, args.emulated_bf16)
         say_emulated("student", model.dtype, args.device)
+        keep_differentiable(model)
         train, evaluation = unread(train), unread(evaluation)
         check_training_data(train, evaluation, args, tokenizer_of(processing_class))
         if args.trainable is not None:

@@ -32,6 +32,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from mmkd.seams import (
     accelerate_seam,
+    bitsandbytes_seam,
     datasets_seam,
     deepspeed_seam,
     lm_eval_seam,
@@ -327,6 +328,20 @@ def test_accelerate_launch_has_a_parser() -> None:
 
 
 # PEFT
+
+
+def test_bitsandbytes_packs_no_weights_of_a_student() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32).to("cpu")
+    assert hasattr(layer, "support_avx512bf16_for_cpu")
+    # As on a CPU that has the instructions, which this one may lack.
+    layer.support_avx512bf16_for_cpu = True
+    bitsandbytes_seam.keep_differentiable(torch.nn.Sequential(layer))
+    weights = layer.weight.data.clone()
+    with torch.no_grad():
+        layer.eval()(torch.ones(1, 128))
+    assert torch.equal(layer.weight.data, weights)
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
 
 
 def test_peft_marks_its_layers() -> None:

@@ -311,6 +311,8 @@ def test_lora_on_the_head_is_refused(build: Build, texts: Dataset) -> None:
 
 
 def test_qlora_student_and_4bit_teacher(build: Build, texts: Dataset, tokenizer: Any, tmp_path: Path) -> None:
+    from bitsandbytes.nn import Linear4bit
+
     # bitsandbytes' 4-bit kernel wants widths that its blocks of 64 divide.
     wide = save(make_model(width=128, rows=len(tokenizer)), tokenizer, tmp_path / "wide")
     wider = save(make_model(width=128, layers=3, rows=len(tokenizer), seed=1), tokenizer, tmp_path / "wider")
@@ -323,6 +325,11 @@ def test_qlora_student_and_4bit_teacher(build: Build, texts: Dataset, tokenizer:
     trainer.train()
     kl = losses_of(trainer, "kl")
     assert kl[-1] < kl[0]
+    # An evaluation leaves the layers of 4 bits as training needs them: packed for inference they have no gradient.
+    trainer.evaluate(trainer.train_dataset)
+    states = [layer.weight.quant_state for layer in trainer.model.modules() if isinstance(layer, Linear4bit)]
+    assert len(states) == 14
+    assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)
 
 
 def test_an_8bit_teacher_of_a_full_student(build: Build, texts: Dataset, tiny: dict[str, Path]) -> None:
