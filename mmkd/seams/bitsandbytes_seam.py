@@ -1,5 +1,7 @@
 """bitsandbytes: what its layers do to a student that is trained."""
 
+from typing import Any
+
 from torch import nn
 
 
@@ -10,6 +12,6 @@ def keep_differentiable(model: nn.Module) -> None:
     evaluation mode, for a kernel that has no gradient. Training after it goes on without an error, and without the
     gradients that pass through the layer.
     """
-    for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False

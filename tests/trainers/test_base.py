@@ -311,7 +311,7 @@ def test_lora_on_the_head_is_refused(build: Build, texts: Dataset) -> None:
 
 
 def test_qlora_student_and_4bit_teacher(build: Build, texts: Dataset, tokenizer: Any, tmp_path: Path) -> None:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     # bitsandbytes' 4-bit kernel wants widths that its blocks of 64 divide.
     wide = save(make_model(width=128, rows=len(tokenizer)), tokenizer, tmp_path / "wide")
@@ -327,9 +327,9 @@ def test_qlora_student_and_4bit_teacher(build: Build, texts: Dataset, tokenizer:
     assert kl[-1] < kl[0]
     # An evaluation leaves the layers of 4 bits as training needs them: packed for inference they have no gradient.
     trainer.evaluate(trainer.train_dataset)
-    states = [layer.weight.quant_state for layer in trainer.model.modules() if isinstance(layer, Linear4bit)]
-    assert len(states) == 14
-    assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)
+    weights: list[Any] = [layer.weight for layer in trainer.model.modules() if isinstance(layer, Linear4bit)]
+    assert len(weights) == 14
+    assert not any(getattr(weight.quant_state, "packing_format_for_cpu", False) for weight in weights)
 
 
 def test_an_8bit_teacher_of_a_full_student(build: Build, texts: Dataset, tiny: dict[str, Path]) -> None:
