@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmkd.errors import UserError
 
-from .command import Command
+from .command import Command, add_trust
 
 if TYPE_CHECKING:
     from mmkd.publish.run_sides import RunSide
@@ -28,6 +28,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0, help="0 always takes the likeliest token (default: 0)")
     add("--top_p", type=float, default=1.0, help="share of the probability that is sampled from (default: 1)")
     add("--seed", type=int, default=0, help="of sampling (default: 0)")
+    add_trust(parser)
 
 
 def run(options: Namespace) -> int:
@@ -36,7 +37,7 @@ def run(options: Namespace) -> int:
     from mmkd.generation.generator import Sampling
     from mmkd.ui.conversation import LoadedModels, sides_named, silent_side
 
-    sides = sides_named(options.model)
+    sides = sides_named(options.model, options.trust_remote_code)
     silent = silent_side(options.model) if options.side != "student" else ""
     if silent:
         print(silent, file=sys.stderr)

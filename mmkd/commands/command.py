@@ -14,6 +14,11 @@ def no_flags(parser: ArgumentParser) -> None:
     """Adds nothing: for a command that is one word."""
 
 
+def add_trust(parser: ArgumentParser) -> None:
+    """Adds the flag without which no code of a model runs, whatever a run's record says."""
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
+
+
 @dataclass(frozen=True)
 class Command:
     """A word after `mmkd`. Its module imports what is heavy inside `run`, so that `--help` does not wait for torch."""

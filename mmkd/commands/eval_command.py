@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmkd.errors import UserError
 
-from .command import Command
+from .command import Command, add_trust
 
 if TYPE_CHECKING:
     from mmkd.eval.harness import Settings
@@ -41,7 +41,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--chat_template", default="auto", help="auto: where the model has one and the task wants it; on; off")
     add("--seed", type=int, help="of few-shot examples and of sampling (default: lm-eval's own)")
     add("--revision", help="branch, tag or commit of a Hub id")
-    add("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add_trust(parser)
     add("--output", type=Path, help="folder of the results (default: eval/ in the model's folder)")
 
 

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from .command import Command
+from .command import Command, add_trust
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -18,13 +18,15 @@ def add_flags(parser: ArgumentParser) -> None:
         help="held-out questions that student and teacher answer (default: a few of a finished run whose models are "
         "small; 0: none)",
     )
+    add_trust(parser)
 
 
 def run(options: Namespace) -> int:
     """Writes the pages of a run and prints their paths."""
     from mmkd.publish.report_page import write_report
 
-    for path in write_report(Path(options.folder), options.output, options.comparison, options.samples):
+    trust = options.trust_remote_code
+    for path in write_report(Path(options.folder), options.output, options.comparison, options.samples, trust):
         print(path)
     return 0
 

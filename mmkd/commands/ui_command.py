@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmkd.errors import UserError
 
-from .command import Command
+from .command import Command, add_trust
 
 _NEEDED = ("matplotlib", "starlette", "uvicorn")
 
@@ -17,6 +17,7 @@ def add_flags(parser: ArgumentParser) -> None:
     """Which runs, and where the page is."""
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="folder with runs (default: runs)")
     parser.add_argument("--port", type=int, default=8765, help="port on 127.0.0.1; 0 takes a free one (default: 8765)")
+    add_trust(parser)
 
 
 def run(options: Namespace) -> int:
@@ -34,7 +35,9 @@ def run(options: Namespace) -> int:
 
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     print(f"{address}/  shows the runs in {options.folder}. Ctrl-C ends.", flush=True)
-    config = uvicorn.Config(build_app(options.folder), log_level="warning", access_log=False)
+    config = uvicorn.Config(
+        build_app(options.folder, trust_remote_code=options.trust_remote_code), log_level="warning", access_log=False
+    )
     # Ctrl-C is how it ends. uvicorn raises it again when it has closed its connections.
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])

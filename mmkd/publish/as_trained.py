@@ -25,8 +25,8 @@ def as_trained(
     if held is None and keys.get("data"):
         held = _held_out(model, HeldOut(str(keys["data"]), rows, max_new_tokens=max_new_tokens))
     if teacher is None and keys.get("teacher"):
-        trust = bool(keys.get("trust_remote_code"))
-        teacher = _teacher(model, find_model(str(keys["teacher"]), keys.get("teacher_revision"), trust))
+        beside = find_model(str(keys["teacher"]), keys.get("teacher_revision"), model.trust_remote_code)
+        teacher = _teacher(model, beside)
     return held, teacher
 
 

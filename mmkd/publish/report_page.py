@@ -55,12 +55,17 @@ class Section:
 
 
 def write_report(
-    folder: Path, output: Path | None = None, comparison: Path | None = None, samples: int | None = None
+    folder: Path,
+    output: Path | None = None,
+    comparison: Path | None = None,
+    samples: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Path, Path]:
     """The paths of the HTML and the Markdown page of a run, written to `output` or the run's own folder.
 
     `samples` is the number of held-out questions that student and teacher answer; None for a few, if there are no
     samples yet, the run is finished and its models are small. They are kept in the run's folder.
+    `trust_remote_code`: whether code that comes with these models may run.
 
     May be called at any time during a run. Raises UserError for a folder without a training or comparison.
     """
@@ -69,7 +74,7 @@ def write_report(
     run = read_run(folder, comparison)
     reason = ""
     if samples or not samples_of(run):
-        reason = make_samples(run, samples)
+        reason = make_samples(run, samples, trust_remote_code)
     facts = page_facts(run, reason)
     output = output or folder
     for figure in facts["figures"]:

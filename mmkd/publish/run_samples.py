@@ -37,7 +37,7 @@ def kept_samples(run: RunFiles) -> list[dict[str, Any]]:
     return read_lines(path)
 
 
-def make_samples(run: RunFiles, count: int | None) -> str:
+def make_samples(run: RunFiles, count: int | None, trust_remote_code: bool = False) -> str:
     """Writes samples of a run's student into its folder; says why there are none, else nothing.
 
     `count` is None for as many as a report has by itself: then the models must be small enough, and the run finished.
@@ -50,7 +50,7 @@ def make_samples(run: RunFiles, count: int | None) -> str:
     if not any(run.student_folder.rglob("*.safetensors")):
         return f"There is no student in {run.student_folder}."
     try:
-        rows, note = _answered(run, SAMPLES if count is None else count, unasked)
+        rows, note = _answered(run, SAMPLES if count is None else count, unasked, trust_remote_code)
     except (UserError, OSError, ImportError, RuntimeError) as error:
         # The page is worth having without them: a device may be too small, or the data on another machine.
         return f"None could be made: {error}"
@@ -60,7 +60,7 @@ def make_samples(run: RunFiles, count: int | None) -> str:
     return note
 
 
-def _answered(run: RunFiles, count: int, unasked: bool) -> tuple[list[dict[str, Any]], str]:
+def _answered(run: RunFiles, count: int, unasked: bool, trust_remote_code: bool) -> tuple[list[dict[str, Any]], str]:
     method = str(run.record.get("method", ""))
     if method not in METHODS or "data" not in run.keys:
         return [], "The run's record names no method and data."
@@ -70,7 +70,7 @@ def _answered(run: RunFiles, count: int, unasked: bool) -> tuple[list[dict[str, 
 
     from .run_sides import STUDENT, device_here, is_at_hand, sides_of, silent_teachers
 
-    sides = sides_of(run)
+    sides = sides_of(run, trust_remote_code)
     largest = LARGEST[device_here()]
     asked = {
         name: side

@@ -103,15 +103,17 @@ def device_here() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def sides_of(run: RunFiles) -> dict[str, RunSide]:
+def sides_of(run: RunFiles, trust_remote_code: bool = False) -> dict[str, RunSide]:
     """The student of a run and its teachers that are models or served, the student first.
+
+    Code that comes with a model runs only if the caller trusts it: a run's record may come from somebody else.
 
     Raises UserError for a run that has no student on disk yet, and one that predicts something else than tokens.
     """
     method = str(run.record.get("method", ""))
     if method in METHODS and METHODS[method].predicts != "tokens":
         raise UserError(f"{run.folder} predicts {METHODS[method].predicts} and no tokens: it writes no text.")
-    student = find_model(str(run.student_folder), trust_remote_code=bool(run.keys.get("trust_remote_code")))
+    student = find_model(str(run.student_folder), trust_remote_code=trust_remote_code)
     sides = {STUDENT: RunSide(STUDENT, student, parameters_of(student.adapter or student.path))}
     for name, keys in _teachers(run).items():
         if keys.get("teacher") or keys.get("teacher_server"):
@@ -134,8 +136,7 @@ def _is_only_cached(keys: Mapping[str, Any]) -> bool:
 
 def _teacher(name: str, keys: Mapping[str, Any], student: EvalModel) -> RunSide:
     named = keys.get("teacher")
-    trust = bool(keys.get("trust_remote_code"))
-    model = find_model(str(named), keys.get("teacher_revision"), trust) if named else student
+    model = find_model(str(named), keys.get("teacher_revision"), student.trust_remote_code) if named else student
     if urls := keys.get("teacher_server"):
         urls = [urls] if isinstance(urls, str) else urls
         timeout = float(keys.get("teacher_timeout") or 600)

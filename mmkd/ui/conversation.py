@@ -27,14 +27,14 @@ Message = Mapping[str, Any]
 """`role` and `content`, text."""
 
 
-def sides_named(name: str) -> dict[str, RunSide]:
+def sides_named(name: str, trust_remote_code: bool = False) -> dict[str, RunSide]:
     """The models behind a name: student and teachers of a run's folder, or the model of another folder or a Hub id.
 
     Raises UserError for a name that leads to no model.
     """
     if Path(name).is_dir() and is_run(Path(name)):
-        return sides_of(read_run(Path(name)))
-    model = find_model(name)
+        return sides_of(read_run(Path(name)), trust_remote_code)
+    model = find_model(name, trust_remote_code=trust_remote_code)
     return {MODEL: RunSide(MODEL, model, parameters_of(model.adapter or model.path, model.revision))}
 
 

@@ -55,9 +55,9 @@ _REPORT_POLICY += "frame-ancestors 'self'"
 _ASSETS = {"ui.css": "text/css", "ui.js": "text/javascript"}
 
 
-def build_app(root: Path, token: str | None = None) -> Starlette:
+def build_app(root: Path, token: str | None = None, trust_remote_code: bool = False) -> Starlette:
     """The application over the runs under a folder. `token` is made up where it is not given."""
-    pages = _Pages(RunList(root), token or secrets.token_urlsafe(24))
+    pages = _Pages(RunList(root), token or secrets.token_urlsafe(24), trust_remote_code)
     routes = [
         Route("/", pages.page),
         *(Route(f"/{name}", pages.asset) for name in _ASSETS),
@@ -109,8 +109,8 @@ class _OnlyHere:
 class _Pages:
     """What is answered to each path. What needs torch is imported when it is first asked for."""
 
-    def __init__(self, runs: RunList, token: str) -> None:
-        self.list, self.token = runs, token
+    def __init__(self, runs: RunList, token: str, trust_remote_code: bool) -> None:
+        self.list, self.token, self.trust_remote_code = runs, token, trust_remote_code
 
     @cached_property
     def models(self) -> "LoadedModels":
@@ -168,7 +168,7 @@ class _Pages:
         from .conversation import sides_named, silent_side
 
         folder = self.list.folder(_runs_named(request)[0])
-        sides = sides_named(str(folder))
+        sides = sides_named(str(folder), self.trust_remote_code)
         loaded = len(self.models.loaded)
         facts = [
             {
@@ -200,7 +200,7 @@ class _Pages:
         # They are loaded for the samples, beside which those of a conversation may have no room.
         self.models.unload()
         with self.models.lock:
-            return make_samples(run, count)
+            return make_samples(run, count, self.trust_remote_code)
 
     async def chat(self, request: Request) -> Response:
         """The answer of one side, streamed as text; an error after its start as a last line that begins with NUL."""
@@ -215,7 +215,7 @@ class _Pages:
     def _side(self, folder: Path, name: str) -> Any:
         from .conversation import sides_named
 
-        sides = sides_named(str(folder))
+        sides = sides_named(str(folder), self.trust_remote_code)
         if name not in sides:
             raise UnknownRun(f"There is no {name!r} that answers here, only {', '.join(sides)}.")
         return sides[name]

@@ -77,6 +77,14 @@ def test_a_run_has_a_student_and_its_teachers(run: Path, tiny: dict[str, Path]) 
     assert list(sides_named(str(run))) == ["student", "teacher big"]
 
 
+def test_code_of_a_model_runs_only_if_the_caller_trusts_it(run: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    record["keys"]["trust_remote_code"] = True
+    (run / "run.json").write_text(json.dumps(record))
+    assert not any(side.model.trust_remote_code for side in sides_named(str(run)).values())
+    assert all(side.model.trust_remote_code for side in sides_named(str(run), trust_remote_code=True).values())
+
+
 def test_memory_holds_one_model_where_it_is_short(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models, sides = LoadedModels(), sides_named(str(run))
     for side in sides.values():
