@@ -32,10 +32,10 @@ from mmkd.training.progress import within_phase
 from mmkd.training.run_trainer import RunTrainer
 from mmkd.training.tracking import trackers_open
 
+from .train_command import LAUNCHED
+
 PRESETS = ("single_gpu", "ddp", "fsdp2", "zero2", "zero3")
 """The accelerate configurations in `_presets`."""
-
-_LAUNCHED = "MMKD_LAUNCHED"
 
 
 def train(recipe: Recipe) -> int:
@@ -45,7 +45,7 @@ def train(recipe: Recipe) -> int:
     does not, such as num_processes, go to it.
     """
     run = recipe.parse()
-    if recipe.accelerate_config is not None and _LAUNCHED not in os.environ:
+    if recipe.accelerate_config is not None and LAUNCHED not in os.environ:
         return _launch(recipe, recipe.accelerate_config)
     check_phases(run)
     check_surroundings(run)
@@ -150,7 +150,7 @@ def _launch(recipe: Recipe, config: str) -> int:
         for key in ("num_processes", "num_machines")
     )
     _check_world(config, settings.get("distributed_type", "NO"), processes, machines)
-    os.environ[_LAUNCHED] = config
+    os.environ[LAUNCHED] = config
     try:
         launch(parsed)
     except ChildFailedError as error:

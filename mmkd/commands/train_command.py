@@ -6,6 +6,9 @@ from typing import Any
 
 from .command import Command, is_recipe
 
+LAUNCHED = "MMKD_LAUNCHED"
+"""Set in the processes that an accelerate_config starts."""
+
 
 def add_flags(parser: ArgumentParser) -> None:
     """Those that are no keys of the recipe."""
@@ -47,12 +50,12 @@ def run(options: Namespace) -> int:
 
 
 def _look(options: Namespace) -> None:
-    """Says what will be trained, before anything heavy is imported; of several processes the first one says so."""
+    """Says what will be trained, before anything heavy is imported; of several processes one says so."""
     from mmkd.recipe.first_look import first_look
 
     launched = [] if options.accelerate_config is None else ["--accelerate_config", options.accelerate_config]
     line = first_look(options.recipe, [*launched, *options.flags])
-    if os.environ.get("RANK", "0") == "0" and "--dry_run" not in options.flags:
+    if LAUNCHED not in os.environ and os.environ.get("RANK", "0") == "0" and "--dry_run" not in options.flags:
         print(line, flush=True)
 
 

@@ -71,7 +71,8 @@ class Asker:
                 advice += f", one of {', '.join(question.choices)}"
             if question.default is not None:
                 advice += f", or --yes, which takes {question.default} and every other default"
-            raise UserError(f"There is no terminal to ask on: {question.text} {advice}.")
+            reason = "No default answers this" if self.takes_defaults else "There is no terminal to ask on"
+            raise UserError(f"{reason}: {question.text} {advice}.")
         return self._on_terminal(question)
 
     def confirm(self, question: Question, given: bool | None) -> bool:
