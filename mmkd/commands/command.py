@@ -1,5 +1,6 @@
 """What a command is: its name, its flags, and what runs it."""
 
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,14 @@ from mmkd.shipped import find_recipe
 
 def no_flags(parser: ArgumentParser) -> None:
     """Adds nothing: for a command that is one word."""
+
+
+def say_recipe(options: Namespace) -> None:
+    """Says at once what a recipe describes, and refuses misspelt keys and flags, before anything heavy is imported."""
+    from mmkd.recipe.first_look import first_look
+
+    # Not among what the command prints, which may be read by a program.
+    print(first_look(options.recipe, options.flags, files=False), file=sys.stderr, flush=True)
 
 
 def add_trust(parser: ArgumentParser) -> None:

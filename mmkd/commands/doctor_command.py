@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from .command import Command
+from .command import Command, say_recipe
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -12,6 +12,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Examines a recipe and prints what is wrong with it."""
+    say_recipe(options)
     from rich.console import Console
 
     from mmkd.preflight.doctor import doctor

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from .command import Command
+from .command import Command, say_recipe
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -18,6 +18,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Prints the forecast."""
+    say_recipe(options)
     from rich.console import Console
 
     from mmkd.preflight.hardware import choose_device

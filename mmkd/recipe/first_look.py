@@ -21,8 +21,11 @@ _ELSEWHERE = {"stages", "schedule", "env", "accelerate_config"}
 _FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".tar", ".yaml", ".yml")
 
 
-def first_look(name: str, flags: Sequence[str]) -> str:
-    """What a run will do, in a line. Raises UserError for a recipe, key, flag, data file or folder that cannot be."""
+def first_look(name: str, flags: Sequence[str], files: bool = True) -> str:
+    """What a run will do, in a line. Raises UserError for a recipe, key or flag that cannot be.
+
+    `files` says whether data and output_dir are looked at as well.
+    """
     path = find_recipe(name)
     written = read_yaml(path)
     if not isinstance(written, dict):
@@ -37,8 +40,9 @@ def first_look(name: str, flags: Sequence[str]) -> str:
             raise UserError(f"{path} sets {key!r}, which method {method} does not know.{hint_at(key, known)}")
         for flag in (flag for flag in given if flag not in known and flag.removeprefix("no_") not in known):
             raise UserError(f"--{flag} is no flag of method {method}.{hint_at(flag, known)}")
-    check_output_dir(keys.get("output_dir"))
-    _check_data(keys.get("data"))
+    if files:
+        check_output_dir(keys.get("output_dir"))
+        _check_data(keys.get("data"))
     return _line(keys)
 
 

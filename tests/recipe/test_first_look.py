@@ -24,12 +24,12 @@ from mmkd.commands.main import main
 import mmkd.recipe.first_look as look
 first = look.first_look
 
-def stop(*words):
-    print(first(*words))
+def stop(*words, **settings):
+    print(first(*words, **settings))
     raise KeyboardInterrupt
 
 look.first_look = stop
-main(["train", *sys.argv[1:]])
+main(sys.argv[1:])
 print("heavy:", [name for name in {HEAVY} if name in sys.modules])
 """
 
@@ -40,8 +40,9 @@ def probe(*words: str) -> list[str]:
     return [*done.stdout.splitlines(), *done.stderr.splitlines()]
 
 
-def test_the_first_line_waits_for_nothing_heavy() -> None:
-    lines = probe("kd/quickstart", "--output_dir", "runs/x")
+@pytest.mark.parametrize("command", ["train", "doctor", "plan"])
+def test_the_first_line_waits_for_nothing_heavy(command: str) -> None:
+    lines = probe(command, "kd/quickstart", "--output_dir", "runs/x")
     teacher = ".cache/mmkd/SmolLM2-135M-Instruct"
     made = "a student made of the teacher (student_init: prune)"
     assert lines[0] == f"kd: {teacher} teaches {made}; data python_docs; output_dir runs/x"
@@ -60,7 +61,7 @@ def test_the_first_line_waits_for_nothing_heavy() -> None:
     ],
 )
 def test_a_mistake_in_words_waits_for_nothing_heavy(words: list[str], reason: str) -> None:
-    lines = probe(*words)
+    lines = probe("train", *words)
     assert any(line.startswith("mmkd: ") and reason in line for line in lines), lines
     assert "heavy: []" in lines
 
