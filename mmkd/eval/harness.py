@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
-from mmkd.seams.lm_eval_seam import model_class
+from mmkd.seams.lm_eval_seam import is_of_a_long_answer, model_class
 
 from .model import EvalModel
 from .results import key_of
@@ -223,7 +223,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _explained(task: str) -> Iterator[None]:
-    """Turns errors of loading a task's data into UserError."""
+    """Turns errors of a task's data into UserError."""
     try:
         yield
     except (ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
@@ -231,4 +231,11 @@ def _explained(task: str) -> Iterator[None]:
         raise UserError(
             f"The data of task {task} cannot be loaded: {first} Run it once with a network, which keeps the data in "
             "HF_HOME, and log in if its data set requires it. --suite offline needs no network."
+        ) from error
+    except AssertionError as error:
+        if not is_of_a_long_answer(error):
+            raise
+        raise UserError(
+            f"Task {task} has an answer that is longer than the model's context, so that the model cannot score it. "
+            "Leave the task out: --tasks names those to run."
         ) from error

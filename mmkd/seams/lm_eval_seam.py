@@ -1,5 +1,6 @@
 """What mmkd borrows of lm-eval beyond `simple_evaluate` and `TaskManager`; it is imported where it is used only."""
 
+import traceback
 from typing import Any
 
 
@@ -19,3 +20,9 @@ def rolling_log_likelihoods(lm: Any, texts: list[str]) -> list[float]:
         for number, text in enumerate(texts)
     ]
     return list(lm.loglikelihood_rolling(asked, disable_tqdm=True))
+
+
+def is_of_a_long_answer(error: AssertionError) -> bool:
+    """Whether lm-eval met an answer longer than the model's context, which it asserts without a word."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return "len(continuation_enc) <= self.max_length" in line

@@ -349,6 +349,14 @@ def test_data_that_cannot_be_downloaded_is_said(student, tmp_path, capsys, monke
     assert "The data of task far_text cannot be loaded: Couldn't reach" in capsys.readouterr().err
 
 
+def test_an_answer_longer_than_the_context_is_said(student, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"question": "a", "choices": [" cat" * 9, " dog"], "answer": 0}))
+    (tmp_path / "long.yaml").write_text(CHOICES.format(data=tmp_path / "long.jsonl").replace("tiny", "long"))
+    flags = ["--tasks", "long_choice", "--include_path", str(tmp_path), "--model_args", "max_length=8"]
+    assert main(["eval", str(student), *flags]) == 2
+    assert "Task long_choice has an answer that is longer than the model's context" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_no_run_is_left_alone(tiny, folder, tmp_path, capsys):
     """Its results are in runs/eval; those that were written beside it before are read, and nothing is asked again."""
     teacher = copy_of(tiny["teacher"], tmp_path / "models/teacher")
