@@ -211,9 +211,11 @@ def test_a_killed_run_resumes_with_the_same_losses(mmkd: Run, workplace: Path) -
 def interrupt(workplace: Path, *flags: str) -> tuple[int, str]:
     """Starts a long run, interrupts it once it trains, and gives its exit status and errors."""
     command = [sys.executable, "-m", "mmkd.commands.main", "train", "recipe.yaml", "--max_steps", "100000", *flags]
-    process = subprocess.Popen(command, cwd=workplace, env=environment(), stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
+    process = subprocess.Popen(
+        command, cwd=workplace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
         if "/100000" in line:
             break
     process.send_signal(signal.SIGINT)
