@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from mmkd.precision import NATIVE_BF16
@@ -23,6 +24,12 @@ os.environ[NATIVE_BF16] = "1"
 os.environ.update(COLUMNS="200", LINES="50")
 for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _consoles_see_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `map` of datasets in several processes replaces os.environ, and rich keeps the one it was imported with.
+    monkeypatch.setattr(Console, "_environ", os.environ)
 
 
 @pytest.fixture(scope="session")

@@ -284,6 +284,7 @@ def test_a_value_of_another_type_is_one_line(workplace: Path, capsys: Any, monke
         ("env", ["A=1"], "write a mapping of variables to values"),
     ]:
         assert reason in one_line(workplace, capsys, **{name: value}), name
+    (workplace / "a.jsonl").touch()
     for flags, reason in [
         (["--learning_rate", "abc"], "learning_rate is 'abc', which is no number (float)."),
         (["--max-steps=2.5"], "max_steps is 2.5, which is no whole number (int)."),

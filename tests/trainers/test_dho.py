@@ -497,7 +497,7 @@ def examined(recipe: Path, **keys: Any) -> list[Finding]:
 def test_doctor_and_plan_know_recipes_of_classes(recipe: Path, capsys: Any) -> None:
     assert main(["doctor", str(recipe)]) == 0
     text = capsys.readouterr().out
-    for words in ("3 classes, 12 to 12 labelled rows", "6 rows are learnt with their label, 30 without", "36 of 36"):
+    for words in ("3 classes, 12 labelled rows of each", "6 rows are learnt with their label, 30 without", "36 of 36"):
         assert words in text
     assert "Sound: 0 problems, 0 warnings" in text
     assert main(["plan", str(recipe), "--gpu", "L4", "--price", "1"]) == 0
