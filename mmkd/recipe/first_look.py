@@ -6,7 +6,6 @@ Only what is sure here is refused. Everything is looked at again, and more thoro
 import json
 import os
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from mmkd.schema_lines import SCHEMAS
 from mmkd.shipped import find_recipe
 from mmkd.yaml_files import read_yaml
 
+from .flag_words import split_flags
 from .key_hints import hint_at
 
 _ELSEWHERE = {"stages", "schedule", "env", "accelerate_config"}
@@ -31,7 +31,9 @@ def first_look(name: str, flags: Sequence[str], files: bool = True) -> str:
     if not isinstance(written, dict):
         # Parsing says what a recipe is.
         return name
-    given = _flags(flags)
+    given: dict[str, Any] = {
+        flag.name: flag.values[0] if flag.values else True for flag in split_flags(flags) if flag.typed
+    }
     keys = {**written, **given}
     method = str(keys.get("method"))
     known = keys_of(method)
@@ -70,16 +72,6 @@ def check_output_dir(output_dir: str | None) -> None:
 
 def _is_of(part: Mapping[str, Any], method: str) -> bool:
     return part.get("if", {}).get("properties", {}).get("method", {}).get("const") == method
-
-
-def _flags(words: Sequence[str]) -> dict[str, Any]:
-    """Flags with the word after each; a flag alone is true."""
-    given: dict[str, Any] = {}
-    for word, after in pairwise([*words, "--"]):
-        if word.startswith("--"):
-            name, joined, value = word.removeprefix("--").partition("=")
-            given[name.replace("-", "_")] = value if joined else True if after.startswith("--") else after
-    return given
 
 
 def _check_data(data: Any) -> None:

@@ -1,34 +1,19 @@
 """The one reader of flags: what a command line says after a recipe, as keys of that recipe."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmkd.errors import UserError
 
+from .flag_words import Flag, split_flags
 from .key_hints import hint_at
 from .key_parser import KeyParser, parser_of
 from .launch_keys import launch_keys_of, launch_options
 from .recipe import STAGE_KEYS, Recipe
 
 CONFIG = "accelerate_config"
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A word that begins with two dashes, and what follows up to the next one."""
-
-    typed: str
-    """Without what stands after `=`; empty for words before the first flag."""
-    values: list[str]
-    joined: bool
-    """Whether the first value stands after `=`: it is then the only one."""
-
-    @property
-    def name(self) -> str:
-        """The key, however its words are joined."""
-        return self.typed.removeprefix("--").replace("-", "_")
 
 
 def recipe_of(name_or_path: str | Path, flags: Sequence[str] = ()) -> Recipe:
@@ -39,7 +24,7 @@ def recipe_of(name_or_path: str | Path, flags: Sequence[str] = ()) -> Recipe:
     keys that `accelerate launch` knows and the recipe does not are read too. Raises UserError for a flag that nobody
     knows, and for words that belong to none.
     """
-    recipe, read = Recipe.read(name_or_path), _split(flags)
+    recipe, read = Recipe.read(name_or_path), split_flags(flags)
     first = {flag.name: flag.values[0] for flag in read if flag.name in ("method", CONFIG) and flag.values}
     launch: dict[str, Any] = {CONFIG: first[CONFIG]} if CONFIG in first else {}
     recipe = replace(recipe, launch=launch, command=(*recipe.command, *flags))
@@ -76,20 +61,6 @@ def recipe_of(name_or_path: str | Path, flags: Sequence[str] = ()) -> Recipe:
             name = word.removeprefix("--").partition("=")[0]
             raise UserError(f"{word} is no flag of method {method}{advice}{hint_at(name, parser.names)}")
     return replace(recipe, overrides=overrides, spelled=spelled)
-
-
-def _split(flags: Sequence[str]) -> list[Flag]:
-    """Each flag with the words after it."""
-    read: list[Flag] = []
-    for word in flags:
-        if word.startswith("--"):
-            typed, joined, value = word.partition("=")
-            read.append(Flag(typed, [value] if joined else [], bool(joined)))
-        else:
-            if not read:
-                read.append(Flag("", [], False))
-            read[-1].values.append(word)
-    return read
 
 
 def _words(flag: Flag, least: int, most: int | None, method: str, parser: KeyParser) -> list[str]:
