@@ -19,6 +19,7 @@ from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.fit import Misfit
+from mmkd.preparation.prompt_rows import prompts_only
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run_models import check_student, student_processing_class, teacher_processing_class
 from mmkd.training.config import DistillationConfig
@@ -179,7 +180,7 @@ def take_sample(run: Run) -> Sample:
             first = next(iter(unreadable.values()))
             raise UserError(f"None of the first {len(unreadable)} rows of {recipe.name} can be decoded: {first}")
     method, assumed = METHODS[arguments.method], None
-    if method.answer_tokens is not None and set(rows["train"].column_names) <= {"prompt", "images"}:
+    if method.answer_tokens is not None and prompts_only(rows["train"].column_names):
         assumed = method.answer_tokens(run.training)
         for split, dataset in rows.items():
             rows[split] = dataset.map(_with_answer, fn_kwargs={"tokens": assumed}, keep_in_memory=True)

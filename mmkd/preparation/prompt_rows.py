@@ -1,6 +1,7 @@
 """Rows that are prompts alone, which the student answers itself."""
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -36,6 +37,11 @@ def answered(evaluation: Any) -> Any:
 def is_prompt_alone(row: Any) -> bool:
     """Whether a row is a prompt without an answer to it."""
     return "prompt" in row and not any(name in row for name in ("completion", "chosen", "input_ids"))
+
+
+def prompts_only(columns: Collection[str]) -> bool:
+    """Whether columns hold prompts, perhaps with pictures, and nothing else."""
+    return {*columns} <= {"prompt", "images"}
 
 
 def _with_open_answer(row: dict[str, Any]) -> dict[str, Any]:

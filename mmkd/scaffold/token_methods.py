@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmkd.preflight.facts import Side
+from mmkd.preparation.prompt_rows import prompts_only
 
 from .draft import Draft
 
@@ -47,11 +48,6 @@ ROLLOUT_TOKENS = 128
 """Of an answer that the student writes, at most."""
 
 _ANSWER_TOKENS = 256
-
-
-def prompts_only(columns: Sequence[str]) -> bool:
-    """Whether rows have no answer."""
-    return set(columns) <= {"prompt", "images"}
 
 
 def set_rollouts(draft: Draft, facts: MethodFacts) -> None:

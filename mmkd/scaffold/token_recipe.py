@@ -12,13 +12,14 @@ from mmkd.errors import UserError
 from mmkd.models.load import positions_of
 from mmkd.preflight.facts import Sample, Side, render, student_side, take_sample, teacher_side
 from mmkd.preflight.hardware import GIB
+from mmkd.preparation.prompt_rows import prompts_only
 from mmkd.recipe.recipe import Recipe
 
 from .draft import Draft, counted
 from .init_answers import Answers
 from .init_tasks import OTHER_TOKENIZER, TASKS, named
 from .memory_fit import LORA, Fit, Looked, fit_tokens, savings
-from .token_methods import ROLLOUT_TOKENS, TOKEN_METHODS, MethodFacts, TokenMethod, prompts_only, set_rollouts
+from .token_methods import ROLLOUT_TOKENS, TOKEN_METHODS, MethodFacts, TokenMethod, set_rollouts
 
 _LONGEST = 2048
 """Tokens of a row beyond which rows are cut unless the user raises it: attention and activations grow with it."""
