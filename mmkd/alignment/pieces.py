@@ -3,6 +3,7 @@
 A tokenizer may be any object with those members of a transformers tokenizer that are read here.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -216,6 +217,11 @@ class TokenPieces:
 def boundary_mask(pieces: TokenPieces) -> Bool[ndarray, "vocab"]:
     """The tokens that begin a new pretoken: with a space, tab or newline, as a new word, or as special tokens."""
     return pieces.special | pieces.opening
+
+
+def set_sha256(mask: Bool[ndarray, "vocab"]) -> str:
+    """The checksum of a set of tokens, by which a cache tells of which set it keeps the probability."""
+    return hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()
 
 
 def spelling_numbers(

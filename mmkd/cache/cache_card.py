@@ -132,6 +132,8 @@ def _content(folder: Path, manifest: Manifest) -> dict[str, Any]:
             facts["Mean mass kept"] = f"{mass_kept(Cache(folder)):.4f} of 1, in the most likely tokens"
     elif signal["kind"] == "log_probs":
         facts["Kept per token"] = "the token's own log-prob"
+        if "boundaries" in signal:
+            facts["Kept per token"] += ", and the log-prob that a new word begins or the text ends there"
     facts["Rows left out"] = manifest.skipped_summary() if manifest.skipped_rows() else "0"
     return facts
 

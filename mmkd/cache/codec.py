@@ -7,6 +7,7 @@ that their differences are small numbers and are stored in place of them.
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,16 +31,35 @@ class TokenScores:
     """A teacher's scores of the supervised tokens of one sequence, in order, in nats.
 
     A top-k has the most likely ids in order, systematic draws from the tail (ids, each with an equal share of the
-    tail) and the mass of the tail. The kind log_probs has k = 1, the token itself, and no tail.
+    tail) and the mass of the tail. The kind log_probs has k = 1, the token itself, no tail and, where they are kept,
+    the log-probs that a new word begins there or the text ends.
     """
 
     ids: Int[np.ndarray, "token k"]
     log_probs: Float[np.ndarray, "token k"]
     draws: Int[np.ndarray, "token m"]
     tail_log_probs: Float[np.ndarray, "token"]
+    boundary_log_probs: Float[np.ndarray, "token"] | None = None
+
+    @classmethod
+    def of_labels(
+        cls, log_probs: Float[np.ndarray, "token"], boundary_log_probs: Float[np.ndarray, "token"] | None = None
+    ) -> "TokenScores":
+        """The scores of the kind log_probs."""
+        nothing = np.zeros((len(log_probs), 0), dtype=np.int32)
+        no_tail = np.full(len(log_probs), -np.inf, dtype=np.float32)
+        return cls(nothing, log_probs[:, None], nothing, no_tail, boundary_log_probs)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def split(self, counts: Sequence[int]) -> list["TokenScores"]:
+        """The scores of several sequences that stand end to end, by their numbers of tokens."""
+        assert len(self) == sum(counts)
+        stops = np.cumsum(counts).tolist()
+        spans = [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+        parts = (self.ids, self.log_probs, self.draws, self.tail_log_probs, self.boundary_log_probs)
+        return [TokenScores(*(None if part is None else part[span] for part in parts)) for span in spans]  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
@@ -62,17 +82,24 @@ class TokenOrder:
 
 @dataclass(frozen=True)
 class Codec:
-    """Encodes and decodes the scores of one cache: `k` exact outcomes and `m` draws of a vocabulary."""
+    """Encodes and decodes the scores of one cache: `k` exact outcomes and `m` draws of a vocabulary.
+
+    `boundaries` says whether the kind log_probs keeps those of new words, too.
+    """
 
     kind: str
     k: int
     m: int
     order: TokenOrder
+    boundaries: bool = False
 
     def encode(self, scores: TokenScores) -> bytes:
         """The blob of one sequence."""
         if self.kind == "log_probs":
-            sections = [_planes(scores.log_probs.astype("<f2").view("<u2"), 2)]
+            sections = [_halves(scores.log_probs)]
+            if self.boundaries:
+                assert scores.boundary_log_probs is not None
+                sections.append(_halves(scores.boundary_log_probs[:, None]))
         else:
             codes = np.concatenate([_quantise(scores.log_probs), _quantise(scores.tail_log_probs[:, None])], axis=1)
             draws = np.sort(self.order.ranks[scores.draws], axis=1)
@@ -95,10 +122,10 @@ class Codec:
             raw = _ZSTD.decompress(blob[start : start + size], decompressed_size=rows * tokens)
             planes.append(np.frombuffer(raw, dtype=np.uint8).reshape(rows, tokens))
             start += size
-        nothing = np.zeros((tokens, 0), dtype=np.int32)
         if self.kind == "log_probs":
-            log_probs = _joined(planes).view("<f2").astype(np.float32)
-            return TokenScores(nothing, log_probs.T, nothing, np.full(tokens, -np.inf, dtype=np.float32))
+            pairs = (planes[start : start + 2] for start in range(0, len(planes), 2))
+            return TokenScores.of_labels(*(_joined(pair).view("<f2").astype(np.float32)[0] for pair in pairs))
+        nothing = np.zeros((tokens, 0), dtype=np.int32)
         # Rows are places and columns are tokens throughout; the transposed views at the end cost no copy.
         ids = codes = np.zeros((0, tokens), dtype=np.uint8)
         if self.k:
@@ -120,13 +147,18 @@ class Codec:
     def _shapes(self) -> list[int]:
         """Rows of every plane; columns are tokens."""
         if self.kind == "log_probs":
-            return [1, 1]
+            return [1, 1] * (1 + self.boundaries)
         exact = [*[self.k] * self._width, self.k] if self.k else []
         return [*exact, 1, *[self.m] * (self._width if self.m else 0)]
 
 
 def _quantise(log_probs: Float[np.ndarray, "token k"]) -> Int[np.ndarray, "token k"]:
     return np.clip(np.rint(np.log1p(-np.minimum(log_probs, 0)) / _STEP), 0, 255).astype(np.uint8)
+
+
+def _halves(values: Float[np.ndarray, "token k"]) -> Int[np.ndarray, "two k token"]:
+    """Values of 16 bits in two planes."""
+    return _planes(values.astype("<f2").view("<u2"), 2)
 
 
 def _planes(values: Int[np.ndarray, "token k"], width: int) -> Int[np.ndarray, "width k token"]:

@@ -226,7 +226,7 @@ def codec_of(folder: Path, manifest: Manifest) -> Codec:
     """The codec of a cache. Raises UserError if its token order is missing or does not match the manifest."""
     signal = manifest.identity["signal"]
     if signal["kind"] == "log_probs":
-        return Codec("log_probs", 1, 0, TokenOrder(np.zeros(0, dtype=np.int32)))
+        return Codec("log_probs", 1, 0, TokenOrder(np.zeros(0, dtype=np.int32)), boundaries="boundaries" in signal)
     path = folder / TOKEN_ORDER
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() != signal["token_order"]:

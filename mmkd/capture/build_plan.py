@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Features
+from jaxtyping import Bool
 from transformers import AutoConfig
 
 from mmkd import __version__
+from mmkd.alignment.pieces import TokenPieces, boundary_mask, set_sha256
 from mmkd.alignment.vocab import shared_tokens
 from mmkd.cache.codec import Codec, TokenOrder
 from mmkd.cache.hub import is_hub_id
@@ -101,7 +103,9 @@ class ScorePlan(Plan):
     def scorer(self) -> Scorer:
         """Whoever answers; loading the teacher waits until somebody asks."""
         run, codec = self.run, self.codec
-        score_format = ScoreFormat(codec.kind, codec.k, codec.m, self.manifest.identity["signal"]["vocab_size"])
+        boundaries = _boundaries_of(self.prepared.processing_class) if codec.boundaries else None
+        vocab_size = self.manifest.identity["signal"]["vocab_size"]
+        score_format = ScoreFormat(codec.kind, codec.k, codec.m, vocab_size, boundaries)
         if run.arguments.teacher_server is not None:
             return ServerScorer(client_of(run, self.prepared.processing_class), score_format)
         assert run.arguments.teacher is not None
@@ -170,10 +174,13 @@ def make_score_plan(run: Run) -> ScorePlan:
     for sequences in prepared.splits.values():
         known = sequences.counts[:vocab_size]
         counts[: len(known)] += known
-    codec = Codec(arguments.cache_signal, k, m, TokenOrder.of(counts))
+    boundaries = across and run.training.needs_boundaries
+    codec = Codec(arguments.cache_signal, k, m, TokenOrder.of(counts), boundaries)
     signal: dict[str, Any] = {"kind": codec.kind, "k": k, "tail_draws": m, "vocab_size": vocab_size}
     if not across:
         signal["token_order"] = hashlib.sha256(order_bytes(codec.order)).hexdigest()
+    if boundaries:
+        signal["boundaries"] = set_sha256(_boundaries_of(teacher_class))
     rows = {split: len(sequences) for split, sequences in prepared.splits.items()}
     manifest = manifest_of(run, teacher, data, rows, signal=signal, preparation=prepared.preparation)
     return ScorePlan(run, folder_of(run), manifest, SIGNAL_FEATURES, prepared, codec)
@@ -240,6 +247,13 @@ def check_settings(run: Run) -> None:
             "teacher_top_k above 0, or use a local teacher.",
             because="upstream",
         )
+    if settings.teacher_server is not None and arguments.cache_signal == "log_probs" and run.training.needs_boundaries:
+        raise UserError(
+            "chunks: merge and unbiased need the probability of a word's end, which is that of thousands of tokens "
+            "together, and a server in top_k mode tells its most likely tokens only. Serve the teacher's hidden "
+            "states (teacher_server_signal: hidden), or set chunks: all or space.",
+            because="upstream",
+        )
 
 
 def check_place(run: Run) -> None:
@@ -269,6 +283,11 @@ def client_of(run: Run, processing_class: Any = None) -> VLLMClient:
         timeout=settings.teacher_timeout,
         image_token_id=getattr(processing_class, "image_token_id", None),
     )
+
+
+def _boundaries_of(processing_class: Any) -> Bool[np.ndarray, "vocab"]:
+    """The tokens that begin a word."""
+    return boundary_mask(TokenPieces.of(tokenizer_of(processing_class)))
 
 
 def _precision(run: Run, facts: ServerFacts | None) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
+from jaxtyping import Bool
 from transformers import PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 
@@ -19,7 +21,7 @@ from mmkd.teachers.cached import images_of
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.vllm_client import RowError, ScoreRequest, TopK, VLLMClient
 
-from .scoring import label_log_probs, score_tokens
+from .scoring import score_labels, score_tokens
 from .sequences import PreparedSequences, TokenSequence, UnusableRow
 
 
@@ -31,6 +33,8 @@ class ScoreFormat:
     k: int
     m: int
     vocab_size: int
+    boundaries: Bool[np.ndarray, "vocab"] | None = None
+    """The tokens that begin a word, where the probability of a word's end is kept."""
 
 
 class Scorer(ABC):
@@ -65,16 +69,9 @@ class LocalScorer(Scorer):
             places = [fitting[place] for place in batch]
             asked = [sequences[place] for place in places]
             scores = self._score_batch(asked)
-            counts = [int(sequence.supervised.sum()) for sequence in asked]
-            assert len(scores) == sum(counts)
-            bounds = np.cumsum(counts)[:-1]
-            parts = zip(
-                *(np.split(part, bounds) for part in (scores.ids, scores.log_probs, scores.draws)),
-                np.split(scores.tail_log_probs, bounds),
-                strict=True,
-            )
+            parts = scores.split([int(sequence.supervised.sum()) for sequence in asked])
             for place, part in zip(places, parts, strict=True):
-                answers[place] = TokenScores(*part)
+                answers[place] = part
             advance(sum(len(sequence.ids) for sequence in asked))
         return [answer for answer in answers if answer is not None]
 
@@ -87,10 +84,9 @@ class LocalScorer(Scorer):
         signal = self.teacher.ask(inputs, supervised)
         self.teacher_seconds += time.perf_counter() - start
         if score_format.kind == "log_probs":
-            labels = inputs["input_ids"][:, 1:][supervised]
-            nothing = np.zeros((len(labels), 0), dtype=np.int32)
-            values = label_log_probs(signal, labels)[:, None]
-            return TokenScores(nothing, values, nothing, np.full(len(labels), -np.inf, dtype=np.float32))
+            boundaries = score_format.boundaries
+            mask = None if boundaries is None else torch.from_numpy(boundaries)
+            return score_labels(signal, inputs["input_ids"][:, 1:][supervised], mask)
         # From the key, so that a sequence has the same draws whichever batch or machine it is in.
         offsets = [
             np.random.default_rng(int.from_bytes(sequence.key, "little")).random(int(sequence.supervised.sum()))
@@ -118,11 +114,9 @@ class ServerScorer(Scorer):
         return answers
 
     def _scores(self, answer: TopK) -> TokenScores:
-        nothing = np.zeros((len(answer.ids), 0), dtype=np.int32)
         if self.score_format.kind == "log_probs":
-            return TokenScores(
-                nothing, answer.label_log_probs[:, None], nothing, np.full(len(nothing), -np.inf, np.float32)
-            )
+            return TokenScores.of_labels(answer.label_log_probs)
+        nothing = np.zeros((len(answer.ids), 0), dtype=np.int32)
         mass = np.exp(answer.log_probs.astype(np.float64)).sum(-1)
         tail = np.log1p(-np.minimum(mass, 1 - np.finfo(np.float32).eps)).astype(np.float32)
         return TokenScores(answer.ids, answer.log_probs, nothing, tail)

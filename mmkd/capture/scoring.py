@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmkd.cache.codec import TokenScores
@@ -36,14 +36,24 @@ def score_tokens(signal: DenseSignal, k: int, m: int, offsets: Float[np.ndarray,
 
 
 @torch.no_grad()
-def label_log_probs(signal: DenseSignal, labels: Int[Tensor, "token"]) -> Float[np.ndarray, "token"]:
-    """The log-prob of one token per position."""
-    parts = []
+def score_labels(
+    signal: DenseSignal, labels: Int[Tensor, "token"], boundaries: Bool[Tensor, "vocab"] | None = None
+) -> TokenScores:
+    """The log-prob of one token per position and, where a set of tokens is given, that of the set as a whole."""
+    parts: list[list[Tensor]] = []
     for start, chunk in zip(range(0, len(signal.hidden), _CHUNK), signal.chunks(_CHUNK), strict=False):
         logits = chunk.head.finish(chunk.logits.float())
-        chosen = logits.gather(-1, labels[start : start + _CHUNK, None])[:, 0]
-        parts.append(chosen - logits.logsumexp(-1))
-    return torch.cat(parts).cpu().numpy()
+        normaliser = logits.logsumexp(-1)
+        own = logits.gather(-1, labels[start : start + _CHUNK, None])[:, 0] - normaliser
+        parts.append([own])
+        if boundaries is not None:
+            outside = ~boundaries[: logits.shape[1]].to(logits.device)
+            inside = logits.masked_fill_(outside, -torch.inf).logsumexp(-1)
+            # Rounding may give a probability above one.
+            parts[-1].append((inside - normaliser).clamp(max=0))
+    if not parts:
+        return TokenScores.of_labels(*np.zeros((1 if boundaries is None else 2, 0), dtype=np.float32))
+    return TokenScores.of_labels(*(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))
 
 
 def tail_draws(

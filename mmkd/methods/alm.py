@@ -7,14 +7,15 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmkd.alignment.nearest_tokens import nearest_tokens
-from mmkd.alignment.pieces import boundary_mask
+from mmkd.alignment.pieces import boundary_mask, set_sha256
 from mmkd.errors import UserError
 from mmkd.losses import divergences
 from mmkd.losses.chunks import ChunkGroups, binarised, chunk_log_probs, group_chunks
@@ -73,11 +74,12 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
     def check_teacher(cls, teacher: Teacher, args: ALMConfig) -> None:
         """Raises UserError too where a cache of log-probs does not tell enough for the settings."""
         super().check_teacher(teacher, args)
-        if teacher.signal_type is LabelSignal and args.needs_boundaries:
+        if isinstance(teacher, CachedTeacher) and args.needs_boundaries and teacher.boundaries is None:
             raise UserError(
-                f"chunks: {args.chunks} needs the teacher's probability of a word's end, and the cache holds those of "
-                "the text's own tokens only. Set chunks: all or space, or use a teacher without a cache.",
-                because="not built",
+                f"chunks: {args.chunks} needs the teacher's probability of a word's end, and the cache "
+                f"{teacher.cache.folder} holds those of the text's own tokens only. Build it again with this recipe "
+                "in another folder, which keeps both, or set chunks: all or space.",
+                because="meaning",
             )
         if teacher.signal_type is LabelSignal and args.needs_hidden:
             raise UserError(
@@ -117,6 +119,7 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
         if isinstance(teacher, CachedTeacher):
             teacher.check(preparation_of(reader.processing_class, reader.args, reader.chat_template))
             _check_cached_rows(teacher, self.train_dataset, self.eval_dataset)
+            _check_boundaries(teacher, boundary_mask(align.aligner.teacher))
         elif not isinstance(teacher, Teacher):
             model = load_teacher(teacher, self.args)
             tokens = len(tokenizer_of(reader.processing_class))
@@ -180,19 +183,19 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
         assert alignment is not None
         signal = self.teacher.ask(view, view.supervised)
         if isinstance(signal, LabelSignal):
-            chunks = chunk_log_probs(signal.log_probs, alignment.teacher_chunk, len(alignment))
-            return ChunkSignal(chunks, alignment)
-        assert isinstance(signal, DenseSignal)
-        labels = view.labels[:, 1:][view.supervised]
-        with torch.no_grad():
-            log_probs, boundary = token_log_probs(
-                signal.hidden, signal.head, labels, self._teacher_boundaries, chunk_size=self.args.chunk_size
-            )
+            log_probs, boundary = signal.log_probs, signal.boundary_log_probs
+        else:
+            assert isinstance(signal, DenseSignal)
+            labels = view.labels[:, 1:][view.supervised]
+            with torch.no_grad():
+                log_probs, boundary = token_log_probs(
+                    signal.hidden, signal.head, labels, self._teacher_boundaries, chunk_size=self.args.chunk_size
+                )
         return ChunkSignal(
             chunk_log_probs(log_probs, alignment.teacher_chunk, len(alignment)),
             alignment,
             None if boundary is None else _after(boundary, alignment.teacher_next),
-            signal if self.args.needs_hidden else None,
+            signal if isinstance(signal, DenseSignal) and self.args.needs_hidden else None,
         )
 
     # The loss
@@ -310,6 +313,14 @@ def _check_cached_rows(teacher: CachedTeacher, train: Any, evaluation: Any) -> N
     for name, dataset in splits.items():
         if isinstance(dataset, Dataset) and "teacher_input_ids" in dataset.column_names:
             teacher.check_sequences(teacher_sequences(dataset), name)
+
+
+def _check_boundaries(teacher: CachedTeacher, mask: Bool[np.ndarray, "vocab"]) -> None:
+    if teacher.boundaries not in (None, set_sha256(mask)):
+        raise UserError(
+            f"The cache {teacher.cache.folder} holds the probability of the end of a word for another set of tokens "
+            "than those that begin a word of this teacher's. Build it again with this recipe in another folder."
+        )
 
 
 def _after(boundary: Tensor, following: Int[Tensor, "chunk"]) -> Tensor:

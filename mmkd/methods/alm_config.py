@@ -66,8 +66,9 @@ class ALMConfig(DistillationConfig):
         metadata={
             "help": "Which chunks of text are compared. merge (default, as in the paper): weighted by the "
             "probability that a word ends there; a chunk below gamma is joined to the next. unbiased: the "
-            "same, but such a chunk is left out. all: every chunk. space: joined up to the next space. A "
-            "cached teacher needs all or space.",
+            "same, but such a chunk is left out. all: every chunk. space: joined up to the next space. For "
+            "merge and unbiased a cache of log-probs must be built with this setting, and a served teacher must "
+            "give hidden states.",
             "choices": list(POLICIES),
         },
     )

@@ -102,7 +102,7 @@ def row_bytes(run: Run, supervised: int) -> float:
 
 def _token_bytes(run: Run) -> float:
     if run.cache.cache_signal == "log_probs":
-        return 2.0
+        return 4.0 if run.training.needs_boundaries else 2.0
     return EXACT_BYTES * run.arguments.teacher_top_k + DRAW_BYTES * run.cache.cache_tail_draws + TOKEN_BYTES
 
 

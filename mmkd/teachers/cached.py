@@ -69,6 +69,11 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
         """The tokens its distributions are over."""
         return len(self.cache.codec.order.ids)
 
+    @property
+    def boundaries(self) -> str | None:
+        """The sha256 of the set of tokens that begin a word, whose probability the cache has too; None without."""
+        return self.cache.manifest.identity["signal"].get("boundaries")
+
     def check(self, preparation: Mapping[str, Any]) -> None:
         """Raises UserError, naming the field, when sequences are prepared in another way than the cached ones."""
         different = differences(preparation, self.cache.manifest.identity["preparation"])
@@ -107,7 +112,7 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
         fields = inputs.targets[ONLY]
         if self.signal_type is LabelSignal:
             # Of the teacher's tokens, of which `supervised` does not speak.
-            return LabelSignal(fields["log_probs"].view(torch.float32))
+            return LabelSignal(**{name: tensor.view(torch.float32) for name, tensor in fields.items()})
         # Rows that an evaluation repeats to fill its last batch come last and are not supervised.
         ids, *others = [tensor[: int(supervised.sum())] for tensor in fields.values()]
         assert len(ids) == supervised.sum()
@@ -115,6 +120,8 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
 
     def _nothing(self) -> TokenScores:
         codec = self.cache.codec
+        if codec.kind == "log_probs":
+            return TokenScores.of_labels(*np.zeros((1 + codec.boundaries, 0), dtype=np.float32))
         ids, draws = (np.zeros((0, width), dtype=np.int32) for width in (codec.k, codec.m))
         return TokenScores(ids, np.zeros((0, codec.k), dtype=np.float32), draws, np.zeros(0, dtype=np.float32))
 
@@ -141,8 +148,11 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
         """The fields of this teacher's signal for the supervised tokens of a batch."""
         scores = scores or [self._nothing()]
         if self.signal_type is LabelSignal:
-            log_probs = np.concatenate([score.log_probs[:, 0] for score in scores])
-            return {"log_probs": torch.from_numpy(log_probs).float().view(torch.int32)}
+            parts: dict[str, list[Any]] = {"log_probs": [score.log_probs[:, 0] for score in scores]}
+            if self.cache.codec.boundaries:
+                parts["boundary_log_probs"] = [score.boundary_log_probs for score in scores]
+            joined = {name: torch.from_numpy(np.concatenate(part)) for name, part in parts.items()}
+            return {name: tensor.float().view(torch.int32) for name, tensor in joined.items()}
         if self.tail == "unbiased":
             outcomes = [_with_draws(score) for score in scores]
         else:

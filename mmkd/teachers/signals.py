@@ -130,6 +130,8 @@ class LabelSignal:
     """How likely the teacher found each supervised token of its own tokenisation, and nothing of other tokens."""
 
     log_probs: Float[Tensor, "token"]
+    boundary_log_probs: Float[Tensor, "token"] | None = None
+    """The probability that a new word begins there or the text ends, where the teacher tells it."""
 
 
 @dataclass(frozen=True)

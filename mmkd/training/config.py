@@ -117,6 +117,11 @@ class DistillationConfig(RolloutConfig):
         """The settings by which rows become the teacher's tokens: the same, where these are the student's too."""
         return self
 
+    @property
+    def needs_boundaries(self) -> bool:
+        """Whether it matters how probable the teacher finds the end of a word."""
+        return False
+
 
 def check_combination(config: DistillationConfig) -> None:
     """Raises UserError where the terms of the loss cannot be combined as asked."""

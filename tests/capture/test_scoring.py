@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmkd.cache.codec import TokenScores
 from mmkd.capture.build_plan import ScorePlan
-from mmkd.capture.scoring import label_log_probs, score_tokens, tail_draws
+from mmkd.capture.scoring import score_labels, score_tokens, tail_draws
 from mmkd.capture.sequences import TokenSequence, UnusableRow
 from mmkd.models.heads import LMHead
 from mmkd.teachers.signals import DenseSignal
@@ -110,13 +110,28 @@ def test_log_probs_of_labels() -> None:
         signal = make_signal(600, **settings)
         labels = torch.randint(signal.head.vocab_size, (600,), generator=torch.Generator().manual_seed(1))
         expected = whole(signal).gather(-1, labels[:, None])[:, 0]
-        found = label_log_probs(signal, labels)
+        found = score_labels(signal, labels).log_probs[:, 0]
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=5e-6)
         half = make_signal(600, dtype=torch.bfloat16, **settings)
-        np.testing.assert_allclose(
-            label_log_probs(half, labels), whole(half).gather(-1, labels[:, None])[:, 0], atol=0.1
-        )
+        halved = score_labels(half, labels)
+        assert halved.boundary_log_probs is None
+        np.testing.assert_allclose(halved.log_probs, whole(half).gather(-1, labels[:, None]), atol=0.1)
+
+
+def test_log_probs_of_a_set_of_tokens_beside_the_labels() -> None:
+    for settings in HEADS.values():
+        signal = make_signal(600, **settings)
+        generator = torch.Generator().manual_seed(1)
+        labels = torch.randint(signal.head.vocab_size, (600,), generator=generator)
+        # A tokenizer may have fewer tokens than the rows that the head was trimmed from.
+        mask = torch.rand(signal.head.vocab_size + 5, generator=generator) < 0.3
+        found = score_labels(signal, labels, mask)
+        expected = whole(signal)[:, mask[: signal.head.vocab_size]].logsumexp(-1)
+        assert found.boundary_log_probs is not None
+        np.testing.assert_allclose(found.boundary_log_probs, expected, atol=5e-6)
+        np.testing.assert_array_equal(found.log_probs, score_labels(signal, labels).log_probs)
+    assert score_labels(make_signal(0), labels[:0], mask).boundary_log_probs is not None
 
 
 # Draws

@@ -164,6 +164,25 @@ def test_log_probs_of_single_tokens() -> None:
     assert len(codec.decode(codec.encode(TokenScores(nothing[:0], values[:0], nothing[:0], values[:0, 0])), 0)) == 0
 
 
+def test_log_probs_with_those_of_new_words() -> None:
+    order = TokenOrder(np.zeros(0, dtype=np.int32))
+    alone, both = Codec("log_probs", 1, 0, order), Codec("log_probs", 1, 0, order, boundaries=True)
+    values = np.random.default_rng(0).exponential(size=(2, 9)).astype(np.float32) * -1
+    given = TokenScores.of_labels(*values)
+    found = both.decode(both.encode(given), 9)
+    assert found.boundary_log_probs is not None
+    np.testing.assert_allclose(found.log_probs[:, 0], values[0], rtol=2**-11)
+    np.testing.assert_allclose(found.boundary_log_probs, values[1], rtol=2**-11)
+    # Without them, the bytes are those that they have always been.
+    assert alone.encode(given) == alone.encode(TokenScores.of_labels(values[0]))
+    assert alone.decode(alone.encode(given), 9).boundary_log_probs is None
+    with pytest.raises((struct.error, ValueError, OSError)):
+        both.decode(alone.encode(given), 9)
+    parts = given.split([4, 0, 5])
+    np.testing.assert_array_equal(parts[2].boundary_log_probs, values[1, 4:])
+    assert [len(part) for part in parts] == [4, 0, 5]
+
+
 # Bytes
 
 

@@ -399,11 +399,24 @@ def test_training_from_log_probs_on_disk_is_training_with_the_teacher(recipe: Pa
     assert logged("cached") == pytest.approx(logged("run"), rel=2e-3)
 
 
+@pytest.mark.parametrize("policy", ["merge", "unbiased"])
+def test_ends_of_words_are_cached_where_the_recipe_weighs_by_them(recipe: Path, policy: str) -> None:
+    chunks = ["--chunks", policy, "--gamma", "0.3"]
+    assert main(["train", str(recipe), *chunks]) == 0
+    cache = ["--teacher_cache", "cache", "--cache_signal", "log_probs"]
+    assert main(["cache", "build", str(recipe), *cache, *chunks]) == 0
+    assert main(["train", str(recipe), *cache, *chunks, "--output_dir", "cached"]) == 0
+    first, *rest = logged("run")
+    # Steps of this learning rate magnify what 16 bits round.
+    assert logged("cached") == [pytest.approx(first, rel=5e-3), *(pytest.approx(loss, rel=0.02) for loss in rest)]
+    assert main(["train", str(recipe), *cache, "--chunks", "space", "--output_dir", "spaces"]) == 0
+
+
 def test_a_cache_that_does_not_fit(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = ["--teacher_cache", "cache", "--cache_signal", "log_probs"]
     assert main(["cache", "build", str(recipe), *cache]) == 0
     for flags, reason in (
-        (["--chunks", "merge"], "chunks: merge needs the teacher's probability of a word's end"),
+        (["--chunks", "merge"], "Build it again with this recipe"),
         (["--objective", "uld"], "uld and mined need the teacher itself"),
         (["--teacher_max_length", "9"], "max_length"),
     ):

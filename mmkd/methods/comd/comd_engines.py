@@ -13,7 +13,7 @@ from accelerate.utils import release_memory
 from transformers import PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from mmkd.capture.scoring import label_log_probs
+from mmkd.capture.scoring import score_labels
 from mmkd.errors import UserError
 from mmkd.generation.generator import Prompt, RowError, Sampling
 from mmkd.generation.local_generation import LocalGenerator, on_device, prompt_inputs, seed_of, together
@@ -120,7 +120,7 @@ class LocalEngine(Engine):
         start = ids.shape[1] - 1
 
         def read(hidden: torch.Tensor, head: Any) -> Any:
-            return label_log_probs(DenseSignal(hidden[:, start:-1][real], head), tail[real])
+            return score_labels(DenseSignal(hidden[:, start:-1][real], head), tail[real]).log_probs[:, 0]
 
         values = model(**inputs, consumer=read)
         replies, first = [], 0
