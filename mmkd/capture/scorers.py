@@ -2,21 +2,20 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Bool
 from transformers import PreTrainedModel
-from trl.data_utils import prepare_multimodal_messages
 
 from mmkd.cache.codec import TokenScores
 from mmkd.errors import UserError
 from mmkd.generation.generator import Advance
 from mmkd.models.load import positions_of
+from mmkd.preparation.served_rows import messages_of
 from mmkd.teachers.cached import images_of
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.vllm_client import RowError, ScoreRequest, TopK, VLLMClient
@@ -135,19 +134,14 @@ def question_of(sequence: TokenSequence) -> ScoreRequest:
     """A sequence as a question to a server: its ids, and with images the messages they come from."""
     if not sequence.images:
         return ScoreRequest(sequence.ids, sequence.supervised)
-    images = images_of(sequence.example)
-    return ScoreRequest(sequence.ids, sequence.supervised, _messages(sequence.example, images), images)
-
-
-def _messages(example: Mapping[str, Any], images: list[Any]) -> list[dict[str, Any]]:
-    messages = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
-    if not all(isinstance(message, dict) for message in messages):
+    messages = messages_of(sequence.example)
+    if messages is None:
         raise UserError(
             "A server is asked about images through messages, but the data has plain text. Map its columns to "
             "messages, or use a local teacher.",
             because="not built",
         )
-    return prepare_multimodal_messages(messages, images=images)
+    return ScoreRequest(sequence.ids, sequence.supervised, messages, images_of(sequence.example))
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

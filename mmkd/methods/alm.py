@@ -125,7 +125,7 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
             tokens = len(tokenizer_of(reader.processing_class))
             teacher = LocalTeacher(model, min(tokens, full_head(model).vocab_size))
         cached = teacher if isinstance(teacher, CachedTeacher) else None
-        self._aligned = AlignedSide(rows.collator, align, cached)
+        self._aligned = AlignedSide(rows.collator, align, cached, teacher.served)
         device, pieces = self.accelerator.device, align.aligner
         self._boundaries, self._teacher_boundaries = (
             torch.from_numpy(boundary_mask(side)).to(device) if self.args.needs_boundaries else None

@@ -17,6 +17,7 @@ from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.cached import images_of
 
 from .row_names import STORED_IMAGES, RowNames
+from .served_rows import served_rows
 from .turns import Turns
 from .vision_checks import check_placeholders, image_sizes, processing_facts, refusal, require_image_tokens
 from .vision_labels import VisionLabels
@@ -77,7 +78,7 @@ class TextViews:
         """Whether a processor makes of rows what the student's makes: there are no images to read."""
         return True
 
-    def with_teacher(self, processor: ProcessorMixin | None) -> Self:
+    def with_teacher(self, processor: ProcessorMixin | None, served: bool = False) -> Self:
         """These, which are the teacher's too."""
         return self
 
@@ -179,7 +180,8 @@ class VisionViews:
     """Rows with images, read by the student's processor and, where that reads otherwise, by the teacher's too.
 
     Raises UserError for videos, for more or fewer images than placeholders, and where `max_length` would cut a row
-    within its images, unless such rows are skipped; `names` says which row it is.
+    within its images, unless such rows are skipped; `names` says which row it is. `served` adds to what the teacher
+    reads what its server is asked with.
     """
 
     def __init__(
@@ -188,28 +190,29 @@ class VisionViews:
         skip: bool = False,
         names: RowNames | None = None,
         teacher: VisionLabels | None = None,
+        served: bool = False,
     ):
         # Cut here, where the loss of image tokens can be told from the loss of text.
         self.student, self.max_length = replace(student, max_length=None), student.max_length
         self.teacher = None if teacher is None else replace(teacher, max_length=None)
         self.names = names or RowNames()
-        self.skip, self.stand_in = skip, StandIn()
+        self.skip, self.stand_in, self.served = skip, StandIn(), served
         require_image_tokens(student.processor, "student")
 
     def reads_alike(self, processor: ProcessorMixin) -> bool:
         """Whether a processor makes of rows what the student's makes."""
         return processing_facts(processor) == processing_facts(self.student.processor)
 
-    def with_teacher(self, processor: ProcessorMixin | None) -> Self:
+    def with_teacher(self, processor: ProcessorMixin | None, served: bool = False) -> Self:
         """The views with one of the teacher's own, if its processor makes another one."""
+        student = replace(self.student, max_length=self.max_length)
         if processor is None or self.reads_alike(processor):
-            return self
+            return type(self)(student, self.skip, self.names, served=served)
         require_image_tokens(processor, "teacher")
         turns = Turns.of(processor) if self.student.assistant_only_loss else None
-        student = replace(self.student, max_length=self.max_length)
         template = None if turns is None else turns.template
         teacher = replace(student, processor=processor, chat_template=template, turns=turns)
-        return type(self)(student, self.skip, self.names, teacher)
+        return type(self)(student, self.skip, self.names, teacher, served)
 
     def reader(self, train: Any, sharded: bool) -> "ImageReader":
         """What decodes the images of rows; where models are sharded, with a row of `train` that keeps ranks together.
@@ -231,6 +234,8 @@ class VisionViews:
         try:
             # trl's collator writes into its examples.
             views = [View.of(side([dict(example) for example in examples])) for side in sides]
+            if self.served:
+                views[-1] = replace(views[-1], served=served_rows(examples, views[-1], sides[-1]))
         except Exception:
             # Processors have exceptions of their own for images that they do not take, and name no row.
             refused = self._refused(examples)

@@ -19,6 +19,9 @@ from mmkd.teachers.batch import ONLY, Batch, Targets, View
 from mmkd.teachers.cached import CachedTeacher, hashed_images, spans_of_row
 from mmkd.teachers.signals import ChunkAlignment
 
+from .served_rows import served_rows
+from .vision_labels import VisionLabels
+
 QUESTION = "question"
 """Column with a row's prompt as JSON, where the student may answer it anew."""
 
@@ -252,14 +255,18 @@ class AlignedSide:
         collator: makes the teacher's inputs and labels.
         align: finds the chunks.
         cached: the teacher's log-probs on disk, which take the place of its inputs.
+        served: whether a server is the teacher, which is asked about pictures.
     """
 
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
     align: BatchAligner
     cached: CachedTeacher | None = None
+    served: bool = False
 
     def __call__(self, batch: Batch, examples: Sequence[Mapping[str, Any]]) -> Batch:
         view = View.of(self.collator([part for example in examples for part in _teacher_parts(example)]))
+        if self.served and isinstance(self.collator, VisionLabels):
+            view = replace(view, served=served_rows(examples, view, self.collator))
         teacher = read_view(view)
         # Padding of a batch without rows looks like sequences of one token.
         student = read_view(batch.student).first(len(teacher.lengths))

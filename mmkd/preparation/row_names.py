@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
 from datasets import Dataset
@@ -10,6 +11,7 @@ from datasets import Dataset
 STORED_IMAGES = "stored_images"
 """Where a row whose images are decoded keeps them as the data set stores them."""
 
+_COLUMNS = ("text", "messages", "prompt", "completion")
 _READ = 1000
 
 
@@ -35,26 +37,39 @@ class RowNames:
                 return f"Row {number} of the {split} data (from 0, after filters and shuffle)"
         return "A row"
 
+    def of_key(self, key: int) -> str:
+        """What to call the first row with this key (`row_key`); "A row" where none has it."""
+        for split, places in self._splits.items():
+            if numbers := places.numbers[key]:
+                return f"Row {numbers[0]} of the {split} data (from 0, after filters and shuffle)"
+        return "A row"
+
+
+def row_key(row: Mapping[str, Any]) -> int:
+    """What a row is looked up by where it is not at hand itself: its text and, roughly, its images."""
+    images = row.get(STORED_IMAGES, row.get("images")) or []
+    return _key([row[name] for name in _COLUMNS if name in row], images)
+
 
 class _Places:
     """The numbers of the rows of a data set."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
-        self.columns = [name for name in ("text", "messages", "prompt", "completion") if name in dataset.column_names]
+        self.columns = [name for name in _COLUMNS if name in dataset.column_names]
 
     def find(self, row: Mapping[str, Any]) -> int | None:
         """The number of the first row that says the same about the same images."""
         if not self.columns or any(name not in row for name in self.columns):
             return None
         images = row.get(STORED_IMAGES, row.get("images")) or []
-        for number in self._numbers[_key([row[name] for name in self.columns], images)]:
+        for number in self.numbers[_key([row[name] for name in self.columns], images)]:
             if "images" not in self.dataset.column_names or (self.dataset[number]["images"] or []) == images:
                 return number
         return None
 
     @cached_property
-    def _numbers(self) -> defaultdict[int, list[int]]:
+    def numbers(self) -> defaultdict[int, list[int]]:
         """Key -> rows. Made by the first bad row, since with on_bad_row: skip there may be thousands."""
         numbers: defaultdict[int, list[int]] = defaultdict(list)
         for number, (values, images) in enumerate(self._rows()):
@@ -73,7 +88,8 @@ class _Places:
 def _key(values: list[Any], images: Sequence[Any]) -> int:
     """What rows are looked up by. Bytes of images count by their number: most rows need no more to be told apart."""
     shown = [_summary(image) for image in images]
-    return hash(repr((values, shown)))
+    # Not by Python's hash, which differs between processes: keys come from a data loader's workers.
+    return int.from_bytes(blake2b(repr((values, shown)).encode(), digest_size=8).digest(), "little")
 
 
 def _summary(image: Any) -> Any:

@@ -1,7 +1,7 @@
 """trl's collator of rows with images, with labels as text has them: answers end, and no image is a target."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from jinja2 import TemplateError
 from PIL import Image as PILImage
 from torch import Tensor
-from trl.data_utils import is_conversational
+from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mmkd.errors import UserError
@@ -48,15 +48,12 @@ class VisionLabels(DataCollatorForVisionLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of rows with their images decoded."""
         examples = [self._ended(example) for example in examples]
-        turns = Turns(self.processor, self.chat_template) if self.turns is None else self.turns
+        turns = self._turns
         if turns.how == "all":
             for number, example in enumerate(examples):
                 # Rows of a stream, or of an evaluation, that nobody has looked at before.
                 check_weights(example, number, "batch", self.completion_only_loss)
-        settings = [value for example in examples for value in template_settings(example).values()]
-        # trl's own way gives one set of tools to all rows of a batch, and no place to what the assistant says in some
-        # processors.
-        if is_conversational(examples[0]) and (turns.how != "all" or any(settings)):
+        if self._reads_turns(examples, turns):
             batch = self._collate_conversations(examples, turns)
         else:
             batch = dict(super().torch_call(examples))
@@ -65,6 +62,47 @@ class VisionLabels(DataCollatorForVisionLanguageModeling):
             if is_truncated(example):
                 self._unend(example, turns, batch, number)
         return batch
+
+    def unexpanded(self, examples: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """The tokens of a batch's rows with one placeholder for each image, before the processor puts those in."""
+        examples = [self._ended(example) for example in examples]
+        turns = self._turns
+        if self._reads_turns(examples, turns):
+            parts = [[turns.read(example, self.completion_only_loss, images_of(example)).text] for example in examples]
+        else:
+            parts = [self._texts(example) for example in examples]
+        tokenizer: Any = tokenizer_of(self.processor)
+        # trl makes tokens of prompt and completion apart.
+        tokens = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] for texts in parts]
+        return [[token for part in row for token in part] for row in tokens]
+
+    def _texts(self, example: Mapping[str, Any]) -> list[str]:
+        """The texts that trl makes tokens of."""
+        if "messages" in example:
+            messages = prepare_multimodal_messages(example["messages"], images=images_of(example))
+            processor: Any = self.processor
+            return [processor.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False)]
+        if self.dataset_text_field in example:
+            return [example[self.dataset_text_field]]
+        row = {"prompt": example["prompt"], "completion": example["completion"]}
+        if is_conversational(row):
+            row["prompt"] = prepare_multimodal_messages(row["prompt"], images=images_of(example))
+            row["completion"] = prepare_multimodal_messages(row["completion"])
+            row = apply_chat_template(row, self.processor)  # pyright: ignore[reportArgumentType]
+        return [row["prompt"], row["completion"]]
+
+    @property
+    def _turns(self) -> Turns:
+        return Turns(self.processor, self.chat_template) if self.turns is None else self.turns
+
+    def _reads_turns(self, examples: Sequence[Mapping[str, Any]], turns: Turns) -> bool:
+        """Whether conversations are rendered here and not by trl.
+
+        trl's own way gives one set of tools to all rows of a batch, and no place to what the assistant says in some
+        processors.
+        """
+        settings = [value for example in examples for value in template_settings(example).values()]
+        return is_conversational(dict(examples[0])) and (turns.how != "all" or any(settings))
 
     def _unend(self, example: Mapping[str, Any], turns: Turns, batch: Mapping[str, Any], row: int) -> None:
         """Takes the labels from the end of an answer that was cut off."""

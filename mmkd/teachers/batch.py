@@ -19,6 +19,26 @@ ONLY = ""
 """The name under which the targets of the only teacher stand."""
 
 
+@dataclass(frozen=True)
+class ServedRow:
+    """A row with images as a server is asked about it: with pictures, which the server makes tokens itself."""
+
+    images: tuple[str, ...]
+    """Data URLs, of the pixels that a model in this process is given."""
+    messages: list[dict[str, Any]] | None
+    """In transformers' form, with places for the images; None for plain text."""
+    template: Mapping[str, Any]
+    """What the chat template takes besides messages, such as tools."""
+    head: list[int]
+    """The row's first tokens with a placeholder in the place of each image's, up to the last image or a bit further.
+
+    Empty where the row's own tokens do not follow from such."""
+    head_length: int
+    """How many of the row's tokens `head` stands for."""
+    key: int
+    """By which the row's number is found when something is wrong with it (`RowNames.of_key`)."""
+
+
 @dataclass(frozen=True, eq=False)
 class View(Mapping[str, Any]):
     """A micro-batch as one model sees it; as a mapping it is the keyword arguments of the model's forward."""
@@ -33,6 +53,8 @@ class View(Mapping[str, Any]):
     """What the teachers on disk said, by the teacher's name."""
     route: Int[Tensor, "batch position"] | None = None
     """The number of the teacher of each token, or of each row in one column, where rows name theirs."""
+    served: Sequence[ServedRow | None] | None = None
+    """The rows as a server is asked about them, None for those without images; only where a server is the teacher."""
 
     @classmethod
     def of(cls, collated: Mapping[str, Any]) -> Self:
@@ -77,7 +99,10 @@ class View(Mapping[str, Any]):
             name: value[rows] if isinstance(value, Tensor) and len(value) == len(rows) else value
             for name, value in self.inputs.items()
         }
-        return replace(self, inputs=inputs, labels=self.labels[rows])
+        served = self.served
+        if served is not None:
+            served = [row for row, kept in zip(served, rows, strict=True) if kept]
+        return replace(self, inputs=inputs, labels=self.labels[rows], served=served)
 
     def targets_of(self, name: str) -> Self:
         """The view as the teacher of this name is asked about it."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from mmkd.errors import UserError
 from mmkd.losses.divergences import log_one_minus_exp
 
+from .batch import View
 from .signals import TopKSignal
 from .teacher import Teacher
 from .vllm_client import Answer as Answer
@@ -67,19 +68,17 @@ class ServerTeacher(Teacher[TopKSignal]):
         """Checks the servers; raises UserError when one is down or not what is wanted (`VLLMClient.check`)."""
         self.facts = self.client.check(self.teacher, self.k, self.max_length, self.tokenizer)
 
+    @property
+    def served(self) -> bool:
+        """True."""
+        return True
+
     @torch.no_grad()
     def ask(self, inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> TopKSignal:
         """Asks for every sequence of the batch, padded or packed (`position_ids` that start again at 0).
 
-        Raises UserError when the batch has images, or when the server refuses a sequence.
+        Raises UserError when the server refuses a sequence.
         """
-        images = [name for name in IMAGE_INPUTS if inputs.get(name) is not None]
-        if images:
-            raise UserError(
-                f"A served teacher cannot be asked from {', '.join(images)}: a vLLM server takes images, not the "
-                "student's pixels. Build a cache of this teacher first (mmkd cache build), or use a local teacher.",
-                because="not built",
-            )
         signals = list(self.client.score(questions_of(inputs, supervised), self.k, self.vocab_size))
         for signal in signals:
             if isinstance(signal, RowError):
@@ -94,7 +93,18 @@ class ServerTeacher(Teacher[TopKSignal]):
 
 
 def questions_of(inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> list[ScoreRequest]:
-    """One question per sequence of a batch that has a supervised token, in row-major order."""
+    """One question per sequence of a batch that has a supervised token, in row-major order.
+
+    Raises UserError for rows with images that do not say what a server is to be asked with.
+    """
+    served = inputs.served if isinstance(inputs, View) else None
+    tensors = [name for name in IMAGE_INPUTS if inputs.get(name) is not None]
+    if served is None and tensors:
+        raise UserError(
+            f"A served teacher cannot be asked from {', '.join(tensors)}: a vLLM server takes pictures, which these "
+            "inputs do not hold. Ask about batches of mmkd's own collator, build a cache of this teacher (mmkd cache "
+            "build), or use a local teacher."
+        )
     ids = inputs["input_ids"].cpu().numpy()
     scored = np.zeros(ids.shape, bool)
     # Position i predicts token i + 1.
@@ -113,6 +123,10 @@ def questions_of(inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch posi
             np.split(ids[row][real[row]], cuts), np.split(scored[row][real[row]], cuts), strict=True
         ):
             if flags.any():
-                questions.append(ScoreRequest(tokens, flags))
+                about = None if served is None else served[row]
+                question = ScoreRequest(tokens, flags)
+                if about is not None:
+                    question = ScoreRequest(tokens, flags, about.messages, about.images)
+                questions.append(question)
     assert sum(int(q.supervised.sum()) for q in questions) == int(scored.sum()), "padding is never supervised"
     return questions

@@ -72,6 +72,11 @@ class SeveralTeachers(Teacher[MixedSignal | RoutedSignal]):
         """Those that answer from a disk."""
         return {name: teacher for name, teacher in self.teachers.items() if isinstance(teacher, CachedTeacher)}
 
+    @property
+    def served(self) -> bool:
+        """Whether one of them is."""
+        return any(teacher.served for teacher in self.teachers.values())
+
     def prepare(self, accelerator: Accelerator) -> None:
         """Each takes its place."""
         for teacher in self.teachers.values():

@@ -23,6 +23,11 @@ class Teacher(ABC, Generic[Signal]):
     can_temper: bool = True
     """Whether its probabilities are known at temperatures other than 1."""
 
+    @property
+    def served(self) -> bool:
+        """Whether it is asked over HTTP, about pictures and not about a processor's tensors (`View.served`)."""
+        return False
+
     @abstractmethod
     def prepare(self, accelerator: Accelerator) -> None:
         """Takes its place on the accelerator's device; called once, before the first question."""

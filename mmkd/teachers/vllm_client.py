@@ -67,7 +67,8 @@ class ScoreRequest:
     ids: Ids
     supervised: Bool[np.ndarray, "token"]
     messages: list[dict[str, Any]] | None = None
-    images: Sequence[Image.Image] = ()
+    images: Sequence[Image.Image | str] = ()
+    """Images, or their data URLs."""
 
     def __post_init__(self):
         assert len(self.supervised) == len(self.ids), "one flag per token"

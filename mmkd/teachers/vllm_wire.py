@@ -129,7 +129,9 @@ def log_probs_of(entries: Sequence[Mapping[int, LogProb]], ids: Sequence[int]) -
     return np.array(values, np.float32)
 
 
-def openai_messages(messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+def openai_messages(
+    messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image | str]
+) -> list[dict[str, Any]]:
     """Messages in OpenAI's form with the images in their places; ValueError when they do not fit, or are of no use."""
     left = iter(images)
     places = sum(part["type"] == "image" for message in messages for part in _parts(message))
@@ -152,15 +154,17 @@ def _parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 def _openai_part(part: Mapping[str, Any], images: Any) -> dict[str, Any]:
     if part["type"] == "image":
-        return {"type": "image_url", "image_url": {"url": _data_url(next(images))}}
+        return {"type": "image_url", "image_url": {"url": data_url(next(images))}}
     if part["type"] == "text":
         return {"type": "text", "text": part["text"]}
     raise UserError(f"A part of a message is of type {part['type']!r}; only image and text can be sent to a server.")
 
 
-def _data_url(image: Image.Image) -> str:
+def data_url(image: Image.Image | str) -> str:
+    """An image as it is sent, the pixels that a model in this process would be given; a data URL as it is."""
+    if isinstance(image, str):
+        return image
     file = io.BytesIO()
-    # The pixels that a model in this process would be given.
     read_image(image).save(file, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 

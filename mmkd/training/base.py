@@ -146,7 +146,9 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         side = StudentSide(self.model, self.processing_class, args, self.labelling, *rows, views, self.padding_free)
         teaching = self.build_teacher(side, teacher, teacher_processing_class)
         self.teacher, self.vocab_size = teaching.teacher, teaching.vocab_size
-        self.student_side = side = replace(side, views=views.with_teacher(teaching.processor))
+        # A teacher with tokens of its own brings its view.
+        served = self.one_vocabulary and teaching.teacher is not None and teaching.teacher.served
+        self.student_side = side = replace(side, views=views.with_teacher(teaching.processor, served))
         check_fit(side, teaching, self.one_vocabulary)
         stop_where_answers_end(side)
         if args.combine == "gradmag":
