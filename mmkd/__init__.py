@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from mmkd.models.dual_head import DualHeadForImageClassification as DualHeadForImageClassification
     from mmkd.models.dual_head import DualHeadForSequenceClassification as DualHeadForSequenceClassification
     from mmkd.teachers.cached import CachedTeacher as CachedTeacher
+    from mmkd.teachers.hidden_server import HiddenServerTeacher as HiddenServerTeacher
     from mmkd.teachers.local import LocalTeacher as LocalTeacher
+    from mmkd.teachers.served_head import head_of_checkpoint as head_of_checkpoint
     from mmkd.teachers.server import ServerTeacher as ServerTeacher
     from mmkd.teachers.several import SeveralTeachers as SeveralTeachers
 
@@ -44,7 +46,9 @@ _MODULES = {
     "KDTrainer": "mmkd.methods.kd",
     "LLaVAKDConfig": "mmkd.methods.llava_kd",
     "LLaVAKDTrainer": "mmkd.methods.llava_kd",
+    "HiddenServerTeacher": "mmkd.teachers.hidden_server",
     "LocalTeacher": "mmkd.teachers.local",
+    "head_of_checkpoint": "mmkd.teachers.served_head",
     "SFTBaselineConfig": "mmkd.methods.sft",
     "SFTBaselineTrainer": "mmkd.methods.sft",
     "ServerTeacher": "mmkd.teachers.server",

@@ -3,8 +3,9 @@
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -39,11 +40,19 @@ def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     server.server_close()
 
 
+@dataclass(frozen=True)
+class Binary:
+    """An answer that is bytes, with headers of its own."""
+
+    content: bytes
+    headers: Mapping[str, str]
+
+
 @contextmanager
 def answering(respond: Callable[[str, Message, dict[str, Any]], tuple[int, Any]]) -> Iterator[str]:
     """The address of a server whose status and answer are a function of path, headers and JSON body.
 
-    An answer that is text is sent as a page, all others as JSON.
+    An answer that is text is sent as a page, `Binary` as it is, all others as JSON.
     """
 
     class Handler(QuietHandler):
@@ -56,9 +65,14 @@ def answering(respond: Callable[[str, Message, dict[str, Any]], tuple[int, Any]]
         def answer(self, body: dict[str, Any]) -> None:
             status, answer = respond(self.path, self.headers, body)
             kind = "text/html" if isinstance(answer, str) else "application/json"
-            content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+            headers: Mapping[str, str] = {"Content-Type": kind}
+            if isinstance(answer, Binary):
+                content, headers = answer.content, answer.headers
+            else:
+                content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
             self.send_response(status)
-            self.send_header("Content-Type", kind)
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mmkd.errors import UserError
 from mmkd.seams.deepspeed_seam import gathered, is_partitioned
@@ -69,10 +70,7 @@ def allow_consumers(model: PreTrainedModel | PeftModel) -> None:
 def _require_plain_head(model: PreTrainedModel) -> None:
     """Raises UserError if the head gives other log-probs than the model: some families do more after the product."""
     if model.base_model is model:
-        raise UserError(
-            f"{type(model).__name__} has no backbone apart from its head, so its logits cannot be chunked.",
-            because="not built",
-        )
+        raise _without_backbone(model)
     if any(is_partitioned(parameter) or parameter.is_meta for parameter in model.parameters()):
         return
     ids, training = torch.tensor([[0, 1]], device=model.device), model.training
@@ -83,6 +81,17 @@ def _require_plain_head(model: PreTrainedModel) -> None:
         expected = model(input_ids=ids).logits.float()
         ours = model(input_ids=ids, consumer=lambda hidden, head: head.log_probs(hidden))
     model.train(training)
+    _compare_heads(model, ours, expected)
+
+
+def _without_backbone(model: PreTrainedModel) -> UserError:
+    return UserError(
+        f"{type(model).__name__} has no backbone apart from its head, so its logits cannot be chunked.",
+        because="not built",
+    )
+
+
+def _compare_heads(model: PreTrainedModel, ours: Tensor, expected: Tensor) -> None:
     if (ours - expected.log_softmax(-1)).abs().max() > 0.02 * expected.abs().max():
         raise UserError(
             f"The logits of {type(model).__name__} are not its output embeddings applied to its last hidden state "
@@ -90,6 +99,32 @@ def _require_plain_head(model: PreTrainedModel) -> None:
             "an issue that names the model.",
             because="not built",
         )
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """As `allow_consumers`, for a model of which only the head has weights: its backbone is not run.
+
+    Raises UserError for a model whose logits are not its head applied to its last hidden state.
+    """
+    head = head_of(model)
+    generator = torch.Generator().manual_seed(0)
+    # As large as states after a norm are, so that a softcap shows.
+    hidden = 3 * torch.randn(1, 2, head.weight.shape[1], generator=generator).to(head.weight.dtype)
+    backbone = model.base_model
+    if backbone is model:
+        raise _without_backbone(model)
+    backbone.forward = lambda *args, **kwargs: _GivenStates(last_hidden_state=hidden)
+    expected = model(input_ids=torch.tensor([[0, 1]])).logits.float()
+    del backbone.forward
+    _compare_heads(model, head.log_probs(hidden), expected)
+
+
+class _GivenStates(BaseModelOutputWithPast):
+    """What any backbone returns, of which only the last hidden state is there."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def attention_now(model: PreTrainedModel) -> set[str | None]:

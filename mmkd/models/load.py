@@ -47,7 +47,7 @@ def load_model(
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] != "auto":
-        kwargs["dtype"] = _dtype(kwargs["dtype"], role)
+        kwargs["dtype"] = dtype_named(kwargs["dtype"], role)
     hub = {key: kwargs[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in kwargs}
     try:
         config = AutoConfig.from_pretrained(name, **hub)
@@ -71,6 +71,20 @@ def load_model(
         say_float32()
         model.float()
     return model
+
+
+def empty_model(name: str, role: str = "model", **hub: Any) -> PreTrainedModel:
+    """The model of a Hub id or a local folder on the meta device: its modules, without weights.
+
+    `hub` are revision and trust_remote_code. Raises UserError where there is no config that transformers knows.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+        auto_class: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        with torch.device("meta"):
+            return auto_class.from_config(config, trust_remote_code=hub.get("trust_remote_code", False))
+    except _UNREADABLE as error:
+        raise UserError(f"The {role} {name!r} cannot be loaded: {_hint(name)} ({_first_line(error)})") from error
 
 
 def quantised_to(bits: int | None, device: str | torch.device) -> BitsAndBytesConfig | None:
@@ -135,7 +149,7 @@ def learns_positions(config: PreTrainedConfig) -> bool:
     return positions_of(config) is not None and not computed and text.model_type not in _WITHOUT_TABLE
 
 
-def _dtype(name: str, role: str) -> torch.dtype:
+def dtype_named(name: str, role: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"The {role}'s dtype {name!r} is none of torch's; use auto, float32, bfloat16 or float16.")

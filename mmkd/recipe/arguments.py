@@ -125,6 +125,33 @@ class RunArguments:
     teacher_server_model: str | None = field(
         default=None, metadata={"help": "The teacher's name on the servers. Needed if they offer several models."}
     )
+    teacher_server_signal: str = field(
+        default="auto",
+        metadata={
+            "help": "What the servers are asked for. top_k: the teacher_top_k most likely tokens, from a server that "
+            "generates. hidden: the last hidden states, from a server that was started with --runner pooling. Only "
+            "the teacher's head is then loaded here, and the student learns from the whole distribution. auto "
+            "(default): what the servers run.",
+            "choices": ["auto", "top_k", "hidden"],
+        },
+    )
+    teacher_server_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "For teacher_server_signal: hidden. The type in which hidden states are sent. auto (default): "
+            "that of the teacher's weights. bfloat16 halves the traffic of float32 and changes the teacher's "
+            "distribution by about 1e-4 nats.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    teacher_server_recheck: NonNegativeInt = field(
+        default=100,
+        metadata={
+            "help": "For teacher_server_signal: hidden. After so many batches (default 100) one row is asked again "
+            "and compared with the first answer, so that a server that was restarted with other weights is noticed. "
+            "0: never."
+        },
+    )
     teacher_concurrency: PositiveInt = field(
         default=16,
         metadata={
@@ -196,7 +223,7 @@ class RunArguments:
                 because="meaning",
             )
         sources = [self.teacher, self.teacher_cache, self.teacher_server]
-        self._check_teachers(any(sources))
+        _check_teachers(self, any(sources))
         if not any(sources) and self.teachers is None and METHODS[self.method].needs_teacher:
             raise UserError(
                 f"Method {self.method} needs a teacher: set `teacher` to a Hub id or a folder, or teacher_cache, or "
@@ -207,56 +234,59 @@ class RunArguments:
                 "teacher_load_in_4bit and teacher_load_in_8bit exclude each other: keep one.", because="meaning"
             )
 
-    def _check_teachers(self, one_too: bool) -> None:
-        teachers = self.teachers = self._read_teachers()
-        if teachers is None:
-            if self.teacher_column is not None:
-                raise UserError(
-                    f"teacher_column is {self.teacher_column!r}, but there are no `teachers` to choose.",
-                    because="meaning",
-                )
-            return
-        if not isinstance(teachers, dict) or not all(isinstance(keys, dict) for keys in teachers.values()):
-            raise UserError("teachers is no mapping of names to keys; write {NAME: {teacher: ...}, ...}.")
-        teachers = self.teachers = dict(teachers)
-        if len(teachers) < 2:
-            raise UserError(f"teachers holds {len(teachers)}; name two or more, or set `teacher` to the only one.")
-        if one_too:
+
+def _check_teachers(arguments: RunArguments, one_too: bool) -> None:
+    """Reads `teachers`, and raises UserError where it makes no several teachers."""
+    teachers = arguments.teachers = _read_teachers(arguments.teachers)
+    if teachers is None:
+        if arguments.teacher_column is not None:
             raise UserError(
-                "teacher, teacher_cache and teacher_server say who teaches, and so does `teachers`.", because="meaning"
-            )
-        if not METHODS[self.method].takes_several:
-            several = ", ".join(name for name, method in METHODS.items() if method.takes_several)
-            raise UserError(
-                f"Method {self.method} learns from one teacher; `teachers` are for {several}.", because="not built"
-            )
-        known = [part.name for part in fields(self) if part.name.startswith("teacher_")]
-        known = ["teacher", "weight", *(name for name in known if name != "teacher_column")]
-        allowed = {**fields_of(RunArguments), "weight": Field.of("weight", PositiveFloat)}
-        for name, keys in list(teachers.items()):
-            unknown = next((key for key in keys if key not in known), None)
-            if unknown is not None:
-                near = nearest(unknown, known)
-                raise UserError(f"teachers.{name} sets {unknown!r}, which no teacher has; did you mean {near!r}?")
-            read = {key: allowed[key].read(value, f"teachers.{name}.") for key, value in keys.items()}
-            teachers[name] = read
-            if not any(read.get(source) for source in ("teacher", "teacher_cache", "teacher_server")):
-                raise UserError(f"teachers.{name} names nobody: set its teacher, teacher_cache or teacher_server.")
-        if self.teacher_column is not None and any("weight" in keys for keys in teachers.values()):
-            raise UserError(
-                "teacher_column gives each row to one teacher, so that a weight says nothing: keep one.",
+                f"teacher_column is {arguments.teacher_column!r}, but there are no `teachers` to choose.",
                 because="meaning",
             )
+        return
+    if not isinstance(teachers, dict) or not all(isinstance(keys, dict) for keys in teachers.values()):
+        raise UserError("teachers is no mapping of names to keys; write {NAME: {teacher: ...}, ...}.")
+    teachers = arguments.teachers = dict(teachers)
+    if len(teachers) < 2:
+        raise UserError(f"teachers holds {len(teachers)}; name two or more, or set `teacher` to the only one.")
+    if one_too:
+        raise UserError(
+            "teacher, teacher_cache and teacher_server say who teaches, and so does `teachers`.", because="meaning"
+        )
+    if not METHODS[arguments.method].takes_several:
+        several = ", ".join(name for name, method in METHODS.items() if method.takes_several)
+        raise UserError(
+            f"Method {arguments.method} learns from one teacher; `teachers` are for {several}.", because="not built"
+        )
+    known = [part.name for part in fields(arguments) if part.name.startswith("teacher_")]
+    known = ["teacher", "weight", *(name for name in known if name != "teacher_column")]
+    allowed = {**fields_of(RunArguments), "weight": Field.of("weight", PositiveFloat)}
+    for name, keys in list(teachers.items()):
+        unknown = next((key for key in keys if key not in known), None)
+        if unknown is not None:
+            near = nearest(unknown, known)
+            raise UserError(f"teachers.{name} sets {unknown!r}, which no teacher has; did you mean {near!r}?")
+        read = {key: allowed[key].read(value, f"teachers.{name}.") for key, value in keys.items()}
+        teachers[name] = read
+        if not any(read.get(source) for source in ("teacher", "teacher_cache", "teacher_server")):
+            raise UserError(f"teachers.{name} names nobody: set its teacher, teacher_cache or teacher_server.")
+    if arguments.teacher_column is not None and any("weight" in keys for keys in teachers.values()):
+        raise UserError(
+            "teacher_column gives each row to one teacher, so that a weight says nothing: keep one.",
+            because="meaning",
+        )
 
-    def _read_teachers(self) -> Any:
-        if not isinstance(self.teachers, str):
-            return self.teachers
-        try:
-            return json.loads(self.teachers)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f'--teachers is no JSON ({error}): write --teachers \'{{"NAME": {{"teacher": "..."}}, ...}}\'.'
-            ) from error
+
+def _read_teachers(teachers: Any) -> Any:
+    if not isinstance(teachers, str):
+        return teachers
+    try:
+        return json.loads(teachers)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f'--teachers is no JSON ({error}): write --teachers \'{{"NAME": {{"teacher": "..."}}, ...}}\'.'
+        ) from error
 
 
 @dataclass

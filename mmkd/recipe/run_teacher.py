@@ -14,10 +14,14 @@ from mmkd.cache.identity import is_same_teacher, weights_sha256
 from mmkd.cache.store import Cache
 from mmkd.data.data_recipe import DataRecipe
 from mmkd.errors import UserError
+from mmkd.models.heads import LMHead
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.hidden_server import HiddenServerTeacher
+from mmkd.teachers.served_head import head_of_checkpoint
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers
+from mmkd.teachers.vllm_client import VLLMClient
 from mmkd.training.config import DistillationConfig
 
 from .arguments import RunArguments
@@ -27,8 +31,11 @@ from .run_models import load_teacher, teacher_processing_class
 Result = TypeVar("Result")
 
 
-def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher:
-    """A teacher behind these URLs, for a student with this tokenizer. Raises UserError where their tokens differ."""
+def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher | HiddenServerTeacher:
+    """A teacher behind these URLs, for a student with this tokenizer. Raises UserError where their tokens differ.
+
+    Where `teacher_server_signal` is auto, the servers are asked what they run.
+    """
     arguments = run.arguments
     # Without the teacher's own tokenizer the servers are asked whether theirs is the student's.
     tokenizer: Any = student
@@ -36,18 +43,53 @@ def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher:
     if arguments.teacher is not None:
         tokenizer = tokenizer_of(teacher_processing_class(run))
         tokens = shared_tokens(student, tokenizer)
-    return ServerTeacher(
-        urls,
-        k=arguments.teacher_top_k,
-        model=arguments.teacher_server_model,
-        # What the student does not know, a padding row of the teacher's say, is left in the tail.
-        vocab_size=tokens,
-        teacher=arguments.teacher,
-        tokenizer=tokenizer,
-        max_length=run.training.max_length,
-        concurrency=arguments.teacher_concurrency,
-        timeout=arguments.teacher_timeout,
+    settings: dict[str, Any] = {
+        "model": arguments.teacher_server_model,
+        # What the student does not know, a padding row of the teacher's say, is left in the tail, or has no logit.
+        "vocab_size": tokens,
+        "teacher": arguments.teacher,
+        "tokenizer": tokenizer,
+        "max_length": run.training.max_length,
+        "concurrency": arguments.teacher_concurrency,
+        "timeout": arguments.teacher_timeout,
+    }
+    if server_signal(run, urls) == "top_k":
+        return ServerTeacher(urls, k=arguments.teacher_top_k, **settings)
+    head = served_head(run, urls)
+    return HiddenServerTeacher(
+        urls, head, dtype=wire_dtype(run, head), recheck=arguments.teacher_server_recheck, **settings
     )
+
+
+def server_signal(run: Run, urls: list[str]) -> str:
+    """What the servers of a run are asked for: what `teacher_server_signal` says, or what they run."""
+    arguments = run.arguments
+    if arguments.teacher_server_signal != "auto":
+        return arguments.teacher_server_signal
+    with server_client(run, urls) as client:
+        return client.signal()
+
+
+def served_head(run: Run, urls: list[str]) -> LMHead:
+    """The head of the teacher that the servers run, of `teacher` or else of what the servers say they have loaded."""
+    arguments, training = run.arguments, run.training
+    name = arguments.teacher
+    if name is None:
+        with server_client(run, urls) as client:
+            name = client.check().root
+    revision, trust = arguments.teacher_revision, training.trust_remote_code
+    return head_of_checkpoint(name, revision, arguments.teacher_dtype, trust, training.device)
+
+
+def wire_dtype(run: Run, head: LMHead) -> torch.dtype:
+    """The type in which the servers of a run send hidden states."""
+    named = run.arguments.teacher_server_dtype
+    return head.weight.dtype if named == "auto" else getattr(torch, named)
+
+
+def server_client(run: Run, urls: list[str]) -> VLLMClient:
+    """A client of the teacher's servers for a question about themselves."""
+    return VLLMClient(urls, run.arguments.teacher_server_model, timeout=run.arguments.teacher_timeout)
 
 
 def reads_teacher(arguments: RunArguments) -> bool:
@@ -55,7 +97,7 @@ def reads_teacher(arguments: RunArguments) -> bool:
     return arguments.teacher_cache is None and arguments.teacher_server is None
 
 
-def absent_teacher(run: Run, student: Any) -> CachedTeacher | ServerTeacher:
+def absent_teacher(run: Run, student: Any) -> CachedTeacher | ServerTeacher | HiddenServerTeacher:
     """The teacher that answers from a run's cache or servers, for a student with this tokenizer."""
     arguments = run.arguments
     if arguments.teacher_cache is not None:

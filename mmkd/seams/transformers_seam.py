@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils.chat_template_utils import render_jinja_template
 
 
@@ -88,3 +89,27 @@ def installed_trackers() -> Iterable[str]:
     from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     return get_available_reporting_integrations()
+
+
+def parameter_names(model: PreTrainedModel, saved: Iterable[str]) -> dict[str, str]:
+    """The parameter of a model that each tensor of a checkpoint fills whole, by the tensor's name there.
+
+    `from_pretrained` finds them on its way only. Tensors that are joined or cut while they are loaded are left out.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    own, prefix = model.state_dict(), model.base_model_prefix
+    names = {}
+    for key in sorted(saved, key=dot_natural_key):
+        name, converted = rename_source_key(key, renamings, converters, prefix, own)
+        if name not in own and key in own:
+            name, converted = rename_source_key(key, [], [], prefix, own)
+        if converted is None:
+            names[key] = name
+    return names
+
+
+def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
+    """The parameter whose weights each tied parameter has, which is what a checkpoint holds."""
+    return model.all_tied_weights_keys

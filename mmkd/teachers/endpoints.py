@@ -144,6 +144,10 @@ class Endpoints:
 
     async def request(self, path: str, body: bytes | None = None, url: str | None = None, retry: bool = True) -> bytes:
         """The body of the answer to a GET, or to a POST of a JSON body, by one URL or the least busy one."""
+        return (await self.reply(path, body, url, retry)).content
+
+    async def reply(self, path: str, body: bytes | None, url: str | None = None, retry: bool = True) -> httpx.Response:
+        """As `request`, the whole answer with its headers."""
         started = time.monotonic()
         attempts = AsyncRetrying(
             retry=retry_if_exception_type(_Failure),
@@ -161,7 +165,7 @@ class Endpoints:
                 "scripts/serve_teacher.sh MODEL starts one."
             ) from failure
 
-    async def _request_once(self, path: str, body: bytes | None, url: str | None) -> bytes:
+    async def _request_once(self, path: str, body: bytes | None, url: str | None) -> httpx.Response:
         async with self._slots:
             endpoint = next(e for e in self._endpoints if e.url == url) if url else self._least_busy()
             endpoint.in_flight += 1
@@ -179,7 +183,7 @@ class Endpoints:
                 endpoint.in_flight -= 1
         if response.is_success:
             endpoint.rests_until = 0.0
-            return response.content
+            return response
         message, parameter = _error_of(response)
         if response.status_code in (408, 429) or response.is_server_error:
             endpoint.rests_until = time.monotonic() + REST

@@ -18,13 +18,11 @@ from mmkd.models.heads import LMHead
 from mmkd.models.sharded_weights import gathered, is_quantized, is_sharded, loads_on_one_rank, reshard, shard_frozen
 
 from .signals import DenseSignal
-from .teacher import Teacher
+from .teacher import DenseTeacher
 
 
-class LocalTeacher(Teacher[DenseSignal]):
+class LocalTeacher(DenseTeacher):
     """Answers with hidden states and head, so that its logits exist one chunk at a time, next to the student's."""
-
-    signal_type = DenseSignal
 
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None):
         """`vocab_size` trims the padding rows of the teacher's vocabulary: the number of tokens both sides know."""

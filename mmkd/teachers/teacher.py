@@ -1,13 +1,14 @@
 """Teacher[Signal]: who speaks, and in which kind of signal."""
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from accelerate import Accelerator
 from jaxtyping import Bool
 from torch import Tensor
 
 from .batch import View
+from .signals import DenseSignal
 
 Signal = TypeVar("Signal", covariant=True)
 
@@ -39,3 +40,20 @@ class Teacher(ABC, Generic[Signal]):
         `inputs` are the model's inputs as a mapping, and what else is known of the batch. `supervised` has one
         position less than they do, since the last position predicts nothing.
         """
+
+
+class DenseTeacher(Teacher[DenseSignal]):
+    """A teacher that answers with hidden states and head, wherever its model runs."""
+
+    signal_type = DenseSignal
+    vocab_size: int
+    """The first tokens that it speaks of."""
+    softcap: float | None
+
+    @abstractmethod
+    def over_tokens(self, vocab_size: int) -> Self:
+        """The same teacher over the first tokens only."""
+
+    @abstractmethod
+    def nothing(self) -> DenseSignal:
+        """The signal about no token at all, without asking."""

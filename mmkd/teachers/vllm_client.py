@@ -8,107 +8,30 @@ made of them is compared with the row's ids.
 import asyncio
 import os
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
-from jaxtyping import Bool, Float, Int
-from PIL import Image
+import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mmkd.errors import UserError
 
 from . import vllm_wire as wire
 from .endpoints import Endpoints, Refusal
-
-Kind = TypeVar("Kind")
-Ids = Sequence[int] | Int[np.ndarray, "token"]
-
-# Sampling parameters that a request always states: the server would otherwise take its model's generation_config.json.
-NEUTRAL_SAMPLING = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
-SAMPLING = {*NEUTRAL_SAMPLING, "max_tokens", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos"}
-SAMPLING |= {"allowed_token_ids", "bad_words", "include_stop_str_in_output", "logit_bias", "skip_special_tokens"}
-# Text of several scripts and kinds, on which different tokenizers hardly ever agree.
-PROBE = "The naïve fox — 12345 × 0.5 — says: 你好, привет 🙂\n\tdef f(x):\n        return x['y']  # ok"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Tokens to continue. With images also the messages they stand in, whose rendering must give these ids.
-
-    `messages` are in the form of transformers and TRL: a content is a string, or a list of `{"type": "image"}` and
-    `{"type": "text", "text": ...}`, and the images fill their places in order. `text` has their places where there are
-    no messages; no server can be asked so.
-    """
-
-    ids: Ids
-    messages: list[dict[str, Any]] | None = None
-    images: Sequence[Image.Image] = ()
-    text: str | None = None
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """Tokens to score: wanted are the teacher's log-probs of token t given the tokens before it, where supervised[t].
-
-    Token 0 is never supervised. `messages` and `images` as in `Prompt`.
-    """
-
-    ids: Ids
-    supervised: Bool[np.ndarray, "token"]
-    messages: list[dict[str, Any]] | None = None
-    images: Sequence[Image.Image | str] = ()
-    """Images, or their data URLs."""
-
-    def __post_init__(self):
-        assert len(self.supervised) == len(self.ids), "one flag per token"
-        assert not self.supervised[:1].any(), "nothing comes before token 0"
-
-
-@dataclass(frozen=True)
-class TopK:
-    """The k most likely tokens at each supervised token of a row, most likely first, their log-probs, and its own."""
-
-    ids: Int[np.ndarray, "token k"]
-    log_probs: Float[np.ndarray, "token k"]
-    label_log_probs: Float[np.ndarray, "token"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One continuation of a prompt; `finish_reason` is "stop" at the end of sequence and "length" at max_tokens."""
-
-    text: str
-    ids: list[int]
-    finish_reason: str
-
-
-@dataclass(frozen=True)
-class RowError:
-    """Stands in the place of a row's answer when the server refuses this row, and says why; other rows go on."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class ServerFacts:
-    """What runs behind the URLs: `root` is the folder or Hub name that was loaded, `max_model_len` in tokens."""
-
-    urls: tuple[str, ...]
-    model: str
-    root: str
-    max_model_len: int
-    vllm_version: str
+from .pooling import states_of
+from .server_checks import PROBE as PROBE
+from .server_checks import ServerChecks, named, row_refusal
+from .server_checks import ServerFacts as ServerFacts
+from .vllm_rows import NEUTRAL_SAMPLING, SAMPLING
+from .vllm_rows import Answer as Answer
+from .vllm_rows import Ids as Ids
+from .vllm_rows import Prompt as Prompt
+from .vllm_rows import RowError as RowError
+from .vllm_rows import ScoreRequest as ScoreRequest
+from .vllm_rows import TopK as TopK
 
 
 class VLLMClient:
@@ -135,7 +58,7 @@ class VLLMClient:
         key = api_key or os.environ.get("VLLM_API_KEY")
         urls = [base_urls] if isinstance(base_urls, str) else base_urls
         self._endpoints = Endpoints(urls, key, concurrency, timeout, retries)
-        self._wanted_model, self._image_token_id = model, image_token_id
+        self._checks, self._image_token_id = ServerChecks(self._endpoints, model), image_token_id
         self._facts: ServerFacts | None = None
 
     def __enter__(self) -> "VLLMClient":
@@ -162,73 +85,32 @@ class VLLMClient:
         """
         if tokenizer is not None and k > len(tokenizer):
             raise UserError(f"k={k} is more than the teacher's {len(tokenizer)} tokens; choose a smaller k.")
-        facts = [self._facts_of(url) for url in self._endpoints.urls]
+        facts = [self._checks.facts_of(url) for url in self._endpoints.urls]
         for other in facts[1:]:
             if (other.model, other.root) != (facts[0].model, facts[0].root):
                 raise UserError(
-                    f"{facts[0].urls[0]} serves {_named(facts[0])}, but {other.urls[0]} serves {_named(other)}. One "
+                    f"{facts[0].urls[0]} serves {named(facts[0])}, but {other.urls[0]} serves {named(other)}. One "
                     "teacher must answer at all URLs: start the servers with the same model and --served-model-name."
                 )
         for fact in facts:
-            self._check_one(fact, teacher, k, max_length, tokenizer)
+            self._checks.check_one(fact, teacher, k, max_length, tokenizer)
         shortest = min(fact.max_model_len for fact in facts)
         versions = ", ".join(sorted({fact.vllm_version for fact in facts}))
         first = facts[0]
         self._facts = ServerFacts(self._endpoints.urls, first.model, first.root, shortest, versions)
         return self._facts
 
-    def _facts_of(self, url: str) -> ServerFacts:
-        models = self._get(url, "/v1/models", wire.Models).data
-        version = self._get(url, "/version", wire.Version).version
-        # An adapter has the model it belongs to as its parent.
-        name = self._wanted_model
-        matches = [m for m in models if m.id == name] if name else [m for m in models if m.parent is None]
-        if len(matches) != 1:
-            names = ", ".join(repr(model.id) for model in models)
-            raise UserError(
-                f"{url} serves {names}" + (f", not {name!r}." if name else ".") + " Name one of them as the model."
-            )
-        (model,) = matches
-        if model.max_model_len is None:
-            raise UserError(f"{url} does not state max_model_len for {model.id!r}: this is no vLLM server.")
-        return ServerFacts((url,), model.id, model.root or model.id, model.max_model_len, version)
+    def signal(self) -> str:
+        """What all servers answer with: "hidden" states of vLLM's pooling runner, or "top_k" log-probs.
 
-    def _check_one(
-        self,
-        facts: ServerFacts,
-        teacher: str | None,
-        k: int,
-        max_length: int | None,
-        tokenizer: PreTrainedTokenizerBase | None,
-    ) -> None:
-        (url,) = facts.urls
-        if teacher is not None and not _serves(facts, teacher):
+        Raises UserError where they differ, or where one gives neither.
+        """
+        signals = {url: self._checks.signal_of(self._checks.facts_of(url)) for url in self._endpoints.urls}
+        if len(set(signals.values())) > 1:
             raise UserError(
-                f"The teacher is {teacher!r}, but {url} serves {_named(facts)}. Start it with that model, or with "
-                f"--served-model-name {teacher} if the same model lies under another path there."
+                f"The servers answer with different signals: {signals}. Start all of them with the same --runner."
             )
-        # The request generates one token, which vLLM wants room for.
-        if max_length is not None and facts.max_model_len <= max_length:
-            raise UserError(
-                f"{url} has room for {facts.max_model_len} tokens, but scoring texts of up to {max_length} takes "
-                f"{max_length + 1}. Start it with --max-model-len {max_length + 1}, or lower max_length."
-            )
-        if tokenizer is not None:
-            text = PROBE + "".join(tokenizer.all_special_tokens)
-            ours = tokenizer(text, add_special_tokens=False)["input_ids"]
-            body = {"model": facts.model, "prompt": text, "add_special_tokens": False}
-            theirs = wire.decoded(
-                self._endpoints.run(self._post("/tokenize", body, url)), wire.TokenizeReply, url
-            ).tokens
-            if list(ours) != theirs:
-                raise UserError(
-                    f"{url} tokenises unlike the tokenizer that the teacher should have: "
-                    f"{wire.difference(ours, theirs)}. Serve the model with that tokenizer (--tokenizer)."
-                )
-        if k:
-            body = {"model": facts.model, "prompt": [0, 0], **wire.scoring(k)}
-            answer = wire.decoded(self._endpoints.run(self._post("/v1/completions", body, url)), wire.Answers, url)
-            wire.top_k(wire.positions(answer.choices[0].prompt_logprobs, 2)[1:], k)
+        return next(iter(signals.values()))
 
     def score(
         self, questions: Iterable[ScoreRequest], k: int, vocab_size: int | None = None
@@ -242,6 +124,17 @@ class VLLMClient:
             raise UserError(f"k={k} must be at least 1 and at most the {vocab_size or 'number of'} tokens.")
         model = (self._facts or self.check()).model
         return self._endpoints.map(lambda question: self._score(question, k, vocab_size, model), questions)
+
+    def states(
+        self, questions: Iterable[ScoreRequest], dtype: torch.dtype = torch.float32
+    ) -> Iterator[Float[Tensor, "token width"] | RowError]:
+        """For each supervised token t the last hidden state at t - 1, which predicts it, question by question.
+
+        The state is the one after the final norm, which the head multiplies. It travels and comes in `dtype`, one of
+        float32, bfloat16 and float16. The servers must run their model with the pooling runner.
+        """
+        facts = self._facts or self.check()
+        return self._endpoints.map(lambda question: states_of(self._endpoints, facts, question, dtype), questions)
 
     def generate(
         self, prompts: Iterable[Prompt | Ids], sampling: Mapping[str, Any], n: int = 1
@@ -347,54 +240,9 @@ class VLLMClient:
         try:
             return wire.decoded(await self._endpoints.request(path, msgspec.json.encode(body)), wire.Answers, path)
         except Refusal as refusal:
-            return RowError(_refused(refusal, body))
-
-    async def _post(self, path: str, body: dict[str, Any], url: str) -> bytes:
-        """A request of `check`, of which any refusal concerns the server."""
-        try:
-            return await self._endpoints.request(path, msgspec.json.encode(body), url, retry=False)
-        except Refusal as refusal:
-            raise UserError(f"{url} refused a request of two tokens: {_refused(refusal, body)}") from refusal
-
-    def _get(self, url: str, path: str, kind: type[Kind]) -> Kind:
-        try:
-            return wire.decoded(self._endpoints.run(self._endpoints.request(path, None, url, retry=False)), kind, url)
-        except Refusal as refusal:
-            raise UserError(f"{url}{path} is not a vLLM server's: {_refused(refusal, {})}") from refusal
+            return RowError(row_refusal(refusal, body))
 
 
 def _scored_length(row: ScoreRequest) -> int:
     """How many tokens the server must read: nothing after the last supervised token changes what it says."""
     return len(row.ids) if row.images else int(np.flatnonzero(row.supervised)[-1]) + 1
-
-
-def _refused(refusal: Refusal, body: Mapping[str, Any]) -> str:
-    """Why the server refused this row, where that concerns the row alone; raises UserError for all else."""
-    if refusal.parameter == "prompt_logprobs" or "prompt logprobs" in refusal.message:
-        k = body.get("prompt_logprobs")
-        raise UserError(
-            f"{refusal.url} does not give the top {k} log-probs of a token: {refusal.message}. Start it with "
-            f"--max-logprobs {k} or more, or choose a smaller k."
-        ) from refusal
-    if refusal.status in (401, 403):
-        raise UserError(f"{refusal}. Give the server's key as api_key, or in VLLM_API_KEY.") from refusal
-    # max_tokens is what vLLM blames for a prompt that leaves no room.
-    if refusal.parameter in SAMPLING - {"max_tokens"}:
-        raise UserError(f"The server refuses the sampling parameters: {refusal.message}") from refusal
-    if refusal.status in (400, 413, 422):
-        return refusal.message
-    raise UserError(f"{refusal}. See that the URL is a vLLM server's and the model the one it serves.") from refusal
-
-
-def _serves(facts: ServerFacts, teacher: str) -> bool:
-    """Whether a folder or Hub name is what a server loaded, under its own name, by path or from the Hub's cache."""
-    if teacher in (facts.model, facts.root):
-        return True
-    ours, theirs = Path(teacher), Path(facts.root)
-    if ours.is_dir():
-        return ours.resolve() == theirs.resolve()
-    return f"models--{teacher.replace('/', '--')}" in theirs.parts
-
-
-def _named(facts: ServerFacts) -> str:
-    return repr(facts.model) if facts.model == facts.root else f"{facts.model!r} (loaded from {facts.root!r})"

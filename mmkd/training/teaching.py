@@ -21,7 +21,7 @@ from mmkd.teachers.cached import CachedTeacher, with_targets
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTargets, SeveralTeachers, parts_of
-from mmkd.teachers.teacher import Teacher
+from mmkd.teachers.teacher import DenseTeacher, Teacher
 
 from .config import DistillationConfig
 from .preparing import preparation_of, sequences_of
@@ -80,6 +80,9 @@ def teaching_of(student: StudentSide, teacher: Any, processing_class: Any) -> Te
         _check_sequences(student, teacher)
         tokens = min(student.tokens, teacher.vocab_size)
         return Teaching(teacher, tokens, partial(with_targets, teacher=teacher))
+    if isinstance(teacher, DenseTeacher):
+        tokens = min(student.tokens, teacher.vocab_size)
+        return Teaching(teacher.over_tokens(tokens), tokens)
     if isinstance(teacher, Teacher):
         return Teaching(teacher, student.tokens)
     return _local(student, teacher, processing_class)
@@ -127,10 +130,10 @@ def _several(student: StudentSide, several: SeveralTeachers, processing_class: A
                     "version besides the student's. Use teachers with the student's processor, or one teacher.",
                     because="not built",
                 )
-        elif isinstance(teacher, LocalTeacher | ServerTeacher) and teacher.vocab_size is not None:
+        elif isinstance(teacher, DenseTeacher | ServerTeacher) and teacher.vocab_size is not None:
             tokens = min(tokens, teacher.vocab_size)
     for name, teacher in teachers.items():
-        if isinstance(teacher, LocalTeacher | ServerTeacher):
+        if isinstance(teacher, DenseTeacher | ServerTeacher):
             teachers[name] = teacher.over_tokens(tokens)
         elif isinstance(teacher, CachedTeacher) and teacher.vocab_size > tokens:
             raise UserError(

@@ -266,6 +266,15 @@ def test_published_names_are_conversions_of_a_model() -> None:
     assert "_weight_conversions" in inspect.getsource(core_model_loading.revert_weight_conversion)
 
 
+def test_tensors_of_a_checkpoint_are_found_in_a_model() -> None:
+    model = make_model(width=32, rows=60)
+    assert transformers_seam.parameter_names(model, ["embed_tokens.weight", "lm_head.weight"]) == {
+        "embed_tokens.weight": "model.embed_tokens.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+    assert transformers_seam.tied_parameters(model) == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
 def test_auto_classes_know_their_configs() -> None:
     assert transformers_seam.has_class_for(AutoModelForImageClassification, ViTConfig)
     assert not transformers_seam.has_class_for(AutoModelForImageClassification, AutoConfig)  # pyright: ignore

@@ -1,5 +1,6 @@
 """A loopback server that answers like vLLM and can be told to misbehave."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -7,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.message import Message
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
-from tests.loopback import answering
+from tests.loopback import Binary, answering
 
 
 @dataclass
@@ -33,6 +35,8 @@ class FakeVLLM:
     """Added to every log-prob."""
     tokens: list[int] = field(default_factory=list)
     """What /tokenize answers."""
+    pools: ClassVar[bool] = False
+    """Whether it runs the pooling runner."""
     page: str | None = None
     """Answered instead of JSON."""
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -58,7 +62,7 @@ class FakeVLLM:
             return 401, self.page or {"error": "Unauthorized"}
         return status, self.page or answer
 
-    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/v1/models":
             entry = {"id": self.model, "root": self.root, "parent": None, "max_model_len": self.max_model_len}
             adapter = {"id": "adapter", "root": "/models/adapter", "parent": self.model}
@@ -67,13 +71,15 @@ class FakeVLLM:
             return 200, {"version": "0.32.0"}
         if path == "/tokenize":
             return 200, {"tokens": self.tokens}
+        if path == "/pooling" and not self.pools:
+            return 404, {"detail": "Not Found"}
         self.requests.append(body)
         time.sleep(self.delay)
         if self.failures:
             return self.failures.pop(0), {"error": {"message": "told to fail", "param": None}}
         return self.complete(body)
 
-    def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
         ids, k = body["prompt"], body.get("prompt_logprobs")
         if k is not None and k > self.cap:
             message = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.cap}"
@@ -110,6 +116,57 @@ class ServedModel(FakeVLLM):
     def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         text = f"served: {self.tokenizer.decode(body['prompt'], skip_special_tokens=True)}"
         return 200, {"choices": [{"index": 0, "text": text, "token_ids": [1], "finish_reason": "stop"}]}
+
+
+@dataclass
+class ServedStates(FakeVLLM):
+    """Runs a model of this machine with the pooling runner: its true last hidden states, and no text."""
+
+    pools = True
+    served: Any = None
+    """A transformers model."""
+    tokenizer: Any = None
+    computes: Any = None
+    """In the place of `states`: ids -> states."""
+    cut: int = 0
+    """How many of the last bytes are missing."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What is said of the states besides the truth."""
+
+    def __post_init__(self) -> None:
+        self.vocab_size = self.served.get_input_embeddings().num_embeddings
+
+    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/tokenize" and self.tokenizer is not None:
+            return 200, {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
+        if path not in ("/v1/models", "/version", "/tokenize", "/pooling"):
+            return 404, {"detail": "Not Found"}
+        return super().respond(path, body)
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
+        assert (body["task"], body["use_activation"], body["encoding_format"]) == ("token_embed", False, "bytes")
+        prompts = body["input"] if isinstance(body["input"][0], list) else [body["input"]]
+        for ids in prompts:
+            if max(ids) >= self.vocab_size:
+                return 400, {"error": {"message": f"Token id {max(ids)} is out of vocabulary", "param": None}}
+            if len(ids) > self.max_model_len:
+                return 400, {"error": {"message": f"maximum context length is {self.max_model_len}", "param": None}}
+        return 200, self.packed([(self.computes or self.states)(ids) for ids in prompts], body["embed_dtype"])
+
+    @torch.no_grad()
+    def states(self, ids: list[int]) -> torch.Tensor:
+        return self.served.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+
+    def packed(self, tables: list[torch.Tensor], name: str) -> Binary:
+        """As vLLM's encoding_format bytes."""
+        content, entries = b"", []
+        for index, table in enumerate(tables):
+            own = table.to(getattr(torch, name)).contiguous().view(torch.uint8).numpy().tobytes()
+            where = {"index": index, "start": len(content), "end": len(content) + len(own)}
+            entries.append({**where, "embed_dtype": name, "shape": list(table.shape), **self.metadata})
+            content += own
+        headers = {"metadata": json.dumps({"data": entries}), "Content-Type": "application/octet-stream"}
+        return Binary(content[: len(content) - self.cut], headers)
 
 
 @contextmanager

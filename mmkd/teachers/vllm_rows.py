@@ -1,0 +1,82 @@
+"""What is asked of a served model about one row, and what it answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+
+Ids = Sequence[int] | Int[np.ndarray, "token"]
+
+# Sampling parameters that a request always states: the server would otherwise take its model's generation_config.json.
+NEUTRAL_SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+SAMPLING = {*NEUTRAL_SAMPLING, "max_tokens", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos"}
+SAMPLING |= {"allowed_token_ids", "bad_words", "include_stop_str_in_output", "logit_bias", "skip_special_tokens"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens to continue. With images also the messages they stand in, whose rendering must give these ids.
+
+    `messages` are in the form of transformers and TRL: a content is a string, or a list of `{"type": "image"}` and
+    `{"type": "text", "text": ...}`, and the images fill their places in order. `text` has their places where there are
+    no messages; no server can be asked so.
+    """
+
+    ids: Ids
+    messages: list[dict[str, Any]] | None = None
+    images: Sequence[Image.Image] = ()
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Tokens to score: wanted are the teacher's log-probs of token t given the tokens before it, where supervised[t].
+
+    Token 0 is never supervised. `messages` and `images` as in `Prompt`.
+    """
+
+    ids: Ids
+    supervised: Bool[np.ndarray, "token"]
+    messages: list[dict[str, Any]] | None = None
+    images: Sequence[Image.Image | str] = ()
+    """Images, or their data URLs."""
+
+    def __post_init__(self):
+        assert len(self.supervised) == len(self.ids), "one flag per token"
+        assert not self.supervised[:1].any(), "nothing comes before token 0"
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k most likely tokens at each supervised token of a row, most likely first, their log-probs, and its own."""
+
+    ids: Int[np.ndarray, "token k"]
+    log_probs: Float[np.ndarray, "token k"]
+    label_log_probs: Float[np.ndarray, "token"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One continuation of a prompt; `finish_reason` is "stop" at the end of sequence and "length" at max_tokens."""
+
+    text: str
+    ids: list[int]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class RowError:
+    """Stands in the place of a row's answer when the server refuses this row, and says why; other rows go on."""
+
+    reason: str
