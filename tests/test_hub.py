@@ -22,7 +22,8 @@ from datasets import Features, Image, List, Value, load_from_disk
 from mmkd.cache.cache_card import HUB_LICENSE, hub_license
 from mmkd.cache.hub import local_cache, push_cache
 from mmkd.cache.manifest import Manifest, Skipped
-from mmkd.cache.store import LOG, TOKEN_ORDER, Cache, CacheWriter, shard_path
+from mmkd.cache.side_files import TOKEN_ORDER
+from mmkd.cache.store import LOG, Cache, CacheWriter, shard_path
 from mmkd.data.load_data import load_data
 from scripts.make_tiny_models import sentences
 from tests.classes import NAMES, pixels, vit

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-KINDS = ("top_k", "log_probs")
+KINDS = ("top_k", "log_probs", "hidden")
+"""What a cache may hold of each supervised token; `state_codec` encodes the last of them."""
 
 _ZSTD = pa.Codec("zstd", compression_level=3)
 # The smallest log-prob in nats; a probability of 4e-11.

@@ -28,12 +28,13 @@ from mmkd.files import write_file
 from .cache_card import DATA_RECIPE, cache_card
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest
-from .store import LOG, TOKEN_ORDER, CacheWriter, codec_of, damaged_shards, read_shard, sha256_of, shard_path
+from .side_files import SIDE_FILES, check_side_files
+from .store import LOG, CacheWriter, damaged_shards, read_shard, sha256_of, shard_path
 
 FILE_BYTES = 500_000_000
 """The largest size of a Parquet file, in bytes of shards."""
 
-_BESIDE = (MANIFEST, TOKEN_ORDER, DATA_RECIPE, LOG)
+_BESIDE = (MANIFEST, *SIDE_FILES.values(), DATA_RECIPE, LOG)
 _PARQUET = re.compile(r"(?P<split>\w+)-(?P<first>\d+)-(?P<last>\d+)\.parquet")
 
 
@@ -156,8 +157,7 @@ def _checked(folder: Path) -> Manifest:
             f"{len(damaged)} shards of the cache are damaged: {', '.join(damaged[:5])}. Run `mmkd cache build` with "
             "the recipe that made it; it repairs just those."
         )
-    if manifest.identity["signal"]["kind"] != "text":
-        codec_of(folder, manifest)
+    check_side_files(folder, manifest)
     return manifest
 
 
@@ -215,12 +215,13 @@ def _rebuild(repo_id: str, snapshot: Path, parquet: Path, folder: Path) -> None:
     """Writes the missing shards from their Parquet copies; continues after an interruption."""
     published = Manifest.read(snapshot)
     places = _places(repo_id, published, parquet)
-    order = published.identity["signal"].get("token_order")
-    if order is not None and _file_sha256(snapshot / TOKEN_ORDER) != order:
-        raise UserError(
-            f"The {TOKEN_ORDER} of {repo_id} is missing or damaged. Delete {snapshot} to download it again; if that "
-            "does not help, whoever pushed it must do so again."
-        )
+    for field, name in SIDE_FILES.items():
+        checksum = published.identity["signal"].get(field)
+        if checksum is not None and _file_sha256(snapshot / name) != checksum:
+            raise UserError(
+                f"The {name} of {repo_id} is missing or damaged. Delete {snapshot} to download it again; if that "
+                "does not help, whoever pushed it must do so again."
+            )
     first = next(iter(places.values()))[0]
     with _damage_named(repo_id, first):
         features = Features.from_arrow_schema(pq.read_schema(first))

@@ -31,7 +31,7 @@ def merge_parts(folder: Path, parts: Sequence[Path]) -> None:
     whole = Manifest(first.identity, first.shard_rows, first.total_rows)
     with CacheWriter(folder, whole, _features(parts, manifests)) as writer:
         for file in parts[0].iterdir():
-            if file.suffix in (".npy", ".yaml"):
+            if file.suffix in (".npy", ".safetensors", ".yaml"):
                 write_file(folder / file.name, file.read_bytes())
         for part, manifest in zip(parts, manifests, strict=True):
             for split, shards in manifest.shards.items():

@@ -2,6 +2,7 @@
 
     FOLDER/manifest.json        identity of the cache, and its finished shards
     FOLDER/token_order.npy      the ranks that ids are stored as (top_k only)
+    FOLDER/head.safetensors     the teacher's head (hidden only)
     FOLDER/train/00000.arrow    `shard_rows` sequences: key, tokens, crc32, blob, images, image_tokens
     FOLDER/log.jsonl            cost of each shard and kind of device; only for reports
 
@@ -26,10 +27,12 @@ from datasets import Dataset, Features, List, Value
 from mmkd.errors import UserError
 from mmkd.files import append_to_file, write_file
 
-from .codec import Codec, TokenOrder, TokenScores
+from .codec import KINDS, TokenScores
 from .identity import file_sha256
 from .manifest import Manifest, ShardEntry, Skipped, advice_on, differences, identity_differences
 from .sequence_keys import KEY_BYTES
+from .side_files import codec_of
+from .state_codec import StateCodec, StoredStates
 
 SIGNAL_FEATURES = Features(
     {
@@ -41,7 +44,6 @@ SIGNAL_FEATURES = Features(
         "image_tokens": Value("int32"),
     }
 )
-TOKEN_ORDER = "token_order.npy"
 LOG = "log.jsonl"
 
 
@@ -161,7 +163,7 @@ class Cache:
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
         signal = self.manifest.identity["signal"]
-        if signal["kind"] not in ("top_k", "log_probs"):
+        if signal["kind"] not in KINDS:
             raise UserError(
                 f"{folder} holds the teacher's answers, not its scores. Train on it as data: "
                 f"`data: {folder}/data.yaml`.",
@@ -209,6 +211,16 @@ class Cache:
 
     def scores(self, row: int) -> TokenScores:
         """The scores of a sequence. Raises UserError if its bytes are damaged."""
+        assert not isinstance(self.codec, StateCodec)
+        return self.codec.decode(*self._blob(row))
+
+    def states(self, row: int) -> StoredStates:
+        """The hidden states of a sequence, in a cache of those. Raises UserError if its bytes are damaged."""
+        assert isinstance(self.codec, StateCodec)
+        return self.codec.decode(*self._blob(row))
+
+    def _blob(self, row: int) -> tuple[memoryview, int]:
+        """The bytes of a sequence, and how many supervised tokens it has."""
         shard = int(np.searchsorted(self._ends, row, side="right"))
         table = self._tables[shard]
         place = row - (int(self._ends[shard - 1]) if shard else 0)
@@ -219,27 +231,7 @@ class Cache:
                 f"Row {place} of {self._names[shard]} is damaged: its crc32 does not fit. Run `mmkd cache build` with "
                 "the recipe that made it, which repairs just that shard; if it came from the Hub, delete the folder."
             )
-        return self.codec.decode(memoryview(blob), tokens)
-
-
-def codec_of(folder: Path, manifest: Manifest) -> Codec:
-    """The codec of a cache. Raises UserError if its token order is missing or does not match the manifest."""
-    signal = manifest.identity["signal"]
-    if signal["kind"] == "log_probs":
-        return Codec("log_probs", 1, 0, TokenOrder(np.zeros(0, dtype=np.int32)), boundaries="boundaries" in signal)
-    path = folder / TOKEN_ORDER
-    content = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(content).hexdigest() != signal["token_order"]:
-        raise UserError(f"{path} is missing or damaged; run `mmkd cache build` again to write it anew.")
-    order = TokenOrder(np.load(io.BytesIO(content), allow_pickle=False))
-    return Codec("top_k", signal["k"], signal["tail_draws"], order)
-
-
-def order_bytes(order: TokenOrder) -> bytes:
-    """The content of the file of a token order."""
-    sink = io.BytesIO()
-    np.save(sink, order.ids, allow_pickle=False)
-    return sink.getvalue()
+        return memoryview(blob), tokens
 
 
 def shard_path(folder: Path, split: str, number: int) -> Path:

@@ -21,7 +21,8 @@ from mmkd.cache.codec import Codec, TokenOrder
 from mmkd.cache.hub import is_hub_id
 from mmkd.cache.identity import saved_dtype
 from mmkd.cache.manifest import Manifest, Skipped
-from mmkd.cache.store import SIGNAL_FEATURES, TOKEN_ORDER, order_bytes
+from mmkd.cache.side_files import TOKEN_ORDER, order_bytes
+from mmkd.cache.store import SIGNAL_FEATURES
 from mmkd.data.arrow import read_rows
 from mmkd.data.data_recipe import DataRecipe
 from mmkd.data.filters import row_key

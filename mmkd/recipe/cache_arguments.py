@@ -29,7 +29,7 @@ class CacheArguments:
             "help": "What is stored of each token. top_k (default): the teacher_top_k most likely tokens with "
             "their probabilities, the probability of the rest, and cache_tail_draws. log_probs: the "
             "probability of the token itself, in the teacher's tokenization, for method alm.",
-            "choices": list(KINDS),
+            "choices": [kind for kind in KINDS if kind != "hidden"],
         },
     )
     cache_tail_draws: NonNegativeInt = field(

@@ -3,8 +3,9 @@
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,22 +16,29 @@ from torch import Tensor
 from mmkd.cache.codec import TokenScores
 from mmkd.cache.manifest import differences
 from mmkd.cache.sequence_keys import image_hash, segments, sequence_key
+from mmkd.cache.state_codec import StateCodec, StoredStates
 from mmkd.cache.store import Cache
 from mmkd.errors import UserError
 
 from .batch import ONLY, Batch, View
-from .signals import LabelSignal, SparseSignal, TopKSignal
+from .cached_states import CachedStates
+from .signals import DenseSignal, LabelSignal, SparseSignal, TopKSignal
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 TAILS = ("bucket", "unbiased", "renormalise")
 
-SIGNALS: dict[str, type] = {"top_k": TopKSignal, "log_probs": LabelSignal}
+SIGNALS: dict[str, type] = {"top_k": TopKSignal, "log_probs": LabelSignal, "hidden": DenseSignal}
 """Kind of a cache -> the signal that it holds."""
 
 
-class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
+CachedSignal = SparseSignal | LabelSignal | DenseSignal
+CachedAnswer = TokenScores | StoredStates
+"""What a cache holds about one sequence."""
+
+
+class CachedTeacher(Teacher[CachedSignal]):
     """Answers from a cache, found by the very tokens (and images) that the student sees.
 
     Args:
@@ -38,7 +46,8 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
         tail: what stands for the tokens outside of the top-k. bucket: one outcome with the tail's mass, good with any
             divergence. unbiased: the draws from the tail that the cache holds, for the forward KL: its expected
             gradient is that of the whole distribution. renormalise: nothing, the top-k counts as all; as in other
-            libraries, and the only one that can be tempered.
+            libraries, and the only one that can be tempered. A cache of hidden states has no tail: it gives the whole
+            distribution.
 
     Raises UserError when the cache is incomplete or damaged, or lacks what `tail` needs.
     """
@@ -46,8 +55,18 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
     def __init__(self, cache: Any, tail: str = "bucket"):
         self.cache = cache if isinstance(cache, Cache) else Cache(cache)
         self.tail, codec = tail, self.cache.codec
+        self.states: CachedStates | None = None
         if tail not in TAILS:
             raise UserError(f"teacher_tail is {tail!r}; choose one of {', '.join(TAILS)}.")
+        if isinstance(codec, StateCodec):
+            if tail != "bucket":
+                raise UserError(
+                    f"{self.cache.folder} holds hidden states, which give the whole distribution; there is no tail "
+                    f"to treat as teacher_tail: {tail} says. Remove teacher_tail.",
+                    because="meaning",
+                )
+            self.signal_type, self.states = DenseSignal, CachedStates(self.cache)
+            return
         if codec.kind == "log_probs":
             self.signal_type, self.can_temper = LabelSignal, False
             return
@@ -67,12 +86,22 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
     @property
     def vocab_size(self) -> int:
         """The tokens its distributions are over."""
+        if self.states is not None:
+            return self.states.vocab_size
+        assert not isinstance(self.cache.codec, StateCodec)
         return len(self.cache.codec.order.ids)
 
     @property
     def boundaries(self) -> str | None:
         """The sha256 of the set of tokens that begin a word, whose probability the cache has too; None without."""
         return self.cache.manifest.identity["signal"].get("boundaries")
+
+    def over_tokens(self, vocab_size: int) -> Self:
+        """The same teacher over the first tokens only. A cache of hidden states alone can do so."""
+        assert self.states is not None
+        teacher = copy(self)
+        teacher.states = self.states.over_tokens(vocab_size)
+        return teacher
 
     def check(self, preparation: Mapping[str, Any]) -> None:
         """Raises UserError, naming the field, when sequences are prepared in another way than the cached ones."""
@@ -102,14 +131,18 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
         return self.cache.find(key) is not None or key in self.cache.skipped_keys
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Says which rows have no answer. Nothing to place: batches bring the answers with them."""
+        """Says which rows have no answer. Only a head is placed: batches bring the answers with them."""
         manifest = self.cache.manifest
+        if self.states is not None:
+            self.states.place(accelerator.device)
         if manifest.skipped_rows() and accelerator.is_main_process:
             logger.warning("%s teaches nothing on some rows: %s", self.cache.folder, manifest.skipped_summary())
 
-    def ask(self, inputs: View, supervised: Bool[Tensor, "batch position"]) -> SparseSignal | LabelSignal:
+    def ask(self, inputs: View, supervised: Bool[Tensor, "batch position"]) -> CachedSignal:
         """The answers that the collator put into this view."""
         fields = inputs.targets[ONLY]
+        if self.states is not None:
+            return self.states.signal(fields, inputs, supervised)
         if self.signal_type is LabelSignal:
             # Of the teacher's tokens, of which `supervised` does not speak.
             return LabelSignal(**{name: tensor.view(torch.float32) for name, tensor in fields.items()})
@@ -120,6 +153,7 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
 
     def _nothing(self) -> TokenScores:
         codec = self.cache.codec
+        assert not isinstance(codec, StateCodec)
         if codec.kind == "log_probs":
             return TokenScores.of_labels(*np.zeros((1 + codec.boundaries, 0), dtype=np.float32))
         ids, draws = (np.zeros((0, width), dtype=np.int32) for width in (codec.k, codec.m))
@@ -127,7 +161,7 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
 
     def look_up(
         self, ids: Int[np.ndarray, "token"], supervised: Bool[np.ndarray, "token"], images: Sequence[str] = ()
-    ) -> TokenScores | None:
+    ) -> CachedAnswer | None:
         """What the cache holds about a sequence, None if the teacher could not read it.
 
         Raises UserError for a sequence that the cache does not know.
@@ -142,14 +176,16 @@ class CachedTeacher(Teacher[SparseSignal | LabelSignal]):
                 f"{ids[:8].tolist()}): the data or its preparation differs from what the cache was built on. Build it "
                 "again with this recipe."
             )
-        return self.cache.scores(place)
+        return self.cache.scores(place) if self.states is None else self.cache.states(place)
 
-    def tensors(self, scores: list[TokenScores]) -> dict[str, Tensor]:
+    def tensors(self, answers: Sequence[CachedAnswer]) -> dict[str, Tensor]:
         """The fields of this teacher's signal for the supervised tokens of a batch."""
-        scores = scores or [self._nothing()]
+        if self.states is not None:
+            return self.states.tensors([answer for answer in answers if isinstance(answer, StoredStates)])
+        scores = [answer for answer in answers if isinstance(answer, TokenScores)] or [self._nothing()]
         if self.signal_type is LabelSignal:
             parts: dict[str, list[Any]] = {"log_probs": [score.log_probs[:, 0] for score in scores]}
-            if self.cache.codec.boundaries:
+            if self.boundaries:
                 parts["boundary_log_probs"] = [score.boundary_log_probs for score in scores]
             joined = {name: torch.from_numpy(np.concatenate(part)) for name, part in parts.items()}
             return {name: tensor.float().view(torch.int32) for name, tensor in joined.items()}
@@ -181,7 +217,7 @@ def with_targets(batch: Batch, examples: Sequence[Mapping[str, Any]], teacher: C
 
 def answers_of(
     view: View, images: Sequence[Sequence[str]], asked: Sequence[Mapping[str, CachedTeacher]]
-) -> tuple[Int[Tensor, "batch position"], dict[str, list[TokenScores]]]:
+) -> tuple[Int[Tensor, "batch position"], dict[str, list[CachedAnswer]]]:
     """The labels of a view that can be learnt from, and what the teachers that each row asks hold about them.
 
     `images` are hashes by row, `asked` teachers by name by row. Sequences that one of a row's teachers could not read
@@ -189,7 +225,7 @@ def answers_of(
     """
     ids, labels = view.inputs["input_ids"].numpy(), view.labels.clone()
     supervised = labels.numpy() != -100
-    scores: dict[str, list[TokenScores]] = {}
+    scores: dict[str, list[CachedAnswer]] = {}
     for row in range(len(ids)):
         for place, segment in enumerate(spans_of_row(view.inputs, row)):
             mask = supervised[row, segment].copy()

@@ -11,7 +11,8 @@ from transformers.utils import logging
 
 from mmkd.cache.codec import Codec, TokenScores
 from mmkd.cache.manifest import Manifest
-from mmkd.cache.store import SIGNAL_FEATURES, TOKEN_ORDER, CacheWriter, order_bytes
+from mmkd.cache.side_files import TOKEN_ORDER, order_bytes
+from mmkd.cache.store import SIGNAL_FEATURES, CacheWriter
 from mmkd.capture.build_plan import ScorePlan, make_plan
 from mmkd.capture.sequences import TokenSequence, usable
 from mmkd.recipe.flags import recipe_of

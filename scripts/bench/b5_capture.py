@@ -29,7 +29,8 @@ from _measure import Step, arguments, interleaved, report, timed, verdict
 from torch import Tensor
 
 from mmkd.cache.codec import TokenScores
-from mmkd.cache.store import TOKEN_ORDER, CacheWriter
+from mmkd.cache.side_files import TOKEN_ORDER
+from mmkd.cache.store import CacheWriter
 from mmkd.capture.build_plan import ScorePlan, ShardResult
 from mmkd.capture.scorers import LocalScorer, batches
 from mmkd.capture.scoring import score_tokens

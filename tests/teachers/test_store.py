@@ -23,15 +23,13 @@ from rich.console import Console
 
 from mmkd.cache.codec import Codec, TokenOrder, TokenScores
 from mmkd.cache.manifest import Manifest, Skipped
+from mmkd.cache.side_files import TOKEN_ORDER, codec_of, order_bytes
 from mmkd.cache.store import (
     LOG,
     SIGNAL_FEATURES,
-    TOKEN_ORDER,
     Cache,
     CacheWriter,
-    codec_of,
     damaged_shards,
-    order_bytes,
     read_log,
     shard_path,
 )
@@ -696,6 +694,7 @@ def test_a_token_order_that_is_not_the_one_it_was_written_with(folder: Path, fin
 def test_caches_of_single_log_probs_need_no_token_order(tmp_path: Path) -> None:
     wanted = manifest(identity={"signal": {"kind": "log_probs", "k": 1, "tail_draws": 0, "vocab_size": 300}})
     codec = codec_of(tmp_path, wanted)
+    assert isinstance(codec, Codec)
     nothing = np.zeros((2, 0), dtype=np.int32)
     one = TokenScores(nothing, np.array([[-0.5], [-7.0]], np.float32), nothing, np.zeros(2, np.float32))
     with CacheWriter(tmp_path, wanted) as writer:

@@ -1,0 +1,81 @@
+"""Files beside the shards of a cache without which its rows say nothing: the order of ids, the teacher's head."""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mmkd.errors import UserError
+from mmkd.models.heads import LMHead
+
+from .codec import Codec, TokenOrder
+from .identity import file_sha256
+from .manifest import Manifest
+from .state_codec import StateCodec
+
+TOKEN_ORDER = "token_order.npy"
+HEAD = "head.safetensors"
+
+SIDE_FILES = {"token_order": TOKEN_ORDER, "head": HEAD}
+"""Field of a manifest's signal with the sha256 of a file -> its name."""
+
+
+def codec_of(folder: Path, manifest: Manifest) -> Codec | StateCodec:
+    """The codec of a cache. Raises UserError if its token order is missing or does not match the manifest."""
+    signal = manifest.identity["signal"]
+    if signal["kind"] == "hidden":
+        return StateCodec(signal["dtype"], signal["width"], signal["vocab_size"], signal["visual"])
+    if signal["kind"] == "log_probs":
+        return Codec("log_probs", 1, 0, TokenOrder(np.zeros(0, dtype=np.int32)), boundaries="boundaries" in signal)
+    path = folder / TOKEN_ORDER
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != signal["token_order"]:
+        raise damage(path)
+    order = TokenOrder(np.load(io.BytesIO(content), allow_pickle=False))
+    return Codec("top_k", signal["k"], signal["tail_draws"], order)
+
+
+def check_side_files(folder: Path, manifest: Manifest) -> None:
+    """Raises UserError if a file beside the shards is missing or does not match the manifest."""
+    for field, name in SIDE_FILES.items():
+        checksum = manifest.identity["signal"].get(field)
+        path = folder / name
+        if checksum is not None and (not path.is_file() or file_sha256(path) != checksum):
+            raise damage(path)
+
+
+def damage(path: Path) -> UserError:
+    """The error about a file beside the shards that does not match the manifest."""
+    return UserError(f"{path} is missing or damaged; run `mmkd cache build` again to write it anew.")
+
+
+def order_bytes(order: TokenOrder) -> bytes:
+    """The content of the file of a token order."""
+    sink = io.BytesIO()
+    np.save(sink, order.ids, allow_pickle=False)
+    return sink.getvalue()
+
+
+def head_bytes(head: LMHead) -> bytes:
+    """The content of the file of a head, trimmed to its vocabulary and in the type it has."""
+    weights = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+    return safetensors.torch.save(
+        # A copy: a slice of a tensor would be refused, or bring the rest of its storage along.
+        {name: weight.detach()[: head.vocab_size].cpu().clone() for name, weight in weights.items()}
+    )
+
+
+def read_head(folder: Path, manifest: Manifest, device: str | torch.device = "cpu") -> LMHead:
+    """The teacher's head in a cache of hidden states, in the type it is stored in."""
+    signal = manifest.identity["signal"]
+    try:
+        with safe_open(folder / HEAD, framework="pt", device=str(device)) as file:
+            # As stored, and not as a mapped file: training reads all of it again and again.
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise damage(folder / HEAD) from error
+    return LMHead(weights["weight"], weights.get("bias"), signal["head_scale"], signal["head_softcap"])
