@@ -60,8 +60,8 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
 
         teacher_processing_class: the teacher's tokenizer; by default found by the teacher's name.
 
-    Raises UserError too for tokenizers whose tokens cannot be placed in a text, for streamed data, and where student
-    and teacher share no text at all.
+    Raises UserError too for tokenizers whose tokens cannot be placed in a text, and where student and teacher share no
+    text at all.
     """
 
     method = "alm"

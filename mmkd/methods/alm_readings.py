@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
 from transformers.utils import logging
+from trl.data_utils import get_dataset_column_names
 
 from mmkd.errors import UserError
 from mmkd.models.backbone import name_of
 from mmkd.models.load import load_processing_class
+from mmkd.preparation.paired_streams import packed_stream, paired_stream
 from mmkd.preparation.pairs import Agreement, BatchAligner, counts_of, numbered, packed, paired
 from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.teachers.cached import CachedTeacher
@@ -17,7 +20,10 @@ from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.teacher import Teacher
 
 from .alm_config import ALMConfig
-from .pair_rollouts import questions_of
+from .pair_rollouts import asked_columns, question_of, questions_of
+
+_COUNTED = 256
+"""Rows of a stream in which student and teacher are compared before training."""
 
 logger = logging.get_logger(__name__)
 
@@ -31,14 +37,14 @@ class TwoReadings:
         self._reader: PreparedRows | None = None
         self._aligner: BatchAligner | None = None
 
-    def reader(self, dataset: Dataset, args: ALMConfig) -> PreparedRows:
+    def reader(self, dataset: Any, args: ALMConfig) -> PreparedRows:
         """What prepares rows for the teacher; that of the first data set reads all others."""
         if self._reader is None:
             processing_class = self._processing_class
             if processing_class is None:
                 hub = {"trust_remote_code": args.trust_remote_code}
                 processing_class = load_processing_class(_name_of(self._teacher), "teacher", **hub)
-            self._reader = PreparedRows.of(args.for_teacher(), processing_class, dataset.select(range(1)))
+            self._reader = PreparedRows.of(args.for_teacher(), processing_class, dataset.take(1))
         return self._reader
 
     def aligner(self, processing_class: Any, args: ALMConfig) -> BatchAligner:
@@ -57,42 +63,60 @@ class TwoReadings:
         packing: bool,
         formatting_func: Any,
         processing_class: Any,
-        read: Callable[[Dataset, ALMConfig], Dataset],
-    ) -> Dataset:
-        """The rows as both sides read them; `read` is the student's reading.
+        read: Callable[..., Any],
+    ) -> Any:
+        """The rows as both sides read them, a stream row by row; `read` is the student's reading.
 
-        Raises UserError for streams, for rows that are tokens already, and where the sides share no text at all.
+        Raises UserError for rows that are tokens already, and where the sides share no text at all.
         """
-        if not isinstance(dataset, Dataset):
-            raise UserError(
-                f"The {name} data is a stream. alm reads every row twice and pairs the readings; load it whole.",
-                because="not built",
-            )
-        if "teacher_input_ids" in dataset.column_names:
+        columns = get_dataset_column_names(dataset)
+        if "teacher_input_ids" in columns:
             return dataset
-        if "input_ids" in dataset.column_names:
+        if "input_ids" in columns:
             raise UserError(
                 f"The {name} data is tokenised for the student already, so the teacher cannot read it. Pass its text.",
                 because="meaning",
             )
-        rows, alone = numbered(dataset), copy(args)
+        alone = copy(args)
         alone.shuffle_dataset = False
-        ours = read(rows, alone)
         reader = self.reader(dataset, args).labelling
-        theirs = reader.prepare(rows, reader.args, False, formatting_func, f"{name} (teacher's)")
-        questions = questions_of(dataset, args.rollout_prompt_tokens) if args.on_policy_fraction else None
-        both = paired(ours, theirs, questions)
-        agreement = Agreement.of(counts_of(both, self.aligner(processing_class, args)))
-        if not agreement.chunks:
-            raise UserError(
-                f"Student and teacher share no chunk of text in any of the {len(both)} usable rows of {name}: their "
-                "tokens, or what their chat templates supervise, have no bytes in common. First row: "
-                f"{both[0] if len(both) else None}"
-            )
-        logger.warning(f"{name}: {agreement} Rows that one side cannot use: {len(dataset) - len(both)}.")
+        ours = partial(read, args=alone)
+        theirs = partial(
+            reader.prepare,
+            args=reader.args,
+            packing=False,
+            formatting_func=formatting_func,
+            split=f"{name} (teacher's)",
+        )
+        aligner = self.aligner(processing_class, args)
+        if isinstance(dataset, Dataset):
+            rows = numbered(dataset)
+            questions = questions_of(dataset, args.rollout_prompt_tokens) if args.on_policy_fraction else None
+            both = paired(ours(rows), theirs(rows), questions)
+            _check_agreement(both, aligner, name, f"Rows that one side cannot use: {len(dataset) - len(both)}.")
+        else:
+            asked = asked_columns(columns, args.rollout_prompt_tokens) if args.on_policy_fraction else None
+            question = None if asked is None else partial(question_of, names=asked)
+            both = paired_stream(dataset, ours, theirs, question)
+            first = Dataset.from_list(list(both.take(_COUNTED)))
+            _check_agreement(first, aligner, name, f"Counted on the first {len(first)} usable rows of the stream.")
         if args.shuffle_dataset:
             both = both.shuffle(seed=args.seed)
-        return packed(both, args) if packing else both
+        if not packing:
+            return both
+        return packed(both, args) if isinstance(both, Dataset) else packed_stream(both, args)
+
+
+def _check_agreement(both: Dataset, aligner: BatchAligner, name: str, about: str) -> None:
+    """Says how much of paired rows both sides agree on. Raises UserError where that is nothing at all."""
+    agreement = Agreement.of(counts_of(both, aligner)) if len(both) else None
+    if agreement is None or not agreement.chunks:
+        raise UserError(
+            f"Student and teacher share no chunk of text in any of the {len(both)} usable rows of {name}: their "
+            "tokens, or what their chat templates supervise, have no bytes in common. First row: "
+            f"{both[0] if len(both) else None}"
+        )
+    logger.warning(f"{name}: {agreement} {about}")
 
 
 def _name_of(teacher: Any) -> str:

@@ -19,15 +19,26 @@ def questions_of(dataset: Dataset, prompt_tokens: int | None) -> list[str]:
 
     Raises UserError where `rollout_prompt_tokens` would cut a conversation.
     """
-    names = [name for name in _ASKED if name in dataset.column_names]
+    names = asked_columns(dataset.column_names, prompt_tokens)
+    rows: Any = dataset.select_columns(names) if names else [{}] * len(dataset)
+    return [question_of(row, names) for row in rows]
+
+
+def question_of(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The prompt of a row, which is in these of its columns, as JSON."""
+    return json.dumps({name: row[name] for name in names})
+
+
+def asked_columns(columns: Sequence[str], prompt_tokens: int | None) -> list[str]:
+    """Those of the columns that hold prompts and what chat templates take. Raises UserError as `questions_of` does."""
+    names = [name for name in _ASKED if name in columns]
     if prompt_tokens is not None and names:
         raise UserError(
             f"rollout_prompt_tokens cuts rows of plain text, but these have {', '.join(names)}: the teacher's chat "
             "template cannot render a part of a conversation. Remove it; with messages set assistant_only_loss: true.",
             because="meaning",
         )
-    rows: Any = dataset.select_columns(names) if names else [{}] * len(dataset)
-    return [json.dumps({name: row[name] for name in names}) for row in rows]
+    return names
 
 
 def said(tokenizer: Any, ids: list[int], placed: Placed) -> tuple[str, str]:

@@ -57,14 +57,17 @@ def packed(rows: Dataset, args: SFTConfig) -> Dataset:
 
     def with_teacher(row: dict[str, Any]) -> dict[str, Any]:
         starts = np.cumsum([0, *row["seq_lengths"][:-1]])
-        members: list[Any] = [teacher[row[_ROW][start]] for start in starts.tolist()]
-        joined = {
-            name: np.concatenate([member[name] for member in members])
-            for name in ("teacher_input_ids", "teacher_labels")
-        }
-        return {**joined, "teacher_seq_lengths": [len(member["teacher_input_ids"]) for member in members]}
+        return joined_members([teacher[row[_ROW][start]] for start in starts.tolist()])
 
     return bins.map(with_teacher, remove_columns=[_ROW], desc="Packing the teacher's side")
+
+
+def joined_members(members: Sequence[Any]) -> dict[str, Any]:
+    """The teacher's side of the rows that are packed into one, end to end."""
+    joined = {
+        name: np.concatenate([member[name] for member in members]) for name in ("teacher_input_ids", "teacher_labels")
+    }
+    return {**joined, "teacher_seq_lengths": [len(member["teacher_input_ids"]) for member in members]}
 
 
 class Read(NamedTuple):
