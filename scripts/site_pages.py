@@ -1,8 +1,8 @@
 """Hooks of mkdocs.yml: pages made from files of the repository, and links to such files.
 
 Method cards, CONTRIBUTING.md and CHANGELOG.md are pages of the site. The reference of the command line is made from
-the parsers. A link to any other file of the repository leads to a page with that file. All of them are made while the
-site is built: nothing is copied in the checkout.
+the parsers, and the page of combinations from what is tested. A link to any other file of the repository leads to a
+page with that file. All of them are made while the site is built: nothing is copied in the checkout.
 """
 
 import json
@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 # What packages print when they are imported is no news about the site.
 keep_back_messages()
+from scripts.combination_page import combination_page  # noqa: E402
 from scripts.site_keys import data_key_page, key_page  # noqa: E402
 
 ARCHITECTURE = "How the house is built"
@@ -61,6 +62,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are made, and those of files they link to."""
     made = {"reference/cli.md": command_reference(), "architecture.md": section_of("CONTRIBUTING.md", ARCHITECTURE)}
     made |= {"reference/keys.md": key_page(), "reference/data_keys.md": data_key_page()}
+    made["reference/combinations.md"] = combination_page()
     made |= {f"notebooks/{path.stem}.md": notebook_page(path) for path in NOTEBOOKS}
     made |= {place: read(path) for path, place in PAGES.items() if place not in files.src_uris}
     made["contributing.md"] = made["contributing.md"].replace(section_of("CONTRIBUTING.md", ARCHITECTURE), "")

@@ -1,0 +1,228 @@
+"""What a training is put together from, as data: axes, the cells of their product, and which of them are refused.
+
+`tests/test_combinations.py` trains a covering array of the cells and provokes each refusal, so that the page made by
+`scripts/combination_page.py` says what the code does.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations, product
+from typing import NamedTuple
+
+from mmkd.errors import Because
+
+AXES: dict[str, dict[str, str]] = {
+    "method": {
+        "kd": "`method: kd`",
+        "taid": "`method: taid`",
+        "alm": "`method: alm`, with a teacher that has another tokenizer",
+        "llava_kd": "`method: llava_kd`",
+        "sft": "`method: sft`, the baseline; its teacher measures and does not teach",
+    },
+    "teacher": {
+        "local": "`teacher`: a model in the training process",
+        "top-k cache": "`teacher_cache`, built with `cache_signal: top_k` (for `alm`: `log_probs`)",
+        "hidden-state cache": "`teacher_cache`, built with `cache_signal: hidden`",
+        "top-k server": "`teacher_server`, which tells the most likely tokens",
+        "hidden-state server": "`teacher_server` with `teacher_server_signal: hidden`, which tells hidden states",
+        "several, mixed": "`teachers`, weighed by `weight`",
+        "several, routed": "`teachers`, chosen for each row by `teacher_column`",
+        "self": "the student itself, as it was some steps ago",
+    },
+    "data": {"text": "rows of text", "images": "rows with images"},
+    "student": {
+        "full": "all weights are trained",
+        "LoRA": "`use_peft: true`",
+        "QLoRA": "`use_peft: true` and `load_in_4bit: true`",
+    },
+    "answers": {
+        "off-policy": "the answers of the data",
+        "on-policy": "`on_policy_fraction` above 0: answers of the student",
+        "packed": "`packing: true`",
+        "packed on-policy": "`packing: true` and `on_policy_fraction` above 0",
+    },
+    "ranks": {
+        "1 rank": "one process",
+        "DDP": "`accelerate_config: ddp`",
+        "FSDP2": "`accelerate_config: fsdp2`",
+        "ZeRO-3": "`accelerate_config: zero3`",
+    },
+}
+"""Axis -> its values, the plainest first, and how a recipe says them."""
+
+Pair = tuple[tuple[str, str], tuple[str, str]]
+"""Values of two axes, as (axis, value)."""
+
+
+class Cell(NamedTuple):
+    """One training: a value of each axis."""
+
+    method: str = "kd"
+    teacher: str = "local"
+    data: str = "text"
+    student: str = "full"
+    answers: str = "off-policy"
+    ranks: str = "1 rank"
+
+    def __str__(self) -> str:
+        return ", ".join(self)
+
+    @property
+    def reference(self) -> "Cell":
+        """The same training with a local teacher on one rank."""
+        return self._replace(teacher="local", ranks="1 rank")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Cells that are refused, and why."""
+
+    where: Mapping[str, tuple[str, ...]]
+    """Axis -> the values that it takes; any value of an axis that is not named."""
+    because: Because
+    reason: str
+    """What a reader of the docs is told."""
+    message: str | None
+    """What the error says, as a regular expression; None where no key asks for such a training."""
+
+    def __contains__(self, cell: object) -> bool:
+        return all(getattr(cell, axis) in values for axis, values in self.where.items())
+
+    @property
+    def example(self) -> Cell:
+        """A refused cell, refused by nothing else where there is such a cell, with the plainest values."""
+        own = [cell for cell in everything() if cell in self]
+        return min(own, key=lambda cell: sum(cell in other for other in REFUSALS))
+
+
+_ON_POLICY = ("on-policy", "packed on-policy")
+_CACHES = ("top-k cache", "hidden-state cache")
+_SEVERAL = ("several, mixed", "several, routed")
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        {"teacher": _CACHES, "answers": _ON_POLICY},
+        "meaning",
+        "A cache holds what the teacher says about the data's answers. What the student will say is not known before.",
+        "teacher_cache holds the teacher's words about the data's answers",
+    ),
+    Refusal(
+        {"method": ("sft", "llava_kd"), "answers": _ON_POLICY},
+        "not built",
+        "These methods learn from the data's answers.",
+        "learns from the data's answers only",
+    ),
+    Refusal(
+        {"data": ("images",), "answers": ("packed", "packed on-policy")},
+        "not built",
+        "Rows with images cannot be laid end to end.",
+        "Rows with images cannot be laid end to end",
+    ),
+    Refusal(
+        {"answers": ("packed on-policy",)},
+        "not built",
+        "Rows are laid end to end before the student has answered them.",
+        "packing and padding_free lay rows end to end",
+    ),
+    Refusal(
+        {"answers": _ON_POLICY, "ranks": ("FSDP2", "ZeRO-3")},
+        "not built",
+        "Generating in the training process would gather all weights for every token.",
+        "on_policy_fraction generates with a student whose weights are sharded",
+    ),
+    Refusal(
+        {"method": ("alm", "llava_kd"), "teacher": _SEVERAL},
+        "not built",
+        "These methods learn from one teacher.",
+        "learns from one teacher",
+    ),
+    Refusal(
+        {"teacher": ("several, routed",), "answers": ("packed",)},
+        "not built",
+        "A pack holds rows of different teachers.",
+        "Packing joins rows of different teachers",
+    ),
+    Refusal(
+        {"method": ("llava_kd",), "teacher": ("top-k cache", "top-k server")},
+        "not built",
+        "A top-k says nothing about visual tokens.",
+        "answers with TopKSignal, method llava_kd needs DenseSignal",
+    ),
+    Refusal(
+        {"teacher": ("top-k server",), "data": ("images",)},
+        "not built",
+        "A server is not sent the images of a batch.",
+        "A served teacher cannot be asked from pixel_values",
+    ),
+    Refusal(
+        {"teacher": ("hidden-state cache", "hidden-state server")},
+        "not built",
+        "Hidden states of a stored or served teacher.",
+        None,
+    ),
+    Refusal(
+        {"method": ("alm",), "teacher": ("top-k server",)},
+        "meaning",
+        "A top-k server is asked about the student's tokens.",
+        "have different vocabularies",
+    ),
+    Refusal({"teacher": ("self",)}, "not built", "The student as its own teacher.", None),
+)
+
+
+@cache
+def everything() -> tuple[Cell, ...]:
+    """All cells of the product."""
+    return tuple(Cell(*values) for values in product(*AXES.values()))
+
+
+def refusals_of(cell: Cell) -> list[Refusal]:
+    """Why a cell is refused; empty for one that trains."""
+    return [refusal for refusal in REFUSALS if cell in refusal]
+
+
+@cache
+def pairs() -> dict[Pair, tuple[Refusal, ...]]:
+    """Each pair of values -> the refusals that leave no cell with it; empty where such cells train."""
+    result: dict[Pair, tuple[Refusal, ...]] = {}
+    for first, second in combinations(AXES, 2):
+        for one, other in product(AXES[first], AXES[second]):
+            cells = [cell for cell in everything() if getattr(cell, first) == one and getattr(cell, second) == other]
+            reasons = () if any(not refusals_of(cell) for cell in cells) else _reasons(cells)
+            result[(first, one), (second, other)] = reasons
+    return result
+
+
+def _reasons(cells: list[Cell]) -> tuple[Refusal, ...]:
+    """The refusals that all cells have in common, or all that any of them has."""
+    of_all = [refusal for refusal in REFUSALS if all(cell in refusal for cell in cells)]
+    return tuple(of_all or [refusal for refusal in REFUSALS if any(cell in refusal for cell in cells)])
+
+
+@cache
+def covering() -> tuple[Cell, ...]:
+    """Cells that train and have, together, every pair of values that any such cell has; the same ones each time.
+
+    Greedy: each has as many pairs as can be that those before it have not, the first of those with as many.
+    """
+    numbers = {pair: number for number, pair in enumerate(pairs())}
+    masks = {cell: _mask(cell, numbers) for cell in everything() if not refusals_of(cell)}
+    missing = 0
+    for mask in masks.values():
+        missing |= mask
+    chosen = []
+    while missing:
+        cell = max(masks, key=lambda cell: (masks[cell] & missing).bit_count())
+        missing &= ~masks[cell]
+        chosen.append(cell)
+    return tuple(chosen)
+
+
+def _mask(cell: Cell, numbers: Mapping[Pair, int]) -> int:
+    return sum(1 << numbers[pair] for pair in pairs_of(cell))
+
+
+def pairs_of(cell: Cell) -> Iterator[Pair]:
+    """The pairs of (axis, value) of a cell."""
+    yield from combinations(zip(AXES, cell, strict=True), 2)

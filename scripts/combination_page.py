@@ -1,0 +1,109 @@
+"""The page of the site about what can be combined, made from the cells that are tested and from refusals."""
+
+from collections.abc import Iterable
+from itertools import combinations
+from typing import get_args
+
+from mmkd.errors import Because
+from scripts.combination_axes import AXES, REFUSALS, Refusal, pairs
+from scripts.combinations import refusals
+
+_KINDS = {
+    "meaning": "The combination has no meaning.",
+    "upstream": "A library that mmkd uses forbids it.",
+    "not built": "It could work, and nobody has built it yet.",
+}
+_TITLES = {
+    "method": "Method",
+    "teacher": "Teacher",
+    "data": "Data",
+    "student": "Student",
+    "answers": "Answers",
+    "ranks": "Processes",
+}
+
+
+def combination_page() -> str:
+    """The page as Markdown."""
+    lines = [
+        "# What can be combined",
+        "",
+        "Methods, teachers, data, students and ways to spread a training over GPUs can be combined freely, apart from "
+        "what this page lists. mmkd refuses such a recipe before training starts, and the error says what to change.",
+        "",
+        "`tests/test_combinations.py` trains tiny models in a selection of combinations that contains every *yes* of "
+        "the tables below. Each must give the losses and gradient norms of the same training with a local teacher in "
+        "one process. The same test provokes every refusal.",
+        "",
+        "There are three reasons for a refusal:",
+        "",
+        *(f"- **{kind}**: {_KINDS[kind]}" for kind in get_args(Because)),
+        "",
+        "## The choices",
+        "",
+        *_choices(),
+        "## What is refused",
+        "",
+        "| no. | combination | reason | |",
+        "|---|---|---|---|",
+        *(_refused(number, refusal) for number, refusal in enumerate(REFUSALS, start=1)),
+        "",
+        "## Two choices at a time",
+        "",
+        "*yes*: there is a training with both. *no*: there is none, for the reason of this number above.",
+        "",
+        *(line for first, second in combinations(AXES, 2) for line in _matrix(first, second)),
+        "## All messages",
+        "",
+        "Every error of mmkd that refuses a combination of settings, with the first sentence of its message. `{...}` "
+        "stands for what the recipe says.",
+        "",
+        *_messages(),
+    ]
+    return "\n".join(lines)
+
+
+def _choices() -> Iterable[str]:
+    yield from ("| | | in a recipe |", "|---|---|---|")
+    for axis, values in AXES.items():
+        for number, (value, description) in enumerate(values.items()):
+            yield f"| {'' if number else f'**{_TITLES[axis]}**'} | {value} | {description} |"
+    yield ""
+
+
+def _refused(number: int, refusal: Refusal) -> str:
+    parts = [f"{_TITLES[axis].lower()}: {' or '.join(values)}" for axis, values in refusal.where.items()]
+    return f"| {number} | {'; '.join(parts)} | {refusal.because} | {refusal.reason} |"
+
+
+def _matrix(first: str, second: str) -> Iterable[str]:
+    """A table of two axes, the one with more values down."""
+    rows, columns = sorted((first, second), key=lambda axis: -len(AXES[axis]))
+    yield from (f"### {_TITLES[rows]} and {_TITLES[columns].lower()}", "")
+    yield from (f"| | {' | '.join(AXES[columns])} |", f"|---|{'---|' * len(AXES[columns])}")
+    for row in AXES[rows]:
+        values = [(row, column) if rows == first else (column, row) for column in AXES[columns]]
+        cells = [_verdict(pairs()[(first, one), (second, other)]) for one, other in values]
+        yield f"| **{row}** | {' | '.join(cells)} |"
+    yield ""
+
+
+def _verdict(reasons: tuple[Refusal, ...]) -> str:
+    if not reasons:
+        return "yes"
+    return f"no ({', '.join(str(REFUSALS.index(refusal) + 1) for refusal in reasons)})"
+
+
+def _messages() -> Iterable[str]:
+    for kind in get_args(Because):
+        sentences = sorted({refusal.sentence for refusal in refusals() if refusal.because == kind})
+        yield from (f"### Reason: {kind}", "", *(f"- {_plain(sentence)}" for sentence in sentences), "")
+
+
+def _plain(sentence: str) -> str:
+    """A message as Markdown that means nothing but its letters."""
+    return "".join(f"\\{letter}" if letter in "\\`*_<>[]|#" else letter for letter in sentence)
+
+
+if __name__ == "__main__":
+    print(combination_page())

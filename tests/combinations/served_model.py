@@ -1,0 +1,55 @@
+"""Loopback servers that answer like vLLM, with what a model of a folder says."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from mmkd.models.load import load_model
+from tests.teachers.fake_vllm import FakeVLLM, fake_vllm
+
+
+@dataclass
+class TopKServer(FakeVLLM):
+    """A fake with the log-probs of a model."""
+
+    weights: Any = None
+    tokenizer: Any = None
+
+    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if path == "/tokenize":
+            return 200, {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
+        return super().respond(path, body)
+
+    @torch.no_grad()
+    def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        ids, k = list(body["prompt"]), body["prompt_logprobs"]
+        # Requests arrive in several threads, and threads of torch would wait for one another.
+        with self.lock:
+            log_probs = self.weights(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        entries = [_entry(row, token, k) for row, token in zip(log_probs, ids[1:], strict=False)]
+        choice = {"text": "x", "index": 0, "token_ids": [ids[-1]], "finish_reason": "length"}
+        return 200, {"choices": [{**choice, "prompt_logprobs": [None, *entries]}]}
+
+
+def _entry(log_probs: torch.Tensor, token: int, k: int) -> dict[str, Any]:
+    """As vLLM's: the token itself first, then the k most likely."""
+    values, order = log_probs.sort(descending=True, stable=True)
+    ranks = {int(index): rank for rank, index in enumerate(order, start=1)}
+    listed = [token, *order[:k].tolist()]
+    return {str(index): {"logprob": float(values[ranks[index] - 1]), "rank": ranks[index]} for index in listed}
+
+
+@contextmanager
+def serve_top_k(folder: Path) -> Iterator[str]:
+    """The address of a server of the model in a folder, which tells as many log-probs as it is asked for."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model = load_model(str(folder), "teacher", dtype="float32").eval()
+    rows = model.config.get_text_config().vocab_size
+    settings = {"root": str(folder), "vocab_size": rows, "cap": rows, "max_model_len": 256}
+    with fake_vllm(TopKServer, weights=model, tokenizer=tokenizer, **settings) as fake:
+        yield fake.url
