@@ -13,7 +13,7 @@ from torch import Tensor
 from mmkd.methods.sft import SFTBaselineConfig, SFTBaselineTrainer
 from mmkd.preparation.collation import VisionViews
 from mmkd.preparation.vision_checks import processor_of_teacher
-from mmkd.teachers.batch import Batch, View
+from mmkd.teachers.batch import ONLY, Batch, View
 
 BINS = 15
 """Of equal width, as in Guo et al. (2017)."""
@@ -74,7 +74,7 @@ def batches(
         views = trainer.student_side.views
         if isinstance(views, VisionViews) and teacher is not None:
             processor = processor_of_teacher(teacher.processing_class, teacher.name)
-            trainer.data_collator = replace(trainer.data_collator, views=views.with_teacher(processor))
+            trainer.data_collator = replace(trainer.data_collator, views=views.with_teachers({ONLY: processor}))
         # The trainer takes it, and batches, to the first GPU.
         model.to(device)
         for batch in trainer.get_eval_dataloader():

@@ -30,7 +30,7 @@ from mmkd.preparation.pairs import (
     AlignedSide,
     teacher_sequences,
 )
-from mmkd.teachers.batch import Batch
+from mmkd.teachers.batch import ONLY, Batch
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import ChunkAlignment, ChunkSignal, DenseSignal, LabelSignal
@@ -158,11 +158,11 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
             text, whole = said(tokenizer, batch["input_ids"][row].tolist(), placing)
             examples[row] = as_teacher_reads(examples[row], text, whole, placing.rollout.ended, reader)
         aligned = self._aligned(batch.to("cpu"), examples).to(self.accelerator.device)
-        return replace(batch, teacher=aligned.teacher, alignment=aligned.alignment)
+        return replace(batch, readings=aligned.readings)
 
     def ask(self, batch: Batch) -> ChunkSignal:
         """How likely the teacher finds each chunk of the batch."""
-        signal = batch.signal
+        signal = batch.readings[ONLY].signal
         if signal is None or (self.args.needs_hidden and signal.dense is None):
             signal = self._ask(batch)
         return signal.of_first_tokens(int(batch.student.supervised.sum()))
@@ -175,11 +175,11 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
         if not self.args.needs_boundaries:
             return batch
         signal = self._ask(batch)
-        return replace(batch, signal=signal if alone else signal.without_states())
+        signal = signal if alone else signal.without_states()
+        return replace(batch, readings={ONLY: replace(batch.readings[ONLY], signal=signal)})
 
     def _ask(self, batch: Batch) -> ChunkSignal:
-        view, alignment = batch.teacher, batch.alignment
-        assert view is not None
+        view, alignment = batch.readings[ONLY].view, batch.readings[ONLY].alignment
         assert alignment is not None
         signal = self.teacher.ask(view, view.supervised)
         if isinstance(signal, LabelSignal):
@@ -203,9 +203,10 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
     def count_items(self, batch: Batch) -> dict[str, Tensor]:
         """Tokens, chunks as the policy leaves them, and ends of chunks with hidden states to compare."""
         counts = super().count_items(batch)
-        assert batch.alignment is not None
-        alignment = batch.alignment.of_first_tokens(int(counts["token"]))
-        ends = None if batch.signal is None else batch.signal.boundary_log_probs
+        reading = batch.readings[ONLY]
+        assert reading.alignment is not None
+        alignment = reading.alignment.of_first_tokens(int(counts["token"]))
+        ends = None if reading.signal is None else reading.signal.boundary_log_probs
         groups = self._groups(alignment, None if ends is None else ends[: len(alignment)])
         counts["chunk"] = torch.tensor(len(groups), device=counts["token"].device)
         if self.args.hidden_weight:

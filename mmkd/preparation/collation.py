@@ -1,7 +1,7 @@
 """The collator: rows become one `Batch`. Images are read, each side makes its view, what teachers know is added."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Self
@@ -13,7 +13,7 @@ from transformers import ProcessorMixin
 
 from mmkd.data.images import UnusableRow, read_row
 from mmkd.errors import UserError
-from mmkd.teachers.batch import Batch, View
+from mmkd.teachers.batch import Batch, Reading, View
 from mmkd.teachers.cached import images_of
 
 from .row_names import STORED_IMAGES, RowNames
@@ -74,12 +74,8 @@ class TextViews:
 
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
-    def reads_alike(self, processor: ProcessorMixin) -> bool:
-        """Whether a processor makes of rows what the student's makes: there are no images to read."""
-        return True
-
-    def with_teacher(self, processor: ProcessorMixin | None, served: bool = False) -> Self:
-        """These, which are the teacher's too."""
+    def with_teachers(self, processors: Mapping[str, ProcessorMixin], served: Collection[str] = ()) -> Self:
+        """These, which are the teachers' too."""
         return self
 
     def reader(self, train: Any, sharded: bool) -> None:
@@ -177,11 +173,11 @@ def _read(example: Mapping[str, Any]) -> dict[str, Any] | UnusableRow:
 
 
 class VisionViews:
-    """Rows with images, read by the student's processor and, where that reads otherwise, by the teacher's too.
+    """Rows with images, read by the student's processor and, where that reads otherwise, by each teacher's too.
 
     Raises UserError for videos, for more or fewer images than placeholders, and where `max_length` would cut a row
-    within its images, unless such rows are skipped; `names` says which row it is. `served` adds to what the teacher
-    reads what its server is asked with.
+    within its images, unless such rows are skipped; `names` says which row it is. `served` names the
+    teachers behind a server: what such a one reads also says what the server is asked with.
     """
 
     def __init__(
@@ -189,12 +185,12 @@ class VisionViews:
         student: VisionLabels,
         skip: bool = False,
         names: RowNames | None = None,
-        teacher: VisionLabels | None = None,
-        served: bool = False,
+        teachers: Mapping[str, VisionLabels] | None = None,
+        served: Collection[str] = (),
     ):
         # Cut here, where the loss of image tokens can be told from the loss of text.
         self.student, self.max_length = replace(student, max_length=None), student.max_length
-        self.teacher = None if teacher is None else replace(teacher, max_length=None)
+        self.teachers = dict(teachers or {})
         self.names = names or RowNames()
         self.skip, self.stand_in, self.served = skip, StandIn(), served
         require_image_tokens(student.processor, "student")
@@ -203,16 +199,34 @@ class VisionViews:
         """Whether a processor makes of rows what the student's makes."""
         return processing_facts(processor) == processing_facts(self.student.processor)
 
-    def with_teacher(self, processor: ProcessorMixin | None, served: bool = False) -> Self:
-        """The views with one of the teacher's own, if its processor makes another one."""
+    def with_teachers(self, processors: Mapping[str, ProcessorMixin], served: Collection[str] = ()) -> Self:
+        """The views with one for each teacher (by name) whose processor makes another one; those alike share it.
+
+        `served` names the teachers behind a server.
+        """
         student = replace(self.student, max_length=self.max_length)
-        if processor is None or self.reads_alike(processor):
-            return type(self)(student, self.skip, self.names, served=served)
-        require_image_tokens(processor, "teacher")
+        teachers: dict[str, VisionLabels] = {}
+        for name, processor in processors.items():
+            if self.reads_alike(processor):
+                continue
+            facts = processing_facts(processor)
+            alike = (side for side in teachers.values() if processing_facts(side.processor) == facts)
+            teachers[name] = next(alike, None) or self._side_of(name, processor)
+        return type(self)(student, self.skip, self.names, teachers, served)
+
+    def _side_of(self, name: str, processor: ProcessorMixin) -> VisionLabels:
+        require_image_tokens(processor, f"teacher {name}".rstrip())
         turns = Turns.of(processor) if self.student.assistant_only_loss else None
         template = None if turns is None else turns.template
-        teacher = replace(student, processor=processor, chat_template=template, turns=turns)
-        return type(self)(student, self.skip, self.names, teacher, served)
+        return replace(self.student, processor=processor, chat_template=template, turns=turns)
+
+    def _sides(self) -> dict[str, VisionLabels]:
+        """Who reads rows: the student, and the first of the teachers of each way to read them."""
+        sides = {"student": self.student}
+        for name, side in self.teachers.items():
+            if not any(side is known for known in sides.values()):
+                sides[f"teacher {name}".rstrip()] = side
+        return sides
 
     def reader(self, train: Any, sharded: bool) -> "ImageReader":
         """What decodes the images of rows; where models are sharded, with a row of `train` that keeps ranks together.
@@ -230,12 +244,15 @@ class VisionViews:
         examples = rows.examples
         for example in examples:
             check_placeholders(example, self.student.processor, self.names)
-        sides = [self.student] if self.teacher is None else [self.student, self.teacher]
+        sides = list(self._sides().values())
         try:
             # trl's collator writes into its examples.
             views = [View.of(side([dict(example) for example in examples])) for side in sides]
-            if self.served:
-                views[-1] = replace(views[-1], served=served_rows(examples, views[-1], sides[-1]))
+            asked = {id(self.teachers.get(name, self.student)) for name in self.served}
+            views = [
+                replace(view, served=served_rows(examples, view, side)) if id(side) in asked else view
+                for view, side in zip(views, sides, strict=True)
+            ]
         except Exception:
             # Processors have exceptions of their own for images that they do not take, and name no row.
             refused = self._refused(examples)
@@ -257,18 +274,19 @@ class VisionViews:
         rows = self.stand_in.replace(rows, lost, BAD_ROWS[1])
         if lost:
             return self(rows)
-        student, *teacher = (self._finished(view, side, rows) for view, side in zip(views, sides, strict=True))
+        finished = {id(side): self._finished(view, side, rows) for view, side in zip(views, sides, strict=True)}
+        student = finished[id(self.student)]
+        readings = {name: Reading(finished[id(side)]) for name, side in self.teachers.items()}
         kinds = list(rows.replaced.values())
         skipped = torch.tensor([kinds.count(kind) for kind in BAD_ROWS]) if self.skip else None
         lengths = _row_lengths(student, examples)
-        return rows, Batch(student, lengths, teacher[0] if teacher else None, skipped=skipped)
+        return rows, Batch(student, lengths, readings, skipped=skipped)
 
     def _refused(self, examples: Sequence[Mapping[str, Any]]) -> dict[int, str]:
         """The rows with an image that a side's processor does not take, and why."""
-        sides = {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
         refused: dict[int, str] = {}
         for number, example in enumerate(examples):
-            for role, side in sides.items():
+            for role, side in self._sides().items():
                 reason = refusal(images_of(example), side.processor)
                 if reason is not None and number not in refused:
                     name = self.names.of(example)

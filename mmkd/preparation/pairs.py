@@ -15,7 +15,7 @@ from trl.trainer.sft_config import SFTConfig
 from mmkd.alignment.pieces import TokenPieces, Tokens
 from mmkd.alignment.spans import Aligner, Chunks, RowCounts
 from mmkd.models.load import tokenizer_of
-from mmkd.teachers.batch import ONLY, Batch, Targets, View
+from mmkd.teachers.batch import ONLY, Batch, Reading, Targets, View
 from mmkd.teachers.cached import CachedTeacher, hashed_images, spans_of_row
 from mmkd.teachers.signals import ChunkAlignment
 
@@ -276,7 +276,7 @@ class AlignedSide:
         if self.cached is not None:
             targets, teacher = self._looked_up(teacher, hashed_images(examples))
             view = replace(view, inputs={}, targets={ONLY: targets})
-        return replace(batch, teacher=view, alignment=self.align(student, teacher))
+        return replace(batch, readings={ONLY: Reading(view, self.align(student, teacher))})
 
     def _looked_up(self, teacher: Read, images: Sequence[Sequence[str]]) -> tuple[Targets, Read]:
         """The cached answers, and the sequences without those that the teacher could not read."""

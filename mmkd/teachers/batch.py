@@ -89,9 +89,9 @@ class View(Mapping[str, Any]):
             return self.labels.new_zeros(0, 2)
         return self.image_tokens[self.supervised.any(1)[self.image_tokens[:, 0]]]
 
-    def learnt_from(self, rows: Bool[Tensor, "batch"]) -> Self:
-        """The view in which only the chosen rows have labels."""
-        return replace(self, labels=self.labels.masked_fill(~rows[:, None], -100))
+    def learnt_from(self, chosen: Bool[Tensor, "batch position"]) -> Self:
+        """The view in which only the chosen tokens, or rows where there is one column, have labels."""
+        return replace(self, labels=self.labels.masked_fill(~chosen, -100))
 
     def of_rows(self, rows: Bool[Tensor, "batch"]) -> Self:
         """The view of some rows without images; what is not about rows stays."""
@@ -127,6 +127,21 @@ class View(Mapping[str, Any]):
 
 
 @dataclass(frozen=True, eq=False)
+class Reading:
+    """A micro-batch as a teacher reads it that does not read what the student reads."""
+
+    view: View
+    alignment: ChunkAlignment | None = None
+    """Which tokens of the two views make up the same text, where their tokens differ."""
+    signal: ChunkSignal | None = None
+    """What the teacher said, where the number of items depends on it."""
+
+    def aligned(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The reading with every tensor of its alignment changed."""
+        return self if self.alignment is None else replace(self, alignment=self.alignment.map(change))
+
+
+@dataclass(frozen=True, eq=False)
 class Batch(Mapping[str, Any]):
     """A micro-batch: rows as student and teacher see them.
 
@@ -136,16 +151,12 @@ class Batch(Mapping[str, Any]):
     student: View
     row_lengths: Int[Tensor, "row"]
     """How many tokens each row has, 0 for one that only keeps ranks together."""
-    teacher: View | None = None
-    """What the teacher reads, where that is not what the student reads."""
-    alignment: ChunkAlignment | None = None
-    """Which tokens of the two views make up the same text, where their tokens differ."""
+    readings: Mapping[str, Reading] = field(default_factory=dict[str, Reading])
+    """What teachers read, by their names, where that is not what the student reads. Those alike share one view."""
     skipped: Int[Tensor, "kind"] | None = None
     """How many rows others stand for, by what was wrong with them."""
     rows: Sequence[Mapping[str, Any]] = ()
     """The rows themselves, where the student may answer them anew."""
-    signal: ChunkSignal | None = None
-    """What the teacher said, where the number of items depends on it."""
 
     def __getitem__(self, name: str) -> Any:
         return self.student.labels if name == "labels" else self.student.inputs[name]
@@ -161,36 +172,47 @@ class Batch(Mapping[str, Any]):
         """The batch in which the student learns from these labels."""
         return replace(self, student=replace(self.student, labels=labels))
 
-    def teacher_view(self) -> View:
+    def teacher_view(self, teacher: str = ONLY) -> View:
         """What a teacher with the student's tokens reads: the student's view unless it has one of its own."""
-        if self.teacher is None:
-            return self.student
-        # Rows without labels on our side, repeated at the end of an evaluation, have none on the other.
-        return self.teacher.learnt_from(self.student.supervised.any(1))
+        view = self.student
+        if teacher in self.readings:
+            # Rows without labels on our side, repeated at the end of an evaluation, have none on the other.
+            view = self.readings[teacher].view.learnt_from(self.student.supervised.any(1)[:, None])
+        return view.targets_of(teacher)
 
     def check_answers(self) -> None:
         """Raises UserError when a teacher with the student's tokens is supervised on others than the student."""
-        if self.teacher is None:
-            return
-        answers = zip(_answers(self.student), _answers(self.teacher_view()), strict=True)
-        for row, (ours, theirs) in enumerate(answers):
-            if not torch.equal(ours, theirs):
-                raise UserError(
-                    f"Row {row} of a batch is supervised on {len(ours)} tokens of the student's and {len(theirs)} of "
-                    "the teacher's, or on different ones: their chat templates write an answer differently, prompts "
-                    "are supervised too, or max_length cuts one of the two. Set assistant_only_loss: true (or map the "
-                    "data to prompt and completion), give both templates that write the same answer, and raise "
-                    "max_length."
-                )
+        for teacher in self.readings:
+            answers = zip(_answers(self.student), _answers(self.teacher_view(teacher)), strict=True)
+            for row, (ours, theirs) in enumerate(answers):
+                if not torch.equal(ours, theirs):
+                    whose = f"the teacher's ({teacher})" if teacher else "the teacher's"
+                    raise UserError(
+                        f"Row {row} of a batch is supervised on {len(ours)} tokens of the student's and {len(theirs)} "
+                        f"of {whose}, or on different ones: their chat templates write an answer differently, prompts "
+                        "are supervised too, or max_length cuts one of the two. Set assistant_only_loss: true (or "
+                        "map the data to prompt and completion), give both templates that write the same answer, and "
+                        "raise max_length."
+                    )
+
+    def with_teacher_views(self, change: Callable[[View], View]) -> Self:
+        """The batch with every view of a teacher's own changed; teachers that share one still do."""
+        changed: dict[int, View] = {}
+        readings = {}
+        for teacher, reading in self.readings.items():
+            if id(reading.view) not in changed:
+                changed[id(reading.view)] = change(reading.view)
+            readings[teacher] = replace(reading, view=changed[id(reading.view)])
+        return replace(self, readings=readings)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The batch with every tensor changed but the signal, which is where it was made."""
+        """The batch with every tensor changed but the signals, which are where they were made."""
+        batch = self.with_teacher_views(lambda view: view.map(change))
         return replace(
-            self,
+            batch,
             student=self.student.map(change),
             row_lengths=change(self.row_lengths),
-            teacher=None if self.teacher is None else self.teacher.map(change),
-            alignment=None if self.alignment is None else self.alignment.map(change),
+            readings={teacher: reading.aligned(change) for teacher, reading in batch.readings.items()},
             skipped=None if self.skipped is None else change(self.skipped),
         )
 

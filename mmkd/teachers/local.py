@@ -83,6 +83,8 @@ class LocalTeacher(DenseTeacher):
     @torch.no_grad()
     def ask(self, inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> DenseSignal:
         """Raises UserError when a token is unknown to the teacher, or when it answers with NaN or infinity."""
+        if not (supervised.any() or self._sharded):
+            return self.nothing()
         heads: list[LMHead] = []
 
         def consumer(hidden: Tensor, head: LMHead) -> Tensor:

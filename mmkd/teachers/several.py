@@ -1,9 +1,9 @@
 """Several teachers: mixed by weights on every token, or each asked about its own rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -14,15 +14,17 @@ from mmkd.errors import UserError
 from mmkd.losses.fused import Targets
 from mmkd.models.sharded_weights import is_sharded
 
-from .batch import Batch, View
+from .batch import ONLY, Batch, View
 from .cached import CachedTeacher, answers_of, hashed_images
 from .local import LocalTeacher
 from .server import IMAGE_INPUTS
 from .signals import MixedSignal, RoutedSignal
 from .teacher import Teacher
 
+Answer = TypeVar("Answer")
 
-class SeveralTeachers(Teacher[MixedSignal | RoutedSignal]):
+
+class SeveralTeachers(Teacher[MixedSignal[Any] | RoutedSignal[Any]]):
     """Teachers by name, each a Hub id, a folder, a model or a `Teacher` of its own kind.
 
     Args:
@@ -83,34 +85,39 @@ class SeveralTeachers(Teacher[MixedSignal | RoutedSignal]):
             teacher.prepare(accelerator)
         self._sharded = is_sharded(accelerator)
 
-    def ask(self, inputs: View, supervised: Bool[Tensor, "batch position"]) -> MixedSignal | RoutedSignal:
-        """What all say about every token; with a column, what each says about the tokens of its rows."""
-        asked = {name: inputs.targets_of(name) for name in self.teachers}
-        if self.column is None:
-            signals = {name: teacher.ask(asked[name], supervised) for name, teacher in self.teachers.items()}
-            return MixedSignal(signals, self.weights)
-        assert inputs.route is not None
-        # Where rows lie end to end, each token has its route; position i predicts token i + 1.
-        route = inputs.route[:, 1:] if inputs.route.shape[1] > 1 else inputs.route
-        parts = {}
-        for number, (name, teacher) in enumerate(self.teachers.items()):
-            own = supervised & (route == number)
-            parts[name] = (own[supervised], self._ask_about(teacher, asked[name], own))
-        return RoutedSignal(parts)
+    def ask(
+        self, inputs: View, supervised: Bool[Tensor, "batch position"]
+    ) -> MixedSignal[Targets] | RoutedSignal[Targets]:
+        """What all say about every token of a view that all read; with a column, each about the tokens of its rows."""
+        labels = inputs.labels.clone()
+        labels[:, 1:] = labels[:, 1:].masked_fill(~supervised, -100)
+        batch = Batch(replace(inputs, labels=labels), labels.new_zeros(0))
+        return self.about(batch, lambda teacher, name, view: teacher.ask(view, view.supervised))
 
-    def _ask_about(self, teacher: Teacher[Targets], view: View, own: Bool[Tensor, "batch position"]) -> Targets:
-        """One teacher about its tokens, of which there may be none, without the rows of the others."""
-        rows = own.any(1)
-        if not isinstance(teacher, LocalTeacher):
-            return teacher.ask(view, own)
+    def about(
+        self, batch: Batch, ask: Callable[[Teacher[Any], str, View], Answer]
+    ) -> MixedSignal[Answer] | RoutedSignal[Answer]:
+        """What `ask` (teacher, name, what it reads) gives for each; with a column, about the tokens of its rows."""
+        if self.column is None:
+            views = {name: batch.teacher_view(name) for name in self.teachers}
+            answers = {name: ask(teacher, name, views[name]) for name, teacher in self.teachers.items()}
+            return MixedSignal(answers, self.weights)
+        route = batch.student.route
+        assert route is not None
+        masks = {name: route == number for number, name in enumerate(self.teachers)}
+        views = {name: self._narrowed(name, batch.teacher_view(name), mask) for name, mask in masks.items()}
+        return RoutedSignal({name: ask(self.teachers[name], name, view) for name, view in views.items()}, masks)
+
+    def _narrowed(self, name: str, view: View, own: Bool[Tensor, "batch position"]) -> View:
+        """The view in which one teacher's tokens alone have labels, where it can be without the rows of the others."""
+        view = view.learnt_from(own)
+        rows = view.supervised.any(1)
+        if not isinstance(self.teachers[name], LocalTeacher) or any(image in view for image in IMAGE_INPUTS):
+            return view
         if not rows.any():
-            if not self._sharded:
-                return teacher.nothing()
             # All ranks gather a sharded teacher together.
-            rows[0] = True
-        if rows.all() or any(name in view for name in IMAGE_INPUTS):
-            return teacher.ask(view, own)
-        return teacher.ask(view.of_rows(rows), own[rows])
+            rows[:1] = self._sharded
+        return view if rows.all() else view.of_rows(rows)
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,20 @@ class SeveralTargets:
         return torch.nn.functional.pad(route, (0, ids.shape[1] - len(route)), value=-1)[None]
 
 
+def asked(
+    teacher: Any, batch: Batch, ask: Callable[[Teacher[Any], str, View], Answer]
+) -> Answer | MixedSignal[Answer] | RoutedSignal[Answer]:
+    """What `ask` (teacher, its name, what it reads) gives for the only teacher, or for each of several."""
+    if isinstance(teacher, SeveralTeachers):
+        return teacher.about(batch, ask)
+    return ask(teacher, ONLY, batch.teacher_view())
+
+
+def named_parts(teacher: Any) -> dict[str, Any]:
+    """Each of several teachers by its name, or the only one as `ONLY`."""
+    return dict(teacher.teachers) if isinstance(teacher, SeveralTeachers) else {ONLY: teacher}
+
+
 def parts_of(teacher: Any) -> list[Any]:
     """Each of several teachers, or the only one."""
-    return list(teacher.teachers.values()) if isinstance(teacher, SeveralTeachers) else [teacher]
+    return list(named_parts(teacher).values())

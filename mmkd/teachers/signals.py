@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,9 @@ from mmkd.losses.divergences import log_one_minus_exp
 from mmkd.losses.fused import Share, Targets
 from mmkd.losses.projection import starts
 from mmkd.models.heads import LMHead
+
+Signal = TypeVar("Signal")
+Other = TypeVar("Other")
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,24 @@ class TopKSignal(SparseSignal):
 
 
 @dataclass(frozen=True)
-class MixedSignal:
+class MixedSignal(Generic[Signal]):
     """What several teachers, by name, say about the same tokens, each with its share of the loss."""
 
-    signals: Mapping[str, Targets]
+    signals: Mapping[str, Signal]
     weights: Mapping[str, float]
 
-    def chunks(self, size: int) -> Iterator[list[Share]]:
+    @classmethod
+    def of(cls, signal: "Signal | MixedSignal[Signal]") -> "MixedSignal[Signal]":
+        """The signal of the only teacher as one of several: without a name, and the whole of the loss."""
+        if isinstance(signal, MixedSignal):
+            return cast("MixedSignal[Signal]", signal)
+        return cls({"": signal}, {"": 1})
+
+    def map(self, change: Callable[[Signal], Other]) -> "MixedSignal[Other]":
+        """Something else of what each says."""
+        return MixedSignal({name: change(signal) for name, signal in self.signals.items()}, self.weights)
+
+    def chunks(self: "MixedSignal[Targets]", size: int) -> Iterator[list[Share]]:
         """The shares of `size` tokens at a time."""
         for outcomes in zip(*(signal.chunks(size) for signal in self.signals.values()), strict=True):
             yield [
@@ -119,10 +133,12 @@ class MixedSignal:
 
 
 @dataclass(frozen=True)
-class RoutedSignal:
-    """What several teachers, by name, say each about its own tokens, of which the mask tells."""
+class RoutedSignal(Generic[Signal]):
+    """What several teachers, by name, say each about its own tokens."""
 
-    parts: Mapping[str, tuple[Bool[Tensor, "token"], Targets]]
+    signals: Mapping[str, Signal]
+    masks: Mapping[str, Bool[Tensor, "batch position"]]
+    """The student's tokens that each teaches, or rows in one column."""
 
 
 @dataclass(frozen=True)

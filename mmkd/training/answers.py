@@ -86,14 +86,17 @@ def with_answers(
     Only the rollout of such a row is supervised, or nothing where it is truncated and `learn_truncated` is off. A
     teacher's version of the batch gets the same tokens after its own prompts; one in other tokens stays as it is.
     """
+
+    def answered(view: View) -> View:
+        starts = answer_starts(view)
+        moved = {row: placing._replace(start=starts[row]) for row, placing in placed.items()}
+        return _answered(view, moved, pad_id, multiple, learn_truncated)
+
     student = _answered(batch.student, placed, pad_id, multiple, learn_truncated)
     lengths = batch.row_lengths.clamp(max=1) * student.labels.shape[1]
-    if batch.teacher is None or batch.alignment is not None:
-        return replace(batch, student=student, row_lengths=lengths)
-    starts = answer_starts(batch.teacher)
-    moved = {row: placing._replace(start=starts[row]) for row, placing in placed.items()}
-    teacher = _answered(batch.teacher, moved, pad_id, multiple, learn_truncated)
-    return replace(batch, student=student, row_lengths=lengths, teacher=teacher)
+    in_our_tokens = all(reading.alignment is None for reading in batch.readings.values())
+    batch = batch.with_teacher_views(answered) if in_our_tokens else batch
+    return replace(batch, student=student, row_lengths=lengths)
 
 
 def _answered(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -23,7 +23,7 @@ from mmkd.preparation.collation import Collator, views_of
 from mmkd.preparation.labelling import LabellingTrainer
 from mmkd.preparation.row_names import RowNames
 from mmkd.teachers.batch import Batch
-from mmkd.teachers.several import SeveralTeachers
+from mmkd.teachers.several import SeveralTeachers, named_parts
 from mmkd.teachers.signals import RoutedSignal
 from mmkd.teachers.teacher import Teacher
 
@@ -42,6 +42,9 @@ from .teaching import StudentSide, first_rows
 
 Rows = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 """Rows to evaluate on: one set of them, or several by name."""
+
+ReadStudent = Callable[[Tensor | None], Supervised]
+"""(tokens, or None for all) -> the student at those of the supervised positions."""
 
 
 class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
@@ -147,8 +150,9 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         teaching = self.build_teacher(side, teacher, teacher_processing_class)
         self.teacher, self.vocab_size = teaching.teacher, teaching.vocab_size
         # A teacher with tokens of its own brings its view.
-        served = self.one_vocabulary and teaching.teacher is not None and teaching.teacher.served
-        self.student_side = side = replace(side, views=views.with_teacher(teaching.processor, served))
+        teachers = named_parts(teaching.teacher) if self.one_vocabulary and teaching.teacher is not None else {}
+        served = [name for name, part in teachers.items() if part.served]
+        self.student_side = side = replace(side, views=views.with_teachers(teaching.processors, served))
         check_fit(side, teaching, self.one_vocabulary)
         stop_where_answers_end(side)
         if args.combine == "gradmag":
@@ -172,7 +176,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         """The micro-batch's share of the loss of the accumulated batch, over the items of all ranks."""
         batch, counts = self.prepare(inputs)
         signal = self.ask(batch) if self.needs_teacher or self._reports_now() else None
-        losses = self.forward(model, batch, lambda student: self.losses_of(student, signal))
+        losses = self.forward(model, batch, lambda read: self.losses_of(read, signal))
         loss = self.total(losses, counts)
         self._record({**losses.reports, **reports_of(batch, losses, None if self.model.training else counts)})
         if not return_outputs:
@@ -190,26 +194,29 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         batch = self.ask_ahead(without_repeated_rows(batch, self.accelerator), True)
         return batch, self.count_items(batch)
 
-    def forward(self, model: Any, batch: Batch, losses_of: Callable[[Supervised], ItemLosses]) -> ItemLosses:
+    def forward(self, model: Any, batch: Batch, losses_of: Callable[[ReadStudent], ItemLosses]) -> ItemLosses:
         """What `losses_of` makes of the student, inside the wrapper's forward: there sharded weights are whole."""
         view = batch.student
 
         def consumer(hidden: Tensor, head: LMHead) -> tuple[dict, dict]:
-            losses = losses_of(self.read_student(hidden, head.trimmed(self.vocab_size), view))
+            def read(chosen: Tensor | None) -> Supervised:
+                part = view if chosen is None else view.learnt_from(chosen)
+                return self.read_student(hidden, head.trimmed(self.vocab_size), part)
+
+            losses = losses_of(read)
             # Plain containers: wrappers look for tensors in the output, and do not look into our dataclasses.
             return losses.totals, losses.reports
 
         return ItemLosses(*model(**view.inputs, consumer=consumer))
 
-    def losses_of(self, student: Supervised, signal: Signal | RoutedSignal | None) -> ItemLosses:
+    def losses_of(self, read: ReadStudent, signal: Any) -> ItemLosses:
         """Those of the method; where each of several teachers speaks of its own tokens, their sums."""
         if not isinstance(signal, RoutedSignal):
             # None only where a method can do without a teacher.
-            return self.item_losses(student, cast(Signal, signal))
-        parts: Mapping[str, tuple[Tensor, Any]] = signal.parts
-        return ItemLosses.of_parts(
-            {name: self.item_losses(student.only(tokens), part) for name, (tokens, part) in parts.items()}
-        )
+            return self.item_losses(read(None), signal)
+        parts: Mapping[str, Any] = signal.signals
+        losses = {name: self.item_losses(read(signal.masks[name]), part) for name, part in parts.items()}
+        return ItemLosses.of_parts(losses, self.reports_by_teacher)
 
     def total(self, losses: ItemLosses, counts: Mapping[str, Tensor]) -> Tensor:
         """The sum of the kinds' means, each over its own count."""

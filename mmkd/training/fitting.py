@@ -21,7 +21,7 @@ from mmkd.preparation.fit import (
 )
 from mmkd.preparation.sampled import SampledRow, sample_of
 from mmkd.teachers.local import LocalTeacher
-from mmkd.teachers.several import parts_of
+from mmkd.teachers.several import named_parts, parts_of
 
 from .preparing import sequences_of
 from .teaching import StudentSide, Teaching
@@ -31,13 +31,13 @@ logger = logging.get_logger(__name__)
 
 def check_fit(student: StudentSide, teaching: Teaching, one_vocabulary: bool) -> None:
     """Raises UserError where the data has tokens or positions that a model lacks; says what may go wrong."""
-    sides: list[tuple[str, Any, str]] = [("student", student.model, "")]
-    for teacher in parts_of(teaching.teacher):
+    sides: list[tuple[str, str | None, Any, str]] = [("student", None, student.model, "")]
+    for name, teacher in named_parts(teaching.teacher).items():
         if isinstance(teacher, LocalTeacher):
-            sides.append(("teacher", teacher.model, "" if one_vocabulary else "teacher_"))
+            sides.append(("teacher", name, teacher.model, "" if one_vocabulary else "teacher_"))
     misfits: list[Misfit] = []
-    for role, model, prefix in sides:
-        extent, config = Extent.of_rows(sample_seen_by(student, role, prefix)), base_of(model).config
+    for role, name, model, prefix in sides:
+        extent, config = Extent.of_rows(sample_seen_by(student, name, prefix)), base_of(model).config
         for dataset in student.splits.values():
             extent |= Extent.of(dataset, prefix)
         needed: dict[str, int | None] = {}
@@ -55,15 +55,18 @@ def check_fit(student: StudentSide, teaching: Teaching, one_vocabulary: bool) ->
         logger.warning(str(misfit))
 
 
-def sample_seen_by(student: StudentSide, role: str, prefix: str = "") -> list[SampledRow]:
-    """Sampled rows as a side sees them: by its own processor, or in its own columns, and within max_length."""
+def sample_seen_by(student: StudentSide, teacher: str | None = None, prefix: str = "") -> list[SampledRow]:
+    """Sampled rows as the student or a teacher (by name) sees them, within max_length.
+
+    A teacher sees them by its own processor, or in its own columns.
+    """
     views = student.views
     if not isinstance(views, VisionViews):
         return (
             sample_of(student.train, None, prefix) if prefix else student.labelling.sampled_rows(student.train, None)
         )
-    if role == "teacher" and views.teacher is not None:
-        rows = sample_of(student.train, views.teacher)
+    if teacher in views.teachers:
+        rows = sample_of(student.train, views.teachers[teacher])
     else:
         rows = student.labelling.sampled_rows(student.train, views.student)
     return [SampledRow(*(part[: views.max_length] for part in row)) for row in rows]
@@ -74,7 +77,7 @@ def stop_where_answers_end(student: StudentSide) -> None:
     base, tokenizer, train = base_of(student.model), student.tokenizer, student.train
     if base.generation_config is None:
         return
-    rows: Iterable[tuple[Any, Any]] = sample_seen_by(student, "student")
+    rows: Iterable[tuple[Any, Any]] = sample_seen_by(student)
     if isinstance(train, Dataset) and "labels" in train.column_names:
         rows = ((sequence.ids, sequence.supervised) for sequence in sequences_of(train))
     ends = answer_ends(rows, tokenizer)

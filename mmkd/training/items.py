@@ -1,10 +1,10 @@
 """What a method sees of the student, and what it answers: the losses of the items of one micro-batch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmkd.models.heads import LMHead
@@ -17,10 +17,6 @@ class Supervised:
     hidden: Float[Tensor, "token width"]
     head: LMHead
     labels: Int[Tensor, "token"]
-
-    def only(self, tokens: Bool[Tensor, "token"]) -> "Supervised":
-        """The student at some of the positions."""
-        return Supervised(self.hidden[tokens], self.head, self.labels[tokens])
 
 
 @dataclass
@@ -42,13 +38,16 @@ class ItemLosses:
         return totals
 
     @classmethod
-    def of_parts(cls, parts: Mapping[str, Self]) -> Self:
-        """The sums of the losses of several teachers, each over its own tokens, with the "kl" of each by its name."""
+    def of_parts(cls, parts: Mapping[str, Self], by_teacher: Sequence[str]) -> Self:
+        """The sums of the losses of several teachers, each over its own items.
+
+        The reports `by_teacher` are there for each by its name, too.
+        """
         whole = cls()
         for name, part in parts.items():
             for kind, total in part.totals.items():
                 whole.totals[kind] = whole.totals[kind] + total if kind in whole.totals else total
-            named = {f"kl_{name}": part.reports["kl"]} if "kl" in part.reports else {}
+            named = {f"{report}_{name}": part.reports[report] for report in by_teacher if report in part.reports}
             for report, (total, count) in {**part.reports, **named}.items():
                 before, items = whole.reports.get(report, (0, 0))
                 whole.reports[report] = (before + total, items + count)

@@ -12,7 +12,8 @@ from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import Objective, Targets, fused_loss
 from mmkd.models.heads import LMHead
 from mmkd.teachers.batch import Batch, View
-from mmkd.teachers.signals import DenseSignal, RoutedSignal, TopKSignal
+from mmkd.teachers.several import asked
+from mmkd.teachers.signals import DenseSignal, MixedSignal, RoutedSignal, TopKSignal
 from mmkd.teachers.teacher import Teacher
 
 from .answers import Placed
@@ -34,6 +35,8 @@ class MethodTrainer(ReportingTrainer, Generic[Signal]):
     accepts: ClassVar[tuple[type, ...]] = (DenseSignal, TopKSignal)
     one_vocabulary: ClassVar[bool] = True
     """Whether a token must be the same to student and teacher."""
+    reports_by_teacher: ClassVar[tuple[str, ...]] = ("kl",)
+    """Reports that, where rows name their teachers, are logged for each teacher too, as REPORT_NAME."""
 
     # transformers types these as unions with None, for trainers that are still without them.
     args: DistillationConfig
@@ -67,13 +70,16 @@ class MethodTrainer(ReportingTrainer, Generic[Signal]):
         """Callbacks of the method; those that are ExportableState are saved in and restored from the trainer state."""
         return []
 
-    def ask(self, batch: Batch) -> Signal | RoutedSignal | None:
-        """The teacher's signal about a batch; None where nobody is asked."""
+    def ask(self, batch: Batch) -> Signal | MixedSignal[Signal] | RoutedSignal[Signal] | None:
+        """What the teacher says about a batch, or each of several; None where nobody is asked."""
         if self.teacher is None:
             return None
         batch.check_answers()
-        view = batch.teacher_view()
-        return self.teacher.ask(view, view.supervised)
+        return asked(self.teacher, batch, self.ask_teacher)
+
+    def ask_teacher(self, teacher: Teacher[Any], name: str, view: View) -> Signal:
+        """What a teacher says about what it reads; `name` is its name among several."""
+        return teacher.ask(view, view.supervised)
 
     def ask_ahead(self, batch: Batch, alone: bool) -> Batch:
         """The batch with what the teacher must have said before its items can be counted: nothing, in most methods.

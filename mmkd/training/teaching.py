@@ -1,7 +1,7 @@
 """The teacher of a training, or several, found and checked against the student and its data."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -17,6 +17,7 @@ from mmkd.precision import say_emulated
 from mmkd.preparation.collation import Fill, TextViews, VisionViews
 from mmkd.preparation.labelling import Labelling
 from mmkd.preparation.vision_checks import processor_of_teacher
+from mmkd.teachers.batch import ONLY
 from mmkd.teachers.cached import CachedTeacher, with_targets
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.server import ServerTeacher
@@ -65,8 +66,8 @@ class Teaching:
     """The tokens that student and teacher are compared on."""
     fill: Fill | None = None
     """What the collator adds to a batch for it."""
-    processor: ProcessorMixin | None = None
-    """With which it reads images."""
+    processors: Mapping[str, ProcessorMixin] = field(default_factory=dict[str, ProcessorMixin])
+    """With which it reads images, or each of several, by its name."""
 
 
 def teaching_of(student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:
@@ -105,14 +106,14 @@ def _local(student: StudentSide, teacher: str | PreTrainedModel, processing_clas
         trust = args.trust_remote_code
         processing_class = load_processing_class(name_of(model), "teacher", trust_remote_code=trust)
     vision = isinstance(student.views, VisionViews)
-    processor = processor_of_teacher(processing_class, name_of(model)) if vision else None
+    processors = {ONLY: processor_of_teacher(processing_class, name_of(model))} if vision else {}
     rows = full_head(model).vocab_size
     tokens = shared_tokens(student.tokenizer, tokenizer_of(processing_class), student.tokens, rows)
-    return Teaching(LocalTeacher(model, tokens), tokens, processor=processor)
+    return Teaching(LocalTeacher(model, tokens), tokens, processors=processors)
 
 
 def _several(student: StudentSide, several: SeveralTeachers, processing_class: Any) -> Teaching:
-    tokens, teachers = student.tokens, dict(several.teachers)
+    tokens, teachers, processors = student.tokens, dict(several.teachers), dict[str, ProcessorMixin]()
     for name, teacher in several.teachers.items():
         if several.column and isinstance(student.train, Dataset):
             _check_named(student.train, several.column, name)
@@ -123,13 +124,8 @@ def _several(student: StudentSide, several: SeveralTeachers, processing_class: A
         elif not isinstance(teacher, Teacher):
             built = _local(student, teacher, processing_class)
             teachers[name], tokens = built.teacher, min(tokens, built.vocab_size)
-            alike = built.processor is None or student.views.reads_alike(built.processor)
-            if not alike:
-                raise UserError(
-                    "One of several teachers reads images in another way than the student, and a batch holds one "
-                    "version besides the student's. Use teachers with the student's processor, or one teacher.",
-                    because="not built",
-                )
+            if ONLY in built.processors:
+                processors[name] = built.processors[ONLY]
         elif isinstance(teacher, DenseTeacher | ServerTeacher) and teacher.vocab_size is not None:
             tokens = min(tokens, teacher.vocab_size)
     for name, teacher in teachers.items():
@@ -142,7 +138,7 @@ def _several(student: StudentSide, several: SeveralTeachers, processing_class: A
                 because="not built",
             )
     several = several.replaced_by(teachers)
-    return Teaching(several, tokens, SeveralTargets.of(several))
+    return Teaching(several, tokens, SeveralTargets.of(several), processors)
 
 
 def _check_named(train: Dataset, column: str, name: str) -> None:

@@ -72,7 +72,7 @@ def test_loss_is_the_mean_divergence_of_the_models_own_chunk_likelihoods(alm: An
     student, teacher = pieces.student, pieces.teacher
     prompt = len(trainer.processing_class(row["prompt"])["input_ids"])
     ids = batch["input_ids"][0].tolist()[: int(batch["attention_mask"][0].sum())]
-    view = batch.teacher
+    view = batch.readings[""].view
     theirs = view["input_ids"][0].tolist()[: int(view["attention_mask"][0].sum())]
     first = int(view.supervised[0].int().argmax()) + 1
     # The end of the text is a marker on both sides and a chunk of its own.
@@ -160,7 +160,7 @@ def test_policies_compare_other_chunks(alm: Any, texts: Dataset) -> None:
 def test_boundary_probabilities_are_the_teachers_own(alm: Any) -> None:
     trainer = alm(Dataset.from_dict({"text": ["the cat sat on a mat"] * 4}), chunks="merge")
     batch = next(iter(trainer.get_train_dataloader()))
-    signal, view = trainer.ask(batch), batch.teacher
+    signal, view = trainer.ask(batch), batch.readings[""].view
     with torch.no_grad():
         logits = trainer.teacher.model(**view.inputs).logits
     mask = torch.from_numpy(boundary_mask(TokenPieces.of(CHATTERS["gemma"]())))

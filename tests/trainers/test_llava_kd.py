@@ -253,11 +253,11 @@ def test_other_visual_tokens_are_refused_or_pooled(build_vlm: Build, vlms: Any) 
         build_vlm(LLaVAKDTrainer, data, trainer=fine, max_steps=1).train()
     trainer: Any = build_vlm(LLaVAKDTrainer, data, trainer=fine, visual_mismatch="pool", max_steps=20)
     batch = one_batch(trainer)
-    assert batch.teacher is not None
+    assert "" in batch.readings
     assert batch.student.images[0].tolist() == [0, 16]
-    assert batch.teacher.images[0].tolist() == [0, 4]
+    assert batch.readings[""].view.images[0].tolist() == [0, 4]
     assert batch["pixel_values"].shape[-1] == 16
-    assert batch.teacher["pixel_values"].shape[-1] == 8
+    assert batch.readings[""].view["pixel_values"].shape[-1] == 8
     assert int(trainer.count_items(batch)["visual_token"]) == 4 * 4
     trainer.train()
     assert losses_of(trainer, "visual_kl")[-1] < losses_of(trainer, "visual_kl")[0]
@@ -267,9 +267,10 @@ def test_kd_gives_each_model_its_own_pixels(build_vlm: Build, vlms: Any) -> None
     trainer: Any = build_vlm(KDTrainer, vision_rows([1, 2, 0, 1]), trainer={"model": str(vlms["fine"])}, max_steps=1)
     batch = one_batch(trainer)
     assert isinstance(trainer.teacher, LocalTeacher)
-    assert batch.teacher is not None
+    assert "" in batch.readings
     student = trainer.model(**batch.student.inputs).logits[:, :-1][batch["labels"][:, 1:] != -100]
-    teacher = trainer.teacher.model(**batch.teacher.inputs).logits[:, :-1][batch.teacher.supervised]
+    view = batch.readings[""].view
+    teacher = trainer.teacher.model(**view.inputs).logits[:, :-1][view.supervised]
     expected = forward_kl(student.log_softmax(-1), teacher.log_softmax(-1)).mean()
     assert loss_and_gradients(trainer, batch)[0] == pytest.approx(expected.item(), rel=1e-5)
 
