@@ -150,22 +150,28 @@ REFUSALS: tuple[Refusal, ...] = (
         "answers with TopKSignal, method llava_kd needs DenseSignal",
     ),
     Refusal(
-        {"teacher": ("top-k server",), "data": ("images",)},
+        {"teacher": ("top-k server", "hidden-state server"), "data": ("images",)},
         "not built",
         "A server is not sent the images of a batch.",
-        "A served teacher cannot be asked from pixel_values",
-    ),
-    Refusal(
-        {"teacher": ("hidden-state cache", "hidden-state server")},
-        "not built",
-        "Hidden states of a stored or served teacher.",
         None,
     ),
     Refusal(
-        {"method": ("alm",), "teacher": ("top-k server",)},
+        {"teacher": ("hidden-state cache",)},
+        "not built",
+        "A teacher whose hidden states are stored.",
+        None,
+    ),
+    Refusal(
+        {"method": ("alm",), "teacher": ("top-k server", "hidden-state server")},
         "meaning",
-        "A top-k server is asked about the student's tokens.",
+        "A server is asked about the student's tokens.",
         "have different vocabularies",
+    ),
+    Refusal(
+        {"method": ("llava_kd",), "teacher": ("hidden-state server",)},
+        "not built",
+        "The terms on visual tokens ask a teacher in this process.",
+        None,
     ),
     Refusal({"teacher": ("self",)}, "not built", "The student as its own teacher.", None),
 )

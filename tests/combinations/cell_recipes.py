@@ -12,7 +12,7 @@ import yaml
 from scripts.combination_axes import Cell
 from scripts.make_tiny_models import make_model, make_tiny_models, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
-from tests.combinations.served_model import serve_top_k
+from tests.combinations.served_model import serve
 from tests.teachers.caches import build_cache
 from tests.vlms import make_llava, picture
 
@@ -103,7 +103,8 @@ class CellRecipes:
         if not cell.teacher.startswith("several"):
             return {"teacher": teacher, **self._source(cell, cell.teacher)}
         # The same teacher in two forms, which is that teacher.
-        second = "top-k server" if cell.answers.endswith("on-policy") else "top-k cache"
+        off_policy = "top-k cache" if cell.teacher == "several, mixed" else "hidden-state server"
+        second = "top-k server" if cell.answers.endswith("on-policy") else off_policy
         if cell.data == "images" and second.endswith("server"):
             second = "local"
         parts = {"a": {"teacher": teacher}, "b": {"teacher": teacher, **self._source(cell, second)}}
@@ -118,7 +119,8 @@ class CellRecipes:
             return {"teacher_cache": str(self._cache(cell, teacher)), "teacher_top_k": vocabulary}
         if teacher.endswith("server"):
             folder = self._teacher(cell)
-            url = self.once(("server", teacher, folder), lambda: self.stack.enter_context(serve_top_k(folder)))
+            signal = "hidden" if teacher.startswith("hidden") else "top_k"
+            url = self.once((signal, folder), lambda: self.stack.enter_context(serve(folder, signal)))
             return {"teacher_server": [url], "teacher_top_k": vocabulary}
         return {}
 

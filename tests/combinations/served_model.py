@@ -10,14 +10,14 @@ import torch
 from transformers import AutoTokenizer
 
 from mmkd.models.load import load_model
-from tests.teachers.fake_vllm import FakeVLLM, fake_vllm
+from tests.teachers.fake_vllm import FakeVLLM, ServedStates, fake_vllm
 
 
 @dataclass
 class TopKServer(FakeVLLM):
     """A fake with the log-probs of a model."""
 
-    weights: Any = None
+    served: Any = None
     tokenizer: Any = None
 
     def respond(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -27,10 +27,12 @@ class TopKServer(FakeVLLM):
 
     @torch.no_grad()
     def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        ids, k = list(body["prompt"]), body["prompt_logprobs"]
+        ids, k = list(body["prompt"]), body.get("prompt_logprobs")
+        if k is None:
+            return super().complete(body)
         # Requests arrive in several threads, and threads of torch would wait for one another.
         with self.lock:
-            log_probs = self.weights(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+            log_probs = self.served(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
         entries = [_entry(row, token, k) for row, token in zip(log_probs, ids[1:], strict=False)]
         choice = {"text": "x", "index": 0, "token_ids": [ids[-1]], "finish_reason": "length"}
         return 200, {"choices": [{**choice, "prompt_logprobs": [None, *entries]}]}
@@ -45,11 +47,12 @@ def _entry(log_probs: torch.Tensor, token: int, k: int) -> dict[str, Any]:
 
 
 @contextmanager
-def serve_top_k(folder: Path) -> Iterator[str]:
-    """The address of a server of the model in a folder, which tells as many log-probs as it is asked for."""
+def serve(folder: Path, signal: str) -> Iterator[str]:
+    """The address of a server of the model in a folder, with all log-probs (top_k) or hidden states (hidden)."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model = load_model(str(folder), "teacher", dtype="float32").eval()
     rows = model.config.get_text_config().vocab_size
     settings = {"root": str(folder), "vocab_size": rows, "cap": rows, "max_model_len": 256}
-    with fake_vllm(TopKServer, weights=model, tokenizer=tokenizer, **settings) as fake:
+    kind: Any = TopKServer if signal == "top_k" else ServedStates
+    with fake_vllm(kind, served=model, tokenizer=tokenizer, **settings) as fake:
         yield fake.url
