@@ -107,14 +107,9 @@ def _unties(model: PeftModel) -> bool:
     return tied and any(is_copied(end) for end in ends)
 
 
-def check_cut(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Raises UserError for a student that is to be evaluated before FSDP2 has sharded it."""
-    if accelerator.distributed_type == DistributedType.FSDP and not isinstance(model, FSDPModule):
-        raise UserError(
-            "FSDP2 shards a student together with its optimizer, so that nothing can be evaluated before training. "
-            "Set eval_on_start: true to evaluate first, or evaluate on one device.",
-            because="upstream",
-        )
+def is_cut(model: torch.nn.Module) -> bool:
+    """Whether FSDP2 has sharded a model already."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def checkpoint_under_adapters(accelerator: Accelerator, model: torch.nn.Module) -> None:

@@ -1,12 +1,15 @@
 """What mmkd borrows of DeepSpeed and its attributes of parameters; DeepSpeed is imported where it is used only."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from mmkd.errors import UserError
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -21,8 +24,8 @@ def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager:
     """
     if not parameters:
         return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # pyright: ignore[reportMissingImports]
-    from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
 
     absent = [part for part in parameters if getattr(part, "ds_status", None) != ZeroParamStatus.AVAILABLE]
     return GatheredParameters(absent) if absent else nullcontext()
@@ -41,3 +44,41 @@ def whole_weights(checkpoint: Path) -> dict[str, Any]:
 def is_zero3() -> bool:
     """Whether transformers has set DeepSpeed's ZeRO-3 up in this process."""
     return is_deepspeed_zero3_enabled()
+
+
+@contextmanager
+def whole_for_now(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Partitioned parameters have their whole data in it, by no way that ZeRO-3 keeps books of.
+
+    `GatheredParameters` leaves those alone that are on their way already, prefetched for the backward pass, and would
+    put them away on exit. Here they get other data for a while, and then their own again.
+    """
+    absent: list[Any] = [part for part in parameters if is_partitioned(part)]
+    if not absent:
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # pyright: ignore[reportMissingImports]
+
+    absent = [part for part in absent if part.ds_status != ZeroParamStatus.AVAILABLE]
+    before = [(part.data, part.ds_status) for part in absent]
+    for part in absent:
+        part.data, part.ds_status = _whole(part), ZeroParamStatus.AVAILABLE
+    try:
+        yield
+    finally:
+        for part, (data, status) in zip(absent, before, strict=True):
+            part.data, part.ds_status = data, status
+
+
+def _whole(part: Any) -> Tensor:
+    share = part.ds_tensor.data.to(part.device)
+    ranks = torch.distributed.get_world_size(part.ds_process_group)
+    if share.dtype != part.dtype or share.numel() * ranks < part.ds_numel:
+        raise UserError(
+            "combine: gradmag needs the weights of the last layer, which DeepSpeed has quantised or put on a disk. "
+            "Set combine: weights, or leave zero_quantized_weights and offload_param: nvme out of DeepSpeed's config.",
+            because="not built",
+        )
+    flat = torch.empty(share.numel() * ranks, dtype=share.dtype, device=share.device)
+    torch.distributed.all_gather_into_tensor(flat, share.contiguous(), group=part.ds_process_group)
+    return flat[: part.ds_numel].view(part.ds_shape)

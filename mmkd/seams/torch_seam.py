@@ -1,11 +1,12 @@
 """What mmkd borrows of torch beyond its documentation."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -38,3 +39,17 @@ def cpu_attention_flops(forward: Callable[..., int], backward: Callable[..., int
         ops._scaled_dot_product_flash_attention_for_cpu: forward,
         ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
+
+
+@contextmanager
+def without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """The modules and their parts run without the hooks of their forward passes, of which there is no list."""
+    parts: list[Any] = [part for module in modules for part in module.modules()]
+    before = [(part, part._forward_pre_hooks, part._forward_hooks) for part in parts]
+    for part in parts:
+        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for part, pre, post in before:
+            part._forward_pre_hooks, part._forward_hooks = pre, post

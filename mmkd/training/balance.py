@@ -7,7 +7,7 @@ weigh alike, while a batch that is accumulated from parts is balanced part by pa
 one teacher at a time. Evaluations are mixed by the weights.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,24 +20,29 @@ from .config import DistillationConfig
 
 
 def balance_factors(
-    means: Mapping[str, Tensor], weights: Mapping[str, float] | None, model: Any, summed: Callable[[Tensor], Tensor]
+    means: Mapping[str, Tensor],
+    weights: Mapping[str, float] | None,
+    gradients_in: Callable[[Sequence[Tensor]], Tensor],
+    summed: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """What each term is multiplied by; without weights all have the same. `summed` adds up over all ranks."""
+    """What each term is multiplied by; without weights all have the same.
+
+    `gradients_in` gives a row per loss, its gradient in the last layer. `summed` adds up over all ranks.
+    """
     # Of all ranks, or each would weigh the terms in its own way.
-    gradients = summed(gradients_of(list(means.values()), trained(last_layer(model))))
+    gradients = summed(gradients_in(list(means.values())))
     shares = None if weights is None else {name: weights[name] for name in means}
     factors: Any = combination_weights("gradmag", list(means), shares, gradients)
     return factors
 
 
-def check_balance(model: Any, args: DistillationConfig, sharded: bool) -> None:
+def gradients_in_last_layer(model: Any) -> Callable[[Sequence[Tensor]], Tensor]:
+    """For `balance_factors`, of a model whose ranks hold it whole."""
+    return lambda losses: gradients_of(losses, trained(last_layer(model)))
+
+
+def check_balance(model: Any, args: DistillationConfig) -> None:
     """Raises UserError where the last layer's gradients cannot be had before the backward pass."""
-    if sharded:
-        raise UserError(
-            "combine: gradmag needs gradients of the last layer before the backward pass, when FSDP and ZeRO-3 "
-            "have put its weights away. Set combine: weights, or train with accelerate_config ddp or zero2.",
-            because="not built",
-        )
     if not trained(last_layer(model)):
         raise UserError(
             "combine: gradmag compares gradients in the last layer, of which nothing is trained. Set combine: "

@@ -1,6 +1,7 @@
 """The distillation step, owned once: prepare, ask the teacher, forward, item losses, total. A method adds losses."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mmkd.models.backbone import allow_consumers
 from mmkd.models.heads import LMHead
+from mmkd.models.last_block import LastBlock
 from mmkd.models.sharded_weights import is_sharded
 from mmkd.preparation.checks import check_stream, check_student
 from mmkd.preparation.collation import Collator, views_of
@@ -156,7 +158,8 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         check_fit(side, teaching, self.one_vocabulary)
         stop_where_answers_end(side)
         if args.combine == "gradmag":
-            check_balance(self.model, args, is_sharded(self.accelerator))
+            check_balance(self.model, args)
+            self._last_block = LastBlock(self.model) if is_sharded(self.accelerator) else None
         reader = side.views.reader(self.train_dataset, is_sharded(self.accelerator))
         self.data_collator = Collator(side.views, reader, teaching.fill, bool(args.on_policy_fraction))
         if teaching.teacher is not None:
@@ -196,9 +199,12 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
 
     def forward(self, model: Any, batch: Batch, losses_of: Callable[[ReadStudent], ItemLosses]) -> ItemLosses:
         """What `losses_of` makes of the student, inside the wrapper's forward: there sharded weights are whole."""
-        view = batch.student
+        view, block = batch.student, self._last_block if self.balances else None
 
         def consumer(hidden: Tensor, head: LMHead) -> tuple[dict, dict]:
+            if block is not None:
+                block.ends_in(hidden)
+
             def read(chosen: Tensor | None) -> Supervised:
                 part = view if chosen is None else view.learnt_from(chosen)
                 return self.read_student(hidden, head.trimmed(self.vocab_size), part)
@@ -207,7 +213,8 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
             # Plain containers: wrappers look for tensors in the output, and do not look into our dataclasses.
             return losses.totals, losses.reports
 
-        return ItemLosses(*model(**view.inputs, consumer=consumer))
+        with nullcontext() if block is None else block.recording():
+            return ItemLosses(*model(**view.inputs, consumer=consumer))
 
     def losses_of(self, read: ReadStudent, signal: Any) -> ItemLosses:
         """Those of the method; where each of several teachers speaks of its own tokens, their sums."""

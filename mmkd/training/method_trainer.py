@@ -11,13 +11,14 @@ from mmkd.errors import UserError
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import Objective, Targets, fused_loss
 from mmkd.models.heads import LMHead
+from mmkd.models.last_block import LastBlock
 from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.several import asked
 from mmkd.teachers.signals import DenseSignal, MixedSignal, RoutedSignal, TopKSignal
 from mmkd.teachers.teacher import Teacher
 
 from .answers import Placed
-from .balance import balance_factors
+from .balance import balance_factors, gradients_in_last_layer
 from .config import DistillationConfig
 from .items import ItemLosses, Supervised
 from .reports import ReportingTrainer
@@ -44,6 +45,8 @@ class MethodTrainer(ReportingTrainer, Generic[Signal]):
     teacher: Any
     _counts: dict[str, Tensor]
     """Kind of item -> how many the accumulated batch has on all ranks."""
+    _last_block: LastBlock | None = None
+    """Where losses are balanced and the student is sharded."""
 
     # What a method implements
 
@@ -146,7 +149,9 @@ class MethodTrainer(ReportingTrainer, Generic[Signal]):
         """
         counted = [name for name in terms if weights is None or weights[name]]
         means = {name: terms[name] / self._counts[items[name]].clamp(min=1) for name in counted}
-        factors = balance_factors(means, weights, self.model, self._summed)
+        block = self._last_block
+        gradients_in = gradients_in_last_layer(self.model) if block is None else block.gradients_of
+        factors = balance_factors(means, weights, gradients_in, self._summed)
         # A term without gradient, of a teacher without rows say, has no factor to speak of.
         self._record({f"balance/{name}": (factor, factor > 0) for name, factor in factors.items()})
         return ItemLosses.added({name: terms[name] * factor for name, factor in factors.items()}, items)

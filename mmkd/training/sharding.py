@@ -10,9 +10,10 @@ from torch.distributed.fsdp import StateDictType
 
 from mmkd.models.sharded_weights import (
     allow_fsdp_on_cpu,
-    check_cut,
     checkpoint_under_adapters,
     cut_by_layers,
+    is_cut,
+    reshard,
     settle_fsdp,
 )
 from mmkd.seams.trainer_seam import HookedTrainer
@@ -24,6 +25,7 @@ class ShardedTrainer(HookedTrainer):
 
     # transformers types these as unions with None, for trainers that are still without them.
     model: Any
+    optimizer: Any
     processing_class: Any
 
     def before_accelerator(self) -> None:
@@ -41,10 +43,27 @@ class ShardedTrainer(HookedTrainer):
     def before_wrapping(self, training: bool) -> None:
         """Tells FSDP how to cut the student."""
         super().before_wrapping(training)
-        if not training:
-            check_cut(self.accelerator, self.model)
+        if training:
+            # An evaluation leaves weights whole that accelerate would not find again among the optimizer's.
+            reshard(self.model)
         cut_by_layers(self.accelerator, self.model)
         checkpoint_under_adapters(self.accelerator, self.model)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; a student that FSDP2 is to shard is sharded before its first training, too."""
+        if self.is_fsdp_enabled and not is_cut(self.model):
+            self._cut_early()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _cut_early(self) -> None:
+        """Shards the student as a training does it: accelerate takes it together with its optimizer only."""
+        self.before_wrapping(False)
+        self.create_optimizer()
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.model_wrapped = self.model
+        # It has been applied, and a training after this would wrap every layer once more.
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        plugin.activation_checkpointing = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's, which leaves a student in sharded checkpoints alone.

@@ -410,10 +410,13 @@ def test_deepspeed_marks_what_it_cuts() -> None:
     assert not deepspeed_seam.is_partitioned(torch.nn.Parameter(torch.zeros(1)))
     with deepspeed_seam.gathered([]):
         pass
+    with deepspeed_seam.whole_for_now([torch.zeros(1)]):
+        pass
     deepspeed = pytest.importorskip("deepspeed")
     assert "ds_id" in inspect.getsource(deepspeed.runtime.zero.partition_parameters)
-    assert "ds_status" in inspect.getsource(deepspeed.runtime.zero.partition_parameters)
-    assert parameters_of(deepspeed.zero.GatheredParameters.__init__)[:2] == ["self", "params"]
+    source = inspect.getsource(deepspeed.runtime.zero.partition_parameters)
+    assert all(name in source for name in ("ds_status", "ds_tensor", "ds_numel", "ds_shape", "ds_process_group"))
+    assert parameters_of(deepspeed.runtime.zero.GatheredParameters.__init__)[:2] == ["self", "params"]
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # pyright: ignore
 
     assert parameters_of(get_fp32_state_dict_from_zero_checkpoint)[0] == "checkpoint_dir"
@@ -425,6 +428,15 @@ def test_deepspeed_marks_what_it_cuts() -> None:
 def test_torch_knows_the_products_of_its_cpu() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         assert torch_seam.cpu_has_products_of(dtype) in (True, False)
+
+
+def test_torch_runs_modules_without_their_hooks() -> None:
+    module = torch.nn.Sequential(torch.nn.Identity())
+    module[0].register_forward_hook(lambda *_: torch.ones(1))
+    module[0].register_forward_pre_hook(lambda *_: (torch.full((1,), 2.0),))
+    with torch_seam.without_hooks([module]):
+        assert module(torch.zeros(1)) == 0
+    assert module(torch.zeros(1)) == 1
 
 
 def test_torch_runs_models_without_data() -> None:

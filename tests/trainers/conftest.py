@@ -69,6 +69,8 @@ def ranks(
     }
     balanced = {"ce_weight": 0.3, "combine": "gradmag"}
     jobs["kd balanced"] = {"method": "kd", "how": "ddp", **tiny, "settings": balanced}
+    first = {"settings": {**balanced, "gradient_checkpointing": True}, "evaluate_first": True}
+    jobs["kd fsdp2 balanced"] = {"method": "kd", "how": "fsdp2", **tiny, **first}
     jobs["llava_kd balanced"] = {"method": "llava_kd", "how": "ddp", **vlms, "settings": {"combine": "gradmag"}}
     jobs["dho ddp"] = {"method": "dho", "how": "ddp"}
     kd = {"method": "kd", "how": "fsdp2", **untied}

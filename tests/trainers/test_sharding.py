@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from mmkd.eval.model import find_model
 from mmkd.methods.kd import KDTrainer
 from mmkd.models.consolidate import consolidate
-from mmkd.models.sharded_weights import check_cut, cut_by_layers, settle_fsdp
+from mmkd.models.sharded_weights import cut_by_layers, settle_fsdp
 from mmkd.teachers.local import LocalTeacher
 from scripts.make_tiny_models import make_model
 from tests.classes import dho
@@ -49,6 +49,15 @@ def test_chunks_and_accumulation_change_nothing(build: Build, completions: Any, 
         # accelerate would hand losses out in bf16.
         losses = torch.tensor([step[0] for step in rank["steps"]])
         assert not torch.equal(losses, losses.bfloat16().float())
+
+
+def test_a_student_is_evaluated_before_it_is_trained(build: Build, completions: Any, ranks: Any) -> None:
+    """`test_balance.py` looks at the training after it."""
+    alone = build(KDTrainer, completions, ce_weight=0.3, max_length=128, per_device_eval_batch_size=4)
+    expected = alone.evaluate(completions.select(range(5)))["eval_loss"]
+    for rank in ranks["kd fsdp2 balanced"]:
+        assert rank["before"] == pytest.approx(expected, rel=1e-5)
+        assert rank["share"] == pytest.approx(0.5, abs=0.01)
 
 
 def test_resume_from_shards(ranks: Any) -> None:
@@ -148,8 +157,6 @@ def test_what_cannot_be_cut_is_refused(tiny: Any) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(tiny["teacher"])
     with pytest.raises(ValueError, match="FSDP 1"):
         settle_fsdp(accelerator(DistributedType.FSDP), False)
-    with pytest.raises(ValueError, match=r"nothing can be evaluated before training.*eval_on_start"):
-        check_cut(accelerator(DistributedType.FSDP), model)
     model.quantization_method = "bitsandbytes"
     with pytest.raises(ValueError, match="ZeRO-3 cannot cut"):
         LocalTeacher(model).prepare(accelerator(DistributedType.DEEPSPEED))

@@ -110,6 +110,7 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         if teacher is None or isinstance(teacher, SeveralTeachers)
         else [trainer.model.get_output_embeddings(), trainer.teacher.model.get_output_embeddings()]
     )
+    before = trainer.evaluate(eval_dataset=data.select(range(5))) if job.get("evaluate_first") else {}
     with gathers_of(*heads) as counts:
         trainer.train(resume_from_checkpoint=job.get("resume"))
     held = share(trainer.model)
@@ -122,6 +123,8 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "steps": [[entry["loss"], entry["grad_norm"]] for entry in history],
         "kl": [entry.get("kl") for entry in history],
         "t": [entry.get("taid_t") for entry in history],
+        "balance": [entry.get("balance/ce") for entry in history],
+        "before": before.get("eval_loss"),
         "evaluated": {name: evaluated[name] for name in ("eval_loss", "eval_kl", "eval_ce") if name in evaluated},
         "weights": sum(float(local(one).double().sum()) for one in parameters),
         "share": held,
