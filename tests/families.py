@@ -1,6 +1,7 @@
 """Tiny random vision-language models of the families that mmkd names, each with its own processor and image tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +62,26 @@ QWEN_TOWER: dict[str, Any] = {
 }
 
 
+@contextmanager
+def as_served() -> Iterator[None]:
+    """Models made in here have heads of 32, the least that vLLM's attention on a CPU takes."""
+    sizes = [(TEXT, {"hidden_size": 64, "head_dim": 32}), (QWEN_TOWER, {"out_hidden_size": 64})]
+    before = [dict(settings) for settings, _ in sizes]
+    for settings, served in sizes:
+        settings.update(served)
+    try:
+        yield
+    finally:
+        for (settings, _), own in zip(sizes, before, strict=True):
+            settings.update(own)
+
+
+def mrope() -> list[int]:
+    """How many of half a head's channels turn with time, height and width."""
+    sixteenth = TEXT["head_dim"] // 16
+    return [2 * sixteenth, 3 * sixteenth, 3 * sixteenth]
+
+
 def tokenizer_with(*special: str, **named: str) -> Any:
     """The tiny tokenizer with more special tokens, some of them known to it by a name."""
     tokenizer: Any = make_tokenizer()
@@ -118,7 +139,7 @@ def qwen2_5_vl() -> tuple[Any, Any]:
     tokenizer = qwen_tokenizer()
     images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024})
     processor = without_videos(Qwen2_5_VLProcessor)(images, tokenizer, chat_template=QWEN_TEMPLATE)
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    rope = {"rope_type": "default", "mrope_section": mrope(), "rope_theta": 10000.0}
     config = Qwen2_5_VLConfig(
         text_config=text_config(tokenizer, rope_parameters=rope),
         vision_config={
@@ -136,7 +157,7 @@ def qwen3_vl() -> tuple[Any, Any]:
     tokenizer = qwen_tokenizer()
     images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024})
     processor = without_videos(Qwen3VLProcessor)(images, tokenizer, chat_template=QWEN_TEMPLATE)
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0, "mrope_interleaved": True}
+    rope = {"rope_type": "default", "mrope_section": mrope(), "rope_theta": 10000.0, "mrope_interleaved": True}
     config = Qwen3VLConfig(
         text_config=text_config(tokenizer, rope_parameters=rope),
         vision_config={

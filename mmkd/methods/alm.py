@@ -35,6 +35,7 @@ from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import ChunkAlignment, ChunkSignal, DenseSignal, LabelSignal
 from mmkd.teachers.teacher import Teacher
+from mmkd.training.answer_text import said
 from mmkd.training.answers import Placed
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.items import ItemLosses, Supervised
@@ -45,7 +46,7 @@ from mmkd.training.teaching import StudentSide, Teaching, load_teacher
 from .alm_config import DIVERGENCES
 from .alm_config import ALMConfig as ALMConfig
 from .alm_readings import TwoReadings
-from .pair_rollouts import as_teacher_reads, said
+from .pair_rollouts import as_teacher_reads
 
 _PROJECTION = "alm_projection"
 

@@ -1,7 +1,7 @@
 """What the student said, as a teacher with another tokenizer and another chat template reads it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -9,7 +9,7 @@ from datasets import Dataset
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.pairs import QUESTION
-from mmkd.training.answers import Placed
+from mmkd.training.answer_text import answered, shared, turn, without_answer
 
 _ASKED = ("prompt", "messages", "tools", "chat_template_kwargs")
 
@@ -41,22 +41,13 @@ def asked_columns(columns: Sequence[str], prompt_tokens: int | None) -> list[str
     return names
 
 
-def said(tokenizer: Any, ids: list[int], placed: Placed) -> tuple[str, str]:
-    """The text of a rollout, and that of its prompt and the rollout; `ids` are those of the whole row."""
-    start, rollout = placed
-    spoken = rollout.ids[:-1] if rollout.ended else rollout.ids
-    prompt, whole = (str(tokenizer.decode(part)) for part in (ids[:start], [*ids[:start], *spoken]))
-    # Alone, the rollout would lose the space before its first word where a tokenizer writes it into the word.
-    return whole[_shared(prompt, whole) :], str(tokenizer.decode([*ids[:start], *spoken], skip_special_tokens=True))
-
-
 def as_teacher_reads(example: Mapping[str, Any], text: str, whole: str, ended: bool, reader: Any) -> dict[str, Any]:
     """A row of paired data with this text as the answer, in the tokens of the teacher whose rows `reader` prepares.
 
     Rows with images are made tokens by the reader's collator, so that they get the text alone.
     """
     if QUESTION not in example:
-        return _answered(example, text)
+        return answered(example, text)
     question = json.loads(example[QUESTION])
     tokenizer: Any = tokenizer_of(reader.processing_class)
     conversation = question.get("messages", question.get("prompt"))
@@ -65,9 +56,9 @@ def as_teacher_reads(example: Mapping[str, Any], text: str, whole: str, ended: b
         ids, start = tokenizer(whole + end)["input_ids"], 0
     elif isinstance(conversation, str):
         before, ids = tokenizer(conversation)["input_ids"], tokenizer(conversation + text + end)["input_ids"]
-        start = _shared(before, ids)
+        start = shared(before, ids)
     else:
-        asked = _without_answer(conversation)
+        asked = without_answer(conversation)
         template = {
             "chat_template": reader.chat_template or reader.processing_class.chat_template,
             "tools": json.loads(tools) if isinstance(tools := question.get("tools"), str) else tools,
@@ -76,35 +67,8 @@ def as_teacher_reads(example: Mapping[str, Any], text: str, whole: str, ended: b
             **(question.get("chat_template_kwargs") or {}),
         }
         before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **template)["input_ids"]
-        ids = tokenizer.apply_chat_template([*asked, _turn(text, asked)], **template)["input_ids"]
-        start = _shared(before, ids)
+        ids = tokenizer.apply_chat_template([*asked, turn(text, asked)], **template)["input_ids"]
+        start = shared(before, ids)
     ids = ids[: reader.args.max_length]
     labels = [-100] * min(start, len(ids)) + ids[start:]
     return {**example, "teacher_input_ids": ids, "teacher_labels": labels}
-
-
-def _answered(example: Mapping[str, Any], text: str) -> dict[str, Any]:
-    if "messages" in example:
-        asked = _without_answer(example["messages"])
-        return {**example, "messages": [*asked, _turn(text, asked)]}
-    prompt = example["prompt"]
-    return {**example, "completion": text if isinstance(prompt, str) else [_turn(text, prompt)]}
-
-
-def _without_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages before the assistant's last turn."""
-    end = len(messages)
-    while end and messages[end - 1]["role"] == "assistant":
-        end -= 1
-    return list(messages[:end])
-
-
-def _turn(text: str, others: list[dict[str, Any]]) -> dict[str, Any]:
-    in_parts = any(isinstance(message.get("content"), list) for message in others)
-    return {"role": "assistant", "content": [{"type": "text", "text": text}] if in_parts else text}
-
-
-def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How long the two are the same from their start on."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(first), len(second)))
