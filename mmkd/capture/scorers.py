@@ -12,11 +12,8 @@ from jaxtyping import Bool
 from transformers import PreTrainedModel
 
 from mmkd.cache.codec import TokenScores
-from mmkd.errors import UserError
 from mmkd.generation.generator import Advance
 from mmkd.models.load import positions_of
-from mmkd.preparation.served_rows import messages_of
-from mmkd.teachers.cached import images_of
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.vllm_client import RowError, ScoreRequest, TopK, VLLMClient
 
@@ -131,17 +128,8 @@ def too_long(tokens: int, positions: int | None) -> UnusableRow | None:
 
 
 def question_of(sequence: TokenSequence) -> ScoreRequest:
-    """A sequence as a question to a server: its ids, and with images the messages they come from."""
-    if not sequence.images:
-        return ScoreRequest(sequence.ids, sequence.supervised)
-    messages = messages_of(sequence.example)
-    if messages is None:
-        raise UserError(
-            "A server is asked about images through messages, but the data has plain text. Map its columns to "
-            "messages, or use a local teacher.",
-            because="not built",
-        )
-    return ScoreRequest(sequence.ids, sequence.supervised, messages, images_of(sequence.example))
+    """A sequence as a question to a server: its ids, and what it is asked with about images."""
+    return ScoreRequest.of(sequence.ids, sequence.supervised, sequence.served)
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -21,9 +21,12 @@ from mmkd.models.load import tokenizer_of
 from mmkd.preparation.checks import check_training_data
 from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.preparation.prompt_rows import with_open_answers
+from mmkd.preparation.served_rows import served_rows
 from mmkd.preparation.template import TemplateReport
 from mmkd.preparation.vision_checks import refusal
+from mmkd.preparation.vision_labels import VisionLabels
 from mmkd.teachers.cached import images_of
+from mmkd.teachers.vllm_rows import ServedRow
 from mmkd.training.config import DistillationConfig
 from mmkd.training.preparing import preparation_of, sequences_of
 
@@ -42,12 +45,25 @@ class TokenSequence:
     image_tokens: int = 0
     read: Callable[[], Mapping[str, Any]] | None = None
     """Reads the row itself where there are images: decoded, all those of a shard would not fit into memory."""
+    collator: VisionLabels | None = None
+    """What made the tokens of a row with images."""
 
     @property
     def example(self) -> Mapping[str, Any]:
         """The row itself, its images decoded anew."""
         assert self.read is not None, "a row of tokens only"
         return self.read()
+
+    @property
+    def served(self) -> ServedRow | None:
+        """What a server is asked with about a row with images."""
+        if not self.images:
+            return None
+        assert self.collator is not None
+        ids = torch.from_numpy(self.ids)[None]
+        return served_rows([self.example], {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, self.collator)[
+            0
+        ]
 
     @property
     def key(self) -> bytes:
@@ -126,7 +142,9 @@ class VisionSequences:
         supervised = labels != -100
         supervised[:1] = False
         count = int((ids == self._image_token_id).sum()) if self._image_token_id is not None else 0
-        return TokenSequence(ids.astype(np.int32), supervised, images, count, partial(self._readable, row))
+        return TokenSequence(
+            ids.astype(np.int32), supervised, images, count, partial(self._readable, row), self._collator
+        )
 
     def _example(self, row: int) -> Mapping[str, Any] | UnusableRow:
         return read_row(self._dataset[row])

@@ -1,7 +1,7 @@
 """What the student said, as a teacher with another tokenizer and another chat template reads it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset

@@ -1,6 +1,7 @@
 """Rows with images as a server is asked about them: pictures and text, which it makes tokens itself."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Bool, Int
@@ -8,8 +9,8 @@ from torch import Tensor
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
 from mmkd.models.load import tokenizer_of
-from mmkd.teachers.batch import ServedRow
 from mmkd.teachers.cached import images_of
+from mmkd.teachers.vllm_rows import ServedRow
 from mmkd.teachers.vllm_wire import data_url
 
 from .row_names import row_key
@@ -28,23 +29,29 @@ def served_rows(
     ids: Int[Tensor, "batch position"] = batch["input_ids"]
     present: Bool[Tensor, "batch position"] = batch["attention_mask"].bool()
     placeholders = _placeholders(collator.processor)
+    shorts = collator.unexpanded(examples)
     return [
         _served(example, short, row_ids[row_present].tolist(), placeholders) if images_of(example) else None
-        for example, short, row_ids, row_present in zip(
-            examples, collator.unexpanded(examples), ids, present, strict=True
-        )
+        for example, short, row_ids, row_present in zip(examples, shorts, ids, present, strict=True)
     ]
 
 
-def _placeholders(processor: Any) -> set[int]:
-    """What stands for an image in the text of a row, and for a piece of it in its tokens."""
+@dataclass(frozen=True)
+class _Placeholders:
+    text: Collection[int]
+    """What stands for an image in the text of a row."""
+    piece: int
+    """What stands for a piece of it in its tokens."""
+
+
+def _placeholders(processor: Any) -> _Placeholders:
     tokenizer: Any = tokenizer_of(processor)
     names = (getattr(processor, "boi_token", None), processor.image_token)
-    return {processor.image_token_id, *(tokenizer.convert_tokens_to_ids(name) for name in names if name)}
+    return _Placeholders({tokenizer.convert_tokens_to_ids(name) for name in names if name}, processor.image_token_id)
 
 
 def _served(
-    example: Mapping[str, Any], short: Sequence[int], ids: Sequence[int], placeholders: Collection[int]
+    example: Mapping[str, Any], short: Sequence[int], ids: Sequence[int], placeholders: _Placeholders
 ) -> ServedRow:
     """A row by its tokens without and with those of its images."""
     head, head_length = _head(short, ids, placeholders)
@@ -55,6 +62,7 @@ def _served(
         {} if messages is None else template_settings(example),
         head,
         head_length,
+        placeholders.piece,
         row_key(example),
     )
 
@@ -74,12 +82,12 @@ def _without_pixels(content: Any) -> Any:
     return [{"type": "image"} if part["type"] == "image" else part for part in content]
 
 
-def _head(short: Sequence[int], ids: Sequence[int], placeholders: Collection[int]) -> tuple[list[int], int]:
+def _head(short: Sequence[int], ids: Sequence[int], placeholders: _Placeholders) -> tuple[list[int], int]:
     """The first tokens of a row as `short` has them, one placeholder per image, and as how many of `ids` they stand.
 
     From there on, both go on alike, as far as `ids` go. Nothing at all where they never do.
     """
-    begin, own_begin = (_after_last(row, placeholders) for row in (short, ids))
+    begin, own_begin = _after_last(short, placeholders.text), _after_last(ids, [placeholders.piece])
     # What a processor writes behind the last of an image's tokens, and may write together with the text behind it.
     for skipped in range(_AROUND):
         for own in range(skipped, -1, -1):

@@ -11,32 +11,13 @@ from torch import Tensor
 from mmkd.errors import UserError
 
 from .signals import ChunkAlignment, ChunkSignal
+from .vllm_rows import ServedRow as ServedRow
 
 Targets = Mapping[str, Tensor]
 """What a teacher on disk said about the supervised tokens of a view, by the field of its signal."""
 
 ONLY = ""
 """The name under which the targets of the only teacher stand."""
-
-
-@dataclass(frozen=True)
-class ServedRow:
-    """A row with images as a server is asked about it: with pictures, which the server makes tokens itself."""
-
-    images: tuple[str, ...]
-    """Data URLs, of the pixels that a model in this process is given."""
-    messages: list[dict[str, Any]] | None
-    """In transformers' form, with places for the images; None for plain text."""
-    template: Mapping[str, Any]
-    """What the chat template takes besides messages, such as tools."""
-    head: list[int]
-    """The row's first tokens with a placeholder in the place of each image's, up to the last image or a bit further.
-
-    Empty where the row's own tokens do not follow from such."""
-    head_length: int
-    """How many of the row's tokens `head` stands for."""
-    key: int
-    """By which the row's number is found when something is wrong with it (`RowNames.of_key`)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,7 @@
 """Last hidden states of a model that vLLM's pooling runner serves: what is asked, and the bytes that come back."""
 
+from typing import Any
+
 import httpx
 import msgspec
 import numpy as np
@@ -10,6 +12,7 @@ from torch import Tensor
 from mmkd.errors import UserError
 
 from .endpoints import Endpoints, Refusal
+from .image_rows import ImageRows, chat_of, unlike
 from .server_checks import POOLING, WIRE_TYPES, ServerFacts, row_refusal, states_request
 from .vllm_rows import RowError, ScoreRequest
 
@@ -29,17 +32,12 @@ class _Tables(msgspec.Struct):
 
 
 async def states_of(
-    endpoints: Endpoints, facts: ServerFacts, question: ScoreRequest, dtype: torch.dtype
+    endpoints: Endpoints, facts: ServerFacts, question: ScoreRequest, dtype: torch.dtype, images: ImageRows
 ) -> Float[Tensor, "token width"] | RowError:
     """The states that predict the question's supervised tokens, in the type in which they travel."""
     places = np.flatnonzero(question.supervised) - 1
     if not len(places):
         return torch.empty(0, 0, dtype=dtype)
-    if question.images:
-        raise UserError(
-            "The hidden states of a row with images cannot be asked for. Use teacher_server_signal: top_k.",
-            because="not built",
-        )
     # The state before the last supervised token predicts it, and nothing after that is needed.
     ids = np.asarray(question.ids)[: places[-1] + 1].tolist()
     if len(ids) > facts.max_model_len:
@@ -47,12 +45,24 @@ async def states_of(
             f"The row's {len(ids)} tokens do not fit into the server's {facts.max_model_len}; start it with a larger "
             "--max-model-len."
         )
-    body = {**states_request(facts.model, dtype), "input": ids}
+    body: dict[str, Any] = {**states_request(facts.model, dtype), "input": ids}
+    count = len(ids)
+    if question.images:
+        # With images the server tokenises itself, and says only how many tokens it made.
+        chat = await chat_of(question)
+        if isinstance(chat, RowError):
+            return chat
+        tokens = await images.tokens(question, chat, facts.model)
+        if isinstance(tokens, RowError):
+            return tokens
+        if tokens.shared < len(ids):
+            return unlike(tokens)
+        body, count = {**states_request(facts.model, dtype), **chat}, tokens.count
     try:
         reply = await endpoints.reply(POOLING, msgspec.json.encode(body))
     except Refusal as refusal:
         return RowError(row_refusal(refusal, body))
-    (states,) = states_in(reply, [len(ids)], dtype)
+    (states,) = states_in(reply, [count], dtype)
     chosen = states[torch.from_numpy(places)]
     if not chosen.isfinite().all():
         raise UserError(

@@ -123,10 +123,6 @@ def questions_of(inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch posi
             np.split(ids[row][real[row]], cuts), np.split(scored[row][real[row]], cuts), strict=True
         ):
             if flags.any():
-                about = None if served is None else served[row]
-                question = ScoreRequest(tokens, flags)
-                if about is not None:
-                    question = ScoreRequest(tokens, flags, about.messages, about.images)
-                questions.append(question)
+                questions.append(ScoreRequest.of(tokens, flags, None if served is None else served[row]))
     assert sum(int(q.supervised.sum()) for q in questions) == int(scored.sum()), "padding is never supervised"
     return questions

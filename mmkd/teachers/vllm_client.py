@@ -1,11 +1,10 @@
 """A client of vLLM servers: scores given tokens and generates, over HTTP, with what concerns one row kept to that row.
 
 Tokens travel as ids, never as text to be tokenised again, so that the teacher scores the very tokens the student
-trains on. Only a row with images must travel as messages, since the server itself puts the image tokens in; what it
-made of them is compared with the row's ids.
+trains on. The tokens of images are put in by the server itself: what it made of a row with images is compared with the
+row's ids.
 """
 
-import asyncio
 import os
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from mmkd.errors import UserError
 
 from . import vllm_wire as wire
 from .endpoints import Endpoints, Refusal
+from .image_rows import TOKENS_IN, ImageRows, chat_of, compared, request_by_tokens, unlike
 from .pooling import states_of
 from .server_checks import PROBE as PROBE
 from .server_checks import ServerChecks, named, row_refusal
@@ -59,6 +59,7 @@ class VLLMClient:
         urls = [base_urls] if isinstance(base_urls, str) else base_urls
         self._endpoints = Endpoints(urls, key, concurrency, timeout, retries)
         self._checks, self._image_token_id = ServerChecks(self._endpoints, model), image_token_id
+        self._images = ImageRows(self._endpoints)
         self._facts: ServerFacts | None = None
 
     def __enter__(self) -> "VLLMClient":
@@ -134,7 +135,9 @@ class VLLMClient:
         float32, bfloat16 and float16. The servers must run their model with the pooling runner.
         """
         facts = self._facts or self.check()
-        return self._endpoints.map(lambda question: states_of(self._endpoints, facts, question, dtype), questions)
+        return self._endpoints.map(
+            lambda question: states_of(self._endpoints, facts, question, dtype, self._images), questions
+        )
 
     def generate(
         self, prompts: Iterable[Prompt | Ids], sampling: Mapping[str, Any], n: int = 1
@@ -178,7 +181,8 @@ class VLLMClient:
             if isinstance(answer, RowError):
                 return answer
             log_probs_by_place = answer.prompt_logprobs or answer.choices[0].prompt_logprobs
-            positions = wire.positions(log_probs_by_place, _scored_length(question))
+            count = len(answer.prompt_token_ids or []) if question.images else question.needed
+            positions = wire.positions(log_probs_by_place, count)
             entries = [positions[t] for t in places]
             ids, log_probs = wire.top_k(entries, asked)
             labels = wire.log_probs_of(entries, [int(question.ids[t]) for t in places])
@@ -211,9 +215,7 @@ class VLLMClient:
     ) -> wire.Answers | RowError:
         """The answer to a row that is known to hold the row's own tokens."""
         assert self._facts is not None, "checked before any row is asked"
-        ids = np.asarray(row.ids).tolist()
-        if not row.images:
-            ids = ids if isinstance(row, Prompt) else ids[: _scored_length(row)]
+        ids = np.asarray(row.ids)[: row.needed if isinstance(row, ScoreRequest) else None].tolist()
         if len(ids) >= self._facts.max_model_len:
             return RowError(
                 f"The row's {len(ids)} tokens and the one that is generated do not fit into the server's "
@@ -221,28 +223,22 @@ class VLLMClient:
             )
         if not row.images:
             return await self._row("/v1/completions", {**body, "prompt": ids, "return_token_ids": generation})
-        # Encoding a large image takes as long as many small requests, which must not wait for it.
-        try:
-            messages = await asyncio.to_thread(wire.openai_messages, row.messages or [], row.images)
-        except (OSError, ValueError) as error:
-            return RowError(f"The row's images cannot be sent: {error}")
-        chat = {"messages": messages, "add_generation_prompt": generation, "return_token_ids": True}
-        answer = await self._row("/v1/chat/completions", {**body, **chat})
-        if isinstance(answer, wire.Answers) and answer.prompt_token_ids != ids:
-            return RowError(
-                "The server's tokens for these messages and images are not the row's: "
-                + wire.difference(ids, answer.prompt_token_ids or [], self._image_token_id)
-                + ". Serve the teacher with the chat template and the processor settings of the training data."
-            )
-        return answer
+        if isinstance(row, ScoreRequest) and row.head and await self._images.takes_tokens():
+            answer = await self._row(TOKENS_IN, request_by_tokens(row, body))
+        else:
+            chat = await chat_of(row)
+            if isinstance(chat, RowError):
+                return chat
+            answer = await self._row("/v1/chat/completions", {**body, **chat, "return_token_ids": True})
+        if isinstance(answer, RowError):
+            return answer
+        tokens = compared(row, answer.prompt_token_ids or [], self._image_token_id)
+        # An answer continues the prompt and no more than it; behind what is scored there may be anything.
+        wanted = max(len(ids), tokens.count) if generation else len(ids)
+        return answer if tokens.shared >= wanted else unlike(tokens)
 
     async def _row(self, path: str, body: dict[str, Any]) -> wire.Answers | RowError:
         try:
             return wire.decoded(await self._endpoints.request(path, msgspec.json.encode(body)), wire.Answers, path)
         except Refusal as refusal:
             return RowError(row_refusal(refusal, body))
-
-
-def _scored_length(row: ScoreRequest) -> int:
-    """How many tokens the server must read: nothing after the last supervised token changes what it says."""
-    return len(row.ids) if row.images else int(np.flatnonzero(row.supervised)[-1]) + 1

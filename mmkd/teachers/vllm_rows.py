@@ -1,8 +1,8 @@
 """What is asked of a served model about one row, and what it answers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -40,10 +40,33 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class ServedRow:
+    """A row with images as a server is asked about it: with pictures, which the server makes tokens itself."""
+
+    images: tuple[str, ...]
+    """Data URLs, of the pixels that a model in this process is given."""
+    messages: list[dict[str, Any]] | None
+    """In transformers' form, with places for the images; None for plain text."""
+    template: Mapping[str, Any]
+    """What the chat template takes besides messages, such as tools."""
+    head: list[int]
+    """The row's first tokens with a placeholder in the place of each image's, up to the last image or a bit further.
+
+    Empty where the row's own tokens do not follow from such."""
+    head_length: int
+    """How many of the row's tokens `head` stands for."""
+    image_token_id: int | None
+    """What stands for a piece of an image."""
+    key: int
+    """By which the row's number is found when something is wrong with it (`RowNames.of_key`)."""
+
+
+@dataclass(frozen=True)
 class ScoreRequest:
     """Tokens to score: wanted are the teacher's log-probs of token t given the tokens before it, where supervised[t].
 
-    Token 0 is never supervised. `messages` and `images` as in `Prompt`.
+    Token 0 is never supervised. `messages` and `images` as in `Prompt`; what else there is to say about a row with
+    images as in `ServedRow`.
     """
 
     ids: Ids
@@ -51,6 +74,21 @@ class ScoreRequest:
     messages: list[dict[str, Any]] | None = None
     images: Sequence[Image.Image | str] = ()
     """Images, or their data URLs."""
+    template: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    head: Sequence[int] = ()
+    head_length: int = 0
+    image_token_id: int | None = None
+    key: int | None = None
+
+    @classmethod
+    def of(cls, ids: Ids, supervised: Bool[np.ndarray, "token"], row: ServedRow | None) -> Self:
+        """The question about a row's tokens; `row` where it has images."""
+        return cls(ids, supervised) if row is None else cls(ids, supervised, **vars(row))
+
+    @property
+    def needed(self) -> int:
+        """How many tokens the server must read: nothing after the last supervised token changes what it says."""
+        return int(np.flatnonzero(self.supervised)[-1]) + 1
 
     def __post_init__(self):
         assert len(self.supervised) == len(self.ids), "one flag per token"

@@ -1,0 +1,67 @@
+"""A served teacher and rows with images: a student learns what it learns of the same teacher in this process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from mmkd.methods.kd import KDTrainer
+from mmkd.teachers.hidden_server import HiddenServerTeacher
+from mmkd.teachers.served_head import head_of_checkpoint
+from mmkd.teachers.server import ServerTeacher
+from tests.helpers import Build, losses_of
+from tests.teachers.fake_vllm import fake_vllm
+from tests.teachers.fake_vlm import ServedVLM
+from tests.vlms import vision_rows
+
+ROWS = vision_rows([1, 2, 0, 1])
+SETTINGS: dict[str, Any] = {
+    "assistant_only_loss": True,
+    "max_length": 128,
+    "max_steps": 2,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 4,
+}
+
+
+@contextmanager
+def served(folder: Path, **settings: Any) -> Iterator[ServedVLM]:
+    """A fake vLLM of a LLaVA."""
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    with fake_vllm(ServedVLM, served=model, processor=processor, root=str(folder), **settings) as fake:
+        yield fake
+
+
+@contextmanager
+def teachers(folder: Path, signal: str, **settings: Any) -> Iterator[tuple[Any, ServedVLM]]:
+    """A teacher behind a fake vLLM that tells everything, by its hidden states or the log-probs of all tokens."""
+    runs = "pooling" if signal == "hidden" else "generate"
+    with served(folder, runs=runs, **settings) as fake:
+        if signal == "hidden":
+            teacher: Any = HiddenServerTeacher(fake.url, head_of_checkpoint(str(folder)))
+        else:
+            teacher = ServerTeacher(fake.url, k=fake.vocab_size, vocab_size=fake.vocab_size)
+        with teacher.client:
+            yield teacher, fake
+
+
+def trained(build: Build, cls: Any, student: Path, teacher: Any, data: Any = ROWS, **settings: Any) -> Any:
+    trainer = build(cls, data, trainer={"model": str(student), "teacher": teacher}, **{**SETTINGS, **settings})
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("signal", "how"),
+    [("hidden", {}), ("top_k", {}), ("top_k", {"takes_tokens": False})],
+    ids=["hidden", "tokens", "messages"],
+)
+def test_kd_learns_what_it_learns_of_a_local_teacher(build: Build, vlms: dict[str, Path], signal: str, how: Any):
+    local = losses_of(trained(build, KDTrainer, vlms["student"], str(vlms["teacher"])))
+    with teachers(vlms["teacher"], signal, **how) as (teacher, fake):
+        assert losses_of(trained(build, KDTrainer, vlms["student"], teacher)) == pytest.approx(local, abs=1e-5)
+        assert any("data:image/png" in str(body) for body in fake.requests)
