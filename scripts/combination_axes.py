@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mmkd.errors import Because
 
@@ -56,7 +56,7 @@ Pair = tuple[tuple[str, str], tuple[str, str]]
 
 
 class Cell(NamedTuple):
-    """One training: a value of each axis."""
+    """One training: a value of each axis, and one of FURTHER besides."""
 
     method: str = "kd"
     teacher: str = "local"
@@ -64,9 +64,10 @@ class Cell(NamedTuple):
     student: str = "full"
     answers: str = "off-policy"
     ranks: str = "1 rank"
+    besides: str = ""
 
     def __str__(self) -> str:
-        return ", ".join(self)
+        return ", ".join(filter(None, self))
 
     @property
     def reference(self) -> "Cell":
@@ -177,6 +178,45 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Further:
+    """Settings besides the axes."""
+
+    description: str
+    """How a recipe says them."""
+    keys: Mapping[str, Any]
+    cells: tuple[Cell, ...]
+    """What they are trained with."""
+
+
+FURTHER: dict[str, Further] = {
+    "gradmag": Further(
+        "`combine: gradmag`",
+        {"combine": "gradmag", "ce_weight": 0.3},
+        (Cell(teacher="hidden-state server"), Cell(ranks="FSDP2"), Cell(student="LoRA", ranks="ZeRO-3")),
+    ),
+    "gradmag of visual terms": Further(
+        "`combine: gradmag`", {"combine": "gradmag"}, (Cell("llava_kd", data="images", ranks="FSDP2"),)
+    ),
+    "evaluation before training": Further(
+        "`eval_on_start: true`",
+        {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2},
+        (
+            Cell(teacher="hidden-state server"),
+            Cell(ranks="FSDP2"),
+            Cell("alm", student="LoRA", ranks="ZeRO-3"),
+            Cell("llava_kd", data="images", ranks="FSDP2"),
+        ),
+    ),
+}
+"""Name -> settings that are not combined with everything."""
+
+
+def further_cells() -> list[Cell]:
+    """The cells of FURTHER."""
+    return [cell._replace(besides=name) for name, further in FURTHER.items() for cell in further.cells]
+
+
 @cache
 def everything() -> tuple[Cell, ...]:
     """All cells of the product."""
@@ -231,4 +271,4 @@ def _mask(cell: Cell, numbers: Mapping[Pair, int]) -> int:
 
 def pairs_of(cell: Cell) -> Iterator[Pair]:
     """The pairs of (axis, value) of a cell."""
-    yield from combinations(zip(AXES, cell, strict=True), 2)
+    yield from combinations([(axis, getattr(cell, axis)) for axis in AXES], 2)

@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import get_args
 
 from mmkd.errors import Because
-from scripts.combination_axes import AXES, REFUSALS, Refusal, pairs
+from scripts.combination_axes import AXES, FURTHER, REFUSALS, Cell, Refusal, pairs
 from scripts.combinations import refusals
 
 _KINDS = {
@@ -53,6 +53,20 @@ def combination_page() -> str:
         "*yes*: there is a training with both. *no*: there is none, for the reason of this number above.",
         "",
         *(line for first, second in combinations(AXES, 2) for line in _matrix(first, second)),
+        "## Further settings",
+        "",
+        "These are trained in the combinations named here, with the same check.",
+        "",
+        "| setting | trained with |",
+        "|---|---|",
+        *(f"| {further.description} | {'; '.join(map(_differing, further.cells))} |" for further in FURTHER.values()),
+        "",
+        "## Methods `dho` and `comd`",
+        "",
+        "A student of `dho` predicts classes and no tokens, so that the tables above are not about it. `comd` is a "
+        "series of trainings, and each of them is one of `round_method`, to which the tables apply. What these two "
+        "methods refuse stands among the messages below.",
+        "",
         "## All messages",
         "",
         "Every error of mmkd that refuses a combination of settings, with the first sentence of its message. `{...}` "
@@ -74,6 +88,12 @@ def _choices() -> Iterable[str]:
 def _refused(number: int, refusal: Refusal) -> str:
     parts = [f"{_TITLES[axis].lower()}: {' or '.join(values)}" for axis, values in refusal.where.items()]
     return f"| {number} | {'; '.join(parts)} | {refusal.because} | {refusal.reason} |"
+
+
+def _differing(cell: Cell) -> str:
+    """The values in which a cell differs from the plainest one, and its method."""
+    others = zip(cell[1:], Cell()[1:], strict=True)
+    return ", ".join([cell.method, *(value for value, plain in others if value != plain)])
 
 
 def _matrix(first: str, second: str) -> Iterable[str]:

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from scripts.combination_axes import AXES, REFUSALS, Cell, Refusal, covering, pairs, pairs_of, refusals_of
+from scripts.combination_axes import (
+    AXES,
+    REFUSALS,
+    Cell,
+    Refusal,
+    covering,
+    further_cells,
+    pairs,
+    pairs_of,
+    refusals_of,
+)
 from scripts.combination_page import combination_page
 from tests.combinations.cell_recipes import CellRecipes, cell_recipes
 from tests.combinations.cell_runs import on_two_ranks, outcome
@@ -18,6 +28,7 @@ QUICK = 6
 """How many cells of one rank are trained in CI; those that come first have most pairs."""
 PROVOKED = [refusal for refusal in REFUSALS if refusal.message is not None]
 ALONE = [cell for cell in covering() if cell.ranks == "1 rank"]
+TRAINED = (*covering(), *further_cells())
 # Under torchrun a cell takes a second, and a launch ten; all launches together are too long for CI.
 SLOW = pytest.mark.slow, pytest.mark.timeout(900)
 
@@ -39,7 +50,7 @@ def trained(recipes: CellRecipes) -> Trained:
         if cell not in outcomes and cell.ranks == "1 rank":
             outcomes[cell] = [outcome(recipes.recipe(cell))]
         elif cell not in outcomes:
-            everyone = {*covering(), *(refusal.example for refusal in PROVOKED)}
+            everyone = {*TRAINED, *(refusal.example for refusal in PROVOKED)}
             alike = {str(other): other for other in everyone if other.ranks == cell.ranks}
             paths = {name: recipes.recipe(alike[name]) for name in sorted(alike)}
             seen = on_two_ranks(paths, cell.ranks, recipes.folder / cell.ranks)
@@ -64,7 +75,7 @@ def tolerance(cell: Cell) -> float:
     return 1e-4 if exact else 2e-3
 
 
-@pytest.mark.parametrize("cell", [parameter(cell) for cell in covering()])
+@pytest.mark.parametrize("cell", [parameter(cell) for cell in TRAINED])
 def test_a_cell_trains_as_with_a_local_teacher_on_one_rank(cell: Cell, trained: Trained) -> None:
     if cell.ranks == "ZeRO-3":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not among mmkd's dependencies")
@@ -74,6 +85,7 @@ def test_a_cell_trains_as_with_a_local_teacher_on_one_rank(cell: Cell, trained: 
     for rank in trained(cell):
         assert "steps" in rank, rank.get("error") or rank
         assert rank["steps"] == [pytest.approx(step, rel=tolerance(cell)) for step in expected["steps"]]
+        assert rank["eval"] == pytest.approx(expected["eval"], rel=tolerance(cell))
 
 
 @pytest.mark.parametrize(

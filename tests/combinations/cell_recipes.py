@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from scripts.combination_axes import Cell
+from scripts.combination_axes import FURTHER, Cell
 from scripts.make_tiny_models import make_model, make_tiny_models, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.combinations.served_model import serve
@@ -75,13 +75,14 @@ class CellRecipes:
             **SHARED,
             "method": cell.method,
             "student": str(self._student(cell)),
-            "data": str(self.once(cell.data, lambda: self._data(cell.data))),
+            "data": str(self._data(cell)),
             **METHODS.get(cell.method, {}),
             **STUDENTS[cell.student],
             **ANSWERS[cell.answers],
             **RANKS[cell.ranks],
             **({"assistant_only_loss": True, "max_length": 128} if cell.data == "images" else {}),
             **self._teacher_keys(cell),
+            **(FURTHER[cell.besides].keys if cell.besides else {}),
         }
         if cell.ranks == "ZeRO-3":
             settings["deepspeed"] = str(self.once("zero3", self._zero3))
@@ -169,7 +170,12 @@ class CellRecipes:
         config = json.loads((self._teacher(cell) / "config.json").read_text())
         return config.get("text_config", config)["vocab_size"]
 
-    def _data(self, kind: str) -> Path:
+    def _data(self, cell: Cell) -> Path:
+        held_out = cell.besides.startswith("evaluation")
+        return self.once(("data", cell.data, held_out), lambda: self._source_of(cell.data, held_out))
+
+    def _source_of(self, kind: str, held_out: bool) -> Path:
+        """A data recipe, of whose rows some are held out."""
         asked, told = sentences(ROWS, seed=3), sentences(ROWS, seed=4)
         rows = [
             {"prompt": question, "completion": f" {answer}", "domain": route}
@@ -186,8 +192,9 @@ class CellRecipes:
             "data_files": {"train": f"{kind}.jsonl"},
             "splits": {"train": "train"},
             "shuffle_seed": None,
+            **({"eval_rows": 5, "shuffle_seed": 7} if held_out else {}),
         }
-        path = self.folder / f"{kind}.yaml"
+        path = self.folder / f"{kind}-{held_out}.yaml"
         path.write_text(yaml.safe_dump(source))
         return path
 

@@ -30,7 +30,7 @@ _COMPARED = ("loss", "grad_norm", "kl", "chunk_kl")
 
 
 def outcome(recipe: str | Path) -> dict[str, Any]:
-    """Loss, gradient norm and divergence of every step, or the error that a run ended with."""
+    """What every step and evaluation of a run logged, or the error that it ended with."""
     try:
         trainer: Any = build_trainer(recipe_of(str(recipe)).parse())
         trainer.train()
@@ -39,7 +39,8 @@ def outcome(recipe: str | Path) -> dict[str, Any]:
     except Exception:
         return {"error": traceback.format_exc()}
     logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    return {"steps": [[entry[name] for name in _COMPARED if name in entry] for entry in logged]}
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return {"steps": [[entry[name] for name in _COMPARED if name in entry] for entry in logged], "eval": evaluated}
 
 
 def on_two_ranks(recipes: Mapping[str, Path], ranks: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
