@@ -15,8 +15,8 @@ from mmkd.models.backbone import full_head
 from mmkd.models.heads import LMHead
 from mmkd.schema import NonNegativeFloat, Share
 from mmkd.teachers.batch import Batch, View
-from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal
+from mmkd.teachers.teacher import DenseTeacher
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
@@ -138,7 +138,7 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal]):
         """The base's. Raises UserError too where visual tokens cannot be related by their logits."""
         teaching = super().build_teacher(student, teacher, processing_class)
         if self.args.gamma and self.args.relation_on == "logits":
-            assert isinstance(teaching.teacher, LocalTeacher)
+            assert isinstance(teaching.teacher, DenseTeacher)
             if full_head(self.model).softcap is not None or teaching.teacher.softcap is not None:
                 raise UserError(
                     "The logits of the student or the teacher are softcapped (Gemma 2), so their products do not "

@@ -17,8 +17,9 @@ from mmkd.errors import UserError
 from mmkd.models.heads import LMHead
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.head_checks import FinalNorm
 from mmkd.teachers.hidden_server import HiddenServerTeacher
-from mmkd.teachers.served_head import head_of_checkpoint
+from mmkd.teachers.served_head import final_norm_of_checkpoint, head_of_checkpoint
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.teachers.vllm_client import VLLMClient
@@ -55,10 +56,9 @@ def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher | H
     }
     if server_signal(run, urls) == "top_k":
         return ServerTeacher(urls, k=arguments.teacher_top_k, **settings)
-    head = served_head(run, urls)
-    return HiddenServerTeacher(
-        urls, head, dtype=wire_dtype(run, head), recheck=arguments.teacher_server_recheck, **settings
-    )
+    head, norm = served_head(run, urls)
+    recheck = arguments.teacher_server_recheck
+    return HiddenServerTeacher(urls, head, dtype=wire_dtype(run, head), norm=norm, recheck=recheck, **settings)
 
 
 def server_signal(run: Run, urls: list[str]) -> str:
@@ -70,15 +70,16 @@ def server_signal(run: Run, urls: list[str]) -> str:
         return client.signal()
 
 
-def served_head(run: Run, urls: list[str]) -> LMHead:
-    """The head of the teacher that the servers run, of `teacher` or else of what the servers say they have loaded."""
+def served_head(run: Run, urls: list[str]) -> tuple[LMHead, FinalNorm | None]:
+    """The head of the teacher that the servers run, of `teacher` or else of what they have loaded; its norm."""
     arguments, training = run.arguments, run.training
     name = arguments.teacher
     if name is None:
         with server_client(run, urls) as client:
             name = client.check().root
     revision, trust = arguments.teacher_revision, training.trust_remote_code
-    return head_of_checkpoint(name, revision, arguments.teacher_dtype, trust, training.device)
+    head = head_of_checkpoint(name, revision, arguments.teacher_dtype, trust, training.device)
+    return head, final_norm_of_checkpoint(name, revision, trust)
 
 
 def wire_dtype(run: Run, head: LMHead) -> torch.dtype:

@@ -82,6 +82,8 @@ class Endpoints:
             # A proxy from the environment cannot reach the loopback interface of this machine.
             mounts={"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None},
         )
+        self.failures = 0
+        """How often a server gave no answer so far."""
         self._slots = asyncio.Semaphore(concurrency)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mmkd-http", daemon=True)
@@ -177,6 +179,7 @@ class Endpoints:
                     headers={"Content-Type": "application/json"} if body else None,
                 )
             except httpx.TransportError as error:
+                self.failures += 1
                 endpoint.rests_until = time.monotonic() + REST
                 raise _Failure(self._describe(error, endpoint.url)) from error
             finally:
@@ -186,6 +189,7 @@ class Endpoints:
             return response
         message, parameter = _error_of(response)
         if response.status_code in (408, 429) or response.is_server_error:
+            self.failures += 1
             endpoint.rests_until = time.monotonic() + REST
             raise _Failure(f"{endpoint.url} answered HTTP {response.status_code}: {message}")
         raise Refusal(endpoint.url, response.status_code, message, parameter)

@@ -32,9 +32,17 @@ class _Tables(msgspec.Struct):
 
 
 async def states_of(
-    endpoints: Endpoints, facts: ServerFacts, question: ScoreRequest, dtype: torch.dtype, images: ImageRows
+    endpoints: Endpoints,
+    facts: ServerFacts,
+    question: ScoreRequest,
+    dtype: torch.dtype,
+    images: ImageRows,
+    url: str | None = None,
 ) -> Float[Tensor, "token width"] | RowError:
-    """The states that predict the question's supervised tokens, in the type in which they travel."""
+    """The states that predict the question's supervised tokens, in the type in which they travel.
+
+    One of the servers is asked, the one with this `url` where there is one.
+    """
     places = np.flatnonzero(question.supervised) - 1
     if not len(places):
         return torch.empty(0, 0, dtype=dtype)
@@ -59,7 +67,7 @@ async def states_of(
             return unlike(tokens)
         body, count = {**states_request(facts.model, dtype), **chat}, tokens.count
     try:
-        reply = await endpoints.reply(POOLING, msgspec.json.encode(body))
+        reply = await endpoints.reply(POOLING, msgspec.json.encode(body), url)
     except Refusal as refusal:
         return RowError(row_refusal(refusal, body))
     (states,) = states_in(reply, [count], dtype)

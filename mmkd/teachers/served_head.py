@@ -1,22 +1,17 @@
 """The head of a model that is served elsewhere: the one tensor of its checkpoint that turns states into logits."""
 
-import json
-from pathlib import Path
-
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mmkd.errors import UserError
 from mmkd.models.backbone import check_head, head_of
 from mmkd.models.heads import LMHead
 from mmkd.models.load import computed_dtype, dtype_named, empty_model
 from mmkd.precision import product_dtype
-from mmkd.seams.transformers_seam import parameter_names, tied_parameters
+
+from .checkpoint_tensors import FLOATS, Checkpoint
+from .head_checks import FinalNorm
 
 
 def head_of_checkpoint(
@@ -40,67 +35,69 @@ def head_of_checkpoint(
             because="meaning",
         )
     wanted = dtype_named(dtype, "teacher") if isinstance(dtype, str) and dtype != "auto" else dtype
-    for parameter, tensor in _head_tensors(model, module, name, revision).items():
+    for parameter, tensor in _head_tensors(model, module, Checkpoint(name, revision)).items():
         chosen = computed_dtype(wanted, model.config, device)
         if isinstance(chosen, str):
             saved = model.config.dtype or tensor.dtype
             chosen = product_dtype(dtype_named(saved, "teacher") if isinstance(saved, str) else saved, device)
-        setattr(module, parameter, torch.nn.Parameter(tensor.to(chosen), requires_grad=False))
+        setattr(module, parameter, nn.Parameter(tensor.to(chosen), requires_grad=False))
     check_head(model)
     return head_of(model)
 
 
-def _head_tensors(
-    model: PreTrainedModel, module: torch.nn.Module, name: str, revision: str | None
-) -> dict[str, Tensor]:
+def final_norm_of_checkpoint(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> FinalNorm | None:
+    """The last norm of a folder or Hub id, where its last hidden state is what a norm gives; else None.
+
+    Of a Hub id only files that are here already are read.
+    """
+    model = empty_model(name, "teacher", revision=revision, trust_remote_code=trust_remote_code)
+    norms = [part for part in model.get_decoder().children() if "norm" in type(part).__name__.lower()]
+    if len(norms) != 1 or not _is_last(model, norms[0]):
+        return None
+    (module,), checkpoint = norms, Checkpoint(name, revision)
+    for parameter, key in checkpoint.keys_of(model, module).items():
+        if key is None or not checkpoint.is_here(key):
+            return None
+        setattr(module, parameter, nn.Parameter(checkpoint.tensor(key).float(), requires_grad=False))
+    with torch.no_grad():
+        return FinalNorm.of(module, model.config.get_text_config().hidden_size)
+
+
+def _is_last(model: PreTrainedModel, norm: nn.Module) -> bool:
+    """Whether a decoder's last hidden state is the very tensor that the norm gave, run without weights."""
+    given, ids = [], torch.zeros(1, 2, dtype=torch.long, device="meta")
+    handle = norm.register_forward_hook(lambda module, inputs, output: given.append(output))
+    # A mask of four dimensions is taken as it is; others are looked into, and a tensor without values has none.
+    mask = torch.zeros(1, 1, 2, 2, device="meta", dtype=model.dtype)
+    try:
+        out = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
+    except (RuntimeError, TypeError, ValueError):
+        # Some decoders look into values all the same; then nothing is known of their norm.
+        return False
+    finally:
+        handle.remove()
+    return len(given) == 1 and out.last_hidden_state is given[0]
+
+
+def _head_tensors(model: PreTrainedModel, module: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Weight and, where there is one, bias of the head, as the checkpoint has them."""
-    files = _files_by_tensor(name, revision)
-    key_of = {parameter: key for key, parameter in parameter_names(model, files).items()}
-    prefix = next(path for path, part in model.named_modules() if part is module)
-    sources, tensors = tied_parameters(model), {}
+    advice = (
+        "If it is quantised, set `teacher` to the model with weights in bfloat16 or float32; the server may run the "
+        "quantised one under that name (--served-model-name)."
+    )
+    tensors, keys = {}, checkpoint.keys_of(model, module)
     for parameter, expected in module.named_parameters():
-        full = f"{prefix}.{parameter}"
-        key = key_of.get(full, key_of.get(sources.get(full, "")))
+        key = keys[parameter]
         if key is None:
             raise UserError(
-                f"The weights of the teacher {name!r} have no tensor for {full}, its head. If they are quantised, "
-                "name the model with weights in bfloat16 or float32 as `teacher`; the server may run the other one."
+                f"The weights of the teacher {checkpoint.name!r} lack the {parameter} of its head. {advice}"
             )
-        with safe_open(_file(name, revision, files[key]), framework="pt") as file:
-            tensor = file.get_tensor(key)
-        if tensor.shape != expected.shape or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        tensor = tensors[parameter] = checkpoint.tensor(key)
+        if tensor.shape != expected.shape or tensor.dtype not in FLOATS:
             raise UserError(
-                f"The head of the teacher {name!r}, {key}, is {tensor.dtype} of the shape {tuple(tensor.shape)}, and "
-                f"must be float32, bfloat16 or float16 of {tuple(expected.shape)}. If it is quantised, name the model "
-                "with weights in bfloat16 or float32 as `teacher`; the server may run the quantised one."
+                f"The head of the teacher {checkpoint.name!r}, {key}, is {tensor.dtype} of the shape "
+                f"{tuple(tensor.shape)}, and must be float32, bfloat16 or float16 of {tuple(expected.shape)}. {advice}"
             )
-        tensors[parameter] = tensor
     return tensors
-
-
-def _files_by_tensor(name: str, revision: str | None) -> dict[str, str]:
-    """The file of each tensor of a checkpoint."""
-    try:
-        index = _file(name, revision, SAFE_WEIGHTS_INDEX_NAME)
-    except (EntryNotFoundError, FileNotFoundError):
-        try:
-            single = _file(name, revision, SAFE_WEIGHTS_NAME)
-        except (EntryNotFoundError, FileNotFoundError) as error:
-            offline = isinstance(error, LocalEntryNotFoundError)
-            raise UserError(
-                f"The teacher {name!r} has no {SAFE_WEIGHTS_NAME} "
-                + ("in the Hub's cache, and the Hub cannot be reached." if offline else "to read its head from.")
-                + " Name a folder or Hub id with its weights as `teacher`."
-            ) from error
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
-    return json.loads(index.read_text())["weight_map"]
-
-
-def _file(name: str, revision: str | None, file: str) -> Path:
-    if not Path(name).is_dir():
-        return Path(hf_hub_download(name, file, revision=revision))
-    path = Path(name) / file
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    return path

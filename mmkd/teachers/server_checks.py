@@ -17,7 +17,7 @@ from .vllm_rows import SAMPLING
 
 Kind = TypeVar("Kind")
 
-POOLING = "/pooling"
+COMPLETIONS, POOLING = "/v1/completions", "/pooling"
 WIRE_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Text of several scripts and kinds, on which different tokenizers hardly ever agree.
 PROBE = "The naïve fox — 12345 × 0.5 — says: 你好, привет 🙂\n\tdef f(x):\n        return x['y']  # ok"
@@ -72,21 +72,23 @@ class ServerChecks:
         self,
         facts: ServerFacts,
         teacher: str | None,
-        k: int,
         max_length: int | None,
         tokenizer: PreTrainedTokenizerBase | None,
+        generates: bool,
     ) -> None:
+        """Raises UserError where the server has another model, too little room or another tokenizer."""
         (url,) = facts.urls
         if teacher is not None and not _serves(facts, teacher):
             raise UserError(
                 f"The teacher is {teacher!r}, but {url} serves {named(facts)}. Start it with that model, or with "
                 f"--served-model-name {teacher} if the same model lies under another path there."
             )
-        # The request generates one token, which vLLM wants room for.
-        if max_length is not None and facts.max_model_len <= max_length:
+        # A request for log-probs generates one token, which vLLM wants room for.
+        needed = None if max_length is None else max_length + generates
+        if needed is not None and facts.max_model_len < needed:
             raise UserError(
                 f"{url} has room for {facts.max_model_len} tokens, but scoring texts of up to {max_length} takes "
-                f"{max_length + 1}. Start it with --max-model-len {max_length + 1}, or lower max_length."
+                f"{needed}. Start it with --max-model-len {needed}, or lower max_length."
             )
         if tokenizer is not None:
             text = PROBE + "".join(tokenizer.all_special_tokens)
@@ -100,10 +102,36 @@ class ServerChecks:
                     f"{url} tokenises unlike the tokenizer that the teacher should have: "
                     f"{wire.difference(ours, theirs)}. Serve the model with that tokenizer (--tokenizer)."
                 )
-        if k:
-            body = {"model": facts.model, "prompt": [0, 0], **wire.scoring(k)}
-            answer = wire.decoded(self._endpoints.run(self.post("/v1/completions", body, url)), wire.Answers, url)
-            wire.top_k(wire.positions(answer.choices[0].prompt_logprobs, 2)[1:], k)
+
+    def check_top_k(self, facts: ServerFacts, k: int) -> None:
+        """Raises UserError where the server does not give k log-probs."""
+        (url,) = facts.urls
+        body = {"model": facts.model, "prompt": [0, 0], **wire.scoring(k)}
+        try:
+            content = self._endpoints.run(self._endpoints.request(COMPLETIONS, msgspec.json.encode(body), url, False))
+        except Refusal as refusal:
+            if refusal.status != 404:
+                raise UserError(f"{url} refused a request of two tokens: {row_refusal(refusal, body)}") from refusal
+            raise UserError(
+                f"{url} gives no log-probs: it does not generate. If it runs the pooling runner, set "
+                f"teacher_server_signal: hidden. Otherwise start it with:\n{serve_line(facts, 'top_k', k)}"
+            ) from refusal
+        answer = wire.decoded(content, wire.Answers, url)
+        wire.top_k(wire.positions(answer.choices[0].prompt_logprobs, 2)[1:], k)
+
+    def check_states(self, facts: ServerFacts, dtype: torch.dtype) -> None:
+        """Raises UserError where the server does not give the last hidden states of single tokens in this type."""
+        (url,) = facts.urls
+        body = {**states_request(facts.model, dtype), "input": [0]}
+        try:
+            self._endpoints.run(self._endpoints.request(POOLING, msgspec.json.encode(body), url, retry=False))
+        except Refusal as refusal:
+            if refusal.status in (401, 403):
+                row_refusal(refusal, body)
+            raise UserError(
+                f"{url} gives no hidden states of single tokens ({refusal.message}). Start it with:\n"
+                f"{serve_line(facts, 'hidden')}"
+            ) from refusal
 
     def signal_of(self, facts: ServerFacts) -> str:
         """What a server answers with: "hidden" of the pooling runner, "top_k" of the one that generates.
@@ -130,7 +158,7 @@ class ServerChecks:
         (url,) = facts.urls
         body = msgspec.json.encode({"model": facts.model, "prompt": [0], "max_tokens": -1})
         try:
-            self._endpoints.run(self._endpoints.request("/v1/completions", body, url, retry=False))
+            self._endpoints.run(self._endpoints.request(COMPLETIONS, body, url, retry=False))
         except Refusal as refusal:
             return refusal.status not in (404, 405)
         return True
@@ -149,8 +177,8 @@ class ServerChecks:
             raise UserError(f"{url}{path} is not a vLLM server's: {row_refusal(refusal, {})}") from refusal
 
 
-def serve_line(facts: ServerFacts, signal: str) -> str:
-    """The command that starts a server of the same model which answers with a signal."""
+def serve_line(facts: ServerFacts, signal: str, k: int = 64) -> str:
+    """The command that starts a server of the same model which answers with a signal, the top k say."""
     flags = [
         f"vllm serve {facts.root}",
         f"--served-model-name {facts.model}",
@@ -158,6 +186,8 @@ def serve_line(facts: ServerFacts, signal: str) -> str:
     ]
     if signal == "hidden":
         flags.append("--runner pooling --convert embed --pooler-config.task token_embed")
+    else:
+        flags.append(f"--max-logprobs {k}")
     return " ".join(flags)
 
 

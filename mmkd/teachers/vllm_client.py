@@ -78,11 +78,13 @@ class VLLMClient:
         k: int = 0,
         max_length: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        states: torch.dtype | None = None,
     ) -> ServerFacts:
         """Asks every URL once, without retries, what it serves, and compares it with what is wanted of it.
 
         Raises UserError when a server is down, serves another model than `teacher` (a folder or Hub name) or than the
-        other URLs, lacks room for `max_length` tokens, gives fewer than `k` log-probs or tokenises unlike `tokenizer`.
+        other URLs, lacks room for `max_length` tokens, gives fewer than `k` log-probs, tokenises unlike `tokenizer`,
+        or gives no hidden `states` in this type.
         """
         if tokenizer is not None and k > len(tokenizer):
             raise UserError(f"k={k} is more than the teacher's {len(tokenizer)} tokens; choose a smaller k.")
@@ -94,7 +96,11 @@ class VLLMClient:
                     "teacher must answer at all URLs: start the servers with the same model and --served-model-name."
                 )
         for fact in facts:
-            self._checks.check_one(fact, teacher, k, max_length, tokenizer)
+            self._checks.check_one(fact, teacher, max_length, tokenizer, generates=states is None)
+            if k:
+                self._checks.check_top_k(fact, k)
+            if states is not None:
+                self._checks.check_states(fact, states)
         shortest = min(fact.max_model_len for fact in facts)
         versions = ", ".join(sorted({fact.vllm_version for fact in facts}))
         first = facts[0]
@@ -138,6 +144,24 @@ class VLLMClient:
         return self._endpoints.map(
             lambda question: states_of(self._endpoints, facts, question, dtype, self._images), questions
         )
+
+    def states_by_url(
+        self, question: ScoreRequest, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Float[Tensor, "token width"]]:
+        """As `states`, what each URL answers to one question. Raises UserError where one refuses it."""
+        facts = self._facts or self.check()
+        answers = {}
+        for url in facts.urls:
+            answer = self._endpoints.run(states_of(self._endpoints, facts, question, dtype, self._images, url))
+            if isinstance(answer, RowError):
+                raise UserError(f"{url} refused a row of {len(question.ids)} tokens of plain text: {answer.reason}")
+            answers[url] = answer
+        return answers
+
+    @property
+    def failures(self) -> int:
+        """How often a server gave no answer so far, and was asked again."""
+        return self._endpoints.failures
 
     def generate(
         self, prompts: Iterable[Prompt | Ids], sampling: Mapping[str, Any], n: int = 1
