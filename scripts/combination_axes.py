@@ -151,9 +151,9 @@ REFUSALS: tuple[Refusal, ...] = (
         "answers with TopKSignal, method llava_kd needs DenseSignal",
     ),
     Refusal(
-        {"teacher": ("top-k server", "hidden-state server"), "data": ("images",)},
+        {"teacher": ("hidden-state server",), "data": ("images",), "answers": _ON_POLICY},
         "not built",
-        "A server is not sent the images of a batch.",
+        "A server makes tokens of an answer beside an image, which may be others than the student's.",
         None,
     ),
     Refusal(

@@ -106,8 +106,6 @@ class CellRecipes:
         # The same teacher in two forms, which is that teacher.
         off_policy = "top-k cache" if cell.teacher == "several, mixed" else "hidden-state server"
         second = "top-k server" if cell.answers.endswith("on-policy") else off_policy
-        if cell.data == "images" and second.endswith("server"):
-            second = "local"
         parts = {"a": {"teacher": teacher}, "b": {"teacher": teacher, **self._source(cell, second)}}
         if cell.teacher == "several, routed":
             return {"teachers": parts, "teacher_column": "domain"}
@@ -122,7 +120,9 @@ class CellRecipes:
             folder = self._teacher(cell)
             signal = "hidden" if teacher.startswith("hidden") else "top_k"
             url = self.once((signal, folder), lambda: self.stack.enter_context(serve(folder, signal)))
-            return {"teacher_server": [url], "teacher_top_k": vocabulary}
+            # What text servers run is asked.
+            named = {"teacher_server_signal": signal} if self._has_images(cell) else {}
+            return {"teacher_server": [url], "teacher_top_k": vocabulary, **named}
         return {}
 
     def _cache(self, cell: Cell, teacher: str) -> Path:
@@ -150,10 +150,14 @@ class CellRecipes:
         return self._models(cell)["teacher"]
 
     def _models(self, cell: Cell) -> dict[str, Path]:
-        if cell.data == "images" or cell.method == "llava_kd":
+        if self._has_images(cell):
             return self.once("vlms", self._vlms)
         tiny = self.once("tiny", lambda: make_tiny_models(self.folder / "tiny"))
         return {**tiny, "teacher": self.once("foreign", self._foreign)} if cell.method == "alm" else tiny
+
+    def _has_images(self, cell: Cell) -> bool:
+        """Whether student and teacher read images."""
+        return cell.data == "images" or cell.method == "llava_kd"
 
     def _vlms(self) -> dict[str, Path]:
         return {

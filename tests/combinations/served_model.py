@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import ProcessorMixin
 
-from mmkd.models.load import load_model
+from mmkd.models.load import load_model, load_processing_class
 from tests.teachers.fake_vllm import FakeVLLM, ServedStates, fake_vllm
+from tests.teachers.fake_vlm import ServedVLM
 
 
 @dataclass
@@ -49,10 +50,15 @@ def _entry(log_probs: torch.Tensor, token: int, k: int) -> dict[str, Any]:
 @contextmanager
 def serve(folder: Path, signal: str) -> Iterator[str]:
     """The address of a server of the model in a folder, with all log-probs (top_k) or hidden states (hidden)."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    reads: Any = load_processing_class(str(folder), "teacher")
     model = load_model(str(folder), "teacher", dtype="float32").eval()
     rows = model.config.get_text_config().vocab_size
-    settings = {"root": str(folder), "vocab_size": rows, "cap": rows, "max_model_len": 256}
-    kind: Any = TopKServer if signal == "top_k" else ServedStates
-    with fake_vllm(kind, served=model, tokenizer=tokenizer, **settings) as fake:
+    settings: dict[str, Any] = {"root": str(folder), "served": model, "vocab_size": rows, "max_model_len": 256}
+    if isinstance(reads, ProcessorMixin):
+        kind: Any = ServedVLM
+        settings |= {"processor": reads, "runs": "generate" if signal == "top_k" else "pooling"}
+    else:
+        kind = TopKServer if signal == "top_k" else ServedStates
+        settings |= {"tokenizer": reads, "cap": rows}
+    with fake_vllm(kind, **settings) as fake:
         yield fake.url
