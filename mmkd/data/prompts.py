@@ -93,10 +93,13 @@ def words_of(question: RowPrompt) -> str:
     return question if isinstance(question, str) else question.text
 
 
-def model_inputs(processing_class: Any, prompts: Sequence[RowPrompt], tools: Sequence[Any] | None = None) -> Any:
+def model_inputs(
+    processing_class: Any, prompts: Sequence[RowPrompt], tools: Sequence[Any] | None = None, answering: bool = True
+) -> Any:
     """The inputs of a model for a batch of prompts of one kind, padded on the left, rendered as in training.
 
-    `tools` are the descriptions of functions for the template, one entry per prompt of messages.
+    `tools` are the descriptions of functions for the template, one entry per prompt of messages. With `answering`
+    messages end with what an answer begins with.
     Raises UserError for prompts with pictures and a model that reads text only.
     """
     first = prompts[0]
@@ -111,7 +114,8 @@ def model_inputs(processing_class: Any, prompts: Sequence[RowPrompt], tools: Seq
             "or data without images."
         )
     tools = tools or [None] * len(prompts)
-    texts = [_rendered(processing_class, prompt, own) for prompt, own in zip(prompts, tools, strict=True)]
+    pairs = zip(prompts, tools, strict=True)
+    texts = [_rendered(processing_class, prompt, own, answering) for prompt, own in pairs]
     # The template writes the special tokens, and TRL's collator adds none to plain text with images either.
     options: dict[str, Any] = {
         "padding": len(prompts) > 1,
@@ -138,11 +142,11 @@ def pictures_of(question: RowPrompt) -> list[Image.Image]:
     ]
 
 
-def _rendered(processing_class: Any, question: RowPrompt, tools: Any) -> str:
+def _rendered(processing_class: Any, question: RowPrompt, tools: Any, answering: bool) -> str:
     if isinstance(question, IllustratedText):
         return question.text
     assert isinstance(question, list)
     # The template of a language model expects contents as text, that of a processor as parts.
     is_processor = isinstance(processing_class, ProcessorMixin)
     messages = prepare_multimodal_messages(question, images=[]) if is_processor else question
-    return processing_class.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+    return processing_class.apply_chat_template(messages, tools=tools, add_generation_prompt=answering, tokenize=False)

@@ -49,6 +49,7 @@ class LocalGenerator(Generator[Asked]):
         tokens: where answers end; by default at the model's own tokens and the tokenizer's.
         positions: the longest context, within which prompts and answers stay.
         autocast: entered while the model generates.
+        whole: entered before anything is read, once per call: there weights that ranks share are whole on each.
     """
 
     def __init__(
@@ -61,11 +62,13 @@ class LocalGenerator(Generator[Asked]):
         positions: int | None = None,
         own_settings: bool = False,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.model, self.processing_class, self.tokenizer = model, processing_class, tokenizer_of(processing_class)
         self.inputs, self.batches = inputs, batches
         self.tokens = AnswerTokens.of(base_of(model), self.tokenizer) if tokens is None else tokens
-        self.positions, self.own_settings, self.autocast = positions, own_settings, autocast
+        self.positions, self.own_settings = positions, own_settings
+        self.autocast, self.whole = autocast, whole
 
     @torch.no_grad()
     def generate(
@@ -73,7 +76,7 @@ class LocalGenerator(Generator[Asked]):
     ) -> list[list[Answer] | RowError]:
         answers: dict[int, list[Answer] | RowError] = {}
         # The prompts alone would not say which random numbers they get: those are of this call and batch.
-        with seeded(self.model, sampling.seed), speaking(self.model, self.own_settings):
+        with self.whole(), seeded(self.model, sampling.seed), speaking(self.model, self.own_settings):
             for places in self.batches(prompts):
                 continuations = self.continued([prompts[place] for place in places], sampling, samples)
                 answers |= zip(places, continuations, strict=True)
@@ -121,7 +124,9 @@ class LocalGenerator(Generator[Asked]):
         config = copy.deepcopy(base.generation_config)
         config.update(**self._settings(sampling, samples, width))
         with self.autocast():
-            return base.generate(**inputs, generation_config=config, **options)[:, width:].tolist()
+            # Each rank has prompts of its own, and as many batches of them as it has.
+            tokens = base.generate(**inputs, generation_config=config, synced_gpus=False, **options)
+        return tokens[:, width:].tolist()
 
     def read(self, prompts: list[Asked]) -> dict[str, Any]:
         """What the model reads of the prompts of one batch, on its device."""

@@ -111,12 +111,6 @@ class ALMConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hidden_weight and self.rollout_server is not None:
-            raise UserError(
-                "hidden_weight learns a projection beside the student, which the model on a rollout_server has not. "
-                "Set hidden_weight: 0, or remove rollout_server to generate in this process.",
-                because="not built",
-            )
         if self.ce_weight == 1:
             raise UserError(
                 "ce_weight is 1, which leaves ALM nothing to do; use method sft for plain fine-tuning.",

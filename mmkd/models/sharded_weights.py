@@ -1,6 +1,8 @@
 """Models sharded over ranks by FSDP2 or ZeRO-3: the student that accelerate prepares, and the frozen teacher."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,6 +16,8 @@ from transformers import PreTrainedModel
 
 from mmkd.errors import UserError
 from mmkd.seams.accelerate_seam import count_ranks_as_gpus, shard_by_fsdp2
+from mmkd.seams.deepspeed_seam import gathered as gathered_parameters
+from mmkd.seams.deepspeed_seam import kept_whole
 from mmkd.seams.peft_seam import is_copied
 
 from .backbone import base_of
@@ -148,15 +152,72 @@ def reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
-def whole_weights(model: torch.nn.Module, accelerator: Accelerator) -> dict[str, torch.Tensor] | None:
-    """The whole weights of a model sharded by FSDP2, on the CPU of the first rank; empty on others; all must call it.
+@contextmanager
+def whole_on_every_rank(model: torch.nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """In it every rank holds all weights of a sharded student, however often and however far each rank runs it.
 
-    None if every rank holds the whole model.
+    All ranks must enter it together. A student that is not sharded stays as it is.
     """
-    if accelerator.distributed_type != DistributedType.FSDP:
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    engine = _zero3_engine(accelerator)
+    if engine is not None:
+        with kept_whole(engine):
+            yield
+        return
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            # As accelerate sharded it.
+            part.set_reshard_after_forward(bool(plugin.reshard_after_forward), recurse=False)
+            part.reshard()
+
+
+@contextmanager
+def called(model: torch.nn.Module, accelerator: Accelerator) -> Iterator[Any]:
+    """What to call in it to run a student outside of a training step, layer by layer where it is sharded."""
+    engine = _zero3_engine(accelerator)
+    yield base_of(cast(PreTrainedModel, model)) if engine is None else engine
+    reshard(model)
+
+
+def _zero3_engine(accelerator: Accelerator) -> Any:
+    """What DeepSpeed has wrapped the student in, where that is cut by ZeRO-3."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED or not is_sharded(accelerator):
         return None
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    wrapper: Any = accelerator.deepspeed_engine_wrapped
+    return wrapper.engine
+
+
+def whole_weights(
+    model: torch.nn.Module, accelerator: Accelerator, trained_only: bool = False
+) -> dict[str, torch.Tensor] | None:
+    """The whole weights of a sharded model, on the CPU of the first rank; empty on others; all ranks must call it.
+
+    None if every rank holds the whole model. `trained_only` leaves out what is frozen.
+    """
+    if not is_sharded(accelerator):
+        return None
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _gathered_by_zero(model, accelerator, trained_only)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     return cast(dict[str, torch.Tensor], get_model_state_dict(model, options=options))
+
+
+def _gathered_by_zero(model: torch.nn.Module, accelerator: Accelerator, trained_only: bool) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if trained_only and not tensor.requires_grad:
+            continue
+        # One at a time: the whole model need not fit on a device.
+        with gathered_parameters([tensor] if isinstance(tensor, torch.nn.Parameter) else []):
+            if accelerator.is_main_process:
+                weights[name] = tensor.detach().to("cpu", copy=True)
+    return weights
 
 
 def gathered(head: LMHead) -> LMHead:

@@ -17,6 +17,11 @@ def is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def weights_of(parameter: Tensor) -> int:
+    """How many weights a parameter has, also one that ZeRO-3 has cut, which then says that it has none."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager:
     """Partitioned parameters are whole in it.
 
@@ -29,6 +34,24 @@ def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager:
 
     absent = [part for part in parameters if getattr(part, "ds_status", None) != ZeroParamStatus.AVAILABLE]
     return GatheredParameters(absent) if absent else nullcontext()
+
+
+@contextmanager
+def kept_whole(engine: Any) -> Iterator[None]:
+    """All weights of an engine's model are whole in it, also after a forward pass; all ranks must enter it together.
+
+    The engine's hooks would cut a layer up again once it has run, in the midst of what is gathered; trl takes them off
+    in the same way to generate.
+    """
+    from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+    from trl.models.utils import add_hooks, remove_hooks
+
+    with GatheredParameters(list(engine.parameters())):
+        remove_hooks(engine)
+        try:
+            yield
+        finally:
+            add_hooks(engine)
 
 
 def whole_weights(checkpoint: Path) -> dict[str, Any]:

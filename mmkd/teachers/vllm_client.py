@@ -7,6 +7,7 @@ row's ids.
 
 import os
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -106,6 +107,10 @@ class VLLMClient:
         first = facts[0]
         self._facts = ServerFacts(self._endpoints.urls, first.model, first.root, shortest, versions)
         return self._facts
+
+    def ask_adapter(self, name: str) -> None:
+        """From now on the adapter of this name is asked, and not the model that it belongs to."""
+        self._facts = replace(self._facts or self.check(), model=name)
 
     def signal(self) -> str:
         """What all servers answer with: "hidden" states of vLLM's pooling runner, or "top_k" log-probs.

@@ -34,7 +34,7 @@ from .config import DistillationConfig
 from .fitting import check_fit, check_rows_apart, stop_where_answers_end
 from .items import ItemLosses, Supervised
 from .method_trainer import MethodTrainer, Signal
-from .on_policy import generator_of
+from .on_policy import rollouts_of
 from .prepared import Prepared, canonical_rows, unread
 from .reports import reports_of
 from .rollouts import Rollouts
@@ -138,10 +138,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         self.accelerator.dataloader_config.dispatch_batches = False
         check_student(self)
         self._fit(teacher, teacher_processing_class)
-        self.rollouts: Rollouts | None = None
-        if self.args.on_policy_fraction:
-            generator, tokens = generator_of(self)
-            self.rollouts = Rollouts(generator, tokens, self.args, self.args.process_index, self.args.world_size)
+        self.rollouts: Rollouts | None = rollouts_of(self) if self.args.on_policy_fraction else None
 
     def _fit(self, teacher: Any, teacher_processing_class: Any) -> None:
         """Fits teacher, student and prepared rows to each other: what is compared, and what makes batches."""

@@ -22,6 +22,7 @@ from mmkd.generation.local_generation import (
 )
 from mmkd.models.backbone import base_of
 from mmkd.models.load import positions_of
+from mmkd.models.sharded_weights import whole_on_every_rank
 from mmkd.teachers.batch import Batch
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.several import parts_of
@@ -119,7 +120,14 @@ def student_generator(
 
     positions = positions_of(base_of(model).config)
     return LocalGenerator(
-        model, tokenizer, inputs, batches, tokens, positions, autocast=lambda: accelerator.autocast()
+        model,
+        tokenizer,
+        inputs,
+        batches,
+        tokens,
+        positions,
+        autocast=lambda: accelerator.autocast(),
+        whole=lambda: whole_on_every_rank(model, accelerator),
     )
 
 
@@ -131,12 +139,19 @@ class Rollouts:
         tokens: where its answers end, and what fills rows up.
         args: the run's settings.
         rank, ranks: this process among those that share a batch.
+        hand_over: lets the generator speak with the student as it is now.
     """
 
     def __init__(
-        self, generator: Generator[RolloutPrompt], tokens: AnswerTokens, args: RolloutConfig, rank: int, ranks: int
+        self,
+        generator: Generator[RolloutPrompt],
+        tokens: AnswerTokens,
+        args: RolloutConfig,
+        rank: int,
+        ranks: int,
+        hand_over: Callable[[], None] = lambda: None,
     ):
-        self.generator, self.tokens, self.args = generator, tokens, args
+        self.generator, self.tokens, self.args, self.hand_over = generator, tokens, args, hand_over
         self.rank, self.ranks = rank, ranks
         self._bad_steps = 0
 
@@ -147,6 +162,7 @@ class Rollouts:
         cut into micro-batches and ranks does not change the rows.
         """
         begun = time.monotonic()
+        self.hand_over()
         prompts = self._prompts(batches, step)
         rollouts = self._answered(prompts, seed_of(repr((self.args.seed, "answers", step, self.rank))))
         mixed = Mixed(prompts, rollouts, time.monotonic() - begun)

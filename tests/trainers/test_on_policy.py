@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, Features, Image, List
+from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast
 
 from mmkd.commands.main import main
@@ -25,9 +27,10 @@ from mmkd.training.method import METHODS
 from mmkd.training.rollouts import Rollouts, check_rollouts
 from scripts.make_tiny_models import make_model, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
-from tests.helpers import Build, environment, losses_of
+from tests.helpers import LORA, Build, environment, losses_of
 from tests.teachers.fake_vllm import fake_vllm
 from tests.teachers.vlm import make_image, make_vlm
+from tests.trainers.on_policy_ranks import NAMES
 from tests.trainers.served_student import ServedStudent
 from tests.vlms import make_llava, vision_rows
 
@@ -173,40 +176,49 @@ def test_losses_do_not_depend_on_gradient_accumulation(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True])
 def test_losses_do_not_depend_on_ranks(
-    build: Build,
-    completions: Dataset,
-    tiny: dict[str, Path],
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    sharded: bool,
+    build: Build, completions: Dataset, tiny: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Sharded by FSDP2, a server answers, which gets whole weights."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, "--module", "tests.trainers.on_policy_ranks", str(tiny["teacher"].parent), str(tmp_path)]
-    with fake_vllm(ServedStudent, max_model_len=256, tokenizer=tokenizer) as fake:
-        command += [fake.url] if sharded else []
-        done = subprocess.run(
-            command, timeout=240, cwd=RANKS_ROOT, env=environment(), capture_output=True, text=True, check=False
-        )
-        assert fake.loads == (4 if sharded else 0)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Nor on how they share the student, which generates itself or has a server get its weights or its adapter."""
+    ways = ["ddp", "fsdp2", *(["zero3"] if find_spec("deepspeed") else [])]
+    serving = {"max_model_len": 256, "tokenizer": tokenizer, "folder": str(tiny["student"])}
+    with fake_vllm(ServedStudent, **serving) as fake:
+        jobs: dict[str, Any] = {f"{how} here": {"how": how} for how in ways}
+        jobs |= {f"{how} served": {"how": how, "server": fake.url} for how in ways}
+        jobs |= {f"{how} adapter served": {"how": how, "server": fake.url, "lora": True} for how in ways}
+        seen = on_ranks(jobs, tiny["teacher"].parent, tmp_path)
+        assert fake.loads == 4 * 2 * len(ways)
     alone = build(KDTrainer, completions, **GREEDY)
-    alone.train()
-    names = ("loss", "grad_norm", "rollouts_truncated", "rollout_length", "rollout_tokens")
-    expected = list(zip(*(losses_of(alone, name) for name in names), strict=True))
-    for rank in range(2):
-        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        assert found == [pytest.approx(step, rel=1e-4) for step in expected]
+    torch.manual_seed(0)
+    models = {"model": str(tiny["student"]), "peft_config": LoraConfig(**LORA)}
+    adapted = build(KDTrainer, completions, trainer=models, **GREEDY)
+    expected = {}
+    for name, trainer in (("whole", alone), ("adapter", adapted)):
+        trainer.train()
+        expected[name] = list(zip(*(losses_of(trainer, report) for report in NAMES), strict=True))
+    for name, ranks in seen.items():
+        steps = expected["adapter" if "adapter" in name else "whole"]
+        for rank in ranks:
+            assert rank == [pytest.approx(step, rel=1e-4) for step in steps], name
 
 
-def test_who_cannot_judge_or_answer_is_refused(build: Build, completions: Dataset, monkeypatch: Any) -> None:
+def on_ranks(jobs: dict[str, Any], models: Path, folder: Path) -> dict[str, list[Any]]:
+    """What each of two ranks saw of the jobs of on_policy_ranks.py."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "--module", "tests.trainers.on_policy_ranks", str(models), str(folder), json.dumps(jobs)]
+    variables = {**environment(), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        command, timeout=280, cwd=RANKS_ROOT, env=variables, capture_output=True, text=True, check=False
+    )
+    reason = "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank"))
+    assert done.returncode == 0, (reason or done.stderr)[-3000:]
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return {name: [rank[name] for rank in ranks] for name in jobs}
+
+
+def test_who_cannot_judge_is_refused(completions: Dataset) -> None:
     with pytest.raises(ValueError, match="teacher_cache holds the teacher's words"):
         check_rollouts(CachedTeacher.__new__(CachedTeacher), completions)
-    monkeypatch.setattr("mmkd.training.on_policy.is_zero3", lambda: True)
-    with pytest.raises(ValueError, match="gather all of them for every token"):
-        build(KDTrainer, completions, **GREEDY)
 
 
 @pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer, ALMTrainer])
@@ -368,8 +380,6 @@ def test_what_a_rollout_is() -> None:
     ("settings", "reason"),
     [
         ({"on_policy_fraction": 1.5}, "give a number from 0 to 1"),
-        ({"on_policy_fraction": 0.5, "packing": True}, "packing and padding_free"),
-        ({"on_policy_fraction": 0.5, "padding_free": True}, "packing and padding_free"),
         ({"on_policy_fraction": 0.5, "ce_weight": 0.1}, "ce_weight"),
         ({"on_policy_fraction": 0.5, "rollout_temperature": -1.0}, "rollout_temperature"),
         ({"on_policy_fraction": 0.5, "rollout_top_p": 0.0}, "rollout_top_p"),

@@ -1,18 +1,23 @@
 """Rollouts by servers: they speak with the student's weights of this very step, or the run ends."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from peft import LoraConfig
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from mmkd.methods.kd import KDTrainer
 from scripts.make_tiny_models import make_model, save
-from tests.helpers import Build, losses_of
+from tests.helpers import LORA, Build, losses_of
 from tests.teachers.conftest import serve
 from tests.teachers.fake_vllm import fake_vllm
+from tests.teachers.vlm import make_vlm
 from tests.trainers.served_student import ServedStudent
+from tests.vlms import vision_rows
 
 SETTINGS: dict[str, Any] = {
     "on_policy_fraction": 0.5,
@@ -47,6 +52,50 @@ def test_weights_that_do_not_follow_end_the_run(
         with pytest.raises(ValueError, match=r"out of date.*training has changed"):
             trainer.train()
     assert trainer.state.global_step <= 3
+
+
+def test_a_server_gets_the_adapter_alone(
+    build: Build, completions: Dataset, tiny: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Under a new name each time, and no more than one at a time."""
+
+    def adapted(**more: Any) -> Any:
+        torch.manual_seed(0)
+        models = {"model": str(tiny["student"]), "peft_config": LoraConfig(**LORA)}
+        return build(KDTrainer, completions, trainer=models, **SETTINGS, **more)
+
+    here = steps(adapted())
+    serving = {"max_model_len": 256, "tokenizer": tokenizer, "folder": str(tiny["student"])}
+    with fake_vllm(ServedStudent, **serving) as fake:
+        there = steps(adapted(rollout_server=[fake.url]))
+        assert (fake.loads, len(fake.adapters)) == (3, 1)
+        trainer = adapted(rollout_server=[fake.url])
+        # A server that says it took the adapter, and speaks without it.
+        fake.stuck_after, fake.stuck_folder = 4, str(tmp_path / "run" / "_rollout_weights")
+        shutil.copytree(fake.stuck_folder, tmp_path / "stale")
+        fake.stuck_folder = str(tmp_path / "stale")
+        with pytest.raises(ValueError, match=r"out of date.*model that the adapter is trained on"):
+            trainer.train()
+    assert there == [pytest.approx(pair, rel=1e-4) for pair in here]
+    files = {path.name for path in (tmp_path / "run" / "_rollout_weights").iterdir()}
+    assert "adapter_model.safetensors" in files
+    assert "model.safetensors" not in files
+
+
+def test_a_server_sees_the_images_of_a_prompt(build: Build, tmp_path: Path) -> None:
+    student = make_vlm(tmp_path / "student")
+    processor = AutoProcessor.from_pretrained(student)
+    rows = vision_rows([1, 2, 0, 1] * 3)
+    models = {"model": str(student), "teacher": str(student)}
+    settings: dict[str, Any] = {**SETTINGS, "max_length": None, "assistant_only_loss": True, "max_steps": 2}
+    here = steps(build(KDTrainer, rows, trainer=models, **settings))
+    serving = {"max_model_len": 256, "tokenizer": processor.tokenizer, "processor": processor}
+    with fake_vllm(ServedStudent, **serving) as fake:
+        there = steps(build(KDTrainer, rows, trainer=models, rollout_server=[fake.url], **settings))
+        assert fake.loads == 2
+        asked = [body for body in fake.requests if "messages" in body and body["add_generation_prompt"]]
+    assert there == [pytest.approx(pair, rel=1e-4) for pair in here]
+    assert asked
 
 
 def test_a_server_that_takes_no_weights_says_what_to_do(
