@@ -54,10 +54,14 @@ def packed(rows: Dataset, args: SFTConfig) -> Dataset:
     assert args.max_length is not None, "trl refuses packing without max_length before"
     bins: Any = pack_dataset(student, args.max_length, args.packing_strategy)
     teacher = rows.select_columns(["teacher_input_ids", "teacher_labels"]).with_format("numpy")
+    questions: Any = rows[QUESTION] if QUESTION in rows.column_names else []
 
     def with_teacher(row: dict[str, Any]) -> dict[str, Any]:
         starts = np.cumsum([0, *row["seq_lengths"][:-1]])
-        return joined_members([teacher[row[_ROW][start]] for start in starts.tolist()])
+        joined = joined_members([teacher[row[_ROW][start]] for start in starts.tolist()])
+        if QUESTION in rows.column_names:
+            joined[QUESTION] = [questions[row[_ROW][start]] for start in starts.tolist()]
+        return joined
 
     return bins.map(with_teacher, remove_columns=[_ROW], desc="Packing the teacher's side")
 

@@ -23,9 +23,10 @@ def rollouts_of(trainer: Any) -> Rollouts:
     """
     args, side, accelerator = trainer.args, trainer.student_side, trainer.accelerator
     vision = side.labelling.vision
-    check_prompts(args, side.train, trainer.data_collator, vision)
+    check_prompts(args, side.train, trainer.data_collator, vision, trainer.padding_free)
     tokens = student_tokens(side.model, side.tokenizer, trainer.vocab_size, text_only=not trainer.one_vocabulary)
     ranks = args.process_index, args.world_size
+    lay = side.views.collator if trainer.padding_free else None
     if args.rollout_server is None:
         if is_sharded(accelerator) and accelerator.is_main_process:
             size = sum(weights_of(part) * part.element_size() for part in side.model.parameters())
@@ -34,12 +35,12 @@ def rollouts_of(trainer: Any) -> Rollouts:
                 "step, in the type they are computed in. Set rollout_server if there is no memory for them."
             )
         # The student's views alone: a prompt is not asked about.
-        collate = Collator(side.views)
+        collate = None if trainer.padding_free else Collator(side.views)
         generator = student_generator(side.model, side.tokenizer, tokens, collate, accelerator, args)
-        return Rollouts(generator, tokens, args, *ranks)
+        return Rollouts(generator, tokens, args, *ranks, lay=lay)
     # Its name keeps it out of what is pushed to the Hub.
     folder = Path(args.rollout_server_folder or Path(args.output_dir or ".") / "_rollout_weights")
     probes = probes_of(side.tokenizer, side.processing_class, side.train, vision)
     settings = (side.model, tokens, side.tokenizer, accelerator, args, folder, probes)
     served = ServedStudent(*settings, trainer.weights_to_save)
-    return Rollouts(served, tokens, args, *ranks, hand_over=served.hand_over)
+    return Rollouts(served, tokens, args, *ranks, hand_over=served.hand_over, lay=lay)

@@ -67,7 +67,7 @@ class Prepared:
         check_held_out(evaluation, args)
         check_teachers(trainer, teacher, args, {"train": train, "eval": evaluation})
         if args.on_policy_fraction:
-            check_rollouts(teacher, train)
+            check_rollouts(teacher)
         if isinstance(model, str):
             model, processing_class = _load_student(model, settings, processing_class, quantization)
             args.model_init_kwargs = None

@@ -79,8 +79,9 @@ class RolloutConfig(DocumentedFields, SFTConfig):
         default=None,
         metadata={
             "help": "URLs of vLLM servers that generate the student's answers, started with "
-            "VLLM_SERVER_DEV_MODE=1. They get the student's weights before each batch. Default: generate "
-            "in this process with transformers."
+            "VLLM_SERVER_DEV_MODE=1. They get the student's weights before each batch. For a student with a LoRA "
+            "adapter, start them on its base model with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True: they "
+            "get the adapter alone. Default: generate in this process with transformers."
         },
     )
     rollout_server_folder: str | None = field(
@@ -88,6 +89,14 @@ class RolloutConfig(DocumentedFields, SFTConfig):
         metadata={
             "help": "Folder through which the weights reach rollout_server; the server must see it under the same "
             "path. Fast storage such as /dev/shm pays off. Default: _rollout_weights in output_dir."
+        },
+    )
+    rollout_ahead: Annotated[int, Range(min=0, max=1)] = field(
+        default=0,
+        metadata={
+            "help": "1: rollout_server answers the prompts of the next batch while this one trains, so that neither "
+            "waits for the other. The answers are then those of the student one step before; the logs say so as "
+            "rollout_staleness. 0 (default): a batch is answered before it is learnt from."
         },
     )
 
@@ -106,11 +115,17 @@ class RolloutConfig(DocumentedFields, SFTConfig):
                 "answers only. Set it to 0, or use method kd, taid or alm.",
                 because="not built",
             )
-        if self.packing or self.padding_free:
+        if self.packing and self.packing_strategy == "wrapped":
             raise UserError(
-                "packing and padding_free lay rows end to end before the student has answered them. Set both to "
-                "false, or on_policy_fraction: 0.",
-                because="not built",
+                "packing_strategy: wrapped cuts rows wherever a pack is full, so that a prompt may stand in one pack "
+                "and its answer in the next. Set packing_strategy: bfd, or on_policy_fraction: 0.",
+                because="meaning",
+            )
+        if self.rollout_ahead and self.rollout_server is None:
+            raise UserError(
+                "rollout_ahead has a server answer the next batch while this one trains, and without rollout_server "
+                "this process answers itself. Set rollout_server, or rollout_ahead: 0.",
+                because="meaning",
             )
 
     def _check_sampling(self) -> None:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mmkd.errors import UserError
-from mmkd.generation.generator import Generator, RowError, Sampling
+from mmkd.generation.generator import Generator, Prompt, RowError, Sampling
 from mmkd.generation.local_generation import (
     AnswerTokens,
     LocalGenerator,
     by_number,
+    prompt_inputs,
     seed_of,
     silenced_tokens,
     up_to_stop,
@@ -28,9 +30,12 @@ from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.several import parts_of
 
 from .answers import Placed, Rollout, answer_starts, prompts_of, with_answers
+from .laid_rows import Lay, laid_again, taken_apart
 from .rollout_config import RolloutConfig
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], Batch]
+Read = Callable[[Batch, Mapping[int, Placed]], Batch]
+"""(micro-batch with rollouts in place, these by their row) -> the micro-batch as the teacher reads it."""
 
 # Share of rollouts from which on they count as "all": one that happens to end does not hide that the others never do.
 NEARLY_ALL = 0.95
@@ -49,12 +54,25 @@ class RolloutPrompt:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """An accumulated batch and those of its prompts that the student answers."""
+
+    step: int
+    batches: Sequence[Batch]
+    single: list[Batch]
+    """The same with each sequence in a row of its own."""
+    prompts: list[RolloutPrompt]
+
+
+@dataclass(frozen=True)
 class Mixed:
     """What became of the rows that were answered."""
 
     prompts: list[RolloutPrompt]
     rollouts: list[Rollout]
     seconds: float
+    staleness: int = 0
+    """How many optimizer steps the student has taken since it answered."""
 
     def of(self, batch: int) -> dict[int, Placed]:
         """The rollouts of one micro-batch by their row."""
@@ -71,6 +89,7 @@ class Mixed:
             "rollout_length": (counts["tokens"], rollouts),
             "rollout_tokens": (counts["tokens"], 1),
             "rollout_seconds": (torch.tensor(self.seconds, device=device), 1),
+            "rollout_staleness": (torch.tensor(self.staleness * rollouts, device=device), rollouts),
         }
 
     def totals(self, summed: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, int]:
@@ -105,11 +124,18 @@ def student_tokens(model: Any, tokenizer: Any, vocab_size: int, text_only: bool)
 
 
 def student_generator(
-    model: Any, tokenizer: Any, tokens: AnswerTokens, collate: Collate, accelerator: Accelerator, args: RolloutConfig
+    model: Any,
+    tokenizer: Any,
+    tokens: AnswerTokens,
+    collate: Collate | None,
+    accelerator: Accelerator,
+    args: RolloutConfig,
 ) -> LocalGenerator[RolloutPrompt]:
-    """The student itself, which is asked with the very rows that it is trained on."""
+    """The student itself, which is asked with the very rows that it is trained on, or without `collate` by tokens."""
 
-    def inputs(prompts: list[RolloutPrompt]) -> dict[str, Any]:
+    def inputs(prompts: list[RolloutPrompt]) -> Mapping[str, Any]:
+        if collate is None:
+            return prompt_inputs(tokenizer, [Prompt(prompt.ids) for prompt in prompts])
         batch = collate([prompt.example for prompt in prompts])
         return prompts_of(batch.student, [prompt.start for prompt in prompts], tokens.pad)
 
@@ -140,6 +166,7 @@ class Rollouts:
         args: the run's settings.
         rank, ranks: this process among those that share a batch.
         hand_over: lets the generator speak with the student as it is now.
+        lay: collates single rows, where batches hold rows end to end.
     """
 
     def __init__(
@@ -150,12 +177,16 @@ class Rollouts:
         rank: int,
         ranks: int,
         hand_over: Callable[[], None] = lambda: None,
+        lay: Lay | None = None,
     ):
-        self.generator, self.tokens, self.args, self.hand_over = generator, tokens, args, hand_over
+        self.generator, self.tokens, self.args = generator, tokens, args
+        self.hand_over, self.lay = hand_over, lay
         self.rank, self.ranks = rank, ranks
         self._bad_steps = 0
 
-    def mix(self, batches: Sequence[Batch], step: int) -> tuple[list[Batch], Mixed]:
+    def mix(
+        self, batches: Sequence[Batch], step: int, read: Read = lambda batch, placed: batch
+    ) -> tuple[list[Batch], Mixed]:
         """The micro-batches of an optimizer step with the student's answers in some of their rows.
 
         Which rows, and the random numbers behind the answers, follow from the seed and the step alone. How a batch is
@@ -163,10 +194,27 @@ class Rollouts:
         """
         begun = time.monotonic()
         self.hand_over()
-        prompts = self._prompts(batches, step)
-        rollouts = self._answered(prompts, seed_of(repr((self.args.seed, "answers", step, self.rank))))
-        mixed = Mixed(prompts, rollouts, time.monotonic() - begun)
-        return [self._with(batch, mixed.of(number)) for number, batch in enumerate(batches)], mixed
+        asked = self.ask(batches, step)
+        rollouts = self.answer(asked)
+        return self.put(asked, Mixed(asked.prompts, rollouts, time.monotonic() - begun), read)
+
+    def ask(self, batches: Sequence[Batch], step: int) -> Asked:
+        """Which prompts of a step's batches the student answers."""
+        single = list(batches) if self.lay is None else [taken_apart(batch) for batch in batches]
+        return Asked(step, batches, single, self._prompts(single, step))
+
+    def answer(self, asked: Asked) -> list[Rollout]:
+        """The answers by whom the generator speaks with."""
+        return self._answered(asked.prompts, seed_of(repr((self.args.seed, "answers", asked.step, self.rank))))
+
+    def put(self, asked: Asked, mixed: Mixed, read: Read = lambda batch, placed: batch) -> tuple[list[Batch], Mixed]:
+        """The micro-batches with the answers in the place of what stood in these rows."""
+        batches = []
+        for number, (batch, single) in enumerate(zip(asked.batches, asked.single, strict=True)):
+            placed = mixed.of(number)
+            answered = read(self._with(single, placed), placed) if placed else batch
+            batches.append(laid_again(answered, self.lay) if placed and self.lay is not None else answered)
+        return batches, mixed
 
     def judge(self, totals: Mapping[str, int]) -> None:
         """Raises UserError when nearly all rollouts of all ranks have been useless for `rollout_patience` steps."""
@@ -203,12 +251,15 @@ class Rollouts:
     def _prompts(self, batches: Sequence[Batch], step: int) -> list[RolloutPrompt]:
         fraction = self.args.on_policy_fraction
         offset = seed_of(repr((self.args.seed, "rows", step))) / 2**32
-        prompts = []
+        prompts, rows = [], 0
         for number, batch in enumerate(batches):
             starts = answer_starts(batch.student, self.args.rollout_prompt_tokens)
             for row, start in enumerate(starts):
-                # The row's place in the batch of all micro-batches and ranks.
+                # The row's place in the batch of all micro-batches and ranks. No rank knows how many rows the others
+                # have packed into theirs.
                 place = (number * self.ranks + self.rank) * len(starts) + row
+                if self.args.packing:
+                    place, rows = rows * self.ranks + self.rank, rows + 1
                 chosen = math.floor((place + 1) * fraction + offset) > math.floor(place * fraction + offset)
                 if chosen and start is not None:
                     ids = batch["input_ids"][row, :start].tolist()
@@ -216,8 +267,6 @@ class Rollouts:
         return prompts
 
     def _with(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
-        if not placed:
-            return batch
         multiple: Any = self.args.pad_to_multiple_of
         return with_answers(
             batch,
@@ -228,33 +277,31 @@ class Rollouts:
         )
 
 
-def check_rollouts(teacher: Any, data: Any) -> None:
-    """Raises UserError for rows that cannot be answered reproducibly, and for a teacher that cannot judge answers."""
+def check_rollouts(teacher: Any) -> None:
+    """Raises UserError for a teacher that cannot judge answers."""
     if any(isinstance(part, CachedTeacher) for part in parts_of(teacher)):
         raise UserError(
             "A teacher_cache holds the teacher's words about the data's answers, not about what the student will say. "
             "Set on_policy_fraction: 0, or use the teacher itself (remove teacher_cache) or a teacher_server.",
             because="meaning",
         )
-    if not hasattr(data, "__len__"):
-        raise UserError(
-            "The train data is a stream, of which the student cannot answer rows reproducibly. Load it whole, or set "
-            "on_policy_fraction: 0.",
-            because="not built",
-        )
 
 
-def check_prompts(args: RolloutConfig, data: Any, collate: Collate, vision: bool) -> None:
-    """Raises UserError when none of the first rows has a prompt, or one that would cut an image."""
+def check_prompts(args: RolloutConfig, data: Any, collate: Collate, vision: bool, laid: bool) -> None:
+    """Raises UserError when none of the first rows has a prompt, or one that would cut an image.
+
+    `laid` says that `collate` lays rows end to end.
+    """
     if vision and args.rollout_prompt_tokens is not None:
         raise UserError(
             "rollout_prompt_tokens would cut rows within their images. Remove it, and map the data to prompt and "
             "completion.",
             because="meaning",
         )
-    examples = [dict(data[row]) for row in range(min(len(data), _LOOKED_AT))]
-    prompt_tokens = args.rollout_prompt_tokens
-    if all(start is None for row in examples for start in answer_starts(collate([row]).student, prompt_tokens)):
+    examples = [dict(row) for row in islice(data, _LOOKED_AT)]
+    batches = (collate([row]) for row in examples)
+    views = ((taken_apart(batch) if laid else batch).student for batch in batches)
+    if all(start is None for view in views for start in answer_starts(view, args.rollout_prompt_tokens)):
         raise UserError(
             f"None of the first {len(examples)} rows has a prompt that the student could answer: all of their tokens "
             "are supervised. Map the data to prompt and completion, set assistant_only_loss: true for messages, or "

@@ -216,9 +216,9 @@ def on_ranks(jobs: dict[str, Any], models: Path, folder: Path) -> dict[str, list
     return {name: [rank[name] for rank in ranks] for name in jobs}
 
 
-def test_who_cannot_judge_is_refused(completions: Dataset) -> None:
+def test_who_cannot_judge_is_refused() -> None:
     with pytest.raises(ValueError, match="teacher_cache holds the teacher's words"):
-        check_rollouts(CachedTeacher.__new__(CachedTeacher), completions)
+        check_rollouts(CachedTeacher.__new__(CachedTeacher))
 
 
 @pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer, ALMTrainer])

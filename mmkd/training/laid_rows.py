@@ -1,0 +1,67 @@
+"""Rows laid end to end, taken apart for the student to answer them, and laid end to end again with its answers."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from mmkd.preparation.pairs import QUESTION
+from mmkd.teachers.batch import Batch, View
+
+Lay = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+"""Collates rows of tokens and labels end to end."""
+
+
+def taken_apart(batch: Batch) -> Batch:
+    """The batch with each sequence as a row of its own, padded on the right, also where rows were packed before."""
+    rows = [part for row in batch.rows for part in _parts(row)]
+    device, route = batch.student.labels.device, batch.student.route
+    ids, labels = (
+        pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=padding).to(device)
+        for name, padding in (("input_ids", 0), ("labels", -100))
+    )
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows], device=device)
+    mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
+    if route is not None:
+        # One column: each row has one teacher.
+        route = route[0, lengths.cumsum(0) - lengths][:, None]
+    student = View({"input_ids": ids, "attention_mask": mask}, labels, route=route)
+    return replace(batch, student=student, row_lengths=lengths.cpu(), rows=rows)
+
+
+def laid_again(batch: Batch, lay: Lay) -> Batch:
+    """The batch of single rows with the student's side end to end, as `lay` collates it."""
+    view, route = batch.student, batch.student.route
+    device, lengths = view.labels.device, view.inputs["attention_mask"].sum(1)
+    rows = zip(view.inputs["input_ids"].tolist(), view.labels.tolist(), lengths.tolist(), strict=True)
+    laid = View.of(lay([{"input_ids": ids[:end], "labels": labels[:end]} for ids, labels, end in rows]))
+    laid = laid.map(lambda tensor: tensor.to(device))
+    if route is not None:
+        of_tokens = route[:, 0].repeat_interleave(lengths)
+        # Padding to a multiple, after the last row, is nobody's.
+        route = pad(of_tokens, (0, laid.labels.shape[1] - len(of_tokens)), value=-1)[None]
+    return replace(batch, student=replace(laid, route=route), row_lengths=lengths.cpu())
+
+
+def _parts(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The sequences of a row that may be packed, as rows of their own; with a teacher's tokens where it has those."""
+    sides = [{"input_ids": row["input_ids"], "labels": row.get("labels", row["input_ids"])}]
+    lengths: list[Sequence[int]] = [row.get("seq_lengths") or [len(row["input_ids"])]]
+    if "teacher_input_ids" in row:
+        sides.append({name: row[name] for name in ("teacher_input_ids", "teacher_labels")})
+        lengths.append(row.get("teacher_seq_lengths") or [len(row["teacher_input_ids"])])
+    spans = [list(pairwise(accumulate(side, initial=0))) for side in lengths]
+    for number, places in enumerate(zip(*spans, strict=True)):
+        part = {
+            name: values[start:end]
+            for side, (start, end) in zip(sides, places, strict=True)
+            for name, values in side.items()
+        }
+        if QUESTION in row:
+            question = row[QUESTION]
+            part[QUESTION] = question if isinstance(question, str) else question[number]
+        yield part
