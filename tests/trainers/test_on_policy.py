@@ -184,8 +184,9 @@ def test_losses_do_not_depend_on_ranks(
     serving = {"max_model_len": 256, "tokenizer": tokenizer, "folder": str(tiny["student"])}
     with fake_vllm(ServedStudent, **serving) as fake:
         jobs: dict[str, Any] = {f"{how} here": {"how": how} for how in ways}
-        jobs |= {f"{how} served": {"how": how, "server": fake.url} for how in ways}
+        # Before the server gets other weights than those under the adapter.
         jobs |= {f"{how} adapter served": {"how": how, "server": fake.url, "lora": True} for how in ways}
+        jobs |= {f"{how} served": {"how": how, "server": fake.url} for how in ways}
         seen = on_ranks(jobs, tiny["teacher"].parent, tmp_path)
         assert fake.loads == 4 * 2 * len(ways)
     alone = build(KDTrainer, completions, **GREEDY)
