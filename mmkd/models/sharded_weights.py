@@ -19,6 +19,7 @@ from mmkd.seams.accelerate_seam import count_ranks_as_gpus, shard_by_fsdp2
 from mmkd.seams.deepspeed_seam import gathered as gathered_parameters
 from mmkd.seams.deepspeed_seam import kept_whole
 from mmkd.seams.peft_seam import is_copied
+from mmkd.seams.torch_seam import settle_root
 
 from .backbone import base_of
 from .heads import LMHead
@@ -165,6 +166,8 @@ def whole_on_every_rank(model: torch.nn.Module, accelerator: Accelerator) -> Ite
         with kept_whole(engine):
             yield
         return
+    if isinstance(model, FSDPModule):
+        settle_root(model)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -181,7 +184,8 @@ def whole_on_every_rank(model: torch.nn.Module, accelerator: Accelerator) -> Ite
 def called(model: torch.nn.Module, accelerator: Accelerator) -> Iterator[Any]:
     """What to call in it to run a student outside of a training step, layer by layer where it is sharded."""
     engine = _zero3_engine(accelerator)
-    yield base_of(cast(PreTrainedModel, model)) if engine is None else engine
+    # FSDP2 wants its root called, which is PEFT's wrapper where there is one.
+    yield model if engine is None else engine
     reshard(model)
 
 

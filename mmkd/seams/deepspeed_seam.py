@@ -43,7 +43,7 @@ def kept_whole(engine: Any) -> Iterator[None]:
     The engine's hooks would cut a layer up again once it has run, in the midst of what is gathered; trl takes them off
     in the same way to generate.
     """
-    from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+    from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
     from trl.models.utils import add_hooks, remove_hooks
 
     with GatheredParameters(list(engine.parameters())):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 
 
 def cpu_has_products_of(dtype: torch.dtype) -> bool:
@@ -30,6 +31,14 @@ def without_data() -> AbstractContextManager:
 def storage_key(tensor: Tensor) -> int:
     """What tensors that share their memory have in common; those without data have no `data_ptr`."""
     return tensor.untyped_storage()._cdata
+
+
+def settle_root(model: FSDPModule) -> None:
+    """Tells FSDP2 which module is the root of all that it has sharded, which it learns from a first forward pass.
+
+    A part of the model that is run before, as generation does under an adapter, would count as another root.
+    """
+    model._get_fsdp_state()._lazy_init()
 
 
 def cpu_attention_flops(forward: Callable[..., int], backward: Callable[..., int]) -> dict[Any, Callable[..., int]]:

@@ -3,6 +3,7 @@
 They run on tiny objects, so that raising a cap in pyproject.toml is one commit: new versions, these tests, repairs.
 """
 
+import importlib
 import inspect
 import logging
 import re
@@ -17,6 +18,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
@@ -417,6 +419,7 @@ def test_deepspeed_marks_what_it_cuts() -> None:
     source = inspect.getsource(deepspeed.runtime.zero.partition_parameters)
     assert all(name in source for name in ("ds_status", "ds_tensor", "ds_numel", "ds_shape", "ds_process_group"))
     assert parameters_of(deepspeed.runtime.zero.GatheredParameters.__init__)[:2] == ["self", "params"]
+    assert deepspeed_seam.weights_of(torch.nn.Parameter(torch.zeros(3))) == 3
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # pyright: ignore
 
     assert parameters_of(get_fp32_state_dict_from_zero_checkpoint)[0] == "checkpoint_dir"
@@ -453,6 +456,17 @@ def test_torch_counts_attention_by_our_formulas() -> None:
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
     assert counter.get_total_flops() == 18
+
+
+def test_torch_shards_below_a_root() -> None:
+    assert {"_get_fsdp_state", "unshard", "set_reshard_after_forward"} <= {*dir(FSDPModule)}
+    state = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_state").FSDPState
+    assert parameters_of(state._lazy_init) == ["self"]
+
+
+def test_trl_takes_the_hooks_off_an_engine() -> None:
+    utils = importlib.import_module("trl.models.utils")
+    assert [parameters_of(hooks) for hooks in (utils.remove_hooks, utils.add_hooks)] == [["model"], ["model"]]
 
 
 # Messages that are kept back

@@ -184,6 +184,7 @@ def test_losses_do_not_depend_on_ranks(
     serving = {"max_model_len": 256, "tokenizer": tokenizer, "folder": str(tiny["student"])}
     with fake_vllm(ServedStudent, **serving) as fake:
         jobs: dict[str, Any] = {f"{how} here": {"how": how} for how in ways}
+        jobs |= {f"{how} adapter here": {"how": how, "lora": True} for how in ways}
         # Before the server gets other weights than those under the adapter.
         jobs |= {f"{how} adapter served": {"how": how, "server": fake.url, "lora": True} for how in ways}
         jobs |= {f"{how} served": {"how": how, "server": fake.url} for how in ways}
