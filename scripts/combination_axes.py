@@ -121,25 +121,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "Rows with images cannot be laid end to end",
     ),
     Refusal(
-        {"answers": ("packed on-policy",)},
-        "not built",
-        "Rows are laid end to end before the student has answered them.",
-        "packing and padding_free lay rows end to end",
-    ),
-    Refusal(
-        {"answers": _ON_POLICY, "ranks": ("FSDP2", "ZeRO-3")},
-        "not built",
-        "Generating in the training process would gather all weights for every token.",
-        "on_policy_fraction generates with a student whose weights are sharded",
-    ),
-    Refusal(
         {"method": ("alm", "llava_kd"), "teacher": _SEVERAL},
         "not built",
         "These methods learn from one teacher.",
         "learns from one teacher",
     ),
     Refusal(
-        {"teacher": ("several, routed",), "answers": ("packed",)},
+        {"teacher": ("several, routed",), "answers": ("packed", "packed on-policy")},
         "not built",
         "A pack holds rows of different teachers.",
         "Packing joins rows of different teachers",

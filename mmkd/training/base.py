@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from mmkd.models.backbone import allow_consumers
 from mmkd.models.heads import LMHead
 from mmkd.models.last_block import LastBlock
 from mmkd.models.sharded_weights import is_sharded
-from mmkd.preparation.checks import check_stream, check_student
+from mmkd.preparation.checks import check_student
 from mmkd.preparation.collation import Collator, views_of
 from mmkd.preparation.labelling import LabellingTrainer
 from mmkd.preparation.row_names import RowNames
@@ -38,8 +37,6 @@ from .method_trainer import MethodTrainer, Signal
 from .on_policy import rollouts_of
 from .prepared import Prepared, canonical_rows, unread
 from .reports import reports_of
-from .rollout_ahead import RolloutsAhead
-from .rollouts import Rollouts
 from .run_trainer import RunTrainer
 from .sharding import without_repeated_rows
 from .teaching import StudentSide, first_rows
@@ -140,8 +137,8 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         self.accelerator.dataloader_config.dispatch_batches = False
         check_student(self)
         self._fit(teacher, teacher_processing_class)
-        self.rollouts: Rollouts | None = rollouts_of(self) if self.args.on_policy_fraction else None
-        self._ahead = RolloutsAhead(self.rollouts) if self.rollouts is not None and self.args.rollout_ahead else None
+        if self.args.on_policy_fraction:
+            self.start_rollouts(rollouts_of(self))
 
     def _fit(self, teacher: Any, teacher_processing_class: Any) -> None:
         """Fits teacher, student and prepared rows to each other: what is compared, and what makes batches."""
@@ -236,17 +233,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Collects one accumulated batch and counts its items of each kind over all ranks."""
         self._clock.begin()
-        held = [] if self._ahead is None else self._ahead.held(epoch_iterator)
-        batches, num_items = super().get_batch_samples(chain(held, epoch_iterator), num_batches, device)
-        if 0 < len(batches) < num_batches:
-            # A stream ends. The Trainer takes no step of too few, and would add their gradient to the next epoch's.
-            check_stream(len(batches), num_batches, self.state.global_step)
-            batches = []
-        if self.rollouts is not None:
-            batches = self._with_answers(self.rollouts, batches)
-        if self._ahead is not None and self.state.global_step + 1 < self.state.max_steps:
-            steps = self.args.gradient_accumulation_steps
-            self._ahead.begin(epoch_iterator, steps, self.state.global_step + 1)
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [self.ask_ahead(batch, len(batches) == 1) for batch in batches]
         counts: dict[str, Tensor] = {}
         for batch in batches:
@@ -254,31 +241,6 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
                 counts[kind] = counts.get(kind, torch.zeros((), dtype=torch.long, device=device)) + count.to(device)
         self._counts = {kind: self._summed(counts[kind]) for kind in sorted(counts)}
         return batches, num_items
-
-    def _with_answers(self, rollouts: Rollouts, batches: list[Batch]) -> list[Batch]:
-        """The micro-batches of an optimizer step, the student's answers among them; told in the logs."""
-        source = rollouts if self._ahead is None else self._ahead
-        batches, mixed = source.mix(batches, self.state.global_step, self.with_rollouts)
-        self._record(mixed.reports(self.accelerator.device), "train")
-        rollouts.judge(mixed.totals(self._summed, self.accelerator.device))
-        return [replace(batch, rows=()) for batch in batches]
-
-    def training_starts(self) -> None:
-        """Nothing is asked ahead yet."""
-        super().training_starts()
-        if self._ahead is not None:
-            self._ahead.start_over()
-
-    def state_to_save(self) -> dict[str, Any]:
-        """The rollouts of the step after the checkpoint, too."""
-        ahead = {} if self._ahead is None else {"rollouts_ahead": self._ahead.state()}
-        return super().state_to_save() | ahead
-
-    def state_restored(self, state: dict[str, Any] | None) -> None:
-        """The rollouts of the step after the checkpoint, too."""
-        super().state_restored(state)
-        if self._ahead is not None and state is not None and "rollouts_ahead" in state:
-            self._ahead.restore(state["rollouts_ahead"])
 
     def on_device(self, inputs: Any) -> Any:
         """The Trainer's, of every tensor of a batch."""

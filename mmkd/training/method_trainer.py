@@ -1,6 +1,7 @@
 """What a method adds to a trainer, and the losses that methods share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 from jaxtyping import Float
@@ -13,22 +14,21 @@ from mmkd.losses.fused import Objective, Targets, fused_loss
 from mmkd.models.heads import LMHead
 from mmkd.models.last_block import LastBlock
 from mmkd.teachers.batch import Batch, View
-from mmkd.teachers.several import asked
+from mmkd.teachers.several import asked, parts_of
 from mmkd.teachers.signals import DenseSignal, MixedSignal, RoutedSignal, TopKSignal
 from mmkd.teachers.teacher import Teacher
 
-from .answers import Placed
 from .balance import balance_factors, gradients_in_last_layer
 from .config import DistillationConfig
 from .items import ItemLosses, Supervised
-from .reports import ReportingTrainer
+from .rollout_trainer import RolloutTrainer
 from .teaching import StudentSide, Teaching, teaching_of
 
 Signal = TypeVar("Signal")
 """What a method reads of its teacher."""
 
 
-class MethodTrainer(ReportingTrainer, Generic[Signal]):
+class MethodTrainer(RolloutTrainer, Generic[Signal]):
     """The hooks that a method overrides, of which it must write `item_losses`, and what it calls in them."""
 
     method: ClassVar[str]
@@ -75,10 +75,15 @@ class MethodTrainer(ReportingTrainer, Generic[Signal]):
 
     def ask(self, batch: Batch) -> Signal | MixedSignal[Signal] | RoutedSignal[Signal] | None:
         """What the teacher says about a batch, or each of several; None where nobody is asked."""
-        if self.teacher is None:
-            return None
+        if self.teacher is None or batch.asked is not None:
+            return batch.asked
         batch.check_answers()
         return asked(self.teacher, batch, self.ask_teacher)
+
+    def early_question(self) -> Callable[[Batch], Batch] | None:
+        """That of servers, about the student's own tokens; other tokens are made of rollouts in the step."""
+        served = all(isinstance(part, Teacher) and part.served for part in parts_of(self.teacher))
+        return (lambda batch: replace(batch, asked=self.ask(batch))) if served and self.one_vocabulary else None
 
     def ask_teacher(self, teacher: Teacher[Any], name: str, view: View) -> Signal:
         """What a teacher says about what it reads; `name` is its name among several."""
@@ -89,10 +94,6 @@ class MethodTrainer(ReportingTrainer, Generic[Signal]):
 
         `alone` says that it is the only one of its optimizer step, so that what it holds lives no longer than that.
         """
-        return batch
-
-    def with_rollouts(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
-        """A micro-batch whose rollouts (row -> rollout) are in place, as the method's teacher reads it."""
         return batch
 
     def read_student(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Supervised:

@@ -18,8 +18,8 @@ from .rollouts import Asked, Mixed, Read, RolloutPrompt, Rollouts
 
 logger = logging.getLogger(__name__)
 
-Answers = tuple[list[Rollout], float]
-"""Rollouts, and the seconds that they took."""
+Answers = tuple[Mixed, list[Batch] | None]
+"""What became of rows, and where the teacher was asked too the micro-batches with what it said."""
 
 
 class RolloutsAhead:
@@ -28,10 +28,14 @@ class RolloutsAhead:
     The first batch of a training and of an epoch is answered before it is learnt from. Weights are handed over between
     two steps only, and never while answers are under way. A checkpoint holds the answers to the batch after it, so
     that a resumed run goes on with them.
+
+    Args:
+        rollouts: whose answers they are.
+        ask: adds to a micro-batch what its teacher says, where that can be asked beside a step.
     """
 
-    def __init__(self, rollouts: Rollouts):
-        self.rollouts = rollouts
+    def __init__(self, rollouts: Rollouts, ask: Callable[[Batch], Batch] | None = None):
+        self.rollouts, self.ask = rollouts, ask
         self._saved: list[dict[str, Any] | None] = []
         self._forget()
 
@@ -52,8 +56,8 @@ class RolloutsAhead:
         asked, answers = self._asked, self._answers
         if asked is not None and answers is not None and [*map(id, asked.batches)] == [*map(id, batches)]:
             self._forget()
-            rollouts, seconds = answers.result()
-            return self.rollouts.put(asked, Mixed(asked.prompts, rollouts, seconds, staleness=1), read)
+            mixed, answered = answers.result()
+            return self.rollouts.put(asked, mixed, read) if answered is None else (answered, mixed)
         self._drop()
         saved, self._saved = self._saved, []
         if saved:
@@ -70,14 +74,14 @@ class RolloutsAhead:
             return
         self.rollouts.hand_over()
         self._iterator, self._asked = iterator, self.rollouts.ask(batches, step)
-        self._answers = _in_background(self._timed, self._asked)
+        self._answers = _in_background(self._answered, self._asked)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint is to hold, as JSON can say it: the answers of every rank; all of them must ask."""
         own = None
         # An error comes up in the step that wants the answers.
         if self._asked is not None and self._answers is not None and self._answers.exception() is None:
-            answers = [[rollout.ids, rollout.ended] for rollout in self._answers.result()[0]]
+            answers = [[rollout.ids, rollout.ended] for rollout in self._answers.result()[0].rollouts]
             own = {"step": self._asked.step, "prompts": _digest(self._asked.prompts), "answers": answers}
         return {"ranks": gather_object([own])}
 
@@ -99,9 +103,14 @@ class RolloutsAhead:
         assert own is not None
         return [Rollout(list(ids), bool(ended)) for ids, ended in own["answers"]]
 
-    def _timed(self, asked: Asked) -> Answers:
+    def _answered(self, asked: Asked) -> Answers:
         begun = time.monotonic()
-        return self.rollouts.answer(asked), time.monotonic() - begun
+        rollouts = self.rollouts.answer(asked)
+        mixed = Mixed(asked.prompts, rollouts, time.monotonic() - begun, staleness=1)
+        if self.ask is None:
+            return mixed, None
+        batches, _ = self.rollouts.put(asked, mixed)
+        return mixed, [self.ask(batch) for batch in batches]
 
     def _drop(self) -> None:
         """Forgets what is under way, once it is not any more."""

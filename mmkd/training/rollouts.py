@@ -4,11 +4,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from mmkd.errors import UserError
@@ -251,20 +252,24 @@ class Rollouts:
     def _prompts(self, batches: Sequence[Batch], step: int) -> list[RolloutPrompt]:
         fraction = self.args.on_policy_fraction
         offset = seed_of(repr((self.args.seed, "rows", step))) / 2**32
-        prompts, rows = [], 0
-        for number, batch in enumerate(batches):
-            starts = answer_starts(batch.student, self.args.rollout_prompt_tokens)
+        starts_of = [answer_starts(batch.student, self.args.rollout_prompt_tokens) for batch in batches]
+        prompts, before = [], self._rows_before([len(starts) for starts in starts_of])
+        for number, (batch, starts) in enumerate(zip(batches, starts_of, strict=True)):
             for row, start in enumerate(starts):
-                # The row's place in the batch of all micro-batches and ranks. No rank knows how many rows the others
-                # have packed into theirs.
-                place = (number * self.ranks + self.rank) * len(starts) + row
-                if self.args.packing:
-                    place, rows = rows * self.ranks + self.rank, rows + 1
+                # The row's place in the batch of all micro-batches and ranks.
+                place = before[number] + row
                 chosen = math.floor((place + 1) * fraction + offset) > math.floor(place * fraction + offset)
                 if chosen and start is not None:
                     ids = batch["input_ids"][row, :start].tolist()
                     prompts.append(RolloutPrompt(number, row, start, ids, batch.rows[row]))
         return prompts
+
+    def _rows_before(self, rows: list[int]) -> list[int]:
+        """How many rows of all ranks stand before each micro-batch of this one, which has so many."""
+        # Only packs hold different numbers of rows.
+        everyone = gather_object([rows]) if self.args.packing else [rows] * self.ranks
+        counts = list(chain.from_iterable(zip(*everyone, strict=True)))
+        return list(accumulate(counts, initial=0))[self.rank :: self.ranks][: len(rows)]
 
     def _with(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
         multiple: Any = self.args.pad_to_multiple_of

@@ -402,11 +402,18 @@ def test_other_methods_refuse_rollouts(method: str, tmp_path: Path) -> None:
         METHODS[method].config(output_dir=str(tmp_path), bf16=False, report_to="none", on_policy_fraction=0.5)
 
 
-def test_data_without_prompts_and_streams_are_refused(build: Build, texts: Dataset, completions: Dataset) -> None:
+def test_data_without_prompts_are_refused(build: Build, texts: Dataset) -> None:
     with pytest.raises(ValueError, match=r"None of the first 24 rows has a prompt.*rollout_prompt_tokens"):
         build(KDTrainer, texts, **GREEDY)
-    with pytest.raises(ValueError, match="is a stream"):
-        build(KDTrainer, completions.to_iterable_dataset(), **GREEDY)
+
+
+def test_rows_of_a_stream_are_answered(build: Build, completions: Dataset) -> None:
+    """As those of the same data in the same order, a seed repeats them."""
+    settings = {**GREEDY, "rollout_temperature": 1.0, "max_steps": 3}
+    in_order = steps(build(KDTrainer, completions, train_sampling_strategy="sequential", **settings))
+    stream = completions.to_iterable_dataset()
+    streamed = [steps(build(KDTrainer, stream, **settings)) for _ in range(2)]
+    assert streamed[0] == streamed[1] == in_order
 
 
 # The command line

@@ -133,3 +133,50 @@ def test_a_real_vllm_follows_the_student(
                 trainer.train()
         else:
             assert steps(trainer) == [pytest.approx(pair, rel=1e-3) for pair in here]
+
+
+@pytest.mark.slow
+def test_a_real_vllm_follows_an_adapter(
+    build: Build,
+    completions: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also one step ahead: of a student that stays as it is, that changes nothing."""
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
+    student = save(make_model(width=64, seed=2, rows=len(tokenizer)), tokenizer, tmp_path / "student")
+
+    def adapted(**settings: Any) -> list[tuple[float, float]]:
+        torch.manual_seed(0)
+        models = {"model": str(student), "peft_config": LoraConfig(**LORA)}
+        return steps(build(KDTrainer, completions, trainer=models, **SETTINGS, **settings))
+
+    here, still = adapted(), adapted(learning_rate=0.0)
+    with serve(
+        student, tmp_path / "server.log", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "1"
+    ) as served:
+        assert adapted(rollout_server=[served.url]) == [pytest.approx(pair, rel=1e-3) for pair in here]
+        ahead = adapted(rollout_server=[served.url], rollout_ahead=1, learning_rate=0.0)
+    assert ahead == [pytest.approx(pair, rel=1e-3) for pair in still]
+
+
+@pytest.mark.slow
+def test_a_real_vllm_sees_the_images_of_a_prompt(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of a vision tower too are those of the step: what the server made of images before is forgotten."""
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    student = make_vlm(tmp_path / "student")
+    models = {"model": str(student), "teacher": str(student)}
+    settings: dict[str, Any] = {
+        **SETTINGS,
+        "max_length": None,
+        "assistant_only_loss": True,
+        "rollout_temperature": 0.0,
+    }
+    rows = vision_rows([1, 2, 0, 1] * 3)
+    here = steps(build(KDTrainer, rows, trainer=models, **settings))
+    with serve(student, tmp_path / "server.log") as served:
+        there = steps(build(KDTrainer, rows, trainer=models, rollout_server=[served.url], **settings))
+    assert there == [pytest.approx(pair, rel=2e-2) for pair in here]

@@ -1,0 +1,79 @@
+"""The part of a training in which the student answers prompts: what becomes of an accumulated batch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+
+from mmkd.preparation.checks import check_stream
+from mmkd.teachers.batch import Batch
+
+from .answers import Placed
+from .reports import ReportingTrainer
+from .rollout_ahead import RolloutsAhead
+from .rollouts import Rollouts
+
+
+class RolloutTrainer(ReportingTrainer):
+    """trl's SFTTrainer whose accumulated batches may hold what the student says itself, in the place of the data."""
+
+    rollouts: Rollouts | None = None
+    _ahead: RolloutsAhead | None = None
+
+    def start_rollouts(self, rollouts: Rollouts) -> None:
+        """From now on the student answers prompts of the batches it trains on."""
+        self.rollouts = rollouts
+        self._ahead = RolloutsAhead(rollouts, self.early_question()) if self.args.rollout_ahead else None
+
+    def with_rollouts(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
+        """A micro-batch whose rollouts (row -> rollout) are in place, as the method's teacher reads it."""
+        return batch
+
+    def early_question(self) -> Callable[[Batch], Batch] | None:
+        """What adds to a batch what the teacher says of it, where that can be asked while another one is learnt from.
+
+        It is called in another thread: neither a model of this process nor other ranks may be needed.
+        """
+        return None
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The Trainer's accumulated batch, with the student's answers."""
+        held = [] if self._ahead is None else self._ahead.held(epoch_iterator)
+        batches, num_items = super().get_batch_samples(chain(held, epoch_iterator), num_batches, device)
+        if 0 < len(batches) < num_batches:
+            # A stream ends. The Trainer takes no step of too few, and would add their gradient to the next epoch's.
+            check_stream(len(batches), num_batches, self.state.global_step)
+            batches = []
+        if self.rollouts is not None:
+            batches = self._with_answers(self.rollouts, batches)
+        if self._ahead is not None and self.state.global_step + 1 < self.state.max_steps:
+            steps = self.args.gradient_accumulation_steps
+            self._ahead.begin(epoch_iterator, steps, self.state.global_step + 1)
+        return batches, num_items
+
+    def _with_answers(self, rollouts: Rollouts, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches of an optimizer step, the student's answers among them; told in the logs."""
+        source = rollouts if self._ahead is None else self._ahead
+        batches, mixed = source.mix(batches, self.state.global_step, self.with_rollouts)
+        self._record(mixed.reports(self.accelerator.device), "train")
+        rollouts.judge(mixed.totals(self._summed, self.accelerator.device))
+        return [replace(batch, rows=()) for batch in batches]
+
+    def training_starts(self) -> None:
+        """Nothing is asked ahead yet."""
+        super().training_starts()
+        if self._ahead is not None:
+            self._ahead.start_over()
+
+    def state_to_save(self) -> dict[str, Any]:
+        """The rollouts of the step after the checkpoint, too."""
+        ahead = {} if self._ahead is None else {"rollouts_ahead": self._ahead.state()}
+        return super().state_to_save() | ahead
+
+    def state_restored(self, state: dict[str, Any] | None) -> None:
+        """The rollouts of the step after the checkpoint, too."""
+        super().state_restored(state)
+        if self._ahead is not None and state is not None and "rollouts_ahead" in state:
+            self._ahead.restore(state["rollouts_ahead"])
