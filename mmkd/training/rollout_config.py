@@ -79,9 +79,9 @@ class RolloutConfig(DocumentedFields, SFTConfig):
         default=None,
         metadata={
             "help": "URLs of vLLM servers that generate the student's answers, started with "
-            "VLLM_SERVER_DEV_MODE=1. They get the student's weights before each batch. For a student with a LoRA "
-            "adapter, start them on its base model with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True: they "
-            "get the adapter alone. Default: generate in this process with transformers."
+            "VLLM_SERVER_DEV_MODE=1. They get the student's weights before each batch, or its adapter alone; the "
+            "on-policy page says how to start them for an adapter. Default: generate in this process with "
+            "transformers."
         },
     )
     rollout_server_folder: str | None = field(

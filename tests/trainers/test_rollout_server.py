@@ -1,5 +1,6 @@
 """Rollouts by servers: they speak with the student's weights of this very step, or the run ends."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from mmkd.methods.kd import KDTrainer
 from scripts.make_tiny_models import make_model, save
@@ -80,6 +81,25 @@ def test_a_server_gets_the_adapter_alone(
     files = {path.name for path in (tmp_path / "run" / "_rollout_weights").iterdir()}
     assert "adapter_model.safetensors" in files
     assert "model.safetensors" not in files
+
+
+def test_a_base_that_is_quantised_here_alone_is_said(
+    build: Build,
+    completions: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # bitsandbytes' 4-bit kernel wants widths that its blocks of 64 divide.
+    wide = save(make_model(width=128, rows=len(tokenizer)), tokenizer, tmp_path / "wide")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    adapter = LoraConfig(**{**LORA, "target_modules": ["q_proj", "v_proj"]})
+    models = {"model": str(wide), "peft_config": adapter, "quantization_config": four_bits}
+    with fake_vllm(ServedStudent, max_model_len=256, tokenizer=tokenizer, folder=str(wide)) as fake:
+        build(KDTrainer, completions, trainer=models, rollout_server=[fake.url], **SETTINGS).train()
+        assert (fake.loads, len(fake.adapters)) == (3, 1)
+    (said,) = [record.message for record in caplog.records if "quantised in this process" in record.message]
+    assert re.search(r"0\.\d*[1-9]\d* nats per token from the student", said)
 
 
 def test_a_server_sees_the_images_of_a_prompt(build: Build, tmp_path: Path) -> None:
