@@ -280,7 +280,7 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
         counted = {name: terms[name] for name, share in shares.items() if share}
         if self.balances:
             # All alike, whatever their weights: so do the authors.
-            return self.balanced(counted, _ITEMS)
+            return self.balanced({name: {_ITEMS[name]: total} for name, total in counted.items()})
         weighted = self.args.combine == "weights"
         weights = {name: shares[name] for name in counted} if weighted else None
         factors = combination_weights("weights" if weighted else "sum", list(counted), weights)

@@ -1,5 +1,6 @@
 """LLaVA-KD: the teacher's answers, its visual tokens and how they relate to each other (2410.16236)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,12 +15,13 @@ from mmkd.losses.visual_relations import common_tokens, logit_metric, pooled, re
 from mmkd.models.backbone import full_head
 from mmkd.models.heads import LMHead
 from mmkd.schema import NonNegativeFloat, Share
-from mmkd.teachers.batch import Batch, View
-from mmkd.teachers.signals import DenseSignal
-from mmkd.teachers.teacher import DenseTeacher
+from mmkd.teachers.batch import ONLY, Batch, View
+from mmkd.teachers.several import parts_of
+from mmkd.teachers.signals import DenseSignal, MixedSignal
+from mmkd.teachers.teacher import DenseTeacher, Teacher
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
-from mmkd.training.items import ItemLosses, Supervised
+from mmkd.training.items import ItemLosses, Supervised, kind_of
 from mmkd.training.method import Method
 from mmkd.training.teaching import StudentSide, Teaching
 
@@ -94,10 +96,6 @@ class LLaVAKDConfig(DistillationConfig):
         return {"ce": 1.0, "divergence": self.alpha, "visual_kl": self.beta, "relation_distance": self.gamma}
 
 
-_ITEMS = {"ce": "token", "divergence": "token", "visual_kl": "visual_token", "relation_distance": "image"}
-"""Term of the loss -> kind of the items that it sums."""
-
-
 @dataclass(frozen=True)
 class VisualSupervised(Supervised):
     """The student at the answer's positions, and at the visual tokens themselves (unshifted, as the authors do)."""
@@ -114,16 +112,21 @@ class VisualSignal:
     answer: DenseSignal
     visual: DenseSignal
     images: Int[Tensor, "image"]
+    teacher: str = ONLY
+    """Its name among several."""
 
 
-class LLaVAKDTrainer(DistillationTrainer[VisualSignal]):
+class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal]]):
     """Minimises `cross-entropy + alpha KL(answer) + beta KL(visual tokens) + gamma (1 - cos of their relations)`.
 
     The terms are means over tokens, visual tokens and images of the whole accumulated batch on all ranks. Rows without
-    images have the first two only.
+    images have the first two only. Several teachers that are mixed have each visual terms of their own, with their
+    weights, over as many visual tokens as each can be compared on.
     """
 
     method = "llava_kd"
+    takes_several = True
+    reports_by_teacher = ("kl", "visual_kl", "relation_distance")
     config_class = LLaVAKDConfig
     accepts = (DenseSignal,)
     args: LLaVAKDConfig
@@ -132,14 +135,15 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal]):
         "id": "2410.16236",
     }
 
-    _teacher_metric: Tensor | None = None
+    _metrics: Mapping[str, Tensor] = {}
+    """W^T W of the head of each teacher, by its name."""
 
     def build_teacher(self, student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:
         """The base's. Raises UserError too where visual tokens cannot be related by their logits."""
         teaching = super().build_teacher(student, teacher, processing_class)
         if self.args.gamma and self.args.relation_on == "logits":
-            assert isinstance(teaching.teacher, DenseTeacher)
-            if full_head(self.model).softcap is not None or teaching.teacher.softcap is not None:
+            teachers = [part for part in parts_of(teaching.teacher) if isinstance(part, DenseTeacher)]
+            if any(cap is not None for cap in (full_head(self.model).softcap, *(part.softcap for part in teachers))):
                 raise UserError(
                     "The logits of the student or the teacher are softcapped (Gemma 2), so their products do not "
                     "follow from the head alone. Set relation_on: hidden.",
@@ -149,22 +153,20 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal]):
 
     def count_items(self, batch: Batch) -> dict[str, Tensor]:
         """Tokens, visual tokens that are compared, and images, each kind with its own mean."""
-        common = self._common(batch.student.images[:, 1], batch.teacher_view().images[:, 1])
-        device = batch.student.labels.device
-        return {
-            **super().count_items(batch),
-            "visual_token": torch.tensor(sum(common), device=device),
-            "image": torch.tensor(len(common), device=device),
-        }
 
-    def ask(self, batch: Batch) -> VisualSignal:
-        """One pass of the teacher, read at the answer and at its visual tokens."""
-        batch.check_answers()
-        view = batch.teacher_view()
+        def count(student: View, teacher: View) -> dict[str, Tensor]:
+            common = self._common(student.images[:, 1], teacher.images[:, 1])
+            numbers = {"visual_token": sum(common), "image": len(common)}
+            return {kind: torch.tensor(number, device=student.labels.device) for kind, number in numbers.items()}
+
+        return {**super().count_items(batch), **self.count_pairs(batch, count)}
+
+    def ask_teacher(self, teacher: Teacher[DenseSignal], name: str, view: View) -> VisualSignal:
+        """One pass of a teacher, read at the answer and at its visual tokens."""
         visual = view.visual[:, :-1]
-        signal = self.teacher.ask(view, looked_at := view.supervised | visual)
+        signal = teacher.ask(view, looked_at := view.supervised | visual)
         answer, seen = (DenseSignal(signal.hidden[mask[looked_at]], signal.head) for mask in (view.supervised, visual))
-        return VisualSignal(answer, seen, view.images[:, 1])
+        return VisualSignal(answer, seen, view.images[:, 1], name)
 
     def read_student(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Supervised:
         """The student at the same positions of its own sequence."""
@@ -172,53 +174,71 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal]):
         seen = hidden[:, :-1][view.visual[:, :-1]]
         return VisualSupervised(supervised.hidden, supervised.head, supervised.labels, seen, view.images[:, 1])
 
-    def item_losses(self, student: Supervised, signal: VisualSignal) -> ItemLosses:
+    def item_losses(self, student: Supervised, signal: VisualSignal | MixedSignal[VisualSignal]) -> ItemLosses:
         """The weighted terms of one micro-batch, each with its own kind of item."""
         assert isinstance(student, VisualSupervised)
-        args = self.args
-        common = self._common(student.images, signal.images)
-        ours = pooled(student.visual, student.images.tolist(), common)
-        theirs = pooled(signal.visual.hidden, signal.images.tolist(), common)
-        visual = self._visual_kl(ours, student.head, DenseSignal(theirs, signal.visual.head))
-        relation = self._relation(ours, student.head, theirs, signal.visual.head, common)
+        args, mixed = self.args, MixedSignal.of(signal)
+        answers = mixed.map(lambda said: said.answer)
+        terms: dict[str, dict[str, Tensor]] = {"visual_kl": {}, "relation_distance": {}}
+        reports: dict[str, tuple[Tensor, Tensor | int]] = {}
+        for name, said in mixed.signals.items():
+            common, weight = self._common(student.images, said.images), mixed.weights[name]
+            visual, relation = self._visual_kl(student, said, common), self._relation(student, said, common)
+            terms["visual_kl"][kind_of("visual_token", name)] = weight * visual
+            terms["relation_distance"][kind_of("image", name)] = weight * relation
+            sums = {"visual_kl": (visual.detach(), sum(common)), "relation_distance": (relation.detach(), len(common))}
+            for term, (total, count) in sums.items():
+                before, items = reports.get(term, (0, 0))
+                reports[term] = (before + weight * total, items + weight * total.new_tensor(count))
+                if name:
+                    reports[f"{term}_{name}"] = (total, count)
         if self.balances:
-            terms, reports = self.apart(student, signal.answer)
-            terms |= {"visual_kl": visual, "relation_distance": relation}
-            losses = ItemLosses(self.balanced(terms, _ITEMS, args.term_weights), reports)
+            both, of_answers = self.apart(student, answers)
+            losses = ItemLosses(self.balanced({**both, **terms}, args.term_weights), of_answers)
         else:
             # CE + alpha KL as a mixture, which the fused loss computes in one pass.
-            losses = self.fused(student, signal.answer, ce_weight=1 / (1 + args.alpha))
+            losses = self.fused(student, answers, ce_weight=1 / (1 + args.alpha))
             losses.totals["token"] = (1 + args.alpha) * losses.totals["token"]
-            losses.totals |= {"visual_token": args.beta * visual, "image": args.gamma * relation}
-        losses.reports["visual_kl"] = (visual.detach(), sum(common))
-        losses.reports["relation_distance"] = (relation.detach(), len(common))
+            for name, weight in (("visual_kl", args.beta), ("relation_distance", args.gamma)):
+                losses.totals |= {kind: weight * total for kind, total in terms[name].items()}
+        losses.reports |= reports
         return losses
 
-    def _visual_kl(self, hidden: Tensor, head: LMHead, teacher: DenseSignal) -> Tensor:
+    def _compared(self, student: VisualSupervised, said: VisualSignal, common: list[int]) -> tuple[Tensor, Tensor]:
+        """Both sides' states at the visual tokens that they are compared on."""
+        return (
+            pooled(student.visual, student.images.tolist(), common),
+            pooled(said.visual.hidden, said.images.tolist(), common),
+        )
+
+    def _visual_kl(self, student: VisualSupervised, said: VisualSignal, common: list[int]) -> Tensor:
         if not self.args.beta:
-            return hidden.float().sum() * 0
+            return student.visual.float().sum() * 0
+        hidden, theirs = self._compared(student, said, common)
         labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
         args = self.args
         settings = {"chunk_size": args.chunk_size, "precise": args.precise_logits, "repeatable": self.balances}
-        return fused_loss(hidden, head, labels, teacher, forward_kl, **settings).total
+        return fused_loss(
+            hidden, student.head, labels, DenseSignal(theirs, said.visual.head), forward_kl, **settings
+        ).total
 
-    def _relation(
-        self, hidden: Tensor, head: LMHead, teacher: Tensor, teacher_head: LMHead, tokens: list[int]
-    ) -> Tensor:
-        args = self.args
+    def _relation(self, student: VisualSupervised, said: VisualSignal, common: list[int]) -> Tensor:
+        args, head = self.args, student.head
         if not args.gamma:
-            return hidden.float().sum() * 0
+            return student.visual.float().sum() * 0
+        hidden, theirs = self._compared(student, said, common)
         normalized = args.relation_normalized
         if args.relation_on == "hidden":
-            target = relations(teacher, tokens, normalized=normalized)
-            return relation_loss(hidden, tokens, target, normalized=normalized, repeatable=self.balances)
-        if self._teacher_metric is None:
-            frozen = teacher_head.frozen()
-            self._teacher_metric = logit_metric(frozen.weight, frozen.bias, centered=normalized)
-        target = relations(teacher, tokens, self._teacher_metric, normalized=normalized)
+            target = relations(theirs, common, normalized=normalized)
+            return relation_loss(hidden, common, target, normalized=normalized, repeatable=self.balances)
+        if said.teacher not in self._metrics:
+            frozen = said.visual.head.frozen()
+            metric = logit_metric(frozen.weight, frozen.bias, centered=normalized)
+            self._metrics = {**self._metrics, said.teacher: metric}
+        target = relations(theirs, common, self._metrics[said.teacher], normalized=normalized)
         weight, bias = head.weight[: head.vocab_size], None if head.bias is None else head.bias[: head.vocab_size]
         own = {"weight": weight, "bias": bias, "normalized": normalized}
-        return relation_loss(hidden, tokens, target, repeatable=self.balances, **own)
+        return relation_loss(hidden, common, target, repeatable=self.balances, **own)
 
     def _common(self, student: Int[Tensor, "image"], teacher: Int[Tensor, "image"]) -> list[int]:
         """Visual tokens to compare of each image. Raises UserError where the two sides differ and must not."""

@@ -98,21 +98,34 @@ class SeveralTeachers(Teacher[MixedSignal[Any] | RoutedSignal[Any]]):
         self, batch: Batch, ask: Callable[[Teacher[Any], str, View], Answer]
     ) -> MixedSignal[Answer] | RoutedSignal[Answer]:
         """What `ask` (teacher, name, what it reads) gives for each; with a column, about the tokens of its rows."""
+        pairs = self.pairs(batch)
+        views = {name: self._own_rows(name, theirs) for name, (_, theirs) in pairs.items()}
+        answers = {name: ask(self.teachers[name], name, view) for name, view in views.items()}
         if self.column is None:
-            views = {name: batch.teacher_view(name) for name in self.teachers}
-            answers = {name: ask(teacher, name, views[name]) for name, teacher in self.teachers.items()}
             return MixedSignal(answers, self.weights)
+        return RoutedSignal(answers, self._masks(batch))
+
+    def pairs(self, batch: Batch) -> dict[str, tuple[View, View]]:
+        """What the student and each teacher read of a batch, with labels where this teacher teaches."""
+        views = {name: (batch.student, batch.teacher_view(name)) for name in self.teachers}
+        if self.column is None:
+            return views
+        masks = self._masks(batch)
+        return {
+            name: (ours.learnt_from(masks[name]), theirs.learnt_from(masks[name]))
+            for name, (ours, theirs) in views.items()
+        }
+
+    def _masks(self, batch: Batch) -> dict[str, Bool[Tensor, "batch position"]]:
         route = batch.student.route
         assert route is not None
-        masks = {name: route == number for number, name in enumerate(self.teachers)}
-        views = {name: self._narrowed(name, batch.teacher_view(name), mask) for name, mask in masks.items()}
-        return RoutedSignal({name: ask(self.teachers[name], name, view) for name, view in views.items()}, masks)
+        return {name: route == number for number, name in enumerate(self.teachers)}
 
-    def _narrowed(self, name: str, view: View, own: Bool[Tensor, "batch position"]) -> View:
-        """The view in which one teacher's tokens alone have labels, where it can be without the rows of the others."""
-        view = view.learnt_from(own)
+    def _own_rows(self, name: str, view: View) -> View:
+        """The view without the rows in which a teacher has no token, where it can do without them."""
         rows = view.supervised.any(1)
-        if not isinstance(self.teachers[name], LocalTeacher) or any(image in view for image in IMAGE_INPUTS):
+        with_images = any(image in view for image in IMAGE_INPUTS)
+        if self.column is None or with_images or not isinstance(self.teachers[name], LocalTeacher):
             return view
         if not rows.any():
             # All ranks gather a sharded teacher together.
@@ -177,6 +190,18 @@ def asked(
     if isinstance(teacher, SeveralTeachers):
         return teacher.about(batch, ask)
     return ask(teacher, ONLY, batch.teacher_view())
+
+
+def pairs_of(teacher: Any, batch: Batch) -> dict[str, tuple[View, View]]:
+    """What the student and each of several teachers, or the only one as `ONLY`, read where the teacher teaches."""
+    return (
+        teacher.pairs(batch) if isinstance(teacher, SeveralTeachers) else {ONLY: (batch.student, batch.teacher_view())}
+    )
+
+
+def is_routed(teacher: Any) -> bool:
+    """Whether rows name their teachers."""
+    return isinstance(teacher, SeveralTeachers) and teacher.column is not None
 
 
 def named_parts(teacher: Any) -> dict[str, Any]:

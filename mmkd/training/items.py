@@ -1,6 +1,6 @@
 """What a method sees of the student, and what it answers: the losses of the items of one micro-batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -8,6 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmkd.models.heads import LMHead
+
+Terms = Mapping[str, Mapping[str, Tensor]]
+"""Term of a loss -> kind of item -> sum of the term over items of this kind."""
+
+
+def kind_of(items: str, teacher: str) -> str:
+    """The kind of items that one of several teachers counts in its own way; `items` itself for the only teacher."""
+    return f"{items}/{teacher}" if teacher else items
 
 
 @dataclass(frozen=True)
@@ -29,12 +37,12 @@ class ItemLosses:
     """Name in the logs -> (sum, number of items), without gradient."""
 
     @staticmethod
-    def added(terms: Mapping[str, Tensor], items: Mapping[str, str]) -> dict[str, Tensor]:
-        """The sums of terms, by the kind of the items of each."""
+    def added(terms: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The sums of terms by the kind of their items."""
         totals: dict[str, Tensor] = {}
-        for name, term in terms.items():
-            kind = items[name]
-            totals[kind] = totals[kind] + term if kind in totals else term
+        for term in terms:
+            for kind, total in term.items():
+                totals[kind] = totals[kind] + total if kind in totals else total
         return totals
 
     @classmethod
@@ -43,10 +51,8 @@ class ItemLosses:
 
         The reports `by_teacher` are there for each by its name, too.
         """
-        whole = cls()
+        whole = cls(cls.added(part.totals for part in parts.values()))
         for name, part in parts.items():
-            for kind, total in part.totals.items():
-                whole.totals[kind] = whole.totals[kind] + total if kind in whole.totals else total
             named = {f"{report}_{name}": part.reports[report] for report in by_teacher if report in part.reports}
             for report, (total, count) in {**part.reports, **named}.items():
                 before, items = whole.reports.get(report, (0, 0))

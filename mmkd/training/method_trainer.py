@@ -4,23 +4,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback
 
 from mmkd.errors import UserError
 from mmkd.losses.divergences import forward_kl
-from mmkd.losses.fused import Objective, Targets, fused_loss
+from mmkd.losses.fused import MixedTargets, Objective, Targets, fused_loss
 from mmkd.models.heads import LMHead
 from mmkd.models.last_block import LastBlock
 from mmkd.teachers.batch import Batch, View
-from mmkd.teachers.several import asked, parts_of
+from mmkd.teachers.several import asked, is_routed, pairs_of, parts_of
 from mmkd.teachers.signals import DenseSignal, MixedSignal, RoutedSignal, TopKSignal
 from mmkd.teachers.teacher import Teacher
 
 from .balance import balance_factors, gradients_in_last_layer
 from .config import DistillationConfig
-from .items import ItemLosses, Supervised
+from .items import ItemLosses, Supervised, Terms, kind_of
 from .rollout_trainer import RolloutTrainer
 from .teaching import StudentSide, Teaching, teaching_of
 
@@ -105,6 +106,18 @@ class MethodTrainer(RolloutTrainer, Generic[Signal]):
         """How many items of each kind a micro-batch of this rank has."""
         return {"token": batch.student.supervised.sum()}
 
+    def count_pairs(self, batch: Batch, count: Callable[[View, View], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What `count` (the student's view, a teacher's) counts by kind of item, for all teachers.
+
+        Those that are mixed have kinds of their own, those that teach rows of their own the same ones.
+        """
+        counts: dict[str, Tensor] = {}
+        for name, pair in pairs_of(self.teacher, batch).items():
+            for items, number in count(*pair).items():
+                kind = items if is_routed(self.teacher) else kind_of(items, name)
+                counts[kind] = counts[kind] + number if kind in counts else number
+        return counts
+
     def step_ended(self, means: dict[str, float]) -> None:
         """Called once per optimizer step with this step's mean over all ranks of the reports named in `step_means`.
 
@@ -121,7 +134,7 @@ class MethodTrainer(RolloutTrainer, Generic[Signal]):
     def fused(
         self,
         student: Supervised,
-        signal: Targets | None,
+        signal: Targets | MixedTargets | None,
         objective: Objective = forward_kl,
         temperature: float = 1.0,
         ce_weight: float | None = None,
@@ -131,34 +144,46 @@ class MethodTrainer(RolloutTrainer, Generic[Signal]):
             weight = self.args.ce_weight if ce_weight is None else ce_weight
             return self._mixed(student, signal, objective, temperature, weight)
         terms, reports = self.apart(student, signal, objective, temperature)
-        return ItemLosses(self.balanced(terms, dict.fromkeys(terms, "token"), self.args.term_weights), reports)
+        return ItemLosses(self.balanced(terms, self.args.term_weights), reports)
 
     def apart(
-        self, student: Supervised, signal: Targets | None, objective: Objective = forward_kl, temperature: float = 1.0
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self,
+        student: Supervised,
+        signal: Targets | MixedTargets | None,
+        objective: Objective = forward_kl,
+        temperature: float = 1.0,
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Divergence and cross-entropy, each by a pass of its own through the head, and the reports of both."""
         divergence = self._mixed(student, signal, objective, temperature, ce_weight=0.0)
         ce = self._mixed(student, None, forward_kl, 1.0, ce_weight=1.0)
-        return {"divergence": divergence.totals["token"], "ce": ce.totals["token"]}, ce.reports | divergence.reports
+        return {"divergence": divergence.totals, "ce": ce.totals}, ce.reports | divergence.reports
 
-    def balanced(
-        self, terms: Mapping[str, Tensor], items: Mapping[str, str], weights: Mapping[str, float] | None = None
-    ) -> dict[str, Tensor]:
-        """What the terms, each a sum over `items` of a kind, add up to per kind of item when they are balanced.
+    def balanced(self, terms: Terms, weights: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+        """What the terms add up to per kind of item when they are balanced.
 
         Terms of weight 0 are left out; without weights all have the same. Logs each factor as `balance/<term>`.
         """
-        counted = [name for name in terms if weights is None or weights[name]]
-        means = {name: terms[name] / self._counts[items[name]].clamp(min=1) for name in counted}
+        counted = {name: term for name, term in terms.items() if weights is None or weights[name]}
+        means = {
+            name: torch.stack([total / self._counts[kind].clamp(min=1) for kind, total in term.items()]).sum()
+            for name, term in counted.items()
+        }
         block = self._last_block
         gradients_in = gradients_in_last_layer(self.model) if block is None else block.gradients_of
         factors = balance_factors(means, weights, gradients_in, self._summed)
         # A term without gradient, of a teacher without rows say, has no factor to speak of.
         self._record({f"balance/{name}": (factor, factor > 0) for name, factor in factors.items()})
-        return ItemLosses.added({name: terms[name] * factor for name, factor in factors.items()}, items)
+        return ItemLosses.added(
+            {kind: total * factors[name] for kind, total in term.items()} for name, term in counted.items()
+        )
 
     def _mixed(
-        self, student: Supervised, signal: Targets | None, objective: Objective, temperature: float, ce_weight: float
+        self,
+        student: Supervised,
+        signal: Targets | MixedTargets | None,
+        objective: Objective,
+        temperature: float,
+        ce_weight: float,
     ) -> ItemLosses:
         args = self.args
         loss = fused_loss(

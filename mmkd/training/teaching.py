@@ -181,8 +181,8 @@ def check_several(trainer: Any, teachers: SeveralTeachers, args: DistillationCon
     """Raises UserError where the method takes one teacher only, or rows (by split) do not name theirs."""
     if not trainer.takes_several:
         raise UserError(
-            f"Method {trainer.method} learns from one teacher. Several can teach kd and taid; distil one after the "
-            "other, or merge them before.",
+            f"Method {trainer.method} learns from one teacher. Several can teach kd, taid and llava_kd; distil one "
+            "after the other, or merge them before.",
             because="not built",
         )
     if teachers.column is None:

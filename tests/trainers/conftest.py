@@ -93,6 +93,14 @@ def ranks(
     for how in ("ddp", "fsdp2"):
         jobs[f"kd several {how}"] = {"method": "kd", "how": how, "column": None, **several}
         jobs[f"kd routed {how}"] = {"method": "kd", "how": how, "column": "domain", **several}
+    jobs["llava_kd routed ddp"] = {
+        "method": "llava_kd",
+        "how": "ddp",
+        "column": "domain",
+        "student": vlms["student"],
+        "teacher": {"a": str(vlms["teacher"]), "b": str(vlms["fine"])},
+        "settings": {"visual_mismatch": "pool"},
+    }
     paths = {
         name: {key: str(value) if isinstance(value, Path) else value for key, value in job.items()}
         for name, job in jobs.items()
