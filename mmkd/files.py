@@ -1,7 +1,9 @@
 """Atomic writes: after a crash a file is complete, either the old version or the new one."""
 
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmkd.errors import UserError
@@ -29,6 +31,25 @@ def write_file(path: Path, content: bytes | str) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise _unwritable(f"{path} ({len(content):,} bytes)", error) from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of `path` once all is written; after a crash `path` is not there.
+
+    Raises UserError if the files cannot be written, for example on a full disk.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise _unwritable(str(path), error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def append_to_file(path: Path, line: bytes) -> None:

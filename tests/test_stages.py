@@ -11,7 +11,9 @@ from safetensors import safe_open
 from transformers import AutoProcessor, CLIPVisionModel, LlavaForConditionalGeneration
 
 from mmkd.commands.main import main
+from mmkd.eval.model import find_model
 from mmkd.models.load import load_model
+from mmkd.publish.lineage import trainings_of
 from mmkd.recipe.flags import recipe_of
 from mmkd.recipe.stages import plan
 from scripts.make_tiny_models import make_model, make_tokenizer, save
@@ -193,15 +195,25 @@ def test_flags_of_stages(recipe: Path) -> None:
     assert recipe_of(recipe, ["--seed", "1"]).overrides == {"seed": 1}
 
 
-def test_an_adapter_is_for_the_last_stage(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_is_merged_for_the_next_stage(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An adapter on the new weights of `student_init: llava` too."""
     keys = yaml.safe_load(recipe.read_text())
-    keys["stages"]["SFT"] |= {"use_peft": True, "trainable": None}
+    keys["stages"]["SFT"] |= {"use_peft": True, "lora_target_modules": ["q_proj"], "trainable": None}
     recipe.write_text(yaml.safe_dump(keys))
-    assert [stage.name for stage in plan(recipe_of(recipe, ["--stages", "DPT", "SFT"]))] == ["DPT", "SFT"]
-    for flags in ([], ["--stages", "DPT", "DFT", "--use_peft"]):
-        assert main(["train", str(recipe), *flags]) == 2
-        assert "Set use_peft in the last stage only" in capsys.readouterr().err
-    assert not (recipe.parent / "run").exists()
+    flags = ["--stages", "SFT", "DFT", "--max_steps", "1"]
+    assert main(["train", str(recipe), *flags, "--dry_run"]) == 0
+    run = recipe.parent / "run"
+    assert not run.exists()
+    assert main(["train", str(recipe), *flags]) == 0
+    assert "Merging the adapter of" in capsys.readouterr().err
+    first, second = plan(recipe_of(recipe, flags))
+    assert second.recipe.keys["student"] == str(run / "1-SFT" / "merged")
+    merged, expected = load_model(second.recipe.keys["student"]), find_model(str(first.folder)).load()
+    weights = expected.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in merged.state_dict().items())
+    assert isinstance(load_model(str(second.folder)), LlavaForConditionalGeneration)
+    record = json.loads((second.folder / "run.json").read_text())
+    assert [training.folder.name for training in trainings_of(record, second.folder)] == ["merged", "2-DFT"]
 
 
 def edit(recipe: Path, stage: str, **keys: Any) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from mmkd.errors import UserError
+from mmkd.models.adapters import merge_adapter
 from mmkd.preflight.dry_run import dry_run
 from mmkd.preflight.stage_checks import check_stages
 from mmkd.recipe.key_parser import parser_of
@@ -24,6 +25,7 @@ from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run import build_trainer, check_surroundings, last_checkpoint, resume_point
 from mmkd.recipe.run_summary import print_next_commands
 from mmkd.recipe.stages import parsed_plan, plan, train_stages
+from mmkd.results.adapter_base import MERGED
 from mmkd.seams.accelerate_seam import launch, parsed_launch
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.interrupt import InterruptCallback
@@ -129,9 +131,11 @@ def _dry_run_stages(recipe: Recipe) -> int:
             Console().print(f"Stage {number} of {len(stages)}, {stage.name}", style="bold", highlight=False)
             folder = Path(scratch, stage.folder.name)
             trainer = _dry_run(stage.parse(moved), str(folder))
-            if trainer is not None and number < len(stages) and not stage.finished:
+            if trainer is not None and number < len(stages) and not stage.is_handed_on:
                 trainer.save_model(str(folder / "student"))
-                moved[str(stage.folder)] = str(folder / "student")
+                if stage.trains_adapter:
+                    merge_adapter(folder / "student", folder / MERGED, trainer.args.trust_remote_code)
+                moved[str(stage.handed_on)] = str(folder / (MERGED if stage.trains_adapter else "student"))
     return 0
 
 

@@ -19,9 +19,8 @@ from mmkd.models.ensemble import load_ensemble
 from mmkd.models.load import computed_dtype, load_model, load_processing_class, tokenizer_of
 from mmkd.precision import name_of_dtype
 from mmkd.recipe.run import last_checkpoint
+from mmkd.results.adapter_base import ADAPTER_CONFIG, adapter_base
 from mmkd.results.places import results_before, results_folder
-
-ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -131,10 +130,7 @@ def find_model(name: str, revision: str | None = None, trust_remote_code: bool =
         raise UserError(f"{name} holds no model: there is neither config.json nor a checkpoint or stage, but {held}.")
     if (model_folder / "config.json").is_file():
         return EvalModel(name, str(model_folder), None, trust_remote_code)
-    base = json.loads((model_folder / ADAPTER).read_text(encoding="utf-8"))
-    return EvalModel(
-        name, base["base_model_name_or_path"], base.get("revision"), trust_remote_code, adapter=str(model_folder)
-    )
+    return EvalModel(name, *adapter_base(model_folder), trust_remote_code, adapter=str(model_folder))
 
 
 def ensemble_of(models: list[EvalModel]) -> EvalModel:
@@ -162,7 +158,7 @@ def _nearest(name: str) -> str:
 
 
 def _model_in(folder: Path) -> Path | None:
-    if (folder / "config.json").is_file() or (folder / ADAPTER).is_file():
+    if (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
         return folder
     stages = [path for path in folder.iterdir() if re.fullmatch(r"\d+-\w+", path.name) and path.is_dir()]
     for stage in sorted(stages, key=lambda path: int(path.name.partition("-")[0]), reverse=True):

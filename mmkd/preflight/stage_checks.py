@@ -60,8 +60,8 @@ def each_run(recipe: Recipe) -> Iterator[StageRun]:
             run = stage.parse(moved)
             title = f"{recipe.name}, stage {number} of {len(stages)}: {stage.name}"
             yield StageRun(stage.name, title, run, config, moved)
-            if number < len(stages) and not stage.finished:
-                moved[str(stage.folder)] = str(_stand_in(stage, run, Path(scratch)))
+            if number < len(stages) and not stage.is_handed_on:
+                moved[str(stage.handed_on)] = str(_stand_in(stage, run, Path(scratch)))
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
@@ -81,7 +81,7 @@ def check_stages(stages: Sequence[Stage]) -> None:
                     check_run = METHODS[run.arguments.method].check or check_tokens
                     check_run(run)
                 if stage is not missing[-1]:
-                    moved[str(stage.folder)] = str(_stand_in(stage, run, Path(scratch)))
+                    moved[str(stage.handed_on)] = str(_stand_in(stage, run, Path(scratch)))
             except UserError as error:
                 text = f"Stage {stage.name} could not be trained: {_shown(error, moved)}"
                 raise UserError(text, because=error.because) from error

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
+from mmkd.results.adapter_base import MERGED
 from mmkd.training.method import BASELINE_METHOD
 
 from .licences import LicensedSource
@@ -41,8 +42,8 @@ def trainings_of(record: Mapping[str, Any], place: Path) -> list[Training]:
 def training_in(folder: Path) -> Training | None:
     """The training of the student in a folder: of a run, its last stage, or a checkpoint; None if there is none."""
     for place in (folder, *reversed(stages_of(folder))):
-        # A checkpoint has no record of its own but that of its run.
-        of = place.parent if place.name.startswith("checkpoint-") else place
+        # A checkpoint and a merged student have no record of their own but that of their run.
+        of = place.parent if place.name.startswith("checkpoint-") or place.name == MERGED else place
         if record := read_json(of / RECORD):
             return Training(record, place)
     record = record_of(folder)
@@ -55,9 +56,10 @@ def _start_of(keys: Mapping[str, Any], folder: Path) -> Path | None:
     if keys.get("student_init") == "random" or not start:
         return None
     before = Path(str(start))
+    stage = before.parent if before.name == MERGED else before
     # Stages lie side by side, so that the folder is found after the run was moved and from any current folder.
-    beside = folder.parent / before.name
-    if _is_stage(folder) and _is_stage(before) and beside.is_dir():
+    beside = folder.parent / before.relative_to(stage.parent)
+    if _is_stage(folder) and _is_stage(stage) and beside.is_dir():
         return beside
     return before if before.is_dir() else None
 

@@ -50,11 +50,11 @@ def push(published: Published, public: bool = False, collection: str | None = No
             owner = repo_id.partition("/")[0]
             made = api.create_collection(collection, namespace=owner, private=not public, exists_ok=True)
             slug = made.slug
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, published.model_files() as files:
         folder = Path(temporary)
         published.write_texts(folder)
         texts = sorted(path for path in folder.rglob("*") if path.is_file())
-        additions = [CommitOperationAdd(path.name, path) for path in published.files]
+        additions = [CommitOperationAdd(path.name, path) for path in files]
         additions += [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in texts]
         ours = {addition.path_in_repo for addition in additions}
         stale = [CommitOperationDelete(name) for name in present if name not in ours and name not in _KEPT]

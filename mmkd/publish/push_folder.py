@@ -3,7 +3,9 @@
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,8 +17,10 @@ from safetensors import safe_open
 
 from mmkd.errors import UserError
 from mmkd.eval.model import EvalModel, find_model
+from mmkd.models.adapters import merge_adapter
 from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.run_record import data_facts
+from mmkd.results.adapter_base import MERGED
 from mmkd.results.scores import scores_of
 from mmkd.schema_lines import without_schema_line
 
@@ -58,7 +62,7 @@ class Published:
     student: Student
     model_folder: Path
     files: list[Path]
-    """The files of the model."""
+    """The files of the model; of an adapter that is published merged into its model, none."""
     log: Log
     card: ModelCard
     keys: dict[str, Any] = field(default_factory=dict)
@@ -69,8 +73,19 @@ class Published:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty. Name another --output, or delete it.")
         self.write_texts(folder)
-        for path in self.files:
-            shutil.copyfile(path, folder / path.name)
+        with self.model_files() as files:
+            for path in files:
+                shutil.copyfile(path, folder / path.name)
+
+    @contextmanager
+    def model_files(self) -> Iterator[list[Path]]:
+        """The files of the model; an adapter that nobody could load is merged into its model, in a folder for now."""
+        if self.files:
+            yield self.files
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            merge_adapter(self.model_folder, Path(scratch, MERGED))
+            yield _model_files(Path(scratch, MERGED))
 
     def write_texts(self, folder: Path) -> None:
         """Writes all files but the model, which may be large: card, recipes, log and results."""
@@ -108,7 +123,7 @@ def prepare(run: Path, options: PushOptions, measured: bool = True) -> Published
         raise UserError(f"There is no folder {run}. Name the output_dir of a finished training.")
     model = find_model(str(run))
     place = Path(model.adapter or model.path)
-    files = [path for path in sorted(place.iterdir()) if any(fnmatch(path.name, name) for name in MODEL_FILES)]
+    files = _model_files(place)
     if not any(path.suffix == ".safetensors" for path in files):
         raise UserError(f"{run} has no weights (*.safetensors) to push. Name the output_dir of a finished training.")
     _check_finished(run, place)
@@ -129,7 +144,9 @@ def prepare(run: Path, options: PushOptions, measured: bool = True) -> Published
         student,
         warnings=conflicts(student.license, options.repo_id, student.base, student.teachers, student.data),
     )
-    return Published(student, place, files, _log_of(place), model_card(student), record["keys"])
+    return Published(
+        student, place, [] if _is_merged(model) else files, _log_of(place), model_card(student), record["keys"]
+    )
 
 
 def describe(place: Path, folder: Path, repo_id: str) -> None:
@@ -144,17 +161,21 @@ def describe(place: Path, folder: Path, repo_id: str) -> None:
         print(f"Mind: {warning}", file=sys.stderr)
 
 
+def _model_files(place: Path) -> list[Path]:
+    return [path for path in sorted(place.iterdir()) if any(fnmatch(path.name, name) for name in MODEL_FILES)]
+
+
+def _is_merged(model: EvalModel) -> bool:
+    """Whether it is an adapter of a folder here, which nobody else has, so that the whole student is published."""
+    return model.adapter is not None and Path(model.path).is_dir()
+
+
 def _student(model: EvalModel, place: Path, record: Mapping[str, Any], options: PushOptions) -> Student:
     """The content of the card without results."""
-    if model.adapter and Path(model.path).is_dir():
-        raise UserError(
-            f"{place} is an adapter of {model.path}, a folder here that nobody else has. Merge them (PEFT's "
-            "merge_and_unload) and push the whole, or train it on a Hub id.",
-            because="meaning",
-        )
+    adapter = model.adapter is not None and not _is_merged(model)
     keys, lineage = record["keys"], trainings_of(record, place)
     trainings = [training.record for training in lineage]
-    bases = [model.path] if model.adapter else bases_of(trainings[0]["keys"])
+    bases = [model.path] if adapter else bases_of(trainings[0]["keys"])
     published = list(options.base_model)
     if len(published) not in (0, len(bases)):
         raise UserError(f"--base_model has {len(published)} names, the student began with {len(bases)}: {bases}.")
@@ -170,9 +191,9 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], options: 
     return Student(
         repo_id=options.repo_id,
         methods=list(dict.fromkeys(training["keys"]["method"] for training in trainings)),
-        pipeline_tag=_pipeline_tag(place, model),
-        adapter=model.adapter is not None,
-        parameters=_parameters(place),
+        pipeline_tag=_pipeline_tag(Path(model.path) if _is_merged(model) else place, adapter),
+        adapter=adapter,
+        parameters=_parameters(Path(model.path) if _is_merged(model) else place),
         base=base,
         teachers=[source_of(name, ids.get(name)) for name in taught],
         data=data_sources(trainings),
@@ -272,8 +293,8 @@ def _without_paths(comparison: Mapping[str, Any]) -> dict[str, Any]:
     return {**comparison, "rows": rows, "flags": []}
 
 
-def _pipeline_tag(place: Path, model: EvalModel) -> str:
-    if model.adapter:
+def _pipeline_tag(place: Path, adapter: bool) -> str:
+    if adapter:
         return "image-text-to-text" if (place / "processor_config.json").is_file() else "text-generation"
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))
     name = (config.get("architectures") or [""])[0]

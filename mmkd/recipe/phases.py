@@ -27,7 +27,13 @@ def check_phases(run: Run) -> None:
         if run.keys.get(key) not in (None, False):
             raise UserError(f"{key} has no effect in a recipe: {advice}.")
     training = run.training
-    student = run.arguments.student
+    student, init = run.arguments.student, run.arguments.student_init
+    if training.push_to_hub and run.student.use_peft and init != "pretrained":
+        raise UserError(
+            f"push_to_hub would publish an adapter of new weights (student_init: {init}), which nobody else has. "
+            "Remove it, and publish the merged student with `mmkd push`.",
+            because="not built",
+        )
     if training.push_to_hub and run.student.use_peft and student is not None and Path(student).is_dir():
         raise UserError(
             f"push_to_hub would publish an adapter of {student}, a folder here that nobody else has. Train it on a "

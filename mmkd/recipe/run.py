@@ -98,8 +98,8 @@ def build_token_trainer(run: Run) -> DistillationTrainer:
     )
     adapter: Any = get_peft_config(run.student)
     if adapter is not None:
-        # What the adapter belongs to; PEFT would load it onto the newest revision.
-        adapter.revision = run.student.model_revision
+        # What the adapter belongs to; PEFT would load it onto the newest revision. New weights have none.
+        adapter.revision = run.student.model_revision if arguments.student_init == "pretrained" else None
     method = METHODS[arguments.method]
     reads_apart = arguments.teacher is not None and not method.one_vocabulary
     return method.trainer(

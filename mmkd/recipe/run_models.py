@@ -13,20 +13,13 @@ from mmkd.models.llava import assemble_llava, llava_processor
 from mmkd.models.load import load_model, load_processing_class, quantised_to
 from mmkd.precision import product_dtype, say_float32
 
+from .new_base import new_base
 from .recipe import Run
 
 
 def check_student(run: Run) -> None:
     """Raises UserError for a student that could not be trained, or not be saved."""
-    init, quantised = run.arguments.student_init, run.student.load_in_4bit or run.student.load_in_8bit
-    if quantised and init != "pretrained":
-        raise UserError(f"student_init: {init} makes new weights, which cannot be quantised yet.", because="not built")
-    if run.student.use_peft and init != "pretrained":
-        raise UserError(
-            f"student_init: {init} makes new weights, which an adapter's folder does not hold, so that nobody could "
-            "load the student. Train it whole first, and then its folder with use_peft; or set use_peft: false.",
-            because="not built",
-        )
+    quantised = run.student.load_in_4bit or run.student.load_in_8bit
     if quantised and not run.student.use_peft:
         raise UserError(
             "A quantised student has no weights to train: set use_peft: true, or do not quantise it.",
@@ -42,9 +35,21 @@ def load_student(run: Run, teacher: PreTrainedModel | None = None) -> PreTrained
     """
     # The Trainer sets it again when it has its model.
     set_seed(run.training.seed)
-    init = run.arguments.student_init
-    if init == "pretrained":
+    if run.arguments.student_init == "pretrained":
         return _saved_student(run, get_quantization_config(run.student))
+    if not run.student.use_peft:
+        return _made_student(run, teacher)
+    folder = new_base(run, lambda: _made_student(run, teacher), lambda: student_processing_class(run))
+    # Some processes have drawn weights and others have not, and an adapter is to begin the same on all.
+    set_seed(run.training.seed)
+    attention, quantization = run.student.attn_implementation, get_quantization_config(run.student)
+    settings = {"dtype": "auto", "attn_implementation": attention, "quantization_config": quantization}
+    trust = run.training.trust_remote_code
+    return load_model(str(folder), "student", device=run.training.device, trust_remote_code=trust, **settings)
+
+
+def _made_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
+    init = run.arguments.student_init
     if init == "random":
         return _new_student(run)
     if init == "llava":

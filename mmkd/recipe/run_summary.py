@@ -47,9 +47,8 @@ def next_commands(run: Run, folder: Path) -> dict[str, str]:
     evaluation = _evaluation(run)
     if evaluation is not None:
         commands[evaluation] = "Measure the student on held-out rows"
-    if _can_be_pushed(run):
-        push = _words("mmkd", "push", folder, "--repo", "ORG/NAME", "--dry_run")
-        commands[push] = "See the model card and the files that would be published"
+    push = _words("mmkd", "push", folder, "--repo", "ORG/NAME", "--dry_run")
+    commands[push] = "See the model card and the files that would be published"
     if len(commands) < 3 and _can_be_compared(run):
         commands[_words("mmkd", "compare", *run.recipe.command)] = "Compare with fine-tuning alone, at equal tokens"
     return commands
@@ -65,13 +64,6 @@ def _evaluation(run: Run) -> str | None:
     if arguments.teacher is None or arguments.teacher_revision is not None or not method.one_vocabulary:
         return _words(*words, "--measures", "calibration")
     return _words(*words, "--teacher", arguments.teacher, "--measures", "agreement", "calibration")
-
-
-def _can_be_pushed(run: Run) -> bool:
-    """Whether others could load what the run left: an adapter of a folder here, they could not."""
-    student = run.arguments.student
-    whole = not run.student.use_peft or METHODS[run.arguments.method].leaves_whole_student
-    return whole or student is None or not Path(student).is_dir()
 
 
 def _can_be_compared(run: Run) -> bool:

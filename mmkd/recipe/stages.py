@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from accelerate import PartialState
 
 from mmkd.errors import UserError
 from mmkd.files import write_file
+from mmkd.models.adapters import merge_adapter
+from mmkd.results.adapter_base import MERGED
 from mmkd.training.method import METHODS
 from mmkd.training.progress import phase
 
@@ -40,6 +43,28 @@ class Stage:
     @property
     def finished(self) -> bool:
         return self._record().get("finished", False)
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether it leaves an adapter, which the next stage gets merged into its model."""
+        return bool(self.recipe.keys.get("use_peft")) and not METHODS[self.recipe.method].leaves_whole_student
+
+    @property
+    def handed_on(self) -> Path:
+        """The folder of the whole student that the next stage begins with."""
+        return self.folder / MERGED if self.trains_adapter else self.folder
+
+    @property
+    def is_handed_on(self) -> bool:
+        """Whether it is finished, and its student in that folder."""
+        return self.finished and (not self.trains_adapter or (self.handed_on / "config.json").is_file())
+
+    def hand_on(self) -> None:
+        """Merges what it has trained into the student of the next stage; all ranks call it."""
+        if not self.is_handed_on and PartialState().is_main_process:
+            print(f"Merging the adapter of {self.folder} for the next stage: {self.handed_on}", file=sys.stderr)
+            merge_adapter(self.folder, self.handed_on, bool(self.recipe.keys.get("trust_remote_code")))
+        PartialState().wait_for_everyone()
 
     def _record(self) -> dict[str, Any]:
         path = self.folder / RECORD
@@ -105,15 +130,8 @@ def plan(recipe: Recipe) -> list[Stage]:
             recipe.stage(name), overrides=overrides, name=str(folder / RECIPE), place=str(folder / RECIPE)
         )
         if planned:
-            before = planned[-1].recipe
-            if before.keys.get("use_peft") and not METHODS[before.method].leaves_whole_student:
-                raise UserError(
-                    f"Stage {planned[-1].name} trains an adapter (use_peft), and {name} after it begins with a whole "
-                    "student. Set use_peft in the last stage only.",
-                    because="not built",
-                )
             staged = staged.without(*_MAKING)
-            staged = replace(staged, written={**staged.written, "student": str(planned[-1].folder)})
+            staged = replace(staged, written={**staged.written, "student": str(planned[-1].handed_on)})
         staged = replace(staged, written={**staged.written, "output_dir": str(folder)})
         planned.append(Stage(name, folder, staged, _identity(name, staged.keys, planned)))
     return planned
@@ -150,9 +168,14 @@ def train_stages(recipe: Recipe, train: Callable[[Recipe], int], check: Callable
     for number, stage in enumerate(stages, start=1):
         if stage.finished:
             print(f"Stage {number}, {stage.name}: finished, kept in {stage.folder}.", file=sys.stderr)
+            if number < len(stages):
+                stage.hand_on()
             continue
         print(f"Stage {number} of {len(stages)}, {stage.name}: {stage.folder}", file=sys.stderr)
         stage.record(schedule[:number], finished=False)
+        if stage.trains_adapter and PartialState().is_main_process:
+            # Of an earlier training, which this one does not go on from.
+            shutil.rmtree(stage.handed_on, ignore_errors=True)
         resumes = last_checkpoint(stage.folder) is not None
         with phase(f"stage {number} of {len(stages)}, {stage.name}"):
             status = train(stage.recipe.with_(resume_from_checkpoint=True) if resumes else stage.recipe)
@@ -161,6 +184,8 @@ def train_stages(recipe: Recipe, train: Callable[[Recipe], int], check: Callable
         if status:
             return status
         stage.record(schedule[:number], finished=True)
+        if number < len(stages):
+            stage.hand_on()
     return 0
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+from .adapter_base import ADAPTER_CONFIG, adapter_base
+
 INDEX, WEIGHTS, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
 
 _COUNTED = {"F64", "F32", "F16", "BF16"}
@@ -23,11 +25,9 @@ def parameters_of(name: str, revision: str | None = None) -> int | None:
     known = [count for count in counts if count is not None]
     if not counts or len(known) < len(counts):
         return None
-    config = Path(name, "adapter_config.json")
-    if not config.is_file():
+    if not Path(name, ADAPTER_CONFIG).is_file():
         return sum(known)
-    base = json.loads(config.read_text(encoding="utf-8"))
-    below = parameters_of(str(base["base_model_name_or_path"]), base.get("revision"))
+    below = parameters_of(*adapter_base(Path(name)))
     return None if below is None else below + sum(known)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations import deepspeed as integration
 
 from mmkd.errors import UserError
 
@@ -66,7 +66,18 @@ def whole_weights(checkpoint: Path) -> dict[str, Any]:
 
 def is_zero3() -> bool:
     """Whether transformers has set DeepSpeed's ZeRO-3 up in this process."""
-    return is_deepspeed_zero3_enabled()
+    return integration.is_deepspeed_zero3_enabled()
+
+
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Models that are loaded or made in it are whole on the process that does so, whatever DeepSpeed is set up for."""
+    before = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = before
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
@@ -382,12 +383,17 @@ def test_a_classifier(tmp_path):
     assert {"preprocessor_config.json", "interpolation.json"} <= {path.name for path in folder.iterdir()}
 
 
-def test_an_adapter_of_a_folder_here_is_refused(workplace, tmp_path, capsys):
+def test_an_adapter_of_a_folder_here_is_merged(workplace, tmp_path):
     folder = tmp_path / "lora"
     model = get_peft_model(load_model(str(workplace / "student")), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(folder)
-    given = ["--repo", "user/x", "--recipe", str(workplace / "kd.yaml")]
-    assert "is an adapter of" in refused(capsys, str(folder), *given)
+    card, published = dry_run(folder, "--recipe", str(workplace / "kd.yaml"))
+    assert card.data.library_name == "transformers"
+    found, expected = (load_model(str(path)) for path in (published, workplace / "student"))
+    weights = expected.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.state_dict().items())
+    assert not (published / "adapter_config.json").exists()
+    shutil.rmtree(published)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
     card, _ = dry_run(folder, "--recipe", str(workplace / "kd.yaml"))

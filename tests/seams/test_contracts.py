@@ -414,6 +414,18 @@ def test_deepspeed_marks_what_it_cuts() -> None:
         pass
     with deepspeed_seam.whole_for_now([torch.zeros(1)]):
         pass
+
+    class Config:
+        def is_zero3(self) -> bool:
+            return True
+
+    config: Any = Config()
+    integration.set_hf_deepspeed_config(config)
+    assert deepspeed_seam.is_zero3()
+    with deepspeed_seam.without_zero3():
+        assert not deepspeed_seam.is_zero3()
+    assert deepspeed_seam.is_zero3()
+    integration.unset_hf_deepspeed_config()
     deepspeed = pytest.importorskip("deepspeed")
     assert "ds_id" in inspect.getsource(deepspeed.runtime.zero.partition_parameters)
     source = inspect.getsource(deepspeed.runtime.zero.partition_parameters)

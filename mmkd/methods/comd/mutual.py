@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import UserError
+from mmkd.models.adapters import merge_adapter
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run import last_checkpoint
 from mmkd.training.progress import phase
 
 from .comd_trainer import CoMDConfig
-from .round_files import merge_adapter, read_json, write_json, write_lines
+from .round_files import read_json, write_json, write_lines
 from .round_recipes import ADAPTER, write_data
 
 _PARTS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "max_length", "bf16")
@@ -58,6 +59,6 @@ def teach_teacher(
         status = train(recipe.with_(resume_from_checkpoint=True) if resumes else recipe)
     if status:
         raise UserError(f"Teaching the teacher was interrupted; the same command goes on with {recipe.place}.")
-    merge_adapter(teacher, lessons / ADAPTER, done.parent)
+    merge_adapter(lessons / ADAPTER, done.parent, run.training.trust_remote_code)
     write_json(done, {"lessons": len(rows)})
     return done.parent

@@ -1,4 +1,4 @@
-"""Files of a run: lines of JSON, and models with their adapters merged."""
+"""Files of a run: lines of JSON, and copies of models."""
 
 import json
 import shutil
@@ -6,11 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mmkd.files import write_file
-from mmkd.models.load import load_model, load_processing_class
 from mmkd.recipe.run_record import RECORD
 from mmkd.training.log import LOG
 
@@ -37,10 +35,3 @@ def copy_model(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(left):
             shutil.copyfile(path, target / path.name)
-
-
-def merge_adapter(base: str, adapter: Path, target: Path, **kwargs: Any) -> None:
-    """Saves a model with a LoRA adapter merged into its weights, and its tokenizer or processor."""
-    model: Any = PeftModel.from_pretrained(load_model(base, "student", **kwargs), str(adapter))
-    model.merge_and_unload().save_pretrained(target)
-    load_processing_class(base, "student").save_pretrained(target)

@@ -15,6 +15,7 @@ from rich.console import Console
 from mmkd.capture.build import build
 from mmkd.capture.build_plan import check_place, make_plan
 from mmkd.errors import UserError
+from mmkd.models.adapters import merge_adapter
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.recipe import run_record as run_record
 from mmkd.recipe.recipe import Recipe, Run
@@ -35,7 +36,7 @@ from .interview import InstructionImages, Interview
 from .mutual import teach_teacher
 from .reply_record import Record, Reply
 from .roles import Roles
-from .round_files import copy_model, merge_adapter, read_json, write_json, write_lines
+from .round_files import copy_model, read_json, write_json, write_lines
 from .round_identity import check_identity
 from .round_report import answer_row, new_row, phases_of, write_rounds, write_scores
 from .select import Score, difficulty, split
@@ -138,7 +139,6 @@ class Loop:
         held_out = self.folder / "held_out.jsonl" if evaluated else None
         recipes.write_data(folder, any(instruction.images for instruction, _ in rows), held_out)
         keys = recipes.student_keys(self.run) if self.student is None else {"student": str(self.student)}
-        self.base, self.base_revision = str(keys["student"]), keys.get("model_revision")
         self.size, self.added = len(rows), len(joined)
         self.roles.close()
         return recipes.write_round(self.run, folder, keys, number, self.roles.taught)
@@ -165,7 +165,7 @@ class Loop:
             return status
         if PartialState().is_main_process:
             if lora:
-                merge_adapter(self.base, trained, output, revision=self.base_revision)
+                merge_adapter(trained, output, self.training.trust_remote_code)
             write_json(done, {"seconds": round(time.perf_counter() - start, 3)})
         PartialState().wait_for_everyone()
         return 0
