@@ -28,6 +28,7 @@ from transformers import (
     ViTConfig,
     core_model_loading,
 )
+from transformers.integrations import deepspeed as integration
 from transformers.trainer_callback import TrainerState
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
