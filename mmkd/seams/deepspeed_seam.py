@@ -41,16 +41,22 @@ def kept_whole(engine: Any) -> Iterator[None]:
     """All weights of an engine's model are whole in it, also after a forward pass; all ranks must enter it together.
 
     The engine's hooks would cut a layer up again once it has run, in the midst of what is gathered; trl takes them off
-    in the same way to generate.
+    in the same way to generate. It leaves the one that compares all ranks before each pass, of which a rank with more
+    to generate makes more.
     """
     from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
     from trl.models.utils import add_hooks, remove_hooks
 
+    offload = engine.optimizer.parameter_offload
+    compare = offload.module._forward_pre_hooks[offload.fwd_pre_hook.id]
     with GatheredParameters(list(engine.parameters())):
         remove_hooks(engine)
+        offload.fwd_pre_hook.remove()
         try:
             yield
         finally:
+            # Before the others, as it was.
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(compare)
             add_hooks(engine)
 
 

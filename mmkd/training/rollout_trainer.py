@@ -19,6 +19,7 @@ from .rollouts import Rollouts
 class RolloutTrainer(ReportingTrainer):
     """trl's SFTTrainer whose accumulated batches may hold what the student says itself, in the place of the data."""
 
+    args: Any
     rollouts: Rollouts | None = None
     _ahead: RolloutsAhead | None = None
 

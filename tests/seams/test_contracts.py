@@ -432,6 +432,9 @@ def test_deepspeed_marks_what_it_cuts() -> None:
     source = inspect.getsource(deepspeed.runtime.zero.partition_parameters)
     assert all(name in source for name in ("ds_status", "ds_tensor", "ds_numel", "ds_shape", "ds_process_group"))
     assert parameters_of(deepspeed.runtime.zero.GatheredParameters.__init__)[:2] == ["self", "params"]
+    offload = deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload
+    assert "self.fwd_pre_hook = self.module.register_forward_pre_hook(" in inspect.getsource(offload)
+    assert "self.parameter_offload" in inspect.getsource(deepspeed.runtime.zero.stage3)
     assert deepspeed_seam.weights_of(torch.nn.Parameter(torch.zeros(3))) == 3
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # pyright: ignore
 

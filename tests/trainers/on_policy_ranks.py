@@ -40,7 +40,11 @@ def train(models: str, output: str, how: str, server: str = "", lora: bool = Fal
     }
     # accelerate says this to the trainings that come after, which would shard too.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
-    config = KDConfig(**{**defaults, **wrapping(how), **settings})
+    spread = wrapping(how)
+    if "deepspeed" in spread:
+        # Its optimizer has a weight decay unless told otherwise.
+        spread["deepspeed"]["optimizer"]["params"]["weight_decay"] = 0.0
+    config = KDConfig(**{**defaults, **spread, **settings})
     # An adapter starts with random weights.
     torch.manual_seed(0)
     adapter = LoraConfig(**LORA) if lora else None

@@ -188,18 +188,23 @@ def test_losses_do_not_depend_on_ranks(
         # Before the server gets other weights than those under the adapter.
         jobs |= {f"{how} adapter served": {"how": how, "server": fake.url, "lora": True} for how in ways}
         jobs |= {f"{how} served": {"how": how, "server": fake.url} for how in ways}
+        ahead = {"server": fake.url, "rollout_ahead": 1, "learning_rate": 0.0}
+        jobs |= {f"{how} still ahead": {"how": how, **ahead} for how in ("ddp", "fsdp2")}
         seen = on_ranks(jobs, tiny["teacher"].parent, tmp_path)
-        assert fake.loads == 4 * 2 * len(ways)
-    alone = build(KDTrainer, completions, **GREEDY)
+        assert fake.loads == 4 * (2 * len(ways) + 2)
     torch.manual_seed(0)
     models = {"model": str(tiny["student"]), "peft_config": LoraConfig(**LORA)}
-    adapted = build(KDTrainer, completions, trainer=models, **GREEDY)
+    alone = {
+        "adapter": build(KDTrainer, completions, trainer=models, **GREEDY),
+        "still": build(KDTrainer, completions, learning_rate=0.0, **GREEDY),
+        "": build(KDTrainer, completions, **GREEDY),
+    }
     expected = {}
-    for name, trainer in (("whole", alone), ("adapter", adapted)):
+    for kind, trainer in alone.items():
         trainer.train()
-        expected[name] = list(zip(*(losses_of(trainer, report) for report in NAMES), strict=True))
+        expected[kind] = list(zip(*(losses_of(trainer, report) for report in NAMES), strict=True))
     for name, ranks in seen.items():
-        steps = expected["adapter" if "adapter" in name else "whole"]
+        steps = next(steps for kind, steps in expected.items() if kind in name)
         for rank in ranks:
             assert rank == [pytest.approx(step, rel=1e-4) for step in steps], name
 
