@@ -14,6 +14,7 @@ from mmkd import __version__
 from mmkd.errors import UserError
 
 from .manifest import Manifest
+from .side_files import HEAD
 from .store import Cache
 
 DATA_RECIPE = "data.yaml"
@@ -130,6 +131,14 @@ def _content(folder: Path, manifest: Manifest) -> dict[str, Any]:
         )
         if signal["k"] and tokens:
             facts["Mean mass kept"] = f"{mass_kept(Cache(folder)):.4f} of 1, in the most likely tokens"
+    elif signal["kind"] == "hidden":
+        facts["Kept per token"] = (
+            f"the last hidden state, {signal['width']:,} numbers in {signal['dtype']}"
+            + (f" with a scale for {signal['block']} of a channel" if "block" in signal else "")
+            + (", also of visual tokens" if signal["visual"] else "")
+        )
+        head = (folder / HEAD).stat().st_size
+        facts["Kept once"] = f"the head over {signal['vocab_size']:,} tokens, {head:,} bytes"
     elif signal["kind"] == "log_probs":
         facts["Kept per token"] = "the token's own log-prob"
         if "boundaries" in signal:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmkd.errors import UserError
 from mmkd.models.heads import LMHead
+from mmkd.precision import product_dtype
 
 from .codec import Codec, TokenOrder
 from .identity import file_sha256
@@ -39,13 +40,20 @@ def codec_of(folder: Path, manifest: Manifest) -> Codec | StateCodec:
     return Codec("top_k", signal["k"], signal["tail_draws"], order)
 
 
+def damaged_side_files(folder: Path, manifest: Manifest) -> list[Path]:
+    """The files beside the shards that are missing or do not match the manifest."""
+    checksums = {folder / name: manifest.identity["signal"].get(field) for field, name in SIDE_FILES.items()}
+    return [
+        path
+        for path, checksum in checksums.items()
+        if checksum is not None and (not path.is_file() or file_sha256(path) != checksum)
+    ]
+
+
 def check_side_files(folder: Path, manifest: Manifest) -> None:
     """Raises UserError if a file beside the shards is missing or does not match the manifest."""
-    for field, name in SIDE_FILES.items():
-        checksum = manifest.identity["signal"].get(field)
-        path = folder / name
-        if checksum is not None and (not path.is_file() or file_sha256(path) != checksum):
-            raise damage(path)
+    for path in damaged_side_files(folder, manifest):
+        raise damage(path)
 
 
 def damage(path: Path) -> UserError:
@@ -61,21 +69,23 @@ def order_bytes(order: TokenOrder) -> bytes:
 
 
 def head_bytes(head: LMHead) -> bytes:
-    """The content of the file of a head, trimmed to its vocabulary and in the type it has."""
-    weights = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
-    return safetensors.torch.save(
-        # A copy: a slice of a tensor would be refused, or bring the rest of its storage along.
-        {name: weight.detach()[: head.vocab_size].cpu().clone() for name, weight in weights.items()}
-    )
+    """The content of the file of a head, trimmed to its vocabulary, in bfloat16 where that loses nothing."""
+    parts = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+    # Copies: a slice of a tensor would be refused, or bring the rest of its storage along.
+    whole = {name: part.detach()[: head.vocab_size].cpu().clone() for name, part in parts.items()}
+    short = {name: part.to(torch.bfloat16) for name, part in whole.items()}
+    same = all(torch.equal(short[name].to(part.dtype), part) for name, part in whole.items())
+    return safetensors.torch.save(short if same else whole)
 
 
 def read_head(folder: Path, manifest: Manifest, device: str | torch.device = "cpu") -> LMHead:
-    """The teacher's head in a cache of hidden states, in the type it is stored in."""
+    """The teacher's head in a cache of hidden states, in the type in which the device multiplies what it is."""
     signal = manifest.identity["signal"]
+    dtype = product_dtype(getattr(torch, signal["head_dtype"]), device)
     try:
         with safe_open(folder / HEAD, framework="pt", device=str(device)) as file:
-            # As stored, and not as a mapped file: training reads all of it again and again.
-            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            # Copies, and not a mapped file: training reads all of it again and again.
+            weights = {name: file.get_tensor(name).to(dtype, copy=True) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise damage(folder / HEAD) from error
     return LMHead(weights["weight"], weights.get("bias"), signal["head_scale"], signal["head_softcap"])

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmkd.errors import UserError
+
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -73,14 +75,17 @@ class StateCodec:
     kind = "hidden"
 
     def encode(self, states: TokenStates) -> bytes:
-        """The blob of one sequence. Raises ValueError where float16 is too narrow for a state."""
+        """The blob of one sequence. Raises UserError where float16 is too narrow for a state."""
         sections = [stored] = [states.hidden.detach().cpu()]
         if self.dtype == "int8":
             sections = list(_quantised(stored.float()))
         else:
             sections = [stored.to(DTYPES[self.dtype])]
             if not sections[0].isfinite().all():
-                raise ValueError(f"a hidden state is as large as {float(stored.abs().max()):g}, too large for float16")
+                raise UserError(
+                    f"A hidden state of the teacher is as large as {float(stored.abs().max()):g}, too large for "
+                    "float16. Set cache_hidden_dtype: bfloat16."
+                )
         frames = [_ZSTD.compress(plane, asbytes=True) for section in sections for plane in _planes(section)]
         return struct.pack(f"<{len(frames) + 1}I", states.visual, *map(len, frames)) + b"".join(frames)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from mmkd.cache.side_files import HEAD
 from mmkd.errors import UserError
 from mmkd.units import readable_size, with_noun
 
@@ -41,13 +42,14 @@ def report_estimate(plan: "ScorePlan", console: Console) -> None:
             f"The teacher refused all {len(asked)} sampled rows, so nothing can be estimated; the first: {reason}"
         )
     supervised = sum(len(score) for score in scores)
-    encoded = sum(len(plan.codec.encode(score)) for score in scores)
+    encoded = sum(len(plan.encoded(score)) for score in scores)
     read = sum(len(sequence.ids) for sequence in asked) / len(asked)
     tokens, labels = read * total, supervised / len(scores) * total
     counted = [split for split in plan.prepared.splits.values() if isinstance(split, Sequences)]
     if counted:
         tokens = sum(split.tokens for split in counted)
         labels = sum(split.supervised_tokens for split in counted)
+    once = len(plan.files().get(HEAD, b""))
     hours = seconds / read * tokens / 3600
     workers = plan.arguments.cache_workers if plan.arguments.engine == "ray" else (plan.arguments.part or (0, 1))[1]
     table = Table(title="mmkd cache build: dry run", show_header=False)
@@ -57,7 +59,8 @@ def report_estimate(plan: "ScorePlan", console: Console) -> None:
         ("tokens to read", f"{tokens:,.0f}"),
         ("supervised tokens", f"{labels:,.0f}"),
         ("bytes per supervised token", f"{encoded / supervised:.1f}"),
-        ("size of the cache", readable_size(encoded / supervised * labels)),
+        ("size of the cache", readable_size(encoded / supervised * labels + once)),
+        *([("of which the head", readable_size(once))] if once else []),
         ("speed", f"{read / seconds:,.0f} tokens/s over {len(asked)} sampled sequences"),
         ("hours", f"{hours:.2f}" + (f", {hours / workers:.2f} with {workers} like this one" if workers > 1 else "")),
     ):

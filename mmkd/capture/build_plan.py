@@ -9,35 +9,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict, Features
 from jaxtyping import Bool
-from transformers import AutoConfig
 
 from mmkd import __version__
 from mmkd.alignment.pieces import TokenPieces, boundary_mask, set_sha256
-from mmkd.alignment.vocab import shared_tokens
-from mmkd.cache.codec import Codec, TokenOrder
+from mmkd.cache.codec import Codec, TokenOrder, TokenScores
 from mmkd.cache.hub import is_hub_id
-from mmkd.cache.identity import saved_dtype
 from mmkd.cache.manifest import Manifest, Skipped
-from mmkd.cache.side_files import TOKEN_ORDER, order_bytes
+from mmkd.cache.side_files import HEAD, TOKEN_ORDER, head_bytes, order_bytes
+from mmkd.cache.state_codec import StateCodec, TokenStates
 from mmkd.cache.store import SIGNAL_FEATURES
 from mmkd.data.arrow import read_rows
 from mmkd.data.data_recipe import DataRecipe
 from mmkd.data.filters import row_key
 from mmkd.errors import UserError
 from mmkd.generation.generator import Advance
+from mmkd.models.heads import LMHead
 from mmkd.models.load import tokenizer_of
-from mmkd.precision import name_of_dtype, product_dtype, say_float32
 from mmkd.recipe.cache_arguments import CacheArguments
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run import load_rows_of
 from mmkd.recipe.run_models import load_teacher, student_processing_class, teacher_processing_class
-from mmkd.recipe.run_teacher import teacher_identity
-from mmkd.teachers.vllm_client import ServerFacts, VLLMClient
+from mmkd.recipe.run_teacher import server_signal
+from mmkd.training.method import METHODS
 
-from .scorers import LocalScorer, ScoreFormat, Scorer, ServerScorer
+from .captured_teacher import (
+    check_loaded_head,
+    check_top_k_server,
+    client_of,
+    described_teacher,
+    hidden_teacher,
+    shared_rows,
+    states_signal,
+    teacher_head,
+)
+from .scorers import HiddenServerScorer, LocalScorer, ScoreFormat, Scorer, ServerScorer
 from .sequences import PreparedSequences, TokenSequence, UnusableRow, prepare, usable
 
 
@@ -98,23 +105,54 @@ class ScorePlan(Plan):
     """The teacher's distributions over given answers."""
 
     prepared: PreparedSequences
-    codec: Codec
+    codec: Codec | StateCodec
+    served: str | None = None
+    """The signal of the servers that are asked; None for a teacher in this process."""
 
     @cached_property
     def scorer(self) -> Scorer:
         """Whoever answers; loading the teacher waits until somebody asks."""
-        run, codec = self.run, self.codec
-        boundaries = _boundaries_of(self.prepared.processing_class) if codec.boundaries else None
-        vocab_size = self.manifest.identity["signal"]["vocab_size"]
-        score_format = ScoreFormat(codec.kind, codec.k, codec.m, vocab_size, boundaries)
-        if run.arguments.teacher_server is not None:
-            return ServerScorer(client_of(run, self.prepared.processing_class), score_format)
+        run = self.run
+        if self.served == "hidden":
+            return HiddenServerScorer(hidden_teacher(run, self._tokenizer), self.score_format)
+        if self.served is not None:
+            return ServerScorer(client_of(run, self.prepared.processing_class), self.score_format)
         assert run.arguments.teacher is not None
         model = load_teacher(run, run.arguments.teacher, self.dtype)
-        return LocalScorer(model, self.prepared, score_format, self.arguments.cache_batch_tokens)
+        if self.codec.kind == "hidden":
+            check_loaded_head(model, self.head())
+        return LocalScorer(model, self.prepared, self.score_format, self.arguments.cache_batch_tokens)
+
+    @property
+    def score_format(self) -> ScoreFormat:
+        """What is asked about every supervised token."""
+        codec, vocab_size = self.codec, self.manifest.identity["signal"]["vocab_size"]
+        if isinstance(codec, StateCodec):
+            visual = self.prepared.processing_class.image_token_id if codec.visual else None
+            return ScoreFormat(codec.kind, 0, 0, vocab_size, visual_token=visual)
+        boundaries = _boundaries_of(self.prepared.processing_class) if codec.boundaries else None
+        return ScoreFormat(codec.kind, codec.k, codec.m, vocab_size, boundaries)
+
+    def head(self) -> LMHead:
+        """The teacher's head, over the tokens that the cache speaks of."""
+        return teacher_head(self.run, self.manifest.identity["signal"]["vocab_size"])
+
+    @property
+    def _tokenizer(self) -> Any:
+        return tokenizer_of(self.prepared.processing_class)
 
     def files(self) -> dict[str, bytes]:
+        if isinstance(self.codec, StateCodec):
+            return {HEAD: head_bytes(self.head())}
         return {TOKEN_ORDER: order_bytes(self.codec.order)} if self.codec.kind == "top_k" else {}
+
+    def encoded(self, answer: TokenScores | TokenStates) -> bytes:
+        """The blob of an answer."""
+        if isinstance(self.codec, StateCodec):
+            assert isinstance(answer, TokenStates)
+            return self.codec.encode(answer)
+        assert isinstance(answer, TokenScores)
+        return self.codec.encode(answer)
 
     def shard(self, split: str, number: int, advance: Advance) -> ShardResult:
         start, teacher_start = time.perf_counter(), self.scorer.teacher_seconds
@@ -132,7 +170,7 @@ class ScorePlan(Plan):
                 {
                     "key": sequence.key,
                     "tokens": len(scores),
-                    "blob": self.codec.encode(scores),
+                    "blob": self.encoded(scores),
                     "images": list(sequence.images),
                     "image_tokens": sequence.image_tokens,
                 }
@@ -156,35 +194,46 @@ def make_score_plan(run: Run) -> ScorePlan:
     """The plan of a cache of scores. Raises UserError as `make_plan` does."""
     settings, arguments = run.arguments, run.cache
     check_settings(run)
-    assert settings.teacher is not None
+    served = None if settings.teacher_server is None else server_signal(run, settings.teacher_server)
+    if served == "top_k":
+        check_top_k_server(run)
+    keeps_states = arguments.cache_signal == "hidden"
     teacher_class = teacher_processing_class(run)
+    method = METHODS[settings.method].trainer
     # Log-probs are for students of another tokenizer: they are of the teacher's own tokens.
-    across = arguments.cache_signal == "log_probs"
+    across = arguments.cache_signal == "log_probs" or (keeps_states and not method.one_vocabulary)
     processing_class = teacher_class if across else student_processing_class(run)
     data = load_rows_of(run)
     prepared = prepare(data, run.training.for_teacher(), processing_class)
-    vocab_size = _shared_rows(run, prepared.processing_class, teacher_class)
-    k, m = (1, 0) if across else (settings.teacher_top_k, arguments.cache_tail_draws)
+    vocab_size = shared_rows(run, prepared.processing_class, teacher_class)
+    rows = {split: len(sequences) for split, sequences in prepared.splits.items()}
+    k, m = {"log_probs": (1, 0), "hidden": (0, 0)}.get(
+        arguments.cache_signal, (settings.teacher_top_k, arguments.cache_tail_draws)
+    )
     if k + m > vocab_size:
         raise UserError(
             f"teacher_top_k {k} and cache_tail_draws {m} are more than the {vocab_size} tokens that student and "
             "teacher share. Lower them."
         )
-    teacher = described_teacher(run, tokenizer_of(teacher_class), k, run.training.max_length)
+    teacher = described_teacher(run, tokenizer_of(teacher_class), k, run.training.max_length, served)
+    if keeps_states:
+        signal = states_signal(run, vocab_size, prepared.vision and method.reads_visual_tokens)
+        codec = StateCodec(signal["dtype"], signal["width"], vocab_size, signal["visual"])
+        manifest = manifest_of(run, teacher, data, rows, signal=signal, preparation=prepared.preparation)
+        return ScorePlan(run, folder_of(run), manifest, SIGNAL_FEATURES, prepared, codec, served)
     counts = np.zeros(vocab_size, dtype=np.int64)
     for sequences in prepared.splits.values():
         known = sequences.counts[:vocab_size]
         counts[: len(known)] += known
     boundaries = across and run.training.needs_boundaries
     codec = Codec(arguments.cache_signal, k, m, TokenOrder.of(counts), boundaries)
-    signal: dict[str, Any] = {"kind": codec.kind, "k": k, "tail_draws": m, "vocab_size": vocab_size}
+    signal = {"kind": codec.kind, "k": k, "tail_draws": m, "vocab_size": vocab_size}
     if not across:
         signal["token_order"] = hashlib.sha256(order_bytes(codec.order)).hexdigest()
     if boundaries:
         signal["boundaries"] = set_sha256(_boundaries_of(teacher_class))
-    rows = {split: len(sequences) for split, sequences in prepared.splits.items()}
     manifest = manifest_of(run, teacher, data, rows, signal=signal, preparation=prepared.preparation)
-    return ScorePlan(run, folder_of(run), manifest, SIGNAL_FEATURES, prepared, codec)
+    return ScorePlan(run, folder_of(run), manifest, SIGNAL_FEATURES, prepared, codec, served)
 
 
 def manifest_of(
@@ -212,15 +261,6 @@ def _content(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def described_teacher(run: Run, tokenizer: Any, k: int, max_length: int | None) -> dict[str, Any]:
-    """What decides the teacher's numbers; a server is checked on the way (`VLLMClient.check`)."""
-    facts = None
-    if run.arguments.teacher_server is not None:
-        with client_of(run) as client:
-            facts = client.check(run.arguments.teacher, k, max_length, tokenizer)
-    return {**teacher_identity(run), **_precision(run, facts)}
-
-
 def folder_of(run: Run) -> Path:
     """Where a run's cache, or its part of it, is written."""
     folder = run.arguments.teacher_cache
@@ -242,19 +282,8 @@ def check_settings(run: Run) -> None:
             "teacher_top_k and cache_tail_draws are both 0: nothing would be kept. Raise one of them.",
             because="meaning",
         )
-    if settings.teacher_server is not None and (arguments.cache_tail_draws or not exact):
-        raise UserError(
-            "A server tells its most likely tokens only, not the tail to draw from. Set cache_tail_draws: 0 and "
-            "teacher_top_k above 0, or use a local teacher.",
-            because="upstream",
-        )
-    if settings.teacher_server is not None and arguments.cache_signal == "log_probs" and run.training.needs_boundaries:
-        raise UserError(
-            "chunks: merge and unbiased need the probability of a word's end, which is that of thousands of tokens "
-            "together, and a server in top_k mode tells its most likely tokens only. Serve the teacher's hidden "
-            "states (teacher_server_signal: hidden), or set chunks: all or space.",
-            because="upstream",
-        )
+    if settings.teacher_server is not None and settings.teacher_server_signal == "top_k":
+        check_top_k_server(run)
 
 
 def check_place(run: Run) -> None:
@@ -273,60 +302,6 @@ def part_folder(folder: str | Path, part: tuple[int, int] | None) -> Path:
     return Path(folder) if part is None else Path(f"{folder}.part-{part[0]}-of-{part[1]}")
 
 
-def client_of(run: Run, processing_class: Any = None) -> VLLMClient:
-    """A client of the run's servers."""
-    settings = run.arguments
-    assert settings.teacher_server is not None
-    return VLLMClient(
-        settings.teacher_server,
-        settings.teacher_server_model,
-        concurrency=settings.teacher_concurrency,
-        timeout=settings.teacher_timeout,
-        image_token_id=getattr(processing_class, "image_token_id", None),
-    )
-
-
 def _boundaries_of(processing_class: Any) -> Bool[np.ndarray, "vocab"]:
     """The tokens that begin a word."""
     return boundary_mask(TokenPieces.of(tokenizer_of(processing_class)))
-
-
-def _precision(run: Run, facts: ServerFacts | None) -> dict[str, Any]:
-    """What besides the weights decides the teacher's numbers."""
-    settings = run.arguments
-    if facts is not None:
-        return {"backend": f"vllm {facts.vllm_version}", "dtype": None, "quantization": None}
-    assert settings.teacher is not None
-    dtype = settings.teacher_dtype
-    if dtype == "auto":
-        dtype = _config(run, settings.teacher).dtype
-        if dtype is None:
-            dtype = saved_dtype(settings.teacher, settings.teacher_revision)
-    # Ray's workers have the GPUs that they are given, whatever this machine has.
-    device = "cuda" if run.cache.engine == "ray" and run.cache.cache_worker_gpus else run.training.device
-    # What is recorded is what is computed; a wrong name is told where the teacher is loaded.
-    known = getattr(torch, name_of_dtype(dtype), None)
-    if isinstance(known, torch.dtype) and product_dtype(known, device) != known:
-        say_float32()
-        dtype = product_dtype(known, device)
-    dtype = name_of_dtype(dtype)
-    quantization = "nf4" if settings.teacher_load_in_4bit else "int8" if settings.teacher_load_in_8bit else None
-    return {"backend": "transformers", "dtype": dtype, "quantization": quantization}
-
-
-def _shared_rows(run: Run, processing_class: Any, teacher_class: Any) -> int:
-    """The number of leading token ids that sequences and teacher share."""
-    settings = run.arguments
-    ours: Any = tokenizer_of(processing_class)
-    theirs: Any = tokenizer_of(teacher_class)
-    assert settings.teacher is not None
-    rows = [_config(run, settings.teacher).get_text_config().vocab_size]
-    if settings.student is not None and ours is not theirs:
-        # A student grows where a cloned chat template adds tokens.
-        rows.append(max(_config(run, settings.student).get_text_config().vocab_size, len(ours)))
-    return shared_tokens(ours, theirs, *rows)
-
-
-def _config(run: Run, name: str) -> Any:
-    revision = run.arguments.teacher_revision if name == run.arguments.teacher else run.student.model_revision
-    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=run.training.trust_remote_code)

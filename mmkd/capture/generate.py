@@ -31,7 +31,8 @@ from mmkd.recipe.run_models import load_teacher, teacher_processing_class
 from mmkd.teachers.vllm_client import Ids
 from mmkd.training.preparing import preparation_of
 
-from .build_plan import Plan, ShardResult, client_of, described_teacher, folder_of, manifest_of
+from .build_plan import Plan, ShardResult, folder_of, manifest_of
+from .captured_teacher import client_of, described_teacher
 from .scorers import batches
 from .sequences import UnusableRow
 

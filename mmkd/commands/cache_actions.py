@@ -12,6 +12,7 @@ from mmkd.cache.cache_card import mass_kept
 from mmkd.cache.hub import local_cache, push_cache
 from mmkd.cache.manifest import Manifest
 from mmkd.cache.merge import merge_parts
+from mmkd.cache.side_files import HEAD, SIDE_FILES, damage, damaged_side_files
 from mmkd.cache.store import Cache, damaged_shards, read_log, shard_path
 from mmkd.capture.build import build
 from mmkd.capture.build_estimate import report_estimate
@@ -25,6 +26,9 @@ from mmkd.shipped import list_recipes
 from mmkd.teachers.cached import SIGNALS
 from mmkd.training.method import METHODS, Method, learns_from
 from mmkd.units import readable_size
+
+_MEASURED = ("top_k", "hidden")
+"""Kinds whose distance to the live teacher is measured."""
 
 
 def build_cache(recipe: Recipe) -> int:
@@ -83,7 +87,7 @@ def describe_cache(name: str) -> int:
     rows: list[tuple[str, str]] = [
         ("teacher", " ".join(str(part) for part in identity["teacher"].values() if part)),
         ("data", f"{identity['data']['name']} ({identity['data']['license'] or 'licence not stated'})"),
-        ("signal", ", ".join(f"{key} {value}" for key, value in identity["signal"].items() if key != "token_order")),
+        ("signal", ", ".join(f"{key} {value}" for key, value in identity["signal"].items() if key not in SIDE_FILES)),
         *[(split, _progress(manifest, split)) for split in manifest.shards],
         ("skipped rows", manifest.skipped_summary() if manifest.skipped_rows() else "0"),
         ("supervised tokens", f"{tokens:,}"),
@@ -93,6 +97,8 @@ def describe_cache(name: str) -> int:
     ]
     if identity["signal"]["kind"] == "top_k" and not missing and manifest.part is None:
         rows.insert(3, ("mass kept by the top-k", f"{mass_kept(Cache(folder)):.4f}"))
+    if (folder / HEAD).is_file():
+        rows.append(("head, once", readable_size((folder / HEAD).stat().st_size)))
     if identity["signal"]["kind"] == "text" and (folder / DATA_RECIPE).is_file():
         rows.append(("answers", describe_answers(folder, manifest)))
     if manifest.part is not None:
@@ -146,9 +152,12 @@ def verify_cache(target: CacheTarget, rows: int) -> int:
         print(f"{shard_path(folder, split, number)} is damaged; `mmkd cache build` repairs just that shard.")
     total = sum(len(shards) for shards in manifest.shards.values())
     print(f"{total - len(damaged)} of {total} shards are intact.")
-    if damaged:
+    beside = damaged_side_files(folder, manifest)
+    for path in beside:
+        print(damage(path))
+    if damaged or beside:
         return 1
-    if manifest.identity["signal"]["kind"] != "top_k":
+    if manifest.identity["signal"]["kind"] not in _MEASURED:
         return 0
     if target.run is None:
         print("For the distance to the live teacher, give the recipe: mmkd cache verify RECIPE.yaml")
@@ -166,7 +175,7 @@ def publish_cache(target: CacheTarget, repo_id: str, private: bool, rows: int) -
     folder = Path(target.cache)
     kind = Manifest.read(folder).identity["signal"]["kind"]
     fidelity = None
-    if target.run is not None and kind == "top_k":
+    if target.run is not None and kind in _MEASURED:
         fidelity = measure_fidelity(target.run, Cache(folder), rows)
     method = None if kind not in SIGNALS else learns_from(SIGNALS[kind])
     print(push_cache(folder, repo_id, private=private, fidelity=fidelity, method=method))

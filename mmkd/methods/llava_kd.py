@@ -129,6 +129,7 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
     reports_by_teacher = ("kl", "visual_kl", "relation_distance")
     config_class = LLaVAKDConfig
     accepts = (DenseSignal,)
+    reads_visual_tokens = True
     args: LLaVAKDConfig
     _paper: ClassVar[dict[str, str]] = {
         "title": "LLaVA-KD: A Framework of Distilling Multimodal Large Language Models",

@@ -165,9 +165,11 @@ def _cache(run: Run, sample: Sample, shape: Shape, teacher: ModelCosts, device: 
         many, scope = 1e6, "per million rows of training"
     else:
         many, scope = rows * costs.own_share(run, sample) / shape.data_rows, f"for {rows:,} rows"
+    size = readable_size(many * per_row + costs.head_bytes(run))
+    if run.cache.job == "score":
+        size += f" ({costs.token_bytes(run):,.0f} bytes per token)"
     return (
-        f"A teacher_cache takes {readable_size(many * per_row)} {scope}, and {many * seconds / 3600:,.3g} "
-        "device-hours of the teacher to build."
+        f"A teacher_cache takes {size} {scope}, and {many * seconds / 3600:,.3g} device-hours of the teacher to build."
     )
 
 

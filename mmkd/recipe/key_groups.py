@@ -34,9 +34,9 @@ OWN_KEYS = {
     "data": "data max_train_rows max_eval_rows on_bad_row",
     "training": "dry_run stages schedule accelerate_config env chunk_size precise_logits",
     "cache": (
-        "job cache_signal cache_tail_draws cache_shard_rows cache_batch_tokens on_error max_skipped shard engine "
-        "cache_workers cache_worker_cpus cache_worker_gpus cache_samples cache_max_new_tokens cache_keep_truncated "
-        "cache_temperature cache_top_p cache_seed"
+        "job cache_signal cache_hidden_dtype cache_tail_draws cache_shard_rows cache_batch_tokens on_error "
+        "max_skipped shard engine cache_workers cache_worker_cpus cache_worker_gpus cache_samples "
+        "cache_max_new_tokens cache_keep_truncated cache_temperature cache_top_p cache_seed"
     ),
 }
 """Group -> the keys that mmkd itself gives every method. What a method declares belongs to the group `method`."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -13,7 +12,6 @@ from mmkd.cache.side_files import check_side_files, read_head
 from mmkd.cache.state_codec import BLOCK, DTYPES, StateCodec, StoredStates, dequantised
 from mmkd.cache.store import Cache
 from mmkd.models.heads import LMHead
-from mmkd.precision import product_dtype
 
 from .batch import Targets, View
 from .signals import DenseSignal
@@ -47,14 +45,8 @@ class CachedStates:
         return states
 
     def place(self, device: torch.device) -> None:
-        """Reads the head to a device, in the type in which the teacher computed."""
-        head = read_head(self.cache.folder, self.cache.manifest, device)
-        # A server does not say in which type it computes.
-        computed = self.cache.manifest.identity["teacher"]["dtype"]
-        dtype = head.weight.dtype if computed is None else getattr(torch, computed)
-        dtype = product_dtype(dtype, device)
-        bias = None if head.bias is None else head.bias.to(dtype)
-        self._head = replace(head, weight=head.weight.to(dtype), bias=bias)
+        """Reads the head to a device."""
+        self._head = read_head(self.cache.folder, self.cache.manifest, device)
 
     def tensors(self, states: Sequence[StoredStates]) -> dict[str, Tensor]:
         """The states of the sequences of a batch as integers, and which of them are of visual tokens alone."""

@@ -122,11 +122,11 @@ class HiddenServerTeacher(DenseTeacher):
         if not states:
             return self.nothing()
         weight = self.head.weight
-        self._check_again()
+        self.check_again()
         hidden = torch.cat(states).to(inputs["input_ids"].device, weight.dtype)
         return DenseSignal(hidden, self.head.trimmed(self.vocab_size))
 
-    def _check_again(self) -> None:
+    def check_again(self) -> None:
         """Asks the probe once more where it is time. Raises UserError for a server with other weights than before."""
         self._asked += 1
         restarted = self.client.failures != self._failures
@@ -137,7 +137,7 @@ class HiddenServerTeacher(DenseTeacher):
             nats = drift(self.head, self._states, states) if states.shape == self._states.shape else float("inf")
             if nats > DRIFT:
                 raise UserError(
-                    f"{url} gives other hidden states than when the training began ({nats:.2g} nats per token apart, "
+                    f"{url} gives other hidden states than when the run began ({nats:.2g} nats per token apart, "
                     "on a plain text): it runs other weights by now. Serve the teacher of the beginning again, and "
                     "resume from a checkpoint that was saved before.",
                     because="meaning",

@@ -39,6 +39,8 @@ class MethodTrainer(RolloutTrainer, Generic[Signal]):
     """Whether a token must be the same to student and teacher."""
     reports_by_teacher: ClassVar[tuple[str, ...]] = ("kl",)
     """Reports that, where rows name their teachers, are logged for each teacher too, as REPORT_NAME."""
+    reads_visual_tokens: ClassVar[bool] = False
+    """Whether the teacher is also asked about its states at visual tokens."""
 
     # transformers types these as unions with None, for trainers that are still without them.
     args: DistillationConfig

@@ -86,6 +86,7 @@ def read_text(plan: ScorePlan, args: argparse.Namespace) -> Text:
     """Runs the teacher over the sequences once."""
     engine = plan.scorer
     assert isinstance(engine, LocalScorer)
+    assert isinstance(plan.codec, Codec)
     sequences = sequences_of(plan, args.sequences)
     places = [place for batch in batches([len(one.ids) for one in sequences], 8192) for place in batch]
     sequences = [sequences[place] for place in places]

@@ -28,7 +28,7 @@ from _caching import TEACHER, parsed, plan_of, sequences_of, text_arguments
 from _measure import Step, arguments, interleaved, report, timed, verdict
 from torch import Tensor
 
-from mmkd.cache.codec import TokenScores
+from mmkd.cache.codec import Codec, TokenScores
 from mmkd.cache.side_files import TOKEN_ORDER
 from mmkd.cache.store import CacheWriter
 from mmkd.capture.build_plan import ScorePlan, ShardResult
@@ -93,6 +93,7 @@ def local_steps(plan: ScorePlan, args: argparse.Namespace, scratch: Path) -> dic
     """The whole shard, the teacher alone, and every stage of the shard by itself."""
     engine, codec = plan.scorer, plan.codec
     assert isinstance(engine, LocalScorer)
+    assert isinstance(codec, Codec)
     bare, sequences = BareTeacher(engine, args.chunk), sequences_of(plan, args.sequences)
     places = batches([len(one.ids) for one in sequences], plan.arguments.cache_batch_tokens)
     groups = [[sequences[place] for place in batch] for batch in places]
