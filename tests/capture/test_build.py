@@ -496,14 +496,15 @@ def test_a_ray_worker_that_dies_ends_the_build_with_a_reason() -> None:
 
 
 def test_settings_that_cannot_be(mmkd: Run) -> None:
+    server = ["--teacher_server", "http://127.0.0.1:9"]
     for flags, words in (
         (["--teacher_top_k", "0"], "nothing would be kept"),
         (["--teacher_top_k", "500"], "are more than the 300 tokens"),
         (["--shard", "3/2"], "shard is '3/2'"),
         (["--cache_shard_rows", "0"], "cache_shard_rows is 0"),
         (["--teacher_timeout", "0"], "teacher_timeout is 0"),
-        (["--teacher_server", "http://127.0.0.1:9"], "does not answer"),
-        (["--teacher_server", "http://127.0.0.1:9", "--cache_tail_draws", "4"], "not the tail to draw from"),
+        (server, "does not answer"),
+        ([*server, "--teacher_server_signal", "top_k", "--cache_tail_draws", "4"], "not the tail to draw from"),
     ):
         done = mmkd("cache", "build", "recipe.yaml", *flags, status=2)
         assert words in done, done
