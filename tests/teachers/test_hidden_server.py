@@ -203,7 +203,7 @@ def test_a_server_with_other_weights_in_mid_run_is_noticed(fake, model):
     for _ in range(3):
         teacher.ask(inputs, supervised)
     fake.served = of_its_own(seed=6)
-    with pytest.raises(ValueError, match=r"other hidden states than when the training began .*other weights by now"):
+    with pytest.raises(ValueError, match=r"other hidden states than when the run began .*other weights by now"):
         teacher.ask(inputs, supervised)
 
 
