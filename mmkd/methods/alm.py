@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,9 +33,11 @@ from mmkd.preparation.pairs import (
 )
 from mmkd.teachers.batch import ONLY, Batch
 from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.hidden_server import HiddenServerTeacher
 from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.server import LabelServerTeacher, ServerTeacher
 from mmkd.teachers.signals import ChunkAlignment, ChunkSignal, DenseSignal, LabelSignal
-from mmkd.teachers.teacher import Teacher
+from mmkd.teachers.teacher import DenseTeacher, Teacher
 from mmkd.training.answer_text import said
 from mmkd.training.answers import Placed
 from mmkd.training.base import DistillationTrainer
@@ -73,8 +76,20 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
 
     @classmethod
     def check_teacher(cls, teacher: Teacher, args: ALMConfig) -> None:
-        """Raises UserError too where a cache of log-probs does not tell enough for the settings."""
-        super().check_teacher(teacher, args)
+        """Raises UserError too where a cache of log-probs, or a server's text, does not tell enough for the settings.
+
+        Of a server that generates, only the log-probs of the text's own tokens are asked.
+        """
+        served = isinstance(teacher, ServerTeacher)
+        super().check_teacher(LabelServerTeacher(teacher) if served else teacher, args)
+        if served and (args.needs_boundaries or args.needs_hidden):
+            what = f"chunks: {args.chunks} needs" if args.needs_boundaries else "hidden_weight, uld and mined need"
+            raise UserError(
+                f"{what} more of the teacher than the most likely tokens, which are all that a server that generates "
+                "tells. Serve its hidden states (teacher_server_signal: hidden)"
+                + (", or set chunks: all or space." if args.needs_boundaries else ", or use a local teacher."),
+                because="upstream",
+            )
         if isinstance(teacher, CachedTeacher) and args.needs_boundaries and teacher.boundaries is None:
             raise UserError(
                 f"chunks: {args.chunks} needs the teacher's probability of a word's end, and the cache "
@@ -84,9 +99,9 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
             )
         if teacher.signal_type is LabelSignal and args.needs_hidden:
             raise UserError(
-                "hidden_weight and the baselines uld and mined need the teacher itself; a cache of log-probs has no "
-                "hidden states. Remove teacher_cache.",
-                because="not built",
+                "hidden_weight and the baselines uld and mined need the teacher's hidden states, which a cache of "
+                "log-probs has not. Build one with cache_signal: hidden, or remove teacher_cache.",
+                because="meaning",
             )
 
     # Two readings of the data
@@ -125,6 +140,8 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
             model = load_teacher(teacher, self.args)
             tokens = len(tokenizer_of(reader.processing_class))
             teacher = LocalTeacher(model, min(tokens, full_head(model).vocab_size))
+        else:
+            teacher = _reading_itself(teacher, tokenizer_of(reader.processing_class), reader.args.max_length)
         cached = teacher if isinstance(teacher, CachedTeacher) else None
         self._aligned = AlignedSide(rows.collator, align, cached, teacher.served)
         device, pieces = self.accelerator.device, align.aligner
@@ -142,8 +159,7 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
                     "hidden_weight learns a projection, which FSDP and DeepSpeed do not know. Set it to 0.",
                     because="not built",
                 )
-            assert isinstance(teacher, LocalTeacher)
-            widths = (full_head(model).weight.shape[1] for model in (self.model, teacher.model))
+            widths = full_head(self.model).weight.shape[1], teacher.nothing().hidden.shape[1]
             # A part of the student, so that optimizer and ranks treat it like all others; files keep it apart.
             base_of(self.model).add_module(_PROJECTION, nn.Linear(*widths, bias=False, device=device))
         tokens = min(full_head(self.model).vocab_size, len(tokenizer_of(self.processing_class)))
@@ -323,6 +339,18 @@ def _check_boundaries(teacher: CachedTeacher, mask: Bool[np.ndarray, "vocab"]) -
             f"The cache {teacher.cache.folder} holds the probability of the end of a word for another set of tokens "
             "than those that begin a word of this teacher's. Build it again with this recipe in another folder."
         )
+
+
+def _reading_itself(teacher: Teacher, tokenizer: Any, max_length: int | None) -> Teacher:
+    """A teacher that was given ready-made, over its own tokens; servers are compared with its tokenizer."""
+    if isinstance(teacher, ServerTeacher | HiddenServerTeacher):
+        teacher = copy(teacher)
+        teacher.tokenizer, teacher.max_length = teacher.tokenizer or tokenizer, teacher.max_length or max_length
+    if isinstance(teacher, ServerTeacher):
+        return LabelServerTeacher(teacher)
+    if isinstance(teacher, DenseTeacher):
+        return teacher.over_tokens(min(len(tokenizer), teacher.vocab_size))
+    return teacher
 
 
 def _after(boundary: Tensor, following: Int[Tensor, "chunk"]) -> Tensor:

@@ -144,5 +144,5 @@ class ALMConfig(DistillationConfig):
 
     @property
     def needs_hidden(self) -> bool:
-        """Whether the teacher must be a model in this process."""
+        """Whether the teacher's hidden states are compared, too."""
         return self.objective != "alm" or self.hidden_weight > 0

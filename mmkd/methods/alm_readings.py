@@ -16,7 +16,9 @@ from mmkd.preparation.paired_streams import packed_stream, paired_stream
 from mmkd.preparation.pairs import Agreement, BatchAligner, counts_of, numbered, packed, paired
 from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.hidden_server import HiddenServerTeacher
 from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.teacher import Teacher
 
 from .alm_config import ALMConfig
@@ -41,6 +43,8 @@ class TwoReadings:
         """What prepares rows for the teacher; that of the first data set reads all others."""
         if self._reader is None:
             processing_class = self._processing_class
+            if processing_class is None and isinstance(self._teacher, ServerTeacher | HiddenServerTeacher):
+                processing_class = self._teacher.tokenizer
             if processing_class is None:
                 hub = {"trust_remote_code": args.trust_remote_code}
                 processing_class = load_processing_class(_name_of(self._teacher), "teacher", **hub)
@@ -125,6 +129,11 @@ def _name_of(teacher: Any) -> str:
         return teacher.cache.manifest.identity["teacher"]["name"]
     if isinstance(teacher, LocalTeacher):
         teacher = teacher.model
+    if isinstance(teacher, ServerTeacher | HiddenServerTeacher) and teacher.teacher is not None:
+        return teacher.teacher
     if isinstance(teacher, Teacher):
-        raise UserError(f"A {type(teacher).__name__} does not tell its tokenizer: pass teacher_processing_class.")
+        raise UserError(
+            f"A {type(teacher).__name__} does not tell its tokenizer: name the teacher (recipe: `teacher`; in Python "
+            "teacher=... where it is made), or pass teacher_processing_class."
+        )
     return teacher if isinstance(teacher, str) else name_of(teacher)

@@ -37,12 +37,14 @@ def server(run: Run, student: Side, teacher: Side | None, sample: Sample | None)
                 "Set teacher_cache, and build the cache first (mmkd cache build).",
             )
         )
-    k = arguments.teacher_top_k if live or run.cache.cache_signal == "top_k" else 1
+    own = not METHODS[run.arguments.method].one_vocabulary
+    # Of a text that a teacher reads in tokens of its own, these alone are asked.
+    k = 1 if own or not (live or run.cache.cache_signal == "top_k") else arguments.teacher_top_k
     if live:
         _check_method(run, ServerTeacher(urls, k=k, model=arguments.teacher_server_model))
     tokenizer = student.tokenizer if teacher is None else teacher.tokenizer
     with VLLMClient(urls, arguments.teacher_server_model, timeout=PATIENCE) as client:
-        facts = client.check(arguments.teacher, k, run.training.max_length, tokenizer)
+        facts = client.check(arguments.teacher, k, run.training.for_teacher().max_length, tokenizer)
     message = (
         f"{', '.join(facts.urls)}: vLLM {facts.vllm_version} serves {facts.model!r} with room for "
         f"{facts.max_model_len:,} tokens, gives the top {k} and tokenises alike."

@@ -279,7 +279,7 @@ class AlignedSide:
         student = read_view(batch.student).first(len(teacher.lengths))
         if self.cached is not None:
             targets, teacher = self._looked_up(teacher, hashed_images(examples))
-            view = replace(view, inputs={}, targets={ONLY: targets})
+            view = replace(_with_supervised(view, teacher.supervised), inputs={}, targets={ONLY: targets})
         return replace(batch, readings={ONLY: Reading(view, self.align(student, teacher))})
 
     def _looked_up(self, teacher: Read, images: Sequence[Sequence[str]]) -> tuple[Targets, Read]:
@@ -297,6 +297,17 @@ class AlignedSide:
                 else:
                     scores.append(answer_scores)
         return self.cached.tensors(scores), teacher._replace(supervised=supervised)
+
+
+def _with_supervised(view: View, supervised: Bool[np.ndarray, "token"]) -> View:
+    """The view in which these tokens of its sequences, end to end, keep their labels."""
+    labels, start = torch.full_like(view.labels, -100), 0
+    for row in range(len(labels)):
+        for span in spans_of_row(view.inputs, row):
+            kept = torch.from_numpy(supervised[start : start + span.stop - span.start])
+            labels[row, span] = view.labels[row, span].masked_fill(~kept, -100)
+            start += len(kept)
+    return replace(view, labels=labels)
 
 
 def _teacher_parts(example: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.teachers.vllm_client import VLLMClient
 from mmkd.training.config import DistillationConfig
+from mmkd.training.method import METHODS
 
 from .arguments import RunArguments
 from .recipe import Run
@@ -41,16 +42,22 @@ def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher | H
     # Without the teacher's own tokenizer the servers are asked whether theirs is the student's.
     tokenizer: Any = student
     tokens = len(student)
+    own = not METHODS[arguments.method].one_vocabulary
     if arguments.teacher is not None:
         tokenizer = tokenizer_of(teacher_processing_class(run))
-        tokens = shared_tokens(student, tokenizer)
+        tokens = len(tokenizer) if own else shared_tokens(student, tokenizer)
+    elif own:
+        raise UserError(
+            f"Method {arguments.method} reads the data with the teacher's tokenizer, too, which a server does not "
+            "give. Set `teacher` to its Hub id or folder; only tokenizer and, for hidden states, head are loaded."
+        )
     settings: dict[str, Any] = {
         "model": arguments.teacher_server_model,
         # What the student does not know, a padding row of the teacher's say, is left in the tail, or has no logit.
         "vocab_size": tokens,
         "teacher": arguments.teacher,
         "tokenizer": tokenizer,
-        "max_length": run.training.max_length,
+        "max_length": run.training.for_teacher().max_length,
         "concurrency": arguments.teacher_concurrency,
         "timeout": arguments.teacher_timeout,
     }

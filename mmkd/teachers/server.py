@@ -15,7 +15,7 @@ from mmkd.errors import UserError
 from mmkd.losses.divergences import log_one_minus_exp
 
 from .batch import View
-from .signals import TopKSignal
+from .signals import LabelSignal, TopKSignal
 from .teacher import Teacher
 from .vllm_client import Answer as Answer
 from .vllm_client import Prompt as Prompt
@@ -79,17 +79,50 @@ class ServerTeacher(Teacher[TopKSignal]):
 
         Raises UserError when the server refuses a sequence.
         """
-        signals = list(self.client.score(questions_of(inputs, supervised), self.k, self.vocab_size))
-        for signal in signals:
-            if isinstance(signal, RowError):
-                raise UserError(f"The teacher's server refused a sequence of the batch: {signal.reason}")
-        top = [signal for signal in signals if isinstance(signal, TopK)]
+        top = self.answers(inputs, supervised)
         device = inputs["input_ids"].device
         ids = np.concatenate([signal.ids for signal in top] or [np.empty((0, self.k), np.int32)])
         log_probs = np.concatenate([signal.log_probs for signal in top] or [np.empty((0, self.k), np.float32)])
         on_device = torch.from_numpy(log_probs).to(device)
         tail = log_one_minus_exp(on_device.logsumexp(-1))
         return TopKSignal(torch.from_numpy(ids).to(device, torch.int64), on_device, tail)
+
+    def answers(self, inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> list[TopK]:
+        """What the servers say of every sequence of the batch. Raises UserError when one is refused."""
+        top: list[TopK] = []
+        for answer in self.client.score(questions_of(inputs, supervised), self.k, self.vocab_size):
+            if isinstance(answer, RowError):
+                raise UserError(f"The teacher's server refused a sequence of the batch: {answer.reason}")
+            top.append(answer)
+        return top
+
+
+class LabelServerTeacher(Teacher[LabelSignal]):
+    """Answers with the log-prob of each supervised token, in the teacher's own tokens, and of no other token."""
+
+    signal_type = LabelSignal
+    can_temper = False
+
+    def __init__(self, server: ServerTeacher):
+        """`server` is asked for one token per position, besides the one that is there."""
+        self.server = copy(server)
+        self.server.k = 1
+
+    @property
+    def served(self) -> bool:
+        """True."""
+        return True
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Checks the servers as `ServerTeacher` does."""
+        self.server.prepare(accelerator)
+
+    @torch.no_grad()
+    def ask(self, inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> LabelSignal:
+        """Asks for every sequence of the batch. Raises UserError when the server refuses one."""
+        own = [answer.label_log_probs for answer in self.server.answers(inputs, supervised)]
+        log_probs = torch.from_numpy(np.concatenate([np.empty(0, np.float32), *own]).astype(np.float32))
+        return LabelSignal(log_probs.to(inputs["input_ids"].device))
 
 
 def questions_of(inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> list[ScoreRequest]:

@@ -119,6 +119,36 @@ class ServedModel(FakeVLLM):
 
 
 @dataclass
+class ServedLogProbs(FakeVLLM):
+    """Runs a model of this machine with the generate runner: its true log-probs of a prompt."""
+
+    served: Any = None
+    """A transformers model."""
+    tokenizer: Any = None
+
+    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if path == "/tokenize" and self.tokenizer is not None:
+            return 200, {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
+        return super().respond(path, body)
+
+    @torch.no_grad()
+    def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        ids, k = body["prompt"], body.get("prompt_logprobs")
+        if k is None:
+            return super().complete(body)
+        entries: list[Any] = [None]
+        for token, row in zip(
+            ids[1:], self.served(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1), strict=False
+        ):
+            order = row.argsort(descending=True).tolist()
+            entries.append(
+                {str(i): {"logprob": float(row[i]), "rank": order.index(i) + 1} for i in [token, *order[:k]]}
+            )
+        choice = {"text": "x", "token_ids": [ids[-1]], "finish_reason": "length", "index": 0}
+        return 200, {"choices": [{**choice, "prompt_logprobs": entries}]}
+
+
+@dataclass
 class ServedStates(FakeVLLM):
     """Runs a model of this machine with the pooling runner: its true last hidden states, and no text."""
 
