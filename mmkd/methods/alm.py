@@ -2,21 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmkd.alignment.nearest_tokens import nearest_tokens
-from mmkd.alignment.pieces import boundary_mask, set_sha256
+from mmkd.alignment.pieces import boundary_mask
 from mmkd.errors import UserError
 from mmkd.losses import divergences
 from mmkd.losses.chunks import ChunkGroups, binarised, chunk_log_probs, group_chunks
@@ -29,26 +26,22 @@ from mmkd.models.load import tokenizer_of
 from mmkd.preparation.pairs import (
     QUESTION,
     AlignedSide,
-    teacher_sequences,
 )
 from mmkd.teachers.batch import ONLY, Batch
 from mmkd.teachers.cached import CachedTeacher
-from mmkd.teachers.hidden_server import HiddenServerTeacher
-from mmkd.teachers.local import LocalTeacher
-from mmkd.teachers.server import LabelServerTeacher, ServerTeacher
 from mmkd.teachers.signals import ChunkAlignment, ChunkSignal, DenseSignal, LabelSignal
-from mmkd.teachers.teacher import DenseTeacher, Teacher
+from mmkd.teachers.teacher import Teacher
 from mmkd.training.answer_text import said
 from mmkd.training.answers import Placed
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.items import ItemLosses, Supervised
 from mmkd.training.method import Method
-from mmkd.training.preparing import preparation_of
-from mmkd.training.teaching import StudentSide, Teaching, load_teacher
+from mmkd.training.teaching import StudentSide, Teaching
 
 from .alm_config import DIVERGENCES
 from .alm_config import ALMConfig as ALMConfig
 from .alm_readings import TwoReadings
+from .alm_teachers import asked, check_told, fitted, width_of
 from .pair_rollouts import as_teacher_reads
 
 _PROJECTION = "alm_projection"
@@ -80,29 +73,8 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
 
         Of a server that generates, only the log-probs of the text's own tokens are asked.
         """
-        served = isinstance(teacher, ServerTeacher)
-        super().check_teacher(LabelServerTeacher(teacher) if served else teacher, args)
-        if served and (args.needs_boundaries or args.needs_hidden):
-            what = f"chunks: {args.chunks} needs" if args.needs_boundaries else "hidden_weight, uld and mined need"
-            raise UserError(
-                f"{what} more of the teacher than the most likely tokens, which are all that a server that generates "
-                "tells. Serve its hidden states (teacher_server_signal: hidden)"
-                + (", or set chunks: all or space." if args.needs_boundaries else ", or use a local teacher."),
-                because="upstream",
-            )
-        if isinstance(teacher, CachedTeacher) and args.needs_boundaries and teacher.boundaries is None:
-            raise UserError(
-                f"chunks: {args.chunks} needs the teacher's probability of a word's end, and the cache "
-                f"{teacher.cache.folder} holds those of the text's own tokens only. Build it again with this recipe "
-                "in another folder, which keeps both, or set chunks: all or space.",
-                because="meaning",
-            )
-        if teacher.signal_type is LabelSignal and args.needs_hidden:
-            raise UserError(
-                "hidden_weight and the baselines uld and mined need the teacher's hidden states, which a cache of "
-                "log-probs has not. Build one with cache_signal: hidden, or remove teacher_cache.",
-                because="meaning",
-            )
+        super().check_teacher(asked(teacher), args)
+        check_told(teacher, args)
 
     # Two readings of the data
 
@@ -132,16 +104,8 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
         rows = self._readings.reader(self.train_dataset, self.args)
         reader = rows.labelling
         align = self._readings.aligner(self.processing_class, self.args)
-        if isinstance(teacher, CachedTeacher):
-            teacher.check(preparation_of(reader.processing_class, reader.args, reader.chat_template))
-            _check_cached_rows(teacher, self.train_dataset, self.eval_dataset)
-            _check_boundaries(teacher, boundary_mask(align.aligner.teacher))
-        elif not isinstance(teacher, Teacher):
-            model = load_teacher(teacher, self.args)
-            tokens = len(tokenizer_of(reader.processing_class))
-            teacher = LocalTeacher(model, min(tokens, full_head(model).vocab_size))
-        else:
-            teacher = _reading_itself(teacher, tokenizer_of(reader.processing_class), reader.args.max_length)
+        boundaries = boundary_mask(align.aligner.teacher)
+        teacher = fitted(teacher, self.args, reader, student.splits, boundaries)
         cached = teacher if isinstance(teacher, CachedTeacher) else None
         self._aligned = AlignedSide(rows.collator, align, cached, teacher.served)
         device, pieces = self.accelerator.device, align.aligner
@@ -159,7 +123,7 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
                     "hidden_weight learns a projection, which FSDP and DeepSpeed do not know. Set it to 0.",
                     because="not built",
                 )
-            widths = full_head(self.model).weight.shape[1], teacher.nothing().hidden.shape[1]
+            widths = full_head(self.model).weight.shape[1], width_of(teacher)
             # A part of the student, so that optimizer and ranks treat it like all others; files keep it apart.
             base_of(self.model).add_module(_PROJECTION, nn.Linear(*widths, bias=False, device=device))
         tokens = min(full_head(self.model).vocab_size, len(tokenizer_of(self.processing_class)))
@@ -324,33 +288,6 @@ class ALMTrainer(DistillationTrainer[ChunkSignal]):
 
 
 METHOD = Method(ALMTrainer)
-
-
-def _check_cached_rows(teacher: CachedTeacher, train: Any, evaluation: Any) -> None:
-    splits = {"train": train, **(evaluation if isinstance(evaluation, dict) else {"eval": evaluation})}
-    for name, dataset in splits.items():
-        if isinstance(dataset, Dataset) and "teacher_input_ids" in dataset.column_names:
-            teacher.check_sequences(teacher_sequences(dataset), name)
-
-
-def _check_boundaries(teacher: CachedTeacher, mask: Bool[np.ndarray, "vocab"]) -> None:
-    if teacher.boundaries not in (None, set_sha256(mask)):
-        raise UserError(
-            f"The cache {teacher.cache.folder} holds the probability of the end of a word for another set of tokens "
-            "than those that begin a word of this teacher's. Build it again with this recipe in another folder."
-        )
-
-
-def _reading_itself(teacher: Teacher, tokenizer: Any, max_length: int | None) -> Teacher:
-    """A teacher that was given ready-made, over its own tokens; servers are compared with its tokenizer."""
-    if isinstance(teacher, ServerTeacher | HiddenServerTeacher):
-        teacher = copy(teacher)
-        teacher.tokenizer, teacher.max_length = teacher.tokenizer or tokenizer, teacher.max_length or max_length
-    if isinstance(teacher, ServerTeacher):
-        return LabelServerTeacher(teacher)
-    if isinstance(teacher, DenseTeacher):
-        return teacher.over_tokens(min(len(tokenizer), teacher.vocab_size))
-    return teacher
 
 
 def _after(boundary: Tensor, following: Int[Tensor, "chunk"]) -> Tensor:
