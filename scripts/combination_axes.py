@@ -39,6 +39,7 @@ AXES: dict[str, dict[str, str]] = {
     "answers": {
         "off-policy": "the answers of the data",
         "on-policy": "`on_policy_fraction` above 0: answers of the student",
+        "on-policy served": "`on_policy_fraction` above 0 and `rollout_server`: a server generates the answers",
         "packed": "`packing: true`",
         "packed on-policy": "`packing: true` and `on_policy_fraction` above 0",
     },
@@ -72,7 +73,10 @@ class Cell(NamedTuple):
     @property
     def reference(self) -> "Cell":
         """The same training with a local teacher on one rank."""
-        return self._replace(teacher="local", ranks="1 rank")
+        # What a server generates is what the student would. A server does not quantise the model that it has, and
+        # says other things.
+        here = self.answers == "on-policy served" and self.student != "QLoRA"
+        return self._replace(teacher="local", ranks="1 rank", **({"answers": "on-policy"} if here else {}))
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Refusal:
         return min(own, key=lambda cell: sum(cell in other for other in REFUSALS))
 
 
-_ON_POLICY = ("on-policy", "packed on-policy")
+_ON_POLICY = ("on-policy", "on-policy served", "packed on-policy")
 _CACHES = ("top-k cache", "hidden-state cache")
 _SEVERAL = ("several, mixed", "several, routed")
 

@@ -12,7 +12,7 @@ import yaml
 from scripts.combination_axes import FURTHER, Cell
 from scripts.make_tiny_models import make_model, make_tiny_models, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
-from tests.combinations.served_model import serve
+from tests.combinations.served_model import serve, serve_student
 from tests.teachers.caches import build_cache
 from tests.vlms import make_llava, picture
 
@@ -44,6 +44,7 @@ ON_POLICY: dict[str, Any] = {
 ANSWERS: dict[str, dict[str, Any]] = {
     "off-policy": {},
     "on-policy": ON_POLICY,
+    "on-policy served": ON_POLICY,
     "packed": {"packing": True},
     "packed on-policy": {**ON_POLICY, "packing": True},
 }
@@ -84,6 +85,8 @@ class CellRecipes:
             **self._teacher_keys(cell),
             **(FURTHER[cell.besides].keys if cell.besides else {}),
         }
+        if cell.answers == "on-policy served":
+            settings["rollout_server"] = [self.stack.enter_context(serve_student(self._student(cell)))]
         if cell.ranks == "ZeRO-3":
             settings["deepspeed"] = str(self.once("zero3", self._zero3))
         return self._written(str(cell), {**settings, **keys})
@@ -105,7 +108,7 @@ class CellRecipes:
             return {"teacher": teacher, **self._source(cell, cell.teacher)}
         # The same teacher in two forms, which is that teacher.
         off_policy = "top-k cache" if cell.teacher == "several, mixed" else "hidden-state server"
-        second = "top-k server" if cell.answers.endswith("on-policy") else off_policy
+        second = "top-k server" if "on-policy" in cell.answers else off_policy
         parts = {"a": {"teacher": teacher}, "b": {"teacher": teacher, **self._source(cell, second)}}
         if cell.teacher == "several, routed":
             return {"teachers": parts, "teacher_column": "domain"}

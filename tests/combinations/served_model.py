@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
-from mmkd.models.load import load_model, load_processing_class
+from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from tests.teachers.fake_vllm import FakeVLLM, ServedStates, fake_vllm
 from tests.teachers.fake_vlm import ServedVLM
+from tests.trainers.served_student import ServedStudent
 
 
 @dataclass
@@ -61,4 +62,14 @@ def serve(folder: Path, signal: str) -> Iterator[str]:
         kind = TopKServer if signal == "top_k" else ServedStates
         settings |= {"tokenizer": reads, "cap": rows}
     with fake_vllm(kind, **settings) as fake:
+        yield fake.url
+
+
+@contextmanager
+def serve_student(folder: Path) -> Iterator[str]:
+    """The address of a server that takes the weights, or adapters, of the student in a folder."""
+    reads: Any = load_processing_class(str(folder), "student")
+    processor = reads if isinstance(reads, ProcessorMixin) else None
+    settings = {"processor": processor, "tokenizer": tokenizer_of(reads), "folder": str(folder)}
+    with fake_vllm(ServedStudent, max_model_len=256, **settings) as fake:
         yield fake.url
