@@ -125,9 +125,9 @@ REFUSALS: tuple[Refusal, ...] = (
         "Rows with images cannot be laid end to end",
     ),
     Refusal(
-        {"method": ("alm", "llava_kd"), "teacher": _SEVERAL},
+        {"method": ("alm",), "teacher": _SEVERAL},
         "not built",
-        "These methods learn from one teacher.",
+        "The method learns from one teacher.",
         "learns from one teacher",
     ),
     Refusal(

@@ -107,8 +107,11 @@ class CellRecipes:
         if not cell.teacher.startswith("several"):
             return {"teacher": teacher, **self._source(cell, cell.teacher)}
         # The same teacher in two forms, which is that teacher.
-        off_policy = "top-k cache" if cell.teacher == "several, mixed" else "hidden-state server"
-        second = "top-k server" if "on-policy" in cell.answers else off_policy
+        second = "top-k server" if "on-policy" in cell.answers else "top-k cache"
+        if cell.teacher == "several, routed":
+            second = "hidden-state server"
+        if cell.method == "llava_kd":
+            second = "local"
         parts = {"a": {"teacher": teacher}, "b": {"teacher": teacher, **self._source(cell, second)}}
         if cell.teacher == "several, routed":
             return {"teachers": parts, "teacher_column": "domain"}
