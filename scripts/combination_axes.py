@@ -200,6 +200,11 @@ FURTHER: dict[str, Further] = {
             Cell("llava_kd", data="images", ranks="FSDP2"),
         ),
     ),
+    "new student": Further(
+        "`student_init: prune`, with an adapter on the student that is made",
+        {"student_init": "prune", "student_layers": 1},
+        (Cell(student="LoRA"), Cell("alm", student="LoRA", ranks="FSDP2"), Cell(student="QLoRA")),
+    ),
 }
 """Name -> settings that are not combined with everything."""
 
