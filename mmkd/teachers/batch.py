@@ -138,6 +138,8 @@ class Batch(Mapping[str, Any]):
     """How many rows others stand for, by what was wrong with them."""
     rows: Sequence[Mapping[str, Any]] = ()
     """The rows themselves, where the student may answer them anew."""
+    retokenised: int = 0
+    """How many rollouts about images a server makes other tokens of."""
     asked: Any = None
     """What the teacher said, where it was asked before the step."""
 

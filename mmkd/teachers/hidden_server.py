@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from mmkd.errors import UserError
 from mmkd.models.heads import LMHead
 
+from .batch import View
 from .head_checks import FinalNorm, check_states, drift
-from .server import questions_of
+from .server import accepted, questions_of, tokens_read
 from .server_checks import WIRE_TYPES
 from .signals import DenseSignal
 from .teacher import DenseTeacher
 from .vllm_client import VLLMClient
-from .vllm_rows import RowError, ScoreRequest
+from .vllm_rows import ScoreRequest
 
 # Plain text, which any language model finds likelier than a guess.
 TEXT = (
@@ -73,6 +74,10 @@ class HiddenServerTeacher(DenseTeacher):
         """True."""
         return True
 
+    def read_alike(self, inputs: View) -> list[int] | None:
+        """Fewer than all only of rows with images, which a server makes tokens of itself."""
+        return tokens_read(self.client, inputs)
+
     def over_tokens(self, vocab_size: int) -> Self:
         """The same teacher over the first tokens only."""
         teacher = copy(self)
@@ -114,11 +119,9 @@ class HiddenServerTeacher(DenseTeacher):
     @torch.no_grad()
     def ask(self, inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> DenseSignal:
         """Asks for every sequence of the batch, padded or packed. Raises UserError when the server refuses one."""
-        states = []
-        for answer in self.client.states(questions_of(inputs, supervised), self.dtype):
-            if isinstance(answer, RowError):
-                raise UserError(f"The teacher's server refused a sequence of the batch: {answer.reason}")
-            states.append(answer)
+        questions = questions_of(inputs, supervised)
+        answers = zip(questions, self.client.states(questions, self.dtype), strict=True)
+        states = [accepted(answer, question) for question, answer in answers]
         if not states:
             return self.nothing()
         weight = self.head.weight

@@ -52,6 +52,16 @@ class ImageRows:
                 return False
         return True
 
+    async def tokens_read(self, row: ScoreRequest, model: str) -> int | RowError:
+        """How many of a row's first tokens the servers read as they are."""
+        if not row.images or (row.head and await self.takes_tokens()):
+            return len(row.ids)
+        chat = await chat_of(row)
+        if isinstance(chat, RowError):
+            return chat
+        tokens = await self.tokens(row, chat, model)
+        return tokens if isinstance(tokens, RowError) else tokens.shared
+
     async def tokens(self, row: ScoreRequest, chat: Mapping[str, Any], model: str) -> ServerTokens | RowError:
         """What the servers make of a row's messages and images (`chat_of`); a row is asked about once."""
         body = msgspec.json.encode({"model": model, **chat})

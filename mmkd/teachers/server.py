@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from .vllm_client import ScoreRequest as ScoreRequest
 from .vllm_client import ServerFacts as ServerFacts
 from .vllm_client import TopK as TopK
 from .vllm_client import VLLMClient as VLLMClient
+
+Answered = TypeVar("Answered")
 
 IMAGE_INPUTS = ("pixel_values", "pixel_values_videos", "image_grid_thw", "pixel_attention_mask")
 
@@ -73,6 +75,10 @@ class ServerTeacher(Teacher[TopKSignal]):
         """True."""
         return True
 
+    def read_alike(self, inputs: View) -> list[int] | None:
+        """Fewer than all only of rows with images, which a server may have to make tokens of itself."""
+        return tokens_read(self.client, inputs)
+
     @torch.no_grad()
     def ask(self, inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> TopKSignal:
         """Asks for every sequence of the batch, padded or packed (`position_ids` that start again at 0).
@@ -89,12 +95,9 @@ class ServerTeacher(Teacher[TopKSignal]):
 
     def answers(self, inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> list[TopK]:
         """What the servers say of every sequence of the batch. Raises UserError when one is refused."""
-        top: list[TopK] = []
-        for answer in self.client.score(questions_of(inputs, supervised), self.k, self.vocab_size):
-            if isinstance(answer, RowError):
-                raise UserError(f"The teacher's server refused a sequence of the batch: {answer.reason}")
-            top.append(answer)
-        return top
+        questions = questions_of(inputs, supervised)
+        answers = zip(questions, self.client.score(questions, self.k, self.vocab_size), strict=True)
+        return [accepted(answer, question) for question, answer in answers]
 
 
 class LabelServerTeacher(Teacher[LabelSignal]):
@@ -123,6 +126,33 @@ class LabelServerTeacher(Teacher[LabelSignal]):
         own = [answer.label_log_probs for answer in self.server.answers(inputs, supervised)]
         log_probs = torch.from_numpy(np.concatenate([np.empty(0, np.float32), *own]).astype(np.float32))
         return LabelSignal(log_probs.to(inputs["input_ids"].device))
+
+
+class RefusedRow(UserError):
+    """A server does not answer about a row of a batch."""
+
+    def __init__(self, question: ScoreRequest, reason: str):
+        super().__init__(f"The teacher's server refused a sequence of the batch: {reason}")
+        self.key, self.reason = question.key, reason
+
+
+def accepted(answer: Answered | RowError, question: ScoreRequest) -> Answered:
+    """The answer to a question. Raises RefusedRow where there is none."""
+    if isinstance(answer, RowError):
+        raise RefusedRow(question, answer.reason)
+    return answer
+
+
+def tokens_read(client: VLLMClient, view: View) -> list[int] | None:
+    """How many of each row's first tokens the servers read as they are; None where they read all of all rows."""
+    if view.served is None or not any(view.served):
+        return None
+    counts = [view.labels.shape[1]] * len(view.labels)
+    rows = view.supervised.any(1).nonzero()[:, 0].tolist()
+    questions = questions_of(view, view.supervised)
+    for row, question, count in zip(rows, questions, client.tokens_read(questions), strict=True):
+        counts[row] = accepted(count, question)
+    return counts
 
 
 def questions_of(inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> list[ScoreRequest]:

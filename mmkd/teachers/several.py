@@ -209,6 +209,12 @@ def named_parts(teacher: Any) -> dict[str, Any]:
     return dict(teacher.teachers) if isinstance(teacher, SeveralTeachers) else {ONLY: teacher}
 
 
+def served_parts(teacher: Any) -> dict[str, Any]:
+    """Those of the teachers that servers answer for, by name; nothing where there is no teacher."""
+    parts = {} if teacher is None else named_parts(teacher)
+    return {name: part for name, part in parts.items() if part.served}
+
+
 def parts_of(teacher: Any) -> list[Any]:
     """Each of several teachers, or the only one."""
     return list(named_parts(teacher).values())

@@ -29,6 +29,10 @@ class Teacher(ABC, Generic[Signal]):
         """Whether it is asked over HTTP, about pictures and not about a processor's tensors (`View.served`)."""
         return False
 
+    def read_alike(self, inputs: View) -> list[int] | None:
+        """How many of each row's first tokens the teacher reads as they are; None where it reads all of all rows."""
+        return None
+
     @abstractmethod
     def prepare(self, accelerator: Accelerator) -> None:
         """Takes its place on the accelerator's device; called once, before the first question."""

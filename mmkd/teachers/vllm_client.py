@@ -168,6 +168,14 @@ class VLLMClient:
         """How often a server gave no answer so far, and was asked again."""
         return self._endpoints.failures
 
+    def tokens_read(self, questions: Iterable[ScoreRequest]) -> Iterator[int | RowError]:
+        """How many of each question's first tokens the servers read as they are, question by question.
+
+        Fewer than all only with images, where the servers make tokens of messages themselves.
+        """
+        model = (self._facts or self.check()).model
+        return self._endpoints.map(lambda question: self._images.tokens_read(question, model), questions)
+
     def generate(
         self, prompts: Iterable[Prompt | Ids], sampling: Mapping[str, Any], n: int = 1
     ) -> Iterator[list[Answer] | RowError]:

@@ -25,7 +25,7 @@ from mmkd.preparation.collation import Collator, views_of
 from mmkd.preparation.labelling import LabellingTrainer
 from mmkd.preparation.row_names import RowNames
 from mmkd.teachers.batch import Batch
-from mmkd.teachers.several import SeveralTeachers, named_parts
+from mmkd.teachers.several import SeveralTeachers, served_parts
 from mmkd.teachers.signals import RoutedSignal
 from mmkd.teachers.teacher import Teacher
 
@@ -38,6 +38,7 @@ from .on_policy import rollouts_of
 from .prepared import Prepared, canonical_rows, unread
 from .reports import reports_of
 from .run_trainer import RunTrainer
+from .served_rollouts import naming_rows
 from .sharding import without_repeated_rows
 from .teaching import StudentSide, first_rows
 
@@ -149,8 +150,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         teaching = self.build_teacher(side, teacher, teacher_processing_class)
         self.teacher, self.vocab_size = teaching.teacher, teaching.vocab_size
         # A teacher with tokens of its own brings its view.
-        teachers = named_parts(teaching.teacher) if self.one_vocabulary and teaching.teacher is not None else {}
-        served = [name for name, part in teachers.items() if part.served]
+        served = served_parts(teaching.teacher) if self.one_vocabulary else {}
         self.student_side = side = replace(side, views=views.with_teachers(teaching.processors, served))
         check_fit(side, teaching, self.one_vocabulary)
         stop_where_answers_end(side)
@@ -166,7 +166,8 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         if teaching.teacher is not None:
             # One that cannot answer fails before training.
             for row in first_rows(teaching.teacher, self.train_dataset):
-                self.ask(self.on_device(self.data_collator([row])))
+                with naming_rows(self._row_names):
+                    self.ask(self.on_device(self.data_collator([row])))
 
     # The step
 
@@ -175,7 +176,8 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
     ) -> Any:
         """The micro-batch's share of the loss of the accumulated batch, over the items of all ranks."""
         batch, counts = self.prepare(inputs)
-        signal = self.ask(batch) if self.needs_teacher or self._reports_now() else None
+        with naming_rows(self._row_names):
+            signal = self.ask(batch) if self.needs_teacher or self._reports_now() else None
         losses = self.forward(model, batch, lambda read: self.losses_of(read, signal))
         loss = self.total(losses, counts)
         self._record({**losses.reports, **reports_of(batch, losses, None if self.model.training else counts)})
@@ -234,7 +236,8 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         """Collects one accumulated batch and counts its items of each kind over all ranks."""
         self._clock.begin()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [self.ask_ahead(batch, len(batches) == 1) for batch in batches]
+        with naming_rows(self._row_names):
+            batches = [self.ask_ahead(batch, len(batches) == 1) for batch in batches]
         counts: dict[str, Tensor] = {}
         for batch in batches:
             for kind, count in self.count_items(batch).items():

@@ -14,15 +14,18 @@ from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import MixedTargets, Objective, Targets, fused_loss
 from mmkd.models.heads import LMHead
 from mmkd.models.last_block import LastBlock
+from mmkd.models.load import tokenizer_of
 from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.several import asked, is_routed, pairs_of, parts_of
 from mmkd.teachers.signals import DenseSignal, MixedSignal, RoutedSignal, TopKSignal
 from mmkd.teachers.teacher import Teacher
 
+from .answers import Placed
 from .balance import balance_factors, gradients_in_last_layer
 from .config import DistillationConfig
 from .items import ItemLosses, Supervised, Terms, kind_of
 from .rollout_trainer import RolloutTrainer
+from .served_rollouts import as_served
 from .teaching import StudentSide, Teaching, teaching_of
 
 Signal = TypeVar("Signal")
@@ -91,6 +94,11 @@ class MethodTrainer(RolloutTrainer, Generic[Signal]):
     def ask_teacher(self, teacher: Teacher[Any], name: str, view: View) -> Signal:
         """What a teacher says about what it reads; `name` is its name among several."""
         return teacher.ask(view, view.supervised)
+
+    def with_rollouts(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
+        """A micro-batch whose rollouts (row -> rollout) are in place, as the method's teacher reads it."""
+        processing_class: Any = self.processing_class
+        return as_served(batch, placed, self.teacher, tokenizer_of(processing_class))
 
     def ask_ahead(self, batch: Batch, alone: bool) -> Batch:
         """The batch with what the teacher must have said before its items can be counted: nothing, in most methods.

@@ -14,6 +14,7 @@ from .answers import Placed
 from .reports import ReportingTrainer
 from .rollout_ahead import RolloutsAhead
 from .rollouts import Rollouts
+from .served_rollouts import is_served
 
 
 class RolloutTrainer(ReportingTrainer):
@@ -59,6 +60,9 @@ class RolloutTrainer(ReportingTrainer):
         source = rollouts if self._ahead is None else self._ahead
         batches, mixed = source.mix(batches, self.state.global_step, self.with_rollouts)
         self._record(mixed.reports(self.accelerator.device), "train")
+        if any(is_served(batch) for batch in batches):
+            others = torch.tensor(sum(batch.retokenised for batch in batches), device=self.accelerator.device)
+            self._record({"rollouts_retokenised": (others, len(mixed.rollouts))}, "train")
         rollouts.judge(mixed.totals(self._summed, self.accelerator.device))
         return [replace(batch, rows=()) for batch in batches]
 

@@ -65,3 +65,29 @@ def test_kd_learns_what_it_learns_of_a_local_teacher(build: Build, vlms: dict[st
     with teachers(vlms["teacher"], signal, **how) as (teacher, fake):
         assert losses_of(trained(build, KDTrainer, vlms["student"], teacher)) == pytest.approx(local, abs=1e-5)
         assert any("data:image/png" in str(body) for body in fake.requests)
+
+
+@pytest.mark.parametrize("signal", ["hidden", "top_k"])
+def test_rollouts_about_images_are_judged_by_their_own_tokens(build: Build, vlms: dict[str, Path], signal: str):
+    """A server of log-probs reads all of them; one of hidden states those that its tokenizer makes of the text too."""
+    settings = {"on_policy_fraction": 1.0, "rollout_max_tokens": 6, "rollout_patience": 0}
+    local = trained(build, KDTrainer, vlms["student"], str(vlms["teacher"]), **settings)
+    with teachers(vlms["teacher"], signal) as (teacher, _):
+        trainer = trained(build, KDTrainer, vlms["student"], teacher, **settings)
+    (cut, *_), losses = losses_of(trainer, "rollouts_retokenised"), losses_of(trainer)
+    if signal == "top_k":
+        assert cut == 0
+        assert losses == pytest.approx(losses_of(local), abs=1e-5)
+    else:
+        # Tiny random students write what no tokenizer would.
+        assert 0 < cut <= 1
+        assert all(0 < loss < 100 for loss in losses)
+        assert losses != pytest.approx(losses_of(local), abs=1e-5)
+
+
+def test_a_row_of_which_the_server_makes_other_tokens_is_named(build: Build, vlms: dict[str, Path]):
+    with teachers(vlms["teacher"], "hidden") as (teacher, fake):
+        fake.processor.image_processor.crop_size = {"height": 16, "width": 16}
+        fake.processor.image_processor.size = {"shortest_edge": 16}
+        with pytest.raises(ValueError, match=r"Row 0 of the train data.*16 image tokens instead of 4"):
+            trained(build, KDTrainer, vlms["student"], teacher)
