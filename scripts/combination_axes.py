@@ -155,12 +155,6 @@ REFUSALS: tuple[Refusal, ...] = (
         None,
     ),
     Refusal(
-        {"method": ("alm",), "teacher": ("top-k server", "hidden-state server")},
-        "meaning",
-        "A server is asked about the student's tokens.",
-        "have different vocabularies",
-    ),
-    Refusal(
         {"method": ("llava_kd",), "teacher": ("hidden-state server",)},
         "not built",
         "The terms on visual tokens ask a teacher in this process.",
