@@ -146,20 +146,20 @@ def _away(book: Book, run: Run, student: Side, known: int, teacher: Side | None,
         if arguments.teacher_cache is not None:
             book.check("cache", teachers.cache_to_build, run)
     elif arguments.teacher_cache is not None:
-        _cache(book, run, student, known, sample)
+        _cache(book, run, student, known, teacher, sample)
         # What a finished cache says needs no server.
         return
     if arguments.teacher_server is not None:
         book.check("server", teachers.server, run, student, teacher, sample)
 
 
-def _cache(book: Book, run: Run, student: Side, known: int, sample: Sample | None) -> None:
+def _cache(book: Book, run: Run, student: Side, known: int, reader: Side | None, sample: Sample | None) -> None:
     teacher = book.attempt("cache", teachers.open_cache, run)
     if teacher is not None:
         book.check("cache", teachers.cache, run, known, teacher)
         book.check("cache", teachers.origin, run, teacher.cache)
         if sample is not None:
-            book.check("cache", teachers.preparation, run, student, sample, teacher)
+            book.check("cache", teachers.preparation, run, student, reader, sample, teacher)
 
 
 @contextmanager

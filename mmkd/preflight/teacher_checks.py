@@ -9,6 +9,7 @@ from mmkd.cache.store import Cache
 from mmkd.capture.build_plan import check_place, check_settings
 from mmkd.capture.sequences import TokenSequence, prepare, usable
 from mmkd.errors import UserError
+from mmkd.models.load import load_processing_class
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run_teacher import check_cache, own_rows_of
 from mmkd.teachers.cached import CachedTeacher
@@ -80,7 +81,7 @@ def open_cache(run: Run) -> CachedTeacher:
 def cache(run: Run, known: int, teacher: CachedTeacher) -> list[Finding]:
     """Whether the method can learn from what a cache holds; `known` is the number of the student's tokens."""
     METHODS[run.arguments.method].trainer.check_teacher(teacher, run.training)
-    if teacher.vocab_size > known:
+    if METHODS[run.arguments.method].one_vocabulary and teacher.vocab_size > known:
         raise UserError(
             f"The cache {teacher.cache.folder} speaks of {teacher.vocab_size} tokens, the student has {known}. Build "
             "it again with this student.",
@@ -97,13 +98,23 @@ def origin(run: Run, cache: Cache) -> list[Finding]:
     return [Finding("ok", "cache", f"It is of the recipe's data, by the teacher {name}.")]
 
 
-def preparation(run: Run, student: Side, sample: Sample, teacher: CachedTeacher) -> list[Finding]:
-    """Whether a cache has the sample's sequences. Raises UserError when it was built with other settings."""
+def preparation(run: Run, student: Side, reader: Side | None, sample: Sample, teacher: CachedTeacher) -> list[Finding]:
+    """Whether a cache has the sample's sequences. Raises UserError when it was built with other settings.
+
+    `reader` is the side of the teacher, where the recipe names one.
+    """
     rows = own_rows_of(run, sample.rows)
     rows = DatasetDict({split: some for split, some in rows.items() if len(some)})
     if "train" not in rows:
         return [Finding("ok", "cache", "None of the sample's rows are of this teacher, so none were looked up.")]
-    prepared = prepare(rows, run.training, copy.deepcopy(student.processing_class))
+    if METHODS[run.arguments.method].one_vocabulary:
+        processing_class = student.processing_class
+    elif reader is not None:
+        processing_class = reader.processing_class
+    else:
+        name, trust = teacher.cache.manifest.identity["teacher"]["name"], run.training.trust_remote_code
+        processing_class = load_processing_class(name, "teacher", trust_remote_code=trust)
+    prepared = prepare(rows, run.training.for_teacher(), copy.deepcopy(processing_class))
     teacher.check(prepared.preparation)
     if run.training.packing and run.training.packing_strategy == "wrapped":
         text = "Where wrapped sequences begin depends on all rows, so the sample's were not looked up."

@@ -522,6 +522,7 @@ def test_ends_of_words_are_cached_where_the_recipe_weighs_by_them(recipe: Path, 
     assert main(["cache", "build", str(recipe), *cache, *chunks]) == 0
     assert main(["train", str(recipe), *cache, *chunks, "--output_dir", "cached"]) == 0
     assert logged("cached") == pytest.approx(logged("run"), rel=1e-2)
+    assert main(["doctor", str(recipe), *cache, *chunks]) == 0
     assert main(["train", str(recipe), *cache, "--chunks", "space", "--output_dir", "spaces"]) == 0
 
 
