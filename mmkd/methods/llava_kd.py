@@ -16,6 +16,7 @@ from mmkd.models.backbone import full_head
 from mmkd.models.heads import LMHead
 from mmkd.schema import NonNegativeFloat, Share
 from mmkd.teachers.batch import ONLY, Batch, View
+from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.several import parts_of
 from mmkd.teachers.signals import DenseSignal, MixedSignal
 from mmkd.teachers.teacher import DenseTeacher, Teacher
@@ -136,6 +137,18 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
         "id": "2410.16236",
     }
 
+    @classmethod
+    def check_teacher(cls, teacher: Teacher, args: Any) -> None:
+        """Raises UserError too for a cache that has no states at the visual tokens of its rows."""
+        super().check_teacher(teacher, args)
+        if isinstance(teacher, CachedTeacher) and not teacher.sees:
+            raise UserError(
+                f"llava_kd compares visual tokens, and the cache {teacher.cache.folder} was built for a method that "
+                "does not: it has the teacher's hidden states at the answers only. Build it again with this recipe in "
+                "another folder.",
+                because="meaning",
+            )
+
     _metrics: Mapping[str, Tensor] = {}
     """W^T W of the head of each teacher, by its name."""
 
@@ -143,8 +156,9 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
         """The base's. Raises UserError too where visual tokens cannot be related by their logits."""
         teaching = super().build_teacher(student, teacher, processing_class)
         if self.args.gamma and self.args.relation_on == "logits":
-            teachers = [part for part in parts_of(teaching.teacher) if isinstance(part, DenseTeacher)]
-            if any(cap is not None for cap in (full_head(self.model).softcap, *(part.softcap for part in teachers))):
+            parts = parts_of(teaching.teacher)
+            caps = [part.softcap for part in parts if isinstance(part, DenseTeacher | CachedTeacher)]
+            if any(cap is not None for cap in (full_head(self.model).softcap, *caps)):
                 raise UserError(
                     "The logits of the student or the teacher are softcapped (Gemma 2), so their products do not "
                     "follow from the head alone. Set relation_on: hidden.",

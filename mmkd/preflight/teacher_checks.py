@@ -81,7 +81,8 @@ def open_cache(run: Run) -> CachedTeacher:
 def cache(run: Run, known: int, teacher: CachedTeacher) -> list[Finding]:
     """Whether the method can learn from what a cache holds; `known` is the number of the student's tokens."""
     METHODS[run.arguments.method].trainer.check_teacher(teacher, run.training)
-    if METHODS[run.arguments.method].one_vocabulary and teacher.vocab_size > known:
+    fixed = METHODS[run.arguments.method].one_vocabulary and teacher.states is None
+    if fixed and teacher.vocab_size > known:
         raise UserError(
             f"The cache {teacher.cache.folder} speaks of {teacher.vocab_size} tokens, the student has {known}. Build "
             "it again with this student.",

@@ -96,6 +96,19 @@ class CachedTeacher(Teacher[CachedSignal]):
         """The sha256 of the set of tokens that begin a word, whose probability the cache has too; None without."""
         return self.cache.manifest.identity["signal"].get("boundaries")
 
+    @property
+    def softcap(self) -> float | None:
+        """Of the head of a cache of hidden states; None without."""
+        return None if self.states is None else self.states.softcap
+
+    @property
+    def sees(self) -> bool:
+        """Whether a cache of hidden states has those of visual tokens, where its rows have any."""
+        if self.states is None:
+            return False
+        has_images = self.cache.manifest.identity["preparation"]["image_processor"] is not None
+        return self.states.codec.visual or not has_images
+
     def over_tokens(self, vocab_size: int) -> Self:
         """The same teacher over the first tokens only. A cache of hidden states alone can do so."""
         assert self.states is not None

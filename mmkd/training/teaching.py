@@ -80,6 +80,8 @@ def teaching_of(student: StudentSide, teacher: Any, processing_class: Any) -> Te
         _check_cache(student, teacher)
         _check_sequences(student, teacher)
         tokens = min(student.tokens, teacher.vocab_size)
+        # A head can be cut to what the student knows; what is listed of a distribution cannot.
+        teacher = teacher if teacher.states is None else teacher.over_tokens(tokens)
         return Teaching(teacher, tokens, partial(with_targets, teacher=teacher))
     if isinstance(teacher, DenseTeacher):
         tokens = min(student.tokens, teacher.vocab_size)
@@ -129,7 +131,8 @@ def _several(student: StudentSide, several: SeveralTeachers, processing_class: A
         elif isinstance(teacher, DenseTeacher | ServerTeacher) and teacher.vocab_size is not None:
             tokens = min(tokens, teacher.vocab_size)
     for name, teacher in teachers.items():
-        if isinstance(teacher, DenseTeacher | ServerTeacher):
+        is_cut = isinstance(teacher, CachedTeacher) and teacher.states is not None
+        if is_cut or isinstance(teacher, DenseTeacher | ServerTeacher):
             teachers[name] = teacher.over_tokens(tokens)
         elif isinstance(teacher, CachedTeacher) and teacher.vocab_size > tokens:
             raise UserError(
@@ -150,7 +153,7 @@ def _check_named(train: Dataset, column: str, name: str) -> None:
 
 
 def _check_cache(student: StudentSide, teacher: CachedTeacher) -> None:
-    if teacher.vocab_size > student.tokens:
+    if teacher.vocab_size > student.tokens and teacher.states is None:
         raise UserError(
             f"The cache {teacher.cache.folder} speaks of {teacher.vocab_size} tokens, the student has "
             f"{student.tokens}. Build it again with this student.",

@@ -21,6 +21,7 @@ from mmkd.commands.main import main
 from mmkd.methods.kd import KDTrainer
 from mmkd.methods.taid import TAIDTrainer
 from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.run import build_trainer
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.teachers.signals import DenseSignal
@@ -28,6 +29,7 @@ from scripts.make_tiny_models import sentences
 from tests.helpers import Build, losses_of
 from tests.teachers.caches import build_cache, contents, write_recipe
 from tests.teachers.fake_vllm import ServedStates, fake_vllm
+from tests.vlms import make_llava, picture
 
 
 def completion_rows(count: int, seed: int) -> Dataset:
@@ -260,3 +262,59 @@ def test_commands_know_the_kind(recipe: Path, exact: Path, tmp_path: Path, capsy
     for command in (["doctor", str(recipe), *new], ["plan", str(recipe), *new, "--memory", "24"]):
         assert main(command) == 0
         assert "bytes per token" in capsys.readouterr().out
+
+
+# Images
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of method llava_kd with a LLaVA student and teacher, and rows with no, one and two images."""
+    data: dict[str, Dataset] = {}
+    folder = tmp_path_factory.mktemp("pictures")
+    vlms = {
+        "teacher": make_llava(folder / "teacher", seed=1, layers=3, width=48),
+        "student": make_llava(folder / "student", seed=2),
+    }
+    numbers = [1, 0, 2, 1, 1, 2]
+    questions, answers = sentences(len(numbers), seed=5), sentences(len(numbers), seed=6)
+    for split in ("train", "eval"):
+        rows = []
+        for number, count in enumerate(numbers):
+            paths = [folder / f"{split}-{number}-{index}.png" for index in range(count)]
+            for index, path in enumerate(paths):
+                picture(10 * number + index).save(path)
+            messages = [
+                {"role": "user", "content": "<image>" * count + questions[number]},
+                {"role": "assistant", "content": answers[number]},
+            ]
+            rows.append({"messages": messages, "images": [str(path) for path in paths]})
+        data[split] = Dataset.from_list(rows)
+    keys = {"method": "llava_kd", "max_length": 200, "assistant_only_loss": True, "cache_shard_rows": 4}
+    keys |= {"cache_signal": "hidden", "cache_hidden_dtype": "float32", "per_device_train_batch_size": 3}
+    return write_recipe(folder, vlms, data, **keys)
+
+
+def test_llava_kd_learns_from_states_at_visual_tokens(pictures: Path, tmp_path: Path) -> None:
+    build_cache(pictures)
+    results = []
+    for flags in ([], ["--teacher_cache", "null"]):
+        flags = [*flags, "--output_dir", str(tmp_path / f"run{len(flags)}"), "--max_steps", "2"]
+        trainer: Any = build_trainer(recipe_of(str(pictures), flags).parse())
+        results.append([*steps(trainer), *losses_of(trainer, "visual_kl"), *losses_of(trainer, "relation_distance")])
+    assert min(results[0]) > 0
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+    # kd reads the states at the answers of the same cache.
+    flags = ["--method", "kd", "--output_dir", str(tmp_path / "kd"), "--max_steps", "1"]
+    losses = [
+        steps(build_trainer(recipe_of(str(pictures), [*flags, *more]).parse()))
+        for more in ([], ["--teacher_cache", "null"])
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_cache_of_kd_has_no_visual_tokens(pictures: Path, tmp_path: Path) -> None:
+    flags = ["--teacher_cache", str(tmp_path / "cache")]
+    build_cache(pictures, *flags, "--method", "kd")
+    with pytest.raises(ValueError, match="hidden states at the answers only"):
+        build_trainer(recipe_of(str(pictures), [*flags, "--output_dir", str(tmp_path / "run")]).parse())
