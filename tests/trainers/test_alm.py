@@ -574,7 +574,6 @@ def test_a_cache_that_does_not_fit(recipe: Path, capsys: pytest.CaptureFixture[s
         ({"chunks": "words"}, "chunks is 'words'"),
         ({"renyi_alpha": 0.0}, "renyi_alpha is 0.0"),
         ({"hidden_weight": -1.0}, "hidden_weight is -1.0"),
-        ({"hidden_weight": 1.0, "rollout_server": ["http://127.0.0.1:1"], "on_policy_fraction": 1.0}, "a projection"),
         ({"ce_weight": 1.0}, "ce_weight is 1"),
         ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy wrapped"),
         ({"teacher_max_length": 1}, "teacher_max_length is 1"),

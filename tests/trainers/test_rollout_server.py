@@ -9,8 +9,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedTokenizerFast
 
+from mmkd.methods.alm import ALMTrainer
 from mmkd.methods.kd import KDTrainer
 from scripts.make_tiny_models import make_model, save
 from tests.helpers import LORA, Build, losses_of
@@ -81,6 +83,21 @@ def test_a_server_gets_the_adapter_alone(
     files = {path.name for path in (tmp_path / "run" / "_rollout_weights").iterdir()}
     assert "adapter_model.safetensors" in files
     assert "model.safetensors" not in files
+
+
+def test_what_is_learnt_beside_a_student_stays_here(
+    build: Build, completions: Dataset, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {**SETTINGS, "chunks": "all", "tau": 5.0, "hidden_weight": 1.0, "max_steps": 2}
+    # The projection starts with random weights.
+    torch.manual_seed(0)
+    here = steps(build(ALMTrainer, completions, **settings))
+    with fake_vllm(ServedStudent, max_model_len=256, tokenizer=tokenizer) as fake:
+        torch.manual_seed(0)
+        there = steps(build(ALMTrainer, completions, rollout_server=[fake.url], **settings))
+    assert there == [pytest.approx(pair, rel=1e-4) for pair in here]
+    weights = load_file(tmp_path / "run" / "_rollout_weights" / "model.safetensors")
+    assert not any("projection" in name for name in weights)
 
 
 def test_a_base_that_is_quantised_here_alone_is_said(

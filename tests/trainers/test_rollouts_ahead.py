@@ -1,5 +1,6 @@
 """Rollouts one step ahead: what a server answers while the student trains, and which student it speaks with."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from mmkd.methods.kd import KDConfig, KDTrainer
+from mmkd.teachers.server import ServerTeacher
 from tests.helpers import Build, losses_of
 from tests.teachers.fake_vllm import fake_vllm
 from tests.trainers.served_student import ServedStudent
@@ -52,6 +54,37 @@ def test_answers_are_one_step_old(
         fresh = steps(build(KDTrainer, completions, **served))
     assert fresh[0] == whole[0]
     assert fresh[2:] != whole[2:]
+
+
+def test_a_served_teacher_is_asked_ahead_too(
+    build: Build, completions: Dataset, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """While a batch trains, the teacher is asked about the next one; the losses are those of asking in turn."""
+    still: dict[str, Any] = {**SETTINGS, "learning_rate": 0.0, "max_steps": 3}
+    size = len(tokenizer)
+    with (
+        fake_vllm(ServedStudent, max_model_len=256, tokenizer=tokenizer) as student,
+        fake_vllm(max_model_len=256, vocab_size=size) as teacher,
+    ):
+        runs = []
+        for number in (0, 1):
+            served = {"teacher": ServerTeacher(teacher.url, k=8, vocab_size=size)}
+            trainer: Any = build(
+                KDTrainer, completions, trainer=served, **still, rollout_server=[student.url], rollout_ahead=number
+            )
+            asked: list[str] = []
+            ask = trainer.ask_teacher
+
+            def noted(*args: Any, ask: Any = ask, asked: list[str] = asked) -> Any:
+                asked.append(threading.current_thread().name)
+                return ask(*args)
+
+            trainer.ask_teacher = noted
+            runs.append((steps(trainer), asked))
+    (in_turn, here), (ahead, there) = runs
+    assert [step[:3] for step in ahead] == [pytest.approx(step[:3], rel=1e-5) for step in in_turn]
+    assert here == ["MainThread"] * 3
+    assert sorted(there) == ["MainThread", "mmkd-rollouts", "mmkd-rollouts"]
 
 
 def test_an_error_of_the_server_ends_the_step(
