@@ -15,6 +15,7 @@ from mmkd.losses.fused import MixedTargets, Objective, Targets, fused_loss
 from mmkd.models.heads import LMHead
 from mmkd.models.last_block import LastBlock
 from mmkd.models.load import tokenizer_of
+from mmkd.preparation.labelling import Labelling
 from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.several import asked, is_routed, pairs_of, parts_of
 from mmkd.teachers.signals import DenseSignal, MixedSignal, RoutedSignal, TopKSignal
@@ -49,6 +50,7 @@ class MethodTrainer(RolloutTrainer, Generic[Signal]):
     args: DistillationConfig
     model: Any
     teacher: Any
+    labelling: Labelling
     _counts: dict[str, Tensor]
     """Kind of item -> how many the accumulated batch has on all ranks."""
     _last_block: LastBlock | None = None
@@ -87,9 +89,10 @@ class MethodTrainer(RolloutTrainer, Generic[Signal]):
         return asked(self.teacher, batch, self.ask_teacher)
 
     def early_question(self) -> Callable[[Batch], Batch] | None:
-        """That of servers, about the student's own tokens; other tokens are made of rollouts in the step."""
+        """That of servers, about tokens that are the student's as they are: of rows without images."""
         served = all(isinstance(part, Teacher) and part.served for part in parts_of(self.teacher))
-        return (lambda batch: replace(batch, asked=self.ask(batch))) if served and self.one_vocabulary else None
+        as_they_are = self.one_vocabulary and not self.labelling.vision
+        return (lambda batch: replace(batch, asked=self.ask(batch))) if served and as_they_are else None
 
     def ask_teacher(self, teacher: Teacher[Any], name: str, view: View) -> Signal:
         """What a teacher says about what it reads; `name` is its name among several."""
