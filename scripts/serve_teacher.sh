@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
     cat >&2 <<'USAGE'
-usage: scripts/serve_teacher.sh MODEL [flags of `vllm serve` ...]
+usage: scripts/serve_teacher.sh MODEL [--signal top_k|hidden] [flags of `vllm serve` ...]
        scripts/serve_teacher.sh --setup
 
 MODEL is a folder or the name of a model on the Hub. The first use installs vLLM in .cache/vllm-cuda, or in .cache/vllm
@@ -14,6 +14,10 @@ and does not serve.
   scripts/serve_teacher.sh Qwen/Qwen3-8B --port 8000
   scripts/serve_teacher.sh Qwen/Qwen3-32B --tensor-parallel-size 4 --max-model-len 4097
   scripts/serve_teacher.sh runs/teacher --served-model-name teacher --max-logprobs 512
+  scripts/serve_teacher.sh Qwen/Qwen3-8B --signal hidden
+
+--signal hidden serves the last hidden states of every token, of which mmkd makes the whole distribution. Such a server
+cannot generate. top_k, the default, serves the most likely tokens, and generates.
 
 Unlike vllm, it listens on 127.0.0.1 (--host 0.0.0.0 opens it to other machines; give --api-key then) and answers with
 up to 256 log-probs per token (--max-logprobs). Scoring a text of n tokens needs --max-model-len n + 1. Out of memory
@@ -107,22 +111,42 @@ setup_environment() {
     exec 9>&-
 }
 
+signal=top_k
+flags=()
+while (($#)); do
+    case $1 in
+        --signal) signal=${2-}; (($# == 1)) || shift ;;
+        --signal=*) signal=${1#--signal=} ;;
+        *) flags+=("$1") ;;
+    esac
+    shift
+done
+if [[ $signal != top_k && $signal != hidden ]]; then
+    echo "--signal is top_k or hidden, not '$signal'." >&2
+    exit 2
+fi
+
 setup_environment
 if [[ $model == --setup ]]; then
     exit
 fi
 
-flags=("$@")
 default() { # FLAG [VALUE]: adds a flag that was not given; vllm takes --max_logprobs for --max-logprobs
     local flag
     for flag in "${flags[@]}"; do
         flag=${flag%%=*}
-        [[ ${flag//_/-} == "$1" ]] && return
+        [[ ${flag//_/-} == "${1//_/-}" ]] && return
     done
     flags+=("$@")
 }
 default --host 127.0.0.1
-default --max-logprobs 256
+if [[ $signal == hidden ]]; then
+    default --runner pooling
+    default --convert embed
+    default --pooler-config.task token_embed
+else
+    default --max-logprobs 256
+fi
 
 export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 if [[ $device == cuda ]]; then

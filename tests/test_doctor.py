@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.idefics3 import Idefics3Processor
 
 from mmkd.cache.manifest import Manifest
@@ -24,7 +24,7 @@ from mmkd.preflight.facts import Finding, Rendered
 from mmkd.preflight.row_checks import lengths
 from mmkd.recipe.flags import recipe_of
 from scripts.make_tiny_models import CHAT_TEMPLATE, make_model, make_tokenizer, save, sentences
-from tests.teachers.fake_vllm import fake_vllm
+from tests.teachers.fake_vllm import ServedStates, fake_vllm
 from tests.teachers.vlm import make_image, make_vlm
 
 ROWS = 24
@@ -444,6 +444,20 @@ def test_a_server_with_a_cap_below_k_and_one_that_serves_another_model(place: Pl
         assert "temperature is 2.0" in of(findings, "server", "problem")
         findings = place.examine(teacher_server=[fake.url], teacher=place.model("another"))
         assert "serves" in of(findings, "server", "problem")
+
+
+def test_a_server_of_hidden_states(place: Place) -> None:
+    teacher = str(place.models["teacher"])
+    settings = {"root": teacher, "tokenizer": AutoTokenizer.from_pretrained(teacher)}
+    with fake_vllm(ServedStates, served=AutoModelForCausalLM.from_pretrained(teacher), **settings) as fake:
+        findings = place.examine(teacher_server=[fake.url], temperature=2.0)
+        assert "sends hidden states of 48 numbers in float32 (192 bytes per token)" in of(findings, "server", "ok")
+        findings = place.examine(teacher_server=[fake.url], teacher_server_signal="top_k")
+        assert "--max-logprobs 64" in of(findings, "server", "problem")
+    with fake_vllm(root=teacher, tokens=probe(settings["tokenizer"])) as fake:
+        findings = place.examine(teacher_server=[fake.url], teacher_server_signal="hidden")
+        assert f"vllm serve {teacher}" in of(findings, "server", "problem")
+        assert "--runner pooling --convert embed --pooler-config.task token_embed" in of(findings, "server", "problem")
 
 
 def probe(tokenizer: Any) -> list[int]:

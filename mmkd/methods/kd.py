@@ -98,9 +98,14 @@ class KDTrainer(DistillationTrainer[Targets]):
                 because="meaning",
             )
         if args.temperature != 1 and not teacher.can_temper:
+            otherwise = (
+                "serve the teacher's hidden states (scripts/serve_teacher.sh MODEL --signal hidden)"
+                if teacher.served
+                else "teacher_tail: renormalise"
+            )
             raise UserError(
                 f"temperature is {args.temperature}, but this teacher is known at temperature 1 only: the shape of "
-                "its tail was not kept. Set temperature: 1, or teacher_tail: renormalise.",
+                f"its tail was not kept. Set temperature: 1, or {otherwise}.",
                 because="meaning",
             )
 

@@ -1,6 +1,7 @@
 """Checks of `mmkd doctor` on a teacher that is not loaded here: a server, or a cache."""
 
 import copy
+from dataclasses import replace
 
 from datasets import DatasetDict
 
@@ -10,12 +11,15 @@ from mmkd.capture.build_plan import check_place, check_settings
 from mmkd.capture.sequences import TokenSequence, prepare, usable
 from mmkd.errors import UserError
 from mmkd.models.load import load_processing_class
+from mmkd.precision import name_of_dtype
 from mmkd.recipe.recipe import Run
-from mmkd.recipe.run_teacher import check_cache, own_rows_of
+from mmkd.recipe.run_teacher import check_cache, own_rows_of, server_signal, server_teacher
 from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.hidden_server import HiddenServerTeacher
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.vllm_client import VLLMClient
 from mmkd.training.method import METHODS
+from mmkd.units import readable_size
 
 from .facts import Finding, Sample, Side
 
@@ -38,6 +42,8 @@ def server(run: Run, student: Side, teacher: Side | None, sample: Sample | None)
                 "Set teacher_cache, and build the cache first (mmkd cache build).",
             )
         )
+    if server_signal(run, urls) == "hidden":
+        return [*findings, _hidden_server(run, urls, student, live)]
     own = not METHODS[run.arguments.method].one_vocabulary
     # Of a text that a teacher reads in tokens of its own, these alone are asked.
     k = 1 if own or not (live or run.cache.cache_signal == "top_k") else arguments.teacher_top_k
@@ -51,6 +57,26 @@ def server(run: Run, student: Side, teacher: Side | None, sample: Sample | None)
         f"{facts.max_model_len:,} tokens, gives the top {k} and tokenises alike."
     )
     return [*findings, Finding("ok", "server", message)]
+
+
+def _hidden_server(run: Run, urls: list[str], student: Side, live: bool) -> Finding:
+    """Whether the servers send the hidden states that the teacher's head was made for."""
+    patient = replace(run, arguments=replace(run.arguments, teacher_timeout=PATIENCE))
+    teacher = server_teacher(patient, urls, student.tokenizer)
+    assert isinstance(teacher, HiddenServerTeacher)
+    with teacher.client:
+        if live:
+            METHODS[run.arguments.method].trainer.check_teacher(teacher, run.training)
+        teacher.check()
+    facts, width = teacher.facts, teacher.head.weight.shape[1]
+    return Finding(
+        "ok",
+        "server",
+        f"{', '.join(facts.urls)}: vLLM {facts.vllm_version} serves {facts.model!r} with room for "
+        f"{facts.max_model_len:,} tokens, sends hidden states of {width:,} numbers in {name_of_dtype(teacher.dtype)} "
+        f"({readable_size(width * teacher.dtype.itemsize)} per token), which fit the teacher's head, and tokenises "
+        "alike.",
+    )
 
 
 def _check_method(run: Run, teacher: ServerTeacher) -> None:

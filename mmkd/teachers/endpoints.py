@@ -1,11 +1,12 @@
 """HTTP to servers that answer alike: the least busy one is asked, failures are retried, answers keep their order."""
 
 import asyncio
+import json
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -47,6 +48,15 @@ class Refusal(Exception):
 
 class _Failure(Exception):
     """No answer, or one that asking again may change: refused connection, time-out, HTTP 408, 429 or 5xx."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server answered a request that it granted."""
+
+    url: str
+    headers: Mapping[str, str]
+    content: bytearray
 
 
 @dataclass
@@ -146,9 +156,9 @@ class Endpoints:
 
     async def request(self, path: str, body: bytes | None = None, url: str | None = None, retry: bool = True) -> bytes:
         """The body of the answer to a GET, or to a POST of a JSON body, by one URL or the least busy one."""
-        return (await self.reply(path, body, url, retry)).content
+        return bytes((await self.reply(path, body, url, retry)).content)
 
-    async def reply(self, path: str, body: bytes | None, url: str | None = None, retry: bool = True) -> httpx.Response:
+    async def reply(self, path: str, body: bytes | None, url: str | None = None, retry: bool = True) -> Reply:
         """As `request`, the whole answer with its headers."""
         started = time.monotonic()
         attempts = AsyncRetrying(
@@ -167,17 +177,19 @@ class Endpoints:
                 "scripts/serve_teacher.sh MODEL starts one."
             ) from failure
 
-    async def _request_once(self, path: str, body: bytes | None, url: str | None) -> httpx.Response:
+    async def _request_once(self, path: str, body: bytes | None, url: str | None) -> Reply:
         async with self._slots:
             endpoint = next(e for e in self._endpoints if e.url == url) if url else self._least_busy()
             endpoint.in_flight += 1
             try:
-                response = await self._client.request(
+                async with self._client.stream(
                     "GET" if body is None else "POST",
                     endpoint.url + path,
                     content=body,
                     headers={"Content-Type": "application/json"} if body else None,
-                )
+                ) as response:
+                    # Joined here and not by httpx, into a buffer that a tensor may share.
+                    content = bytearray().join([part async for part in response.aiter_bytes()])
             except httpx.TransportError as error:
                 self.failures += 1
                 endpoint.rests_until = time.monotonic() + REST
@@ -186,8 +198,8 @@ class Endpoints:
                 endpoint.in_flight -= 1
         if response.is_success:
             endpoint.rests_until = 0.0
-            return response
-        message, parameter = _error_of(response)
+            return Reply(endpoint.url + path, response.headers, content)
+        message, parameter = _error_of(response, bytes(content))
         if response.status_code in (408, 429) or response.is_server_error:
             self.failures += 1
             endpoint.rests_until = time.monotonic() + REST
@@ -227,11 +239,11 @@ def _root(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def _error_of(response: httpx.Response) -> tuple[str, str | None]:
+def _error_of(response: httpx.Response, content: bytes) -> tuple[str, str | None]:
     """vLLM's message and the parameter it blames, or the text that a proxy in between answered."""
-    body = response.json() if "json" in response.headers.get("content-type", "") else None
+    body = json.loads(content) if "json" in response.headers.get("content-type", "") else None
     # Since 0.10 under "error"; FastAPI's own refusals are a "detail".
     error = body.get("error", body) if isinstance(body, dict) else None
     if isinstance(error, dict):
         return str(error.get("message", error.get("detail", error))), error.get("param")
-    return str(error or response.text[:300] or response.reason_phrase), None
+    return str(error or content[:300].decode(errors="replace") or response.reason_phrase), None

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import httpx
 import msgspec
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from mmkd.errors import UserError
 
-from .endpoints import Endpoints, Refusal
+from .endpoints import Endpoints, Refusal, Reply
 from .image_rows import ImageRows, chat_of, unlike
 from .server_checks import POOLING, WIRE_TYPES, ServerFacts, row_refusal, states_request
 from .vllm_rows import RowError, ScoreRequest
@@ -71,8 +70,11 @@ async def states_of(
     except Refusal as refusal:
         return RowError(row_refusal(refusal, body))
     (states,) = states_in(reply, [count], dtype)
-    chosen = states[torch.from_numpy(places)]
-    if not chosen.isfinite().all():
+    # A copy only where tokens in between are not supervised.
+    whole = len(places) == places[-1] - places[0] + 1
+    chosen = states[places[0] : places[-1] + 1] if whole else states[torch.from_numpy(places)]
+    # The extremes, which NaN is among, take one pass and no memory.
+    if not torch.stack(chosen.aminmax()).isfinite().all():
         raise UserError(
             f"{reply.url} answered with hidden states that are NaN or infinite. The teacher's activations probably "
             "overflow: serve it with --dtype bfloat16 or float32. Otherwise its weights are damaged."
@@ -80,7 +82,7 @@ async def states_of(
     return chosen
 
 
-def states_in(reply: httpx.Response, tokens: list[int], dtype: torch.dtype) -> list[Float[Tensor, "token width"]]:
+def states_in(reply: Reply, tokens: list[int], dtype: torch.dtype) -> list[Float[Tensor, "token width"]]:
     """The table of states of each prompt, of so many tokens. Raises UserError where the reply holds something else."""
     metadata = reply.headers.get("metadata")
     if metadata is None:
@@ -92,7 +94,6 @@ def states_in(reply: httpx.Response, tokens: list[int], dtype: torch.dtype) -> l
         tables = sorted(msgspec.json.decode(metadata, type=_Tables).data, key=lambda table: table.index)
     except msgspec.DecodeError as error:
         raise UserError(f"{reply.url} answered something that is not vLLM's: {error}: {metadata[:200]!r}") from error
-    content = bytearray(reply.content)
     shapes = [table.shape for table in tables]
     if [shape[0] for shape in shapes if len(shape) == 2] != tokens:
         raise UserError(
@@ -104,13 +105,13 @@ def states_in(reply: httpx.Response, tokens: list[int], dtype: torch.dtype) -> l
         rows, width = table.shape
         if table.embed_dtype != WIRE_TYPES[dtype]:
             raise UserError(f"{reply.url} answered in {table.embed_dtype} where {WIRE_TYPES[dtype]} was asked for.")
-        if table.end - table.start != rows * width * size or table.end > len(content):
+        if table.end - table.start != rows * width * size or table.end > len(reply.content):
             raise UserError(
-                f"{reply.url} answered with {len(content)} bytes, in which {rows} states of {width} numbers from byte "
-                f"{table.start} on are not whole. The answer was cut short: see the server's log and any proxy."
+                f"{reply.url} answered with {len(reply.content)} bytes, in which {rows} states of {width} numbers "
+                f"from byte {table.start} on are not whole. The answer was cut short: see the server's log."
             )
     return [
-        torch.frombuffer(content, dtype=dtype, count=table.shape[0] * table.shape[1], offset=table.start).view(
+        torch.frombuffer(reply.content, dtype=dtype, count=table.shape[0] * table.shape[1], offset=table.start).view(
             *table.shape
         )
         for table in tables

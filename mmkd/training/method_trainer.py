@@ -67,9 +67,12 @@ class MethodTrainer(RolloutTrainer, Generic[Signal]):
         """Raises UserError when the teacher does not answer with a signal that this method can learn from."""
         if not issubclass(teacher.signal_type, cls.accepts):
             accepted = " or ".join(signal.__name__ for signal in cls.accepts)
+            otherwise = "Use another teacher or another method."
+            if teacher.served and DenseSignal in cls.accepts:
+                otherwise = "Serve its hidden states (scripts/serve_teacher.sh MODEL --signal hidden)."
             raise UserError(
                 f"{type(teacher).__name__} answers with {teacher.signal_type.__name__}, method {cls.method} needs "
-                f"{accepted}. Use another teacher or another method.",
+                f"{accepted}. {otherwise}",
                 because="not built",
             )
 

@@ -185,7 +185,9 @@ class ServedStates(FakeVLLM):
 
     @torch.no_grad()
     def states(self, ids: list[int]) -> torch.Tensor:
-        return self.served.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+        # Requests arrive in several threads, and threads of torch would wait for one another.
+        with self.lock:
+            return self.served.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
 
     def packed(self, tables: list[torch.Tensor], name: str) -> Binary:
         """As vLLM's encoding_format bytes."""
