@@ -1,7 +1,9 @@
 """Tiny random vision-language models of the families that mmkd names, each with its own processor and image tokens."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,11 +71,46 @@ def as_served() -> Iterator[None]:
     before = [dict(settings) for settings, _ in sizes]
     for settings, served in sizes:
         settings.update(served)
+    NEWLINES.extend("\n" * count for count in range(1, 5))
     try:
         yield
     finally:
+        NEWLINES.clear()
         for (settings, _), own in zip(sizes, before, strict=True):
             settings.update(own)
+
+
+NEWLINES: list[str] = []
+"""What vLLM's Gemma 3 looks for in a vocabulary."""
+VIDEO = {
+    "Qwen2_5_VLProcessor": "Qwen2VLVideoProcessor",
+    "Qwen3VLProcessor": "Qwen3VLVideoProcessor",
+    "LlavaOnevisionProcessor": "LlavaOnevisionVideoProcessor",
+    "InternVLProcessor": "InternVLVideoProcessor",
+}
+NAMED = ("boi_token", "eoi_token", "image_token", "video_token")
+NAMED += ("start_image_token", "end_image_token", "context_image_token")
+
+
+def save_for_vllm(model: PreTrainedModel, processor: Any, folder: Path) -> Path:
+    """The folder of a model and a processor that vLLM's environment can load, the video processor included."""
+    model.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(processor.chat_template)
+    names = {name: token for name in NAMED if (token := getattr(processor.tokenizer, name, None))}
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "extra_special_tokens": names}))
+    kind, pixels = type(processor).__name__, processor.image_processor
+    kept = ("image_seq_length", "image_seq_len", "num_image_tokens", "vision_feature_select_strategy")
+    own = {name: getattr(processor, name) for name in kept if hasattr(processor, name)}
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": kind, **own}))
+    if kind in VIDEO:
+        sizes = ("patch_size", "merge_size", "temporal_patch_size")
+        frames = {name: value for name in sizes if (value := getattr(pixels, name, None)) is not None}
+        video = {"video_processor_type": VIDEO[kind], "processor_class": kind, "size": dict(pixels.size), **frames}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
+    return folder
 
 
 def mrope() -> list[int]:
@@ -227,7 +264,9 @@ def internvl() -> tuple[Any, Any]:
 
 def gemma3() -> tuple[Any, Any]:
     """A fixed number of tokens per image, which see one another in both directions."""
-    tokenizer = tokenizer_with(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft>")
+    tokenizer = tokenizer_with(
+        *NEWLINES, boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft>"
+    )
     images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
     processor = Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=template("<start_of_image>"))
     config = Gemma3Config(

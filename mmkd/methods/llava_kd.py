@@ -1,11 +1,10 @@
 """LLaVA-KD: the teacher's answers, its visual tokens and how they relate to each other (2410.16236)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmkd.errors import UserError
@@ -18,7 +17,7 @@ from mmkd.schema import NonNegativeFloat, Share
 from mmkd.teachers.batch import ONLY, Batch, View
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.several import parts_of
-from mmkd.teachers.signals import DenseSignal, MixedSignal
+from mmkd.teachers.signals import DenseSignal, MixedSignal, TopKSignal
 from mmkd.teachers.teacher import DenseTeacher, Teacher
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
@@ -108,10 +107,10 @@ class VisualSupervised(Supervised):
 
 @dataclass(frozen=True)
 class VisualSignal:
-    """What the teacher says about the answer, and its states at its own visual tokens."""
+    """What the teacher says about the answer, and at its own visual tokens."""
 
-    answer: DenseSignal
-    visual: DenseSignal
+    answer: DenseSignal | TopKSignal
+    visual: DenseSignal | TopKSignal
     images: Int[Tensor, "image"]
     teacher: str = ONLY
     """Its name among several."""
@@ -129,7 +128,7 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
     takes_several = True
     reports_by_teacher = ("kl", "visual_kl", "relation_distance")
     config_class = LLaVAKDConfig
-    accepts = (DenseSignal,)
+    accepts = (DenseSignal, TopKSignal)
     reads_visual_tokens = True
     args: LLaVAKDConfig
     _paper: ClassVar[dict[str, str]] = {
@@ -139,18 +138,29 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
 
     @classmethod
     def check_teacher(cls, teacher: Teacher, args: Any) -> None:
-        """Raises UserError too for a cache that has no states at the visual tokens of its rows."""
+        """Raises UserError too where a cache, or top-k log-probs, do not tell enough for the terms that count."""
         super().check_teacher(teacher, args)
-        if isinstance(teacher, CachedTeacher) and not teacher.sees:
+        cached, top_k = isinstance(teacher, CachedTeacher), issubclass(teacher.signal_type, TopKSignal)
+        if cached and not top_k and not teacher.sees:
             raise UserError(
                 f"llava_kd compares visual tokens, and the cache {teacher.cache.folder} was built for a method that "
                 "does not: it has the teacher's hidden states at the answers only. Build it again with this recipe in "
                 "another folder.",
                 because="meaning",
             )
-
-    _metrics: Mapping[str, Tensor] = {}
-    """W^T W of the head of each teacher, by its name."""
+        if top_k and args.gamma:
+            raise UserError(
+                "gamma relates visual tokens by the teacher's hidden states, and this teacher tells top-k log-probs "
+                "only. Set gamma: 0, or use a server of hidden states (teacher_server_signal: hidden) or the teacher "
+                "itself.",
+                because="meaning",
+            )
+        if top_k and cached and args.beta:
+            raise UserError(
+                "beta compares visual tokens, and a cache of log-probs holds those of answers only. Set beta: 0, or "
+                "use a teacher_server or the teacher itself.",
+                because="meaning",
+            )
 
     def build_teacher(self, student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:
         """The base's. Raises UserError too where visual tokens cannot be related by their logits."""
@@ -176,11 +186,14 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
 
         return {**super().count_items(batch), **self.count_pairs(batch, count)}
 
-    def ask_teacher(self, teacher: Teacher[DenseSignal], name: str, view: View) -> VisualSignal:
+    def ask_teacher(self, teacher: Teacher[DenseSignal | TopKSignal], name: str, view: View) -> VisualSignal:
         """One pass of a teacher, read at the answer and at its visual tokens."""
         visual = view.visual[:, :-1]
+        if issubclass(teacher.signal_type, TopKSignal) and not self.args.beta:
+            # A cache of log-probs knows answers only, and a server need not send others.
+            visual = torch.zeros_like(visual)
         signal = teacher.ask(view, looked_at := view.supervised | visual)
-        answer, seen = (DenseSignal(signal.hidden[mask[looked_at]], signal.head) for mask in (view.supervised, visual))
+        answer, seen = (_only(signal, mask[looked_at]) for mask in (view.supervised, visual))
         return VisualSignal(answer, seen, view.images[:, 1], name)
 
     def read_student(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Supervised:
@@ -219,29 +232,30 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
         losses.reports |= reports
         return losses
 
-    def _compared(self, student: VisualSupervised, said: VisualSignal, common: list[int]) -> tuple[Tensor, Tensor]:
-        """Both sides' states at the visual tokens that they are compared on."""
-        return (
-            pooled(student.visual, student.images.tolist(), common),
-            pooled(said.visual.hidden, said.images.tolist(), common),
-        )
-
     def _visual_kl(self, student: VisualSupervised, said: VisualSignal, common: list[int]) -> Tensor:
-        if not self.args.beta:
+        args, theirs = self.args, said.visual
+        if not args.beta:
             return student.visual.float().sum() * 0
-        hidden, theirs = self._compared(student, said, common)
+        hidden = pooled(student.visual, student.images.tolist(), common)
+        if isinstance(theirs, DenseSignal):
+            theirs = DenseSignal(pooled(theirs.hidden, said.images.tolist(), common), theirs.head)
+        elif said.images.tolist() != common:
+            raise UserError(
+                "visual_mismatch: pool averages the teacher's hidden states, and this teacher tells top-k log-probs "
+                "only. Set beta: 0, or use a server of hidden states (teacher_server_signal: hidden).",
+                because="meaning",
+            )
         labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-        args = self.args
         settings = {"chunk_size": args.chunk_size, "precise": args.precise_logits, "repeatable": self.balances}
-        return fused_loss(
-            hidden, student.head, labels, DenseSignal(theirs, said.visual.head), forward_kl, **settings
-        ).total
+        return fused_loss(hidden, student.head, labels, theirs, forward_kl, **settings).total
 
     def _relation(self, student: VisualSupervised, said: VisualSignal, common: list[int]) -> Tensor:
         args, head = self.args, student.head
         if not args.gamma:
             return student.visual.float().sum() * 0
-        hidden, theirs = self._compared(student, said, common)
+        assert isinstance(said.visual, DenseSignal)
+        hidden = pooled(student.visual, student.images.tolist(), common)
+        theirs = pooled(said.visual.hidden, said.images.tolist(), common)
         normalized = args.relation_normalized
         if args.relation_on == "hidden":
             target = relations(theirs, common, normalized=normalized)
@@ -266,6 +280,13 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
                 because="meaning",
             )
         return [common_tokens(*pair) for pair in zip(ours, theirs, strict=True)]
+
+
+def _only(signal: DenseSignal | TopKSignal, chosen: Bool[Tensor, "token"]) -> DenseSignal | TopKSignal:
+    """What is said about some of the tokens."""
+    if isinstance(signal, DenseSignal):
+        return DenseSignal(signal.hidden[chosen], signal.head)
+    return TopKSignal(signal.ids[chosen], signal.log_probs[chosen], signal.tail_log_probs[chosen])
 
 
 METHOD = Method(

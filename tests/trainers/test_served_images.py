@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from mmkd.methods.alm import ALMTrainer
 from mmkd.methods.kd import KDTrainer
+from mmkd.methods.llava_kd import LLaVAKDTrainer
 from mmkd.teachers.hidden_server import HiddenServerTeacher
 from mmkd.teachers.served_head import head_of_checkpoint
 from mmkd.teachers.server import ServerTeacher
+from mmkd.teachers.several import SeveralTeachers
 from tests.helpers import Build, losses_of
 from tests.teachers.fake_vllm import fake_vllm
 from tests.teachers.fake_vlm import ServedVLM
@@ -91,3 +94,60 @@ def test_a_row_of_which_the_server_makes_other_tokens_is_named(build: Build, vlm
         fake.processor.image_processor.size = {"shortest_edge": 16}
         with pytest.raises(ValueError, match=r"Row 0 of the train data.*16 image tokens instead of 4"):
             trained(build, KDTrainer, vlms["student"], teacher)
+
+
+@pytest.mark.parametrize(("signal", "gamma"), [("hidden", 0.5), ("top_k", 0.0)])
+def test_llava_kd_learns_of_visual_tokens_too(build: Build, vlms: dict[str, Path], signal: str, gamma: float):
+    settings = {"gamma": gamma, "max_steps": 1}
+    names = ("loss", "visual_kl", "relation_distance")
+    local = trained(build, LLaVAKDTrainer, vlms["student"], str(vlms["teacher"]), **settings)
+    with teachers(vlms["teacher"], signal) as (teacher, _):
+        trainer = trained(build, LLaVAKDTrainer, vlms["student"], teacher, **settings)
+        for name in names:
+            assert losses_of(trainer, name) == pytest.approx(losses_of(local, name), abs=1e-5)
+        assert losses_of(trainer, "visual_kl")[0] > 0
+        if signal == "top_k":
+            with pytest.raises(ValueError, match="gamma relates visual tokens by the teacher's hidden states"):
+                trained(build, LLaVAKDTrainer, vlms["student"], teacher)
+
+
+@pytest.mark.parametrize("signal", ["hidden", "top_k"])
+def test_alm_reads_images_by_a_server(build: Build, vlms: dict[str, Path], signal: str):
+    """The teacher's own reading of the rows, and of the student's answers to them."""
+    settings: dict[str, Any] = {
+        "max_steps": 1,
+        "on_policy_fraction": 0.5,
+        "rollout_max_tokens": 6,
+        "rollout_patience": 0,
+    }
+    settings |= {"chunks": "all" if signal == "top_k" else "merge"}
+    reader = AutoProcessor.from_pretrained(vlms["teacher"])
+    local = trained(build, ALMTrainer, vlms["student"], str(vlms["teacher"]), **settings)
+    with teachers(vlms["teacher"], signal) as (teacher, _):
+        models = {"model": str(vlms["student"]), "teacher": teacher, "teacher_processing_class": reader}
+        trainer = build(ALMTrainer, ROWS, trainer=models, **{**SETTINGS, **settings})
+        trainer.train()
+    assert losses_of(trainer, "chunk_gap")[0] > 0.1
+    assert losses_of(trainer, "chunk_gap") == pytest.approx(losses_of(local, "chunk_gap"), rel=1e-4)
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["mixed", "routed"])
+def test_a_served_teacher_among_several(build: Build, vlms: dict[str, Path], weights: bool):
+    """One in this process and one behind a server, which reads images with a processor of its own."""
+    data = ROWS if weights else ROWS.add_column("domain", ["a", "b", "a", "b"])
+    column = None if weights else "domain"
+    with teachers(vlms["teacher"], "hidden") as (teacher, _):
+        losses = [
+            losses_of(
+                trained(
+                    build,
+                    KDTrainer,
+                    vlms["student"],
+                    SeveralTeachers({"a": str(vlms["teacher"]), "b": other}, column=column),
+                    data,
+                    max_steps=1,
+                )
+            )
+            for other in (str(vlms["teacher"]), teacher)
+        ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
