@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from mmkd.errors import UserError
 from mmkd.seams.deepspeed_seam import gathered, is_partitioned
 from mmkd.seams.peft_seam import is_adapted
-from mmkd.seams.transformers_seam import attention_of, set_attention
+from mmkd.seams.transformers_seam import attention_of, load_balancing_loss, set_attention
 
 from .heads import LMHead
 
@@ -40,7 +40,8 @@ def name_of(model: PreTrainedModel | PeftModel) -> str:
 def allow_consumers(model: PreTrainedModel | PeftModel) -> None:
     """Lets `model(**inputs, consumer=f)` return `f(last_hidden_state, head)`, computed inside the model's forward.
 
-    A loss must run there, because only then the hooks of DDP, FSDP and DeepSpeed apply to it. Without `consumer` the
+    A loss must run there, because only then the hooks of DDP, FSDP and DeepSpeed apply to it. With `router_loss=True`
+    it returns a pair, of which the second is the load-balancing loss of a mixture of experts. Without `consumer` the
     forward is unchanged. Call this before the model is wrapped. Raises UserError for a model whose logits are not its
     head applied to its last hidden state.
     """
@@ -56,11 +57,22 @@ def allow_consumers(model: PreTrainedModel | PeftModel) -> None:
     # and computes its own gradients would be compiled in pieces, again for every number of tokens.
     @torch.compiler.disable(recursive=False)
     @functools.wraps(type(base).forward)
-    def forward(self: PreTrainedModel, *args: Any, consumer: Consumer | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        consumer: Consumer | None = None,
+        router_loss: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         if consumer is None:
             return original(self, *args, **kwargs)
-        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-        return _inside(self.get_output_embeddings(), lambda hidden: consumer(hidden, head_of(self)), hidden)
+        asked = {"use_cache": False, **({"output_router_logits": True} if router_loss else {})}
+        output = self.base_model(*args, **{**kwargs, **asked})
+        hidden = output.last_hidden_state
+        result = _inside(self.get_output_embeddings(), lambda hidden: consumer(hidden, head_of(self)), hidden)
+        if not router_loss:
+            return result
+        return result, load_balancing_loss(self, output.router_logits, kwargs.get("attention_mask"))
 
     base.forward = types.MethodType(forward, base)
     _require_plain_head(base)

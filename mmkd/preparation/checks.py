@@ -12,8 +12,9 @@ from trl.data_utils import is_conversational, is_conversational_from_value
 from trl.trainer.sft_config import SFTConfig
 
 from mmkd.errors import UserError
-from mmkd.models.backbone import devices_of
+from mmkd.models.backbone import base_of, devices_of
 from mmkd.precision import cpu_multiplies, say_float32
+from mmkd.seams.transformers_seam import balances_experts
 
 from .prompt_rows import is_prompt_alone
 from .vision_checks import check_no_videos
@@ -94,11 +95,11 @@ def check_layout(args: SFTConfig, row: Mapping[str, Any], vision: bool, is_proce
 
 def check_student(trainer: Any) -> None:
     """Raises UserError for students that a trainer over tokens cannot distil into."""
-    if trainer.aux_loss_enabled:
+    if trainer.aux_loss_enabled and not balances_experts(base_of(trainer.model)):
         raise UserError(
-            "The student is a mixture of experts with a load-balancing loss, which distillation does not add. Set "
-            "router_aux_loss_coef: 0 to train it without.",
-            because="not built",
+            f"{type(base_of(trainer.model)).__name__} is a mixture of experts whose load-balancing loss transformers "
+            "does not give apart from its logits. Set router_aux_loss_coef: 0 to train it without.",
+            because="upstream",
         )
     if isinstance(trainer.model, PeftModel) and trainer.model.active_peft_config.is_prompt_learning:
         raise UserError(

@@ -1,9 +1,11 @@
 """What mmkd borrows of transformers' models and texts beyond its documentation."""
 
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -24,6 +26,30 @@ def set_attention(config: Any, implementation: str | None) -> None:
 def empty_like(model: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """A model of a class, made of a config in a type; the auto classes' `from_config` picks the class itself."""
     return model._from_config(config, dtype=dtype)
+
+
+def balances_experts(model: PreTrainedModel) -> bool:
+    """Whether `load_balancing_loss` knows the loss of a mixture of experts."""
+    return _balancing(model) is not None
+
+
+def load_balancing_loss(model: PreTrainedModel, router_logits: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+    """The loss that a mixture of experts adds to its own, before its coefficient, over the tokens that are no padding.
+
+    A model computes it together with its logits, which are not to be formed here.
+    """
+    function, config = _balancing(model), model.config.get_text_config()
+    assert function is not None, "it is checked before training"
+    experts, chosen = (
+        getattr(model, own, None) or getattr(config, own) for own in ("num_experts", "num_experts_per_tok")
+    )
+    return function(router_logits, experts, chosen, mask)
+
+
+def _balancing(model: PreTrainedModel) -> Callable[..., Tensor] | None:
+    # FSDP2 makes a class of its own of that of the model.
+    modules = (sys.modules[cls.__module__] for cls in type(model).__mro__)
+    return next(filter(None, (getattr(module, "load_balancing_loss_func", None) for module in modules)), None)
 
 
 def save_under_published_names(model: PreTrainedModel) -> None:

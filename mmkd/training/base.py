@@ -33,7 +33,7 @@ from .balance import check_balance
 from .config import DistillationConfig
 from .fitting import check_fit, check_rows_apart, stop_where_answers_end
 from .items import ItemLosses, Supervised
-from .method_trainer import MethodTrainer, Signal
+from .method_trainer import ROUTER, MethodTrainer, Signal
 from .on_policy import rollouts_of
 from .prepared import Prepared, canonical_rows, unread
 from .reports import reports_of
@@ -212,8 +212,14 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
             # Plain containers: wrappers look for tensors in the output, and do not look into our dataclasses.
             return losses.totals, losses.reports
 
+        routed = {"router_loss": True} if self.aux_loss_enabled else {}
         with nullcontext() if block is None else block.recording():
-            return ItemLosses(*model(**view.inputs, consumer=consumer))
+            result = model(**view.inputs, consumer=consumer, **routed)
+        if not self.aux_loss_enabled:
+            return ItemLosses(*result)
+        # A mean over micro-batches: each is balanced for itself, as in transformers and TRL.
+        (totals, reports), aux = result
+        return ItemLosses({**totals, ROUTER: self.router_aux_loss_coef * aux}, {**reports, "aux_loss": (aux, 1)})
 
     def losses_of(self, read: ReadStudent, signal: Any) -> ItemLosses:
         """Those of the method; where each of several teachers speaks of its own tokens, their sums."""

@@ -29,6 +29,9 @@ from .rollout_trainer import RolloutTrainer
 from .served_rollouts import as_served
 from .teaching import StudentSide, Teaching, teaching_of
 
+ROUTER = "router"
+"""The kind of item of which a micro-batch has one: the load-balancing loss of a mixture of experts."""
+
 Signal = TypeVar("Signal")
 """What a method reads of its teacher."""
 
@@ -120,7 +123,9 @@ class MethodTrainer(RolloutTrainer, Generic[Signal]):
 
     def count_items(self, batch: Batch) -> dict[str, Tensor]:
         """How many items of each kind a micro-batch of this rank has."""
-        return {"token": batch.student.supervised.sum()}
+        supervised = batch.student.supervised
+        routed = {ROUTER: supervised.new_ones((), dtype=torch.long)} if self.aux_loss_enabled else {}
+        return {"token": supervised.sum(), **routed}
 
     def count_pairs(self, batch: Batch, count: Callable[[View, View], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What `count` (the student's view, a teacher's) counts by kind of item, for all teachers.

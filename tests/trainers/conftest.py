@@ -7,6 +7,7 @@ import pytest
 
 from scripts.make_tiny_models import make_model, make_tokenizer, save
 from tests.alignment.tiny_tokenizers import CHATTERS
+from tests.experts import experts
 from tests.helpers import LORA, on_two_ranks
 from tests.vlms import make_llava
 
@@ -42,11 +43,18 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A student with experts."""
+    return experts(tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(scope="session")
 def ranks(
     tiny: dict[str, Path],
     foreign: Path,
     vlms: dict[str, Path],
     untied: dict[str, Path],
+    mixture: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, list[dict[str, Any]]]:
     """What two ranks saw of every method under DDP and FSDP2; started once, since a start takes ten seconds.
@@ -72,6 +80,8 @@ def ranks(
     first = {"settings": {**balanced, "gradient_checkpointing": True}, "evaluate_first": True}
     jobs["kd fsdp2 balanced"] = {"method": "kd", "how": "fsdp2", **tiny, **first}
     jobs["llava_kd balanced"] = {"method": "llava_kd", "how": "ddp", **vlms, "settings": {"combine": "gradmag"}}
+    for how in ("ddp", "fsdp2"):
+        jobs[f"kd experts {how}"] = {"method": "kd", "how": how, "student": mixture, "teacher": tiny["teacher"]}
     jobs["dho ddp"] = {"method": "dho", "how": "ddp"}
     kd = {"method": "kd", "how": "fsdp2", **untied}
     chunks = {"chunk_size": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}

@@ -123,6 +123,7 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "steps": [[entry["loss"], entry["grad_norm"]] for entry in history],
         "kl": [entry.get("kl") for entry in history],
         "t": [entry.get("taid_t") for entry in history],
+        "aux_loss": [entry.get("aux_loss") for entry in history],
         "balance": [entry.get("balance/ce") for entry in history],
         "before": before.get("eval_loss"),
         "evaluated": {name: evaluated[name] for name in ("eval_loss", "eval_kl", "eval_ce") if name in evaluated},
