@@ -83,7 +83,9 @@ class View(Mapping[str, Any]):
         served = self.served
         if served is not None:
             served = [row for row, kept in zip(served, rows, strict=True) if kept]
-        return replace(self, inputs=inputs, labels=self.labels[rows], served=served)
+        # None of a student that sees images is set, but they are counted by the row.
+        visual = None if self.visual_tokens is None else self.visual_tokens[rows]
+        return replace(self, inputs=inputs, labels=self.labels[rows], visual_tokens=visual, served=served)
 
     def targets_of(self, name: str) -> Self:
         """The view as the teacher of this name is asked about it."""

@@ -90,7 +90,7 @@ def test_losses_do_not_depend_on_ranks(build: Build, completions: Dataset, ranks
     expected = expected_steps(build, completions, mixture)
     for rank in ranks[f"kd experts {how}"]:
         found = [(*step, aux) for step, aux in zip(rank["steps"], rank["aux_loss"], strict=True)]
-        assert found == [pytest.approx(step, rel=1e-4) for step in expected]
+        assert found == [pytest.approx(step, rel=1e-3) for step in expected]
 
 
 @pytest.mark.slow
