@@ -534,13 +534,21 @@ def test_a_recipe_with_a_server(recipe: Path, foreign: Path, capsys: pytest.Capt
         served = [*chunks, "--teacher_server", fake.url]
         assert main(["train", str(recipe), *served, "--output_dir", "served"]) == 0
         assert logged("served") == pytest.approx(logged("run"), rel=1e-4)
-        if kind is ServedLogProbs:
-            assert main(["doctor", str(recipe), *served]) == 0
+        assert main(["doctor", str(recipe), *served]) == 0
         keys = {key: value for key, value in yaml.safe_load(recipe.read_text()).items() if key != "teacher"}
         recipe.write_text(yaml.safe_dump(keys))
         capsys.readouterr()
         assert main(["train", str(recipe), *served, "--output_dir", "other"]) == 2
         assert "Set `teacher` to its Hub id or folder" in capsys.readouterr().err
+
+
+def test_a_cache_of_hidden_states_serves_every_setting(recipe: Path) -> None:
+    settings = ["--chunks", "merge", "--gamma", "0.3", "--hidden_weight", "0.5", "--learning_rate", "1e-4"]
+    assert main(["train", str(recipe), *settings]) == 0
+    cache = ["--teacher_cache", "cache", "--cache_signal", "hidden"]
+    assert main(["cache", "build", str(recipe), *cache, *settings]) == 0
+    assert main(["train", str(recipe), *cache, *settings, "--output_dir", "cached"]) == 0
+    assert logged("cached") == pytest.approx(logged("run"), rel=1e-2)
 
 
 def test_a_cache_that_does_not_fit(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
