@@ -21,7 +21,7 @@ from mmkd.teachers.signals import DenseSignal, MixedSignal, TopKSignal
 from mmkd.teachers.teacher import DenseTeacher, Teacher
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
-from mmkd.training.items import ItemLosses, Supervised, kind_of
+from mmkd.training.items import ItemLosses, Reports, Supervised, add_share, kind_of
 from mmkd.training.method import Method
 from mmkd.training.teaching import StudentSide, Teaching
 
@@ -208,18 +208,14 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
         args, mixed = self.args, MixedSignal.of(signal)
         answers = mixed.map(lambda said: said.answer)
         terms: dict[str, dict[str, Tensor]] = {"visual_kl": {}, "relation_distance": {}}
-        reports: dict[str, tuple[Tensor, Tensor | int]] = {}
+        reports: Reports = {}
         for name, said in mixed.signals.items():
             common, weight = self._common(student.images, said.images), mixed.weights[name]
             visual, relation = self._visual_kl(student, said, common), self._relation(student, said, common)
             terms["visual_kl"][kind_of("visual_token", name)] = weight * visual
             terms["relation_distance"][kind_of("image", name)] = weight * relation
-            sums = {"visual_kl": (visual.detach(), sum(common)), "relation_distance": (relation.detach(), len(common))}
-            for term, (total, count) in sums.items():
-                before, items = reports.get(term, (0, 0))
-                reports[term] = (before + weight * total, items + weight * total.new_tensor(count))
-                if name:
-                    reports[f"{term}_{name}"] = (total, count)
+            add_share(reports, "visual_kl", (visual, sum(common)), weight, name)
+            add_share(reports, "relation_distance", (relation, len(common)), weight, name)
         if self.balances:
             both, of_answers = self.apart(student, answers)
             losses = ItemLosses(self.balanced({**both, **terms}, args.term_weights), of_answers)

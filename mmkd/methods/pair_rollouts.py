@@ -41,8 +41,12 @@ def asked_columns(columns: Sequence[str], prompt_tokens: int | None) -> list[str
     return names
 
 
-def as_teacher_reads(example: Mapping[str, Any], text: str, whole: str, ended: bool, reader: Any) -> dict[str, Any]:
+def as_teacher_reads(
+    example: Mapping[str, Any], text: str, whole: str, ended: bool, reader: Any, prefix: str
+) -> dict[str, Any]:
     """A row of paired data with this text as the answer, in the tokens of the teacher whose rows `reader` prepares.
+
+    They stand in the columns with this prefix.
 
     Rows with images are made tokens by the reader's collator, so that they get the text alone.
     """
@@ -71,4 +75,4 @@ def as_teacher_reads(example: Mapping[str, Any], text: str, whole: str, ended: b
         start = shared(before, ids)
     ids = ids[: reader.args.max_length]
     labels = [-100] * min(start, len(ids)) + ids[start:]
-    return {**example, "teacher_input_ids": ids, "teacher_labels": labels}
+    return {**example, f"{prefix}input_ids": ids, f"{prefix}labels": labels}

@@ -1,5 +1,6 @@
 """Rows that student and teacher read in tokens of their own: prepared for each, laid side by side, aligned."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -17,6 +18,7 @@ from mmkd.alignment.spans import Aligner, Chunks, RowCounts
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.batch import ONLY, Batch, Reading, Targets, View
 from mmkd.teachers.cached import CachedTeacher, hashed_images, spans_of_row
+from mmkd.teachers.routes import route_of, teacher_names
 from mmkd.teachers.signals import ChunkAlignment
 
 from .served_rows import served_rows
@@ -25,6 +27,10 @@ from .vision_labels import VisionLabels
 QUESTION = "question"
 """Column with a row's prompt as JSON, where the student may answer it anew."""
 
+TEACHER = "teacher_"
+"""What begins the names of columns with what the teacher reads; with what others read, `teacher_1_` and so on."""
+
+_COLUMNS = ("input_ids", "labels")
 _ROW = "mmkd_row"
 _COUNTED = 1000
 
@@ -34,44 +40,78 @@ def numbered(dataset: Dataset) -> Dataset:
     return dataset.add_column(_ROW, list(range(len(dataset))))  # pyright: ignore[reportCallIssue]
 
 
-def paired(student: Dataset, teacher: Dataset, questions: Sequence[str] | None = None) -> Dataset:
-    """The numbered rows that both sides can use, the teacher's columns beside the student's, and their `QUESTION`s."""
-    ours, theirs = (np.asarray(side.with_format("numpy")[_ROW][:]) for side in (student, teacher))
-    kept, keep_ours, keep_theirs = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
-    student = student.select(keep_ours).select_columns(["input_ids", "labels"])
-    teacher = teacher.select(keep_theirs).select_columns(["input_ids", "labels"])
-    teacher = teacher.rename_columns({"input_ids": "teacher_input_ids", "labels": "teacher_labels"})
-    both = concatenate_datasets([student, teacher], axis=1)
-    if questions is None:
-        return both
-    return both.add_column(QUESTION, [questions[row] for row in kept])  # pyright: ignore[reportCallIssue]
+def paired(
+    student: Dataset,
+    teachers: Mapping[str, Dataset],
+    columns: Mapping[str, Sequence[Any]],
+    readers: Sequence[str] | None = None,
+) -> Dataset:
+    """The numbered rows that all sides can use, with what each teacher reads in columns with its prefix.
+
+    `columns` hold more for every row, by its number. Where `readers` names one prefix for each row, the row has
+    nothing in the columns of the others, and need not be usable to them.
+    """
+    ours = _numbers(student)
+    wanted = {
+        prefix: np.array([readers is None or readers[row] == prefix for row in ours.tolist()], dtype=bool)
+        for prefix in teachers
+    }
+    kept = np.ones(len(ours), dtype=bool)
+    for prefix, rows in teachers.items():
+        kept &= ~wanted[prefix] | np.isin(ours, _numbers(rows))
+    both = [student.select(np.flatnonzero(kept)).select_columns(list(_COLUMNS))]
+    for prefix, rows in teachers.items():
+        places = {number: place for place, number in enumerate(_numbers(rows).tolist())}
+        pairs = zip(ours[kept].tolist(), wanted[prefix][kept].tolist(), strict=True)
+        chosen = [places[number] if needed else len(rows) for number, needed in pairs]
+        rows = rows.select_columns(list(_COLUMNS))
+        if readers is not None:
+            empty = Dataset.from_dict({name: [[]] for name in _COLUMNS}, features=rows.features)
+            rows = concatenate_datasets([rows, empty])
+        both.append(rows.select(chosen).rename_columns({name: f"{prefix}{name}" for name in _COLUMNS}))
+    whole: Any = concatenate_datasets(both, axis=1)
+    for name, values in columns.items():
+        whole = whole.add_column(name, [values[row] for row in ours[kept].tolist()])
+    return whole
+
+
+def _numbers(rows: Dataset) -> Int[np.ndarray, "row"]:
+    return np.asarray(rows.with_format("numpy")[_ROW][:], dtype=np.int64)
+
+
+def teacher_prefixes(columns: Sequence[str]) -> list[str]:
+    """What begins the names of the columns that hold what a teacher reads, for each of these."""
+    return [name.removesuffix("input_ids") for name in columns if re.fullmatch(r"teacher_(\d+_)?input_ids", name)]
 
 
 def packed(rows: Dataset, args: SFTConfig) -> Dataset:
-    """Paired rows packed to `max_length` of the student's tokens; the teacher's follow in the same order."""
+    """Paired rows packed to `max_length` of the student's tokens; everything else follows in the same order."""
     student = rows.select_columns(["input_ids", "labels"])
     student = student.map(lambda row, number: {_ROW: [number] * len(row["input_ids"])}, with_indices=True)
     assert args.max_length is not None, "trl refuses packing without max_length before"
     bins: Any = pack_dataset(student, args.max_length, args.packing_strategy)
-    teacher = rows.select_columns(["teacher_input_ids", "teacher_labels"]).with_format("numpy")
-    questions: Any = rows[QUESTION] if QUESTION in rows.column_names else []
+    prefixes = teacher_prefixes(rows.column_names)
+    read = [f"{prefix}{name}" for prefix in prefixes for name in _COLUMNS]
+    teacher = rows.select_columns(read).with_format("numpy")
+    others: dict[str, Any] = {name: rows[name][:] for name in rows.column_names if name not in (*_COLUMNS, *read)}
 
     def with_teacher(row: dict[str, Any]) -> dict[str, Any]:
         starts = np.cumsum([0, *row["seq_lengths"][:-1]])
-        joined = joined_members([teacher[row[_ROW][start]] for start in starts.tolist()])
-        if QUESTION in rows.column_names:
-            joined[QUESTION] = [questions[row[_ROW][start]] for start in starts.tolist()]
-        return joined
+        members = [row[_ROW][start] for start in starts.tolist()]
+        more = {name: [values[member] for member in members] for name, values in others.items()}
+        return {**joined_members([teacher[member] for member in members if prefixes], prefixes), **more}
 
-    return bins.map(with_teacher, remove_columns=[_ROW], desc="Packing the teacher's side")
+    return bins.map(with_teacher, remove_columns=[_ROW], desc="Packing what belongs to the rows")
 
 
-def joined_members(members: Sequence[Any]) -> dict[str, Any]:
-    """The teacher's side of the rows that are packed into one, end to end."""
-    joined = {
-        name: np.concatenate([member[name] for member in members]) for name in ("teacher_input_ids", "teacher_labels")
-    }
-    return {**joined, "teacher_seq_lengths": [len(member["teacher_input_ids"]) for member in members]}
+def joined_members(members: Sequence[Any], prefixes: Sequence[str] = (TEACHER,)) -> dict[str, Any]:
+    """The teachers' sides of the rows that are packed into one, end to end."""
+    joined: dict[str, Any] = {}
+    for prefix in prefixes:
+        for name in _COLUMNS:
+            joined[f"{prefix}{name}"] = np.concatenate([member[f"{prefix}{name}"] for member in members])
+        joined[f"{prefix}seq_lengths"] = [len(member[f"{prefix}input_ids"]) for member in members]
+    return joined
 
 
 class Read(NamedTuple):
@@ -204,23 +244,31 @@ def _next_supervised(stops: Int[np.ndarray, "chunk"], side: Read) -> Int[np.ndar
     return np.where(supervised[stops] & ~begins[stops], place[stops], -1)
 
 
-def teacher_sequences(rows: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The (ids, supervised) of every sequence as the teacher reads it; packed rows are taken apart."""
-    for row in rows.with_format("numpy"):
-        for part in _teacher_parts(row):  # pyright: ignore[reportArgumentType]
-            side = read([(part["input_ids"], part["labels"])])
-            yield side.ids, side.supervised
+def teacher_sequences(
+    rows: Dataset, prefix: str = TEACHER, own: tuple[str, str] | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The (ids, supervised) of every sequence as a teacher reads it; packed rows are taken apart.
+
+    With `own`, a column and a name, only of those that have this name in that column.
+    """
+    columns = [name for name in rows.column_names if name.startswith(prefix) or (own and name == own[0])]
+    for row in rows.select_columns(columns).with_format("numpy"):
+        parts = _teacher_parts(row, prefix)  # pyright: ignore[reportArgumentType]
+        names = [None] * len(parts) if own is None else teacher_names(row, own[0])  # pyright: ignore[reportArgumentType]
+        for part, name in zip(parts, names, strict=True):
+            if own is None or name == own[1]:
+                side = read([(part["input_ids"], part["labels"])])
+                yield side.ids, side.supervised
 
 
-def counts_of(rows: Dataset, align: BatchAligner) -> RowCounts:
-    """What becomes of each row of paired data."""
+def counts_of(rows: Dataset, align: BatchAligner, prefix: str = TEACHER) -> RowCounts:
+    """What becomes of each row of paired data between the student and the teacher of a prefix, which may read none."""
     counts: list[RowCounts] = []
-    columns = ["input_ids", "labels", "teacher_input_ids", "teacher_labels"]
+    columns = [f"{side}{name}" for side in ("", prefix) for name in _COLUMNS]
     for batch in rows.select_columns(columns).with_format("numpy").iter(_COUNTED):
         lists: Any = batch
         student, teacher = (
-            read(list(zip(lists[f"{side}input_ids"], lists[f"{side}labels"], strict=True)))
-            for side in ("", "teacher_")
+            read(list(zip(lists[f"{side}input_ids"], lists[f"{side}labels"], strict=True))) for side in ("", prefix)
         )
         counts.append(align.chunks(student, teacher).counts)
     return RowCounts(
@@ -256,31 +304,41 @@ class Agreement:
 
 @dataclass(frozen=True)
 class AlignedSide:
-    """What a collator adds to a batch for a teacher with other tokens: the same text in those, and how it aligns.
+    """What a batch is to a teacher with other tokens: the same text in those, and how it aligns.
 
     Args:
         collator: makes the teacher's inputs and labels.
         align: finds the chunks.
-        cached: the teacher's log-probs on disk, which take the place of its inputs.
+        cached: the teacher's answers on disk, which take the place of its inputs.
         served: whether a server is the teacher, which is asked about pictures.
+        prefix: of the columns with the teacher's tokens.
     """
 
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
     align: BatchAligner
     cached: CachedTeacher | None = None
     served: bool = False
+    prefix: str = TEACHER
 
-    def __call__(self, batch: Batch, examples: Sequence[Mapping[str, Any]]) -> Batch:
-        view = View.of(self.collator([part for example in examples for part in _teacher_parts(example)]))
+    def __call__(
+        self, batch: Batch, examples: Sequence[Mapping[str, Any]], own: Bool[np.ndarray, "sequence"] | None = None
+    ) -> Reading:
+        """What the teacher reads of the batch. It teaches all sequences, or its `own`."""
+        parts = [part for example in examples for part in _teacher_parts(example, self.prefix)]
+        view = View.of(self.collator(parts))
         if self.served and isinstance(self.collator, VisionLabels):
             view = replace(view, served=served_rows(examples, view, self.collator))
+        if own is not None:
+            view = view.learnt_from(torch.from_numpy(own)[:, None])
         teacher = read_view(view)
         # Padding of a batch without rows looks like sequences of one token.
         student = read_view(batch.student).first(len(teacher.lengths))
+        if own is not None:
+            student = student._replace(supervised=student.supervised & np.repeat(own, student.lengths))
         if self.cached is not None:
             targets, teacher = self._looked_up(teacher, hashed_images(examples))
             view = replace(_with_supervised(view, teacher.supervised), inputs={}, targets={ONLY: targets})
-        return replace(batch, readings={ONLY: Reading(view, self.align(student, teacher))})
+        return Reading(view, self.align(student, teacher))
 
     def _looked_up(self, teacher: Read, images: Sequence[Sequence[str]]) -> tuple[Targets, Read]:
         """The cached answers, and the sequences without those that the teacher could not read."""
@@ -310,13 +368,39 @@ def _with_supervised(view: View, supervised: Bool[np.ndarray, "token"]) -> View:
     return replace(view, labels=labels)
 
 
-def _teacher_parts(example: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the teacher's collator takes for one row: its sequences, or the row itself where it has images."""
-    if "teacher_input_ids" not in example:
+def _teacher_parts(example: Mapping[str, Any], prefix: str = TEACHER) -> list[dict[str, Any]]:
+    """What a teacher's collator takes for one row: its sequences, or the row itself where it has images.
+
+    In the place of a sequence that the teacher does not read stands a token that teaches nothing.
+    """
+    if f"{prefix}input_ids" not in example:
         return [dict(example)]
-    ids, labels = example["teacher_input_ids"], example["teacher_labels"]
-    ends = np.cumsum(example.get("teacher_seq_lengths", [len(ids)])).tolist()
+    ids, labels = example[f"{prefix}input_ids"], example[f"{prefix}labels"]
+    ends = np.cumsum(example.get(f"{prefix}seq_lengths", [len(ids)])).tolist()
     return [
         {"input_ids": ids[start:stop], "labels": labels[start:stop]}
+        if stop > start
+        else {"input_ids": [0], "labels": [-100]}
         for start, stop in zip([0, *ends], ends, strict=False)
     ]
+
+
+@dataclass(frozen=True)
+class AlignedSides:
+    """What a collator adds to a batch for teachers with other tokens: what each, by its name, reads.
+
+    With a `column`, each sequence is only for the teacher that it names there.
+    """
+
+    sides: Mapping[str, AlignedSide]
+    column: str | None = None
+
+    def __call__(self, batch: Batch, examples: Sequence[Mapping[str, Any]]) -> Batch:
+        if self.column is None:
+            # Teachers that read alike have one side between them.
+            read = {id(side): side(batch, examples) for side in self.sides.values()}
+            return replace(batch, readings={name: read[id(side)] for name, side in self.sides.items()})
+        named = np.array([name for example in examples for name in teacher_names(example, self.column)])
+        route = route_of(batch.student, examples, self.column, list(self.sides))
+        readings = {name: side(batch, examples, named == name) for name, side in self.sides.items()}
+        return replace(batch, student=replace(batch.student, route=route), readings=readings)

@@ -101,7 +101,11 @@ def build_token_trainer(run: Run) -> DistillationTrainer:
         # What the adapter belongs to; PEFT would load it onto the newest revision. New weights have none.
         adapter.revision = run.student.model_revision if arguments.student_init == "pretrained" else None
     method = METHODS[arguments.method]
-    reads_apart = arguments.teacher is not None and not method.one_vocabulary
+    tokenizers: Any = None
+    if not method.one_vocabulary:
+        named = {name: own for name, own in run.by_teacher().items() if own.arguments.teacher is not None}
+        tokenizers = {name: teacher_processing_class(own) for name, own in named.items()}
+        tokenizers = tokenizers if arguments.teachers is not None else tokenizers.get("")
     return method.trainer(
         model=student,
         teacher=teacher,
@@ -109,7 +113,7 @@ def build_token_trainer(run: Run) -> DistillationTrainer:
         train_dataset=data["train"],
         eval_dataset=data.get("eval"),
         processing_class=student_processing_class(run),
-        teacher_processing_class=teacher_processing_class(run) if reads_apart else None,
+        teacher_processing_class=tokenizers,
         peft_config=adapter,
     )
 

@@ -5,7 +5,6 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
-import torch
 from accelerate import Accelerator
 from jaxtyping import Bool
 from torch import Tensor
@@ -17,6 +16,7 @@ from mmkd.models.sharded_weights import is_sharded
 from .batch import ONLY, Batch, View
 from .cached import CachedTeacher, answers_of, hashed_images
 from .local import LocalTeacher
+from .routes import route_of, teacher_names
 from .server import IMAGE_INPUTS
 from .signals import MixedSignal, RoutedSignal
 from .teacher import Teacher
@@ -98,30 +98,32 @@ class SeveralTeachers(Teacher[MixedSignal[Any] | RoutedSignal[Any]]):
         self, batch: Batch, ask: Callable[[Teacher[Any], str, View], Answer]
     ) -> MixedSignal[Answer] | RoutedSignal[Answer]:
         """What `ask` (teacher, name, what it reads) gives for each; with a column, about the tokens of its rows."""
-        pairs = self.pairs(batch)
-        views = {name: self._own_rows(name, theirs) for name, (_, theirs) in pairs.items()}
-        answers = {name: ask(self.teachers[name], name, view) for name, view in views.items()}
+        views = {name: self.own_rows(name, theirs) for name, (_, theirs) in self.pairs(batch).items()}
+        return self.together(batch, {name: ask(self.teachers[name], name, view) for name, view in views.items()})
+
+    def together(self, batch: Batch, answers: Mapping[str, Answer]) -> MixedSignal[Answer] | RoutedSignal[Answer]:
+        """What all say about a batch, of what each says where it teaches."""
+        return MixedSignal(answers, self.weights) if self.column is None else RoutedSignal(answers, self._masks(batch))
+
+    def student_views(self, batch: Batch) -> dict[str, View]:
+        """What the student reads, with labels where each teacher teaches."""
         if self.column is None:
-            return MixedSignal(answers, self.weights)
-        return RoutedSignal(answers, self._masks(batch))
+            return dict.fromkeys(self.teachers, batch.student)
+        return {name: batch.student.learnt_from(mask) for name, mask in self._masks(batch).items()}
 
     def pairs(self, batch: Batch) -> dict[str, tuple[View, View]]:
         """What the student and each teacher read of a batch, with labels where this teacher teaches."""
-        views = {name: (batch.student, batch.teacher_view(name)) for name in self.teachers}
-        if self.column is None:
-            return views
-        masks = self._masks(batch)
-        return {
-            name: (ours.learnt_from(masks[name]), theirs.learnt_from(masks[name]))
-            for name, (ours, theirs) in views.items()
-        }
+        theirs = {name: batch.teacher_view(name) for name in self.teachers}
+        if self.column is not None:
+            theirs = {name: theirs[name].learnt_from(mask) for name, mask in self._masks(batch).items()}
+        return {name: (view, theirs[name]) for name, view in self.student_views(batch).items()}
 
     def _masks(self, batch: Batch) -> dict[str, Bool[Tensor, "batch position"]]:
         route = batch.student.route
         assert route is not None
         return {name: route == number for number, name in enumerate(self.teachers)}
 
-    def _own_rows(self, name: str, view: View) -> View:
+    def own_rows(self, name: str, view: View) -> View:
         """The view without the rows in which a teacher has no token, where it can do without them."""
         rows = view.supervised.any(1)
         with_images = any(image in view for image in IMAGE_INPUTS)
@@ -154,33 +156,14 @@ class SeveralTargets:
         view = batch.student
         asked: Sequence[Mapping[str, CachedTeacher]] = [self.caches] * len(examples)
         if self.column is not None:
-            names = [self._name_in(example) for example in examples]
+            view = replace(view, route=route_of(view, examples, self.column, self.names))
+            names = [name for example in examples for name in teacher_names(example, self.column)]
             asked = [{name: self.caches[name]} if name in self.caches else {} for name in names]
-            view = replace(view, route=self._route(view.inputs["input_ids"], examples, names))
         if self.caches:
             labels, scores = answers_of(view, hashed_images(examples), asked)
             targets = {name: cache.tensors(scores.get(name, [])) for name, cache in self.caches.items()}
             view = replace(view, labels=labels, targets=targets)
         return replace(batch, student=view)
-
-    def _name_in(self, example: Mapping[str, Any]) -> str:
-        assert self.column is not None
-        name = example.get(self.column)
-        if name not in self.names:
-            raise UserError(
-                f"A row's {self.column} is {name!r}, which is none of the teachers ({', '.join(self.names)}). Name a "
-                "teacher in every row, or leave such rows out of the data."
-            )
-        return str(name)
-
-    def _route(self, ids: Tensor, examples: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Tensor:
-        """The number of the teacher of each row; of each token, in one row, where the rows lie end to end."""
-        numbers = torch.tensor([self.names.index(name) for name in names])
-        if len(ids) == len(examples):
-            return numbers[:, None]
-        route = numbers.repeat_interleave(torch.tensor([len(example["input_ids"]) for example in examples]))
-        # Padding to a multiple, after the last of them, is nobody's.
-        return torch.nn.functional.pad(route, (0, ids.shape[1] - len(route)), value=-1)[None]
 
 
 def asked(
@@ -197,6 +180,11 @@ def pairs_of(teacher: Any, batch: Batch) -> dict[str, tuple[View, View]]:
     return (
         teacher.pairs(batch) if isinstance(teacher, SeveralTeachers) else {ONLY: (batch.student, batch.teacher_view())}
     )
+
+
+def student_views_of(teacher: Any, batch: Batch) -> dict[str, View]:
+    """What the student reads, with labels where each of several teachers, or the only one as `ONLY`, teaches."""
+    return teacher.student_views(batch) if isinstance(teacher, SeveralTeachers) else {ONLY: batch.student}
 
 
 def is_routed(teacher: Any) -> bool:

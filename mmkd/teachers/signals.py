@@ -204,6 +204,8 @@ class ChunkSignal:
     """The teacher's probability, after each chunk, of a token that begins a new word or ends the text."""
     dense: DenseSignal | None = None
     """The teacher at its own supervised tokens, where it is a model in this process."""
+    teacher: str = ""
+    """Its name among several."""
 
     def without_states(self) -> "ChunkSignal":
         """The numbers of chunks alone, which are small."""
@@ -213,4 +215,5 @@ class ChunkSignal:
         """What is left when only the first of the student's tokens count."""
         alignment = self.alignment.of_first_tokens(tokens)
         boundary = None if self.boundary_log_probs is None else self.boundary_log_probs[: len(alignment)]
-        return ChunkSignal(self.log_probs[: len(alignment)], alignment, boundary, self.dense)
+        log_probs = self.log_probs[: len(alignment)]
+        return replace(self, log_probs=log_probs, alignment=alignment, boundary_log_probs=boundary)

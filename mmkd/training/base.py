@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from .reports import reports_of
 from .run_trainer import RunTrainer
 from .served_rollouts import naming_rows
 from .sharding import without_repeated_rows
-from .teaching import StudentSide, first_rows
+from .teaching import StudentSide, first_rows, packed_apart
 
 Rows = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 """Rows to evaluate on: one set of them, or several by name."""
@@ -152,7 +153,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         # A teacher with tokens of its own brings its view.
         served = served_parts(teaching.teacher) if self.one_vocabulary else {}
         self.student_side = side = replace(side, views=views.with_teachers(teaching.processors, served))
-        check_fit(side, teaching, self.one_vocabulary)
+        check_fit(side, teaching)
         stop_where_answers_end(side)
         if args.combine == "gradmag":
             check_balance(self.model, args)
@@ -282,6 +283,14 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         if eval_dataset is not None:
             self._row_names.add(eval_dataset, "eval")
         return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def prepared(self, rows: Any, args: Any, packing: bool, formatting_func: Any, split: str) -> Any:
+        """The rows of a split as the collator takes them; packed ones know the teacher of each sequence."""
+        prepare = partial(super().prepared, args=args, formatting_func=formatting_func, split=split)
+        teacher = self._given_teacher[0]
+        if packing and isinstance(teacher, SeveralTeachers) and teacher.column is not None:
+            return packed_apart(prepare, rows, args, teacher.column)
+        return prepare(rows, packing=packing)
 
     def columns_to_keep(self) -> list[str]:
         """The one that names the teacher of each row, too."""

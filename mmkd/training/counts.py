@@ -47,7 +47,7 @@ class CountingTrainer(HookedTrainer):
         return (0.0, 0)
 
     @staticmethod
-    def _entry(total: Tensor, count: Tensor | int) -> Tensor:
+    def _entry(total: Tensor, count: Tensor | float) -> Tensor:
         """Sum and number of items in one tensor, in the widest type that the device has."""
         dtype = _wide(total.device)
         return torch.stack([total.detach().to(dtype), torch.as_tensor(count, dtype=dtype, device=total.device)])
@@ -57,7 +57,7 @@ class CountingTrainer(HookedTrainer):
         assert isinstance(total, Tensor)
         return total
 
-    def _record(self, reports: dict[str, tuple[Tensor, Tensor | int]], mode: str | None = None) -> None:
+    def _record(self, reports: dict[str, tuple[Tensor, Tensor | float]], mode: str | None = None) -> None:
         """Adds a micro-batch's reports, each a sum and the number of its items, to those of this rank."""
         mode = mode or ("train" if self.model.training else "eval")
         if self.batch_reports is not None and not self.model.training:

@@ -29,12 +29,12 @@ from .teaching import StudentSide, Teaching
 logger = logging.get_logger(__name__)
 
 
-def check_fit(student: StudentSide, teaching: Teaching, one_vocabulary: bool) -> None:
+def check_fit(student: StudentSide, teaching: Teaching) -> None:
     """Raises UserError where the data has tokens or positions that a model lacks; says what may go wrong."""
     sides: list[tuple[str, str | None, Any, str]] = [("student", None, student.model, "")]
     for name, teacher in named_parts(teaching.teacher).items():
         if isinstance(teacher, LocalTeacher):
-            sides.append(("teacher", name, teacher.model, "" if one_vocabulary else "teacher_"))
+            sides.append(("teacher", name, teacher.model, teaching.columns.get(name, "")))
     misfits: list[Misfit] = []
     for role, name, model, prefix in sides:
         extent, config = Extent.of_rows(sample_seen_by(student, name, prefix)), base_of(model).config

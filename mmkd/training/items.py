@@ -12,10 +12,24 @@ from mmkd.models.heads import LMHead
 Terms = Mapping[str, Mapping[str, Tensor]]
 """Term of a loss -> kind of item -> sum of the term over items of this kind."""
 
+Reports = dict[str, tuple[Tensor, Tensor | float]]
+"""Name in the logs -> (sum, number of items), without gradient."""
+
 
 def kind_of(items: str, teacher: str) -> str:
     """The kind of items that one of several teachers counts in its own way; `items` itself for the only teacher."""
     return f"{items}/{teacher}" if teacher else items
+
+
+def add_share(
+    reports: Reports, report: str, entry: tuple[Tensor, Tensor | float], weight: float, teacher: str
+) -> None:
+    """Adds the (sum, number of items) of one teacher, with its weight, to those of a report; and as REPORT_NAME."""
+    total, count = entry
+    before, items = reports.get(report, (0.0, 0))
+    reports[report] = (before + weight * total.detach(), items + weight * count)
+    if teacher:
+        reports[f"{report}_{teacher}"] = (total.detach(), count)
 
 
 @dataclass(frozen=True)
@@ -33,8 +47,7 @@ class ItemLosses:
 
     totals: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Kind of item -> sum of the losses of its items, with gradient. Each is divided by its own global count."""
-    reports: dict[str, tuple[Tensor, Tensor | int]] = field(default_factory=dict[str, tuple[Tensor, Tensor | int]])
-    """Name in the logs -> (sum, number of items), without gradient."""
+    reports: Reports = field(default_factory=Reports)
 
     @staticmethod
     def added(terms: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

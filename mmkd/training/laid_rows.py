@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from mmkd.preparation.pairs import QUESTION
+from mmkd.preparation.pairs import teacher_prefixes
 from mmkd.teachers.batch import Batch, View
 
 Lay = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
@@ -51,9 +51,9 @@ def _parts(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The sequences of a row that may be packed, as rows of their own; with a teacher's tokens where it has those."""
     sides = [{"input_ids": row["input_ids"], "labels": row.get("labels", row["input_ids"])}]
     lengths: list[Sequence[int]] = [row.get("seq_lengths") or [len(row["input_ids"])]]
-    if "teacher_input_ids" in row:
-        sides.append({name: row[name] for name in ("teacher_input_ids", "teacher_labels")})
-        lengths.append(row.get("teacher_seq_lengths") or [len(row["teacher_input_ids"])])
+    for prefix in teacher_prefixes(list(row)):
+        sides.append({name: row[name] for name in (f"{prefix}input_ids", f"{prefix}labels")})
+        lengths.append(row.get(f"{prefix}seq_lengths") or [len(row[f"{prefix}input_ids"])])
     spans = [list(pairwise(accumulate(side, initial=0))) for side in lengths]
     for number, places in enumerate(zip(*spans, strict=True)):
         part = {
@@ -61,7 +61,14 @@ def _parts(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             for side, (start, end) in zip(sides, places, strict=True)
             for name, values in side.items()
         }
-        if QUESTION in row:
-            question = row[QUESTION]
-            part[QUESTION] = question if isinstance(question, str) else question[number]
+        for name, value in row.items():
+            if isinstance(value, str):
+                part[name] = value
+            elif _of_sequences(value):
+                part[name] = value[number]
         yield part
+
+
+def _of_sequences(value: Any) -> bool:
+    """Whether a column of a packed row says something in words about each of its sequences."""
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)

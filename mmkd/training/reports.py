@@ -45,7 +45,7 @@ class ReportingTrainer(CountingTrainer, SFTTrainer):
         every = self.state.logging_steps if self.args.logging_strategy == "steps" else 1
         return self.model.training and every > 1 and self._reports_now()
 
-    def _record(self, reports: dict[str, tuple[Tensor, Tensor | int]], mode: str | None = None) -> None:
+    def _record(self, reports: dict[str, tuple[Tensor, Tensor | float]], mode: str | None = None) -> None:
         super()._record(reports, mode)
         for name in (name for name in self.step_means if name in reports and self.model.training):
             add(self._step_sums, name, self._entry(*reports[name]))

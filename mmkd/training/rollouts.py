@@ -80,7 +80,7 @@ class Mixed:
         pairs = zip(self.prompts, self.rollouts, strict=True)
         return {prompt.row: Placed(prompt.start, rollout) for prompt, rollout in pairs if prompt.batch == batch}
 
-    def reports(self, device: torch.device) -> dict[str, tuple[Tensor, Tensor | int]]:
+    def reports(self, device: torch.device) -> dict[str, tuple[Tensor, Tensor | float]]:
         """What the logs say of them."""
         facts, rollouts = self.facts, len(self.rollouts)
         # Where the other reports are: they are reduced together, by NCCL perhaps, which knows no others.

@@ -1,6 +1,6 @@
 """The teacher of a training, or several, found and checked against the student and its data."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -16,10 +16,12 @@ from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.precision import say_emulated
 from mmkd.preparation.collation import Fill, TextViews, VisionViews
 from mmkd.preparation.labelling import Labelling
+from mmkd.preparation.pairs import packed
 from mmkd.preparation.vision_checks import processor_of_teacher
 from mmkd.teachers.batch import ONLY
 from mmkd.teachers.cached import CachedTeacher, with_targets
 from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.routes import teacher_names
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTargets, SeveralTeachers, parts_of
 from mmkd.teachers.teacher import DenseTeacher, Teacher
@@ -68,6 +70,8 @@ class Teaching:
     """What the collator adds to a batch for it."""
     processors: Mapping[str, ProcessorMixin] = field(default_factory=dict[str, ProcessorMixin])
     """With which it reads images, or each of several, by its name."""
+    columns: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What begins the names of the columns that it reads, or each of several, where they are not the student's."""
 
 
 def teaching_of(student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:
@@ -115,10 +119,9 @@ def _local(student: StudentSide, teacher: str | PreTrainedModel, processing_clas
 
 
 def _several(student: StudentSide, several: SeveralTeachers, processing_class: Any) -> Teaching:
+    check_all_teach(several, student.train)
     tokens, teachers, processors = student.tokens, dict(several.teachers), dict[str, ProcessorMixin]()
     for name, teacher in several.teachers.items():
-        if several.column and isinstance(student.train, Dataset):
-            _check_named(student.train, several.column, name)
         if isinstance(teacher, CachedTeacher):
             _check_cache(student, teacher)
             _check_sequences(student, teacher, several.column, name)
@@ -144,12 +147,14 @@ def _several(student: StudentSide, several: SeveralTeachers, processing_class: A
     return Teaching(several, tokens, SeveralTargets.of(several), processors)
 
 
-def _check_named(train: Dataset, column: str, name: str) -> None:
-    if not len(_rows_of(train, column, name)):
-        raise UserError(
-            f"No row of the train data names {name!r} in its {column}. Correct the name, or remove a teacher that "
-            "has nothing to teach."
-        )
+def check_all_teach(several: SeveralTeachers, train: Any) -> None:
+    """Raises UserError where rows name their teachers, and one of these has no row of the train data."""
+    for name in several.teachers if several.column and isinstance(train, Dataset) else ():
+        if not len(_rows_of(train, several.column or "", name)):
+            raise UserError(
+                f"No row of the train data names {name!r} in its {several.column}. Correct the name, or remove a "
+                "teacher that has nothing to teach."
+            )
 
 
 def _check_cache(student: StudentSide, teacher: CachedTeacher) -> None:
@@ -166,9 +171,11 @@ def _check_sequences(student: StudentSide, teacher: CachedTeacher, column: str |
     """Raises UserError when the cache lacks a row; with a column, one in which that has the teacher's name."""
     for split, dataset in student.splits.items():
         if isinstance(dataset, Dataset) and "labels" in dataset.column_names:
-            rows = dataset if column is None else _rows_of(dataset, column, name)
-            sequences = ((sequence.ids, sequence.supervised) for sequence in sequences_of(rows))
-            teacher.check_sequences(sequences, split)
+            located = sequences_of(dataset)
+            if column is not None:
+                named = (own for value in dataset[column] for own in teacher_names({column: value}, column))
+                located = (sequence for sequence, own in zip(located, named, strict=True) if own == name)
+            teacher.check_sequences(((sequence.ids, sequence.supervised) for sequence in located), split)
 
 
 def first_rows(teacher: Teacher[Any], train: Any) -> Iterator[dict[str, Any]]:
@@ -180,22 +187,33 @@ def first_rows(teacher: Teacher[Any], train: Any) -> Iterator[dict[str, Any]]:
         yield dict(next(iter(train)))
 
 
+def packed_apart(prepare: Callable[..., Any], rows: Any, args: DistillationConfig, column: str) -> Any:
+    """Rows that name their teachers in a column, packed; each sequence keeps its teacher. `prepare` makes tokens.
+
+    Raises UserError for a strategy that cuts sequences or joins them, and for streams.
+    """
+    if args.packing_strategy != "bfd" or not isinstance(rows, Dataset):
+        what = f"packing_strategy: {args.packing_strategy}" if isinstance(rows, Dataset) else "packing of a stream"
+        raise UserError(
+            f"{what} does not keep apart which row names which teacher in {column!r}. Set packing_strategy: bfd and "
+            "load the data whole, or set packing: false (padding_free: true wastes nothing either).",
+            because="not built",
+        )
+    if "seq_lengths" in rows.column_names:
+        return rows
+    return packed(prepare(rows, packing=False).select_columns(["input_ids", "labels", column]), args)
+
+
 def check_several(trainer: Any, teachers: SeveralTeachers, args: DistillationConfig, data: Mapping[Any, Any]) -> None:
     """Raises UserError where the method takes one teacher only, or rows (by split) do not name theirs."""
     if not trainer.takes_several:
         raise UserError(
-            f"Method {trainer.method} learns from one teacher. Several can teach kd, taid and llava_kd; distil one "
-            "after the other, or merge them before.",
+            f"Method {trainer.method} learns from one teacher. Several can teach kd, taid, alm and llava_kd; distil "
+            "one after the other, or merge them before.",
             because="not built",
         )
     if teachers.column is None:
         return
-    if args.packing or args.eval_packing:
-        raise UserError(
-            f"Packing joins rows of different teachers, so that the column {teachers.column!r} cannot say whom to "
-            "ask. Set packing: false (padding_free: true wastes nothing either), or mix the teachers by weights.",
-            because="not built",
-        )
     evaluation = data.get("eval")
     splits = data if not isinstance(evaluation, Mapping) else {**data, **evaluation}
     for split, rows in splits.items():
@@ -224,5 +242,6 @@ def check_teachers(trainer: Any, teacher: Any, args: DistillationConfig, data: M
 
 
 def _rows_of(dataset: Dataset, column: str, name: str) -> Dataset:
-    """The rows whose column names this teacher."""
-    return dataset.select([row for row, value in enumerate(dataset[column]) if value == name])
+    """The rows whose column names this teacher, for one of their sequences at least."""
+    named = (teacher_names({column: value}, column) for value in dataset[column])
+    return dataset.select([row for row, names in enumerate(named) if name in names])

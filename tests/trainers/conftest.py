@@ -103,6 +103,13 @@ def ranks(
     for how in ("ddp", "fsdp2"):
         jobs[f"kd several {how}"] = {"method": "kd", "how": how, "column": None, **several}
         jobs[f"kd routed {how}"] = {"method": "kd", "how": how, "column": "domain", **several}
+    jobs["alm routed ddp"] = {
+        "method": "alm",
+        "how": "ddp",
+        "column": "domain",
+        "student": tiny["student"],
+        "teacher": {"a": str(tiny["teacher"]), "b": str(foreign)},
+    }
     jobs["llava_kd routed ddp"] = {
         "method": "llava_kd",
         "how": "ddp",

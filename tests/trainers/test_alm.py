@@ -75,7 +75,7 @@ def test_loss_is_the_mean_divergence_of_the_models_own_chunk_likelihoods(alm: An
     row = {"prompt": "the cat sat on a mat and", "completion": " saw one dog run near a house"}
     trainer = alm(Dataset.from_list([row] * 4), max_steps=1)
     batch = next(iter(trainer.get_train_dataloader()))
-    pieces = trainer._aligned.align.aligner
+    pieces = trainer._paired[""].aligner
     student, teacher = pieces.student, pieces.teacher
     prompt = len(trainer.processing_class(row["prompt"])["input_ids"])
     ids = batch["input_ids"][0].tolist()[: int(batch["attention_mask"][0].sum())]

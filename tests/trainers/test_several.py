@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from mmkd.cache.store import Cache
 from mmkd.commands.main import main
 from mmkd.eval.baselines import make_baseline
-from mmkd.methods.alm import ALMTrainer
 from mmkd.methods.kd import KDConfig, KDTrainer
 from mmkd.methods.sft import SFTBaselineTrainer
 from mmkd.methods.taid import TAIDTrainer
@@ -122,15 +121,15 @@ def test_forward_kl_to_a_mix_pulls_to_the_mixture(build: Build, completions: Dat
         torch.testing.assert_close(ours[name], one.grad, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("cls", [KDTrainer, TAIDTrainer])
+@pytest.mark.parametrize(("cls", "packing"), [(KDTrainer, False), (TAIDTrainer, False), (KDTrainer, True)])
 def test_routed_rows_learn_from_their_teacher_alone(
-    build: Build, routed: Dataset, tiny: Any, other: Path, cls: Any
+    build: Build, routed: Dataset, tiny: Any, other: Path, cls: Any, packing: bool
 ) -> None:
     """The evaluation's KL is that of each teacher on its rows, and together by tokens."""
     names = {"a": str(tiny["teacher"]), "b": str(other)}
-    trainer = build(cls, routed, {"teacher": SeveralTeachers(names, column="domain")})
+    trainer = build(cls, routed, {"teacher": SeveralTeachers(names, column="domain")}, packing=packing)
     trainer.teacher.prepare(trainer.accelerator)
-    whole = trainer.evaluate(trainer.train_dataset)
+    whole = trainer.evaluate(routed)
     total = tokens = 0.0
     for name, folder in names.items():
         rows = routed.filter(lambda row, name=name: row["domain"] == name)
@@ -310,8 +309,13 @@ def test_runs_that_cannot_be_are_refused(build: Build, routed: Dataset, completi
         with pytest.raises(ValueError, match=message):
             build(cls, data, {"teacher": teachers, **given}, **settings)
 
-    refused(ALMTrainer, completions, "one teacher", column=None)
-    refused(KDTrainer, routed, "Packing joins rows", packing=True)
+    class OneTeacherTrainer(KDTrainer):
+        takes_several = False
+
+    refused(OneTeacherTrainer, completions, "one teacher", column=None)
+    refused(
+        KDTrainer, routed, "packing_strategy: wrapped does not keep apart", packing=True, packing_strategy="wrapped"
+    )
     refused(KDTrainer, completions, "no column 'domain'")
     strange = routed.map(lambda row: {"domain": "c" if row["domain"] == "b" else "a"})
     refused(KDTrainer, strange, "teachers that there are not: 'c'. The teachers are 'a', 'b'")
@@ -336,7 +340,6 @@ def test_runs_that_cannot_be_are_refused(build: Build, routed: Dataset, completi
         ({"teachers": {"a": {"teacher": "x", "weight": float("inf")}, "b": {"teacher": "y"}}}, "weight is inf"),
         ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher": "y"}}, "method": "dho"}, "one teacher"),
         ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher": "y"}}, "teacher": "z"}, "say who teaches"),
-        ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher": "y"}}, "method": "alm"}, "one teacher"),
         (
             {"teachers": {"a": {"teacher": "x", "weight": 2}, "b": {"teacher": "y"}}, "teacher_column": "domain"},
             "a weight says nothing",
@@ -437,7 +440,6 @@ def test_a_recipe_by_domains(tiny: Any, other: Path, tmp_path: Path, capsys: Any
     assert named.message == "Of 24 rows, by domain: 12 for code, 12 for math."
     for flag, value, problem in (
         ("--teacher_column", "topic", "no column 'topic'"),
-        ("--packing", "true", "Packing joins rows"),
         ("--teachers", json.dumps({"math": teachers["math"], "codes": teachers["code"]}), "are not: 'code'"),
     ):
         found = examine(recipe_of(str(recipe), [flag, value]).parse())
