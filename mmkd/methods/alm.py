@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmkd.alignment.pieces import boundary_mask
-from mmkd.errors import UserError
 from mmkd.losses import divergences
 from mmkd.losses.chunks import ChunkGroups, binarised, chunk_log_probs, group_chunks
 from mmkd.losses.combine import combination_weights
@@ -21,7 +20,8 @@ from mmkd.losses.likelihood import token_log_probs
 from mmkd.losses.other_vocabulary import MappedTargets, SortedTargets, uld
 from mmkd.models.backbone import base_of, full_head
 from mmkd.models.load import tokenizer_of
-from mmkd.preparation.pairs import QUESTION, AlignedSides
+from mmkd.preparation.aligned_sides import AlignedSides
+from mmkd.preparation.pairs import QUESTION
 from mmkd.teachers.batch import ONLY, Batch
 from mmkd.teachers.several import SeveralTeachers, is_routed, named_parts, student_views_of
 from mmkd.teachers.signals import ChunkAlignment, ChunkSignal, DenseSignal, LabelSignal, MixedSignal, RoutedSignal
@@ -36,7 +36,7 @@ from mmkd.training.teaching import StudentSide, Teaching, check_all_teach
 from .alm_config import DIVERGENCES
 from .alm_config import ALMConfig as ALMConfig
 from .alm_readings import Readings
-from .alm_teachers import PROJECTION, after, aligned_sides, asked, check_told, fitted, projection_of, width_of
+from .alm_teachers import PROJECTION, add_projections, after, aligned_sides, asked, check_told, fitted, projection_of
 from .pair_rollouts import as_teacher_reads
 
 
@@ -114,21 +114,11 @@ class ALMTrainer(DistillationTrainer[ChunkSignal | MixedSignal[ChunkSignal]]):
         self._boundaries = boundaries if args.needs_boundaries else None
         self._bytes = torch.from_numpy(pieces.lengths).to(device)
         if args.hidden_weight:
-            self._add_projections()
+            add_projections(
+                self.model, self._paired.values(), device, self.is_fsdp_enabled or self.is_deepspeed_enabled
+            )
         tokens = min(full_head(self.model).vocab_size, len(tokenizer_of(self.processing_class)))
         return Teaching(teacher, tokens, self._aligned, columns={name: own.prefix for name, own in readers.items()})
-
-    def _add_projections(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError(
-                "hidden_weight learns a projection, which FSDP and DeepSpeed do not know. Set it to 0.",
-                because="not built",
-            )
-        for paired in self._paired.values():
-            widths = full_head(self.model).weight.shape[1], width_of(paired.teacher)
-            # A part of the student, so that optimizer and ranks treat it like all others; files keep it apart.
-            projection = nn.Linear(*widths, bias=False, device=self.accelerator.device)
-            base_of(self.model).add_module(paired.projection, projection)
 
     def with_rollouts(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
         """The batch with the text of the rollouts in the teachers' tokens, aligned anew."""

@@ -1,6 +1,6 @@
 """Teachers of alm, which read in tokens of their own: what each can tell, and how it is fitted to the data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmkd.alignment.nearest_tokens import nearest_tokens
 from mmkd.alignment.pieces import boundary_mask, set_sha256
@@ -17,10 +17,11 @@ from mmkd.alignment.spans import Aligner
 from mmkd.errors import UserError
 from mmkd.losses.chunks import chunk_log_probs
 from mmkd.losses.likelihood import token_log_probs
-from mmkd.models.backbone import full_head
+from mmkd.models.backbone import base_of, full_head
 from mmkd.models.load import tokenizer_of
+from mmkd.preparation.aligned_sides import AlignedSide
 from mmkd.preparation.labelling import Labelling
-from mmkd.preparation.pairs import AlignedSide, teacher_sequences
+from mmkd.preparation.pairs import teacher_sequences
 from mmkd.teachers.batch import Reading, View
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.hidden_server import HiddenServerTeacher
@@ -118,6 +119,19 @@ class PairedTeacher:
 def projection_of(number: int, name: str) -> str:
     """The student's module with the projection for a teacher, one of several if it has a name."""
     return f"{PROJECTION}_{number}" if name else PROJECTION
+
+
+def add_projections(student: Any, teachers: Iterable[PairedTeacher], device: torch.device, wrapped: bool) -> None:
+    """Gives a student the projections of its hidden states. Raises UserError where FSDP or DeepSpeed wraps it."""
+    if wrapped:
+        raise UserError(
+            "hidden_weight learns a projection, which FSDP and DeepSpeed do not know. Set it to 0.",
+            because="not built",
+        )
+    for paired in teachers:
+        widths = full_head(student).weight.shape[1], width_of(paired.teacher)
+        # A part of the student, so that optimizer and ranks treat it like all others; files keep it apart.
+        base_of(student).add_module(paired.projection, nn.Linear(*widths, bias=False, device=device))
 
 
 def after(boundary: Tensor, following: Int[Tensor, "chunk"]) -> Tensor:
