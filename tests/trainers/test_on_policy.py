@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -176,22 +175,32 @@ def test_losses_do_not_depend_on_gradient_accumulation(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", ["ddp", "fsdp2", "zero3"])
 def test_losses_do_not_depend_on_ranks(
-    build: Build, completions: Dataset, tiny: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    build: Build,
+    completions: Dataset,
+    tiny: dict[str, Path],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    how: str,
 ) -> None:
     """Nor on how they share the student, which generates itself or has a server get its weights or its adapter."""
-    ways = ["ddp", "fsdp2", *(["zero3"] if find_spec("deepspeed") else [])]
+    if how == "zero3":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not among mmkd's dependencies")
     serving = {"max_model_len": 256, "tokenizer": tokenizer, "folder": str(tiny["student"])}
     with fake_vllm(ServedStudent, **serving) as fake:
-        jobs: dict[str, Any] = {f"{how} here": {"how": how} for how in ways}
-        jobs |= {f"{how} adapter here": {"how": how, "lora": True} for how in ways}
-        # Before the server gets other weights than those under the adapter.
-        jobs |= {f"{how} adapter served": {"how": how, "server": fake.url, "lora": True} for how in ways}
-        jobs |= {f"{how} served": {"how": how, "server": fake.url} for how in ways}
-        ahead = {"server": fake.url, "rollout_ahead": 1, "learning_rate": 0.0}
-        jobs |= {f"{how} still ahead": {"how": how, **ahead} for how in ("ddp", "fsdp2")}
+        served = {"how": how, "server": fake.url}
+        jobs: dict[str, Any] = {
+            "here": {"how": how},
+            "adapter here": {"how": how, "lora": True},
+            # Before the server gets other weights than those under the adapter.
+            "adapter served": {**served, "lora": True},
+            "served": served,
+            "still ahead": {**served, "rollout_ahead": 1, "learning_rate": 0.0},
+        }
         seen = on_ranks(jobs, tiny["teacher"].parent, tmp_path)
-        assert fake.loads == 4 * (2 * len(ways) + 2)
+        assert fake.loads == 4 * 3
     torch.manual_seed(0)
     models = {"model": str(tiny["student"]), "peft_config": LoraConfig(**LORA)}
     alone = {
@@ -215,7 +224,7 @@ def on_ranks(jobs: dict[str, Any], models: Path, folder: Path) -> dict[str, list
     command = [*torchrun, "--module", "tests.trainers.on_policy_ranks", str(models), str(folder), json.dumps(jobs)]
     variables = {**environment(), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        command, timeout=280, cwd=RANKS_ROOT, env=variables, capture_output=True, text=True, check=False
+        command, timeout=800, cwd=RANKS_ROOT, env=variables, capture_output=True, text=True, check=False
     )
     reason = "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank"))
     assert done.returncode == 0, (reason or done.stderr)[-3000:]
