@@ -4,11 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from mmkd.errors import UserError
+from mmkd.precision import name_of_dtype
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run_teacher import reads_teacher
 from mmkd.training.method import METHODS
@@ -21,6 +23,8 @@ from .hardware import GIB, USABLE, Device
 from .stage_checks import StageRun, each_run
 
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
+# Of vLLM's JSON, with rank and text: 4.9 KB per token for the top 64.
+TOP_K_BYTES = 76
 
 
 def plan(recipe: Recipe, device: Device, devices: int, price: float | None, console: Console) -> int:
@@ -68,6 +72,9 @@ def plan_tokens(stage: StageRun, device: Device, devices: int, price: float | No
     for name, teacher in teachers.items():
         title = f"{name}: " if name else ""
         console.print(title + _cache(alone[name], sample, shape, teacher, device), highlight=False)
+        if alone[name].arguments.teacher_server is not None and alone[name].arguments.teacher_cache is None:
+            seconds = max(seconds_of(work, strategies[0], devices, run.training.gradient_accumulation_steps, device))
+            console.print(title + _traffic(alone[name], work, teacher, devices, seconds), highlight=False)
     fits = any(_fits(work, name, devices, device) for name in strategies)
     if not fits:
         console.print("It does not fit. What would change that, each by itself:", highlight=False)
@@ -170,6 +177,32 @@ def _cache(run: Run, sample: Sample, shape: Shape, teacher: ModelCosts, device: 
         size += f" ({costs.token_bytes(run):,.0f} bytes per token)"
     return (
         f"A teacher_cache takes {size} {scope}, and {many * seconds / 3600:,.3g} device-hours of the teacher to build."
+    )
+
+
+def _traffic(run: Run, work: Work, teacher: ModelCosts, devices: int, seconds: float) -> str:
+    """What servers would send for each optimizer step, and the link that keeps up with the training."""
+    arguments, shape = run.arguments, work.shape
+    tokens = run.training.gradient_accumulation_steps * devices * shape.rows
+    named = arguments.teacher_server_dtype
+    if named == "auto":
+        saved = arguments.teacher_dtype if arguments.teacher_dtype != "auto" else teacher_side(run).config.dtype
+        named = name_of_dtype(saved or "float32")
+    size = getattr(torch, named).itemsize
+    # States come of every token that is read, log-probs of the prompt too.
+    step = {
+        "hidden": tokens * shape.tokens * teacher.width * size,
+        "top_k": tokens * shape.tokens * arguments.teacher_top_k * TOP_K_BYTES,
+    }
+    wanted = [arguments.teacher_server_signal] if arguments.teacher_server_signal in step else list(step)
+    return (
+        "The servers send "
+        + " or ".join(
+            f"{readable_size(step[signal])} per optimizer step as {signal}, for which a link of "
+            f"{8 * step[signal] / seconds / 1e9:,.3g} Gbit/s keeps up with the computing here"
+            for signal in wanted
+        )
+        + "."
     )
 
 

@@ -108,6 +108,17 @@ def test_a_plan_says_memory_time_cache_and_cost(recipe: Any, tmp_path: Path, cap
     assert set(tmp_path.rglob("*")) == before | {tmp_path / "recipe.yaml"}
 
 
+def test_a_plan_with_a_server_says_what_it_sends(recipe: Any, capsys: pytest.CaptureFixture) -> None:
+    path = recipe(per_device_train_batch_size=2, teacher_server=["http://127.0.0.1:9"], teacher_server_signal="hidden")
+    assert main(["plan", path, "--memory", "24"]) == 0
+    (tokens,) = re.findall(r"2 x (\d+) tokens on each", text := said(capsys))
+    # Twice so many states of 48 numbers in float32.
+    assert f"The servers send {readable_size(2 * int(tokens) * 48 * 4)} per optimizer step as hidden" in text
+    assert "top_k" not in text
+    assert main(["plan", path, "--memory", "24", "--teacher_server_signal", "auto"]) == 0
+    assert re.search(r"as hidden, .* Gbit/s .* or .* per optimizer step as top_k", said(capsys))
+
+
 def test_a_plan_that_fits_nowhere_says_what_would_help(recipe: Any, capsys: pytest.CaptureFixture) -> None:
     path = recipe(activation_checkpointing=False, per_device_train_batch_size=8)
     assert main(["plan", path, "--memory", "0.001"]) == 1

@@ -17,7 +17,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from mmkd.teachers.hidden_server import HiddenServerTeacher
 from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.served_head import final_norm_of_checkpoint, head_of_checkpoint
 from mmkd.teachers.server import Prompt, RowError, ScoreRequest, ServerTeacher, TopK, VLLMClient
 from scripts.make_tiny_models import sentences
 from tests.teachers.conftest import Served, serve
@@ -152,6 +154,41 @@ def test_live_teacher_gives_the_top_of_the_local_teachers_distribution(served_te
     torch.testing.assert_close(log_probs.gather(-1, signal.ids), values, atol=1e-4, rtol=0)
     tail = torch.log1p(-values.double().exp().sum(-1)).float()
     torch.testing.assert_close(signal.tail_log_probs, tail, atol=1e-3, rtol=0)
+
+
+@pytest.mark.slow
+def test_hidden_states_are_those_of_transformers(served_teacher, model, rows, tmp_path):
+    """scripts/serve_teacher.sh --signal hidden: its states, its refusals, and what the checks make of it."""
+    folder, accelerator = str(served_teacher.folder), Accelerator(cpu=True)
+    with serve(served_teacher.folder, tmp_path / "server.log", "--signal", "hidden") as served:
+        with VLLMClient(served.url) as client, VLLMClient(served_teacher.url) as generating:
+            assert (client.signal(), generating.signal()) == ("hidden", "top_k")
+            with pytest.raises(ValueError, match=r"(?s)gives no log-probs.*vllm serve"):
+                client.check(k=8)
+            with pytest.raises(ValueError, match=r"(?s)gives no hidden states.*--runner pooling"):
+                generating.check(states=torch.float32)
+            asked = [ScoreRequest(ids, np.arange(len(ids)) > 0) for ids in rows]
+            refused = ScoreRequest([5, 100_000, 6], np.arange(3) > 0)
+            *answers, bad = client.states([*asked, refused])
+            assert isinstance(bad, RowError)
+            halves = list(client.states(asked, torch.bfloat16))
+        for ids, states, half in zip(rows, answers, halves, strict=True):
+            with torch.no_grad():
+                expected = model.model(torch.tensor([ids])).last_hidden_state[0, :-1]
+            assert isinstance(states, torch.Tensor)
+            torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(half, states.to(torch.bfloat16))
+        settings = {"norm": final_norm_of_checkpoint(folder), "teacher": folder, "max_length": 256}
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        teacher = HiddenServerTeacher(served.url, head_of_checkpoint(folder), tokenizer=tokenizer, **settings)
+        local = LocalTeacher(model)
+        ids = torch.tensor([rows[0]])
+        with teacher.client:
+            for side in (teacher, local):
+                side.prepare(accelerator)
+            ours, theirs = (side.ask({"input_ids": ids}, ids[:, 1:] >= 0) for side in (teacher, local))
+    log_probs, expected = (signal.head.log_probs(signal.hidden) for signal in (ours, theirs))
+    assert (expected.exp() * (expected - log_probs)).sum(-1).max() < 1e-6
 
 
 def test_greedy_answers_are_those_of_transformers(served_teacher, model, rows):

@@ -1,4 +1,4 @@
-"""B5, served teachers: what the client spends per token on hidden states and on top-k log-probs, without a model.
+"""B12: what the client spends per token on hidden states and on top-k log-probs, without a model.
 
 A server in a process of its own answers with canned bytes, in the form of vLLM 0.32: hidden states as bytes in chunks,
 log-probs as JSON. So the client is the limit: its CPU time is what a training process pays per token, and says how
@@ -135,7 +135,7 @@ def main() -> None:
         verdict("hidden, float32: CPU per token over that of top-k", spent["hidden, float32"] / top_k, 0.2),
         verdict("hidden, float32: CPU seconds per 100,000 tokens", 1e5 * spent["hidden, float32"] / tokens, 1.0),
     ]
-    report("b5_served", "cpu", {title: rows}, [] if args.quick else verdicts, vars(args))
+    report("b12_served", "cpu", {title: rows}, [] if args.quick else verdicts, vars(args))
 
 
 def head_of(width: int, dtype: torch.dtype) -> LMHead:
