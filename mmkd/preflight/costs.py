@@ -20,9 +20,8 @@ from .facts import Finding, Rendered, Sample, Side
 
 # Bytes per supervised token, measured on SmolLM2-135M-Instruct over text with 48 thousand and 152 thousand ids.
 EXACT_BYTES, DRAW_BYTES, TOKEN_BYTES = 2.0, 1.4, 2.0
-# Bytes per number of a hidden state, measured on SmolLM2-135M-Instruct; those of the head are 2.
+# Bytes per number of a hidden state, measured on SmolLM2-135M-Instruct.
 STATE_BYTES = {"bfloat16": 1.4, "float16": 1.72, "float32": 3.4, "int8": 0.98}
-HEAD_BYTES = 2
 # Bytes per row beside its scores: key, checksum, sizes of the compressed planes.
 ROW_BYTES = 100
 # Bytes per generated token of text.
@@ -113,7 +112,8 @@ def head_bytes(run: Run) -> float:
     if not _keeps_states(run):
         return 0
     config = _teacher_config(run)
-    return HEAD_BYTES * config.hidden_size * config.vocab_size
+    dtype = config.dtype or torch.float32
+    return dtype.itemsize * config.hidden_size * config.vocab_size
 
 
 def token_bytes(run: Run) -> float:

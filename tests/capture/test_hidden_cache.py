@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from mmkd.cache.manifest import Manifest
 from mmkd.cache.merge import merge_parts
@@ -29,6 +29,7 @@ from scripts.make_tiny_models import sentences
 from tests.helpers import Build, losses_of
 from tests.teachers.caches import build_cache, contents, write_recipe
 from tests.teachers.fake_vllm import ServedStates, fake_vllm
+from tests.teachers.fake_vlm import ServedVLM
 from tests.vlms import make_llava, picture
 
 
@@ -123,6 +124,7 @@ def test_states_in_8_bits_are_near(build: Build, tiny: dict[str, Path], exact: P
     assert Manifest.read(cache).identity["signal"]["block"] == 64
 
 
+@pytest.mark.slow
 def test_several_teachers_mixed_and_routed(build: Build, tiny: dict[str, Path], exact: Path) -> None:
     named = TRAIN.add_column("who", ["first", "second"] * 12)  # pyright: ignore[reportCallIssue]
     ways: list[tuple[dict[str, Any], Dataset]] = [
@@ -159,7 +161,8 @@ def test_it_answers_with_a_dense_signal_whose_head_stays_behind(exact: Path) -> 
     [
         {"cache_signal": "hidden", "cache_hidden_dtype": "float32"},
         {"cache_signal": "top_k", "teacher_top_k": 5, "cache_tail_draws": 7},
-        {"cache_signal": "top_k", "teacher_top_k": 0, "cache_tail_draws": 9},
+        pytest.param({"cache_signal": "top_k", "teacher_top_k": 0, "cache_tail_draws": 9}, marks=pytest.mark.slow),
+        {"method": "alm", "cache_signal": "log_probs", "chunks": "merge"},
     ],
     ids=lambda keys: f"{keys['cache_signal']} {keys.get('teacher_top_k', '')}",
 )
@@ -179,6 +182,11 @@ def test_a_server_of_hidden_states_gives_the_cache_of_a_local_teacher(
         ours, theirs = served.scores(row), local.scores(row)
         np.testing.assert_array_equal(ours.ids, theirs.ids)
         np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-3)
+        if keys["cache_signal"] == "log_probs":
+            assert ours.boundary_log_probs is not None
+            assert theirs.boundary_log_probs is not None
+            np.testing.assert_allclose(ours.boundary_log_probs, theirs.boundary_log_probs, atol=1e-2)
+            continue
         # A draw at the edge of a token may fall to its neighbour.
         assert (np.sort(ours.draws) == np.sort(theirs.draws)).mean() > 0.99
 
@@ -313,8 +321,26 @@ def test_llava_kd_learns_from_states_at_visual_tokens(pictures: Path, tmp_path: 
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_cache_of_kd_has_no_visual_tokens(pictures: Path, tmp_path: Path) -> None:
     flags = ["--teacher_cache", str(tmp_path / "cache")]
     build_cache(pictures, *flags, "--method", "kd")
     with pytest.raises(ValueError, match="hidden states at the answers only"):
         build_trainer(recipe_of(str(pictures), [*flags, "--output_dir", str(tmp_path / "run")]).parse())
+
+
+def test_a_server_gives_the_states_of_rows_with_images(pictures: Path, tmp_path: Path) -> None:
+    folder = pictures.parent / "teacher"
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    settings = {"served": model, "processor": processor, "root": str(folder), "runs": "pooling"}
+    local = Cache(build_cache(pictures, "--teacher_cache", str(tmp_path / "local")))
+    with fake_vllm(ServedVLM, **settings) as fake:
+        flags = ["--teacher_server", fake.url, "--teacher_cache", str(tmp_path / "served")]
+        served = Cache(build_cache(pictures, *flags))
+    assert len(served) == len(local) == 12
+    for row in range(len(local)):
+        ours, theirs = served.states(row), local.states(row)
+        assert ours.visual == theirs.visual
+        torch.testing.assert_close(ours.hidden, theirs.hidden, rtol=1e-4, atol=1e-4)
+    assert max(local.states(row).visual for row in range(len(local))) > 0
