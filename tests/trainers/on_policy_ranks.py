@@ -42,8 +42,8 @@ def train(models: str, output: str, how: str, server: str = "", lora: bool = Fal
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     spread = wrapping(how)
     if "deepspeed" in spread:
-        # Its optimizer has a weight decay unless told otherwise.
-        spread["deepspeed"]["optimizer"]["params"]["weight_decay"] = 0.0
+        # The Trainer's learning rate, and not the weight decay that the optimizer has unless told otherwise.
+        spread["deepspeed"]["optimizer"]["params"] |= {"lr": "auto", "weight_decay": 0.0}
     config = KDConfig(**{**defaults, **spread, **settings})
     # An adapter starts with random weights.
     torch.manual_seed(0)
