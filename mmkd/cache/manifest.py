@@ -190,4 +190,9 @@ def advice_on(different: Sequence[str]) -> str:
             "A cache is of one type. Set teacher_dtype to the type it has, or name another folder. Where this CPU "
             f"only emulates that type, continue on a machine like the first, or set {NATIVE_BF16}=1 to emulate it."
         )
+    if len(different) == 1 and different[0].startswith("signal.boundaries: "):
+        return (
+            "With chunks: merge or unbiased a cache of log-probs keeps the probability of a word's end, too. Name "
+            "another folder, or set chunks as it was when this cache was begun."
+        )
     return "Name another folder, or delete this one."

@@ -514,7 +514,9 @@ def test_training_from_log_probs_on_disk_is_training_with_the_teacher(recipe: Pa
 
 
 @pytest.mark.parametrize("policy", ["merge", "unbiased"])
-def test_ends_of_words_are_cached_where_the_recipe_weighs_by_them(recipe: Path, policy: str) -> None:
+def test_ends_of_words_are_cached_where_the_recipe_weighs_by_them(
+    recipe: Path, policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Larger steps would magnify what 16 bits round.
     chunks = ["--chunks", policy, "--gamma", "0.3", "--learning_rate", "1e-4"]
     assert main(["train", str(recipe), *chunks]) == 0
@@ -523,6 +525,9 @@ def test_ends_of_words_are_cached_where_the_recipe_weighs_by_them(recipe: Path, 
     assert main(["train", str(recipe), *cache, *chunks, "--output_dir", "cached"]) == 0
     assert logged("cached") == pytest.approx(logged("run"), rel=1e-2)
     assert main(["doctor", str(recipe), *cache, *chunks]) == 0
+    capsys.readouterr()
+    assert main(["cache", "build", str(recipe), *cache]) == 2
+    assert "set chunks as it was when this cache was begun" in capsys.readouterr().err
     assert main(["train", str(recipe), *cache, "--chunks", "space", "--output_dir", "spaces"]) == 0
 
 
