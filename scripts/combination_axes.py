@@ -97,7 +97,8 @@ class Refusal:
     @property
     def example(self) -> Cell:
         """A refused cell, refused by nothing else where there is such a cell, with the plainest values."""
-        own = [cell for cell in everything() if cell in self]
+        besides = self.where.get("besides", ("",))
+        own = [cell for name in besides for cell in everything(name) if cell in self]
         return min(own, key=lambda cell: sum(cell in other for other in REFUSALS))
 
 
@@ -155,6 +156,12 @@ REFUSALS: tuple[Refusal, ...] = (
         None,
     ),
     Refusal(
+        {"method": ("alm",), "teacher": ("top-k server",), "besides": ("merged chunks",)},
+        "upstream",
+        "A server of log-probs does not tell how probable the end of a word is.",
+        "chunks: merge needs more of the teacher than its most likely tokens",
+    ),
+    Refusal(
         {"method": ("llava_kd",), "teacher": ("hidden-state server",)},
         "not built",
         "The terms on visual tokens ask a teacher in this process.",
@@ -176,6 +183,15 @@ class Further:
 
 
 FURTHER: dict[str, Further] = {
+    "merged chunks": Further(
+        "`chunks: merge`, the default of `alm`",
+        {"chunks": "merge"},
+        (
+            Cell("alm", teacher="hidden-state server"),
+            Cell("alm", teacher="top-k cache", answers="packed"),
+            Cell("alm", data="images", ranks="FSDP2"),
+        ),
+    ),
     "gradmag": Further(
         "`combine: gradmag`",
         {"combine": "gradmag", "ce_weight": 0.3},
@@ -209,9 +225,9 @@ def further_cells() -> list[Cell]:
 
 
 @cache
-def everything() -> tuple[Cell, ...]:
-    """All cells of the product."""
-    return tuple(Cell(*values) for values in product(*AXES.values()))
+def everything(besides: str = "") -> tuple[Cell, ...]:
+    """All cells of the product, with one of FURTHER besides."""
+    return tuple(Cell(*values, besides) for values in product(*AXES.values()))
 
 
 def refusals_of(cell: Cell) -> list[Refusal]:

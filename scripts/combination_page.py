@@ -86,8 +86,10 @@ def _choices() -> Iterable[str]:
 
 
 def _refused(number: int, refusal: Refusal) -> str:
-    parts = [f"{_TITLES[axis].lower()}: {' or '.join(values)}" for axis, values in refusal.where.items()]
-    return f"| {number} | {'; '.join(parts)} | {refusal.because} | {refusal.reason} |"
+    parts = {_TITLES[axis].lower(): values for axis, values in refusal.where.items() if axis != "besides"}
+    parts |= {"besides": [FURTHER[name].description for name in refusal.where.get("besides", ())]}
+    said = "; ".join(f"{title}: {' or '.join(values)}" for title, values in parts.items() if values)
+    return f"| {number} | {said} | {refusal.because} | {refusal.reason} |"
 
 
 def _differing(cell: Cell) -> str:

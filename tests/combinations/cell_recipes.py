@@ -31,7 +31,7 @@ SHARED: dict[str, Any] = {
     "disable_tqdm": True,
     "max_length": 64,
 }
-# A cache of log-probs does not hold what the default, merge, asks for.
+# A server of log-probs does not tell what the default, merge, asks for.
 METHODS: dict[str, dict[str, Any]] = {"alm": {"chunks": "all"}}
 LORA: dict[str, Any] = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
 STUDENTS: dict[str, dict[str, Any]] = {"full": {}, "LoRA": LORA, "QLoRA": {**LORA, "load_in_4bit": True}}
@@ -135,7 +135,8 @@ class CellRecipes:
         """A cache of the sequences that a cell trains on."""
         # What is kept does not depend on these.
         method = cell.method if cell.method == "alm" else "kd"
-        plain = Cell(method=method, data=cell.data, answers="off-policy")
+        merged = cell.besides if cell.besides == "merged chunks" else ""
+        plain = Cell(method=method, data=cell.data, besides=merged)
         models = self._student(cell), self._teacher(cell)
         folder = self.folder / f"cache-{len(self._made)}"
 
@@ -145,7 +146,7 @@ class CellRecipes:
             recipe = self.recipe(plain, student=str(models[0]), teacher=str(models[1]), **keys)
             return build_cache(recipe)
 
-        return self.once(("cache", teacher, method, cell.data, *models), build)
+        return self.once(("cache", teacher, plain, *models), build)
 
     # Models and rows
 
