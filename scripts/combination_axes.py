@@ -144,31 +144,28 @@ REFUSALS: tuple[Refusal, ...] = (
         "answers with TopKSignal, method llava_kd needs DenseSignal",
     ),
     Refusal(
-        {"teacher": ("hidden-state server",), "data": ("images",), "answers": _ON_POLICY},
-        "not built",
-        "A server makes tokens of an answer beside an image, which may be others than the student's.",
-        None,
-    ),
-    Refusal(
-        {"teacher": ("hidden-state cache",)},
-        "not built",
-        "A teacher whose hidden states are stored.",
-        None,
-    ),
-    Refusal(
         {"method": ("alm",), "teacher": ("top-k server",), "besides": ("merged chunks",)},
         "upstream",
         "A server of log-probs does not tell how probable the end of a word is.",
         "chunks: merge needs more of the teacher than its most likely tokens",
     ),
-    Refusal(
-        {"method": ("llava_kd",), "teacher": ("hidden-state server",)},
-        "not built",
-        "The terms on visual tokens ask a teacher in this process.",
-        None,
-    ),
     Refusal({"teacher": ("self",)}, "not built", "The student as its own teacher.", None),
 )
+
+
+INEXACT: tuple[tuple[Mapping[str, tuple[str, ...]], str], ...] = (
+    (
+        {"teacher": ("hidden-state server",), "data": ("images",), "answers": _ON_POLICY},
+        "A server of hidden states reads an answer to an image as text. What it reads as other tokens than the "
+        "student wrote is left out of the loss and counted as `rollouts_retokenised`.",
+    ),
+)
+"""Cells that train, but not on all that the same training with a local teacher learns from, and why."""
+
+
+def is_exact(cell: Cell) -> bool:
+    """Whether a cell that trains gives the losses of its reference."""
+    return not any(all(getattr(cell, axis) in values for axis, values in where.items()) for where, _ in INEXACT)
 
 
 @dataclass(frozen=True)

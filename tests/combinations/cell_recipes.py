@@ -111,7 +111,7 @@ class CellRecipes:
         if cell.teacher == "several, routed":
             second = "hidden-state server"
         if cell.method == "llava_kd":
-            second = "local"
+            second = "hidden-state server"
         parts = {"a": {"teacher": teacher}, "b": {"teacher": teacher, **self._source(cell, second)}}
         if cell.teacher == "several, routed":
             return {"teachers": parts, "teacher_column": "domain"}
@@ -134,16 +134,17 @@ class CellRecipes:
     def _cache(self, cell: Cell, teacher: str) -> Path:
         """A cache of the sequences that a cell trains on."""
         # What is kept does not depend on these.
-        method = cell.method if cell.method == "alm" else "kd"
+        method = cell.method if cell.method in ("alm", "llava_kd") else "kd"
         merged = cell.besides if cell.besides == "merged chunks" else ""
         plain = Cell(method=method, data=cell.data, besides=merged)
         models = self._student(cell), self._teacher(cell)
         folder = self.folder / f"cache-{len(self._made)}"
 
         def build() -> Path:
-            signal = "log_probs" if method == "alm" else "top_k"
+            signal = "hidden" if teacher == "hidden-state cache" else "log_probs" if method == "alm" else "top_k"
+            exact = {"cache_hidden_dtype": "float32"} if signal == "hidden" else {}
             keys = {"teacher_cache": str(folder), "cache_signal": signal, "teacher_top_k": self._vocabulary(cell)}
-            recipe = self.recipe(plain, student=str(models[0]), teacher=str(models[1]), **keys)
+            recipe = self.recipe(plain, student=str(models[0]), teacher=str(models[1]), **keys, **exact)
             return build_cache(recipe)
 
         return self.once(("cache", teacher, plain, *models), build)
