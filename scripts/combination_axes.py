@@ -224,7 +224,7 @@ def further_cells() -> list[Cell]:
 @cache
 def everything(besides: str = "") -> tuple[Cell, ...]:
     """All cells of the product, with one of FURTHER besides."""
-    return tuple(Cell(*values, besides) for values in product(*AXES.values()))
+    return tuple(Cell(*values)._replace(besides=besides) for values in product(*AXES.values()))
 
 
 def refusals_of(cell: Cell) -> list[Refusal]:

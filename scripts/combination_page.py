@@ -1,11 +1,11 @@
 """The page of the site about what can be combined, made from the cells that are tested and from refusals."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import get_args
 
 from mmkd.errors import Because
-from scripts.combination_axes import AXES, FURTHER, REFUSALS, Cell, Refusal, pairs
+from scripts.combination_axes import AXES, FURTHER, INEXACT, REFUSALS, Cell, Refusal, pairs
 from scripts.combinations import refusals
 
 _KINDS = {
@@ -48,6 +48,10 @@ def combination_page() -> str:
         "|---|---|---|---|",
         *(_refused(number, refusal) for number, refusal in enumerate(REFUSALS, start=1)),
         "",
+        "## What trains on less",
+        "",
+        *(f"- {_combination(where)}: {reason}" for where, reason in INEXACT),
+        "",
         "## Two choices at a time",
         "",
         "*yes*: there is a training with both. *no*: there is none, for the reason of this number above.",
@@ -86,16 +90,21 @@ def _choices() -> Iterable[str]:
 
 
 def _refused(number: int, refusal: Refusal) -> str:
-    parts = {_TITLES[axis].lower(): values for axis, values in refusal.where.items() if axis != "besides"}
-    parts |= {"besides": [FURTHER[name].description for name in refusal.where.get("besides", ())]}
-    said = "; ".join(f"{title}: {' or '.join(values)}" for title, values in parts.items() if values)
-    return f"| {number} | {said} | {refusal.because} | {refusal.reason} |"
+    return f"| {number} | {_combination(refusal.where)} | {refusal.because} | {refusal.reason} |"
 
 
 def _differing(cell: Cell) -> str:
     """The values in which a cell differs from the plainest one, and its method."""
     others = zip(cell[1:], Cell()[1:], strict=True)
     return ", ".join([cell.method, *(value for value, plain in others if value != plain)])
+
+
+def _combination(where: Mapping[str, tuple[str, ...]]) -> str:
+    """What cells have in common, in words."""
+    parts: dict[str, Sequence[str]]
+    parts = {_TITLES[axis].lower(): values for axis, values in where.items() if axis != "besides"}
+    parts |= {"besides": [FURTHER[name].description for name in where.get("besides", ())]}
+    return "; ".join(f"{title}: {' or '.join(values)}" for title, values in parts.items() if values)
 
 
 def _matrix(first: str, second: str) -> Iterable[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from scripts.combination_axes import FURTHER, Cell
+from scripts.combination_axes import FURTHER, Cell, is_exact
 from scripts.make_tiny_models import make_model, make_tiny_models, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.combinations.served_model import serve, serve_student
@@ -108,7 +108,7 @@ class CellRecipes:
             return {"teacher": teacher, **self._source(cell, cell.teacher)}
         # The same teacher in two forms, which is that teacher.
         second = "top-k server" if "on-policy" in cell.answers else "top-k cache"
-        if cell.teacher == "several, routed":
+        if cell.teacher == "several, routed" and is_exact(cell._replace(teacher="hidden-state server")):
             second = "hidden-state server"
         if cell.method == "llava_kd":
             second = "hidden-state server"
