@@ -20,6 +20,7 @@ from transformers import (
 
 from mmkd.errors import UserError
 from mmkd.precision import native_dtype, product_dtype, say_float32
+from mmkd.seams.deepspeed_seam import without_zero3
 
 # Their first position is the one after that of padding.
 _COUNTS_FROM_PADDING = {
@@ -81,7 +82,8 @@ def empty_model(name: str, role: str = "model", **hub: Any) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(name, **hub)
         auto_class: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-        with torch.device("meta"):
+        # DeepSpeed would copy weights to cut them, and there are none.
+        with without_zero3(), torch.device("meta"):
             return auto_class.from_config(config, trust_remote_code=hub.get("trust_remote_code", False))
     except _UNREADABLE as error:
         raise UserError(f"The {role} {name!r} cannot be loaded: {_hint(name)} ({_first_line(error)})") from error

@@ -31,13 +31,14 @@ _COMPARED = ("loss", "grad_norm", "kl", "chunk_kl")
 
 def outcome(recipe: str | Path) -> dict[str, Any]:
     """What every step and evaluation of a run logged, or the error that it ended with."""
+    trainer: Any = None
     try:
-        trainer: Any = build_trainer(recipe_of(str(recipe)).parse())
+        trainer = build_trainer(recipe_of(str(recipe)).parse())
         trainer.train()
     except UserError as error:
-        return {"refused": str(error), "because": error.because}
+        return {"refused": str(error), "because": error.because, "began": trainer is not None}
     except Exception:
-        return {"error": traceback.format_exc()}
+        return {"error": traceback.format_exc(), "began": trainer is not None}
     logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return {"steps": [[entry[name] for name in _COMPARED if name in entry] for entry in logged], "eval": evaluated}
@@ -50,8 +51,9 @@ def on_two_ranks(recipes: Mapping[str, Path], ranks: str, folder: Path) -> dict[
     command = [sys.executable, *_LAUNCHERS[ranks], "--module", "tests.combinations.cell_runs", str(folder), ranks]
     variables = {**environment(), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, timeout=800, cwd=_ROOT, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    outcomes = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    outcomes = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+    failed = {name: ended for rank in outcomes for name, ended in rank.items() if ended.get("began")}
+    assert done.returncode == 0, failed or done.stderr[-3000:]
     return {name: [rank[name] for rank in outcomes] for name in recipes}
 
 
@@ -66,6 +68,9 @@ def main(folder: str, ranks: str) -> None:
     for name, recipe in json.loads(Path(folder, "recipes.json").read_text()).items():
         outcomes[name] = outcome(recipe)
         Path(folder, f"rank{os.environ['RANK']}.json").write_text(json.dumps(outcomes))
+        if outcomes[name].get("began"):
+            # The other rank may wait for this one.
+            sys.exit(1)
 
 
 if __name__ == "__main__":
