@@ -139,9 +139,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         {"method": ("llava_kd",), "teacher": ("top-k cache", "top-k server")},
-        "not built",
-        "A top-k says nothing about visual tokens.",
-        "answers with TopKSignal, method llava_kd needs DenseSignal",
+        "meaning",
+        "A top-k has no hidden states, by which visual tokens are related. `beta: 0` and `gamma: 0` leave the terms on "
+        "visual tokens out.",
+        "gamma relates visual tokens by the teacher's hidden states",
     ),
     Refusal(
         {"method": ("alm",), "teacher": ("top-k server",), "besides": ("merged chunks",)},
@@ -188,6 +189,11 @@ FURTHER: dict[str, Further] = {
             Cell("alm", teacher="top-k cache", answers="packed"),
             Cell("alm", data="images", ranks="FSDP2"),
         ),
+    ),
+    "answers alone": Further(
+        "`beta: 0` and `gamma: 0`, which leave visual tokens out of `llava_kd`",
+        {"beta": 0, "gamma": 0},
+        (Cell("llava_kd", teacher="top-k server", data="images"), Cell("llava_kd", teacher="top-k cache")),
     ),
     "gradmag": Further(
         "`combine: gradmag`",
