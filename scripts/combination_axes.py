@@ -140,8 +140,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         {"method": ("llava_kd",), "teacher": ("top-k cache", "top-k server")},
         "meaning",
-        "A top-k has no hidden states, by which visual tokens are related. `beta: 0` and `gamma: 0` leave the terms on "
-        "visual tokens out.",
+        "A top-k has no hidden states, by which visual tokens are related. `beta: 0` and `gamma: 0` leave them "
+        "out.",
         "gamma relates visual tokens by the teacher's hidden states",
     ),
     Refusal(
