@@ -104,7 +104,6 @@ class Refusal:
 
 _ON_POLICY = ("on-policy", "on-policy served", "packed on-policy")
 _CACHES = ("top-k cache", "hidden-state cache")
-_SEVERAL = ("several, mixed", "several, routed")
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
@@ -126,22 +125,9 @@ REFUSALS: tuple[Refusal, ...] = (
         "Rows with images cannot be laid end to end",
     ),
     Refusal(
-        {"method": ("alm",), "teacher": _SEVERAL},
-        "not built",
-        "The method learns from one teacher.",
-        "learns from one teacher",
-    ),
-    Refusal(
-        {"teacher": ("several, routed",), "answers": ("packed", "packed on-policy")},
-        "not built",
-        "A pack holds rows of different teachers.",
-        "Packing joins rows of different teachers",
-    ),
-    Refusal(
         {"method": ("llava_kd",), "teacher": ("top-k cache", "top-k server")},
         "meaning",
-        "A top-k has no hidden states, by which visual tokens are related. `beta: 0` and `gamma: 0` leave them "
-        "out.",
+        "A top-k has no hidden states, by which visual tokens are related. `beta: 0` and `gamma: 0` leave them out.",
         "gamma relates visual tokens by the teacher's hidden states",
     ),
     Refusal(

@@ -82,8 +82,10 @@ def read_head(folder: Path, manifest: Manifest, device: str | torch.device = "cp
     """The teacher's head in a cache of hidden states, in the type in which the device multiplies what it is."""
     signal = manifest.identity["signal"]
     dtype = product_dtype(getattr(torch, signal["head_dtype"]), device)
+    # Of a CPU with a number, which ranks have, safetensors knows nothing.
+    place = "cpu" if torch.device(device).type == "cpu" else str(device)
     try:
-        with safe_open(folder / HEAD, framework="pt", device=str(device)) as file:
+        with safe_open(folder / HEAD, framework="pt", device=place) as file:
             # Copies, and not a mapped file: training reads all of it again and again.
             weights = {name: file.get_tensor(name).to(dtype, copy=True) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
