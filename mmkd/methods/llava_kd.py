@@ -141,13 +141,6 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
         """Raises UserError too where a cache, or top-k log-probs, do not tell enough for the terms that count."""
         super().check_teacher(teacher, args)
         cached, top_k = isinstance(teacher, CachedTeacher), issubclass(teacher.signal_type, TopKSignal)
-        if cached and not top_k and not teacher.sees:
-            raise UserError(
-                f"llava_kd compares visual tokens, and the cache {teacher.cache.folder} was built for a method that "
-                "does not: it has the teacher's hidden states at the answers only. Build it again with this recipe in "
-                "another folder.",
-                because="meaning",
-            )
         if top_k and args.gamma:
             raise UserError(
                 "gamma relates visual tokens by the teacher's hidden states, and this teacher tells top-k log-probs "
@@ -163,8 +156,16 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
             )
 
     def build_teacher(self, student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:
-        """The base's. Raises UserError too where visual tokens cannot be related by their logits."""
+        """The base's. Raises UserError too where visual tokens were not seen, or cannot be related by their logits."""
         teaching = super().build_teacher(student, teacher, processing_class)
+        for part in parts_of(teaching.teacher) if student.labelling.vision else ():
+            if isinstance(part, CachedTeacher) and part.states is not None and not part.sees:
+                raise UserError(
+                    f"llava_kd compares visual tokens, and the cache {part.cache.folder} was built for a method that "
+                    "does not: it has the teacher's hidden states at the answers only. Build it again with this "
+                    "recipe in another folder.",
+                    because="meaning",
+                )
         if self.args.gamma and self.args.relation_on == "logits":
             parts = parts_of(teaching.teacher)
             caps = [part.softcap for part in parts if isinstance(part, DenseTeacher | CachedTeacher)]
