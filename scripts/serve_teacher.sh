@@ -146,6 +146,10 @@ if [[ $signal == hidden ]]; then
     default --pooler-config.task token_embed
 else
     default --max-logprobs 256
+    # Takes a row's own tokens beside its images (/inference/v1/generate); older versions do not know the flag.
+    if grep -rqs enable_scale_out "$environment"/lib/python3*/site-packages/vllm/entrypoints --include=cli_args.py; then
+        default --enable-scale-out
+    fi
 fi
 
 export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlamaConfig,
+)
 from transformers.models.idefics3 import Idefics3Processor
 
 from mmkd.cache.manifest import Manifest
@@ -25,6 +31,7 @@ from mmkd.preflight.row_checks import lengths
 from mmkd.recipe.flags import recipe_of
 from scripts.make_tiny_models import CHAT_TEMPLATE, make_model, make_tokenizer, save, sentences
 from tests.teachers.fake_vllm import ServedStates, fake_vllm
+from tests.teachers.fake_vlm import ServedVLM
 from tests.teachers.vlm import make_image, make_vlm
 
 ROWS = 24
@@ -533,6 +540,19 @@ def test_equal_processors_give_equal_image_tokens(place: Place, vision: dict[str
     findings = place.examine(**vision)
     assert problems(findings) == []
     assert "image tokens each, the same on both sides" in of(findings, "images", "ok")
+
+
+def test_a_server_is_asked_about_a_row_with_images(place: Place, vision: dict[str, Any]) -> None:
+    model: Any = AutoModelForImageTextToText.from_pretrained(vision["teacher"])
+    processor: Any = AutoProcessor.from_pretrained(vision["teacher"])
+    with fake_vllm(ServedVLM, served=model, processor=processor, root=vision["teacher"]) as fake:
+        settings = {**vision, "teacher_server": [fake.url], "max_length": 255}
+        findings = place.examine(**settings)
+        assert of(findings, "server", "problem") == ""
+        assert "The server makes the same tokens of a row with 1 image" in of(findings, "images", "ok")
+        processor.image_processor.size = {"longest_edge": 32}
+        findings = place.examine(**settings)
+        assert "The server was asked about a row with 1 image" in of(findings, "images", "problem")
 
 
 def test_another_processor_gives_other_image_tokens(place: Place, vision: dict[str, Any]) -> None:

@@ -3,11 +3,13 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 from datasets import DatasetDict
 
 from mmkd.cache.hub import local_cache
 from mmkd.cache.store import Cache
 from mmkd.capture.build_plan import check_place, check_settings
+from mmkd.capture.scorers import question_of
 from mmkd.capture.sequences import TokenSequence, prepare, usable
 from mmkd.errors import UserError
 from mmkd.models.load import load_processing_class
@@ -18,8 +20,9 @@ from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.hidden_server import HiddenServerTeacher
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.vllm_client import VLLMClient
+from mmkd.teachers.vllm_rows import RowError, ScoreRequest
 from mmkd.training.method import METHODS
-from mmkd.units import readable_size
+from mmkd.units import readable_size, with_noun
 
 from .facts import Finding, Sample, Side
 
@@ -32,34 +35,54 @@ def server(run: Run, student: Side, teacher: Side | None, sample: Sample | None)
     arguments, urls = run.arguments, run.arguments.teacher_server
     assert urls is not None
     live = arguments.teacher_cache is None
-    findings: list[Finding] = []
-    if live and sample is not None and sample.has_images:
-        findings.append(
-            Finding(
-                "problem",
-                "server",
-                "A server cannot be asked about images while the student trains.",
-                "Set teacher_cache, and build the cache first (mmkd cache build).",
-            )
-        )
+    reader = student if teacher is None else teacher
+    shown = None if sample is None or not sample.has_images else _row_with_images(run, reader, sample)
     if server_signal(run, urls) == "hidden":
-        return [*findings, _hidden_server(run, urls, student, live)]
+        return _hidden_server(run, urls, student, live, shown)
     own = not METHODS[run.arguments.method].one_vocabulary
     # Of a text that a teacher reads in tokens of its own, these alone are asked.
     k = 1 if own or not (live or run.cache.cache_signal == "top_k") else arguments.teacher_top_k
     if live:
         _check_method(run, ServerTeacher(urls, k=k, model=arguments.teacher_server_model))
-    tokenizer = student.tokenizer if teacher is None else teacher.tokenizer
     with VLLMClient(urls, arguments.teacher_server_model, timeout=PATIENCE) as client:
-        facts = client.check(arguments.teacher, k, run.training.for_teacher().max_length, tokenizer)
+        facts = client.check(arguments.teacher, k, run.training.for_teacher().max_length, reader.tokenizer)
+        asked = [] if shown is None else [_asked(shown, next(client.score([shown], k)))]
     message = (
         f"{', '.join(facts.urls)}: vLLM {facts.vllm_version} serves {facts.model!r} with room for "
         f"{facts.max_model_len:,} tokens, gives the top {k} and tokenises alike."
     )
-    return [*findings, Finding("ok", "server", message)]
+    return [Finding("ok", "server", message), *asked]
 
 
-def _hidden_server(run: Run, urls: list[str], student: Side, live: bool) -> Finding:
+def _row_with_images(run: Run, reader: Side, sample: Sample) -> ScoreRequest | None:
+    """The first row of the sample with images, as a server is asked about it; None where there is none."""
+    rows = own_rows_of(run, sample.rows)
+    if not len(rows["train"]):
+        return None
+    training = run.training.for_teacher()
+    prepared = prepare(DatasetDict({"train": rows["train"]}), training, copy.deepcopy(reader.processing_class))
+    sequences = prepared.splits["train"]
+    for _, sequence in usable(sequences, range(len(sequences))):
+        if isinstance(sequence, TokenSequence) and sequence.images:
+            return question_of(sequence, sequence.supervised)
+    return None
+
+
+def _asked(question: ScoreRequest, answer: object) -> Finding:
+    """What became of a row with images."""
+    if isinstance(answer, RowError):
+        return Finding(
+            "problem",
+            "images",
+            f"The server was asked about a row with {with_noun(len(question.images), 'image')}. {answer.reason}",
+            "Serve the teacher with its own chat template and processor.",
+        )
+    tokens = int((np.asarray(question.ids) == question.image_token_id).sum())
+    text = f"The server makes the same tokens of a row with {with_noun(len(question.images), 'image')}"
+    return Finding("ok", "images", f"{text}, {tokens:,} of them the images'.")
+
+
+def _hidden_server(run: Run, urls: list[str], student: Side, live: bool, shown: ScoreRequest | None) -> list[Finding]:
     """Whether the servers send the hidden states that the teacher's head was made for."""
     patient = replace(run, arguments=replace(run.arguments, teacher_timeout=PATIENCE))
     teacher = server_teacher(patient, urls, student.tokenizer)
@@ -68,8 +91,9 @@ def _hidden_server(run: Run, urls: list[str], student: Side, live: bool) -> Find
         if live:
             METHODS[run.arguments.method].trainer.check_teacher(teacher, run.training)
         teacher.check()
+        asked = [] if shown is None else [_asked(shown, next(teacher.client.states([shown], teacher.dtype)))]
     facts, width = teacher.facts, teacher.head.weight.shape[1]
-    return Finding(
+    states = Finding(
         "ok",
         "server",
         f"{', '.join(facts.urls)}: vLLM {facts.vllm_version} serves {facts.model!r} with room for "
@@ -77,6 +101,7 @@ def _hidden_server(run: Run, urls: list[str], student: Side, live: bool) -> Find
         f"({readable_size(width * teacher.dtype.itemsize)} per token), which fit the teacher's head, and tokenises "
         "alike.",
     )
+    return [states, *asked]
 
 
 def _check_method(run: Run, teacher: ServerTeacher) -> None:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
+from transformers import ProcessorMixin
 
 from mmkd.alignment.vocab import shared_tokens
 from mmkd.cache.hub import local_cache
@@ -41,10 +42,12 @@ def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher | H
     arguments = run.arguments
     # Without the teacher's own tokenizer the servers are asked whether theirs is the student's.
     tokenizer: Any = student
+    processing_class: Any = None
     tokens = len(student)
     own = not METHODS[arguments.method].one_vocabulary
     if arguments.teacher is not None:
-        tokenizer = tokenizer_of(teacher_processing_class(run))
+        processing_class = teacher_processing_class(run)
+        tokenizer = tokenizer_of(processing_class)
         tokens = len(tokenizer) if own else shared_tokens(student, tokenizer)
     elif own:
         raise UserError(
@@ -57,6 +60,7 @@ def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher | H
         "vocab_size": tokens,
         "teacher": arguments.teacher,
         "tokenizer": tokenizer,
+        "processor": processing_class if isinstance(processing_class, ProcessorMixin) else None,
         "max_length": run.training.for_teacher().max_length,
         "concurrency": arguments.teacher_concurrency,
         "timeout": arguments.teacher_timeout,

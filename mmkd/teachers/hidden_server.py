@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Bool
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from mmkd.errors import UserError
 from mmkd.models.heads import LMHead
@@ -55,6 +55,7 @@ class HiddenServerTeacher(DenseTeacher):
         teacher: str | None = None,
         max_length: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        processor: ProcessorMixin | None = None,
         **client: Any,
     ):
         if dtype not in WIRE_TYPES or recheck < 0:
@@ -66,7 +67,7 @@ class HiddenServerTeacher(DenseTeacher):
         self._asked = self._failures = 0
         self.vocab_size = head.vocab_size if vocab_size is None else min(vocab_size, head.vocab_size)
         self.softcap = head.softcap
-        self.max_length, self.tokenizer = max_length, tokenizer
+        self.max_length, self.tokenizer, self.processor = max_length, tokenizer, processor
         self.client = VLLMClient(base_urls, model, **client)
 
     @property

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Bool
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from mmkd.errors import UserError
 from mmkd.losses.divergences import log_one_minus_exp
@@ -34,8 +34,9 @@ class ServerTeacher(Teacher[TopKSignal]):
     """Answers with the k most likely tokens and the tail's mass, from one or several vLLM servers of one model.
 
     `teacher` is the folder or Hub name that must be behind the URLs, `model` the served name where a server offers
-    several, and `tokenizer` the teacher's, all checked by `prepare`. `vocab_size`, the number of tokens that teacher
-    and student share, keeps padding rows of the teacher's vocabulary out of the k; their probability goes to the tail.
+    several, and `tokenizer` the teacher's, all checked by `prepare`. `processor` is what it reads images with.
+    `vocab_size`, the number of tokens that teacher and student share, keeps padding rows of the teacher's vocabulary
+    out of the k; their probability goes to the tail.
     Further settings are `VLLMClient`'s.
     """
 
@@ -52,12 +53,13 @@ class ServerTeacher(Teacher[TopKSignal]):
         teacher: str | None = None,
         max_length: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        processor: ProcessorMixin | None = None,
         **client: Any,
     ):
         if k < 1 or (vocab_size is not None and k > vocab_size):
             raise UserError(f"k={k} must be at least 1 and at most the {vocab_size or 'number of'} shared tokens.")
         self.k, self.vocab_size, self.teacher = k, vocab_size, teacher
-        self.max_length, self.tokenizer = max_length, tokenizer
+        self.max_length, self.tokenizer, self.processor = max_length, tokenizer, processor
         self.client = VLLMClient(base_urls, model, **client)
 
     def over_tokens(self, vocab_size: int) -> Self:

@@ -6,6 +6,7 @@ from typing import Generic, Self, TypeVar
 from accelerate import Accelerator
 from jaxtyping import Bool
 from torch import Tensor
+from transformers import ProcessorMixin
 
 from .batch import View
 from .signals import DenseSignal
@@ -23,6 +24,8 @@ class Teacher(ABC, Generic[Signal]):
     signal_type: type
     can_temper: bool = True
     """Whether its probabilities are known at temperatures other than 1."""
+    processor: ProcessorMixin | None = None
+    """With which a served teacher reads images; None where that is the student's."""
 
     @property
     def served(self) -> bool:

@@ -89,10 +89,17 @@ def teaching_of(student: StudentSide, teacher: Any, processing_class: Any) -> Te
         return Teaching(teacher, tokens, partial(with_targets, teacher=teacher))
     if isinstance(teacher, DenseTeacher):
         tokens = min(student.tokens, teacher.vocab_size)
-        return Teaching(teacher.over_tokens(tokens), tokens)
+        return Teaching(teacher.over_tokens(tokens), tokens, processors=_own_processor(student, ONLY, teacher))
     if isinstance(teacher, Teacher):
-        return Teaching(teacher, student.tokens)
+        return Teaching(teacher, student.tokens, processors=_own_processor(student, ONLY, teacher))
     return _local(student, teacher, processing_class)
+
+
+def _own_processor(student: StudentSide, name: str, teacher: Teacher[Any]) -> dict[str, ProcessorMixin]:
+    """With what a teacher that is not loaded here reads images, if it says so."""
+    if teacher.processor is None or not isinstance(student.views, VisionViews):
+        return {}
+    return {name: teacher.processor}
 
 
 def load_teacher(teacher: str | PreTrainedModel, args: DistillationConfig) -> PreTrainedModel:
@@ -133,6 +140,8 @@ def _several(student: StudentSide, several: SeveralTeachers, processing_class: A
                 processors[name] = built.processors[ONLY]
         elif isinstance(teacher, DenseTeacher | ServerTeacher) and teacher.vocab_size is not None:
             tokens = min(tokens, teacher.vocab_size)
+        if isinstance(teacher, Teacher):
+            processors |= _own_processor(student, name, teacher)
     for name, teacher in teachers.items():
         is_cut = isinstance(teacher, CachedTeacher) and teacher.states is not None
         if is_cut or isinstance(teacher, DenseTeacher | ServerTeacher):

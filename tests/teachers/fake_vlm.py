@@ -85,9 +85,12 @@ class ServedVLM(ServedStates):
 
     @torch.no_grad()
     def score(self, body: dict[str, Any]) -> tuple[int, Any]:
+        k = body.get("sampling_params", body).get("prompt_logprobs")
+        if k is None:
+            # Who only asks whether there is such a route.
+            return 400, {"error": {"message": "max_tokens must be at least 1", "param": "max_tokens"}}
         inputs = self.read(body)
         ids = inputs["input_ids"][0].tolist()
-        k = body.get("sampling_params", body)["prompt_logprobs"]
         log_probs = self.served(**inputs).logits[0].float().log_softmax(-1)
         entries = [None, *(self.listed(row, token, k) for row, token in zip(log_probs, ids[1:], strict=False))]
         choice = {"index": 0, "token_ids": [1], "finish_reason": "length"}
