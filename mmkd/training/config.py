@@ -100,12 +100,14 @@ class DistillationConfig(RolloutConfig):
         take_one_gpu(self)
         self.emulated_bf16 = without_emulated_bf16(self)
         if self.on_policy_fraction and self.ce_weight:
-            # With rows of both kinds, cross-entropy of the data's answers alone would mean something.
-            raise UserError(
+            said = (
                 "ce_weight is the share of the data's own answers, which a rollout replaces: it would train the "
-                "student on what it says anyway. Set ce_weight: 0, or on_policy_fraction: 0.",
-                because="meaning" if self.on_policy_fraction == 1 else "not built",
+                "student on what it says anyway. Set ce_weight: 0, or on_policy_fraction: 0."
             )
+            if self.on_policy_fraction == 1:
+                raise UserError(said, because="meaning")
+            # With rows of both kinds, cross-entropy of the data's answers alone would mean something.
+            raise UserError(said, because="not built")
         check_combination(self)
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise UserError(
