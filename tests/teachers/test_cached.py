@@ -86,7 +86,9 @@ class Encoded(LocalTeacher):
 
     def __init__(self, folder: Path, cache: Path):
         super().__init__(AutoModelForCausalLM.from_pretrained(folder), VOCAB)
-        self.codec: Codec = Cache(cache).codec
+        codec = Cache(cache).codec
+        assert isinstance(codec, Codec)
+        self.codec = codec
 
     @torch.no_grad()
     def ask(self, inputs: Any, supervised: Any) -> Any:
