@@ -100,14 +100,19 @@ class DistillationConfig(RolloutConfig):
         take_one_gpu(self)
         self.emulated_bf16 = without_emulated_bf16(self)
         if self.on_policy_fraction and self.ce_weight:
-            said = (
-                "ce_weight is the share of the data's own answers, which a rollout replaces: it would train the "
-                "student on what it says anyway. Set ce_weight: 0, or on_policy_fraction: 0."
-            )
             if self.on_policy_fraction == 1:
-                raise UserError(said, because="meaning")
+                raise UserError(
+                    "ce_weight is the share of the data's own answers, and with on_policy_fraction: 1 the student "
+                    "answers every prompt itself: it would be trained on what it says anyway. Set ce_weight: 0.",
+                    because="meaning",
+                )
             # With rows of both kinds, cross-entropy of the data's answers alone would mean something.
-            raise UserError(said, because="not built")
+            raise UserError(
+                "ce_weight is the share of the data's own answers, and cross-entropy of the rows that keep them alone "
+                "is not supported: it would train the student on its own answers, too. Set ce_weight: 0, or "
+                "on_policy_fraction: 0.",
+                because="not built",
+            )
         check_combination(self)
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise UserError(

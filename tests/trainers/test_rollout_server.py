@@ -92,12 +92,17 @@ def test_what_is_learnt_beside_a_student_stays_here(
     # The projection starts with random weights.
     torch.manual_seed(0)
     here = steps(build(ALMTrainer, completions, **settings))
+    folder = tmp_path / "run" / "_rollout_weights"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Of an earlier run.
+    (folder / "adapter_model.safetensors").touch()
     with fake_vllm(ServedStudent, max_model_len=256, tokenizer=tokenizer) as fake:
         torch.manual_seed(0)
         there = steps(build(ALMTrainer, completions, rollout_server=[fake.url], **settings))
     assert there == [pytest.approx(pair, rel=1e-4) for pair in here]
-    weights = load_file(tmp_path / "run" / "_rollout_weights" / "model.safetensors")
-    assert not any("projection" in name for name in weights)
+    # A server reads all of them.
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
+    assert not any("projection" in name for name in load_file(folder / "model.safetensors"))
 
 
 def test_a_base_that_is_quantised_here_alone_is_said(
