@@ -229,10 +229,10 @@ def pairs() -> dict[Pair, tuple[Refusal, ...]]:
     """Each pair of values -> the refusals that leave no cell with it; empty where such cells train."""
     result: dict[Pair, tuple[Refusal, ...]] = {}
     for first, second in combinations(AXES, 2):
-        for one, other in product(AXES[first], AXES[second]):
-            cells = [cell for cell in everything() if getattr(cell, first) == one and getattr(cell, second) == other]
+        for ours, theirs in product(AXES[first], AXES[second]):
+            cells = [cell for cell in everything() if (getattr(cell, first), getattr(cell, second)) == (ours, theirs)]
             reasons = () if any(not refusals_of(cell) for cell in cells) else _reasons(cells)
-            result[(first, one), (second, other)] = reasons
+            result[(first, ours), (second, theirs)] = reasons
     return result
 
 

@@ -69,7 +69,7 @@ def combination_page() -> str:
         "",
         "A student of `dho` predicts classes and no tokens, so that the tables above are not about it. `comd` is a "
         "series of trainings, and each of them is one of `round_method`, to which the tables apply. What these two "
-        "methods refuse stands among the messages below.",
+        "methods refuse is in the list of messages below.",
         "",
         "## All messages",
         "",
@@ -114,7 +114,7 @@ def _matrix(first: str, second: str) -> Iterable[str]:
     yield from (f"| | {' | '.join(AXES[columns])} |", f"|---|{'---|' * len(AXES[columns])}")
     for row in AXES[rows]:
         values = [(row, column) if rows == first else (column, row) for column in AXES[columns]]
-        cells = [_verdict(pairs()[(first, one), (second, other)]) for one, other in values]
+        cells = [_verdict(pairs()[(first, ours), (second, theirs)]) for ours, theirs in values]
         yield f"| **{row}** | {' | '.join(cells)} |"
     yield ""
 

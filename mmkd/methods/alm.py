@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mmkd.alignment.pieces import boundary_mask
 from mmkd.losses import divergences
@@ -80,9 +81,8 @@ class ALMTrainer(DistillationTrainer[ChunkSignal | MixedSignal[ChunkSignal]]):
         """The rows as student and teachers read them, side by side."""
         as_student = partial(super().prepared, packing=False, formatting_func=formatting_func, split=split)
         labelling = self.labelling
-        given = labelling.given(args)
         return self._readings.pair(
-            rows, split, given, packing, formatting_func, labelling.processing_class, as_student
+            rows, split, labelling.given(args), packing, formatting_func, labelling.processing_class, as_student
         )
 
     def columns_to_keep(self) -> list[str]:
@@ -268,7 +268,7 @@ class ALMTrainer(DistillationTrainer[ChunkSignal | MixedSignal[ChunkSignal]]):
     # The projections of hidden states, which no one needs after training
 
     def weights_to_save(self, folder: Path, weights: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """The student's own; the projections go into a file beside them."""
+        """The student's own; in a checkpoint the projections go into a file beside them."""
         weights = super().weights_to_save(folder, weights)
         if not self.args.hidden_weight:
             return weights
@@ -277,8 +277,10 @@ class ALMTrainer(DistillationTrainer[ChunkSignal | MixedSignal[ChunkSignal]]):
         for paired in self._paired.values():
             (name,) = (name for name in everything if paired.projection in name.split("."))
             projections[paired.saved_as] = own.pop(name).contiguous()
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(projections, folder / f"{PROJECTION}.safetensors")
+        # Servers read every file of weights in the folder of a student.
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(projections, folder / f"{PROJECTION}.safetensors")
         return own
 
     def weights_restored(self, checkpoint: Path) -> None:

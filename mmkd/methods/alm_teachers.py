@@ -46,15 +46,20 @@ def check_told(teacher: Teacher, args: ALMConfig) -> None:
     """Raises UserError where a teacher of log-probs does not tell enough for the settings."""
     if isinstance(teacher, CachedTeacher) and teacher.signal_type is LabelSignal:
         _check_cached_log_probs(teacher, args)
-    if not isinstance(teacher, ServerTeacher) or not (args.needs_boundaries or args.needs_hidden):
-        return
-    what = f"chunks: {args.chunks} needs" if args.needs_boundaries else "hidden_weight, uld and mined need"
-    otherwise = "or set chunks: all or space" if args.needs_boundaries else "or use a local teacher"
-    raise UserError(
-        f"{what} more of the teacher than its most likely tokens, which are all that a server that generates tells. "
-        f"Serve the teacher's hidden states (teacher_server_signal: hidden), {otherwise}.",
-        because="upstream",
-    )
+    if isinstance(teacher, ServerTeacher) and args.needs_boundaries:
+        raise UserError(
+            f"chunks: {args.chunks} needs more of the teacher than its most likely tokens, and a server of text tells "
+            "no more. Serve the teacher's hidden states (teacher_server_signal: hidden), or set chunks: all or "
+            "space.",
+            because="upstream",
+        )
+    if isinstance(teacher, ServerTeacher) and args.needs_hidden:
+        raise UserError(
+            "hidden_weight and the baselines uld and mined need the teacher's hidden states, and a server that "
+            "generates tells its most likely tokens only. Serve the hidden states (teacher_server_signal: hidden), or "
+            "use a local teacher.",
+            because="upstream",
+        )
 
 
 def _check_cached_log_probs(teacher: CachedTeacher, args: ALMConfig) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import secrets
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,7 @@ class ServedStudent(ServerGenerator[RolloutPrompt]):
         args: the run's settings.
         folder: through which weights reach the servers.
         probes: texts, and images with them, on which student and servers are compared.
-        saved: (folder, weights) -> the weights that are the student's, without what is learnt beside it, which goes
-            into the folder.
+        saved: (folder, weights) -> the weights that are the student's, without what is learnt beside it.
 
     Raises UserError when a server is down, tokenises in another way, does not take weights, or goes on speaking with
     old ones.
@@ -96,12 +94,9 @@ class ServedStudent(ServerGenerator[RolloutPrompt]):
     def _give_weights(self) -> None:
         weights = whole_weights(self.model, self.accelerator)
         if self.accelerator.is_main_process:
-            # A server reads every file of weights in the folder: what is learnt beside the student, and the adapter
-            # of an earlier run, must not be among them.
-            with tempfile.TemporaryDirectory() as beside:
-                weights = self.saved(Path(beside), weights)
+            # A server reads every file of weights in the folder, also the adapter of an earlier run.
             (self.folder / SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
-            self.model.save_pretrained(self.folder, state_dict=weights)
+            self.model.save_pretrained(self.folder, state_dict=self.saved(self.folder, weights))
             self.weights.load(self.folder, images=any(probe.question.images for probe in self.probes))
 
     def _give_adapter(self, model: PeftModel) -> None:

@@ -201,11 +201,16 @@ def packed_apart(prepare: Callable[..., Any], rows: Any, args: DistillationConfi
 
     Raises UserError for a strategy that cuts sequences or joins them, and for streams.
     """
-    if args.packing_strategy != "bfd" or not isinstance(rows, Dataset):
-        what = f"packing_strategy: {args.packing_strategy}" if isinstance(rows, Dataset) else "packing of a stream"
+    if not isinstance(rows, Dataset):
         raise UserError(
-            f"{what} does not keep apart which row names which teacher in {column!r}. Set packing_strategy: bfd and "
-            "load the data whole, or set packing: false (padding_free: true wastes nothing either).",
+            f"A stream that is packed does not keep apart which row names which teacher in {column!r}. Load the data "
+            "whole, or set packing: false (padding_free: true wastes nothing either).",
+            because="not built",
+        )
+    if args.packing_strategy != "bfd":
+        raise UserError(
+            f"packing_strategy: {args.packing_strategy} does not keep apart which row names which teacher in "
+            f"{column!r}. Set packing_strategy: bfd, or packing: false (padding_free: true wastes nothing either).",
             because="not built",
         )
     if "seq_lengths" in rows.column_names:

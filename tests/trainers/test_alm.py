@@ -326,6 +326,8 @@ def test_the_projection_is_learned_and_not_shipped(alm: Any, texts: Dataset, tmp
     trainer.train()
     assert not torch.equal(before, trainer.model.alm_projection.weight)
     trainer.save_model(str(tmp_path / "saved"))
+    # vLLM reads all of them.
+    assert [path.name for path in (tmp_path / "saved").glob("*.safetensors")] == ["model.safetensors"]
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
     info = loaded[1]
     assert not info["unexpected_keys"]
