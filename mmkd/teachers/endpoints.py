@@ -46,6 +46,10 @@ class Refusal(Exception):
         self.url, self.status, self.message, self.parameter = url, status, message, parameter
 
 
+class NoAnswer(UserError):
+    """Nobody answered, however often they were asked."""
+
+
 class _Failure(Exception):
     """No answer, or one that asking again may change: refused connection, time-out, HTTP 408, 429 or 5xx."""
 
@@ -71,7 +75,7 @@ class Endpoints:
 
     At most `concurrency` requests are under way at a time, over all URLs; each may take `timeout` seconds and is tried
     `1 + retries` times, waiting 0.5 s, 1 s, 2 s, ... up to 20 s with jitter in between, each time at the server that
-    is least busy and has not failed lately. Raises UserError when nobody answers, and `Refusal`.
+    is least busy and has not failed lately. Raises `NoAnswer` and `Refusal`.
     """
 
     def __init__(self, urls: Iterable[str], api_key: str | None, concurrency: int, timeout: float, retries: int):
@@ -107,6 +111,10 @@ class Endpoints:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def rests(self, url: str) -> bool:
+        """Whether a server failed lately and has not answered since, so that others are asked before it."""
+        return next(e for e in self._endpoints if e.url == url).rests_until > time.monotonic()
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """What the coroutine returns, run in the event loop of these endpoints."""
@@ -172,7 +180,7 @@ class Endpoints:
             return await attempts(self._request_once, path, body, url)
         except _Failure as failure:
             tried = f" ({1 + self._retries} tries in {time.monotonic() - started:.0f} s)" if retry else ""
-            raise UserError(
+            raise NoAnswer(
                 f"The teacher's server does not answer: {failure}{tried}. See that it runs and read its log; "
                 "scripts/serve_teacher.sh MODEL starts one."
             ) from failure

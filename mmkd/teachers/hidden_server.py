@@ -21,7 +21,7 @@ from .server import accepted, questions_of, tokens_read
 from .server_checks import WIRE_TYPES
 from .signals import DenseSignal
 from .teacher import DenseTeacher
-from .vllm_client import VLLMClient
+from .vllm_client import NoAnswer, VLLMClient
 from .vllm_rows import ScoreRequest
 
 # Plain text, which any language model finds likelier than a guess.
@@ -65,6 +65,7 @@ class HiddenServerTeacher(DenseTeacher):
             )
         self.head, self.norm, self.dtype, self.recheck, self.teacher = head, norm, dtype, recheck, teacher
         self._asked = self._failures = 0
+        self._absent: set[str] = set()
         self.vocab_size = head.vocab_size if vocab_size is None else min(vocab_size, head.vocab_size)
         self.softcap = head.softcap
         self.max_length, self.tokenizer, self.processor = max_length, tokenizer, processor
@@ -131,13 +132,27 @@ class HiddenServerTeacher(DenseTeacher):
         return DenseSignal(hidden, self.head.trimmed(self.vocab_size))
 
     def check_again(self) -> None:
-        """Asks the probe once more where it is time. Raises UserError for a server with other weights than before."""
+        """Asks the probe once more where it is time. Raises UserError for a server with other weights than before.
+
+        Of several servers, those that give no answer are looked at when they are back.
+        """
         self._asked += 1
-        restarted = self.client.failures != self._failures
-        if not self.recheck or not (restarted or self._asked % self.recheck == 0):
+        if not self.recheck:
             return
+        due = self.client.failures != self._failures or self._asked % self.recheck == 0
+        urls = self.facts.urls if due else tuple(self._absent)
         self._failures = self.client.failures
-        for url, states in self.client.states_by_url(self._probe, self.dtype).items():
+        for url in urls:
+            if url in self._absent and self.client.rests(url):
+                continue
+            try:
+                states = self.client.states_at(url, self._probe, self.dtype, retry=len(self.facts.urls) == 1)
+            except NoAnswer:
+                if len(self.facts.urls) == 1:
+                    raise
+                self._absent.add(url)
+                continue
+            self._absent.discard(url)
             nats = drift(self.head, self._states, states) if states.shape == self._states.shape else float("inf")
             if nats > DRIFT:
                 raise UserError(

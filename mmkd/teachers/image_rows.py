@@ -39,7 +39,8 @@ class ImageRows:
         """Whether all servers take the row's own tokens beside its images, as vLLM does with --enable-scale-out."""
         if self._tokens_in is None:
             self._tokens_in = asyncio.ensure_future(self._describe_tokens_in())
-        return await self._tokens_in
+        # A row that is given up on takes the answer from no other row.
+        return await asyncio.shield(self._tokens_in)
 
     async def _describe_tokens_in(self) -> bool:
         for url in self._endpoints.urls:

@@ -37,6 +37,7 @@ async def states_of(
     dtype: torch.dtype,
     images: ImageRows,
     url: str | None = None,
+    retry: bool = True,
 ) -> Float[Tensor, "token width"] | RowError:
     """The states that predict the question's supervised tokens, in the type in which they travel.
 
@@ -66,7 +67,7 @@ async def states_of(
             return unlike(tokens)
         body, count = {**states_request(facts.model, dtype), **chat}, tokens.count
     try:
-        reply = await endpoints.reply(POOLING, msgspec.json.encode(body), url)
+        reply = await endpoints.reply(POOLING, msgspec.json.encode(body), url, retry)
     except Refusal as refusal:
         return RowError(row_refusal(refusal, body))
     (states,) = states_in(reply, [count], dtype)
@@ -77,7 +78,8 @@ async def states_of(
     if not torch.stack(chosen.aminmax()).isfinite().all():
         raise UserError(
             f"{reply.url} answered with hidden states that are NaN or infinite. The teacher's activations probably "
-            "overflow: serve it with --dtype bfloat16 or float32. Otherwise its weights are damaged."
+            "overflow: serve it with --dtype bfloat16 or float32, and do not have states sent in float16 "
+            "(teacher_server_dtype). Otherwise its weights are damaged."
         )
     return chosen
 

@@ -21,6 +21,7 @@ from mmkd.errors import UserError
 
 from . import vllm_wire as wire
 from .endpoints import Endpoints, Refusal
+from .endpoints import NoAnswer as NoAnswer
 from .image_rows import TOKENS_IN, ImageRows, chat_of, compared, request_by_tokens, unlike
 from .pooling import states_of
 from .server_checks import PROBE as PROBE
@@ -39,10 +40,10 @@ class VLLMClient:
     """Asks one or several vLLM servers of the same model; a context manager that closes its connections.
 
     `model` is the served name, needed only where a server offers several. `concurrency` requests are under way at a
-    time over all URLs. The key is `api_key`, or the environment's VLLM_API_KEY. `image_token_id`
-    makes complaints about image tokens more precise. Raises UserError for what concerns the server (no answer after
-    `retries`, no permission, unknown model, k above its cap, an answer that is not one); what concerns one row only is
-    handed out as a `RowError` in its place.
+    time over all URLs. The key is `api_key`, or the environment's VLLM_API_KEY. `image_token_id` makes complaints
+    about image tokens more precise. Raises UserError for what concerns the server (no answer after `retries`, no
+    permission, unknown model, k above its cap, an answer that is not one); what concerns one row only is handed out as
+    a `RowError` in its place.
     """
 
     def __init__(
@@ -154,19 +155,24 @@ class VLLMClient:
         self, question: ScoreRequest, dtype: torch.dtype = torch.float32
     ) -> dict[str, Float[Tensor, "token width"]]:
         """As `states`, what each URL answers to one question. Raises UserError where one refuses it."""
+        return {url: self.states_at(url, question, dtype) for url in (self._facts or self.check()).urls}
+
+    def states_at(self, url: str, question: ScoreRequest, dtype: torch.dtype, retry: bool = True) -> Tensor:
+        """As `states`, what one URL answers to one question. Raises UserError where it refuses it, and `NoAnswer`."""
         facts = self._facts or self.check()
-        answers = {}
-        for url in facts.urls:
-            answer = self._endpoints.run(states_of(self._endpoints, facts, question, dtype, self._images, url))
-            if isinstance(answer, RowError):
-                raise UserError(f"{url} refused a row of {len(question.ids)} tokens of plain text: {answer.reason}")
-            answers[url] = answer
-        return answers
+        answer = self._endpoints.run(states_of(self._endpoints, facts, question, dtype, self._images, url, retry))
+        if isinstance(answer, RowError):
+            raise UserError(f"{url} refused a row of {len(question.ids)} tokens of plain text: {answer.reason}")
+        return answer
 
     @property
     def failures(self) -> int:
         """How often a server gave no answer so far, and was asked again."""
         return self._endpoints.failures
+
+    def rests(self, url: str) -> bool:
+        """Whether the server of a URL failed lately and has not answered since."""
+        return self._endpoints.rests(url)
 
     def tokens_read(self, questions: Iterable[ScoreRequest]) -> Iterator[int | RowError]:
         """How many of each question's first tokens the servers read as they are, question by question.

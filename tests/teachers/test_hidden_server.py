@@ -218,6 +218,21 @@ def test_a_server_that_was_away_is_looked_at_when_it_is_back(fake, model):
         teacher.ask(inputs, supervised)
 
 
+def test_the_other_server_goes_on_for_one_that_is_away_and_is_looked_at_when_back(fake, model, monkeypatch):
+    inputs, supervised = padded()
+    with fake_vllm(ServedStates, served=model) as other:
+        teacher = HiddenServerTeacher([fake.url, other.url], head_of(model), recheck=1)
+        teacher.prepare(Accelerator(cpu=True))
+        expected = teacher.ask(inputs, supervised).hidden
+        other.failures = [503] * 1000
+        for _ in range(3):
+            torch.testing.assert_close(teacher.ask(inputs, supervised).hidden, expected)
+        other.failures, other.served = [], of_its_own(seed=6)
+        monkeypatch.setattr(teacher.client, "rests", lambda url: False)
+        with pytest.raises(ValueError, match="other weights by now"):
+            teacher.ask(inputs, supervised)
+
+
 def test_settings_that_cannot_be_are_refused(fake, model):
     with pytest.raises(ValueError, match=r"dtype is torch.float64 and recheck 100"):
         teacher_of(fake, model, dtype=torch.float64)
