@@ -13,6 +13,8 @@ STORED_IMAGES = "stored_images"
 
 _COLUMNS = ("text", "messages", "prompt", "completion")
 _READ = 1000
+# Rows that are named where one of several is meant.
+_NAMED = 3
 
 
 class RowNames:
@@ -38,10 +40,11 @@ class RowNames:
         return "A row"
 
     def of_key(self, key: int) -> str:
-        """What to call the first row with this key (`row_key`); "A row" where none has it."""
+        """What to call the row with this key (`row_key`), or the first few that have it; "A row" where none has."""
         for split, places in self._splits.items():
             if numbers := places.numbers[key]:
-                return f"Row {numbers[0]} of the {split} data (from 0, after filters and shuffle)"
+                which = " or ".join(map(str, numbers[:_NAMED])) + (" or another" if len(numbers) > _NAMED else "")
+                return f"Row {which} of the {split} data (from 0, after filters and shuffle)"
         return "A row"
 
 

@@ -17,7 +17,7 @@ from mmkd.methods.alm import ALMTrainer
 from mmkd.methods.kd import KDTrainer
 from mmkd.methods.llava_kd import LLaVAKDTrainer
 from mmkd.methods.sft import SFTBaselineTrainer
-from mmkd.preparation.row_names import STORED_IMAGES, RowNames
+from mmkd.preparation.row_names import STORED_IMAGES, RowNames, row_key
 from tests.families import made, model_of
 from tests.helpers import Build, losses_of
 from tests.vlms import make_llava, picture, vision_rows
@@ -186,6 +186,11 @@ def test_rows_are_known_by_their_words_and_pictures() -> None:
     decoded = {**rows[1], "images": [picture(0)], STORED_IMAGES: rows[1]["images"]}
     assert names.of(decoded).startswith("Row 1 of the other data")
     assert names.of({**rows[1], "messages": words[:1]}) == "A row"
+    # Keys tell images apart by their sizes only, so that all rows with a key are named.
+    names = RowNames()
+    names.add(rows, "train")
+    assert names.of_key(row_key(decoded)).startswith("Row 0 or 1 of the train data")
+    assert names.of_key(row_key(rows[2])).startswith("Row 2 of the train data")
 
 
 def test_rows_with_more_images_than_places_are_named(build: Build, vlms: dict[str, Path], tmp_path: Path) -> None:
