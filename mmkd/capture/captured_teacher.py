@@ -16,7 +16,7 @@ from mmkd.models.heads import LMHead
 from mmkd.models.load import tokenizer_of
 from mmkd.precision import name_of_dtype, product_dtype, say_float32
 from mmkd.recipe.recipe import Run
-from mmkd.recipe.run_teacher import server_teacher, teacher_identity
+from mmkd.recipe.run_teacher import server_client, server_teacher, teacher_identity
 from mmkd.teachers.hidden_server import HiddenServerTeacher
 from mmkd.teachers.served_head import head_of_checkpoint
 from mmkd.teachers.vllm_client import VLLMClient
@@ -116,15 +116,9 @@ def check_top_k_server(run: Run) -> None:
 
 def client_of(run: Run, processing_class: Any = None) -> VLLMClient:
     """A client of the run's servers."""
-    settings = run.arguments
-    assert settings.teacher_server is not None
-    return VLLMClient(
-        settings.teacher_server,
-        settings.teacher_server_model,
-        concurrency=settings.teacher_concurrency,
-        timeout=settings.teacher_timeout,
-        image_token_id=getattr(processing_class, "image_token_id", None),
-    )
+    urls = run.arguments.teacher_server
+    assert urls is not None
+    return server_client(run, urls, getattr(processing_class, "image_token_id", None))
 
 
 def shared_rows(run: Run, processing_class: Any, teacher_class: Any) -> int:

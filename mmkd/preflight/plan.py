@@ -189,10 +189,12 @@ def _traffic(run: Run, work: Work, teacher: ModelCosts, devices: int, seconds: f
         saved = arguments.teacher_dtype if arguments.teacher_dtype != "auto" else teacher_side(run).config.dtype
         named = name_of_dtype(saved or "float32")
     size = getattr(torch, named).itemsize
+    # A teacher with tokens of its own is asked for those alone.
+    k = arguments.teacher_top_k if METHODS[arguments.method].one_vocabulary else 1
     # States come of every token that is read, log-probs of the prompt too.
     step = {
         "hidden": tokens * shape.tokens * teacher.width * size,
-        "top_k": tokens * shape.tokens * arguments.teacher_top_k * TOP_K_BYTES,
+        "top_k": tokens * shape.tokens * k * TOP_K_BYTES,
     }
     wanted = [arguments.teacher_server_signal] if arguments.teacher_server_signal in step else list(step)
     return (

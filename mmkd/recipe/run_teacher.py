@@ -99,9 +99,16 @@ def wire_dtype(run: Run, head: LMHead) -> torch.dtype:
     return head.weight.dtype if named == "auto" else getattr(torch, named)
 
 
-def server_client(run: Run, urls: list[str]) -> VLLMClient:
-    """A client of the teacher's servers for a question about themselves."""
-    return VLLMClient(urls, run.arguments.teacher_server_model, timeout=run.arguments.teacher_timeout)
+def server_client(run: Run, urls: list[str], image_token_id: int | None = None) -> VLLMClient:
+    """A client of the teacher's servers."""
+    arguments = run.arguments
+    return VLLMClient(
+        urls,
+        arguments.teacher_server_model,
+        concurrency=arguments.teacher_concurrency,
+        timeout=arguments.teacher_timeout,
+        image_token_id=image_token_id,
+    )
 
 
 def reads_teacher(arguments: RunArguments) -> bool:
