@@ -242,8 +242,8 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Collects one accumulated batch and counts its items of each kind over all ranks."""
         self._clock.begin()
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         with naming_rows(self._row_names):
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
             batches = [self.ask_ahead(batch, len(batches) == 1) for batch in batches]
         counts: dict[str, Tensor] = {}
         for batch in batches:
