@@ -1,5 +1,6 @@
 """The teacher of a run, in whichever form it answers, and whether a cache is of the teacher and data that it names."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from mmkd.data.data_recipe import DataRecipe
 from mmkd.errors import UserError
 from mmkd.models.heads import LMHead
 from mmkd.models.load import tokenizer_of
+from mmkd.precision import name_of_dtype
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.head_checks import FinalNorm
 from mmkd.teachers.hidden_server import HiddenServerTeacher
@@ -30,6 +32,8 @@ from mmkd.training.method import METHODS
 from .arguments import RunArguments
 from .recipe import Run
 from .run_models import load_teacher, teacher_processing_class
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -94,9 +98,18 @@ def served_head(run: Run, urls: list[str]) -> tuple[LMHead, FinalNorm | None]:
 
 
 def wire_dtype(run: Run, head: LMHead) -> torch.dtype:
-    """The type in which the servers of a run send hidden states."""
-    named = run.arguments.teacher_server_dtype
-    return head.weight.dtype if named == "auto" else getattr(torch, named)
+    """The type in which the servers of a run send hidden states; warns where the head reads them in a shorter one."""
+    named, read = run.arguments.teacher_server_dtype, head.weight.dtype
+    wire = read if named == "auto" else getattr(torch, named)
+    if wire.itemsize > read.itemsize:
+        logger.warning(
+            "teacher_server_dtype is %s, but the teacher's head is in %s, and hidden states are rounded to that. Set "
+            "teacher_dtype: %s to compute with them as they are sent, or teacher_server_dtype: auto to send less.",
+            named,
+            name_of_dtype(read),
+            named,
+        )
+    return wire
 
 
 def server_client(run: Run, urls: list[str], image_token_id: int | None = None) -> VLLMClient:

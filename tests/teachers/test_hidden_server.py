@@ -1,5 +1,6 @@
 """HiddenServerTeacher against a fake vLLM that gives the true hidden states of a tiny model, or misbehaves."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mmkd.models.backbone import head_of
 from mmkd.models.heads import LMHead
+from mmkd.recipe.run_teacher import wire_dtype
 from mmkd.teachers.head_checks import FinalNorm, check_states
 from mmkd.teachers.hidden_server import HiddenServerTeacher
 from mmkd.teachers.local import LocalTeacher
@@ -236,6 +238,20 @@ def test_the_other_server_goes_on_for_one_that_is_away_and_is_looked_at_when_bac
 def test_settings_that_cannot_be_are_refused(fake, model):
     with pytest.raises(ValueError, match=r"dtype is torch.float64 and recheck 100"):
         teacher_of(fake, model, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("named", "head", "wire", "warns"),
+    [
+        ("auto", torch.bfloat16, torch.bfloat16, False),
+        ("bfloat16", torch.float32, torch.bfloat16, False),
+        ("float32", torch.bfloat16, torch.float32, True),
+    ],
+)
+def test_states_that_the_head_would_round_are_warned_of(caplog, named, head, wire, warns):
+    run: Any = SimpleNamespace(arguments=SimpleNamespace(teacher_server_dtype=named))
+    assert wire_dtype(run, LMHead(torch.zeros(2, 2, dtype=head))) == wire
+    assert ("teacher_dtype: float32" in caplog.text) == warns
 
 
 # The head of a checkpoint
