@@ -81,6 +81,24 @@ def test_new_weights_of_a_run_without_an_adapter_are_made_again(recipe: str) -> 
         assert len(trainer.model.get_base_model().model.layers) == int(layers)
 
 
+def test_new_weights_follow_a_teacher_that_has_changed(
+    recipe: str, tiny: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where it is in the same folder; an adapter is not trained further on them."""
+    shutil.copytree(tiny["teacher"], "teacher")
+    teacher = AutoModelForCausalLM.from_pretrained("teacher")
+    for scale in (1, 2):
+        teacher.model.norm.weight.data.fill_(scale)
+        teacher.save_pretrained("teacher")
+        made: Any = build_trainer(recipe_of(recipe, ["--teacher", "teacher"]).parse()).model
+        assert set(made.get_base_model().model.norm.weight.tolist()) == {scale}
+    made.save_pretrained("run/checkpoint-1")
+    teacher.model.norm.weight.data.fill_(3)
+    teacher.save_pretrained("teacher")
+    assert main(["train", recipe, "--teacher", "teacher", "--resume_from_checkpoint", "true"]) == 2
+    assert "models that it names, have changed" in capsys.readouterr().err
+
+
 def test_new_weights_are_quantised(recipe: str) -> None:
     trainer: Any = build_trainer(recipe_of(recipe, ["--load_in_4bit", "true"]).parse())
     layer = trainer.model.base_model.model.model.layers[1].self_attn.q_proj

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
+from mmkd.cache.identity import file_sha256
 from mmkd.errors import UserError
 from mmkd.files import new_folder
 from mmkd.results.adapter_base import BASE
@@ -16,7 +17,7 @@ from mmkd.seams.deepspeed_seam import without_zero3
 from .recipe import Run
 
 RECORD = "made_of.json"
-"""In the folder of the new weights: the keys that they follow from."""
+"""In the folder of the new weights: the keys and files that they follow from."""
 
 _KEYS = ("student", "student_init", "student_layers", "student_intermediate_size", "student_num_attention_heads")
 _KEYS += ("student_vision_tower", "student_vision_layer")
@@ -52,8 +53,8 @@ def _make(
         return
     if folder.exists() and any(any(output.glob(pattern)) for pattern in _TRAINED):
         raise UserError(
-            f"{output} holds an adapter of other new weights than this recipe makes ({folder}). Name another "
-            "output_dir, or delete the folder."
+            f"{output} holds an adapter of other new weights ({folder}) than this recipe makes now: its keys, or the "
+            f"models that it names, have changed. Name another output_dir, or delete {output}."
         )
     # One process alone makes them, where ZeRO-3 would have all ranks take part.
     with without_zero3():
@@ -65,11 +66,17 @@ def _make(
 
 
 def _made_of(run: Run) -> dict[str, Any]:
-    """The keys that the new weights follow from, as JSON reads them again."""
+    """The keys that the new weights follow from, and the files of local models, as JSON reads them again."""
     arguments, student = run.arguments, run.student
     keys = {name: getattr(arguments, name) for name in _KEYS}
     keys |= {"model_revision": student.model_revision, "dtype": student.dtype, "seed": run.training.seed}
     if arguments.student is None:
         keys |= {"teacher": arguments.teacher, "teacher_revision": arguments.teacher_revision}
         keys |= {"teacher_dtype": arguments.teacher_dtype}
+    # A folder may hold other weights by now.
+    models = [Path(keys[name]) for name in ("student", "student_vision_tower", "teacher") if keys.get(name)]
+    files = sorted(path for model in models if model.is_dir() for path in model.iterdir())
+    keys["files"] = {
+        str(path): file_sha256(path) for path in files if path.suffix == ".safetensors" or path.name == "config.json"
+    }
     return json.loads(json.dumps({name: value for name, value in keys.items() if value is not None}))
