@@ -31,7 +31,7 @@ def check_phases(run: Run) -> None:
     if training.push_to_hub and run.student.use_peft and init != "pretrained":
         raise UserError(
             f"push_to_hub would publish an adapter of new weights (student_init: {init}), which nobody else has. "
-            "Remove it, and publish the merged student with `mmkd push`.",
+            "Remove push_to_hub, and publish the merged student with `mmkd push` after training.",
             because="not built",
         )
     if training.push_to_hub and run.student.use_peft and student is not None and Path(student).is_dir():

@@ -136,8 +136,8 @@ def _in_background(work: Callable[[Asked], Answers], asked: Asked) -> Future[Ans
     def run() -> None:
         try:
             future.set_result(work(asked))
-        except Exception as error:
-            # It belongs to the step that wants the answers.
+        except BaseException as error:
+            # It belongs to the step that wants the answers, which would wait for ever without it.
             future.set_exception(error)
 
     threading.Thread(target=run, name="mmkd-rollouts", daemon=True).start()
