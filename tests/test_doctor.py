@@ -461,6 +461,8 @@ def test_a_server_of_hidden_states(place: Place) -> None:
         assert "sends hidden states of 48 numbers in float32 (192 bytes per token)" in of(findings, "server", "ok")
         findings = place.examine(teacher_server=[fake.url], teacher_server_signal="top_k")
         assert "--max-logprobs 64" in of(findings, "server", "problem")
+        findings = place.examine(teacher_server=[fake.url], job="generate", teacher_cache="to_be_built")
+        assert "without --signal hidden" in of(findings, "server", "problem")
     with fake_vllm(root=teacher, tokens=probe(settings["tokenizer"])) as fake:
         findings = place.examine(teacher_server=[fake.url], teacher_server_signal="hidden")
         assert f"vllm serve {teacher}" in of(findings, "server", "problem")

@@ -34,6 +34,8 @@ def described_teacher(
         backend = f"vllm {teacher.facts.vllm_version}, hidden states in {name_of_dtype(teacher.dtype)}"
     elif run.arguments.teacher_server is not None:
         with client_of(run) as client:
+            if run.cache.job == "generate":
+                check_generates(client)
             facts = client.check(run.arguments.teacher, k, max_length, tokenizer)
         backend = f"vllm {facts.vllm_version}"
     return {**teacher_identity(run), "backend": backend, **_precision(run)}
@@ -110,6 +112,16 @@ def check_top_k_server(run: Run) -> None:
             "chunks: merge and unbiased need the probability of a word's end, which is that of thousands of tokens "
             "together, and a server in top_k mode tells its most likely tokens only. Serve the teacher's hidden "
             "states (teacher_server_signal: hidden), or set chunks: all or space.",
+            because="upstream",
+        )
+
+
+def check_generates(client: VLLMClient) -> None:
+    """Raises UserError for servers of hidden states, of which answers are wanted."""
+    if client.signal() == "hidden":
+        raise UserError(
+            "Answers are generated, and this server gives hidden states only. Start one that generates: "
+            "scripts/serve_teacher.sh MODEL without --signal hidden.",
             because="upstream",
         )
 

@@ -9,6 +9,7 @@ from datasets import DatasetDict
 from mmkd.cache.hub import local_cache
 from mmkd.cache.store import Cache
 from mmkd.capture.build_plan import check_place, check_settings
+from mmkd.capture.captured_teacher import check_generates
 from mmkd.capture.scorers import question_of
 from mmkd.capture.sequences import TokenSequence, prepare, usable
 from mmkd.errors import UserError
@@ -37,7 +38,10 @@ def server(run: Run, student: Side, teacher: Side | None, sample: Sample | None)
     live = arguments.teacher_cache is None
     reader = student if teacher is None else teacher
     shown = None if sample is None or not sample.has_images else _row_with_images(run, reader, sample)
-    if server_signal(run, urls) == "hidden":
+    if run.cache.job == "generate" and not live:
+        with VLLMClient(urls, arguments.teacher_server_model, timeout=PATIENCE) as client:
+            check_generates(client)
+    elif server_signal(run, urls) == "hidden":
         return _hidden_server(run, urls, student, live, shown)
     own = not METHODS[run.arguments.method].one_vocabulary
     # Of a text that a teacher reads in tokens of its own, these alone are asked.

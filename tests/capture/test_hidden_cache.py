@@ -214,6 +214,12 @@ def test_a_server_of_likely_tokens_cannot_give_states(tiny: dict[str, Path], tmp
             build_cache(write_recipe(tmp_path, tiny, DATA, **keys, **urls))
 
 
+def test_a_server_of_hidden_states_cannot_answer(tiny: dict[str, Path], tmp_path: Path, server: Any) -> None:
+    recipe = write_recipe(tmp_path, tiny, DATA, job="generate", teacher_server=[server.url])
+    with pytest.raises(ValueError, match=r"Answers are generated.*without --signal hidden"):
+        build_cache(recipe)
+
+
 # On disk
 
 
