@@ -152,12 +152,12 @@ def local_tables(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any
 
 
 @contextmanager
-def served(args: argparse.Namespace, log: Path) -> Iterator[str]:
+def served(args: argparse.Namespace, log: Path, *flags: str) -> Iterator[str]:
     """The URL of a vLLM with the teacher, started by scripts/serve_teacher.sh and ended with the context."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(SERVE), str(TEACHER), "--port", str(port), "--max-model-len", str(args.length + 1)]
+    command = [str(SERVE), str(TEACHER), "--port", str(port), "--max-model-len", str(args.length + 1), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as output:
         server = subprocess.Popen(
