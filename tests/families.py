@@ -1,12 +1,14 @@
 """Tiny random vision-language models of the families that mmkd names, each with its own processor and image tokens."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -95,6 +97,7 @@ NAMED += ("start_image_token", "end_image_token", "context_image_token")
 def save_for_vllm(model: PreTrainedModel, processor: Any, folder: Path) -> Path:
     """The folder of a model and a processor that vLLM's environment can load, the video processor included."""
     model.save_pretrained(folder)
+    rename_towers(folder / "model.safetensors")
     processor.tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(processor.chat_template)
@@ -111,6 +114,13 @@ def save_for_vllm(model: PreTrainedModel, processor: Any, folder: Path) -> Path:
         video = {"video_processor_type": VIDEO[kind], "processor_class": kind, "size": dict(pixels.size), **frames}
         (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
     return folder
+
+
+def rename_towers(weights: Path) -> None:
+    """Gives the weights of CLIP and SigLIP towers the names of published models, the only ones that vLLM knows."""
+    tower = re.compile(r"vision_tower\.(?=embeddings|encoder|post_layernorm)")
+    named = {tower.sub("vision_tower.vision_model.", name): tensor for name, tensor in load_file(weights).items()}
+    save_file(named, weights, {"format": "pt"})
 
 
 def mrope() -> list[int]:
