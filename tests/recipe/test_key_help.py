@@ -75,7 +75,7 @@ def test_keys_without_a_use_are_hidden_and_counted() -> None:
     ("method", "hidden", "shown"),
     [
         ("sft", {"ce_weight", "on_policy_fraction", "rollout_server"}, {"teachers", "teacher_cache"}),
-        ("alm", {"teachers", "teacher_column"}, {"combine", "rollout_server"}),
+        ("alm", {"loss_type", "teacher_model_init_kwargs"}, {"teachers", "combine", "rollout_server"}),
         ("comd", {"teacher_cache", "ce_weight", "combine"}, {"teacher_server", "round_settings"}),
         ("dho", {"student_layers", "use_peft", "cache_signal", "teacher_top_k"}, {"teacher_cache", "ce_weight"}),
     ],

@@ -564,23 +564,6 @@ def test_resume_gives_the_losses_of_an_uninterrupted_run(build: Build, texts: Da
         assert losses_of(resumed, name)[-3:] == losses_of(whole, name)[-3:], name
 
 
-def test_mixture_of_experts_with_a_balancing_loss_is_refused(
-    build: Build, texts: Dataset, tokenizer: Any, tmp_path: Path
-) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    config = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=1, num_local_experts=2, **sizes)
-    save(MixtralForCausalLM(config), tokenizer, tmp_path / "moe")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="router_aux_loss_coef"):
-        build(KDTrainer, texts, trainer={"model": str(tmp_path / "moe")})
-
-
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_backbones_give_the_same_steps(build: Build, completions: Dataset, backend: str) -> None:
     """The loss is in no graph: its consumer is another function in each step, and it reads values."""

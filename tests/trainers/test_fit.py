@@ -31,6 +31,7 @@ from mmkd.methods.sft import SFTBaselineTrainer
 from mmkd.models.load import learns_positions, positions_of
 from mmkd.preparation.fit import Extent, add_stops, answer_ends, lacking_positions, lacking_tokens
 from mmkd.preparation.sampled import SAMPLED, SampledRow, sample_of
+from mmkd.teachers.batch import ONLY
 from mmkd.training.fitting import sample_seen_by
 from scripts.make_tiny_models import make_tokenizer, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
@@ -327,7 +328,7 @@ def test_images_count_as_positions(build: Build, vlms: Any, stream: bool, monkey
 def test_of_many_images_a_sample_is_read(build: Build, vlms: Any) -> None:
     trainer = {"model": str(vlms["student"]), "teacher": str(vlms["fine"])}
     built = build(KDTrainer, vision_rows([1] * 40), trainer=trainer, assistant_only_loss=True, max_length=128)
-    ours, theirs = (sample_seen_by(built.student_side, role) for role in ("student", "teacher"))
+    ours, theirs = (sample_seen_by(built.student_side, role) for role in (None, ONLY))
     assert len(ours) == len(theirs) <= SAMPLED
     # The teacher's grid is finer: 16 patches for 4.
     assert {len(other.ids) - len(mine.ids) for mine, other in zip(ours, theirs, strict=True)} == {12}
