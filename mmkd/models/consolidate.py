@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mmkd.errors import UserError
+from mmkd.results.parameters import ADAPTER
 from mmkd.seams.deepspeed_seam import whole_weights
 
 _FSDP = "pytorch_model_fsdp_0"
@@ -31,7 +32,7 @@ def consolidate(checkpoint: Path, output: Path) -> None:
         shutil.copy(checkpoint / _ADAPTER, output)
         # Names in ZeRO's shards contain the name of the adapter (default); those in PEFT's files do not.
         weights = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}
-        save_file(weights, output / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(weights, output / ADAPTER, metadata={"format": "pt"})
     else:
         config = AutoConfig.from_pretrained(checkpoint)
         auto_class: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM

@@ -12,6 +12,7 @@ from mmkd.cache.identity import file_sha256
 from mmkd.errors import UserError
 from mmkd.files import new_folder
 from mmkd.results.adapter_base import BASE
+from mmkd.results.parameters import ADAPTER
 from mmkd.seams.deepspeed_seam import without_zero3
 
 from .recipe import Run
@@ -21,7 +22,7 @@ RECORD = "made_of.json"
 
 _KEYS = ("student", "student_init", "student_layers", "student_intermediate_size", "student_num_attention_heads")
 _KEYS += ("student_vision_tower", "student_vision_layer")
-_TRAINED = ("adapter_model.safetensors", "checkpoint-*")
+_TRAINED = (ADAPTER, "checkpoint-*")
 
 
 def new_base(run: Run, make: Callable[[], PreTrainedModel], processing_class: Callable[[], Any]) -> Path:

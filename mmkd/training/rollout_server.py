@@ -10,13 +10,13 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from mmkd.errors import UserError
 from mmkd.generation.local_generation import AnswerTokens
 from mmkd.generation.served_generation import ServerGenerator
 from mmkd.models.backbone import base_of
 from mmkd.models.sharded_weights import is_quantized, whole_weights
+from mmkd.results.parameters import ADAPTER
 from mmkd.teachers.served_weights import ServedWeights
 from mmkd.teachers.vllm_client import TopK, VLLMClient
 
@@ -95,7 +95,7 @@ class ServedStudent(ServerGenerator[RolloutPrompt]):
         weights = whole_weights(self.model, self.accelerator)
         if self.accelerator.is_main_process:
             # A server reads every file of weights in the folder, also the adapter of an earlier run.
-            (self.folder / SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
+            (self.folder / ADAPTER).unlink(missing_ok=True)
             self.model.save_pretrained(self.folder, state_dict=self.saved(self.folder, weights))
             self.weights.load(self.folder, images=any(probe.question.images for probe in self.probes))
 
