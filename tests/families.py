@@ -97,7 +97,8 @@ NAMED += ("start_image_token", "end_image_token", "context_image_token")
 def save_for_vllm(model: PreTrainedModel, processor: Any, folder: Path) -> Path:
     """The folder of a model and a processor that vLLM's environment can load, the video processor included."""
     model.save_pretrained(folder)
-    rename_towers(folder / "model.safetensors")
+    if model.config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model"):
+        rename_tower(folder / "model.safetensors")
     processor.tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(processor.chat_template)
@@ -116,10 +117,14 @@ def save_for_vllm(model: PreTrainedModel, processor: Any, folder: Path) -> Path:
     return folder
 
 
-def rename_towers(weights: Path) -> None:
-    """Gives the weights of CLIP and SigLIP towers the names of published models, the only ones that vLLM knows."""
+def rename_tower(weights: Path) -> None:
+    """Gives the weights of a CLIP or SigLIP tower the names of published models, the only ones that vLLM knows.
+
+    SigLIP's pooling head, which no feature of an image goes through, is left out, as it is there.
+    """
     tower = re.compile(r"vision_tower\.(?=embeddings|encoder|post_layernorm)")
-    named = {tower.sub("vision_tower.vision_model.", name): tensor for name, tensor in load_file(weights).items()}
+    kept = {name: tensor for name, tensor in load_file(weights).items() if "vision_tower.head." not in name}
+    named = {tower.sub("vision_tower.vision_model.", name): tensor for name, tensor in kept.items()}
     save_file(named, weights, {"format": "pt"})
 
 
