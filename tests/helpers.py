@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mmkd.training.base import DistillationTrainer
 
 Build = Callable[..., DistillationTrainer]
@@ -28,6 +30,17 @@ VISION: dict[str, Any] = {
 def losses_of(trainer: DistillationTrainer, name: str = "loss") -> list[float]:
     """What a trainer logged under a name, step by step."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def steps(trainer: DistillationTrainer) -> list[float]:
+    """Loss and gradient norm of every step of a training that is run."""
+    trainer.train()
+    return [*losses_of(trainer), *losses_of(trainer, "grad_norm")]
+
+
+def near(values: list[float]) -> Any:
+    """What equals these but for rounding."""
+    return pytest.approx(values, rel=1e-4)
 
 
 def environment() -> dict[str, str]:

@@ -4,12 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
-from scripts.make_tiny_models import make_model, make_tokenizer, save
+from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.experts import experts
 from tests.helpers import LORA, on_two_ranks
 from tests.vlms import make_llava
+
+
+@pytest.fixture
+def routed() -> Dataset:
+    """Rows for teachers `a` and `b`, not in turns, so that some micro-batches have one of them only."""
+    names = ["a" if row % 5 in (0, 1, 4) else "b" for row in range(24)]
+    completions = [f" {text}" for text in sentences(24, seed=4)]
+    return Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": completions, "domain": names})
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
-from tests.helpers import Build, losses_of
+from tests.helpers import Build, losses_of, near, steps
 from tests.teachers.caches import write_recipe
 from tests.teachers.fake_vllm import fake_vllm
 
@@ -41,24 +41,6 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = make_tokenizer()
     model = make_model(layers=1, width=64, seed=9, rows=len(tokenizer))
     return save(model, tokenizer, tmp_path_factory.mktemp("other") / "teacher")
-
-
-@pytest.fixture
-def routed() -> Dataset:
-    """Rows for teachers `a` and `b`, not in turns, so that some micro-batches have one of them only."""
-    names = ["a" if row % 5 in (0, 1, 4) else "b" for row in range(24)]
-    completions = [f" {text}" for text in sentences(24, seed=4)]
-    return Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": completions, "domain": names})
-
-
-def steps(trainer: Any) -> list[float]:
-    """Loss and gradient norm of every step."""
-    trainer.train()
-    return [*losses_of(trainer), *losses_of(trainer, "grad_norm")]
-
-
-def near(values: list[float]) -> Any:
-    return pytest.approx(values, rel=1e-4)
 
 
 def first(trainer: Any, name: str = "loss") -> float:

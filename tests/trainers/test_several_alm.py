@@ -8,8 +8,7 @@ from datasets import Dataset
 
 from mmkd.methods.alm import ALMTrainer
 from mmkd.teachers.several import SeveralTeachers
-from scripts.make_tiny_models import sentences
-from tests.helpers import Build, losses_of
+from tests.helpers import Build, losses_of, near, steps
 
 SETTINGS: dict[str, Any] = {"chunks": "all", "tau": 5.0, "max_steps": 2, "max_length": 128}
 
@@ -22,7 +21,7 @@ def pair(tiny: dict[str, Path], foreign: Path) -> dict[str, str]:
 
 @pytest.fixture
 def teach(build: Build) -> Any:
-    """`teach(rows, teacher, key=value, ...)`: a trainer of the tiny student."""
+    """`teach(routed, teacher, key=value, ...)`: a trainer of the tiny student."""
 
     def make(data: Dataset, teacher: Any, **settings: Any) -> Any:
         return build(ALMTrainer, data, trainer={"teacher": teacher}, **{**SETTINGS, **settings})
@@ -30,32 +29,15 @@ def teach(build: Build) -> Any:
     return make
 
 
-@pytest.fixture
-def rows() -> Dataset:
-    names = ["a" if row % 5 in (0, 1, 4) else "b" for row in range(24)]
-    completions = [f" {text}" for text in sentences(24, seed=4)]
-    return Dataset.from_dict({"prompt": sentences(24, seed=3), "completion": completions, "domain": names})
-
-
-def steps(trainer: Any) -> list[float]:
-    """Loss and gradient norm of every step."""
-    trainer.train()
-    return [*losses_of(trainer), *losses_of(trainer, "grad_norm")]
-
-
-def near(values: list[float]) -> Any:
-    return pytest.approx(values, rel=1e-4)
-
-
 @pytest.mark.parametrize(
     "settings",
     [{}, {"chunks": "merge", "ce_weight": 0.3}, {"objective": "uld", "combine": "gradmag", "ce_weight": 0.5}],
 )
 def test_the_same_teacher_twice_is_that_teacher(
-    teach: Any, rows: Dataset, pair: dict[str, str], settings: dict[str, Any]
+    teach: Any, routed: Dataset, pair: dict[str, str], settings: dict[str, Any]
 ) -> None:
     twice = SeveralTeachers({"a": pair["b"], "b": pair["b"]}, {"a": 0.3, "b": 0.7})
-    assert steps(teach(rows, twice, **settings)) == near(steps(teach(rows, pair["b"], **settings)))
+    assert steps(teach(routed, twice, **settings)) == near(steps(teach(routed, pair["b"], **settings)))
 
 
 @pytest.mark.parametrize(
@@ -63,12 +45,12 @@ def test_the_same_teacher_twice_is_that_teacher(
     [{"chunks": "merge"}, {"chunks": "unbiased", "ce_weight": 0.2}, {"objective": "mined"}, {"packing": True}],
 )
 def test_mixed_losses_are_weighted_means(
-    teach: Any, rows: Dataset, pair: dict[str, str], settings: dict[str, Any]
+    teach: Any, routed: Dataset, pair: dict[str, str], settings: dict[str, Any]
 ) -> None:
     """Each teacher's chunks are counted for themselves."""
     settings = {**settings, "max_steps": 1}
-    mixed = teach(rows, SeveralTeachers(pair, {"a": 1, "b": 3}), **settings)
-    alone = {name: teach(rows, folder, **settings) for name, folder in pair.items()}
+    mixed = teach(routed, SeveralTeachers(pair, {"a": 1, "b": 3}), **settings)
+    alone = {name: teach(routed, folder, **settings) for name, folder in pair.items()}
     a, b = (steps(trainer)[0] for trainer in alone.values())
     assert a != pytest.approx(b, rel=1e-3)
     assert steps(mixed)[0] == pytest.approx(0.25 * a + 0.75 * b, rel=1e-4)
@@ -78,55 +60,55 @@ def test_mixed_losses_are_weighted_means(
 
 @pytest.mark.parametrize("layout", [{}, {"packing": True}])
 def test_routed_rows_learn_from_their_teacher_alone(
-    teach: Any, rows: Dataset, pair: dict[str, str], layout: dict[str, Any]
+    teach: Any, routed: Dataset, pair: dict[str, str], layout: dict[str, Any]
 ) -> None:
-    whole = teach(rows, SeveralTeachers(pair, column="domain"), chunks="merge", **layout).evaluate(rows)
+    whole = teach(routed, SeveralTeachers(pair, column="domain"), chunks="merge", **layout).evaluate(routed)
     for name, folder in pair.items():
-        own = rows.filter(lambda row, name=name: row["domain"] == name)
+        own = routed.filter(lambda row, name=name: row["domain"] == name)
         found = teach(own, folder, chunks="merge", **layout).evaluate(own)
         for report in ("chunk_gap", "chunk_kl"):
             assert whole[f"eval_{report}_{name}"] == pytest.approx(found[f"eval_{report}"], rel=1e-4)
 
 
 @pytest.mark.parametrize("column", [None, "domain"])
-def test_batches_change_nothing(teach: Any, rows: Dataset, pair: dict[str, str], column: str | None) -> None:
+def test_batches_change_nothing(teach: Any, routed: Dataset, pair: dict[str, str], column: str | None) -> None:
     def train(**settings: Any) -> list[float]:
         settings = {"chunks": "merge", "ce_weight": 0.2, **settings}
-        return steps(teach(rows, SeveralTeachers(pair, column=column), **settings))
+        return steps(teach(routed, SeveralTeachers(pair, column=column), **settings))
 
     expected = near(train())
     assert train(per_device_train_batch_size=1, gradient_accumulation_steps=4) == expected
     assert train(padding_free=True, max_length=None, pad_to_multiple_of=64) == expected
 
 
-def test_every_teacher_has_a_projection(teach: Any, rows: Dataset, pair: dict[str, str], tmp_path: Path) -> None:
+def test_every_teacher_has_a_projection(teach: Any, routed: Dataset, pair: dict[str, str], tmp_path: Path) -> None:
     """They are learnt, kept in checkpoints, and taken up again."""
     settings = {"hidden_weight": 0.5, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = teach(rows, SeveralTeachers(pair), **settings)
+    whole = teach(routed, SeveralTeachers(pair), **settings)
     whole.train()
-    resumed = teach(rows, SeveralTeachers(pair), **settings)
+    resumed = teach(routed, SeveralTeachers(pair), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert losses_of(resumed)[-2:] == losses_of(whole)[-2:]
 
 
 @pytest.mark.parametrize("column", [None, "domain"])
-def test_rollouts_are_judged_by_several(teach: Any, rows: Dataset, pair: dict[str, str], column: str | None) -> None:
+def test_rollouts_are_judged_by_several(teach: Any, routed: Dataset, pair: dict[str, str], column: str | None) -> None:
     settings = {"on_policy_fraction": 0.5, "rollout_max_tokens": 6, "rollout_patience": 0}
     for layout in ({}, {"packing": True}):
-        trainer = teach(rows, SeveralTeachers(pair, column=column), **settings, **layout)
+        trainer = teach(routed, SeveralTeachers(pair, column=column), **settings, **layout)
         trainer.train()
         assert losses_of(trainer, "rollout_length")
         assert all(0 < loss < float("inf") for loss in losses_of(trainer))
 
 
-def test_two_ranks_see_what_one_sees(teach: Any, rows: Dataset, pair: dict[str, str], ranks: Any) -> None:
-    data = rows.remove_columns("domain").add_column("domain", rows["domain"])  # pyright: ignore[reportCallIssue]
+def test_two_ranks_see_what_one_sees(teach: Any, routed: Dataset, pair: dict[str, str], ranks: Any) -> None:
+    data = routed.remove_columns("domain").add_column("domain", routed["domain"])  # pyright: ignore[reportCallIssue]
     settings = {"chunks": "merge", "tau": 1.0, "max_steps": 4, "learning_rate": 1e-2}
     expected = near(steps(teach(data, SeveralTeachers(pair, column="domain"), **settings)))
     for rank in ranks["alm routed ddp"]:
         assert [loss for loss, _ in rank["steps"]] + [norm for _, norm in rank["steps"]] == expected
 
 
-def test_streams_of_teachers_with_other_tokens_are_refused(teach: Any, rows: Dataset, pair: dict[str, str]) -> None:
+def test_streams_of_teachers_with_other_tokens_are_refused(teach: Any, routed: Dataset, pair: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="several teachers with tokens of their own"):
-        teach(rows.to_iterable_dataset(), SeveralTeachers(pair))
+        teach(routed.to_iterable_dataset(), SeveralTeachers(pair))

@@ -9,7 +9,7 @@ from datasets import Dataset
 from mmkd.methods.kd import KDTrainer
 from mmkd.methods.llava_kd import LLaVAKDTrainer
 from mmkd.teachers.several import SeveralTeachers
-from tests.helpers import Build, losses_of
+from tests.helpers import Build, losses_of, near, steps
 from tests.vlms import vision_rows
 
 POOLED: dict[str, Any] = {"assistant_only_loss": True, "max_length": 128, "learning_rate": 1e-2}
@@ -36,16 +36,6 @@ def pair(vlms: dict[str, Path]) -> dict[str, str]:
 def rows(images: list[int]) -> Dataset:
     names = ["a" if row % 5 in (0, 1, 4) else "b" for row in range(len(images))]
     return vision_rows(images).add_column("domain", names)  # pyright: ignore[reportCallIssue]
-
-
-def steps(trainer: Any) -> list[float]:
-    """Loss and gradient norm of every step."""
-    trainer.train()
-    return [*losses_of(trainer), *losses_of(trainer, "grad_norm")]
-
-
-def near(values: list[float]) -> Any:
-    return pytest.approx(values, rel=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"combine": "gradmag"}])
