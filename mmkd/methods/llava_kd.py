@@ -212,7 +212,10 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
         reports: Reports = {}
         for name, said in mixed.signals.items():
             common, weight = self._common(student.images, said.images), mixed.weights[name]
-            visual, relation = self._visual_kl(student, said, common), self._relation(student, said, common)
+            ours = pooled(student.visual, student.images.tolist(), common)
+            theirs = self._pooled(said, common)
+            visual = self._visual_kl(ours, student.head, theirs)
+            relation = self._relation(ours, student.head, theirs, common, said.teacher)
             terms["visual_kl"][kind_of("visual_token", name)] = weight * visual
             terms["relation_distance"][kind_of("image", name)] = weight * relation
             add_share(reports, "visual_kl", (visual, sum(common)), weight, name)
@@ -229,39 +232,43 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
         losses.reports |= reports
         return losses
 
-    def _visual_kl(self, student: VisualSupervised, said: VisualSignal, common: list[int]) -> Tensor:
-        args, theirs = self.args, said.visual
-        if not args.beta:
-            return student.visual.float().sum() * 0
-        hidden = pooled(student.visual, student.images.tolist(), common)
-        if isinstance(theirs, DenseSignal):
-            theirs = DenseSignal(pooled(theirs.hidden, said.images.tolist(), common), theirs.head)
-        elif said.images.tolist() != common:
+    def _pooled(self, said: VisualSignal, common: list[int]) -> DenseSignal | TopKSignal:
+        """What the teacher says at so many visual tokens of each image. Raises UserError where it cannot be pooled."""
+        seen = said.visual
+        if isinstance(seen, DenseSignal):
+            return DenseSignal(pooled(seen.hidden, said.images.tolist(), common), seen.head)
+        if self.args.beta and said.images.tolist() != common:
             raise UserError(
                 "visual_mismatch: pool averages the teacher's hidden states, and this teacher tells top-k log-probs "
                 "only. Set beta: 0, or use a server of hidden states (teacher_server_signal: hidden).",
                 because="meaning",
             )
+        return seen
+
+    def _visual_kl(self, hidden: Tensor, head: LMHead, theirs: DenseSignal | TopKSignal) -> Tensor:
+        args = self.args
+        if not args.beta:
+            return hidden.float().sum() * 0
         labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
         settings = {"chunk_size": args.chunk_size, "precise": args.precise_logits, "repeatable": self.balances}
-        return fused_loss(hidden, student.head, labels, theirs, forward_kl, **settings).total
+        return fused_loss(hidden, head, labels, theirs, forward_kl, **settings).total
 
-    def _relation(self, student: VisualSupervised, said: VisualSignal, common: list[int]) -> Tensor:
-        args, head = self.args, student.head
+    def _relation(
+        self, hidden: Tensor, head: LMHead, theirs: DenseSignal | TopKSignal, common: list[int], teacher: str
+    ) -> Tensor:
+        args = self.args
         if not args.gamma:
-            return student.visual.float().sum() * 0
-        assert isinstance(said.visual, DenseSignal)
-        hidden = pooled(student.visual, student.images.tolist(), common)
-        theirs = pooled(said.visual.hidden, said.images.tolist(), common)
+            return hidden.float().sum() * 0
+        assert isinstance(theirs, DenseSignal)
         normalized = args.relation_normalized
         if args.relation_on == "hidden":
-            target = relations(theirs, common, normalized=normalized)
+            target = relations(theirs.hidden, common, normalized=normalized)
             return relation_loss(hidden, common, target, normalized=normalized, repeatable=self.balances)
-        if said.teacher not in self._metrics:
-            frozen = said.visual.head.frozen()
+        if teacher not in self._metrics:
+            frozen = theirs.head.frozen()
             metric = logit_metric(frozen.weight, frozen.bias, centered=normalized)
-            self._metrics = {**self._metrics, said.teacher: metric}
-        target = relations(theirs, common, self._metrics[said.teacher], normalized=normalized)
+            self._metrics = {**self._metrics, teacher: metric}
+        target = relations(theirs.hidden, common, self._metrics[teacher], normalized=normalized)
         weight, bias = head.weight[: head.vocab_size], None if head.bias is None else head.bias[: head.vocab_size]
         own = {"weight": weight, "bias": bias, "normalized": normalized}
         return relation_loss(hidden, common, target, repeatable=self.balances, **own)
