@@ -1,6 +1,8 @@
 """The runs of bytes that two texts share, where parts of one are missing or spelt differently in the other."""
 
 from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -27,6 +29,12 @@ def common_runs(left: UInt8[ndarray, "byte"], right: UInt8[ndarray, "other"], un
         return [(0, 0, first)] if first else []
     runs = [(0, 0, first), *_between(left, right, (first, len(left), first, len(right)), unknown)]
     return [run for run in (_whole_characters(left, right, run) for run in runs) if run[2]]
+
+
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How long two texts, or lists of tokens, are the same from their start on."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(first), len(second)))
 
 
 def _equal(left: ndarray, right: ndarray) -> int:

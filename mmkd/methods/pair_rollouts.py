@@ -6,10 +6,11 @@ from typing import Any
 
 from datasets import Dataset
 
+from mmkd.alignment.common_runs import shared_length
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.pairs import QUESTION
-from mmkd.training.answer_text import answered, shared, turn, without_answer
+from mmkd.training.answer_text import answered, turn, without_answer
 
 _ASKED = ("prompt", "messages", "tools", "chat_template_kwargs")
 
@@ -60,7 +61,7 @@ def as_teacher_reads(
         ids, start = tokenizer(whole + end)["input_ids"], 0
     elif isinstance(conversation, str):
         before, ids = tokenizer(conversation)["input_ids"], tokenizer(conversation + text + end)["input_ids"]
-        start = shared(before, ids)
+        start = shared_length(before, ids)
     else:
         asked = without_answer(conversation)
         template = {
@@ -72,7 +73,7 @@ def as_teacher_reads(
         }
         before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **template)["input_ids"]
         ids = tokenizer.apply_chat_template([*asked, turn(text, asked)], **template)["input_ids"]
-        start = shared(before, ids)
+        start = shared_length(before, ids)
     ids = ids[: reader.args.max_length]
     labels = [-100] * min(start, len(ids)) + ids[start:]
     return {**example, f"{prefix}input_ids": ids, f"{prefix}labels": labels}

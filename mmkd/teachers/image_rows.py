@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from mmkd.alignment.common_runs import shared_length
+
 from . import vllm_wire as wire
 from .endpoints import Endpoints, Refusal
 from .server_checks import row_refusal
@@ -83,9 +85,7 @@ def compared(row: ScoreRequest | Prompt, theirs: Sequence[int], image_token_id: 
     """The server's tokens for a row beside the row's own."""
     ours = np.asarray(row.ids).tolist()
     image_token_id = row.image_token_id if isinstance(row, ScoreRequest) and row.image_token_id else image_token_id
-    places = enumerate(zip(ours, theirs, strict=False))
-    common = min(len(ours), len(theirs))
-    shared = next((place for place, (our, their) in places if our != their), common)
+    shared = shared_length(ours, theirs)
     difference = "" if shared == len(ours) == len(theirs) else wire.difference(ours, theirs, image_token_id)
     return ServerTokens(len(theirs), shared, difference)
 

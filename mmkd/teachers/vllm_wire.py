@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
+from mmkd.alignment.common_runs import shared_length
 from mmkd.data.images import read_image
 from mmkd.errors import UserError
 
@@ -171,8 +172,7 @@ def data_url(image: Image.Image | str) -> str:
 
 def difference(ours: Sequence[int], theirs: Sequence[int], image_token_id: int | None = None) -> str:
     """Where two lists of ids part, in words, with what follows there and how many image tokens each side has."""
-    shorter = min(len(ours), len(theirs))
-    at = next((i for i in range(shorter) if ours[i] != theirs[i]), shorter)
+    at = shared_length(ours, theirs)
     words = (
         f"{len(theirs)} tokens instead of {len(ours)}, and from position {at} on {_excerpt(theirs, at)} instead of "
         f"{_excerpt(ours, at)}"

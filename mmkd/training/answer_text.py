@@ -1,7 +1,9 @@
 """A rollout as text, and rows with it as the answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from mmkd.alignment.common_runs import shared_length
 
 from .answers import Placed
 
@@ -12,7 +14,8 @@ def said(tokenizer: Any, ids: list[int], placed: Placed) -> tuple[str, str]:
     spoken = rollout.ids[:-1] if rollout.ended else rollout.ids
     prompt, whole = (str(tokenizer.decode(part)) for part in (ids[:start], [*ids[:start], *spoken]))
     # Alone, the rollout would lose the space before its first word where a tokenizer writes it into the word.
-    return whole[shared(prompt, whole) :], str(tokenizer.decode([*ids[:start], *spoken], skip_special_tokens=True))
+    text = whole[shared_length(prompt, whole) :]
+    return text, str(tokenizer.decode([*ids[:start], *spoken], skip_special_tokens=True))
 
 
 def answered(example: Mapping[str, Any], text: str) -> dict[str, Any]:
@@ -36,9 +39,3 @@ def turn(text: str, others: list[dict[str, Any]]) -> dict[str, Any]:
     """What the assistant says, in parts where the other messages are."""
     in_parts = any(isinstance(message.get("content"), list) for message in others)
     return {"role": "assistant", "content": [{"type": "text", "text": text}] if in_parts else text}
-
-
-def shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How long the two are the same from their start on."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(first), len(second)))
