@@ -27,8 +27,8 @@ BLOCK = 64
 """States of a channel that share a scale in 8 bits."""
 
 _ZSTD = pa.Codec("zstd", compression_level=3)
-# Integers of the same size, which numpy has where it lacks the type itself.
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+"""Bytes of a type -> the integers of its size, for numpy and others who lack the type itself."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,6 @@ def _quantised(states: Float[Tensor, "state width"]) -> tuple[Tensor, Tensor]:
 def _planes(values: Tensor) -> list[np.ndarray]:
     """The bytes of the values, one plane per byte, lowest byte first, channel by channel."""
     size = values.dtype.itemsize
-    bits = np.ascontiguousarray(values.view(_BITS[size]).numpy().T.astype(f"<i{size}"))
+    bits = np.ascontiguousarray(values.view(BITS[size]).numpy().T.astype(f"<i{size}"))
     raw = bits[..., None].view(np.uint8)
     return [np.ascontiguousarray(raw[..., byte]) for byte in range(size)]

@@ -9,15 +9,12 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mmkd.cache.side_files import check_side_files, read_head
-from mmkd.cache.state_codec import BLOCK, DTYPES, StateCodec, StoredStates, dequantised
+from mmkd.cache.state_codec import BITS, BLOCK, DTYPES, StateCodec, StoredStates, dequantised
 from mmkd.cache.store import Cache
 from mmkd.models.heads import LMHead
 
 from .batch import Targets, View
 from .signals import DenseSignal
-
-# Integers of the same size: DeepSpeed turns all floats of a batch into its own, shorter type.
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
 class CachedStates:
@@ -52,7 +49,8 @@ class CachedStates:
         """The states of the sequences of a batch as integers, and which of them are of visual tokens alone."""
         nothing = torch.zeros(0, self.codec.width, dtype=DTYPES[self.codec.dtype])
         values = torch.cat([part.values for part in states] or [nothing])
-        fields = {"values": values.view(_BITS[values.dtype.itemsize])}
+        # DeepSpeed turns all floats of a batch into its own, shorter type.
+        fields = {"values": values.view(BITS[values.dtype.itemsize])}
         if self.codec.dtype == "int8":
             scales = [part.scales for part in states if part.scales is not None]
             fields["scales"] = torch.cat(scales or [nothing.to(torch.bfloat16)]).view(torch.int16)

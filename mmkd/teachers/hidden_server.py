@@ -1,9 +1,8 @@
 """A teacher whose model a vLLM server runs up to the last hidden state, and whose head is here."""
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,12 +78,6 @@ class HiddenServerTeacher(DenseTeacher):
     def read_alike(self, inputs: View) -> list[int] | None:
         """Fewer than all only of rows with images, which a server makes tokens of itself."""
         return tokens_read(self.client, inputs)
-
-    def over_tokens(self, vocab_size: int) -> Self:
-        """The same teacher over the first tokens only."""
-        teacher = copy(self)
-        teacher.vocab_size = vocab_size
-        return teacher
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Takes the head to the accelerator's device and checks the servers.

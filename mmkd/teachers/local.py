@@ -1,8 +1,7 @@
 """A teacher in this process: a frozen transformers model."""
 
 from collections.abc import Mapping
-from copy import copy
-from typing import Any, Self
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,12 +30,6 @@ class LocalTeacher(DenseTeacher):
         self.vocab_size = head.vocab_size if vocab_size is None else vocab_size
         self.softcap = head.softcap
         self._sharded = False
-
-    def over_tokens(self, vocab_size: int) -> Self:
-        """The same teacher over the first tokens only."""
-        teacher = copy(self)
-        teacher.vocab_size = vocab_size
-        return teacher
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Takes its place on the accelerator's device: sharded where the student is (FSDP2, ZeRO-3), else whole.

@@ -121,15 +121,10 @@ class ServerChecks:
 
     def check_states(self, facts: ServerFacts, dtype: torch.dtype) -> None:
         """Raises UserError where the server does not give the last hidden states of single tokens in this type."""
-        (url,) = facts.urls
-        body = {**states_request(facts.model, dtype), "input": [0]}
-        try:
-            self._endpoints.run(self._endpoints.request(POOLING, msgspec.json.encode(body), url, retry=False))
-        except Refusal as refusal:
-            if refusal.status in (401, 403):
-                row_refusal(refusal, body)
+        refusal = self._states_refusal(facts, dtype)
+        if refusal is not None:
             raise UserError(
-                f"{url} gives no hidden states of single tokens ({refusal.message}). Start it with:\n"
+                f"{facts.urls[0]} gives no hidden states of single tokens ({refusal.message}). Start it with:\n"
                 f"{serve_line(facts, 'hidden')}"
             ) from refusal
 
@@ -138,20 +133,27 @@ class ServerChecks:
 
         Raises UserError where it pools, but gives no states of single tokens.
         """
+        refusal = self._states_refusal(facts, torch.float32)
+        if refusal is None:
+            return "hidden"
+        if not self._generates(facts):
+            raise UserError(
+                f"{facts.urls[0]} gives neither log-probs nor hidden states of single tokens ({refusal.message}). "
+                f"Start it with:\n{serve_line(facts, 'hidden')}"
+            ) from refusal
+        return "top_k"
+
+    def _states_refusal(self, facts: ServerFacts, dtype: torch.dtype) -> Refusal | None:
+        """Why a server gives no hidden state of a token; None where it does. Raises UserError without permission."""
         (url,) = facts.urls
-        body = {**states_request(facts.model, torch.float32), "input": [0]}
+        body = {**states_request(facts.model, dtype), "input": [0]}
         try:
             self._endpoints.run(self._endpoints.request(POOLING, msgspec.json.encode(body), url, retry=False))
         except Refusal as refusal:
             if refusal.status in (401, 403):
                 row_refusal(refusal, body)
-            if not self._generates(facts):
-                raise UserError(
-                    f"{url} gives neither log-probs nor hidden states of single tokens ({refusal.message}). Start it "
-                    f"with:\n{serve_line(facts, 'hidden')}"
-                ) from refusal
-            return "top_k"
-        return "hidden"
+            return refusal
+        return None
 
     def _generates(self, facts: ServerFacts) -> bool:
         """Whether the server has the route of completions; it is asked for nothing that it would compute."""

@@ -1,6 +1,7 @@
 """Teacher[Signal]: who speaks, and in which kind of signal."""
 
 from abc import ABC, abstractmethod
+from copy import copy
 from typing import Generic, Self, TypeVar
 
 from accelerate import Accelerator
@@ -57,9 +58,11 @@ class DenseTeacher(Teacher[DenseSignal]):
     """The first tokens that it speaks of."""
     softcap: float | None
 
-    @abstractmethod
     def over_tokens(self, vocab_size: int) -> Self:
         """The same teacher over the first tokens only."""
+        teacher = copy(self)
+        teacher.vocab_size = vocab_size
+        return teacher
 
     @abstractmethod
     def nothing(self) -> DenseSignal:
