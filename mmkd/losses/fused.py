@@ -81,11 +81,13 @@ def fused_loss(
     precise: bool = False,
     diagnostics: bool = False,
     repeatable: bool = False,
+    weights: Float[Tensor, "token"] | None = None,
 ) -> FusedLoss:
     """Sum over tokens of `(1 - ce_weight) * temperature**2 * objective + ce_weight * cross-entropy`.
 
     Row i of `hidden` predicts `labels[i]`: shift and mask before the call. Memory is the gradient of the head plus one
     chunk of logits per model, whatever the number of tokens. Without `targets` the cross-entropy is the whole loss.
+    With `weights` each token's loss is multiplied by its weight; what is reported of it is not.
 
     Matrix products run in the autocast type, or else in the type of the head. `precise` computes logits in fp32 (bf16
     logits are off by up to 0.06 nats at a magnitude of 16) and sums the gradient of the head in fp32. The comparison
@@ -99,7 +101,7 @@ def fused_loss(
     """
     check_labels(labels, head.vocab_size)
     ce_weight = ce_weight if targets is not None else 1.0
-    job = _Job(head, labels, targets, objective, temperature, ce_weight, chunk_size, precise, diagnostics)
+    job = _Job(head, labels, targets, objective, temperature, ce_weight, chunk_size, precise, diagnostics, weights)
     if torch.is_grad_enabled():
         total: Tensor = cast(Any, _FusedLoss).apply(hidden, head.weight, head.bias, job, repeatable)
     else:
@@ -136,6 +138,7 @@ class _Job:
     chunk_size: int
     precise: bool
     diagnostics: bool
+    weights: Tensor | None
     sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def run(
@@ -156,19 +159,22 @@ class _Job:
     def _compare_chunk(self, chunk: LogitsChunk, shares: Sequence[Share], differentiate: bool) -> Tensor:
         """The chunk's loss; with `differentiate`, its gradient overwrites the logits."""
         logits, labels = chunk.logits, self.labels[chunk.rows]
+        weights = None if self.weights is None else self.weights[chunk.rows]
         wide = torch.promote_types(logits.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=logits.device)
         for rows in chunk.tiles():
             leaf = logits[rows].to(wide).requires_grad_(differentiate)
             # Each tile has a graph of its own, so that the temporaries of one tile exist at a time.
             with torch.set_grad_enabled(differentiate):
-                loss = self._compare(leaf, labels[rows], shares, rows)
+                loss = self._compare(leaf, labels[rows], shares, rows, None if weights is None else weights[rows])
             if differentiate:
                 logits[rows] = torch.autograd.grad(loss, leaf)[0]
             total += loss.detach()
         return total
 
-    def _compare(self, leaf: Tensor, labels: Tensor, shares: Sequence[Share], rows: slice) -> Tensor:
+    def _compare(
+        self, leaf: Tensor, labels: Tensor, shares: Sequence[Share], rows: slice, weights: Tensor | None
+    ) -> Tensor:
         logits = self.head.finish(leaf)
         loss = logits.new_zeros(())
         # At temperature 1 and over the whole vocabulary, the compared log-probs serve cross-entropy and diagnostics
@@ -181,15 +187,16 @@ class _Job:
                 log_probs, teachers[share.teacher] = student, target
             result = self.objective(student, target)
             divergence, extra = result if isinstance(result, tuple) else (result, {})
-            divergence = share.weight * self.temperature**2 * divergence.sum()
-            self._add(divergence=divergence, **{name: share.weight * values.sum() for name, values in extra.items()})
-            loss = loss + (1 - self.ce_weight) * divergence
+            factor = share.weight * self.temperature**2
+            reported = {name: share.weight * values.sum() for name, values in extra.items()}
+            self._add(divergence=factor * divergence.sum(), **reported)
+            loss = loss + (1 - self.ce_weight) * factor * _weighted_sum(divergence, weights)
         if log_probs is None and (self.ce_weight or self.diagnostics):
             log_probs = logits.log_softmax(-1)
         if self.ce_weight and log_probs is not None:
-            cross_entropy = -log_probs.gather(-1, labels[:, None]).sum()
-            self._add(ce=cross_entropy)
-            loss = loss + self.ce_weight * cross_entropy
+            cross_entropy = -log_probs.gather(-1, labels[:, None])[:, 0]
+            self._add(ce=cross_entropy.sum())
+            loss = loss + self.ce_weight * _weighted_sum(cross_entropy, weights)
         if self.diagnostics and log_probs is not None:
             self._diagnose(logits.detach(), log_probs.detach(), labels)
             for share in shares:
@@ -219,6 +226,10 @@ class _Job:
     def _add(self, **values: Tensor) -> None:
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach()
+
+
+def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values.sum() if weights is None else (weights * values).sum()
 
 
 def _shares(outcomes: Outcomes | Sequence[Share] | None) -> Sequence[Share]:

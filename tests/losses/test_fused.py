@@ -163,6 +163,26 @@ def test_temperature_and_cross_entropy_mix_as_documented(objective, temperature,
     torch.testing.assert_close(loss.sums.get("divergence", divergence), divergence)
 
 
+@each_objective
+def test_weights_multiply_the_loss_of_each_token_and_no_report(objective):
+    case = make_case(bias=True)
+    weights = torch.rand(TOKENS, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
+    settings: dict[str, Any] = {"temperature": 2.0, "ce_weight": 0.3, "chunk_size": 4, "diagnostics": True}
+    loss = run(case, objective, weights=weights, **settings)
+    each_token = [
+        replace(
+            case,
+            hidden=case.hidden[row : row + 1],
+            labels=case.labels[row : row + 1],
+            teacher=replace(case.teacher, hidden=case.teacher.hidden[row : row + 1]),
+        )
+        for row in range(TOKENS)
+    ]
+    expected = torch.stack([dense_loss(token, objective, 2.0, 0.3) for token in each_token])
+    assert_same(loss.total, (weights * expected).sum(), case.leaves)
+    torch.testing.assert_close(loss.sums, run(case, objective, **settings).sums)
+
+
 def test_without_targets_the_loss_is_the_cross_entropy_whatever_its_weight():
     case = make_case()
     for ce_weight in (0.0, 0.4):
