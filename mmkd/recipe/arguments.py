@@ -7,10 +7,14 @@ from typing import Any
 
 from trl.trainer.model_config import ModelConfig
 
+from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError, nearest
 from mmkd.schema import Field, NonNegativeInt, PositiveFloat, PositiveInt, check_fields, fields_of
 from mmkd.teachers.cached import TAILS
 from mmkd.training.method import METHODS
+
+VIEW = "teacher_view"
+"""A key of training that each of several teachers may have for itself."""
 
 
 @dataclass
@@ -260,14 +264,19 @@ def _check_teachers(arguments: RunArguments, one_too: bool) -> None:
             f"Method {arguments.method} learns from one teacher; `teachers` are for {several}.", because="not built"
         )
     known = [part.name for part in fields(arguments) if part.name.startswith("teacher_")]
-    known = ["teacher", "weight", *(name for name in known if name != "teacher_column")]
+    known = ["teacher", "weight", VIEW, *(name for name in known if name != "teacher_column")]
     allowed = {**fields_of(RunArguments), "weight": Field.of("weight", PositiveFloat)}
+    allowed[VIEW] = Field.of(VIEW, dict[str, Any] | str | None)
     for name, keys in list(teachers.items()):
         unknown = next((key for key in keys if key not in known), None)
         if unknown is not None:
             near = nearest(unknown, known)
             raise UserError(f"teachers.{name} sets {unknown!r}, which no teacher has; did you mean {near!r}?")
         read = {key: allowed[key].read(value, f"teachers.{name}.") for key, value in keys.items()}
+        try:
+            TeacherView.of(read.get(VIEW))
+        except UserError as error:
+            raise UserError(f"teachers.{name}: {error}", because=error.because) from error
         teachers[name] = read
         if not any(read.get(source) for source in ("teacher", "teacher_cache", "teacher_server")):
             raise UserError(f"teachers.{name} names nobody: set its teacher, teacher_cache or teacher_server.")

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
 from mmkd.yaml_files import AsWritten, read_yaml
 
-from .arguments import RunArguments, StudentArguments
+from .arguments import VIEW, RunArguments, StudentArguments
 from .cache_arguments import CacheArguments
 from .key_hints import hint_at
 from .key_parser import parser_of, set_environment, with_text
@@ -193,9 +194,12 @@ class Run:
         assert isinstance(arguments.teachers, dict)
         column, runs = arguments.teacher_column, {}
         for name, keys in arguments.teachers.items():
-            own = {key: value for key, value in keys.items() if key != "weight"}
+            own = {key: value for key, value in keys.items() if key not in ("weight", VIEW)}
             alone = replace(arguments, teachers=None, teacher_column=None, **own)
-            runs[name] = replace(self, arguments=alone, own_rows=None if column is None else (column, name))
+            training = copy(self.training)
+            training.teacher_view = keys.get(VIEW, training.teacher_view)
+            own_rows = None if column is None else (column, name)
+            runs[name] = replace(self, arguments=alone, training=training, own_rows=own_rows)
         return runs
 
     def hub(self, revision: str | None) -> dict[str, Any]:

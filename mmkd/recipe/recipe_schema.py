@@ -8,7 +8,7 @@ from typing import Any
 from mmkd.schema import as_json_schema, fields_of
 from mmkd.training.method import BASELINE_METHOD
 
-from .arguments import RunArguments
+from .arguments import VIEW, RunArguments
 from .key_format import Key, default_text
 from .key_groups import GROUPS
 from .key_reference import keys_of
@@ -132,6 +132,7 @@ def _teachers() -> dict[str, Any]:
     names = [name for name in checked if name.startswith("teacher")]
     own = {name: as_json_schema(checked[name]) for name in names if name not in ("teachers", "teacher_column")}
     own = {name: {"anyOf": [schema, _NULL]} if checked[name].optional else schema for name, schema in own.items()}
+    own[VIEW] = {"type": ["object", "string", "null"]}
     own["weight"] = {"type": "number", "exclusiveMinimum": 0}
     teacher = {"type": "object", "properties": own, "additionalProperties": False}
     return {"anyOf": [{"type": "object", "minProperties": 2, "additionalProperties": teacher}, {"type": "string"}]}

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.preparation.checks import without_emulated_bf16
 from mmkd.schema import PositiveInt, Share
@@ -17,7 +18,9 @@ from .rollout_config import RolloutConfig
 class DistillationConfig(RolloutConfig):
     """What every method reads, besides everything of trl's SFTConfig."""
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = with_json_keys(RolloutConfig, "teacher_model_init_kwargs")
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = with_json_keys(
+        RolloutConfig, "teacher_model_init_kwargs", "teacher_view"
+    )
 
     ce_weight: Share = field(
         default=0.0,
@@ -76,6 +79,25 @@ class DistillationConfig(RolloutConfig):
         },
     )
 
+    teacher_view: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "What the teacher reads in place of the student's prompt; both are compared on the same answer. "
+            "{system: text, template: text, columns: [NAME], images_column: NAME}. `template` is the teacher's user "
+            "turn: it holds {prompt}, {answer} (the row's own answer) and the names in `columns`, which are columns "
+            "of the data. `images_column` names the teacher's images. Default: the teacher reads what the student "
+            "reads."
+        },
+    )
+    privileged_dropout: Share = field(
+        default=0.0,
+        metadata={
+            "help": "For teacher_view. Share of rows for which the teacher reads the student's prompt all the same, "
+            "so that the student also learns from what the teacher knows without the view. Which rows they are "
+            "follows from the seed and the rows. 0 (default): none."
+        },
+    )
+
     emulated_bf16: bool = field(
         init=False,
         default=False,
@@ -114,6 +136,8 @@ class DistillationConfig(RolloutConfig):
                 because="not built",
             )
         check_combination(self)
+        # Said at once where it is no view.
+        TeacherView.of(self.teacher_view)
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise UserError(
                 "loss_type and label_smoothing_factor change SFT's own loss, which distillation replaces. Remove "
@@ -124,6 +148,11 @@ class DistillationConfig(RolloutConfig):
     def for_teacher(self) -> "DistillationConfig":
         """The settings by which rows become the teacher's tokens: the same, where these are the student's too."""
         return self
+
+    @property
+    def view(self) -> TeacherView | None:
+        """What a teacher reads that has no view of its own; None: what the student reads."""
+        return TeacherView.of(self.teacher_view)
 
     @property
     def needs_boundaries(self) -> bool:
