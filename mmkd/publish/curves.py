@@ -52,6 +52,13 @@ PANELS = (
     Panel("Top-1 agreement with the teacher", "share of tokens", ("top1_agreement", "eval_top1_agreement")),
     Panel("TAID's t", "interpolation from student to teacher", ("taid_t",)),
     Panel("Cross-entropy and entropies", "nats per token", ("ce", "eval_ce", "student_entropy", "teacher_entropy")),
+    Panel(
+        "The student's own answers",
+        "share of answers",
+        ("rollouts_ended", "rollouts_repeated", "rollouts_other_script", "rollouts_empty"),
+    ),
+    Panel("Length of the student's own answers", "tokens", ("rollout_length",)),
+    Panel("Entropy of the student on its own answers", "nats per token", ("rollout_entropy",)),
     Panel("Perplexity on held-out rows", "", ("eval_perplexity",), log_scale=True),
     Panel("Chunks of text", "nats per chunk", ("chunk_gap", "chunk_kl", "eval_chunk_gap", "eval_chunk_kl")),
     Panel("Bits per byte", "", ("bits_per_byte", "eval_bits_per_byte")),

@@ -52,6 +52,8 @@ class Student:
     earlier: Sequence[Mapping[str, Any]] = ()
     """The recipes of earlier trainings."""
     warnings: Sequence[str] = ()
+    cautions: Sequence[str] = ()
+    """Sentences about how it was trained that its users should know."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -214,4 +216,4 @@ def _limitations(student: Student) -> str:
     if student.comparison is not None and len(seeds) < 5:
         number = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
         sentences.append(f"The comparison has {number}: it says little about other seeds.")
-    return " ".join(sentences)
+    return " ".join([*sentences, *student.cautions])

@@ -23,6 +23,7 @@ from mmkd.recipe.run_record import data_facts
 from mmkd.results.adapter_base import MERGED
 from mmkd.results.scores import scores_of
 from mmkd.schema_lines import without_schema_line
+from mmkd.training.guard_settings import warnings_of
 
 from .licences import conflicts
 from .lineage import bases_of, data_ids, data_sources, portable, source_of, teachers_of, trainings_of
@@ -132,7 +133,7 @@ def prepare(run: Path, options: PushOptions, measured: bool = True) -> Published
     held_out = _held_out(place, comparison, model)
     if options.comparison is not None and held_out is None:
         raise UserError(f"{options.comparison} does not compare {place}, so it says nothing about this student.")
-    results = _results(place, model) if measured else {}
+    results, log = _results(place, model) if measured else {}, _log_of(place)
     student = _student(model, place, record, options)
     student = replace(
         student,
@@ -143,10 +144,9 @@ def prepare(run: Path, options: PushOptions, measured: bool = True) -> Published
     student = replace(
         student,
         warnings=conflicts(student.license, options.repo_id, student.base, student.teachers, student.data),
+        cautions=[f"While it was trained, at {warning}." for warning in warnings_of(log)],
     )
-    return Published(
-        student, place, [] if _is_merged(model) else files, _log_of(place), model_card(student), record["keys"]
-    )
+    return Published(student, place, [] if _is_merged(model) else files, log, model_card(student), record["keys"])
 
 
 def describe(place: Path, folder: Path, repo_id: str) -> None:

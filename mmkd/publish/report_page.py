@@ -20,6 +20,7 @@ from mmkd.errors import UserError
 from mmkd.files import write_file
 from mmkd.results.scores import items_of, scores_of
 from mmkd.results.tables import markdown, tables
+from mmkd.training.guard_settings import warnings_of
 from mmkd.units import readable_time
 
 from .curves import draw
@@ -187,6 +188,9 @@ def _warnings(run: RunFiles) -> list[str]:
         newest = max((path.stat().st_mtime for path in weights), default=0.0)
         if newest > Path(result["folder"], "results.json").stat().st_mtime:
             warnings.append(f"The weights of {name} were written after its results: evaluate it again.")
+    for part in run.own_parts:
+        place = f"In {part.name}, " if len(run.own_parts) > 1 else "In "
+        warnings += [f"{place}{warning}." for warning in warnings_of(part.log)]
     return warnings
 
 

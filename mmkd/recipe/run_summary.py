@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mmkd.training.guard_settings import warnings_of
 from mmkd.training.log_lines import measures_of
 from mmkd.training.method import METHODS
 from mmkd.training.run_trainer import RunTrainer
@@ -31,6 +32,8 @@ def print_summary(trainer: RunTrainer) -> None:
         earlier = [entry for entry in evaluations if entry["step"] < trainer.state.global_step]
         for line in _table(earlier[0] if earlier else None, after):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for warning in warnings_of(log):
+        console.print(f"Guard, {warning}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"The student is in {folder}", highlight=False, markup=False, soft_wrap=True)
 
 

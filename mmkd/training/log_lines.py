@@ -66,6 +66,9 @@ DETAILS = {
 }
 """Reports of an evaluation that its line leaves to the log on disk."""
 
+GUARD = "guard_"
+"""What begins the name of a guard in a log, where it warned."""
+
 _CLOCK = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch", "step"}
 
 
@@ -125,6 +128,11 @@ def evaluation_prefix(log: Mapping[str, Any]) -> str | None:
     """The prefix of an evaluation's log; None for any other log."""
     names = (name.removesuffix("_runtime") for name in log if name.endswith("_runtime"))
     return next((name for name in names if name != "train"), None)
+
+
+def warnings_in(log: Mapping[str, Any]) -> dict[str, float]:
+    """The guards that warned, and their values, in the log of a warning; it was said when it came up."""
+    return {name.removeprefix(GUARD): value for name, value in log.items() if name.startswith(GUARD)}
 
 
 def _plain(value: Any) -> str:

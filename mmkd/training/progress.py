@@ -27,6 +27,7 @@ from .log_lines import (
     legend,
     other_line,
     training_line,
+    warnings_in,
 )
 
 _phase: ContextVar[str] = ContextVar("phase", default="")
@@ -109,7 +110,7 @@ class TrainingProgress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Prints the line of a log."""
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs or warnings_in(logs):
             return
         prefix = evaluation_prefix(logs)
         if prefix is not None:

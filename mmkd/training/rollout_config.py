@@ -1,18 +1,23 @@
 """Settings of on-policy distillation: how much of a batch the student answers itself, and how."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from trl.trainer.sft_config import SFTConfig
 
 from mmkd.errors import UserError
 from mmkd.field_docs import DocumentedFields
 from mmkd.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Share, check_fields
+from mmkd.seams.trainer_seam import with_json_keys
+
+from .guard_settings import RolloutGuards
 
 
 @dataclass
 class RolloutConfig(DocumentedFields, SFTConfig):
     """trl's SFTConfig with the settings of on-policy distillation."""
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = with_json_keys(SFTConfig, "rollout_guards")
 
     learns_from_rollouts: ClassVar[bool] = False
     """Whether the method can learn from what the student says itself."""
@@ -75,6 +80,17 @@ class RolloutConfig(DocumentedFields, SFTConfig):
             "end for this many steps in a row. 0 never stops it."
         },
     )
+    rollout_guards: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "When to warn about the student's own answers, and when to stop the run: for each guard, warn and "
+            "stop. The guards are ended (share of answers that end; warns at 0.2), repeated (share that repeat "
+            "themselves; 0.2), other_script (share in a script that neither prompt nor data has; 0.1), length (times "
+            "longer or shorter than at first, or with against: data than the data's answers; 3) and entropy (share "
+            "of what it was at first; 0.2). steps: how many steps are averaged (20). null turns a guard off. By "
+            "default no guard stops the run."
+        },
+    )
     rollout_server: list[str] | None = field(
         default=None,
         metadata={
@@ -103,10 +119,25 @@ class RolloutConfig(DocumentedFields, SFTConfig):
     def __post_init__(self) -> None:
         check_fields(self, besides=SFTConfig)
         super().__post_init__()
+        guards = self.guards
         if self.on_policy_fraction:
+            self._check_guards(guards)
             self._check_method()
             self._check_sampling()
             self._check_lengths()
+
+    @property
+    def guards(self) -> RolloutGuards:
+        """The guards of the student's answers, with the defaults of those that are not named."""
+        return RolloutGuards.of(self.rollout_guards, ends=self.rollout_prompt_tokens is None)
+
+    def _check_guards(self, guards: RolloutGuards) -> None:
+        if self.rollout_guards is not None and 0 < self.max_steps < guards.steps:
+            raise UserError(
+                f"rollout_guards average over {guards.steps} steps, and the run has max_steps {self.max_steps}: they "
+                "would never speak. Lower steps in rollout_guards, or remove rollout_guards.",
+                because="meaning",
+            )
 
     def _check_method(self) -> None:
         if not self.learns_from_rollouts:

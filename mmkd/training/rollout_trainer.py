@@ -1,20 +1,27 @@
 """The part of a training in which the student answers prompts: what becomes of an accumulated batch."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mmkd.models.load import tokenizer_of
 from mmkd.preparation.checks import check_stream
 from mmkd.teachers.batch import Batch
 
 from .answers import Placed
+from .log_lines import GUARD
 from .reports import ReportingTrainer
 from .rollout_ahead import RolloutsAhead
-from .rollouts import Rollouts
+from .rollout_guards import SUMS, RolloutWatch, checkpoints_in, sums_of
+from .rollouts import Mixed, Rollouts
 from .served_rollouts import is_served
+
+logger = logging.getLogger(__name__)
 
 
 class RolloutTrainer(ReportingTrainer):
@@ -23,10 +30,14 @@ class RolloutTrainer(ReportingTrainer):
     args: Any
     rollouts: Rollouts | None = None
     _ahead: RolloutsAhead | None = None
+    _watch: RolloutWatch | None = None
+    _entropy: Tensor
+    """Nats of the student on its rollouts of the step before, and of how many of their tokens."""
 
     def start_rollouts(self, rollouts: Rollouts) -> None:
         """From now on the student answers prompts of the batches it trains on."""
         self.rollouts = rollouts
+        self._start_watch()
         self._ahead = RolloutsAhead(rollouts, self.early_question()) if self.args.rollout_ahead else None
 
     def with_rollouts(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
@@ -64,21 +75,58 @@ class RolloutTrainer(ReportingTrainer):
             others = torch.tensor(sum(batch.retokenised for batch in batches), device=self.accelerator.device)
             self._record({"rollouts_retokenised": (others, len(mixed.rollouts))}, "train")
         rollouts.judge(mixed.totals(self._summed, self.accelerator.device))
+        self._watch_over(mixed)
         return [replace(batch, rows=()) for batch in batches]
 
+    def _watch_over(self, mixed: Mixed) -> None:
+        """The guards' view of a step: logged, and where a guard has reached a limit said or raised, on all ranks."""
+        watch, device = self._watch, self.accelerator.device
+        assert watch is not None
+        processing_class: Any = self.processing_class
+        own = sums_of(mixed, tokenizer_of(processing_class), self.args.rollout_max_tokens)
+        counts = {name: torch.tensor(own[name], device=device) for name in ("repeated", "other_script")}
+        self._record({f"rollouts_{name}": (count, own["rollouts"]) for name, count in counts.items()}, "train")
+        # Entropies are known one step later, once the student has read what it said.
+        sums = torch.cat([torch.tensor([*own.values()], dtype=torch.float32, device=device), self._entropy])
+        self._entropy = torch.zeros_like(self._entropy)
+        step, every = self.state.global_step, 1
+        if self.args.logging_strategy == "steps":
+            every = max(1, int(self.state.logging_steps))
+        for warned in watch.look(dict(zip(SUMS, self._summed(sums).tolist(), strict=True)), step, every):
+            if self.accelerator.is_main_process:
+                logger.warning(warned.message)
+            log = {f"{GUARD}{warned.name}": warned.value}
+            self.state.log_history.append({**log, "step": step})
+            self.callback_handler.on_log(self.args, self.state, self.control, log)
+        watch.stop(step, checkpoints_in(self.args.output_dir))
+
+    def _start_watch(self) -> None:
+        self._watch = RolloutWatch(self.args.guards)
+        self._entropy = torch.zeros(2, device=self.accelerator.device)
+
     def training_starts(self) -> None:
-        """Nothing is asked ahead yet."""
+        """Nothing is asked ahead yet, and nothing is known of what the student says."""
         super().training_starts()
+        if self.rollouts is not None:
+            self._start_watch()
         if self._ahead is not None:
             self._ahead.start_over()
 
     def state_to_save(self) -> dict[str, Any]:
         """The rollouts of the step after the checkpoint, too."""
         ahead = {} if self._ahead is None else {"rollouts_ahead": self._ahead.state()}
-        return super().state_to_save() | ahead
+        watch: dict[str, Any] = {}
+        if self._watch is not None:
+            watch = {"rollout_guards": self._watch.state(), "rollout_entropy": self._summed(self._entropy).tolist()}
+        return super().state_to_save() | ahead | watch
 
     def state_restored(self, state: dict[str, Any] | None) -> None:
-        """The rollouts of the step after the checkpoint, too."""
+        """The rollouts of the step after the checkpoint, too, and what the guards have seen before it."""
         super().state_restored(state)
+        if self._watch is not None and state is not None and "rollout_guards" in state:
+            self._watch.restore(state["rollout_guards"])
+            if self.is_world_process_zero():
+                # It is that of all ranks together.
+                self._entropy += torch.tensor(state["rollout_entropy"], device=self._entropy.device)
         if self._ahead is not None and state is not None and "rollouts_ahead" in state:
             self._ahead.restore(state["rollouts_ahead"])

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, islice
 from typing import Any
 
@@ -52,6 +52,8 @@ class RolloutPrompt:
     start: int
     ids: list[int]
     example: Mapping[str, Any]
+    answer: list[int] = field(default_factory=list[int])
+    """What the data answers."""
 
 
 @dataclass(frozen=True)
@@ -260,8 +262,9 @@ class Rollouts:
                 place = before[number] + row
                 chosen = math.floor((place + 1) * fraction + offset) > math.floor(place * fraction + offset)
                 if chosen and start is not None:
-                    ids = batch["input_ids"][row, :start].tolist()
-                    prompts.append(RolloutPrompt(number, row, start, ids, batch.rows[row]))
+                    ids, answer = batch["input_ids"][row, :start].tolist(), batch["labels"][row, start:]
+                    answer = answer[answer != -100].tolist()
+                    prompts.append(RolloutPrompt(number, row, start, ids, batch.rows[row], answer))
         return prompts
 
     def _rows_before(self, rows: list[int]) -> list[int]:
