@@ -14,11 +14,17 @@ Asked = TypeVar("Asked")
 class ServerGenerator(Generator[Asked]):
     """vLLM servers. `prompt_of` makes what is sent; of each prompt only when its turn comes, since images are large.
 
-    Answers end as the served model's do, or as `tokens` says.
+    Answers end as the served model's do, or as `tokens` says. With `log_probs` they tell those of their tokens.
     """
 
-    def __init__(self, client: VLLMClient, prompt_of: Callable[[Asked], Prompt], tokens: AnswerTokens | None = None):
-        self.client, self.prompt_of = client, prompt_of
+    def __init__(
+        self,
+        client: VLLMClient,
+        prompt_of: Callable[[Asked], Prompt],
+        tokens: AnswerTokens | None = None,
+        log_probs: bool = False,
+    ):
+        self.client, self.prompt_of, self.log_probs = client, prompt_of, log_probs
         self.own: dict[str, Any] = {}
         if tokens is not None:
             self.own["stop_token_ids"] = tokens.stops
@@ -35,7 +41,8 @@ class ServerGenerator(Generator[Asked]):
             "seed": sampling.seed,
         }
         answers: list[list[Answer] | RowError] = []
-        for reply in self.client.generate(map(self.prompt_of, prompts), {**settings, **self.own}, samples):
+        asked = map(self.prompt_of, prompts)
+        for reply in self.client.generate(asked, {**settings, **self.own}, samples, self.log_probs):
             answers.append(reply)
             advance(0 if isinstance(reply, RowError) else sum(len(answer.ids) for answer in reply))
         return answers

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmkd.errors import UserError
@@ -18,6 +18,32 @@ Targets = Mapping[str, Tensor]
 
 ONLY = ""
 """The name under which the targets of the only teacher stand."""
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutTokens:
+    """What is known of the tokens that the student said itself, at the positions of a view or at some of them.
+
+    Where a token is not the student's own, its log-prob and its advantage are 0.
+    """
+
+    own: Bool[Tensor, "*place"]
+    """Which tokens the student sampled itself."""
+    log_probs: Float[Tensor, "*place"] | None = None
+    """Log-prob of each token by the student that sampled it: of its whole distribution at temperature 1, whatever
+    rollout_temperature and rollout_top_p are. None where the student sampled them in this process, with the weights of
+    this very step: these are then its log-probs in the step itself."""
+    advantages: Float[Tensor, "*place"] | None = None
+    """By how much the reward of the token's rollout is above what was expected; None without a reward."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor changed."""
+        return replace(
+            self,
+            own=change(self.own),
+            log_probs=None if self.log_probs is None else change(self.log_probs),
+            advantages=None if self.advantages is None else change(self.advantages),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +62,8 @@ class View(Mapping[str, Any]):
     """The number of the teacher of each token, or of each row in one column, where rows name theirs."""
     served: Sequence[ServedRow | None] | None = None
     """The rows as a server is asked about them, None for those without images; only where a server is the teacher."""
+    rollout: RolloutTokens | None = None
+    """Which tokens are rollouts, where some rows are answered by the student itself."""
 
     @classmethod
     def of(cls, collated: Mapping[str, Any]) -> Self:
@@ -85,7 +113,9 @@ class View(Mapping[str, Any]):
             served = [row for row, kept in zip(served, rows, strict=True) if kept]
         # None of a student that sees images is set, but they are counted by the row.
         visual = None if self.visual_tokens is None else self.visual_tokens[rows]
-        return replace(self, inputs=inputs, labels=self.labels[rows], visual_tokens=visual, served=served)
+        rollout = None if self.rollout is None else self.rollout.map(lambda tensor: tensor[rows])
+        changed = {"inputs": inputs, "labels": self.labels[rows], "visual_tokens": visual}
+        return replace(self, **changed, served=served, rollout=rollout)
 
     def targets_of(self, name: str) -> Self:
         """The view as the teacher of this name is asked about it."""
@@ -106,6 +136,7 @@ class View(Mapping[str, Any]):
                 for teacher, targets in self.targets.items()
             },
             route=None if self.route is None else change(self.route),
+            rollout=None if self.rollout is None else self.rollout.map(change),
         )
 
 

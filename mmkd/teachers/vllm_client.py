@@ -183,13 +183,14 @@ class VLLMClient:
         return self._endpoints.map(lambda question: self._images.tokens_read(question, model), questions)
 
     def generate(
-        self, prompts: Iterable[Prompt | Ids], sampling: Mapping[str, Any], n: int = 1
+        self, prompts: Iterable[Prompt | Ids], sampling: Mapping[str, Any], n: int = 1, log_probs: bool = False
     ) -> Iterator[list[Answer] | RowError]:
         """`n` continuations of every prompt, prompt by prompt in their order.
 
         `sampling` holds vLLM's sampling parameters, of which max_tokens is required. Those that are left out are
         neutral (temperature 1, no filter, no penalty), whatever the model's generation_config.json says. Each prompt
         gets a seed of its own from the given one: a server draws the same random numbers for all that have the same.
+        With `log_probs` answers tell the log-probs of their tokens.
         """
         unknown = sorted(set(sampling) - SAMPLING)
         if unknown or "max_tokens" not in sampling or n < 1:
@@ -210,7 +211,7 @@ class VLLMClient:
             number, prompt = numbered
             # Far apart: the n answers to a prompt have the seeds that follow its own.
             own = {} if seed is None else {"seed": (seed + number * 2654435761) % 2**32}
-            return self._generate(prompt, body | own)
+            return self._generate(prompt, body | own, log_probs)
 
         return self._endpoints.map(ask, enumerate(prompts))
 
@@ -238,20 +239,13 @@ class VLLMClient:
             # Each further token is known or was missing, so that this never asks for more tokens than there are.
             asked += missing
 
-    async def _generate(self, prompt: Prompt | Ids, body: dict[str, Any]) -> list[Answer] | RowError:
+    async def _generate(self, prompt: Prompt | Ids, body: dict[str, Any], log_probs: bool) -> list[Answer] | RowError:
         prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+        body = {**body, **wire.sampled(bool(prompt.images))} if log_probs else body
         answer = await self._ask(prompt, body, generation=True)
         if isinstance(answer, RowError):
             return answer
-        answers = []
-        for choice in sorted(answer.choices, key=lambda choice: choice.index):
-            if choice.token_ids is None or choice.finish_reason is None:
-                raise UserError("The server gave no token ids with its answer; vLLM does since 0.10.2: update it.")
-            text = choice.message.content if choice.message else choice.text
-            answers.append(Answer(text or "", choice.token_ids, choice.finish_reason))
-        if len(answers) != body["n"]:
-            raise UserError(f"The server gave {len(answers)} answers where n={body['n']} were asked for.")
-        return answers
+        return _answers(answer.choices, body["n"], log_probs)
 
     async def _ask(
         self, row: ScoreRequest | Prompt, body: dict[str, Any], generation: bool
@@ -285,3 +279,19 @@ class VLLMClient:
             return wire.decoded(await self._endpoints.request(path, msgspec.json.encode(body)), wire.Answers, path)
         except Refusal as refusal:
             return RowError(row_refusal(refusal, body))
+
+
+def _answers(choices: Sequence[wire.Choice], count: int, log_probs: bool) -> list[Answer]:
+    """So many answers to one prompt. Raises UserError where the server left out what was asked for."""
+    answers = []
+    for choice in sorted(choices, key=lambda choice: choice.index):
+        if choice.token_ids is None or choice.finish_reason is None:
+            raise UserError("The server gave no token ids with its answer; vLLM does since 0.10.2: update it.")
+        text = choice.message.content if choice.message else choice.text
+        told = choice.logprobs.values if log_probs and choice.logprobs is not None else None
+        if log_probs and (told is None or len(told) != len(choice.token_ids)):
+            raise UserError("The server gave no log-probs with the tokens it generated; it must be a vLLM.")
+        answers.append(Answer(text or "", choice.token_ids, choice.finish_reason, told))
+    if len(answers) != count:
+        raise UserError(f"The server gave {len(answers)} answers where n={count} were asked for.")
+    return answers

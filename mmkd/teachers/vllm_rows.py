@@ -111,6 +111,8 @@ class Answer:
     text: str
     ids: list[int]
     finish_reason: str
+    log_probs: list[float] | None = None
+    """Of its tokens, at temperature 1 over the whole vocabulary, where they were asked for."""
 
 
 @dataclass(frozen=True)

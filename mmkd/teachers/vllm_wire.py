@@ -30,12 +30,29 @@ class Message(msgspec.Struct):
     content: str | None = None
 
 
+class SampledToken(msgspec.Struct, gc=False):
+    logprob: float
+
+
+class SampledLogProbs(msgspec.Struct):
+    """Of a generated text; completions and chat completions write them in different ways."""
+
+    token_logprobs: list[float] | None = None
+    content: list[SampledToken] | None = None
+
+    @property
+    def values(self) -> list[float]:
+        """One per token."""
+        return self.token_logprobs or [token.logprob for token in self.content or []]
+
+
 class Choice(msgspec.Struct):
     index: int
     text: str | None = None
     message: Message | None = None
     token_ids: list[int] | None = None
     finish_reason: str | None = None
+    logprobs: SampledLogProbs | None = None
     prompt_logprobs: Positions | None = None
 
 
@@ -79,6 +96,11 @@ def decoded(body: bytes, kind: type[Kind], source: str) -> Kind:
 def scoring(k: int) -> dict[str, Any]:
     """What makes a request a scoring one: the prompt's log-probs, and the one token that vLLM must generate."""
     return {"prompt_logprobs": k, "max_tokens": 1, "temperature": 0}
+
+
+def sampled(images: bool) -> dict[str, Any]:
+    """What asks for the log-prob of each token that is generated, and of no other."""
+    return {"logprobs": True, "top_logprobs": 0} if images else {"logprobs": 0}
 
 
 def positions(entries: Positions | None, count: int) -> list[dict[int, LogProb]]:

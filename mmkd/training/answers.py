@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mmkd.teachers.batch import Batch, View
+from mmkd.teachers.batch import Batch, RolloutTokens, View
 
 
 class Rollout(NamedTuple):
@@ -17,6 +17,8 @@ class Rollout(NamedTuple):
     ids: list[int]
     ended: bool
     """Whether its last token is one that ends an answer."""
+    log_probs: list[float] | None = None
+    """Of its tokens, as in `RolloutTokens`."""
 
     @property
     def empty(self) -> bool:
@@ -131,7 +133,24 @@ def _answered(
         fitted[:, :common] = visual[:, :common]
         visual = fitted
     labels = fields.pop("labels")
-    return replace(view, inputs=fields, labels=labels, visual_tokens=visual)
+    begins = {row: kept[row] for row in placed}
+    rollout = _tokens_of(labels, begins, {row: placing.rollout for row, placing in placed.items()})
+    return replace(view, inputs=fields, labels=labels, visual_tokens=visual, rollout=rollout)
+
+
+def _tokens_of(
+    labels: Int[Tensor, "batch position"], begins: Mapping[int, int], rollouts: Mapping[int, Rollout]
+) -> RolloutTokens:
+    """What is known of the rollouts of some rows, which begin at these positions."""
+    own = torch.zeros_like(labels, dtype=torch.bool)
+    sampled_elsewhere = all(rollout.log_probs is not None for rollout in rollouts.values())
+    log_probs = own.float() if sampled_elsewhere else None
+    for row, rollout in rollouts.items():
+        places = slice(begins[row], begins[row] + len(rollout.ids))
+        own[row, places] = True
+        if log_probs is not None:
+            log_probs[row, places] = own.new_tensor(rollout.log_probs, dtype=torch.float)
+    return RolloutTokens(own, log_probs)
 
 
 def _per_token(fields: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
@@ -44,7 +45,13 @@ def laid_again(batch: Batch, lay: Lay) -> Batch:
         of_tokens = route[:, 0].repeat_interleave(lengths)
         # Padding to a multiple, after the last row, is nobody's.
         route = pad(of_tokens, (0, laid.labels.shape[1] - len(of_tokens)), value=-1)[None]
-    return replace(batch, student=replace(laid, route=route), row_lengths=lengths.cpu())
+    real = view.inputs["attention_mask"].bool()
+
+    def end_to_end(tensor: Tensor) -> Tensor:
+        return pad(tensor[real], (0, laid.labels.shape[1] - int(lengths.sum())))[None]
+
+    rollout = None if view.rollout is None else view.rollout.map(end_to_end)
+    return replace(batch, student=replace(laid, route=route, rollout=rollout), row_lengths=lengths.cpu())
 
 
 def _parts(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -81,7 +81,7 @@ class RolloutsAhead:
         own = None
         # An error comes up in the step that wants the answers.
         if self._asked is not None and self._answers is not None and self._answers.exception() is None:
-            answers = [[rollout.ids, rollout.ended] for rollout in self._answers.result()[0].rollouts]
+            answers = [list(rollout) for rollout in self._answers.result()[0].rollouts]
             own = {"step": self._asked.step, "prompts": _digest(self._asked.prompts), "answers": answers}
         return {"ranks": gather_object([own])}
 
@@ -101,7 +101,7 @@ class RolloutsAhead:
             )
             return None
         assert own is not None
-        return [Rollout(list(ids), bool(ended)) for ids, ended in own["answers"]]
+        return [Rollout(*answer) for answer in own["answers"]]
 
     def _answered(self, asked: Asked) -> Answers:
         begun = time.monotonic()

@@ -64,7 +64,7 @@ class ServedStudent(ServerGenerator[RolloutPrompt]):
         saved: Callable[[Path, Weights], Weights],
     ):
         assert args.rollout_server is not None
-        super().__init__(VLLMClient(args.rollout_server), served_prompt, tokens)
+        super().__init__(VLLMClient(args.rollout_server), served_prompt, tokens, log_probs=True)
         self.model, self.accelerator, self.args, self.folder, self.saved = model, accelerator, args, folder, saved
         self.probes = probes
         # Each on its own, where a probe must come to every server.

@@ -248,7 +248,9 @@ class Rollouts:
             if isinstance(answers, RowError):
                 raise UserError(f"The rollout server refused a prompt: {answers.reason}")
             room = None if not args.max_length else args.max_length - prompt.start
-            rollouts.append(Rollout(*up_to_stop(answers[0].ids[:room], self.tokens.stops)))
+            ids, ended = up_to_stop(answers[0].ids[:room], self.tokens.stops)
+            log_probs = answers[0].log_probs
+            rollouts.append(Rollout(ids, ended, None if log_probs is None else log_probs[: len(ids)]))
         return rollouts
 
     def _prompts(self, batches: Sequence[Batch], step: int) -> list[RolloutPrompt]:

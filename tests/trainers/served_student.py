@@ -84,10 +84,18 @@ class ServedStudent(FakeVLLM):
             entries = [{str(token): {"logprob": float(row[token]), "rank": 1}} for token, row in told]
             return 200, {"choices": [{**choice, "token_ids": [0], "prompt_logprobs": [None, *entries]}], **whole}
         said: list[int] = []
+        likely: list[float] = []
         barred = [int(token) for token in body.get("logit_bias") or {}]
         while len(said) < body["max_tokens"] and said[-1:] != [1]:
             tokens = torch.tensor([ids + said])
             logits = model(**{**inputs, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}).logits[0, -1]
+            raw = logits.log_softmax(-1)
             logits[barred] = -torch.inf
             said.append(int(logits.argmax()))
-        return 200, {"choices": [{**choice, "token_ids": said}], **whole}
+            likely.append(float(raw[said[-1]]))
+        # As vLLM does: plain completions and chat completions each in their own way, and only where asked.
+        log_probs: dict[str, Any] = {"token_logprobs": likely}
+        if "messages" in body:
+            log_probs = {"content": [{"token": "x", "logprob": value} for value in likely]}
+        listed = {"logprobs": log_probs} if body.get("logprobs") in (0, True) else {}
+        return 200, {"choices": [{**choice, "token_ids": said, **listed}], **whole}
