@@ -19,6 +19,7 @@ from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.hidden_server import HiddenServerTeacher
 from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.self_teacher import SelfTeacher
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import is_routed, named_parts
 from mmkd.teachers.teacher import Teacher
@@ -80,6 +81,8 @@ class Readings:
     def _processing_class_of(self, name: str, teacher: Any, args: ALMConfig) -> Any:
         given = self._processing_class
         processing_class = given.get(name) if isinstance(given, Mapping) else given
+        if processing_class is None and isinstance(teacher, SelfTeacher):
+            processing_class = teacher.processing_class
         if processing_class is None and isinstance(teacher, ServerTeacher | HiddenServerTeacher):
             processing_class = teacher.tokenizer
         if processing_class is None:

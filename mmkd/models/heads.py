@@ -30,6 +30,11 @@ class LMHead:
         assert vocab_size <= len(self.weight), f"{vocab_size} tokens but only {len(self.weight)} rows"
         return replace(self, trimmed_to=vocab_size)
 
+    def detached(self) -> "LMHead":
+        """The head of the weights of now: parameters that are given other data later do not change it."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias)
+
     def frozen(self, dtype: torch.dtype | None = None) -> "LMHead":
         """The head for `project`: without gradient, trimmed to its vocabulary and in the given type."""
         bias = None if self.bias is None else self.bias.detach()[: self.vocab_size]

@@ -25,7 +25,7 @@ OWN_KEYS = {
         "teacher teacher_revision teacher_dtype teacher_attn_implementation teacher_load_in_4bit teacher_load_in_8bit "
         "teacher_cache teacher_tail teacher_top_k teacher_server teacher_server_model teacher_server_signal "
         "teacher_server_dtype teacher_server_recheck teacher_concurrency teacher_timeout teachers teacher_column "
-        "teacher_view privileged_dropout teacher_model_init_kwargs"
+        "teacher_view privileged_dropout teacher_model_init_kwargs self_teacher ema_decay ema_every"
     ),
     "student": (
         "student student_init student_layers student_intermediate_size student_num_attention_heads "

@@ -41,12 +41,18 @@ class HookedTrainer(Trainer):
     def state_restored(self, state: dict[str, Any] | None) -> None:
         """Called with what `state_to_save` gave the checkpoint that is resumed; None: the checkpoint has none."""
 
+    def before_restoring(self, checkpoint: Path) -> None:
+        """Called before the weights of the checkpoint that is resumed replace those of the model."""
+
     def weights_restored(self, checkpoint: Path) -> None:
         """Called once the weights of a checkpoint, the resumed one or the best, are back in the model."""
 
     def weights_to_save(self, folder: Path, weights: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         """The weights to save in a folder; None: those that the model itself gives."""
         return weights
+
+    def checkpoint_to_save(self, folder: Path) -> None:
+        """Called when a checkpoint gets what a training needs to go on, before its state tells that it is complete."""
 
     def before_pushing(self, checkpoint: Path) -> None:
         """Called before a checkpoint is copied to the folder that is pushed to the Hub."""
@@ -105,8 +111,13 @@ class HookedTrainer(Trainer):
         self.state_restored(entry["attributes"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.before_restoring(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.weights_restored(Path(resume_from_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.checkpoint_to_save(Path(output_dir))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

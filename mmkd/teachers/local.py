@@ -1,6 +1,6 @@
 """A teacher in this process: a frozen transformers model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from trl.models.utils import prepare_deepspeed
 
 from mmkd.errors import UserError
-from mmkd.models.backbone import allow_consumers, devices_of, full_head
+from mmkd.models.backbone import allow_consumers, base_of, devices_of, full_head
 from mmkd.models.heads import LMHead
 from mmkd.models.sharded_weights import gathered, is_quantized, is_sharded, loads_on_one_rank, reshard, shard_frozen
 
@@ -20,8 +20,58 @@ from .signals import DenseSignal
 from .teacher import DenseTeacher
 
 
-class LocalTeacher(DenseTeacher):
-    """Answers with hidden states and head, so that its logits exist one chunk at a time, next to the student's."""
+class ModelTeacher(DenseTeacher):
+    """A model in this process, which answers with hidden states and head: its logits exist one chunk at a time."""
+
+    model: Any
+    _sharded: bool = False
+    """Whether each rank holds only a part of each weight, so that all must ask together."""
+
+    def nothing(self) -> DenseSignal:
+        """The signal about no token at all, without a forward pass."""
+        head = full_head(self.model).trimmed(self.vocab_size)
+        return DenseSignal(head.weight.new_empty(0, head.weight.shape[1]), head)
+
+    def states(
+        self, call: Callable[..., Tensor], inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]
+    ) -> DenseSignal:
+        """What a pass of `call`, the model or a wrapper of it, says at the supervised positions.
+
+        Raises UserError when a token is unknown to the model, or when it answers with NaN or infinity.
+        """
+        heads: list[LMHead] = []
+
+        def consumer(hidden: Tensor, head: LMHead) -> Tensor:
+            # Aside, since wrappers look into the output. A sharded head is whole in here only, and gathered once.
+            head = head.trimmed(self.vocab_size)
+            heads.append(gathered(head) if self._sharded else head.detached())
+            return hidden[:, :-1][supervised]
+
+        hidden = call(**self._readable(inputs), consumer=consumer)
+        if not hidden.isfinite().all():
+            raise UserError(
+                "The teacher's last hidden state is not finite. In fp16 its activations probably overflow: load it in "
+                "bfloat16 or float32. Otherwise its weights are damaged."
+            )
+        return DenseSignal(hidden, heads[0])
+
+    def _readable(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The inputs without padding tokens that only the student's vocabulary has."""
+        ids, rows = inputs["input_ids"], base_of(self.model).get_input_embeddings().num_embeddings
+        unknown = ids >= rows
+        if not unknown.any():
+            return inputs
+        padding = inputs["attention_mask"] == 0 if "attention_mask" in inputs else torch.zeros_like(unknown)
+        if (unknown & ~padding).any():
+            raise UserError(
+                f"The text holds token {int(ids[unknown & ~padding][0])}, but the teacher has {rows} tokens. Remove "
+                "the tokens that only the student knows from the text or its chat template."
+            )
+        return {**inputs, "input_ids": ids.masked_fill(unknown, 0)}
+
+
+class LocalTeacher(ModelTeacher):
+    """A frozen model beside the student."""
 
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None):
         """`vocab_size` trims the padding rows of the teacher's vocabulary: the number of tokens both sides know."""
@@ -29,7 +79,6 @@ class LocalTeacher(DenseTeacher):
         head = full_head(self.model)
         self.vocab_size = head.vocab_size if vocab_size is None else vocab_size
         self.softcap = head.softcap
-        self._sharded = False
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Takes its place on the accelerator's device: sharded where the student is (FSDP2, ZeRO-3), else whole.
@@ -75,44 +124,13 @@ class LocalTeacher(DenseTeacher):
 
     @torch.no_grad()
     def ask(self, inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> DenseSignal:
-        """Raises UserError when a token is unknown to the teacher, or when it answers with NaN or infinity."""
+        """See `states`."""
         if not (supervised.any() or self._sharded):
             return self.nothing()
-        heads: list[LMHead] = []
-
-        def consumer(hidden: Tensor, head: LMHead) -> Tensor:
-            # Aside, since wrappers look into the output. A sharded head is whole in here only, and gathered once.
-            heads.append(gathered(head.trimmed(self.vocab_size)) if self._sharded else head.trimmed(self.vocab_size))
-            return hidden[:, :-1][supervised]
-
-        hidden = self.wrapped(**self._readable(inputs), consumer=consumer)
+        signal = self.states(self.wrapped, inputs, supervised)
         if self._sharded:
             reshard(self.model)
-        if not hidden.isfinite().all():
-            raise UserError(
-                "The teacher's last hidden state is not finite. In fp16 its activations probably overflow: load it in "
-                "bfloat16 or float32. Otherwise its weights are damaged."
-            )
-        return DenseSignal(hidden, heads[0])
-
-    def nothing(self) -> DenseSignal:
-        """The signal about no token at all, without a forward pass."""
-        head = full_head(self.model).trimmed(self.vocab_size)
-        return DenseSignal(head.weight.new_empty(0, head.weight.shape[1]), head)
-
-    def _readable(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The inputs without padding tokens that only the student's vocabulary has."""
-        ids, rows = inputs["input_ids"], self.model.get_input_embeddings().num_embeddings
-        unknown = ids >= rows
-        if not unknown.any():
-            return inputs
-        padding = inputs["attention_mask"] == 0 if "attention_mask" in inputs else torch.zeros_like(unknown)
-        if (unknown & ~padding).any():
-            raise UserError(
-                f"The text holds token {int(ids[unknown & ~padding][0])}, but the teacher has {rows} tokens. Remove "
-                "the tokens that only the student knows from the text or its chat template."
-            )
-        return {**inputs, "input_ids": ids.masked_fill(unknown, 0)}
+        return signal
 
 
 def _with_index(device: torch.device) -> torch.device:

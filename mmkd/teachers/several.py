@@ -15,7 +15,7 @@ from mmkd.models.sharded_weights import is_sharded
 
 from .batch import ONLY, Batch, View
 from .cached import CachedTeacher, answers_of, hashed_images
-from .local import LocalTeacher
+from .local import ModelTeacher
 from .routes import route_of, teacher_names
 from .server import IMAGE_INPUTS
 from .signals import MixedSignal, RoutedSignal
@@ -127,7 +127,7 @@ class SeveralTeachers(Teacher[MixedSignal[Any] | RoutedSignal[Any]]):
         """The view without the rows in which a teacher has no token, where it can do without them."""
         rows = view.supervised.any(1)
         with_images = any(image in view for image in IMAGE_INPUTS)
-        if self.column is None or with_images or not isinstance(self.teachers[name], LocalTeacher):
+        if self.column is None or with_images or not isinstance(self.teachers[name], ModelTeacher):
             return view
         if not rows.any():
             # All ranks gather a sharded teacher together.

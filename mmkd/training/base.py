@@ -39,6 +39,7 @@ from .on_policy import rollouts_of
 from .prepared import Prepared, canonical_rows, unread
 from .reports import reports_of
 from .run_trainer import RunTrainer
+from .self_teaching import taught_by_itself
 from .served_rollouts import naming_rows
 from .sharding import without_repeated_rows
 from .teaching import StudentSide, first_rows, packed_apart
@@ -56,7 +57,8 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
     Args:
         model: the student: a Hub id, a local folder, or a model, with or without a PEFT adapter.
         teacher: a Hub id, a local folder, a model, or a `Teacher`, such as `CachedTeacher`, `ServerTeacher` or
-            `SeveralTeachers`. Frozen; quantise and place it as you like. None where the method needs no teacher.
+            `SeveralTeachers`. Frozen; quantise and place it as you like. "self" is the student itself, in the form
+            that `self_teacher` in args names. None where the method needs no teacher.
         args: settings of the method, by default its config's own with an output_dir named after the student.
         train_dataset: rows in any layout that mmkd knows: chat, prompt and completion, plain text, with images or not.
         eval_dataset: rows to evaluate on, or several sets of them by name.
@@ -104,6 +106,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
     ):
+        teacher = taught_by_itself(teacher, args)
         # For methods that prepare data for the teacher too, which happens before there is one.
         self._given_teacher = (teacher, teacher_processing_class)
         self._tag_names = ["mmkd", self.method]
@@ -145,6 +148,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
     def _fit(self, teacher: Any, teacher_processing_class: Any) -> None:
         """Fits teacher, student and prepared rows to each other: what is compared, and what makes batches."""
         allow_consumers(self.model)
+        self.bind_self(teacher)
         args, rows, collate = self.args, (self.train_dataset, self.eval_dataset), self.data_collator
         views = views_of(collate, rows, args.on_bad_row == "skip", self._row_names)
         side = StudentSide(self.model, self.processing_class, args, self.labelling, *rows, views, self.padding_free)
@@ -164,7 +168,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
             teaching.teacher.prepare(self.accelerator)
         if self.padding_free:
             check_rows_apart(side, teaching, collate, self.one_vocabulary)
-        if teaching.teacher is not None:
+        if teaching.teacher is not None and self.asks_itself_before_training:
             # One that cannot answer fails before training.
             for row in first_rows(teaching.teacher, self.train_dataset):
                 with naming_rows(self._row_names):

@@ -10,6 +10,7 @@ from mmkd.errors import UserError
 from mmkd.preparation.checks import without_emulated_bf16
 from mmkd.schema import PositiveInt, Share
 from mmkd.seams.trainer_seam import take_one_gpu, with_json_keys
+from mmkd.teachers.self_teacher import FORMS
 
 from .rollout_config import RolloutConfig
 
@@ -96,6 +97,27 @@ class DistillationConfig(RolloutConfig):
             "so that the student also learns from what the teacher knows without the view. Which rows they are "
             "follows from the seed and the rows. 0 (default): none."
         },
+    )
+    self_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "For teacher: self. Which student teaches. base (default): as it was before training; a student "
+            "with an adapter is asked without it, another one keeps a copy of its first weights. live: as it is now. "
+            "ema: an average over the steps so far, which keeps a copy of the weights that are trained.",
+            "choices": FORMS,
+        },
+    )
+    ema_decay: Share = field(
+        default=0.95,
+        metadata={
+            "help": "For self_teacher: ema. How much of the average is kept at each update; the student's weights of "
+            "now have the rest. 0.95 (default) as in TRL's SDFT, an average over about 20 updates. 0 is live, 1 is "
+            "base."
+        },
+    )
+    ema_every: PositiveInt = field(
+        default=1,
+        metadata={"help": "For self_teacher: ema. Optimizer steps between updates of the average. Default: 1."},
     )
 
     emulated_bf16: bool = field(

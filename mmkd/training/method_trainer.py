@@ -26,6 +26,7 @@ from .balance import balance_factors, gradients_in_last_layer
 from .config import DistillationConfig
 from .items import ItemLosses, Supervised, Terms, kind_of
 from .rollout_trainer import RolloutTrainer
+from .self_teaching import SelfTaughtTrainer
 from .served_rollouts import as_served
 from .teaching import StudentSide, Teaching, teaching_of
 
@@ -36,7 +37,7 @@ Signal = TypeVar("Signal")
 """What a method reads of its teacher."""
 
 
-class MethodTrainer(RolloutTrainer, Generic[Signal]):
+class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
     """The hooks that a method overrides, of which it must write `item_losses`, and what it calls in them."""
 
     method: ClassVar[str]

@@ -21,6 +21,7 @@ from mmkd.seams.bitsandbytes_seam import keep_differentiable
 
 from .config import DistillationConfig
 from .rollouts import check_rollouts
+from .self_teaching import itself_in
 from .teaching import check_teachers
 
 
@@ -73,6 +74,8 @@ class Prepared:
             args.model_init_kwargs = None
         if processing_class is None:
             processing_class = load_processing_class(name_of(model), "student")
+        for own in itself_in(teacher):
+            own.reads_with(processing_class)
         check_precision(args, args.emulated_bf16)
         say_emulated("student", model.dtype, args.device)
         keep_differentiable(model)

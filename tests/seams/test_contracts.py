@@ -69,6 +69,7 @@ HOOKED = {
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_callback_state": ["self"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_save_optimizer_and_scheduler": ["self", "output_dir"],
     "_load_best_model": ["self"],
     "_save": ["self", "output_dir", "state_dict"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
@@ -120,6 +121,13 @@ class Hooked(trainer_seam.HookedTrainer):
         self.called.append("state_restored")
         self.restored.append(state)
 
+    def before_restoring(self, checkpoint: Any) -> None:
+        self.called.append(f"before_restoring {checkpoint.name}")
+
+    def checkpoint_to_save(self, folder: Any) -> None:
+        complete = (folder / "trainer_state.json").is_file()
+        self.called.append(f"checkpoint_to_save {folder.name}, complete: {complete}")
+
     def weights_restored(self, checkpoint: Any) -> None:
         self.called.append(f"weights_restored {checkpoint.name}")
 
@@ -160,7 +168,7 @@ def test_every_hook_is_called_in_training_and_resuming(tmp_path) -> None:
     assert first.called[0] == "before_accelerator"
     assert "training_starts" in first.called
     assert {"before_wrapping", "collator_of True", "collator_of False"} <= {*first.called}
-    assert "weights_to_save checkpoint-2" in first.called
+    assert {"weights_to_save checkpoint-2", "checkpoint_to_save checkpoint-2, complete: False"} <= {*first.called}
     assert first.restored == []
     assert Seen.columns == {"input_ids", "kept"}
     saved = TrainerState.load_from_json(str(tmp_path / "checkpoint-2" / "trainer_state.json"))
@@ -174,6 +182,8 @@ def test_every_hook_is_called_in_training_and_resuming(tmp_path) -> None:
     assert again.called.index("training_starts") < again.called.index("state_restored")
     restored = [name for name in again.called if name.startswith("weights_restored")]
     assert restored[0] == "weights_restored checkpoint-2"
+    assert again.called.index("before_restoring checkpoint-2") < again.called.index(restored[0])
+    assert sum(name.startswith("before_restoring") for name in again.called) == 1, "not of the best one"
     assert len(restored) == 2, "the best one is loaded at the end"
 
 
@@ -365,6 +375,28 @@ def test_peft_marks_its_layers() -> None:
     assert not peft_seam.is_adapted(layer.k_proj)
     assert peft_seam.is_copied(model.base_model.model.lm_head)
     assert not peft_seam.is_copied(layer.q_proj)
+
+
+@torch.no_grad()
+def test_adapters_are_switched_off_and_stay_trainable() -> None:
+    bare, ids = make_model().eval(), torch.tensor([[1, 2, 3]])
+    expected = bare(ids).logits
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model: Any = get_peft_model(bare, config).eval()
+    assert peft_seam.adapts_weights_of_its_own(model)
+    model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    changed = model(ids).logits
+    with peft_seam.adapters_off(model):
+        assert torch.equal(model(ids).logits, expected)
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert torch.equal(model(ids).logits, changed)
+    assert not torch.equal(changed, expected)
+
+
+def test_an_adapter_may_begin_with_a_part_of_the_weights() -> None:
+    model: Any = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
+    assert not peft_seam.adapts_weights_of_its_own(model)
 
 
 # datasets
