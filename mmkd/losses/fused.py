@@ -6,7 +6,7 @@ project, compare, differentiate, multiply back into the gradients of hidden stat
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .divergences import entropy, forward_kl
+from .narrowed import NarrowedOutcomes
 from .projection import Head, HeadGradients, LogitsChunk, Projection, ReadyGradients, check_labels
 
 Objective = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, dict[str, Tensor]]]
@@ -199,8 +200,10 @@ class _Job:
             loss = loss + self.ce_weight * _weighted_sum(cross_entropy, weights)
         if self.diagnostics and log_probs is not None:
             self._diagnose(logits.detach(), log_probs.detach(), labels)
-            for share in shares:
-                self._diagnose_teacher(share, logits.detach(), log_probs.detach(), teachers.get(share.teacher), rows)
+            for share in map(_diagnosed, shares):
+                if share is not None:
+                    teacher = teachers.get(share.teacher)
+                    self._diagnose_teacher(share, logits.detach(), log_probs.detach(), teacher, rows)
         return loss
 
     @torch.no_grad()
@@ -230,6 +233,14 @@ class _Job:
 
 def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
     return values.sum() if weights is None else (weights * values).sum()
+
+
+def _diagnosed(share: Share) -> Share | None:
+    """The share with the teacher's distributions as a whole; None where these are not known."""
+    outcomes = share.outcomes
+    if not isinstance(outcomes, NarrowedOutcomes):
+        return share
+    return None if outcomes.whole is None else replace(share, outcomes=outcomes.whole)
 
 
 def _shares(outcomes: Outcomes | Sequence[Share] | None) -> Sequence[Share]:

@@ -39,6 +39,7 @@ class ALMConfig(DistillationConfig):
     """Settings of method alm."""
 
     learns_from_rollouts: ClassVar[bool] = True
+    weighs_tokens: ClassVar[bool] = False
     combinations: ClassVar[tuple[str, ...]] = COMBINATIONS
 
     divergence: str = field(

@@ -1,21 +1,38 @@
 """Knowledge distillation on the whole vocabulary: one divergence per token (Hinton et al. 2015 and successors)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
-from mmkd.errors import UserError
+from transformers.trainer_callback import TrainerCallback
+
 from mmkd.losses import divergences
 from mmkd.losses.divergences import Divergence
 from mmkd.losses.fused import Targets
-from mmkd.schema import PositiveFloat, Share
-from mmkd.teachers.signals import DenseSignal, SparseSignal, TopKSignal
+from mmkd.losses.narrowed import StudentTopK
+from mmkd.losses.sampled import ESTIMATORS
+from mmkd.schema import PositiveFloat, PositiveInt, Range, Share
+from mmkd.teachers.batch import Batch, View
+from mmkd.teachers.signals import DenseSignal, MixedSignal, SparseSignal, TopKSignal
 from mmkd.teachers.teacher import Teacher
+from mmkd.training.answers import Placed
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
 from mmkd.training.method import Method
+
+from .kd_sampled import (
+    LOG_RATIO,
+    SAMPLED,
+    SampledBaseline,
+    check_sampled,
+    check_told,
+    labels_alone,
+    own_tokens,
+    sampled_objective,
+    sampled_targets,
+)
 
 DIVERGENCES: dict[str, Callable[["KDConfig"], Divergence]] = {
     "forward_kl": lambda config: divergences.forward_kl,
@@ -25,6 +42,8 @@ DIVERGENCES: dict[str, Callable[["KDConfig"], Divergence]] = {
     "skew_reverse_kl": lambda config: partial(divergences.skew_reverse_kl, skew=config.skew),
     "tvd": lambda config: divergences.tvd,
     "adaptive_kl": lambda config: partial(divergences.adaptive_kl, mu=config.mu),
+    # Of the tokens that the student sampled; an evaluation, which has none, compares whole distributions.
+    SAMPLED: lambda config: divergences.reverse_kl,
 }
 
 
@@ -40,7 +59,9 @@ class KDConfig(DistillationConfig):
         metadata={
             "help": "What is minimised at each token. forward_kl (default) covers all that the teacher would say, "
             "and is the safest choice. reverse_kl concentrates on what the teacher finds most likely. jsd, "
-            "skew_kl and skew_reverse_kl lie between them; tvd and adaptive_kl are further choices.",
+            "skew_kl and skew_reverse_kl lie between them; tvd and adaptive_kl are further choices. "
+            "sampled_reverse_kl estimates reverse_kl from the tokens that the student sampled, for teachers that tell "
+            "no more than their log-probs; it needs on_policy_fraction: 1.",
             "choices": list(DIVERGENCES),
         },
     )
@@ -72,47 +93,119 @@ class KDConfig(DistillationConfig):
             "as in its paper."
         },
     )
+    student_top_k: PositiveInt | None = field(
+        default=None,
+        metadata={
+            "help": "Compare student and teacher on the student's so many most likely tokens, with all others as one "
+            "outcome. Meant for reverse_kl. Needs the teacher's whole distribution: a local teacher, or its hidden "
+            "states. Default: compare all tokens."
+        },
+    )
+    estimator: str = field(
+        default="k1",
+        metadata={
+            "help": "For sampled_reverse_kl, with q the student and p the teacher. k1 (default): log(q/p), which is "
+            "unbiased. k3: p/q - 1 - log(p/q), which is never negative and varies less. With sampled_as: "
+            "policy_gradient both have the same gradient, and differ in what is logged as the loss.",
+            "choices": list(ESTIMATORS),
+        },
+    )
+    sampled_as: str = field(
+        default="policy_gradient",
+        metadata={
+            "help": "For sampled_reverse_kl. policy_gradient (default): log(p/q) is the reward of a token, which "
+            "gives an unbiased gradient of the reverse KL. loss: differentiate the estimator itself, for k3 only; "
+            "the mean of that gradient is the one of the forward KL.",
+            "choices": ["policy_gradient", "loss"],
+        },
+    )
+    sampled_baseline: str = field(
+        default="mean",
+        metadata={
+            "help": "For sampled_as: policy_gradient. mean (default): rewards are compared with their running mean "
+            "over the steps before, which lowers the variance and leaves the mean gradient alone. none: rewards as "
+            "they are.",
+            "choices": ["mean", "none"],
+        },
+    )
+    clip_ratio: Annotated[float, Range(above=0, below=1)] | None = field(
+        default=0.2,
+        metadata={
+            "help": "For sampled_as: policy_gradient with rollout_server. A token whose probability has changed by "
+            "more than this share since it was sampled is not pushed further, as in PPO. 0.2 (default) as in verl; "
+            "null clips nothing."
+        },
+    )
+
+    @property
+    def sampled(self) -> bool:
+        """Whether only the tokens that the student sampled are compared."""
+        return self.divergence == SAMPLED
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sampled(self)
 
 
 class KDTrainer(DistillationTrainer[Targets]):
     """Minimises `(1 - ce_weight) * temperature**2 * divergence(teacher, student) + ce_weight * cross-entropy`.
 
-    With `combine: gradmag` the two are balanced first, see `mmkd.training.balance`.
+    With `combine: gradmag` the two are balanced first, see `mmkd.training.balance`. For `divergence:
+    sampled_reverse_kl` see `mmkd.losses.sampled`.
     """
 
     method = "kd"
     takes_several = True
     config_class = KDConfig
     accepts = (DenseSignal, TopKSignal, SparseSignal)
+    # Every step reports it that has a baseline, and no other.
+    step_means = (LOG_RATIO,)
     args: KDConfig
 
     @classmethod
     def check_teacher(cls, teacher: Teacher, args: KDConfig) -> None:
         """Raises UserError too when the divergence or the temperature asks for more than the teacher tells."""
         super().check_teacher(teacher, args)
-        partial_signal = not issubclass(teacher.signal_type, (DenseSignal, TopKSignal))
-        if partial_signal and args.divergence != "forward_kl":
-            raise UserError(
-                f"{args.divergence} compares with the whole distribution, which a teacher without its tail does not "
-                "give. Set teacher_tail: bucket, or divergence: forward_kl.",
-                because="meaning",
-            )
-        if args.temperature != 1 and not teacher.can_temper:
-            otherwise = (
-                "serve the teacher's hidden states (scripts/serve_teacher.sh MODEL --signal hidden)"
-                if teacher.served
-                else "teacher_tail: renormalise"
-            )
-            raise UserError(
-                f"temperature is {args.temperature}, but this teacher is known at temperature 1 only: the shape of "
-                f"its tail was not kept. Set temperature: 1, or {otherwise}.",
-                because="meaning",
-            )
+        check_told(teacher, args)
 
-    def item_losses(self, student: Supervised, signal: Targets) -> ItemLosses:
+    def method_callbacks(self, args: KDConfig) -> list[TrainerCallback]:
+        """The baseline of sampled tokens, which the Trainer saves and restores with its state."""
+        return [SampledBaseline()] if args.sampled and args.sampled_baseline == "mean" else []
+
+    def with_rollouts(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
+        """The base's; where only sampled tokens are compared, the student learns from no others."""
+        batch = super().with_rollouts(batch, placed)
+        return own_tokens(batch) if self.args.sampled else batch
+
+    def ask_ahead(self, batch: Batch, alone: bool) -> Batch:
+        """The base's; where only sampled tokens are compared, nothing of a batch without rollouts."""
+        batch = super().ask_ahead(batch, alone)
+        nothing = self.args.sampled and self.model.training and batch.student.rollout is None
+        return own_tokens(replace(batch, asked=None)) if nothing else batch
+
+    def ask_teacher(self, teacher: Teacher[Any], name: str, view: View) -> Any:
+        """The base's; about rollouts of which only the sampled tokens count, a server tells their log-probs alone."""
+        sampled = self.args.sampled and view.rollout is not None
+        return super().ask_teacher(labels_alone(teacher) if sampled else teacher, name, view)
+
+    def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
         """One divergence per supervised token."""
-        objective = DIVERGENCES[self.args.divergence](self.args)
-        return self.fused(student, signal, objective, self.args.temperature)
+        args, weights = self.args, self.token_weights(student, signal)
+        if args.sampled and self.model.training:
+            baselines = (part for part in self.callback_handler.callbacks if isinstance(part, SampledBaseline))
+            objective = sampled_objective(args, next(baselines, None))
+            targets = MixedSignal.of(signal).map(lambda said: sampled_targets(said, student))
+            return self.fused(student, targets, objective, weights=weights)
+        if args.student_top_k is not None:
+            signal = MixedSignal.of(signal).map(partial(StudentTopK, k=args.student_top_k))
+        objective = DIVERGENCES[args.divergence](args)
+        return self.fused(student, signal, objective, args.temperature, weights=weights)
+
+    def step_ended(self, means: dict[str, float]) -> None:
+        """Moves the baseline of sampled tokens."""
+        for part in self.callback_handler.callbacks:
+            if isinstance(part, SampledBaseline):
+                part.update(means[LOG_RATIO])
 
 
 METHOD = Method(KDTrainer)

@@ -7,7 +7,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -93,7 +93,7 @@ class ServerTeacher(Teacher[TopKSignal]):
         log_probs = np.concatenate([signal.log_probs for signal in top] or [np.empty((0, self.k), np.float32)])
         on_device = torch.from_numpy(log_probs).to(device)
         tail = log_one_minus_exp(on_device.logsumexp(-1))
-        return TopKSignal(torch.from_numpy(ids).to(device, torch.int64), on_device, tail)
+        return TopKSignal(torch.from_numpy(ids).to(device, torch.int64), on_device, tail, _of_labels(top, device))
 
     def answers(self, inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> list[TopK]:
         """What the servers say of every sequence of the batch. Raises UserError when one is refused."""
@@ -125,9 +125,12 @@ class LabelServerTeacher(Teacher[LabelSignal]):
     @torch.no_grad()
     def ask(self, inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> LabelSignal:
         """Asks for every sequence of the batch. Raises UserError when the server refuses one."""
-        own = [answer.label_log_probs for answer in self.server.answers(inputs, supervised)]
-        log_probs = torch.from_numpy(np.concatenate([np.empty(0, np.float32), *own]).astype(np.float32))
-        return LabelSignal(log_probs.to(inputs["input_ids"].device))
+        return LabelSignal(_of_labels(self.server.answers(inputs, supervised), inputs["input_ids"].device))
+
+
+def _of_labels(answers: Sequence[TopK], device: torch.device) -> Float[Tensor, "token"]:
+    own = [answer.label_log_probs for answer in answers]
+    return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *own]).astype(np.float32)).to(device)
 
 
 class RefusedRow(UserError):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Generic, Self, TypeVar, cast
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -81,7 +81,8 @@ class SparseSignal:
         return self.ids[rows, 0]
 
     def __getitem__(self, rows: slice) -> Self:
-        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return type(self)(**{name: None if part is None else part[rows] for name, part in parts.items()})
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class TopKSignal(SparseSignal):
     """
 
     tail_log_probs: Float[Tensor, "token"]
+    label_log_probs: Float[Tensor, "token"] | None = None
+    """Those of the supervised tokens themselves, listed or not; None where they were not kept."""
 
     def compare(self, logits: Tensor, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
         if temperature != 1:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmkd.models.heads import LMHead
+from mmkd.teachers.batch import RolloutTokens
 
 Terms = Mapping[str, Mapping[str, Tensor]]
 """Term of a loss -> kind of item -> sum of the term over items of this kind."""
@@ -39,6 +40,10 @@ class Supervised:
     hidden: Float[Tensor, "token width"]
     head: LMHead
     labels: Int[Tensor, "token"]
+    rollout: RolloutTokens | None = field(default=None, kw_only=True)
+    """Which of the tokens the student said itself; None where it said none of the micro-batch."""
+    answers: Int[Tensor, "token"] | None = field(default=None, kw_only=True)
+    """The number of the answer that each token belongs to, where there are rollouts: a run of supervised tokens."""
 
 
 @dataclass

@@ -29,6 +29,7 @@ from .rollout_trainer import RolloutTrainer
 from .self_teaching import SelfTaughtTrainer
 from .served_rollouts import as_served
 from .teaching import StudentSide, Teaching, teaching_of
+from .token_weights import importance_weights
 
 ROUTER = "router"
 """The kind of item of which a micro-batch has one: the load-balancing loss of a mixture of experts."""
@@ -120,7 +121,14 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
     def read_student(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Supervised:
         """What `item_losses` learns of the student; runs inside its forward."""
         supervised = view.supervised
-        return Supervised(hidden[:, :-1][supervised], head, view.labels[:, 1:][supervised])
+        states, labels = hidden[:, :-1][supervised], view.labels[:, 1:][supervised]
+        if view.rollout is None:
+            return Supervised(states, head, labels)
+        begins = supervised.clone()
+        begins[:, 1:] &= ~supervised[:, :-1]
+        answers = begins.flatten().cumsum(0)[supervised.flatten()] - 1
+        rollout = view.rollout.map(lambda tensor: tensor[:, 1:][supervised])
+        return Supervised(states, head, labels, rollout=rollout, answers=answers)
 
     def count_items(self, batch: Batch) -> dict[str, Tensor]:
         """How many items of each kind a micro-batch of this rank has."""
@@ -160,13 +168,23 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
         objective: Objective = forward_kl,
         temperature: float = 1.0,
         ce_weight: float | None = None,
+        weights: Float[Tensor, "token"] | None = None,
     ) -> ItemLosses:
-        """The item losses of a token-level divergence and cross-entropy, mixed or balanced, with all reports."""
+        """The item losses of a token-level divergence and cross-entropy, mixed or balanced, with all reports.
+
+        `weights` are those of the tokens. Their sum is divided by the number of tokens, whatever the weights.
+        """
         if not self.balances:
             weight = self.args.ce_weight if ce_weight is None else ce_weight
-            return self._mixed(student, signal, objective, temperature, weight)
-        terms, reports = self.apart(student, signal, objective, temperature)
+            return self._mixed(student, signal, objective, temperature, weight, weights)
+        terms, reports = self.apart(student, signal, objective, temperature, weights)
         return ItemLosses(self.balanced(terms, self.args.term_weights), reports)
+
+    def token_weights(self, student: Supervised, signal: Any) -> Float[Tensor, "token"] | None:
+        """What `rollout_token_weights` says of each token; None where all count alike."""
+        if self.args.rollout_token_weights != "importance" or student.rollout is None:
+            return None
+        return importance_weights(student, signal, self.args.importance_gamma, self.args.chunk_size)
 
     def apart(
         self,
@@ -174,10 +192,11 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
         signal: Targets | MixedTargets | None,
         objective: Objective = forward_kl,
         temperature: float = 1.0,
+        weights: Float[Tensor, "token"] | None = None,
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Divergence and cross-entropy, each by a pass of its own through the head, and the reports of both."""
-        divergence = self._mixed(student, signal, objective, temperature, ce_weight=0.0)
-        ce = self._mixed(student, None, forward_kl, 1.0, ce_weight=1.0)
+        divergence = self._mixed(student, signal, objective, temperature, 0.0, weights)
+        ce = self._mixed(student, None, forward_kl, 1.0, 1.0, weights)
         return {"divergence": divergence.totals, "ce": ce.totals}, ce.reports | divergence.reports
 
     def balanced(self, terms: Terms, weights: Mapping[str, float] | None = None) -> dict[str, Tensor]:
@@ -206,6 +225,7 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
         objective: Objective,
         temperature: float,
         ce_weight: float,
+        weights: Tensor | None,
     ) -> ItemLosses:
         args = self.args
         loss = fused_loss(
@@ -220,6 +240,7 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
             precise=args.precise_logits,
             diagnostics=self._reports_now(),
             repeatable=args.combine == "gradmag",
+            weights=weights,
         )
         sums = loss.sums
         if self.logs_apart and "divergence" in sums:
