@@ -11,7 +11,7 @@ from mmkd.losses import divergences
 from mmkd.losses.divergences import Divergence
 from mmkd.losses.fused import Targets
 from mmkd.losses.narrowed import StudentTopK
-from mmkd.losses.sampled import ESTIMATORS
+from mmkd.losses.sampled_kl import ESTIMATORS
 from mmkd.schema import PositiveFloat, PositiveInt, Range, Share
 from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.signals import DenseSignal, MixedSignal, SparseSignal, TopKSignal
@@ -42,8 +42,6 @@ DIVERGENCES: dict[str, Callable[["KDConfig"], Divergence]] = {
     "skew_reverse_kl": lambda config: partial(divergences.skew_reverse_kl, skew=config.skew),
     "tvd": lambda config: divergences.tvd,
     "adaptive_kl": lambda config: partial(divergences.adaptive_kl, mu=config.mu),
-    # Of the tokens that the student sampled; an evaluation, which has none, compares whole distributions.
-    SAMPLED: lambda config: divergences.reverse_kl,
 }
 
 
@@ -62,7 +60,7 @@ class KDConfig(DistillationConfig):
             "skew_kl and skew_reverse_kl lie between them; tvd and adaptive_kl are further choices. "
             "sampled_reverse_kl estimates reverse_kl from the tokens that the student sampled, for teachers that tell "
             "no more than their log-probs; it needs on_policy_fraction: 1.",
-            "choices": list(DIVERGENCES),
+            "choices": [*DIVERGENCES, SAMPLED],
         },
     )
     temperature: PositiveFloat = field(
@@ -151,7 +149,7 @@ class KDTrainer(DistillationTrainer[Targets]):
     """Minimises `(1 - ce_weight) * temperature**2 * divergence(teacher, student) + ce_weight * cross-entropy`.
 
     With `combine: gradmag` the two are balanced first, see `mmkd.training.balance`. For `divergence:
-    sampled_reverse_kl` see `mmkd.losses.sampled`.
+    sampled_reverse_kl` see `mmkd.losses.sampled_kl`.
     """
 
     method = "kd"
@@ -198,7 +196,8 @@ class KDTrainer(DistillationTrainer[Targets]):
             return self.fused(student, targets, objective, weights=weights)
         if args.student_top_k is not None:
             signal = MixedSignal.of(signal).map(partial(StudentTopK, k=args.student_top_k))
-        objective = DIVERGENCES[args.divergence](args)
+        # An evaluation has no sampled tokens, and compares whole distributions.
+        objective = DIVERGENCES["reverse_kl" if args.sampled else args.divergence](args)
         return self.fused(student, signal, objective, args.temperature, weights=weights)
 
     def step_ended(self, means: dict[str, float]) -> None:

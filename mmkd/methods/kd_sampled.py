@@ -10,7 +10,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from mmkd.errors import UserError
 from mmkd.losses.fused import Objective, Targets
 from mmkd.losses.narrowed import SampledTargets
-from mmkd.losses.sampled import policy_gradient, sampled_kl
+from mmkd.losses.sampled_kl import policy_gradient, sampled_kl
 from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.server import LabelServerTeacher, ServerTeacher
 from mmkd.teachers.signals import DenseSignal, LabelSignal, TopKSignal

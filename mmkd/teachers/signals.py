@@ -81,8 +81,8 @@ class SparseSignal:
         return self.ids[rows, 0]
 
     def __getitem__(self, rows: slice) -> Self:
-        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return type(self)(**{name: None if part is None else part[rows] for name, part in parts.items()})
+        parts: list[Any] = [getattr(self, field.name) for field in fields(self)]
+        return type(self)(*[part if part is None else part[rows] for part in parts])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Answers of the student in the place of the data's: where an answer begins, and a batch with another one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -81,20 +81,20 @@ def with_answers(
     *,
     pad_id: int,
     multiple: int | None = None,
-    learn_truncated: bool = True,
+    learnt: Callable[[Rollout], int] = lambda rollout: len(rollout.ids),
 ) -> Batch:
     """The collated batch with rollouts in the place of what stood in some rows (number -> rollout) from there on.
 
-    Only the rollout of such a row is supervised, or nothing where it is truncated and `learn_truncated` is off. A
-    teacher's version of the batch gets the same tokens after its own prompts; one in other tokens stays as it is.
+    Only the rollout of such a row is supervised, and of it the first so many tokens as `learnt` says. A teacher's
+    version of the batch gets the same tokens after its own prompts; one in other tokens stays as it is.
     """
 
     def answered(view: View) -> View:
         starts = answer_starts(view)
         moved = {row: placing._replace(start=starts[row]) for row, placing in placed.items()}
-        return _answered(view, moved, pad_id, multiple, learn_truncated)
+        return _answered(view, moved, pad_id, multiple, learnt)
 
-    student = _answered(batch.student, placed, pad_id, multiple, learn_truncated)
+    student = _answered(batch.student, placed, pad_id, multiple, learnt)
     lengths = batch.row_lengths.clamp(max=1) * student.labels.shape[1]
     in_our_tokens = all(reading.alignment is None for reading in batch.readings.values())
     batch = batch.with_teacher_views(answered) if in_our_tokens else batch
@@ -102,7 +102,11 @@ def with_answers(
 
 
 def _answered(
-    view: View, placed: Mapping[int, Placed], pad_id: int, multiple: int | None, learn_truncated: bool
+    view: View,
+    placed: Mapping[int, Placed],
+    pad_id: int,
+    multiple: int | None,
+    learnt: Callable[[Rollout], int],
 ) -> View:
     lengths = _lengths(view)
     kept = [placed[row].start if row in placed else length for row, length in enumerate(lengths)]
@@ -121,8 +125,8 @@ def _answered(
                 answer = torch.tensor(ids, dtype=value.dtype, device=value.device)
                 if name == "labels":
                     fields[name][row, :length] = -100
-                    if placed[row].rollout.ended or learn_truncated:
-                        fields[name][row, length:end] = answer
+                    count = learnt(placed[row].rollout)
+                    fields[name][row, length : length + count] = answer[:count]
                 elif name in ("input_ids", "attention_mask"):
                     fields[name][row, length:end] = answer if name == "input_ids" else 1
     visual = view.visual_tokens

@@ -161,10 +161,10 @@ class RolloutConfig(DocumentedFields, SFTConfig):
                 "on_policy_fraction: 0 there are none. Set on_policy_fraction, or remove rollout_token_weights.",
                 because="meaning",
             )
-        if weights == "importance" and not self.weighs_tokens:
+        if weights != "uniform" and not self.weighs_tokens:
             raise UserError(
-                f"rollout_token_weights: importance weighs tokens, and the loss of {type(self).__name__} is about "
-                "chunks of text. Set rollout_token_weights: prefix, or use kd or taid.",
+                f"rollout_token_weights: {weights} weighs tokens, and the loss of {type(self).__name__} is about "
+                "chunks of text. Set rollout_token_weights: uniform, or use kd or taid.",
                 because="not built",
             )
 

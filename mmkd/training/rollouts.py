@@ -278,13 +278,14 @@ class Rollouts:
 
     def _with(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
         multiple: Any = self.args.pad_to_multiple_of
-        return with_answers(
-            batch,
-            placed,
-            pad_id=self.tokens.pad,
-            multiple=multiple,
-            learn_truncated=self.args.rollout_truncated == "keep",
-        )
+        return with_answers(batch, placed, pad_id=self.tokens.pad, multiple=multiple, learnt=self._learnt)
+
+    def _learnt(self, rollout: Rollout) -> int:
+        """How many of its first tokens are learnt from."""
+        if self.args.rollout_truncated == "drop" and not rollout.ended:
+            return 0
+        share = self.args.rollout_prefix if self.args.rollout_token_weights == "prefix" else 1
+        return math.ceil(share * len(rollout.ids))
 
 
 def check_rollouts(teacher: Any) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmkd.errors import UserError
 from mmkd.losses.likelihood import token_log_probs
-from mmkd.losses.sampled import prefix_importance
+from mmkd.losses.sampled_kl import prefix_importance
 from mmkd.teachers.signals import DenseSignal, LabelSignal, MixedSignal, TopKSignal
 
 from .items import Supervised

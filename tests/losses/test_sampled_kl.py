@@ -12,7 +12,7 @@ from torch import Tensor
 from mmkd.losses.divergences import forward_kl, jsd, reverse_kl, skew_kl, skew_reverse_kl
 from mmkd.losses.fused import Objective, fused_loss
 from mmkd.losses.narrowed import SampledTargets, StudentTopK
-from mmkd.losses.sampled import policy_gradient, prefix_importance, sampled_kl
+from mmkd.losses.sampled_kl import policy_gradient, prefix_importance, sampled_kl
 from mmkd.models.heads import LMHead
 from mmkd.teachers.signals import DenseSignal
 from tests.losses.test_fused import TOKENS, VOCAB, Case, assert_same, dense_logits, make_case
@@ -102,7 +102,8 @@ def test_importance_ratios_undo_that_another_student_sampled() -> None:
 
 
 def test_a_baseline_lowers_the_variance() -> None:
-    kl = reverse_kl(*(part.log_softmax(-1) for part in toy())).mean().item()
+    logits, teacher = toy()
+    kl = reverse_kl(logits.log_softmax(-1), teacher).mean().item()
     plain = sampled_gradients(20_000, lambda q, p: policy_gradient(q, p)[0])[1]
     against_mean = sampled_gradients(20_000, lambda q, p: policy_gradient(q, p, baseline=kl)[0])[1]
     assert against_mean.square().sum() < plain.square().sum()
@@ -118,7 +119,7 @@ def test_mean_of_an_estimator_is_the_reverse_kl(estimator: str) -> None:
 
 def test_k3_is_never_negative_and_never_overflows() -> None:
     grid = torch.linspace(-90, 0, 181)
-    values = sampled_kl(*torch.meshgrid(grid, grid, indexing="ij"), "k3")
+    values = sampled_kl(grid[:, None], grid[None], "k3")
     assert (values >= 0).all()
     assert values.isfinite().all()
     assert (sampled_kl(grid, grid, "k3") == 0).all()
@@ -323,8 +324,8 @@ def test_the_generalised_jsd_is_that_of_opsd(beta: float) -> None:
     assert_golden(f"opsd_jsd_{beta}_None", (jsd(student, teacher, beta) * MASK).sum() / MASK.sum(), logits)
     # Its top-k is the teacher's, renormalised.
     ids = teacher.topk(5).indices
-    top = [side.gather(-1, ids).log_softmax(-1) for side in (student, teacher)]
-    assert_golden(f"opsd_jsd_{beta}_5", (jsd(*top, beta) * MASK).sum() / MASK.sum(), logits)
+    ours, theirs = (side.gather(-1, ids).log_softmax(-1) for side in (student, teacher))
+    assert_golden(f"opsd_jsd_{beta}_5", (jsd(ours, theirs, beta) * MASK).sum() / MASK.sum(), logits)
 
 
 def test_the_skew_losses_are_those_of_distillm2() -> None:
