@@ -156,6 +156,24 @@ class RunArguments:
             "0: never."
         },
     )
+    teacher_api: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "For job: generate. URL of any server of OpenAI's chat protocol, such as "
+            "https://api.openai.com/v1, whose model writes the answers. No weights and no tokenizer are loaded, and "
+            "`teacher` is left out."
+        },
+    )
+    teacher_api_model: str | None = field(
+        default=None, metadata={"help": "The model's name at teacher_api. Needed if it offers several models."}
+    )
+    teacher_api_key_env: str = field(
+        default="OPENAI_API_KEY",
+        metadata={
+            "help": "Name of the environment variable that holds the key of teacher_api. Keys are read from the "
+            "environment only and never written down."
+        },
+    )
     teacher_concurrency: PositiveInt = field(
         default=16,
         metadata={
@@ -228,7 +246,14 @@ class RunArguments:
             )
         sources = [self.teacher, self.teacher_cache, self.teacher_server]
         _check_teachers(self, any(sources))
-        if not any(sources) and self.teachers is None and METHODS[self.method].needs_teacher:
+        absent = not any(sources) and self.teachers is None
+        if absent and self.teacher_api is not None and METHODS[self.method].needs_teacher:
+            raise UserError(
+                f"teacher_api writes text and no probabilities of given tokens, from which {self.method} learns. "
+                "Generate answers with method: sft and job: generate, and train on them.",
+                because="upstream",
+            )
+        if absent and METHODS[self.method].needs_teacher:
             raise UserError(
                 f"Method {self.method} needs a teacher: set `teacher` to a Hub id or a folder, or teacher_cache, or "
                 "teacher_server."
@@ -262,6 +287,12 @@ def _check_teachers(arguments: RunArguments, one_too: bool) -> None:
         several = ", ".join(name for name, method in METHODS.items() if method.takes_several)
         raise UserError(
             f"Method {arguments.method} learns from one teacher; `teachers` are for {several}.", because="not built"
+        )
+    if any("teacher_api" in keys for keys in teachers.values()):
+        raise UserError(
+            "teacher_api is for one teacher, which writes answers (job: generate). Generate those of several teachers "
+            "one after the other, and train on a mixture of their data.",
+            because="not built",
         )
     known = [part.name for part in fields(arguments) if part.name.startswith("teacher_")]
     known = ["teacher", "weight", VIEW, *(name for name in known if name != "teacher_column")]

@@ -6,9 +6,11 @@ from typing import Annotated
 from mmkd.cache.codec import KINDS
 from mmkd.cache.state_codec import DTYPES
 from mmkd.errors import UserError
+from mmkd.generation.verifier_names import PYTHON, VERIFIERS
 from mmkd.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Share, check_fields
 
 JOBS = ("score", "generate")
+KEEPS = ("all", "correct", "majority", "judge")
 
 
 @dataclass
@@ -136,8 +138,87 @@ class CacheArguments:
     )
     cache_seed: NonNegativeInt = field(default=0, metadata={"help": "For job: generate. Seed of the sampling."})
 
+    cache_keep: str = field(
+        default="all",
+        metadata={
+            "help": "For job: generate. Which answers data.yaml trains on. all (default): every answer that ends by "
+            "itself. correct: those that cache_verifier finds right. majority: those whose final answer most of the "
+            "cache_samples answers to the prompt share. judge: those that cache_judge_server rates well. Build again "
+            "with another value to choose anew; no answer is generated again.",
+            "choices": list(KEEPS),
+        },
+    )
+    cache_verifier: str | None = field(
+        default=None,
+        metadata={
+            "help": "For job: generate. How final answers are read and compared. number: the number in a box, after "
+            "#### or 'the answer is', or the last one. math: mathematical expressions, with the package math-verify. "
+            "choice: the letter of a multiple choice. json: valid JSON, which fits cache_json_schema. "
+            "python:package.module:function, or python:path/to/file.py:function: function(answer, row) gives True, "
+            "False or a score, of which 1 and more is right."
+        },
+    )
+    cache_gold_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "For cache_verifier and the judge. Column of the data with the right answer, or a whole solution "
+            "that ends in it. Default: the answer that the row itself has."
+        },
+    )
+    cache_json_schema: str | None = field(
+        default=None, metadata={"help": "For cache_verifier: json. Path of a JSON Schema that answers must fit."}
+    )
+    cache_majority: Annotated[float, Range(min=0, below=1)] = field(
+        default=0.5,
+        metadata={
+            "help": "For cache_keep: majority. More than this share of the answers to a prompt must have the same "
+            "final answer. 0.5 (default): more than half. 0: more than any other final answer has."
+        },
+    )
+    cache_judge_server: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "For cache_keep: judge. URLs of a chat server (OpenAI's protocol) whose model rates each answer "
+            "from 1 to 10."
+        },
+    )
+    cache_judge_model: str | None = field(
+        default=None, metadata={"help": "The judge's name on its server. Needed if it offers several models."}
+    )
+    cache_judge_key_env: str = field(
+        default="OPENAI_API_KEY",
+        metadata={"help": "Name of the environment variable that holds the key of cache_judge_server."},
+    )
+    cache_judge_min: Annotated[int, Range(min=1, max=10)] = field(
+        default=8, metadata={"help": "For cache_keep: judge. The lowest rating of an answer that is kept."}
+    )
+    cache_max_think_tokens: PositiveInt | None = field(
+        default=None,
+        metadata={
+            "help": "For job: generate. Tokens that thoughts (<think>...</think>) may take. Where they reach it, "
+            "</think> is written for the teacher, which then goes on with its answer. Default: no limit."
+        },
+    )
+    cache_thoughts: str = field(
+        default="keep",
+        metadata={
+            "help": "For job: generate. keep (default): data.yaml trains on thoughts and answers. strip: on the "
+            "answers only. Build again with the other value to change it; no answer is generated again.",
+            "choices": ["keep", "strip"],
+        },
+    )
+    cache_pairs: NonNegativeInt = field(
+        default=0,
+        metadata={
+            "help": "For job: generate with cache_keep. Pairs of a kept and a rejected answer to write for each "
+            "prompt at most, as a data set for DPO beside the answers (pairs.yaml). Default: 0, none."
+        },
+    )
+
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.job == "generate":
+            _check_verification(self)
         if self.job == "generate" and self.cache_samples > 1 and self.cache_temperature == 0:
             raise UserError(
                 "cache_samples above 1 with cache_temperature 0 gives the same answer several times.",
@@ -148,6 +229,35 @@ class CacheArguments:
                 "engine: ray spreads the shards over its workers itself; leave shard out.", because="meaning"
             )
         self.part = _part(self.shard)
+
+
+def _check_verification(arguments: CacheArguments) -> None:
+    """Raises UserError for a choice of answers that lacks what it needs."""
+    keep, verifier = arguments.cache_keep, arguments.cache_verifier
+    if verifier is not None and verifier not in VERIFIERS and not verifier.startswith(PYTHON):
+        raise UserError(
+            f"cache_verifier is {verifier!r}; choose one of {', '.join(VERIFIERS)}, or python:package.module:function."
+        )
+    if keep in ("correct", "majority") and verifier is None:
+        raise UserError(f"cache_keep: {keep} needs a cache_verifier, which reads the final answers.")
+    if keep == "judge" and arguments.cache_judge_server is None:
+        raise UserError("cache_keep: judge needs cache_judge_server, the URL of the judge.")
+    if arguments.cache_json_schema is not None and verifier != "json":
+        raise UserError("cache_json_schema is for cache_verifier: json only.", because="meaning")
+    if keep == "majority" and arguments.cache_samples < 2:
+        raise UserError("cache_keep: majority compares several answers: set cache_samples.", because="meaning")
+    if arguments.cache_pairs and (keep == "all" or arguments.cache_samples < 2):
+        raise UserError(
+            "cache_pairs needs kept and rejected answers to the same prompt: set cache_keep to correct, majority or "
+            "judge, and cache_samples above 1.",
+            because="meaning",
+        )
+    budget = arguments.cache_max_think_tokens
+    if budget is not None and budget >= arguments.cache_max_new_tokens:
+        raise UserError(
+            f"cache_max_think_tokens {budget} leaves no room for an answer in cache_max_new_tokens "
+            f"{arguments.cache_max_new_tokens}. Raise the latter."
+        )
 
 
 def _part(shard: str | None) -> tuple[int, int] | None:

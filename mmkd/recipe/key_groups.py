@@ -24,7 +24,8 @@ OWN_KEYS = {
     "teacher": (
         "teacher teacher_revision teacher_dtype teacher_attn_implementation teacher_load_in_4bit teacher_load_in_8bit "
         "teacher_cache teacher_tail teacher_top_k teacher_server teacher_server_model teacher_server_signal "
-        "teacher_server_dtype teacher_server_recheck teacher_concurrency teacher_timeout teachers teacher_column "
+        "teacher_server_dtype teacher_server_recheck teacher_api teacher_api_model teacher_api_key_env "
+        "teacher_concurrency teacher_timeout teachers teacher_column "
         "teacher_view privileged_dropout teacher_model_init_kwargs self_teacher ema_decay ema_every"
     ),
     "student": (
@@ -36,7 +37,9 @@ OWN_KEYS = {
     "cache": (
         "job cache_signal cache_hidden_dtype cache_tail_draws cache_shard_rows cache_batch_tokens on_error "
         "max_skipped shard engine cache_workers cache_worker_cpus cache_worker_gpus cache_samples "
-        "cache_max_new_tokens cache_keep_truncated cache_temperature cache_top_p cache_seed"
+        "cache_max_new_tokens cache_keep_truncated cache_temperature cache_top_p cache_seed cache_keep cache_verifier "
+        "cache_gold_column cache_json_schema cache_majority cache_judge_server cache_judge_model cache_judge_key_env "
+        "cache_judge_min cache_max_think_tokens cache_thoughts cache_pairs"
     ),
 }
 """Group -> the keys that mmkd itself gives every method. What a method declares belongs to the group `method`."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, 
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from itertools import takewhile
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ from tenacity import (
     wait_exponential,
     wait_random,
 )
+from tenacity.wait import wait_base
 
 from mmkd.errors import UserError
 
@@ -36,6 +38,8 @@ REST = 30.0
 CONNECT_TIMEOUT = 10.0
 # Seconds before another try: 0.5, 1, 2, ... with jitter, so that rows that failed together do not come back together.
 BACK_OFF = wait_exponential(multiplier=0.5, max=20) + wait_random(0, 0.5)
+# Seconds that a server may ask for before another try (Retry-After).
+LONGEST_WAIT = 300.0
 
 
 class Refusal(Exception):
@@ -51,7 +55,22 @@ class NoAnswer(UserError):
 
 
 class _Failure(Exception):
-    """No answer, or one that asking again may change: refused connection, time-out, HTTP 408, 429 or 5xx."""
+    """No answer, or one that asking again may change: refused connection, time-out, HTTP 408, 429 or 5xx.
+
+    `wait` is after how many seconds the server wants to be asked again (Retry-After).
+    """
+
+    def __init__(self, message: str, wait: float = 0.0):
+        super().__init__(message)
+        self.wait = wait
+
+
+class _RetryAfter(wait_base):
+    """The seconds that the server asked for."""
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        error = None if retry_state.outcome is None else retry_state.outcome.exception()
+        return error.wait if isinstance(error, _Failure) else 0.0
 
 
 @dataclass(frozen=True)
@@ -74,8 +93,9 @@ class Endpoints:
     """Base URLs of servers that answer alike, asked from synchronous code through an event loop in a thread.
 
     At most `concurrency` requests are under way at a time, over all URLs; each may take `timeout` seconds and is tried
-    `1 + retries` times, waiting 0.5 s, 1 s, 2 s, ... up to 20 s with jitter in between, each time at the server that
-    is least busy and has not failed lately. Raises `NoAnswer` and `Refusal`.
+    `1 + retries` times, waiting 0.5 s, 1 s, 2 s, ... up to 20 s with jitter in between (or what the server asks for
+    with Retry-After), each time at the server that is least busy and has not failed lately. Raises `NoAnswer` and
+    `Refusal`.
     """
 
     def __init__(self, urls: Iterable[str], api_key: str | None, concurrency: int, timeout: float, retries: int):
@@ -89,6 +109,7 @@ class Endpoints:
             )
         self._endpoints = [_Endpoint(url) for url in self.urls]
         self._concurrency, self._timeout, self._retries = concurrency, timeout, retries
+        self._secret = api_key
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT), pool=None),
@@ -172,7 +193,7 @@ class Endpoints:
         attempts = AsyncRetrying(
             retry=retry_if_exception_type(_Failure),
             stop=stop_after_attempt(1 + self._retries if retry else 1),
-            wait=BACK_OFF,
+            wait=BACK_OFF + _RetryAfter(),
             before_sleep=self._tell,
             reraise=True,
         )
@@ -208,10 +229,16 @@ class Endpoints:
             endpoint.rests_until = 0.0
             return Reply(endpoint.url + path, response.headers, content)
         message, parameter = _error_of(response, bytes(content))
-        if response.status_code in (408, 429) or response.is_server_error:
+        if self._secret:
+            # Some servers repeat the key that they refuse.
+            message = message.replace(self._secret, "***")
+        # Waiting does not fill an account.
+        spent = response.status_code == 429 and b"insufficient_quota" in content
+        if not spent and (response.status_code in (408, 429) or response.is_server_error):
             self.failures += 1
             endpoint.rests_until = time.monotonic() + REST
-            raise _Failure(f"{endpoint.url} answered HTTP {response.status_code}: {message}")
+            wait = _retry_after(response.headers.get("retry-after"))
+            raise _Failure(f"{endpoint.url} answered HTTP {response.status_code}: {message}", wait)
         raise Refusal(endpoint.url, response.status_code, message, parameter)
 
     def _tell(self, state: RetryCallState) -> None:
@@ -237,6 +264,20 @@ class Endpoints:
                 f"no answer from {url} within {self._timeout:g} s (lower teacher_concurrency or raise teacher_timeout)"
             )
         return f"{url} broke off ({type(error).__name__}: {error})"
+
+
+def _retry_after(header: str | None) -> float:
+    """The seconds of a Retry-After header, which may be a date; at most `LONGEST_WAIT`, and 0 without one."""
+    if not header:
+        return 0.0
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(seconds, 0.0), LONGEST_WAIT)
 
 
 def _root(url: str) -> str:

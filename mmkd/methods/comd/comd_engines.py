@@ -1,13 +1,11 @@
 """Who replies: a transformers model in this process, or any server that speaks OpenAI's chat protocol."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import msgspec
 import torch
 from accelerate.utils import release_memory
 from transformers import PreTrainedModel, ProcessorMixin
@@ -19,8 +17,7 @@ from mmkd.generation.generator import Prompt, RowError, Sampling
 from mmkd.generation.local_generation import LocalGenerator, on_device, prompt_inputs, seed_of, together
 from mmkd.models.backbone import allow_consumers
 from mmkd.models.load import positions_of, tokenizer_of
-from mmkd.teachers import vllm_wire as wire
-from mmkd.teachers.endpoints import Endpoints, Refusal
+from mmkd.teachers.chat_api import Chat, ChatClient, ChatReply
 from mmkd.teachers.signals import DenseSignal
 
 from .instructions import answered, open_image
@@ -160,24 +157,6 @@ class LocalEngine(Engine):
         return list(tokenizer_of(template)(text, add_special_tokens=False)["input_ids"])
 
 
-class _Said(msgspec.Struct):
-    content: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    message: _Said
-    finish_reason: str | None = None
-
-
-class _Counts(msgspec.Struct):
-    completion_tokens: int = 0
-
-
-class _Chat(msgspec.Struct):
-    choices: list[_Choice]
-    usage: _Counts | None = None
-
-
 class ChatServer(Engine):
     """Any server of OpenAI's chat protocol (vLLM, SGLang, llama.cpp, ...), several URLs of one model taking turns.
 
@@ -197,15 +176,14 @@ class ChatServer(Engine):
     ):
         # Where a server stands decides nothing: replies are found again when it has moved.
         self.identity = {"served": model or name}
-        self.model, self._urls = model, urls
-        self._settings = (os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY"), concurrency, timeout)
-        self._retries = retries
-        self._endpoints: Endpoints | None = None
+        self._urls, self._settings = urls, {"concurrency": concurrency, "timeout": timeout, "retries": retries}
+        self._model = model
+        self._client: ChatClient | None = None
 
     def close(self) -> None:
-        if self._endpoints is not None:
-            self._endpoints.close()
-            self._endpoints = None
+        if self._client is not None:
+            self._client.close()
+            self._client = None
 
     def replies(self, questions: Sequence[Question], sampling: Sampling) -> Iterator[list[tuple[int, Reply]]]:
         if any(question.answer is not None for question in questions):
@@ -214,59 +192,35 @@ class ChatServer(Engine):
                 "Hub id without teacher_server, or choose another assessor.",
                 because="not built",
             )
-        if self._endpoints is None:
-            self._endpoints = Endpoints(self._urls, *self._settings, self._retries)
-        model = self.model or self._only_model(self._endpoints)
+        if self._client is None:
+            role = "teacher_server_model, assessor_server_model or augmentor_server_model"
+            keys = ("VLLM_API_KEY", "OPENAI_API_KEY")
+            self._client = ChatClient(self._urls, self._model, key_names=keys, model_key=role, **self._settings)
         body = {
-            "model": model,
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
         }
-        endpoints = self._endpoints
-
-        async def ask(question: Question) -> Reply:
-            images = [open_image(path) for path in question.images]
-            own = {
-                "seed": _seed(sampling.seed, [question]),
-                "messages": wire.openai_messages(question.messages, images),
-            }
-            try:
-                answer = await endpoints.request("/v1/chat/completions", msgspec.json.encode(body | own))
-            except Refusal as refusal:
-                if refusal.status in (400, 413, 422):
-                    return Reply("", 0, f"refused: {refusal.message}", 0.0)
-                raise UserError(
-                    f"{refusal}. See that the URL, the model's name and the key (VLLM_API_KEY) are right."
-                ) from refusal
-            completion = wire.decoded(answer, _Chat, endpoints.urls[0])
-            if not completion.choices:
-                raise UserError(f"{endpoints.urls[0]} answered without choices: it is no chat server.")
-            choice, counts = completion.choices[0], completion.usage or _Counts()
-            text = (choice.message.content or "").strip()
-            # Servers that do not count leave words to count by.
-            tokens = counts.completion_tokens or len(text.split())
-            return Reply(text, tokens, choice.finish_reason or "stop", 0.0)
-
+        chats = (
+            Chat(
+                question.messages,
+                [open_image(path) for path in question.images],
+                _seed(sampling.seed, [question]),
+            )
+            for question in questions
+        )
         begun = time.perf_counter()
-        for place, reply in endpoints.each(ask, questions):
+        for place, answer in self._client.each(chats, body):
             # Many requests are under way at a time: their own times would count one second several times.
             now = time.perf_counter()
-            yield [(place, replace(reply, seconds=now - begun))]
+            yield [(place, _reply(answer, now - begun))]
             begun = now
 
-    def _only_model(self, endpoints: Endpoints) -> str:
-        try:
-            body = endpoints.run(endpoints.request("/v1/models"))
-        except Refusal as refusal:
-            raise UserError(f"{refusal}. See that it is the URL of a chat server.") from refusal
-        models = [model.id for model in wire.decoded(body, wire.Models, endpoints.urls[0]).data]
-        if len(models) != 1:
-            raise UserError(
-                f"{endpoints.urls[0]} serves {', '.join(map(repr, models)) or 'nothing'}: name the model of the role "
-                "(teacher_server_model, assessor_server_model or augmentor_server_model)."
-            )
-        return models[0]
+
+def _reply(answer: ChatReply | RowError, seconds: float) -> Reply:
+    if isinstance(answer, RowError):
+        return Reply("", 0, f"refused: {answer.reason}", seconds)
+    return Reply(answer.text.strip(), answer.completion_tokens, answer.finish_reason, seconds)
 
 
 def _length(question: Question) -> int:
