@@ -37,6 +37,7 @@ def build(plan: Plan, console: Console) -> Path:
         for line in plan.summary(writer.manifest):
             console.print(line, highlight=False, markup=False)
         if not writer.manifest.missing():
+            plan.complete(writer.manifest, console)
             writer.finish()
     if _too_many_skipped(plan, writer.manifest):
         raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, Features
 from jaxtyping import Bool
+from rich.console import Console
 
 from mmkd import __version__
 from mmkd.alignment.pieces import TokenPieces, boundary_mask, set_sha256
@@ -79,6 +80,9 @@ class Plan(ABC):
     def summary(self, manifest: Manifest) -> list[str]:
         """What to say of the rows once they are written, in lines."""
         return []
+
+    def complete(self, manifest: Manifest, console: Console) -> None:  # noqa: B027
+        """Does what needs all rows, once all shards are there."""
 
     @property
     def arguments(self) -> CacheArguments:
@@ -271,6 +275,12 @@ def folder_of(run: Run) -> Path:
 def check_settings(run: Run) -> None:
     """Raises UserError for settings that contradict each other or lack a teacher or a place."""
     settings, arguments = run.arguments, run.cache
+    if settings.teacher_api is not None and settings.teacher is None:
+        raise UserError(
+            "A cache of scores needs probabilities of given tokens, and teacher_api writes text only. Set job: "
+            "generate for its answers, or use a local teacher or vLLM (teacher_server).",
+            because="upstream",
+        )
     if settings.teacher is None or settings.teacher_cache is None:
         raise UserError(
             "A cache needs `teacher` (whose answers they are; with teacher_server too) and `teacher_cache` (the "

@@ -4,14 +4,15 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from datasets import Dataset, DatasetDict, Features, List, Value
+from rich.console import Console
 
 from mmkd.cache.manifest import Manifest, Skipped
 from mmkd.cache.sequence_keys import image_hash
@@ -20,37 +21,28 @@ from mmkd.data.arrow import encoded_json, read_rows
 from mmkd.data.images import read_row
 from mmkd.data.prompts import IllustratedText, model_inputs, question_of, with_pictures
 from mmkd.errors import UserError
+from mmkd.files import write_file
+from mmkd.generation.chat_generation import ChatGenerator
 from mmkd.generation.generator import Advance, Answer, Generator, Prompt, RowError, Sampling
-from mmkd.generation.local_generation import LocalGenerator, on_device, prompt_inputs, seed_of
-from mmkd.generation.served_generation import ServerGenerator
+from mmkd.generation.local_generation import LocalGenerator, seed_of
+from mmkd.generation.thoughts import BudgetedAnswer, BudgetedGenerator
+from mmkd.generation.verifiers import verifier_named
 from mmkd.models.load import positions_of, tokenizer_of
 from mmkd.preparation.vision_checks import refusal
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run import load_rows_of
-from mmkd.recipe.run_models import load_teacher, teacher_processing_class
-from mmkd.teachers.vllm_client import Ids
+from mmkd.recipe.run_models import teacher_processing_class
 from mmkd.training.preparing import preparation_of
 
+from .answering import AskedRow, api_prompt, api_teacher, generator_of, judge_client
 from .build_plan import Plan, ShardResult, folder_of, manifest_of
-from .captured_teacher import client_of, described_teacher
-from .scorers import batches
+from .captured_teacher import described_teacher
+from .judging import Ratings
 from .sequences import UnusableRow
+from .traces import PAIRS_RECIPE, SUMMARY, Selection, pairs_recipe, summary_lines
+from .verdicts import Rulings, Verdicts, check_gold_column
 
 DATA_RECIPE = "data.yaml"
-
-
-@dataclass(frozen=True)
-class AskedRow:
-    """A row to be answered: the tokens of its prompt, and how to make the prompt itself.
-
-    Decoded, the images of all rows of a shard would not fit into memory.
-    """
-
-    row: int
-    ids: Ids
-    images: tuple[str, ...]
-    """Hashes of the images."""
-    prompt: Callable[[], Prompt]
 
 
 @dataclass
@@ -59,32 +51,71 @@ class GeneratePlan(Plan):
 
     data: DatasetDict
     processing_class: Any
+    """Of the teacher; None for a chat server."""
+    _counted: tuple[int, int] = (0, 0)
+    """Tokens that a chat server has read and written for the shards that are finished."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For workers, who load a teacher of their own and verify nothing; connections cannot be sent.
+        return {name: value for name, value in vars(self).items() if name not in ("generator", "kinds", "selection")}
 
     @cached_property
     def generator(self) -> Generator[AskedRow]:
         """Whoever answers; loading the teacher waits until somebody asks."""
-        settings = self.run.arguments
-        if settings.teacher_server is not None:
-            return ServerGenerator(client_of(self.run, self.processing_class), lambda row: row.prompt())
-        assert settings.teacher is not None
-        teacher = on_device(load_teacher(self.run, settings.teacher, self.dtype))
+        return generator_of(self.run, self.processing_class, self.dtype)
 
-        def inputs(rows: list[AskedRow]) -> Mapping[str, Any]:
-            return prompt_inputs(self.processing_class, [row.prompt() for row in rows])
+    @cached_property
+    def kinds(self) -> list[Verdicts]:
+        """The verdicts that the recipe asks for."""
+        keys, kinds = self.arguments, list[Verdicts]()
+        if keys.cache_verifier is not None:
+            verifier = verifier_named(keys.cache_verifier, keys.cache_json_schema, keys.cache_gold_column)
+            kinds.append(Rulings(verifier, keys.cache_gold_column))
+        if keys.cache_judge_server is not None:
+            kinds.append(Ratings(judge_client(self.run), keys.cache_gold_column))
+        return kinds
 
-        return LocalGenerator(teacher, self.processing_class, inputs, self._batches)
+    @cached_property
+    def selection(self) -> Selection:
+        """How answers are chosen from those in the folder."""
+        return Selection(self.folder, self.manifest, self.features, self.arguments, self.kinds)
 
-    def _batches(self, rows: Sequence[AskedRow]) -> Iterator[list[int]]:
-        """Prompts with images one by one, others in batches of like length."""
-        arguments = self.arguments
-        lengths = [(len(row.ids) + arguments.cache_max_new_tokens) * arguments.cache_samples for row in rows]
-        return batches(lengths, 0 if any(row.images for row in rows) else arguments.cache_batch_tokens)
+    @property
+    def selects(self) -> bool:
+        """Whether data.yaml names rows that were chosen, and not the shards themselves."""
+        keys = self.arguments
+        return keys.cache_keep != "all" or keys.cache_thoughts == "strip" or bool(self.kinds)
 
     def files(self) -> dict[str, bytes]:
-        return {DATA_RECIPE: yaml.safe_dump(self._recipe(), sort_keys=False).encode()}
+        return {DATA_RECIPE: self._dumped(self._recipe())}
 
     def summary(self, manifest: Manifest) -> list[str]:
         return [describe_answers(self.folder, manifest)]
+
+    def complete(self, manifest: Manifest, console: Console) -> None:
+        """Verifies the answers and writes those that are kept, once all are there."""
+        if not self.selects:
+            (self.folder / SUMMARY).unlink(missing_ok=True)
+            return
+        if manifest.part is not None:
+            console.print("Answers are verified when all parts are in one folder: merge them, then build again.")
+            return
+        columns = self.data["train"].column_names
+        read = [name for name in columns if name not in ("images", "tools")]
+        for kind in self.kinds:
+            kind.bring_up_to_date(self.folder, manifest, self.data, read, console)
+        selection = replace(self.selection, manifest=manifest)
+        summary = selection.write()
+        write_file(self.folder / DATA_RECIPE, self._dumped(self._recipe(summary)))
+        if self.arguments.cache_pairs:
+            write_file(self.folder / PAIRS_RECIPE, pairs_recipe(selection, self._about("pairs"), summary))
+        else:
+            (self.folder / PAIRS_RECIPE).unlink(missing_ok=True)
+        selection.remove_others()
+        for kind in self.kinds:
+            kind.close()
+        for line in summary_lines(summary):
+            console.print(line, highlight=False, markup=False)
 
     def shard(self, split: str, number: int, advance: Advance) -> ShardResult:
         start, span, dataset = time.perf_counter(), self.manifest.span(split, number), self.data[split]
@@ -108,13 +139,23 @@ class GeneratePlan(Plan):
             else:
                 rows += [self._row(raw[row.row], row, sample, answer) for sample, answer in enumerate(answers)]
         self.refuse(skipped, split)
-        return ShardResult(split, number, rows, skipped, {"seconds": round(time.perf_counter() - start, 3)})
+        cost: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 3)}
+        if isinstance(self.generator, ChatGenerator):
+            client = self.generator.client
+            counted = (client.prompt_tokens, client.completion_tokens)
+            read, written = (now - before for now, before in zip(counted, self._counted, strict=True))
+            self._counted = counted
+            cost |= {"prompt_tokens": read, "completion_tokens": written}
+        return ShardResult(split, number, rows, skipped, cost)
 
     def _too_long(self, row: AskedRow, skipped: dict[int, Skipped]) -> bool:
         """Whether a teacher in this process has no room for a row's prompt and answers; a server says so itself."""
-        if not isinstance(self.generator, LocalGenerator):
+        generator = self.generator
+        if isinstance(generator, BudgetedGenerator):
+            generator = generator.inner
+        if not isinstance(generator, LocalGenerator):
             return False
-        positions = positions_of(self.generator.model.config)
+        positions = positions_of(generator.model.config)
         unusable = too_long_prompt(
             len(row.ids), None if positions is None else positions - self.arguments.cache_max_new_tokens
         )
@@ -128,20 +169,29 @@ class GeneratePlan(Plan):
         prompt = self._prompt(values)
         if isinstance(prompt, UnusableRow):
             return prompt
+        if prompt.images and self.arguments.cache_max_think_tokens is not None:
+            raise UserError(
+                "cache_max_think_tokens goes on with a prompt in tokens, and rows with images are asked in messages. "
+                "Remove it, or use data without images.",
+                because="not built",
+            )
         images = tuple(image_hash(image) for image in prompt.images)
         # What has no images is not worth making twice.
         make = partial(self._prompt_again, row, values) if images else lambda: prompt
         return AskedRow(row, prompt.ids, images, make)
 
     def _prompt(self, row: Mapping[str, Any]) -> Prompt | UnusableRow:
-        read = read_row(row)
-        if isinstance(read, UnusableRow):
-            return read
-        images = read.get("images")
+        view = self.run.training.view
         try:
+            read = read_row(row if view is None else view.rewrite(row))
+            if isinstance(read, UnusableRow):
+                return read
+            images = read.get("images")
             asked = with_pictures(question_of(read), images)
         except UserError as error:
             return UnusableRow(str(error))
+        if self.run.arguments.teacher_api is not None:
+            return api_prompt(asked, images or (), row)
         text = asked.text if isinstance(asked, IllustratedText) and images else None
         if text is not None and self.run.arguments.teacher_server is not None:
             raise UserError(
@@ -168,42 +218,60 @@ class GeneratePlan(Plan):
     def _row(self, row: Mapping[str, Any], prompt: AskedRow, sample: int, answer: Answer) -> dict[str, Any]:
         asked = question_of(row)
         completion = answer.text if isinstance(asked, str) else [{"role": "assistant", "content": answer.text}]
-        key = hashlib.blake2b(json.dumps([list(map(int, prompt.ids)), sample]).encode(), digest_size=16)
+        # A chat server makes tokens of its own: there the words are what was asked.
+        said: Any = list(map(int, prompt.ids)) or asked
+        key = hashlib.blake2b(json.dumps([said, sample]).encode(), digest_size=16)
         for image in prompt.images:
             key.update(bytes.fromhex(image))
         others = {name: row[name] for name in ("images", "tools") if name in row}
         own = {"prompt": asked, "completion": completion, **others}
         own = {name: encoded_json(value, self.features[name]) for name, value in own.items()}
-        facts = {"sample": sample, "finish_reason": answer.finish_reason}
-        return {"key": key.digest(), "tokens": len(answer.ids), **own, **facts}
+        facts: dict[str, Any] = {"sample": sample, "finish_reason": answer.finish_reason}
+        if "thoughts_cut" in self.features:
+            facts["thoughts_cut"] = isinstance(answer, BudgetedAnswer) and answer.thoughts_cut
+        return {"key": key.digest(), "tokens": answer.tokens, **own, **facts}
 
-    def _recipe(self) -> dict[str, Any]:
-        """A data recipe of the answers that ended by themselves, or where asked of all, with the cut ones marked."""
+    def _about(self, kind: str) -> dict[str, Any]:
+        """The name, description and licence of a data recipe of the answers, or of pairs of them."""
         identity = self.manifest.identity
         teacher, data = identity["teacher"]["name"], identity["data"]
+        what = "Answers" if kind == "answers" else "Pairs of a kept and a rejected answer"
+        description = f"{what} of {teacher} to the prompts of {data['name']}."
+        return {"name": f"{data['name']}-{kind}", "description": description, "license": data["license"]}
+
+    def _recipe(self, summary: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A data recipe of the answers that ended by themselves, or where asked of all, with the cut ones marked.
+
+        Where answers are chosen, it is of those that were; `summary` says how many, once that is known.
+        """
         columns = {name: name for name in ("prompt", "completion", "images", "tools") if name in self.features}
+        keeps_cut = self.arguments.cache_keep_truncated
+        columns |= {"truncated": "finish_reason"} if keeps_cut else {}
+        about, splits = self._about("answers"), list(self.manifest.total_rows)
+        if not self.selects:
+            filters = {} if keeps_cut else {"filters": {"equals": {"finish_reason": "stop"}}}
+            places = {"source": ".", "splits": {split: split for split in splits}}
+            return {**about, **places, "columns": columns, **filters}
+        if summary is not None:
+            about["description"] += " " + " ".join(summary_lines(summary))
+            splits = [split for split in splits if summary["splits"][split]["kept"] or split == "train"]
         return {
-            "name": f"{data['name']}-answers",
-            "description": f"Answers of {teacher} to the prompts of {data['name']}.",
-            "license": data["license"],
-            "source": ".",
-            "splits": {split: split for split in self.manifest.total_rows},
-            **(
-                {"columns": {**columns, "truncated": "finish_reason"}}
-                if self.arguments.cache_keep_truncated
-                else {"columns": columns, "filters": {"equals": {"finish_reason": "stop"}}}
-            ),
+            **about,
+            "source": "parquet",
+            "data_files": {split: self.selection.path("kept", split) for split in splits},
+            "splits": {split: split for split in splits},
+            "columns": columns,
         }
+
+    @staticmethod
+    def _dumped(recipe: Mapping[str, Any]) -> bytes:
+        return yaml.safe_dump(dict(recipe), sort_keys=False).encode()
 
 
 def make_generate_plan(run: Run) -> GeneratePlan:
     """The plan of a cache of answers. Raises UserError for data without prompts and settings that cannot be."""
     settings, arguments = run.arguments, run.cache
-    if settings.teacher is None or settings.teacher_cache is None:
-        raise UserError(
-            "Generating needs `teacher` (who answers; with teacher_server too) and `teacher_cache` (the folder to "
-            "write)."
-        )
+    _check_teacher(run)
     data = load_rows_of(run)
     columns = data["train"].column_names
     if "text" in columns:
@@ -212,21 +280,58 @@ def make_generate_plan(run: Run) -> GeneratePlan:
             "columns to prompt (and completion), or to messages.",
             because="meaning",
         )
-    processing_class = teacher_processing_class(run)
-    # vLLM has to have room for prompt and answer; how long prompts are is not known before they are rendered.
-    teacher = described_teacher(run, tokenizer_of(processing_class), 0, arguments.cache_max_new_tokens)
-    facts = preparation_of(processing_class, run.training)
-    rendering = {name: facts[name] for name in ("tokenizer", "chat_template", "image_processor")}
+    check_gold_column(columns, arguments.cache_gold_column)
+    if settings.teacher_api is not None:
+        processing_class, teacher = None, api_teacher(run)
+        rendering: dict[str, Any] = dict.fromkeys(("tokenizer", "chat_template", "image_processor"))
+    else:
+        processing_class = teacher_processing_class(run)
+        # vLLM has to have room for prompt and answer; how long prompts are is not known before they are rendered.
+        teacher = described_teacher(run, tokenizer_of(processing_class), 0, arguments.cache_max_new_tokens)
+        facts = preparation_of(processing_class, run.training)
+        rendering = {name: facts[name] for name in ("tokenizer", "chat_template", "image_processor")}
+    view, budget = run.training.view, arguments.cache_max_think_tokens
+    if view is not None:
+        rendering["teacher_view"] = view.facts
     sampling = {
         "samples": arguments.cache_samples,
         "max_new_tokens": arguments.cache_max_new_tokens,
         "temperature": arguments.cache_temperature,
         "top_p": arguments.cache_top_p,
         "seed": arguments.cache_seed,
+        **({} if budget is None else {"max_think_tokens": budget}),
     }
     rows = {str(split): len(dataset) for split, dataset in data.items()}
     manifest = manifest_of(run, teacher, data, rows, signal={"kind": "text"}, preparation=rendering, sampling=sampling)
-    return GeneratePlan(run, folder_of(run), manifest, _features(data["train"]), data, processing_class)
+    features = _features(data["train"], budgeted=budget is not None)
+    plan = GeneratePlan(run, folder_of(run), manifest, features, data, processing_class)
+    # A verifier that cannot be made, or a judge that is not there, is told before hours of generation.
+    plan.files()
+    return plan
+
+
+def _check_teacher(run: Run) -> None:
+    """Raises UserError where nobody is named who answers, or more than one, and without a folder to write."""
+    settings = run.arguments
+    if (settings.teacher is None and settings.teacher_api is None) or settings.teacher_cache is None:
+        raise UserError(
+            "Generating needs `teacher` (who answers; with teacher_server too) or `teacher_api`, and `teacher_cache` "
+            "(the folder to write)."
+        )
+    if settings.teacher_api is None:
+        return
+    if settings.teacher is not None or settings.teacher_server is not None:
+        raise UserError(
+            "teacher_api says who answers, and so do `teacher` and teacher_server: keep one. The name of the model at "
+            "the API is teacher_api_model.",
+            because="meaning",
+        )
+    if run.cache.cache_max_think_tokens is not None:
+        raise UserError(
+            "cache_max_think_tokens ends thoughts within the teacher's tokens, which a chat API does not take. Use a "
+            "local teacher or vLLM (teacher_server), or limit thoughts with the API's own settings.",
+            because="upstream",
+        )
 
 
 def describe_answers(folder: Path, manifest: Manifest) -> str:
@@ -240,7 +345,10 @@ def describe_answers(folder: Path, manifest: Manifest) -> str:
         return f"{total:,} answers, none cut off."
     longest = manifest.identity["sampling"]["max_new_tokens"]
     summary = f"{total:,} answers, {cut:,} of them cut off at cache_max_new_tokens {longest}"
-    if "filters" in (yaml.safe_load((folder / DATA_RECIPE).read_text(encoding="utf-8")) or {}):
+    recipe = yaml.safe_load((folder / DATA_RECIPE).read_text(encoding="utf-8")) or {}
+    if "data_files" in recipe and "truncated" not in recipe["columns"]:
+        return f"{summary}."
+    if "filters" in recipe:
         return (
             f"{summary}: {DATA_RECIPE} leaves those out of training. Raise cache_max_new_tokens and name another "
             "folder to get them whole, or build again with cache_keep_truncated: true to train on them up to where "
@@ -259,7 +367,7 @@ def too_long_prompt(tokens: int, room: int | None) -> UnusableRow | None:
     )
 
 
-def _features(data: Dataset) -> Features:
+def _features(data: Dataset, budgeted: bool = False) -> Features:
     prompt = data.features["prompt" if "prompt" in data.column_names else "messages"]
     others = {name: data.features[name] for name in ("images", "tools") if name in data.column_names}
     message = {"role": Value("string"), "content": Value("string")}
@@ -273,5 +381,6 @@ def _features(data: Dataset) -> Features:
             **others,
             "sample": Value("int32"),
             "finish_reason": Value("string"),
+            **({"thoughts_cut": Value("bool")} if budgeted else {}),
         }
     )

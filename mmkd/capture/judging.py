@@ -57,6 +57,9 @@ class Ratings(Verdicts):
         question = hashlib.sha256("".join((QUESTION, REFERENCE, AGAIN)).encode()).hexdigest()[:16]
         return {"judge": self.client.model, "question": question, "gold_column": self.gold_column}
 
+    def close(self) -> None:
+        self.client.close()
+
     def of(self, answers: Sequence[StoredAnswer], rows: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
         verdicts: list[dict[str, Any]] = [{"rating": None, "said": None} for _ in answers]
         chats: dict[int, list[dict[str, Any]]] = {

@@ -126,7 +126,7 @@ class Selection:
                     tally.count(group, len(pairs_of(group, self.keys.cache_pairs)))
                 flat = [own for group in groups for own in group]
                 places = [place for place, own in enumerate(flat) if own.reason == KEPT]
-                writer.write_table(self._kept(table.take(places), [flat[place] for place in places]))
+                writer.write_table(self._kept(_rows(table, places), [flat[place] for place in places]))
 
     def _kept(self, table: pa.Table, kept: Sequence[JudgedAnswer]) -> pa.Table:
         """The rows of kept answers; what does not change keeps its bytes, images among it."""
@@ -153,7 +153,7 @@ class Selection:
                     "rejected": [self._learnt(rejected) for _, rejected in pairs],
                     "reason": [rejected.reason for _, rejected in pairs],
                 }
-                new, table = _table(made, Features({name: features[name] for name in made})), table.take(places)
+                new, table = _table(made, Features({name: features[name] for name in made})), _rows(table, places)
                 columns = [new[name] if name in made else table[name] for name in features]
                 writer.write_table(pa.table(columns, schema=features.arrow_schema))
 
@@ -165,6 +165,11 @@ class Selection:
         if isinstance(feature, Value):
             return text
         return encoded_json([{"role": "assistant", "content": text}], feature)
+
+
+def _rows(table: pa.Table, places: Sequence[int]) -> pa.Table:
+    # The type of no places at all is not known from them.
+    return table.take(pa.array(places, pa.int64()))
 
 
 def _table(columns: Mapping[str, Sequence[Any]], features: Features) -> pa.Table:

@@ -22,7 +22,8 @@ from mmkd import __version__
 from mmkd.cache.manifest import Manifest
 from mmkd.cache.store import CacheWriter, read_shard
 from mmkd.data.arrow import plain_rows, read_rows
-from mmkd.data.prompts import question_of, text_of
+from mmkd.data.prompts import text_of
+from mmkd.data.teacher_view import answer_of
 from mmkd.errors import UserError
 from mmkd.generation.thoughts import thought_of
 from mmkd.generation.verifiers import Verifier
@@ -89,17 +90,7 @@ def _text(completion: str | Sequence[Mapping[str, Any]]) -> str:
 
 def gold_of(row: Mapping[str, Any], column: str | None) -> Any:
     """The right answer of a row: the value of a column, or the answer that the row has; None without one."""
-    if column is not None:
-        return row[column]
-    if "completion" in row or "messages" not in row:
-        answer = row.get("completion")
-        if answer is None or isinstance(answer, str):
-            return answer or None
-        messages = answer
-    else:
-        messages = list(row["messages"])[len(question_of(row)) :]
-    text = text_of(messages[-1].get("content")) if messages else ""
-    return thought_of(text).answer or None
+    return row[column] if column is not None else thought_of(answer_of(row)).answer or None
 
 
 def check_gold_column(columns: Sequence[str], column: str | None) -> None:
@@ -126,6 +117,9 @@ class Verdicts(ABC):
     def facts(self) -> dict[str, Any]:
         """What decides the verdicts."""
 
+    def close(self) -> None:  # noqa: B027
+        """Gives back connections."""
+
     @abstractmethod
     def of(self, answers: Sequence[StoredAnswer], rows: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The verdict on each answer; `rows` are those of the data, by number."""
@@ -136,7 +130,7 @@ class Verdicts(ABC):
         return answers / VERDICTS / f"{self.name}-{digest}"
 
     def bring_up_to_date(
-        self, answers: Path, manifest: Manifest, data: Mapping[str, Dataset], columns: Sequence[str], console: Console
+        self, answers: Path, manifest: Manifest, data: Mapping[Any, Dataset], columns: Sequence[str], console: Console
     ) -> None:
         """Gives the verdicts that are missing. `columns` are those of the data that are read."""
         identity = {

@@ -114,6 +114,11 @@ class Answer:
     log_probs: list[float] | None = None
     """Of its tokens, at temperature 1 over the whole vocabulary, where they were asked for."""
 
+    @property
+    def tokens(self) -> int:
+        """How many it has, the end of sequence included."""
+        return len(self.ids)
+
 
 @dataclass(frozen=True)
 class RowError:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mmkd.cache.manifest import Manifest
 from mmkd.cache.store import LOG, Cache
-from mmkd.capture import generate
+from mmkd.capture import answering
 from mmkd.capture.distributed import shards_on_ray
 from mmkd.commands.main import main
 from mmkd.data.load_data import load_data
@@ -389,14 +389,14 @@ def test_answers_to_images_are_those_of_images_decoded_at_once(
 ) -> None:
     """One prompt at a time has its images decoded while a local teacher answers."""
     alive: list[int] = []
-    inputs = generate.prompt_inputs
+    inputs = answering.prompt_inputs
 
     def counted(processing_class: Any, prompts: Any) -> Any:
         gc.collect()
         alive.append(sum(type(one).__name__ == "PngImageFile" for one in gc.get_objects()))
         return inputs(processing_class, prompts)
 
-    monkeypatch.setattr(generate, "prompt_inputs", counted)
+    monkeypatch.setattr(answering, "prompt_inputs", counted)
     flags = ["--job", "generate", "--max_skipped", "1", "--cache_max_new_tokens", "8"]
     mmkd("cache", "build", "recipe.yaml", *pictures, *flags)
     assert len(alive) == 9
