@@ -34,13 +34,13 @@ from mmkd.recipe.run import load_rows_of
 from mmkd.recipe.run_models import teacher_processing_class
 from mmkd.training.preparing import preparation_of
 
+from .answer_verdicts import Rulings, Verdicts, check_gold_column
 from .answering import AskedRow, api_prompt, api_teacher, generator_of, judge_client
 from .build_plan import Plan, ShardResult, folder_of, manifest_of
 from .captured_teacher import described_teacher
 from .judging import Ratings
 from .sequences import UnusableRow
 from .traces import PAIRS_RECIPE, SUMMARY, Selection, pairs_recipe, summary_lines
-from .verdicts import Rulings, Verdicts, check_gold_column
 
 DATA_RECIPE = "data.yaml"
 

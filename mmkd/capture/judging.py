@@ -12,7 +12,7 @@ from mmkd.generation.thoughts import thought_of
 from mmkd.teachers.chat_api import Chat, ChatClient, ChatReply
 from mmkd.teachers.vllm_rows import RowError
 
-from .verdicts import StoredAnswer, Verdicts, gold_of
+from .answer_verdicts import StoredAnswer, Verdicts, gold_of
 
 QUESTION = """\
 An assistant was given an instruction. Rate how well it followed it: is the answer right, to the point, precise, and \

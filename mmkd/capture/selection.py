@@ -8,7 +8,7 @@ from typing import Any
 from mmkd.generation.thoughts import CLOSE, OPEN, thought_of, with_thoughts
 from mmkd.recipe.cache_arguments import CacheArguments
 
-from .verdicts import StoredAnswer
+from .answer_verdicts import StoredAnswer
 
 KEPT = ""
 """The reason of an answer that is kept."""

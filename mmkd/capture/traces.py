@@ -26,8 +26,8 @@ from mmkd.data.arrow import encoded_json
 from mmkd.files import new_folder, write_file
 from mmkd.recipe.cache_arguments import CacheArguments
 
+from .answer_verdicts import Verdicts, by_row, stored_answers
 from .selection import KEPT, JudgedAnswer, Tally, judged, learnt_text, pairs_of
-from .verdicts import Verdicts, by_row, stored_answers
 
 SUMMARY, PAIRS_RECIPE = "traces.json", "pairs.yaml"
 # Columns of the shards that say nothing to a student.

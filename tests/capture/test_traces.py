@@ -11,7 +11,7 @@ import yaml
 
 from mmkd.cache.manifest import Manifest
 from mmkd.cache.store import LOG
-from mmkd.capture.verdicts import Rulings
+from mmkd.capture.answer_verdicts import Rulings
 from mmkd.commands.main import main
 from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
