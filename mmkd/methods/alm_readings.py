@@ -24,6 +24,7 @@ from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import is_routed, named_parts
 from mmkd.teachers.teacher import Teacher
 from mmkd.training.preparing import preparation_of
+from mmkd.training.rewards import RATED
 
 from .alm_config import ALMConfig
 from .pair_rollouts import asked_columns, question_of, questions_of
@@ -149,6 +150,8 @@ class Readings:
         rows, columns = numbered(dataset), dict[str, Any]()
         if args.on_policy_fraction:
             columns[QUESTION] = questions_of(dataset, args.rollout_prompt_tokens)
+        if RATED in dataset.column_names:
+            columns[RATED] = dataset[RATED][:]
         own = None
         if self._column is not None:
             columns[self._column] = dataset[self._column][:]

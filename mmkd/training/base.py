@@ -183,7 +183,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         batch, counts = self.prepare(inputs)
         with naming_rows(self._row_names):
             signal = self.ask(batch) if self.needs_teacher or self._reports_now() else None
-        losses = self.forward(model, batch, lambda read: self.losses_of(read, signal))
+        losses = self.forward(model, batch, lambda read: self.rewarded(read, self.losses_of(read, signal)))
         loss = self.total(losses, counts)
         self._record({**losses.reports, **reports_of(batch, losses, None if self.model.training else counts)})
         if not return_outputs:
@@ -251,7 +251,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
             batches = [self.ask_ahead(batch, len(batches) == 1) for batch in batches]
         counts: dict[str, Tensor] = {}
         for batch in batches:
-            for kind, count in self.count_items(batch).items():
+            for kind, count in self.counted(batch).items():
                 counts[kind] = counts.get(kind, torch.zeros((), dtype=torch.long, device=device)) + count.to(device)
         self._counts = {kind: self._summed(counts[kind]) for kind in sorted(counts)}
         return batches, num_items

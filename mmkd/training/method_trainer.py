@@ -25,6 +25,7 @@ from .answers import Placed
 from .balance import balance_factors, gradients_in_last_layer
 from .config import DistillationConfig
 from .items import ItemLosses, Supervised, Terms, kind_of
+from .rewards import REWARD, policy_gradient
 from .rollout_trainer import RolloutTrainer
 from .self_teaching import SelfTaughtTrainer
 from .served_rollouts import as_served
@@ -135,6 +136,23 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
         supervised = batch.student.supervised
         routed = {ROUTER: supervised.new_ones((), dtype=torch.long)} if self.aux_loss_enabled else {}
         return {"token": supervised.sum(), **routed}
+
+    def counted(self, batch: Batch) -> dict[str, Tensor]:
+        """As `count_items`, of a batch that is learnt from, and those of the reward."""
+        if not self.args.learns_from_reward:
+            return self.count_items(batch)
+        view = batch.student
+        own = view.supervised if view.rollout is None else view.rollout.own[:, 1:] & view.supervised
+        return {**self.count_items(batch), REWARD: own.sum() if view.rollout is not None else torch.tensor(0)}
+
+    def rewarded(self, read: Callable[[Tensor | None], Supervised], losses: ItemLosses) -> ItemLosses:
+        """The losses of a micro-batch with that of the reward of its rollouts, where there is one to learn from."""
+        args = self.args
+        if not args.learns_from_reward or not self.model.training:
+            return losses
+        assert args.reward_weight is not None
+        more = policy_gradient(read(None), args.reward_weight, args.reward_clip, args.chunk_size, args.precise_logits)
+        return ItemLosses({**losses.totals, **more.totals}, {**losses.reports, **more.reports})
 
     def count_pairs(self, batch: Batch, count: Callable[[View, View], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What `count` (the student's view, a teacher's) counts by kind of item, for all teachers.

@@ -20,6 +20,7 @@ from mmkd.preparation.prompt_rows import answered, with_open_answers
 from mmkd.seams.bitsandbytes_seam import keep_differentiable
 
 from .config import DistillationConfig
+from .rewards import with_rated_rows
 from .rollouts import check_rollouts
 from .self_teaching import itself_in
 from .teaching import check_teachers
@@ -65,6 +66,8 @@ class Prepared:
             train, evaluation = canonical_rows(train, "train", args), canonical_rows(evaluation, "eval", args)
         if args.on_policy_fraction == 1:
             train, evaluation = with_open_answers(train), answered(evaluation)
+        if args.reward is not None:
+            train = with_rated_rows(train)
         check_held_out(evaluation, args)
         check_teachers(trainer, teacher, args, {"train": train, "eval": evaluation})
         if args.on_policy_fraction:

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
-from trl.trainer.sft_trainer import SFTTrainer
 
 from mmkd.preparation.collation import BAD_ROWS
+from mmkd.seams.trl_seam import HookedSFTTrainer
 from mmkd.teachers.batch import Batch
 
 from .clock import StepClock
@@ -16,7 +16,7 @@ from .counts import CountingTrainer, add
 from .items import ItemLosses
 
 
-class ReportingTrainer(CountingTrainer, SFTTrainer):
+class ReportingTrainer(CountingTrainer, HookedSFTTrainer):
     """trl's SFTTrainer whose logs are means over items, with counts of tokens and the time left."""
 
     cumulative = ("supervised_tokens", "training_seconds", "rollout_tokens", *BAD_ROWS)

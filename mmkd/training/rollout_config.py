@@ -6,15 +6,15 @@ from typing import Annotated, Any, ClassVar
 from trl.trainer.sft_config import SFTConfig
 
 from mmkd.errors import UserError
-from mmkd.field_docs import DocumentedFields
 from mmkd.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Share, check_fields
 from mmkd.seams.trainer_seam import with_json_keys
 
 from .guard_settings import RolloutGuards
+from .reward_config import RewardConfig
 
 
 @dataclass
-class RolloutConfig(DocumentedFields, SFTConfig):
+class RolloutConfig(RewardConfig):
     """trl's SFTConfig with the settings of on-policy distillation."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = with_json_keys(SFTConfig, "rollout_guards")
@@ -152,6 +152,7 @@ class RolloutConfig(DocumentedFields, SFTConfig):
             self._check_sampling()
             self._check_lengths()
         self._check_weights()
+        self.check_reward(self.on_policy_fraction, self.rollout_temperature, self.rollout_top_p)
 
     def _check_weights(self) -> None:
         weights = self.rollout_token_weights

@@ -7,15 +7,21 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import Tensor
+from trl.data_utils import get_dataset_column_names
 
+from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.checks import check_stream
+from mmkd.preparation.pairs import packed
 from mmkd.teachers.batch import Batch
 
 from .answers import Placed
 from .log_lines import GUARD
 from .reports import ReportingTrainer
+from .rewards import RATED, RewardFunction, Rewards, with_advantages
 from .rollout_ahead import RolloutsAhead
 from .rollout_guards import SUMS, RolloutWatch, checkpoints_in, sums_of
 from .rollouts import Mixed, Rollouts
@@ -31,12 +37,21 @@ class RolloutTrainer(ReportingTrainer):
     rollouts: Rollouts | None = None
     _ahead: RolloutsAhead | None = None
     _watch: RolloutWatch | None = None
+    _rewards: Rewards | None = None
     _entropy: Tensor
     """Nats of the student on its rollouts of the step before, and of how many of their tokens."""
 
     def start_rollouts(self, rollouts: Rollouts) -> None:
-        """From now on the student answers prompts of the batches it trains on."""
+        """From now on the student answers prompts of the batches it trains on.
+
+        Raises UserError for a reward that there is not, or that asks for what the data does not have.
+        """
         self.rollouts = rollouts
+        if self.args.reward is not None:
+            processing_class: Any = self.processing_class
+            self._rewards = Rewards(RewardFunction(self.args.reward), tokenizer_of(processing_class), gather_object)
+            rows: Any = self.train_dataset
+            self._rewards.check(dict(next(iter(rows))))
         self._start_watch()
         self._ahead = RolloutsAhead(rollouts, self.early_question()) if self.args.rollout_ahead else None
 
@@ -76,7 +91,36 @@ class RolloutTrainer(ReportingTrainer):
             self._record({"rollouts_retokenised": (others, len(mixed.rollouts))}, "train")
         rollouts.judge(mixed.totals(self._summed, self.accelerator.device))
         self._watch_over(mixed)
+        if self._rewards is not None:
+            batches = self._rated(self._rewards, batches, mixed)
         return [replace(batch, rows=()) for batch in batches]
+
+    def _rated(self, rewards: Rewards, batches: list[Batch], mixed: Mixed) -> list[Batch]:
+        """The micro-batches whose rollouts know by how much their rewards are better than the others."""
+        advantages, reports = rewards.advantages(mixed, rewards.of(mixed, self.state))
+        device = self.accelerator.device
+        self._record({name: (total.to(device), count) for name, (total, count) in reports.items()}, "train")
+        return [with_advantages(batch, mixed, number, advantages) for number, batch in enumerate(batches)]
+
+    def columns_to_keep(self) -> list[str]:
+        """What a reward function is told: of rows with images, which are read as they are, every column."""
+        names = list(getattr(self.train_dataset, "column_names", None) or ()) if self.args.reward is not None else []
+        return [*super().columns_to_keep(), *names]
+
+    def prepared(self, rows: Any, args: Any, packing: bool, formatting_func: Any, split: str) -> Any:
+        """The rows of a split as the collator takes them, each of a pack with what a reward function is told of it."""
+        names = get_dataset_column_names(rows)
+        if not packing or RATED not in names or "seq_lengths" in names:
+            return super().prepared(rows, args, packing, formatting_func, split)
+        if not isinstance(rows, Dataset) or args.packing_strategy != "bfd":
+            raise UserError(
+                "A pack of a stream, or one that cuts rows, does not keep what a reward function is told of each row. "
+                "Load the data whole with packing_strategy: bfd, or set packing: false (padding_free: true wastes "
+                "nothing either).",
+                because="not built",
+            )
+        alone = super().prepared(rows, args, False, formatting_func, split)
+        return packed(alone.select_columns(["input_ids", "labels", RATED]), args)
 
     def _watch_over(self, mixed: Mixed) -> None:
         """The guards' view of a step: logged, and where a guard has reached a limit said or raised, on all ranks."""

@@ -28,6 +28,7 @@ from mmkd.teachers.teacher import DenseTeacher, Teacher
 
 from .config import DistillationConfig
 from .preparing import preparation_of, sequences_of
+from .rewards import RATED
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ def packed_apart(prepare: Callable[..., Any], rows: Any, args: DistillationConfi
         )
     if "seq_lengths" in rows.column_names:
         return rows
-    return packed(prepare(rows, packing=False).select_columns(["input_ids", "labels", column]), args)
+    more = [column, *(name for name in (RATED,) if name in rows.column_names)]
+    return packed(prepare(rows, packing=False).select_columns(["input_ids", "labels", *more]), args)
 
 
 def check_several(trainer: Any, teachers: SeveralTeachers, args: DistillationConfig, data: Mapping[Any, Any]) -> None:
