@@ -104,6 +104,9 @@ def measure(recipe: Recipe, stage: str, folder: Path, judge: Recipe | None, save
     A judge is the recipe whose trainer evaluates the trained student.
     """
     run = _alone(recipe)
+    itself = run.itself
+    if stage != "trained":
+        run = run.named()
     _prepare(run, folder)
     if stage != "trained" and all(
         teacher_run.arguments.teacher is not None for teacher_run in run.by_teacher().values()
@@ -118,9 +121,9 @@ def measure(recipe: Recipe, stage: str, folder: Path, judge: Recipe | None, save
     if stage == "trained" or (stage == "untrained" and save_untrained):
         trainer.save_model()
     cached = any(teacher_run.arguments.teacher_cache is not None for teacher_run in run.by_teacher().values())
-    if stage == "trained" and (judge is not None or cached):
-        # Judged by the teacher itself, like all others.
-        judging = run if judge is None else _alone(judge)
+    if stage == "trained" and (judge is not None or cached or itself):
+        # Judged by the teacher itself, like all others; by what a student that taught itself was before training.
+        judging = (run if judge is None else _alone(judge)).named()
         _prepare(judging, folder / "judged")
         trainer = build_trainer(replace(judging, arguments=_of(judging, str(folder))))
     trainer.batch_reports = []

@@ -86,6 +86,8 @@ def examine_tokens(run: Run, sharded: bool, own: Callable[[Book, Sample | None],
             sides[name] = teacher
             if trained is not None:
                 theirs = _against_teacher(book, teacher_run, trained, teacher, sample, ours)
+        if teacher_run.itself:
+            book.check("teacher", teachers.itself, teacher_run)
         if student is not None:
             book.check("special tokens", tokens.special_tokens, student, teacher, ours, teacher_run)
         if student is not None and sample is not None and ours is not None and sample.has_images:

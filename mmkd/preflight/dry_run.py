@@ -14,6 +14,7 @@ from mmkd.precision import name_of_dtype
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run import build_token_trainer
 from mmkd.teachers.local import LocalTeacher
+from mmkd.teachers.self_teacher import SelfTeacher
 from mmkd.teachers.several import parts_of
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.method import METHODS
@@ -80,7 +81,9 @@ def _models(trainer: DistillationTrainer) -> list[tuple[str, str]]:
     rows = [("student", f"{_count(sum(p.numel() for p in parameters))} parameters, {_count(trainable)} trainable")]
     names = getattr(trainer.teacher, "teachers", [""])
     for name, teacher in zip(names, parts_of(trainer.teacher), strict=True):
-        if isinstance(teacher, LocalTeacher):
+        if isinstance(teacher, SelfTeacher):
+            rows.append((f"teacher {name}".strip(), teacher.described()))
+        elif isinstance(teacher, LocalTeacher):
             weights = list(teacher.model.parameters())
             size = f"{_count(sum(p.numel() for p in weights))} parameters, {name_of_dtype(weights[0].dtype)}"
             rows.append((f"teacher {name}".strip(), size))

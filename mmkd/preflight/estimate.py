@@ -148,13 +148,8 @@ def count_work(
 ) -> Work:
     """Counts a recipe's micro-batch. `teacher` is None when it does not run in the training process."""
     args = run.training
-    base = empty_student(run, student, device_type)
-    model: Any = base
-    if args.trainable is not None:
-        train_only(base, args.trainable)
-    if (peft := get_peft_config(run.student)) is not None:
-        with torch.device("meta"):
-            model = get_peft_model(base, peft, low_cpu_mem_usage=True)
+    model = _trained(run, student, device_type)
+    base = base_of(model)
     stored = weight_bytes(model, base, bits_of(run.student.load_in_4bit, run.student.load_in_8bit))
     head = base.get_output_embeddings()
     assert head is not None
@@ -165,10 +160,38 @@ def count_work(
     return Work(shape, ours, teacher, logits, head_bytes, optimizer_bytes(args), checkpointing)
 
 
+def _trained(run: Run, student: Side, device_type: str) -> Any:
+    """The student without data, with its adapter, in which only what is trained has gradients."""
+    base = empty_student(run, student, device_type)
+    if run.training.trainable is not None:
+        train_only(base, run.training.trainable)
+    if (peft := get_peft_config(run.student)) is None:
+        return base
+    with torch.device("meta"):
+        return get_peft_model(base, peft, low_cpu_mem_usage=True)
+
+
 def count_teacher(run: Run, teacher: Side, shape: Shape, device_type: str = "cuda", flops: bool = True) -> ModelCosts:
-    """The teacher's part of a micro-batch: a forward pass over the same rows."""
-    empty, stored = empty_teacher(run, teacher, device_type)
+    """The teacher's part of a micro-batch: a forward pass over the same rows.
+
+    Of a student that teaches itself the weights are the copies that it keeps of some.
+    """
+    if run.itself and reads_teacher(run.arguments):
+        empty: Any = _trained(run, student_side(run), device_type)
+        stored = _kept_bytes(run, empty)
+    else:
+        empty, stored = empty_teacher(run, teacher, device_type)
     return facts_of(empty, stored, shape, uses_bf16(run.training, device_type), train=False, flops=flops)
+
+
+def _kept_bytes(run: Run, student: Any) -> float:
+    """Bytes of the copies that a student keeps to teach itself; averages are in float32 or wider."""
+    form = run.training.self_teacher or "base"
+    if form == "live" or (form == "base" and run.student.use_peft):
+        return 0.0
+    smallest = 4 if form == "ema" else 0
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    return float(sum(parameter.numel() * max(smallest, parameter.element_size()) for parameter in trained))
 
 
 def uses_bf16(args: DistillationConfig, device_type: str) -> bool:

@@ -23,6 +23,7 @@ from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.vllm_client import VLLMClient
 from mmkd.teachers.vllm_rows import RowError, ScoreRequest
 from mmkd.training.method import METHODS
+from mmkd.training.self_teaching import nothing_to_learn
 from mmkd.units import readable_size, with_noun
 
 from .facts import Finding, Sample, Side
@@ -56,6 +57,22 @@ def server(run: Run, student: Side, teacher: Side | None, sample: Sample | None)
         f"{facts.max_model_len:,} tokens, gives the top {k} and tokenises alike."
     )
     return [Finding("ok", "server", message), *asked]
+
+
+def itself(run: Run) -> list[Finding]:
+    """In which form a student that is its own teacher teaches, and whether it has anything to learn from that."""
+    form = run.training.self_teacher or "base"
+    forms = {
+        "base": "as it was before training" + (", which is without its adapter" if run.student.use_peft else ""),
+        "live": "as it is now",
+        "ema": f"averaged over the steps (ema_decay {run.training.ema_decay:g})",
+    }
+    found = [Finding("ok", "teacher", f"The student is its own teacher, {forms[form]}.")]
+    missing = nothing_to_learn(run.training) if METHODS[run.arguments.method].needs_teacher else None
+    if missing is not None:
+        message, _, advice = missing.partition(" Set ")
+        found.append(Finding("warning", "teacher", message, f"Set {advice}"))
+    return found
 
 
 def _row_with_images(run: Run, reader: Side, sample: Sample) -> ScoreRequest | None:

@@ -28,7 +28,13 @@ class RunArguments:
             "under data_recipes/ or the path of a YAML file). `mmkd data preview` shows how they are read."
         }
     )
-    teacher: str | None = field(default=None, metadata={"help": "The teacher: a Hub id or a local folder."})
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher: a Hub id or a local folder; self for the student itself, in the form that "
+            "self_teacher names."
+        },
+    )
     student: str | None = field(
         default=None,
         metadata={

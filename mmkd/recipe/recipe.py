@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from mmkd.errors import UserError, nearest
 from mmkd.files import write_file
 from mmkd.schema_lines import schema_line, without_schema_line
 from mmkd.shipped import find_recipe
+from mmkd.teachers.self_teacher import SELF
 from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
 from mmkd.yaml_files import AsWritten, read_yaml
@@ -23,6 +24,7 @@ from .cache_arguments import CacheArguments
 from .key_hints import hint_at
 from .key_parser import parser_of, set_environment, with_text
 from .launch_keys import launch_keys_of
+from .own_teacher import check_self, named_self
 
 STAGE_KEYS = ("stages", "schedule")
 """Keys of a recipe that is trained in stages; `mmkd.recipe.stages` reads them."""
@@ -160,7 +162,9 @@ class Recipe:
             )
         set_environment(keys)
         arguments, training, student, cache = parser.read(keys)
-        return Run(arguments, training, student, cache, self)
+        check_self(arguments, training)
+        run = Run(arguments, training, student, cache, self)
+        return run.itself_named(keys) if arguments.teacher == SELF else run
 
     def to_go_on(self) -> str:
         """The command that goes on with the run from its last checkpoint."""
@@ -176,6 +180,8 @@ class Run:
     student: StudentArguments
     cache: CacheArguments
     recipe: Recipe
+    itself: bool = False
+    """Whether the student is the teacher: `teacher` is its name then, for whoever reads its files."""
     own_rows: tuple[str, str] | None = None
     """Of the run of one of several teachers: a column, and the value in it of the rows that concern this one."""
 
@@ -199,8 +205,25 @@ class Run:
             training = copy(self.training)
             training.teacher_view = keys.get(VIEW, training.teacher_view)
             own_rows = None if column is None else (column, name)
-            runs[name] = replace(self, arguments=alone, training=training, own_rows=own_rows)
+            run = replace(self, arguments=alone, training=training, own_rows=own_rows)
+            runs[name] = run.itself_named(own) if alone.teacher == SELF else run
         return runs
+
+    def itself_named(self, given: Collection[str]) -> "Run":
+        """The run with the student's name in the place of `self`, of whom the `given` keys speak.
+
+        Raises UserError where the student cannot teach itself.
+        """
+        named = named_self(self.arguments, self.training, self.student, given)
+        return replace(self, arguments=replace(self.arguments, **named), itself=True)
+
+    def named(self) -> "Run":
+        """The run in which a student that teaches itself is a model of its own that is asked: the one it began as."""
+        if not self.itself:
+            return self
+        training = copy(self.training)
+        training.self_teacher = None
+        return replace(self, training=training, itself=False)
 
     def hub(self, revision: str | None) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained` for something of this run."""

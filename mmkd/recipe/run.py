@@ -14,6 +14,7 @@ from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.seams.transformers_seam import installed_trackers, tracker_classes
 from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.self_teacher import SELF
 from mmkd.teachers.several import parts_of
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
@@ -83,10 +84,10 @@ def build_token_trainer(run: Run) -> DistillationTrainer:
     check_student(run)
     arguments, training = run.arguments, run.training
     data = load_rows_of(run)
-    model = None
+    model: Any = None
     if arguments.teacher is not None and (reads_teacher(arguments) or arguments.student is None):
-        model = load_teacher(run, arguments.teacher)
-    student = load_student(run, model)
+        model = SELF if run.itself else load_teacher(run, arguments.teacher)
+    student = load_student(run, None if run.itself else model)
     teacher: Any = model if reads_teacher(arguments) else None
     if arguments.teachers is not None:
         teacher = several_teachers(run, tokenizer_of(student_processing_class(run)))
@@ -104,7 +105,10 @@ def build_token_trainer(run: Run) -> DistillationTrainer:
     tokenizers: Any = None
     if not method.one_vocabulary:
         named = {name: own for name, own in run.by_teacher().items() if own.arguments.teacher is not None}
-        tokenizers = {name: teacher_processing_class(own) for name, own in named.items()}
+        tokenizers = {
+            name: student_processing_class(own) if own.itself else teacher_processing_class(own)
+            for name, own in named.items()
+        }
         tokenizers = tokenizers if arguments.teachers is not None else tokenizers.get("")
     return method.trainer(
         model=student,

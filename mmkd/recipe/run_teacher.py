@@ -22,6 +22,7 @@ from mmkd.precision import name_of_dtype
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.head_checks import FinalNorm
 from mmkd.teachers.hidden_server import HiddenServerTeacher
+from mmkd.teachers.self_teacher import SELF
 from mmkd.teachers.served_head import final_norm_of_checkpoint, head_of_checkpoint
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers
@@ -145,12 +146,12 @@ def several_teachers(run: Run, student: Any) -> SeveralTeachers:
     arguments, teachers = run.arguments, {}
     assert isinstance(arguments.teachers, dict)
     for name, teacher_run in run.by_teacher().items():
-        read = reads_teacher(teacher_run.arguments)
-        teachers[name] = (
-            load_teacher(teacher_run, str(teacher_run.arguments.teacher))
-            if read
-            else absent_teacher(teacher_run, student)
-        )
+        if not reads_teacher(teacher_run.arguments):
+            teachers[name] = absent_teacher(teacher_run, student)
+        elif teacher_run.itself:
+            teachers[name] = SELF
+        else:
+            teachers[name] = load_teacher(teacher_run, str(teacher_run.arguments.teacher))
     weights = {name: float(keys.get("weight", 1)) for name, keys in arguments.teachers.items()}
     return SeveralTeachers(teachers, None if arguments.teacher_column else weights, arguments.teacher_column)
 

@@ -60,6 +60,17 @@ class SelfTeacher(ModelTeacher):
         """Whether it keeps copies of the weights that are trained."""
         return self.form == "ema" or (self.form == "base" and not self.switches_off)
 
+    def described(self) -> str:
+        """What it is and what it keeps in memory, for a reader."""
+        if self.switches_off:
+            return "the student without its adapter; keeps no copy"
+        what = {"base": "the student before training", "live": "the student as it is now"}
+        what["ema"] = f"the average of the student's weights (decay {self.decay:g}, every {self.every} steps)"
+        if not self.copies:
+            return f"{what[self.form]}; keeps no copy"
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return f"{what[self.form]}; keeps a copy of the {trained:,} parameters that are trained"
+
     def prepare(self, accelerator: Accelerator) -> None:
         """Nothing: the student takes its place itself."""
 

@@ -1,10 +1,11 @@
 """The part of a training in which the student is its own teacher: what it tells the teacher, and saves of it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_callback import TrainerCallback
+from transformers.utils import logging
 
 from mmkd.errors import UserError
 from mmkd.seams.trainer_seam import HookedTrainer
@@ -14,6 +15,8 @@ from mmkd.teachers.several import SeveralTeachers, parts_of
 from mmkd.teachers.teacher import Teacher
 
 from .config import DistillationConfig
+
+logger = logging.get_logger(__name__)
 
 AVERAGE = "self_teacher.safetensors"
 """The file of a checkpoint with the averaged weights."""
@@ -43,6 +46,17 @@ def taught_by_itself(teacher: Any, args: DistillationConfig | None) -> Any:
     return teacher
 
 
+def nothing_to_learn(args: DistillationConfig) -> str | None:
+    """Why a student whose only teacher it is itself would learn nothing; None where it would."""
+    if args.teacher_view is not None or args.ce_weight:
+        return None
+    return (
+        "Student and teacher are the same model and read the same text, so that their divergence is 0 from the first "
+        "step on and nothing is learnt. Set teacher_view, so that the teacher reads more than the student, or "
+        "ce_weight above 0."
+    )
+
+
 def itself_in(teacher: Any) -> list[SelfTeacher]:
     """Those of the teachers that are the student itself."""
     return [part for part in parts_of(teacher) if isinstance(part, SelfTeacher)]
@@ -57,8 +71,10 @@ def _self_or(teacher: Any, args: DistillationConfig | None) -> Any:
 class SelfTaughtTrainer(HookedTrainer):
     """transformers' Trainer with a student that may be its own teacher."""
 
-    # transformers types it as a union with None, for trainers that are still without it.
+    # transformers types these as unions with None, for trainers that are still without them.
+    args: Any
     model: Any
+    needs_teacher: ClassVar[bool]
     _own: SelfTeacher | None = None
     """The student as a teacher."""
     _first_weights: str | None = None
@@ -76,6 +92,9 @@ class SelfTaughtTrainer(HookedTrainer):
                 because="not built",
             )
         self._own = own[0]
+        missing = nothing_to_learn(self.args) if teacher is self._own and self.needs_teacher else None
+        if missing is not None:
+            logger.warning(missing)
         self._own.bind(self.model, self.accelerator)
         if self._own.form == "base" and self._own.copies:
             # Where only the first rank has read the weights, it knows them for the others.
