@@ -6,6 +6,7 @@ from pathlib import Path
 from mmkd.errors import UserError
 from mmkd.eval.measures import HeldOut
 from mmkd.eval.model import EvalModel, find_model
+from mmkd.results.own_teacher import with_teacher_named
 from mmkd.training.method import METHODS
 
 from .runs import record_of
@@ -25,7 +26,8 @@ def as_trained(
     if held is None and keys.get("data"):
         held = _held_out(model, HeldOut(str(keys["data"]), rows, max_new_tokens=max_new_tokens))
     if teacher is None and keys.get("teacher"):
-        beside = find_model(str(keys["teacher"]), keys.get("teacher_revision"), model.trust_remote_code)
+        named = with_teacher_named(keys)
+        beside = find_model(str(named["teacher"]), named.get("teacher_revision"), model.trust_remote_code)
         teacher = _teacher(model, beside)
     return held, teacher
 

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
 from mmkd.results.adapter_base import MERGED
+from mmkd.results.own_teacher import SELF, own_form
 from mmkd.training.method import BASELINE_METHOD
 
 from .licences import LicensedSource
@@ -80,11 +81,20 @@ def bases_of(first: Mapping[str, Any]) -> list[str]:
 
 
 def teachers_of(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of the student's teachers. The teacher of an SFT baseline is only for comparison and left out."""
+    """The names of the student's teachers besides itself.
+
+    The teacher of an SFT baseline is only for comparison and left out.
+    """
     distilled = [training["keys"] for training in trainings if training["keys"]["method"] != BASELINE_METHOD]
     # Under `teachers`, each teacher has its own keys.
     keys_of_teachers = [own for keys in distilled for own in (keys, *(keys.get("teachers") or {}).values())]
-    return list(dict.fromkeys(str(own["teacher"]) for own in keys_of_teachers if own.get("teacher")))
+    return list(dict.fromkeys(str(own["teacher"]) for own in keys_of_teachers if own.get("teacher", SELF) != SELF))
+
+
+def own_forms_of(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader is told of the trainings in which the student taught itself."""
+    distilled = [training["keys"] for training in trainings if training["keys"]["method"] != BASELINE_METHOD]
+    return list(dict.fromkeys(form for keys in distilled if (form := own_form(keys)) is not None))
 
 
 def source_of(name: str, published: str | None = None) -> LicensedSource:

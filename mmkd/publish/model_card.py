@@ -52,6 +52,8 @@ class Student:
     earlier: Sequence[Mapping[str, Any]] = ()
     """The recipes of earlier trainings."""
     warnings: Sequence[str] = ()
+    own_forms: Sequence[str] = ()
+    """As what it taught itself, for a reader."""
     cautions: Sequence[str] = ()
     """Sentences about how it was trained that its users should know."""
 
@@ -124,7 +126,7 @@ def eval_results(student: Student) -> list[EvalResult]:
 
 
 def _summary(student: Student) -> str:
-    taught = f" from {_names(student.teachers)}" if student.teachers else ""
+    taught = f" from {_taught_by(student)}" if _taught_by(student) else ""
     baseline = list(student.methods) == [BASELINE_METHOD]
     subject = "A baseline, fine-tuned" if baseline else f"A student, distilled{taught}"
     start = f", starting at {_names(student.base)}" if student.base else ", starting at random weights"
@@ -136,6 +138,11 @@ def _summary(student: Student) -> str:
 
 def _names(sources: Sequence[LicensedSource]) -> str:
     return " and ".join(f"`{source.name}`" for source in sources)
+
+
+def _taught_by(student: Student) -> str:
+    """Its teachers, itself among them; empty if there are none."""
+    return " and ".join([*(f"`{source.name}`" for source in student.teachers), *student.own_forms])
 
 
 def _usage(student: Student) -> str:
@@ -156,7 +163,7 @@ def _usage(student: Student) -> str:
 def _lineage(student: Student) -> dict[str, str]:
     return {
         "Base model": _names(student.base) or "none: random weights",
-        **({"Teacher": _names(student.teachers)} if student.teachers else {}),
+        **({"Teacher": _taught_by(student)} if _taught_by(student) else {}),
         "Methods": ", ".join(f"`{method}`" for method in student.methods),
         "Data": _names(student.data),
         "Made with": f"mmkd {student.machine.get('mmkd', __version__)}",
@@ -204,6 +211,8 @@ def _limitations(student: Student) -> str:
     sentences = [
         "A student inherits its teacher's errors and biases, and those of its data, and knows less than its teacher."
         if student.teachers
+        else "A student that taught itself keeps the errors and biases that it had, and takes on those of its data."
+        if student.own_forms
         else "The model has the errors and biases of its data.",
         "It was measured on nothing but what stands above, and not for safety."
         if student.scores or student.held_out or student.comparison

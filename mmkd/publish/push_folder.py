@@ -26,7 +26,7 @@ from mmkd.schema_lines import without_schema_line
 from mmkd.training.guard_settings import warnings_of
 
 from .licences import conflicts
-from .lineage import bases_of, data_ids, data_sources, portable, source_of, teachers_of, trainings_of
+from .lineage import bases_of, data_ids, data_sources, own_forms_of, portable, source_of, teachers_of, trainings_of
 from .model_card import Student, model_card
 from .runs import COMPARISON, RECORD, Log, comparison_of, parts_of, read_json, read_log, record_of, stages_of
 
@@ -206,6 +206,7 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], options: 
         held_out_id=evaluated[0] if len(evaluated) == 1 else None,
         comparison=None,
         machine=record.get("machine", {}),
+        own_forms=own_forms_of(trainings),
         tokens=[training.tokens for training in lineage],
         earlier=[portable(training["keys"], ids) for training in trainings[:-1]],
     )

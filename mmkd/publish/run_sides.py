@@ -13,6 +13,7 @@ from mmkd.generation.generator import Generator
 from mmkd.generation.row_answers import PromptWithTools, row_generator, served_row_generator
 from mmkd.models.load import load_model, quantised_to, tokenizer_of
 from mmkd.preflight.costs import device_memory
+from mmkd.results.own_teacher import with_teacher_named
 from mmkd.results.parameters import parameters_of
 from mmkd.teachers.vllm_client import VLLMClient
 from mmkd.training.method import METHODS
@@ -153,9 +154,9 @@ def _teachers(run: RunFiles) -> dict[str, Mapping[str, Any]]:
     for keys in reversed(records):
         several = keys.get("teachers")
         if isinstance(several, Mapping):
-            return {f"{TEACHER} {name}": {**keys, **own} for name, own in several.items()}
+            return {f"{TEACHER} {name}": with_teacher_named({**keys, **own}) for name, own in several.items()}
         if any(keys.get(source) for source in ("teacher", "teacher_server", "teacher_cache")):
-            return {TEACHER: keys}
+            return {TEACHER: with_teacher_named(keys)}
     return {}
 
 

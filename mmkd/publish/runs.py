@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.errors import UserError
+from mmkd.results.own_teacher import SELF
 from mmkd.results.places import COMPARISON, RECORD, RESULTS, results_before, results_folder
 
 LOG, STATE = "log.jsonl", "trainer_state.json"
@@ -321,7 +322,7 @@ def _results(folder: Path, parts: list[Part], comparison: Mapping[str, Any] | No
         keys = record_of(folder).get("keys", {})
         if keys.get("student") and keys.get("student_init", "pretrained") == "pretrained":
             places = {BEFORE_RESULTS: _kept(str(keys["student"])), **places}
-        if keys.get("teacher"):
+        if keys.get("teacher", SELF) != SELF:
             places = {TEACHER_RESULTS: _kept(str(keys["teacher"])), **places}
     contents = {name: (place, read_json(place / "results.json")) for name, place in places.items()}
     return {name: {**content, "folder": str(place)} for name, (place, content) in contents.items() if content}

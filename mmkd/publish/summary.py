@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmkd.results.own_teacher import SELF, own_form
 from mmkd.results.parameters import parameters_of
 from mmkd.training.method import BASELINE_METHOD
 from mmkd.units import readable_count, readable_time
@@ -39,6 +40,7 @@ def summary_of(run: RunFiles) -> Summary | None:
     if not keys and run.comparison is None:
         return None
     teachers = _teachers(keys)
+    itself = next(filter(None, map(own_form, keys)), "")
     if run.comparison is not None:
         measured = measured_by_comparison(run.comparison, shown_rows(run.comparison, run.folder))
     else:
@@ -51,7 +53,7 @@ def summary_of(run: RunFiles) -> Summary | None:
         ("Cost", _cost(run)),
     ]
     return Summary(
-        " + ".join(short_name(name) for name in teachers),
+        " + ".join(itself if name == SELF else short_name(name) for name in teachers),
         _student(run),
         [(label, value) for label, value in facts if value],
         measured.header,
@@ -131,7 +133,7 @@ def _parameters(run: RunFiles, teachers: Sequence[str], keys: Sequence[Mapping[s
         # While it trains, the student is as large as what it started from.
         student = parameters_of(str(keys[-1].get("student") or ""), keys[-1].get("model_revision"))
     revisions = {str(own["teacher"]): own.get("teacher_revision") for own in keys if own.get("teacher")}
-    theirs = [parameters_of(name, revisions.get(name)) for name in teachers]
+    theirs = [student if name == SELF else parameters_of(name, revisions.get(name)) for name in teachers]
     known = [count for count in theirs if count is not None]
     teacher = counts.get("teacher") or (sum(known) if known and len(known) == len(theirs) else None)
     ours = "student's size not known here" if student is None else f"student {readable_count(student)}"
@@ -139,6 +141,8 @@ def _parameters(run: RunFiles, teachers: Sequence[str], keys: Sequence[Mapping[s
         return ours
     if teacher is None:
         return f"{ours}; the teacher's weights are not on this machine"
+    if list(teachers) == [SELF]:
+        return f"{ours}, its own teacher"
     if student is None:
         return f"teacher {readable_count(teacher)}; {ours}"
     ratio = f"{teacher / student:.1f} times smaller" if student < teacher else "no smaller than its teacher"

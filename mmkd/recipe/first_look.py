@@ -94,5 +94,5 @@ def _line(keys: Mapping[str, Any]) -> str:
     init = keys.get("student_init", "pretrained")
     student = keys.get("student") or "the teacher"
     made = student if init == "pretrained" else f"a student made of {student} (student_init: {init})"
-    sides = made if teacher is None else f"{teacher} teaches {made}"
+    sides = made if teacher is None else f"{made} teaches itself" if teacher == "self" else f"{teacher} teaches {made}"
     return f"{method}: {sides}; data {keys.get('data')}; output_dir {keys.get('output_dir')}"

@@ -12,9 +12,9 @@ import yaml
 
 from mmkd.errors import UserError, nearest
 from mmkd.files import write_file
+from mmkd.results.own_teacher import SELF
 from mmkd.schema_lines import schema_line, without_schema_line
 from mmkd.shipped import find_recipe
-from mmkd.teachers.self_teacher import SELF
 from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
 from mmkd.yaml_files import AsWritten, read_yaml
@@ -24,7 +24,7 @@ from .cache_arguments import CacheArguments
 from .key_hints import hint_at
 from .key_parser import parser_of, set_environment, with_text
 from .launch_keys import launch_keys_of
-from .own_teacher import check_self, named_self
+from .self_checks import check_self, named_self
 
 STAGE_KEYS = ("stages", "schedule")
 """Keys of a recipe that is trained in stages; `mmkd.recipe.stages` reads them."""

@@ -12,9 +12,9 @@ from trl.trainer.utils import get_peft_config
 from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
+from mmkd.results.own_teacher import SELF
 from mmkd.seams.transformers_seam import installed_trackers, tracker_classes
 from mmkd.teachers.cached import CachedTeacher
-from mmkd.teachers.self_teacher import SELF
 from mmkd.teachers.several import parts_of
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig

@@ -19,10 +19,10 @@ from mmkd.errors import UserError
 from mmkd.models.heads import LMHead
 from mmkd.models.load import tokenizer_of
 from mmkd.precision import name_of_dtype
+from mmkd.results.own_teacher import SELF
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.head_checks import FinalNorm
 from mmkd.teachers.hidden_server import HiddenServerTeacher
-from mmkd.teachers.self_teacher import SELF
 from mmkd.teachers.served_head import final_norm_of_checkpoint, head_of_checkpoint
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers

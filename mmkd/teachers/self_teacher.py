@@ -19,9 +19,6 @@ from mmkd.seams.peft_seam import adapters_off, adapts_weights_of_its_own
 from .local import ModelTeacher
 from .signals import DenseSignal
 
-SELF = "self"
-"""The name of a teacher that is the student itself."""
-
 FORMS = ("base", "live", "ema")
 
 

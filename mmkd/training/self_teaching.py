@@ -8,9 +8,10 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
 from mmkd.errors import UserError
+from mmkd.results.own_teacher import SELF
 from mmkd.seams.trainer_seam import HookedTrainer
 from mmkd.teachers.cached import CachedTeacher
-from mmkd.teachers.self_teacher import SELF, SelfTeacher
+from mmkd.teachers.self_teacher import SelfTeacher
 from mmkd.teachers.several import SeveralTeachers, parts_of
 from mmkd.teachers.teacher import Teacher
 

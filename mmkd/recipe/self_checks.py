@@ -1,10 +1,10 @@
-"""Recipes whose student is its own teacher: `teacher: self`."""
+"""Checks of recipes whose student is its own teacher: `teacher: self`."""
 
 from collections.abc import Collection
 from typing import Any
 
 from mmkd.errors import UserError
-from mmkd.teachers.self_teacher import SELF
+from mmkd.results.own_teacher import SELF
 from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
 
