@@ -54,55 +54,77 @@ def image_column(dataset: Any) -> Any:
     name = next((name for name in ("image", "images") if name in names), None)
     if name is None:
         return dataset
-    return _of_rows(dataset, name) if isinstance(dataset, Dataset) else _of_stream(dataset, name)
+    return _undecoded(dataset, name, "images")
 
 
-def _of_rows(dataset: Dataset, name: str) -> Dataset:
+def second_image_column(dataset: Any, name: str, split: str) -> Any:
+    """The rows with the pictures of one more column in lists too, neither decoded nor copied, under its own name.
+
+    Raises UserError where there is no such column, or one of another type.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return dataset
+    names = dataset.column_names or list(next(iter(dataset), {}))
+    if name not in names:
+        raise UserError(
+            f"teacher_view.images_column is {name!r}, and the {split} data has no such column; it has "
+            f"{', '.join(names)}. Name the column with the teacher's pictures."
+        )
+    return _undecoded(dataset, name, name)
+
+
+def _undecoded(dataset: Dataset | IterableDataset, name: str, ours: str) -> Dataset | IterableDataset:
+    """The rows with the pictures of a column in lists, under another name perhaps."""
+    return _of_rows(dataset, name, ours) if isinstance(dataset, Dataset) else _of_stream(dataset, name, ours)
+
+
+def _of_rows(dataset: Dataset, name: str, ours: str) -> Dataset:
     feature = dataset.features[name]
     check_images(feature, f"The column {name!r}")
-    if name == "images" and feature == UNDECODED:
+    if name == ours and feature == UNDECODED:
         return dataset
     info = deepcopy(dataset.info)
     assert info.features is not None
-    info.features = Features(
-        {("images" if key == name else key): value_type for key, value_type in info.features.items()}
-    )
-    info.features["images"] = UNDECODED
+    info.features = Features({(ours if key == name else key): value_type for key, value_type in info.features.items()})
+    info.features[ours] = UNDECODED
     table = dataset.data
-    if feature != List(Image()) or name == "image":
+    if feature != List(Image()) or name != ours:
         place = table.column_names.index(name)
         lists = image_lists(table.column(name), feature=feature)
         # A table of `datasets` records how it was made and replays that in worker processes, which cannot recreate
         # this column; a plain table is sent as it is. The other columns stay where they are, on disk or in memory.
         table = pa.table(table.columns, schema=table.table.schema.remove_metadata())
-        table = table.set_column(place, "images", lists)
+        table = table.set_column(place, ours, lists)
     return Dataset(
         table,  # pyright: ignore[reportArgumentType]
         info=info,
         split=dataset.split,
         indices_table=indices_of(dataset),
         # Without a fingerprint, `datasets` hashes the whole table.
-        fingerprint=Hasher.hash((fingerprint_of(dataset), "image_column")),
+        fingerprint=Hasher.hash(
+            (fingerprint_of(dataset), "image_column", *([name] if name == ours != "images" else []))
+        ),
     )
 
 
-def _of_stream(dataset: IterableDataset, name: str) -> IterableDataset:
+def _of_stream(dataset: IterableDataset, name: str, ours: str) -> IterableDataset:
     features = dataset.features
     feature = features[name] if features is not None else None
-    if feature == List(Image()) and name == "images":
-        return dataset.cast_column("images", UNDECODED)
+    if feature == List(Image()) and name == ours:
+        return dataset.cast_column(name, UNDECODED)
     if feature == Image():
         dataset = dataset.cast_column(name, Image(decode=False))
     elif feature == List(Image()):
         dataset = dataset.cast_column(name, UNDECODED)
-    return dataset.map(_listed, fn_kwargs={"name": name}, remove_columns=[name])
+    removed = [] if name == ours else [name]
+    return dataset.map(_listed, fn_kwargs={"name": name, "ours": ours}, remove_columns=removed)
 
 
-def _listed(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _listed(row: Mapping[str, Any], name: str, ours: str) -> dict[str, Any]:
     values = row[name]
     if values is None or values == "":
-        return {"images": []}
-    return {"images": values if isinstance(values, list) else [values]}
+        return {ours: []}
+    return {ours: values if isinstance(values, list) else [values]}
 
 
 def image_lists(
@@ -162,6 +184,13 @@ def image_counts(column: pa.ChunkedArray, feature: Any = None) -> list[int]:
     """The number of pictures of each row."""
     # From the lengths of the lists: conversion to Python values would copy the bytes of all pictures.
     return pc.call_function("list_value_length", [image_lists(column, feature=feature)]).to_pylist()
+
+
+def counts_by_row(dataset: Dataset, name: str) -> list[int]:
+    """The number of pictures of each row in a column of lists, none of which is read."""
+    counts = image_counts(dataset.data.column(name))
+    indices = indices_of(dataset)
+    return counts if indices is None else [counts[row] for row in indices.column(0).to_pylist()]
 
 
 def check_images(feature: Any, subject: str) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -96,18 +96,19 @@ def read_image(value: Any, *, folder: str | Path | None = None, allow_urls: bool
         raise UnreadableImage(f"{type(error).__name__}: {reason} ({describe(value)})") from error
 
 
-def read_row(row: Mapping[str, Any]) -> dict[str, Any] | UnusableRow:
-    """The row with the pictures of its column `images` read, or the reason why one of them cannot be read."""
-    values = row.get("images")
-    if values is None:
-        return {**row, "images": []} if "images" in row else dict(row)
-    images = []
-    for number, value in enumerate(values):
-        try:
-            images.append(read_image(value))
-        except UnreadableImage as error:
-            return UnusableRow(f"images[{number}]: {error}")
-    return {**row, "images": images}
+def read_row(row: Mapping[str, Any], columns: Sequence[str] = ("images",)) -> dict[str, Any] | UnusableRow:
+    """The row with the pictures of its columns `columns` read, or the reason why one of them cannot be read."""
+    read = dict(row)
+    for column in columns:
+        if column not in row:
+            continue
+        read[column] = []
+        for number, value in enumerate(row[column] if row[column] is not None else []):
+            try:
+                read[column].append(read_image(value))
+            except UnreadableImage as error:
+                return UnusableRow(f"{column}[{number}]: {error}")
+    return read
 
 
 def describe(value: Any) -> str:

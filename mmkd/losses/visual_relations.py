@@ -106,9 +106,12 @@ def pooled(
 
     If both numbers are squares, tokens are taken for a grid of patches and averaged in two dimensions, otherwise along
     the sequence. The logits of an average of hidden states are, before a softcap, the average of their logits.
+    Without `common` images there are no states.
     """
     if list(tokens) == list(common):
         return hidden
+    if not common:
+        return hidden[:0]
     parts: list[Tensor] = []
     for image, size, target in zip(torch.split(hidden, list(tokens)), tokens, common, strict=True):
         side, target_side = math.isqrt(size), math.isqrt(target)

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmkd.data.image_columns import counts_by_row
 from mmkd.errors import UserError
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import fused_loss
@@ -23,7 +25,12 @@ from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Reports, Supervised, add_share, kind_of
 from mmkd.training.method import Method
-from mmkd.training.teaching import StudentSide, Teaching
+from mmkd.training.teaching import StudentSide, Teaching, image_columns
+
+_ALONE = (
+    "Visual tokens are compared image by image. Give the teacher as many images in teacher_view.images_column as the "
+    "student has, or set beta: 0 and gamma: 0 to compare answers only."
+)
 
 
 @dataclass
@@ -89,6 +96,11 @@ class LLaVAKDConfig(DistillationConfig):
             raise UserError(
                 "alpha, beta and gamma are 0, which leaves nothing of the teacher; use method sft.", because="meaning"
             )
+
+    @property
+    def compares_images(self) -> bool:
+        """Whether visual tokens are compared, and not only answers."""
+        return self.beta > 0 or self.gamma > 0
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -158,6 +170,10 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
     def build_teacher(self, student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:
         """The base's. Raises UserError too where visual tokens were not seen, or cannot be related by their logits."""
         teaching = super().build_teacher(student, teacher, processing_class)
+        if self.args.compares_images and student.labelling.vision:
+            for column in image_columns(teacher, self.args):
+                for split, rows in student.splits.items():
+                    _check_as_many_images(rows, split, column)
         for part in parts_of(teaching.teacher) if student.labelling.vision else ():
             if isinstance(part, CachedTeacher) and part.states is not None and not part.sees:
                 raise UserError(
@@ -181,6 +197,11 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
         """Tokens, visual tokens that are compared, and images, each kind with its own mean."""
 
         def count(student: View, teacher: View) -> dict[str, Tensor]:
+            if self.args.compares_images and not torch.equal(student.images[:, 0], teacher.images[:, 0]):
+                raise UserError(
+                    f"A row has another number of images for the teacher than for the student. {_ALONE}",
+                    because="meaning",
+                )
             common = self._common(student.images[:, 1], teacher.images[:, 1])
             numbers = {"visual_token": sum(common), "image": len(common)}
             return {kind: torch.tensor(number, device=student.labels.device) for kind, number in numbers.items()}
@@ -276,14 +297,30 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
     def _common(self, student: Int[Tensor, "image"], teacher: Int[Tensor, "image"]) -> list[int]:
         """Visual tokens to compare of each image. Raises UserError where the two sides differ and must not."""
         ours, theirs = student.tolist(), teacher.tolist()
+        if ours != theirs and not self.args.compares_images:
+            return []
         if ours != theirs and self.args.visual_mismatch == "error":
             raise UserError(
                 f"Student and teacher cut images into different numbers of visual tokens ({ours[:4]} and "
                 f"{theirs[:4]}), which cannot be compared one by one. Set visual_mismatch: pool to average them to a "
-                "common grid, or beta: 0 and gamma: 0 with visual_mismatch: pool to compare answers only.",
+                "common grid, or beta: 0 and gamma: 0 to compare answers only.",
                 because="meaning",
             )
         return [common_tokens(*pair) for pair in zip(ours, theirs, strict=True)]
+
+
+def _check_as_many_images(rows: Any, split: str, column: str) -> None:
+    """Raises UserError for a row with more or fewer images in a teacher's column; of a stream, batches are checked."""
+    if not isinstance(rows, Dataset):
+        return
+    counts = [counts_by_row(rows, name) for name in ("images", column)]
+    for row, (ours, theirs) in enumerate(zip(*counts, strict=True)):
+        if ours != theirs:
+            raise UserError(
+                f"Row {row} of the {split} data (from 0, after filters and shuffle) has {ours} images for the student "
+                f"and {theirs} for the teacher. {_ALONE}",
+                because="meaning",
+            )
 
 
 def _only(signal: DenseSignal | TopKSignal, chosen: Bool[Tensor, "token"]) -> DenseSignal | TopKSignal:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from mmkd.data.images import UnusableRow, read_row
+from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.teachers.batch import Batch, Reading, View
 from mmkd.teachers.cached import images_of
@@ -74,11 +75,16 @@ class TextViews:
 
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
-    def with_teachers(self, processors: Mapping[str, ProcessorMixin], served: Collection[str] = ()) -> Self:
-        """These, which are the teachers' too."""
+    def with_teachers(
+        self,
+        processors: Mapping[str, ProcessorMixin],
+        served: Collection[str] = (),
+        teacher_views: Mapping[str, TeacherView] | None = None,
+    ) -> Self:
+        """These, which are the teachers' too: what teachers read behind other prompts is in columns of its own."""
         return self
 
-    def reader(self, train: Any, sharded: bool) -> None:
+    def reader(self, train: Any, sharded: bool, image_columns: Collection[str] = ()) -> None:
         """What decodes images: nothing, since there are none."""
 
     def __call__(self, rows: Rows) -> tuple[Rows, Batch]:
@@ -135,19 +141,37 @@ class StandIn:
 
 
 class ImageReader:
-    """Decodes the images of rows.
+    """Decodes the images of rows, in all columns that someone reads.
 
     A `companion`, a row with images, joins batches without any and teaches nothing: where models are sharded, the
     vision towers of all ranks must run together. Raises UserError for an image that is broken or missing, unless such
     rows are skipped; `names` says which row it is.
     """
 
-    def __init__(self, skip: bool, companion: Mapping[str, Any] | None = None, names: RowNames | None = None):
+    def __init__(
+        self,
+        skip: bool,
+        companion: Mapping[str, Any] | None = None,
+        names: RowNames | None = None,
+        columns: Sequence[str] = ("images",),
+    ):
         self.skip, self.companion, self.stand_in = skip, companion, StandIn()
-        self.names = names or RowNames()
+        self.names, self.columns = names or RowNames(), columns
+
+    @classmethod
+    def keeping_towers_together(cls, train: Any, skip: bool, names: RowNames, columns: Sequence[str]) -> Self:
+        """A reader with a companion out of `train`: a row with images in every column that any row has some in."""
+        companion: Mapping[str, Any] | None = None
+        for row in train:
+            shown = sum(bool(row.get(column)) for column in columns)
+            if shown > (0 if companion is None else sum(bool(companion.get(column)) for column in columns)):
+                companion = row
+            if shown == len(columns):
+                break
+        return cls(skip, companion, names, columns)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Rows:
-        rows = [_read(example) for example in examples]
+        rows = [self._read(example) for example in examples]
         bad = {
             number: f"{self.names.of(examples[number])} has an image that cannot be read: {row.reason}"
             for number, row in enumerate(rows)
@@ -159,21 +183,27 @@ class ImageReader:
                 "rows out and count them."
             )
         usable = self.stand_in.replace(Rows(rows), bad, BAD_ROWS[0])
-        if self.companion is None or any(images_of(row) for row in usable.examples):
+        if self.companion is None or self._shown(usable.examples) >= self._shown([self.companion]):
             return usable
-        companion = read_row(self.companion)
+        companion = read_row(self.companion, self.columns)
         assert not isinstance(companion, UnusableRow), companion.reason
         return replace(usable, examples=[*usable.examples, companion], companion=True)
 
+    def _shown(self, rows: Sequence[Mapping[str, Any]]) -> set[str]:
+        """The columns in which some of the rows have images."""
+        return {column for column in self.columns for row in rows if row.get(column)}
 
-def _read(example: Mapping[str, Any]) -> dict[str, Any] | UnusableRow:
-    """The row with its images decoded, and as they were."""
-    row = read_row(example)
-    return row if isinstance(row, UnusableRow) else {**row, STORED_IMAGES: example.get("images")}
+    def _read(self, example: Mapping[str, Any]) -> dict[str, Any] | UnusableRow:
+        """The row with its images decoded, and as they were."""
+        row = read_row(example, self.columns)
+        return row if isinstance(row, UnusableRow) else {**row, STORED_IMAGES: example.get("images")}
 
 
 class VisionViews:
     """Rows with images, read by the student's processor and, where that reads otherwise, by each teacher's too.
+
+    A teacher with a view of its own reads the answer behind another prompt, or about other images. `max_length` is for
+    the student's tokens: such a teacher reads as much of an answer as the student does.
 
     Raises UserError for videos, for more or fewer images than placeholders, and where `max_length` would cut a row
     within its images, unless such rows are skipped; `names` says which row it is. `served` names the
@@ -199,26 +229,41 @@ class VisionViews:
         """Whether a processor makes of rows what the student's makes."""
         return processing_facts(processor) == processing_facts(self.student.processor)
 
-    def with_teachers(self, processors: Mapping[str, ProcessorMixin], served: Collection[str] = ()) -> Self:
-        """The views with one for each teacher (by name) whose processor makes another one; those alike share it.
+    def with_teachers(
+        self,
+        processors: Mapping[str, ProcessorMixin],
+        served: Collection[str] = (),
+        teacher_views: Mapping[str, TeacherView] | None = None,
+    ) -> Self:
+        """The views with one for each teacher (by name) that reads otherwise than the student; those alike share it.
 
-        `served` names the teachers behind a server.
+        Those read otherwise whose processor does, or that have a view in `teacher_views`. `served` names the teachers
+        behind a server.
         """
-        student = replace(self.student, max_length=self.max_length)
+        student, rewritten = replace(self.student, max_length=self.max_length), teacher_views or {}
         teachers: dict[str, VisionLabels] = {}
-        for name, processor in processors.items():
-            if self.reads_alike(processor):
+        for name in (*processors, *(name for name in rewritten if name not in processors)):
+            processor, view = processors.get(name, student.processor), rewritten.get(name)
+            if view is None and self.reads_alike(processor):
                 continue
             facts = processing_facts(processor)
-            alike = (side for side in teachers.values() if processing_facts(side.processor) == facts)
-            teachers[name] = next(alike, None) or self._side_of(name, processor)
+            alike = (
+                side for side in teachers.values() if side.view == view and processing_facts(side.processor) == facts
+            )
+            teachers[name] = next(alike, None) or replace(self._side_of(name, processor), view=view)
         return type(self)(student, self.skip, self.names, teachers, served)
 
     def _side_of(self, name: str, processor: ProcessorMixin) -> VisionLabels:
+        if self.reads_alike(processor):
+            return self.student
         require_image_tokens(processor, f"teacher {name}".rstrip())
         turns = Turns.of(processor) if self.student.assistant_only_loss else None
         template = None if turns is None else turns.template
         return replace(self.student, processor=processor, chat_template=template, turns=turns)
+
+    def of_teacher(self, name: str) -> VisionLabels:
+        """What makes the batch of a teacher."""
+        return self.teachers.get(name, self.student)
 
     def _sides(self) -> dict[str, VisionLabels]:
         """Who reads rows: the student, and the first of the teachers of each way to read them."""
@@ -228,13 +273,16 @@ class VisionViews:
                 sides[f"teacher {name}".rstrip()] = side
         return sides
 
-    def reader(self, train: Any, sharded: bool) -> "ImageReader":
-        """What decodes the images of rows; where models are sharded, with a row of `train` that keeps ranks together.
+    def reader(self, train: Any, sharded: bool, image_columns: Collection[str] = ()) -> "ImageReader":
+        """What decodes the images of rows, with those of more `image_columns`, which a teacher reads.
 
-        Raises UserError when none of the first rows is usable.
+        Where models are sharded, a row of `train` keeps ranks together. Raises UserError when none of the first rows
+        is usable.
         """
-        companion = next((row for row in train if images_of(row)), None) if sharded else None
-        reader = ImageReader(self.skip, companion, self.names)
+        columns = list(dict.fromkeys(("images", *image_columns)))
+        reader = ImageReader(self.skip, None, self.names, columns)
+        if sharded:
+            reader = ImageReader.keeping_towers_together(train, self.skip, self.names, columns)
         if self.skip:
             # Finds a row to put in the place of others before the first batch, which may hold none.
             self(reader([dict(row) for row in islice(train, 8)]))
@@ -242,13 +290,14 @@ class VisionViews:
 
     def __call__(self, rows: Rows) -> tuple[Rows, Batch]:
         examples = rows.examples
-        for example in examples:
-            check_placeholders(example, self.student.processor, self.names)
         sides = list(self._sides().values())
+        for example in examples:
+            for side in (self.student, *(side for side in sides if side.view is not None)):
+                check_placeholders(example, side, self.names)
         try:
             # trl's collator writes into its examples.
             views = [View.of(side([dict(example) for example in examples])) for side in sides]
-            asked = {id(self.teachers.get(name, self.student)) for name in self.served}
+            asked = {id(self.of_teacher(name)) for name in self.served}
             views = [
                 replace(view, served=served_rows(examples, view, side)) if id(side) in asked else view
                 for view, side in zip(views, sides, strict=True)
@@ -276,6 +325,9 @@ class VisionViews:
             return self(rows)
         finished = {id(side): self._finished(view, side, rows) for view, side in zip(views, sides, strict=True)}
         student = finished[id(self.student)]
+        for side in sides:
+            if side.view is not None:
+                finished[id(side)] = finished[id(side)].taught_as_much_as(student)
         readings = {name: Reading(finished[id(side)]) for name, side in self.teachers.items()}
         kinds = list(rows.replaced.values())
         skipped = torch.tensor([kinds.count(kind) for kind in BAD_ROWS]) if self.skip else None
@@ -287,7 +339,7 @@ class VisionViews:
         refused: dict[int, str] = {}
         for number, example in enumerate(examples):
             for role, side in self._sides().items():
-                reason = refusal(images_of(example), side.processor)
+                reason = refusal(images_of(side.seen(example)), side.processor)
                 if reason is not None and number not in refused:
                     name = self.names.of(example)
                     refused[number] = f"{name} has an image that the {role}'s processor refuses: {reason}"
@@ -298,7 +350,7 @@ class VisionViews:
         processor: Any = side.processor
         inputs, labels, ids = dict(view.inputs), view.labels.clone(), view.inputs["input_ids"]
         visual = ids == processor.image_token_id
-        if self.max_length is not None and ids.shape[1] > self.max_length:
+        if self.max_length is not None and side.view is None and ids.shape[1] > self.max_length:
             for name, value in inputs.items():
                 if isinstance(value, Tensor) and value.shape == ids.shape:
                     inputs[name] = value[:, : self.max_length]
@@ -307,7 +359,7 @@ class VisionViews:
             [row, size]
             for row, example in enumerate(rows.examples)
             for size in image_sizes(
-                visual[row], images_of(example), processor, lambda example=example: self.names.of(example)
+                visual[row], images_of(side.seen(example)), processor, lambda example=example: self.names.of(example)
             )
         ]
         labels[list(rows.replaced)] = -100
@@ -321,7 +373,7 @@ class VisionViews:
 
     def _lost(self, view: View, side: VisionLabels, examples: Sequence[Mapping[str, Any]]) -> dict[int, str]:
         """The rows that `max_length` would cut within their images, and what to do."""
-        if self.max_length is None:
+        if self.max_length is None or side.view is not None:
             return {}
         processor: Any = side.processor
         visual = view.inputs["input_ids"] == processor.image_token_id

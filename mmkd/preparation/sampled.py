@@ -56,7 +56,7 @@ def _labelled(row: Mapping[str, Any], prefix: str) -> Iterator[SampledRow]:
 
 def _collated(row: Mapping[str, Any], collator: VisionLabels) -> SampledRow | None:
     """A row with images; None for one that training would not take either."""
-    example = read_row(row)
+    example = read_row(row, collator.image_columns)
     if isinstance(example, UnusableRow):
         return None
     # Image processors say in ways of their own that an image is none for them; training says it, or skips the row.

@@ -24,15 +24,18 @@ def served_rows(
     examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any], collator: VisionLabels
 ) -> list[ServedRow | None]:
     """Rows whose images are decoded, of a batch that this collator made of them; None for those without."""
-    if not any(images_of(example) for example in examples):
+    seen = [collator.seen(example) for example in examples]
+    if not any(map(images_of, seen)):
         return [None] * len(examples)
     ids: Int[Tensor, "batch position"] = batch["input_ids"]
     present: Bool[Tensor, "batch position"] = batch["attention_mask"].bool()
     placeholders = _placeholders(collator.processor)
     shorts = collator.unexpanded(examples)
     return [
-        _served(example, short, row_ids[row_present].tolist(), placeholders) if images_of(example) else None
-        for example, short, row_ids, row_present in zip(examples, shorts, ids, present, strict=True)
+        _served(example, row_key(row), short, row_ids[row_present].tolist(), placeholders)
+        if images_of(example)
+        else None
+        for row, example, short, row_ids, row_present in zip(examples, seen, shorts, ids, present, strict=True)
     ]
 
 
@@ -51,9 +54,9 @@ def _placeholders(processor: Any) -> _Placeholders:
 
 
 def _served(
-    example: Mapping[str, Any], short: Sequence[int], ids: Sequence[int], placeholders: _Placeholders
+    example: Mapping[str, Any], key: int, short: Sequence[int], ids: Sequence[int], placeholders: _Placeholders
 ) -> ServedRow:
-    """A row by its tokens without and with those of its images."""
+    """A row by its tokens without and with those of its images; `key` is that of the row in the data."""
     head, head_length = _head(short, ids, placeholders)
     messages = messages_of(example)
     return ServedRow(
@@ -63,7 +66,7 @@ def _served(
         head,
         head_length,
         placeholders.piece,
-        row_key(example),
+        key,
     )
 
 

@@ -82,8 +82,9 @@ def _parts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return parts
 
 
-def check_placeholders(row: Mapping[str, Any], processor: Any, names: RowNames) -> None:
-    """Raises UserError when the placeholders of a row are not as many as its images."""
+def check_placeholders(example: Mapping[str, Any], side: Any, names: RowNames) -> None:
+    """Raises UserError when a row, as one side's `VisionLabels` see it, has more or fewer placeholders than images."""
+    row, processor = side.seen(example), side.processor
     images = len(images_of(row))
     conversation = row.get("messages", row.get("prompt"))
     if isinstance(conversation, list):
@@ -95,9 +96,10 @@ def check_placeholders(row: Mapping[str, Any], processor: Any, names: RowNames) 
         placeholders = text.count(getattr(processor, "boi_token", None) or processor.image_token)
     if placeholders != images:
         advice = "remove the surplus images" if images > placeholders else "add the missing images"
+        told = "" if side.view is None else " for the teacher (teacher_view)"
         raise UserError(
-            f"{names.of(row)} has {images} images and {placeholders} placeholders for them: {advice}, or put as many "
-            "parts {type: image} into its messages."
+            f"{names.of(example)} has{told} {images} images and {placeholders} placeholders for them: {advice}, or "
+            "put as many parts {type: image} into its messages."
         )
 
 

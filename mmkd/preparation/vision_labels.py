@@ -14,6 +14,7 @@ from torch import Tensor
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.cached import images_of
@@ -38,6 +39,8 @@ class VisionLabels(DataCollatorForVisionLanguageModeling):
     """Tells what is supervised under assistant_only_loss."""
     eos_token: str | None = None
     """Ends plain text; by default that of the processor's tokenizer."""
+    view: TeacherView | None = None
+    """Behind what else than its own prompt a row's answer is read."""
     image_tokens: "ImageTokens" = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,9 +48,18 @@ class VisionLabels(DataCollatorForVisionLanguageModeling):
         tokenizer: Any = tokenizer_of(self.processor)
         self.eos_token = self.eos_token or tokenizer.eos_token
 
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        """The columns with the images that are read, where rows have them."""
+        return ("images",) if self.view is None or self.view.images_column is None else (self.view.images_column,)
+
+    def seen(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row as it is read."""
+        return example if self.view is None else self.view.rewrite(example)
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of rows with their images decoded."""
-        examples = [self._ended(example) for example in examples]
+        examples = [self._ended(self.seen(example)) for example in examples]
         turns = self._turns
         if turns.how == "all":
             for number, example in enumerate(examples):
@@ -65,7 +77,7 @@ class VisionLabels(DataCollatorForVisionLanguageModeling):
 
     def unexpanded(self, examples: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """The tokens of a batch's rows with one placeholder for each image, before the processor puts those in."""
-        examples = [self._ended(example) for example in examples]
+        examples = [self._ended(self.seen(example)) for example in examples]
         turns = self._turns
         if self._reads_turns(examples, turns):
             parts = [[turns.read(example, self.completion_only_loss, images_of(example)).text] for example in examples]

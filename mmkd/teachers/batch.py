@@ -102,6 +102,11 @@ class View(Mapping[str, Any]):
         """The view in which only the chosen tokens, or rows where there is one column, have labels."""
         return replace(self, labels=self.labels.masked_fill(~chosen, -100))
 
+    def taught_as_much_as(self, other: "View") -> Self:
+        """The view in which each row keeps the labels of as many tokens, from its first on, as it has in another."""
+        most = (other.labels != -100).sum(1, keepdim=True)
+        return self.learnt_from((self.labels != -100).cumsum(1) <= most)
+
     def of_rows(self, rows: Bool[Tensor, "batch"]) -> Self:
         """The view of some rows without images; what is not about rows stays."""
         inputs = {

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -28,6 +28,9 @@ from .teacher import Teacher
 logger = logging.getLogger(__name__)
 
 TAILS = ("bucket", "unbiased", "renormalise")
+
+IMAGES = "images"
+"""The column with the images of a row."""
 
 SIGNALS: dict[str, type] = {"top_k": TopKSignal, "log_probs": LabelSignal, "hidden": DenseSignal}
 """Kind of a cache -> the signal that it holds."""
@@ -217,51 +220,96 @@ class CachedTeacher(Teacher[CachedSignal]):
         return {name: tensor if name == "ids" else tensor.float().view(torch.int32) for name, tensor in fields.items()}
 
 
-def with_targets(batch: Batch, examples: Sequence[Mapping[str, Any]], teacher: CachedTeacher) -> Batch:
+def with_targets(
+    batch: Batch, examples: Sequence[Mapping[str, Any]], teacher: CachedTeacher, images_column: str = IMAGES
+) -> Batch:
     """The batch with what a teacher on disk said about it; the collator calls it in the data loader's workers.
 
-    Nothing is learnt from sequences that the teacher could not read when the cache was built with on_error: skip.
+    `images_column` holds the images that the teacher saw. Nothing is learnt from sequences that it could not read when
+    the cache was built with on_error: skip.
     """
-    labels, scores = answers_of(batch.student, hashed_images(examples), [{ONLY: teacher}] * len(examples))
-    return replace(
-        batch, student=replace(batch.student, labels=labels, targets={ONLY: teacher.tensors(scores.get(ONLY, []))})
-    )
+    return with_answers_of(batch, examples, {ONLY: teacher}, [{ONLY: teacher}] * len(examples), {ONLY: images_column})
 
 
-def answers_of(
-    view: View, images: Sequence[Sequence[str]], asked: Sequence[Mapping[str, CachedTeacher]]
-) -> tuple[Int[Tensor, "batch position"], dict[str, list[CachedAnswer]]]:
-    """The labels of a view that can be learnt from, and what the teachers that each row asks hold about them.
+def with_answers_of(
+    batch: Batch,
+    examples: Sequence[Mapping[str, Any]],
+    caches: Mapping[str, CachedTeacher],
+    asked: Sequence[Mapping[str, CachedTeacher]],
+    image_columns: Mapping[str, str],
+) -> Batch:
+    """The batch with what teachers on disk hold about it, in what each of them reads.
 
-    `images` are hashes by row, `asked` teachers by name by row. Sequences that one of a row's teachers could not read
-    have no labels.
+    `asked` are by row those of the `caches` that it asks. `image_columns` name the rows' columns with the images of
+    teachers that have others than the student. Nothing is learnt from sequences that one of a row's teachers could not
+    read.
     """
-    ids, labels = view.inputs["input_ids"].numpy(), view.labels.clone()
-    supervised = labels.numpy() != -100
-    scores: dict[str, list[CachedAnswer]] = {}
-    for row in range(len(ids)):
-        for place, segment in enumerate(spans_of_row(view.inputs, row)):
-            mask = supervised[row, segment].copy()
-            mask[:1] = False
-            if not mask.any():
-                continue
-            # Rows end to end are the sequences of one row; packed rows all ask the same teachers.
-            teachers = asked[row if len(ids) == len(asked) else min(place, len(asked) - 1)]
-            answers = {
-                name: teacher.look_up(ids[row, segment], mask, images[row]) for name, teacher in teachers.items()
-            }
-            if any(answer is None for answer in answers.values()):
-                labels[row, segment] = -100
-                continue
-            for name, answer in answers.items():
-                assert answer is not None
-                scores.setdefault(name, []).append(answer)
-    return labels, scores
+    hashes = {
+        column: hashed_images(examples, column) for column in {image_columns.get(name, IMAGES) for name in caches}
+    }
+    looked_up = {
+        name: _Sequences.of(
+            batch.readings[name].view if name in batch.readings else batch.student,
+            hashes[image_columns.get(name, IMAGES)],
+        )
+        for name in caches
+    }
+    student = _Sequences.of(batch.student, [()] * len(examples))
+    labels, scores = batch.student.labels.clone(), dict[str, list[CachedAnswer]]()
+    for number, (row, place, span) in enumerate(student.spans):
+        if not student.asked(number)[1].any():
+            continue
+        # Rows end to end are the sequences of one row; packed rows all ask the same teachers.
+        teachers = asked[row if len(labels) == len(asked) else min(place, len(asked) - 1)]
+        answers = {name: teacher.look_up(*looked_up[name].asked(number)) for name, teacher in teachers.items()}
+        if any(answer is None for answer in answers.values()):
+            labels[row, span] = -100
+            continue
+        for name, answer in answers.items():
+            assert answer is not None
+            scores.setdefault(name, []).append(answer)
+    targets = {name: cache.tensors(scores.get(name, [])) for name, cache in caches.items()}
+    # Nobody computes anything of what these would read.
+    apart = {
+        name: replace(reading, view=replace(reading.view, inputs={}, targets={name: targets.pop(name)}))
+        for name, reading in batch.readings.items()
+        if name in caches
+    }
+    view = replace(batch.student, labels=labels, targets=targets)
+    return replace(batch, student=view, readings={**batch.readings, **apart})
 
 
-def hashed_images(examples: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The hashes of the images of each raw row."""
-    return [[image_hash(image) for image in images_of(example)] for example in examples]
+@dataclass(frozen=True)
+class _Sequences:
+    """The sequences of a view, as a cache is asked about them."""
+
+    ids: Int[np.ndarray, "batch position"]
+    supervised: Bool[np.ndarray, "batch position"]
+    spans: list[tuple[int, int, slice]]
+    """Row, number within the row, and tokens of each."""
+    images: Sequence[Sequence[str]]
+    """Hashes by row."""
+
+    @classmethod
+    def of(cls, view: View, images: Sequence[Sequence[str]]) -> Self:
+        ids = view.inputs["input_ids"].numpy()
+        spans = [
+            (row, place, span) for row in range(len(ids)) for place, span in enumerate(spans_of_row(view.inputs, row))
+        ]
+        return cls(ids, view.labels.numpy() != -100, spans, images)
+
+    def asked(self, number: int) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
+        """The tokens of a sequence, which of them are supervised, and the hashes of its images."""
+        row, _, span = self.spans[number]
+        supervised = self.supervised[row, span].copy()
+        supervised[:1] = False
+        return self.ids[row, span], supervised, self.images[row]
+
+
+def hashed_images(examples: Sequence[Mapping[str, Any]], column: str = IMAGES) -> list[list[str]]:
+    """The hashes of the images of each raw row in a column, `images` or one that only a teacher reads."""
+    shown = map(images_of, examples) if column == IMAGES else (example[column] for example in examples)
+    return [[image_hash(image) for image in images] for images in shown]
 
 
 def images_of(example: Mapping[str, Any]) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
 from accelerate import Accelerator
@@ -14,7 +14,7 @@ from mmkd.losses.fused import Targets
 from mmkd.models.sharded_weights import is_sharded
 
 from .batch import ONLY, Batch, View
-from .cached import CachedTeacher, answers_of, hashed_images
+from .cached import CachedTeacher, with_answers_of
 from .local import ModelTeacher
 from .routes import route_of, teacher_names
 from .server import IMAGE_INPUTS
@@ -145,25 +145,25 @@ class SeveralTargets:
     names: Sequence[str]
     caches: Mapping[str, CachedTeacher]
     column: str | None
+    image_columns: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The columns with the images of teachers that see others than the student."""
 
     @classmethod
-    def of(cls, teachers: SeveralTeachers) -> Self:
+    def of(cls, teachers: SeveralTeachers, image_columns: Mapping[str, str] | None = None) -> Self:
         """Those of these teachers."""
-        return cls(list(teachers.teachers), teachers.caches, teachers.column)
+        return cls(list(teachers.teachers), teachers.caches, teachers.column, image_columns or {})
 
     def __call__(self, batch: Batch, examples: Sequence[Mapping[str, Any]]) -> Batch:
         """The filled batch. Raises UserError for a row that names none of the teachers."""
-        view = batch.student
         asked: Sequence[Mapping[str, CachedTeacher]] = [self.caches] * len(examples)
         if self.column is not None:
-            view = replace(view, route=route_of(view, examples, self.column, self.names))
+            route = route_of(batch.student, examples, self.column, self.names)
+            batch = replace(batch, student=replace(batch.student, route=route))
             names = [name for example in examples for name in teacher_names(example, self.column)]
             asked = [{name: self.caches[name]} if name in self.caches else {} for name in names]
         if self.caches:
-            labels, scores = answers_of(view, hashed_images(examples), asked)
-            targets = {name: cache.tensors(scores.get(name, [])) for name, cache in self.caches.items()}
-            view = replace(view, labels=labels, targets=targets)
-        return replace(batch, student=view)
+            batch = with_answers_of(batch, examples, self.caches, asked, self.image_columns)
+        return batch
 
 
 def asked(

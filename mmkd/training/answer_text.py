@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmkd.alignment.common_runs import shared_length
+from mmkd.data.teacher_view import ANSWER, answer_of
 
 from .answers import Placed
 
@@ -19,7 +20,11 @@ def said(tokenizer: Any, ids: list[int], placed: Placed) -> tuple[str, str]:
 
 
 def answered(example: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """A row of messages, or of prompt and completion, with this text as the answer."""
+    """A row of messages, or of prompt and completion, with this text as the answer.
+
+    A teacher's view may still show the data's own answer.
+    """
+    example = {ANSWER: answer_of(example), **example}
     if "messages" in example:
         asked = without_answer(example["messages"])
         return {**example, "messages": [*asked, turn(text, asked)]}

@@ -42,7 +42,7 @@ from .run_trainer import RunTrainer
 from .self_teaching import taught_by_itself
 from .served_rollouts import naming_rows
 from .sharding import without_repeated_rows
-from .teaching import StudentSide, first_rows, packed_apart
+from .teaching import StudentSide, columns_for, first_rows, image_columns, packed_apart, teacher_views_of
 
 Rows = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 """Rows to evaluate on: one set of them, or several by name."""
@@ -155,14 +155,15 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         teaching = self.build_teacher(side, teacher, teacher_processing_class)
         self.teacher, self.vocab_size = teaching.teacher, teaching.vocab_size
         # A teacher with tokens of its own brings its view.
-        served = served_parts(teaching.teacher) if self.one_vocabulary else {}
-        self.student_side = side = replace(side, views=views.with_teachers(teaching.processors, served))
+        own = (served_parts(teaching.teacher), teacher_views_of(teaching.teacher, args)) if self.one_vocabulary else ()
+        self.student_side = side = replace(side, views=views.with_teachers(teaching.processors, *own))
         check_fit(side, teaching)
         stop_where_answers_end(side)
         if args.combine == "gradmag":
             check_balance(self.model, args)
             self._last_block = LastBlock(self.model) if is_sharded(self.accelerator) else None
-        reader = side.views.reader(self.train_dataset, is_sharded(self.accelerator))
+        shown = image_columns(teacher, args)
+        reader = side.views.reader(self.train_dataset, is_sharded(self.accelerator), shown)
         self.data_collator = Collator(side.views, reader, teaching.fill, bool(args.on_policy_fraction))
         if teaching.teacher is not None:
             teaching.teacher.prepare(self.accelerator)
@@ -283,7 +284,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         """The Trainer's evaluation, of these rows or of those of the constructor."""
         if self._reads_rows and not isinstance(eval_dataset, str):
             eval_dataset = canonical_rows(eval_dataset, "eval", self.args)
-        eval_dataset = unread(eval_dataset)
+        eval_dataset = unread(eval_dataset, "eval", image_columns(self.teacher, self.args))
         if eval_dataset is not None:
             self._row_names.add(eval_dataset, "eval")
         return super().evaluate(eval_dataset, *args, **kwargs)
@@ -297,7 +298,5 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         return prepare(rows, packing=packing)
 
     def columns_to_keep(self) -> list[str]:
-        """The one that names the teacher of each row, too."""
-        teacher = self._given_teacher[0]
-        column = teacher.column if isinstance(teacher, SeveralTeachers) else None
-        return [*super().columns_to_keep(), *([] if column is None else [column])]
+        """Those that say whom to ask, and what teachers read, too."""
+        return [*super().columns_to_keep(), *columns_for(self._given_teacher[0], self.args, self.labelling.vision)]

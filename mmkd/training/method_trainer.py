@@ -57,6 +57,7 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
     model: Any
     teacher: Any
     labelling: Labelling
+    student_side: StudentSide
     _counts: dict[str, Tensor]
     """Kind of item -> how many the accumulated batch has on all ranks."""
     _last_block: LastBlock | None = None
@@ -110,7 +111,7 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
     def with_rollouts(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
         """A micro-batch whose rollouts (row -> rollout) are in place, as the method's teacher reads it."""
         processing_class: Any = self.processing_class
-        return as_served(batch, placed, self.teacher, tokenizer_of(processing_class))
+        return as_served(batch, placed, self.teacher, tokenizer_of(processing_class), self.student_side.views)
 
     def ask_ahead(self, batch: Batch, alone: bool) -> Batch:
         """The batch with what the teacher must have said before its items can be counted: nothing, in most methods.

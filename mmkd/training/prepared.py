@@ -1,5 +1,6 @@
 """Prepared: what of a training can be known before its Trainer exists, made from the arguments of a constructor."""
 
+from collections.abc import Collection
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
@@ -7,7 +8,7 @@ from typing import Any, Self
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from mmkd.data.image_columns import image_column
+from mmkd.data.image_columns import image_column, second_image_column
 from mmkd.data.layouts import canonical
 from mmkd.errors import UserError
 from mmkd.models.backbone import name_of
@@ -23,7 +24,7 @@ from .config import DistillationConfig
 from .rewards import with_rated_rows
 from .rollouts import check_rollouts
 from .self_teaching import itself_in
-from .teaching import check_teachers
+from .teaching import check_teachers, image_columns
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Prepared:
         check_precision(args, args.emulated_bf16)
         say_emulated("student", model.dtype, args.device)
         keep_differentiable(model)
-        train, evaluation = unread(train), unread(evaluation)
+        columns = image_columns(teacher, args)
+        train, evaluation = unread(train, "train", columns), unread(evaluation, "eval", columns)
         check_training_data(train, evaluation, args, tokenizer_of(processing_class))
         if args.trainable is not None:
             if peft is not None or isinstance(model, PeftModel):
@@ -109,11 +111,17 @@ def canonical_rows(data: Any, split: str, args: DistillationConfig) -> Any:
     return canonical(data, split, skip=args.on_bad_row == "skip", text_field=args.dataset_text_field)
 
 
-def unread(data: Any) -> Any:
-    """The rows with their images as they are stored: `ImageReader` reads them, and says what is wrong with one."""
+def unread(data: Any, split: str, more: Collection[str] = ()) -> Any:
+    """The rows with their images as they are stored: `ImageReader` reads them, and says what is wrong with one.
+
+    `more` names other columns with images. Raises UserError where there is no such column.
+    """
     if isinstance(data, dict):
-        return {name: unread(rows) for name, rows in data.items()}
-    return image_column(data)
+        return {name: unread(rows, str(name), more) for name, rows in data.items()}
+    data = image_column(data)
+    for name in more:
+        data = second_image_column(data, name, split)
+    return data
 
 
 def _load_student(

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from mmkd.errors import UserError
+from mmkd.preparation.collation import TextViews, VisionViews
 from mmkd.preparation.row_names import RowNames
 from mmkd.preparation.served_rows import messages_of
+from mmkd.preparation.vision_labels import VisionLabels
 from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.server import RefusedRow
 from mmkd.teachers.several import served_parts
@@ -29,17 +31,20 @@ def naming_rows(names: RowNames) -> Iterator[None]:
         raise UserError(f"{names.of_key(refused.key)}: the teacher's server refused it. {refused.reason}") from refused
 
 
-def as_served(batch: Batch, placed: Mapping[int, Placed], teacher: Any, tokenizer: Any) -> Batch:
+def as_served(
+    batch: Batch, placed: Mapping[int, Placed], teacher: Any, tokenizer: Any, views: TextViews | VisionViews
+) -> Batch:
     """The batch with its rollouts (row -> rollout) in what servers are asked with.
 
     A server may make other tokens of a rollout's text: of such a rollout nothing is learnt from the first token on
     that differs, and the batch counts it. A batch that no server is asked about in the student's tokens stays as it
-    is. `tokenizer` is the student's.
+    is. `tokenizer` is the student's, `views` are what batches are made by.
     """
     if not is_served(batch):
         return batch
+    assert isinstance(views, VisionViews)
     placed = dict(sorted(placed.items()))
-    batch = _told(batch, placed, tokenizer)
+    batch = _told(batch, placed, tokenizer, views)
     read = _tokens_read(batch, placed, teacher)
     cut = {row: most for row, most in read.items() if most < int((batch.student.labels[row] != -100).sum())}
     shortened = batch.with_teacher_views(lambda view: _first_tokens(view, cut)) if cut else batch
@@ -52,23 +57,26 @@ def is_served(batch: Batch) -> bool:
     return any(view.served is not None for view in (batch.student, *theirs))
 
 
-def _told(batch: Batch, placed: Mapping[int, Placed], tokenizer: Any) -> Batch:
+def _told(batch: Batch, placed: Mapping[int, Placed], tokenizer: Any, views: VisionViews) -> Batch:
     """The batch in which servers are asked about the rollouts (row -> rollout)."""
-    messages: dict[int, Any] = {}
+    rows: dict[int, Any] = {}
     for row, placing in placed.items():
         text, _ = said(tokenizer, batch["input_ids"][row].tolist(), placing)
-        messages[row] = messages_of(answered(batch.rows[row], text))
+        rows[row] = answered(batch.rows[row], text)
 
-    def told(view: View) -> View:
+    def told(view: View, side: VisionLabels) -> View:
         if view.served is None:
             return view
         served = [
-            replace(row, messages=messages[number]) if row is not None and number in messages else row
+            replace(row, messages=messages_of(side.seen(rows[number]))) if row is not None and number in rows else row
             for number, row in enumerate(view.served)
         ]
         return replace(view, served=served)
 
-    return replace(batch.with_teacher_views(told), student=told(batch.student))
+    # Teachers that share a view are one side.
+    sides = {id(reading.view): views.of_teacher(name) for name, reading in batch.readings.items()}
+    batch = batch.with_teacher_views(lambda view: told(view, sides[id(view)]))
+    return replace(batch, student=told(batch.student, views.student))
 
 
 def _tokens_read(batch: Batch, placed: Mapping[int, Placed], teacher: Any) -> dict[int, int]:

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mmkd.alignment.vocab import shared_tokens
+from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.models.backbone import full_head, name_of
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
@@ -23,7 +24,7 @@ from mmkd.teachers.cached import CachedTeacher, with_targets
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.routes import teacher_names
 from mmkd.teachers.server import ServerTeacher
-from mmkd.teachers.several import SeveralTargets, SeveralTeachers, parts_of
+from mmkd.teachers.several import SeveralTargets, SeveralTeachers, named_parts, parts_of
 from mmkd.teachers.teacher import DenseTeacher, Teacher
 
 from .config import DistillationConfig
@@ -87,7 +88,9 @@ def teaching_of(student: StudentSide, teacher: Any, processing_class: Any) -> Te
         tokens = min(student.tokens, teacher.vocab_size)
         # A head can be cut to what the student knows; what is listed of a distribution cannot.
         teacher = teacher if teacher.states is None else teacher.over_tokens(tokens)
-        return Teaching(teacher, tokens, partial(with_targets, teacher=teacher))
+        view = student.args.view
+        columns = {} if view is None or view.images_column is None else {"images_column": view.images_column}
+        return Teaching(teacher, tokens, partial(with_targets, teacher=teacher, **columns))
     if isinstance(teacher, DenseTeacher):
         tokens = min(student.tokens, teacher.vocab_size)
         return Teaching(teacher.over_tokens(tokens), tokens, processors=_own_processor(student, ONLY, teacher))
@@ -154,7 +157,32 @@ def _several(student: StudentSide, several: SeveralTeachers, processing_class: A
                 because="not built",
             )
     several = several.replaced_by(teachers)
-    return Teaching(several, tokens, SeveralTargets.of(several), processors)
+    columns = {
+        name: view.images_column
+        for name, view in teacher_views_of(several, student.args).items()
+        if view.images_column is not None
+    }
+    return Teaching(several, tokens, SeveralTargets.of(several, columns), processors)
+
+
+def teacher_views_of(teacher: Any, args: DistillationConfig) -> dict[str, TeacherView]:
+    """The views of a teacher, or of each of several, by name, where it does not read what the student reads."""
+    names = [] if teacher is None else named_parts(teacher)
+    return {} if args.view is None else dict.fromkeys(names, args.view)
+
+
+def columns_for(teacher: Any, args: DistillationConfig, vision: bool) -> list[str]:
+    """The column that names the teacher of each row, and those that only teachers read in rows with images."""
+    column = teacher.column if isinstance(teacher, SeveralTeachers) else None
+    # Text is read before training.
+    views = teacher_views_of(teacher, args).values() if vision else ()
+    return [*([] if column is None else [column]), *dict.fromkeys(name for view in views for name in view.reads)]
+
+
+def image_columns(teacher: Any, args: DistillationConfig) -> list[str]:
+    """The columns with the images that teachers see in the place of the student's."""
+    views = teacher_views_of(teacher, args).values()
+    return list(dict.fromkeys(view.images_column for view in views if view.images_column is not None))
 
 
 def check_all_teach(several: SeveralTeachers, train: Any) -> None:
