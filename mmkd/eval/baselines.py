@@ -17,7 +17,8 @@ BASELINE = "sft-baseline"
 
 # Keys of a student's recipe that are not those of its baseline, although method sft knows them.
 _NOT_SFT = {"ce_weight", "teacher_cache", "teacher_server", "teacher_tail", "teacher_top_k", "temperature"}
-_NOT_SFT |= {part.name for part in fields(RolloutConfig) if part.name.startswith("rollout_")} | {"on_policy_fraction"}
+_NOT_SFT |= {part.name for part in fields(RolloutConfig) if part.name.startswith(("rollout", "interleaved_"))}
+_NOT_SFT |= {"on_policy_fraction"}
 _TEACHERS = {"teachers", "teacher_column"}
 _PUBLISHING = {"push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"}
 

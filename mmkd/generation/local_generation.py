@@ -121,12 +121,18 @@ class LocalGenerator(Generator[Asked]):
         base: Any = base_of(self.model)
         inputs = self.read(prompts)
         width = inputs["input_ids"].shape[1]
-        config = copy.deepcopy(base.generation_config)
-        config.update(**self._settings(sampling, samples, width))
+        config = self.configured(sampling, samples, width)
         with self.autocast():
             # Each rank has prompts of its own, and as many batches of them as it has.
             tokens = base.generate(**inputs, generation_config=config, synced_gpus=False, **options)
         return tokens[:, width:].tolist()
+
+    def configured(self, sampling: Sampling, samples: int, width: int) -> GenerationConfig:
+        """How the model goes on with prompts of so many tokens."""
+        config = copy.deepcopy(base_of(self.model).generation_config)
+        assert config is not None
+        config.update(**self._settings(sampling, samples, width))
+        return config
 
     def read(self, prompts: list[Asked]) -> dict[str, Any]:
         """What the model reads of the prompts of one batch, on its device."""

@@ -80,7 +80,7 @@ def _unused_by(method: Method) -> dict[str, str]:
     of_tokens = issubclass(config, DistillationConfig)
     if not of_tokens or not config.learns_from_rollouts:
         reason = f"Method {method.name} learns from the data's answers only."
-        names = [name for name in fields_of(DistillationConfig) if name.startswith("rollout_")]
+        names = [name for name in fields_of(DistillationConfig) if name.startswith(("rollout", "interleaved_"))]
         unused |= dict.fromkeys(["on_policy_fraction", *names], reason)
     if not method.takes_several:
         unused |= dict.fromkeys(["teachers", "teacher_column"], f"Method {method.name} learns from one teacher.")

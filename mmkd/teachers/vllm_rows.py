@@ -113,6 +113,8 @@ class Answer:
     finish_reason: str
     log_probs: list[float] | None = None
     """Of its tokens, at temperature 1 over the whole vocabulary, where they were asked for."""
+    replaced: list[bool] | None = None
+    """Which of its tokens a teacher has put in the place of another one, where one could."""
 
     @property
     def tokens(self) -> int:

@@ -19,6 +19,8 @@ class Rollout(NamedTuple):
     """Whether its last token is one that ends an answer."""
     log_probs: list[float] | None = None
     """Of its tokens, as in `RolloutTokens`."""
+    replaced: list[bool] | None = None
+    """Which of its tokens a teacher has put in the place of the student's, where one could."""
 
     @property
     def empty(self) -> bool:
@@ -154,6 +156,8 @@ def _tokens_of(
         own[row, places] = True
         if log_probs is not None:
             log_probs[row, places] = own.new_tensor(rollout.log_probs, dtype=torch.float)
+        if rollout.replaced is not None:
+            own[row, places] = ~own.new_tensor(rollout.replaced)
     return RolloutTokens(own, log_probs)
 
 

@@ -9,6 +9,7 @@ from mmkd.preparation.collation import Collator
 from mmkd.seams.deepspeed_seam import weights_of
 from mmkd.units import readable_size
 
+from .interleaved_rollouts import interleaved
 from .rollout_probes import probes_of
 from .rollout_server import ServedStudent
 from .rollouts import Rollouts, check_prompts, student_generator, student_tokens
@@ -37,10 +38,13 @@ def rollouts_of(trainer: Any) -> Rollouts:
         # The student's views alone: a prompt is not asked about.
         collate = None if trainer.padding_free else Collator(side.views)
         generator = student_generator(side.model, side.tokenizer, tokens, collate, accelerator, args)
+        if args.rollouts == "interleaved":
+            generator = interleaved(trainer, generator, tokens, collate)
         return Rollouts(generator, tokens, args, *ranks, lay=lay)
     # Its name keeps it out of what is pushed to the Hub.
     folder = Path(args.rollout_server_folder or Path(args.output_dir or ".") / "_rollout_weights")
     probes = probes_of(side.tokenizer, side.processing_class, side.train, vision)
     settings = (side.model, tokens, side.tokenizer, accelerator, args, folder, probes)
     served = ServedStudent(*settings, trainer.weights_to_save)
-    return Rollouts(served, tokens, args, *ranks, hand_over=served.hand_over, lay=lay)
+    generator = interleaved(trainer, served, tokens, None) if args.rollouts == "interleaved" else served
+    return Rollouts(generator, tokens, args, *ranks, hand_over=served.hand_over, lay=lay)

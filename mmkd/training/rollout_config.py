@@ -30,6 +30,23 @@ class RolloutConfig(RewardConfig):
             "student's only. Try 0.5. Generating takes longer than training."
         },
     )
+    rollouts: str = field(
+        default="student",
+        metadata={
+            "help": "Who writes the student's answers. student (default): it alone. interleaved: the student proposes "
+            "each token, and a token that is not among the teacher's interleaved_top_k most likely ones is replaced "
+            "by one sampled from these (speculative knowledge distillation, 2410.11325). Try it where the student "
+            "still goes wrong early.",
+            "choices": ["student", "interleaved"],
+        },
+    )
+    interleaved_top_k: PositiveInt = field(
+        default=25,
+        metadata={
+            "help": "For rollouts: interleaved. The student's token stays if it is among so many of the teacher's "
+            "most likely ones. 25 by default, as in the paper. With a large number the student writes nearly alone."
+        },
+    )
     rollout_max_tokens: PositiveInt = field(
         default=128,
         metadata={

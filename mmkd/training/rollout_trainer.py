@@ -86,6 +86,10 @@ class RolloutTrainer(ReportingTrainer):
         source = rollouts if self._ahead is None else self._ahead
         batches, mixed = source.mix(batches, self.state.global_step, self.with_rollouts)
         self._record(mixed.reports(self.accelerator.device), "train")
+        if self.args.rollouts == "interleaved":
+            replaced = sum(sum(rollout.replaced or ()) for rollout in mixed.rollouts)
+            count = torch.tensor(replaced, device=self.accelerator.device)
+            self._record({"rollouts_replaced": (count, mixed.facts["tokens"])}, "train")
         if any(is_served(batch) for batch in batches):
             others = torch.tensor(sum(batch.retokenised for batch in batches), device=self.accelerator.device)
             self._record({"rollouts_retokenised": (others, len(mixed.rollouts))}, "train")

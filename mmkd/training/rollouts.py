@@ -54,6 +54,15 @@ class RolloutPrompt:
     example: Mapping[str, Any]
     answer: list[int] = field(default_factory=list[int])
     """What the data answers."""
+    of_teachers: Mapping[str, list[int]] = field(default_factory=dict[str, list[int]])
+    """What teachers with the student's tokens read in the place of `ids`, by name, where they read something else."""
+    route: int | None = None
+    """The number of the row's teacher, where rows name theirs."""
+
+    def followed_by(self, answer: list[int]) -> "RolloutPrompt":
+        """The prompt and the beginning of an answer, for who is asked by tokens."""
+        theirs = {name: [*ids, *answer] for name, ids in self.of_teachers.items()}
+        return replace(self, ids=[*self.ids, *answer], of_teachers=theirs)
 
 
 @dataclass(frozen=True)
@@ -249,8 +258,9 @@ class Rollouts:
                 raise UserError(f"The rollout server refused a prompt: {answers.reason}")
             room = None if not args.max_length else args.max_length - prompt.start
             ids, ended = up_to_stop(answers[0].ids[:room], self.tokens.stops)
-            log_probs = answers[0].log_probs
-            rollouts.append(Rollout(ids, ended, None if log_probs is None else log_probs[: len(ids)]))
+            log_probs, replaced = answers[0].log_probs, answers[0].replaced
+            log_probs = None if log_probs is None else log_probs[: len(ids)]
+            rollouts.append(Rollout(ids, ended, log_probs, None if replaced is None else replaced[: len(ids)]))
         return rollouts
 
     def _prompts(self, batches: Sequence[Batch], step: int) -> list[RolloutPrompt]:
@@ -266,8 +276,20 @@ class Rollouts:
                 if chosen and start is not None:
                     ids, answer = batch["input_ids"][row, :start].tolist(), batch["labels"][row, start:]
                     answer = answer[answer != -100].tolist()
-                    prompts.append(RolloutPrompt(number, row, start, ids, batch.rows[row], answer))
+                    prompt = RolloutPrompt(number, row, start, ids, batch.rows[row], answer)
+                    prompts.append(self._as_teachers_read(prompt, batch))
         return prompts
+
+    def _as_teachers_read(self, prompt: RolloutPrompt, batch: Batch) -> RolloutPrompt:
+        """The prompt with what teachers read of it, where they take part in answering."""
+        if self.args.rollouts == "student":
+            return prompt
+        theirs = {}
+        for name, reading in batch.readings.items():
+            start = answer_starts(reading.view)[prompt.row]
+            theirs[name] = reading.view["input_ids"][prompt.row, :start].tolist()
+        route = batch.student.route
+        return replace(prompt, of_teachers=theirs, route=None if route is None else int(route[prompt.row, 0]))
 
     def _rows_before(self, rows: list[int]) -> list[int]:
         """How many rows of all ranks stand before each micro-batch of this one, which has so many."""
