@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
+    GenerationConfig,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -37,6 +38,7 @@ from mmkd.seams import (
     accelerate_seam,
     bitsandbytes_seam,
     datasets_seam,
+    decoding_seam,
     deepspeed_seam,
     lm_eval_seam,
     peft_seam,
@@ -320,6 +322,23 @@ def test_trackers_are_known_by_name() -> None:
 
 
 # accelerate
+
+
+def test_generation_goes_on_token_by_token() -> None:
+    """`custom_generate` is handed what `_sample` is, and each token is computed by the same private steps."""
+    model: Any = make_model(layers=1, width=32, seed=0)
+    inputs = {
+        "input_ids": torch.tensor([[0, 0, 5], [7, 8, 9]]),
+        "attention_mask": torch.tensor([[0, 0, 1], [1, 1, 1]]),
+    }
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=1, pad_token_id=0, suppress_tokens=[3])
+    decoding = decoding_seam.Decoding(model, inputs, config)
+    ended = torch.zeros(2, dtype=torch.bool)
+    with torch.no_grad():
+        while not ended.all():
+            decoding.append(decoding.processed(decoding.logits()).argmax(-1))
+            ended |= decoding.ended()
+    assert torch.equal(decoding.ids, model.generate(**inputs, generation_config=config))
 
 
 def test_accelerate_forgets_a_prepared_model() -> None:

@@ -11,7 +11,8 @@ from transformers import Trainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
-SEAMS = {path.stem.removesuffix("_seam") for path in (ROOT / "mmkd/seams").glob("*_seam.py")} - {"trainer"}
+# Two of them are transformers'.
+SEAMS = {path.stem.removesuffix("_seam") for path in (ROOT / "mmkd/seams").glob("*_seam.py")} - {"trainer", "decoding"}
 
 # Public all the same: those of NamedTuple, what transformers' documentation has models override, and the type of what
 # `add_subparsers` gives, which has no other name.
