@@ -21,7 +21,11 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--suite", nargs="+", default=[], help="offline, open_llm, math, vlm, or the path of a suite's YAML")
     add("--tasks", nargs="+", default=[], help="tasks of lm-eval or mmkd by name or pattern (arc_*)")
     add("--include_path", nargs="+", default=[], help="folders with tasks of your own, in lm-eval's YAML")
-    add("--measures", nargs="*", help="also cost, generation, bytes, agreement, calibration (none named: all)")
+    add(
+        "--measures",
+        nargs="*",
+        help="also cost, generation, bytes, acceptance, agreement, calibration (none named: all)",
+    )
     add("--data", help="data on whose held-out rows is measured (default: that of the run)")
     add("--teacher", help="model to measure beside, a folder or a Hub id (default: the teacher of the run)")
     add("--rows", type=int, default=64, help="held-out rows to measure on (default: 64)")

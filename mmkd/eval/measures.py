@@ -26,14 +26,19 @@ from mmkd.results.machine import machine
 from mmkd.seams.lm_eval_seam import model_class, rolling_log_likelihoods
 
 from . import speed
+from .answer_readings import AnswerReader, answered_rows
 from .answer_statistics import AnswerStatistics, greedy_answers, summary
 from .harness import Settings, device_of
 from .model import EvalModel
 from .results import Results, key_of
+from .teacher_fit import Pair
 from .tokens import Calibration, TokenAgreement, batches, beliefs_of
 
-MEASURES = ("cost", "generation", "bytes", "agreement", "calibration")
+MEASURES = ("cost", "generation", "bytes", "acceptance", "agreement", "calibration")
 """In the order in which they are taken: the last two prepare the model for training's own batches."""
+
+DRAFT_TOKENS = 4
+"""Tokens of a draft, for acceptance."""
 
 SAMPLES = 16
 """Generations that are kept to be read."""
@@ -89,7 +94,7 @@ def measure(
             "held": None if held is None or name == "cost" else vars(held),
             "teacher": None if teacher is None else {"name": teacher.name, "weights": teacher.weights},
         }
-        key = key_of("measure", __version__, name, conditions, None if name == "cost" else _digest(rows))
+        key = key_of("measure", __version__, name, conditions, None if name == "cost" else rows_digest(rows))
         entry = results.measure(key)
         if entry is None:
             values = getattr(measurements, name)()
@@ -159,6 +164,15 @@ class Measurements:
             sides[side] = {"bits_per_byte": -total / size / math.log(2), "bytes": size, "tokens": tokens}
         return sides
 
+    def acceptance(self) -> dict[str, Any]:
+        """How many tokens the teacher keeps of what the student drafts, on texts that the teacher has sampled."""
+        assert self.rows is not None
+        assert self.held is not None
+        pair = Pair(*(AnswerReader(self.model(side), model.processing_class) for side, model in self.sides.items()))
+        asked = [(text.prompt, text.tools) for text in answered_rows(self.rows)]
+        sampled, greedy = ([*pair.teacher.answers(asked, self.held.max_new_tokens, drawn)] for drawn in (1, 0))
+        return pair.accepted(sampled, greedy, DRAFT_TOKENS)
+
     def agreement(self) -> dict[str, Any]:
         """How far the student is from the teacher, per token."""
         return self._beliefs[0].result()
@@ -226,8 +240,9 @@ def _check(names: Sequence[str], held: HeldOut | None, teacher: EvalModel | None
             raise UserError(f"There is no measure {name!r}; choose some of {', '.join(MEASURES)}.")
         if name != "cost" and held is None:
             raise UserError(f"Measure {name} needs held-out rows: name a data recipe with --data.")
-    if "agreement" in names and teacher is None:
-        raise UserError("Measure agreement compares with a teacher: name it with --teacher.")
+    for name in ("acceptance", "agreement"):
+        if name in names and teacher is None:
+            raise UserError(f"Measure {name} compares with a teacher: name it with --teacher.")
     if model.members:
         raise UserError(
             "Measurements are of one model; an ensemble is evaluated with --suite or --tasks.", because="not built"
@@ -238,18 +253,21 @@ def _possible(model: EvalModel, rows: Dataset | None, teacher: EvalModel | None)
     """All measures that can be taken; says which cannot."""
     if rows is None:
         return ["cost"]
-    left_out = {} if teacher is not None else {"agreement": "there is no --teacher"}
+    left_out: dict[str, str] = {}
+    if teacher is None:
+        left_out |= dict.fromkeys(("acceptance", "agreement"), "there is no --teacher")
     if "images" in rows.column_names:
         left_out["bytes"] = "rows have images"
     ours = tokenizer_of(model.processing_class).get_vocab()
     if teacher is not None and ours != tokenizer_of(teacher.processing_class).get_vocab():
-        left_out |= dict.fromkeys(("agreement", "calibration"), "student and teacher have different vocabularies")
+        different = "student and teacher have different vocabularies"
+        left_out |= dict.fromkeys(("acceptance", "agreement", "calibration"), different)
     for name, reason in left_out.items():
         print(f"Measure {name} is left out: {reason}.", file=sys.stderr)
     return [name for name in MEASURES if name not in left_out]
 
 
-def _digest(rows: Dataset | None) -> str:
+def rows_digest(rows: Dataset | None) -> str:
     """Of the rows' words and pictures."""
     if rows is None:
         return ""

@@ -141,7 +141,7 @@ def test_all_measures_from_the_command_line_are_kept(tiny, workplace, capsys, mo
     assert main(command) == 0
     kept = json.loads(Path("out/results.json").read_text())["measures"].values()
     found = {entry["measure"]: entry["values"] for entry in kept}
-    assert list(found) == ["cost", "generation", "bytes", "agreement", "calibration"]
+    assert list(found) == ["cost", "generation", "bytes", "acceptance", "agreement", "calibration"]
     models = {side: load_model(str(tiny[side]), dtype="float32").eval() for side in ("student", "teacher")}
     assert found["cost"]["teacher"]["parameters"] == models["teacher"].num_parameters()
     assert found["cost"]["student"]["speed"][0]["tokens_per_second"] > 0
@@ -164,7 +164,14 @@ def test_a_run_is_measured_on_its_data_beside_its_teacher(tiny, workplace, capsy
     command = ["eval", "runs/kd", "--measures", "--rows", "2", "--max_new_tokens", "2", "--output"]
     assert main([*command, "out"]) == 0
     kept = json.loads(Path("out/results.json").read_text())["measures"].values()
-    assert [entry["measure"] for entry in kept] == ["cost", "generation", "bytes", "agreement", "calibration"]
+    assert [entry["measure"] for entry in kept] == [
+        "cost",
+        "generation",
+        "bytes",
+        "acceptance",
+        "agreement",
+        "calibration",
+    ]
     said = capsys.readouterr().err
     assert "runs/kd: measured on the held-out rows of words.yaml; --data names others." in said
     assert f"runs/kd: measured beside {tiny['teacher']}; --teacher names another." in said
