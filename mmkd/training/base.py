@@ -215,8 +215,9 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
                 return self.read_student(hidden, head.trimmed(self.vocab_size), part)
 
             losses = losses_of(read)
+            reports = {**losses.reports, **self.rollout_entropy(hidden, head.trimmed(self.vocab_size), view)}
             # Plain containers: wrappers look for tensors in the output, and do not look into our dataclasses.
-            return losses.totals, losses.reports
+            return losses.totals, reports
 
         routed = {"router_loss": True} if self.aux_loss_enabled else {}
         with nullcontext() if block is None else block.recording():

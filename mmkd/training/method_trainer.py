@@ -24,9 +24,9 @@ from mmkd.teachers.teacher import Teacher
 from .answers import Placed
 from .balance import balance_factors, gradients_in_last_layer
 from .config import DistillationConfig
-from .items import ItemLosses, Supervised, Terms, kind_of
+from .items import ItemLosses, Reports, Supervised, Terms, kind_of
 from .rewards import REWARD, policy_gradient
-from .rollout_trainer import RolloutTrainer
+from .rollout_trainer import ENTROPY, RolloutTrainer
 from .self_teaching import SelfTaughtTrainer
 from .served_rollouts import as_served
 from .teaching import StudentSide, Teaching, teaching_of
@@ -131,6 +131,25 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
         answers = begins.flatten().cumsum(0)[supervised.flatten()] - 1
         rollout = view.rollout.map(lambda tensor: tensor[:, 1:][supervised])
         return Supervised(states, head, labels, rollout=rollout, answers=answers)
+
+    @torch.no_grad()
+    def rollout_entropy(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Reports:
+        """The student's entropy at the tokens that it said itself, in the steps that are logged."""
+        if self.rollouts is None or not self.model.training or not self._reports_now():
+            return {}
+        rollout, nothing = view.rollout, view.labels.new_zeros(0)
+        own = view.supervised & rollout.own[:, 1:] if rollout is not None else torch.zeros_like(view.supervised)
+        states = hidden[:, :-1][own].detach()
+        loss = fused_loss(
+            states,
+            head,
+            view.labels[:, 1:][own],
+            chunk_size=self.args.chunk_size,
+            precise=self.args.precise_logits,
+            diagnostics=True,
+        )
+        # All ranks have the same reports, also those without such tokens.
+        return {ENTROPY: (loss.sums.get("student_entropy", nothing.sum().float()), len(states))}
 
     def count_items(self, batch: Batch) -> dict[str, Tensor]:
         """How many items of each kind a micro-batch of this rank has."""

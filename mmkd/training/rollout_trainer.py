@@ -19,6 +19,7 @@ from mmkd.preparation.pairs import packed
 from mmkd.teachers.batch import Batch
 
 from .answers import Placed
+from .items import Reports
 from .log_lines import GUARD
 from .reports import ReportingTrainer
 from .rewards import RATED, RewardFunction, Rewards, with_advantages
@@ -28,6 +29,9 @@ from .rollouts import Mixed, Rollouts
 from .served_rollouts import is_served
 
 logger = logging.getLogger(__name__)
+
+ENTROPY = "rollout_entropy"
+"""The report of the student's entropy at the tokens that it said itself."""
 
 
 class RolloutTrainer(ReportingTrainer):
@@ -125,6 +129,12 @@ class RolloutTrainer(ReportingTrainer):
             )
         alone = super().prepared(rows, args, False, formatting_func, split)
         return packed(alone.select_columns(["input_ids", "labels", RATED]), args)
+
+    def _record(self, reports: Reports, mode: str | None = None) -> None:
+        super()._record(reports, mode)
+        if ENTROPY in reports and self.model.training:
+            total, count = reports[ENTROPY]
+            self._entropy += torch.stack([total.float(), torch.as_tensor(count).to(total).float()])
 
     def _watch_over(self, mixed: Mixed) -> None:
         """The guards' view of a step: logged, and where a guard has reached a limit said or raised, on all ranks."""

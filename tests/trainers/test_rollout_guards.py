@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 
 from mmkd.methods.kd import KDConfig, KDTrainer
@@ -143,6 +144,18 @@ def test_a_watch_goes_on_from_its_state() -> None:
     assert second.values() == whole.values()
 
 
+def test_entropy_is_that_of_the_tokens_which_the_student_said(build: Build, completions: Dataset) -> None:
+    settings: dict[str, Any] = {"rollout_max_tokens": 6, "max_steps": 2}
+    trainer: Any = build(KDTrainer, completions, on_policy_fraction=1.0, **settings)
+    trainer.train()
+    assert losses_of(trainer, "rollout_entropy") == [pytest.approx(e) for e in losses_of(trainer, "student_entropy")]
+    half: Any = build(KDTrainer, completions, on_policy_fraction=0.5, **settings)
+    half.train()
+    assert losses_of(half, "rollout_entropy") != losses_of(half, "student_entropy")
+    (last,) = half._watch.entropies
+    assert last["entropy"] / last["entropy_tokens"] == pytest.approx(losses_of(half, "rollout_entropy")[0])
+
+
 def test_a_run_logs_warns_stops_and_goes_on(
     build: Build, completions: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -164,6 +177,7 @@ def test_a_run_logs_warns_stops_and_goes_on(
     resumed: Any = build(KDTrainer, completions, rollout_guards=guards, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     assert resumed._watch.state() == whole._watch.state()
+    assert torch.equal(resumed._entropy, whole._entropy)
     stopping = {"steps": 1, "length": {"stop": 1.01, "against": "data"}}
     trainer: Any = build(KDTrainer, completions, rollout_guards=stopping, **settings)
     with pytest.raises(ValueError, match="rollout_guards stops the run at length"):
