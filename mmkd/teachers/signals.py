@@ -81,8 +81,10 @@ class SparseSignal:
         return self.ids[rows, 0]
 
     def __getitem__(self, rows: slice) -> Self:
-        parts: list[Any] = [getattr(self, field.name) for field in fields(self)]
-        return type(self)(*[part if part is None else part[rows] for part in parts])
+        def cut(part: Any) -> Any:
+            return None if part is None else part[rows]
+
+        return type(self)(*(cut(getattr(self, field.name)) for field in fields(self)))
 
 
 @dataclass(frozen=True)

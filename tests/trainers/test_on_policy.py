@@ -34,6 +34,11 @@ from tests.trainers.served_student import ServedStudent
 from tests.vlms import make_llava, vision_rows
 
 GREEDY: dict[str, Any] = {"on_policy_fraction": 0.5, "rollout_max_tokens": 8, "rollout_temperature": 0.0}
+WEIGHED: dict[str, Any] = {
+    "divergence": "reverse_kl",
+    "student_top_k": 6,
+    "rollout_token_weights": "importance",
+}
 RANKS_ROOT = Path(__file__).parents[2]
 
 
@@ -198,6 +203,7 @@ def test_losses_do_not_depend_on_ranks(
             "adapter served": {**served, "lora": True},
             "served": served,
             "still ahead": {**served, "rollout_ahead": 1, "learning_rate": 0.0},
+            "weighed here": {"how": how, **WEIGHED},
         }
         seen = on_ranks(jobs, tiny["teacher"].parent, tmp_path)
         assert fake.loads == 4 * 3
@@ -206,6 +212,7 @@ def test_losses_do_not_depend_on_ranks(
     alone = {
         "adapter": build(KDTrainer, completions, trainer=models, **GREEDY),
         "still": build(KDTrainer, completions, learning_rate=0.0, **GREEDY),
+        "weighed": build(KDTrainer, completions, **GREEDY, **WEIGHED),
         "": build(KDTrainer, completions, **GREEDY),
     }
     expected = {}
