@@ -27,7 +27,8 @@ def sums_of(mixed: Mixed, tokenizer: Any, longest: int) -> dict[str, int]:
     """What the rollouts of this rank add up to. `longest` is the number of tokens at which they are cut."""
     pairs = list(zip(mixed.prompts, mixed.rollouts, strict=True))
     spoken = [rollout.ids[: len(rollout.ids) - rollout.ended] for _, rollout in pairs]
-    texts = tokenizer.batch_decode([*spoken, *(prompt.ids + prompt.answer for prompt, _ in pairs)])
+    # Decoding no sequences at all gives one empty text.
+    texts = tokenizer.batch_decode([*spoken, *(prompt.ids + prompt.answer for prompt, _ in pairs)]) if pairs else []
     others = zip(texts[: len(pairs)], texts[len(pairs) :], strict=True)
     return {
         "rollouts": len(pairs),

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 
 from mmkd.methods.kd import KDConfig, KDTrainer
 from mmkd.training.guard_settings import Limits, RolloutGuards, warnings_of
-from mmkd.training.rollout_guards import SUMS, RolloutWatch
+from mmkd.training.rollout_guards import SUMS, RolloutWatch, sums_of
 from mmkd.training.rollout_signs import in_other_script, repeats_itself
+from mmkd.training.rollouts import Mixed
 from tests.helpers import Build, losses_of
 
 GOOD = {"rollouts": 10, "ended": 9, "repeated": 0, "other_script": 0, "tokens": 100, "answer_tokens": 100}
@@ -182,3 +184,7 @@ def test_a_run_logs_warns_stops_and_goes_on(
     trainer: Any = build(KDTrainer, completions, rollout_guards=stopping, **settings)
     with pytest.raises(ValueError, match="rollout_guards stops the run at length"):
         trainer.train()
+
+
+def test_a_step_in_which_this_rank_answers_nothing_adds_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert not any(sums_of(Mixed([], [], 0.0), tokenizer, 8).values())
