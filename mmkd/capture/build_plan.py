@@ -219,7 +219,7 @@ def make_score_plan(run: Run) -> ScorePlan:
             f"teacher_top_k {k} and cache_tail_draws {m} are more than the {vocab_size} tokens that student and "
             "teacher share. Lower them."
         )
-    teacher = described_teacher(run, tokenizer_of(teacher_class), k, run.training.max_length, served)
+    teacher = described_teacher(run, tokenizer_of(teacher_class), k, run.training.teacher_length, served)
     if keeps_states:
         signal = states_signal(run, vocab_size, prepared.vision and method.reads_visual_tokens)
         codec = StateCodec(signal["dtype"], signal["width"], vocab_size, signal["visual"])

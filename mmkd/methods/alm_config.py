@@ -134,6 +134,11 @@ class ALMConfig(DistillationConfig):
         return side
 
     @property
+    def teacher_length(self) -> int | None:
+        """Tokens of the longest row that a teacher reads; None: any number."""
+        return self.for_teacher().max_length
+
+    @property
     def term_weights(self) -> dict[str, float]:
         """The weight of each term of the loss, by the term's name in the logs."""
         return {**super().term_weights, "hidden": self.hidden_weight}

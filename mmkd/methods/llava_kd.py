@@ -25,7 +25,8 @@ from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Reports, Supervised, add_share, kind_of
 from mmkd.training.method import Method
-from mmkd.training.teaching import StudentSide, Teaching, image_columns
+from mmkd.training.teacher_views import image_columns
+from mmkd.training.teaching import StudentSide, Teaching
 
 _ALONE = (
     "Visual tokens are compared image by image. Give the teacher as many images in teacher_view.images_column as the "

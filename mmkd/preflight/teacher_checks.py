@@ -50,7 +50,7 @@ def server(run: Run, student: Side, teacher: Side | None, sample: Sample | None)
     if live:
         _check_method(run, ServerTeacher(urls, k=k, model=arguments.teacher_server_model))
     with VLLMClient(urls, arguments.teacher_server_model, timeout=PATIENCE) as client:
-        facts = client.check(arguments.teacher, k, run.training.for_teacher().max_length, reader.tokenizer)
+        facts = client.check(arguments.teacher, k, run.training.teacher_length, reader.tokenizer)
         asked = [] if shown is None else [_asked(shown, next(client.score([shown], k)))]
     message = (
         f"{', '.join(facts.urls)}: vLLM {facts.vllm_version} serves {facts.model!r} with room for "

@@ -17,8 +17,10 @@ from mmkd.errors import UserError
 from mmkd.teachers.batch import Batch, Reading, View
 from mmkd.teachers.cached import images_of
 
+from .pairs import teacher_parts
 from .row_names import STORED_IMAGES, RowNames
 from .served_rows import served_rows
+from .teacher_prompts import prefixes_of
 from .turns import Turns
 from .vision_checks import check_placeholders, image_sizes, processing_facts, refusal, require_image_tokens
 from .vision_labels import VisionLabels
@@ -71,9 +73,14 @@ class Collator:
 
 @dataclass(frozen=True)
 class TextViews:
-    """Rows of tokens, of which student and teacher see the same; `collator` makes the student's inputs and labels."""
+    """Rows of tokens, of which student and teachers see the same, but for teachers with a prompt of their own.
+
+    `collator` makes inputs and labels, `prefixes` begin the names of the columns with such teachers' tokens, by their
+    names.
+    """
 
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+    prefixes: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def with_teachers(
         self,
@@ -81,8 +88,8 @@ class TextViews:
         served: Collection[str] = (),
         teacher_views: Mapping[str, TeacherView] | None = None,
     ) -> Self:
-        """These, which are the teachers' too: what teachers read behind other prompts is in columns of its own."""
-        return self
+        """These, which are the teachers' too, but for those with views."""
+        return replace(self, prefixes=prefixes_of(teacher_views or {}))
 
     def reader(self, train: Any, sharded: bool, image_columns: Collection[str] = ()) -> None:
         """What decodes images: nothing, since there are none."""
@@ -90,7 +97,14 @@ class TextViews:
     def __call__(self, rows: Rows) -> tuple[Rows, Batch]:
         # Collators write into their examples.
         view = View.of(self.collator([dict(example) for example in rows.examples]))
-        return rows, Batch(view, _row_lengths(view, rows.examples))
+        read = {
+            prefix: Reading(
+                View.of(self.collator([part for row in rows.examples for part in teacher_parts(row, prefix)]))
+            )
+            for prefix in dict.fromkeys(self.prefixes.values())
+        }
+        readings = {name: read[prefix] for name, prefix in self.prefixes.items()}
+        return rows, Batch(view, _row_lengths(view, rows.examples), readings)
 
 
 def _row_lengths(view: View, examples: Sequence[Mapping[str, Any]]) -> Int[Tensor, "row"]:

@@ -5,11 +5,11 @@ The teacher reads the very tokens of the student's answers; only what stands bef
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from datasets import Dataset, IterableDataset
@@ -58,6 +58,7 @@ class TeacherPrompts:
         labelling: makes rows tokens.
         dropout: the share of rows for which teachers read the student's prompt.
         longest: tokens of a teacher's longest row; rows that are longer are left out and counted. None: any number.
+        rollout: tokens of an answer that the student may give itself, for which a teacher's row needs room too.
         kept: columns of the data that the rows keep.
     """
 
@@ -65,7 +66,14 @@ class TeacherPrompts:
     labelling: Labelling
     dropout: float = 0.0
     longest: int | None = None
+    rollout: int = 0
     kept: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, views: Iterable[TeacherView], labelling: Labelling, args: Any, kept: Sequence[str] = ()) -> Self:
+        """By the settings of a training."""
+        longest, rollout = args.teacher_max_length, args.rollout_max_tokens if args.on_policy_fraction else 0
+        return cls(list(views), labelling, args.privileged_dropout, longest, rollout, kept)
 
     def beside(
         self, rows: Any, args: SFTConfig, packing: bool, formatting_func: Callable[..., str] | None, split: str
@@ -169,7 +177,7 @@ class TeacherPrompts:
         told = told.remove_columns(_OTHERWISE)
         if self.longest is None:
             return told
-        is_short, left_out = _Short(self.longest, how["prefixes"]), LeftOut(split)
+        is_short, left_out = _Short(self.longest, self.rollout, how["prefixes"]), LeftOut(split)
         kept = [row for row, tokens in enumerate(told) if is_short(tokens)]  # pyright: ignore[reportArgumentType]
         for row in {*range(len(told))} - {*kept}:
             left_out.add(row, is_short.reason)
@@ -186,7 +194,9 @@ class TeacherPrompts:
         first = list(told.take(_LOOKED_AT))
         _say_otherwise(sum(row[_OTHERWISE] for row in first), len(first), f"{split} (its first rows)")
         told = told.map(dict, remove_columns=[_OTHERWISE])
-        return told if self.longest is None else told.filter(_Short(self.longest, how["prefixes"], split))
+        return (
+            told if self.longest is None else told.filter(_Short(self.longest, self.rollout, how["prefixes"], split))
+        )
 
 
 def _splice(
@@ -306,13 +316,18 @@ def _say_otherwise(rows: int, of: int, split: str) -> None:
 class _Short:
     """Whether what teachers read of a row is short enough. Of a stream's `split` the first that is not is said."""
 
-    def __init__(self, longest: int, prefixes: Sequence[str], split: str | None = None) -> None:
-        self.longest, self.prefixes, self.split = longest, prefixes, split
+    def __init__(self, longest: int, rollout: int, prefixes: Sequence[str], split: str | None = None) -> None:
+        self.longest, self.rollout, self.prefixes, self.split = longest, rollout, prefixes, split
         self.reason = f"whose teacher's prompt and answer are longer than teacher_max_length {longest}"
 
     def __call__(self, row: Mapping[str, Any]) -> bool:
-        short = all(len(row[f"{prefix}input_ids"]) <= self.longest for prefix in self.prefixes)
+        short = all(self._tokens(row[f"{prefix}labels"]) <= self.longest for prefix in self.prefixes)
         if not short and self.split is not None:
             logger.warning(f"{self.split}: rows {self.reason} are left out of the stream.")
             self.split = None
         return short
+
+    def _tokens(self, labels: Sequence[int]) -> int:
+        """How many there may be: those of the row, or of its prompt with an answer of the student's own."""
+        answers = _answers(np.asarray(labels)) if self.rollout else []
+        return max(len(labels), answers[-1].start + self.rollout if answers else 0)

@@ -26,8 +26,8 @@ OWN_KEYS = {
         "teacher teacher_revision teacher_dtype teacher_attn_implementation teacher_load_in_4bit teacher_load_in_8bit "
         "teacher_cache teacher_tail teacher_top_k teacher_server teacher_server_model teacher_server_signal "
         "teacher_server_dtype teacher_server_recheck teacher_api teacher_api_model teacher_api_key_env "
-        "teacher_concurrency teacher_timeout teachers teacher_column "
-        "teacher_view privileged_dropout teacher_model_init_kwargs self_teacher ema_decay ema_every"
+        "teacher_concurrency teacher_timeout teachers teacher_column teacher_view privileged_dropout "
+        "teacher_max_length teacher_model_init_kwargs self_teacher ema_decay ema_every"
     ),
     "student": (
         "student student_init student_layers student_intermediate_size student_num_attention_heads "

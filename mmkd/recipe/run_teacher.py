@@ -66,7 +66,7 @@ def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher | H
         "teacher": arguments.teacher,
         "tokenizer": tokenizer,
         "processor": processing_class if isinstance(processing_class, ProcessorMixin) else None,
-        "max_length": run.training.for_teacher().max_length,
+        "max_length": run.training.teacher_length,
         "concurrency": arguments.teacher_concurrency,
         "timeout": arguments.teacher_timeout,
     }
@@ -153,7 +153,9 @@ def several_teachers(run: Run, student: Any) -> SeveralTeachers:
         else:
             teachers[name] = load_teacher(teacher_run, str(teacher_run.arguments.teacher))
     weights = {name: float(keys.get("weight", 1)) for name, keys in arguments.teachers.items()}
-    return SeveralTeachers(teachers, None if arguments.teacher_column else weights, arguments.teacher_column)
+    views = {name: teacher_run.training.view for name, teacher_run in run.by_teacher().items()}
+    column = arguments.teacher_column
+    return SeveralTeachers(teachers, None if column else weights, column, views)
 
 
 def teacher_identity(run: Run, download: bool = True) -> dict[str, Any]:

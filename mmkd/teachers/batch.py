@@ -200,8 +200,24 @@ class Batch(Mapping[str, Any]):
         view = self.student
         if teacher in self.readings:
             # Rows without labels on our side, repeated at the end of an evaluation, have none on the other.
-            view = self.readings[teacher].view.learnt_from(self.student.supervised.any(1)[:, None])
+            view = self.in_sequences(self.readings[teacher].view, self.student.labels != -100)
         return view.targets_of(teacher)
+
+    def in_sequences(self, view: View, chosen: Bool[Tensor, "batch position"]) -> View:
+        """A teacher's view that has labels only in sequences of which a token of the student's is chosen.
+
+        Rows laid end to end are the same sequences in both, each as long as it is there.
+        """
+        positions, others = (side.inputs.get("position_ids") for side in (self.student, view))
+        if chosen.shape[1] == 1 or positions is None or others is None:
+            rows = chosen if chosen.shape[1] == 1 else chosen[:, 1:]
+            return view.learnt_from(rows.any(1)[:, None])
+        ours, theirs = ((side == 0).cumsum(1) - 1 for side in (positions, others))
+        sequences = int(max(ours.max(), theirs.max())) + 1
+        # Nothing predicts the first token of a sequence.
+        predicted = chosen & (positions != 0)
+        some = chosen.new_zeros(len(chosen), sequences, dtype=torch.long).scatter_add(1, ours, predicted.long())
+        return view.learnt_from(some.gather(1, theirs) > 0)
 
     def check_answers(self) -> None:
         """Raises UserError when a teacher with the student's tokens is supervised on others than the student."""

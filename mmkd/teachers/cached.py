@@ -269,9 +269,16 @@ def with_answers_of(
             assert answer is not None
             scores.setdefault(name, []).append(answer)
     targets = {name: cache.tensors(scores.get(name, [])) for name, cache in caches.items()}
-    # Nobody computes anything of what these would read.
+    # Nobody computes anything of what these would read; positions tell where its sequences begin.
     apart = {
-        name: replace(reading, view=replace(reading.view, inputs={}, targets={name: targets.pop(name)}))
+        name: replace(
+            reading,
+            view=replace(
+                reading.view,
+                inputs={key: value for key, value in reading.view.inputs.items() if key == "position_ids"},
+                targets={name: targets.pop(name)},
+            ),
+        )
         for name, reading in batch.readings.items()
         if name in caches
     }

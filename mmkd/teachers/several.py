@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool
 from torch import Tensor
 
+from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.losses.fused import Targets
 from mmkd.models.sharded_weights import is_sharded
@@ -31,6 +32,8 @@ class SeveralTeachers(Teacher[MixedSignal[Any] | RoutedSignal[Any]]):
         teachers: name -> teacher. The name stands in the logs (`kl_NAME`) and, with `column`, in the rows.
         weights: name -> share of the loss on every token, in any unit; by default equal shares.
         column: the rows' column that names the one teacher of each row, instead of weights.
+        views: name -> the `teacher_view` of a teacher that does not read what the settings' own says; None: what the
+            student reads.
 
     Raises UserError for fewer than two teachers, for weights that are not positive or of other names, and where
     weights and column are both given.
@@ -43,6 +46,7 @@ class SeveralTeachers(Teacher[MixedSignal[Any] | RoutedSignal[Any]]):
         teachers: Mapping[str, Any],
         weights: Mapping[str, float] | None = None,
         column: str | None = None,
+        views: Mapping[str, TeacherView | Mapping[str, Any] | None] | None = None,
     ):
         if len(teachers) < 2:
             raise UserError(f"There are {len(teachers)} teachers; give two or more, or set `teacher` to the only one.")
@@ -61,6 +65,9 @@ class SeveralTeachers(Teacher[MixedSignal[Any] | RoutedSignal[Any]]):
         total = sum(weights.values())
         self.weights = {name: weights[name] / total for name in teachers}
         self.teachers, self.column = dict(teachers), column
+        self.views = {name: TeacherView.of(view) for name, view in (views or {}).items()}
+        if unknown := [name for name in self.views if name not in teachers]:
+            raise UserError(f"views names {unknown[0]!r}, which is none of the teachers {', '.join(teachers)}.")
         self._sharded = False
 
     def replaced_by(self, teachers: Mapping[str, Teacher]) -> Self:
@@ -115,7 +122,9 @@ class SeveralTeachers(Teacher[MixedSignal[Any] | RoutedSignal[Any]]):
         """What the student and each teacher read of a batch, with labels where this teacher teaches."""
         theirs = {name: batch.teacher_view(name) for name in self.teachers}
         if self.column is not None:
-            theirs = {name: theirs[name].learnt_from(mask) for name, mask in self._masks(batch).items()}
+            for name, mask in self._masks(batch).items():
+                read = theirs[name]
+                theirs[name] = batch.in_sequences(read, mask) if name in batch.readings else read.learnt_from(mask)
         return {name: (view, theirs[name]) for name, view in self.student_views(batch).items()}
 
     def _masks(self, batch: Batch) -> dict[str, Bool[Tensor, "batch position"]]:

@@ -92,8 +92,10 @@ def with_answers(
     """
 
     def answered(view: View) -> View:
-        starts = answer_starts(view)
-        moved = {row: placing._replace(start=starts[row]) for row, placing in placed.items()}
+        moved = {
+            row: placing._replace(start=_same_place(batch.student, view, row, placing.start))
+            for row, placing in placed.items()
+        }
         return _answered(view, moved, pad_id, multiple, learnt)
 
     student = _answered(batch.student, placed, pad_id, multiple, learnt)
@@ -101,6 +103,12 @@ def with_answers(
     in_our_tokens = all(reading.alignment is None for reading in batch.readings.values())
     batch = batch.with_teacher_views(answered) if in_our_tokens else batch
     return replace(batch, student=student, row_lengths=lengths)
+
+
+def _same_place(student: View, view: View, row: int, start: int) -> int:
+    """Where the answer that begins there in a row of the student's begins in a view with the same answers."""
+    before = int((student.labels[row, 1:start] != -100).sum())
+    return int((view.labels[row, 1:] != -100).nonzero()[before, 0]) + 1
 
 
 def _answered(

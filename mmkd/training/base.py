@@ -42,7 +42,8 @@ from .run_trainer import RunTrainer
 from .self_teaching import taught_by_itself
 from .served_rollouts import naming_rows
 from .sharding import without_repeated_rows
-from .teaching import StudentSide, columns_for, first_rows, image_columns, packed_apart, teacher_views_of
+from .teacher_views import columns_for, image_columns, prompts_for, teacher_views_of
+from .teaching import StudentSide, first_rows, packed_apart
 
 Rows = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 """Rows to evaluate on: one set of them, or several by name."""
@@ -294,6 +295,9 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         """The rows of a split as the collator takes them; packed ones know the teacher of each sequence."""
         prepare = partial(super().prepared, args=args, formatting_func=formatting_func, split=split)
         teacher = self._given_teacher[0]
+        told = prompts_for(teacher, self.labelling, args) if self.one_vocabulary else None
+        if told is not None:
+            return told.beside(rows, args, packing, formatting_func, split)
         if packing and isinstance(teacher, SeveralTeachers) and teacher.column is not None:
             return packed_apart(prepare, rows, args, teacher.column)
         return prepare(rows, packing=packing)

@@ -1,14 +1,14 @@
 """What every method reads from a recipe."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.preparation.checks import without_emulated_bf16
-from mmkd.schema import PositiveInt, Share
+from mmkd.schema import PositiveInt, Range, Share
 from mmkd.seams.trainer_seam import take_one_gpu, with_json_keys
 from mmkd.teachers.self_teacher import FORMS
 
@@ -98,6 +98,13 @@ class DistillationConfig(RolloutConfig):
             "follows from the seed and the rows. 0 (default): none."
         },
     )
+    teacher_max_length: Annotated[int, Range(min=2)] | None = field(
+        default=None,
+        metadata={
+            "help": "For teacher_view. Longest row in tokens of the teacher, its prompt and the answer; longer rows "
+            "are left out and counted. max_length is for the student's rows. Default: any length."
+        },
+    )
     self_teacher: str | None = field(
         default=None,
         metadata={
@@ -170,6 +177,11 @@ class DistillationConfig(RolloutConfig):
     def for_teacher(self) -> "DistillationConfig":
         """The settings by which rows become the teacher's tokens: the same, where these are the student's too."""
         return self
+
+    @property
+    def teacher_length(self) -> int | None:
+        """Tokens of the longest row that a teacher reads; None: any number."""
+        return self.max_length if self.teacher_view is None else self.teacher_max_length
 
     @property
     def view(self) -> TeacherView | None:

@@ -31,12 +31,44 @@ def taken_apart(batch: Batch) -> Batch:
         # One column: each row has one teacher.
         route = route[0, lengths.cumsum(0) - lengths][:, None]
     student = View({"input_ids": ids, "attention_mask": mask}, labels, route=route)
+    if _in_our_tokens(batch):
+        batch = batch.with_teacher_views(lambda view: _apart(view, len(rows)))
     return replace(batch, student=student, row_lengths=lengths.cpu(), rows=rows)
 
 
 def laid_again(batch: Batch, lay: Lay) -> Batch:
-    """The batch of single rows with the student's side end to end, as `lay` collates it."""
-    view, route = batch.student, batch.student.route
+    """The batch of single rows with the student's side end to end, as `lay` collates it.
+
+    So is that of teachers that read the same answers behind other prompts.
+    """
+    lengths = batch.student.inputs["attention_mask"].sum(1)
+    if _in_our_tokens(batch):
+        batch = batch.with_teacher_views(lambda view: _end_to_end(view, lay))
+    return replace(batch, student=_end_to_end(batch.student, lay), row_lengths=lengths.cpu())
+
+
+def _in_our_tokens(batch: Batch) -> bool:
+    return all(reading.alignment is None for reading in batch.readings.values())
+
+
+def _apart(view: View, rows: int) -> View:
+    """The first so many sequences of a view, each as a row of its own."""
+    # One row: as many as there are sequences are laid end to end.
+    positions = view.inputs["position_ids"][0]
+    starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(positions)]
+    spans = [slice(*span) for span in pairwise(starts)][:rows]
+    ids, labels = (
+        pad_sequence([values[0, span] for span in spans], batch_first=True, padding_value=padding)
+        for values, padding in ((view.inputs["input_ids"], 0), (view.labels, -100))
+    )
+    lengths = torch.tensor([span.stop - span.start for span in spans], device=ids.device)
+    mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+    return View({"input_ids": ids, "attention_mask": mask}, labels)
+
+
+def _end_to_end(view: View, lay: Lay) -> View:
+    """A view of single rows with these end to end."""
+    route, lengths = view.route, view.inputs["attention_mask"].sum(1)
     device, lengths = view.labels.device, view.inputs["attention_mask"].sum(1)
     rows = zip(view.inputs["input_ids"].tolist(), view.labels.tolist(), lengths.tolist(), strict=True)
     laid = View.of(lay([{"input_ids": ids[:end], "labels": labels[:end]} for ids, labels, end in rows]))
@@ -51,7 +83,7 @@ def laid_again(batch: Batch, lay: Lay) -> Batch:
         return pad(tensor[real], (0, laid.labels.shape[1] - int(lengths.sum())))[None]
 
     rollout = None if view.rollout is None else view.rollout.map(end_to_end)
-    return replace(batch, student=replace(laid, route=route, rollout=rollout), row_lengths=lengths.cpu())
+    return replace(laid, route=route, rollout=rollout)
 
 
 def _parts(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

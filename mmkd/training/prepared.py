@@ -24,7 +24,8 @@ from .config import DistillationConfig
 from .rewards import with_rated_rows
 from .rollouts import check_rollouts
 from .self_teaching import itself_in
-from .teaching import check_teachers, image_columns
+from .teacher_views import image_columns
+from .teaching import check_teachers
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,22 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.sft_config import SFTConfig
 
 from mmkd.cache.sequence_keys import segments
+from mmkd.data.teacher_view import TeacherView
 from mmkd.models.load import tokenizer_of
 
 _READ = 1000
 
 
 def preparation_of(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: SFTConfig, template: str | None = None
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    args: SFTConfig,
+    template: str | None = None,
+    view: TeacherView | None = None,
 ) -> dict[str, Any]:
     """Everything besides the data that decides the token ids and masks of a run; long values as sha256.
 
-    `template` is the chat template in use when it is not that of the processing class.
+    `template` is the chat template in use when it is not that of the processing class, `view` that of a teacher that
+    does not read what the student reads.
     """
     image_processor = getattr(processing_class, "image_processor", None)
     return {
@@ -36,6 +41,19 @@ def preparation_of(
         "assistant_only_loss": args.assistant_only_loss,
         # Strategies that keep sequences whole give the same ones as no packing.
         "packing": args.packing_strategy if args.packing and args.packing_strategy != "bfd" else None,
+        # Not where there is none, so that caches of earlier versions stay what they are.
+        **({} if view is None else {"teacher_view": _facts_of(view, args)}),
+    }
+
+
+def _facts_of(view: TeacherView, args: Any) -> dict[str, Any]:
+    """What decides which rows a teacher reads behind its own prompt, and behind which."""
+    dropout = {"share": args.privileged_dropout, "seed": args.seed} if args.privileged_dropout else None
+    longest = args.teacher_max_length
+    return {
+        **view.facts,
+        **({} if dropout is None else {"dropout": dropout}),
+        **({} if longest is None else {"teacher_max_length": longest}),
     }
 
 
@@ -48,11 +66,16 @@ class Located(NamedTuple):
     supervised: Bool[np.ndarray, "token"]
 
 
-def sequences_of(dataset: Dataset) -> Iterator[Located]:
-    """Every sequence of a prepared data set; packed rows are taken apart."""
-    columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names]
+def sequences_of(dataset: Dataset, prefix: str = "") -> Iterator[Located]:
+    """Every sequence of a prepared data set, as the side reads it whose columns have this prefix.
+
+    Packed rows are taken apart.
+    """
+    names = {f"{prefix}{name}": name for name in ("input_ids", "labels", "seq_lengths")}
+    columns = [column for column in names if column in dataset.column_names]
     first = 0
-    for batch in dataset.select_columns(columns).with_format("numpy").iter(_READ):
+    own = dataset.select_columns(columns).rename_columns({column: names[column] for column in columns})
+    for batch in own.with_format("numpy").iter(_READ):
         rows: Any = batch
         for number, (ids, labels) in enumerate(zip(rows["input_ids"], rows["labels"], strict=True)):
             starts = [0]

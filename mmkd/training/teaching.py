@@ -1,7 +1,7 @@
 """The teacher of a training, or several, found and checked against the student and its data."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -10,26 +10,27 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mmkd.alignment.vocab import shared_tokens
-from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.models.backbone import full_head, name_of
 from mmkd.models.load import load_model, load_processing_class, tokenizer_of
 from mmkd.precision import say_emulated
 from mmkd.preparation.collation import Fill, TextViews, VisionViews
 from mmkd.preparation.labelling import Labelling
-from mmkd.preparation.pairs import packed
+from mmkd.preparation.pairs import TEACHER, packed
+from mmkd.preparation.teacher_prompts import prefixes_of
 from mmkd.preparation.vision_checks import processor_of_teacher
 from mmkd.teachers.batch import ONLY
 from mmkd.teachers.cached import CachedTeacher, with_targets
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.routes import teacher_names
 from mmkd.teachers.server import ServerTeacher
-from mmkd.teachers.several import SeveralTargets, SeveralTeachers, named_parts, parts_of
+from mmkd.teachers.several import SeveralTargets, SeveralTeachers, parts_of
 from mmkd.teachers.teacher import DenseTeacher, Teacher
 
 from .config import DistillationConfig
 from .preparing import preparation_of, sequences_of
 from .rewards import RATED
+from .teacher_views import teacher_views_of
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,28 @@ class Teaching:
 
 def teaching_of(student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:
     """The teacher that a trainer was given, checked against student and data. Leaves what it is given as it is."""
+    views = teacher_views_of(teacher, student.args)
+    if not views or not isinstance(student.views, TextViews):
+        return _fitted(student, teacher, processing_class)
+    columns = prefixes_of(views)
+    for split, rows in student.splits.items():
+        first = None if rows is None else next(iter(rows), None)
+        if first is not None and f"{TEACHER}input_ids" not in first:
+            raise UserError(
+                f"The {split} rows are tokens already (skip_prepare_dataset), and teacher_view is about text. Pass "
+                f"rows of text, or add what the teacher reads as {TEACHER}input_ids and {TEACHER}labels.",
+                because="meaning",
+            )
+    return replace(_fitted(student, teacher, processing_class), columns=columns)
+
+
+def _fitted(student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:
     if teacher is None:
         return Teaching(None, student.tokens)
     if isinstance(teacher, SeveralTeachers):
         return _several(student, teacher, processing_class)
     if isinstance(teacher, CachedTeacher):
         _check_cache(student, teacher)
-        _check_sequences(student, teacher)
         tokens = min(student.tokens, teacher.vocab_size)
         # A head can be cut to what the student knows; what is listed of a distribution cannot.
         teacher = teacher if teacher.states is None else teacher.over_tokens(tokens)
@@ -134,8 +150,7 @@ def _several(student: StudentSide, several: SeveralTeachers, processing_class: A
     tokens, teachers, processors = student.tokens, dict(several.teachers), dict[str, ProcessorMixin]()
     for name, teacher in several.teachers.items():
         if isinstance(teacher, CachedTeacher):
-            _check_cache(student, teacher)
-            _check_sequences(student, teacher, several.column, name)
+            _check_cache(student, teacher, name, several)
             tokens = min(tokens, teacher.vocab_size)
         elif not isinstance(teacher, Teacher):
             built = _local(student, teacher, processing_class)
@@ -165,26 +180,6 @@ def _several(student: StudentSide, several: SeveralTeachers, processing_class: A
     return Teaching(several, tokens, SeveralTargets.of(several, columns), processors)
 
 
-def teacher_views_of(teacher: Any, args: DistillationConfig) -> dict[str, TeacherView]:
-    """The views of a teacher, or of each of several, by name, where it does not read what the student reads."""
-    names = [] if teacher is None else named_parts(teacher)
-    return {} if args.view is None else dict.fromkeys(names, args.view)
-
-
-def columns_for(teacher: Any, args: DistillationConfig, vision: bool) -> list[str]:
-    """The column that names the teacher of each row, and those that only teachers read in rows with images."""
-    column = teacher.column if isinstance(teacher, SeveralTeachers) else None
-    # Text is read before training.
-    views = teacher_views_of(teacher, args).values() if vision else ()
-    return [*([] if column is None else [column]), *dict.fromkeys(name for view in views for name in view.reads)]
-
-
-def image_columns(teacher: Any, args: DistillationConfig) -> list[str]:
-    """The columns with the images that teachers see in the place of the student's."""
-    views = teacher_views_of(teacher, args).values()
-    return list(dict.fromkeys(view.images_column for view in views if view.images_column is not None))
-
-
 def check_all_teach(several: SeveralTeachers, train: Any) -> None:
     """Raises UserError where rows name their teachers, and one of these has no row of the train data."""
     for name in several.teachers if several.column and isinstance(train, Dataset) else ():
@@ -195,21 +190,28 @@ def check_all_teach(several: SeveralTeachers, train: Any) -> None:
             )
 
 
-def _check_cache(student: StudentSide, teacher: CachedTeacher) -> None:
+def _check_cache(
+    student: StudentSide, teacher: CachedTeacher, name: str = ONLY, several: SeveralTeachers | None = None
+) -> None:
+    """Raises UserError where a cache, of one of several teachers by its name, is not of what that one reads here."""
     if teacher.vocab_size > student.tokens and teacher.states is None:
         raise UserError(
             f"The cache {teacher.cache.folder} speaks of {teacher.vocab_size} tokens, the student has "
             f"{student.tokens}. Build it again with this student.",
             because="meaning",
         )
-    teacher.check(preparation_of(student.processing_class, student.args, student.labelling.chat_template))
+    views = teacher_views_of(teacher if several is None else several, student.args)
+    template = student.labelling.chat_template
+    teacher.check(preparation_of(student.processing_class, student.args, template, views.get(name)))
+    prefix = prefixes_of(views).get(name, "") if isinstance(student.views, TextViews) else ""
+    _check_sequences(student, teacher, prefix, None if several is None else several.column, name)
 
 
-def _check_sequences(student: StudentSide, teacher: CachedTeacher, column: str | None = None, name: str = "") -> None:
+def _check_sequences(student: StudentSide, teacher: CachedTeacher, prefix: str, column: str | None, name: str) -> None:
     """Raises UserError when the cache lacks a row; with a column, one in which that has the teacher's name."""
     for split, dataset in student.splits.items():
         if isinstance(dataset, Dataset) and "labels" in dataset.column_names:
-            located = sequences_of(dataset)
+            located = sequences_of(dataset, prefix)
             if column is not None:
                 named = (own for value in dataset[column] for own in teacher_names({column: value}, column))
                 located = (sequence for sequence, own in zip(located, named, strict=True) if own == name)
@@ -280,9 +282,25 @@ def check_teachers(trainer: Any, teacher: Any, args: DistillationConfig, data: M
     """Raises UserError where a trainer's class cannot learn from the teacher, or one of several, that it is given."""
     if isinstance(teacher, SeveralTeachers):
         check_several(trainer, teacher, args, data)
+    if not teacher_views_of(teacher, args):
+        _check_no_view(args)
     for part in parts_of(teacher):
         if isinstance(part, Teacher):
             trainer.check_teacher(part, args)
+
+
+def _check_no_view(args: DistillationConfig) -> None:
+    if args.view is not None:
+        raise UserError(
+            "teacher_view says what the teacher reads, and there is no teacher. Set one, or remove teacher_view.",
+            because="meaning",
+        )
+    if args.privileged_dropout:
+        raise UserError(
+            f"privileged_dropout is {args.privileged_dropout}, and there is no teacher_view to leave out. Set "
+            "teacher_view, or remove privileged_dropout.",
+            because="meaning",
+        )
 
 
 def _rows_of(dataset: Dataset, column: str, name: str) -> Dataset:
