@@ -2,12 +2,11 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Self
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from transformers import ProcessorMixin
 
@@ -17,10 +16,9 @@ from mmkd.errors import UserError
 from mmkd.teachers.batch import Batch, Reading, View
 from mmkd.teachers.cached import images_of
 
-from .pairs import teacher_parts
 from .row_names import STORED_IMAGES, RowNames
 from .served_rows import served_rows
-from .teacher_prompts import prefixes_of
+from .text_views import Rows, TextViews, row_lengths
 from .turns import Turns
 from .vision_checks import check_placeholders, image_sizes, processing_facts, refusal, require_image_tokens
 from .vision_labels import VisionLabels
@@ -32,17 +30,6 @@ BAD_ROWS = ("unreadable_rows", "overlong_rows")
 
 Fill = Callable[[Batch, Sequence[Mapping[str, Any]]], Batch]
 """(batch, its rows) -> the batch with more of its fields."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a batch in the making."""
-
-    examples: Sequence[Any]
-    replaced: Mapping[int, str] = field(default_factory=dict)
-    """Rows that stand in the place of bad ones, by number, with the kind in BAD_ROWS."""
-    companion: bool = False
-    """Whether the last row only keeps ranks together."""
 
 
 @dataclass(frozen=True)
@@ -69,49 +56,6 @@ class Collator:
         if self.fill is not None:
             batch = self.fill(batch, rows.examples)
         return replace(batch, rows=rows.examples) if self.keeps_rows else batch
-
-
-@dataclass(frozen=True)
-class TextViews:
-    """Rows of tokens, of which student and teachers see the same, but for teachers with a prompt of their own.
-
-    `collator` makes inputs and labels, `prefixes` begin the names of the columns with such teachers' tokens, by their
-    names.
-    """
-
-    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
-    prefixes: Mapping[str, str] = field(default_factory=dict[str, str])
-
-    def with_teachers(
-        self,
-        processors: Mapping[str, ProcessorMixin],
-        served: Collection[str] = (),
-        teacher_views: Mapping[str, TeacherView] | None = None,
-    ) -> Self:
-        """These, which are the teachers' too, but for those with views."""
-        return replace(self, prefixes=prefixes_of(teacher_views or {}))
-
-    def reader(self, train: Any, sharded: bool, image_columns: Collection[str] = ()) -> None:
-        """What decodes images: nothing, since there are none."""
-
-    def __call__(self, rows: Rows) -> tuple[Rows, Batch]:
-        # Collators write into their examples.
-        view = View.of(self.collator([dict(example) for example in rows.examples]))
-        read = {
-            prefix: Reading(
-                View.of(self.collator([part for row in rows.examples for part in teacher_parts(row, prefix)]))
-            )
-            for prefix in dict.fromkeys(self.prefixes.values())
-        }
-        readings = {name: read[prefix] for name, prefix in self.prefixes.items()}
-        return rows, Batch(view, _row_lengths(view, rows.examples), readings)
-
-
-def _row_lengths(view: View, examples: Sequence[Mapping[str, Any]]) -> Int[Tensor, "row"]:
-    """How many tokens each row of a batch has, also where rows are laid end to end."""
-    ids = view.inputs["input_ids"]
-    flat = len(ids) != len(examples)
-    return torch.tensor([len(example["input_ids"]) if flat else ids.shape[1] for example in examples])
 
 
 def _with_silent_companion(batch: Batch) -> Batch:
@@ -345,7 +289,7 @@ class VisionViews:
         readings = {name: Reading(finished[id(side)]) for name, side in self.teachers.items()}
         kinds = list(rows.replaced.values())
         skipped = torch.tensor([kinds.count(kind) for kind in BAD_ROWS]) if self.skip else None
-        lengths = _row_lengths(student, examples)
+        lengths = row_lengths(student, examples)
         return rows, Batch(student, lengths, readings, skipped=skipped)
 
     def _refused(self, examples: Sequence[Mapping[str, Any]]) -> dict[int, str]:
