@@ -51,10 +51,12 @@ class StoredAnswer:
     text: str
     finish_reason: str
 
-    @property
-    def verdict_key(self) -> bytes:
-        """Of a verdict on this text: a shard that was generated anew may hold another one."""
-        return hashlib.blake2b(self.key + self.text.encode(), digest_size=16).digest()
+    def verdict_key(self, read: Sequence[Any]) -> bytes:
+        """Of a verdict on this text by these values of the row.
+
+        A shard that was generated anew may hold another text, and another right answer may stand in the data.
+        """
+        return hashlib.blake2b(self.key + self.text.encode() + repr(read).encode(), digest_size=16).digest()
 
     @property
     def final_part(self) -> str:
@@ -106,6 +108,8 @@ class Verdicts(ABC):
     """Verdicts on all answers of a folder, of one kind."""
 
     name: ClassVar[str]
+    reads: Sequence[str] = ()
+    """The columns of the data that a verdict depends on, besides those that the answers are of."""
     own: ClassVar[Mapping[str, Any]]
     """The columns of this kind's verdicts, with their types."""
 
@@ -144,23 +148,24 @@ class Verdicts(ABC):
             planned = writer.manifest.planned()
             for done, (split, number) in enumerate(planned, start=1):
                 stored = stored_answers(answers, manifest, split, number)
-                if self._is_there(writer, split, number, stored):
-                    continue
                 start, span = time.perf_counter(), manifest.span(split, number)
-                dataset = data[split]
-                own = [name for name in columns if name in dataset.column_names]
-                rows = dict(zip(span, read_rows(dataset.select(span), own), strict=True)) if own else {}
-                given = self.of(stored, rows)
-                about = [{"key": a.verdict_key, "tokens": a.tokens, "row": a.row, "sample": a.sample} for a in stored]
-                verdicts = [{**left, **right} for left, right in zip(about, given, strict=True)]
+                own = [name for name in columns if name in data[split].column_names]
+                rows = dict(zip(span, read_rows(data[split].select(span), own), strict=True))
+                keys = [answer.verdict_key([rows[answer.row][name] for name in self.reads]) for answer in stored]
+                if self._is_there(writer, split, number, keys):
+                    continue
+                given = zip(keys, stored, self.of(stored, rows), strict=True)
+                verdicts = [
+                    {"key": key, "tokens": answer.tokens, "row": answer.row, "sample": answer.sample, **verdict}
+                    for key, answer, verdict in given
+                ]
                 writer.write(split, number, verdicts, {}, {"seconds": round(time.perf_counter() - start, 3)})
                 console.print(f"{self.name}: {split} shard {number}, {done} of {len(planned)}.", highlight=False)
 
-    def _is_there(self, writer: CacheWriter, split: str, number: int, answers: Sequence[StoredAnswer]) -> bool:
+    def _is_there(self, writer: CacheWriter, split: str, number: int, keys: Sequence[bytes]) -> bool:
         if number not in writer.manifest.shards[split]:
             return False
-        keys = [row["key"] for row in self.read(writer.folder, writer.manifest, split, number)]
-        return keys == [answer.verdict_key for answer in answers]
+        return [row["key"] for row in self.read(writer.folder, writer.manifest, split, number)] == list(keys)
 
     @staticmethod
     def read(folder: Path, manifest: Manifest, split: str, number: int) -> list[dict[str, Any]]:
@@ -179,11 +184,11 @@ class Rulings(Verdicts):
         "votes": Value("int32"),
     }
 
-    def __init__(self, verifier: Verifier, gold_column: str | None):
-        self.verifier, self.gold_column = verifier, gold_column
+    def __init__(self, verifier: Verifier, gold_column: str | None, reads: Sequence[str]):
+        self.verifier, self.gold_column, self.reads = verifier, gold_column, reads
 
     def facts(self) -> dict[str, Any]:
-        return {**self.verifier.facts(), "gold_column": self.gold_column}
+        return {**self.verifier.facts(), "gold_column": self.gold_column, "columns": list(self.reads)}
 
     def of(self, answers: Sequence[StoredAnswer], rows: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
         verdicts = []

@@ -188,7 +188,7 @@ class ScorePlan(Plan):
 def make_plan(run: Run) -> Plan:
     """The plan of a run's `job`. Raises UserError for settings that cannot be, before anything is written."""
     if run.cache.job == "generate":
-        from .generate import make_generate_plan
+        from .generate_plan import make_generate_plan
 
         return make_generate_plan(run)
     return make_score_plan(run)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import DatasetDict
 from rich.console import Console
 
 from mmkd.cache.manifest import Manifest, Skipped
@@ -27,17 +27,12 @@ from mmkd.generation.generator import Advance, Answer, Generator, Prompt, RowErr
 from mmkd.generation.local_generation import LocalGenerator, seed_of
 from mmkd.generation.thoughts import BudgetedAnswer, BudgetedGenerator
 from mmkd.generation.verifiers import verifier_named
-from mmkd.models.load import positions_of, tokenizer_of
+from mmkd.models.load import positions_of
 from mmkd.preparation.vision_checks import refusal
-from mmkd.recipe.recipe import Run
-from mmkd.recipe.run import load_rows_of
-from mmkd.recipe.run_models import teacher_processing_class
-from mmkd.training.preparing import preparation_of
 
-from .answer_verdicts import Rulings, Verdicts, check_gold_column
-from .answering import AskedRow, api_prompt, api_teacher, generator_of, judge_client
-from .build_plan import Plan, ShardResult, folder_of, manifest_of
-from .captured_teacher import described_teacher
+from .answer_verdicts import Rulings, Verdicts
+from .answering import AskedRow, api_prompt, generator_of, judge_client
+from .build_plan import Plan, ShardResult
 from .judging import Ratings
 from .sequences import UnusableRow
 from .traces import PAIRS_RECIPE, SUMMARY, Selection, pairs_recipe, summary_lines
@@ -70,7 +65,7 @@ class GeneratePlan(Plan):
         keys, kinds = self.arguments, list[Verdicts]()
         if keys.cache_verifier is not None:
             verifier = verifier_named(keys.cache_verifier, keys.cache_json_schema, keys.cache_gold_column)
-            kinds.append(Rulings(verifier, keys.cache_gold_column))
+            kinds.append(Rulings(verifier, keys.cache_gold_column, keys.read_columns))
         if keys.cache_judge_server is not None:
             kinds.append(Ratings(judge_client(self.run), keys.cache_gold_column))
         return kinds
@@ -268,72 +263,6 @@ class GeneratePlan(Plan):
         return yaml.safe_dump(dict(recipe), sort_keys=False).encode()
 
 
-def make_generate_plan(run: Run) -> GeneratePlan:
-    """The plan of a cache of answers. Raises UserError for data without prompts and settings that cannot be."""
-    settings, arguments = run.arguments, run.cache
-    _check_teacher(run)
-    data = load_rows_of(run)
-    columns = data["train"].column_names
-    if "text" in columns:
-        raise UserError(
-            f"The data {settings.data!r} is plain text without prompts, so there is nothing to answer. Map its "
-            "columns to prompt (and completion), or to messages.",
-            because="meaning",
-        )
-    check_gold_column(columns, arguments.cache_gold_column)
-    if settings.teacher_api is not None:
-        processing_class, teacher = None, api_teacher(run)
-        rendering: dict[str, Any] = dict.fromkeys(("tokenizer", "chat_template", "image_processor"))
-    else:
-        processing_class = teacher_processing_class(run)
-        # vLLM has to have room for prompt and answer; how long prompts are is not known before they are rendered.
-        teacher = described_teacher(run, tokenizer_of(processing_class), 0, arguments.cache_max_new_tokens)
-        facts = preparation_of(processing_class, run.training)
-        rendering = {name: facts[name] for name in ("tokenizer", "chat_template", "image_processor")}
-    view, budget = run.training.view, arguments.cache_max_think_tokens
-    if view is not None:
-        rendering["teacher_view"] = view.facts
-    sampling = {
-        "samples": arguments.cache_samples,
-        "max_new_tokens": arguments.cache_max_new_tokens,
-        "temperature": arguments.cache_temperature,
-        "top_p": arguments.cache_top_p,
-        "seed": arguments.cache_seed,
-        **({} if budget is None else {"max_think_tokens": budget}),
-    }
-    rows = {str(split): len(dataset) for split, dataset in data.items()}
-    manifest = manifest_of(run, teacher, data, rows, signal={"kind": "text"}, preparation=rendering, sampling=sampling)
-    features = _features(data["train"], budgeted=budget is not None)
-    plan = GeneratePlan(run, folder_of(run), manifest, features, data, processing_class)
-    # A verifier that cannot be made, or a judge that is not there, is told before hours of generation.
-    plan.files()
-    return plan
-
-
-def _check_teacher(run: Run) -> None:
-    """Raises UserError where nobody is named who answers, or more than one, and without a folder to write."""
-    settings = run.arguments
-    if (settings.teacher is None and settings.teacher_api is None) or settings.teacher_cache is None:
-        raise UserError(
-            "Generating needs `teacher` (who answers; with teacher_server too) or `teacher_api`, and `teacher_cache` "
-            "(the folder to write)."
-        )
-    if settings.teacher_api is None:
-        return
-    if settings.teacher is not None or settings.teacher_server is not None:
-        raise UserError(
-            "teacher_api says who answers, and so do `teacher` and teacher_server: keep one. The name of the model at "
-            "the API is teacher_api_model.",
-            because="meaning",
-        )
-    if run.cache.cache_max_think_tokens is not None:
-        raise UserError(
-            "cache_max_think_tokens ends thoughts within the teacher's tokens, which a chat API does not take. Use a "
-            "local teacher or vLLM (teacher_server), or limit thoughts with the API's own settings.",
-            because="upstream",
-        )
-
-
 def describe_answers(folder: Path, manifest: Manifest) -> str:
     """How many answers a folder holds, how many of them were cut off, and what becomes of those, in one line."""
     reasons: Counter[str] = Counter()
@@ -364,23 +293,4 @@ def too_long_prompt(tokens: int, room: int | None) -> UnusableRow | None:
     return UnusableRow(
         f"Its prompt has {tokens} tokens, and the teacher has room for {max(room, 0)} before an answer "
         "(max_position_embeddings). Lower cache_max_new_tokens, or leave such rows out (on_error: skip)."
-    )
-
-
-def _features(data: Dataset, budgeted: bool = False) -> Features:
-    prompt = data.features["prompt" if "prompt" in data.column_names else "messages"]
-    others = {name: data.features[name] for name in ("images", "tools") if name in data.column_names}
-    message = {"role": Value("string"), "content": Value("string")}
-    return Features(
-        {
-            "key": Value("binary"),
-            "tokens": Value("int32"),
-            "crc32": Value("uint32"),
-            "prompt": prompt,
-            "completion": prompt if isinstance(prompt, Value) else List(message),
-            **others,
-            "sample": Value("int32"),
-            "finish_reason": Value("string"),
-            **({"thoughts_cut": Value("bool")} if budgeted else {}),
-        }
     )

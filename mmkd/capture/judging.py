@@ -52,6 +52,7 @@ class Ratings(Verdicts):
 
     def __init__(self, client: ChatClient, gold_column: str | None):
         self.client, self.gold_column = client, gold_column
+        self.reads = () if gold_column is None else (gold_column,)
 
     def facts(self) -> dict[str, Any]:
         question = hashlib.sha256("".join((QUESTION, REFERENCE, AGAIN)).encode()).hexdigest()[:16]

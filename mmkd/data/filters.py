@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from .arrow import read_rows
-from .data_recipe import DataRecipe
+from .data_recipe import OUTPUT_COLUMNS, DataRecipe
 from .left_out import LeftOut
 from .messages import missing, texts_of
 from .templates import as_text
@@ -23,10 +23,15 @@ _YES = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false
 
 
 class RowFilter:
-    """The filters of a recipe for one split, with counts of the removed rows by reason."""
+    """The filters of a recipe for one split, with counts of the removed rows by reason.
 
-    def __init__(self, recipe: DataRecipe, split: str, held_out: set[bytes] | None = None) -> None:
-        self.split = split
+    `also` are columns that are kept besides, of which no filter but `equals` knows.
+    """
+
+    def __init__(
+        self, recipe: DataRecipe, split: str, held_out: set[bytes] | None = None, also: Sequence[str] = ()
+    ) -> None:
+        self.split, self.also = split, also
         self.name = recipe.name
         self.filters = recipe.filters
         self.held_out = held_out or set()
@@ -69,7 +74,7 @@ class RowFilter:
     def keep(self, rows: Dataset, limit: int | None, numbers: Sequence[int]) -> list[int]:
         """The indices of the first `limit` rows that pass; `numbers` are the numbers of the rows in the source."""
         compared = self.filters.dedupe or self.held_out
-        columns = [name for name in rows.column_names if compared or name != "images"]
+        columns = [name for name in compared_columns(rows, self.also) if compared or name != "images"]
         kept: list[int] = []
         for i, row in enumerate(read_rows(rows, columns)):
             if limit is not None and len(kept) == limit:
@@ -144,6 +149,11 @@ def _turn_text(message: Mapping[str, Any]) -> str:
     calls = message.get("tool_calls")
     # Content may be a list of parts, of which only text parts are written by the assistant.
     return "\n".join([*texts_of(message), *([] if calls is None else [json.dumps(calls)])])
+
+
+def compared_columns(rows: Dataset, also: Sequence[str]) -> list[str]:
+    """The columns by which rows are equal: all but those that are kept besides."""
+    return [name for name in rows.column_names if name in OUTPUT_COLUMNS or name not in also]
 
 
 def row_key(row: Mapping[str, Any]) -> bytes:

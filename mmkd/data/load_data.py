@@ -16,7 +16,7 @@ from .arrow import read_rows
 from .canonical import CHATS
 from .conversion import aligned, is_text, source_rows
 from .data_recipe import DataRecipe
-from .filters import RowFilter, row_key
+from .filters import RowFilter, compared_columns, row_key
 from .guessed_types import warn_guessed_types
 from .image_columns import download_images
 from .layouts import log_layout, read_by_recipe
@@ -35,6 +35,7 @@ def load_data(
     max_train_rows: int | None = None,
     max_eval_rows: int | None = None,
     root: Path | None = None,
+    also: Sequence[str] = (),
 ) -> DatasetDict:
     """The rows of a data recipe in TRL's columns: "train" and, where the recipe has one, "eval".
 
@@ -43,16 +44,20 @@ def load_data(
             themselves: a file, a folder, a glob, or owner/name on the Hub.
         max_train_rows: the maximal number of training rows; it does not change which rows are held out for eval.
         max_eval_rows: the maximal number of eval rows.
+        also: columns of the source to keep under their own names. Which rows there are does not depend on them.
 
     Raises UserError if the recipe cannot be read, a file or column is missing, or no row is left.
     """
-    return load_rows(
-        DataRecipe.load(name_or_path, root=root), max_train_rows=max_train_rows, max_eval_rows=max_eval_rows
-    )
+    recipe = DataRecipe.load(name_or_path, root=root)
+    return load_rows(recipe, max_train_rows=max_train_rows, max_eval_rows=max_eval_rows, also=also)
 
 
 def load_rows(
-    recipe: DataRecipe, *, max_train_rows: int | None = None, max_eval_rows: int | None = None
+    recipe: DataRecipe,
+    *,
+    max_train_rows: int | None = None,
+    max_eval_rows: int | None = None,
+    also: Sequence[str] = (),
 ) -> DatasetDict:
     """The rows of a loaded recipe; see `load_data`."""
     for name, rows in (("max_train_rows", max_train_rows), ("max_eval_rows", max_eval_rows)):
@@ -61,7 +66,8 @@ def load_rows(
     for note in recipe.notes:
         logger.warning("%s: %s", recipe.name, note)
     caps = [cap for cap in (recipe.max_rows, max_train_rows) if cap is not None]
-    rows = (_mixture_rows if recipe.mixture else _source_rows)(recipe, min(caps, default=None), max_eval_rows)
+    load = _mixture_rows if recipe.mixture else _source_rows
+    rows = load(recipe, min(caps, default=None), max_eval_rows, also)
     if recipe.image_urls:
         rows = DatasetDict({split: download_images(dataset) for split, dataset in rows.items()})
     for split, dataset in rows.items():
@@ -70,30 +76,31 @@ def load_rows(
     return rows
 
 
-def _source_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None) -> DatasetDict:
+def _source_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None, also: Sequence[str]) -> DatasetDict:
     raw = {ours: load_split(recipe, theirs) for ours, theirs in recipe.splits.items()}
     for ours, dataset in raw.items():
         if note := left_out_note(recipe, dataset):
             logger.warning("%s: %s: %s", recipe.name, ours, note)
-        check_columns(recipe, dataset)
+        check_columns(recipe, dataset, also)
         warn_guessed_types(recipe, dataset)
         if not recipe.columns:
             log_layout(layout_of_source(dataset, recipe, ours), f"{recipe.name}: {ours}", len(dataset))
         raw[ours] = dataset if recipe.shuffle_seed is None else dataset.shuffle(seed=recipe.shuffle_seed)
     if not recipe.has_eval:
-        return DatasetDict({"train": _sift(raw["train"], recipe, RowFilter(recipe, "train"), train_cap)[0]})
-    held_out, train = _hold_out(raw, recipe)
+        return DatasetDict({"train": _sift(raw["train"], recipe, RowFilter(recipe, "train", also=also), train_cap)[0]})
+    held_out, train = _hold_out(raw, recipe, also)
     # A row held out of train must not be trained on as a duplicate with another index. An eval split of the source is
     # left as its authors chose it, unless the recipe sets dedupe.
     apart = "eval" not in raw or recipe.filters.dedupe
-    keys = {row_key(row) for row in read_rows(held_out, held_out.column_names)} if apart else set()
-    kept, _ = _sift(train, recipe, RowFilter(recipe, "train", keys), train_cap)
+    compared = compared_columns(held_out, also)
+    keys = {row_key(row) for row in read_rows(held_out, compared)} if apart else set()
+    kept, _ = _sift(train, recipe, RowFilter(recipe, "train", keys, also), train_cap)
     return DatasetDict({"train": kept, "eval": _cap(held_out, eval_cap)})
 
 
-def _hold_out(raw: dict[str, Dataset], recipe: DataRecipe) -> tuple[Dataset, Dataset]:
+def _hold_out(raw: dict[str, Dataset], recipe: DataRecipe, also: Sequence[str]) -> tuple[Dataset, Dataset]:
     """The eval rows, and the remaining source rows for training. Raises UserError if none remain."""
-    row_filter, train = RowFilter(recipe, "eval"), raw["train"]
+    row_filter, train = RowFilter(recipe, "eval", also=also), raw["train"]
     if "eval" in raw:
         return _sift(raw["eval"], recipe, row_filter, limit=None)[0], train
     if recipe.eval_rows is not None:
@@ -110,7 +117,7 @@ def _hold_out(raw: dict[str, Dataset], recipe: DataRecipe) -> tuple[Dataset, Dat
     return held_out, train.select(range(used, len(train)))
 
 
-def _mixture_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None) -> DatasetDict:
+def _mixture_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None, also: Sequence[str]) -> DatasetDict:
     """The parts in their shares, shuffled, with no row drawn twice. The scarcest part limits the number of rows.
 
     A row that is in two parts stays twice. Raises UserError if a part has fewer rows than its `rows`.
@@ -124,7 +131,7 @@ def _mixture_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | Non
     # A part has to read at most its share of the cap.
     needs = [(_ceil(share, train_rows), _ceil(share, eval_cap)) for share in shares]
     parts = [
-        load_rows(part.recipe, max_train_rows=train, max_eval_rows=held_out)
+        load_rows(part.recipe, max_train_rows=train, max_eval_rows=held_out, also=also)
         for part, (train, held_out) in zip(recipe.mixture, needs, strict=True)
     ]
     for part, rows, (need, _) in zip(recipe.mixture, parts, needs, strict=True):
@@ -226,7 +233,7 @@ def _sift(raw: Dataset, recipe: DataRecipe, row_filter: RowFilter, limit: int | 
         span = raw.select(range(used, min(used + block, len(raw))))
         equal = row_filter.equal(span)
         places = [numbers[used + place] for place in equal]
-        rows = map_rows(span.select(equal), recipe, row_filter.split, places)
+        rows = map_rows(span.select(equal), recipe, row_filter.split, places, row_filter.also)
         kept = row_filter.keep(rows, missing, places)
         parts.append(rows.select(kept))
         missing = None if missing is None else missing - len(kept)

@@ -26,8 +26,17 @@ _ABOUT = ("domain", "truncated")
 """Columns with metadata of a row that are kept besides its text."""
 
 
-def check_columns(recipe: DataRecipe, raw: Dataset) -> None:
-    """Raises UserError for a column that is missing in the source or has a type that the recipe cannot use."""
+def check_columns(recipe: DataRecipe, raw: Dataset, also: Sequence[str] = ()) -> None:
+    """Raises UserError for a column that is missing in the source or has a type that the recipe cannot use.
+
+    `also` are columns that are wanted under their own names; those of TRL's names may come of others.
+    """
+    for column in also:
+        if column not in raw.column_names and column not in OUTPUT_COLUMNS:
+            raise UserError(
+                f"{recipe.name}: the run reads the column {column!r}, which the source does not have; did you mean "
+                f"{nearest(column, raw.column_names)!r}? Its columns are {', '.join(raw.column_names)}."
+            )
     named = [(f"columns.{ours}", column) for ours, theirs in recipe.columns.items() for column in _reads(theirs)]
     for where, column in [*named, *(("filters.equals", column) for column in recipe.filters.equals)]:
         if column not in raw.column_names:
@@ -90,8 +99,12 @@ def _reads(theirs: Column) -> list[str]:
     return template_columns(theirs) if is_template(theirs) else [theirs]
 
 
-def map_rows(raw: Dataset, recipe: DataRecipe, split: str, numbers: Sequence[int]) -> Dataset:
-    """The rows with TRL's columns only; `numbers` are the numbers of the rows in the source.
+def map_rows(
+    raw: Dataset, recipe: DataRecipe, split: str, numbers: Sequence[int], also: Sequence[str] = ()
+) -> Dataset:
+    """The rows with TRL's columns, and under their own names those of the source that are wanted too (`also`).
+
+    `numbers` are the numbers of the rows in the source.
 
     Raises UserError for the first row whose messages cannot be read.
     """
@@ -104,10 +117,11 @@ def map_rows(raw: Dataset, recipe: DataRecipe, split: str, numbers: Sequence[int
     layout = None if recipe.columns else layout_of_source(raw, recipe, split)
     if layout is not None and not layout.as_is:
         conversion = replace(conversion, image_folder=recipe.image_folder)
-        return conversion.converted(raw, layout, _ABOUT, numbers)
-    columns = _columns_of(recipe, raw, layout)
+        return conversion.converted(raw, layout, (*_ABOUT, *also), numbers)
+    own = _columns_of(recipe, raw, layout)
+    columns = {**own, **{name: name for name in also if name not in own}}
     mapped = _in_our_columns(raw, recipe, columns)
-    return conversion.converted(mapped, _layout_of(columns), _ABOUT, numbers)
+    return conversion.converted(mapped, _layout_of(own), (*_ABOUT, *also), numbers)
 
 
 def layout_of_source(raw: Dataset, recipe: DataRecipe, split: str) -> Layout:

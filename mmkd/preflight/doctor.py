@@ -20,6 +20,7 @@ from . import costs
 from . import row_checks as rows
 from . import teacher_checks as teachers
 from . import token_checks as tokens
+from . import trace_checks as traces
 from .book import Book
 from .chunk_checks import alignment
 from .empty_models import empty_student
@@ -143,6 +144,8 @@ def _costs(
 def _away(book: Book, run: Run, student: Side, known: int, teacher: Side | None, sample: Sample | None) -> None:
     """Looks at a teacher that answers from a server or a cache."""
     arguments = run.arguments
+    if run.cache.job == "generate":
+        _answers(book, run)
     there = arguments.teacher_cache is not None and not costs.is_to_be_built(arguments.teacher_cache)
     if run.cache.job == "generate" or (arguments.teacher is not None and not there):
         if arguments.teacher_cache is not None:
@@ -153,6 +156,15 @@ def _away(book: Book, run: Run, student: Side, known: int, teacher: Side | None,
         return
     if arguments.teacher_server is not None:
         book.check("server", teachers.server, run, student, teacher, sample)
+
+
+def _answers(book: Book, run: Run) -> None:
+    """Looks at who writes answers, and how they are verified."""
+    book.check("answers", traces.answerer, run)
+    if run.cache.cache_verifier is not None:
+        book.check("verifier", traces.verifier, run)
+    if run.cache.cache_judge_server is not None:
+        book.check("judge", traces.judge, run)
 
 
 def _cache(book: Book, run: Run, student: Side, known: int, reader: Side | None, sample: Sample | None) -> None:

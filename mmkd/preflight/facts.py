@@ -180,8 +180,10 @@ def take_sample(run: Run) -> Sample:
             first = next(iter(unreadable.values()))
             raise UserError(f"None of the first {len(unreadable)} rows of {recipe.name} can be decoded: {first}")
     method, assumed = METHODS[arguments.method], None
-    if method.answer_tokens is not None and prompts_only(rows["train"].column_names):
-        assumed = method.answer_tokens(run.training)
+    generates = run.cache.job == "generate"
+    if (method.answer_tokens is not None or generates) and prompts_only(rows["train"].column_names):
+        tokens = method.answer_tokens
+        assumed = tokens(run.training) if tokens is not None else run.cache.cache_max_new_tokens
         for split, dataset in rows.items():
             rows[split] = dataset.map(_with_answer, fn_kwargs={"tokens": assumed}, keep_in_memory=True)
     return Sample(rows, totals, unreadable, assumed)

@@ -133,7 +133,8 @@ def _check_method(run: Run, teacher: ServerTeacher) -> None:
 def cache_to_build(run: Run) -> list[Finding]:
     """Says that a cache is yet to be built. Raises UserError for settings with which it could not be."""
     check_place(run)
-    check_settings(run)
+    if run.cache.job == "score":
+        check_settings(run)
     return [
         Finding(
             "warning",

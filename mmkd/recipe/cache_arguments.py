@@ -165,6 +165,13 @@ class CacheArguments:
             "that ends in it. Default: the answer that the row itself has."
         },
     )
+    cache_verifier_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "For cache_verifier: python:... Columns of the data that the function finds in its row, besides "
+            "what the teacher was asked and the row's own answer."
+        },
+    )
     cache_json_schema: str | None = field(
         default=None, metadata={"help": "For cache_verifier: json. Path of a JSON Schema that answers must fit."}
     )
@@ -215,6 +222,12 @@ class CacheArguments:
         },
     )
 
+    @property
+    def read_columns(self) -> list[str]:
+        """The columns of the data that answers are verified with, besides those that are trained on."""
+        named = [self.cache_gold_column, *(self.cache_verifier_columns or [])]
+        return list(dict.fromkeys(name for name in named if name is not None))
+
     def __post_init__(self) -> None:
         check_fields(self)
         if self.job == "generate":
@@ -244,6 +257,8 @@ def _check_verification(arguments: CacheArguments) -> None:
         raise UserError("cache_keep: judge needs cache_judge_server, the URL of the judge.")
     if arguments.cache_json_schema is not None and verifier != "json":
         raise UserError("cache_json_schema is for cache_verifier: json only.", because="meaning")
+    if arguments.cache_verifier_columns and not (verifier or "").startswith(PYTHON):
+        raise UserError("cache_verifier_columns is for cache_verifier: python:... only.", because="meaning")
     if keep == "majority" and arguments.cache_samples < 2:
         raise UserError("cache_keep: majority compares several answers: set cache_samples.", because="meaning")
     if arguments.cache_pairs and (keep == "all" or arguments.cache_samples < 2):

@@ -39,8 +39,8 @@ OWN_KEYS = {
         "job cache_signal cache_hidden_dtype cache_tail_draws cache_shard_rows cache_batch_tokens on_error "
         "max_skipped shard engine cache_workers cache_worker_cpus cache_worker_gpus cache_samples "
         "cache_max_new_tokens cache_keep_truncated cache_temperature cache_top_p cache_seed cache_keep cache_verifier "
-        "cache_gold_column cache_json_schema cache_majority cache_judge_server cache_judge_model cache_judge_key_env "
-        "cache_judge_min cache_max_think_tokens cache_thoughts cache_pairs"
+        "cache_gold_column cache_verifier_columns cache_json_schema cache_majority cache_judge_server "
+        "cache_judge_model cache_judge_key_env cache_judge_min cache_max_think_tokens cache_thoughts cache_pairs"
     ),
 }
 """Group -> the keys that mmkd itself gives every method. What a method declares belongs to the group `method`."""

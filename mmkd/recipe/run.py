@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,14 @@ def _without_loading(training: DistillationConfig) -> DistillationConfig:
     return training
 
 
-def load_rows_of(run: Run) -> DatasetDict:
-    """The rows of a run's data recipe; of the run of one of several teachers, those that concern it."""
+def load_rows_of(run: Run, also: Sequence[str] = ()) -> DatasetDict:
+    """The rows of a run's data recipe; of the run of one of several teachers, those that concern it.
+
+    `also` are columns of the source that are kept under their own names.
+    """
     arguments = run.arguments
-    data = load_data(arguments.data, max_train_rows=arguments.max_train_rows, max_eval_rows=arguments.max_eval_rows)
-    return own_rows_of(run, data)
+    train, held_out = arguments.max_train_rows, arguments.max_eval_rows
+    return own_rows_of(run, load_data(arguments.data, max_train_rows=train, max_eval_rows=held_out, also=also))
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:

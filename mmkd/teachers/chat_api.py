@@ -126,21 +126,30 @@ class ChatClient:
         """Closes the connections; a second call does nothing."""
         self._endpoints.close()
 
+    def offered(self) -> list[str] | None:
+        """The models that the first URL offers; None where it does not list them."""
+        try:
+            body = self._endpoints.run(self._endpoints.request(f"{self._path}/models"))
+        except Refusal as refusal:
+            if refusal.status in (404, 405) and self._model is not None:
+                return None
+            keys = " or ".join(self._key_names)
+            raise UserError(
+                f"{refusal}. See that the URL is a chat server's and the key ({keys}) is right, and name the model "
+                f"({self._model_key})."
+            ) from refusal
+        return [model.id for model in wire.decoded(body, _Models, self._endpoints.urls[0]).data]
+
     @property
     def model(self) -> str:
         """The model that is asked: the named one, or the only one that is offered."""
         if self._model is None:
-            path, url = f"{self._path}/models", self._endpoints.urls[0]
-            try:
-                body = self._endpoints.run(self._endpoints.request(path))
-            except Refusal as refusal:
-                raise UserError(
-                    f"{refusal}. See that it is the URL of a chat server, and name the model ({self._model_key})."
-                ) from refusal
-            models = [model.id for model in wire.decoded(body, _Models, url).data]
+            models = self.offered() or []
             if len(models) != 1:
-                offered = ", ".join(map(repr, models[:10])) or "nothing"
-                raise UserError(f"{url} serves {offered}: name the model of the role ({self._model_key}).")
+                names = ", ".join(map(repr, models[:10])) or "nothing"
+                raise UserError(
+                    f"{self._endpoints.urls[0]} serves {names}: name the model of the role ({self._model_key})."
+                )
             self._model = models[0]
         return self._model
 

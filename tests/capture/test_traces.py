@@ -15,6 +15,10 @@ from mmkd.capture.answer_verdicts import Rulings
 from mmkd.commands.main import main
 from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
+from mmkd.generation.generator import Prompt, RowError, Sampling
+from mmkd.generation.local_generation import LocalGenerator, prompt_inputs, together
+from mmkd.generation.thoughts import FORCED_END, BudgetedAnswer, BudgetedGenerator
+from mmkd.models.load import load_model, load_processing_class
 from mmkd.recipe.arguments import RunArguments
 from mmkd.teachers import endpoints
 from mmkd.teachers.chat_api import Chat, ChatClient, ChatReply
@@ -213,9 +217,8 @@ def test_a_build_that_was_cut_off_goes_on_to_the_same_files(
     assert len(Manifest.read(sums / "answers").shards["train"]) == 1
     assert not (sums / "answers" / "kept").exists()
     server.fail_after = None
-    build()
-    # Of the shard that was not finished, all is asked again.
-    assert len(server.requests) == 20 + 32
+    # Of the shards that were not finished, all is asked again.
+    assert "1 of 3 shards are there and intact" in build()
     given = Rulings.of
     calls = iter([True, False])
     monkeypatch.setattr(Rulings, "of", lambda *own: given(*own) if next(calls) else [][0])
@@ -226,6 +229,77 @@ def test_a_build_that_was_cut_off_goes_on_to_the_same_files(
     build(*other)
     build(*other, "--teacher_cache", "whole")
     assert files_of(sums / "answers") == files_of(sums / "whole")
+
+
+def test_the_right_answer_may_stand_in_any_column(build: Run, server: ChatServer, sums: Path) -> None:
+    build()
+    asked, manifest = len(server.requests), (sums / "answers" / "manifest.json").read_bytes()
+    rows = [{"prompt": f"{n}+{n + 1}", "completion": "", "sum": 2 * n + 2, "offset": 1} for n in range(12)]
+    rows = [{**row, "completion": f"So it is\n#### {2 * n + 1}"} for n, row in enumerate(rows)]
+    (sums / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (sums / "mine.py").write_text('def off(answer, row):\n    return f\' {row["sum"] - row["offset"]}.\' in answer\n')
+    build("--cache_gold_column", "sum")
+    kept = rows_of("answers/data.yaml")
+    assert kept
+    assert not any(is_right(row, row["completion"]) for row in kept)
+    assert {row["gold"] for row in kept} <= {str(2 * n + 2) for n in range(12)}
+    build("--cache_verifier", "python:mine.py:off", "--cache_verifier_columns", "sum", "offset")
+    kept = rows_of("answers/data.yaml")
+    assert kept
+    assert all(is_right(row, row["completion"]) for row in kept)
+    # Right answers that were corrected are compared again.
+    for row in rows:
+        row["sum"] += 1
+    (sums / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    build("--cache_verifier", "python:mine.py:off", "--cache_verifier_columns", "sum", "offset")
+    assert not any(is_right(row, row["completion"]) for row in rows_of("answers/data.yaml"))
+    assert len(server.requests) == asked
+    assert (sums / "answers" / "manifest.json").read_bytes() == manifest
+
+
+def test_a_teacher_reads_a_prompt_of_its_own(build: Run, server: ChatServer, sums: Path) -> None:
+    server.reply = lambda body: "#### 7"
+    view = {"system": "You add.", "template": "{prompt} ({answer})"}
+    refused = build("--teacher_view", json.dumps(view), "--teacher_cache", "refused", status=2)
+    assert "teacher_view.system is a message of a conversation" in refused
+    build("--teacher_view", json.dumps({"template": "{prompt}\n{answer}"}))
+    assert all("####" in said(body) for body in server.requests)
+    assert {row["prompt"] for row in rows_of("answers/data.yaml")} == {"3+4"}
+    assert "teacher_view" in build(status=2)
+
+
+def test_thoughts_within_a_budget(tiny: dict[str, Path]) -> None:
+    """Answers within it are those without one; a thought that is longer is ended there."""
+    model, tokenizer = load_model(str(tiny["teacher"])), load_processing_class(str(tiny["teacher"]), "teacher")
+
+    def inputs(prompts: list[Prompt]) -> Any:
+        return prompt_inputs(tokenizer, prompts)
+
+    inner = LocalGenerator(model, tokenizer, inputs, together)
+    budgeted = BudgetedGenerator(inner, tokenizer, lambda own: own.ids, lambda own, ids: Prompt(ids), 6)
+    prompts = [Prompt(tokenizer(text)["input_ids"]) for text in ("a cat sees", "the dog", "two birds and a cat")]
+    sampling = Sampling(20, temperature=0)
+    plain = inner.generate(prompts, sampling)
+    assert any(len(own[0].ids) > 6 for own in plain if not isinstance(own, RowError))
+    for ours, theirs in zip(budgeted.generate(prompts, sampling), plain, strict=True):
+        assert not isinstance(ours, RowError)
+        assert not isinstance(theirs, RowError)
+        assert (ours[0].text, ours[0].ids, ours[0].finish_reason) == (
+            theirs[0].text,
+            theirs[0].ids,
+            theirs[0].finish_reason,
+        )
+    thinking = [Prompt(tokenizer("a cat<think>")["input_ids"])]
+    (own,) = budgeted.generate(thinking, Sampling(30, temperature=0.9, seed=3), samples=3)
+    assert not isinstance(own, RowError)
+    cut = [answer for answer in own if isinstance(answer, BudgetedAnswer)]
+    assert cut
+    for answer in cut:
+        assert answer.thoughts_cut
+        forced = tokenizer(FORCED_END, add_special_tokens=False)["input_ids"]
+        assert answer.ids[6 : 6 + len(forced)] == forced
+        assert answer.text.count("</think>") == 1
+        assert len(answer.ids) <= 30
 
 
 def test_a_damaged_verdict_is_given_again(build: Run, server: ChatServer, sums: Path) -> None:
@@ -293,7 +367,7 @@ def test_settings_that_a_server_does_not_take_are_left_out(caplog: pytest.LogCap
     [
         (["--cache_verifier", "nobody"], "choose one of number, math, choice, json"),
         (["--cache_verifier", "python:nothing:here"], "there is no module 'nothing'"),
-        (["--cache_gold_column", "gold"], "cache_gold_column is 'gold', which the rows lack"),
+        (["--cache_gold_column", "gold"], "the run reads the column 'gold', which the source does not have"),
         (["--cache_keep", "judge"], "needs cache_judge_server"),
         (["--cache_keep", "all"], "cache_pairs needs kept and rejected answers"),
         (["--cache_samples", "1"], "cache_pairs needs kept and rejected answers"),
