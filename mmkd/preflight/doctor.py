@@ -78,6 +78,8 @@ def examine_tokens(run: Run, sharded: bool, own: Callable[[Book, Sample | None],
         book.check("routes", rows.routes, sample, run)
     if own is not None:
         own(book, sample)
+    if run.cache.job == "generate":
+        _answers(book, run)
     sides: dict[str, Side] = {}
     for name, teacher_run in alone.items():
         book.teacher = name
@@ -144,8 +146,6 @@ def _costs(
 def _away(book: Book, run: Run, student: Side, known: int, teacher: Side | None, sample: Sample | None) -> None:
     """Looks at a teacher that answers from a server or a cache."""
     arguments = run.arguments
-    if run.cache.job == "generate":
-        _answers(book, run)
     there = arguments.teacher_cache is not None and not costs.is_to_be_built(arguments.teacher_cache)
     if run.cache.job == "generate" or (arguments.teacher is not None and not there):
         if arguments.teacher_cache is not None:

@@ -392,3 +392,22 @@ def test_a_remote_api_needs_a_key(sums: Path, monkeypatch: pytest.MonkeyPatch) -
     assert SECRET not in str(refused.value)
     with pytest.raises(UserError, match="writes text and no probabilities"):
         RunArguments("kd", "sums.yaml", student="somebody", teacher_api=["https://example.com/v1"])
+
+
+def test_doctor_looks_at_verifier_judge_and_api(sums: Path, server: ChatServer, capsys: Any) -> None:
+    def findings(*flags: str) -> str:
+        capsys.readouterr()
+        main(["doctor", "recipe.yaml", "--teacher_api", server.url, *flags])
+        return " ".join(capsys.readouterr().out.split())
+
+    judged = ["--cache_judge_server", server.url, "--cache_judge_model", "other"]
+    sound = findings(*judged)
+    assert "number finds the data's own answers right in 12 rows." in sound
+    assert "It answers and offers 'teacher'." in sound
+    assert "It does not offer 'other'; among its models are 'teacher'." in sound
+    unread = findings("--cache_verifier", "choice")
+    assert "The verifier choice reads no right answer in 12 of 12 rows; row 0 says" in unread
+    (sums / "mine.py").write_text("def first(answer, row):\n    return row['prompt'] != '3+4'\n")
+    rejected = findings("--cache_verifier", "python:mine.py:first")
+    assert "rejects the data's own answers in 1 of 12 rows; that of row 3 ends with" in rejected
+    assert not [body for body in server.requests if "messages" in body]
