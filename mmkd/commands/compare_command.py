@@ -33,11 +33,19 @@ def add_flags(parser: ArgumentParser) -> None:
         "the held-out rows of their data without it",
     )
     add("--max_questions", type=int, help="ask at most so many (default: all)")
+    add(
+        "--own_answers",
+        type=int,
+        metavar="N",
+        help="also measure what students say themselves: sampled answers to N held-out prompts, which the teacher "
+        "reads (default: not measured)",
+    )
     add("--judge", help="recipe whose trainer evaluates all students (default: each one's own)")
     add("--suite", nargs="+", default=[], help="also evaluate all of them on a suite, as `mmkd eval` does")
     add("--tasks", nargs="+", default=[], help="also evaluate all of them on tasks, by name or pattern")
     add("--include_path", nargs="+", default=[], help="folders with tasks of your own, in lm-eval's YAML")
     add("--limit", type=float, help="at most so many items of each task, or below 1 a share of them")
+    add("--batch_size", type=int, default=8, help="questions of tasks that are asked at a time (default: 8)")
     add("--output", type=Path, default=Path("runs/compare"), help="folder to write (default: runs/compare)")
 
 
@@ -57,9 +65,14 @@ def run(options: Namespace) -> int:
         schedules=options.schedules,
         test=options.test,
         max_questions=options.max_questions,
+        own_answers=options.own_answers,
         tasks=tasks_of(options.suite, options.tasks),
         include=options.include_path,
-        settings=Settings(limit=options.limit, device="cpu" if recipes[0].keys.get("use_cpu") else None),
+        settings=Settings(
+            batch_size=options.batch_size,
+            device="cpu" if recipes[0].keys.get("use_cpu") else None,
+            limit=options.limit,
+        ),
     )
     return _compare(recipes, options.seeds, options.output, asked)
 

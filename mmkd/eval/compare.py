@@ -35,6 +35,7 @@ from .comparison_summary import Row, first_of, summary
 from .evaluation import evaluate
 from .harness import Settings
 from .model import find_model
+from .own_answers import OwnAnswers
 from .results import to_json
 from .schedules import scheduled
 from .suites import SuiteTask
@@ -57,6 +58,8 @@ class Asked:
     test: Path | None = None
     """A file of questions; by default those that train several times are asked the held-out rows."""
     max_questions: int | None = None
+    own_answers: int | None = None
+    """How many held-out prompts all answer, for their teacher to read what they say."""
     tasks: Sequence[SuiteTask] = ()
     include: Sequence[str] = ()
     settings: Settings = field(default_factory=Settings)
@@ -108,7 +111,8 @@ class Comparing:
         elif several:
             questions = Questions.held_out(several[0], asked.max_questions)
         self.judge = judge
-        self.trainings = Trainings(output, judge, questions, bool(asked.tasks), train)
+        own = self._own_answers(list(trained.values()))
+        self.trainings = Trainings(output, judge, questions, bool(asked.tasks), train, own)
         self.candidates = self._candidates(trained)
         if judge is None and self.method.measure is None:
             check_reading([each.recipe for each in self.candidates if not trains_several_times(each.recipe)])
@@ -138,6 +142,13 @@ class Comparing:
         return comparison
 
     # Who is compared
+
+    def _own_answers(self, recipes: Sequence[Recipe]) -> OwnAnswers | None:
+        """Those that the judge's teacher reads, or that of the first recipe that distils."""
+        if self.asked.own_answers is None:
+            return None
+        reader = self.judge or next(filter(distils, recipes), self.first)
+        return OwnAnswers.of(reader, self.asked.own_answers, self.asked.settings)
 
     def _candidates(self, trained: Mapping[str, Recipe]) -> list[Candidate]:
         """Students first: what they are compared with may depend on what came of them."""

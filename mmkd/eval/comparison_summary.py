@@ -17,6 +17,7 @@ from mmkd.training.comparison import Comparison
 
 from .asked_questions import METRICS as OF_QUESTIONS
 from .bootstrap import paired_bootstrap
+from .own_answers import METRICS as OF_OWN_ANSWERS
 from .results import SCHEMA
 
 METRICS = {
@@ -27,6 +28,7 @@ METRICS = {
     "bits_per_byte": Metric("bits per byte", "bits_per_byte", of_the_model=True),
     "chunk_gap": Metric("gap per chunk (nats)", "chunk_gap"),
     "chunk_kl": Metric("KL per chunk (nats)", "chunk_kl"),
+    **OF_OWN_ANSWERS,
 }
 """What is shown of an evaluation that says it."""
 

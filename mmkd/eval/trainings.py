@@ -20,6 +20,7 @@ from mmkd.training.method import Train
 from .asked_questions import Questions
 from .baselines import comparison_of, label, trains_several_times, without
 from .model import find_model
+from .own_answers import OwnAnswers
 from .results import key_of, to_json
 from .whole_runs import measure_whole
 
@@ -35,13 +36,20 @@ class Trainings:
         questions: what all are asked; needed for recipes that train several times.
         save_untrained: whether the untrained student is kept, to be evaluated on tasks.
         train: trains a recipe in stages or of a driver, as `mmkd-train` does.
+        own: the prompts that all answer for their teacher to read.
     """
 
     def __init__(
-        self, folder: Path, judge: Recipe | None, questions: Questions | None, save_untrained: bool, train: Train
+        self,
+        folder: Path,
+        judge: Recipe | None,
+        questions: Questions | None,
+        save_untrained: bool,
+        train: Train,
+        own: OwnAnswers | None = None,
     ) -> None:
-        self.folder, self.judge, self.questions, self.train = folder, judge, questions, train
-        self.save_untrained = save_untrained or questions is not None
+        self.folder, self.judge, self.questions, self.train, self.own = folder, judge, questions, train, own
+        self.save_untrained = save_untrained or questions is not None or own is not None
 
     def known(self, recipe: Recipe, stage: str = "trained") -> ComparedModel | None:
         """The measurements that an earlier session has left."""
@@ -67,7 +75,7 @@ class Trainings:
     def _key(self, recipe: Recipe, stage: str) -> str:
         judge = self.judge
         texts, judged = [recipe.text, *([judge.text] if judge else [])], judge.flags() if judge else []
-        asked = [] if self.questions is None else [self.questions.key]
+        asked = [each.key for each in (self.questions, self.own) if each is not None]
         return key_of(
             texts, recipe.flags(), judged, stage, self.save_untrained if stage == "untrained" else None, *asked
         )
@@ -76,6 +84,13 @@ class Trainings:
         return self.folder / "measured" / f"{self._key(recipe, stage)[:16]}.json"
 
     def _measure(self, recipe: Recipe, stage: str) -> ComparedModel:
+        measured = self._measured(recipe, stage)
+        if self.own is None:
+            return measured
+        metrics, items = self.own.measure(measured.folder)
+        return replace(measured, metrics={**measured.metrics, **metrics}, items={**measured.items, **items})
+
+    def _measured(self, recipe: Recipe, stage: str) -> ComparedModel:
         place = self.place(recipe, stage)
         own = comparison_of(recipe).measure
         if own is not None:

@@ -16,8 +16,13 @@ PromptWithTools = tuple[RowPrompt, Any]
 """A prompt as `prompt_of` makes it, and the descriptions of its tools or None."""
 
 
-def row_generator(model: Any, processing_class: Any, batch_size: int = 8) -> LocalGenerator[PromptWithTools]:
-    """Answers prompts with the model's own settings, a repetition penalty say. Messages go through the template."""
+def row_generator(
+    model: Any, processing_class: Any, batch_size: int = 8, own_settings: bool = True
+) -> LocalGenerator[PromptWithTools]:
+    """Answers prompts, by default with the model's own settings, a repetition penalty say.
+
+    Messages go through the template.
+    """
     tokenizer: Any = tokenizer_of(processing_class)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -30,7 +35,7 @@ def row_generator(model: Any, processing_class: Any, batch_size: int = 8) -> Loc
     def batches(asked: Sequence[PromptWithTools]) -> list[list[int]]:
         return by_number(range(len(asked)), batch_size)
 
-    return LocalGenerator(model, processing_class, inputs, batches, tokens, own_settings=True)
+    return LocalGenerator(model, processing_class, inputs, batches, tokens, own_settings=own_settings)
 
 
 def served_row_generator(client: VLLMClient, processing_class: Any) -> ServerGenerator[PromptWithTools]:

@@ -1,8 +1,8 @@
 """Write two tasks of reasoning-gym (Apache-2.0) with worked solutions, as questions and answers.
 
-`chain_sum` adds and subtracts three numbers of one or two digits; `spell_backward` spells a word of four to six letters
-backward. A solution says each step, and ends in a line with the answer. Every row is drawn from a seed of its own;
-questions of the test split are in no other split, and those of validation not in train.
+`chain_sum` adds and subtracts three numbers of one or two digits. `spell_backward` spells a word of four to six
+letters backward. A solution says each step, and ends in a line with the answer. Every row is drawn from a seed of its
+own; questions of the test split are in no other split, and those of validation not in train.
 """
 
 import argparse
