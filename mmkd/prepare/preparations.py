@@ -70,6 +70,12 @@ def _eval_data(_: Path | None) -> None:
     main([])
 
 
+def _reasoning_gym(_: Path | None) -> None:
+    from mmkd.prepare.reasoning_tasks import main
+
+    main([])
+
+
 def _fashion_mnist(source: Path | None) -> None:
     from mmkd.prepare.fashion_mnist import OUTPUT_DIR, SOURCE, make_fashion_mnist
 
@@ -136,6 +142,19 @@ PREPARATIONS = {
             ("eval/humaneval.jsonl", "eval/mmlu_dev.jsonl"),
             _eval_data,
             packages=("lm_eval",),
+        ),
+        Preparation(
+            "reasoning_gym",
+            "questions: sums and words spelt backward, with worked solutions",
+            "4 MB",
+            "Apache-2.0",
+            tuple(
+                f"reasoning_gym/{task}_{split}.jsonl"
+                for task in ("chain_sum", "spell_backward")
+                for split in ("train", "validation", "test")
+            ),
+            _reasoning_gym,
+            packages=("reasoning_gym",),
         ),
         Preparation(
             "fashion_mnist",

@@ -26,7 +26,7 @@ _SEEDS = {"test": 2_000_000, "validation": 1_000_000, "train": 0}
 # Questions that an earlier split has are drawn again, so many times the rows at most.
 _DRAWN = 4
 
-_GIVEN = re.compile(r"\banswer\b[^\n:]*?(?:\bis\b|:)[ :]*([^\n]+)", re.IGNORECASE)
+_GIVEN = re.compile(r"\banswer\b[^\n:]*?(?:\bis\b|:)[\s:]*([^\n]+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def said(text: str) -> str:
     """
     lines = text.strip().splitlines() or [""]
     given = _GIVEN.findall(text)
-    return (given[-1] if given else lines[-1]).rpartition("=")[2].strip(" \t.*\"'`")
+    return (given[-1] if given else lines[-1]).rpartition("=")[2].strip(" \t.:*\"'`")
 
 
 @cache
