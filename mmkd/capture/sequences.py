@@ -212,7 +212,7 @@ def prepare(
     """
     # Looking at the columns should not fail where an image cannot be decoded.
     unread = {str(split): image_column(canonical(dataset, str(split))) for split, dataset in data.items()}
-    if args.on_policy_fraction == 1:
+    if args.answers_everything:
         unread["train"] = with_open_answers(unread["train"])
     check_training_data(unread["train"], unread.get("eval"), args, tokenizer_of(processing_class))
     rows = PreparedRows.of(args, processing_class, unread["train"], unread.get("eval"), judges_template)

@@ -181,9 +181,8 @@ class Readings:
         asked = asked_columns(columns, args.rollout_prompt_tokens) if args.on_policy_fraction else None
         question = None if asked is None else partial(question_of, names=asked)
         (reader,) = self.distinct()
-        both = paired_stream(
-            dataset, {"": ours, TEACHER: self._reads(reader, name, formatting_func)}, question=question
-        )
+        sides = {"": ours, TEACHER: self._reads(reader, name, formatting_func)}
+        both = paired_stream(dataset, sides, [name for name in (RATED,) if name in columns], question)
         first = Dataset.from_list(list(both.take(_COUNTED)))
         about = f"Counted on the first {len(first)} usable rows of the stream."
         self._check_agreement(reader, first, name, about)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
+from torch import Tensor
 from transformers.trainer_callback import TrainerCallback
 
 from mmkd.losses import divergences
@@ -22,6 +23,16 @@ from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
 from mmkd.training.method import Method
 
+from .kd_contrastive import (
+    CONTRASTIVE,
+    ROLLOUT_TOKEN,
+    check_contrastive,
+    counts_of,
+    own_of,
+    own_share,
+    signal_at,
+    student_at,
+)
 from .kd_sampled import (
     LOG_RATIO,
     SAMPLED,
@@ -59,8 +70,9 @@ class KDConfig(DistillationConfig):
             "and is the safest choice. reverse_kl concentrates on what the teacher finds most likely. jsd, "
             "skew_kl and skew_reverse_kl lie between them; tvd and adaptive_kl are further choices. "
             "sampled_reverse_kl estimates reverse_kl from the tokens that the student sampled, for teachers that tell "
-            "no more than their log-probs; it needs on_policy_fraction: 1.",
-            "choices": [*DIVERGENCES, SAMPLED],
+            "no more than their log-probs; it needs on_policy_fraction: 1. contrastive (DistiLLM-2): skew_kl on the "
+            "data's answers, skew_reverse_kl on the student's own; use it with rollout_rows: add.",
+            "choices": [*DIVERGENCES, SAMPLED, CONTRASTIVE],
         },
     )
     temperature: PositiveFloat = field(
@@ -80,8 +92,22 @@ class KDConfig(DistillationConfig):
     skew: Share = field(
         default=0.1,
         metadata={
-            "help": "For skew_kl and skew_reverse_kl. Share of the first distribution in the mixture: DistiLLM's "
-            "lambda, 0.1 there too."
+            "help": "For skew_kl, skew_reverse_kl and contrastive. Share of the first distribution in the mixture: "
+            "DistiLLM's lambda, 0.1 there too."
+        },
+    )
+    contrastive_share: Share = field(
+        default=0.5,
+        metadata={
+            "help": "For contrastive. Weight of the student's own answers in the loss; the data's answers have the "
+            "rest. 0.5 (default) weighs both alike, as in the authors' configurations."
+        },
+    )
+    contrastive_share_end: Share | None = field(
+        default=None,
+        metadata={
+            "help": "For contrastive. Move contrastive_share to this value over the first half of the run. 0.75 is "
+            "the authors' gradual schedule. Default: it stays."
         },
     )
     mu: Share = field(
@@ -143,6 +169,7 @@ class KDConfig(DistillationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sampled(self)
+        check_contrastive(self)
 
 
 class KDTrainer(DistillationTrainer[Targets]):
@@ -186,9 +213,16 @@ class KDTrainer(DistillationTrainer[Targets]):
         sampled = self.args.sampled and view.rollout is not None
         return super().ask_teacher(labels_alone(teacher) if sampled else teacher, name, view)
 
+    def count_items(self, batch: Batch) -> dict[str, Tensor]:
+        """The base's; of a contrast the student's own tokens apart from the data's."""
+        counts = super().count_items(batch)
+        return counts | counts_of(batch) if self.args.divergence == CONTRASTIVE else counts
+
     def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
         """One divergence per supervised token."""
         args, weights = self.args, self.token_weights(student, signal)
+        if args.divergence == CONTRASTIVE:
+            return self._contrasted(student, MixedSignal.of(signal), weights)
         if args.sampled and self.model.training:
             baselines = (part for part in self.callback_handler.callbacks if isinstance(part, SampledBaseline))
             objective = sampled_objective(args, next(baselines, None))
@@ -199,6 +233,25 @@ class KDTrainer(DistillationTrainer[Targets]):
         # An evaluation has no sampled tokens, and compares whole distributions.
         objective = DIVERGENCES["reverse_kl" if args.sampled else args.divergence](args)
         return self.fused(student, signal, objective, args.temperature, weights=weights)
+
+    def _contrasted(self, student: Supervised, signal: MixedSignal[Any], weights: Tensor | None) -> ItemLosses:
+        """The data's tokens and the student's own, each with a divergence, a weight and a count of their own."""
+        args, own = self.args, own_of(student)
+        # An evaluation has the data's answers alone.
+        share = own_share(args, self.state.global_step, self.state.max_steps) if self.model.training else 0.0
+        parts: dict[str, ItemLosses] = {}
+        for name, tokens, divergence, weight, kind in (
+            ("data", ~own, "skew_kl", 1 - share, "token"),
+            ("own", own, "skew_reverse_kl", share, ROLLOUT_TOKEN),
+        ):
+            said: MixedSignal[Any] = signal.map(partial(signal_at, tokens=tokens))
+            if args.student_top_k is not None:
+                said = said.map(partial(StudentTopK, k=args.student_top_k))
+            theirs = None if weights is None else weights[tokens]
+            objective = DIVERGENCES[divergence](args)
+            losses = self.fused(student_at(student, tokens), said, objective, args.temperature, weights=theirs)
+            parts[name] = ItemLosses({kind: weight * losses.totals["token"]}, losses.reports)
+        return ItemLosses.of_parts(parts, ("divergence",))
 
     def step_ended(self, means: dict[str, float]) -> None:
         """Moves the baseline of sampled tokens."""

@@ -97,11 +97,11 @@ def check_sampled(args: Any) -> None:
     """Raises UserError for settings under which sampled tokens do not estimate the reverse KL."""
     if not args.sampled:
         return
-    if args.on_policy_fraction != 1:
+    if not args.answers_everything:
         raise UserError(
             "divergence: sampled_reverse_kl is an average over tokens that the student samples, and the data's tokens "
-            f"were not (on_policy_fraction is {args.on_policy_fraction}). Set on_policy_fraction: 1, or divergence: "
-            "reverse_kl.",
+            f"were not (on_policy_fraction is {args.on_policy_fraction}, rollout_rows: {args.rollout_rows}). Set "
+            "on_policy_fraction: 1 and rollout_rows: replace, or divergence: reverse_kl.",
             because="meaning",
         )
     sampling = {"rollout_temperature": args.rollout_temperature, "rollout_top_p": args.rollout_top_p}

@@ -80,7 +80,7 @@ class SparseSignal:
     def top1(self, rows: slice) -> Tensor:
         return self.ids[rows, 0]
 
-    def __getitem__(self, rows: slice) -> Self:
+    def __getitem__(self, rows: slice | Bool[Tensor, "token"]) -> Self:
         def cut(part: Any) -> Any:
             return None if part is None else part[rows]
 

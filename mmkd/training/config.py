@@ -151,7 +151,7 @@ class DistillationConfig(RolloutConfig):
         take_one_gpu(self)
         self.emulated_bf16 = without_emulated_bf16(self)
         if self.on_policy_fraction and self.ce_weight:
-            if self.on_policy_fraction == 1:
+            if self.answers_everything:
                 raise UserError(
                     "ce_weight is the share of the data's own answers, and with on_policy_fraction: 1 the student "
                     "answers every prompt itself: it would be trained on what it says anyway. Set ce_weight: 0.",

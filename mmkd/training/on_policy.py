@@ -1,6 +1,7 @@
 """Who answers the prompts of batches for a student: itself in this process, or servers that get its weights."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ def rollouts_of(trainer: Any) -> Rollouts:
     check_prompts(args, side.train, trainer.data_collator, vision, trainer.padding_free)
     tokens = student_tokens(side.model, side.tokenizer, trainer.vocab_size, text_only=not trainer.one_vocabulary)
     ranks = args.process_index, args.world_size
-    lay = side.views.collator if trainer.padding_free else None
+    # Rows that were collated before have their images read.
+    again = None if trainer.padding_free else replace(trainer.data_collator, reader=None)
+    rows: dict[str, Any] = {"lay": side.views.collator if trainer.padding_free else None, "collate": again}
     if args.rollout_server is None:
         if is_sharded(accelerator) and accelerator.is_main_process:
             size = sum(weights_of(part) * part.element_size() for part in side.model.parameters())
@@ -40,11 +43,11 @@ def rollouts_of(trainer: Any) -> Rollouts:
         generator = student_generator(side.model, side.tokenizer, tokens, collate, accelerator, args)
         if args.rollouts == "interleaved":
             generator = interleaved(trainer, generator, tokens, collate)
-        return Rollouts(generator, tokens, args, *ranks, lay=lay)
+        return Rollouts(generator, tokens, args, *ranks, **rows)
     # Its name keeps it out of what is pushed to the Hub.
     folder = Path(args.rollout_server_folder or Path(args.output_dir or ".") / "_rollout_weights")
     probes = probes_of(side.tokenizer, side.processing_class, side.train, vision)
     settings = (side.model, tokens, side.tokenizer, accelerator, args, folder, probes)
     served = ServedStudent(*settings, trainer.weights_to_save)
     generator = interleaved(trainer, served, tokens, None) if args.rollouts == "interleaved" else served
-    return Rollouts(generator, tokens, args, *ranks, hand_over=served.hand_over, lay=lay)
+    return Rollouts(generator, tokens, args, *ranks, hand_over=served.hand_over, **rows)

@@ -66,7 +66,7 @@ class Prepared:
         train, evaluation = rows
         if reads_rows:
             train, evaluation = canonical_rows(train, "train", args), canonical_rows(evaluation, "eval", args)
-        if args.on_policy_fraction == 1:
+        if args.answers_everything:
             train, evaluation = with_open_answers(train), answered(evaluation)
         if args.reward is not None:
             train = with_rated_rows(train)

@@ -43,10 +43,10 @@ class RewardConfig(DocumentedFields, SFTConfig):
         """Whether the loss has a term of the reward."""
         return bool(self.reward and self.reward_weight)
 
-    def check_reward(self, share: float, temperature: float, top_p: float) -> None:
+    def check_reward(self, share: float, temperature: float, top_p: float, interleaved: bool) -> None:
         """Raises UserError for a reward without answers of the student's (`share` of them) or without its weight.
 
-        Its gradient is that of the distribution that answers are sampled from.
+        Its gradient is that of the distribution that answers are sampled from, which must be the student's own.
         """
         if self.reward is None:
             if self.reward_weight is not None:
@@ -72,5 +72,12 @@ class RewardConfig(DocumentedFields, SFTConfig):
                 "The policy gradient of a reward is that of the student's own distribution, and with "
                 f"rollout_temperature {temperature} and rollout_top_p {top_p} its answers come from another one. Set "
                 "both to 1, or reward_weight: 0 to log the reward only.",
+                because="meaning",
+            )
+        if self.reward_weight and interleaved:
+            raise UserError(
+                "The policy gradient of a reward is that of the student's own distribution, and with rollouts: "
+                "interleaved the teacher chooses among its tokens. Set rollouts: student, or reward_weight: 0 to log "
+                "the reward only.",
                 because="meaning",
             )

@@ -250,7 +250,12 @@ def with_advantages(batch: Batch, mixed: Mixed, number: int, advantages: Sequenc
         if prompt.batch == number
     ]
     # Tokens stand in the order of their rows, whether these lie end to end or not.
-    values = [advantage for _, advantage, rollout in sorted(placed, key=itemgetter(0)) for _ in rollout.ids]
+    values = [
+        advantage
+        for _, advantage, rollout in sorted(placed, key=itemgetter(0))
+        for replaced in rollout.replaced or [False] * len(rollout.ids)
+        if not replaced
+    ]
     whole = torch.zeros_like(tokens.own, dtype=torch.float)
     whole = whole.masked_scatter(tokens.own, whole.new_tensor(values))
     return replace(batch, student=replace(batch.student, rollout=replace(tokens, advantages=whole)))

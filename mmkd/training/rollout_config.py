@@ -90,6 +90,15 @@ class RolloutConfig(RewardConfig):
             "choices": ["keep", "drop"],
         },
     )
+    rollout_rows: str = field(
+        default="replace",
+        metadata={
+            "help": "Where the student's answers go. replace (default): each takes the place of the data's answer to "
+            "the prompt. add: the data's answer is learnt from in the same step, too. A batch then has up to twice "
+            "as many rows.",
+            "choices": ["replace", "add"],
+        },
+    )
     rollout_patience: NonNegativeInt = field(
         default=20,
         metadata={
@@ -169,7 +178,8 @@ class RolloutConfig(RewardConfig):
             self._check_sampling()
             self._check_lengths()
         self._check_weights()
-        self.check_reward(self.on_policy_fraction, self.rollout_temperature, self.rollout_top_p)
+        sampling = (self.rollout_temperature, self.rollout_top_p, self.rollouts == "interleaved")
+        self.check_reward(self.on_policy_fraction, *sampling)
 
     def _check_weights(self) -> None:
         weights = self.rollout_token_weights
@@ -185,6 +195,11 @@ class RolloutConfig(RewardConfig):
                 "chunks of text. Set rollout_token_weights: uniform, or use kd or taid.",
                 because="not built",
             )
+
+    @property
+    def answers_everything(self) -> bool:
+        """Whether nothing is learnt from the data's answers."""
+        return self.on_policy_fraction == 1 and self.rollout_rows == "replace"
 
     @property
     def guards(self) -> RolloutGuards:

@@ -15,6 +15,7 @@ from trl.data_utils import get_dataset_column_names
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.checks import check_stream
+from mmkd.preparation.paired_streams import packed_stream
 from mmkd.preparation.pairs import packed
 from mmkd.teachers.batch import Batch
 
@@ -120,15 +121,15 @@ class RolloutTrainer(ReportingTrainer):
         names = get_dataset_column_names(rows)
         if not packing or RATED not in names or "seq_lengths" in names:
             return super().prepared(rows, args, packing, formatting_func, split)
-        if not isinstance(rows, Dataset) or args.packing_strategy != "bfd":
+        if args.packing_strategy != "bfd":
             raise UserError(
-                "A pack of a stream, or one that cuts rows, does not keep what a reward function is told of each row. "
-                "Load the data whole with packing_strategy: bfd, or set packing: false (padding_free: true wastes "
-                "nothing either).",
-                because="not built",
+                f"packing_strategy: {args.packing_strategy} cuts rows, so that a reward function would not know which "
+                "row an answer belongs to. Set packing_strategy: bfd, or packing: false.",
+                because="meaning",
             )
         alone = super().prepared(rows, args, False, formatting_func, split)
-        return packed(alone.select_columns(["input_ids", "labels", RATED]), args)
+        alone = alone.select_columns(["input_ids", "labels", RATED])
+        return packed(alone, args) if isinstance(alone, Dataset) else packed_stream(alone, args)
 
     def _record(self, reports: Reports, mode: str | None = None) -> None:
         super()._record(reports, mode)

@@ -33,6 +33,7 @@ from mmkd.teachers.several import parts_of
 from .answers import Placed, Rollout, answer_starts, prompts_of, with_answers
 from .laid_rows import Lay, laid_again, taken_apart
 from .rollout_config import RolloutConfig
+from .rows_again import with_rows_again
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], Batch]
 Read = Callable[[Batch, Mapping[int, Placed]], Batch]
@@ -179,6 +180,7 @@ class Rollouts:
         rank, ranks: this process among those that share a batch.
         hand_over: lets the generator speak with the student as it is now.
         lay: collates single rows, where batches hold rows end to end.
+        collate: makes a batch of rows that were read before, where they do not.
     """
 
     def __init__(
@@ -190,9 +192,10 @@ class Rollouts:
         ranks: int,
         hand_over: Callable[[], None] = lambda: None,
         lay: Lay | None = None,
+        collate: Collate | None = None,
     ):
         self.generator, self.tokens, self.args = generator, tokens, args
-        self.hand_over, self.lay = hand_over, lay
+        self.hand_over, self.lay, self.collate = hand_over, lay, collate
         self.rank, self.ranks = rank, ranks
         self._bad_steps = 0
 
@@ -220,10 +223,12 @@ class Rollouts:
         return self._answered(asked.prompts, seed_of(repr((self.args.seed, "answers", asked.step, self.rank))))
 
     def put(self, asked: Asked, mixed: Mixed, read: Read = lambda batch, placed: batch) -> tuple[list[Batch], Mixed]:
-        """The micro-batches with the answers in the place of what stood in these rows."""
+        """The micro-batches with the answers in the place of what stood in these rows, or in rows of their own."""
         batches = []
         for number, (batch, single) in enumerate(zip(asked.batches, asked.single, strict=True)):
             placed = mixed.of(number)
+            if placed and self.args.rollout_rows == "add":
+                single, placed = with_rows_again(single, placed, self.collate)
             answered = read(self._with(single, placed), placed) if placed else batch
             batches.append(laid_again(answered, self.lay) if placed and self.lay is not None else answered)
         return batches, mixed

@@ -8,6 +8,7 @@ from mmkd.preparation.teacher_prompts import TeacherPrompts, prefixes_of
 from mmkd.teachers.several import SeveralTeachers, named_parts
 
 from .config import DistillationConfig
+from .rewards import RATED
 
 _READ = ("input_ids", "labels", "seq_lengths")
 
@@ -23,7 +24,7 @@ def teacher_views_of(teacher: Any, args: DistillationConfig) -> dict[str, Teache
 def prompts_for(teacher: Any, labelling: Labelling, args: DistillationConfig) -> TeacherPrompts | None:
     """What makes rows of text tokens for teachers with prompts of their own; None where none has any."""
     views = teacher_views_of(teacher, args)
-    return TeacherPrompts.of(views.values(), labelling, args, _routing_column(teacher)) if views else None
+    return TeacherPrompts.of(views.values(), labelling, args, [*_routing_column(teacher), RATED]) if views else None
 
 
 def columns_for(teacher: Any, args: DistillationConfig, vision: bool) -> list[str]:

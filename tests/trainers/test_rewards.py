@@ -111,6 +111,7 @@ def test_rows_keep_what_a_function_is_told() -> None:
         ({"reward": "a:b", "reward_weight": None}, "no reward_weight"),
         ({}, "there is no reward"),
         ({"reward": "a:b", "rollout_temperature": 0.7}, "come from another one"),
+        ({"reward": "a:b", "rollouts": "interleaved"}, "the teacher chooses among its tokens"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -171,7 +172,7 @@ def first(trainer: Any) -> Batch:
     return trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))[0][0]
 
 
-@pytest.mark.parametrize("kind", ["padded", "padding_free", "packing", "alm", "taid", "served"])
+@pytest.mark.parametrize("kind", ["padded", "padding_free", "packing", "view", "alm", "taid", "served"])
 def test_every_token_of_a_rollout_has_its_advantage(
     build: Build,
     completions: Dataset,
@@ -186,6 +187,8 @@ def test_every_token_of_a_rollout_has_its_advantage(
         kind, {}
     )
     settings |= {"max_length": 64} if kind == "packing" else {}
+    if kind == "view":
+        settings |= {"packing": True, "max_length": 64, "teacher_view": {"template": "Think. {prompt}"}}
     settings |= {"chunks": "all", "tau": 5.0} if kind == "alm" else {}
     models = {"teacher": str(foreign)} if kind == "alm" else {}
     log = tmp_path / "log"
