@@ -96,6 +96,9 @@ def examine_tokens(run: Run, sharded: bool, own: Callable[[Book, Sample | None],
         if student is not None and sample is not None and ours is not None and sample.has_images:
             book.check("images", rows.images, ours, theirs, sample, teacher_run)
     book.teacher = ""
+    named = [name for name, teacher_run in alone.items() if teacher_run.arguments.teacher is not None]
+    if student is not None and all(name in sides for name in named):
+        book.check("literature", teachers.literature, run)
     if student is not None and sample is not None and ours is not None and ours.usable:
         book.check("rendering", tokens.rendering, ours)
         book.check("end of answer", tokens.end_of_sequence, student, ours, sample, run)

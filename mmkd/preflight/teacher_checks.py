@@ -15,6 +15,7 @@ from mmkd.capture.sequences import TokenSequence, prepare, usable
 from mmkd.errors import UserError
 from mmkd.models.load import load_processing_class
 from mmkd.precision import name_of_dtype
+from mmkd.recipe.cautions import cautions_of
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run_teacher import check_cache, own_rows_of, server_signal, server_teacher
 from mmkd.teachers.cached import CachedTeacher
@@ -30,6 +31,11 @@ from .facts import Finding, Sample, Side
 
 # Seconds: a server that answers two tokens later than this is no teacher to train with.
 PATIENCE = 30
+
+
+def literature(run: Run) -> list[Finding]:
+    """What papers warn of in settings like these."""
+    return [Finding("warning", "literature", caution.message, caution.advice) for caution in cautions_of(run)]
 
 
 def server(run: Run, student: Side, teacher: Side | None, sample: Sample | None) -> list[Finding]:

@@ -144,7 +144,7 @@ def prepare(run: Path, options: PushOptions, measured: bool = True) -> Published
     student = replace(
         student,
         warnings=conflicts(student.license, options.repo_id, student.base, student.teachers, student.data),
-        cautions=[f"While it was trained, at {warning}." for warning in warnings_of(log)],
+        cautions=[*record.get("cautions", []), *(f"While it was trained, at {w}." for w in warnings_of(log))],
     )
     return Published(student, place, [] if _is_merged(model) else files, log, model_card(student), record["keys"])
 

@@ -188,6 +188,7 @@ def _warnings(run: RunFiles) -> list[str]:
         newest = max((path.stat().st_mtime for path in weights), default=0.0)
         if newest > Path(result["folder"], "results.json").stat().st_mtime:
             warnings.append(f"The weights of {name} were written after its results: evaluate it again.")
+    warnings += dict.fromkeys(text for part in run.own_parts for text in part.record.get("cautions", []))
     for part in run.own_parts:
         place = f"In {part.name}, " if len(run.own_parts) > 1 else "In "
         warnings += [f"{place}{warning}." for warning in warnings_of(part.log)]

@@ -1,6 +1,8 @@
 """What a run leaves about itself in its folder: its recipe with flags, its data and their licences, its versions."""
 
 import json
+import logging
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ from mmkd.results.machine import machine
 from mmkd.results.places import RECORD
 from mmkd.training.method import METHODS
 
+from .cautions import cautions_of
 from .recipe import Run
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 
@@ -27,7 +32,10 @@ class RunRecord(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the record of a run that goes on."""
         if state.is_world_process_zero:
-            begin(self.run, Path(args.output_dir))
+            cautions = cautions_of(self.run)
+            for caution in cautions:
+                logger.warning(str(caution))
+            begin(self.run, Path(args.output_dir), [caution.message for caution in cautions])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Says whether it came to its end."""
@@ -35,8 +43,8 @@ class RunRecord(TrainerCallback):
             finish(Path(args.output_dir))
 
 
-def begin(run: Run, folder: Path) -> None:
-    """Writes the record of a run that trains into a folder from now on."""
+def begin(run: Run, folder: Path, cautions: Sequence[str] = ()) -> None:
+    """Writes the record of a run that trains into a folder from now on, with what the literature warns of in it."""
     content = {
         "schema": SCHEMA,
         "method": run.arguments.method,
@@ -46,6 +54,7 @@ def begin(run: Run, folder: Path) -> None:
         "machine": machine(),
         "started": datetime.now(UTC).isoformat("T", "seconds"),
         "finished": None,
+        **({"cautions": list(cautions)} if cautions else {}),
     }
     _write(folder / RECORD, content)
 

@@ -10,10 +10,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from mmkd.methods.kd import KDConfig, KDTrainer
+from mmkd.training.answers import Rollout
 from mmkd.training.guard_settings import Limits, RolloutGuards, warnings_of
 from mmkd.training.rollout_guards import SUMS, RolloutWatch, sums_of
 from mmkd.training.rollout_signs import in_other_script, repeats_itself
-from mmkd.training.rollouts import Mixed
+from mmkd.training.rollouts import Mixed, RolloutPrompt
 from tests.helpers import Build, losses_of
 
 GOOD = {"rollouts": 10, "ended": 9, "repeated": 0, "other_script": 0, "tokens": 100, "answer_tokens": 100}
@@ -92,6 +93,13 @@ def test_an_answer_repeats_itself_by_its_sequences_of_four_tokens() -> None:
 )
 def test_scripts_are_those_of_letters(text: str, known: str, other: bool) -> None:
     assert in_other_script(text, known) is other
+
+
+def test_a_rank_may_have_no_rollouts(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert {*sums_of(Mixed([], [], 0.0), tokenizer, 8).values()} == {0}
+    prompt = RolloutPrompt(0, 0, 1, [5], {}, answer=[6, 7, 8])
+    sums = sums_of(Mixed([prompt], [Rollout([9] * 20 + [1], True)], 0.0), tokenizer, 2)
+    assert sums == {"rollouts": 1, "ended": 1, "repeated": 1, "other_script": 0, "tokens": 21, "answer_tokens": 2}
 
 
 def test_guards_warn_once_and_again_after_they_were_silent() -> None:
