@@ -29,6 +29,7 @@ from mmkd.preflight.doctor import doctor, examine
 from mmkd.preflight.facts import Finding, Rendered
 from mmkd.preflight.row_checks import lengths
 from mmkd.recipe.flags import recipe_of
+from mmkd.recipe.run_record import RECORD, RunRecord
 from scripts.make_tiny_models import CHAT_TEMPLATE, make_model, make_tokenizer, save, sentences
 from tests.teachers.fake_vllm import ServedStates, fake_vllm
 from tests.teachers.fake_vlm import ServedVLM
@@ -592,3 +593,43 @@ def test_images_need_a_teacher_that_sees(place: Place, vision: dict[str, Any]) -
     tokenizer.chat_template = CHAT_TEMPLATE
     findings = place.examine(**{**vision, "teacher": place.model("blind", tokenizer)})
     assert "reads text only" in of(findings, "images", "problem")
+
+
+# The literature
+
+
+def thinking(place: Place, name: str) -> str:
+    """A model whose chat template writes thoughts."""
+    tokenizer = make_tokenizer()
+    template = str(tokenizer.chat_template)
+    tokenizer.chat_template = template + "{% if add_generation_prompt and enable_thinking %}<think>{% endif %}"
+    return place.model(name, tokenizer)
+
+
+def test_papers_warn_of_models_that_think(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    student = thinking(place, "thinking")
+    on_policy = {"student": student, "on_policy_fraction": 1.0, "rollout_max_tokens": 8}
+    assert "student's chat template has a <think> block and the teacher's has none" in of(
+        place.examine(**on_policy), "literature", "warning"
+    )
+    assert not of(place.examine(**{**on_policy, "teacher": student}), "literature", "warning")
+    assert not of(place.examine(student=student), "literature", "warning")
+    for keys, whom in (
+        ({"teacher": "self"}, "its teacher is the student itself"),
+        ({"teacher_view": {"system": "Think."}}, "its teacher reads another prompt"),
+    ):
+        told = of(place.examine(student=student, **keys), "literature", "warning")
+        assert whom in told
+        assert "2607.05184" in told
+    RunRecord(recipe_of(place.recipe(**on_policy)).parse()).on_train_begin(
+        SimpleNamespace(output_dir=str(tmp_path / "run")), SimpleNamespace(is_world_process_zero=True), None
+    )
+    assert "2604.13016" in caplog.text
+    assert "2604.13016" in json.loads((tmp_path / "run" / RECORD).read_text())["cautions"][0]
+
+
+def test_papers_warn_of_long_rollouts_that_count_alike(place: Place) -> None:
+    keys: dict[str, Any] = {"on_policy_fraction": 1.0, "rollout_max_tokens": 2000, "max_length": 4000}
+    assert "2606.22600" in of(place.examine(**keys), "literature", "warning")
+    keys |= {"rollout_token_weights": "importance"}
+    assert not of(place.examine(**keys), "literature", "warning")
