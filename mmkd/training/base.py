@@ -238,12 +238,6 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         losses = {name: self.item_losses(read(signal.masks[name]), part) for name, part in parts.items()}
         return ItemLosses.of_parts(losses, self.reports_by_teacher)
 
-    def total(self, losses: ItemLosses, counts: Mapping[str, Tensor]) -> Tensor:
-        """The sum of the kinds' means, each over its own count."""
-        means = [total / counts[kind].clamp(min=1) for kind, total in losses.totals.items()]
-        # Gradients are averaged over ranks, while the counts are already those of all ranks.
-        return torch.stack(means).sum() * (self.accelerator.num_processes if self.model.training else 1)
-
     # Around the step
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:

@@ -24,9 +24,9 @@ from mmkd.teachers.teacher import Teacher
 from .answers import Placed
 from .balance import balance_factors, gradients_in_last_layer
 from .config import DistillationConfig
-from .items import ItemLosses, Reports, Supervised, Terms, kind_of
+from .items import ItemLosses, Supervised, Terms, kind_of
 from .rewards import REWARD, policy_gradient
-from .rollout_trainer import ENTROPY, RolloutTrainer
+from .rollout_trainer import RolloutTrainer
 from .self_teaching import SelfTaughtTrainer
 from .served_rollouts import as_served
 from .teaching import StudentSide, Teaching, teaching_of
@@ -132,24 +132,11 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
         rollout = view.rollout.map(lambda tensor: tensor[:, 1:][supervised])
         return Supervised(states, head, labels, rollout=rollout, answers=answers)
 
-    @torch.no_grad()
-    def rollout_entropy(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Reports:
-        """The student's entropy at the tokens that it said itself, in the steps that are logged."""
-        if self.rollouts is None or not self.model.training or not self._reports_now():
-            return {}
-        rollout, nothing = view.rollout, view.labels.new_zeros(0)
-        own = view.supervised & rollout.own[:, 1:] if rollout is not None else torch.zeros_like(view.supervised)
-        states = hidden[:, :-1][own].detach()
-        loss = fused_loss(
-            states,
-            head,
-            view.labels[:, 1:][own],
-            chunk_size=self.args.chunk_size,
-            precise=self.args.precise_logits,
-            diagnostics=True,
-        )
-        # All ranks have the same reports, also those without such tokens.
-        return {ENTROPY: (loss.sums.get("student_entropy", nothing.sum().float()), len(states))}
+    def total(self, losses: ItemLosses, counts: Mapping[str, Tensor]) -> Tensor:
+        """The sum of the kinds' means, each over its own count."""
+        means = [total / counts[kind].clamp(min=1) for kind, total in losses.totals.items()]
+        # Gradients are averaged over ranks, while the counts are already those of all ranks.
+        return torch.stack(means).sum() * (self.accelerator.num_processes if self.model.training else 1)
 
     def count_items(self, batch: Batch) -> dict[str, Tensor]:
         """How many items of each kind a micro-batch of this rank has."""

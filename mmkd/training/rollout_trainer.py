@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from jaxtyping import Float
 from torch import Tensor
 from trl.data_utils import get_dataset_column_names
 
 from mmkd.errors import UserError
+from mmkd.losses.fused import fused_loss
+from mmkd.models.heads import LMHead
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.checks import check_stream
 from mmkd.preparation.paired_streams import packed_stream
 from mmkd.preparation.pairs import packed
-from mmkd.teachers.batch import Batch
+from mmkd.teachers.batch import Batch, View
 
 from .answers import Placed
 from .items import Reports
@@ -136,6 +139,25 @@ class RolloutTrainer(ReportingTrainer):
         if ENTROPY in reports and self.model.training:
             total, count = reports[ENTROPY]
             self._entropy += torch.stack([total.float(), torch.as_tensor(count).to(total).float()])
+
+    @torch.no_grad()
+    def rollout_entropy(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Reports:
+        """The student's entropy at the tokens that it said itself, in the steps that are logged."""
+        if self.rollouts is None or not self.model.training or not self._reports_now():
+            return {}
+        rollout, nothing = view.rollout, view.labels.new_zeros(0)
+        own = view.supervised & rollout.own[:, 1:] if rollout is not None else torch.zeros_like(view.supervised)
+        states = hidden[:, :-1][own].detach()
+        loss = fused_loss(
+            states,
+            head,
+            view.labels[:, 1:][own],
+            chunk_size=self.args.chunk_size,
+            precise=self.args.precise_logits,
+            diagnostics=True,
+        )
+        # All ranks have the same reports, also those without such tokens.
+        return {ENTROPY: (loss.sums.get("student_entropy", nothing.sum().float()), len(states))}
 
     def _watch_over(self, mixed: Mixed) -> None:
         """The guards' view of a step: logged, and where a guard has reached a limit said or raised, on all ranks."""

@@ -192,7 +192,3 @@ def test_a_run_logs_warns_stops_and_goes_on(
     trainer: Any = build(KDTrainer, completions, rollout_guards=stopping, **settings)
     with pytest.raises(ValueError, match="rollout_guards stops the run at length"):
         trainer.train()
-
-
-def test_a_step_in_which_this_rank_answers_nothing_adds_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert not any(sums_of(Mixed([], [], 0.0), tokenizer, 8).values())
