@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from mmkd import __version__
 from mmkd.errors import UserError
 
+from .kept_answers import chosen_by, parquet_configs, read_summary, summary_lines
 from .manifest import Manifest
 from .side_files import HEAD
 from .store import Cache
@@ -56,7 +57,8 @@ def cache_card(
                     for split, shards in manifest.shards.items()
                     if shards
                 ],
-            }
+            },
+            *parquet_configs(folder),
         ],
     )
     teacher, data = identity["teacher"], identity["data"]
@@ -143,6 +145,9 @@ def _content(folder: Path, manifest: Manifest) -> dict[str, Any]:
         facts["Kept per token"] = "the token's own log-prob"
         if "boundaries" in signal:
             facts["Kept per token"] += ", and the log-prob that a new word begins or the text ends there"
+    summary = read_summary(folder)
+    if summary is not None:
+        facts["Answers kept"] = f"{' '.join(summary_lines(summary))} ({chosen_by(summary)})"
     facts["Rows left out"] = manifest.skipped_summary() if manifest.skipped_rows() else "0"
     return facts
 

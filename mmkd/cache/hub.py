@@ -26,6 +26,7 @@ from mmkd.errors import UserError
 from mmkd.files import write_file
 
 from .cache_card import DATA_RECIPE, cache_card
+from .kept_answers import KEPT, PAIRS, PAIRS_RECIPE, SUMMARY, published
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest
 from .side_files import SIDE_FILES, check_side_files
@@ -35,6 +36,7 @@ FILE_BYTES = 500_000_000
 """The largest size of a Parquet file, in bytes of shards."""
 
 _BESIDE = (MANIFEST, *SIDE_FILES.values(), DATA_RECIPE, LOG)
+_OURS = ("data/", f"{KEPT}/", f"{PAIRS}/", SUMMARY, PAIRS_RECIPE)
 _PARQUET = re.compile(r"(?P<split>\w+)-(?P<first>\d+)-(?P<last>\d+)\.parquet")
 
 
@@ -80,8 +82,9 @@ def push_cache(
                 path.unlink()
         additions.append(CommitOperationAdd("README.md", card))
         additions += [CommitOperationAdd(name, folder / name) for name in _BESIDE if (folder / name).is_file()]
+        additions += [CommitOperationAdd(name, path) for name, path in published(folder).items()]
         ours = {addition.path_in_repo for addition in additions}
-        stale = [path for path in present if path not in ours and (path.startswith("data/") or path in _BESIDE)]
+        stale = [path for path in present if path not in ours and (path.startswith(_OURS) or path in _BESIDE)]
         with explained(repo_id):
             api.create_commit(
                 repo_id,

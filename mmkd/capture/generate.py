@@ -14,6 +14,7 @@ import yaml
 from datasets import DatasetDict
 from rich.console import Console
 
+from mmkd.cache.kept_answers import KEPT, PAIRS_RECIPE, SUMMARY, summary_lines
 from mmkd.cache.manifest import Manifest, Skipped
 from mmkd.cache.sequence_keys import image_hash
 from mmkd.cache.store import read_shard
@@ -35,7 +36,7 @@ from .answering import AskedRow, api_prompt, generator_of, judge_client
 from .build_plan import Plan, ShardResult
 from .judging import Ratings
 from .sequences import UnusableRow
-from .traces import PAIRS_RECIPE, SUMMARY, Selection, pairs_recipe, summary_lines
+from .traces import Selection, pairs_recipe
 
 DATA_RECIPE = "data.yaml"
 
@@ -253,7 +254,7 @@ class GeneratePlan(Plan):
         return {
             **about,
             "source": "parquet",
-            "data_files": {split: self.selection.path("kept", split) for split in splits},
+            "data_files": {split: self.selection.path(KEPT, split) for split in splits},
             "splits": {split: split for split in splits},
             "columns": columns,
         }

@@ -10,15 +10,18 @@ from mmkd.recipe.cache_arguments import CacheArguments
 
 from .answer_verdicts import StoredAnswer
 
-KEPT = ""
+ACCEPTED = ""
 """The reason of an answer that is kept."""
+
+_WORSE = ("wrong", "no final answer", "minority", "rated too low")
+"""Reasons that say something of what an answer says."""
 
 Verdict = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """An answer, its verdicts, and why it is rejected: `KEPT` where it is not."""
+    """An answer, its verdicts, and why it is rejected: `ACCEPTED` where it is not."""
 
     answer: StoredAnswer
     verdict: Verdict
@@ -42,14 +45,14 @@ class Tally:
 
     def count(self, group: Sequence[JudgedAnswer], pairs: int) -> None:
         """Counts the answers to a prompt, of which so many pairs were made."""
-        kept = [judged for judged in group if judged.reason == KEPT]
+        kept = [judged for judged in group if judged.reason == ACCEPTED]
         self.prompts += 1
         self.prompts_kept += bool(kept)
         self.answers += len(group)
         self.kept += len(kept)
         self.tokens_kept += sum(judged.answer.tokens for judged in kept)
         self.pairs += pairs
-        self.reasons.update(judged.reason for judged in group if judged.reason != KEPT)
+        self.reasons.update(judged.reason for judged in group if judged.reason != ACCEPTED)
         rulings = [judged.verdict.get("right") for judged in group]
         self.right += rulings.count(True)
         self.wrong += rulings.count(False)
@@ -84,24 +87,26 @@ def _unusable(answer: StoredAnswer, keys: CacheArguments) -> str:
     thought = thought_of(answer.text)
     if not thought.ends:
         return "thoughts without an end"
-    return KEPT if thought.answer else "empty"
+    return ACCEPTED if thought.answer else "empty"
 
 
 def _reason(verdict: Verdict, samples: int, most: int, keys: CacheArguments) -> str:
     if keys.cache_keep == "judge":
         if verdict["rating"] is None:
             return "no rating of the judge"
-        return KEPT if verdict["rating"] >= keys.cache_judge_min else "rated too low"
+        return ACCEPTED if verdict["rating"] >= keys.cache_judge_min else "rated too low"
     if keys.cache_keep == "all":
-        return KEPT
+        return ACCEPTED
     if keys.cache_keep == "majority":
         if verdict["final"] is None:
             return "no final answer"
-        return KEPT if verdict["votes"] >= most and verdict["votes"] > keys.cache_majority * samples else "minority"
+        return (
+            ACCEPTED if verdict["votes"] >= most and verdict["votes"] > keys.cache_majority * samples else "minority"
+        )
     if verdict["right"] is None:
         return "nothing to compare it with"
     if verdict["right"]:
-        return KEPT
+        return ACCEPTED
     return "no final answer" if verdict["final"] is None else "wrong"
 
 
@@ -120,9 +125,10 @@ def pairs_of(group: Sequence[JudgedAnswer], limit: int) -> list[tuple[JudgedAnsw
 
     Cut-off and empty answers are no rejected ones: a student would learn from their length and not from what they say.
     """
-    unusable = ("cut off", "empty", "thoughts without an end", "no rating of the judge", "nothing to compare it with")
-    kept = _distinct([own for own in group if own.reason == KEPT])
-    rejected = [own for own in group if own.reason not in (KEPT, *unusable) and not own.reason.startswith("ended by")]
+    kept = _distinct([own for own in group if own.reason == ACCEPTED])
+    rejected = [
+        own for own in group if own.reason not in (ACCEPTED, *unusable) and not own.reason.startswith("ended by")
+    ]
     return list(zip(kept, _distinct(rejected), strict=False))[:limit]
 
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset, Features, Value
 
+from mmkd.cache.kept_answers import KEPT, PAIRS, SUMMARY
 from mmkd.cache.manifest import Manifest
 from mmkd.cache.store import read_shard
 from mmkd.data.arrow import encoded_json
@@ -27,9 +28,8 @@ from mmkd.files import new_folder, write_file
 from mmkd.recipe.cache_arguments import CacheArguments
 
 from .answer_verdicts import Verdicts, by_row, stored_answers
-from .selection import KEPT, JudgedAnswer, Tally, judged, learnt_text, pairs_of
+from .selection import ACCEPTED, JudgedAnswer, Tally, judged, learnt_text, pairs_of
 
-SUMMARY, PAIRS_RECIPE = "traces.json", "pairs.yaml"
 # Columns of the shards that say nothing to a student.
 _INTERNAL = ("key", "crc32")
 
@@ -79,11 +79,11 @@ class Selection:
         """Writes the rows that are kept, the pairs and the summary; returns the summary."""
         writes_pairs = self.keys.cache_pairs > 0
         tallies = {split: Tally() for split in self.manifest.total_rows}
-        with new_folder(self.folder / "kept" / self.digest) as kept:
+        with new_folder(self.folder / KEPT / self.digest) as kept:
             for split, tally in tallies.items():
                 self._write_split(split, tally, kept / f"{split}.parquet")
         if writes_pairs:
-            with new_folder(self.folder / "pairs" / self.digest) as pairs:
+            with new_folder(self.folder / PAIRS / self.digest) as pairs:
                 for split in tallies:
                     self._write_pairs(split, pairs / f"{split}.parquet")
         keys = self.keys
@@ -98,9 +98,9 @@ class Selection:
 
     def remove_others(self) -> None:
         """Deletes the rows of earlier choices, once no recipe names them any more."""
-        for kind in ("kept", "pairs"):
+        for kind in (KEPT, PAIRS):
             for path in (self.folder / kind).glob("*"):
-                if path.name != self.digest or (kind == "pairs" and not self.keys.cache_pairs):
+                if path.name != self.digest or (kind == PAIRS and not self.keys.cache_pairs):
                     shutil.rmtree(path, ignore_errors=True)
 
     def shards(self, split: str) -> Iterator[tuple[pa.Table, list[list[JudgedAnswer]]]]:
@@ -125,7 +125,7 @@ class Selection:
                 for group in groups:
                     tally.count(group, len(pairs_of(group, self.keys.cache_pairs)))
                 flat = [own for group in groups for own in group]
-                places = [place for place, own in enumerate(flat) if own.reason == KEPT]
+                places = [place for place, own in enumerate(flat) if own.reason == ACCEPTED]
                 writer.write_table(self._kept(_rows(table, places), [flat[place] for place in places]))
 
     def _kept(self, table: pa.Table, kept: Sequence[JudgedAnswer]) -> pa.Table:
@@ -176,30 +176,13 @@ def _table(columns: Mapping[str, Sequence[Any]], features: Features) -> pa.Table
     return Dataset.from_dict({name: list(values) for name, values in columns.items()}, features=features).data.table
 
 
-def summary_lines(summary: Mapping[str, Any]) -> list[str]:
-    """What was kept and why the rest was not, a line for each split."""
-    lines = []
-    for split, facts in summary["splits"].items():
-        text = (
-            f"{split}: {facts['kept']:,} of {facts['answers']:,} answers are kept, for {facts['prompts_kept']:,} of "
-            f"{facts['prompts']:,} prompts"
-        )
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in facts["reasons"].items())
-        known = facts["right"] + facts["wrong"]
-        text += f". Rejected: {reasons}" if reasons else ""
-        text += f". Right: {facts['right'] / known:.1%} of {known:,}" if known else ""
-        text += f". Pairs: {facts['pairs']:,}" if facts["pairs"] else ""
-        lines.append(f"{text}.")
-    return lines
-
-
 def pairs_recipe(selection: Selection, about: Mapping[str, Any], summary: Mapping[str, Any]) -> bytes:
     """A data recipe of the pairs: mmkd trains on the chosen answers, TRL's DPOTrainer on both."""
     splits = [split for split, facts in summary["splits"].items() if facts["pairs"] or split == "train"]
     recipe = {
         **about,
         "source": "parquet",
-        "data_files": {split: selection.path("pairs", split) for split in splits},
+        "data_files": {split: selection.path(PAIRS, split) for split in splits},
         "splits": {split: split for split in splits},
     }
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()

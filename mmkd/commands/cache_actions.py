@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mmkd.cache.cache_card import mass_kept
 from mmkd.cache.hub import local_cache, push_cache
+from mmkd.cache.kept_answers import chosen_by, read_summary, summary_lines
 from mmkd.cache.manifest import Manifest
 from mmkd.cache.merge import merge_parts
 from mmkd.cache.side_files import HEAD, SIDE_FILES, damage, damaged_side_files
@@ -101,6 +102,7 @@ def describe_cache(name: str) -> int:
         rows.append(("head, once", readable_size((folder / HEAD).stat().st_size)))
     if identity["signal"]["kind"] == "text" and (folder / DATA_RECIPE).is_file():
         rows.append(("answers", describe_answers(folder, manifest)))
+        rows += _kept(folder)
     if manifest.part is not None:
         rows.append(("part", f"{manifest.part[0]} of {manifest.part[1]}"))
     table = Table(title=str(folder), show_header=False)
@@ -108,6 +110,16 @@ def describe_cache(name: str) -> int:
         table.add_row(*row)
     Console().print(table)
     return 0
+
+
+def _kept(folder: Path) -> list[tuple[str, str]]:
+    """Which answers of a folder were kept, and what a chat API has counted for them."""
+    summary, log = read_summary(folder), read_log(folder)
+    rows = [] if summary is None else [("kept", "\n".join([*summary_lines(summary), chosen_by(summary)]))]
+    read, written = (sum(line.get(name, 0) for line in log) for name in ("prompt_tokens", "completion_tokens"))
+    if read or written:
+        rows.append(("tokens of the API", f"{read:,} read, {written:,} written"))
+    return rows
 
 
 def _progress(manifest: Manifest, split: str) -> str:

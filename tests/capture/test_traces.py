@@ -8,7 +8,10 @@ from typing import Any
 import datasets
 import pytest
 import yaml
+from huggingface_hub import DatasetCard
 
+from mmkd.cache.cache_card import cache_card
+from mmkd.cache.kept_answers import published
 from mmkd.cache.manifest import Manifest
 from mmkd.cache.store import LOG
 from mmkd.capture.answer_verdicts import Rulings
@@ -111,7 +114,13 @@ def is_right(row: dict[str, Any], completion: str) -> bool:
     return completion.endswith(f" {first + second}.")
 
 
-def test_right_answers_are_kept_and_the_others_counted(build: Run, server: ChatServer, sums: Path) -> None:
+def data_files(recipe: str) -> list[str]:
+    return list(yaml.safe_load(Path(recipe).read_text())["data_files"].values())
+
+
+def test_right_answers_are_kept_and_the_others_counted(
+    build: Run, server: ChatServer, sums: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     printed = build()
     assert len(server.requests) == 48
     kept = rows_of("answers/data.yaml")
@@ -126,6 +135,16 @@ def test_right_answers_are_kept_and_the_others_counted(build: Run, server: ChatS
     rows = load_data("answers/data.yaml")["train"]
     assert sorted(rows["completion"]) == sorted(row["completion"] for row in kept)
     summary = json.loads(Path("answers/traces.json").read_text())
+    assert main(["cache", "info", "answers"]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"train: {right} of 48 answers are kept" in told
+    assert "keep correct, thoughts keep, verifier number" in told
+    assert "tokens of the API" in told
+    card = cache_card(sums / "answers", Manifest.read(sums / "answers"), "user/answers", ["prompt"])
+    assert f"train: {right} of 48 answers are kept" in card
+    assert "source: user/answers" in card
+    assert [config["config_name"] for config in DatasetCard(card).data.configs] == ["default", "kept", "pairs"]
+    assert set(published(sums / "answers")) >= {"traces.json", "pairs.yaml", *data_files("answers/data.yaml")}
     assert summary["splits"]["train"]["reasons"] == {"wrong": 48 - right}
     assert f"{right} of 48 answers are kept" in yaml.safe_load(Path("answers/data.yaml").read_text())["description"]
 
