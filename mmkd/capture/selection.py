@@ -126,9 +126,7 @@ def pairs_of(group: Sequence[JudgedAnswer], limit: int) -> list[tuple[JudgedAnsw
     Cut-off and empty answers are no rejected ones: a student would learn from their length and not from what they say.
     """
     kept = _distinct([own for own in group if own.reason == ACCEPTED])
-    rejected = [
-        own for own in group if own.reason not in (ACCEPTED, *unusable) and not own.reason.startswith("ended by")
-    ]
+    rejected = [own for own in group if own.reason in _WORSE]
     return list(zip(kept, _distinct(rejected), strict=False))[:limit]
 
 
