@@ -112,6 +112,13 @@ def check_sampled(args: Any) -> None:
                 f"distribution, and compares there. Set {key}: 1, or divergence: reverse_kl.",
                 because="meaning",
             )
+    if args.rollouts == "interleaved":
+        raise UserError(
+            "With rollouts: interleaved the teacher replaces tokens of the student that it finds unlikely, and those "
+            "that are left are no sample of the student's distribution, which divergence: sampled_reverse_kl needs. "
+            "Set rollouts: student, or divergence: reverse_kl.",
+            because="meaning",
+        )
     if args.sampled_as == "loss" and args.estimator == "k1":
         raise UserError(
             "The derivative of k1 = log(q/p) by the student does not depend on the teacher, so that sampled_as: loss "

@@ -150,7 +150,7 @@ class TAIDTrainer(DistillationTrainer[Targets]):
 
     def item_losses(self, student: Supervised, signal: Targets) -> ItemLosses:
         """One KL to the intermediate teacher per supervised token."""
-        return self.fused(student, signal, self._objective, weights=self.token_weights(student, signal))
+        return self.fused(student, signal, self._objective)
 
     def _objective(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         target = interpolated_log_probs(student, teacher, self.schedule.t)

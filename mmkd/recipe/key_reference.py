@@ -80,8 +80,15 @@ def _unused_by(method: Method) -> dict[str, str]:
     of_tokens = issubclass(config, DistillationConfig)
     if not of_tokens or not config.learns_from_rollouts:
         reason = f"Method {method.name} learns from the data's answers only."
-        names = [name for name in fields_of(DistillationConfig) if name.startswith(("rollout", "interleaved_"))]
+        names = [
+            name
+            for name in fields_of(DistillationConfig)
+            if name.startswith(("rollout", "interleaved_", "importance_"))
+        ]
         unused |= dict.fromkeys(["on_policy_fraction", *names], reason)
+    elif not config.weighs_tokens:
+        names = ["rollout_token_weights", "importance_gamma", "rollout_prefix"]
+        unused |= dict.fromkeys(names, f"Method {method.name} compares chunks of text, and weighs no tokens.")
     if not method.takes_several:
         unused |= dict.fromkeys(["teachers", "teacher_column"], f"Method {method.name} learns from one teacher.")
     if of_tokens and config.combinations == ("weights",):

@@ -197,8 +197,10 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
     ) -> ItemLosses:
         """The item losses of a token-level divergence and cross-entropy, mixed or balanced, with all reports.
 
-        `weights` are those of the tokens. Their sum is divided by the number of tokens, whatever the weights.
+        `weights` are those of the tokens, by default `token_weights`, which the signal must be as the teacher gave it
+        for. Their sum is divided by the number of tokens, whatever the weights.
         """
+        weights = self.token_weights(student, signal) if weights is None else weights
         if not self.balances:
             weight = self.args.ce_weight if ce_weight is None else ce_weight
             return self._mixed(student, signal, objective, temperature, weight, weights)
@@ -220,6 +222,7 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
         weights: Float[Tensor, "token"] | None = None,
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Divergence and cross-entropy, each by a pass of its own through the head, and the reports of both."""
+        weights = self.token_weights(student, signal) if weights is None else weights
         divergence = self._mixed(student, signal, objective, temperature, 0.0, weights)
         ce = self._mixed(student, None, forward_kl, 1.0, 1.0, weights)
         return {"divergence": divergence.totals, "ce": ce.totals}, ce.reports | divergence.reports

@@ -286,6 +286,7 @@ def test_prefix_learns_from_the_beginning_of_each_rollout(build: Build, completi
         ({"rollout_temperature": 0.7}, "rollout_temperature is 0.7"),
         ({"rollout_top_p": 0.9}, "rollout_top_p is 0.9"),
         ({"temperature": 2.0}, "temperature is 2.0"),
+        ({"rollouts": "interleaved"}, "no sample of the student's distribution"),
         ({"sampled_as": "loss"}, "does not depend on the teacher"),
         ({"student_top_k": 8}, "Remove student_top_k"),
         ({"estimator": "k2"}, "choose one of k1, k3"),
