@@ -273,6 +273,7 @@ def canonical(
     skip: bool = False,
     text_field: str = "text",
     folders: Sequence[Path] = (),
+    keep: Sequence[str] = (),
 ) -> Any:
     """A data set's rows in TRL's columns: `text`, `messages`, or `prompt` and `completion`, with `images` and `tools`.
 
@@ -282,13 +283,14 @@ def canonical(
         skip: whether unreadable rows are left out and counted, as rows without text always are.
         text_field: the column of plain text.
         folders: where relative paths of images within messages start; by default the current folder.
+        keep: columns that stay even if the layout reads them.
 
     Columns outside the layout are kept. Raises UserError for an unknown layout, for the first unreadable row (unless
     `skip`), and if no row is left.
     """
     if isinstance(data, dict):
         return {
-            name: canonical(part, str(name), skip=skip, text_field=text_field, folders=folders)
+            name: canonical(part, str(name), skip=skip, text_field=text_field, folders=folders, keep=keep)
             for name, part in data.items()
         }
     if not isinstance(data, Dataset | IterableDataset) or data in _READ:
@@ -299,6 +301,7 @@ def canonical(
     layout = recognised(sample, f"The {split} data", text_field)
     conversion = Conversion(split, LeftOut(split), skip, tuple(folders))
     kept = _kept(sample, layout, split)
+    kept += [name for name in keep if name in sample and name not in kept]
     if isinstance(data, IterableDataset):
         log_layout(layout, split, None)
         return converted_stream(data, layout, kept, conversion, list(sample))

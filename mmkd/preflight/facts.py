@@ -162,7 +162,7 @@ def take_sample(run: Run) -> Sample:
         "train": min(most, arguments.max_train_rows or most),
         "eval": min(EVAL_ROWS, arguments.max_eval_rows or EVAL_ROWS),
     }
-    rows = load_data(arguments.data, max_train_rows=asked["train"], max_eval_rows=asked["eval"])
+    rows = load_data(arguments.data, max_train_rows=asked["train"], max_eval_rows=asked["eval"], also=run.columns_read)
     caps = {"train": [recipe.max_rows, arguments.max_train_rows], "eval": [arguments.max_eval_rows]}
     totals: dict[str, int | None] = {}
     for split, dataset in rows.items():

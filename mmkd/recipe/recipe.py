@@ -225,6 +225,12 @@ class Run:
         training.self_teacher = None
         return replace(self, training=training, itself=False)
 
+    @property
+    def columns_read(self) -> list[str]:
+        """The columns of the data that teachers read besides what is trained on."""
+        views = [run.training.view for run in self.by_teacher().values()]
+        return list(dict.fromkeys(name for view in views if view is not None for name in view.reads))
+
     def hub(self, revision: str | None) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained` for something of this run."""
         return {"revision": revision, "trust_remote_code": self.training.trust_remote_code}

@@ -135,10 +135,11 @@ def _without_loading(training: DistillationConfig) -> DistillationConfig:
 def load_rows_of(run: Run, also: Sequence[str] = ()) -> DatasetDict:
     """The rows of a run's data recipe; of the run of one of several teachers, those that concern it.
 
-    `also` are columns of the source that are kept under their own names.
+    `also` are columns of the source that are kept under their own names, as are those that a teacher's view reads.
     """
     arguments = run.arguments
     train, held_out = arguments.max_train_rows, arguments.max_eval_rows
+    also = [*dict.fromkeys((*also, *run.columns_read))]
     return own_rows_of(run, load_data(arguments.data, max_train_rows=train, max_eval_rows=held_out, also=also))
 
 

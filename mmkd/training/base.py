@@ -279,7 +279,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation, of these rows or of those of the constructor."""
         if self._reads_rows and not isinstance(eval_dataset, str):
-            eval_dataset = canonical_rows(eval_dataset, "eval", self.args)
+            eval_dataset = canonical_rows(eval_dataset, "eval", self.args, self._given_teacher[0])
         eval_dataset = unread(eval_dataset, "eval", image_columns(self.teacher, self.args))
         if eval_dataset is not None:
             self._row_names.add(eval_dataset, "eval")

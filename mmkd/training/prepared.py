@@ -24,7 +24,7 @@ from .config import DistillationConfig
 from .rewards import with_rated_rows
 from .rollouts import check_rollouts
 from .self_teaching import itself_in
-from .teacher_views import image_columns
+from .teacher_views import image_columns, teacher_views_of
 from .teaching import check_teachers
 
 
@@ -65,7 +65,9 @@ class Prepared:
         reads_rows = formatting is None and not skips_preparation(args)
         train, evaluation = rows
         if reads_rows:
-            train, evaluation = canonical_rows(train, "train", args), canonical_rows(evaluation, "eval", args)
+            train, evaluation = (
+                canonical_rows(data, split, args, teacher) for data, split in ((train, "train"), (evaluation, "eval"))
+            )
         if args.answers_everything:
             train, evaluation = with_open_answers(train), answered(evaluation)
         if args.reward is not None:
@@ -107,9 +109,11 @@ def settings_of(trainer: Any, student: Any, args: DistillationConfig | None) -> 
     return args
 
 
-def canonical_rows(data: Any, split: str, args: DistillationConfig) -> Any:
-    """The rows in TRL's columns, whatever layout they have."""
-    return canonical(data, split, skip=args.on_bad_row == "skip", text_field=args.dataset_text_field)
+def canonical_rows(data: Any, split: str, args: DistillationConfig, teacher: Any = None) -> Any:
+    """The rows in TRL's columns, whatever layout they have, with those that a teacher's view reads."""
+    read = dict.fromkeys(name for view in teacher_views_of(teacher, args).values() for name in view.reads)
+    skip = args.on_bad_row == "skip"
+    return canonical(data, split, skip=skip, text_field=args.dataset_text_field, keep=list(read))
 
 
 def unread(data: Any, split: str, more: Collection[str] = ()) -> Any:

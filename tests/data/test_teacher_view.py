@@ -1,9 +1,14 @@
 """A teacher's view of a row: what is rewritten, what stays, and what is refused."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
+from mmkd.data.layouts import canonical
+from mmkd.data.load_data import load_data
 from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 
@@ -102,3 +107,29 @@ def test_facts_and_json_say_the_same_view() -> None:
     assert told.facts == {"system": "s", "template": "{b} {a}", "columns": ["a", "b"]}
     assert TeacherView.of('{"system": "s", "template": "{b} {a}", "columns": ["a", "b"]}') == told
     assert TeacherView.of(None) is None
+
+
+def test_columns_of_the_view_come_through_a_data_recipe_and_change_no_other(tmp_path: Path) -> None:
+    rows = [{"instruction": f"{n} + 1?", "output": str(n + 1), "why": f"count to {n}", "other": n} for n in range(8)]
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tmp_path / "sums.yaml"
+    columns = "columns: {prompt: instruction, completion: output}"
+    recipe.write_text(f"name: sums\nsource: json\ndata_files: {{train: {file}}}\n{columns}\n")
+    for source in (file, recipe):
+        plain, kept = load_data(source)["train"], load_data(source, also=["why", "output"])["train"]
+        assert {*kept.column_names} - {*plain.column_names} == {"why", "output"}
+        assert sorted(kept["why"]) == [row["why"] for row in rows]
+        assert kept.remove_columns(["why", "output"]).to_list() == plain.to_list()
+    mixture = tmp_path / "both.yaml"
+    mixture.write_text(f"name: both\nmixture: [{{data: {recipe}, weight: 1}}, {{data: {recipe}, weight: 1}}]\n")
+    assert "why" in load_data(mixture, also=["why"])["train"].column_names
+    with pytest.raises(UserError, match="'wy'"):
+        load_data(recipe, also=["wy"])
+
+
+def test_rows_of_python_keep_a_column_that_their_layout_reads() -> None:
+    rows = Dataset.from_dict({"instruction": ["a?"], "output": ["b"], "why": ["c"]})
+    for data in (rows, rows.to_iterable_dataset()):
+        (row,) = canonical(data, keep=["output"])
+        assert (row["completion"], row["output"], row["why"]) == ([{"role": "assistant", "content": "b"}], "b", "c")
