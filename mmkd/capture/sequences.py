@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mmkd.cache.sequence_keys import image_hash, sequence_key
-from mmkd.data.image_columns import image_column
+from mmkd.data.image_columns import image_column, second_image_column
 from mmkd.data.images import UnusableRow as UnusableRow
 from mmkd.data.images import read_row
 from mmkd.data.layouts import canonical
@@ -21,6 +21,8 @@ from mmkd.models.load import tokenizer_of
 from mmkd.preparation.checks import check_training_data
 from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.preparation.prompt_rows import with_open_answers
+from mmkd.preparation.row_names import STORED_IMAGES
+from mmkd.preparation.row_views import RowView
 from mmkd.preparation.served_rows import served_rows
 from mmkd.preparation.template import TemplateReport
 from mmkd.preparation.vision_checks import refusal
@@ -101,11 +103,21 @@ class Sequences:
 
 
 class VisionSequences:
-    """The rows of one split with images, which become tokens only when they are asked for."""
+    """The rows of one split with images, which become tokens only when they are asked for.
 
-    def __init__(self, dataset: Dataset, collator: Any, image_token_id: int | None):
+    `collator` makes what the teacher reads, `student` what the student does, where the teacher reads as much of its
+    answers behind another prompt.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        collator: VisionLabels,
+        image_token_id: int | None,
+        student: VisionLabels | None = None,
+    ):
         self._dataset = dataset
-        self._collator, self._image_token_id = collator, image_token_id
+        self._collator, self._image_token_id, self._student = collator, image_token_id, student
         self.counts = np.zeros(0, dtype=np.int64)
         for _, sequence in usable(self, range(min(len(dataset), _COUNTED_IMAGES))):
             if isinstance(sequence, TokenSequence):
@@ -118,12 +130,13 @@ class VisionSequences:
         example = self._example(row)
         if isinstance(example, UnusableRow):
             return example
-        images = tuple(image_hash(image) for image in images_of(example))
+        seen = images_of(self._collator.seen(example))
+        images = tuple(image_hash(image) for image in seen)
         try:
             batch = self._collator([dict(example)])
         except Exception as error:
             # Processors say in ways of their own that an image no longer fits its tokens.
-            refused = refusal(images_of(example), self._collator.processor)
+            refused = refusal(seen, self._collator.processor)
             if refused is not None:
                 return UnusableRow(f"The processor refuses it: {refused}")
             cut = self._cut(example)
@@ -140,6 +153,9 @@ class VisionSequences:
         present = batch["attention_mask"][0].bool()
         ids, labels = batch["input_ids"][0][present].numpy(), batch["labels"][0][present].numpy()
         supervised = labels != -100
+        if self._student is not None:
+            own = self._student([dict(example)])["labels"]
+            supervised &= supervised.cumsum() <= int((own != -100).sum())
         supervised[:1] = False
         count = int((ids == self._image_token_id).sum()) if self._image_token_id is not None else 0
         return TokenSequence(
@@ -147,7 +163,10 @@ class VisionSequences:
         )
 
     def _example(self, row: int) -> Mapping[str, Any] | UnusableRow:
-        return read_row(self._dataset[row])
+        columns = self._collator.image_columns
+        stored = self._dataset[row]
+        read = read_row(stored, columns if self._student is None else dict.fromkeys((*columns, "images")))
+        return read if isinstance(read, UnusableRow) else {**read, STORED_IMAGES: stored.get("images")}
 
     def _readable(self, row: int) -> Mapping[str, Any]:
         """A row that could be read before. Raises UserError when that is no longer so."""
@@ -191,7 +210,11 @@ class PreparedSequences:
         """Model inputs and the positions that predict a supervised token."""
         if self.vision:
             inputs = dict(self.collator([dict(sequence.example) for sequence in sequences]))
-            return inputs, inputs.pop("labels")[:, 1:] != -100
+            supervised = inputs.pop("labels") != -100
+            for row, sequence in enumerate(sequences):
+                # Of a teacher's answer, as much as the student reads.
+                supervised[row, : len(sequence.supervised)] &= torch.from_numpy(sequence.supervised)
+            return inputs, supervised[:, 1:]
         longest = max(len(sequence.ids) for sequence in sequences)
         ids = torch.zeros(len(sequences), longest, dtype=torch.long)
         mask, supervised = torch.zeros_like(ids), torch.zeros(len(sequences), longest, dtype=torch.bool)
@@ -212,21 +235,28 @@ def prepare(
     """
     # Looking at the columns should not fail where an image cannot be decoded.
     unread = {str(split): image_column(canonical(dataset, str(split))) for split, dataset in data.items()}
+    if args.view is not None and args.view.images_column is not None:
+        column = args.view.images_column
+        unread = {split: second_image_column(dataset, column, split) for split, dataset in unread.items()}
     if args.answers_everything:
         unread["train"] = with_open_answers(unread["train"])
     check_training_data(unread["train"], unread.get("eval"), args, tokenizer_of(processing_class))
     rows = PreparedRows.of(args, processing_class, unread["train"], unread.get("eval"), judges_template)
     labelling, vision = rows.labelling, rows.labelling.vision
-    image_token_id = getattr(processing_class, "image_token_id", None)
+    image_token_id, collator, student = getattr(processing_class, "image_token_id", None), rows.collator, None
+    if vision and args.view is not None:
+        view = RowView(args.view, args.privileged_dropout, args.seed)
+        collator = replace(collator, view=view, max_length=collator.max_length if args.own_tokens else None)
+        student = None if args.own_tokens else rows.collator
     return PreparedSequences(
         {
-            split: VisionSequences(dataset, rows.collator, image_token_id) if vision else Sequences(dataset)
+            split: VisionSequences(dataset, collator, image_token_id, student) if vision else Sequences(dataset)
             for split, dataset in {"train": rows.train, "eval": rows.evaluation}.items()
             if dataset is not None
         },
         processing_class,
-        preparation_of(processing_class, args, labelling.chat_template),
-        rows.collator,
+        preparation_of(processing_class, args, labelling.chat_template, args.view),
+        collator,
         vision,
         labelling.template_reports["train"],
     )

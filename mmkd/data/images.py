@@ -8,7 +8,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -96,7 +96,7 @@ def read_image(value: Any, *, folder: str | Path | None = None, allow_urls: bool
         raise UnreadableImage(f"{type(error).__name__}: {reason} ({describe(value)})") from error
 
 
-def read_row(row: Mapping[str, Any], columns: Sequence[str] = ("images",)) -> dict[str, Any] | UnusableRow:
+def read_row(row: Mapping[str, Any], columns: Iterable[str] = ("images",)) -> dict[str, Any] | UnusableRow:
     """The row with the pictures of its columns `columns` read, or the reason why one of them cannot be read."""
     read = dict(row)
     for column in columns:

@@ -128,8 +128,7 @@ class ALMTrainer(DistillationTrainer[ChunkSignal | MixedSignal[ChunkSignal]]):
         for row, placing in placed.items():
             text, whole = said(tokenizer, batch["input_ids"][row].tolist(), placing)
             for reader in self._readings.of_row(examples[row]):
-                labelling, ended = reader.rows.labelling, placing.rollout.ended
-                examples[row] = as_teacher_reads(examples[row], text, whole, ended, labelling, reader.prefix)
+                examples[row] = as_teacher_reads(examples[row], text, whole, placing.rollout.ended, reader)
         aligned = self._aligned(batch.to("cpu"), examples).to(self.accelerator.device)
         return replace(batch, readings=aligned.readings)
 

@@ -39,6 +39,7 @@ class ALMConfig(DistillationConfig):
     """Settings of method alm."""
 
     learns_from_rollouts: ClassVar[bool] = True
+    own_tokens: ClassVar[bool] = True
     weighs_tokens: ClassVar[bool] = False
     combinations: ClassVar[tuple[str, ...]] = COMBINATIONS
 
@@ -107,7 +108,9 @@ class ALMConfig(DistillationConfig):
     )
     teacher_max_length: Annotated[int, Range(min=2)] | None = field(
         default=None,
-        metadata={"help": "Longest row in tokens of the teacher. Default: max_length."},
+        metadata={
+            "help": "Longest row in tokens of the teacher. Default: max_length, or with teacher_view any length."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -124,10 +127,12 @@ class ALMConfig(DistillationConfig):
                 because="meaning",
             )
 
-    def for_teacher(self) -> "ALMConfig":
-        """The settings by which rows become the teacher's tokens."""
+    def for_teacher(self, viewed: bool | None = None) -> "ALMConfig":
+        """The settings by which rows become the teacher's tokens; `viewed`: behind a prompt of its own."""
         side = copy(self)
-        side.max_length = self.teacher_max_length or self.max_length
+        viewed = self.teacher_view is not None if viewed is None else viewed
+        # What stands before the teacher's answers must not cost them their ends.
+        side.max_length = self.teacher_max_length or (None if viewed else self.max_length)
         side.packing = side.padding_free = side.shuffle_dataset = False
         # These are about the student's tokenizer.
         side.chat_template_path = side.eos_token = side.pad_token = None

@@ -1,8 +1,8 @@
 """Rows as student and teacher read them, each in its own tokens and by its own chat template, paired."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,12 +10,14 @@ from datasets import Dataset
 from transformers.utils import logging
 from trl.data_utils import get_dataset_column_names
 
+from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.models.backbone import name_of
 from mmkd.models.load import load_processing_class
 from mmkd.preparation.paired_streams import packed_stream, paired_stream
 from mmkd.preparation.pairs import QUESTION, TEACHER, Agreement, BatchAligner, counts_of, numbered, packed, paired
 from mmkd.preparation.prepared_rows import PreparedRows
+from mmkd.preparation.row_views import RowView
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.hidden_server import HiddenServerTeacher
 from mmkd.teachers.local import LocalTeacher
@@ -25,6 +27,7 @@ from mmkd.teachers.several import is_routed, named_parts
 from mmkd.teachers.teacher import Teacher
 from mmkd.training.preparing import preparation_of
 from mmkd.training.rewards import RATED
+from mmkd.training.teacher_views import row_views_of
 
 from .alm_config import ALMConfig
 from .pair_rollouts import asked_columns, question_of, questions_of
@@ -45,6 +48,8 @@ class TeacherReader:
     facts: Mapping[str, Any]
     """All that decides what is read."""
     aligner: BatchAligner | None = None
+    view: RowView | None = None
+    """Behind what else than the data's prompt the answer is read."""
 
 
 class Readings:
@@ -52,7 +57,7 @@ class Readings:
 
     def __init__(self, teacher: Any, processing_class: Any) -> None:
         """`processing_class` is the teacher's, or a mapping from the names of several; None finds them by names."""
-        self._teachers = named_parts(teacher)
+        self._given, self._teachers = teacher, named_parts(teacher)
         self._column = teacher.column if is_routed(teacher) else None
         self._processing_class = processing_class
         self._readers: dict[str, TeacherReader] = {}
@@ -60,15 +65,22 @@ class Readings:
     def readers(self, dataset: Any, args: ALMConfig) -> dict[str, TeacherReader]:
         """What prepares rows for each teacher, by its name; those of the first data set read all others."""
         if not self._readers:
-            first, side = dataset.take(1), args.for_teacher()
+            views = row_views_of(self._given, args)
             for name, teacher in self._teachers.items():
-                rows = PreparedRows.of(side, self._processing_class_of(name, teacher, args), first)
+                view, side = views.get(name), args.for_teacher(name in views)
+                processing_class = self._processing_class_of(name, teacher, args)
+                rows = PreparedRows.of(side, processing_class, dataset.take(1))
+                if rows.labelling.vision:
+                    rows = replace(rows, collator=replace(rows.collator, view=view))
                 facts = preparation_of(
-                    rows.labelling.processing_class, rows.labelling.args, rows.labelling.chat_template
+                    rows.labelling.processing_class,
+                    rows.labelling.args,
+                    rows.labelling.chat_template,
+                    None if view is None else view.view,
                 )
                 alike = [reader for reader in self.distinct() if reader.facts == facts]
                 prefix = f"{TEACHER}{len(self.distinct())}_" if self._readers else TEACHER
-                self._readers[name] = alike[0] if alike else TeacherReader(prefix, rows, facts)
+                self._readers[name] = alike[0] if alike else TeacherReader(prefix, rows, facts, view=view)
         return self._readers
 
     def distinct(self) -> list[TeacherReader]:
@@ -98,6 +110,19 @@ class Readings:
                 teacher = reader.rows.labelling.processing_class
                 reader.aligner = BatchAligner.of(processing_class, teacher, to_space=args.chunks == "space")
 
+    def _views(self) -> list[TeacherView]:
+        return [reader.view.view for reader in self.distinct() if reader.view is not None]
+
+    def _check_views(self, columns: Sequence[str], name: str) -> None:
+        for view in self._views():
+            view.check(columns, name)
+            if {"messages", "prompt"}.isdisjoint(columns):
+                raise UserError(
+                    f"The {name} data is plain text, of which alm aligns everything, and teacher_view puts before it "
+                    "what the student does not read. Map the data to prompt and completion, or use method kd.",
+                    because="not built",
+                )
+
     def columns(self) -> list[str]:
         """The columns of prepared rows of text that teachers read."""
         return [
@@ -123,6 +148,7 @@ class Readings:
         self.align_with(processing_class, args)
         if "teacher_input_ids" in columns:
             return dataset
+        self._check_views(columns, name)
         if "input_ids" in columns:
             raise UserError(
                 f"The {name} data is tokenised for the student already, so the teacher cannot read it. Pass its text.",
@@ -144,12 +170,14 @@ class Readings:
     def _reads(self, reader: TeacherReader, name: str, formatting_func: Any) -> Callable[..., Any]:
         labelling = reader.rows.labelling
         settings = {"formatting_func": formatting_func, "split": f"{name} (teacher's)"}
-        return partial(labelling.prepare, args=labelling.args, packing=False, **settings)
+        prepare = partial(labelling.prepare, args=labelling.args, packing=False, **settings)
+        view = reader.view
+        return prepare if view is None else lambda rows: prepare(view.of_data(rows))
 
     def _paired(self, dataset: Dataset, name: str, args: ALMConfig, formatting_func: Any, ours: Any) -> Dataset:
         rows, columns = numbered(dataset), dict[str, Any]()
         if args.on_policy_fraction:
-            columns[QUESTION] = questions_of(dataset, args.rollout_prompt_tokens)
+            columns[QUESTION] = questions_of(dataset, args.rollout_prompt_tokens, self._views())
         if RATED in dataset.column_names:
             columns[RATED] = dataset[RATED][:]
         own = None
@@ -178,7 +206,7 @@ class Readings:
                 because="not built",
             )
         columns = get_dataset_column_names(dataset)
-        asked = asked_columns(columns, args.rollout_prompt_tokens) if args.on_policy_fraction else None
+        asked = asked_columns(columns, args.rollout_prompt_tokens, self._views()) if args.on_policy_fraction else None
         question = None if asked is None else partial(question_of, names=asked)
         (reader,) = self.distinct()
         sides = {"": ours, TEACHER: self._reads(reader, name, formatting_func)}

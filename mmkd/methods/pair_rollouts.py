@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from mmkd.alignment.common_runs import shared_length
+from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.pairs import QUESTION
@@ -15,12 +16,13 @@ from mmkd.training.answer_text import answered, turn, without_answer
 _ASKED = ("prompt", "messages", "tools", "chat_template_kwargs")
 
 
-def questions_of(dataset: Dataset, prompt_tokens: int | None) -> list[str]:
+def questions_of(dataset: Dataset, prompt_tokens: int | None, views: Sequence[TeacherView] = ()) -> list[str]:
     """The prompt of each row as JSON, with what its chat template takes; nothing for rows of plain text.
 
-    Raises UserError where `rollout_prompt_tokens` would cut a conversation.
+    With what teachers' `views` make prompts of, too. Raises UserError where `rollout_prompt_tokens` would cut a
+    conversation.
     """
-    names = asked_columns(dataset.column_names, prompt_tokens)
+    names = asked_columns(dataset.column_names, prompt_tokens, views)
     rows: Any = dataset.select_columns(names) if names else [{}] * len(dataset)
     return [question_of(row, names) for row in rows]
 
@@ -30,8 +32,11 @@ def question_of(row: Mapping[str, Any], names: Sequence[str]) -> str:
     return json.dumps({name: row[name] for name in names})
 
 
-def asked_columns(columns: Sequence[str], prompt_tokens: int | None) -> list[str]:
-    """Those of the columns that hold prompts and what chat templates take. Raises UserError as `questions_of` does."""
+def asked_columns(columns: Sequence[str], prompt_tokens: int | None, views: Sequence[TeacherView] = ()) -> list[str]:
+    """Those of the columns that hold prompts, what chat templates take, and what `views` read.
+
+    Raises UserError as `questions_of` does.
+    """
     names = [name for name in _ASKED if name in columns]
     if prompt_tokens is not None and names:
         raise UserError(
@@ -39,21 +44,23 @@ def asked_columns(columns: Sequence[str], prompt_tokens: int | None) -> list[str
             "template cannot render a part of a conversation. Remove it; with messages set assistant_only_loss: true.",
             because="meaning",
         )
-    return names
+    # A view may show the data's own answer.
+    theirs = ("completion", *(name for view in views for name in view.columns)) if views else ()
+    return [*names, *dict.fromkeys(name for name in theirs if name in columns)]
 
 
-def as_teacher_reads(
-    example: Mapping[str, Any], text: str, whole: str, ended: bool, reader: Any, prefix: str
-) -> dict[str, Any]:
-    """A row of paired data with this text as the answer, in the tokens of the teacher whose rows `reader` prepares.
+def as_teacher_reads(example: Mapping[str, Any], text: str, whole: str, ended: bool, teacher: Any) -> dict[str, Any]:
+    """A row of paired data with this text as the answer, in the tokens that a `TeacherReader` makes of rows.
 
-    They stand in the columns with this prefix.
+    They stand in its columns, behind what its view makes of the prompt.
 
     Rows with images are made tokens by the reader's collator, so that they get the text alone.
     """
     if QUESTION not in example:
         return answered(example, text)
+    reader, view, prefix = teacher.rows.labelling, teacher.view, teacher.prefix
     question = json.loads(example[QUESTION])
+    question = question if view is None else view.rewrite(question)
     tokenizer: Any = tokenizer_of(reader.processing_class)
     conversation = question.get("messages", question.get("prompt"))
     end = tokenizer.eos_token if ended else ""

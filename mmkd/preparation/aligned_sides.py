@@ -51,9 +51,13 @@ class AlignedSide:
         if own is not None:
             student = student._replace(supervised=student.supervised & np.repeat(own, student.lengths))
         if self.cached is not None:
-            targets, teacher = self._looked_up(teacher, hashed_images(examples))
+            targets, teacher = self._looked_up(teacher, hashed_images(self._seen(examples)))
             view = replace(_with_supervised(view, teacher.supervised), inputs={}, targets={ONLY: targets})
         return Reading(view, self.align(student, teacher))
+
+    def _seen(self, examples: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Rows with images as the teacher reads them."""
+        return [self.collator.seen(row) for row in examples] if isinstance(self.collator, VisionLabels) else examples
 
     def _looked_up(self, teacher: Read, images: Sequence[Sequence[str]]) -> tuple[Targets, Read]:
         """The cached answers, and the sequences without those that the teacher could not read."""

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from mmkd.data.images import UnusableRow, read_row
-from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.teachers.batch import Batch, Reading, View
 from mmkd.teachers.cached import images_of
 
 from .row_names import STORED_IMAGES, RowNames
+from .row_views import RowView
 from .served_rows import served_rows
 from .text_views import Rows, TextViews, row_lengths
 from .turns import Turns
@@ -191,7 +191,7 @@ class VisionViews:
         self,
         processors: Mapping[str, ProcessorMixin],
         served: Collection[str] = (),
-        teacher_views: Mapping[str, TeacherView] | None = None,
+        teacher_views: Mapping[str, RowView] | None = None,
     ) -> Self:
         """The views with one for each teacher (by name) that reads otherwise than the student; those alike share it.
 

@@ -9,10 +9,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from mmkd.data.teacher_view import TeacherView
 from mmkd.teachers.batch import Batch, Reading, View
 
 from .pairs import teacher_parts
+from .row_views import RowView
 from .teacher_prompts import prefixes_of
 
 
@@ -42,10 +42,10 @@ class TextViews:
         self,
         processors: Mapping[str, ProcessorMixin],
         served: Collection[str] = (),
-        teacher_views: Mapping[str, TeacherView] | None = None,
+        teacher_views: Mapping[str, RowView] | None = None,
     ) -> Self:
         """These, which are the teachers' too, but for those with views."""
-        return replace(self, prefixes=prefixes_of(teacher_views or {}))
+        return replace(self, prefixes=prefixes_of({name: own.view for name, own in (teacher_views or {}).items()}))
 
     def reader(self, train: Any, sharded: bool, image_columns: Collection[str] = ()) -> None:
         """What decodes images: nothing, since there are none."""

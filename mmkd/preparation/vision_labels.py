@@ -14,11 +14,11 @@ from torch import Tensor
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.teachers.cached import images_of
 
+from .row_views import RowView
 from .truncated import Ending, is_truncated
 from .turns import Turns, overlapping, template_settings
 from .weights import check_weights
@@ -39,7 +39,7 @@ class VisionLabels(DataCollatorForVisionLanguageModeling):
     """Tells what is supervised under assistant_only_loss."""
     eos_token: str | None = None
     """Ends plain text; by default that of the processor's tokenizer."""
-    view: TeacherView | None = None
+    view: RowView | None = None
     """Behind what else than its own prompt a row's answer is read."""
     image_tokens: "ImageTokens" = field(init=False)
 
@@ -51,7 +51,7 @@ class VisionLabels(DataCollatorForVisionLanguageModeling):
     @property
     def image_columns(self) -> tuple[str, ...]:
         """The columns with the images that are read, where rows have them."""
-        return ("images",) if self.view is None or self.view.images_column is None else (self.view.images_column,)
+        return ("images",) if self.view is None else self.view.image_columns
 
     def seen(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row as it is read."""

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 TAILS = ("bucket", "unbiased", "renormalise")
 
-IMAGES = "images"
-"""The column with the images of a row."""
+Seen = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""A row of the data -> the row as a teacher reads it."""
 
 SIGNALS: dict[str, type] = {"top_k": TopKSignal, "log_probs": LabelSignal, "hidden": DenseSignal}
 """Kind of a cache -> the signal that it holds."""
@@ -221,14 +221,15 @@ class CachedTeacher(Teacher[CachedSignal]):
 
 
 def with_targets(
-    batch: Batch, examples: Sequence[Mapping[str, Any]], teacher: CachedTeacher, images_column: str = IMAGES
+    batch: Batch, examples: Sequence[Mapping[str, Any]], teacher: CachedTeacher, seen: Seen | None = None
 ) -> Batch:
     """The batch with what a teacher on disk said about it; the collator calls it in the data loader's workers.
 
-    `images_column` holds the images that the teacher saw. Nothing is learnt from sequences that it could not read when
-    the cache was built with on_error: skip.
+    `seen` are rows with images as the teacher saw them, where it does not see what the student does. Nothing is learnt
+    from sequences that it could not read when the cache was built with on_error: skip.
     """
-    return with_answers_of(batch, examples, {ONLY: teacher}, [{ONLY: teacher}] * len(examples), {ONLY: images_column})
+    others = {} if seen is None else {ONLY: seen}
+    return with_answers_of(batch, examples, {ONLY: teacher}, [{ONLY: teacher}] * len(examples), others)
 
 
 def with_answers_of(
@@ -236,21 +237,19 @@ def with_answers_of(
     examples: Sequence[Mapping[str, Any]],
     caches: Mapping[str, CachedTeacher],
     asked: Sequence[Mapping[str, CachedTeacher]],
-    image_columns: Mapping[str, str],
+    seen: Mapping[str, Seen],
 ) -> Batch:
     """The batch with what teachers on disk hold about it, in what each of them reads.
 
-    `asked` are by row those of the `caches` that it asks. `image_columns` name the rows' columns with the images of
-    teachers that have others than the student. Nothing is learnt from sequences that one of a row's teachers could not
+    `asked` are by row those of the `caches` that it asks, `seen` by name the rows with images as teachers see them
+    that do not see what the student does. Nothing is learnt from sequences that one of a row's teachers could not
     read.
     """
-    hashes = {
-        column: hashed_images(examples, column) for column in {image_columns.get(name, IMAGES) for name in caches}
-    }
+    own = [] if caches.keys() <= seen.keys() else hashed_images(examples)
     looked_up = {
         name: _Sequences.of(
             batch.readings[name].view if name in batch.readings else batch.student,
-            hashes[image_columns.get(name, IMAGES)],
+            hashed_images([seen[name](example) for example in examples]) if name in seen else own,
         )
         for name in caches
     }
@@ -313,10 +312,9 @@ class _Sequences:
         return self.ids[row, span], supervised, self.images[row]
 
 
-def hashed_images(examples: Sequence[Mapping[str, Any]], column: str = IMAGES) -> list[list[str]]:
-    """The hashes of the images of each raw row in a column, `images` or one that only a teacher reads."""
-    shown = map(images_of, examples) if column == IMAGES else (example[column] for example in examples)
-    return [[image_hash(image) for image in images] for images in shown]
+def hashed_images(examples: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The hashes of the images of each raw row."""
+    return [[image_hash(image) for image in images_of(example)] for example in examples]
 
 
 def images_of(example: Mapping[str, Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from mmkd.losses.fused import Targets
 from mmkd.models.sharded_weights import is_sharded
 
 from .batch import ONLY, Batch, View
-from .cached import CachedTeacher, with_answers_of
+from .cached import CachedTeacher, Seen, with_answers_of
 from .local import ModelTeacher
 from .routes import route_of, teacher_names
 from .server import IMAGE_INPUTS
@@ -154,13 +154,13 @@ class SeveralTargets:
     names: Sequence[str]
     caches: Mapping[str, CachedTeacher]
     column: str | None
-    image_columns: Mapping[str, str] = field(default_factory=dict[str, str])
-    """The columns with the images of teachers that see others than the student."""
+    seen: Mapping[str, Seen] = field(default_factory=dict[str, Seen])
+    """Rows with images as teachers see them that do not see what the student does."""
 
     @classmethod
-    def of(cls, teachers: SeveralTeachers, image_columns: Mapping[str, str] | None = None) -> Self:
+    def of(cls, teachers: SeveralTeachers, seen: Mapping[str, Seen] | None = None) -> Self:
         """Those of these teachers."""
-        return cls(list(teachers.teachers), teachers.caches, teachers.column, image_columns or {})
+        return cls(list(teachers.teachers), teachers.caches, teachers.column, seen or {})
 
     def __call__(self, batch: Batch, examples: Sequence[Mapping[str, Any]]) -> Batch:
         """The filled batch. Raises UserError for a row that names none of the teachers."""
@@ -171,7 +171,7 @@ class SeveralTargets:
             names = [name for example in examples for name in teacher_names(example, self.column)]
             asked = [{name: self.caches[name]} if name in self.caches else {} for name in names]
         if self.caches:
-            batch = with_answers_of(batch, examples, self.caches, asked, self.image_columns)
+            batch = with_answers_of(batch, examples, self.caches, asked, self.seen)
         return batch
 
 

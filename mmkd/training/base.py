@@ -42,7 +42,7 @@ from .run_trainer import RunTrainer
 from .self_teaching import taught_by_itself
 from .served_rollouts import naming_rows
 from .sharding import without_repeated_rows
-from .teacher_views import columns_for, image_columns, prompts_for, teacher_views_of
+from .teacher_views import columns_for, image_columns, prompts_for, row_views_of
 from .teaching import StudentSide, first_rows, packed_apart
 
 Rows = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
@@ -156,7 +156,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         teaching = self.build_teacher(side, teacher, teacher_processing_class)
         self.teacher, self.vocab_size = teaching.teacher, teaching.vocab_size
         # A teacher with tokens of its own brings its view.
-        own = (served_parts(teaching.teacher), teacher_views_of(teaching.teacher, args)) if self.one_vocabulary else ()
+        own = (served_parts(teaching.teacher), row_views_of(teaching.teacher, args)) if self.one_vocabulary else ()
         self.student_side = side = replace(side, views=views.with_teachers(teaching.processors, *own))
         check_fit(side, teaching)
         stop_where_answers_end(side)

@@ -133,6 +133,8 @@ class DistillationConfig(RolloutConfig):
         metadata={"help": "Whether bf16 was asked for and is computed in fp32, since this CPU would only emulate it."},
     )
 
+    own_tokens: ClassVar[bool] = False
+    """Whether teachers read rows in tokens of their own."""
     combinations: ClassVar[tuple[str, ...]] = ("weights",)
     """How the method can combine the terms of its loss."""
 

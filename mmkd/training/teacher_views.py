@@ -4,6 +4,7 @@ from typing import Any
 
 from mmkd.data.teacher_view import TeacherView
 from mmkd.preparation.labelling import Labelling
+from mmkd.preparation.row_views import RowView
 from mmkd.preparation.teacher_prompts import TeacherPrompts, prefixes_of
 from mmkd.teachers.several import SeveralTeachers, named_parts
 
@@ -19,6 +20,12 @@ def teacher_views_of(teacher: Any, args: DistillationConfig) -> dict[str, Teache
     own = teacher.views if isinstance(teacher, SeveralTeachers) else {}
     views = {name: own.get(name, args.view) for name in names}
     return {name: view for name, view in views.items() if view is not None}
+
+
+def row_views_of(teacher: Any, args: DistillationConfig) -> dict[str, RowView]:
+    """Rows as teachers with views read them, by the teachers' names."""
+    views = teacher_views_of(teacher, args)
+    return {name: RowView(view, args.privileged_dropout, args.seed) for name, view in views.items()}
 
 
 def prompts_for(teacher: Any, labelling: Labelling, args: DistillationConfig) -> TeacherPrompts | None:

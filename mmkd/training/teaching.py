@@ -20,7 +20,7 @@ from mmkd.preparation.pairs import TEACHER, packed
 from mmkd.preparation.teacher_prompts import prefixes_of
 from mmkd.preparation.vision_checks import processor_of_teacher
 from mmkd.teachers.batch import ONLY
-from mmkd.teachers.cached import CachedTeacher, with_targets
+from mmkd.teachers.cached import CachedTeacher, Seen, with_targets
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.routes import teacher_names
 from mmkd.teachers.server import ServerTeacher
@@ -30,7 +30,7 @@ from mmkd.teachers.teacher import DenseTeacher, Teacher
 from .config import DistillationConfig
 from .preparing import preparation_of, sequences_of
 from .rewards import RATED
-from .teacher_views import teacher_views_of
+from .teacher_views import row_views_of, teacher_views_of
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,8 @@ def _fitted(student: StudentSide, teacher: Any, processing_class: Any) -> Teachi
         tokens = min(student.tokens, teacher.vocab_size)
         # A head can be cut to what the student knows; what is listed of a distribution cannot.
         teacher = teacher if teacher.states is None else teacher.over_tokens(tokens)
-        view = student.args.view
-        columns = {} if view is None or view.images_column is None else {"images_column": view.images_column}
-        return Teaching(teacher, tokens, partial(with_targets, teacher=teacher, **columns))
+        seen = _seen(student, teacher).get(ONLY)
+        return Teaching(teacher, tokens, partial(with_targets, teacher=teacher, seen=seen))
     if isinstance(teacher, DenseTeacher):
         tokens = min(student.tokens, teacher.vocab_size)
         return Teaching(teacher.over_tokens(tokens), tokens, processors=_own_processor(student, ONLY, teacher))
@@ -172,12 +171,13 @@ def _several(student: StudentSide, several: SeveralTeachers, processing_class: A
                 because="not built",
             )
     several = several.replaced_by(teachers)
-    columns = {
-        name: view.images_column
-        for name, view in teacher_views_of(several, student.args).items()
-        if view.images_column is not None
-    }
-    return Teaching(several, tokens, SeveralTargets.of(several, columns), processors)
+    return Teaching(several, tokens, SeveralTargets.of(several, _seen(student, several)), processors)
+
+
+def _seen(student: StudentSide, teacher: Any) -> dict[str, Seen]:
+    """By name, rows with images as teachers see them that do not see what the student does."""
+    views = row_views_of(teacher, student.args) if student.labelling.vision else {}
+    return {name: view.rewrite for name, view in views.items()}
 
 
 def check_all_teach(several: SeveralTeachers, train: Any) -> None:
