@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from mmkd.generation.interleaved import LikelyTokens
 from mmkd.methods.alm import ALMTrainer
 from mmkd.methods.kd import KDTrainer
+from mmkd.teachers.batch import ONLY
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.training.interleaved_rollouts import BlockGenerator
@@ -63,14 +64,17 @@ def test_images_are_read_by_both(build: Build, tmp_path: Path) -> None:
     assert (likely[places] == batch["labels"][:, 1:][places][:, None]).any(-1).all()
 
 
-def reference(student: Any, teacher: Any, ids: list[int], top_k: int) -> tuple[list[int], list[bool]]:
-    """A greedy interleaved answer, each token by a pass over everything before it."""
+def reference(student: Any, teacher: Any, ids: list[int], read: list[int], k: int) -> tuple[list[int], list[bool]]:
+    """A greedy interleaved answer, each token by a pass over everything before it; the teacher has read `read`."""
+    prompts = {student: ids, teacher: read}
     said, replaced = list[int](), list[bool]()
     while len(said) < 8 and said[-1:] != [1]:
         with torch.no_grad():
-            ours, theirs = (model(input_ids=torch.tensor([ids + said])).logits[0, -1] for model in (student, teacher))
+            ours, theirs = (
+                model(input_ids=torch.tensor([own + said])).logits[0, -1] for model, own in prompts.items()
+            )
         token = int(ours.argmax())
-        replaced.append(token not in theirs.topk(top_k).indices.tolist())
+        replaced.append(token not in theirs.topk(k).indices.tolist())
         said.append(int(theirs.argmax()) if replaced[-1] else token)
     return said, replaced
 
@@ -82,12 +86,33 @@ def test_a_token_that_is_not_likely_is_the_teachers(build: Build, completions: D
     seen = []
     for row, labels in enumerate(batch["labels"]):
         start = int((labels != -100).nonzero()[0])
-        said, replaced = reference(student, teacher, batch["input_ids"][row, :start].tolist(), 100)
+        ids = batch["input_ids"][row, :start].tolist()
+        said, replaced = reference(student, teacher, ids, ids, 100)
         assert batch["input_ids"][row, start : start + len(said)].tolist() == said
         assert (~batch.student.rollout.own[row, start : start + len(said)]).tolist() == replaced
         assert not batch.student.rollout.own[row, :start].any()
         seen += replaced
     assert {*seen} == {True, False}
+
+
+@pytest.mark.parametrize("laid", [{}, {"packing": True, "max_length": 200}])
+def test_a_teacher_judges_behind_its_own_prompt(build: Build, completions: Dataset, laid: dict[str, Any]) -> None:
+    view = {"template": "the red dog saw {prompt}"}
+    trainer: Any = build(KDTrainer, completions, teacher_view=view, **GREEDY, **laid)
+    asked: list[Any] = []
+    generate = trainer.rollouts.generator.generate
+
+    def spied(prompts: Any, *settings: Any) -> Any:
+        asked.append(list(zip(prompts, answers := generate(prompts, *settings), strict=True)))
+        return answers
+
+    trainer.rollouts.generator.generate = spied
+    mixed(trainer)
+    student, teacher = trainer.model.eval(), trainer.teacher.model
+    for prompt, (answer,) in asked[0][:3]:
+        read = prompt.of_teachers[ONLY]
+        assert trainer.processing_class.decode(read).startswith("the red dog saw ")
+        assert (answer.ids, answer.replaced) == reference(student, teacher, prompt.ids, read, 100)
 
 
 def test_tokens_are_replaced_by_the_teachers_at_its_odds() -> None:
