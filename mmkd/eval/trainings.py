@@ -140,9 +140,11 @@ def measure(recipe: Recipe, stage: str, folder: Path, judge: Recipe | None, save
         # Judged by the teacher itself, like all others; by what a student that taught itself was before training.
         judging = (run if judge is None else _alone(judge)).named()
         _prepare(judging, folder / "judged")
-        trainer = build_trainer(replace(judging, arguments=_of(judging, str(folder))))
+        student = _whole(folder, folder / "judged" / "whole")
+        trainer = build_trainer(replace(judging, arguments=_of(judging, student)))
     trainer.batch_reports = []
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    shutil.rmtree(folder / "judged" / "whole", ignore_errors=True)
     reports = trainer.batch_reports
     items = {
         name: [batch.get(name, (0.0, 0.0)) for batch in reports]
@@ -151,6 +153,16 @@ def measure(recipe: Recipe, stage: str, folder: Path, judge: Recipe | None, save
     place = str(run.arguments.teacher) if stage == "teacher" else str(folder)
     weights = find_model(place).weights if stage == "trained" else None
     return ComparedModel(stage, place, parameters, metrics, items, tokens, cost, _cache_facts(run), weights)
+
+
+def _whole(folder: Path, place: Path) -> str:
+    """Where a saved student lies as a whole model: one with an adapter is merged into its base at another place."""
+    saved = find_model(str(folder))
+    if saved.adapter is None:
+        return str(folder)
+    saved.load("float32").save_pretrained(place)
+    saved.processing_class.save_pretrained(place)
+    return str(place)
 
 
 def _alone(recipe: Recipe) -> Run:

@@ -66,21 +66,33 @@ def test_the_teacher_reads_the_same_answer_behind_a_prompt_of_its_own(tiny, rows
     assert viewed.key != own.key
 
 
-def test_a_comparison_measures_own_answers_of_all(tiny, tmp_path):
+def test_a_comparison_measures_own_answers_of_adapters_that_taught_themselves(tiny):
     rows = [json.dumps({"text": text}) for text in sentences(12)]
     Path("rows.jsonl").write_text("\n".join(rows))
     data: dict[str, Any] = {"name": "words", "license": "CC0-1.0", "source": "json", "columns": {"text": "text"}}
     files = {"data_files": {"train": "rows.jsonl", "eval": "rows.jsonl"}, "splits": {"train": "train", "eval": "eval"}}
     Path("words.yaml").write_text(yaml.safe_dump(data | files))
-    keys = {"method": "kd", "student": str(tiny["student"]), "teacher": str(tiny["teacher"]), "data": "words.yaml"}
-    keys |= {"max_steps": 2, "bf16": False, "save_strategy": "no", "report_to": "none"}
+    keys = {"method": "kd", "student": str(tiny["student"]), "teacher": "self", "data": "words.yaml"}
+    keys |= {"on_policy_fraction": 0.5, "rollout_prompt_tokens": 4, "rollout_max_tokens": 4}
+    keys |= {"self_teacher": "base", "use_peft": True, "lora_target_modules": "all-linear", "learning_rate": 1e-2}
+    keys |= {
+        "max_steps": 2,
+        "teacher_view": {"template": "the cat ."},
+        "bf16": False,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
     Path("kd.yaml").write_text(yaml.safe_dump(keys))
     assert main(["compare", "kd.yaml", "--baseline", "none", "--own_answers", "3", "--output", "out"]) == 0
     found = json.loads(Path("out/comparison.json").read_text())
-    for row in found["rows"]:
+    rows = {row["role"]: row for row in found["rows"]}
+    for row in rows.values():
         assert METRICS.keys() <= row["metrics"].keys()
-    teacher = next(row for row in found["rows"] if row["role"] == "teacher")
-    assert teacher["metrics"]["own_kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    # Before training the adapter changes nothing.
+    assert rows["untrained"]["metrics"]["own_kl"] == rows["teacher"]["metrics"]["own_kl"]
+    assert rows["student"]["metrics"]["own_kl"] != rows["teacher"]["metrics"]["own_kl"]
+    # A whole model of each is made to be judged, and is not kept.
+    assert not list(Path("out").rglob("whole"))
 
 
 def test_rows_with_images_are_refused(tiny, rows):
