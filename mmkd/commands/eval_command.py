@@ -24,7 +24,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add(
         "--measures",
         nargs="*",
-        help="also cost, generation, bytes, acceptance, agreement, calibration (none named: all)",
+        help="also cost, generation, own_answers, bytes, acceptance, agreement, calibration (none named: all)",
     )
     add("--data", help="data on whose held-out rows is measured (default: that of the run)")
     add("--teacher", help="model to measure beside, a folder or a Hub id (default: the teacher of the run)")

@@ -30,12 +30,16 @@ from .answer_readings import AnswerReader, answered_rows
 from .answer_statistics import AnswerStatistics, greedy_answers, summary
 from .harness import Settings, device_of
 from .model import EvalModel
+from .own_answers import means_of, read_own_answers
 from .results import Results, key_of
 from .teacher_fit import Pair
 from .tokens import Calibration, TokenAgreement, batches, beliefs_of
 
-MEASURES = ("cost", "generation", "bytes", "acceptance", "agreement", "calibration")
+MEASURES = ("cost", "generation", "own_answers", "bytes", "acceptance", "agreement", "calibration")
 """In the order in which they are taken: the last two prepare the model for training's own batches."""
+
+_WITH_TEACHER = ("own_answers", "acceptance", "agreement")
+"""Those that compare with a teacher."""
 
 DRAFT_TOKENS = 4
 """Tokens of a draft, for acceptance."""
@@ -149,6 +153,14 @@ class Measurements:
         ]
         return {**{side: summary(answers) for side, answers in written.items()}, "samples": samples}
 
+    def own_answers(self) -> dict[str, Any]:
+        """How likely the teacher finds what the student says, and how it says it."""
+        assert self.rows is not None
+        assert self.held is not None
+        ours, theirs = [(self.model(side), self.sides[side].processing_class) for side in ("student", "teacher")]
+        means = means_of(read_own_answers(ours, theirs, self.rows, self.held.max_new_tokens))
+        return {**{name.removeprefix("own_"): value for name, value in means.items()}, "answers": len(self.rows)}
+
     def bytes(self) -> dict[str, Any]:
         """Bits per byte of the rows' text, each side in its own tokens, as lm-eval's rolling log-likelihood."""
         kind = model_class("hf")
@@ -240,7 +252,7 @@ def _check(names: Sequence[str], held: HeldOut | None, teacher: EvalModel | None
             raise UserError(f"There is no measure {name!r}; choose some of {', '.join(MEASURES)}.")
         if name != "cost" and held is None:
             raise UserError(f"Measure {name} needs held-out rows: name a data recipe with --data.")
-    for name in ("acceptance", "agreement"):
+    for name in _WITH_TEACHER:
         if name in names and teacher is None:
             raise UserError(f"Measure {name} compares with a teacher: name it with --teacher.")
     if model.members:
@@ -255,13 +267,13 @@ def _possible(model: EvalModel, rows: Dataset | None, teacher: EvalModel | None)
         return ["cost"]
     left_out: dict[str, str] = {}
     if teacher is None:
-        left_out |= dict.fromkeys(("acceptance", "agreement"), "there is no --teacher")
+        left_out |= dict.fromkeys(_WITH_TEACHER, "there is no --teacher")
     if "images" in rows.column_names:
-        left_out["bytes"] = "rows have images"
+        left_out |= dict.fromkeys(("own_answers", "bytes"), "rows have images")
     ours = tokenizer_of(model.processing_class).get_vocab()
     if teacher is not None and ours != tokenizer_of(teacher.processing_class).get_vocab():
         different = "student and teacher have different vocabularies"
-        left_out |= dict.fromkeys(("acceptance", "agreement", "calibration"), different)
+        left_out |= dict.fromkeys((*_WITH_TEACHER, "calibration"), different)
     for name, reason in left_out.items():
         print(f"Measure {name} is left out: {reason}.", file=sys.stderr)
     return [name for name in MEASURES if name not in left_out]

@@ -39,6 +39,9 @@ METRICS = {
 
 Items = dict[str, list[tuple[float, float]]]
 
+Side = tuple[Any, Any]
+"""A loaded model and its tokenizer."""
+
 TOKENS = 64
 """Of an answer, at most."""
 
@@ -57,11 +60,7 @@ class OwnAnswers:
     settings: Settings = field(default_factory=Settings)
 
     def __post_init__(self) -> None:
-        if "images" in self.rows.column_names:
-            raise UserError(
-                "Own answers are measured on text, and the held-out rows have images. Leave --own_answers out.",
-                because="not built",
-            )
+        _check_rows(self.rows)
 
     @classmethod
     def of(cls, recipe: Recipe, limit: int, settings: Settings, tokens: int = TOKENS) -> "OwnAnswers":
@@ -90,43 +89,63 @@ class OwnAnswers:
     def measure(self, folder: Path | str) -> tuple[dict[str, float], Items]:
         """The numbers of a saved model, and (total, count) of each answer. Raises UserError for other vocabularies."""
         student = find_model(str(folder))
-        tokenizer: Any = tokenizer_of(student.processing_class)
-        if tokenizer.get_vocab() != tokenizer_of(self.teacher.processing_class).get_vocab():
-            raise UserError(
-                f"{student.name} and {self.teacher.name} have different vocabularies, so that the teacher cannot read "
-                "the student's answers token by token. Leave --own_answers out.",
-                because="not built",
-            )
-        model = student.load(self.settings.dtype, device_of(self.settings))
-        rows: list[dict[str, Any]] = [dict(row) for row in self.rows]  # pyright: ignore
-        asked = [(prompt_of(row)[0], row.get("tools")) for row in rows]
-        generator = row_generator(model, student.processing_class, _BATCH, own_settings=False)
-        answers = generator.generate(asked, Sampling(self.tokens, temperature=1.0))
-        items: Items = {name: [] for name in METRICS}
-        for row, prompt, (answer,) in zip(rows, asked, _texts(answers), strict=True):
-            theirs = prompt if self.view is None else (prompt_of(self.view.rewrite(row))[0], row.get("tools"))
-            ours = _log_probs(model, student.processing_class, prompt, answer.ids)
-            read = _log_probs(self._teacher, self.teacher.processing_class, theirs, answer.ids)
-            for name, total in _sums(ours, read, answer.ids).items():
-                items[name].append((total, len(answer.ids)))
-            said = AnswerStatistics.of(answer, tokenizer)
-            facts = {"own_tokens": said.tokens, "own_ended": said.ended, "own_repeated": said.repeated}
-            for name, value in facts.items():
-                items[name].append((float(value), 1.0))
-        return {name: sum(t for t, _ in own) / sum(n for _, n in own) for name, own in items.items()}, items
+        device = device_of(self.settings)
+        ours: Side = (student.load(self.settings.dtype, device), student.processing_class)
+        items = read_own_answers(
+            ours, (self._teacher, self.teacher.processing_class), self.rows, self.tokens, self.view
+        )
+        return means_of(items), items
 
 
-def _texts(answers: Sequence[Any]) -> Sequence[Any]:
-    assert not any(isinstance(answer, RowError) for answer in answers), "a model in this process refuses nothing"
-    return answers
+def read_own_answers(
+    student: Side, teacher: Side, rows: Dataset, tokens: int = TOKENS, view: TeacherView | None = None
+) -> Items:
+    """(total, count) of each answer to the prompts of rows, by the name of the number.
+
+    Raises UserError for rows with images, and for models of different vocabularies.
+    """
+    _check_rows(rows)
+    if tokenizer_of(student[1]).get_vocab() != tokenizer_of(teacher[1]).get_vocab():
+        raise UserError(
+            "Student and teacher have different vocabularies, so that the teacher cannot read the student's own "
+            "answers token by token. Leave this measure out, or name a teacher of the student's vocabulary.",
+            because="not built",
+        )
+    asked = [(prompt_of(row)[0], row.get("tools")) for row in map(dict, rows)]  # pyright: ignore
+    generator = row_generator(*student, _BATCH, own_settings=False)
+    answers = generator.generate(asked, Sampling(tokens, temperature=1.0))
+    items: Items = {name: [] for name in METRICS}
+    for row, prompt, own in zip(map(dict, rows), asked, answers, strict=True):  # pyright: ignore
+        assert not isinstance(own, RowError), "a model in this process refuses nothing"
+        (answer,) = own
+        theirs = prompt if view is None else (prompt_of(view.rewrite(row))[0], prompt[1])
+        sums = _sums(_log_probs(student, prompt, answer.ids), _log_probs(teacher, theirs, answer.ids), answer.ids)
+        for name, total in sums.items():
+            items[name].append((total, len(answer.ids)))
+        said = AnswerStatistics.of(answer, generator.tokenizer)
+        facts = {"own_tokens": said.tokens, "own_ended": said.ended, "own_repeated": said.repeated}
+        for name, value in facts.items():
+            items[name].append((float(value), 1.0))
+    return items
+
+
+def _check_rows(rows: Dataset) -> None:
+    if "images" in rows.column_names:
+        raise UserError(
+            "Own answers are measured on text, and the held-out rows have images. Leave this measure out.",
+            because="not built",
+        )
+
+
+def means_of(items: Items) -> dict[str, float]:
+    """Means per token of answers, or per answer."""
+    return {name: sum(total for total, _ in own) / sum(count for _, count in own) for name, own in items.items()}
 
 
 @torch.no_grad()
-def _log_probs(
-    model: Any, processing_class: Any, asked: tuple[Any, Any], ids: Sequence[int]
-) -> Float[Tensor, "token vocab"]:
+def _log_probs(side: Side, asked: tuple[Any, Any], ids: Sequence[int]) -> Float[Tensor, "token vocab"]:
     """What a model believes of each token of an answer to a prompt."""
-    prompt, tools = asked
+    (model, processing_class), (prompt, tools) = side, asked
     start = model_inputs(processing_class, [prompt], None if tools is None else [tools])["input_ids"][0].tolist()
     whole = torch.tensor([[*start, *ids]], device=model.device)
     logits = model(input_ids=whole, use_cache=False).logits[0, len(start) - 1 : -1]

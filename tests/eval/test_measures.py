@@ -141,7 +141,7 @@ def test_all_measures_from_the_command_line_are_kept(tiny, workplace, capsys, mo
     assert main(command) == 0
     kept = json.loads(Path("out/results.json").read_text())["measures"].values()
     found = {entry["measure"]: entry["values"] for entry in kept}
-    assert list(found) == ["cost", "generation", "bytes", "acceptance", "agreement", "calibration"]
+    assert list(found) == ["cost", "generation", "own_answers", "bytes", "acceptance", "agreement", "calibration"]
     models = {side: load_model(str(tiny[side]), dtype="float32").eval() for side in ("student", "teacher")}
     assert found["cost"]["teacher"]["parameters"] == models["teacher"].num_parameters()
     assert found["cost"]["student"]["speed"][0]["tokens_per_second"] > 0
@@ -151,6 +151,8 @@ def test_all_measures_from_the_command_line_are_kept(tiny, workplace, capsys, mo
         ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]])
         log_probs = models["student"](ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
         total, size = total - log_probs.sum().item(), size + len(text.encode())
+    assert found["own_answers"]["answers"] == 4
+    assert found["own_answers"]["kl"] > 0
     assert found["bytes"]["student"]["bits_per_byte"] == pytest.approx(total / size / math.log(2), rel=1e-5)
     assert "top1_agreement" in capsys.readouterr().out
     monkeypatch.setattr("mmkd.eval.measures.Measurements.cost", None)
@@ -167,6 +169,7 @@ def test_a_run_is_measured_on_its_data_beside_its_teacher(tiny, workplace, capsy
     assert [entry["measure"] for entry in kept] == [
         "cost",
         "generation",
+        "own_answers",
         "bytes",
         "acceptance",
         "agreement",

@@ -97,5 +97,5 @@ def test_a_comparison_measures_own_answers_of_adapters_that_taught_themselves(ti
 
 def test_rows_with_images_are_refused(tiny, rows):
     pictures = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "images": [[]]})
-    with pytest.raises(UserError, match="Leave --own_answers out"):
+    with pytest.raises(UserError, match="the held-out rows have images"):
         OwnAnswers(pictures, find_model(str(tiny["teacher"])))
