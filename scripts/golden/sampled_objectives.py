@@ -103,11 +103,6 @@ def record_trl(recorder: Recorder) -> None:
             recorder.add(name, lambda s, settings=settings: top_k(s, teacher, **settings))
     sampled = loss_utils.compute_sampled_token_self_distillation_loss
     recorder.add("trl_sampled", lambda s: sampled(s, teacher, tokens, distillation_alpha=1.0))
-    clip = loss_utils.apply_importance_sampling_clipping
-    recorder.add(
-        "trl_sampled_clipped",
-        lambda s: clip(sampled(s, teacher, tokens, distillation_alpha=1.0), recorder.log_probs(s), recorder.old, 1.2),
-    )
     trainer = SimpleNamespace(
         temperature=1.0,
         iw_opd_gamma=0.5,

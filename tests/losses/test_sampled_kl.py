@@ -14,7 +14,7 @@ from mmkd.losses.fused import Objective, fused_loss
 from mmkd.losses.narrowed import SampledTargets, StudentTopK
 from mmkd.losses.sampled_kl import policy_gradient, prefix_importance, sampled_kl
 from mmkd.models.heads import LMHead
-from mmkd.teachers.signals import DenseSignal
+from mmkd.teachers.signals import DenseSignal, SparseSignal
 from tests.losses.test_fused import TOKENS, VOCAB, Case, assert_same, dense_logits, make_case
 
 ARRAYS: dict[str, np.ndarray] = dict(np.load(Path(__file__).parents[1] / "golden" / "OPD_losses.npz"))
@@ -296,7 +296,11 @@ def test_importance_weights_are_those_of_trls_iw_opd(old: Tensor | None) -> None
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_top_k_with_a_tail_and_whole_distributions_are_those_of_sdft_and_sdpo(beta: float) -> None:
     logits = student_logits()
-    assert_golden(f"trl_full_{beta}", jsd(logits.log_softmax(-1), TEACHER, beta), logits)
+    log_q = logits.log_softmax(-1)
+    assert_golden(f"trl_full_{beta}", jsd(log_q, TEACHER, beta), logits)
+    ids = log_q.detach().topk(5).indices
+    ours, theirs = (side.gather(-1, ids).log_softmax(-1) for side in (log_q, TEACHER))
+    assert_golden(f"trl_topk_renormalised_{beta}", jsd(ours, theirs, beta), logits)
     # The logits as states, which this head leaves as they are.
     head = LMHead(torch.eye(TEACHER.shape[-1], dtype=torch.float64))
     loss = torch.stack(
@@ -315,6 +319,17 @@ def test_top_k_with_a_tail_and_whole_distributions_are_those_of_sdft_and_sdpo(be
     recorded = torch.from_numpy(ARRAYS[f"trl_topk_tail_{beta}"])
     torch.testing.assert_close(loss.detach(), (recorded * MASK).sum(-1))
     assert_gradient(f"trl_topk_tail_{beta}", loss, logits)
+
+
+def test_the_forward_kl_on_the_teachers_top_k_is_that_of_verl() -> None:
+    logits, ids = student_logits(), TEACHER.topk(5).indices
+    signal = SparseSignal(ids.flatten(0, 1), TEACHER.gather(-1, ids).flatten(0, 1))
+    head = LMHead(torch.eye(TEACHER.shape[-1], dtype=torch.float64))
+    loss = fused_loss(logits.flatten(0, 1), head, SAMPLED.flatten(), signal, weights=MASK.flatten().double()).total
+    # verl computes it in float32.
+    recorded, gradient = (torch.from_numpy(ARRAYS[f"verl_forward_topk{part}"]).double() for part in ("", "__grad"))
+    torch.testing.assert_close(loss.detach(), (recorded * MASK).sum(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0, 0.3, 1])
