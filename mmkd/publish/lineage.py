@@ -120,6 +120,12 @@ def data_sources(trainings: Sequence[Mapping[str, Any]]) -> list[LicensedSource]
     return list(dict.fromkeys(LicensedSource(recipe["name"], recipe["license"]) for recipe in facts))
 
 
+def kept_answers(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each data set of a teacher's answers, how many were kept and how they were chosen."""
+    facts = [recipe for training in trainings for recipe in with_parts(training["data"])]
+    return list(dict.fromkeys(recipe["answers"] for recipe in facts if recipe.get("answers")))
+
+
 def data_ids(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
     """The data sets on the Hub that a student was trained on."""
     sources = [recipe["source"] or "" for training in trainings for recipe in with_parts(training["data"])]

@@ -56,6 +56,8 @@ class Student:
     """As what it taught itself, for a reader."""
     cautions: Sequence[str] = ()
     """Sentences about how it was trained that its users should know."""
+    answers: Sequence[str] = ()
+    """Of each data set of a teacher's answers, how many were kept and how they were chosen."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -166,6 +168,7 @@ def _lineage(student: Student) -> dict[str, str]:
         **({"Teacher": _taught_by(student)} if _taught_by(student) else {}),
         "Methods": ", ".join(f"`{method}`" for method in student.methods),
         "Data": _names(student.data),
+        **({"Answers it learnt from": " ".join(student.answers)} if student.answers else {}),
         "Made with": f"mmkd {student.machine.get('mmkd', __version__)}",
     }
 

@@ -26,7 +26,17 @@ from mmkd.schema_lines import without_schema_line
 from mmkd.training.guard_settings import warnings_of
 
 from .licences import conflicts
-from .lineage import bases_of, data_ids, data_sources, own_forms_of, portable, source_of, teachers_of, trainings_of
+from .lineage import (
+    bases_of,
+    data_ids,
+    data_sources,
+    kept_answers,
+    own_forms_of,
+    portable,
+    source_of,
+    teachers_of,
+    trainings_of,
+)
 from .model_card import Student, model_card
 from .runs import COMPARISON, RECORD, Log, comparison_of, parts_of, read_json, read_log, record_of, stages_of
 
@@ -198,6 +208,7 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], options: 
         teachers=[source_of(name, ids.get(name)) for name in taught],
         data=data_sources(trainings),
         datasets=data_ids(trainings),
+        answers=kept_answers(trainings),
         license=options.license or (stated.pop() if len(stated) == 1 else None),
         recipe=recipe,
         scores=[],

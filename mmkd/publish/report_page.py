@@ -246,11 +246,17 @@ def _data(records: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """The data of all stages, each once."""
     facts = [recipe for record in records.values() if "data" in record for recipe in with_parts(record["data"])]
     lines = [
-        [recipe["name"], recipe["license"] or "not stated", recipe["source"] or recipe["homepage"] or ""]
+        [
+            recipe["name"],
+            recipe["license"] or "not stated",
+            recipe["source"] or recipe["homepage"] or "",
+            recipe.get("answers", ""),
+        ]
         for recipe in facts
     ]
     unique = [list(line) for line in dict.fromkeys(map(tuple, lines))]
-    return [Table("", ["data recipe", "licence", "source"], unique)] if unique else []
+    header = ["data recipe", "licence", "source", "answers of a teacher"]
+    return [_without_empty_columns(Table("", header, unique))] if unique else []
 
 
 def _versions(run: RunFiles) -> list[Table]:

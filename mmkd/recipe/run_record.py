@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
+from mmkd.cache.kept_answers import KEPT, chosen_by, read_summary, summary_lines
 from mmkd.data.data_recipe import DataRecipe
 from mmkd.files import write_file
 from mmkd.results.machine import machine
@@ -77,7 +78,17 @@ def data_facts(method: str, name: str) -> dict[str, Any]:
 def _facts(recipe: DataRecipe) -> dict[str, Any]:
     facts: dict[str, Any] = {key: getattr(recipe, key) for key in ("name", "license", "homepage", "source")}
     parts = [{**_facts(part.recipe), "weight": part.weight, "rows": part.rows} for part in recipe.mixture]
-    return {**facts, "revision": recipe.revision, **({"parts": parts} if parts else {})}
+    answers = _kept_answers(recipe)
+    own = {**({"parts": parts} if parts else {}), **({"answers": answers} if answers else {})}
+    return {**facts, "revision": recipe.revision, **own}
+
+
+def _kept_answers(recipe: DataRecipe) -> str:
+    """Which of a teacher's answers a data recipe of `mmkd cache build` holds; nothing of other data."""
+    summary = None if recipe.folder is None else read_summary(recipe.folder)
+    if summary is None or not any(file.startswith(f"{KEPT}/") for own in recipe.data_files.values() for file in own):
+        return ""
+    return " ".join([*summary_lines(summary), f"({chosen_by(summary)})"])
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -22,7 +22,9 @@ from mmkd.generation.generator import Prompt, RowError, Sampling
 from mmkd.generation.local_generation import LocalGenerator, prompt_inputs, together
 from mmkd.generation.thoughts import FORCED_END, BudgetedAnswer, BudgetedGenerator
 from mmkd.models.load import load_model, load_processing_class
+from mmkd.publish.lineage import kept_answers
 from mmkd.recipe.arguments import RunArguments
+from mmkd.recipe.run_record import data_facts
 from mmkd.teachers import endpoints
 from mmkd.teachers.chat_api import Chat, ChatClient, ChatReply
 from tests.comd.chat_server import ChatServer, chat_server, said
@@ -144,6 +146,9 @@ def test_right_answers_are_kept_and_the_others_counted(
     assert f"train: {right} of 48 answers are kept" in card
     assert "source: user/answers" in card
     assert [config["config_name"] for config in DatasetCard(card).data.configs] == ["default", "kept", "pairs"]
+    facts = data_facts("sft", "answers/data.yaml")
+    assert f"train: {right} of 48 answers are kept" in facts["answers"]
+    assert kept_answers([{"data": facts}]) == [facts["answers"]]
     assert set(published(sums / "answers")) >= {"traces.json", "pairs.yaml", *data_files("answers/data.yaml")}
     assert summary["splits"]["train"]["reasons"] == {"wrong": 48 - right}
     assert f"{right} of 48 answers are kept" in yaml.safe_load(Path("answers/data.yaml").read_text())["description"]
