@@ -208,7 +208,7 @@ def make_score_plan(run: Run) -> ScorePlan:
     across = arguments.cache_signal == "log_probs" or (keeps_states and not method.one_vocabulary)
     processing_class = teacher_class if across else student_processing_class(run)
     data = load_rows_of(run)
-    prepared = prepare(data, run.training.for_teacher(), processing_class)
+    prepared = prepare(data, run.training.for_teacher(), processing_class, view=run.training.view)
     vocab_size = shared_rows(run, prepared.processing_class, teacher_class)
     rows = {split: len(sequences) for split, sequences in prepared.splits.items()}
     k, m = {"log_probs": (1, 0), "hidden": (0, 0)}.get(

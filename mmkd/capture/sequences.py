@@ -16,9 +16,11 @@ from mmkd.data.image_columns import image_column, second_image_column
 from mmkd.data.images import UnusableRow as UnusableRow
 from mmkd.data.images import read_row
 from mmkd.data.layouts import canonical
+from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.checks import check_training_data
+from mmkd.preparation.pairs import TEACHER
 from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.preparation.prompt_rows import with_open_answers
 from mmkd.preparation.row_names import STORED_IMAGES
@@ -73,14 +75,17 @@ class TokenSequence:
 
 
 class Sequences:
-    """The sequences of one split that have a supervised token, each once, in the order of the data."""
+    """The sequences of one split that have a supervised token, each once, in the order of the data.
 
-    def __init__(self, dataset: Dataset):
+    `prefix` begins the names of the columns of the side that reads them.
+    """
+
+    def __init__(self, dataset: Dataset, prefix: str = ""):
         seen: set[bytes] = set()
         spans: list[tuple[int, int, int]] = []
         self.counts = np.zeros(0, dtype=np.int64)
         self.tokens = self.supervised_tokens = 0
-        for located in sequences_of(dataset):
+        for located in sequences_of(dataset, prefix):
             key = sequence_key(located.ids, located.supervised)
             if located.supervised.any() and key not in seen:
                 seen.add(key)
@@ -88,7 +93,8 @@ class Sequences:
                 self.tokens += len(located.ids)
                 self.supervised_tokens += int(located.supervised.sum())
                 self.counts = _added(self.counts, np.bincount(located.ids))
-        self.dataset = dataset.select_columns(["input_ids", "labels"]).with_format("numpy")
+        names = {f"{prefix}{name}": name for name in ("input_ids", "labels")}
+        self.dataset = dataset.select_columns(list(names)).rename_columns(names).with_format("numpy")
         self._spans = np.array(spans, dtype=np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
@@ -227,35 +233,48 @@ class PreparedSequences:
 
 
 def prepare(
-    data: DatasetDict, args: DistillationConfig, processing_class: Any, judges_template: bool = True
+    data: DatasetDict,
+    args: DistillationConfig,
+    processing_class: Any,
+    judges_template: bool = True,
+    view: TeacherView | None = None,
 ) -> PreparedSequences:
     """The sequences of "train" and, if it is there, "eval". Raises UserError for what training would refuse too.
 
-    Of a teacher that is compared with its student, the chat template is not judged.
+    With a `view` they are those of a teacher that reads the answers behind it. Of a teacher that is compared with its
+    student, the chat template is not judged.
     """
     # Looking at the columns should not fail where an image cannot be decoded.
-    unread = {str(split): image_column(canonical(dataset, str(split))) for split, dataset in data.items()}
-    if args.view is not None and args.view.images_column is not None:
-        column = args.view.images_column
+    keep = () if view is None else view.reads
+    unread = {str(split): image_column(canonical(dataset, str(split), keep=keep)) for split, dataset in data.items()}
+    told = None if view is None else RowView(view, args.privileged_dropout, args.seed)
+    if view is not None and view.images_column is not None:
+        column = view.images_column
         unread = {split: second_image_column(dataset, column, split) for split, dataset in unread.items()}
     if args.answers_everything:
         unread["train"] = with_open_answers(unread["train"])
     check_training_data(unread["train"], unread.get("eval"), args, tokenizer_of(processing_class))
-    rows = PreparedRows.of(args, processing_class, unread["train"], unread.get("eval"), judges_template)
+    in_our_tokens = view is not None and not args.own_tokens
+    if told is not None and not in_our_tokens and "images" not in unread["train"].column_names:
+        unread = {split: told.of_data(dataset) for split, dataset in unread.items()}
+    beside = view if in_our_tokens else None
+    rows = PreparedRows.of(args, processing_class, unread["train"], unread.get("eval"), judges_template, beside)
     labelling, vision = rows.labelling, rows.labelling.vision
     image_token_id, collator, student = getattr(processing_class, "image_token_id", None), rows.collator, None
-    if vision and args.view is not None:
-        view = RowView(args.view, args.privileged_dropout, args.seed)
-        collator = replace(collator, view=view, max_length=collator.max_length if args.own_tokens else None)
+    if vision and told is not None:
+        collator = replace(collator, view=told, max_length=collator.max_length if args.own_tokens else None)
         student = None if args.own_tokens else rows.collator
+    prefix = TEACHER if in_our_tokens else ""
     return PreparedSequences(
         {
-            split: VisionSequences(dataset, collator, image_token_id, student) if vision else Sequences(dataset)
+            split: VisionSequences(dataset, collator, image_token_id, student)
+            if vision
+            else Sequences(dataset, prefix)
             for split, dataset in {"train": rows.train, "eval": rows.evaluation}.items()
             if dataset is not None
         },
         processing_class,
-        preparation_of(processing_class, args, labelling.chat_template, args.view),
+        preparation_of(processing_class, args, labelling.chat_template, view),
         collator,
         vision,
         labelling.template_reports["train"],

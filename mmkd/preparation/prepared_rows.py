@@ -8,12 +8,14 @@ from typing import Any
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.seams.trl_seam import clone_template
 
 from .labelling import Labelling
 from .supervision import TokenCounts
+from .teacher_prompts import TeacherPrompts
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,18 @@ class PreparedRows:
 
     @classmethod
     def of(
-        cls, args: SFTConfig, processing_class: Any, train: Any, evaluation: Any = None, judges_template: bool = True
+        cls,
+        args: SFTConfig,
+        processing_class: Any,
+        train: Any,
+        evaluation: Any = None,
+        judges_template: bool = True,
+        view: TeacherView | None = None,
     ) -> "PreparedRows":
         """The rows that a trainer with these arguments would train on.
 
-        Raises UserError for a chat template that swallows answers, unless it is not to be judged.
+        With a `view`, text has what a teacher reads of it in columns of its own. Raises UserError for a chat template
+        that swallows answers, unless it is not to be judged.
         """
         settle_tokenizer(processing_class, args)
         labelling = Labelling(args, processing_class, train, judges_template)
@@ -51,9 +60,9 @@ class PreparedRows:
                     "train": args.packing,
                     "eval": args.packing if args.eval_packing is None else args.eval_packing,
                 }
-                splits = {
-                    split: labelling.prepare(rows, args, packs[split], None, split) for split, rows in splits.items()
-                }
+                told = None if view is None else TeacherPrompts.of([view], labelling, args)
+                prepare = labelling.prepare if told is None else told.beside
+                splits = {split: prepare(rows, args, packs[split], None, split) for split, rows in splits.items()}
         return cls(labelling, splits["train"], splits.get("eval"), collator)
 
     def count_tokens(self) -> TokenCounts | None:
