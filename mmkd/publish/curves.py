@@ -57,6 +57,7 @@ PANELS = (
         "share of answers",
         ("rollouts_ended", "rollouts_repeated", "rollouts_other_script", "rollouts_empty"),
     ),
+    Panel("Reward of the student's own answers", "", ("reward", "reward_std")),
     Panel("Length of the student's own answers", "tokens", ("rollout_length",)),
     Panel("Entropy of the student on its own answers", "nats per token", ("rollout_entropy",)),
     Panel("Perplexity on held-out rows", "", ("eval_perplexity",), log_scale=True),

@@ -17,6 +17,7 @@ from mmkd.schema_lines import schema_line, without_schema_line
 from mmkd.shipped import find_recipe
 from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
+from mmkd.training.rewards import reward_columns
 from mmkd.yaml_files import AsWritten, read_yaml
 
 from .arguments import VIEW, RunArguments, StudentArguments
@@ -227,9 +228,10 @@ class Run:
 
     @property
     def columns_read(self) -> list[str]:
-        """The columns of the data that teachers read besides what is trained on."""
+        """The columns of the data that teachers and a reward read besides what is trained on."""
         views = [run.training.view for run in self.by_teacher().values()]
-        return list(dict.fromkeys(name for view in views if view is not None for name in view.reads))
+        read = [name for view in views if view is not None for name in view.reads]
+        return list(dict.fromkeys([*read, *reward_columns(self.training)]))
 
     def hub(self, revision: str | None) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained` for something of this run."""

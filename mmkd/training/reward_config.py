@@ -22,6 +22,13 @@ class RewardConfig(DocumentedFields, SFTConfig):
             "for each answer, or None for an answer that it does not rate. Its code runs as your own."
         },
     )
+    reward_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of the data that the reward function reads from **kwargs. Those that its parameters name "
+            "are read anyway; in Python it is told every column."
+        },
+    )
     reward_weight: NonNegativeFloat | None = field(
         default=None,
         metadata={
@@ -49,6 +56,12 @@ class RewardConfig(DocumentedFields, SFTConfig):
         Its gradient is that of the distribution that answers are sampled from, which must be the student's own.
         """
         if self.reward is None:
+            if self.reward_columns:
+                raise UserError(
+                    "reward_columns names what a reward function reads, but there is no reward. Set reward: "
+                    "package.module:function, or remove reward_columns.",
+                    because="meaning",
+                )
             if self.reward_weight is not None:
                 raise UserError(
                     f"reward_weight is {self.reward_weight}, but there is no reward. Set reward: "

@@ -158,6 +158,13 @@ async def _awaited(rewards: Any) -> Any:
     return await rewards
 
 
+def reward_columns(args: Any) -> list[str]:
+    """The columns of the data that the reward of a run asks for. Raises UserError where there is no such function."""
+    if args.reward is None:
+        return []
+    return list(dict.fromkeys([*RewardFunction(args.reward).columns, *(args.reward_columns or [])]))
+
+
 class Rewards:
     """Rates the rollouts of a step, and says of each by how much it is better than the others.
 

@@ -13,6 +13,8 @@ from mmkd.methods.alm import ALMTrainer
 from mmkd.methods.kd import KDConfig, KDTrainer
 from mmkd.methods.taid import TAIDTrainer
 from mmkd.models.heads import LMHead
+from mmkd.recipe.recipe import Recipe
+from mmkd.recipe.run import load_rows_of
 from mmkd.teachers.batch import Batch, RolloutTokens
 from mmkd.training.answers import Rollout
 from mmkd.training.items import Supervised
@@ -248,3 +250,20 @@ def test_accumulation_does_not_change_the_reward(build: Build, completions: Data
         trainer.train()
         runs.append([*losses_of(trainer), *losses_of(trainer, "grad_norm"), *losses_of(trainer, "reward_std")])
     assert runs[0] == near(runs[1])
+
+
+def test_the_columns_that_a_function_reads_come_through_a_recipe(tmp_path: Path, tiny: dict[str, Path]) -> None:
+    (tmp_path / "rewards.py").write_text("def wants(completions, solution, **kwargs):\n    return [0.0]\n")
+    rows = [{"prompt": f"q {row}", "completion": f"a {row}", "solution": row, "note": "n"} for row in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    keys = {
+        "method": "kd",
+        "teacher": str(tiny["teacher"]),
+        "student": str(tiny["student"]),
+        "data": str(tmp_path / "rows.jsonl"),
+        "reward": f"{tmp_path}/rewards.py:wants",
+        **SETTINGS,
+    }
+    for columns, kept in ((None, {"solution"}), (["note"], {"solution", "note"})):
+        data = load_rows_of(Recipe.of({**keys, "reward_columns": columns}, tmp_path / "run.yaml").parse())
+        assert {*data["train"].column_names} - {"prompt", "completion"} == kept
