@@ -28,7 +28,7 @@ AXES: dict[str, dict[str, str]] = {
         "hidden-state server": "`teacher_server` with `teacher_server_signal: hidden`, which tells hidden states",
         "several, mixed": "`teachers`, weighed by `weight`",
         "several, routed": "`teachers`, chosen for each row by `teacher_column`",
-        "self": "the student itself, as it was some steps ago",
+        "self": "`teacher: self`, the student itself, in the form that `self_teacher` names",
     },
     "data": {"text": "rows of text", "images": "rows with images"},
     "student": {
@@ -56,6 +56,10 @@ Pair = tuple[tuple[str, str], tuple[str, str]]
 """Values of two axes, as (axis, value)."""
 
 
+OWN_COPY = "taught by a copy of itself"
+"""Beside a cell whose teacher is a second copy of the student, as what one that teaches itself is compared with."""
+
+
 class Cell(NamedTuple):
     """One training: a value of each axis, and one of FURTHER besides."""
 
@@ -76,7 +80,12 @@ class Cell(NamedTuple):
         # What a server generates is what the student would. A server does not quantise the model that it has, and
         # says other things.
         here = self.answers == "on-policy served" and self.student != "QLoRA"
-        return self._replace(teacher="local", ranks="1 rank", **({"answers": "on-policy"} if here else {}))
+        answers = {"answers": "on-policy"} if here else {}
+        if self.teacher == "self" and self.student == "QLoRA":
+            # On a CPU bitsandbytes computes a frozen copy with other kernels than a student that is trained.
+            return self._replace(ranks="1 rank", **answers)
+        own = {"besides": OWN_COPY} if self.teacher == "self" else {}
+        return self._replace(teacher="local", ranks="1 rank", **answers, **own)
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "A server of log-probs does not tell how probable the end of a word is.",
         "chunks: merge needs more of the teacher than its most likely tokens",
     ),
-    Refusal({"teacher": ("self",)}, "not built", "The student as its own teacher.", None),
+    Refusal(
+        {"teacher": ("self",), "student": ("full",), "ranks": ("ZeRO-3",)},
+        "not built",
+        "Copies of weights that ZeRO-3 has cut are not kept. An adapter, or `self_teacher: live`, needs none.",
+        "ZeRO-3 has cut",
+    ),
 )
 
 

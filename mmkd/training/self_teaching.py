@@ -8,6 +8,7 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
 from mmkd.errors import UserError
+from mmkd.models.sharded_weights import is_sharded
 from mmkd.results.own_teacher import SELF
 from mmkd.seams.trainer_seam import HookedTrainer
 from mmkd.teachers.cached import CachedTeacher
@@ -49,7 +50,7 @@ def taught_by_itself(teacher: Any, args: DistillationConfig | None) -> Any:
 
 def nothing_to_learn(args: DistillationConfig) -> str | None:
     """Why a student whose only teacher it is itself would learn nothing; None where it would."""
-    if args.teacher_view is not None or args.ce_weight:
+    if args.teacher_view is not None or args.term_weights.get("ce"):
         return None
     return (
         "Student and teacher are the same model and read the same text, so that their divergence is 0 from the first "
@@ -97,6 +98,13 @@ class SelfTaughtTrainer(HookedTrainer):
         if missing is not None:
             logger.warning(missing)
         self._own.bind(self.model, self.accelerator)
+        if self._own.copies and self.is_deepspeed_enabled and is_sharded(self.accelerator):
+            raise UserError(
+                f"self_teacher: {self._own.form} keeps copies of the student's weights, which ZeRO-3 has cut in a way "
+                "of its own. Use accelerate_config fsdp2, zero2 or ddp; or self_teacher: live; or train an adapter "
+                "(use_peft: true) with self_teacher: base, which keeps no copy.",
+                because="not built",
+            )
         if self._own.form == "base" and self._own.copies:
             # Where only the first rank has read the weights, it knows them for the others.
             known = [self._own.weights.sample() if self.accelerator.is_main_process else None]

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from scripts.combination_axes import FURTHER, Cell, is_exact
+from scripts.combination_axes import FURTHER, OWN_COPY, Cell, is_exact
 from scripts.make_tiny_models import make_model, make_tiny_models, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.combinations.served_model import serve, serve_student
@@ -83,7 +83,7 @@ class CellRecipes:
             **RANKS[cell.ranks],
             **({"assistant_only_loss": True, "max_length": 128} if cell.data == "images" else {}),
             **self._teacher_keys(cell),
-            **(FURTHER[cell.besides].keys if cell.besides else {}),
+            **(FURTHER[cell.besides].keys if cell.besides in FURTHER else {}),
         }
         if cell.answers == "on-policy served":
             settings["rollout_server"] = [self.stack.enter_context(serve_student(self._student(cell)))]
@@ -104,6 +104,8 @@ class CellRecipes:
     def _teacher_keys(self, cell: Cell) -> dict[str, Any]:
         """The keys that say who teaches."""
         teacher = str(self._teacher(cell))
+        if _is_own(cell):
+            return {"teacher": "self" if cell.teacher == "self" else teacher, **_apart(cell)}
         if not cell.teacher.startswith("several"):
             return {"teacher": teacher, **self._source(cell, cell.teacher)}
         # The same teacher in two forms, which is that teacher.
@@ -158,6 +160,11 @@ class CellRecipes:
         return self._models(cell)["teacher"]
 
     def _models(self, cell: Cell) -> dict[str, Path]:
+        if _is_own(cell):
+            student = self._models(Cell(data=cell.data, method="kd" if cell.method == "alm" else cell.method))[
+                "student"
+            ]
+            return {"student": student, "teacher": student}
         if self._has_images(cell):
             return self.once("vlms", self._vlms)
         tiny = self.once("tiny", lambda: make_tiny_models(self.folder / "tiny"))
@@ -231,6 +238,19 @@ class CellRecipes:
         path = self.folder / "zero3.json"
         path.write_text(json.dumps(settings))
         return path
+
+
+def _is_own(cell: Cell) -> bool:
+    """Whether a cell's student teaches itself, or is taught by a copy of itself."""
+    return cell.teacher == "self" or cell.besides == OWN_COPY
+
+
+def _apart(cell: Cell) -> dict[str, Any]:
+    """What a student can learn although its teacher is the same model: the data, or what the teacher alone reads."""
+    if "on-policy" in cell.answers:
+        return {"teacher_view": {"template": "Read this well. {prompt}"}}
+    # Their losses have a cross-entropy anyway.
+    return {} if cell.method in ("sft", "llava_kd") else {"ce_weight": 0.5}
 
 
 @contextmanager

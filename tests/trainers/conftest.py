@@ -108,6 +108,17 @@ def ranks(
     jobs["kd fsdp2 lora saved"] = {**adapted, "settings": {"save_strategy": "steps", "save_steps": 2}, "save": True}
     checkpoint = folder / "runs" / "kd-fsdp2-lora-saved" / "checkpoint-2"
     jobs["kd fsdp2 lora resumed"] = {**adapted, "resume": checkpoint}
+    kept = {"self_teacher": "ema", "ema_decay": 0.5, "ce_weight": 0.5, "save_strategy": "steps", "save_steps": 2}
+    own = {
+        "method": "kd",
+        "how": "fsdp2",
+        "student": tiny["student"],
+        "teacher": "self",
+        "settings": {**kept, **chunks},
+    }
+    jobs["kd self fsdp2"] = own
+    jobs["kd self fsdp2 resumed"] = {**own, "resume": folder / "runs" / "kd-self-fsdp2" / "checkpoint-2"}
+    jobs["kd self ddp"] = {**own, "how": "ddp", "settings": {**kept, **chunks, "self_teacher": "base"}}
     several = {"student": tiny["student"], "teacher": {"a": str(tiny["teacher"]), "b": str(untied["teacher"])}}
     for how in ("ddp", "fsdp2"):
         jobs[f"kd several {how}"] = {"method": "kd", "how": how, "column": None, **several}

@@ -4,17 +4,23 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
+from trl.experimental.sdft.teacher_sync import SyncTeacherModelCallback
 
 from mmkd.errors import UserError
 from mmkd.methods.alm import ALMTrainer
 from mmkd.methods.kd import KDTrainer
+from mmkd.methods.llava_kd import LLaVAKDTrainer
 from mmkd.methods.taid import TAIDTrainer
+from mmkd.models.kept_weights import KeptWeights
 from mmkd.teachers.self_teacher import SelfTeacher
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.training.base import DistillationTrainer
 from tests.helpers import LORA, Build, losses_of, steps
+from tests.vlms import vision_rows
 
 
 def own(trainer: DistillationTrainer) -> SelfTeacher:
@@ -126,3 +132,78 @@ def test_settings_of_a_self_that_does_not_teach_are_refused(build: Build, texts:
         build(KDTrainer, texts, self_teacher="live")
     with pytest.raises(UserError, match="self_teacher"):
         build(KDTrainer, texts, trainer=itself(), self_teacher="older")
+
+
+def test_an_average_moves_as_that_of_trl_does() -> None:
+    """As the teacher of TRL's SDFT, whose update rate is what the student's weights have."""
+    torch.manual_seed(0)
+    Accelerator()
+    ours, theirs = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    kept = KeptWeights(ours)
+    kept.keep(summed=True)
+    for _ in range(3):
+        with torch.no_grad():
+            ours.weight.add_(torch.randn_like(ours.weight))
+            ours.bias.mul_(1.5)
+        SyncTeacherModelCallback.sync_target_model(ours, theirs, 0.05)
+        kept.follow(0.95)
+    before = ours.weight.clone()
+    with kept.in_use():
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    assert torch.equal(ours.weight, before)
+
+
+def test_an_average_of_short_weights_does_not_stand_still() -> None:
+    """In bfloat16 a step of less than 1/256 of a weight is rounded away."""
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    model.weight.data.fill_(1.0)
+    kept = KeptWeights(model)
+    kept.keep(summed=True)
+    model.weight.data.fill_(1.0625)
+    for _ in range(200):
+        kept.follow(0.99)
+    with kept.in_use():
+        assert model.weight.dtype == torch.bfloat16
+        assert float(model.weight) == pytest.approx(1.054, abs=0.004)
+
+
+def test_a_student_that_sees_images_teaches_itself(build: Build, vlms: Any) -> None:
+    keys: dict[str, Any] = {"assistant_only_loss": True, "max_length": 128, "max_steps": 2}
+    student = str(vlms["student"])
+    ours, theirs = (
+        steps(build(LLaVAKDTrainer, vision_rows([1, 2, 0, 3] * 2), trainer={"model": student, "teacher": who}, **keys))
+        for who in ("self", student)
+    )
+    assert ours == theirs
+
+
+def test_ranks_hold_shares_of_what_is_kept(build: Build, completions: Dataset, ranks: Any) -> None:
+    """The average of a student that FSDP2 cuts is cut too, saved whole, and the same after a resume."""
+    keys = {"ce_weight": 0.5, "ema_decay": 0.5, "max_length": 128}
+    for name, form in (("kd self fsdp2", "ema"), ("kd self ddp", "base")):
+        alone = build(KDTrainer, completions, trainer=itself(), self_teacher=form, **keys)
+        alone.train()
+        for rank in ranks[name]:
+            assert rank["kl"] == pytest.approx(losses_of(alone, "kl"), rel=1e-3, abs=1e-6)
+            assert [loss for loss, _ in rank["steps"]] == pytest.approx(losses_of(alone), rel=1e-4)
+    for whole, resumed in zip(ranks["kd self fsdp2"], ranks["kd self fsdp2 resumed"], strict=True):
+        assert resumed["kl"] == whole["kl"]
+        assert resumed["evaluated"] == whole["evaluated"]
+    saved = load_file(ranks["kd self fsdp2"][0]["folder"] / "checkpoint-4" / "self_teacher.safetensors")
+    assert {name: tensor.shape for name, tensor in saved.items()} == {
+        name: parameter.shape for name, parameter in alone.model.named_parameters()
+    }
+
+
+def test_another_student_is_not_the_base_of_a_checkpoint(build: Build, texts: Dataset, tiny: Any) -> None:
+    keys = {"ce_weight": 0.5, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    first = build(KDTrainer, texts, trainer=itself(), **keys)
+    first.train()
+    checkpoint = f"{first.args.output_dir}/checkpoint-2"
+    moved = build(KDTrainer, texts, trainer=itself(checkpoint), **{**keys, "max_steps": 4})
+    with pytest.raises(UserError, match="not the one that the checkpoint was trained from"):
+        moved.train(resume_from_checkpoint=checkpoint)
+    averaged = build(KDTrainer, texts, trainer=itself(), self_teacher="ema", **{**keys, "max_steps": 4})
+    with pytest.raises(UserError, match=r"no averaged weights \(self_teacher.safetensors\)"):
+        averaged.train(resume_from_checkpoint=checkpoint)
