@@ -4,16 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from mmkd.errors import UserError
 from mmkd.preflight.doctor import examine
 from mmkd.preflight.dry_run import dry_run
 from mmkd.preflight.estimate import estimate_memory
+from mmkd.publish.lineage import own_forms_of, teachers_of
+from mmkd.recipe.flags import recipe_of
 from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.run import build_token_trainer
+from mmkd.results.own_teacher import own_form, with_teacher_named
+from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.self_teacher import SelfTeacher
 from scripts.make_tiny_models import sentences
+from tests.teachers.caches import build_cache
 
 
 @pytest.fixture
@@ -100,3 +106,26 @@ def test_a_dry_run_says_what_is_kept(keys: dict[str, Any], tmp_path: Path) -> No
     console = Console(record=True, width=200)
     dry_run(Recipe.of(keys, "own.yaml").parse(), console)
     assert "the student before training; keeps a copy of the" in console.export_text()
+
+
+def test_a_cache_of_the_student_is_read_as_its_own_teacher(keys: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "own.yaml"
+    own = {**keys, "teacher_cache": str(tmp_path / "cache"), "self_teacher": "base", "logging_steps": 1}
+    recipe.write_text(yaml.safe_dump(own))
+    build_cache(recipe)
+    trainer = build_token_trainer(recipe_of(recipe, ["--save_strategy", "no"]).parse())
+    assert isinstance(trainer.teacher, CachedTeacher)
+    assert trainer.teacher.cache.manifest.identity["teacher"]["name"] == keys["student"]
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_card_names_a_student_that_taught_itself(keys: dict[str, Any]) -> None:
+    trainings = [{"keys": {**keys, "self_teacher": "ema"}}]
+    assert teachers_of(trainings) == []
+    assert own_forms_of(trainings) == ["the student itself, averaged over the steps"]
+    named = with_teacher_named({**keys, "model_revision": "v2"})
+    assert (named["teacher"], named["teacher_revision"]) == (keys["student"], "v2")
+    plain = {**keys, "teacher": "ORG/BIG"}
+    assert with_teacher_named(plain) == plain
+    assert own_form(plain) is None
