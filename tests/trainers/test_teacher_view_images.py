@@ -6,11 +6,16 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, concatenate_datasets
+from transformers import AutoProcessor
 
 from mmkd.errors import UserError
+from mmkd.methods.alm import ALMTrainer
 from mmkd.methods.kd import KDTrainer
 from mmkd.methods.llava_kd import LLaVAKDTrainer
-from tests.helpers import Build, steps
+from mmkd.teachers.several import SeveralTeachers
+from tests.helpers import Build, losses_of, steps
+from tests.trainers.test_served_images import SETTINGS as SERVED
+from tests.trainers.test_served_images import teachers, trained
 from tests.vlms import picture, vision_rows
 
 SETTINGS: dict[str, Any] = {"assistant_only_loss": True, "max_length": 128, "learning_rate": 1e-2, "max_steps": 2}
@@ -127,3 +132,63 @@ def test_llava_kd_compares_image_by_image(teach: Any) -> None:
     trainer = teach(LLaVAKDTrainer, data, teacher_view=HINT, beta=0, gamma=0)
     assert trainer.evaluate(data)["eval_kl"] == pytest.approx(divergence_by_hand(trainer, data), rel=1e-4)
     assert len(steps(trainer)) == 4
+
+
+ON_POLICY: dict[str, Any] = {"on_policy_fraction": 1.0, "rollout_max_tokens": 6, "rollout_patience": 0, "max_steps": 1}
+
+
+@pytest.mark.parametrize("signal", ["hidden", "top_k"])
+@pytest.mark.parametrize("cls", [KDTrainer, ALMTrainer])
+def test_a_server_is_asked_with_the_teachers_prompt_and_pictures(
+    build: Build, vlms: dict[str, Path], cls: Any, signal: str
+) -> None:
+    """It says what the same teacher says in this process; in method alm about the student's own answers."""
+    data, settings = hinted([1, 2, 0, 1], [1, 1, 2, 1]), {"teacher_view": HINT, "max_length": 200}
+    settings |= {**ON_POLICY, "chunks": "all"} if cls is ALMTrainer else {}
+    reports = "chunk_gap" if cls is ALMTrainer else "loss"
+    local = losses_of(trained(build, cls, vlms["student"], str(vlms["teacher"]), data, **settings), reports)
+    with teachers(vlms["teacher"], signal) as (teacher, fake):
+        reader = {"teacher_processing_class": AutoProcessor.from_pretrained(vlms["teacher"])}
+        models = {"model": str(vlms["student"]), "teacher": teacher, **reader}
+        trainer = build(cls, data, trainer=models, **{**SERVED, **settings})
+        trainer.train()
+        assert losses_of(trainer, reports) == pytest.approx(local, rel=1e-4)
+        assert any("Look closely" in str(body) or "image_url" in str(body) for body in fake.requests)
+
+
+def test_rollouts_about_pictures_are_read_behind_the_teachers_prompt(
+    build: Build, vlms: dict[str, Path], teach: Any
+) -> None:
+    data = hinted([1, 2, 0, 1], [1, 1, 2, 1])
+    trainer = teach(KDTrainer, data, teacher_view=HINT, max_length=200, **ON_POLICY)
+    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    student, theirs = batches[0].student, batches[0].teacher_view()
+    assert torch.equal(student.labels[student.labels != -100], theirs.labels[theirs.labels != -100])
+    assert int(theirs.images[:, 1].sum()) == 5 * 4
+    asked = [trainer.processing_class.decode(ids) for ids in theirs["input_ids"]]
+    assert all("Look closely." in text and "Hint: it is" in text for text in asked)
+    settings = {"teacher_view": HINT, "max_length": 200, **ON_POLICY}
+    local = losses_of(trained(build, KDTrainer, vlms["student"], str(vlms["teacher"]), data, **settings))
+    with teachers(vlms["teacher"], "top_k") as (teacher, _):
+        served = trained(build, KDTrainer, vlms["student"], teacher, data, **settings)
+    assert losses_of(served, "rollouts_retokenised")[0] == 0
+    assert losses_of(served) == pytest.approx(local, abs=1e-5)
+
+
+def test_each_of_several_teachers_has_its_own_view(teach: Any, vlms: dict[str, Path]) -> None:
+    data = hinted([1, 2, 0, 1], [1, 1, 2, 1])
+    folders = {"a": str(vlms["teacher"]), "b": str(vlms["fine"])}
+    several = SeveralTeachers(folders, {"a": 1, "b": 3}, views={"a": HINT})
+    mixed = steps(teach(KDTrainer, data, several, max_steps=1))
+    told = steps(teach(KDTrainer, data, folders["a"], max_steps=1, teacher_view=HINT))
+    plain = steps(teach(KDTrainer, data, folders["b"], max_steps=1))
+    assert mixed[0] == pytest.approx(0.25 * told[0] + 0.75 * plain[0], rel=1e-5)
+
+
+def test_a_missing_picture_of_the_teachers_is_named(teach: Any) -> None:
+    data = vision_rows([1, 1, 1, 1]).add_column("clean", [["missing.png"]] * 4)  # pyright: ignore[reportCallIssue]
+    view = {"images_column": "clean"}
+    with pytest.raises(UserError, match=r"Row 0 of the train data .* clean\[0\]: FileNotFoundError"):
+        teach(KDTrainer, data, teacher_view=view)
+    with pytest.raises(UserError, match=r"no such column|do not have"):
+        teach(KDTrainer, data, teacher_view={"images_column": "clear"})
