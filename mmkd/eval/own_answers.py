@@ -31,8 +31,9 @@ METRICS = {
     "own_teacher_nats": Metric("teacher's nats per own token", "own_teacher_nats"),
     "own_kl": Metric("KL(student, teacher) on own answers (nats)", "own_kl"),
     "own_agreement": Metric("top-1 agreement on own answers", "own_agreement", higher_is_better=True),
-    "own_entropy": Metric("entropy of own answers (nats)", "own_entropy", higher_is_better=True),
-    "own_tokens": Metric("tokens of own answers", "own_tokens"),
+    # Neither more nor less of these is better, so that they have no gain.
+    "own_entropy": Metric("entropy of own answers (nats)", higher_is_better=True),
+    "own_tokens": Metric("tokens of own answers"),
     "own_ended": Metric("own answers that end", "own_ended", higher_is_better=True),
     "own_repeated": Metric("repeated 4-grams of own answers", "own_repeated"),
 }

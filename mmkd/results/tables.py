@@ -12,6 +12,10 @@ Cells = tuple[str, list[str], list[list[str]]]
 """Title, header, lines."""
 
 
+# The measures of own answers have tables of their own: one with all columns fits no terminal.
+_OF_OWN_ANSWERS = "own_"
+
+
 def table_console() -> Console:
     """As wide as the terminal. What goes to a file gets 120 columns, in which the tables need no folding."""
     console = Console()
@@ -43,12 +47,17 @@ def markdown(comparison: Mapping[str, Any]) -> str:
 def tables(comparison: Mapping[str, Any]) -> list[Cells]:
     """The tables of a comparison; empty tables are left out."""
     rows, items = comparison["rows"], comparison.get("items", "tokens")
+    baseline = comparison.get("baseline", "SFT")
     candidates = [
         _numbers("", rows, "metrics", items),
+        _numbers("The models' own answers", rows, "metrics", items, own_answers=True),
         _further(rows),
         _numbers("Benchmarks", rows, "tasks", items),
         _against("Percent of the teacher kept", rows, "retention", lambda value: f"{value:.1f} %"),
-        _against(f"Gain over {comparison.get('baseline', 'SFT')}, positive is better", rows, "gain_over_sft", _gain),
+        _against(f"Gain over {baseline}, positive is better", rows, "gain_over_sft", _gain),
+        _against(
+            f"Gain over {baseline} on own answers, positive is better", rows, "gain_over_sft", _gain, own_answers=True
+        ),
         _against(
             "Benchmark answers that flipped against the teacher", rows, "flips", lambda value: f"{100 * value:.1f} %"
         ),
@@ -57,15 +66,17 @@ def tables(comparison: Mapping[str, Any]) -> list[Cells]:
     return [(title, header, lines) for title, header, lines in candidates if lines and len(header) > 1]
 
 
-def _numbers(title: str, rows: Sequence[Mapping[str, Any]], key: str, items: str) -> Cells:
+def _numbers(title: str, rows: Sequence[Mapping[str, Any]], key: str, items: str, own_answers: bool = False) -> Cells:
     names = [name for name in rows[0][key] if all(name in row[key] for row in rows)]
+    names = [name for name in names if name.startswith(_OF_OWN_ANSWERS) == own_answers]
     titles = [rows[0][key][name]["title"] for name in names]
-    own = ["parameters", f"{items} seen"] if key == "metrics" else []
-    last = [f"{items}/s"] if key == "metrics" else []
+    trained = key == "metrics" and not own_answers
+    own = ["parameters", f"{items} seen"] if trained else []
+    last = [f"{items}/s"] if trained else []
     lines = []
     for row in rows:
         cells = [_spread(row[key][name]) for name in names]
-        if key == "metrics":
+        if trained:
             tokens = f"{row['tokens'][0]:,}" if row["cost"] else ""
             speed = f"{row['cost']['tokens_per_second']:.0f}" if row["cost"] else ""
             cells = [f"{row['parameters'] / 1e6:.1f} M", tokens, *cells, speed]
@@ -84,9 +95,10 @@ def _further(rows: Sequence[Mapping[str, Any]]) -> Cells:
     return "Further measures", ["model", *titles.values()], lines
 
 
-def _against(title: str, rows: Sequence[Mapping[str, Any]], key: str, cell: Any) -> Cells:
+def _against(title: str, rows: Sequence[Mapping[str, Any]], key: str, cell: Any, own_answers: bool = False) -> Cells:
     chosen = [row for row in rows if row[key] and row["role"] != "teacher"]
     names = list(dict.fromkeys(name for row in chosen for name in row[key]))
+    names = [name for name in names if name.startswith(_OF_OWN_ANSWERS) == own_answers]
     titles = [_title(chosen[0], name) for name in names]
     lines = [[row["name"], *(cell(row[key][name]) if name in row[key] else "" for name in names)] for row in chosen]
     return title, ["model", *titles], lines

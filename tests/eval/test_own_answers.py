@@ -15,6 +15,7 @@ from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.eval.model import find_model
 from mmkd.eval.own_answers import METRICS, OwnAnswers
+from mmkd.results.tables import tables
 from scripts.make_tiny_models import sentences
 
 
@@ -91,6 +92,7 @@ def test_a_comparison_measures_own_answers_of_adapters_that_taught_themselves(ti
     # Before training the adapter changes nothing.
     assert rows["untrained"]["metrics"]["own_kl"] == rows["teacher"]["metrics"]["own_kl"]
     assert rows["student"]["metrics"]["own_kl"] != rows["teacher"]["metrics"]["own_kl"]
+    assert [title for title, _, _ in tables(found)][:2] == ["", "The models' own answers"]
     # A whole model of each is made to be judged, and is not kept.
     assert not list(Path("out").rglob("whole"))
 
