@@ -25,8 +25,7 @@ def make_generate_plan(run: Run) -> GeneratePlan:
     settings, arguments = run.arguments, run.cache
     check_answerer(run)
     view = run.training.view
-    also = dict.fromkeys([*arguments.read_columns, *(() if view is None else view.reads)])
-    data = load_rows_of(run, list(also))
+    data = load_rows_of(run, arguments.read_columns)
     columns = data["train"].column_names
     if "text" in columns:
         raise UserError(

@@ -84,7 +84,7 @@ def _source_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None
         check_columns(recipe, dataset, also)
         warn_guessed_types(recipe, dataset)
         if not recipe.columns:
-            log_layout(layout_of_source(dataset, recipe, ours), f"{recipe.name}: {ours}", len(dataset))
+            log_layout(layout_of_source(dataset, recipe, ours, also), f"{recipe.name}: {ours}", len(dataset))
         raw[ours] = dataset if recipe.shuffle_seed is None else dataset.shuffle(seed=recipe.shuffle_seed)
     if not recipe.has_eval:
         return DatasetDict({"train": _sift(raw["train"], recipe, RowFilter(recipe, "train", also=also), train_cap)[0]})

@@ -17,7 +17,7 @@ from .columns import ROLES, MessagesColumn, TurnColumns, is_template, template_c
 from .conversion import Conversion
 from .data_recipe import CONVERSION, OUTPUT_COLUMNS, DataRecipe
 from .image_columns import check_images, image_counts, image_lists
-from .layouts import CARRIED, recognised, sample_of
+from .layouts import CARRIED, layout_of, recognised, sample_of
 from .messages import CONTENT_KEYS
 from .templates import filled, filled_answer
 
@@ -114,7 +114,7 @@ def map_rows(
     conversion = Conversion(
         f"{recipe.name}: {split}", folders=tuple(folder for folder in folders if folder is not None)
     )
-    layout = None if recipe.columns else layout_of_source(raw, recipe, split)
+    layout = None if recipe.columns else layout_of_source(raw, recipe, split, also)
     if layout is not None and not layout.as_is:
         conversion = replace(conversion, image_folder=recipe.image_folder)
         return conversion.converted(raw, layout, (*_ABOUT, *also), numbers)
@@ -124,9 +124,15 @@ def map_rows(
     return conversion.converted(mapped, _layout_of(own), (*_ABOUT, *also), numbers)
 
 
-def layout_of_source(raw: Dataset, recipe: DataRecipe, split: str) -> Layout:
-    """The layout of the rows of a recipe without `columns`. Raises UserError if it is not recognised."""
-    return recognised(sample_of(raw), f"{recipe.name}: {split}")
+def layout_of_source(raw: Dataset, recipe: DataRecipe, split: str, also: Sequence[str] = ()) -> Layout:
+    """The layout of the rows of a recipe without `columns`. Raises UserError if it is not recognised.
+
+    Columns that are wanted besides (`also`) may be part of it, and do not hide it.
+    """
+    sample = sample_of(raw)
+    others = {name: value for name, value in sample.items() if name not in also}
+    beside = layout_of(others) if others and layout_of(sample) is None else None
+    return beside or recognised(sample, f"{recipe.name}: {split}")
 
 
 def _columns_of(recipe: DataRecipe, raw: Dataset, layout: Layout | None) -> Mapping[str, Column]:

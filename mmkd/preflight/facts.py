@@ -162,7 +162,11 @@ def take_sample(run: Run) -> Sample:
         "train": min(most, arguments.max_train_rows or most),
         "eval": min(EVAL_ROWS, arguments.max_eval_rows or EVAL_ROWS),
     }
-    rows = load_data(arguments.data, max_train_rows=asked["train"], max_eval_rows=asked["eval"], also=run.columns_read)
+    # Columns that answers are verified with belong to no layout, and nobody trains on them.
+    verified = run.cache.read_columns if run.cache.job == "generate" else []
+    also = [*dict.fromkeys((*run.columns_read, *verified))]
+    rows = load_data(arguments.data, max_train_rows=asked["train"], max_eval_rows=asked["eval"], also=also)
+    rows = rows.remove_columns([name for name in verified if name not in (*run.columns_read, *OUTPUT_COLUMNS)])
     caps = {"train": [recipe.max_rows, arguments.max_train_rows], "eval": [arguments.max_eval_rows]}
     totals: dict[str, int | None] = {}
     for split, dataset in rows.items():

@@ -262,6 +262,11 @@ def test_the_right_answer_may_stand_in_any_column(build: Run, server: ChatServer
     rows = [{**row, "completion": f"So it is\n#### {2 * n + 1}"} for n, row in enumerate(rows)]
     (sums / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (sums / "mine.py").write_text('def off(answer, row):\n    return f\' {row["sum"] - row["offset"]}.\' in answer\n')
+    # Neither column belongs to the layout of a file that is named directly.
+    direct = ["--data", "sums.jsonl", "--cache_verifier", "python:mine.py:off", "--teacher_cache", "direct"]
+    build(*direct, "--cache_verifier_columns", "sum", "offset", "--cache_samples", "2", "--cache_shard_rows", "20")
+    assert json.loads((sums / "direct" / "traces.json").read_text())["splits"]["train"]["answers"] == 24
+    asked = len(server.requests)
     build("--cache_gold_column", "sum")
     kept = rows_of("answers/data.yaml")
     assert kept
