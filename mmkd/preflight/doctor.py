@@ -21,6 +21,7 @@ from . import row_checks as rows
 from . import teacher_checks as teachers
 from . import token_checks as tokens
 from . import trace_checks as traces
+from . import view_checks as views
 from .book import Book
 from .chunk_checks import alignment
 from .empty_models import empty_student
@@ -89,6 +90,8 @@ def examine_tokens(run: Run, sharded: bool, own: Callable[[Book, Sample | None],
             sides[name] = teacher
             if trained is not None:
                 theirs = _against_teacher(book, teacher_run, trained, teacher, sample, ours)
+        if sample is not None and teacher_run.training.view is not None:
+            book.check("teacher_view", views.own_prompt, teacher_run, sample)
         if teacher_run.itself:
             book.check("teacher", teachers.itself, teacher_run)
         if student is not None:

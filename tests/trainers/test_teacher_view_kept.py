@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from mmkd.commands.main import main
 from mmkd.errors import UserError
 from mmkd.methods.kd import KDTrainer
+from mmkd.preflight.facts import take_sample
+from mmkd.preflight.view_checks import own_prompt
 from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.run import build_trainer
 from mmkd.teachers.hidden_server import HiddenServerTeacher
@@ -58,6 +60,22 @@ def test_a_cache_is_of_its_view_and_teaches_as_the_teacher_itself(keys: dict[str
     for other in ({"template": "{prompt}"}, None):
         with pytest.raises(UserError, match="teacher_view"):
             trained({**cached, "teacher_view": other})
+
+
+def test_doctor_shows_both_prompts_and_says_what_is_wrong_with_a_view(keys: dict[str, Any]) -> None:
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    Path("rows.jsonl").write_text("".join(json.dumps({**row, "gap": None}) + "\n" for row in rows))
+
+    def said(**view: Any) -> list[tuple[str, str]]:
+        run = Recipe.of({**keys, "teacher_view": view}, "recipe.yaml").parse()
+        return [(finding.severity, finding.message) for finding in own_prompt(run, take_sample(run))]
+
+    ((severity, shown),) = said(**HINT)
+    assert severity == "ok"
+    assert any(repr(f"{row['hint']} {row['prompt']}") in shown and repr(row["prompt"]) in shown for row in rows)
+    assert "reads what the student reads" in said(template="{prompt}")[1][1]
+    assert "'gap' is empty in 12 of 12 rows" in said(template="{gap} {prompt}", columns=["gap"])[1][1]
+    assert "can copy what it has just read" in said(template="{prompt} {answer}")[1][1]
 
 
 def test_a_server_is_asked_behind_the_view(build: Build, completions: Dataset, tiny: dict[str, Path]) -> None:
