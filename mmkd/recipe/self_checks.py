@@ -59,7 +59,9 @@ def named_self(
         )
     if away is None:
         _check_loading(given)
-    return {"teacher": arguments.student, "teacher_revision": student.model_revision}
+    # trl names the newest one of a student.
+    revision = None if student.model_revision == "main" else student.model_revision
+    return {"teacher": arguments.student, "teacher_revision": revision}
 
 
 def _check_loading(given: Collection[str]) -> None:

@@ -43,7 +43,9 @@ def test_the_student_teaches_itself(keys: dict[str, Any]) -> None:
     run = Recipe.of({**keys, "self_teacher": "ema", "ema_decay": 0.9, "ema_every": 2}, "own.yaml").parse()
     assert run.itself
     assert run.keys["teacher"] == "self"
-    assert run.arguments.teacher == run.arguments.student
+    assert (run.arguments.teacher, run.arguments.teacher_revision) == (run.arguments.student, None)
+    pinned = Recipe.of({**keys, "model_revision": "v2"}, "own.yaml").parse()
+    assert pinned.arguments.teacher_revision == "v2"
     teacher = build_token_trainer(run).teacher
     assert isinstance(teacher, SelfTeacher)
     assert (teacher.form, teacher.decay, teacher.every) == ("ema", 0.9, 2)
