@@ -160,6 +160,11 @@ class VisionSequences:
         ids, labels = batch["input_ids"][0][present].numpy(), batch["labels"][0][present].numpy()
         supervised = labels != -100
         if self._student is not None:
+            longest = None if self._collator.view is None else self._collator.view.longest
+            if longest is not None and len(ids) > longest:
+                return UnusableRow(
+                    f"It has {len(ids)} tokens behind the teacher's prompt; teacher_max_length is {longest}."
+                )
             own = self._student([dict(example)])["labels"]
             supervised &= supervised.cumsum() <= int((own != -100).sum())
         supervised[:1] = False

@@ -329,9 +329,22 @@ class VisionViews:
             image_tokens=torch.tensor(sizes, dtype=torch.long).reshape(-1, 2),
         )
 
+    def _too_long(self, view: View, longest: int | None, examples: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+        """The rows that are longer than a teacher reads behind its own prompt, and what to do."""
+        lengths: list[int] = view.inputs["attention_mask"].sum(1).tolist()
+        return {
+            row: f"{self.names.of(examples[row])} has {length} tokens behind the teacher's prompt, and "
+            f"teacher_max_length is {longest}. Raise it, shorten teacher_view, or set on_bad_row: skip to leave such "
+            "rows out and count them."
+            for row, length in enumerate(lengths)
+            if longest is not None and length > longest
+        }
+
     def _lost(self, view: View, side: VisionLabels, examples: Sequence[Mapping[str, Any]]) -> dict[int, str]:
         """The rows that `max_length` would cut within their images, and what to do."""
-        if self.max_length is None or side.view is not None:
+        if side.view is not None:
+            return self._too_long(view, side.view.longest, examples)
+        if self.max_length is None:
             return {}
         processor: Any = side.processor
         visual = view.inputs["input_ids"] == processor.image_token_id

@@ -26,6 +26,8 @@ class RowView:
     view: TeacherView
     dropout: float = 0.0
     seed: int = 0
+    longest: int | None = None
+    """Tokens of the longest row that the teacher reads; None: any number."""
 
     @property
     def image_columns(self) -> tuple[str, ...]:

@@ -25,7 +25,10 @@ def teacher_views_of(teacher: Any, args: DistillationConfig) -> dict[str, Teache
 def row_views_of(teacher: Any, args: DistillationConfig) -> dict[str, RowView]:
     """Rows as teachers with views read them, by the teachers' names."""
     views = teacher_views_of(teacher, args)
-    return {name: RowView(view, args.privileged_dropout, args.seed) for name, view in views.items()}
+    return {
+        name: RowView(view, args.privileged_dropout, args.seed, args.teacher_max_length)
+        for name, view in views.items()
+    }
 
 
 def prompts_for(teacher: Any, labelling: Labelling, args: DistillationConfig) -> TeacherPrompts | None:

@@ -192,3 +192,16 @@ def test_a_missing_picture_of_the_teachers_is_named(teach: Any) -> None:
         teach(KDTrainer, data, teacher_view=view)
     with pytest.raises(UserError, match=r"no such column|do not have"):
         teach(KDTrainer, data, teacher_view={"images_column": "clear"})
+
+
+def test_rows_that_are_too_long_for_the_teacher(teach: Any) -> None:
+    data = hinted([1, 1, 1, 1], [1, 1, 4, 1])
+    trainer = teach(KDTrainer, data, teacher_view=HINT)
+    rows = [dict(row) for row in trainer.train_dataset]
+    masks = trainer.data_collator(rows).teacher_view()["attention_mask"]
+    settings = {"teacher_view": HINT, "teacher_max_length": int(masks.sum(1).max()) - 1}
+    with pytest.raises(UserError, match=r"tokens behind the teacher's prompt, and teacher_max_length is"):
+        teach(KDTrainer, data, **settings).train()
+    batch = teach(KDTrainer, data, **settings, on_bad_row="skip").data_collator(rows)
+    assert batch.skipped is not None
+    assert batch.skipped[1] > 0
