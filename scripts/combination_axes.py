@@ -213,6 +213,11 @@ FURTHER: dict[str, Further] = {
             Cell("llava_kd", data="images", ranks="FSDP2"),
         ),
     ),
+    "both answers": Further(
+        "`divergence: contrastive` and `rollout_rows: add`: the data's answers and the student's in one step",
+        {"divergence": "contrastive", "rollout_rows": "add"},
+        (Cell(answers="packed on-policy"), Cell(answers="on-policy", ranks="FSDP2")),
+    ),
     "new student": Further(
         "`student_init: prune`, with an adapter on the student that is made",
         {"student_init": "prune", "student_layers": 1},
