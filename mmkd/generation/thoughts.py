@@ -122,9 +122,11 @@ class BudgetedGenerator(Generator[Asked]):
     def _thinks(self, prompt: Asked, answer: Answer) -> bool:
         """Whether an answer that reached the budget has not come to the end of its thoughts."""
         opened = opens_thoughts(self.tokenizer, self.ids_of(prompt))
-        return answer.finish_reason == "length" and not thought_of(answer.text, opened).ends
+        return answer.finish_reason == "length" and not thought_of(self._text(answer.ids), opened).ends
 
     def _joined(self, so_far: list[int], rest: Answer, cut: bool) -> BudgetedAnswer:
         ids = [*so_far, *rest.ids]
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        return BudgetedAnswer(text, ids, rest.finish_reason, thoughts_cut=cut)
+        return BudgetedAnswer(self._text(ids), ids, rest.finish_reason, thoughts_cut=cut)
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -18,8 +18,9 @@ from mmkd.capture.answer_verdicts import Rulings
 from mmkd.commands.main import main
 from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
-from mmkd.generation.generator import Prompt, RowError, Sampling
+from mmkd.generation.generator import Generator, Prompt, RowError, Sampling
 from mmkd.generation.local_generation import LocalGenerator, prompt_inputs, together
+from mmkd.generation.served_generation import ServerGenerator
 from mmkd.generation.thoughts import FORCED_END, BudgetedAnswer, BudgetedGenerator
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.publish.lineage import kept_answers
@@ -27,8 +28,11 @@ from mmkd.recipe.arguments import RunArguments
 from mmkd.recipe.run_record import data_facts
 from mmkd.teachers import endpoints
 from mmkd.teachers.chat_api import Chat, ChatClient, ChatReply
+from mmkd.teachers.vllm_client import VLLMClient
 from tests.comd.chat_server import ChatServer, chat_server, said
 from tests.loopback import QuietHandler, answering, listening
+from tests.teachers.fake_vllm import fake_vllm
+from tests.trainers.served_student import ServedStudent
 
 Run = Callable[..., str]
 SECRET = "sk-secret-of-a-user"
@@ -329,6 +333,14 @@ def test_thoughts_within_a_budget(tiny: dict[str, Path]) -> None:
         assert answer.ids[6 : 6 + len(forced)] == forced
         assert answer.text.count("</think>") == 1
         assert len(answer.ids) <= 30
+    with fake_vllm(ServedStudent, tokenizer=tokenizer) as fake:
+        fake.weights = model
+        with VLLMClient(fake.url) as client:
+            served: Generator[Prompt] = ServerGenerator(client, lambda prompt: prompt)
+            same = BudgetedGenerator(served, tokenizer, lambda own: own.ids, lambda own, ids: Prompt(ids), 6)
+            for asked in (prompts, thinking):
+                here, there = (own.generate(asked, sampling) for own in (budgeted, same))
+                assert [own[0].ids for own in here if own] == [own[0].ids for own in there if own]  # pyright: ignore
 
 
 def test_a_damaged_verdict_is_given_again(build: Run, server: ChatServer, sums: Path) -> None:
