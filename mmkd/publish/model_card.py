@@ -1,5 +1,6 @@
 """The card of a distilled student: its origin, its results, and the requirements of licences."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,15 @@ def _taught_by(student: Student) -> str:
     return " and ".join([*(f"`{source.name}`" for source in student.teachers), *student.own_forms])
 
 
+def _own_prompts(recipe: Mapping[str, Any]) -> str:
+    """What teachers read in the place of the student's prompt, by a recipe; empty if they read that."""
+    parts = [recipe.get(name) for name in ("teachers", "stages")]
+    keys = [recipe, *(own for part in parts if isinstance(part, Mapping) for own in part.values())]
+    views = [own["teacher_view"] for own in keys if isinstance(own, Mapping) and own.get("teacher_view")]
+    shown = [view if isinstance(view, str) else json.dumps(view, ensure_ascii=False) for view in views]
+    return " and ".join(f"`{view}`" for view in dict.fromkeys(shown))
+
+
 def _usage(student: Student) -> str:
     if student.pipeline_tag == "text-generation":
         classes, loader = "AutoModelForCausalLM, AutoTokenizer", "tokenizer = AutoTokenizer"
@@ -166,6 +176,7 @@ def _lineage(student: Student) -> dict[str, str]:
     return {
         "Base model": _names(student.base) or "none: random weights",
         **({"Teacher": _taught_by(student)} if _taught_by(student) else {}),
+        **({"The teacher's own prompt": prompts} if (prompts := _own_prompts(student.recipe)) else {}),
         "Methods": ", ".join(f"`{method}`" for method in student.methods),
         "Data": _names(student.data),
         **({"Answers it learnt from": " ".join(student.answers)} if student.answers else {}),

@@ -11,6 +11,8 @@ from mmkd.data.layouts import canonical
 from mmkd.data.load_data import load_data
 from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
+from mmkd.methods.comd.comd_trainer import CoMDConfig
+from mmkd.publish.model_card import _own_prompts
 
 QUESTION = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}
@@ -133,3 +135,12 @@ def test_rows_of_python_keep_a_column_that_their_layout_reads() -> None:
     for data in (rows, rows.to_iterable_dataset()):
         (row,) = canonical(data, keep=["output"])
         assert (row["completion"], row["output"], row["why"]) == ([{"role": "assistant", "content": "b"}], "b", "c")
+
+
+def test_a_card_names_what_the_teacher_read_and_comd_takes_no_view() -> None:
+    stages = {"KD": {"teacher_view": {"system": "Be brief."}}, "SFT": {"method": "sft"}}
+    assert _own_prompts({"stages": stages}) == '`{"system": "Be brief."}`'
+    assert _own_prompts({"teacher": "a"}) == ""
+    with pytest.raises(UserError, match="comd has the teacher answer") as refused:
+        CoMDConfig(output_dir="run", bf16=False, teacher_view={"system": "Be brief."})
+    assert refused.value.because == "not built"

@@ -238,6 +238,12 @@ class CoMDConfig(DistillationConfig):
                 "{ce_weight: ...}.",
                 because="meaning",
             )
+        if self.teacher_view is not None:
+            raise UserError(
+                "teacher_view is a prompt of the teacher's own, and comd has the teacher answer the instructions as "
+                "they are. Remove it, or use method kd or taid.",
+                because="not built",
+            )
         if self.train_on == "new" and self.augmentor == "none":
             raise UserError(
                 "train_on: new needs new instructions; choose an augmentor, or train_on: pool.", because="meaning"
