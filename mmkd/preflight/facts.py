@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, GenerationConfig, LlavaConfig, PreTrainedConfig
 
 from mmkd.capture.sequences import PreparedSequences, Sequences, TokenSequence, UnusableRow, prepare
-from mmkd.data.data_recipe import DataRecipe
+from mmkd.data.data_recipe import OUTPUT_COLUMNS, DataRecipe
 from mmkd.data.image_columns import image_column
 from mmkd.data.images import read_row
 from mmkd.data.load_data import load_data

@@ -149,7 +149,8 @@ def test_right_answers_are_kept_and_the_others_counted(
     card = cache_card(sums / "answers", Manifest.read(sums / "answers"), "user/answers", ["prompt"])
     assert f"train: {right} of 48 answers are kept" in card
     assert "source: user/answers" in card
-    assert [config["config_name"] for config in DatasetCard(card).data.configs] == ["default", "kept", "pairs"]
+    configs: Any = DatasetCard(card).data.to_dict()["configs"]
+    assert [config["config_name"] for config in configs] == ["default", "kept", "pairs"]
     facts = data_facts("sft", "answers/data.yaml")
     assert f"train: {right} of 48 answers are kept" in facts["answers"]
     assert kept_answers([{"data": facts}]) == [facts["answers"]]
@@ -303,7 +304,8 @@ def test_a_teacher_reads_a_prompt_of_its_own(build: Run, server: ChatServer, sum
 
 def test_thoughts_within_a_budget(tiny: dict[str, Path]) -> None:
     """Answers within it are those without one; a thought that is longer is ended there."""
-    model, tokenizer = load_model(str(tiny["teacher"])), load_processing_class(str(tiny["teacher"]), "teacher")
+    model = load_model(str(tiny["teacher"]))
+    tokenizer: Any = load_processing_class(str(tiny["teacher"]), "teacher")
 
     def inputs(prompts: list[Prompt]) -> Any:
         return prompt_inputs(tokenizer, prompts)

@@ -353,8 +353,9 @@ def test_caps_keep_the_first_rows_of_the_same_order():
 
 @pytest.mark.parametrize("name", ["max_train_rows", "max_eval_rows"])
 def test_caps_below_one_are_refused(name):
+    caps: Any = {name: 0}
     with pytest.raises(ValueError, match=f"{name} is 0"):
-        load_rows(DataRecipe.load(text_recipe()), **{name: 0})
+        load_rows(DataRecipe.load(text_recipe()), **caps)
 
 
 @pytest.mark.parametrize("held_out", [{"eval_rows": 3}, {"eval_rows": 9}, {"eval_fraction": 0.99}])
