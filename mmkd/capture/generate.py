@@ -29,6 +29,7 @@ from mmkd.generation.local_generation import LocalGenerator, seed_of
 from mmkd.generation.thoughts import BudgetedAnswer, BudgetedGenerator
 from mmkd.generation.verifiers import verifier_named
 from mmkd.models.load import positions_of
+from mmkd.preparation.row_views import RowView
 from mmkd.preparation.vision_checks import refusal
 
 from .answer_verdicts import Rulings, Verdicts
@@ -48,6 +49,8 @@ class GeneratePlan(Plan):
     data: DatasetDict
     processing_class: Any
     """Of the teacher; None for a chat server."""
+    view: RowView | None
+    """What the teacher is asked in the place of the student's prompt, if it is."""
     _counted: tuple[int, int] = (0, 0)
     """Tokens that a chat server has read and written for the shards that are finished."""
 
@@ -177,9 +180,8 @@ class GeneratePlan(Plan):
         return AskedRow(row, prompt.ids, images, make)
 
     def _prompt(self, row: Mapping[str, Any]) -> Prompt | UnusableRow:
-        view = self.run.training.view
         try:
-            read = read_row(row if view is None else view.rewrite(row))
+            read = read_row(row if self.view is None else self.view.rewrite(row))
             if isinstance(read, UnusableRow):
                 return read
             images = read.get("images")

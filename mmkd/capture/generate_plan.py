@@ -7,6 +7,7 @@ from datasets import Dataset, Features, List, Value
 from mmkd.data.data_recipe import OUTPUT_COLUMNS
 from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
+from mmkd.preparation.row_views import RowView
 from mmkd.recipe.cache_arguments import CacheArguments
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run import load_rows_of
@@ -25,6 +26,7 @@ def make_generate_plan(run: Run) -> GeneratePlan:
     settings, arguments = run.arguments, run.cache
     check_answerer(run)
     view = run.training.view
+    told = view and RowView(view, run.training.privileged_dropout, run.training.seed)
     data = load_rows_of(run, arguments.read_columns)
     columns = data["train"].column_names
     if "text" in columns:
@@ -45,8 +47,8 @@ def make_generate_plan(run: Run) -> GeneratePlan:
         teacher = described_teacher(run, tokenizer_of(processing_class), 0, arguments.cache_max_new_tokens)
         facts = preparation_of(processing_class, run.training)
         rendering = {name: facts[name] for name in ("tokenizer", "chat_template", "image_processor")}
-    if view is not None:
-        rendering["teacher_view"] = view.facts
+    if told is not None:
+        rendering["teacher_view"] = told.facts
     rows = {str(split): len(dataset) for split, dataset in data.items()}
     # Answers stay what they are when they are verified by another column.
     read = () if view is None else view.reads
@@ -56,7 +58,7 @@ def make_generate_plan(run: Run) -> GeneratePlan:
     described = {"signal": {"kind": "text"}, "preparation": rendering, "sampling": _sampling(arguments)}
     manifest = manifest_of(run, teacher, asked, rows, **described)
     features = _features(data["train"], budgeted=arguments.cache_max_think_tokens is not None)
-    plan = GeneratePlan(run, folder_of(run), manifest, features, data, processing_class)
+    plan = GeneratePlan(run, folder_of(run), manifest, features, data, processing_class, told)
     # A verifier that cannot be made, or a judge that is not there, is told before hours of generation.
     plan.files()
     return plan

@@ -252,7 +252,7 @@ def prepare(
     # Looking at the columns should not fail where an image cannot be decoded.
     keep = () if view is None else view.reads
     unread = {str(split): image_column(canonical(dataset, str(split), keep=keep)) for split, dataset in data.items()}
-    told = None if view is None else RowView(view, args.privileged_dropout, args.seed)
+    told = None if view is None else RowView(view, args.privileged_dropout, args.seed, args.teacher_max_length)
     if view is not None and view.images_column is not None:
         column = view.images_column
         unread = {split: second_image_column(dataset, column, split) for split, dataset in unread.items()}

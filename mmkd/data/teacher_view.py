@@ -102,7 +102,7 @@ class TeacherView:
                     f"teacher_view sets {name!r}, which no view has; did you mean {nearest(name, names)!r}?"
                 )
             if name != "columns" and not isinstance(own, str | None):
-                raise UserError(f"teacher_view.{name} is {own!r:.60}, which is no text. Put it in quotes.")
+                raise UserError(f"teacher_view.{name} is {own!r:.60}, which is no text. Write one text, in quotes.")
         columns = value.get("columns") or ()
         columns = [columns] if isinstance(columns, str) else columns
         if not isinstance(columns, Sequence) or not all(isinstance(name, str) for name in columns):
@@ -179,7 +179,11 @@ class TeacherView:
 
     def _filled(self, row: Mapping[str, Any], prompt: str) -> str:
         assert self.template is not None
-        return filled(self.template, {ANSWER: answer_of(row), **row, PROMPT: prompt})
+        return filled(self.template, {**self._values(row), PROMPT: prompt})
+
+    def _values(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What the template reads besides the prompt. A column that others read too does not hide the answer."""
+        return {ANSWER: answer_of(row), **{name: row[name] for name in self.columns}}
 
     def _rewritten(self, asked: Sequence[Message], row: dict[str, Any]) -> list[Message]:
         messages = [dict(message) for message in asked]
@@ -212,8 +216,7 @@ class TeacherView:
         if not is_whole or f"{{{PROMPT}}}" in after:
             images = [part for part in content if part["type"] != "text"]
             return [*images, {"type": "text", "text": self._filled(row, texts)}]
-        values = {ANSWER: answer_of(row), **row}
-        start, end = (filled(text, values) for text in (before, after))
+        start, end = (filled(text, self._values(row)) for text in (before, after))
         parts = [dict(part) for part in content]
         if start and parts and parts[0]["type"] == "text":
             parts[0]["text"] = start + parts[0]["text"]

@@ -93,7 +93,7 @@ def examine_tokens(run: Run, sharded: bool, own: Callable[[Book, Sample | None],
         if sample is not None and teacher_run.training.view is not None:
             book.check("teacher_view", views.own_prompt, teacher_run, sample)
         if teacher_run.itself:
-            book.check("teacher", teachers.itself, teacher_run)
+            book.check("teacher", teachers.itself, teacher_run, len(alone) == 1)
         if student is not None:
             book.check("special tokens", tokens.special_tokens, student, teacher, ours, teacher_run)
         if student is not None and sample is not None and ours is not None and sample.has_images:

@@ -65,8 +65,11 @@ def server(run: Run, student: Side, teacher: Side | None, sample: Sample | None)
     return [Finding("ok", "server", message), *asked]
 
 
-def itself(run: Run) -> list[Finding]:
-    """In which form a student that is its own teacher teaches, and whether it has anything to learn from that."""
+def itself(run: Run, alone: bool) -> list[Finding]:
+    """In which form a student that is its own teacher teaches, and whether it has anything to learn from that.
+
+    Beside other teachers (not `alone`) it has.
+    """
     form = run.training.self_teacher or "base"
     forms = {
         "base": "as it was before training" + (", which is without its adapter" if run.student.use_peft else ""),
@@ -74,7 +77,7 @@ def itself(run: Run) -> list[Finding]:
         "ema": f"averaged over the steps (ema_decay {run.training.ema_decay:g})",
     }
     found = [Finding("ok", "teacher", f"The student is its own teacher, {forms[form]}.")]
-    missing = nothing_to_learn(run.training) if METHODS[run.arguments.method].needs_teacher else None
+    missing = nothing_to_learn(run.training) if alone and METHODS[run.arguments.method].needs_teacher else None
     if missing is not None:
         message, _, advice = missing.partition(" Set ")
         found.append(Finding("warning", "teacher", message, f"Set {advice}"))

@@ -83,9 +83,8 @@ def _readable(rule: Verifier, golds: list[Any], keep: str) -> list[Finding]:
 def _own_answers(rule: Verifier, rows: list[dict[str, Any]], golds: list[Any]) -> list[Finding]:
     """Whether the answers that the rows have themselves are found right."""
     answers = [thought_of(answer_of(row)).answer for row in rows]
-    rulings = {
-        number: rule.rule(answer, rows[number], golds[number]).right for number, answer in enumerate(answers) if answer
-    }
+    ruled = ((n, rule.rule(answer, rows[n], golds[n]).right) for n, answer in enumerate(answers) if answer)
+    rulings = {number: right for number, right in ruled if right is not None}
     if not rulings:
         return [Finding("ok", "verifier", f"{rule.name} reads the right answers of {len(rows)} rows.")]
     wrong = [number for number, right in rulings.items() if not right]

@@ -39,7 +39,7 @@ def _looked_at(run: Run, sample: Sample) -> Iterator[Finding]:
         )
     yield from _empty_columns(view, rows)
     reads_answer = view.template is not None and ANSWER in template_columns(view.template)
-    if reads_answer and not run.training.on_policy_fraction:
+    if reads_answer and not run.training.on_policy_fraction and run.cache.job != "generate":
         yield Finding(
             "warning",
             "teacher_view",

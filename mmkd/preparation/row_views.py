@@ -30,6 +30,13 @@ class RowView:
     """Tokens of the longest row that the teacher reads; None: any number."""
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What decides which rows the teacher reads behind its own prompt, and behind which, as JSON can say it."""
+        dropout = {"dropout": {"share": self.dropout, "seed": self.seed}} if self.dropout else {}
+        longest = {} if self.longest is None else {"teacher_max_length": self.longest}
+        return {**self.view.facts, **dropout, **longest}
+
+    @property
     def image_columns(self) -> tuple[str, ...]:
         """The columns with the images that are read."""
         own = self.view.images_column

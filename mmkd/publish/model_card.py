@@ -148,10 +148,11 @@ def _taught_by(student: Student) -> str:
     return " and ".join([*(f"`{source.name}`" for source in student.teachers), *student.own_forms])
 
 
-def _own_prompts(recipe: Mapping[str, Any]) -> str:
-    """What teachers read in the place of the student's prompt, by a recipe; empty if they read that."""
-    parts = [recipe.get(name) for name in ("teachers", "stages")]
-    keys = [recipe, *(own for part in parts if isinstance(part, Mapping) for own in part.values())]
+def _own_prompts(recipes: Sequence[Mapping[str, Any]]) -> str:
+    """What teachers read in the place of the student's prompt, by recipes; empty if they read that."""
+    taught = [recipe for recipe in recipes if recipe.get("method") != BASELINE_METHOD]
+    parts = [recipe.get(name) for recipe in taught for name in ("teachers", "stages")]
+    keys = [*taught, *(own for part in parts if isinstance(part, Mapping) for own in part.values())]
     views = [own["teacher_view"] for own in keys if isinstance(own, Mapping) and own.get("teacher_view")]
     shown = [view if isinstance(view, str) else json.dumps(view, ensure_ascii=False) for view in views]
     return " and ".join(f"`{view}`" for view in dict.fromkeys(shown))
@@ -173,10 +174,11 @@ def _usage(student: Student) -> str:
 
 
 def _lineage(student: Student) -> dict[str, str]:
+    prompts = _own_prompts([*student.earlier, student.recipe])
     return {
         "Base model": _names(student.base) or "none: random weights",
         **({"Teacher": _taught_by(student)} if _taught_by(student) else {}),
-        **({"The teacher's own prompt": prompts} if (prompts := _own_prompts(student.recipe)) else {}),
+        **({"The teacher's own prompt": prompts} if prompts else {}),
         "Methods": ", ".join(f"`{method}`" for method in student.methods),
         "Data": _names(student.data),
         **({"Answers it learnt from": " ".join(student.answers)} if student.answers else {}),

@@ -11,7 +11,7 @@ from mmkd.training.method import METHODS
 from .arguments import RunArguments, StudentArguments
 
 _LOADING = ("teacher_revision", "teacher_dtype", "teacher_attn_implementation", "teacher_load_in_4bit")
-_LOADING += ("teacher_load_in_8bit",)
+_LOADING += ("teacher_load_in_8bit", "teacher_model_init_kwargs")
 """Keys that say how a teacher is loaded."""
 
 

@@ -108,8 +108,8 @@ class ChatClient:
         key = next((os.environ[name] for name in key_names if os.environ.get(name)), None)
         if key is None and not all(urlsplit(url).hostname in _HERE for url, _ in bases):
             raise UserError(
-                f"There is no key for {bases[0][0]}: set {' or '.join(key_names)} in the environment. Keys are read "
-                "from there only, never from a recipe."
+                f"There is no key for {bases[0][0]}: set {' or '.join(key_names)} in the environment, to any text for "
+                "a server that asks for no key. Keys are read from there only, never from a recipe."
             )
         self._endpoints = Endpoints([url for url, _ in bases], key, concurrency, timeout, retries)
         self._limit, self._left_out = "max_tokens", set[str]()
@@ -231,6 +231,8 @@ class ChatClient:
 def _base(url: str) -> tuple[str, bool]:
     """A URL as `Endpoints` takes it, and whether the protocol's paths begin with /v1 there."""
     parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"{url!r} is no URL of a chat server. Write it as https://HOST/v1 or http://HOST:PORT.")
     if parts.username or parts.password or parts.query:
         host = parts.hostname or "the host"
         raise UserError(

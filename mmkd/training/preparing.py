@@ -14,6 +14,7 @@ from trl.trainer.sft_config import SFTConfig
 from mmkd.cache.sequence_keys import segments
 from mmkd.data.teacher_view import TeacherView
 from mmkd.models.load import tokenizer_of
+from mmkd.preparation.row_views import RowView
 
 _READ = 1000
 
@@ -30,6 +31,8 @@ def preparation_of(
     does not read what the student reads.
     """
     image_processor = getattr(processing_class, "image_processor", None)
+    settings: Any = args
+    told = view and RowView(view, settings.privileged_dropout, settings.seed, settings.teacher_max_length)
     return {
         "tokenizer": _sha256(_tokenizer_json(tokenizer_of(processing_class))),
         "eos_token": str(tokenizer_of(processing_class).eos_token),
@@ -42,18 +45,7 @@ def preparation_of(
         # Strategies that keep sequences whole give the same ones as no packing.
         "packing": args.packing_strategy if args.packing and args.packing_strategy != "bfd" else None,
         # Not where there is none, so that caches of earlier versions stay what they are.
-        **({} if view is None else {"teacher_view": _facts_of(view, args)}),
-    }
-
-
-def _facts_of(view: TeacherView, args: Any) -> dict[str, Any]:
-    """What decides which rows a teacher reads behind its own prompt, and behind which."""
-    dropout = {"share": args.privileged_dropout, "seed": args.seed} if args.privileged_dropout else None
-    longest = args.teacher_max_length
-    return {
-        **view.facts,
-        **({} if dropout is None else {"dropout": dropout}),
-        **({} if longest is None else {"teacher_max_length": longest}),
+        **({} if told is None else {"teacher_view": told.facts}),
     }
 
 

@@ -301,6 +301,12 @@ def _check_no_view(args: DistillationConfig) -> None:
             "teacher_view, or remove privileged_dropout.",
             because="meaning",
         )
+    if args.teacher_max_length is not None and not args.own_tokens:
+        raise UserError(
+            f"teacher_max_length is {args.teacher_max_length}, and without a teacher_view the teacher reads the "
+            "student's rows, which max_length limits. Set max_length, or remove teacher_max_length.",
+            because="meaning",
+        )
 
 
 def _rows_of(dataset: Dataset, column: str, name: str) -> Dataset:

@@ -139,8 +139,11 @@ def test_rows_of_python_keep_a_column_that_their_layout_reads() -> None:
 
 def test_a_card_names_what_the_teacher_read_and_comd_takes_no_view() -> None:
     stages = {"KD": {"teacher_view": {"system": "Be brief."}}, "SFT": {"method": "sft"}}
-    assert _own_prompts({"stages": stages}) == '`{"system": "Be brief."}`'
-    assert _own_prompts({"teacher": "a"}) == ""
+    assert _own_prompts([{"stages": stages}]) == '`{"system": "Be brief."}`'
+    assert (
+        _own_prompts([{"teacher": "a"}, {"method": "sft", "teacher_view": {"system": "A baseline is not taught."}}])
+        == ""
+    )
     with pytest.raises(UserError, match="comd has the teacher answer") as refused:
         CoMDConfig(output_dir="run", bf16=False, teacher_view={"system": "Be brief."})
     assert refused.value.because == "not built"
