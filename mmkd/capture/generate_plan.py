@@ -65,7 +65,7 @@ def make_generate_plan(run: Run) -> GeneratePlan:
 
 
 def check_answerer(run: Run) -> None:
-    """Raises UserError where nobody is named who answers, or more than one, and without a folder to write."""
+    """Raises UserError where nobody is named who answers, and without a folder to write."""
     settings = run.arguments
     if (settings.teacher is None and settings.teacher_api is None) or settings.teacher_cache is None:
         raise UserError(
@@ -74,12 +74,6 @@ def check_answerer(run: Run) -> None:
         )
     if settings.teacher_api is None:
         return
-    if settings.teacher is not None or settings.teacher_server is not None:
-        raise UserError(
-            "teacher_api says who answers, and so do `teacher` and teacher_server: keep one. The name of the model at "
-            "the API is teacher_api_model.",
-            because="meaning",
-        )
     if run.cache.cache_max_think_tokens is not None:
         raise UserError(
             "cache_max_think_tokens ends thoughts within the teacher's tokens, which a chat API does not take. Use a "

@@ -253,12 +253,7 @@ class RunArguments:
         sources = [self.teacher, self.teacher_cache, self.teacher_server]
         _check_teachers(self, any(sources))
         absent = not any(sources) and self.teachers is None
-        if absent and self.teacher_api is not None and METHODS[self.method].needs_teacher:
-            raise UserError(
-                f"teacher_api writes text and no probabilities of given tokens, from which {self.method} learns. "
-                "Generate answers with method: sft and job: generate, and train on them.",
-                because="upstream",
-            )
+        _check_api(self, absent)
         if absent and METHODS[self.method].needs_teacher:
             raise UserError(
                 f"Method {self.method} needs a teacher: set `teacher` to a Hub id or a folder, or teacher_cache, or "
@@ -268,6 +263,24 @@ class RunArguments:
             raise UserError(
                 "teacher_load_in_4bit and teacher_load_in_8bit exclude each other: keep one.", because="meaning"
             )
+
+
+def _check_api(arguments: RunArguments, absent: bool) -> None:
+    """Raises UserError where teacher_api is not the only one who answers, and where a method needs more than text."""
+    if arguments.teacher_api is None:
+        return
+    if arguments.teacher or arguments.teacher_server or arguments.teachers:
+        raise UserError(
+            "teacher_api says who answers, and so do `teacher`, `teachers` and teacher_server: keep one. The name of "
+            "the model at the API is teacher_api_model.",
+            because="meaning",
+        )
+    if absent and METHODS[arguments.method].needs_teacher:
+        raise UserError(
+            f"teacher_api writes text and no probabilities of given tokens, from which {arguments.method} learns. "
+            "Generate answers with method: sft and job: generate, and train on them.",
+            because="upstream",
+        )
 
 
 def _check_teachers(arguments: RunArguments, one_too: bool) -> None:

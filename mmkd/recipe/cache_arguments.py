@@ -186,7 +186,7 @@ class CacheArguments:
         default=None,
         metadata={
             "help": "For cache_keep: judge. URLs of a chat server (OpenAI's protocol) whose model rates each answer "
-            "from 1 to 10."
+            "from 1 to 10. With another cache_keep, answers are rated too and chosen without the ratings."
         },
     )
     cache_judge_model: str | None = field(
@@ -259,6 +259,12 @@ def _check_verification(arguments: CacheArguments) -> None:
         raise UserError("cache_json_schema is for cache_verifier: json only.", because="meaning")
     if arguments.cache_verifier_columns and not (verifier or "").startswith(PYTHON):
         raise UserError("cache_verifier_columns is for cache_verifier: python:... only.", because="meaning")
+    if arguments.cache_gold_column is not None and verifier is None and arguments.cache_judge_server is None:
+        raise UserError(
+            "cache_gold_column names the right answers, and nobody compares with them. Set cache_verifier or "
+            "cache_judge_server, or remove cache_gold_column.",
+            because="meaning",
+        )
     if keep == "majority" and arguments.cache_samples < 2:
         raise UserError("cache_keep: majority compares several answers: set cache_samples.", because="meaning")
     if arguments.cache_pairs and (keep == "all" or arguments.cache_samples < 2):

@@ -8,6 +8,7 @@ from typing import Any
 from mmkd.generation.thoughts import OPEN
 from mmkd.models.load import tokenizer_of
 from mmkd.training.config import DistillationConfig
+from mmkd.training.method import BASELINE_METHOD
 
 from .recipe import Run
 from .run_models import student_processing_class, teacher_processing_class
@@ -32,7 +33,9 @@ def cautions_of(run: Run) -> list[Caution]:
     if not isinstance(run.training, DistillationConfig):
         return []
     cautions = dict.fromkeys(_of_rollouts(run.training))
-    alone = [own for own in run.by_teacher().values() if _is_about_templates(own)]
+    # The teacher of a baseline only measures.
+    teaches = run.arguments.method != BASELINE_METHOD
+    alone = [own for own in run.by_teacher().values() if teaches and _is_about_templates(own)]
     student = student_processing_class(run) if alone else None
     for own in alone:
         needed = not own.itself and own.training.on_policy_fraction

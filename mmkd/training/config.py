@@ -102,7 +102,8 @@ class DistillationConfig(RolloutConfig):
         default=None,
         metadata={
             "help": "For teacher_view. Longest row in tokens of the teacher, its prompt and the answer; longer rows "
-            "are left out and counted. max_length is for the student's rows. Default: any length."
+            "of text are left out and counted, rows with images are treated as on_bad_row says. max_length is for the "
+            "student's rows. Default: any length."
         },
     )
     self_teacher: str | None = field(

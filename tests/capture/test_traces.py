@@ -299,6 +299,10 @@ def test_a_teacher_reads_a_prompt_of_its_own(build: Run, server: ChatServer, sum
     build("--teacher_view", json.dumps({"template": "{prompt}\n{answer}"}))
     assert all("####" in said(body) for body in server.requests)
     assert {row["prompt"] for row in rows_of("answers/data.yaml")} == {"3+4"}
+    del server.requests[:]
+    without = ["--privileged_dropout", "1", "--teacher_cache", "dropped"]
+    build("--teacher_view", json.dumps({"template": "{prompt}\n{answer}"}), *without)
+    assert not any("####" in said(body) for body in server.requests)
     assert "teacher_view" in build(status=2)
 
 

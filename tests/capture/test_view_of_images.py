@@ -54,6 +54,9 @@ def test_a_cache_says_what_the_teacher_says_of_its_own_view(pictures: Path, tmp_
         trainer: Any = build_trainer(recipe_of(str(pictures), flags).parse())
         results.append([*steps(trainer), *losses_of(trainer, "visual_kl"), *losses_of(trainer, "relation_distance")])
     assert results[0] == pytest.approx(results[1], rel=1e-4)
+    longer = ["--teacher_max_length", "20", "--teacher_cache", str(tmp_path / "short")]
+    with pytest.raises(UserError, match="tokens behind the teacher's prompt; teacher_max_length is 20"):
+        build_cache(pictures, *longer)
     with pytest.raises(UserError, match="teacher_view"):
         build_trainer(
             recipe_of(str(pictures), [*cache, "--teacher_view", "null", "--output_dir", str(tmp_path / "no")]).parse()

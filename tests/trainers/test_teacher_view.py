@@ -163,6 +163,7 @@ def test_dropout_gives_the_teacher_the_students_prompt_in_the_same_rows(build: B
         ("hinted", {"teacher_view": HINT, "packing": True, "packing_strategy": "wrapped"}, "packing_strategy"),
         ("hinted", {"teacher_view": {"template": "{x}", "columns": ["x"]}}, "'x', which the train rows"),
         ("hinted", {"privileged_dropout": 0.5}, "there is no teacher_view"),
+        ("hinted", {"teacher_max_length": 20}, "without a teacher_view"),
         ("hinted", {"teacher_view": HINT, "teacher_max_length": 2}, "in all 24 train rows"),
     ],
 )
