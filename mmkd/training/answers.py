@@ -93,7 +93,7 @@ def with_answers(
 
     def answered(view: View) -> View:
         moved = {
-            row: placing._replace(start=_same_place(batch.student, view, row, placing.start))
+            row: placing._replace(start=same_place(batch.student, view, row, placing.start))
             for row, placing in placed.items()
         }
         return _answered(view, moved, pad_id, multiple, learnt)
@@ -105,7 +105,7 @@ def with_answers(
     return replace(batch, student=student, row_lengths=lengths)
 
 
-def _same_place(student: View, view: View, row: int, start: int) -> int:
+def same_place(student: View, view: View, row: int, start: int) -> int:
     """Where the answer that begins there in a row of the student's begins in a view with the same answers."""
     before = int((student.labels[row, 1:start] != -100).sum())
     return int((view.labels[row, 1:] != -100).nonzero()[before, 0]) + 1

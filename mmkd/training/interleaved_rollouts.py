@@ -29,7 +29,7 @@ from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import asked, parts_of
 
-from .answers import answer_starts, prompts_of
+from .answers import prompts_of, same_place
 from .likely_tokens import likely_tokens
 from .rollouts import Collate, RolloutPrompt
 
@@ -236,10 +236,9 @@ def _as_teacher_reads(
     if collate is None:
         return prompt_inputs(tokenizer, [Prompt(prompt.of_teachers.get(ONLY, prompt.ids)) for prompt in prompts])
     batch = collate([prompt.example for prompt in prompts])
-    starts = answer_starts(batch.teacher_view()) if ONLY in batch.readings else [prompt.start for prompt in prompts]
-    asked_now = [start for start in starts if start is not None]
-    assert len(asked_now) == len(prompts), "a row that can be answered has an answer on both sides"
-    inputs = prompts_of(batch.teacher_view(), asked_now, tokens.pad)
+    theirs = batch.teacher_view()
+    starts = [same_place(batch.student, theirs, row, prompt.start) for row, prompt in enumerate(prompts)]
+    inputs = prompts_of(theirs, starts, tokens.pad)
     # The student's padding may be a token that the teacher does not know.
     return {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 0)}
 

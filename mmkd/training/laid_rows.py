@@ -68,8 +68,8 @@ def _apart(view: View, rows: int) -> View:
 
 def _end_to_end(view: View, lay: Lay) -> View:
     """A view of single rows with these end to end."""
-    route, lengths = view.route, view.inputs["attention_mask"].sum(1)
-    device, lengths = view.labels.device, view.inputs["attention_mask"].sum(1)
+    real, route, device = view.inputs["attention_mask"].bool(), view.route, view.labels.device
+    lengths = real.sum(1)
     rows = zip(view.inputs["input_ids"].tolist(), view.labels.tolist(), lengths.tolist(), strict=True)
     laid = View.of(lay([{"input_ids": ids[:end], "labels": labels[:end]} for ids, labels, end in rows]))
     laid = laid.map(lambda tensor: tensor.to(device))
@@ -77,7 +77,6 @@ def _end_to_end(view: View, lay: Lay) -> View:
         of_tokens = route[:, 0].repeat_interleave(lengths)
         # Padding to a multiple, after the last row, is nobody's.
         route = pad(of_tokens, (0, laid.labels.shape[1] - len(of_tokens)), value=-1)[None]
-    real = view.inputs["attention_mask"].bool()
 
     def end_to_end(tensor: Tensor) -> Tensor:
         return pad(tensor[real], (0, laid.labels.shape[1] - int(lengths.sum())))[None]

@@ -22,8 +22,9 @@ def likely_tokens(
         parts = {
             name: likely_tokens(part, top_k, vocab_size, silenced, supervised) for name, part in signal.signals.items()
         }
-        width = max(part.ids.shape[1] for part in parts.values())
-        places = int(supervised.sum())
+        width, places = max(part.ids.shape[1] for part in parts.values()), int(supervised.sum())
+        # Batches that are made to be judged are on the CPU, what is said of them on the model's device.
+        supervised = supervised.to(next(iter(signal.masks.values())).device)
         ids = torch.full((places, width), -1, device=supervised.device)
         log_probs = torch.full((places, width), -torch.inf, device=supervised.device)
         for name, part in parts.items():

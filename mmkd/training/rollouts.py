@@ -30,7 +30,7 @@ from mmkd.teachers.batch import Batch
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.several import parts_of
 
-from .answers import Placed, Rollout, answer_starts, prompts_of, with_answers
+from .answers import Placed, Rollout, answer_starts, prompts_of, same_place, with_answers
 from .laid_rows import Lay, laid_again, taken_apart
 from .rollout_config import RolloutConfig
 from .rows_again import with_rows_again
@@ -291,7 +291,7 @@ class Rollouts:
             return prompt
         theirs = {}
         for name, reading in batch.readings.items():
-            start = answer_starts(reading.view)[prompt.row]
+            start = same_place(batch.student, reading.view, prompt.row, prompt.start)
             theirs[name] = reading.view["input_ids"][prompt.row, :start].tolist()
         route = batch.student.route
         return replace(prompt, of_teachers=theirs, route=None if route is None else int(route[prompt.row, 0]))

@@ -115,6 +115,22 @@ def test_a_teacher_judges_behind_its_own_prompt(build: Build, completions: Datas
         assert (answer.ids, answer.replaced) == reference(student, teacher, prompt.ids, read, 100)
 
 
+@pytest.mark.parametrize("laid", [{}, {"padding_free": True, "max_length": None}])
+def test_a_teacher_judges_plain_text_behind_its_own_beginning(
+    build: Build, texts: Dataset, laid: dict[str, Any]
+) -> None:
+    rows = texts.add_column("topic", ["the red dog saw"] * len(texts))  # pyright: ignore[reportCallIssue]
+    view = {"template": "{topic} ", "columns": ["topic"]}
+    trainer: Any = build(KDTrainer, rows, teacher_view=view, rollout_prompt_tokens=4, **GREEDY, **laid)
+    batch = mixed(trainer)
+    student, teacher = trainer.model.eval(), trainer.teacher.model
+    single, theirs = (side.inputs["input_ids"][0].tolist() for side in (batch.student, batch.teacher_view()))
+    before = len(trainer.processing_class("the red dog saw ")["input_ids"])
+    said, replaced = reference(student, teacher, single[:4], theirs[: before + 4], 100)
+    assert single[4 : 4 + len(said)] == said
+    assert (~batch.student.rollout.own[0, 4 : 4 + len(said)]).tolist() == replaced
+
+
 def test_tokens_are_replaced_by_the_teachers_at_its_odds() -> None:
     likely = LikelyTokens(
         torch.tensor([[7, 5, 9]]).repeat(20_000, 1), torch.tensor([0.5, 0.2, 0.1]).log().repeat(20_000, 1)
