@@ -17,6 +17,7 @@ from mmkd.data.canonical import OURS
 from mmkd.data.user_functions import user_function
 from mmkd.errors import UserError
 from mmkd.losses.likelihood import token_log_probs
+from mmkd.preparation.row_names import STORED_IMAGES
 from mmkd.teachers.batch import Batch
 
 from .answer_text import without_answer
@@ -34,6 +35,7 @@ _TOLD = (*_LISTS, "trainer_state")
 """What a reward function is told besides the columns of the rows."""
 _TOKENS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "seq_lengths")
 _SHOWN = 300
+"""Characters of a prompt and of an answer that an error shows."""
 
 
 def with_rated_rows(data: Any) -> Any:
@@ -52,12 +54,14 @@ def with_rated_rows(data: Any) -> Any:
     return concatenate_datasets([data, rows], axis=1)
 
 
-def told_of(row: Mapping[str, Any]) -> dict[str, Any]:
+def told_of(row: Mapping[str, Any], pictures: Sequence[str] = ()) -> dict[str, Any]:
     """What a reward function is told of a row: its prompt where it has one, and its columns besides TRL's.
 
-    Raises UserError for a value that is neither text, number, list nor mapping of such.
+    `pictures` name further columns with images, which are not told. Raises UserError for a value that is neither text,
+    number, list nor mapping of such.
     """
-    told = {name: value for name, value in row.items() if name not in (*OURS, *_TOKENS, "image")}
+    untold = {*OURS, *_TOKENS, "image", STORED_IMAGES, *pictures}
+    told = {name: value for name, value in row.items() if name not in untold}
     if "messages" in row:
         told["prompt"] = without_answer(row["messages"])
     elif "prompt" in row:
@@ -127,7 +131,7 @@ class RewardFunction:
             return []
         columns = {name: [row.get(name) for row in told] for name in dict.fromkeys(n for row in told for n in row)}
         try:
-            return self._called({**columns, **answers}, len(told))
+            rewards = self._called({**columns, **answers})
         except Exception as error:
             failed = f"reward: {self.name} failed with {type(error).__name__}: {error}."
             if len(told) == 1:
@@ -138,18 +142,21 @@ class RewardFunction:
                 one = {name: [answers[name][place]] for name in _LISTS}
                 self([told[place]], {**answers, **one})
             raise UserError(failed) from error
+        if len(rewards) != len(told):
+            raise UserError(
+                f"reward: {self.name} gave {len(rewards)} rewards for {len(told)} answers. It must give one for each, "
+                "or None for an answer that it does not rate."
+            )
+        return rewards
 
-    def _called(self, everything: Mapping[str, Any], count: int) -> list[float | None]:
+    def _called(self, everything: Mapping[str, Any]) -> list[float | None]:
         known = everything if self.takes_all else {n: v for n, v in everything.items() if n in self.parameters}
         rewards: Any = self.function(**known)
         if inspect.isawaitable(rewards):
             rewards = asyncio.run(_awaited(rewards))
-        rewards = list(rewards)
-        if len(rewards) != count:
-            raise UserError(f"reward: {self.name} gave {len(rewards)} rewards for {count} answers.")
         values = [None if reward is None else float(reward) for reward in rewards]
         if any(value is not None and math.isinf(value) for value in values):
-            raise UserError(f"reward: {self.name} gave an infinite reward.")
+            raise ValueError("it gave an infinite reward")
         # As in TRL, where None and NaN are the same.
         return [None if value is None or math.isnan(value) else value for value in values]
 
@@ -172,20 +179,27 @@ class Rewards:
         function: rates answers.
         tokenizer: the student's.
         gathered: gives the objects of all ranks, in their order.
+        pictures: columns with images that teachers see in the place of the student's.
     """
 
-    def __init__(self, function: RewardFunction, tokenizer: Any, gathered: Callable[[list[Any]], list[Any]]):
-        self.function, self.tokenizer, self.gathered = function, tokenizer, gathered
+    def __init__(
+        self,
+        function: RewardFunction,
+        tokenizer: Any,
+        gathered: Callable[[list[Any]], list[Any]],
+        pictures: Sequence[str] = (),
+    ):
+        self.function, self.tokenizer, self.gathered, self.pictures = function, tokenizer, gathered, pictures
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Raises UserError where a prepared row lacks a column that the function asks for."""
-        self.function.check(_told(row))
+        self.function.check(self._told(row))
 
     def of(self, mixed: Mixed, state: Any) -> list[float | None]:
         """The reward of each rollout of this rank; None for those that are not rated."""
         # Plain text, which has no prompt of its own, is continued from its first tokens on.
         told = [
-            {"prompt": self.tokenizer.decode(prompt.ids, skip_special_tokens=True), **_told(prompt.example)}
+            {"prompt": self.tokenizer.decode(prompt.ids, skip_special_tokens=True), **self._told(prompt.example)}
             for prompt in mixed.prompts
         ]
         texts = [str(self.tokenizer.decode(rollout.ids, skip_special_tokens=True)) for rollout in mixed.rollouts]
@@ -212,15 +226,17 @@ class Rewards:
         }
         scored = [reward for reward in rewards if reward is not None]
         reports["reward"] = (torch.tensor(float(sum(scored))), len(scored))
-        spread = torch.tensor(rated, dtype=torch.float64).std(correction=0) if rated else torch.zeros(())
+        # In float32 for a device that has no other.
+        spread = torch.tensor(rated, dtype=torch.float64).std(correction=0).float() if rated else torch.zeros(())
         reports["reward_std"] = (spread, 1.0 if rated else 0.0)
         others = Others(everyone)
         return [0.0 if reward is None else others.advantage(prompt, reward) for prompt, reward in own], reports
 
-
-def _told(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reward function is told of a prepared row."""
-    return told_of(row) if RATED not in row else json.loads(row[RATED][0] if "seq_lengths" in row else row[RATED])
+    def _told(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What the function is told of a prepared row."""
+        if RATED not in row:
+            return told_of(row, self.pictures)
+        return json.loads(row[RATED][0] if "seq_lengths" in row else row[RATED])
 
 
 class Others:

@@ -31,6 +31,7 @@ from .rollout_ahead import RolloutsAhead
 from .rollout_guards import SUMS, RolloutWatch, checkpoints_in, sums_of
 from .rollouts import Mixed, Rollouts
 from .served_rollouts import is_served
+from .teacher_views import image_columns
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class RolloutTrainer(ReportingTrainer):
     """trl's SFTTrainer whose accumulated batches may hold what the student says itself, in the place of the data."""
 
     args: Any
+    teacher: Any
     rollouts: Rollouts | None = None
     _ahead: RolloutsAhead | None = None
     _watch: RolloutWatch | None = None
@@ -57,7 +59,8 @@ class RolloutTrainer(ReportingTrainer):
         self.rollouts = rollouts
         if self.args.reward is not None:
             processing_class: Any = self.processing_class
-            self._rewards = Rewards(RewardFunction(self.args.reward), tokenizer_of(processing_class), gather_object)
+            function, pictures = RewardFunction(self.args.reward), image_columns(self.teacher, self.args)
+            self._rewards = Rewards(function, tokenizer_of(processing_class), gather_object, pictures)
             rows: Any = self.train_dataset
             self._rewards.check(dict(next(iter(rows))))
         self._start_watch()

@@ -175,6 +175,18 @@ def test_rollouts_about_pictures_are_read_behind_the_teachers_prompt(
     assert losses_of(served) == pytest.approx(local, abs=1e-5)
 
 
+def test_a_reward_is_told_everything_but_pictures(teach: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rewards.py"
+    path.write_text("def short(completions, hint, **kwargs):\n    return [float(len(kwargs)) for _ in hint]\n")
+    settings = {"on_policy_fraction": 1.0, "rollout_max_tokens": 4, "reward_weight": 0.5, "max_steps": 1}
+    trainer = teach(
+        KDTrainer, hinted([1, 0, 1, 1], [1, 1, 1, 0]), teacher_view=HINT, reward=f"{path}:short", **settings
+    )
+    trainer.train()
+    # prompts, completion_ids and trainer_state.
+    assert losses_of(trainer, "reward") == [3.0]
+
+
 def test_each_of_several_teachers_has_its_own_view(teach: Any, vlms: dict[str, Path]) -> None:
     data = hinted([1, 2, 0, 1], [1, 1, 2, 1])
     folders = {"a": str(vlms["teacher"]), "b": str(vlms["fine"])}
