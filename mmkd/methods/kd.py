@@ -202,6 +202,13 @@ class KDTrainer(DistillationTrainer[Targets]):
         batch = super().with_rollouts(batch, placed)
         return own_tokens(batch) if self.args.sampled else batch
 
+    def early_question(self) -> Callable[[Batch], Batch] | None:
+        """The base's; where only sampled tokens are compared, about no others."""
+        question = super().early_question()
+        if question is None or not self.args.sampled:
+            return question
+        return lambda batch: question(own_tokens(batch))
+
     def ask_ahead(self, batch: Batch, alone: bool) -> Batch:
         """The base's; where only sampled tokens are compared, nothing of a batch without rollouts."""
         batch = super().ask_ahead(batch, alone)

@@ -27,7 +27,9 @@ def importance_weights(student: Supervised, signal: Any, gamma: float, chunk_siz
     sampling = rollout.log_probs
     if sampling is None:
         sampling = token_log_probs(student.hidden, student.head, student.labels, chunk_size=chunk_size)[0]
-    weights = prefix_importance(label_log_probs(signal, student, chunk_size) - sampling, answers, gamma)
+    gaps = label_log_probs(signal, student, chunk_size) - sampling
+    # What a teacher put in the place of the student's tokens has not strayed from it.
+    weights = prefix_importance(gaps.where(rollout.own, 0), answers, gamma)
     return weights.where(rollout.own, 1)
 
 
