@@ -1,7 +1,7 @@
 """The recipe that a student is compared with, and recipes with other keys in some of their stages."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,16 @@ from mmkd.recipe.recipe import STAGE_KEYS, Recipe
 from mmkd.recipe.stages import plan
 from mmkd.training.comparison import Comparison
 from mmkd.training.method import BASELINE_METHOD, METHODS
-from mmkd.training.rollout_config import RolloutConfig
+from mmkd.training.rollout_config import ROLLOUT_KEYS
 
 BASELINE = "sft-baseline"
 """Name of the baseline's recipe in the folder of a comparison."""
 
 # Keys of a student's recipe that are not those of its baseline, although method sft knows them.
 _NOT_SFT = {"ce_weight", "teacher_cache", "teacher_server", "teacher_tail", "teacher_top_k", "temperature"}
-_NOT_SFT |= {part.name for part in fields(RolloutConfig) if part.name.startswith(("rollout", "interleaved_"))}
-_NOT_SFT |= {"on_policy_fraction"}
-_TEACHERS = {"teachers", "teacher_column"}
+_NOT_SFT |= {*ROLLOUT_KEYS}
+_OF_TEACHERS = {"privileged_dropout", "self_teacher", "ema_decay", "ema_every"}
+"""Keys about a teacher whose names do not begin with that word."""
 _PUBLISHING = {"push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"}
 
 
@@ -125,7 +125,7 @@ def _baseline_keys(recipe: Recipe, student: Path) -> tuple[dict[str, Any], set[s
     run = recipe.parse()
     known = set(parser_of(comparison.baseline_method).names) - _NOT_SFT - _PUBLISHING
     if not METHODS[run.arguments.method].one_vocabulary and run.arguments.student is not None:
-        known -= {key for key in known if key.startswith("teacher")}
+        known -= set(filter(_is_of_teacher, known))
     known = {key for key in known if not key.startswith("cache_")}
     kept = {key: value for key, value in recipe.written.items() if key in known}
     if isinstance(teachers := run.arguments.teachers, dict):
@@ -133,7 +133,10 @@ def _baseline_keys(recipe: Recipe, student: Path) -> tuple[dict[str, Any], set[s
         known -= {"teachers"}
         kept["teachers"] = {name: without(keys, _NOT_SFT) for name, keys in teachers.items()}
         if not all(keys.get("teacher") for keys in kept["teachers"].values()):
-            kept, known = without(kept, _TEACHERS), known - _TEACHERS
+            kept, known = _without_teacher(kept), known - set(filter(_is_of_teacher, known))
+    elif run.arguments.teacher is None:
+        # That of a cache or a server, which the baseline does not ask.
+        kept, known = _without_teacher(kept), known - set(filter(_is_of_teacher, known))
     return {**kept, "method": comparison.baseline_method, **own}, known
 
 
@@ -151,7 +154,7 @@ def _staged_baseline(recipe: Recipe, path: Path, student: Path, comment: str) ->
         name = stage.name
         if name not in plain:
             keys, _ = _baseline_keys(alone[name], stage.folder)
-            keys = {key: value for key, value in keys.items() if not key.startswith("teacher")}
+            keys = _without_teacher(keys)
             name = next((other for other in plain if plain[other] == keys), name)
             if name not in plain:
                 # null takes away what all stages share.
@@ -160,6 +163,14 @@ def _staged_baseline(recipe: Recipe, path: Path, student: Path, comment: str) ->
     written = {**recipe.written, "method": BASELINE_METHOD, "stages": stages, "schedule": schedule}
     made = replace(recipe, written=written, overrides={}).write(path, f"The SFT {comment}")
     return replace(made, overrides=without(recipe.overrides, {"output_dir"}))
+
+
+def _is_of_teacher(key: str) -> bool:
+    return key.startswith("teacher") or key in _OF_TEACHERS
+
+
+def _without_teacher(keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if not _is_of_teacher(key)}
 
 
 def without(keys: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

@@ -5,9 +5,10 @@ import inspect
 from dataclasses import fields, replace
 from typing import Any
 
-from mmkd.schema import Field, fields_of
+from mmkd.schema import Field
 from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS, Method
+from mmkd.training.rollout_config import ROLLOUT_KEYS
 
 from .arguments import RunArguments, StudentArguments
 from .cache_arguments import CacheArguments
@@ -80,12 +81,7 @@ def _unused_by(method: Method) -> dict[str, str]:
     of_tokens = issubclass(config, DistillationConfig)
     if not of_tokens or not config.learns_from_rollouts:
         reason = f"Method {method.name} learns from the data's answers only."
-        names = [
-            name
-            for name in fields_of(DistillationConfig)
-            if name.startswith(("rollout", "interleaved_", "importance_"))
-        ]
-        unused |= dict.fromkeys(["on_policy_fraction", *names], reason)
+        unused |= dict.fromkeys(ROLLOUT_KEYS, reason)
     elif not config.weighs_tokens:
         names = ["rollout_token_weights", "importance_gamma", "rollout_prefix"]
         unused |= dict.fromkeys(names, f"Method {method.name} compares chunks of text, and weighs no tokens.")

@@ -1,6 +1,6 @@
 """Settings of on-policy distillation: how much of a batch the student answers itself, and how."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar
 
 from trl.trainer.sft_config import SFTConfig
@@ -177,9 +177,23 @@ class RolloutConfig(RewardConfig):
             self._check_method()
             self._check_sampling()
             self._check_lengths()
+        else:
+            self._check_unused()
         self._check_weights()
         sampling = (self.rollout_temperature, self.rollout_top_p, self.rollouts == "interleaved")
         self.check_reward(self.on_policy_fraction, *sampling)
+
+    def _check_unused(self) -> None:
+        """Raises UserError for a choice about the student's own answers where there are none."""
+        chosen = {"rollouts": self.rollouts != "student", "rollout_rows": self.rollout_rows != "replace"}
+        chosen["rollout_guards"] = self.rollout_guards is not None
+        name = next((name for name, own in chosen.items() if own), None)
+        if name is not None:
+            raise UserError(
+                f"{name} is {getattr(self, name)}, which is about the student's own answers, and with "
+                f"on_policy_fraction: 0 there are none. Set on_policy_fraction, or remove {name}.",
+                because="meaning",
+            )
 
     def _check_weights(self) -> None:
         weights = self.rollout_token_weights
@@ -250,3 +264,7 @@ class RolloutConfig(RewardConfig):
                 f"{self.rollout_max_tokens} of rollout_max_tokens. Raise the one or lower the other.",
                 because="meaning",
             )
+
+
+ROLLOUT_KEYS = tuple(sorted({own.name for own in fields(RolloutConfig)} - {own.name for own in fields(SFTConfig)}))
+"""The keys about the student's own answers, which a method that learns from the data's has no use for."""

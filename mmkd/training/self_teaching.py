@@ -35,8 +35,15 @@ def taught_by_itself(teacher: Any, args: DistillationConfig | None) -> Any:
         teacher = teacher.replaced_by(named)
     else:
         teacher = _self_or(teacher, args)
-    parts = parts_of(teacher)
-    if form is not None and not itself_in(teacher):
+    parts, own = parts_of(teacher), itself_in(teacher)
+    other = next((part.form for part in own if form not in (None, part.form)), None)
+    if other is not None:
+        raise UserError(
+            f"self_teacher is {form}, and the teacher is SelfTeacher({other!r}). Pass teacher='self', which takes all "
+            "from the settings, or remove self_teacher.",
+            because="meaning",
+        )
+    if form is not None and not own:
         # A cache or a server may well be of the student as it was before training.
         asked = any(isinstance(part, CachedTeacher) or (isinstance(part, Teacher) and part.served) for part in parts)
         if form != "base" or not asked:

@@ -61,6 +61,28 @@ def test_the_baseline_of_stages_is_the_same_stages_without_a_teacher(stages: Pat
     assert plan(baseline)[0].identity == plan(first)[0].identity
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"teacher": "t", "on_policy_fraction": 1.0, "reward": "rewards:short", "reward_weight": 0.5},
+        {"teacher": "t", "on_policy_fraction": 0.5, "rollouts": "interleaved", "rollout_rows": "add"},
+        {"teacher_server": ["http://x"], "teacher_view": {"template": "{prompt}!"}, "privileged_dropout": 0.5},
+        {"method": "alm", "teacher": "self", "self_teacher": "live", "teacher_view": {"template": "{prompt}!"}},
+        {"method": "alm", "teacher": "t", "teacher_view": {"template": "{prompt}!"}, "privileged_dropout": 0.5},
+    ],
+)
+def test_a_baseline_has_no_keys_of_what_it_does_not_have(keys: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"method": "kd", "student": "s", "data": "rows", "output_dir": "o", **keys}))
+    training: Any = (
+        make_baseline(recipe_of(str(path), []), tmp_path / "baseline.yaml", tmp_path / "o").parse().training
+    )
+    assert training.reward is None
+    assert training.rollouts == "student"
+    if keys.get("teacher") != "t" or keys.get("method") == "alm":
+        assert (training.view, training.privileged_dropout, training.self_teacher) == (None, 0, None)
+
+
 def test_schedules_of_a_recipe_in_stages(
     stages: Path,  # noqa: F811
     tmp_path: Path,

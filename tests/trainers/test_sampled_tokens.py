@@ -15,9 +15,13 @@ from mmkd.methods.alm_config import ALMConfig
 from mmkd.methods.kd import KDConfig, KDTrainer
 from mmkd.methods.kd_sampled import SampledBaseline
 from mmkd.methods.taid import TAIDTrainer
-from mmkd.teachers.batch import Batch
+from mmkd.models.heads import LMHead
+from mmkd.teachers.batch import Batch, RolloutTokens
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers
+from mmkd.teachers.signals import LabelSignal
+from mmkd.training.items import Supervised
+from mmkd.training.token_weights import importance_weights
 from tests.helpers import Build, losses_of, near, steps
 from tests.teachers.fake_vllm import ServedLogProbs, fake_vllm
 from tests.trainers.served_student import ServedStudent
@@ -170,6 +174,22 @@ def test_only_what_the_student_sampled_is_learnt_from(build: Build, completions:
     assert all(loss == loss for loss in steps(trainer))
 
 
+def test_a_server_that_is_asked_early_is_asked_about_sampled_tokens_alone(build: Build, completions: Dataset) -> None:
+    rows = [dict(row) if number % 2 else {**row, "prompt": ""} for number, row in enumerate(completions.to_list())]
+    trainer: Any = build(KDTrainer, Dataset.from_list(rows), **SAMPLED, completion_only_loss=True)
+    trainer.model.train()
+    (expected,) = mixed(trainer)
+    batches, _ = trainer.rollouts.mix([trainer.data_collator([dict(row) for row in trainer.train_dataset])], 0)
+    asked: list[Batch] = []
+    trainer.teacher = ServerTeacher("http://127.0.0.1:1", k=4)
+    trainer.ask = asked.append
+    trainer.early_question()(batches[0])
+    (batch,) = asked
+    assert batch.student.rollout is not None
+    assert expected.student.rollout is not None
+    assert int(batch.student.supervised.sum()) == int(batch.student.rollout.own.sum()) > 0
+
+
 def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient(
     build: Build, completions: Dataset, tiny: dict[str, Path]
 ) -> None:
@@ -264,6 +284,24 @@ def test_importance_weighs_the_divergence_of_rollouts_and_not_that_of_the_data(
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_token_that_the_teacher_wrote_has_not_strayed(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Whether the log-probs of the student's own tokens came from a server, which knows none of others, or not."""
+    head = LMHead(torch.randn(30, 6, generator=torch.Generator().manual_seed(0)))
+    hidden, labels = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), torch.arange(8)
+    answers, own = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.tensor([1, 0, 1, 1, 1, 1, 0, 1]).bool()
+    signal = LabelSignal(torch.linspace(-5, -1, 8))
+    sampled = head.log_probs(hidden).gather(-1, labels[:, None])[:, 0].where(own, 0)
+    here, served = (
+        importance_weights(
+            Supervised(hidden, head, labels, rollout=RolloutTokens(own, known), answers=answers), signal, 0.5, 4
+        )
+        for known in (None, sampled)
+    )
+    torch.testing.assert_close(here, served)
+    assert (here[~own] == 1).all()
+    assert (here[own] >= here[3]).all()
+
+
 def test_prefix_learns_from_the_beginning_of_each_rollout(build: Build, completions: Dataset) -> None:
     whole, cut = (
         mixed(build(KDTrainer, completions, **OWN, rollout_token_weights=weights))[0].student
@@ -299,9 +337,21 @@ def test_settings_under_which_samples_estimate_nothing_are_refused(
         KDConfig(str(tmp_path), **{**SAMPLED, **settings})
 
 
-def test_weights_without_rollouts_or_tokens_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rollout_token_weights": "prefix"},
+        {"rollouts": "interleaved"},
+        {"rollout_rows": "add"},
+        {"rollout_guards": {"steps": 5}},
+    ],
+)
+def test_choices_about_rollouts_without_any_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="with on_policy_fraction: 0 there are none"):
-        KDConfig(str(tmp_path), rollout_token_weights="prefix")
+        KDConfig(str(tmp_path), **settings)
+
+
+def test_weights_of_what_is_no_token_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="about chunks of text"):
         ALMConfig(str(tmp_path), **OWN, rollout_token_weights="importance")
 

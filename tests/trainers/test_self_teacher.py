@@ -132,6 +132,8 @@ def test_settings_of_a_self_that_does_not_teach_are_refused(build: Build, texts:
         build(KDTrainer, texts, self_teacher="live")
     with pytest.raises(UserError, match="self_teacher"):
         build(KDTrainer, texts, trainer=itself(), self_teacher="older")
+    with pytest.raises(UserError, match=r"self_teacher is ema, and the teacher is SelfTeacher\('live'\)"):
+        build(KDTrainer, texts, trainer={"teacher": SelfTeacher("live")}, self_teacher="ema")
 
 
 def test_an_average_moves_as_that_of_trl_does() -> None:
