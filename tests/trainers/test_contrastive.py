@@ -137,7 +137,7 @@ def test_the_share_moves_over_the_first_half() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"on_policy_fraction": 0.0}, "there are none of these"),
+        ({"on_policy_fraction": 0.0, "rollout_rows": "replace"}, "there are none of these"),
         ({"rollout_rows": "replace"}, "which replace all of them"),
     ],
 )
