@@ -59,9 +59,10 @@ def shards_on_ray(plan: Plan, missing: list[tuple[str, int]]) -> Iterator[ShardR
 
 def _check_gpus(plan: Plan, resources: Mapping[str, float]) -> None:
     """Raises UserError where all workers would take the first GPU: Ray hides none from those that asked for none."""
+    if not resources.get("GPU") or plan.arguments.cache_worker_gpus:
+        return
     settings = plan.run.arguments
-    away = settings.teacher_server is not None or settings.teacher_api is not None
-    if resources.get("GPU") and not plan.arguments.cache_worker_gpus and not away:
+    if settings.teacher_server is None and settings.teacher_api is None:
         raise UserError(
             "cache_worker_gpus is 0, so that all Ray workers would load their teacher onto the first GPU. Set "
             "cache_worker_gpus: 1, or a share of one where several teachers fit.",

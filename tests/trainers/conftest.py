@@ -1,10 +1,13 @@
 """Models that trainers of several methods share, and what two ranks saw of them."""
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
+from huggingface_hub.utils import WeakFileLock
 
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
@@ -142,8 +145,22 @@ def ranks(
         name: {key: str(value) if isinstance(value, Path) else value for key, value in job.items()}
         for name, job in jobs.items()
     }
-    found = on_two_ranks(paths, folder)
+    found, folder = _once_for_all_workers(tmp_path_factory, paths, folder)
     for name, seen in found.items():
         for rank in seen:
             rank["folder"] = folder / "runs" / name.replace(" ", "-")
     return found
+
+
+def _once_for_all_workers(
+    factory: pytest.TempPathFactory, jobs: dict[str, dict[str, Any]], folder: Path
+) -> tuple[dict[str, list[dict[str, Any]]], Path]:
+    """What two ranks saw, and in which folder, for the first of pytest-xdist's workers; the others wait for it."""
+    shared = factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    path = shared / "ranks.json"
+    with WeakFileLock(shared / "ranks.lock"):
+        if not path.is_file():
+            path.write_text(json.dumps([on_two_ranks(jobs, folder), str(folder)]))
+        found, made_in = json.loads(path.read_text())
+    return found, Path(made_in)
