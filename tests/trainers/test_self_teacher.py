@@ -167,7 +167,7 @@ def test_an_average_of_short_weights_does_not_stand_still() -> None:
         kept.follow(0.99)
     with kept.in_use():
         assert model.weight.dtype == torch.bfloat16
-        assert float(model.weight) == pytest.approx(1.054, abs=0.004)
+        assert model.weight.item() == pytest.approx(1.054, abs=0.004)
 
 
 def test_a_student_that_sees_images_teaches_itself(build: Build, vlms: Any) -> None:
