@@ -94,9 +94,8 @@ class AnswerReader:
         self, prompts: Sequence[PromptWithTools], max_new_tokens: int, temperature: float, seed: int = 0
     ) -> Iterator[AnsweredPrompt]:
         """The model's own answers, without the token that ends them."""
-        generator = row_generator(self.model, self.processing_class)
         # What is sampled are the model's own probabilities, without a repetition penalty.
-        generator.own_settings = False
+        generator = row_generator(self.model, self.processing_class, own_settings=False)
         sampling = Sampling(max_new_tokens, temperature, seed=seed)
         for (prompt, tools), answers in zip(prompts, generator.generate(prompts, sampling), strict=True):
             assert not isinstance(answers, RowError), "a model in this process refuses nothing"

@@ -8,6 +8,7 @@ from typing import Any
 from mmkd.data.prompts import RowPrompt
 from mmkd.generation.generator import Answer, RowError, Sampling
 from mmkd.generation.row_answers import row_generator
+from mmkd.training.rollout_signs import repeated_share
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,7 @@ class AnswerStatistics:
     def of(cls, answer: Answer, tokenizer: Any) -> "AnswerStatistics":
         ended = answer.finish_reason == "stop"
         own = answer.ids[:-1] if ended else answer.ids
-        grams = [tuple(own[place : place + 4]) for place in range(len(own) - 3)]
-        repeated = 1 - len(set(grams)) / len(grams) if grams else 0.0
-        return cls(tokenizer.decode(own, skip_special_tokens=True), len(own), ended, repeated)
+        return cls(tokenizer.decode(own, skip_special_tokens=True), len(own), ended, repeated_share(own))
 
 
 def greedy_answers(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmkd.alignment.vocab import shared_tokens
 from mmkd.errors import UserError
+from mmkd.generation.thoughts import OPEN
 from mmkd.losses.divergences import entropy, reverse_kl
 
 from .acceptance import acceptance, measured_tokens_per_pass, tokens_per_pass
@@ -18,9 +19,6 @@ from .answer_readings import AnsweredPrompt, AnswerReader
 
 TOP_K = 64
 """As many tokens as a cache keeps by default."""
-
-THOUGHT = "<think>"
-"""What begins a thought in the answers and templates of thinking models."""
 
 Advance = Callable[[], None]
 
@@ -163,8 +161,8 @@ def pattern_of(reader: AnswerReader, answers: Sequence[AnsweredPrompt]) -> dict[
     template = getattr(reader.processing_class, "chat_template", None) or reader.tokenizer.chat_template or ""
     means = Means()
     for answer in answers:
-        means.add(1, tokens=len(answer.ids or ()), characters=len(answer.answer), thinks=THOUGHT in answer.answer)
-    return {**means.result(), "template_thinks": float(THOUGHT in str(template))}
+        means.add(1, tokens=len(answer.ids or ()), characters=len(answer.answer), thinks=OPEN in answer.answer)
+    return {**means.result(), "template_thinks": float(OPEN in str(template))}
 
 
 def _of_labels(log_probs: Float[Tensor, "token vocab"], ids: Sequence[int]) -> float:

@@ -17,10 +17,13 @@ FOREIGN = 0.1
 
 def repeats_itself(ids: Sequence[int]) -> bool:
     """Whether at least half of a rollout's sequences of four tokens stood in it before."""
-    if len(ids) < SHORTEST:
-        return False
+    return len(ids) >= SHORTEST and repeated_share(ids) >= REPEATED
+
+
+def repeated_share(ids: Sequence[int]) -> float:
+    """The share of the sequences of four tokens that stood in an answer before."""
     ngrams = list(zip(*(ids[start:] for start in range(NGRAM)), strict=False))
-    return 1 - len(set(ngrams)) / len(ngrams) >= REPEATED
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def in_other_script(text: str, known: str) -> bool:
