@@ -1,13 +1,14 @@
 """Students and teachers cut over two ranks by FSDP2; that losses are those of one rank is a test of each method."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -98,10 +99,13 @@ def test_adapters_are_cut_saved_and_resumed(
     folder = ranks["kd fsdp2 lora saved"][0]["folder"]
     consolidate(folder / "checkpoint-4", tmp_path / "student")
     trained = get_peft_model_state_dict(alone.model)
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    assert base is not None
+    assert Path(base).name == tiny["student"].name
     for path in (tmp_path / "student", folder):
         model = find_model(str(path))
-        assert (model.path, model.adapter) == (str(tiny["student"]), str(path))
-        student: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny["student"]), path)
+        assert (model.path, model.adapter) == (base, str(path))
+        student: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path)
         found = get_peft_model_state_dict(student)
         assert found.keys() == trained.keys()
         for name, weights in trained.items():
