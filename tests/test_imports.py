@@ -22,7 +22,7 @@ NARROW = {"losses": {"errors"}, "alignment": {"errors"}, "yaml_files": {"errors"
 NARROW |= {"shipped": {"errors", "schema_lines"}}
 
 # Slow to import, or not installed with mmkd at all: a user of something else must not pay for them.
-HEAVY = {"bitsandbytes", "flash_attn", "gguf", "liger_kernel", "lm_eval", "lmms_eval", "matplotlib", "ray"}
+HEAVY = {"bitsandbytes", "flash_attn", "gguf", "liger_kernel", "lm_eval", "lmms_eval", "matplotlib", "ray", "scipy"}
 
 # Absent on Windows, where one can train all the same.
 POSIX = {"fcntl", "grp", "pwd", "resource", "termios"}
@@ -122,8 +122,11 @@ def circles(imports: list[Import]) -> list[list[str]]:
 
 
 def foreign_packages(imports: list[Import]) -> list[str]:
-    """Imports of packages ruled out for losses (torch only), alignment (no transformers) and shipped (yaml only)."""
-    light = {"losses": {"torch", "jaxtyping"}, "shipped": {"yaml"}}
+    """Imports of packages ruled out for losses, alignment (no transformers) and shipped (yaml only).
+
+    Losses are torch only, and scipy for the assignment of visual tokens, which torch has not.
+    """
+    light = {"losses": {"torch", "jaxtyping", "scipy"}, "shipped": {"yaml"}}
     return [
         str(item)
         for item in imports
