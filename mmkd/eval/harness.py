@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from datasets.exceptions import DatasetNotFoundError
 
 from mmkd.errors import UserError
+from mmkd.generation.local_generation import dense_last_states
 from mmkd.models.load import tokenizer_of
 from mmkd.seams.lm_eval_seam import is_of_a_long_answer, model_class
 
@@ -123,7 +124,8 @@ class Harness:
         arguments = {key: value for key, value in settings.items() if key not in ("model", "model_args")}
         with _quiet(), _explained(task.name):
             lm = self._lm(settings["model"], settings["model_args"])
-            answer: Any = simple_evaluate(model=lm, tasks=[task.name], task_manager=manager, **arguments)
+            with dense_last_states(lm.model) if settings["model"].startswith("hf") else nullcontext():
+                answer: Any = simple_evaluate(model=lm, tasks=[task.name], task_manager=manager, **arguments)
         if answer is None:
             return None
         entry = {

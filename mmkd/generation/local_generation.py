@@ -246,7 +246,25 @@ def speaking(model: Any, own_settings: bool = False) -> Iterator[None]:
     if not own_settings:
         base.generation_config = GenerationConfig()
     try:
-        yield
+        with dense_last_states(model):
+            yield
     finally:
         base.generation_config = own
         model.train(training)
+
+
+@contextmanager
+def dense_last_states(model: Any) -> Iterator[None]:
+    """Inside, the head reads the last states of a prompt as one block of memory.
+
+    generate() gives it a slice of all states. On a CPU, torch multiplies such a slice by as many copies of the head's
+    weight as there are rows: a second instead of 9 ms for 8 rows of a 135M model in bfloat16.
+    """
+    head: Any = base_of(model).get_output_embeddings()
+    # An ensemble has the heads of its members only.
+    hooks = [] if head is None else [head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -283,10 +283,17 @@ def test_generating_leaves_the_student_as_it_was(build: Build, completions: Data
         caches.append((kwargs.get("use_cache"), trainer.model.training, torch.is_grad_enabled()))
         return original(*args, **kwargs)
 
+    dense, head = [], trainer.model.lm_head
+    hook = head.register_forward_hook(lambda _, inputs, __: dense.append(inputs[0].is_contiguous()))
     trainer.model.model.forward = spy
     trainer.model.train()
     mixed(trainer)
+    hook.remove()
     assert {*caches} == {(True, False, False)}
+    assert dense
+    # On a CPU, torch would copy the head's weight for each row of a slice of states.
+    assert all(dense)
+    assert not head._forward_pre_hooks
     assert trainer.model.training
     assert trainer.model.generation_config is own
     assert len(steps(trainer)) == 4
