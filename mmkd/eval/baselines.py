@@ -9,6 +9,7 @@ from mmkd.recipe.key_parser import parser_of
 from mmkd.recipe.recipe import STAGE_KEYS, Recipe
 from mmkd.recipe.stages import plan
 from mmkd.training.comparison import Comparison
+from mmkd.training.config import DistillationConfig
 from mmkd.training.method import BASELINE_METHOD, METHODS
 from mmkd.training.rollout_config import ROLLOUT_KEYS
 
@@ -49,6 +50,13 @@ def teacher_of(recipe: Recipe) -> str | None:
     """The teacher that a recipe names, of one in stages the last stage that names one."""
     stages = [stage.recipe for stage in plan(recipe)] if recipe.in_stages else [recipe]
     return next((str(own.keys["teacher"]) for own in reversed(stages) if own.keys.get("teacher")), None)
+
+
+def has_view(recipe: Recipe) -> bool:
+    """Whether a teacher of the recipe, or of a stage of it, reads another prompt than the student."""
+    stages = [stage.recipe for stage in plan(recipe)] if recipe.in_stages else [recipe]
+    settings = [run.training for own in stages for run in own.parse().by_teacher().values()]
+    return any(isinstance(own, DistillationConfig) and own.view is not None for own in settings)
 
 
 def steps_of(recipe: Recipe) -> int:

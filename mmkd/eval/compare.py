@@ -22,6 +22,7 @@ from .baselines import (
     BASELINE,
     comparison_of,
     distils,
+    has_view,
     label,
     make_baseline,
     steps_of,
@@ -225,7 +226,12 @@ class Comparing:
         """The teacher, and the student before training where it can be asked."""
         first = self.judge or self.first
         rows = []
-        if teacher_of(first) is not None:
+        if has_view(first):
+            self.progress.say(
+                "The teacher is left out of the tables: it reads its teacher_view, and the students' questions do not "
+                "show that."
+            )
+        elif teacher_of(first) is not None:
             rows.append(self._row("teacher", "teacher", first))
         if not trains_several_times(first) and self.method.measure is None:
             rows.append(self._row("student, untrained", "untrained", self.judge or self.first))
