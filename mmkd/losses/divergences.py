@@ -26,7 +26,7 @@ def forward_kl(
     student_log_probs: Float[Tensor, "*item outcome"], teacher_log_probs: Float[Tensor, "*item outcome"]
 ) -> Float[Tensor, "*item"]:
     """KL(teacher || student) in nats: mode-covering, as used by Hinton et al. (2015)."""
-    log_p, log_q = _finite(teacher_log_probs), _finite(student_log_probs)
+    log_p, log_q = finite_log_probs(teacher_log_probs), finite_log_probs(student_log_probs)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -110,7 +110,7 @@ def adaptive_kl(
     if mu == 1 and not taid_parity:
         # Rounded sums of probabilities reach 1 before the last outcome, which would leave a tail.
         return forward_kl(student_log_probs, teacher_log_probs)
-    log_p, log_q = _finite(teacher_log_probs), _finite(student_log_probs)
+    log_p, log_q = finite_log_probs(teacher_log_probs), finite_log_probs(student_log_probs)
     p, q = log_p.exp(), log_q.exp()
     gap = (p - q).abs()
     forward, reverse = forward_kl(log_q, log_p), reverse_kl(log_q, log_p)
@@ -137,7 +137,9 @@ def interpolated_log_probs(
         return student_log_probs.detach()
     if t == 1:
         return teacher_log_probs
-    return torch.lerp(_finite(student_log_probs.detach()), _finite(teacher_log_probs), t).log_softmax(-1)
+    return torch.lerp(
+        finite_log_probs(student_log_probs.detach()), finite_log_probs(teacher_log_probs), t
+    ).log_softmax(-1)
 
 
 def renyi(
@@ -176,7 +178,7 @@ def below_one(log_probs: Float[Tensor, "*item"]) -> Float[Tensor, "*item"]:
 
 def entropy(log_probs: Float[Tensor, "*item outcome"]) -> Float[Tensor, "*item"]:
     """-sum p log p in nats."""
-    return -(log_probs.exp() * _finite(log_probs)).sum(-1)
+    return -(log_probs.exp() * finite_log_probs(log_probs)).sum(-1)
 
 
 class _JensenShannon(torch.autograd.Function):
@@ -231,7 +233,7 @@ class _SkewKL(torch.autograd.Function):
 
 
 def _apply(function: type[torch.autograd.Function], student: Tensor, teacher: Tensor, weight: float) -> Tensor:
-    return cast(Any, function).apply(_finite(student), _finite(teacher), weight)
+    return cast(Any, function).apply(finite_log_probs(student), finite_log_probs(teacher), weight)
 
 
 def _head_gap(p: Tensor, gap: Tensor, mu: float) -> Tensor:
@@ -253,7 +255,8 @@ def _head_gap(p: Tensor, gap: Tensor, mu: float) -> Tensor:
     return head_gap.reshape(items)
 
 
-def _finite(log_probs: Tensor) -> Tensor:
+def finite_log_probs(log_probs: Float[Tensor, "*item outcome"]) -> Float[Tensor, "*item outcome"]:
+    """The log-probs with a large negative number for -inf, whose probability is 0 as well."""
     # A clamp is almost never needed, and its backward pass costs more than the divergence: look for -inf first. On a
     # GPU the answer would have to wait for all queued work, which costs more than the clamp.
     needed = log_probs.device.type != "cpu" or (log_probs.numel() > 0 and not log_probs.detach().amin() > -torch.inf)

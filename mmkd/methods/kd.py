@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback
 
+from mmkd.errors import UserError
 from mmkd.losses import divergences
 from mmkd.losses.divergences import Divergence
 from mmkd.losses.fused import Targets
@@ -21,6 +22,7 @@ from mmkd.training.answers import Placed
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.config import DistillationConfig
 from mmkd.training.items import ItemLosses, Supervised
+from mmkd.training.logit_difference import DIFFERENCES, LogitDifferenceKeys, listed_tokens
 from mmkd.training.method import Method
 
 from .kd_contrastive import (
@@ -53,11 +55,12 @@ DIVERGENCES: dict[str, Callable[["KDConfig"], Divergence]] = {
     "skew_reverse_kl": lambda config: partial(divergences.skew_reverse_kl, skew=config.skew),
     "tvd": lambda config: divergences.tvd,
     "adaptive_kl": lambda config: partial(divergences.adaptive_kl, mu=config.mu),
+    **DIFFERENCES,
 }
 
 
 @dataclass
-class KDConfig(DistillationConfig):
+class KDConfig(LogitDifferenceKeys, DistillationConfig):
     """Settings of method kd."""
 
     learns_from_rollouts: ClassVar[bool] = True
@@ -68,7 +71,9 @@ class KDConfig(DistillationConfig):
         metadata={
             "help": "What is minimised at each token. forward_kl (default) covers all that the teacher would say, "
             "and is the safest choice. reverse_kl concentrates on what the teacher finds most likely. jsd, "
-            "skew_kl and skew_reverse_kl lie between them; tvd and adaptive_kl are further choices. "
+            "skew_kl and skew_reverse_kl lie between them; tvd and adaptive_kl are further choices. bild compares "
+            "the differences between the 8 most likely logits (use temperature: 3, as its paper does), dbild those of "
+            "as many as matter at each token. "
             "sampled_reverse_kl estimates reverse_kl from the tokens that the student sampled, for teachers that tell "
             "no more than their log-probs; it needs on_policy_fraction: 1. contrastive (DistiLLM-2): skew_kl on the "
             "data's answers, skew_reverse_kl on the student's own; use it with rollout_rows: add.",
@@ -170,6 +175,12 @@ class KDConfig(DistillationConfig):
         super().__post_init__()
         check_sampled(self)
         check_contrastive(self)
+        if self.divergence in DIFFERENCES and self.student_top_k is not None:
+            raise UserError(
+                f"divergence: {self.divergence} chooses the tokens that it compares, of teacher and student, and "
+                "student_top_k would choose others. Remove student_top_k (bild_top_k or dbild_max_k says how many).",
+                because="meaning",
+            )
 
 
 class KDTrainer(DistillationTrainer[Targets]):
@@ -237,6 +248,8 @@ class KDTrainer(DistillationTrainer[Targets]):
             return self.fused(student, targets, objective, weights=weights)
         if args.student_top_k is not None:
             signal = MixedSignal.of(signal).map(partial(StudentTopK, k=args.student_top_k))
+        if args.divergence in DIFFERENCES:
+            signal = listed_tokens(signal)
         # An evaluation has no sampled tokens, and compares whole distributions.
         objective = DIVERGENCES["reverse_kl" if args.sampled else args.divergence](args)
         return self.fused(student, signal, objective, args.temperature, weights=weights)

@@ -16,6 +16,7 @@ from mmkd.teachers.server import LabelServerTeacher, ServerTeacher
 from mmkd.teachers.signals import DenseSignal, LabelSignal, TopKSignal
 from mmkd.teachers.teacher import Teacher
 from mmkd.training.items import Supervised
+from mmkd.training.logit_difference import DIFFERENCES
 
 SAMPLED = "sampled_reverse_kl"
 LOG_RATIO = "sampled_log_ratio"
@@ -149,7 +150,8 @@ def check_told(teacher: Teacher[Any], args: Any) -> None:
             "(teacher_server_signal: hidden, cache_signal: hidden) or a local teacher.",
             because="upstream",
         )
-    if args.temperature != 1 and not teacher.can_temper:
+    # The tail has no place in differences between logits, which are known at any temperature.
+    if args.temperature != 1 and not teacher.can_temper and args.divergence not in DIFFERENCES:
         otherwise = (
             "serve the teacher's hidden states (scripts/serve_teacher.sh MODEL --signal hidden)"
             if teacher.served

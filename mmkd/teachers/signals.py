@@ -11,6 +11,7 @@ from torch import Tensor
 from mmkd.errors import UserError
 from mmkd.losses.divergences import log_one_minus_exp
 from mmkd.losses.fused import Share, Targets
+from mmkd.losses.narrowed import NarrowedOutcomes
 from mmkd.losses.projection import starts
 from mmkd.models.heads import LMHead
 
@@ -109,6 +110,28 @@ class TopKSignal(SparseSignal):
         inside, teacher = super().compare(logits, rows, 1)
         student = torch.cat([inside, log_one_minus_exp(inside.logsumexp(-1, keepdim=True))], dim=-1)
         return student, torch.cat([teacher, self.tail_log_probs[rows, None].to(teacher)], dim=-1)
+
+
+@dataclass(frozen=True)
+class ListedSignal:
+    """The tokens that a teacher lists and no others, for losses of the differences between log-probs.
+
+    Differences need no tail and no normaliser, so that they are known at any temperature.
+    """
+
+    signal: SparseSignal
+
+    def chunks(self, size: int) -> Iterator[NarrowedOutcomes]:
+        """The outcomes of `size` tokens at a time."""
+        for chunk in self.signal.chunks(size):
+
+            def compared(
+                logits: Tensor, rows: slice, temperature: float, listed: SparseSignal = chunk
+            ) -> tuple[Tensor, Tensor]:
+                ids, log_probs = listed.ids[rows].long(), listed.log_probs[rows].to(logits)
+                return logits.gather(-1, ids) / temperature, log_probs / temperature
+
+            yield NarrowedOutcomes(chunk, compared)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mmkd.teachers.signals import DenseSignal, TopKSignal
 
 TOKENS, VOCAB, WIDTH = 10, 13, 6
 
-SETTINGS = cast(KDConfig, SimpleNamespace(beta=0.3, skew=0.1, mu=0.5))
+SETTINGS = cast(KDConfig, SimpleNamespace(beta=0.3, skew=0.1, mu=0.5, bild_top_k=4, dbild_max_k=8))
 TAID = cast(
     Any, SimpleNamespace(schedule=SimpleNamespace(t=0.4), args=SimpleNamespace(progress_measure="cross_entropy"))
 )

@@ -21,7 +21,7 @@ from mmkd.teachers.signals import DenseSignal, SparseSignal, TopKSignal
 
 TOKENS, VOCAB, WIDTH = 9, 40, 8
 
-SETTINGS = cast(KDConfig, SimpleNamespace(beta=0.3, skew=0.1, mu=0.5))
+SETTINGS = cast(KDConfig, SimpleNamespace(beta=0.3, skew=0.1, mu=0.5, bild_top_k=4, dbild_max_k=8))
 TAID = cast(Any, SimpleNamespace(schedule=SimpleNamespace(t=0.4), args=SimpleNamespace(progress_measure="kl")))
 OBJECTIVES: dict[str, Objective] = {name: build(SETTINGS) for name, build in DIVERGENCES.items()}
 OBJECTIVES["taid"] = lambda student, teacher: TAIDTrainer._objective(TAID, student, teacher)
