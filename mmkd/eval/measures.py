@@ -130,6 +130,12 @@ class Measurements:
             self._models[side] = self.sides[side].load(self.settings.dtype, device_of(self.settings))
         return self._models[side]
 
+    @property
+    def _readers(self) -> tuple[AnswerReader, AnswerReader]:
+        """The student, and its teacher."""
+        student, teacher = (AnswerReader(self.model(side), own.processing_class) for side, own in self.sides.items())
+        return student, teacher
+
     def cost(self) -> dict[str, Any]:
         """What each side needs to be used."""
         return {side: speed.cost_of(self.model(side)) for side in self.sides}
@@ -157,8 +163,7 @@ class Measurements:
         """How likely the teacher finds what the student says, and how it says it."""
         assert self.rows is not None
         assert self.held is not None
-        ours, theirs = [(self.model(side), self.sides[side].processing_class) for side in ("student", "teacher")]
-        means = means_of(read_own_answers(ours, theirs, self.rows, self.held.max_new_tokens))
+        means = means_of(read_own_answers(*self._readers, self.rows, self.held.max_new_tokens))
         return {**{name.removeprefix("own_"): value for name, value in means.items()}, "answers": len(self.rows)}
 
     def bytes(self) -> dict[str, Any]:
@@ -180,7 +185,7 @@ class Measurements:
         """How many tokens the teacher keeps of what the student drafts, on texts that the teacher has sampled."""
         assert self.rows is not None
         assert self.held is not None
-        pair = Pair(*(AnswerReader(self.model(side), model.processing_class) for side, model in self.sides.items()))
+        pair = Pair(*self._readers)
         asked = [(text.prompt, text.tools) for text in answered_rows(self.rows)]
         sampled, greedy = ([*pair.teacher.answers(asked, self.held.max_new_tokens, drawn)] for drawn in (1, 0))
         return pair.accepted(sampled, greedy, DRAFT_TOKENS)

@@ -6,23 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmkd.data.prompts import model_inputs, prompt_of
 from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
 from mmkd.generation.generator import RowError, Sampling
 from mmkd.generation.row_answers import row_generator
-from mmkd.models.load import tokenizer_of
+from mmkd.losses.divergences import entropy, reverse_kl
 from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.run import load_rows_of
 from mmkd.results.compared import Metric
 
+from .answer_readings import AnswerReader, answered_rows
 from .answer_statistics import AnswerStatistics
 from .harness import Settings, device_of
 from .model import EvalModel, find_model
@@ -39,9 +38,6 @@ METRICS = {
 }
 
 Items = dict[str, list[tuple[float, float]]]
-
-Side = tuple[Any, Any]
-"""A loaded model and its tokenizer."""
 
 TOKENS = 64
 """Of an answer, at most."""
@@ -84,44 +80,53 @@ class OwnAnswers:
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
     @cached_property
-    def _teacher(self) -> Any:
-        return self.teacher.load(self.settings.dtype, device_of(self.settings))
+    def _teacher(self) -> AnswerReader:
+        model = self.teacher.load(self.settings.dtype, device_of(self.settings))
+        return AnswerReader(model, self.teacher.processing_class)
 
     def measure(self, folder: Path | str) -> tuple[dict[str, float], Items]:
         """The numbers of a saved model, and (total, count) of each answer. Raises UserError for other vocabularies."""
         student = find_model(str(folder))
         device = device_of(self.settings)
-        ours: Side = (student.load(self.settings.dtype, device), student.processing_class)
-        items = read_own_answers(
-            ours, (self._teacher, self.teacher.processing_class), self.rows, self.tokens, self.view
-        )
+        ours = AnswerReader(student.load(self.settings.dtype, device), student.processing_class)
+        items = read_own_answers(ours, self._teacher, self.rows, self.tokens, self.view)
         return means_of(items), items
 
 
 def read_own_answers(
-    student: Side, teacher: Side, rows: Dataset, tokens: int = TOKENS, view: TeacherView | None = None
+    student: AnswerReader,
+    teacher: AnswerReader,
+    rows: Dataset,
+    tokens: int = TOKENS,
+    view: TeacherView | None = None,
 ) -> Items:
     """(total, count) of each answer to the prompts of rows, by the name of the number.
 
-    Raises UserError for rows with images, and for models of different vocabularies.
+    Raises UserError for rows with images, for models of different vocabularies, and for an answer that does not fit
+    the teacher's context.
     """
     _check_rows(rows)
-    if tokenizer_of(student[1]).get_vocab() != tokenizer_of(teacher[1]).get_vocab():
+    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise UserError(
             "Student and teacher have different vocabularies, so that the teacher cannot read the student's own "
             "answers token by token. Leave this measure out, or name a teacher of the student's vocabulary.",
             because="not built",
         )
-    asked = [(prompt_of(row)[0], row.get("tools")) for row in map(dict, rows)]  # pyright: ignore
-    generator = row_generator(*student, _BATCH, own_settings=False)
-    answers = generator.generate(asked, Sampling(tokens, temperature=1.0))
+    asked = answered_rows(rows)
+    seen = asked if view is None else answered_rows(rows.map(view.rewrite))
+    generator = row_generator(student.model, student.processing_class, _BATCH, own_settings=False)
+    answers = generator.generate([(text.prompt, text.tools) for text in asked], Sampling(tokens, temperature=1.0))
     items: Items = {name: [] for name in METRICS}
-    for row, prompt, own in zip(map(dict, rows), asked, answers, strict=True):  # pyright: ignore
+    for ours, theirs, own in zip(asked, seen, answers, strict=True):
         assert not isinstance(own, RowError), "a model in this process refuses nothing"
         (answer,) = own
-        theirs = prompt if view is None else (prompt_of(view.rewrite(row))[0], prompt[1])
-        sums = _sums(_log_probs(student, prompt, answer.ids), _log_probs(teacher, theirs, answer.ids), answer.ids)
-        for name, total in sums.items():
+        log_probs = [side.log_probs(text, answer.ids) for side, text in ((student, ours), (teacher, theirs))]
+        if log_probs[0] is None or log_probs[1] is None:
+            raise UserError(
+                f"An answer of {len(answer.ids)} tokens does not fit into the teacher's context behind the prompt "
+                "that it reads. Leave --own_answers out, or shorten the teacher_view or the prompts."
+            )
+        for name, total in _sums(log_probs[0], log_probs[1], answer.ids).items():
             items[name].append((total, len(answer.ids)))
         said = AnswerStatistics.of(answer, generator.tokenizer)
         facts = {"own_tokens": said.tokens, "own_ended": said.ended, "own_repeated": said.repeated}
@@ -143,16 +148,6 @@ def means_of(items: Items) -> dict[str, float]:
     return {name: sum(total for total, _ in own) / sum(count for _, count in own) for name, own in items.items()}
 
 
-@torch.no_grad()
-def _log_probs(side: Side, asked: tuple[Any, Any], ids: Sequence[int]) -> Float[Tensor, "token vocab"]:
-    """What a model believes of each token of an answer to a prompt."""
-    (model, processing_class), (prompt, tools) = side, asked
-    start = model_inputs(processing_class, [prompt], None if tools is None else [tools])["input_ids"][0].tolist()
-    whole = torch.tensor([[*start, *ids]], device=model.device)
-    logits = model(input_ids=whole, use_cache=False).logits[0, len(start) - 1 : -1]
-    return logits.float().log_softmax(-1)
-
-
 def _sums(
     student: Float[Tensor, "token vocab"], teacher: Float[Tensor, "token vocab"], ids: Sequence[int]
 ) -> Mapping[str, float]:
@@ -161,11 +156,10 @@ def _sums(
     size = min(student.shape[-1], teacher.shape[-1])
     student, teacher = student[:, :size], teacher[:, :size].to(student.device)
     said: Int[Tensor, "token 1"] = torch.tensor(ids, device=student.device)[:, None]
-    probs = student.exp()
     sums = {
         "own_teacher_nats": -teacher.gather(1, said),
-        "own_kl": (probs * (student - teacher)).nan_to_num(nan=0.0),
+        "own_kl": reverse_kl(student, teacher),
         "own_agreement": (student.argmax(-1) == teacher.argmax(-1)).double(),
-        "own_entropy": -(probs * student).nan_to_num(nan=0.0),
+        "own_entropy": entropy(student),
     }
     return {name: values.double().sum().item() for name, values in sums.items()}

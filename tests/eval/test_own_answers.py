@@ -39,7 +39,7 @@ def test_the_teacher_reads_the_same_answer_behind_a_prompt_of_its_own(tiny, rows
     read: list[tuple[Any, list[int]]] = []
     own = OwnAnswers(rows, find_model(str(tiny["teacher"])), tokens=8)
     plain, _ = own.measure(tiny["student"])
-    teacher = own._teacher
+    teacher = own._teacher.model
     forward = teacher.forward
     monkeypatch.setattr(
         teacher,
@@ -47,7 +47,7 @@ def test_the_teacher_reads_the_same_answer_behind_a_prompt_of_its_own(tiny, rows
         lambda *args, **inputs: read.append(inputs["input_ids"][0].tolist()) or forward(*args, **inputs),
     )
     viewed = replace(own, view=TeacherView(template="{prompt} {answer} ."))
-    viewed.__dict__["_teacher"] = teacher
+    viewed.__dict__["_teacher"] = own._teacher
     metrics, items = viewed.measure(tiny["student"])
     tokenizer: Any = find_model(str(tiny["teacher"])).processing_class
     starts = [tokenizer(f"{row['prompt']} {row['completion']} .")["input_ids"] for row in rows]
@@ -96,6 +96,12 @@ def test_a_comparison_measures_own_answers_of_adapters_that_taught_themselves(ti
     assert [title for title, _, _ in tables(found)][:2] == ["", "The models' own answers"]
     # A whole model of each is made to be judged, and is not kept.
     assert not list(Path("out").rglob("whole"))
+
+
+def test_an_answer_that_the_teacher_has_no_room_for(tiny, rows):
+    long = TeacherView(template="{prompt} " * 200)
+    with pytest.raises(UserError, match="does not fit into the teacher's context"):
+        OwnAnswers(rows, find_model(str(tiny["teacher"])), long, tokens=8).measure(tiny["student"])
 
 
 def test_rows_with_images_are_refused(tiny, rows):
