@@ -27,7 +27,7 @@ from mmkd.data.filters import row_key
 from mmkd.errors import UserError
 from mmkd.generation.generator import Advance
 from mmkd.models.heads import LMHead
-from mmkd.models.load import tokenizer_of
+from mmkd.models.load import image_token_of, tokenizer_of
 from mmkd.recipe.cache_arguments import CacheArguments
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run import load_rows_of
@@ -132,7 +132,7 @@ class ScorePlan(Plan):
         """What is asked about every supervised token."""
         codec, vocab_size = self.codec, self.manifest.identity["signal"]["vocab_size"]
         if isinstance(codec, StateCodec):
-            visual = self.prepared.processing_class.image_token_id if codec.visual else None
+            visual = image_token_of(self.prepared.processing_class) if codec.visual else None
             return ScoreFormat(codec.kind, 0, 0, vocab_size, visual_token=visual)
         boundaries = _boundaries_of(self.prepared.processing_class) if codec.boundaries else None
         return ScoreFormat(codec.kind, codec.k, codec.m, vocab_size, boundaries)

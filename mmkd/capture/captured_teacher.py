@@ -13,7 +13,7 @@ from mmkd.cache.state_codec import BLOCK
 from mmkd.errors import UserError
 from mmkd.models.backbone import full_head
 from mmkd.models.heads import LMHead
-from mmkd.models.load import tokenizer_of
+from mmkd.models.load import image_token_of, tokenizer_of
 from mmkd.precision import name_of_dtype, product_dtype, say_float32
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run_teacher import server_client, server_teacher, teacher_identity
@@ -130,7 +130,7 @@ def client_of(run: Run, processing_class: Any = None) -> VLLMClient:
     """A client of the run's servers."""
     urls = run.arguments.teacher_server
     assert urls is not None
-    return server_client(run, urls, getattr(processing_class, "image_token_id", None))
+    return server_client(run, urls, image_token_of(processing_class))
 
 
 def shared_rows(run: Run, processing_class: Any, teacher_class: Any) -> int:

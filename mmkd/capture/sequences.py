@@ -18,7 +18,7 @@ from mmkd.data.images import read_row
 from mmkd.data.layouts import canonical
 from mmkd.data.teacher_view import TeacherView
 from mmkd.errors import UserError
-from mmkd.models.load import tokenizer_of
+from mmkd.models.load import image_token_of, tokenizer_of
 from mmkd.preparation.checks import check_training_data
 from mmkd.preparation.pairs import TEACHER
 from mmkd.preparation.prepared_rows import PreparedRows
@@ -265,7 +265,7 @@ def prepare(
     beside = view if in_our_tokens else None
     rows = PreparedRows.of(args, processing_class, unread["train"], unread.get("eval"), judges_template, beside)
     labelling, vision = rows.labelling, rows.labelling.vision
-    image_token_id, collator, student = getattr(processing_class, "image_token_id", None), rows.collator, None
+    image_token_id, collator, student = image_token_of(processing_class), rows.collator, None
     if vision and told is not None:
         collator = replace(collator, view=told, max_length=collator.max_length if args.own_tokens else None)
         student = None if args.own_tokens else rows.collator

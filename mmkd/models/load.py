@@ -21,6 +21,7 @@ from transformers import (
 from mmkd.errors import UserError
 from mmkd.precision import native_dtype, product_dtype, say_float32
 from mmkd.seams.deepspeed_seam import without_zero3
+from mmkd.seams.processor_seam import loading_for_images
 
 # Their first position is the one after that of padding.
 _COUNTS_FROM_PADDING = {
@@ -121,8 +122,10 @@ def load_processing_class(name: str, role: str = "model", **kwargs: Any) -> PreT
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     try:
         config = AutoConfig.from_pretrained(name, **kwargs)
-        auto_class = AutoProcessor if hasattr(config, "vision_config") else AutoTokenizer
-        return auto_class.from_pretrained(name, **kwargs)
+        if not hasattr(config, "vision_config"):
+            return AutoTokenizer.from_pretrained(name, **kwargs)
+        with loading_for_images():
+            return AutoProcessor.from_pretrained(name, **kwargs)
     except _UNREADABLE as error:
         raise UserError(
             f"The {role} {name!r} has no loadable tokenizer: {_hint(name)} ({_first_line(error)})"
@@ -132,6 +135,14 @@ def load_processing_class(name: str, role: str = "model", **kwargs: Any) -> PreT
 def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
     """The tokenizer of a processor, or the tokenizer itself."""
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def image_token_of(processing_class: Any) -> int | None:
+    """The id of the token that stands for one piece of an image among a row's tokens; None for text alone."""
+    # Gemma's processors give the name to the token that begins an image, which stands for it in the text.
+    if getattr(processing_class, "boi_token", None) is not None:
+        return getattr(tokenizer_of(processing_class), "image_token_id", None)
+    return getattr(processing_class, "image_token_id", None)
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

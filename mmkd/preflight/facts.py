@@ -17,7 +17,7 @@ from mmkd.data.image_columns import image_column
 from mmkd.data.images import read_row
 from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
-from mmkd.models.load import tokenizer_of
+from mmkd.models.load import image_token_of, tokenizer_of
 from mmkd.preparation.fit import Misfit
 from mmkd.preparation.prompt_rows import prompts_only
 from mmkd.recipe.recipe import Run
@@ -236,7 +236,7 @@ class Rendered:
     def of(cls, prepared: PreparedSequences) -> "Rendered":
         """The training rows of prepared data."""
         split = prepared.splits["train"]
-        image_token = getattr(prepared.processing_class, "image_token_id", None)
+        image_token = image_token_of(prepared.processing_class)
         if not isinstance(split, Sequences):
             return cls([split[row] for row in range(len(split))], prepared, image_token)
         # All rows, while `Sequences` itself leaves out equal ones and those without a supervised token.

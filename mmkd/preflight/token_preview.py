@@ -10,7 +10,7 @@ from mmkd.capture.sequences import TokenSequence, UnusableRow, prepare
 from mmkd.data.arrow import read_rows
 from mmkd.data.image_columns import image_column
 from mmkd.data.prompts import model_inputs, prompt_of
-from mmkd.models.load import load_processing_class, tokenizer_of
+from mmkd.models.load import image_token_of, load_processing_class, tokenizer_of
 from mmkd.preparation.prompt_rows import is_prompt_alone
 from mmkd.training.method import BASELINE_METHOD, METHODS
 
@@ -81,5 +81,5 @@ def _as_prompt(row: Mapping[str, Any], processing_class: Any) -> PreviewRow:
         return PreviewRow([], pictures, "This row cannot be used.")
     question, _ = prompt_of(row)
     ids = model_inputs(processing_class, [question], [row.get("tools")])["input_ids"][0].tolist()
-    texts = _decoded(ids, tokenizer_of(processing_class), getattr(processing_class, "image_token_id", None))
+    texts = _decoded(ids, tokenizer_of(processing_class), image_token_of(processing_class))
     return PreviewRow([PreviewPiece(text, False) for text in texts], pictures, f"{len(ids):,} tokens")

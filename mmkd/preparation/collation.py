@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 
 from mmkd.data.images import UnusableRow, read_row
 from mmkd.errors import UserError
+from mmkd.models.load import image_token_of
 from mmkd.teachers.batch import Batch, Reading, View
 from mmkd.teachers.cached import images_of
 
@@ -307,7 +308,7 @@ class VisionViews:
         """A view cut to `max_length` that knows its images, in which replaced rows teach nothing."""
         processor: Any = side.processor
         inputs, labels, ids = dict(view.inputs), view.labels.clone(), view.inputs["input_ids"]
-        visual = ids == processor.image_token_id
+        visual = ids == image_token_of(processor)
         if self.max_length is not None and side.view is None and ids.shape[1] > self.max_length:
             for name, value in inputs.items():
                 if isinstance(value, Tensor) and value.shape == ids.shape:
@@ -347,7 +348,7 @@ class VisionViews:
         if self.max_length is None:
             return {}
         processor: Any = side.processor
-        visual = view.inputs["input_ids"] == processor.image_token_id
+        visual = view.inputs["input_ids"] == image_token_of(processor)
         lost = {}
         # The last position predicts nothing, so an image that ends there has no text after it.
         for row in visual[:, self.max_length - 1 :].any(1).nonzero()[:, 0].tolist():

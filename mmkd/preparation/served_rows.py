@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
-from mmkd.models.load import tokenizer_of
+from mmkd.models.load import image_token_of, tokenizer_of
 from mmkd.teachers.cached import images_of
 from mmkd.teachers.vllm_rows import ServedRow
 from mmkd.teachers.vllm_wire import data_url
@@ -50,7 +50,9 @@ class _Placeholders:
 def _placeholders(processor: Any) -> _Placeholders:
     tokenizer: Any = tokenizer_of(processor)
     names = (getattr(processor, "boi_token", None), processor.image_token)
-    return _Placeholders({tokenizer.convert_tokens_to_ids(name) for name in names if name}, processor.image_token_id)
+    piece = image_token_of(processor)
+    assert piece is not None, "it is asked for before"
+    return _Placeholders({tokenizer.convert_tokens_to_ids(name) for name in names if name}, piece)
 
 
 def _served(

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from mmkd.errors import UserError
+from mmkd.models.load import image_token_of
 from mmkd.teachers.cached import images_of
 
 from .row_names import RowNames
@@ -31,7 +32,7 @@ def refusal(images: Sequence[Any], processor: Any) -> str | None:
 
 def require_image_tokens(processor: Any, role: str) -> None:
     """Raises UserError for a processor that does not say which token stands for a piece of an image."""
-    if getattr(processor, "image_token_id", None) is None:
+    if image_token_of(processor) is None:
         raise UserError(
             f"The {role}'s processor {type(processor).__name__} has no image_token_id, so its visual tokens cannot be "
             "found in the text. Use a model that puts its images between the tokens (LLaVA, Qwen-VL, Idefics3, "
@@ -132,4 +133,4 @@ def _size_alone(image: Any, processor: Any) -> int:
     content = [{"type": "image", "image": image}, {"type": "text", "text": "?"}]
     conversation = [{"role": "user", "content": content}]
     output = processor.apply_chat_template([conversation], tokenize=True, return_dict=True, return_tensors="pt")
-    return int((output["input_ids"] == processor.image_token_id).sum())
+    return int((output["input_ids"] == image_token_of(processor)).sum())

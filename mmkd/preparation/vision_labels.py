@@ -15,7 +15,7 @@ from trl.data_utils import apply_chat_template, is_conversational, prepare_multi
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mmkd.errors import UserError
-from mmkd.models.load import tokenizer_of
+from mmkd.models.load import image_token_of, tokenizer_of
 from mmkd.teachers.cached import images_of
 
 from .row_views import RowView
@@ -185,7 +185,7 @@ class ImageTokens:
     @classmethod
     def made_by(cls, processor: Any) -> "ImageTokens":
         """Those of a processor, seen in what it makes of an image."""
-        patch = getattr(processor, "image_token_id", None)
+        patch = image_token_of(processor)
         if patch is None:
             return cls(torch.tensor([], dtype=torch.long), torch.tensor([], dtype=torch.long))
         tokenizer: Any = tokenizer_of(processor)

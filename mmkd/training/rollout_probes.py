@@ -12,6 +12,7 @@ from mmkd.data.images import UnusableRow, read_row
 from mmkd.data.prompts import RowPrompt, model_inputs, pictures_of, question_of, with_pictures
 from mmkd.errors import UserError
 from mmkd.generation.generator import Prompt
+from mmkd.models.load import image_token_of
 from mmkd.models.sharded_weights import called
 from mmkd.teachers.cached import images_of
 from mmkd.teachers.vllm_client import PROBE, ScoreRequest
@@ -69,7 +70,7 @@ def _with_images(row: Mapping[str, Any], processor: Any) -> Probe:
     messages = _messages(question)
     inputs = dict(model_inputs(processor, [question], answering=False))
     ids = inputs["input_ids"][0].numpy()
-    places = np.flatnonzero(ids == processor.image_token_id)
+    places = np.flatnonzero(ids == image_token_of(processor))
     # What is said after an image depends on what was seen in it. The probe ends in the question's own text.
     after = np.arange(len(ids)) > places[-1] if places[-1] + 1 < len(ids) else np.arange(len(ids)) > places[0]
     request = ScoreRequest(ids, after, messages, pictures_of(question))

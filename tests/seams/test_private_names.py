@@ -11,8 +11,9 @@ from transformers import Trainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
-# Two of them are transformers'.
-SEAMS = {path.stem.removesuffix("_seam") for path in (ROOT / "mmkd/seams").glob("*_seam.py")} - {"trainer", "decoding"}
+# Of transformers' there are four.
+SEAMS = {path.stem.removesuffix("_seam") for path in (ROOT / "mmkd/seams").glob("*_seam.py")}
+SEAMS -= {"trainer", "decoding", "processor"}
 
 # Public all the same: those of NamedTuple, what transformers' documentation has models override, and the type of what
 # `add_subparsers` gives, which has no other name.

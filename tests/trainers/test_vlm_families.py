@@ -40,6 +40,9 @@ def test_llava_kd_is_that_of_logits_in_full(build: Build, family: Any) -> None:
     images = batch.student.images
     assert images[:, 0].tolist() == [0, 1, 1, 3]
     assert int(images[:, 1].sum()) == int(batch.student.visual.sum())
+    # At every place where the model puts a piece of an image, and not at the token that begins one.
+    pieces = batch.student.inputs["input_ids"] == trainer.model.config.image_token_id
+    assert torch.equal(batch.student.visual, pieces)
     terms = dense_terms(trainer, batch)
     expected = terms["reg"] + 0.7 * terms["res"] + 0.9 * terms["vis"] + 0.5 * terms["rel"]
     assert loss_and_gradients(trainer, batch)[0] == pytest.approx(expected.item(), rel=1e-4)
