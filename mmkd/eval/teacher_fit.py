@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmkd.alignment.vocab import shared_tokens
 from mmkd.errors import UserError
-from mmkd.generation.thoughts import OPEN
+from mmkd.generation.thoughts import OPEN, template_thinks
 from mmkd.losses.divergences import entropy, reverse_kl
 
 from .acceptance import acceptance, measured_tokens_per_pass, tokens_per_pass
@@ -158,11 +158,10 @@ class Pair:
 
 def pattern_of(reader: AnswerReader, answers: Sequence[AnsweredPrompt]) -> dict[str, float]:
     """How a model answers: in how many tokens, and whether it thinks first. Its template says so, too."""
-    template = getattr(reader.processing_class, "chat_template", None) or reader.tokenizer.chat_template or ""
     means = Means()
     for answer in answers:
         means.add(1, tokens=len(answer.ids or ()), characters=len(answer.answer), thinks=OPEN in answer.answer)
-    return {**means.result(), "template_thinks": float(OPEN in str(template))}
+    return {**means.result(), "template_thinks": float(template_thinks(reader.processing_class))}
 
 
 def _of_labels(log_probs: Float[Tensor, "token vocab"], ids: Sequence[int]) -> float:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from mmkd.models.load import tokenizer_of
 from mmkd.teachers.vllm_client import Ids
 
 from .generator import Advance, Answer, Generator, RowError, Sampling
@@ -35,6 +36,12 @@ def thought_of(text: str, opened: bool = False) -> Thought:
     if opening or opened:
         return Thought((after if opening else before).strip(), "", ends=False)
     return Thought(None, text.strip())
+
+
+def template_thinks(processing_class: Any) -> bool:
+    """Whether the chat template of a tokenizer or processor has a place for thoughts."""
+    template = getattr(processing_class, "chat_template", None) or tokenizer_of(processing_class).chat_template
+    return OPEN in str(template)
 
 
 def with_thoughts(thoughts: str | None, answer: str) -> str:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.generation.thoughts import OPEN
-from mmkd.models.load import tokenizer_of
+from mmkd.generation.thoughts import OPEN, template_thinks
 from mmkd.training.config import DistillationConfig
 from mmkd.training.method import BASELINE_METHOD
 
@@ -87,7 +86,4 @@ def _thinks(processing_class: Any, template_path: str | None = None) -> bool:
     """Whether answers have a place for thoughts, by the chat template."""
     if template_path is not None and Path(template_path).is_file():
         return OPEN in Path(template_path).read_text(encoding="utf-8")
-    if processing_class is None:
-        return False
-    own = getattr(processing_class, "chat_template", None) or tokenizer_of(processing_class).chat_template
-    return OPEN in str(own)
+    return processing_class is not None and template_thinks(processing_class)
