@@ -111,7 +111,15 @@ class ChatClient:
                 f"There is no key for {bases[0][0]}: set {' or '.join(key_names)} in the environment, to any text for "
                 "a server that asks for no key. Keys are read from there only, never from a recipe."
             )
-        self._endpoints = Endpoints([url for url, _ in bases], key, concurrency, timeout, retries)
+        self._endpoints = Endpoints(
+            [url for url, _ in bases],
+            key,
+            concurrency,
+            timeout,
+            retries,
+            server="The chat server",
+            advice="See that it runs, and that its URL is right.",
+        )
         self._limit, self._left_out = "max_tokens", set[str]()
         self.prompt_tokens = self.completion_tokens = 0
         """What the servers have counted so far."""

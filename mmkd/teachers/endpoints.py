@@ -98,7 +98,18 @@ class Endpoints:
     `Refusal`.
     """
 
-    def __init__(self, urls: Iterable[str], api_key: str | None, concurrency: int, timeout: float, retries: int):
+    def __init__(
+        self,
+        urls: Iterable[str],
+        api_key: str | None,
+        concurrency: int,
+        timeout: float,
+        retries: int,
+        *,
+        server: str = "The teacher's server",
+        advice: str = "See that it runs and read its log; scripts/serve_teacher.sh MODEL starts one.",
+    ):
+        self._server, self._advice = server, advice
         self.urls = tuple(_root(url) for url in urls)
         if not self.urls or len(set(self.urls)) < len(self.urls):
             raise UserError(f"Servers must be one or more different URLs, not {list(self.urls)}.")
@@ -201,10 +212,7 @@ class Endpoints:
             return await attempts(self._request_once, path, body, url)
         except _Failure as failure:
             tried = f" ({1 + self._retries} tries in {time.monotonic() - started:.0f} s)" if retry else ""
-            raise NoAnswer(
-                f"The teacher's server does not answer: {failure}{tried}. See that it runs and read its log; "
-                "scripts/serve_teacher.sh MODEL starts one."
-            ) from failure
+            raise NoAnswer(f"{self._server} does not answer: {failure}{tried}. {self._advice}") from failure
 
     async def _request_once(self, path: str, body: bytes | None, url: str | None) -> Reply:
         async with self._slots:

@@ -25,7 +25,15 @@ class ServedWeights:
     """Base URLs of vLLM servers whose weights are replaced, or which take adapters beside their own weights."""
 
     def __init__(self, base_urls: Sequence[str], api_key: str | None = None):
-        self._endpoints = Endpoints(base_urls, api_key, len(base_urls), PATIENCE, retries=0)
+        self._endpoints = Endpoints(
+            base_urls,
+            api_key,
+            len(base_urls),
+            PATIENCE,
+            retries=0,
+            server="The server of rollouts",
+            advice="See that it runs and read its log.",
+        )
 
     def load(self, folder: Path, images: bool = False) -> None:
         """Has every server read the checkpoint of a folder and forget what it computed with other weights.

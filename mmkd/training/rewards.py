@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
@@ -153,7 +154,9 @@ class RewardFunction:
         known = everything if self.takes_all else {n: v for n, v in everything.items() if n in self.parameters}
         rewards: Any = self.function(**known)
         if inspect.isawaitable(rewards):
-            rewards = asyncio.run(_awaited(rewards))
+            # In a thread of its own, since a notebook runs a loop in this one.
+            with ThreadPoolExecutor(1) as thread:
+                rewards = thread.submit(asyncio.run, _awaited(rewards)).result()
         values = [None if reward is None else float(reward) for reward in rewards]
         if any(value is not None and math.isinf(value) for value in values):
             raise ValueError("it gave an infinite reward")

@@ -242,7 +242,7 @@ def test_a_build_that_was_cut_off_goes_on_to_the_same_files(
     build("--teacher_cache", "whole")
     server.requests.clear()
     server.fail_after = 20
-    assert "does not answer" in build(status=2)
+    assert "The chat server does not answer" in build(status=2)
     assert len(Manifest.read(sums / "answers").shards["train"]) == 1
     assert not (sums / "answers" / "kept").exists()
     server.fail_after = None

@@ -1,5 +1,6 @@
 """A reward beside the divergence: what its function is told, and that its gradient is the policy's."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ def test_functions_as_trl_calls_them(code: str) -> None:
     told = [{"goal": "x"}, {"goal": "y"}, {}]
     assert RewardFunction(f"{code}:length")(told, answering(3)) == [0.8, 0.8, 0.8]
     assert RewardFunction(f"{code}:later")(told, answering(3)) == [8, 8, 8]
+
+    async def in_a_notebook() -> list[float | None]:
+        return RewardFunction(f"{code}:later")(told, answering(3))
+
+    assert asyncio.run(in_a_notebook()) == [8, 8, 8]
     assert RewardFunction(f"{code}:picky")(told, answering(3)) == [None, None, None]
     assert RewardFunction(f"{code}:wants").columns == ["solution"]
     assert RewardFunction(f"{code}:length")([], answering(0)) == []
