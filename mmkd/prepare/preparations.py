@@ -64,6 +64,19 @@ def _easy_vqa_models(_: Path | None) -> None:
     main([])
 
 
+def _fashion_vqa(source: Path | None) -> None:
+    from mmkd.prepare.fashion_mnist import SOURCE
+    from mmkd.prepare.fashion_vqa import OUTPUT_DIR, make_fashion_vqa
+
+    make_fashion_vqa(source or SOURCE, OUTPUT_DIR)
+
+
+def _fashion_vqa_models(_: Path | None) -> None:
+    from mmkd.prepare.fashion_vqa_models import main
+
+    main([])
+
+
 def _eval_data(_: Path | None) -> None:
     from mmkd.prepare.eval_data import main
 
@@ -172,6 +185,23 @@ PREPARATIONS = {
             ("fashion_student/config.json", "fashion_clip/config.json"),
             _fashion_clip,
             needs=("fashion_mnist",),
+        ),
+        Preparation(
+            "fashion_vqa",
+            "pictures: 6,500 of several clothes with 39,000 questions, made of Fashion-MNIST's photos",
+            "31 MB",
+            "MIT",
+            tuple(f"fashion_vqa/{name}.jsonl" for name in ("train", "validation", "test", "captions")),
+            _fashion_vqa,
+        ),
+        Preparation(
+            "fashion_vqa_models",
+            "models: two vision towers and two language models to begin with, trained here",
+            "nothing; minutes",
+            "MIT (their data)",
+            tuple(f"fashion_vqa/models/{name}" for name in ("tower", "coarse_tower", "large", "small")),
+            _fashion_vqa_models,
+            needs=("fashion_vqa",),
         ),
     )
 }
