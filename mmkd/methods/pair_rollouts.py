@@ -1,7 +1,9 @@
 """What the student said, as a teacher with another tokenizer and another chat template reads it."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from datasets import Dataset
@@ -12,6 +14,8 @@ from mmkd.errors import UserError
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.pairs import QUESTION
 from mmkd.training.answer_text import answered, turn, without_answer
+
+logger = logging.getLogger(__name__)
 
 _ASKED = ("prompt", "messages", "tools", "chat_template_kwargs")
 
@@ -81,6 +85,20 @@ def as_teacher_reads(example: Mapping[str, Any], text: str, whole: str, ended: b
         before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **template)["input_ids"]
         ids = tokenizer.apply_chat_template([*asked, turn(text, asked)], **template)["input_ids"]
         start = shared_length(before, ids)
-    ids = ids[: reader.args.max_length]
+    longest = reader.args.max_length
+    if longest is not None and len(ids) > longest:
+        _say_cut(longest)
+        ids = ids[:longest]
     labels = [-100] * min(start, len(ids)) + ids[start:]
     return {**example, f"{prefix}input_ids": ids, f"{prefix}labels": labels}
+
+
+@cache
+def _say_cut(longest: int) -> None:
+    """Logs a warning, once per process, that teachers do not read all answers to their ends."""
+    logger.warning(
+        "Some of the student's own answers are longer in the teacher's tokens, behind its prompt, than the %s that it "
+        "reads. What is beyond is not taught. Raise teacher_max_length, or max_length where that is not set, or lower "
+        "rollout_max_tokens.",
+        longest,
+    )

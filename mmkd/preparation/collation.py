@@ -19,6 +19,7 @@ from mmkd.teachers.cached import images_of
 from .row_names import STORED_IMAGES, RowNames
 from .row_views import RowView
 from .served_rows import served_rows
+from .teacher_prompts import needed_tokens
 from .text_views import Rows, TextViews, row_lengths
 from .turns import Turns
 from .vision_checks import check_placeholders, image_sizes, processing_facts, refusal, require_image_tokens
@@ -330,21 +331,27 @@ class VisionViews:
             image_tokens=torch.tensor(sizes, dtype=torch.long).reshape(-1, 2),
         )
 
-    def _too_long(self, view: View, longest: int | None, examples: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    def _too_long(self, view: View, told: RowView, examples: Sequence[Mapping[str, Any]]) -> dict[int, str]:
         """The rows that are longer than a teacher reads behind its own prompt, and what to do."""
-        lengths: list[int] = view.inputs["attention_mask"].sum(1).tolist()
+        if told.longest is None:
+            return {}
+        read = view.inputs["attention_mask"].bool()
+        lengths = [
+            needed_tokens(labels[own].numpy(), told.rollout) for labels, own in zip(view.labels, read, strict=True)
+        ]
+        room = " with room for an answer of rollout_max_tokens" if told.rollout else ""
         return {
-            row: f"{self.names.of(examples[row])} has {length} tokens behind the teacher's prompt, and "
-            f"teacher_max_length is {longest}. Raise it, shorten teacher_view, or set on_bad_row: skip to leave such "
-            "rows out and count them."
+            row: f"{self.names.of(examples[row])} has {length} tokens behind the teacher's prompt{room}, and "
+            f"teacher_max_length is {told.longest}. Raise it, shorten teacher_view, or set on_bad_row: skip to leave "
+            "such rows out and count them."
             for row, length in enumerate(lengths)
-            if longest is not None and length > longest
+            if length > told.longest
         }
 
     def _lost(self, view: View, side: VisionLabels, examples: Sequence[Mapping[str, Any]]) -> dict[int, str]:
         """The rows that `max_length` would cut within their images, and what to do."""
         if side.view is not None:
-            return self._too_long(view, side.view.longest, examples)
+            return self._too_long(view, side.view, examples)
         if self.max_length is None:
             return {}
         processor: Any = side.processor

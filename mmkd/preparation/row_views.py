@@ -28,6 +28,8 @@ class RowView:
     seed: int = 0
     longest: int | None = None
     """Tokens of the longest row that the teacher reads; None: any number."""
+    rollout: int = 0
+    """Tokens of an answer that the student may give itself, for which the teacher's row needs room too."""
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class TeacherPrompts:
     @classmethod
     def of(cls, views: Iterable[TeacherView], labelling: Labelling, args: Any, kept: Sequence[str] = ()) -> Self:
         """By the settings of a training."""
-        longest, rollout = args.teacher_max_length, args.rollout_max_tokens if args.on_policy_fraction else 0
+        longest, rollout = args.teacher_max_length, args.longest_rollout
         return cls(list(views), labelling, args.privileged_dropout, longest, rollout, kept)
 
     def beside(
@@ -233,7 +233,7 @@ def spliced(
     where the two have not the same number of answers.
     """
     ids, labels = student
-    ours, theirs = _answers(labels), _answers(teacher[1])
+    ours, theirs = answers_in(labels), answers_in(teacher[1])
     is_cut = max_length is not None and len(ids) >= max_length
     if len(theirs) < len(ours) or (len(theirs) > len(ours) and not is_cut):
         raise UserError(
@@ -271,10 +271,16 @@ def spliced(
     return np.concatenate(parts), np.concatenate(marks), otherwise
 
 
-def _answers(labels: Int[np.ndarray, "token"]) -> list[slice]:
+def answers_in(labels: Int[np.ndarray, "token"]) -> list[slice]:
     """The runs of labelled tokens."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], labels != -100, [False]]).astype(np.int8)))
     return [slice(start, stop) for start, stop in edges.reshape(-1, 2).tolist()]
+
+
+def needed_tokens(labels: Int[np.ndarray, "token"], rollout: int) -> int:
+    """The tokens of a row whose last answer may be one of the student's with so many tokens."""
+    answers = answers_in(labels) if rollout else []
+    return max(len(labels), answers[-1].start + rollout if answers else 0)
 
 
 def _after(
@@ -329,5 +335,4 @@ class _Short:
 
     def _tokens(self, labels: Sequence[int]) -> int:
         """How many there may be: those of the row, or of its prompt with an answer of the student's own."""
-        answers = _answers(np.asarray(labels)) if self.rollout else []
-        return max(len(labels), answers[-1].start + self.rollout if answers else 0)
+        return needed_tokens(np.asarray(labels), self.rollout)

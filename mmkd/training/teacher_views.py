@@ -24,11 +24,8 @@ def teacher_views_of(teacher: Any, args: DistillationConfig) -> dict[str, Teache
 
 def row_views_of(teacher: Any, args: DistillationConfig) -> dict[str, RowView]:
     """Rows as teachers with views read them, by the teachers' names."""
-    views = teacher_views_of(teacher, args)
-    return {
-        name: RowView(view, args.privileged_dropout, args.seed, args.teacher_max_length)
-        for name, view in views.items()
-    }
+    settings = (args.privileged_dropout, args.seed, args.teacher_max_length, args.longest_rollout)
+    return {name: RowView(view, *settings) for name, view in teacher_views_of(teacher, args).items()}
 
 
 def prompts_for(teacher: Any, labelling: Labelling, args: DistillationConfig) -> TeacherPrompts | None:

@@ -97,6 +97,16 @@ def test_a_rollout_is_read_behind_the_teachers_prompt(alm: Any, chat: bool) -> N
     assert len(steps(trainer)) == 2
 
 
+def test_a_rollout_that_the_teacher_cannot_read_to_its_end_is_told(alm: Any, caplog: Any) -> None:
+    data = asked()
+    longest = max(map(len, alm(data, teacher_view=VIEW).train_dataset["teacher_input_ids"]))
+    settings = {"teacher_view": VIEW, "teacher_max_length": longest, "on_policy_fraction": 1.0, "max_steps": 1}
+    steps(alm(data, **settings, rollout_max_tokens=1))
+    assert "What is beyond is not taught" not in caplog.text
+    steps(alm(data, **settings, rollout_max_tokens=48))
+    assert f"than the {longest} that it reads. What is beyond is not taught" in caplog.text
+
+
 def test_streams_and_packs(alm: Any) -> None:
     data = asked()
     assert steps(alm(data.to_iterable_dataset(), teacher_view=VIEW)) != steps(alm(data.to_iterable_dataset()))

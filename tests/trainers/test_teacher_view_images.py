@@ -217,3 +217,7 @@ def test_rows_that_are_too_long_for_the_teacher(teach: Any) -> None:
     batch = teach(KDTrainer, data, **settings, on_bad_row="skip").data_collator(rows)
     assert batch.skipped is not None
     assert batch.skipped[1] > 0
+    # Rows that fit with the data's answers, but not with as long a one as the student may give.
+    settings |= {"teacher_max_length": int(masks.sum(1).max()), "on_policy_fraction": 1.0, "rollout_max_tokens": 100}
+    with pytest.raises(UserError, match="with room for an answer of rollout_max_tokens"):
+        teach(KDTrainer, data, **settings).train()
