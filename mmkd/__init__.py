@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from mmkd.methods.sft import SFTBaselineTrainer as SFTBaselineTrainer
     from mmkd.methods.taid import TAIDConfig as TAIDConfig
     from mmkd.methods.taid import TAIDTrainer as TAIDTrainer
+    from mmkd.methods.tower_kd.tower_trainer import TeacherTower as TeacherTower
+    from mmkd.methods.tower_kd.tower_trainer import TowerKDConfig as TowerKDConfig
+    from mmkd.methods.tower_kd.tower_trainer import TowerKDTrainer as TowerKDTrainer
     from mmkd.models.dual_head import DualHeadForImageClassification as DualHeadForImageClassification
     from mmkd.models.dual_head import DualHeadForSequenceClassification as DualHeadForSequenceClassification
     from mmkd.teachers.cached import CachedTeacher as CachedTeacher
@@ -55,6 +58,9 @@ _MODULES = {
     "SeveralTeachers": "mmkd.teachers.several",
     "TAIDConfig": "mmkd.methods.taid",
     "TAIDTrainer": "mmkd.methods.taid",
+    "TeacherTower": "mmkd.methods.tower_kd.tower_trainer",
+    "TowerKDConfig": "mmkd.methods.tower_kd.tower_trainer",
+    "TowerKDTrainer": "mmkd.methods.tower_kd.tower_trainer",
     "UserError": "mmkd.errors",
 }
 

@@ -22,8 +22,8 @@ from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
 
 ROOT = Path(__file__).parents[1]
-CLASSES = {"dho"}
-"""Methods that predict classes rather than tokens."""
+CLASSES = {"dho", "tower_kd"}
+"""Methods that predict classes or features rather than tokens."""
 
 
 def test_one_name_of_a_module_is_no_pattern() -> None:
@@ -91,7 +91,8 @@ def test_help_lists_every_key(method: str) -> None:
     print_keys(Console(file=page, width=80), method, [ALL])
     text = page.getvalue()
     assert all(f"--{name}  " in text for name in KeyParser(method).names)
-    assert all(f"--{name}" in text for name in ("student_layers", "ce_weight", "use_peft", "learning_rate"))
+    weight = "patch_cosine_weight" if METHODS[method].predicts == "features" else "ce_weight"
+    assert all(f"--{name}" in text for name in ("student_layers", weight, "use_peft", "learning_rate"))
 
 
 @pytest.mark.parametrize("given", [{}, {"gradient_checkpointing": False}, {"activation_checkpointing": False}])

@@ -270,3 +270,48 @@ def test_what_an_earlier_stage_leaves_may_teach_a_later_one(recipe: Path) -> Non
     edit(recipe, "DFT", method="kd", teacher=str(recipe.parent / "run" / "1-DPT"))
     assert main(["doctor", str(recipe)]) == 0
     assert main(["train", str(recipe), "--max_steps", "1"]) == 0
+
+
+def test_a_tower_is_distilled_before_the_student_is_made_of_it(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = yaml.safe_load(recipe.read_text())
+    large = make_tower(recipe.parent / "large", hidden_size=24, num_hidden_layers=3)
+    keys["stages"]["VT"] = {"method": "tower_kd", "teacher": str(large), "learning_rate": 1e-2}
+    keys["schedule"] = ["VT", *keys["schedule"]]
+    recipe.write_text(yaml.safe_dump(keys))
+    assert main(["doctor", str(recipe)]) == 0
+    assert main(["train", str(recipe), "--dry_run"]) == 0
+    root = recipe.parent / "run"
+    assert not root.exists()
+    assert main(["train", str(recipe), "--max_length", "64"]) == 0
+    assert sorted(path.name for path in root.iterdir()) == ["1-VT", "2-DPT", "3-SFT", "4-DFT"]
+    tower = CLIPVisionModel.from_pretrained(root / "1-VT")
+    given = dict(CLIPVisionModel.from_pretrained(keys["student_vision_tower"]).named_parameters())
+    assert not torch.equal(tower.embeddings.patch_embedding.weight, given["embeddings.patch_embedding.weight"])
+    for stage in ("2-DPT", "4-DFT"):
+        model: Any = LlavaForConditionalGeneration.from_pretrained(root / stage)
+        for name, tensor in tower.named_parameters():
+            assert torch.equal(tensor, dict(model.model.vision_tower.named_parameters())[name]), name
+    written = yaml.safe_load((root / "1-VT" / "recipe.yaml").read_text())
+    assert "max_length" not in written
+    assert yaml.safe_load((root / "2-DPT" / "recipe.yaml").read_text())["max_length"] == 64
+    assert main(["train", str(recipe), "--max_length", "64"]) == 0
+    assert "finished, kept" in capsys.readouterr().err
+
+
+def test_towers_are_trained_further_and_first(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = yaml.safe_load(recipe.read_text())
+    shared = {"method": "tower_kd", "teacher": str(recipe.parent / "tower")}
+    keys["stages"] |= {"VT": shared, "VT2": {**shared, "frequency_weight": 1.0}}
+    recipe.write_text(yaml.safe_dump(keys))
+    stages = plan(recipe_of(str(recipe), ["--stages", "VT", "VT2", "DPT", "SFT"]))
+    towers = [stage.recipe.keys.get("student_vision_tower") for stage in stages]
+    assert towers == [keys["student_vision_tower"], str(stages[0].folder), str(stages[1].folder), None]
+    assert stages[3].recipe.keys["student"] == str(stages[2].folder)
+    assert main(["train", str(recipe), "--stages", "DPT", "VT"]) == 2
+    assert "Move it to the front of the schedule" in capsys.readouterr().err
+    keys["stages"]["SFT"] |= {"student_init": "pretrained", "student_vision_tower": None}
+    recipe.write_text(yaml.safe_dump(keys))
+    assert main(["train", str(recipe), "--stages", "VT", "SFT"]) == 2
+    assert "has no use for one" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def prune(
         )
     _require_prunable(teacher)
     stack = _decoder_layers(teacher)
-    kept = _kept_layers(layers, depth=len(stack))
+    kept = kept_layers(layers, depth=len(stack))
 
     config = copy.deepcopy(teacher.config)
     text_config = config.get_text_config()
@@ -109,7 +109,7 @@ def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return stacks[0]
 
 
-def _kept_layers(layers: int | Sequence[int] | None, depth: int) -> list[int]:
+def kept_layers(layers: int | Sequence[int] | None, depth: int) -> list[int]:
     if layers is None:
         return list(range(depth))
     if isinstance(layers, int):

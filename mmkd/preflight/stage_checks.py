@@ -109,6 +109,10 @@ def check_tokens(run: Run) -> None:
 def _stand_in(stage: Stage, run: Run, scratch: Path) -> Path:
     """A folder with the config and the processor that a stage's student will have, and without its weights."""
     folder = scratch / stage.folder.name
+    own = METHODS[run.arguments.method].stand_in
+    if own is not None:
+        own(run, folder)
+        return folder
     student = student_side(run)
     config = empty_student(run, student).config
     if _changes_tokens(run):

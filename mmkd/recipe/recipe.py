@@ -111,9 +111,22 @@ class Recipe:
         if name not in self.stages:
             near = nearest(name, self.stages)
             raise UserError(f"There is no stage {name!r} in {self.place}; did you mean {near!r}?")
-        keys = {**self.without(*STAGE_KEYS).written, **self.stages[name]}
+        foreign = self._of_other_stages(name)
+        keys = {**self.without(*STAGE_KEYS, *foreign).written, **self.stages[name]}
         written = {key: value for key, value in keys.items() if value is not None}
-        return replace(self.without(*STAGE_KEYS), written=written)
+        return replace(self.without(*STAGE_KEYS, *foreign), written=written)
+
+    def _of_other_stages(self, name: str) -> set[str]:
+        """The keys that all stages share and that one which predicts no tokens has no use for, while others have.
+
+        A stage that trains a vision tower alone stands beside stages whose max_length, say, means nothing to it.
+        """
+        own = {**self.keys, **self.stages[name]}.get("method")
+        if own not in METHODS or METHODS[own].predicts == "tokens":
+            return set()
+        others = {{**self.keys, **keys}.get("method") for keys in self.stages.values()} - {own}
+        known = {key for method in others if method in METHODS for key in parser_of(method).names}
+        return (self.keys.keys() & known) - set(parser_of(own).names)
 
     def with_(self, **keys: Any) -> "Recipe":
         """The recipe with other values for some keys, which win over its file's and over those of its stages."""
@@ -204,7 +217,8 @@ class Run:
             own = {key: value for key, value in keys.items() if key not in ("weight", VIEW)}
             alone = replace(arguments, teachers=None, teacher_column=None, **own)
             training = copy(self.training)
-            training.teacher_view = keys.get(VIEW, training.teacher_view)
+            if isinstance(training, DistillationConfig):
+                training.teacher_view = keys.get(VIEW, training.teacher_view)
             own_rows = None if column is None else (column, name)
             run = replace(self, arguments=alone, training=training, own_rows=own_rows)
             runs[name] = run.itself_named(own) if alone.teacher == SELF else run

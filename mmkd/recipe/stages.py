@@ -45,6 +45,11 @@ class Stage:
         return self._record().get("finished", False)
 
     @property
+    def leaves(self) -> str:
+        """The key of a stage after this one that what it trained goes to."""
+        return METHODS[self.recipe.method].leaves
+
+    @property
     def trains_adapter(self) -> bool:
         """Whether it leaves an adapter, which the next stage gets merged into its model."""
         return bool(self.recipe.keys.get("use_peft")) and not METHODS[self.recipe.method].leaves_whole_student
@@ -126,21 +131,49 @@ def plan(recipe: Recipe) -> list[Stage]:
     planned: list[Stage] = []
     for number, name in enumerate(schedule, start=1):
         folder = root / f"{number}-{name}"
-        staged = replace(
-            recipe.stage(name), overrides=overrides, name=str(folder / RECIPE), place=str(folder / RECIPE)
-        )
+        own_stage = recipe.stage(name)
+        flags = {key: value for key, value in overrides.items() if key in own_stage.overrides}
+        staged = replace(own_stage, overrides=flags, name=str(folder / RECIPE), place=str(folder / RECIPE))
         if planned:
-            staged = staged.without(*_MAKING)
-            staged = replace(staged, written={**staged.written, "student": str(planned[-1].handed_on)})
+            staged = _going_on(staged, planned[-1], [earlier.leaves for earlier in planned])
         staged = replace(staged, written={**staged.written, "output_dir": str(folder)})
         planned.append(Stage(name, folder, staged, _identity(name, staged.keys, planned)))
     return planned
 
 
+def _going_on(recipe: Recipe, before: Stage, left: Sequence[str]) -> Recipe:
+    """The recipe of a stage that begins with what the one before has trained; `left` is what all before it leave.
+
+    Raises UserError for a tower that would be trained when a student is made already.
+    """
+    name, folder = Path(recipe.name).parent.name.partition("-")[2], str(before.handed_on)
+    joined = recipe.keys.get("student_init") == "llava"
+    if METHODS[recipe.method].leaves != "student" and "student" in left:
+        raise UserError(
+            f"Stage {name} trains a vision tower alone, and stage {before.name} before it has made a student that has "
+            "one already. Move it to the front of the schedule.",
+            because="not built",
+        )
+    if "student" not in left and joined:
+        # A stage that trains the tower further takes it from there, too.
+        recipe = recipe.without("student_vision_tower")
+        return replace(recipe, written={**recipe.written, "student_vision_tower": folder})
+    if "student" not in left and METHODS[recipe.method].leaves == "student":
+        raise UserError(
+            f"Stage {before.name} trains a vision tower, and stage {name} has no use for one: its student is not made "
+            "of a tower and a language model. Set student_init: llava and student_vision_tower.",
+            because="meaning",
+        )
+    layer = recipe.keys.get("student_vision_layer")
+    recipe = recipe.without(*_MAKING)
+    reads = {} if layer is None or "student" in left else {"student_vision_layer": layer}
+    return replace(recipe, written={**recipe.written, **reads, "student": folder})
+
+
 def _identity(name: str, keys: Mapping[str, Any], before: Sequence[Stage]) -> str:
     """Of a stage's keys and all stages before it, wherever their folders are."""
-    places = ("output_dir", "student") if before else ("output_dir",)
-    content = {key: value for key, value in keys.items() if key not in places}
+    folder = str(before[-1].handed_on) if before else None
+    content = {key: value for key, value in keys.items() if key != "output_dir" and (not before or value != folder)}
     # The empty list held flags, which were no keys in version 0.1.
     text = json.dumps([before[-1].identity if before else None, name, content, []], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -61,6 +61,14 @@ def save_under_published_names(model: PreTrainedModel) -> None:
     model._weight_conversions = conversions
 
 
+def leave_out_of_saves(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Has `save_pretrained` leave out weights that stand in the model for a training only.
+
+    The Trainer then does not miss them in the checkpoint that it resumes either.
+    """
+    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *names}
+
+
 def has_class_for(auto_class: Any, config: type[PreTrainedConfig]) -> bool:
     """Whether an auto class has a model for this class of configs; `from_config` tells by an error of many causes."""
     return config in auto_class._model_mapping

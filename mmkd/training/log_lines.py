@@ -49,6 +49,8 @@ COLUMNS: dict[str, Column] = {
     "bits_per_byte": Column("bits/byte", "cross-entropy of the student, in bits per byte of text", _number),
     "perplexity": Column("perplexity", "exp of the cross-entropy on the held-out rows", _number),
     "taid_t": Column("t", "share of the teacher in TAID's target, from 0 to 1", _number),
+    "patch_cosine": Column("patches", "cosine between the patches of student and teacher", _number),
+    "summary_cosine": Column("summary", "cosine between the summaries of student and teacher", _number),
     "reward": Column("reward", "mean reward of the student's own answers", _number),
     "rollout_length": Column("answer", "tokens per answer that the student wrote", _count),
     "supervised_tokens_per_second": Column("tokens/s", "supervised tokens per second, of all processes", _count),

@@ -37,6 +37,9 @@ Examine = Callable[[Any, bool], list[Any]]
 Forecast = Callable[[Any, Any, int, float | None, Console], int]
 """(stage's run, device, devices, price of an hour) -> 0 when the run fits, 1 when not; prints the plan."""
 
+StandIn = Callable[[Any, Path], None]
+"""(run, folder): writes what the student of a run will leave for the next stage there, without its weights."""
+
 BuildCache = Callable[[Any], Path]
 """Writes what the teacher of a run says of all rows, unless it is there -> the folder."""
 
@@ -54,8 +57,11 @@ class Method:
     trainer: type[Any]
     """Its `method` is the method's name, its `config_class` has the keys that a recipe may set."""
 
-    predicts: Literal["tokens", "classes"] = "tokens"
+    predicts: Literal["tokens", "classes", "features"] = "tokens"
     """What its students predict. Commands that compare or keep distributions over tokens take such recipes only."""
+
+    leaves: Literal["student", "student_vision_tower"] = "student"
+    """The key of the next stage that what it trains goes to: the whole student, or the tower to make one of."""
 
     leaves_whole_student: bool = False
     """Whether output_dir holds a whole student even where an adapter was trained."""
@@ -73,6 +79,7 @@ class Method:
     examine: Examine | None = None
     plan: Forecast | None = None
     data_facts: DataFacts | None = None
+    stand_in: StandIn | None = None
     build_cache: BuildCache | None = None
 
     unused: Mapping[str, str] = field(default_factory=dict)
@@ -189,6 +196,7 @@ METHODS = Methods(
         "llava_kd": "mmkd.methods.llava_kd:METHOD",
         "comd": "mmkd.methods.comd.comd_method:METHOD",
         "dho": "mmkd.methods.dho.dho_method:METHOD",
+        "tower_kd": "mmkd.methods.tower_kd.tower_kd_method:METHOD",
     }
 )
 

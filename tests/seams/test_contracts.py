@@ -8,6 +8,7 @@ import inspect
 import logging
 import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -288,6 +290,17 @@ def test_tensors_of_a_checkpoint_are_found_in_a_model() -> None:
         "lm_head.weight": "lm_head.weight",
     }
     assert transformers_seam.tied_parameters(model) == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_weights_that_are_left_out_are_neither_saved_nor_missed(tmp_path: Path) -> None:
+    model = make_model(width=32, rows=60)
+    model.add_module("extra", torch.nn.Linear(2, 2, bias=False))
+    transformers_seam.leave_out_of_saves(model, ["extra.weight"])
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert "model.embed_tokens.weight" in saved
+    assert "extra.weight" not in saved
+    assert "_keys_to_ignore_on_save" in inspect.getsource(Trainer._issue_warnings_after_load)
 
 
 def test_auto_classes_know_their_configs() -> None:

@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset
 from huggingface_hub.utils import WeakFileLock
 
+from mmkd.methods.tower_kd.tower_config import TERMS
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.experts import experts
@@ -95,6 +96,8 @@ def ranks(
     for how in ("ddp", "fsdp2"):
         jobs[f"kd experts {how}"] = {"method": "kd", "how": how, "student": mixture, "teacher": tiny["teacher"]}
     jobs["dho ddp"] = {"method": "dho", "how": "ddp"}
+    every = {f"{term}_weight": 0.5 for term in TERMS}
+    jobs["tower_kd ddp"] = {"method": "tower_kd", "how": "ddp", "settings": every}
     kd = {"method": "kd", "how": "fsdp2", **untied}
     chunks = {"chunk_size": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
     jobs["kd fsdp2 in chunks"] = {**kd, "settings": chunks}

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from mmkd.data.classification import HIDDEN
 from mmkd.errors import UserError
 from mmkd.preflight.book import Book
 from mmkd.preflight.costs import device_memory
-from mmkd.preflight.estimate import optimizer_bytes
 from mmkd.preflight.facts import Finding, listed
+from mmkd.preflight.whole_model import training_state
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run import check_surroundings
 from mmkd.teachers.class_logits import has_class_logits, read_class_logits
@@ -24,7 +24,6 @@ from mmkd.units import readable_size
 from .class_run import Classes, check_arguments, load_classes, settings_of
 from .class_teacher import logits_folder
 from .dho_build import new_student, student_processor
-from .dho_config import DHOConfig
 
 # Each is opened and decoded.
 _PICTURES = 64
@@ -110,17 +109,6 @@ def _pictures(classes: Classes) -> list[Finding]:
         return [Finding("ok", "images", f"{len(places)} of {len(rows):,} pictures, drawn at random, can be read.")]
     text = f"{len(bad)} of {len(places)} pictures, drawn at random, cannot be read: {listed(bad.values())}"
     return [Finding("problem", "images", text, "Training stops at the first one: correct them.")]
-
-
-def training_state(student: PreTrainedModel, args: DHOConfig) -> dict[str, float]:
-    """Bytes that stay on a device from step to step, by what they are for."""
-    tensors = [*student.parameters(), *student.buffers()]
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    return {
-        "student weights": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        "gradients": sum(parameter.numel() * parameter.element_size() for parameter in trained),
-        "optimizer": optimizer_bytes(args) * sum(parameter.numel() for parameter in trained),
-    }
 
 
 def _student(classes: Classes, run: Run) -> list[Finding]:

@@ -9,18 +9,18 @@ from accelerate import init_empty_weights
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from mmkd.data.class_rows import ClassRows, SemiSupervisedSampler
 from mmkd.preflight.count import counted
 from mmkd.preflight.hardware import GIB, USABLE, Device
 from mmkd.preflight.stage_checks import StageRun
+from mmkd.preflight.whole_model import training_pass, training_state
 from mmkd.recipe.recipe import Run
-from mmkd.seams.torch_seam import storage_key, without_data
+from mmkd.seams.torch_seam import without_data
 from mmkd.teachers.classifiers import OPEN_CLIP
 
-from .class_checks import empty_class_student, training_state
+from .class_checks import empty_class_student
 from .class_run import Classes, check_arguments, load_classes
 from .dho_build import student_processor
 from .dho_config import DHOConfig
@@ -39,7 +39,7 @@ def plan_classes(stage: StageRun, device: Device, devices: int, price: float | N
     batch = args.per_device_train_batch_size + unlabeled
     student = empty_class_student(run, classes)
     state = training_state(student, args)
-    flops, saved = _training_pass(student, _inputs(run, classes, batch), bool(args.bf16))
+    flops, saved = training_pass(student, _inputs(run, classes, batch), bool(args.bf16))
     parts = {**state, "activations": saved}
     total = sum(parts.values())
     steps, rows = _steps(args, classes, devices), len(classes.rows)
@@ -78,40 +78,6 @@ def _inputs(run: Run, classes: Classes, batch: int) -> dict[str, tuple[int, ...]
     if classes.is_text:
         return {"input_ids": (batch, len(first["input_ids"]))}
     return {"pixel_values": (batch, *first["pixel_values"].shape)}
-
-
-def _training_pass(model: Any, shapes: dict[str, tuple[int, ...]], bf16: bool) -> tuple[float, float]:
-    """FLOPs of a forward and a backward pass of a model without data, and the bytes kept between the two."""
-    with without_data():
-        model.to_empty(device="cpu")
-        model.train()
-        weights = {storage_key(part) for part in (*model.parameters(), *model.buffers())}
-        saved: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            if storage_key(tensor) not in weights:
-                saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with (
-            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        ):
-            output, forward = counted(lambda: model(**_zeros(shapes)))
-        total = torch.stack([part.sum() for part in _tensors(output)]).sum()
-        backward = counted(total.backward)[1]
-    return forward + backward, float(sum(saved.values()))
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [part for part in output.values() if isinstance(part, Tensor) and part.requires_grad]
-
-
-def _zeros(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    return {
-        name: torch.zeros(shape, dtype=torch.long if name == "input_ids" else torch.float32)
-        for name, shape in shapes.items()
-    }
 
 
 def _teacher_flops(run: Run, classes: Classes) -> float | None:
