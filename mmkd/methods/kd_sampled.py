@@ -16,7 +16,7 @@ from mmkd.teachers.server import LabelServerTeacher, ServerTeacher
 from mmkd.teachers.signals import DenseSignal, LabelSignal, TopKSignal
 from mmkd.teachers.teacher import Teacher
 from mmkd.training.items import Supervised
-from mmkd.training.logit_difference import DIFFERENCES
+from mmkd.training.logit_difference import check_temperature
 
 SAMPLED = "sampled_reverse_kl"
 LOG_RATIO = "sampled_log_ratio"
@@ -150,15 +150,4 @@ def check_told(teacher: Teacher[Any], args: Any) -> None:
             "(teacher_server_signal: hidden, cache_signal: hidden) or a local teacher.",
             because="upstream",
         )
-    # The tail has no place in differences between logits, which are known at any temperature.
-    if args.temperature != 1 and not teacher.can_temper and args.divergence not in DIFFERENCES:
-        otherwise = (
-            "serve the teacher's hidden states (scripts/serve_teacher.sh MODEL --signal hidden)"
-            if teacher.served
-            else "teacher_tail: renormalise"
-        )
-        raise UserError(
-            f"temperature is {args.temperature}, but this teacher is known at temperature 1 only: the shape of "
-            f"its tail was not kept. Set temperature: 1, or {otherwise}.",
-            because="meaning",
-        )
+    check_temperature(teacher, args)

@@ -45,8 +45,10 @@ class Panel:
     log_scale: bool = False
 
 
+VISUAL_TERMS = ("visual_kl", "relation_distance", "visual_mse", "alignment_distance", "switch")
+
 PANELS = (
-    Panel("Loss and its terms", "", ("loss", "loss/", "eval_loss", "divergence", "visual_kl", "relation_distance")),
+    Panel("Loss and its terms", "", ("loss", "loss/", "eval_loss", "divergence", *VISUAL_TERMS)),
     Panel("Factors of the loss's terms", "", ("balance/",), log_scale=True),
     Panel("KL to the teacher", "nats per token", ("kl", "eval_kl", "eval_visual_kl")),
     Panel("Top-1 agreement with the teacher", "share of tokens", ("top1_agreement", "eval_top1_agreement")),

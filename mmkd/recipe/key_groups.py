@@ -77,6 +77,7 @@ UNUSED = {
     "fsdp_config": "Setting it is an error: set accelerate_config to fsdp2 or to a configuration of your own.",
     "gradient_checkpointing": "The old name of activation_checkpointing, which still works.",
     "gradient_checkpointing_kwargs": "The old name of activation_checkpointing_kwargs, which still works.",
+    "visual_mismatch": "The old name of visual_tokens, which still works: error is same.",
     "pad_token": "Deprecated by TRL. Without it the tokenizer's own padding token is used.",
     "local_rank": "Launchers set it.",
     "do_predict": "Setting it is an error: nothing predicts after a training. Use `mmkd eval`.",

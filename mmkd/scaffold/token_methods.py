@@ -84,7 +84,7 @@ def _visual(draft: Draft, facts: MethodFacts) -> None:
     if any(towers[0].get(name) != towers[1].get(name) for name in ("image_size", "patch_size")):
         draft.set(
             "method",
-            "visual_mismatch",
+            "visual_tokens",
             "pool",
             "The two cut pictures into different numbers of tokens: the finer one is averaged.",
         )

@@ -53,6 +53,24 @@ class _DenseChunk:
 
 
 @dataclass(frozen=True)
+class RawSignal:
+    """A teacher's logits and not its log-probs, for losses of the logits themselves. The temperature is not used."""
+
+    signal: DenseSignal
+
+    def chunks(self, size: int) -> Iterator[NarrowedOutcomes]:
+        """The logits of `size` tokens at a time."""
+        for chunk in self.signal.chunks(size):
+
+            def compared(
+                logits: Tensor, rows: slice, temperature: float, chunk: _DenseChunk = chunk
+            ) -> tuple[Tensor, Tensor]:
+                return logits, chunk.head.finish(chunk.logits[rows].to(logits.dtype))
+
+            yield NarrowedOutcomes(chunk, compared)
+
+
+@dataclass(frozen=True)
 class SparseSignal:
     """The teacher's probabilities of some tokens per position, the most likely first, every other token having none.
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
 
+from mmkd.errors import UserError
 from mmkd.losses.divergences import Divergence
 from mmkd.losses.logit_differences import bild, dbild
 from mmkd.schema import Range
 from mmkd.teachers.signals import ListedSignal, MixedSignal, SparseSignal
+from mmkd.teachers.teacher import Teacher
 
 
 @dataclass
@@ -40,3 +42,22 @@ DIFFERENCES: dict[str, Callable[[LogitDifferenceKeys], Divergence]] = {
 def listed_tokens(signal: Any) -> MixedSignal[Any]:
     """What teachers say, without the rest as one outcome where they list tokens: it has no place in a difference."""
     return MixedSignal.of(signal).map(lambda said: ListedSignal(said) if isinstance(said, SparseSignal) else said)
+
+
+def check_temperature(teacher: Teacher[Any], args: Any) -> None:
+    """Raises UserError where the teacher's probabilities are not known at the temperature that is asked for.
+
+    The tail has no place in differences between logits, which are known at any temperature.
+    """
+    if args.temperature == 1 or teacher.can_temper or args.divergence in DIFFERENCES:
+        return
+    otherwise = (
+        "serve the teacher's hidden states (scripts/serve_teacher.sh MODEL --signal hidden)"
+        if teacher.served
+        else "teacher_tail: renormalise"
+    )
+    raise UserError(
+        f"temperature is {args.temperature}, but this teacher is known at temperature 1 only: the shape of "
+        f"its tail was not kept. Set temperature: 1, or {otherwise}.",
+        because="meaning",
+    )

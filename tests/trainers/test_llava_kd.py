@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkd.losses.divergences import forward_kl
+from mmkd.losses.token_matching import matched
 from mmkd.losses.visual_relations import relation_distance
 from mmkd.methods.kd import KDTrainer
 from mmkd.methods.llava_kd import LLaVAKDConfig, LLaVAKDTrainer, VisualSignal, VisualSupervised
@@ -247,11 +248,15 @@ def test_the_student_moves_towards_the_teacher_in_every_term(build_vlm: Build) -
     assert evaluated["eval_loss"] == pytest.approx(sum(w * t for w, t in zip((1, 20, 20, 20), terms, strict=True)))
 
 
-def test_other_visual_tokens_are_refused_or_pooled(build_vlm: Build, vlms: Any) -> None:
+@pytest.mark.parametrize(
+    "key", [{"visual_tokens": "pool"}, {"visual_mismatch": "pool"}, {"visual_tokens": "hungarian"}]
+)
+def test_other_visual_tokens_are_refused_pooled_or_matched(build_vlm: Build, vlms: Any, key: dict[str, str]) -> None:
     data, fine = vision_rows([1, 2, 0, 1]), {"model": str(vlms["fine"])}
-    with pytest.raises(ValueError, match="visual_mismatch: pool"):
-        build_vlm(LLaVAKDTrainer, data, trainer=fine, max_steps=1).train()
-    trainer: Any = build_vlm(LLaVAKDTrainer, data, trainer=fine, visual_mismatch="pool", max_steps=20)
+    if "visual_mismatch" in key:
+        with pytest.raises(ValueError, match=r"visual_tokens: pool .*visual_tokens: hungarian"):
+            build_vlm(LLaVAKDTrainer, data, trainer=fine, max_steps=1).train()
+    trainer: Any = build_vlm(LLaVAKDTrainer, data, trainer=fine, max_steps=20, **key)
     batch = one_batch(trainer)
     assert "" in batch.readings
     assert batch.student.images[0].tolist() == [0, 16]
@@ -261,6 +266,72 @@ def test_other_visual_tokens_are_refused_or_pooled(build_vlm: Build, vlms: Any) 
     assert int(trainer.count_items(batch)["visual_token"]) == 4 * 4
     trainer.train()
     assert losses_of(trainer, "visual_kl")[-1] < losses_of(trainer, "visual_kl")[0]
+
+
+@pytest.mark.parametrize("cost", ["manhattan", "euclidean"])
+def test_matched_tokens_are_compared_by_all_terms(build_vlm: Build, vlms: Any, cost: str) -> None:
+    """Against logits in full, with the assignment that scipy finds for them."""
+    keys = {"beta": 0.9, "gamma": 0.5, "vsd_weight": 0.3, "vlad_weight": 0.2, "relation_on": "hidden"}
+    model = {"model": str(vlms["fine"])}
+    matching = {"visual_tokens": "hungarian", "matching_cost": cost}
+    trainer: Any = build_vlm(LLaVAKDTrainer, vision_rows([1, 2, 0, 1]), trainer=model, **matching, **keys)
+    batch = one_batch(trainer)
+    views = batch.student, batch.readings[""].view
+    both = [
+        side(**view.inputs, output_hidden_states=True)
+        for side, view in zip((trainer.model, trainer.teacher.model), views, strict=True)
+    ]
+    answer = views[0].supervised
+    images: Any = zip(
+        *(out.logits[view.visual].split(view.images[:, 1].tolist()) for out, view in zip(both, views, strict=True)),
+        *(
+            out.hidden_states[-1][view.visual].split(view.images[:, 1].tolist())
+            for out, view in zip(both, views, strict=True)
+        ),
+        views[0].images[:, 0].tolist(),
+        strict=True,
+    )
+    sums, pairs = dict.fromkeys(("visual_kl", "relation_distance", "visual_mse", "alignment_distance"), 0.0), 0
+    for ours, theirs, hidden, their_hidden, row in images:
+        costs = torch.cdist(ours, theirs, p=1 if cost == "manhattan" else 2).detach()
+        at = matched(ours, theirs, lambda *_, costs=costs: costs)
+        ours, theirs, hidden, their_hidden = ours[at[0]], theirs[at[1]], hidden[at[0]], their_hidden[at[1]]
+        texts = [out.hidden_states[-1][row, :-1][view.supervised[row]] for out, view in zip(both, views, strict=True)]
+        sums["visual_kl"] += forward_kl(ours.log_softmax(-1), theirs.log_softmax(-1)).sum()
+        sums["relation_distance"] += relation_distance(hidden @ hidden.T, their_hidden @ their_hidden.T)
+        sums["visual_mse"] += (ours - theirs).square().mean(-1).sum()
+        cosines = [
+            torch.cosine_similarity(visual[:, None], text[None], dim=-1)
+            for visual, text in zip((hidden, their_hidden), texts, strict=True)
+        ]
+        sums["alignment_distance"] += torch.nn.functional.smooth_l1_loss(*cosines)
+        pairs += len(at[0])
+    assert pairs == 4 * 4
+    log_probs = [out.logits[:, :-1][view.supervised].log_softmax(-1) for out, view in zip(both, views, strict=True)]
+    labels = views[0].labels[:, 1:][answer]
+    ce = -log_probs[0].gather(-1, labels[:, None]).mean()
+    expected: Any = ce + forward_kl(log_probs[0], log_probs[1].detach()).mean()
+    expected = expected + (0.9 * sums["visual_kl"] + 0.3 * sums["visual_mse"]) / 16
+    expected = expected + (0.5 * sums["relation_distance"] + 0.2 * sums["alignment_distance"]) / 4
+    expected.backward()
+    wanted = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    loss, found = loss_and_gradients(trainer, batch)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_matched_terms_do_not_depend_on_how_a_batch_is_cut(build_vlm: Build, vlms: Any) -> None:
+    keys = {"visual_tokens": "hungarian", "vsd_weight": 0.3, "vlad_weight": 2.0, "divergence": "dbild"}
+    runs = [
+        steps(
+            build_vlm(
+                LLaVAKDTrainer, vision_rows([1, 2, 0, 3] * 2), trainer={"model": str(vlms["fine"])}, **keys, **cut
+            )
+        )
+        for cut in ({}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
+    ]
+    assert runs[1] == [pytest.approx(pair, rel=1e-4) for pair in runs[0]]
 
 
 def test_kd_gives_each_model_its_own_pixels(build_vlm: Build, vlms: Any) -> None:
@@ -311,6 +382,8 @@ def test_answers_that_differ_are_an_error(build_vlm: Build, vlms: Any, tmp_path:
         ({"alpha": 0.0, "beta": 0.0, "gamma": 0.0}, "method sft"),
         ({"relation_on": "pixels"}, "choose one of logits, hidden"),
         ({"visual_mismatch": "ignore"}, "choose one of error, pool"),
+        ({"visual_tokens": "ignore"}, "choose one of same, pool, hungarian"),
+        ({"visual_tokens": "hungarian", "visual_mismatch": "pool"}, "its old name, says pool"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
