@@ -18,6 +18,7 @@ from .canonical import CHATS, OURS, Layout
 from .conversion import Conversion
 from .left_out import LeftOut
 from .messages import Message
+from .recordings import check_no_recordings
 from .streams import converted_stream
 from .unknown_layout import unknown_layout
 
@@ -298,6 +299,7 @@ def canonical(
     sample = sample_of(data)
     if not sample or "input_ids" in sample:
         return data
+    check_no_recordings(data if isinstance(data, Dataset) else sample, f"The {split} data")
     layout = recognised(sample, f"The {split} data", text_field)
     conversion = Conversion(split, LeftOut(split), skip, tuple(folders))
     kept = _kept(sample, layout, split)

@@ -21,6 +21,7 @@ from .guessed_types import warn_guessed_types
 from .image_columns import download_images
 from .layouts import log_layout, read_by_recipe
 from .mapping import check_columns, layout_of_source, map_rows
+from .recordings import check_no_recordings
 from .sources import left_out_note, load_split
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def _source_rows(recipe: DataRecipe, train_cap: int | None, eval_cap: int | None
         check_columns(recipe, dataset, also)
         warn_guessed_types(recipe, dataset)
         if not recipe.columns:
+            check_no_recordings(dataset, f"{recipe.name}: the {ours} data")
             log_layout(layout_of_source(dataset, recipe, ours, also), f"{recipe.name}: {ours}", len(dataset))
         raw[ours] = dataset if recipe.shuffle_seed is None else dataset.shuffle(seed=recipe.shuffle_seed)
     if not recipe.has_eval:

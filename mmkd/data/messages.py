@@ -14,6 +14,7 @@ from mmkd.errors import UserError, nearest
 from .columns import ROLES
 from .image_columns import stored_image
 from .images import content_of_text, decoded_base64
+from .recordings import PARTS, advice
 
 Message = dict[str, Any]
 
@@ -214,10 +215,11 @@ def _part(part: Any, where: str, pictures: RowImages, nulls: bool) -> Message:
             "type": "image",
             **{key: item for key, item in entries.items() if key not in (*_PICTURE_KEYS, "detail", "text")},
         }
-    videos = " mmkd does not train on videos yet; map its frames to images." if kind == "video" else ""
+    if kind in PARTS:
+        raise UserError(f"{where} is of type {kind!r}, and {advice(PARTS[kind])}", because="not built")
     raise UserError(
-        f"{where} is of type {kind!r}, but only text and image can be trained on.{videos} Leave such rows out, or put "
-        "it in a text part (thoughts belong in the message's reasoning_content, calls in its tool_calls)"
+        f"{where} is of type {kind!r}, but only text and image can be trained on. Leave such rows out, or put it in a "
+        "text part (thoughts belong in the message's reasoning_content, calls in its tool_calls)"
     )
 
 

@@ -1,9 +1,12 @@
 """LLaVA-KD: the teacher's answers, its visual tokens and how they relate to each other (2410.16236)."""
 
+from collections.abc import Callable
 from functools import cached_property
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -13,12 +16,16 @@ from mmkd.errors import UserError
 from mmkd.losses.divergences import Divergence, forward_kl
 from mmkd.models.backbone import full_head
 from mmkd.models.heads import LMHead
+from mmkd.models.sharded_weights import is_sharded
+from mmkd.models.visual_switch import VisualOutputs, visual_outputs_of
+from mmkd.seams.transformers_seam import checkpoint_frozen_layers
 from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.several import parts_of
 from mmkd.teachers.signals import DenseSignal, MixedSignal, TopKSignal
 from mmkd.teachers.teacher import DenseTeacher, Teacher
-from mmkd.training.base import DistillationTrainer
+from mmkd.training.base import DistillationTrainer, ReadStudent
 from mmkd.training.items import ItemLosses, Reports, Supervised, add_share, kind_of
 from mmkd.training.logit_difference import DIFFERENCES, check_temperature, listed_tokens
 from mmkd.training.method import Method
@@ -26,6 +33,14 @@ from mmkd.training.teacher_views import image_columns
 from mmkd.training.teaching import StudentSide, Teaching
 
 from .llava_kd_config import LLaVAKDConfig as LLaVAKDConfig
+from .llava_kd_switch import (
+    SWITCH,
+    SWITCHED,
+    check_switched_student,
+    check_switching_teacher,
+    in_rows_with_images,
+    switch_loss,
+)
 from .llava_kd_visual import VisualSignal as VisualSignal
 from .llava_kd_visual import VisualSupervised as VisualSupervised
 from .llava_kd_visual import VisualTerms
@@ -34,6 +49,9 @@ _ALONE = (
     "Visual tokens are compared image by image. Give the teacher as many images in teacher_view.images_column as the "
     "student has, or set beta: 0 and gamma: 0 to compare answers only."
 )
+
+
+_TRIED_ROWS = 8
 
 
 class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal]]):
@@ -47,11 +65,13 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
 
     method = "llava_kd"
     takes_several = True
-    reports_by_teacher = ("kl", "visual_kl", "relation_distance", "visual_mse", "alignment_distance")
+    reports_by_teacher = ("kl", "visual_kl", "relation_distance", "visual_mse", "alignment_distance", SWITCH)
     config_class = LLaVAKDConfig
     accepts = (DenseSignal, TopKSignal)
     reads_visual_tokens = True
     args: LLaVAKDConfig
+    _visual_outputs: VisualOutputs
+    """Those of the student in the forward pass that is under way, for the switch."""
     _paper: ClassVar[dict[str, str]] = {
         "title": "LLaVA-KD: A Framework of Distilling Multimodal Large Language Models",
         "id": "2410.16236",
@@ -78,6 +98,8 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
                     because="meaning",
                 )
         check_temperature(teacher, args)
+        if args.switching is not None:
+            check_switching_teacher(teacher)
         if top_k and cached and args.beta:
             raise UserError(
                 "beta compares visual tokens, and a cache of log-probs holds those of answers only. Set beta: 0, or "
@@ -87,6 +109,8 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
 
     def build_teacher(self, student: StudentSide, teacher: Any, processing_class: Any) -> Teaching:
         """The base's. Raises UserError too where visual tokens were not seen, or cannot be related by their logits."""
+        if self.args.switching is not None:
+            check_switched_student(self.model)
         teaching = super().build_teacher(student, teacher, processing_class)
         if self.args.compares_images and student.labelling.vision:
             for column in image_columns(teacher, self.args):
@@ -122,6 +146,8 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
                 )
             common = self._visual_terms.counts(student.images[:, 1], teacher.images[:, 1])
             numbers = {"visual_token": sum(common), "image": len(common)}
+            if self.args.switching is not None:
+                numbers[SWITCHED] = int(in_rows_with_images(student).sum())
             return {kind: torch.tensor(number, device=student.labels.device) for kind, number in numbers.items()}
 
         return {**super().count_items(batch), **self.count_pairs(batch, count)}
@@ -134,7 +160,8 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
             visual = torch.zeros_like(visual)
         signal = teacher.ask(view, looked_at := view.supervised | visual)
         answer, seen = (_only(signal, mask[looked_at]) for mask in (view.supervised, visual))
-        return VisualSignal(answer, seen, view.images[:, 1], name)
+        asked = (teacher, view) if isinstance(teacher, LocalTeacher) and self.args.switching is not None else None
+        return VisualSignal(answer, seen, view.images[:, 1], name, asked)
 
     def read_student(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Supervised:
         """The student at the same positions of its own sequence."""
@@ -159,6 +186,10 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
             for term, (items, total, count) in self._visual_terms.of(student, said, self.balances).items():
                 terms.setdefault(term, {})[kind_of(items, name)] = weight * total
                 add_share(reports, term, (total, count), weight, name)
+            if args.switching is not None:
+                total, count = self._switched(student, said)
+                terms.setdefault(SWITCH, {})[kind_of(SWITCHED, name)] = weight * total
+                add_share(reports, SWITCH, (total, count), weight, name)
         if self.balances:
             both, of_answers = self.apart(student, answers, objective, args.temperature)
             losses = ItemLosses(self.balanced({**both, **terms}, args.term_weights), of_answers)
@@ -172,6 +203,53 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
             losses.totals = ItemLosses.added([losses.totals, *weighted])
         losses.reports |= reports
         return losses
+
+    def forward(self, model: Any, batch: Batch, losses_of: Callable[[ReadStudent], ItemLosses]) -> ItemLosses:
+        """The base's; for the switch, the student's visual output is taken on the way."""
+        if self.args.switching is None:
+            return super().forward(model, batch, losses_of)
+        with visual_outputs_of(self.model) as self._visual_outputs:
+            return super().forward(model, batch, losses_of)
+
+    def _switched(self, student: VisualSupervised, said: VisualSignal) -> tuple[Tensor, int]:
+        """The switch term of one teacher and the number of its items; 0 where the student sees no picture."""
+        assert self.args.switching is not None
+        assert said.asked is not None
+        assert isinstance(said.answer, DenseSignal)
+        if not any(self._visual_outputs):
+            return student.hidden.float().sum() * 0, 0
+        total = switch_loss(self.args, self.args.switching, *said.asked, said.answer, self._visual_outputs)
+        return total, int(in_rows_with_images(said.asked[1]).sum())
+
+    def _fit(self, teacher: Any, teacher_processing_class: Any) -> None:
+        """The base's. Raises UserError too where the student's visual output does not fit the teacher's connector."""
+        super()._fit(teacher, teacher_processing_class)
+        if self.args.switching is None:
+            return
+        for part in parts_of(self.teacher):
+            if self.args.activation_checkpointing:
+                checkpoint_frozen_layers(part.model)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise UserError(
+                "switch needs a gradient through the frozen teacher, which DeepSpeed's engine does not give. Use "
+                "accelerate_config ddp or fsdp2, or remove switch.",
+                because="not built",
+            )
+        if not is_sharded(self.accelerator):
+            self._try_switch()
+
+    @torch.no_grad()
+    def _try_switch(self) -> None:
+        """Sends the first picture of the train data through both models, so that what does not fit is known early."""
+        training = self.model.training
+        for row in islice(self.train_dataset, _TRIED_ROWS):
+            batch = self.on_device(self.data_collator([dict(row)]))
+            if len(batch.student.images):
+                signal, self._visual_outputs = self.ask(batch), []
+                self.model.eval()
+                self.forward(self.model, batch, lambda read, signal=signal: self.losses_of(read, signal))
+                break
+        self.model.train(training)
 
     @cached_property
     def _visual_terms(self) -> VisualTerms:

@@ -1,12 +1,15 @@
 """Settings of method llava_kd."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mmkd.errors import UserError
 from mmkd.schema import NonNegativeFloat, PositiveFloat, Share
+from mmkd.seams.trainer_seam import with_json_keys
 from mmkd.training.config import DistillationConfig
 from mmkd.training.logit_difference import DIFFERENCES, LogitDifferenceKeys
+
+from .llava_kd_switch import SWITCH, Switch, check_switch
 
 MATCHING_COSTS = ("manhattan", "euclidean")
 
@@ -15,6 +18,7 @@ MATCHING_COSTS = ("manhattan", "euclidean")
 class LLaVAKDConfig(LogitDifferenceKeys, DistillationConfig):
     """Settings of method llava_kd."""
 
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = with_json_keys(DistillationConfig, "switch")
     combinations: ClassVar[tuple[str, ...]] = ("weights", "gradmag")
 
     ce_weight: Share = field(
@@ -100,6 +104,15 @@ class LLaVAKDConfig(LogitDifferenceKeys, DistillationConfig):
             "answer's tokens are, student against teacher. 0 (default): none."
         },
     )
+    switch: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Switch-KD: send the student's visual output through the teacher's connector and language model, "
+            "and bring the answers there near the teacher's own. {weight: 1.0, divergence: dbild, temperature: 3.0} "
+            "are its settings and their defaults. It teaches the vision tower and nothing else, and needs a local "
+            "teacher with a tower of the same width. Default: none."
+        },
+    )
     visual_mismatch: str = field(
         default="error",
         metadata={
@@ -129,6 +142,8 @@ class LLaVAKDConfig(LogitDifferenceKeys, DistillationConfig):
                     because="meaning",
                 )
             self.visual_tokens = "pool"
+        if self.switching is not None:
+            check_switch(self)
 
     @property
     def compares_images(self) -> bool:
@@ -138,7 +153,14 @@ class LLaVAKDConfig(LogitDifferenceKeys, DistillationConfig):
     @property
     def term_weights(self) -> dict[str, float]:
         """The weight of each term of the loss, by the term's name in the logs."""
-        return {"ce": 1.0, "divergence": self.alpha, **self.visual_weights}
+        switch = self.switching
+        switched = {} if switch is None else {SWITCH: switch.weight}
+        return {"ce": 1.0, "divergence": self.alpha, **self.visual_weights, **switched}
+
+    @property
+    def switching(self) -> Switch | None:
+        """The settings of the switch; None without one."""
+        return Switch.of(self.switch)
 
     @property
     def visual_weights(self) -> dict[str, float]:

@@ -15,7 +15,8 @@ from mmkd.losses.token_matching import assigned
 from mmkd.losses.visual_alignment import alignment_distance, logit_distances, squared_difference
 from mmkd.losses.visual_relations import common_tokens, logit_metric, pooled, relation_loss, relations
 from mmkd.models.heads import LMHead
-from mmkd.teachers.batch import ONLY
+from mmkd.teachers.batch import ONLY, View
+from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import DenseSignal, RawSignal, TopKSignal
 from mmkd.training.items import Supervised
 
@@ -43,6 +44,8 @@ class VisualSignal:
     images: Int[Tensor, "image"]
     teacher: str = ONLY
     """Its name among several."""
+    asked: tuple[LocalTeacher, View] | None = None
+    """The teacher itself and what it read, where the student's visual output goes through it."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from mmkd.data.recordings import PARTS, advice, check_no_recordings
 from mmkd.errors import UserError
 from mmkd.models.load import image_token_of
 from mmkd.teachers.cached import images_of
@@ -63,13 +64,20 @@ def processing_facts(processor: ProcessorMixin) -> str:
 
 
 def check_no_videos(row: Mapping[str, Any], split: str) -> None:
-    """Raises UserError for a row of a split that holds videos, which no method here learns from."""
-    if {"video", "videos"} & row.keys() or "video" in (part.get("type") for part in _parts(row)):
-        raise UserError(
-            f"The {split} data holds videos, which mmkd does not train on yet. Map its frames to images, or leave "
-            "such rows out.",
-            because="not built",
-        )
+    """Raises UserError for a row of a split that holds videos or audio, which no method here learns from."""
+    check_no_recordings(row, f"The {split} data")
+    for part in _parts(row):
+        if part.get("type") in PARTS:
+            kind = PARTS[part["type"]]
+            raise UserError(f"The {split} data has {kind} in its messages: {advice(kind)}.", because="not built")
+
+
+def _check_no_recorded_text(text: str, processor: Any, name: str) -> None:
+    """Raises UserError for a placeholder of a video or audio, which a model would read as a word without meaning."""
+    for attribute, kind in (("video_token", "videos"), ("audio_token", "audio")):
+        token = getattr(processor, attribute, None)
+        if isinstance(token, str) and token and token in text:
+            raise UserError(f"{name} holds {token!r} in its text: {advice(kind)}.", because="not built")
 
 
 def _parts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -83,11 +91,24 @@ def _parts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return parts
 
 
+def _texts(row: Mapping[str, Any]) -> list[str]:
+    """All text of a row."""
+    plain = [row[name] for name in ("text", "prompt", "completion") if isinstance(row.get(name), str)]
+    messages = [message for name in ("messages", "prompt", "completion") for message in _messages(row.get(name))]
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), str)]
+    return [*plain, *contents, *(part["text"] for part in _parts(row) if isinstance(part.get("text"), str))]
+
+
+def _messages(value: Any) -> list[Mapping[str, Any]]:
+    return value if isinstance(value, list) else []
+
+
 def check_placeholders(example: Mapping[str, Any], side: Any, names: RowNames) -> None:
     """Raises UserError when a row, as one side's `VisionLabels` see it, has more or fewer placeholders than images."""
     row, processor = side.seen(example), side.processor
     images = len(images_of(row))
     conversation = row.get("messages", row.get("prompt"))
+    _check_no_recorded_text("\n".join(_texts(row)), processor, names.of(example))
     if isinstance(conversation, list):
         # Without parts, trl puts all images before the first question.
         structured = any(isinstance(message.get("content"), list) for message in conversation)

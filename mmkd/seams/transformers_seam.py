@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 
@@ -26,6 +27,18 @@ def set_attention(config: Any, implementation: str | None) -> None:
 def empty_like(model: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """A model of a class, made of a config in a type; the auto classes' `from_config` picks the class itself."""
     return model._from_config(config, dtype=dtype)
+
+
+def checkpoint_frozen_layers(model: PreTrainedModel) -> None:
+    """Lets a frozen model compute its layers again in a backward pass through it, while it stays in evaluation mode.
+
+    transformers checkpoints layers in training mode only. What the layers hold, dropout among it, keeps its mode;
+    layers that drop out themselves are not checkpointed.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and not isinstance(getattr(module, "dropout", None), float):
+            module.training = True
 
 
 def balances_experts(model: PreTrainedModel) -> bool:

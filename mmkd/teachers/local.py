@@ -127,6 +127,10 @@ class LocalTeacher(ModelTeacher):
         """See `states`."""
         if not (supervised.any() or self._sharded):
             return self.nothing()
+        return self.differentiable(inputs, supervised)
+
+    def differentiable(self, inputs: Mapping[str, Any], supervised: Bool[Tensor, "batch position"]) -> DenseSignal:
+        """See `states`. Without `no_grad`, the states carry the gradient of what hooks put into the pass."""
         signal = self.states(self.wrapped, inputs, supervised)
         if self._sharded:
             reshard(self.model)

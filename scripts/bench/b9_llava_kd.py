@@ -7,7 +7,8 @@ authors' way: both models' logits at all positions, softmax and products on them
 
 import ctypes
 import tempfile
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,8 +27,11 @@ from transformers import (
 )
 
 from mmkd.losses.divergences import forward_kl
+from mmkd.losses.token_matching import assigned
+from mmkd.losses.visual_alignment import logit_distances
 from mmkd.methods.llava_kd import LLaVAKDConfig, LLaVAKDTrainer
 from mmkd.methods.sft import SFTBaselineConfig, SFTBaselineTrainer
+from mmkd.models.heads import LMHead
 from mmkd.models.llava import CHAT_TEMPLATE, IMAGE_TOKEN
 from mmkd.teachers.batch import Batch
 
@@ -37,6 +41,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llava_kd, no relation": {"gamma": 0.0},
     "llava_kd, relation_on hidden": {"relation_on": "hidden"},
     "llava_kd": {},
+    "llava_kd, divergence dbild": {"divergence": "dbild", "temperature": 3.0},
+    "llava_kd, vsd and vlad": {"vsd_weight": 1.0, "vlad_weight": 1.0},
+    "llava_kd, switch": {"switch": {"weight": 1.0}},
+    "llava_kd, finer teacher, pool": {"visual_tokens": "pool"},
+    "llava_kd, finer teacher, hungarian euclidean": {"visual_tokens": "hungarian", "matching_cost": "euclidean"},
+    "llava_kd, finer teacher, hungarian manhattan": {"visual_tokens": "hungarian"},
     "logits in full": {},
 }
 
@@ -77,7 +87,28 @@ def main() -> None:
     ]
     visual, logits = sizes[0] * sizes[1] ** 2, sizes[0] * sizes[1] ** 2 * sizes[2] * 4 / MEGABYTE
     title = f"{visual} visual tokens, vocabulary {sizes[2]}: their fp32 logits would be {logits:.0f} MB a model"
-    report("b9", "cpu", {title: rows}, settings={"sizes": sizes})
+    matched = [matching(tokens, sizes[2], args.repeats) for tokens in ((36,) if args.quick else (144, 324, 576))]
+    tables = {title: rows, f"Matching one image of as many tokens on both sides, vocabulary {sizes[2]}": matched}
+    report("b9", "cpu", tables, settings={"sizes": sizes})
+
+
+def matching(tokens: int, vocab: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds of the distances between logits and of the assignment, the fastest of some."""
+    torch.manual_seed(0)
+    states = torch.randn(tokens, 256), torch.randn(tokens, 512)
+    heads = [LMHead(torch.randn(vocab, side.shape[1])) for side in states]
+    row: dict[str, Any] = {"tokens": tokens}
+    for cost in ("manhattan", "euclidean"):
+        seconds: list[float] = []
+        for _ in range(max(1, repeats // 2)):
+            start = time.perf_counter()
+            costs = logit_distances(states[0], heads[0], states[1], heads[1], cost)
+            seconds.append(time.perf_counter() - start)
+        row[f"{cost} ms"] = 1000 * min(seconds)
+        start = time.perf_counter()
+        assigned(costs)
+        row[f"assignment ({cost}) ms"] = 1000 * (time.perf_counter() - start)
+    return row
 
 
 def build(case: Case) -> tuple[Step, Step]:
@@ -111,12 +142,14 @@ def stepper(case: Case) -> Step:
     }
     common = {"train_dataset": make_rows(case), "processing_class": processor}
     student = make_model(case, len(processor.tokenizer), case.width)
+    # A third more patches along an edge.
+    seen = replace(case, patches=case.patches * 4 // 3) if "finer" in case.variant else case
     if case.variant == "sft":
         trainer: Any = SFTBaselineTrainer(student, None, SFTBaselineConfig(**settings), **common)
     else:
         config = LLaVAKDConfig(**settings, **VARIANTS[case.variant])
-        teacher = make_model(case, len(processor.tokenizer), 2 * case.width)
-        trainer = LLaVAKDTrainer(student, teacher, config, teacher_processing_class=processor, **common)
+        teacher = make_model(seen, len(processor.tokenizer), 2 * case.width)
+        trainer = LLaVAKDTrainer(student, teacher, config, teacher_processing_class=make_processor(seen), **common)
     optimizer = torch.optim.AdamW(trainer.model.parameters())
     trainer.model.train()
     batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
@@ -194,7 +227,7 @@ def make_processor(case: Case) -> LlavaProcessor:
     fast.chat_template = CHAT_TEMPLATE
     side = {"height": 8 * case.patches, "width": 8 * case.patches}
     return LlavaProcessor(
-        CLIPImageProcessorPil(do_resize=False, do_center_crop=False, crop_size=side),
+        CLIPImageProcessorPil(size=side, do_center_crop=False, crop_size=side),
         fast,
         patch_size=8,
         vision_feature_select_strategy="default",

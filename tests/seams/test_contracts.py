@@ -264,6 +264,30 @@ def test_trl_lets_the_first_process_prepare_first() -> None:
 # transformers
 
 
+def test_layers_of_a_frozen_model_are_computed_again_in_evaluation_mode() -> None:
+    model = make_model(rows=len(make_tokenizer())).eval().requires_grad_(False)
+    states = torch.randn(1, 4, model.config.hidden_size)
+    kept: list[int] = []
+
+    def gradient() -> torch.Tensor:
+        leaf, sizes = states.clone().requires_grad_(), list[int]()
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(inputs_embeds=leaf).logits.sum()
+        kept.append(sum(sizes))
+        return torch.autograd.grad(output, leaf)[0]
+
+    plain = gradient()
+    transformers_seam.checkpoint_frozen_layers(model)
+    torch.testing.assert_close(gradient(), plain)
+    assert kept[1] < kept[0] / 2
+    assert not model.training
+
+
 def test_attention_is_an_attribute_of_configs() -> None:
     config = make_model().config
     transformers_seam.set_attention(config, "eager")

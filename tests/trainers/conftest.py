@@ -94,6 +94,8 @@ def ranks(
     jobs["kd fsdp2 balanced"] = {"method": "kd", "how": "fsdp2", **tiny, **first}
     jobs["llava_kd balanced"] = {"method": "llava_kd", "how": "ddp", **vlms, "settings": {"combine": "gradmag"}}
     for how in ("ddp", "fsdp2"):
+        switched = {"switch": {"weight": 2.0}, "activation_checkpointing": True}
+        jobs[f"llava_kd switch {how}"] = {"method": "llava_kd", "how": how, **vlms, "settings": switched}
         jobs[f"kd experts {how}"] = {"method": "kd", "how": how, "student": mixture, "teacher": tiny["teacher"]}
     jobs["dho ddp"] = {"method": "dho", "how": "ddp"}
     every = {f"{term}_weight": 0.5 for term in TERMS}
