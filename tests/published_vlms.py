@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.models import Model
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 ROOT = Path(__file__).parent / "fixtures" / "published_vlms"
 
@@ -77,3 +79,38 @@ def _byte_fallback(tokens: dict[str, Any]) -> Model:
 
 
 _MODELS = {"byte_level": _byte_level, "byte_fallback": _byte_fallback}
+
+
+def write_tiny_model(name: str, folder: Path, seed: int) -> Path:
+    """As `write_checkpoint`, with random weights in few layers of little width, and all else as the model has it."""
+    write_checkpoint(name, folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # Qwen2.5-VL's file has the language model's settings beside those of the tower.
+    _narrow(config.get("text_config", config), config["vision_config"])
+    path.write_text(json.dumps(config))
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    with torch.no_grad():
+        # Gemma's begins with zeros, which let no image through.
+        for weights_name, weights in model.named_parameters():
+            if "mm_input_projection_weight" in weights_name:
+                weights.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _narrow(text: dict[str, Any], vision: dict[str, Any]) -> None:
+    text |= {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 16}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
+    text.pop("layer_types", None)
+    rope = text.get("rope_scaling") or {}
+    if "mrope_section" in rope:
+        rope["mrope_section"] = [2, 3, 3]
+    vision |= {"hidden_size": 16, "intermediate_size": 24, "initializer_range": 0.2}
+    if "depth" in vision:
+        vision |= {"depth": 2, "num_heads": 2, "out_hidden_size": 32}
+        vision |= {"deepstack_visual_indexes": [0]} if "deepstack_visual_indexes" in vision else {}
+        vision |= {"fullatt_block_indexes": [1]} if "fullatt_block_indexes" in vision else {}
+    else:
+        vision |= {"num_hidden_layers": 2, "num_attention_heads": 2}

@@ -71,7 +71,8 @@ class Side:
     def stops(self) -> set[int]:
         """The ids at which the model's own generation ends."""
         configs = [self.generation] if self.generation is not None else [self.config, self.config.get_text_config()]
-        ids = {index for config in configs for index in _ids(config.eos_token_id)}
+        # The config of some vision-language models leaves it to that of their language model.
+        ids = {index for config in configs for index in _ids(getattr(config, "eos_token_id", None))}
         return ids | set(_ids(self.tokenizer.eos_token_id))
 
     def prepared_as(self, rendered: "Rendered", run: Run) -> "Side":
