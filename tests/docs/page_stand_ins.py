@@ -45,6 +45,14 @@ def resnet(folder: Path) -> object:
     return ConvNextImageProcessorPil(size={"shortest_edge": 16}).save_pretrained(folder)
 
 
+def dinov2(folder: Path) -> object:
+    """A tiny DINOv2 with its image processor."""
+    from tests.towers import dino_tower, pixels_of
+
+    dino_tower().save_pretrained(folder)
+    return pixels_of(12).save_pretrained(folder)
+
+
 def chats(rows: int = 48) -> Maker:
     """A data set of conversations, as a folder of JSON lines."""
 
@@ -95,6 +103,8 @@ STAND_INS: dict[str, Maker] = {
     "google/gemma-3-270m-it": other_tokenizer(3),
     "google/gemma-3-1b-it": other_tokenizer(4),
     "google/siglip-base-patch16-224": make_tower,
+    "google/siglip-so400m-patch14-384": lambda folder: make_tower(folder, hidden_size=24, num_hidden_layers=3),
+    "facebook/dinov2-large": dinov2,
     "openai/clip-vit-base-patch32": clip,
     "openai/clip-vit-large-patch14": clip,
     "Qwen/Qwen2.5-VL-3B-Instruct": make_llava,

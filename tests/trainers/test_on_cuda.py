@@ -9,9 +9,10 @@ from peft import LoraConfig
 
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.training.method import METHODS
-from tests.classes import dho, vit
+from tests.classes import dho, pictures, vit
 from tests.helpers import LORA, Build, losses_of
 from tests.pretended_cuda import pretended_cuda
+from tests.towers import teachers, tower_kd
 from tests.vlms import vision_rows
 
 GENERATES = {"on_policy_fraction": 0.5, "rollout_max_tokens": 8}
@@ -98,5 +99,16 @@ def test_a_run_of_two_heads(objective: str, tmp_path: Path, monkeypatch: pytest.
 
     new = vit()
     here, new = losses(), vit()
+    with pretended_cuda(monkeypatch):
+        assert losses() == pytest.approx(here, rel=1e-4)
+
+
+def test_a_run_of_towers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses() -> list[float]:
+        trainer: Any = tower_kd(tmp_path, {"teachers": teachers(), "eval_dataset": pictures(1)}, frequency_weight=0.5)
+        trainer.train()
+        return [*losses_of(trainer, "loss"), trainer.evaluate()["eval_loss"]]
+
+    here = losses()
     with pretended_cuda(monkeypatch):
         assert losses() == pytest.approx(here, rel=1e-4)
