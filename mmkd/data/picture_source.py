@@ -79,10 +79,12 @@ def load_pictures(name: str, *, max_train_rows: int | None = None, max_eval_rows
         if rows is not None and rows < 1:
             raise UserError(f"{key} is {rows}; give 1 or more, or leave it out for all pictures.")
     splits, folder = _rows_of(name)
-    train = picture_split(splits["train"], name, "train", max_train_rows, folder)
-    held_out = picture_split(splits["eval"], name, "eval", max_eval_rows, folder) if "eval" in splits else None
+    train = picture_split(splits["train"], name, "train", folder)
+    held_out = picture_split(splits["eval"], name, "eval", folder) if "eval" in splits else None
     if held_out is not None:
         train = _without(train, held_out)
+        held_out = _at_most(held_out, max_eval_rows)
+    train = _at_most(train, max_train_rows)
     for split in filter(None, (train, held_out)):
         for note in split.notes:
             logger.warning("%s", note)
@@ -172,10 +174,8 @@ def _picture_column(rows: Dataset) -> str | None:
     return next(iter([*typed, *named]), None)
 
 
-def picture_split(
-    rows: Dataset, source: str, split: str, most: int | None = None, folder: str | None = None
-) -> PictureSplit:
-    """The different pictures of rows with a column `images` of lists; at most so many, drawn at random.
+def picture_split(rows: Dataset, source: str, split: str, folder: str | None = None) -> PictureSplit:
+    """The different pictures of rows with a column `images` of lists.
 
     `source` and `split` name the rows in messages; relative paths start at `folder`. Raises UserError where there is
     no picture.
@@ -200,10 +200,15 @@ def picture_split(
         notes.append(f"{source}: {with_noun(without, f'{split} row')} without a picture left out.")
     if twice:
         notes.append(f"{source}: {len(places):,} different {split} pictures; {twice:,} repetitions left out.")
-    if most is not None and most < len(places):
-        chosen = np.sort(np.random.default_rng(0).permutation(len(places))[:most])
-        places = [places[number] for number in chosen]
     return PictureSplit(rows, tuple(places), f"the {split} data of {source}", tuple(notes), folder)
+
+
+def _at_most(split: PictureSplit, most: int | None) -> PictureSplit:
+    """So many pictures, drawn at random: files are often sorted."""
+    if most is None or most >= len(split):
+        return split
+    chosen = np.sort(np.random.default_rng(0).permutation(len(split))[:most])
+    return replace(split, places=tuple(split.places[number] for number in chosen))
 
 
 def _without(train: PictureSplit, held_out: PictureSplit) -> PictureSplit:

@@ -20,6 +20,9 @@ from .load import computed_dtype, dtype_named
 _INSIDE = ("vision_model", "vision_tower", "vision_encoder", "visual")
 """Where models for images and texts keep their tower."""
 
+_MOST_BEFORE = 16
+"""Class and register tokens of a tower, at most."""
+
 _LAYERS = ("layers", "layer", "blocks")
 _DEPTHS = ("num_hidden_layers", "depth")
 _FLATTENED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "gemma4_vision")
@@ -186,7 +189,7 @@ def grid_of(tokens: int, size: Sequence[int], patch: int | Sequence[int] | None)
     if len(sides) == 2:
         height, width = size[0] // sides[0], size[1] // sides[1]
         before = tokens - height * width
-        if height * width and 0 <= before < height * width:
+        if height * width and 0 <= before <= _MOST_BEFORE:
             return height, width, before
     for before in (0, 1):
         side = round((tokens - before) ** 0.5)
