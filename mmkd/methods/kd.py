@@ -19,8 +19,8 @@ from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.signals import DenseSignal, MixedSignal, SparseSignal, TopKSignal
 from mmkd.teachers.teacher import Teacher
 from mmkd.training.answers import Placed
-from mmkd.training.base import DistillationTrainer
-from mmkd.training.config import DistillationConfig
+from mmkd.training.feature_config import FeatureConfig
+from mmkd.training.feature_trainer import FeatureTrainer
 from mmkd.training.items import ItemLosses, Supervised
 from mmkd.training.logit_difference import DIFFERENCES, LogitDifferenceKeys, listed_tokens
 from mmkd.training.method import Method
@@ -60,7 +60,7 @@ DIVERGENCES: dict[str, Callable[["KDConfig"], Divergence]] = {
 
 
 @dataclass
-class KDConfig(LogitDifferenceKeys, DistillationConfig):
+class KDConfig(LogitDifferenceKeys, FeatureConfig):
     """Settings of method kd."""
 
     learns_from_rollouts: ClassVar[bool] = True
@@ -183,7 +183,7 @@ class KDConfig(LogitDifferenceKeys, DistillationConfig):
             )
 
 
-class KDTrainer(DistillationTrainer[Targets]):
+class KDTrainer(FeatureTrainer[Targets]):
     """Minimises `(1 - ce_weight) * temperature**2 * divergence(teacher, student) + ce_weight * cross-entropy`.
 
     With `combine: gradmag` the two are balanced first, see `mmkd.training.balance`. For `divergence:

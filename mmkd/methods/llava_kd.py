@@ -25,7 +25,8 @@ from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.several import parts_of
 from mmkd.teachers.signals import DenseSignal, MixedSignal, TopKSignal
 from mmkd.teachers.teacher import DenseTeacher, Teacher
-from mmkd.training.base import DistillationTrainer, ReadStudent
+from mmkd.training.base import ReadStudent
+from mmkd.training.feature_trainer import FeatureTrainer
 from mmkd.training.items import ItemLosses, Reports, Supervised, add_share, kind_of
 from mmkd.training.logit_difference import DIFFERENCES, check_temperature, listed_tokens
 from mmkd.training.method import Method
@@ -54,7 +55,7 @@ _ALONE = (
 _TRIED_ROWS = 8
 
 
-class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal]]):
+class LLaVAKDTrainer(FeatureTrainer[VisualSignal | MixedSignal[VisualSignal]]):
     """Minimises `cross-entropy + alpha KL(answer) + beta KL(visual tokens) + gamma (1 - cos of their relations)`.
 
     Another `divergence` can take the place of the KL on the answer, and EM-KD's terms can be added. The terms are
@@ -162,6 +163,10 @@ class LLaVAKDTrainer(DistillationTrainer[VisualSignal | MixedSignal[VisualSignal
         answer, seen = (_only(signal, mask[looked_at]) for mask in (view.supervised, visual))
         asked = (teacher, view) if isinstance(teacher, LocalTeacher) and self.args.switching is not None else None
         return VisualSignal(answer, seen, view.images[:, 1], name, asked)
+
+    def answer_states(self, said: Any) -> Float[Tensor, "token width"]:
+        """Those of the answer alone."""
+        return super().answer_states(said.answer)
 
     def read_student(self, hidden: Float[Tensor, "batch position width"], head: LMHead, view: View) -> Supervised:
         """The student at the same positions of its own sequence."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from mmkd.errors import UserError
 from mmkd.schema import NonNegativeFloat, PositiveFloat, Share
 from mmkd.seams.trainer_seam import with_json_keys
-from mmkd.training.config import DistillationConfig
+from mmkd.training.feature_config import FeatureConfig
 from mmkd.training.logit_difference import DIFFERENCES, LogitDifferenceKeys
 
 from .llava_kd_switch import SWITCH, Switch, check_switch
@@ -15,10 +15,10 @@ MATCHING_COSTS = ("manhattan", "euclidean")
 
 
 @dataclass
-class LLaVAKDConfig(LogitDifferenceKeys, DistillationConfig):
+class LLaVAKDConfig(LogitDifferenceKeys, FeatureConfig):
     """Settings of method llava_kd."""
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = with_json_keys(DistillationConfig, "switch")
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = with_json_keys(FeatureConfig, "switch")
     combinations: ClassVar[tuple[str, ...]] = ("weights", "gradmag")
 
     ce_weight: Share = field(
@@ -155,7 +155,7 @@ class LLaVAKDConfig(LogitDifferenceKeys, DistillationConfig):
         """The weight of each term of the loss, by the term's name in the logs."""
         switch = self.switching
         switched = {} if switch is None else {SWITCH: switch.weight}
-        return {"ce": 1.0, "divergence": self.alpha, **self.visual_weights, **switched}
+        return {"ce": 1.0, "divergence": self.alpha, **self.visual_weights, **switched, **self.feature_weights}
 
     @property
     def switching(self) -> Switch | None:

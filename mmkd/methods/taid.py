@@ -11,14 +11,14 @@ from mmkd.errors import UserError
 from mmkd.losses.divergences import entropy, forward_kl, interpolated_log_probs
 from mmkd.losses.fused import Targets
 from mmkd.schema import NonNegativeFloat, Range, Share
-from mmkd.training.base import DistillationTrainer
-from mmkd.training.config import DistillationConfig
+from mmkd.training.feature_config import FeatureConfig
+from mmkd.training.feature_trainer import FeatureTrainer
 from mmkd.training.items import ItemLosses, Supervised
 from mmkd.training.method import Method
 
 
 @dataclass
-class TAIDConfig(DistillationConfig):
+class TAIDConfig(FeatureConfig):
     """Settings of method taid."""
 
     learns_from_rollouts: ClassVar[bool] = True
@@ -125,7 +125,7 @@ def _sigmoid(value: float) -> float:
     return (1 + math.tanh(value / 2)) / 2
 
 
-class TAIDTrainer(DistillationTrainer[Targets]):
+class TAIDTrainer(FeatureTrainer[Targets]):
     """Minimises KL(p_t || student), p_t = softmax((1 - t) student + t teacher) with the student there detached."""
 
     method = "taid"

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Any
 
 from mmkd.schema import as_json_schema, fields_of
+from mmkd.training.feature_terms import FeatureTerm
 from mmkd.training.method import BASELINE_METHOD
 
 from .arguments import VIEW, RunArguments
@@ -115,6 +116,8 @@ def _values(key: Key) -> dict[str, Any]:
     assert key.field is not None
     if key.name == "teachers":
         return _teachers()
+    if key.name == "features":
+        return _features()
     if key.name == "resume_from_checkpoint":
         return {"type": ["string", "boolean"]}
     schema = as_json_schema(key.field)
@@ -136,6 +139,13 @@ def _teachers() -> dict[str, Any]:
     own["weight"] = {"type": "number", "exclusiveMinimum": 0}
     teacher = {"type": "object", "properties": own, "additionalProperties": False}
     return {"anyOf": [{"type": "object", "minProperties": 2, "additionalProperties": teacher}, {"type": "string"}]}
+
+
+def _features() -> dict[str, Any]:
+    own = {name: as_json_schema(field) for name, field in fields_of(FeatureTerm).items()}
+    term = {"type": "object", "properties": own, "required": ["student"], "additionalProperties": False}
+    terms = {"type": "array", "items": {"anyOf": [term, {"type": "string"}]}, "minItems": 1}
+    return {"anyOf": [terms, term, {"type": "string"}]}
 
 
 def _description(key: Key) -> str:

@@ -54,6 +54,9 @@ class HookedTrainer(Trainer):
     def checkpoint_to_save(self, folder: Path) -> None:
         """Called when a checkpoint gets what a training needs to go on, before its state tells that it is complete."""
 
+    def checkpoint_restored(self, folder: Path) -> None:
+        """Called when a resumed training takes up what `checkpoint_to_save` stood beside: optimizer and schedule."""
+
     def before_pushing(self, checkpoint: Path) -> None:
         """Called before a checkpoint is copied to the folder that is pushed to the Hub."""
 
@@ -118,6 +121,11 @@ class HookedTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         self.checkpoint_to_save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.checkpoint_restored(Path(checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

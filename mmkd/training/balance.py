@@ -22,22 +22,22 @@ from .config import DistillationConfig
 def balance_factors(
     means: Mapping[str, Tensor],
     weights: Mapping[str, float] | None,
-    gradients_in: Callable[[Sequence[Tensor]], Tensor],
+    gradients_in: Callable[[Mapping[str, Tensor]], Tensor],
     summed: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """What each term is multiplied by; without weights all have the same.
 
-    `gradients_in` gives a row per loss, its gradient in the last layer. `summed` adds up over all ranks.
+    `gradients_in` gives a row per term, its gradient in the last layer. `summed` adds up over all ranks.
     """
     # Of all ranks, or each would weigh the terms in its own way.
-    gradients = summed(gradients_in(list(means.values())))
+    gradients = summed(gradients_in(means))
     shares = None if weights is None else {name: weights[name] for name in means}
     factors: Any = combination_weights("gradmag", list(means), shares, gradients)
     return factors
 
 
 def gradients_in_last_layer(model: Any) -> Callable[[Sequence[Tensor]], Tensor]:
-    """For `balance_factors`, of a model whose ranks hold it whole."""
+    """The gradient of each loss in the last layer, of a model whose ranks hold it whole."""
     return lambda losses: gradients_of(losses, trained(last_layer(model)))
 
 

@@ -232,11 +232,10 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
     def losses_of(self, read: ReadStudent, signal: Any) -> ItemLosses:
         """Those of the method; where each of several teachers speaks of its own tokens, their sums."""
         if not isinstance(signal, RoutedSignal):
-            # None only where a method can do without a teacher.
-            return self.item_losses(read(None), signal)
+            return self.part_losses(read, signal)
         parts: Mapping[str, Any] = signal.signals
-        losses = {name: self.item_losses(read(signal.masks[name]), part) for name, part in parts.items()}
-        return ItemLosses.of_parts(losses, self.reports_by_teacher)
+        losses = {name: self.part_losses(read, part, name, signal.masks[name]) for name, part in parts.items()}
+        return ItemLosses.of_parts(losses, self.teacher_reports)
 
     # Around the step
 

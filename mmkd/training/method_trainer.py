@@ -16,7 +16,7 @@ from mmkd.models.heads import LMHead
 from mmkd.models.last_block import LastBlock
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.labelling import Labelling
-from mmkd.teachers.batch import Batch, View
+from mmkd.teachers.batch import ONLY, Batch, View
 from mmkd.teachers.several import asked, is_routed, pairs_of, parts_of
 from mmkd.teachers.signals import DenseSignal, MixedSignal, RoutedSignal, TopKSignal
 from mmkd.teachers.teacher import Teacher
@@ -96,7 +96,7 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
         if self.teacher is None or batch.asked is not None:
             return batch.asked
         batch.check_answers()
-        return asked(self.teacher, batch, self.ask_teacher)
+        return asked(self.teacher, batch, self.listen)
 
     def early_question(self) -> Callable[[Batch], Batch] | None:
         """That of servers, about tokens that are the student's as they are: of rows without images."""
@@ -107,6 +107,22 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
     def ask_teacher(self, teacher: Teacher[Any], name: str, view: View) -> Signal:
         """What a teacher says about what it reads; `name` is its name among several."""
         return teacher.ask(view, view.supervised)
+
+    def part_losses(
+        self, read: Callable[[Tensor | None], Supervised], signal: Any, name: str = ONLY, chosen: Tensor | None = None
+    ) -> ItemLosses:
+        """The losses of the method, of all tokens, or of the chosen ones for which a teacher of this name speaks."""
+        # The signal is None only where a method can do without a teacher.
+        return self.item_losses(read(chosen), signal)
+
+    def listen(self, teacher: Teacher[Any], name: str, view: View) -> Any:
+        """`ask_teacher` in a step, where more may be taken from the teacher than it says."""
+        return self.ask_teacher(teacher, name, view)
+
+    @property
+    def teacher_reports(self) -> tuple[str, ...]:
+        """The reports that are logged for each teacher too where rows name theirs."""
+        return self.reports_by_teacher
 
     def with_rollouts(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
         """A micro-batch whose rollouts (row -> rollout) are in place, as the method's teacher reads it."""
@@ -237,14 +253,18 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
             name: torch.stack([total / self._counts[kind].clamp(min=1) for kind, total in term.items()]).sum()
             for name, term in counted.items()
         }
-        block = self._last_block
-        gradients_in = gradients_in_last_layer(self.model) if block is None else block.gradients_of
-        factors = balance_factors(means, weights, gradients_in, self._summed)
+        factors = balance_factors(means, weights, self.gradients_in, self._summed)
         # A term without gradient, of a teacher without rows say, has no factor to speak of.
         self._record({f"balance/{name}": (factor, factor > 0) for name, factor in factors.items()})
         return ItemLosses.added(
             {kind: total * factors[name] for kind, total in term.items()} for name, term in counted.items()
         )
+
+    def gradients_in(self, means: Mapping[str, Tensor]) -> Float[Tensor, "loss parameter"]:
+        """A row for each term: the gradient of its mean in the last layer, or as long where it belongs elsewhere."""
+        block = self._last_block
+        gradients_in = gradients_in_last_layer(self.model) if block is None else block.gradients_of
+        return gradients_in(list(means.values()))
 
     def _mixed(
         self,

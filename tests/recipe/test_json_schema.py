@@ -66,7 +66,7 @@ def test_a_schema_takes_no_value_that_mmkd_refuses(method: str) -> None:
     # What methods share is tried with the first.
     keys = [key for key in keys_of(method) if key.field is not None and (key.method or method == "kd")]
     for key in keys:
-        if key.name in ("method", "teachers", "fsdp", "fsdp_config"):
+        if key.name in ("method", "teachers", "features", "fsdp", "fsdp_config"):
             continue
         for value in VALUES:
             try:
@@ -84,6 +84,12 @@ def test_a_schema_takes_no_value_that_mmkd_refuses(method: str) -> None:
     [
         ({}, True),
         ({"temperature": 2, "divergence": "jsd", "learning_rate": 1e-4}, True),
+        ({"features": "tower"}, True),
+        ({"features": ["every_nth", {"student": "norm", "teacher": {"a": "norm"}, "kind": "mse", "weight": 2}]}, True),
+        ({"features": {"teacher": "norm"}}, False),
+        ({"features": [{"student": "norm", "kind": "l2"}]}, False),
+        ({"features": [{"student": "norm", "on": "answer"}]}, False),
+        ({"features": [3]}, False),
         ({"student_init": "prune", "student_layers": 4, "resume_from_checkpoint": True}, True),
         ({"student_init": "prune", "student_layers": [0, 3]}, True),
         ({"tempratur": 2}, False),

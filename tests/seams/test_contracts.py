@@ -74,6 +74,7 @@ HOOKED = {
     "_load_callback_state": ["self"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_load_best_model": ["self"],
     "_save": ["self", "output_dir", "state_dict"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
@@ -132,6 +133,9 @@ class Hooked(trainer_seam.HookedTrainer):
         complete = (folder / "trainer_state.json").is_file()
         self.called.append(f"checkpoint_to_save {folder.name}, complete: {complete}")
 
+    def checkpoint_restored(self, folder: Any) -> None:
+        self.called.append(f"checkpoint_restored {folder.name}")
+
     def weights_restored(self, checkpoint: Any) -> None:
         self.called.append(f"weights_restored {checkpoint.name}")
 
@@ -188,6 +192,7 @@ def test_every_hook_is_called_in_training_and_resuming(tmp_path) -> None:
     assert restored[0] == "weights_restored checkpoint-2"
     assert again.called.index("before_restoring checkpoint-2") < again.called.index(restored[0])
     assert sum(name.startswith("before_restoring") for name in again.called) == 1, "not of the best one"
+    assert again.called.count("checkpoint_restored checkpoint-2") == 1
     assert len(restored) == 2, "the best one is loaded at the end"
 
 

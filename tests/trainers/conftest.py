@@ -16,6 +16,13 @@ from tests.experts import experts
 from tests.helpers import LORA, on_two_ranks
 from tests.vlms import make_llava
 
+FEATURES: list[dict[str, Any]] = [
+    {"student": "layers.0", "teacher": "layers.1", "weight": 0.5, "name": "middle"},
+    {"student": "last_hidden", "kind": "relation"},
+    {"student": "every_2nd", "kind": "mse", "tokens": "all"},
+]
+"""Terms of `features` of tokens and of rows, with projectors and without."""
+
 
 @pytest.fixture
 def routed() -> Dataset:
@@ -96,6 +103,7 @@ def ranks(
     for how in ("ddp", "fsdp2"):
         switched = {"switch": {"weight": 2.0}, "activation_checkpointing": True}
         jobs[f"llava_kd switch {how}"] = {"method": "llava_kd", "how": how, **vlms, "settings": switched}
+        jobs[f"kd features {how}"] = {"method": "kd", "how": how, **tiny, "settings": {"features": FEATURES}}
         jobs[f"kd experts {how}"] = {"method": "kd", "how": how, "student": mixture, "teacher": tiny["teacher"]}
     jobs["dho ddp"] = {"method": "dho", "how": "ddp"}
     every = {f"{term}_weight": 0.5 for term in TERMS}

@@ -132,7 +132,15 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "share": held,
         "teacher_share": share(trainer.teacher.model) if isinstance(trainer.teacher, LocalTeacher) else None,
         "gathers": counts,
+        "projectors": projectors_of(trainer),
     }
+
+
+def projectors_of(trainer: Any) -> dict[str, float]:
+    """The sum of each projector of `features`."""
+    projectors = getattr(trainer, "_projectors", None)
+    weights = {} if projectors is None else projectors._weights
+    return {name: float(weight.double().sum()) for name, weight in weights.items()}
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
