@@ -127,7 +127,7 @@ class FeatureTrainer(DistillationTrainer[Signal], Generic[Signal]):
         if isinstance(teacher, ModelTeacher):
             with capturing(teacher.model, [pair.teachers[name] for pair in pairs]) as captured:
                 said = self.ask_teacher(teacher, name, view)
-                features = {pair.name: self._items(pair, captured, pair.teachers[name], view) for pair in pairs}
+                features = {pair.name: _items(pair, captured, pair.teachers[name], view) for pair in pairs}
             return FeatureSignal(said, features)
         said = self.ask_teacher(teacher, name, view)
         positions = positions_of(view, "answer")
@@ -138,34 +138,6 @@ class FeatureTrainer(DistillationTrainer[Signal], Generic[Signal]):
         """The last hidden states at the answer, of what a teacher says that answers with them."""
         assert isinstance(said, DenseSignal)
         return said.hidden
-
-    def _items(self, pair: FeaturePair, captured: Mapping[str, Any], module: str, view: View) -> FeatureItems:
-        """The items of one side of a pair; none where the module was not run, since there was nothing to ask."""
-        assert module != STATES
-        value = captured.get(module)
-        if value is None:
-            return FeatureItems(torch.zeros(0, 1, device=view.labels.device), [])
-        if pair.term.kind == "attention":
-            weights = attention_map_of(value)
-            if weights is None:
-                raise UserError(
-                    f"{pair.report} compares maps of attention, and {module} returns none. Name a module of "
-                    "self-attention, such as layers.5.self_attn.",
-                    because="meaning",
-                )
-            return attention_items(weights, view, pair.tokens)
-        feature = feature_of(value)
-        if feature is None:
-            raise UserError(f"{pair.report} names {module}, which has no tensor to compare. Name another module.")
-        if pair.by_image:
-            return image_items(feature, view, module)
-        if feature.shape[:-1] != view.labels.shape:
-            raise UserError(
-                f"{pair.report} names {module}, whose features {tuple(feature.shape)} are not one of each of "
-                f"{tuple(view.labels.shape)} positions. Name another module, such as a block.",
-                because="meaning",
-            )
-        return text_items(feature, view, pair.tokens)
 
     # The loss
 
@@ -221,7 +193,7 @@ class FeatureTrainer(DistillationTrainer[Signal], Generic[Signal]):
         terms: dict[str, dict[str, Tensor]] = {}
         reports: Reports = {}
         for pair in self._pairs:
-            ours = self._items(pair, self._captured, pair.student, view)
+            ours = _items(pair, self._captured, pair.student, view)
             self._check_learns(pair, ours)
             for mixed_name, said in mixed.signals.items():
                 teacher = mixed_name or name
@@ -297,6 +269,35 @@ class FeatureTrainer(DistillationTrainer[Signal], Generic[Signal]):
         super().checkpoint_restored(folder)
         if self._pairs:
             self._projectors.load(folder)
+
+
+def _items(pair: FeaturePair, captured: Mapping[str, Any], module: str, view: View) -> FeatureItems:
+    """The items of one side of a pair; none where the module was not run, since there was nothing to ask."""
+    assert module != STATES
+    value = captured.get(module)
+    if value is None:
+        return FeatureItems(torch.zeros(0, 1, device=view.labels.device), [])
+    if pair.term.kind == "attention":
+        weights = attention_map_of(value)
+        if weights is None:
+            raise UserError(
+                f"{pair.report} compares maps of attention, and {module} returns none. Name a module of "
+                "self-attention, such as layers.5.self_attn.",
+                because="meaning",
+            )
+        return attention_items(weights, view, pair.tokens)
+    feature = feature_of(value)
+    if feature is None:
+        raise UserError(f"{pair.report} names {module}, which has no tensor to compare. Name another module.")
+    if pair.by_image:
+        return image_items(feature, view, module)
+    if feature.shape[:-1] != view.labels.shape:
+        raise UserError(
+            f"{pair.report} names {module}, whose features {tuple(feature.shape)} are not one of each of "
+            f"{tuple(view.labels.shape)} positions. Name another module, such as a block.",
+            because="meaning",
+        )
+    return text_items(feature, view, pair.tokens)
 
 
 def _without_features(signal: Any) -> Any:
