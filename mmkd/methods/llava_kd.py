@@ -25,9 +25,8 @@ from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.several import parts_of
 from mmkd.teachers.signals import DenseSignal, MixedSignal, TopKSignal
 from mmkd.teachers.teacher import DenseTeacher, Teacher
-from mmkd.training.base import ReadStudent
 from mmkd.training.feature_trainer import FeatureTrainer
-from mmkd.training.items import ItemLosses, Reports, Supervised, add_share, kind_of
+from mmkd.training.items import ItemLosses, ReadStudent, Reports, Supervised, add_share, kind_of
 from mmkd.training.logit_difference import DIFFERENCES, check_temperature, listed_tokens
 from mmkd.training.method import Method
 from mmkd.training.teacher_views import image_columns

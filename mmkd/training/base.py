@@ -33,7 +33,7 @@ from mmkd.teachers.teacher import Teacher
 from .balance import check_balance
 from .config import DistillationConfig
 from .fitting import check_fit, check_rows_apart, stop_where_answers_end
-from .items import ItemLosses, Supervised
+from .items import ItemLosses, ReadStudent, Supervised
 from .method_trainer import ROUTER, MethodTrainer, Signal
 from .on_policy import rollouts_of
 from .prepared import Prepared, canonical_rows, unread
@@ -47,9 +47,6 @@ from .teaching import StudentSide, first_rows, packed_apart
 
 Rows = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 """Rows to evaluate on: one set of them, or several by name."""
-
-ReadStudent = Callable[[Tensor | None], Supervised]
-"""(tokens, or None for all) -> the student at those of the supervised positions."""
 
 
 class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
@@ -235,7 +232,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
             return self.part_losses(read, signal)
         parts: Mapping[str, Any] = signal.signals
         losses = {name: self.part_losses(read, part, name, signal.masks[name]) for name, part in parts.items()}
-        return ItemLosses.of_parts(losses, self.teacher_reports)
+        return ItemLosses.of_parts(losses, self.reports_by_teacher)
 
     # Around the step
 

@@ -23,13 +23,13 @@ from mmkd.teachers.several import is_routed, pairs_of
 from mmkd.teachers.signals import DenseSignal, MixedSignal
 from mmkd.teachers.teacher import Teacher
 
-from .base import DistillationTrainer, ReadStudent
+from .base import DistillationTrainer
 from .feature_config import FeatureConfig
 from .feature_distances import distance
 from .feature_items import FeatureItems, attention_items, image_items, positions_of, sizes_at, text_items
 from .feature_pairs import STATES, FeaturePair, pairs_of_terms
 from .feature_projectors import FeatureProjectors
-from .items import ItemLosses, Reports, Terms, add_share, kind_of
+from .items import ItemLosses, ReadStudent, Reports, Terms, add_share, kind_of
 from .teacher_views import teacher_views_of
 from .teaching import StudentSide, Teaching
 
@@ -72,6 +72,7 @@ class FeatureTrainer(DistillationTrainer[Signal], Generic[Signal]):
             for name in pair.teachers
             if pair.term.kind in ("mse", "cosine") and pair.term.projector != "none"
         ]
+        self.reports_by_teacher = (*self.reports_by_teacher, *(pair.report for pair in self._pairs))
         self._projectors = FeatureProjectors(self.args, self.accelerator, names)
         self.add_callback(_Stepping(self))
         if self.args.combine == "gradmag":
@@ -160,11 +161,6 @@ class FeatureTrainer(DistillationTrainer[Signal], Generic[Signal]):
         with capturing(self.model, [pair.student for pair in self._pairs]) as captured:
             self._captured, self._view = captured, batch.student
             return super().forward(model, batch, losses_of)
-
-    @property
-    def teacher_reports(self) -> tuple[str, ...]:
-        """The base's, and each term of features."""
-        return (*super().teacher_reports, *(pair.report for pair in self._pairs))
 
     def part_losses(
         self, read: ReadStudent, signal: Any, name: str = ONLY, chosen: Tensor | None = None

@@ -1,6 +1,6 @@
 """What a method sees of the student, and what it answers: the losses of the items of one micro-batch."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -44,6 +44,10 @@ class Supervised:
     """Which of the tokens the student said itself; None where it said none of the micro-batch."""
     answers: Int[Tensor, "token"] | None = field(default=None, kw_only=True)
     """The number of the answer that each token belongs to, where there are rollouts: a run of supervised tokens."""
+
+
+ReadStudent = Callable[[Tensor | None], Supervised]
+"""(tokens, or None for all) -> the student at those of the supervised positions."""
 
 
 @dataclass

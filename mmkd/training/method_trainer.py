@@ -24,7 +24,7 @@ from mmkd.teachers.teacher import Teacher
 from .answers import Placed
 from .balance import balance_factors, gradients_in_last_layer
 from .config import DistillationConfig
-from .items import ItemLosses, Supervised, Terms, kind_of
+from .items import ItemLosses, ReadStudent, Supervised, Terms, kind_of
 from .rewards import REWARD, policy_gradient
 from .rollout_trainer import RolloutTrainer
 from .self_teaching import SelfTaughtTrainer
@@ -47,7 +47,7 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
     accepts: ClassVar[tuple[type, ...]] = (DenseSignal, TopKSignal)
     one_vocabulary: ClassVar[bool] = True
     """Whether a token must be the same to student and teacher."""
-    reports_by_teacher: ClassVar[tuple[str, ...]] = ("kl",)
+    reports_by_teacher: tuple[str, ...] = ("kl",)
     """Reports that, where rows name their teachers, are logged for each teacher too, as REPORT_NAME."""
     reads_visual_tokens: ClassVar[bool] = False
     """Whether the teacher is also asked about its states at visual tokens."""
@@ -109,20 +109,14 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
         return teacher.ask(view, view.supervised)
 
     def part_losses(
-        self, read: Callable[[Tensor | None], Supervised], signal: Any, name: str = ONLY, chosen: Tensor | None = None
+        self, read: ReadStudent, signal: Any, name: str = ONLY, chosen: Tensor | None = None
     ) -> ItemLosses:
         """The losses of the method, of all tokens, or of the chosen ones for which a teacher of this name speaks."""
-        # The signal is None only where a method can do without a teacher.
         return self.item_losses(read(chosen), signal)
 
     def listen(self, teacher: Teacher[Any], name: str, view: View) -> Any:
         """`ask_teacher` in a step, where more may be taken from the teacher than it says."""
         return self.ask_teacher(teacher, name, view)
-
-    @property
-    def teacher_reports(self) -> tuple[str, ...]:
-        """The reports that are logged for each teacher too where rows name theirs."""
-        return self.reports_by_teacher
 
     def with_rollouts(self, batch: Batch, placed: Mapping[int, Placed]) -> Batch:
         """A micro-batch whose rollouts (row -> rollout) are in place, as the method's teacher reads it."""
@@ -168,7 +162,7 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
         own = view.supervised if view.rollout is None else view.rollout.own[:, 1:] & view.supervised
         return {**self.count_items(batch), REWARD: own.sum() if view.rollout is not None else torch.tensor(0)}
 
-    def rewarded(self, read: Callable[[Tensor | None], Supervised], losses: ItemLosses) -> ItemLosses:
+    def rewarded(self, read: ReadStudent, losses: ItemLosses) -> ItemLosses:
         """The losses of a micro-batch with that of the reward of its rollouts, where there is one to learn from."""
         args = self.args
         if not args.learns_from_reward or not self.model.training:
@@ -262,9 +256,8 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
 
     def gradients_in(self, means: Mapping[str, Tensor]) -> Float[Tensor, "loss parameter"]:
         """A row for each term: the gradient of its mean in the last layer, or as long where it belongs elsewhere."""
-        block = self._last_block
-        gradients_in = gradients_in_last_layer(self.model) if block is None else block.gradients_of
-        return gradients_in(list(means.values()))
+        own = gradients_in_last_layer(self.model) if self._last_block is None else self._last_block.gradients_of
+        return own(list(means.values()))
 
     def _mixed(
         self,
