@@ -32,6 +32,8 @@ HELD_OUT = {
     "kl": HeldOutMeasure("KL to the teacher (nats)", of_teacher="0"),
     "chunk_kl": HeldOutMeasure("KL per chunk (nats)", of_teacher="0"),
     "top1_agreement": HeldOutMeasure("top-1 agreement with the teacher", True, of_teacher="1"),
+    "patch_cosine": HeldOutMeasure("cosine to the teacher's patches", True, of_teacher="1"),
+    "summary_cosine": HeldOutMeasure("cosine to the teacher's summary", True, of_teacher="1"),
 }
 
 
@@ -132,7 +134,7 @@ def _evaluations(run: RunFiles) -> list[list[str]]:
     last = [entry for part in parts[-1:] for entry in part.log if "eval_loss" in entry or "eval_accuracy" in entry]
     first = [entry for entry in (parts[0].log if parts and _same_data(run) else []) if entry.get("step") == 0]
     lines = []
-    for name, measure in HELD_OUT.items():
+    for name, measure in {**HELD_OUT, **_of_each_teacher(last)}.items():
         after = next((entry[f"eval_{name}"] for entry in reversed(last) if f"eval_{name}" in entry), None)
         before = next((entry[f"eval_{name}"] for entry in first if f"eval_{name}" in entry), None)
         if after is not None or before is not None:
@@ -141,6 +143,18 @@ def _evaluations(run: RunFiles) -> list[list[str]]:
             title = _titled(measure.title, measure.higher_is_better)
             lines.append([title, _number(before), _number(after), measure.of_teacher])
     return lines
+
+
+def _of_each_teacher(log: Sequence[Mapping[str, Any]]) -> dict[str, HeldOutMeasure]:
+    """The measures that a training with several teachers has for each of them."""
+    titles = {"patch_cosine_": "cosine to the patches of", "summary_cosine_": "cosine to the summary of"}
+    names = dict.fromkeys(name.removeprefix("eval_") for entry in log for name in entry)
+    return {
+        name: HeldOutMeasure(f"{title} {name.removeprefix(start)}", True, of_teacher="1")
+        for name in names
+        for start, title in titles.items()
+        if name.startswith(start)
+    }
 
 
 def _same_data(run: RunFiles) -> bool:

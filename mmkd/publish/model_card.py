@@ -163,6 +163,8 @@ def _usage(student: Student) -> str:
         classes, loader = "AutoModelForCausalLM, AutoTokenizer", "tokenizer = AutoTokenizer"
     elif student.pipeline_tag == "image-text-to-text":
         classes, loader = "AutoModelForImageTextToText, AutoProcessor", "processor = AutoProcessor"
+    elif student.pipeline_tag == "image-feature-extraction":
+        classes, loader = "AutoModel, AutoImageProcessor", "processor = AutoImageProcessor"
     else:
         line = f'classify = pipeline("{student.pipeline_tag}", model="{student.repo_id}")'
         imports = "import mmkd  # makes its dual head known to transformers\nfrom transformers import pipeline"

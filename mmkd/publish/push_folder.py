@@ -24,6 +24,7 @@ from mmkd.results.adapter_base import MERGED
 from mmkd.results.scores import scores_of
 from mmkd.schema_lines import without_schema_line
 from mmkd.training.guard_settings import warnings_of
+from mmkd.training.method import METHODS
 
 from .licences import conflicts
 from .lineage import (
@@ -49,6 +50,8 @@ RECIPE, LOG, SCORES = "training/recipe.yaml", "training/log.jsonl", "eval/scores
 
 # The metrics of the trainer's evaluation that a card shows.
 _HELD_OUT = ("perplexity", "kl", "top1_agreement", "bits_per_byte", "chunk_gap", "accuracy", "loss")
+_OF_EACH_TEACHER = ("patch_cosine", "summary_cosine")
+"""Metrics of which a training with several teachers has one for each, as METRIC_TEACHER."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], options: 
     return Student(
         repo_id=options.repo_id,
         methods=list(dict.fromkeys(training["keys"]["method"] for training in trainings)),
-        pipeline_tag=_pipeline_tag(Path(model.path) if _is_merged(model) else place, adapter),
+        pipeline_tag=_pipeline_tag(Path(model.path) if _is_merged(model) else place, adapter, str(keys["method"])),
         adapter=adapter,
         parameters=_parameters(Path(model.path) if _is_merged(model) else place),
         base=base,
@@ -294,7 +297,9 @@ def _held_out(place: Path, comparison: Mapping[str, Any] | None, model: EvalMode
 def _evaluated(place: Path) -> dict[str, float]:
     """The metrics of the trainer's last evaluation."""
     metrics = read_json(place / "eval_results.json")
-    return {name: metrics[f"eval_{name}"] for name in _HELD_OUT if f"eval_{name}" in metrics}
+    known = {name: metrics[f"eval_{name}"] for name in _HELD_OUT if f"eval_{name}" in metrics}
+    each = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    return known | {name: value for name, value in each.items() if name.startswith(_OF_EACH_TEACHER)}
 
 
 def _without_paths(comparison: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,7 +310,9 @@ def _without_paths(comparison: Mapping[str, Any]) -> dict[str, Any]:
     return {**comparison, "rows": rows, "flags": []}
 
 
-def _pipeline_tag(place: Path, adapter: bool) -> str:
+def _pipeline_tag(place: Path, adapter: bool, method: str) -> str:
+    if method in METHODS and METHODS[method].predicts == "features":
+        return "image-feature-extraction"
     if adapter:
         return "image-text-to-text" if (place / "processor_config.json").is_file() else "text-generation"
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))

@@ -198,7 +198,12 @@ def test_every_command_knows_a_recipe(recipe: Path, capsys: Any) -> None:
     measured = json.loads((recipe.parent / "run" / "eval_results.json").read_text())
     assert {"eval_loss", "eval_patch_cosine_clip", "eval_summary_cosine_dino"} <= measured.keys()
     assert main(["report", folder]) == 0
+    assert "cosine to the patches of clip" in (recipe.parent / "run" / "report.md").read_text()
     assert main(["push", folder, "--repo", "org/name", "--dry_run"]) == 0
+    card = (recipe.parent / "run" / "push" / "README.md").read_text()
+    assert "pipeline_tag: image-feature-extraction" in card
+    assert 'AutoImageProcessor.from_pretrained("org/name")' in card
+    assert "| summary_cosine_dino |" in card
     assert main(["cache", "build", name]) == 2
     assert "predicts features" in capsys.readouterr().err
 
