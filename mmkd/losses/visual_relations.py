@@ -99,6 +99,37 @@ def common_tokens(student: int, teacher: int) -> int:
     return min(student, teacher)
 
 
+def tiles_of(
+    student: Sequence[int], student_runs: Sequence[int], teacher: Sequence[int], teacher_runs: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """The visual tokens of both sides, image by image, or tile by tile where both cut an image into as many tiles.
+
+    A run are tokens of one image without another token between them.
+    """
+    ours, theirs = _runs_by_image(student, student_runs), _runs_by_image(teacher, teacher_runs)
+    parts: tuple[list[int], list[int]] = [], []
+    for own, other in zip(ours, theirs, strict=True):
+        # As many tokens are compared as of the whole image.
+        alike = len(own) == len(other) and sum(map(min, own, other)) == min(sum(own), sum(other))
+        for part, runs in zip(parts, (own, other), strict=True):
+            part += runs if alike else [sum(runs)]
+    return parts
+
+
+def _runs_by_image(images: Sequence[int], runs: Sequence[int]) -> list[list[int]]:
+    """The runs of each image; an image that shares one with another counts as one itself."""
+    left = list(runs)
+    by_image: list[list[int]] = []
+    for size in images:
+        count = 0
+        while sum(left[:count]) < size and count < len(left):
+            count += 1
+        beyond = sum(left[:count]) - size
+        by_image.append([size] if beyond else left[:count])
+        left = [beyond, *left[count:]] if beyond else left[count:]
+    return by_image
+
+
 def pooled(
     hidden: Float[Tensor, "visual width"], tokens: Sequence[int], common: Sequence[int]
 ) -> Float[Tensor, "common width"]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmkd.data.image_columns import counts_by_row
@@ -161,7 +161,10 @@ class LLaVAKDTrainer(FeatureTrainer[VisualSignal | MixedSignal[VisualSignal]]):
         signal = teacher.ask(view, looked_at := view.supervised | visual)
         answer, seen = (_only(signal, mask[looked_at]) for mask in (view.supervised, visual))
         asked = (teacher, view) if isinstance(teacher, LocalTeacher) and self.args.switching is not None else None
-        return VisualSignal(answer, seen, view.images[:, 1], name, asked)
+        return VisualSignal(answer, seen, view.images[:, 1], name, asked, self._runs_of(view))
+
+    def _runs_of(self, view: View) -> Int[Tensor, "run"] | None:
+        return view.image_runs if self.args.visual_tokens == "pool" else None
 
     def answer_states(self, said: Any) -> Float[Tensor, "token width"]:
         """Those of the answer alone."""
@@ -173,7 +176,14 @@ class LLaVAKDTrainer(FeatureTrainer[VisualSignal | MixedSignal[VisualSignal]]):
         seen, images = hidden[:, :-1][view.visual[:, :-1]], view.images
         token_rows = view.supervised.nonzero()[:, 0]
         answer = (supervised.hidden, supervised.head, supervised.labels)
-        return VisualSupervised(*answer, seen, images[:, 1], image_rows=images[:, 0], token_rows=token_rows)
+        return VisualSupervised(
+            *answer,
+            seen,
+            images[:, 1],
+            image_rows=images[:, 0],
+            token_rows=token_rows,
+            runs=self._runs_of(view),
+        )
 
     def item_losses(self, student: Supervised, signal: VisualSignal | MixedSignal[VisualSignal]) -> ItemLosses:
         """The weighted terms of one micro-batch, each with its own kind of item."""

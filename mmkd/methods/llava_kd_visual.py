@@ -13,7 +13,7 @@ from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import Objective, Targets, fused_loss
 from mmkd.losses.token_matching import assigned
 from mmkd.losses.visual_alignment import alignment_distance, logit_distances, squared_difference
-from mmkd.losses.visual_relations import common_tokens, logit_metric, pooled, relation_loss, relations
+from mmkd.losses.visual_relations import common_tokens, logit_metric, pooled, relation_loss, relations, tiles_of
 from mmkd.models.heads import LMHead
 from mmkd.teachers.batch import ONLY, View
 from mmkd.teachers.local import LocalTeacher
@@ -33,6 +33,8 @@ class VisualSupervised(Supervised):
     image_rows: Int[Tensor, "image"] | None = None
     """The row of each image, and below that of each supervised token; None where nobody asks."""
     token_rows: Int[Tensor, "token"] | None = None
+    runs: Int[Tensor, "run"] | None = None
+    """`View.image_runs`; None where images are taken whole."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class VisualSignal:
     """Its name among several."""
     asked: tuple[LocalTeacher, View] | None = None
     """The teacher itself and what it read, where the student's visual output goes through it."""
+    runs: Int[Tensor, "run"] | None = None
+    """`View.image_runs`; None where images are taken whole."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,12 @@ class VisualTerms:
             ours_at, theirs_at = self._matched(student, theirs, said.images)
             chosen = DenseSignal(theirs.hidden[theirs_at], theirs.head)
             return ComparedTokens(student.visual[ours_at], student.head, chosen, counts)
-        states = pooled(theirs.hidden, said.images.tolist(), counts)
-        ours = pooled(student.visual, student.images.tolist(), counts)
+        parts = student.images.tolist(), said.images.tolist()
+        if not as_they_are and student.runs is not None and said.runs is not None:
+            parts = tiles_of(parts[0], student.runs.tolist(), parts[1], said.runs.tolist())
+        common = [common_tokens(*pair) for pair in zip(*parts, strict=True)] if counts else []
+        states = pooled(theirs.hidden, parts[1], common)
+        ours = pooled(student.visual, parts[0], common)
         return ComparedTokens(ours, student.head, DenseSignal(states, theirs.head), counts)
 
     def _matched(

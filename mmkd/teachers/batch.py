@@ -98,6 +98,12 @@ class View(Mapping[str, Any]):
             return self.labels.new_zeros(0, 2)
         return self.image_tokens[self.supervised.any(1)[self.image_tokens[:, 0]]]
 
+    @property
+    def image_runs(self) -> Int[Tensor, "run"]:
+        """The lengths of the visual tokens without a token between them: whole images, or tiles of them."""
+        edges = torch.diff(torch.nn.functional.pad(self.visual.int(), (1, 1)))
+        return (edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]
+
     def learnt_from(self, chosen: Bool[Tensor, "batch position"]) -> Self:
         """The view in which only the chosen tokens, or rows where there is one column, have labels."""
         return replace(self, labels=self.labels.masked_fill(~chosen, -100))

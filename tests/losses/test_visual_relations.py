@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkd.losses.visual_relations import logit_metric, relation_distance, relation_loss, relations
+from mmkd.losses.visual_relations import logit_metric, pooled, relation_distance, relation_loss, relations, tiles_of
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "LLAVAKD_losses.npz")
 
@@ -119,3 +119,19 @@ def test_without_gradients_the_value_is_the_same() -> None:
         plain = relation_loss(hidden, [5], [target], weight=weight)
     loss = relation_loss(hidden.requires_grad_(), [5], [target], weight=weight)
     torch.testing.assert_close(plain, loss.detach())
+
+
+def test_tiles_of_an_image_are_pooled_one_by_one() -> None:
+    """An image of two tiles and one of three: 3 x 3 tokens become 2 x 2 in each of them."""
+    assert tiles_of([8, 12], [4] * 5, [18, 27], [9] * 5) == ([4] * 5, [9] * 5)
+    hidden = torch.randn(18, 3)
+    halves = [pooled(half, [9], [4]) for half in hidden.split(9)]
+    assert torch.equal(pooled(hidden, [9, 9], [4, 4]), torch.cat(halves))
+
+
+def test_images_are_whole_where_their_tiles_do_not_belong_together() -> None:
+    # Another number of tiles, tiles of which one side's are now larger and now smaller, and images side by side.
+    assert tiles_of([8], [4, 4], [27], [9, 9, 9]) == ([8], [27])
+    assert tiles_of([13], [4, 9], [14], [9, 5]) == ([13], [14])
+    assert tiles_of([4, 4], [8], [9, 9], [18]) == ([4, 4], [9, 9])
+    assert tiles_of([4, 8], [6, 6], [9, 9], [9, 9]) == ([4, 8], [9, 9])
