@@ -48,7 +48,8 @@ def _holds(data: Any, name: str) -> bool:
     if not isinstance(data, Dataset):
         return bool(data[name])
     if data.format["type"] == "custom":
-        return bool(next(iter(data), {}).get(name))
+        first: Any = next(iter(data), {})
+        return bool(first.get(name))
     # As Arrow, which decodes nothing.
     column: Any = data.select_columns([name]).with_format("arrow")[:][name]
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):

@@ -291,20 +291,25 @@ def test_matched_tokens_are_compared_by_all_terms(build_vlm: Build, vlms: Any, c
         views[0].images[:, 0].tolist(),
         strict=True,
     )
-    sums, pairs = dict.fromkeys(("visual_kl", "relation_distance", "visual_mse", "alignment_distance"), 0.0), 0
+    names = ("visual_kl", "relation_distance", "visual_mse", "alignment_distance")
+    sums, pairs = {name: torch.zeros(()) for name in names}, 0
     for ours, theirs, hidden, their_hidden, row in images:
         costs = torch.cdist(ours, theirs, p=1 if cost == "manhattan" else 2).detach()
         at = matched(ours, theirs, lambda *_, costs=costs: costs)
         ours, theirs, hidden, their_hidden = ours[at[0]], theirs[at[1]], hidden[at[0]], their_hidden[at[1]]
         texts = [out.hidden_states[-1][row, :-1][view.supervised[row]] for out, view in zip(both, views, strict=True)]
-        sums["visual_kl"] += forward_kl(ours.log_softmax(-1), theirs.log_softmax(-1)).sum()
-        sums["relation_distance"] += relation_distance(hidden @ hidden.T, their_hidden @ their_hidden.T)
-        sums["visual_mse"] += (ours - theirs).square().mean(-1).sum()
+        sums["visual_kl"] = sums["visual_kl"] + forward_kl(ours.log_softmax(-1), theirs.log_softmax(-1)).sum()
+        sums["relation_distance"] = sums["relation_distance"] + relation_distance(
+            hidden @ hidden.T, their_hidden @ their_hidden.T
+        )
+        sums["visual_mse"] = sums["visual_mse"] + (ours - theirs).square().mean(-1).sum()
         cosines = [
             torch.cosine_similarity(visual[:, None], text[None], dim=-1)
             for visual, text in zip((hidden, their_hidden), texts, strict=True)
         ]
-        sums["alignment_distance"] += torch.nn.functional.smooth_l1_loss(*cosines)
+        sums["alignment_distance"] = sums["alignment_distance"] + torch.nn.functional.smooth_l1_loss(
+            cosines[0], cosines[1]
+        )
         pairs += len(at[0])
     assert pairs == 4 * 4
     log_probs = [out.logits[:, :-1][view.supervised].log_softmax(-1) for out, view in zip(both, views, strict=True)]
