@@ -37,7 +37,7 @@ Line = tuple[str, list[float], list[float]]
 
 @dataclass(frozen=True)
 class Panel:
-    """A plot of the values logged under some names; a name that ends in / stands for all names that begin with it."""
+    """A plot of the values logged under some names; one that ends in / or _ stands for all that begin with it."""
 
     title: str
     unit: str
@@ -49,6 +49,7 @@ VISUAL_TERMS = ("visual_kl", "relation_distance", "visual_mse", "alignment_dista
 
 PANELS = (
     Panel("Loss and its terms", "", ("loss", "loss/", "eval_loss", "divergence", *VISUAL_TERMS)),
+    Panel("Distances of features", "", ("feature_", "eval_feature_")),
     Panel("Factors of the loss's terms", "", ("balance/",), log_scale=True),
     Panel("KL to the teacher", "nats per token", ("kl", "eval_kl", "eval_visual_kl")),
     Panel("Top-1 agreement with the teacher", "share of tokens", ("top1_agreement", "eval_top1_agreement")),
@@ -125,7 +126,7 @@ def _lines(panel: Panel, runs: Mapping[str, Sequence[Part]]) -> Iterator[Line]:
     for run, parts in runs.items():
         logged = dict.fromkeys(key for part in parts for entry in part.log for key in entry)
         names = [
-            key for name in panel.names for key in logged if key == name or (name[-1] == "/" and key.startswith(name))
+            key for name in panel.names for key in logged if key == name or (name[-1] in "/_" and key.startswith(name))
         ]
         # For several runs only the main lines of each: all terms would be too many.
         held_out = [name for name in names if name.startswith("eval_")][:1]

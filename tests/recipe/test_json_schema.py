@@ -89,7 +89,7 @@ def test_a_schema_takes_no_value_that_mmkd_refuses(method: str) -> None:
         ({"features": {"teacher": "norm"}}, False),
         ({"features": [{"student": "norm", "kind": "l2"}]}, False),
         ({"features": [{"student": "norm", "on": "answer"}]}, False),
-        ({"features": [3]}, False),
+        ({"features": [["norm"]]}, False),
         ({"student_init": "prune", "student_layers": 4, "resume_from_checkpoint": True}, True),
         ({"student_init": "prune", "student_layers": [0, 3]}, True),
         ({"tempratur": 2}, False),

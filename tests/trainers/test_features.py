@@ -16,10 +16,13 @@ from mmkd.losses.feature_losses import attention, cosine, mse, relation
 from mmkd.methods.kd import KDTrainer
 from mmkd.methods.taid import TAIDTrainer
 from mmkd.teachers.batch import Batch
+from mmkd.teachers.hidden_server import HiddenServerTeacher
+from mmkd.teachers.served_head import head_of_checkpoint
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.training.feature_projectors import FILE
 from mmkd.training.feature_terms import FeatureTerm, terms_of
 from tests.helpers import LORA, Build, losses_of, near, steps
+from tests.teachers.fake_vllm import ServedStates, fake_vllm
 from tests.trainers.conftest import FEATURES
 from tests.trainers.test_llava_kd import loss_and_gradients, one_batch
 from tests.trainers.two_ranks import projectors_of
@@ -346,3 +349,21 @@ def test_torch_compile_and_reentrant_checkpointing_are_refused(build: Build, tex
     reentrant = {"use_reentrant": True}
     with pytest.raises(UserError, match="use_reentrant: false"):
         build(KDTrainer, texts, features="last_hidden", activation_checkpointing_kwargs=reentrant)
+
+
+def test_a_served_teacher_of_hidden_states_is_compared_at_the_answer(
+    build: Build, completions: Dataset, tiny: Any
+) -> None:
+    term, losses = {"student": "last_hidden", "kind": "cosine"}, []
+    served = AutoModelForCausalLM.from_pretrained(tiny["teacher"]).eval()
+    with fake_vllm(ServedStates, served=served, max_model_len=512) as fake:
+        teacher = HiddenServerTeacher(fake.url, head_of_checkpoint(str(tiny["teacher"])))
+        with teacher.client:
+            for one in (str(tiny["teacher"]), teacher):
+                trained = build(KDTrainer, completions, {"teacher": one}, max_steps=2, features=[term])
+                losses.append([*steps(trained), *losses_of(trained, "feature_last_hidden")])
+            with pytest.raises(UserError, match="a module of the teacher, and this teacher is a server"):
+                build(KDTrainer, completions, {"teacher": teacher}, features=[MIDDLE])
+            with pytest.raises(UserError, match="compares more than the answer"):
+                build(KDTrainer, completions, {"teacher": teacher}, features=[{**term, "tokens": "all"}])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
