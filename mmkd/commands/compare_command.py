@@ -34,6 +34,14 @@ def add_flags(parser: ArgumentParser) -> None:
     )
     add("--max_questions", type=int, help="ask at most so many (default: all)")
     add(
+        "--equal",
+        choices=("steps", "time"),
+        default="steps",
+        help="what all trainings have as much of: the steps of their recipes, or the time of the training that takes "
+        "most. Time is that of the steps, of all cores or GPUs; the first seed is trained once to measure it "
+        "(default: steps)",
+    )
+    add(
         "--own_answers",
         type=int,
         metavar="N",
@@ -65,6 +73,7 @@ def run(options: Namespace) -> int:
         schedules=options.schedules,
         test=options.test,
         max_questions=options.max_questions,
+        equal=options.equal,
         own_answers=options.own_answers,
         tasks=tasks_of(options.suite, options.tasks),
         include=options.include_path,

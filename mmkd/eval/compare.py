@@ -33,6 +33,7 @@ from .baselines import (
 from .compare_checks import check_reading, check_recipe, check_together
 from .compare_progress import ComparisonProgress, quiet
 from .comparison_summary import Row, first_of, summary
+from .equal_time import check_equal_time, longer, step_factors
 from .evaluation import evaluate
 from .harness import Settings
 from .model import find_model
@@ -59,6 +60,8 @@ class Asked:
     test: Path | None = None
     """A file of questions; by default those that train several times are asked the held-out rows."""
     max_questions: int | None = None
+    equal: Literal["steps", "time"] = "steps"
+    """What all trainings have as much of: the steps of their recipes, or the time of the one that takes most."""
     own_answers: int | None = None
     """How many held-out prompts all answer, for their teacher to read what they say."""
     tasks: Sequence[SuiteTask] = ()
@@ -104,6 +107,8 @@ class Comparing:
         self.method = comparison_of(next((recipe for recipe in trained.values() if distils(recipe)), recipes[0]))
         several = [recipe for recipe in trained.values() if trains_several_times(recipe)]
         check_together(list(trained.values()), asked, self.method)
+        if asked.equal == "time":
+            check_equal_time(list(trained.values()), self.method)
         if judge is None and not several and self.method.measure is None:
             judge = None if METHODS[recipes[0].method].one_vocabulary else recipes[0]
         questions = None
@@ -122,6 +127,7 @@ class Comparing:
     def run(self) -> dict[str, Any]:
         """Trains, measures and writes."""
         rows = self._untrained_rows()
+        factors = self._train_equally_long() if self.asked.equal == "time" else {}
         jobs = [(candidate, seed) for candidate in self.candidates for seed in self.seeds]
         self._begin(jobs)
         runs = [self._trained(candidate, seed) for candidate, seed in jobs]
@@ -135,6 +141,8 @@ class Comparing:
         rows += sorted(trained, key=lambda row: order.index(row.role))
         judge = self.judge.name if self.judge else None
         comparison = summary(rows, self.seeds, self.first.flags(), judge, self.method)
+        if factors:
+            comparison["steps_times"] = factors
         picture = self._plot(rows)
         if picture is not None:
             comparison["picture"] = picture.name
@@ -202,6 +210,37 @@ class Comparing:
         return recipe.with_(**dict.fromkeys(self.method.seeds, seed))
 
     # Training
+
+    def _train_equally_long(self) -> dict[str, list[float]]:
+        """Gives all candidates the time of the one that takes most; by how much their steps grow.
+
+        What a step takes is measured with the first seed, which is trained by the steps of the recipes for it.
+        """
+
+        def measured(name: str, recipe: Recipe) -> ComparedModel:
+            if self.trainings.known(recipe) is None:
+                self.progress.say(f"Measuring the time of a step: {name}.")
+                with quiet(self.progress.log):
+                    return self.trainings.get(recipe)
+            return self.trainings.get(recipe)
+
+        first = {candidate.name: candidate.of_seed(self.seeds[0]) for candidate in self.candidates}
+        factors = step_factors(first, measured)
+        self.candidates = [
+            replace(candidate, of_seed=self._longer(number, candidate, factors[candidate.name]))
+            for number, candidate in enumerate(self.candidates)
+        ]
+        return factors
+
+    def _longer(self, number: int, candidate: Candidate, factors: Sequence[float]) -> Callable[[int], list[Recipe]]:
+        def of_seed(seed: int) -> list[Recipe]:
+            place = self.output / "equal_time"
+            return [
+                longer(recipe, factor, place / f"{number}-{choice}-seed{seed}.yaml")
+                for choice, (recipe, factor) in enumerate(zip(candidate.of_seed(seed), factors, strict=True))
+            ]
+
+        return of_seed
 
     def _begin(self, jobs: Sequence[tuple[Candidate, int]]) -> None:
         recipes = [_recipes(candidate, seed) for candidate, seed in jobs]

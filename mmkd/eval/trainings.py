@@ -15,6 +15,7 @@ from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run import build_trainer
 from mmkd.results.compared import ComparedModel
 from mmkd.results.cost import Stopwatch
+from mmkd.training.log import hours_of_steps
 from mmkd.training.method import Train
 
 from .asked_questions import Questions
@@ -204,7 +205,9 @@ def _train(trainer: Any, run: Run) -> tuple[int, dict[str, Any]]:
         teacher_run.arguments.teacher_cache is None for teacher_run in run.by_teacher().values()
     )
     asked = int(trainer.state.num_input_tokens_seen) if live else 0
-    return int(tokens), cost | {"tokens_per_second": tokens / runtime, "teacher_tokens": asked}
+    steps = hours_of_steps(Path(trainer.args.output_dir), trainer.args.world_size)
+    own = {"tokens_per_second": tokens / runtime, "teacher_tokens": asked, "step_hours": steps}
+    return int(tokens), cost | own
 
 
 def _cache_facts(run: Run) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.stages import Stage, plan
 from mmkd.results.compared import ComparedModel
 from mmkd.results.cost import Stopwatch
-from mmkd.training.log import LOG
+from mmkd.training.log import hours_of_steps, logs_in
 from mmkd.training.method import Train
 
 from .asked_questions import Questions
@@ -55,6 +55,9 @@ def measure_whole(recipe: Recipe, stage: str, folder: Path, questions: Questions
     tokens = sum(_tokens(stage.folder) for stage in stages) if stages else _tokens(folder)
     asked = None if comparison.teacher_tokens is None or not distils(recipe) else comparison.teacher_tokens(last)
     cost |= {"tokens_per_second": tokens / max(cost["seconds"], 1e-9), "teacher_tokens": asked}
+    # Of all stages, also of those that another schedule has trained.
+    hours = [hours_of_steps(trained) for trained in ([stage.folder for stage in stages] or [folder])]
+    cost["step_hours"] = None if None in hours else sum(filter(None, hours))
     weights = find_model(str(last)).weights
     return ComparedModel(
         stage,
@@ -99,6 +102,5 @@ def _with_earlier(folder: Path, cost: dict[str, Any]) -> dict[str, Any]:
 
 def _tokens(folder: Path) -> int:
     """Supervised tokens of the trainings in a folder."""
-    logs = [path.read_text(encoding="utf-8").splitlines() for path in folder.rglob(LOG)]
-    counted = [[json.loads(line).get("supervised_tokens") for line in log] for log in logs]
+    counted = [[entry.get("supervised_tokens") for entry in log] for log in logs_in(folder)]
     return int(sum(max((count for count in counts if count is not None), default=0) for counts in counted))

@@ -143,4 +143,13 @@ def _footer(comparison: Mapping[str, Any]) -> str:
     on = f" Measured on {comparison['measured_on']}." if comparison.get("measured_on") else ""
     where = facts["processor"] if facts["device"] == "cpu" else facts["device"]
     machine = f"{where}, {with_noun(facts['threads'], 'thread')}, torch {facts['versions']['torch']}"
-    return f"Seeds {seeds}{spread}{between}. {machine}.{on}"
+    return f"Seeds {seeds}{spread}{between}. {machine}.{on}{_equal_time(comparison)}"
+
+
+def _equal_time(comparison: Mapping[str, Any]) -> str:
+    """By how much trainings are longer than their recipes say."""
+    factors = comparison.get("steps_times")
+    if factors is None:
+        return ""
+    times = [f"{name} {' or '.join(f'{factor:.2f}' for factor in own)}" for name, own in factors.items()]
+    return f" All trained for the same time; steps are those of the recipes times: {', '.join(times)}."
