@@ -16,7 +16,7 @@ from .small_models import captioned, complete, make_language_models, new_tower, 
 
 TOWERS = {"tower": (14, 2, 1000), "coarse_tower": (28, 1, 100)}
 """Side of a patch, layers and training steps of the towers."""
-SIZES = {"large": (64, 3), "small": (32, 2)}
+SIZES = {"large": (64, 3), "small": (64, 2)}
 """Width and layers of the language models: the teacher's and the students'."""
 
 

@@ -43,8 +43,8 @@ class RunLog(TrainerCallback):
         first, seconds, spent = self._began
         steps = max(1, state.global_step - first)
         return {
-            "seconds_per_step": (time.monotonic() - seconds) / steps,
-            "cpu_seconds_per_step": (time.process_time() - spent) / steps,
+            "step_runtime": (time.monotonic() - seconds) / steps,
+            "step_cpu_runtime": (time.process_time() - spent) / steps,
         }
 
 
@@ -58,11 +58,11 @@ def hours_of_steps(folder: Path, processes: int = 1) -> float | None:
     """What the steps of all trainings in a folder took: hours of GPUs, or of cores; None if it is not known."""
     hours = 0.0
     for log in logs_in(folder):
-        last = next((entry for entry in reversed(log) if "cpu_seconds_per_step" in entry), None)
+        last = next((entry for entry in reversed(log) if "step_cpu_runtime" in entry), None)
         if last is None:
             return None
         cuda = torch.cuda.is_available()
-        per_step = last["seconds_per_step"] * processes if cuda else last["cpu_seconds_per_step"]
+        per_step = last["step_runtime"] * processes if cuda else last["step_cpu_runtime"]
         hours += last["step"] * per_step / 3600
     return hours
 
