@@ -32,7 +32,9 @@ def methods_of(recipe: Recipe) -> list[str]:
 def comparison_of(recipe: Recipe) -> Comparison:
     """How its students are compared: as those of its last stage that distils."""
     methods = methods_of(recipe)
-    distilling = [method for method in methods if method != BASELINE_METHOD]
+    # A stage before the student is made, of its vision tower alone, decides nothing about how the student is measured.
+    last = METHODS[methods[-1]].predicts
+    distilling = [name for name in methods if name != BASELINE_METHOD and METHODS[name].predicts == last]
     return METHODS[(distilling or methods)[-1]].comparison
 
 

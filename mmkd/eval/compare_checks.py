@@ -16,24 +16,21 @@ if TYPE_CHECKING:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raises UserError for a recipe whose students nothing here can measure."""
-    for name in methods_of(recipe):
-        method = METHODS[name]
-        if method.predicts != "tokens" and (method.comparison.measure is None or recipe.in_stages):
-            raise UserError(
-                f"{recipe.name} predicts {method.predicts} and no tokens, and method {name} "
-                + (
-                    "cannot be compared in stages."
-                    if recipe.in_stages
-                    else "does not say how its students are measured."
-                )
-                + " Train it, and compare what its runs report.",
-                because="not built",
-            )
+    # Of one in stages, the last one leaves the student that is asked.
+    name = methods_of(recipe)[-1]
+    method = METHODS[name]
+    if method.predicts != "tokens" and (method.comparison.measure is None or recipe.in_stages):
+        raise UserError(
+            f"{recipe.name} predicts {method.predicts} and no tokens, and method {name} "
+            + ("cannot be compared in stages." if recipe.in_stages else "does not say how its students are measured.")
+            + " Train it, and compare what its runs report.",
+            because="not built",
+        )
 
 
 def check_together(recipes: Sequence[Recipe], asked: "Asked", method: Comparison) -> None:
     """Raises UserError for recipes whose students have no measure in common, and for what does not fit them."""
-    own = {METHODS[name].predicts for recipe in recipes for name in methods_of(recipe)}
+    own = {METHODS[methods_of(recipe)[-1]].predicts for recipe in recipes}
     if len(own) > 1:
         raise UserError(
             f"The recipes predict {' and '.join(sorted(own))}, which no number compares. Compare those of one kind.",
