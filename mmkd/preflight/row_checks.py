@@ -58,15 +58,14 @@ def images(student: Rendered, teacher: Rendered | None, sample: Sample, run: Run
     ]
     if unequal:
         row, mine, other = unequal[0]
-        findings.append(
-            Finding(
-                "problem",
-                "images",
-                f"{len(unequal)} of {len(ours)} rows have other numbers of image tokens: row {row} has {mine} with "
-                f"the student's processor, {other} with the teacher's. Their tokens cannot be compared.",
-                "Use a teacher with the same patches and image sizes, or give both processors the same size.",
-            )
-        )
+        text = f"{len(unequal)} of {len(ours)} rows have other numbers of image tokens: row {row} has {mine} with "
+        text += f"the student's processor, {other} with the teacher's."
+        # Only llava_kd has the key.
+        how = vars(run.training).get("visual_tokens", "same")
+        if how != "same":
+            return [*findings, Finding("ok", "images", f"{text} They are compared by visual_tokens: {how}.")]
+        advice = "Use a teacher with the same patches and image sizes, or give both processors the same size."
+        findings.append(Finding("problem", "images", f"{text} Their tokens cannot be compared.", advice))
     local = run.arguments.teacher_server is None
     findings += _pixels(student, teacher) if local and not unequal else []
     equal = Finding(
