@@ -192,6 +192,11 @@ class DistillationConfig(RolloutConfig):
         return TeacherView.of(self.teacher_view)
 
     @property
+    def longest_rollout(self) -> int:
+        """Tokens of the longest answer that the student may give itself; 0 where it gives none."""
+        return self.rollout_max_tokens if self.on_policy_fraction else 0
+
+    @property
     def needs_boundaries(self) -> bool:
         """Whether it matters how probable the teacher finds the end of a word."""
         return False

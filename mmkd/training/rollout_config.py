@@ -183,11 +183,6 @@ class RolloutConfig(RewardConfig):
         sampling = (self.rollout_temperature, self.rollout_top_p, self.rollouts == "interleaved")
         self.check_reward(self.on_policy_fraction, *sampling)
 
-    @property
-    def longest_rollout(self) -> int:
-        """Tokens of the longest answer that the student may give itself; 0 where it gives none."""
-        return self.rollout_max_tokens if self.on_policy_fraction else 0
-
     def _check_unused(self) -> None:
         """Raises UserError for a choice about the student's own answers where there are none."""
         chosen = {"rollouts": self.rollouts != "student", "rollout_rows": self.rollout_rows != "replace"}
