@@ -81,8 +81,9 @@ def test_doctor_and_plan_pass_the_recipe_of_a_pair(recipe: str, monkeypatch, tmp
     assert main(["plan", f"llava_kd/{recipe}", "--gpu", "A100-80GB", "--gpus", hardware[1]]) == 0
     assert main(["doctor", f"llava_kd/{recipe}"]) == 0
     findings = re.findall(r"^  (warning|problem) +(\S+(?: \S+)*)  ", capsys.readouterr().out, re.MULTILINE)
-    # This machine lacks the memory.
-    assert {*findings} <= {("warning", "memory")}
+    # This machine lacks the memory. Where the sides differ in a picture's tokens, the context of an answer does too.
+    unequal = {("warning", "chat template")} if len({*TOKENS[recipe]}) > 1 else set()
+    assert {*findings} <= {("warning", "memory")} | unequal
 
 
 @pytest.mark.parametrize(
