@@ -4,9 +4,14 @@ Teachers differ by orders of magnitude in how far their features spread. Without
 has all of the loss.
 """
 
+from typing import Any, cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+# torch gives these functions no types.
+linalg: Any = torch.linalg
 
 SCALINGS = ("phi_s", "channel", "none")
 
@@ -52,8 +57,7 @@ def scaling(moments: Moments, kind: str) -> tuple[Float[Tensor, "width"], Float[
         # A channel that never changes has no scale to speak of.
         steady = variance <= 1e-12 * variance.max().clamp(min=1e-30)
         return moments.mean, torch.diag(torch.where(steady, 0.0, variance.clamp(min=1e-30).rsqrt()))
-    eigen: tuple[Tensor, Tensor] = torch.linalg.eigh(covariance)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    values, vectors = eigen
+    values, vectors = cast(tuple[Tensor, Tensor], linalg.eigh(covariance))
     spread = values.clamp(min=0).mean().sqrt().clamp(min=1e-15)
     return moments.mean, equal_parts(width) @ vectors.T / spread
 
@@ -74,8 +78,7 @@ def equal_parts(width: int) -> Float[Tensor, "width width"]:
                 core = torch.cat([torch.cat([core, core], 1), torch.cat([core, -core], 1)])
             return core / width**0.5
     signs = torch.randint(2, (width, width), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
-    orthogonal: Tensor = torch.linalg.qr(signs)[0]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    return orthogonal
+    return cast(Tensor, linalg.qr(signs).Q)
 
 
 def _core(size: int) -> Float[Tensor, "size size"] | None:

@@ -122,7 +122,7 @@ class Recipe:
         A stage that trains a vision tower alone stands beside stages whose max_length, say, means nothing to it.
         """
         own = {**self.keys, **self.stages[name]}.get("method")
-        if own not in METHODS or METHODS[own].predicts == "tokens":
+        if not isinstance(own, str) or own not in METHODS or METHODS[own].predicts == "tokens":
             return set()
         others = {{**self.keys, **keys}.get("method") for keys in self.stages.values()} - {own}
         known = {key for method in others if method in METHODS for key in parser_of(method).names}

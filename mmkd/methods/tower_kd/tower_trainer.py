@@ -280,7 +280,8 @@ class TowerKDTrainer(RunTrainer):
             head.patch_scale.measure(patches, self.args.normalize_features)
             head.summary_scale.measure(summary, self.args.normalize_features)
             for buffer in head.buffers():
-                buffer.copy_(broadcast(buffer))
+                shared: Any = broadcast(buffer)
+                buffer.copy_(shared)
 
     def checkpoint_to_save(self, folder: Path) -> None:
         """Keeps the heads and scales, which the student's own files leave out."""
