@@ -12,7 +12,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # The parts of mmkd from the ground up: each imports only parts before it.
-ORDER = ("errors", "schema", "field_docs", "files", "units", "yaml_files", "schema_lines", "shipped", "losses")
+ORDER = (
+    "errors",
+    "schema",
+    "field_docs",
+    "files",
+    "units",
+    "yaml_files",
+    "schema_lines",
+    "nested_keys",
+    "shipped",
+    "losses",
+)
 ORDER += ("alignment", "seams", "precision", "results", "data", "models", "cache", "teachers", "generation")
 ORDER += ("preparation", "training", "recipe", "capture", "preflight", "methods", "eval", "publish", "prepare")
 ORDER += ("scaffold", "ui", "commands")

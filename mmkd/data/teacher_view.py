@@ -1,11 +1,11 @@
 """What a teacher reads of a row in place of the student's prompt: a view of its own on the same answer."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from mmkd.errors import UserError, nearest
+from mmkd.errors import UserError
+from mmkd.nested_keys import nested_keys
 
 from .canonical import OURS
 from .columns import template_columns
@@ -86,21 +86,9 @@ class TeacherView:
         """
         if value is None or isinstance(value, cls):
             return value
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f'teacher_view is {value!r:.60}, which is no JSON ({error}). Write it as \'{{"system": "..."}}\'.'
-                ) from error
         names = [field.name for field in fields(cls)]
-        if not isinstance(value, Mapping):
-            raise UserError(f"teacher_view is {value!r:.60}; write a mapping with some of {', '.join(names)}.")
+        value = nested_keys("teacher_view", value, names, '{"system": "..."}')
         for name, own in value.items():
-            if name not in names:
-                raise UserError(
-                    f"teacher_view sets {name!r}, which no view has; did you mean {nearest(name, names)!r}?"
-                )
             if name != "columns" and not isinstance(own, str | None):
                 raise UserError(f"teacher_view.{name} is {own!r:.60}, which is no text. Write one text, in quotes.")
         columns = value.get("columns") or ()

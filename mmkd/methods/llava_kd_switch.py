@@ -1,7 +1,6 @@
 """llava_kd's switch: the student's visual output through the teacher's language model (Switch-KD, 2604.14629)."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -9,10 +8,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mmkd.errors import UserError, nearest
+from mmkd.errors import UserError
 from mmkd.losses.divergences import Divergence, forward_kl, reverse_kl
 from mmkd.losses.fused import fused_loss
 from mmkd.models.visual_switch import VisualOutputs, switched_to, trains_its_tower
+from mmkd.nested_keys import nested_keys
 from mmkd.teachers.batch import View
 from mmkd.teachers.local import LocalTeacher, ModelTeacher
 from mmkd.teachers.signals import DenseSignal
@@ -50,20 +50,8 @@ class Switch:
         """The switch that a recipe, a command line (as JSON) or Python gives; None for None."""
         if value is None or isinstance(value, cls):
             return value
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"switch is {value!r:.60}, which is no JSON ({error}). Write it as '{{\"weight\": 1.0}}'."
-                ) from error
         names = [field.name for field in fields(cls)]
-        if not isinstance(value, Mapping):
-            raise UserError(f"switch is {value!r:.60}; write a mapping with some of {', '.join(names)}.")
-        for name in value:
-            if name not in names:
-                raise UserError(f"switch sets {name!r}, which it has not; did you mean {nearest(name, names)!r}?")
-        return cls(**value)
+        return cls(**nested_keys("switch", value, names, '{"weight": 1.0}'))
 
 
 def check_switch(args: Any) -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Self
 
-from mmkd.errors import UserError, nearest
+from mmkd.errors import UserError
 from mmkd.models.captured_features import INPUT
+from mmkd.nested_keys import nested_keys
 from mmkd.schema import PositiveFloat, fields_of
 
 KINDS = ("mse", "cosine", "relation", "attention")
@@ -103,11 +104,7 @@ class FeatureTerm:
         if isinstance(value, str):
             value = {"student": value}
         names = [part.name for part in fields(cls)]
-        if not isinstance(value, Mapping):
-            raise UserError(f"{place} is {value!r:.60}; write a mapping with {', '.join(names)}, such as {_EXAMPLE}.")
-        for key in value:
-            if key not in names:
-                raise UserError(f"{place} sets {key!r}, which no term has; did you mean {nearest(key, names)!r}?")
+        value = nested_keys(place, value, names, _EXAMPLE)
         if "student" not in value:
             raise UserError(f"{place} names no module of the student. Set student, such as {_EXAMPLE}.")
         checked = fields_of(cls)

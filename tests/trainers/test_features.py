@@ -316,7 +316,7 @@ def test_terms_that_cannot_be_are_refused_before_training(
     ("value", "reason"),
     [
         ([{"teacher": "a"}], "names no module of the student"),
-        ([{"student": "a", "kinds": "mse"}], "sets 'kinds', which no term has; did you mean 'kind'"),
+        ([{"student": "a", "kinds": "mse"}], "sets 'kinds', which it does not know; did you mean 'kind'"),
         ([{"student": "a", "kind": "l2"}], r"features.kind is 'l2'; choose one of mse, cosine, relation, attention"),
         (["a", {"student": "a", "weight": 0}], r"features\[1\].weight is 0.*above 0"),
         (["a", {"student": "a", "weight": "much"}], r"features\[1\].weight is 'much'"),
