@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .easy_vqa import COLORS, OUTPUT_DIR, SHAPES
-from .small_models import captioned, complete, make_language_models, new_tower, train
+from .small_models import LanguageModelSize, captioned, complete, make_language_models, new_tower, train
 
 SIDE, PATCH = 64, 8
-SIZES = {"large": (64, 2), "small": (32, 1)}
-"""Width and layers of the language models: the teacher's and the students'."""
+# The attention of vLLM on a CPU requires heads of width 32 or more.
+SIZES = {"large": LanguageModelSize(64, 2, heads=2), "small": LanguageModelSize(32, 1, heads=1)}
+"""The language models: the teacher's and the students'."""
 
 
 def make_tower(data: Path, folder: Path, steps: int = 1000, batch: int = 32) -> float:

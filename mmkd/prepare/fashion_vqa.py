@@ -2,8 +2,8 @@
 
 Every picture (56 x 56 pixels) has four places, of which two to four hold a photo of Fashion-MNIST (Zalando, MIT).
 Every photo is in one picture only, and test pictures are made of photos of the original test split. The answers follow
-from Fashion-MNIST's labels. Writes the pictures, and train.jsonl, validation.jsonl, test.jsonl (six questions on each
-picture) and captions.jsonl (of the training pictures).
+from Fashion-MNIST's labels. Writes the pictures and train.jsonl, validation.jsonl, test.jsonl and captions.jsonl (of
+the training pictures). There are six questions on each picture: in one conversation for training, and one by one else.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -35,7 +36,8 @@ SIDE = 28
 NAMES = ("tee", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 """Fashion-MNIST's classes in one word each, by their numbers."""
 NOTHING = "nothing"
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+PLACES = ("first", "second", "third", "fourth")
+"""The two above and the two below, each pair from left to right."""
 GROUPS = {"tops": ("tee", "pullover", "coat", "shirt"), "shoes": ("sandal", "sneaker", "boot"), "things": NAMES}
 NUMBERS = ("zero", "one", "two", "three", "four")
 
@@ -68,12 +70,12 @@ def picture_of(photos: UInt8[np.ndarray, "photo 28 28"], places: Int[np.ndarray,
 
 def caption_of(scene: Scene) -> str:
     """What a scene shows, place by place."""
-    return "top: {} and {}. bottom: {} and {}.".format(*scene)
+    return ", ".join(f"{place} {name}" for place, name in zip(PLACES, scene, strict=True)) + "."
 
 
 def scene_of(caption: str) -> Scene:
     """The scene of a caption."""
-    return tuple(caption.replace(".", "").split()[word] for word in (1, 3, 5, 7))
+    return tuple(part.split()[1] for part in caption.removesuffix(".").split(", "))
 
 
 def questions_of(scene: Scene, random: np.random.Generator) -> list[tuple[str, str]]:
@@ -88,13 +90,14 @@ def questions_of(scene: Scene, random: np.random.Generator) -> list[tuple[str, s
     group = pick(tuple(GROUPS))
     number = NUMBERS[sum(name in GROUPS[group] for name in shown)]
     places = random.permutation(len(PLACES))[:2]
-    questions = [(f"what is in the {PLACES[place]}?", scene[place]) for place in places]
+    questions = [(f"what is in the {PLACES[place]} place?", scene[place]) for place in places]
     questions.append((f"does the picture show {_with_article(asked)}?", "yes" if asked in shown else "no"))
     questions.append((f"how many {group} are there?", number))
     # Where two are alike, neither can be asked for by its name.
     alone = tuple(name for name in shown if shown.count(name) == 1)
     if not alone:
-        return questions + [(f"what is in the {place}?", name) for place, name in zip(PLACES, scene, strict=True)][:2]
+        others = [place for place in range(len(PLACES)) if place not in places]
+        return questions + [(f"what is in the {PLACES[place]} place?", scene[place]) for place in others]
     name = pick(alone)
     questions.append((f"where {'are' if name == 'trousers' else 'is'} the {name}?", PLACES[scene.index(name)]))
     name = pick(alone)
@@ -104,6 +107,20 @@ def questions_of(scene: Scene, random: np.random.Generator) -> list[tuple[str, s
     )
     questions.append((f"what is {direction} the {name}?", scene[other]))
     return questions
+
+
+def conversations(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows about the same picture, one after the other, as one conversation that shows it once."""
+    joined: dict[str, dict[str, Any]] = {}
+    for row in questions:
+        (image,) = row["images"]
+        if image not in joined:
+            joined[image] = row
+            continue
+        asked, answered = row["messages"]
+        text = {"role": "user", "content": [part for part in asked["content"] if part["type"] == "text"]}
+        joined[image]["messages"].extend([text, answered])
+    return list(joined.values())
 
 
 def _with_article(name: str) -> str:
@@ -127,6 +144,7 @@ def make_fashion_vqa(source: Path, output_dir: Path) -> dict[str, int]:
             scene = tuple(NOTHING if photo < 0 else NAMES[labels[photo]] for photo in own)
             split = "test" if part == "t10k" else "validation" if number < held_out else "train"
             asked = [(question, answer, number) for question, answer in questions_of(scene, random)]
+            random.shuffle(asked)
             questions.setdefault(split, []).extend(asked)
             if split == "train":
                 captions.append((INSTRUCTIONS[number % len(INSTRUCTIONS)], caption_of(scene), number))
@@ -134,6 +152,7 @@ def make_fashion_vqa(source: Path, output_dir: Path) -> dict[str, int]:
     files = {
         split: rows(asked, images / ("test" if split == "test" else "train")) for split, asked in questions.items()
     }
+    files["train"] = conversations(files["train"])
     files["captions"] = rows(captions, images / "train")
     for name, part in files.items():
         write_file(output_dir / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))

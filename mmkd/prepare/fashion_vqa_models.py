@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from .fashion_vqa import NAMES, NOTHING, OUTPUT_DIR, PLACES, SIDE, scene_of
-from .small_models import captioned, complete, make_language_models, new_tower, train
+from .small_models import LanguageModelSize, captioned, complete, make_language_models, new_tower, train
 
 TOWERS = {"tower": (14, 2, 1000), "coarse_tower": (28, 1, 100)}
 """Side of a patch, layers and training steps of the towers."""
-SIZES = {"large": (64, 3), "small": (64, 2)}
-"""Width and layers of the language models: the teacher's and the students'."""
+SIZES = {
+    "large": LanguageModelSize(64, 3, heads=4, steps=1500, batch=32, answers=1.0),
+    "small": LanguageModelSize(48, 2, heads=4, steps=1500, batch=32, answers=1.0),
+}
+"""The language models: the teacher's and the students'. Their heads are too narrow for vLLM on a CPU."""
 
 
 def make_tower(data: Path, folder: Path, patch: int, layers: int, steps: int, batch: int = 32) -> float:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,22 @@ from transformers import (
 )
 
 from mmkd.models.llava import IMAGE_TOKEN
+
+Conversation = list[tuple[str, str]]
+"""What is asked and what is answered, turn by turn, as a model reads it."""
+
+
+@dataclass(frozen=True)
+class LanguageModelSize:
+    """How large a language model is, and how long it learns."""
+
+    width: int
+    layers: int
+    heads: int
+    steps: int = 800
+    batch: int = 128
+    answers: float = 0.0
+    """By how much answers count beside whole texts."""
 
 
 def new_tower(side: int, patch: int, layers: int) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
@@ -58,22 +75,22 @@ def make_tokenizer(texts: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
-def descriptions(data: Path) -> list[tuple[str, str]]:
-    """Prompts with a description in words in place of the picture, and their answers."""
+def descriptions(data: Path) -> list[Conversation]:
+    """Conversations with a description in words in place of the picture."""
     files = {name: (data / f"{name}.jsonl").read_text().splitlines() for name in ("captions", "train")}
     parts: dict[str, list[Any]] = {name: [json.loads(line) for line in lines] for name, lines in files.items()}
     shown = {row["images"][0]: row["messages"][1]["content"][0]["text"] for row in parts["captions"]}
-    pairs = []
+    texts = []
     for row in [*parts["captions"], *parts["train"]]:
         if row["images"][0] in shown:
-            question, answer = (row["messages"][turn]["content"][-1]["text"] for turn in (0, 1))
-            pairs.append((f"USER: {shown[row['images'][0]]}\n{question} ASSISTANT:", f" {answer}</s>"))
-    return pairs
+            said = [message["content"][-1]["text"] for message in row["messages"]]
+            said[0] = f"{shown[row['images'][0]]}\n{said[0]}"
+            turns = zip(said[::2], said[1::2], strict=True)
+            texts.append([(f"USER: {question} ASSISTANT:", f" {answer}</s>") for question, answer in turns])
+    return texts
 
 
-def make_language_model(
-    texts: list[tuple[str, str]], tokenizer: Any, width: int, layers: int, folder: Path, steps: int = 800
-) -> float:
+def make_language_model(texts: list[Conversation], tokenizer: Any, size: LanguageModelSize, folder: Path) -> float:
     """Trains and saves one language model; returns the share of correct tokens in its last batches.
 
     It learns whole texts, as language models do, so that its head is meaningful outside of answers too.
@@ -81,11 +98,10 @@ def make_language_model(
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        # The attention of vLLM on a CPU requires heads of width 32 or more.
-        num_attention_heads=width // 32,
+        hidden_size=size.width,
+        intermediate_size=2 * size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         initializer_range=0.06,
@@ -94,35 +110,41 @@ def make_language_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    encoded = [(tokenizer.encode(prompt), tokenizer.encode(answer)) for prompt, answer in texts]
-    longest = max(len(prompt) + len(answer) for prompt, answer in encoded)
+    encoded = [[(tokenizer.encode(prompt), tokenizer.encode(answer)) for prompt, answer in turns] for turns in texts]
+    longest = max(sum(len(prompt) + len(answer) for prompt, answer in turns) for turns in encoded)
     ids = torch.zeros(len(encoded), longest, dtype=torch.long)
-    labels = torch.full_like(ids, -100)
-    for row, (prompt, answer) in enumerate(encoded):
-        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        labels[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+    labels, answers = torch.full_like(ids, -100), torch.full_like(ids, -100)
+    for row, turns in enumerate(encoded):
+        said = [token for prompt, answer in turns for token in prompt + answer]
+        answered = [token for prompt, answer in turns for token in [-100] * len(prompt) + answer]
+        ids[row, : len(said)] = labels[row, : len(said)] = torch.tensor(said)
+        answers[row, : len(said)] = torch.tensor(answered)
     right: list[float] = []
 
     def loss(rows: Tensor) -> Tensor:
         logits = model(input_ids=ids[rows]).logits[:, :-1]
         target = labels[rows][:, 1:]
         right.append((logits.argmax(-1) == target)[target != -100].float().mean().item())
-        return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+        value = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+        if not size.answers:
+            return value
+        own = answers[rows][:, 1:].flatten()
+        return value + size.answers * nn.functional.cross_entropy(logits.flatten(0, 1), own, ignore_index=-100)
 
-    train(list(model.parameters()), len(ids), steps, 128, loss)
+    train(list(model.parameters()), len(ids), size.steps, size.batch, loss)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return sum(right[-20:]) / 20
 
 
-def make_language_models(data: Path, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Writes the language models that are missing to DATA/models, by name; sizes are their width and layers."""
+def make_language_models(data: Path, sizes: Mapping[str, LanguageModelSize]) -> None:
+    """Writes the language models that are missing to DATA/models, by name."""
     texts = descriptions(data)
-    tokenizer = make_tokenizer([prompt + answer for prompt, answer in texts])
-    for name, (width, layers) in sizes.items():
+    tokenizer = make_tokenizer(["".join(prompt + answer for prompt, answer in turns) for turns in texts])
+    for name, size in sizes.items():
         complete(
             data / "models" / name,
-            lambda folder, width=width, layers=layers: make_language_model(texts, tokenizer, width, layers, folder),
+            lambda folder, size=size: make_language_model(texts, tokenizer, size, folder),
         )
 
 
