@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import broadcast
@@ -280,8 +280,7 @@ class TowerKDTrainer(RunTrainer):
             head.patch_scale.measure(patches, self.args.normalize_features)
             head.summary_scale.measure(summary, self.args.normalize_features)
             for buffer in head.buffers():
-                shared: Any = broadcast(buffer)
-                buffer.copy_(shared)
+                buffer.copy_(cast(Any, broadcast(buffer)))
 
     def checkpoint_to_save(self, folder: Path) -> None:
         """Keeps the heads and scales, which the student's own files leave out."""
