@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import textwrap
+from itertools import islice
 from typing import Any
 
 from mmkd.schema import Field, Range
@@ -34,11 +35,13 @@ def _docstring(config: type) -> str:
             field = declared.get(name)
             if isinstance(field, dataclasses.Field) and field.init and "help" in field.metadata:
                 entries.setdefault(name, _entry(name, hint, field))
-    upstream = next(base for base in config.__mro__ if base not in ours and dataclasses.is_dataclass(base))
-    package = upstream.__module__.partition(".")[0]
-    rest = f"Every argument of `{upstream.__name__}` ({package}) may be given too."
+    others = (base for base in config.__mro__ if base not in ours and dataclasses.is_dataclass(base))
+    rest = [
+        f"Every argument of `{upstream.__name__}` ({upstream.__module__.partition('.')[0]}) may be given too."
+        for upstream in islice(others, 1)
+    ]
     about = inspect.cleandoc(vars(config).get("__doc__") or f"Settings of {config.__name__}.")
-    return "\n".join([about, "", "Args:", *entries.values(), "", rest])
+    return "\n".join([about, "", "Args:", *entries.values(), "", *rest])
 
 
 def _entry(name: str, hint: Any, field: dataclasses.Field) -> str:

@@ -16,6 +16,7 @@ from mmkd.recipe.key_parser import KeyParser
 from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.run import check_surroundings
 from mmkd.shipped import recipe_root
+from mmkd.training.method import METHODS
 
 ODD = [None, True, False, 0, -1, 1, 2.5, 1e30, 10**30, -(10**30), float("inf"), float("nan"), "", " ", "auto", "no"]
 ODD += ["none", "null", "1e-3", "12:30", "Teacher", "lehrer-ü", "教師", "a\nb", "{a", "[1", "{}", "x" * 3000, [], [1]]
@@ -82,7 +83,7 @@ def read_run(name: str) -> None:
 def test_no_mistake_in_a_recipe_is_a_traceback(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
-    parsers = {name: KeyParser(name).names for name in ("kd", "sft", "taid", "alm", "llava_kd", "comd", "dho")}
+    parsers = {name: KeyParser(name).names for name in METHODS}
     try:
         ended = tracebacks(RUNS, lambda content: parsers[content.get("method", "kd")], read_run, count)
     finally:

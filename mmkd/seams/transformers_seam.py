@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 
@@ -35,6 +34,9 @@ def checkpoint_frozen_layers(model: PreTrainedModel) -> None:
     transformers checkpoints layers in training mode only. What the layers hold, dropout among it, keeps its mode;
     layers that drop out themselves are not checkpointed.
     """
+    # At the top it would load the auto classes, which import this module again (mmkd/models/registration.py).
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     model.activation_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and not isinstance(getattr(module, "dropout", None), float):

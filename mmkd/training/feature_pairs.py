@@ -207,10 +207,15 @@ def _check_eager(model: nn.Module, name: str, place: str, key: str) -> None:
     """Raises UserError where a module keeps no map of attention."""
     config: Any = getattr(named_modules_of(model)[name], "config", None)
     attention = None if config is None else attention_of(config)
-    if attention != "eager":
-        what = "is no module of attention" if attention is None else f"computes attention by {attention}, without maps"
+    if attention is None:
         raise UserError(
-            f"{place} compares maps of attention, and {name} {what}. Name a module of self-attention, such as "
-            f"layers.5.self_attn, and set {key}: eager.",
-            because="meaning" if attention is None else "upstream",
+            f"{place} compares maps of attention, and {name} is no module of attention. Name a module of "
+            f"self-attention, such as layers.5.self_attn, and set {key}: eager.",
+            because="meaning",
+        )
+    if attention != "eager":
+        raise UserError(
+            f"{place} compares maps of attention, and {name} computes attention by {attention}, without maps. Set "
+            f"{key}: eager.",
+            because="upstream",
         )

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from mmkd.errors import UserError
+from mmkd.field_docs import DocumentedFields
 from mmkd.losses.divergences import Divergence
 from mmkd.losses.logit_differences import bild, dbild
 from mmkd.schema import Range
@@ -14,7 +15,7 @@ from mmkd.teachers.teacher import Teacher
 
 
 @dataclass
-class LogitDifferenceKeys:
+class LogitDifferenceKeys(DocumentedFields):
     """How many tokens the divergences bild and dbild compare."""
 
     bild_top_k: Annotated[int, Range(min=2)] = field(

@@ -35,9 +35,14 @@ def routed() -> Dataset:
 @pytest.fixture(scope="session")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny teacher that reads with a SentencePiece-like tokenizer and a chat template of its own."""
-    tokenizer = CHATTERS["gemma"]()
-    model = make_model(layers=3, width=48, seed=4, rows=len(tokenizer))
-    return save(model, tokenizer, tmp_path_factory.mktemp("foreign") / "teacher")
+    # The tokenizer is trained anew each time, and not always to the same: all workers need that of `ranks`.
+    shared = _shared_folder(tmp_path_factory)
+    folder = shared / "foreign" / "teacher"
+    with WeakFileLock(shared / "foreign.lock"):
+        if not folder.exists():
+            tokenizer = CHATTERS["gemma"]()
+            save(make_model(layers=3, width=48, seed=4, rows=len(tokenizer)), tokenizer, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -165,12 +170,17 @@ def ranks(
     return found
 
 
+def _shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run for all of pytest-xdist's workers."""
+    own = factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 def _once_for_all_workers(
     factory: pytest.TempPathFactory, jobs: dict[str, dict[str, Any]], folder: Path
 ) -> tuple[dict[str, list[dict[str, Any]]], Path]:
     """What two ranks saw, and in which folder, for the first of pytest-xdist's workers; the others wait for it."""
-    shared = factory.getbasetemp()
-    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    shared = _shared_folder(factory)
     path = shared / "ranks.json"
     with WeakFileLock(shared / "ranks.lock"):
         if not path.is_file():
