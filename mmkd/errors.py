@@ -20,6 +20,11 @@ class UserError(ValueError):
         self.because: Because | None = because
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another package says in its first line, for a message; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(word: object, choices: Iterable[str]) -> str:
     """The choice spelled most like `word`, for a message; `choices` must not be empty."""
     return difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.0)[0]

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmkd.data.prompts import RowPrompt, model_inputs, prompt_of
+from mmkd.data.teacher_view import TeacherView
 from mmkd.generation.generator import RowError, Sampling
 from mmkd.generation.row_answers import PromptWithTools, row_generator
 from mmkd.models.load import positions_of, tokenizer_of
@@ -105,8 +106,9 @@ class AnswerReader:
             yield AnsweredPrompt(prompt, tools, text, tuple(ids))
 
 
-def answered_rows(rows: Dataset) -> list[AnsweredPrompt]:
-    """The prompts of rows with the rows' own answers, which may be empty."""
+def answered_rows(rows: Dataset, view: TeacherView | None = None) -> list[AnsweredPrompt]:
+    """The prompts of rows, or what a view makes of them, with the rows' own answers, which may be empty."""
     tools = list(rows["tools"]) if "tools" in rows.column_names else [None] * len(rows)
-    pairs = [prompt_of(dict(row)) for row in rows]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    read = [dict(row) for row in rows]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    pairs = [prompt_of(row if view is None else view.rewrite(row)) for row in read]
     return [AnsweredPrompt(prompt, own, answer) for (prompt, answer), own in zip(pairs, tools, strict=True)]

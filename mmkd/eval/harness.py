@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets.exceptions import DatasetNotFoundError
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, first_line
 from mmkd.generation.local_generation import dense_last_states
 from mmkd.models.load import tokenizer_of
 from mmkd.seams.lm_eval_seam import is_of_a_long_answer, model_class
@@ -229,7 +229,7 @@ def _explained(task: str) -> Iterator[None]:
     try:
         yield
     except (ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise UserError(
             f"The data of task {task} cannot be loaded: {first} Run it once with a network, which keeps the data in "
             "HF_HOME, and log in if its data set requires it. --suite offline needs no network."

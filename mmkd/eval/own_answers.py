@@ -113,7 +113,7 @@ def read_own_answers(
             because="not built",
         )
     asked = answered_rows(rows)
-    seen = asked if view is None else answered_rows(rows.map(view.rewrite))
+    seen = asked if view is None else answered_rows(rows, view)
     generator = row_generator(student.model, student.processing_class, _BATCH, own_settings=False)
     answers = generator.generate([(text.prompt, text.tools) for text in asked], Sampling(tokens, temperature=1.0))
     items: Items = {name: [] for name in METRICS}

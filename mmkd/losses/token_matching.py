@@ -85,17 +85,20 @@ def matched_by_image(
     teacher: Float[Tensor, "teacher width"],
     teacher_tokens: Sequence[int],
     cost: Cost | str = "manhattan",
+    ordered: bool = False,
 ) -> tuple[Int[Tensor, "pair"], Int[Tensor, "pair"]]:
     """As `matched`, image by image: image i has the next `student_tokens[i]` and `teacher_tokens[i]` rows.
 
-    The pairs are those of all images in their order. An image with as many tokens on both sides is matched too.
+    The pairs are those of all images in their order. An image with as many tokens on both sides is matched too, or
+    keeps its order if `ordered`.
     """
     ours: list[Tensor] = []
     theirs: list[Tensor] = []
     first = [0, 0]
     images = zip(torch.split(student, list(student_tokens)), torch.split(teacher, list(teacher_tokens)), strict=True)
     for sides in images:
-        pair = matched(*sides, cost)
+        same = torch.arange(len(sides[0]), device=student.device)
+        pair = (same, same) if ordered and len(sides[0]) == len(sides[1]) else matched(*sides, cost)
         for places, offset, rows in zip((ours, theirs), first, pair, strict=True):
             places.append(rows + offset)
         first = [offset + len(side) for offset, side in zip(first, sides, strict=True)]

@@ -211,9 +211,8 @@ class LLaVAKDTrainer(FeatureTrainer[VisualSignal | MixedSignal[VisualSignal]]):
             # CE + alpha KL as a mixture, which the fused loss computes in one pass.
             losses = self.fused(student, answers, objective, args.temperature, ce_weight=1 / (1 + args.alpha))
             losses.totals["token"] = (1 + args.alpha) * losses.totals["token"]
-            weighted = (
-                {kind: args.term_weights[name] * total for kind, total in term.items()} for name, term in terms.items()
-            )
+            weights = args.term_weights
+            weighted = ({kind: weights[name] * total for kind, total in term.items()} for name, term in terms.items())
             losses.totals = ItemLosses.added([losses.totals, *weighted])
         losses.reports |= reports
         return losses

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmkd.errors import UserError
 from mmkd.losses.divergences import forward_kl
 from mmkd.losses.fused import Objective, Targets, fused_loss
-from mmkd.losses.token_matching import assigned
+from mmkd.losses.token_matching import matched_by_image
 from mmkd.losses.visual_alignment import alignment_distance, logit_distances, squared_difference
 from mmkd.losses.visual_relations import common_tokens, logit_metric, pooled, relation_loss, relations, tiles_of
 from mmkd.models.heads import LMHead
@@ -116,19 +116,12 @@ class VisualTerms:
         self, student: VisualSupervised, theirs: DenseSignal, images: Int[Tensor, "image"]
     ) -> tuple[Tensor, Tensor]:
         """The rows of student and teacher that belong together; images of equal numbers keep their order."""
-        pairs: list[tuple[Tensor, Tensor]] = []
-        first, other = 0, 0
-        for size, their_size in zip(student.images.tolist(), images.tolist(), strict=True):
-            if size == their_size:
-                pair = (torch.arange(size, device=images.device),) * 2
-            else:
-                states = student.visual[first : first + size], theirs.hidden[other : other + their_size]
-                costs = logit_distances(states[0], student.head, states[1], theirs.head, self.args.matching_cost)
-                pair = assigned(costs)
-            pairs.append((pair[0] + first, pair[1] + other))
-            first, other = first + size, other + their_size
-        ours_at, theirs_at = zip(*pairs, strict=True)
-        return torch.cat(ours_at), torch.cat(theirs_at)
+
+        def cost(ours: Tensor, others: Tensor) -> Tensor:
+            return logit_distances(ours, student.head, others, theirs.head, self.args.matching_cost)
+
+        sizes = student.images.tolist(), images.tolist()
+        return matched_by_image(student.visual, sizes[0], theirs.hidden, sizes[1], cost, ordered=True)
 
     def of(
         self, student: VisualSupervised, said: VisualSignal, repeatable: bool

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,7 +115,7 @@ def modules_of(model: nn.Module, name: str) -> list[str]:
     if name in ("tower", "projector"):
         return [_connector(model, modules, name) + (INPUT if name == "tower" else "")]
     if name == "deepstack":
-        mergers = [module for module in modules if re.search(r"deepstack_merger\w*\.\d+$", module)]
+        mergers = inner_connectors(modules)
         if not mergers:
             raise _lacks(model, name, "mergers of inner layers, as Qwen3-VL has")
         return mergers
@@ -131,6 +131,11 @@ def modules_of(model: nn.Module, name: str) -> list[str]:
         _check_known(plain if not ends else ends[0], modules, model)
         plain = ends[0]
     return [plain + suffix]
+
+
+def inner_connectors(names: Iterable[str]) -> list[str]:
+    """Those of a model's modules that merge what inner layers of the vision tower see (deepstack)."""
+    return [name for name in names if re.search(r"deepstack_merger\w*\.\d+$", name)]
 
 
 def blocks_of(model: nn.Module) -> list[str]:

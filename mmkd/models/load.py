@@ -18,7 +18,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, first_line
 from mmkd.precision import native_dtype, product_dtype, say_float32
 from mmkd.seams.deepspeed_seam import without_zero3
 from mmkd.seams.processor_seam import loading_for_images
@@ -61,7 +61,7 @@ def load_model(
             kwargs["dtype"] = computed_dtype(kwargs.get("dtype", "auto"), config, chosen)
         model, info = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **kwargs)
     except _UNREADABLE as error:
-        raise UserError(f"The {role} {name!r} cannot be loaded: {_hint(name)} ({_first_line(error)})") from error
+        raise UserError(f"The {role} {name!r} cannot be loaded: {_hint(name)} ({first_line(error)})") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
@@ -87,7 +87,7 @@ def empty_model(name: str, role: str = "model", **hub: Any) -> PreTrainedModel:
         with without_zero3(), torch.device("meta"):
             return auto_class.from_config(config, trust_remote_code=hub.get("trust_remote_code", False))
     except _UNREADABLE as error:
-        raise UserError(f"The {role} {name!r} cannot be loaded: {_hint(name)} ({_first_line(error)})") from error
+        raise UserError(f"The {role} {name!r} cannot be loaded: {_hint(name)} ({first_line(error)})") from error
 
 
 def quantised_to(bits: int | None, device: str | torch.device) -> BitsAndBytesConfig | None:
@@ -128,7 +128,7 @@ def load_processing_class(name: str, role: str = "model", **kwargs: Any) -> PreT
             return AutoProcessor.from_pretrained(name, **kwargs)
     except _UNREADABLE as error:
         raise UserError(
-            f"The {role} {name!r} has no loadable tokenizer: {_hint(name)} ({_first_line(error)})"
+            f"The {role} {name!r} has no loadable tokenizer: {_hint(name)} ({first_line(error)})"
         ) from error
 
 
@@ -180,7 +180,3 @@ def _hint(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return "there is no such folder;"
     return "it is neither a local folder nor reachable as a Hub id (check the spelling, the network and your login);"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, first_line
 from mmkd.seams.transformers_seam import empty_like
 
 from .assemble import kept_layers
@@ -45,7 +45,7 @@ def tower_config(name: str, role: str, **hub: Any) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"The {role} {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"The {role} {name!r} cannot be loaded: {first_line(error)}") from error
     tower = vision_tower(config)
     kind = tower.model_type
     if kind.startswith(_FLATTENED):
@@ -88,7 +88,7 @@ def load_tower(
     try:
         model, info = AutoModel.from_pretrained(name, use_safetensors=True, output_loading_info=True, **settings)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(f"The {role} {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"The {role} {name!r} cannot be loaded: {first_line(error)}") from error
     tower, prefix = (model, "") if alone else _inside(model, name, role)
     missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
     if missing:
@@ -219,7 +219,3 @@ def _inside(model: Any, name: str, role: str) -> tuple[PreTrainedModel, str]:
         "alone with save_pretrained, and name that folder.",
         because="not built",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,7 +5,6 @@ so that any two families fit whose connectors take the same numbers; mergers of 
 too.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from mmkd.errors import UserError
 
-from .captured_features import INPUT, modules_of, named_modules_of
+from .captured_features import INPUT, inner_connectors, modules_of, named_modules_of
 from .parts import part_of
 
 VisualOutputs = list[list[Tensor]]
@@ -25,8 +24,7 @@ def connectors_of(model: nn.Module) -> list[nn.Module]:
     """The modules between vision tower and language model. Raises UserError for a model without one."""
     modules = named_modules_of(model)
     names = [name.removesuffix(INPUT) for name in modules_of(model, "tower")]
-    names += [name for name in modules if re.search(r"deepstack_merger\w*\.\d+$", name)]
-    return [modules[name] for name in names]
+    return [modules[name] for name in [*names, *inner_connectors(modules)]]
 
 
 def trains_its_tower(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from mmkd.data.source_description import describe
-from mmkd.errors import UserError
+from mmkd.errors import UserError, first_line
 from mmkd.preflight.costs import device_memory
 from mmkd.preflight.doctor import quiet
 from mmkd.preflight.hardware import DEVICES, GIB, HERE, Device, choose_device
@@ -57,7 +57,7 @@ def config_of(name: str, role: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"The {role} {name!r} cannot be loaded: it is neither a folder here nor a Hub id that can be reached. "
             f"Check the spelling, the network and your login ({reason})"

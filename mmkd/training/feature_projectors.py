@@ -91,8 +91,7 @@ class FeatureProjectors:
     def step(self, learning_rate: float) -> None:
         """Moves them by the gradients of this optimizer step; all ranks call it together.
 
-        A step whose gradients are not finite is left out, as the
-        student's is in fp16.
+        A step whose gradients are not finite is left out, as the student's is in fp16.
         """
         self._agree()
         if self._optimizer is None:

@@ -5,7 +5,6 @@ import importlib.util
 from collections import Counter
 from typing import Any
 
-import numpy as np
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
@@ -14,6 +13,7 @@ from mmkd.errors import UserError
 from mmkd.preflight.book import Book
 from mmkd.preflight.costs import device_memory
 from mmkd.preflight.facts import Finding, listed
+from mmkd.preflight.picture_checks import readable_pictures
 from mmkd.preflight.whole_model import training_state
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run import check_surroundings
@@ -24,9 +24,6 @@ from mmkd.units import readable_size
 from .class_run import Classes, check_arguments, load_classes, settings_of
 from .class_teacher import logits_folder
 from .dho_build import new_student, student_processor
-
-# Each is opened and decoded.
-_PICTURES = 64
 
 
 def examine_classes(run: Run, sharded: bool) -> list[Finding]:
@@ -40,7 +37,7 @@ def examine_classes(run: Run, sharded: bool) -> list[Finding]:
     book.check("data", _data, classes)
     book.check("labels", _labels, classes, run)
     if not classes.is_text:
-        book.check("images", _pictures, classes)
+        book.check("images", readable_pictures, len(classes.rows), classes.rows.raw)
     book.check("student", _student, classes, run)
     if settings_of(run).objective != "ce":
         book.check("teacher", _teacher, classes, run)
@@ -94,21 +91,6 @@ def _labels(classes: Classes, run: Run) -> list[Finding]:
     return [
         Finding("ok", "labels", f"{labeled:,} rows are learnt with their label, {len(shown) - labeled:,} without.")
     ]
-
-
-def _pictures(classes: Classes) -> list[Finding]:
-    rows = classes.rows
-    places = np.sort(np.random.default_rng(0).permutation(len(rows))[:_PICTURES]).tolist()
-    bad: dict[int, str] = {}
-    for row in places:
-        try:
-            rows.raw(row)
-        except UserError as error:
-            bad[row] = str(error).splitlines()[0]
-    if not bad:
-        return [Finding("ok", "images", f"{len(places)} of {len(rows):,} pictures, drawn at random, can be read.")]
-    text = f"{len(bad)} of {len(places)} pictures, drawn at random, cannot be read: {listed(bad.values())}"
-    return [Finding("problem", "images", text, "Training stops at the first one: correct them.")]
 
 
 def _student(classes: Classes, run: Run) -> list[Finding]:

@@ -6,25 +6,21 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
-import torch
 from jaxtyping import Int
-from transformers import TrainingArguments
 
 from mmkd.data.class_rows import AUGMENTATIONS
 from mmkd.data.classification import HIDDEN, hide_labels
 from mmkd.errors import UserError
-from mmkd.field_docs import DocumentedFields
 from mmkd.losses.dual_head_losses import ALPHAS, BETAS
-from mmkd.preparation.checks import without_emulated_bf16
-from mmkd.schema import NonNegativeInt, PositiveFloat, PositiveInt, Range, Share, check_fields
-from mmkd.seams.trainer_seam import take_one_gpu
+from mmkd.schema import NonNegativeInt, PositiveFloat, PositiveInt, Range, Share
+from mmkd.training.whole_model_config import WholeModelConfig
 
 OBJECTIVES = ("dho", "ce", "kd", "single_head")
 TEACHER_KINDS = ("zero_shot", "tip_adapter", "question", "classifier")
 
 
 @dataclass
-class DHOConfig(DocumentedFields, TrainingArguments):
+class DHOConfig(WholeModelConfig):
     """Settings of method dho."""
 
     objective: str = field(
@@ -161,28 +157,9 @@ class DHOConfig(DocumentedFields, TrainingArguments):
         default=False,
         metadata={"help": "Draw gradient_conflict.png at the end. Needs matplotlib (pip install 'mmkd[plot]')."},
     )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={
-            "help": "Run code that comes with models from the Hub. Default: false, since that code can do anything."
-        },
-    )
-
-    emulated_bf16: bool = field(
-        init=False,
-        default=False,
-        metadata={"help": "Whether bf16 was asked for and is computed in fp32, since this CPU would only emulate it."},
-    )
 
     def __post_init__(self) -> None:
-        check_fields(self, besides=TrainingArguments)
-        # transformers wants this said before it allows bf16 on a machine without an accelerator.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        # The collator reads columns that no model takes.
-        self.remove_unused_columns = False
         super().__post_init__()
-        take_one_gpu(self)
-        self.emulated_bf16 = without_emulated_bf16(self)
         if self.objective == "dho" and self.ce_weight in (0, 1):
             raise UserError(
                 f"ce_weight {self.ce_weight} leaves a head without a loss; use objective kd or ce.", because="meaning"

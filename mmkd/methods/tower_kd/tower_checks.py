@@ -1,15 +1,14 @@
 """Checks of `mmkd doctor` on a recipe of method tower_kd: pictures, student, teachers, and memory."""
 
-import numpy as np
 from accelerate import init_empty_weights
 from PIL import Image
 
 from mmkd.data.picture_source import Pictures
-from mmkd.errors import UserError
 from mmkd.models.vision_towers import cut_tower, grid_of, image_side, new_tower, tower_config
 from mmkd.preflight.book import Book
 from mmkd.preflight.costs import device_memory
-from mmkd.preflight.facts import Finding, listed
+from mmkd.preflight.facts import Finding
+from mmkd.preflight.picture_checks import readable_pictures
 from mmkd.preflight.whole_model import training_state
 from mmkd.preparation.picture_batches import Pixels
 from mmkd.recipe.recipe import Run
@@ -28,9 +27,6 @@ from .tower_run import (
     teacher_runs,
 )
 
-# Each is opened and decoded.
-_PICTURES = 64
-
 
 def examine_tower(run: Run, sharded: bool) -> list[Finding]:
     """What all checks of a recipe of towers found; a check that cannot be made is a problem."""
@@ -43,7 +39,7 @@ def examine_tower(run: Run, sharded: bool) -> list[Finding]:
     pictures = book.attempt("data", pictures_of, run)
     if pictures is not None:
         book.check("data", _data, pictures)
-        book.check("images", _pictures, pictures)
+        book.check("images", readable_pictures, len(pictures.train), pictures.train.__getitem__)
     book.check("student", _student, run)
     for book.teacher, (own, _) in teacher_runs(run).items():
         if own.arguments.teacher is not None:
@@ -65,21 +61,6 @@ def _data(pictures: Pictures) -> list[Finding]:
     findings = [Finding("ok", "data", f"{len(pictures.train):,} different pictures to learn, {measured}.")]
     splits = [pictures.train, *([] if held_out is None else [held_out])]
     return findings + [Finding("ok", "data", note) for split in splits for note in split.notes]
-
-
-def _pictures(pictures: Pictures) -> list[Finding]:
-    split = pictures.train
-    places = np.sort(np.random.default_rng(0).permutation(len(split))[:_PICTURES]).tolist()
-    bad: list[str] = []
-    for number in places:
-        try:
-            split[number]
-        except UserError as error:
-            bad.append(str(error).splitlines()[0])
-    if not bad:
-        return [Finding("ok", "images", f"{len(places)} of {len(split):,} pictures, drawn at random, can be read.")]
-    text = f"{len(bad)} of {len(places)} pictures, drawn at random, cannot be read: {listed(bad)}"
-    return [Finding("problem", "images", text, "Training stops at the first one: correct them.")]
 
 
 def _student(run: Run) -> list[Finding]:

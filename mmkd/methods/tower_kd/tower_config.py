@@ -3,17 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-import torch
-from transformers import TrainingArguments
-
 from mmkd.data.class_rows import AUGMENTATIONS
 from mmkd.errors import UserError
-from mmkd.field_docs import DocumentedFields
 from mmkd.losses.grid_frequencies import BANDS
 from mmkd.losses.standardisation import SCALINGS
-from mmkd.preparation.checks import without_emulated_bf16
-from mmkd.schema import NonNegativeFloat, PositiveInt, Range, check_fields
-from mmkd.seams.trainer_seam import take_one_gpu
+from mmkd.schema import NonNegativeFloat, PositiveInt, Range
+from mmkd.training.whole_model_config import WholeModelConfig
 
 PATCH_TERMS = ("patch_cosine", "patch_mse", "frequency", "patch_relation")
 SUMMARY_TERMS = ("summary_cosine", "summary_mse")
@@ -22,7 +17,7 @@ TERMS = (*PATCH_TERMS, *SUMMARY_TERMS)
 
 
 @dataclass
-class TowerKDConfig(DocumentedFields, TrainingArguments):
+class TowerKDConfig(WholeModelConfig):
     """Settings of method tower_kd."""
 
     patch_cosine_weight: NonNegativeFloat = field(
@@ -112,31 +107,12 @@ class TowerKDConfig(DocumentedFields, TrainingArguments):
             "choices": list(AUGMENTATIONS),
         },
     )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={
-            "help": "Run code that comes with models from the Hub. Default: false, since that code can do anything."
-        },
-    )
-
-    emulated_bf16: bool = field(
-        init=False,
-        default=False,
-        metadata={"help": "Whether bf16 was asked for and is computed in fp32, since this CPU would only emulate it."},
-    )
 
     def __post_init__(self) -> None:
-        check_fields(self, besides=TrainingArguments)
-        # transformers wants this said before it allows bf16 on a machine without an accelerator.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        # The collator reads pictures, which are no columns.
-        self.remove_unused_columns = False
         if self.ddp_find_unused_parameters is None:
             # Layers after the one that is read get no gradient, nor does a pooler without a term.
             self.ddp_find_unused_parameters = True
         super().__post_init__()
-        take_one_gpu(self)
-        self.emulated_bf16 = without_emulated_bf16(self)
         if not any(self.term_weights.values()):
             raise UserError(
                 f"All terms have weight 0, so that nothing is learnt: give one of {', '.join(self.weight_keys)} a "

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoImageProcessor
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, first_line
 from mmkd.models.vision_towers import cut_tower, load_tower, new_tower, tower_config
 from mmkd.recipe.arguments import VIEW, RunArguments
 from mmkd.recipe.cache_arguments import CacheArguments
@@ -124,7 +124,7 @@ def image_processor(name: str, role: str, **hub: Any) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(name, **hub)
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"The {role} {name!r} has no loadable image processor ({reason}).") from error
 
 
