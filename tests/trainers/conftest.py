@@ -35,7 +35,7 @@ def routed() -> Dataset:
 @pytest.fixture(scope="session")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny teacher that reads with a SentencePiece-like tokenizer and a chat template of its own."""
-    # The tokenizer is trained anew each time, and not always to the same: all workers need that of `ranks`.
+    # One folder for all workers, since `ranks` runs once for them all.
     shared = _shared_folder(tmp_path_factory)
     folder = shared / "foreign" / "teacher"
     with WeakFileLock(shared / "foreign.lock"):
