@@ -34,6 +34,7 @@ NARROW |= {"shipped": {"errors", "schema_lines"}}
 
 # Slow to import, or not installed with mmkd at all: a user of something else must not pay for them.
 HEAVY = {"bitsandbytes", "flash_attn", "gguf", "liger_kernel", "lm_eval", "lmms_eval", "matplotlib", "ray", "scipy"}
+HEAVY |= {"sklearn"}
 
 # Absent on Windows, where one can train all the same.
 POSIX = {"fcntl", "grp", "pwd", "resource", "termios"}

@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from mmkd.errors import UserError
 from mmkd.losses.dual_head_losses import tip_adapter_logits
+from mmkd.models.class_prompts import prompt_mean
 
 OPEN_CLIP = "open_clip:"
 """What the name of a teacher of open_clip begins with, as in `open_clip:ViT-B-32/laion2b_s34b_b79k`."""
@@ -135,8 +136,7 @@ class ZeroShotTeacher(ClassTeacher):
             [embedder.text_features([prompt.format(name) for prompt in prompts]).cpu() for name in class_names]
         )
         self.text_embeddings: Float[Tensor, "class width"] = features.mean(1)
-        weights = normalize(features, dim=-1).mean(1)
-        self.text_weights: Float[Tensor, "class width"] = normalize(weights, dim=-1) if normalize_mean else weights
+        self.text_weights: Float[Tensor, "class width"] = prompt_mean(features, normalize_mean)
 
     def features(self, rows: Sequence[Any]) -> Float[Tensor, "row width"]:
         """Unit features of images."""
