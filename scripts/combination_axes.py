@@ -146,6 +146,18 @@ REFUSALS: tuple[Refusal, ...] = (
         "chunks: merge needs more of the teacher than its most likely tokens",
     ),
     Refusal(
+        {"teacher": ("top-k cache", "top-k server"), "besides": ("features of the last hidden state",)},
+        "meaning",
+        "A list of likely tokens tells nothing of what is inside the teacher.",
+        "compares the teacher's last hidden state, and this teacher is",
+    ),
+    Refusal(
+        {"teacher": ("hidden-state cache", "hidden-state server"), "besides": ("features of blocks",)},
+        "meaning",
+        "Only the last hidden state is kept or served, `student: last_hidden`.",
+        "a module of the teacher, and this teacher is",
+    ),
+    Refusal(
         {"teacher": ("self",), "student": ("full",), "ranks": ("ZeRO-3",)},
         "not built",
         "Copies of weights that ZeRO-3 has cut are not kept. An adapter, or `self_teacher: live`, needs none.",
@@ -217,6 +229,35 @@ FURTHER: dict[str, Further] = {
         "`divergence: contrastive` and `rollout_rows: add`: the data's answers and the student's in one step",
         {"divergence": "contrastive", "rollout_rows": "add"},
         (Cell(answers="packed on-policy"), Cell(answers="on-policy", ranks="FSDP2")),
+    ),
+    "features of blocks": Further(
+        "`features` of hidden states inside the models",
+        {"features": [{"student": "every_2nd", "weight": 0.5}, {"student": "every_2nd", "kind": "relation"}]},
+        (
+            Cell(answers="on-policy"),
+            Cell("taid", answers="packed", ranks="DDP"),
+            Cell(ranks="FSDP2"),
+            Cell(student="LoRA", ranks="ZeRO-3"),
+            Cell("llava_kd", data="images", student="LoRA"),
+        ),
+    ),
+    "features of the last hidden state": Further(
+        "`features` of the last hidden state",
+        {"features": [{"student": "last_hidden", "weight": 0.5}, {"student": "last_hidden", "kind": "relation"}]},
+        (
+            Cell(teacher="hidden-state cache", answers="packed"),
+            Cell(teacher="hidden-state server", answers="on-policy"),
+            Cell("taid", teacher="hidden-state cache", ranks="DDP"),
+            Cell("llava_kd", teacher="hidden-state cache", data="images", ranks="FSDP2"),
+        ),
+    ),
+    "switch": Further(
+        "`switch`, with a vision tower that is trained",
+        {"switch": {"weight": 0.5}, "trainable": ["vision_tower", "connector", "language_model"]},
+        (
+            Cell("llava_kd", data="images", ranks="DDP"),
+            Cell("llava_kd", data="images", ranks="FSDP2"),
+        ),
     ),
     "new student": Further(
         "`student_init: prune`, with an adapter on the student that is made",
