@@ -163,6 +163,11 @@ class LLaVAKDConfig(LogitDifferenceKeys, FeatureConfig):
         return Switch.of(self.switch)
 
     @property
+    def differentiates_teacher(self) -> bool:
+        """See DistillationConfig: the switch reaches the student through the teacher."""
+        return self.switching is not None
+
+    @property
     def visual_weights(self) -> dict[str, float]:
         """Those of the terms that compare visual tokens."""
         return {

@@ -93,14 +93,18 @@ class Work:
     def flops(self) -> float:
         passes = self.student.passes
         again = passes.forward if self.checkpointing else 0.0
-        teacher = 0.0 if self.teacher is None else self.teacher.passes.forward
+        teacher = 0.0 if self.teacher is None else self.teacher.passes.forward + self.teacher.passes.backward
         return passes.forward + passes.backward + again + teacher + self.loss_flops
 
     @property
     def activations(self) -> float:
-        """Bytes: all that is saved, or the layers' inputs and what one layer saves when it is computed again."""
+        """Bytes: all that is saved, or the layers' inputs and what one layer saves when it is computed again.
+
+        Of a teacher all that is saved, if a gradient goes through it.
+        """
         passes = self.student.passes
-        return passes.layer_inputs + passes.saved / passes.layers if self.checkpointing else passes.saved
+        own = passes.layer_inputs + passes.saved / passes.layers if self.checkpointing else passes.saved
+        return own + (0.0 if self.teacher is None else self.teacher.passes.saved)
 
 
 def memory_of(work: Work, strategy: str, devices: int) -> dict[str, float]:
@@ -172,7 +176,8 @@ def _trained(run: Run, student: Side, device_type: str) -> Any:
 
 
 def count_teacher(run: Run, teacher: Side, shape: Shape, device_type: str = "cuda", flops: bool = True) -> ModelCosts:
-    """The teacher's part of a micro-batch: a forward pass over the same rows.
+    """The teacher's part of a micro-batch: a forward pass over the same rows, and a second one with its backward pass
+    if a gradient goes through the teacher.
 
     Of a student that teaches itself the weights are the copies that it keeps of some.
     """
@@ -181,7 +186,10 @@ def count_teacher(run: Run, teacher: Side, shape: Shape, device_type: str = "cud
         stored = _kept_bytes(run, empty)
     else:
         empty, stored = empty_teacher(run, teacher, device_type)
-    return facts_of(empty, stored, shape, uses_bf16(run.training, device_type), train=False, flops=flops)
+    bf16, again = uses_bf16(run.training, device_type), run.training.differentiates_teacher
+    counted = facts_of(empty.requires_grad_(False), stored, shape, bf16, train=again, flops=flops)
+    passes = counted.passes
+    return replace(counted, passes=replace(passes, forward=2 * passes.forward)) if again else counted
 
 
 def _kept_bytes(run: Run, student: Any) -> float:
@@ -204,7 +212,13 @@ def together(teachers: Sequence[ModelCosts], column: str | None) -> ModelCosts |
     if not teachers:
         return None
     share = 1.0 if column is None else 1 / len(teachers)
-    passes = replace(teachers[0].passes, forward=share * sum(teacher.passes.forward for teacher in teachers))
+    passes = replace(
+        teachers[0].passes,
+        **{
+            name: share * sum(getattr(teacher.passes, name) for teacher in teachers)
+            for name in ("forward", "backward", "saved")
+        },
+    )
     return replace(
         teachers[0],
         weights=sum(teacher.weights for teacher in teachers),

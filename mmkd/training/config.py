@@ -201,6 +201,11 @@ class DistillationConfig(RolloutConfig):
         """Whether it matters how probable the teacher finds the end of a word."""
         return False
 
+    @property
+    def differentiates_teacher(self) -> bool:
+        """Whether a gradient goes through the teacher, to what it reads and not into its weights."""
+        return False
+
 
 def check_combination(config: DistillationConfig) -> None:
     """Raises UserError where the terms of the loss cannot be combined as asked."""

@@ -179,6 +179,15 @@ def test_pictures_count(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["plan", recipe(**models, max_length=128), "--gpu", "L4"]) == 0
     assert "fits yes" in said(capsys)
 
+    # Through the switch a gradient goes through the teacher too.
+    keys = {"method": "llava_kd", "trainable": ["vision_tower", "connector", "language_model"], "max_length": 128}
+    plain, switched = (
+        estimate_memory(Recipe.read(recipe(**models, **keys, **switch)).parse())
+        for switch in ({}, {"switch": {"weight": 1.0}})
+    )
+    assert {name for name in plain if plain[name] != switched[name]} == {"activations"}
+    assert 1.5 * plain["activations"] < switched["activations"] < 4 * plain["activations"]
+
 
 @pytest.mark.parametrize(
     ("flags", "reason"),
