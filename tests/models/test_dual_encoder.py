@@ -4,13 +4,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor, CLIPModel
 
 from mmkd.errors import UserError
 from mmkd.models.dual_encoder import kind_of_encoder, load_dual_encoder, new_dual_encoder
 from mmkd.models.open_clip_format import OPEN_CLIP_WEIGHTS, from_open_clip, save_open_clip, to_open_clip
+from scripts.golden.contrastive_losses import NETWORK
 from scripts.make_tiny_models import make_model, make_tokenizer, save
 from tests.dual_encoders import (
     caption,
@@ -20,6 +23,7 @@ from tests.dual_encoders import (
     make_sentence_encoder,
     make_siglip,
     photo,
+    word_tokenizer,
 )
 
 FAMILIES = [make_clip, make_siglip, make_naflex, make_pair_of_towers]
@@ -120,3 +124,22 @@ def test_open_clip_files_without_weights_or_of_another_model_are_refused(tmp_pat
     (folder / OPEN_CLIP_WEIGHTS).unlink()
     with pytest.raises(UserError, match=r"no open_clip_model\.safetensors"):
         load_dual_encoder(str(folder))
+
+
+def test_open_clip_computes_the_same(tmp_path: Path) -> None:
+    golden = np.load(Path(__file__).parents[1] / "golden" / "CONTRASTIVE_losses.npz")
+    weights = {name.removeprefix("oc__"): torch.as_tensor(golden[name]) for name in golden if name.startswith("oc__")}
+    save_file(weights, str(tmp_path / OPEN_CLIP_WEIGHTS))
+    description = {
+        "model_cfg": {**NETWORK, "quick_gelu": True},
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(description))
+    word_tokenizer().save_pretrained(tmp_path)
+    encoder = load_dual_encoder(str(tmp_path))
+    for said, features in (
+        ("oc_images", encoder.encode_images({"pixel_values": torch.as_tensor(golden["oc_pixels"])})),
+        ("oc_texts", encoder.encode_texts({"input_ids": torch.as_tensor(golden["oc_tokens"])})),
+    ):
+        torch.testing.assert_close(features, torch.as_tensor(golden[said]), atol=1e-5, rtol=1e-5)
+    assert list(encoder.prepare_images(PICTURES)["pixel_values"].shape) == [3, 3, 8, 8]
