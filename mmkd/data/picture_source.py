@@ -59,6 +59,12 @@ class PictureSplit:
                 "Repair it, or remove the row."
             ) from error
 
+    @property
+    def identities(self) -> list[Any]:
+        """What tells its pictures apart: a hash of the bytes or the path of each."""
+        known = picture_identities(self.rows)
+        return [known[row][number] for row, number in self.places]
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -145,7 +151,7 @@ def _bare(recipe: DataRecipe) -> dict[str, Dataset] | None:
     if recipe.mixture or recipe.columns:
         return None
     raw = {ours: load_split(recipe, theirs) for ours, theirs in recipe.splits.items()}
-    columns = {split: _picture_column(rows) for split, rows in raw.items()}
+    columns = {split: picture_column(rows) for split, rows in raw.items()}
     if any(column is None for column in columns.values()):
         return None
     for note in recipe.notes:
@@ -158,6 +164,14 @@ def _bare(recipe: DataRecipe) -> dict[str, Dataset] | None:
             logger.warning("%s: %s: %s", recipe.name, split, note)
         alone = dataset.select_columns([column])
         rows[split] = image_column(alone if column in ("image", "images") else alone.rename_column(column, "image"))
+    return hold_out_rows(recipe, rows)
+
+
+def hold_out_rows(recipe: DataRecipe, rows: dict[str, Dataset]) -> dict[str, Dataset]:
+    """The rows, with those that a recipe holds out of train where it has no split of them.
+
+    Raises UserError where none is left to train on.
+    """
     if "eval" in rows or not recipe.has_eval:
         return rows
     kept = rows["train"].shuffle(seed=recipe.shuffle_seed or 0)
@@ -167,7 +181,8 @@ def _bare(recipe: DataRecipe) -> dict[str, Dataset] | None:
     return {"train": kept.select(range(held, len(kept))), "eval": kept.select(range(held))}
 
 
-def _picture_column(rows: Dataset) -> str | None:
+def picture_column(rows: Dataset) -> str | None:
+    """The column of pictures, by its type or its name."""
     pictures = (datasets.Image(), datasets.List(datasets.Image()), datasets.Image(decode=False), UNDECODED)
     typed = [name for name in rows.column_names if rows.features[name] in pictures]
     named = [name for name in _NAMES if name in rows.column_names]
@@ -183,7 +198,7 @@ def picture_split(rows: Dataset, source: str, split: str, folder: str | None = N
     seen: set[Any] = set()
     places: list[tuple[int, int]] = []
     without, twice = 0, 0
-    for row, images in enumerate(_identities(rows)):
+    for row, images in enumerate(picture_identities(rows)):
         without += all(identity is None for identity in images)
         for number, identity in enumerate(images):
             if identity is None:
@@ -213,8 +228,8 @@ def _at_most(split: PictureSplit, most: int | None) -> PictureSplit:
 
 def _without(train: PictureSplit, held_out: PictureSplit) -> PictureSplit:
     """The pictures of train that are not among those held out."""
-    held = set(_chosen(held_out))
-    kept = tuple(place for place, identity in zip(train.places, _chosen(train), strict=True) if identity not in held)
+    held = {*held_out.identities}
+    kept = tuple(place for place, identity in zip(train.places, train.identities, strict=True) if identity not in held)
     left_out = len(train) - len(kept)
     if not left_out:
         return train
@@ -224,12 +239,7 @@ def _without(train: PictureSplit, held_out: PictureSplit) -> PictureSplit:
     return replace(train, places=kept, notes=(*train.notes, note))
 
 
-def _chosen(split: PictureSplit) -> list[Any]:
-    identities = _identities(split.rows)
-    return [identities[row][number] for row, number in split.places]
-
-
-def _identities(rows: Dataset) -> list[list[Any]]:
+def picture_identities(rows: Dataset) -> list[list[Any]]:
     """What tells the pictures of each row apart, a hash of their bytes or their path; None for no picture."""
     return [[_identity(image) for image in images or []] for images in rows.with_format(None)["images"]]
 

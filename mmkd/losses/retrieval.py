@@ -55,8 +55,9 @@ class ClassAccuracy:
     @property
     def mean_per_class(self) -> float:
         """The mean over classes of the share of a class's rows: rare classes count as much as frequent ones."""
-        shares = [self.right[self.labels == label].double().mean() for label in sorted({*self.labels.tolist()})]
-        return torch.stack(shares).mean().item()
+        totals = torch.bincount(self.labels)
+        shares = torch.bincount(self.labels[self.right], minlength=len(totals)) / totals.clamp(min=1).double()
+        return shares[totals > 0].mean().item()
 
     def of_classes(self, classes: Sequence[int]) -> "ClassAccuracy":
         """The same of the rows of some classes."""
