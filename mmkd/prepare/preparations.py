@@ -101,6 +101,24 @@ def _fashion_clip(_: Path | None) -> None:
     main([])
 
 
+def _emoji_names(source: Path | None) -> None:
+    from mmkd.prepare.emoji_names import OUTPUT_DIR, SOURCE, make_emoji_names
+
+    make_emoji_names(source or SOURCE, OUTPUT_DIR)
+
+
+def _picture_captions(_: Path | None) -> None:
+    from mmkd.prepare.picture_captions import main
+
+    main([])
+
+
+def _caption_models(_: Path | None) -> None:
+    from mmkd.prepare.caption_models import make_caption_models
+
+    make_caption_models()
+
+
 PREPARATIONS = {
     preparation.name: preparation
     for preparation in (
@@ -202,6 +220,36 @@ PREPARATIONS = {
             tuple(f"fashion_vqa/models/{name}" for name in ("tower", "coarse_tower", "large", "small")),
             _fashion_vqa_models,
             needs=("fashion_vqa",),
+        ),
+        Preparation(
+            "emoji_names",
+            "pictures: 3,527 emoji with their names, from the Debian package fonts-noto-color-emoji or --source",
+            "11 MB",
+            "OFL-1.1, Unicode-3.0",
+            tuple(f"emoji_names/{name}.parquet" for name in ("train", "validation", "test")),
+            _emoji_names,
+        ),
+        Preparation(
+            "picture_captions",
+            "pictures: 8,644 of easy-VQA and Fashion-MNIST with captions",
+            "nothing",
+            "MIT",
+            tuple(
+                f"picture_captions/{name}_{split}.parquet"
+                for name in ("easy_vqa", "fashion_mnist")
+                for split in ("train", "validation", "test")
+            ),
+            _picture_captions,
+            needs=("easy_vqa", "fashion_mnist"),
+        ),
+        Preparation(
+            "caption_models",
+            "models: CLIPs of three sizes with random weights, and their tokenizer",
+            "nothing",
+            "MIT, OFL-1.1, Unicode-3.0 (their captions)",
+            tuple(f"picture_captions/models/{name}/config.json" for name in ("teacher", "quarter", "tenth")),
+            _caption_models,
+            needs=("emoji_names", "picture_captions"),
         ),
     )
 }
