@@ -27,6 +27,7 @@ from . import (
     teachers_command,
     train_command,
     transfer_tokenizer_command,
+    trim_vocabulary_command,
     ui_command,
 )
 from .command import Command, CommandGroup
@@ -49,6 +50,7 @@ COMMANDS: tuple[Command | CommandGroup, ...] = (
     data_command.COMMAND,
     recipes_command.COMMAND,
     transfer_tokenizer_command.COMMAND,
+    trim_vocabulary_command.COMMAND,
     consolidate_command.COMMAND,
     prepare_command.COMMAND,
     env_command.COMMAND,

@@ -39,9 +39,11 @@ _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def load_model(
-    name: str, role: str = "model", *, device: str | torch.device | None = None, **kwargs: Any
+    name: str, role: str = "model", *, device: str | torch.device | None = None, auto_class: Any = None, **kwargs: Any
 ) -> PreTrainedModel:
     """The causal LM or VLM of a Hub id or a local folder, from safetensors; `kwargs` go to `from_pretrained`.
+
+    `auto_class` loads another kind of model.
 
     `dtype` may be a name such as "bfloat16"; `trust_remote_code` is off unless passed. A model that is to compute on
     `device` comes in a type that the device multiplies (`mmkd.precision`). `role` names the model in errors. Raises
@@ -54,7 +56,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(name, **hub)
         vision = hasattr(config, "vision_config")
-        auto_class: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        auto_class = auto_class or (AutoModelForImageTextToText if vision else AutoModelForCausalLM)
         # Quantised weights have no type to choose.
         chosen = device if "quantization_config" not in kwargs and not hasattr(config, "quantization_config") else None
         if chosen is not None:

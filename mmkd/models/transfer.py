@@ -13,12 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from accelerate import init_empty_weights
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -29,13 +25,11 @@ from transformers import (
 
 from mmkd.alignment.token_rows import TokenRows, missing_specials, token_rows
 from mmkd.errors import UserError
-from mmkd.seams.transformers_seam import empty_like
 
 from .backbone import full_head
 from .byte_tokenizer import byte_tokenizer
 from .load import load_model, load_processing_class
-
-_OLD_IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")
+from .vocabulary_rows import OLD_IDS, embedding_rows, with_token_rows
 
 
 @dataclass(frozen=True)
@@ -82,18 +76,10 @@ def transfer_tokenizer(
     config.vocab_size = count
     config.tie_word_embeddings = head.weight is embedding and not untie
     _set_special_ids(config, model.config, target, rows)
-    weights = _weights(model, rows, count, seed)
-    # Only weights stay empty; buffers that no checkpoint holds are computed in the type that from_pretrained gives
-    # them.
-    with init_empty_weights(include_buffers=False):
-        student: Any = empty_like(type(model), config, model.dtype)
-    # assign keeps the type of every tensor, and unties the embeddings.
-    student.load_state_dict(weights, assign=True)
-    student.tie_weights()
-    student.generation_config = copy.deepcopy(model.generation_config)
+    student = with_token_rows(model, config, rows, count, seed)
     if model.generation_config is not None:
         _set_special_ids(student.generation_config, model.generation_config, target, rows)
-    return Transfer(student.to(model.device).train(model.training), target, rows, added)
+    return Transfer(student, target, rows, added)
 
 
 def transfer_command(
@@ -147,33 +133,18 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _require_transferable(model: PreTrainedModel) -> Float[Tensor, "row width"]:
-    config = model.config.get_text_config()
     if hasattr(model.config, "vision_config"):
         raise UserError(
             f"{type(model).__name__} reads images, and its processor writes image tokens of the old tokenizer. Only "
             "text models can get a new tokenizer.",
             because="not built",
         )
-    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
-        raise UserError(
-            "The model is quantised, so its rows cannot be averaged: load it unquantised.", because="not built"
-        )
-    module: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    if head is None:
+    if model.get_output_embeddings() is None:
         raise UserError(
             f"{type(model).__name__} has no output embeddings, so it cannot generate text. Use a causal LM.",
             because="meaning",
         )
-    sizes = {len(module.weight), getattr(config, "vocab_size_per_layer_input", None)}
-    for name, table in model.named_modules():
-        if isinstance(table, nn.Embedding) and table is not module and table.num_embeddings in sizes:
-            raise UserError(
-                f"{name} of {type(model).__name__} has one row per token, like embeddings and head, but "
-                "the rows of new tokens are unknown there. Use a model without such a table.",
-                because="not built",
-            )
-    return module.weight
+    return embedding_rows(model)
 
 
 def _with_chat_template(
@@ -197,7 +168,7 @@ def _set_special_ids(
         if name.endswith("_token_id") and value is not None:
             copies = rows.copies(value) if isinstance(value, int) else []
             setattr(config, name, copies[0] if copies else None)
-    for name in _OLD_IDS:
+    for name in OLD_IDS:
         if getattr(old, name, None) is not None:
             setattr(config, name, None)
     ends = old.eos_token_id if isinstance(old.eos_token_id, list) else [old.eos_token_id]
@@ -205,41 +176,3 @@ def _set_special_ids(
     eos_ids = list(dict.fromkeys(index for index in (target.eos_token_id, *copies) if index is not None))
     config.eos_token_id = eos_ids[0] if len(eos_ids) == 1 else eos_ids or None
     config.bos_token_id, config.pad_token_id = target.bos_token_id, target.pad_token_id
-
-
-def _weights(model: PreTrainedModel, rows: TokenRows, count: int, seed: int) -> dict[str, Tensor]:
-    """The state of the new model, which shares no memory with the old one."""
-    head: Any = model.get_output_embeddings()
-    tables = [model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
-    names = {id(table) for table in tables if table is not None}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    made: dict[int, Tensor] = {}
-    weights: dict[str, Tensor] = {}
-    state: dict[str, Tensor] = model.state_dict()
-    for name, tensor in state.items():
-        table = id(parameters.get(name))
-        if table in names and table not in made:
-            made[table] = _new_rows(tensor, rows, count, torch.Generator().manual_seed(seed))
-        weights[name] = made.get(table, tensor).clone()
-    return weights
-
-
-@torch.no_grad()
-def _new_rows(
-    old: Float[Tensor, "row *width"], rows: TokenRows, count: int, generator: torch.Generator
-) -> Float[Tensor, "new *width"]:
-    """Means of old rows in fp32 or better; without old rows, draws from a normal per channel over all old rows."""
-    wide = old.cpu().reshape(len(old), -1)
-    wide = wide.to(torch.promote_types(old.dtype, torch.float32))
-    starts = np.cumsum(rows.lengths) - rows.lengths
-    new = wide.new_zeros(count, wide.shape[1])
-    new[: len(rows)] = functional.embedding_bag(
-        torch.from_numpy(rows.pieces), wide, torch.from_numpy(starts), mode="mean"
-    )
-    # Rows that only pad the old vocabulary were never trained.
-    trained = wide[torch.from_numpy(rows.old)]
-    without_old = torch.from_numpy(rows.lengths == 0)
-    noise = torch.randn(int(without_old.sum()), wide.shape[1], generator=generator, dtype=wide.dtype)
-    new[len(rows) :] = trained.mean(0)
-    new[: len(rows)][without_old] = trained.mean(0) + trained.std(0) * noise
-    return new.reshape(count, *old.shape[1:]).to(old.dtype).to(old.device)
