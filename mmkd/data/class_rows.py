@@ -1,6 +1,6 @@
 """Rows of images or texts as a student reads them: prepared one by one, batched and sampled."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
+
+from mmkd.errors import UserError
 
 from .classification import HIDDEN, read_cell
 
@@ -69,6 +71,19 @@ class ClassRows(TorchDataset[dict[str, Any]]):
         with open(image["path"], "rb") as file:
             return file.read()
 
+    @property
+    def captions(self) -> list[str]:
+        """The caption of each row. Raises UserError for rows without one."""
+        if "caption" not in self.dataset.column_names:
+            raise UserError(
+                "The rows have no captions: name their column under `caption` of the data recipe, or call it caption."
+            )
+        captions = list(self.dataset["caption"])
+        for row, caption in enumerate(captions):
+            if not isinstance(caption, str) or not caption.strip():
+                raise UserError(f"Row {row} of {self.name} has no caption. Write one, or leave the row out.")
+        return captions
+
     def relabeled(self, labels: Int[np.ndarray, "row"]) -> "ClassRows":
         """The same rows, sharing what is kept, with other labels shown."""
         other = ClassRows(
@@ -92,10 +107,19 @@ class ClassRows(TorchDataset[dict[str, Any]]):
 
 
 class ClassCollator:
-    """Batches of rows, with the teacher's logits of those rows where there are any."""
+    """Batches of rows, with what a teacher says of those rows where there is anything.
 
-    def __init__(self, processing_class: Any, teacher_logits: Float[Tensor, "row class"] | None = None):
-        self.processing_class, self.teacher_logits = processing_class, teacher_logits
+    `teacher_logits` are of every row of the data, and so is each of `more`, under the name it has in a batch.
+    """
+
+    def __init__(
+        self,
+        processing_class: Any,
+        teacher_logits: Float[Tensor, "row *teacher class"] | None = None,
+        more: Mapping[str, Tensor] | None = None,
+    ):
+        self.processing_class = processing_class
+        self.said = ({} if teacher_logits is None else {"teacher_logits": teacher_logits}) | dict(more or {})
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch: dict[str, Tensor] = {"labels": torch.tensor([row["labels"] for row in rows])}
@@ -104,9 +128,8 @@ class ClassCollator:
         else:
             texts = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in rows]
             batch |= dict(self.processing_class.pad(texts, return_tensors="pt"))
-        if self.teacher_logits is not None:
-            batch["teacher_logits"] = self.teacher_logits[[row["row"] for row in rows]]
-        return batch
+        numbers = [row["row"] for row in rows]
+        return batch | {name: values[numbers] for name, values in self.said.items()}
 
 
 class SemiSupervisedSampler(Sampler[int]):

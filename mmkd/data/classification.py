@@ -64,6 +64,10 @@ class ClassificationRecipe:
     image_folder: str | None = field(
         default=None, metadata={"help": "Where relative paths of images start: a folder, from the current one."}
     )
+    caption: str | None = field(
+        default=None,
+        metadata={"help": "A column of texts that describe the images, for caption_weight of method dho."},
+    )
     label: str = field(default="label", metadata={"help": "The column of classes: numbers from 0, or names."})
     class_names: tuple[str, ...] = field(
         default=(), metadata={"help": "Names in the order of the labels; default: those the data set declares."}
@@ -263,9 +267,16 @@ def _ours(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_name
             f"{recipe.name}: {split} has no column {theirs!r}; did you mean {nearest(theirs, dataset.column_names)!r}?"
         )
     labels = [HIDDEN] * len(dataset) if split == "unlabeled" else _labels(recipe, dataset, split, class_names)
-    rows = dataset.select_columns([theirs])
-    if theirs != ours:
-        rows = rows.rename_column(theirs, ours)
+    columns = {theirs: ours}
+    if recipe.caption is not None and split in ("train", "unlabeled"):
+        if recipe.caption not in dataset.column_names:
+            raise UserError(
+                f"{recipe.name}: {split} has no column {recipe.caption!r} of captions; did you mean "
+                f"{nearest(recipe.caption, dataset.column_names)!r}?"
+            )
+        columns[recipe.caption] = "caption"
+    rows = dataset.select_columns([*columns])
+    rows = rows.rename_columns({name: new for name, new in columns.items() if name != new})
     if ours == "image" and recipe.image_folder is not None:
         rows = _with_folder(rows, recipe.image_folder)
     if ours == "image":
@@ -279,7 +290,7 @@ def _with_folder(rows: Dataset, folder: str) -> Dataset:
     if getattr(rows.features["image"], "dtype", None) != "string":
         return rows
     paths = [path and str(Path(folder) / path) for path in rows["image"][:]]
-    return Dataset.from_dict({"image": paths})
+    return Dataset.from_dict({**{name: rows[name][:] for name in rows.column_names}, "image": paths})
 
 
 def _labels(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_names: Sequence[str]) -> list[int]:

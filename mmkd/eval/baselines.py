@@ -98,7 +98,9 @@ def make_baseline(recipe: Recipe, path: Path, student: Path) -> Recipe:
     sft = METHODS[recipe.method].comparison.baseline_method is not None
     written, known = _baseline_keys(recipe, student)
     made = Recipe.of(written, path).write(path, f"The {'SFT ' if sft else ''}{comment}")
-    overrides = {key: value for key, value in recipe.overrides.items() if key in known - {"method"}}
+    # What makes it a baseline of its own method wins over flags.
+    own = {"method"} if sft else {"method", *METHODS[recipe.method].comparison.baseline(recipe, student)}
+    overrides = {key: value for key, value in recipe.overrides.items() if key in known - own}
     return replace(made, overrides=overrides, spelled=recipe.spelled)
 
 

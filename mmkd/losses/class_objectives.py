@@ -41,7 +41,7 @@ def ranking_loss(
     labels: Int[Tensor, "row"],
     temperature: float = 1.0,
 ) -> Float[Tensor, "row"]:
-    """PLD (NeurIPS 2025, 2506.12542) in nats; a row whose label is negative takes the teacher's first class as label."""
+    """PLD (NeurIPS 2025, 2506.12542) in nats; a row without a label (negative) takes the teacher's first class."""
     labels = labels.where(labels >= 0, teacher_logits.argmax(-1))
     return pld(student_logits, teacher_logits, labels, temperature)
 

@@ -22,6 +22,7 @@ from mmkd.errors import UserError
 from mmkd.losses.dual_head_losses import check_interpolation, interpolate
 from mmkd.seams.transformers_seam import has_class_for
 
+from .captured_features import capturing
 from .features import (
     POOLINGS,
     backbone_class,
@@ -32,6 +33,7 @@ from .features import (
     vision_tower,
     width_of,
 )
+from .training_heads import TrainingHeads
 
 
 class DualHeadConfig(PreTrainedConfig):
@@ -49,6 +51,8 @@ class DualHeadConfig(PreTrainedConfig):
     cosine_temperature: float = 0.01
     alpha: float = 0.5
     beta: float = 0.5
+    embed_width: int | None = None
+    """Width of the embeddings that are compared with texts of a vision-language model; None for a student without."""
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
@@ -90,6 +94,9 @@ class DualHeadOutput(ModelOutput):
     ce_logits: Tensor | None = None
     kd_logits: Tensor | None = None
     features: Tensor | None = None
+    embeds: Tensor | None = None
+    extra: dict[str, Tensor] | None = None
+    """What heads say that the student has in training only (`mmkd.models.training_heads`)."""
 
 
 class CosineHead(nn.Module):
@@ -109,6 +116,20 @@ class CosineHead(nn.Module):
     def forward(self, features: Float[Tensor, "row width"]) -> Float[Tensor, "row class"]:
         weight = self.weight if self.bias is not None else normalize(self.weight, dim=-1)
         return nn.functional.linear(normalize(features, dim=-1), weight, self.bias) / self.temperature
+
+
+class EmbedHead(nn.Linear):
+    """From the student's features to a vision-language model's space; begins as the identity where that can be."""
+
+    def __init__(self, width: int, embed_width: int):
+        super().__init__(width, embed_width, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Begins anew."""
+        if self.in_features == self.out_features:
+            nn.init.eye_(self.weight)
+        else:
+            super().reset_parameters()
 
 
 class _DualHeadModel(PreTrainedModel):
@@ -133,6 +154,8 @@ class _DualHeadModel(PreTrainedModel):
             self.kd_head: nn.Module = CosineHead(width, classes, config.cosine_temperature)
         else:
             self.kd_head = nn.Linear(width, classes)
+        self.embed_head = None if config.embed_width is None else EmbedHead(width, config.embed_width)
+        self.training_heads: TrainingHeads | None = None
         self.post_init()
 
     @classmethod
@@ -203,7 +226,18 @@ class _DualHeadModel(PreTrainedModel):
         ce_logits, kd_logits = self.ce_head(features), self.kd_head(features)
         logits = interpolate(ce_logits, kd_logits, self.config.alpha, self.config.beta)
         loss = None if labels is None else nll_loss(logits, labels)
-        return DualHeadOutput(loss, logits, ce_logits, kd_logits, features)
+        embeds = None if self.embed_head is None else self.embed_head(features)
+        return DualHeadOutput(loss, logits, ce_logits, kd_logits, features, embeds)
+
+    def predict(self, labels: Int[Tensor, "row"] | None, **inputs: Any) -> DualHeadOutput:
+        """The answer to inputs of the backbone; in training, also what the heads of the training say."""
+        heads = self.training_heads if self.training else None
+        if heads is None:
+            return self.answer(self.features(**inputs), labels)
+        with capturing(self.backbone, heads.names) as captured:
+            output = self.answer(self.features(**inputs), labels)
+            output.extra = heads(output, captured, inputs.get("attention_mask"))
+        return output
 
     def single_head(self, head: str = "ce") -> tuple[Float[Tensor, "class width"], Float[Tensor, "class"]]:
         """Weight and bias of one linear head in place of both.
@@ -292,6 +326,8 @@ class _DualHeadModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, CosineHead):
             nn.init.normal_(module.weight)
+        if isinstance(module, EmbedHead):
+            module.reset_parameters()
 
 
 class DualHeadForImageClassification(_DualHeadModel):
@@ -307,7 +343,7 @@ class DualHeadForImageClassification(_DualHeadModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> DualHeadOutput:
-        return self.answer(self.features(pixel_values=pixel_values, **kwargs), labels)
+        return self.predict(labels, pixel_values=pixel_values, **kwargs)
 
 
 class DualHeadForSequenceClassification(_DualHeadModel):
@@ -326,7 +362,7 @@ class DualHeadForSequenceClassification(_DualHeadModel):
     ) -> DualHeadOutput:
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        return self.answer(self.features(input_ids=input_ids, attention_mask=attention_mask, **kwargs), labels)
+        return self.predict(labels, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
 
 class _Probabilities(nn.Module):

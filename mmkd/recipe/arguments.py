@@ -314,8 +314,11 @@ def _check_teachers(arguments: RunArguments, one_too: bool) -> None:
             because="not built",
         )
     known = [part.name for part in fields(arguments) if part.name.startswith("teacher_")]
-    known = ["teacher", "weight", VIEW, *(name for name in known if name != "teacher_column")]
+    method = METHODS[arguments.method]
+    known = ["teacher", "weight", VIEW, *(name for name in known if name != "teacher_column"), *method.teacher_keys]
     allowed = {**fields_of(RunArguments), "weight": Field.of("weight", PositiveFloat)}
+    own = fields_of(method.config) if method.teacher_keys else {}
+    allowed |= {name: own[name] for name in method.teacher_keys}
     allowed[VIEW] = Field.of(VIEW, dict[str, Any] | str | None)
     for name, keys in list(teachers.items()):
         unknown = next((key for key in keys if key not in known), None)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from mmkd.files import write_file
 
 from .classifiers import ClassTeacher, check_classes
 
-LOGITS = "class_logits.safetensors"
-MANIFEST = "class_logits.json"
+STEM = "class_logits"
+LOGITS, MANIFEST = f"{STEM}.safetensors", f"{STEM}.json"
 _SAMPLED = 1000
 
 
@@ -47,17 +47,12 @@ def compute_class_logits(
 
 def write_class_logits(folder: str | Path, cached: ClassLogits) -> None:
     """Writes logits and manifest; the manifest, with the logits' sha256, comes last and makes them valid."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    save_file({"logits": cached.logits.contiguous()}, folder / LOGITS)
-    manifest = {"identity": cached.identity, "sha256": file_sha256(folder / LOGITS)}
-    write_file(folder / MANIFEST, json.dumps(manifest, indent=1))
+    write_rows(folder, STEM, {"logits": cached.logits}, cached.identity)
 
 
 def has_class_logits(folder: str | Path) -> bool:
     """Whether a folder holds complete class logits."""
-    return (Path(folder) / MANIFEST).is_file()
+    return has_rows(folder, STEM)
 
 
 def read_class_logits(folder: str | Path, expected: dict[str, Any]) -> ClassLogits:
@@ -65,22 +60,52 @@ def read_class_logits(folder: str | Path, expected: dict[str, Any]) -> ClassLogi
 
     Keys of the identity that `expected` leaves out are not compared: a run that names no teacher takes any.
     """
+    tensors, identity = read_rows(folder, STEM, expected, "class logits")
+    return ClassLogits(tensors["logits"], identity)
+
+
+def write_rows(folder: str | Path, stem: str, tensors: Mapping[str, Tensor], identity: dict[str, Any]) -> None:
+    """Writes what is known of every row as `stem`.safetensors, and what made it as `stem`.json.
+
+    The latter, with the file's sha256, comes last and makes it valid.
+    """
     folder = Path(folder)
-    if not has_class_logits(folder):
-        raise UserError(f"{folder} holds no class logits ({MANIFEST}); name the teacher, and they are computed once.")
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if file_sha256(folder / LOGITS) != manifest["sha256"]:
-        raise UserError(f"{folder / LOGITS} is damaged: its sha256 is not that of {MANIFEST}. Delete the folder.")
-    identity = manifest["identity"]
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest, file = folder / f"{stem}.json", folder / f"{stem}.safetensors"
+    manifest.unlink(missing_ok=True)
+    save_file({name: values.contiguous() for name, values in tensors.items()}, file)
+    write_file(manifest, json.dumps({"identity": identity, "sha256": file_sha256(file)}, indent=1))
+
+
+def has_rows(folder: str | Path, stem: str) -> bool:
+    """Whether `write_rows` wrote all of it."""
+    return (Path(folder) / f"{stem}.json").is_file()
+
+
+def read_rows(
+    folder: str | Path, stem: str, expected: dict[str, Any], what: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_rows` wrote, and what made it; `what` is its name in words.
+
+    Raises UserError when it is not there or damaged, or `expected` differs from what made it.
+    """
+    folder = Path(folder)
+    manifest, file = folder / f"{stem}.json", folder / f"{stem}.safetensors"
+    if not manifest.is_file():
+        raise UserError(f"{folder} holds no {what} ({manifest.name}); name the teacher, and they are computed once.")
+    written = json.loads(manifest.read_text(encoding="utf-8"))
+    if file_sha256(file) != written["sha256"]:
+        raise UserError(f"{file} is damaged: its sha256 is not that of {manifest.name}. Delete the folder.")
+    identity = written["identity"]
     for key, value in expected.items():
         if identity.get(key) != value:
             raise UserError(
-                f"The class logits in {folder} were made with another {key.replace('_', ' ')}: "
+                f"The {what} in {folder} were made with another {key.replace('_', ' ')}: "
                 f"{_short(identity.get(key))}, the run has {_short(value)}. Name another folder as "
                 "teacher_cache, or delete this one.",
                 because="meaning",
             )
-    return ClassLogits(load_file(folder / LOGITS)["logits"], identity)
+    return load_file(file), identity
 
 
 def rows_digest(read: Callable[[int], bytes], rows: int) -> str:
@@ -89,6 +114,11 @@ def rows_digest(read: Callable[[int], bytes], rows: int) -> str:
     for row in np.unique(np.linspace(0, rows - 1, min(rows, _SAMPLED)).astype(int)):
         digest.update(hashlib.sha256(read(int(row))).digest())
     return digest.hexdigest()
+
+
+def captions_digest(captions: Sequence[str]) -> str:
+    """sha256 (hex) over all captions."""
+    return hashlib.sha256("\0".join(captions).encode()).hexdigest()
 
 
 def class_identity(

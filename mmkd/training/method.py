@@ -123,6 +123,11 @@ class Method:
         return self.trainer.takes_several
 
     @property
+    def teacher_keys(self) -> tuple[str, ...]:
+        """Of its settings, those that each of several teachers may have for itself."""
+        return self.trainer.teacher_keys
+
+    @property
     def one_vocabulary(self) -> bool:
         """Whether it compares distributions over tokens that student and teacher share."""
         return self.trainer.one_vocabulary

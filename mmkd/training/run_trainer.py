@@ -25,6 +25,9 @@ class RunTrainer(PublishingTrainer, ShardedTrainer, CountingTrainer):
     takes_several: ClassVar[bool] = False
     """Whether several teachers may teach at a time."""
 
+    teacher_keys: ClassVar[tuple[str, ...]] = ()
+    """Of its settings, those that each of several teachers may have for itself."""
+
     def __init__(self, *args: Any, callbacks: list[Any] | None = None, **kwargs: Any):
         super().__init__(*args, callbacks=[RunLog(), *(callbacks or [])], **kwargs)
         self._progress = show_progress(self)

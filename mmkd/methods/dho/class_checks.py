@@ -22,7 +22,7 @@ from mmkd.teachers.classifiers import OPEN_CLIP, check_classes
 from mmkd.units import readable_size
 
 from .class_run import Classes, check_arguments, load_classes, settings_of
-from .class_teacher import logits_folder
+from .class_teacher import logits_folder, runs_of_teachers
 from .dho_build import new_student, student_processor
 
 
@@ -39,8 +39,9 @@ def examine_classes(run: Run, sharded: bool) -> list[Finding]:
     if not classes.is_text:
         book.check("images", readable_pictures, len(classes.rows), classes.rows.raw)
     book.check("student", _student, classes, run)
-    if settings_of(run).objective != "ce":
-        book.check("teacher", _teacher, classes, run)
+    if settings_of(run).asks_teacher:
+        for part in runs_of_teachers(run).values():
+            book.check("teacher", _teacher, classes, part)
     return book.findings
 
 

@@ -28,6 +28,7 @@ from mmkd.training.log import LOG
 
 from .class_run import load_classes, settings_of
 from .class_teacher import LOGITS_FOLDER, load_class_teacher
+from .class_terms_config import TERMS
 from .conflict_plot import plot_conflict
 from .dho_trainer import DHOTrainer
 
@@ -52,6 +53,8 @@ METRICS = {
     "alpha": Metric("alpha"),
     "beta": Metric("beta"),
     "gradient_cosine": Metric("cosine of the gradients"),
+    "seen_class_accuracy": Metric("trained classes through texts, mean of classes", higher_is_better=True),
+    "unseen_class_accuracy": Metric("classes never seen through texts, mean of classes", higher_is_better=True),
 }
 
 
@@ -76,12 +79,20 @@ def measure_classes(run: Run, stage: str, folder: Path) -> ComparedModel:
     alpha, beta = trainer.model.config.alpha, trainer.model.config.beta
     right = _right(answers, alpha, beta)
     labelled = trainer.state.max_steps * training.train_batch_size * training.gradient_accumulation_steps
-    asked = 0 if training.objective == "ce" else len(trainer.train_dataset)
+    asked = len(trainer.train_dataset) if training.asks_teacher else 0
     cost |= {"tokens_per_second": labelled / cost["seconds"], "teacher_tokens": asked}
-    metrics = {"accuracy": statistics.fmean(right), **metrics}
+    metrics = {"accuracy": statistics.fmean(right), **metrics, **_through_texts(trainer, rows)}
     items = {"accuracy": [(value, 1.0) for value in right]}
     parameters = trainer.model.num_parameters()
     return ComparedModel(stage, str(folder), parameters, metrics, items, labelled, cost, measured_on=split)
+
+
+def _through_texts(trainer: DHOTrainer, rows: Any) -> dict[str, float]:
+    """How classes are recognised by the teacher's texts of them, where the student has an embedding."""
+    if not trainer.args.term_weights:
+        return {}
+    metrics = {"seen_class_accuracy": trainer.seen_accuracy(rows)}
+    return metrics | ({} if trainer.unseen is None else {"unseen_class_accuracy": trainer.unseen_accuracy()})
 
 
 def _with_shared_logits(run: Run, folder: Path) -> Run:
@@ -157,7 +168,7 @@ def _answers(trainer: DHOTrainer, rows: Any) -> Any:
     if rows is None:
         return None
     output = trainer.predict(rows)
-    ce, kd = (torch.as_tensor(logits) for logits in output.predictions)
+    ce, kd = (torch.as_tensor(logits) for logits in output.predictions[:2])
     return ce, kd, torch.as_tensor(output.label_ids)
 
 
@@ -185,17 +196,41 @@ def _log(folder: Path) -> list[dict[str, Any]]:
 
 
 def _single_head(recipe: Any, folder: Path) -> list[dict[str, Any]]:
-    return [{"objective": "single_head", "ce_weight": weight} for weight in LAMBDAS]
+    return [{**_kd_loss(recipe), "objective": "single_head", "ce_weight": weight} for weight in LAMBDAS]
+
+
+def _logits_only(recipe: Any, folder: Path) -> list[dict[str, Any]]:
+    # Classes that are never seen are recognised by what further terms teach.
+    off = {} if recipe.keys.get("unseen_classes") else _without_terms(recipe)
+    return [{**off, **_kd_loss(recipe), "objective": "kd"}]
+
+
+def _labels_only(recipe: Any, folder: Path) -> dict[str, Any]:
+    """Labels, and where classes are never seen, labels through texts, without which nothing would know them."""
+    texts = {"text_ce_weight": 1.0} if recipe.keys.get("unseen_classes") else {}
+    return {**_without_terms(recipe), **texts, "objective": "ce"}
+
+
+def _without_terms(recipe: Any) -> dict[str, Any]:
+    """What takes further terms out of the loss, as far as the recipe has any."""
+    named = [f"{term}_weight" for term in TERMS if f"{term}_weight" in recipe.keys]
+    return dict.fromkeys(named, 0.0) | ({"aspects": None} if "aspects" in recipe.keys else {})
+
+
+def _kd_loss(recipe: Any) -> dict[str, str]:
+    """The loss on the teacher's logits that the recipe's objective stands for."""
+    objective = recipe.keys.get("objective")
+    return {"kd_loss": objective} if objective in ("ofa", "pld") else {}
 
 
 COMPARISON = Comparison(
     baseline_method=None,
-    baseline=lambda recipe, folder: {"objective": "ce"},
+    baseline=_labels_only,
     baseline_name="labels only",
     # Which labels are shown differs between seeds, as the weights do.
     seeds=("seed", "label_seed"),
     controls={
-        "kd": Control("the teacher's logits alone, without any label", lambda recipe, folder: [{"objective": "kd"}]),
+        "kd": Control("the teacher's logits alone, without any label", _logits_only),
         "single_head": Control(
             f"one head with both losses, its ce_weight chosen of {', '.join(map(str, LAMBDAS))} by validation rows",
             _single_head,

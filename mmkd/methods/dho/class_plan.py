@@ -35,7 +35,7 @@ def plan_classes(stage: StageRun, device: Device, devices: int, price: float | N
     args: DHOConfig = run.training
     check_arguments(run)
     classes = load_classes(run)
-    unlabeled = 0 if args.objective == "ce" else args.unlabeled_batch_size
+    unlabeled = args.unlabeled_batch_size if args.asks_teacher else 0
     batch = args.per_device_train_batch_size + unlabeled
     student = empty_class_student(run, classes)
     state = training_state(student, args)
@@ -60,7 +60,7 @@ def plan_classes(stage: StageRun, device: Device, devices: int, price: float | N
     table.add_row("device-hours of the run", f"{hours:,.3g}")
     teacher = _teacher_flops(run, classes)
     once = 0.0 if teacher is None else rows * teacher / (device.flops * device.utilisation) / 3600
-    if args.objective != "ce" and run.arguments.teacher is not None:
+    if args.asks_teacher and run.arguments.teacher is not None:
         answering = f"{once:,.3g}" if teacher is not None else f"not counted for teacher_kind {args.teacher_kind}"
         table.add_row(f"device-hours of the teacher, once over {rows:,} rows", answering)
     if price is not None:
@@ -84,7 +84,7 @@ def _teacher_flops(run: Run, classes: Classes) -> float | None:
     """FLOPs of a teacher's pass over one row; None for one that is not counted."""
     args: Any = run.training
     name, hub = run.arguments.teacher, run.hub(run.arguments.teacher_revision)
-    if args.objective == "ce" or name is None or classes.is_text or name.startswith(OPEN_CLIP):
+    if not args.asks_teacher or name is None or classes.is_text or name.startswith(OPEN_CLIP):
         return None
     if args.teacher_kind == "question":
         return None

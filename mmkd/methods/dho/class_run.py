@@ -14,10 +14,11 @@ from mmkd.recipe.cache_arguments import CacheArguments
 from mmkd.recipe.recipe import Run
 
 from .dho_config import DHOConfig
+from .unseen_classes import UnseenRows, split_classes
 
 # What a recipe of every method may set, and a classifier's run reads.
 _READ = {"method", "data", "teacher", "teacher_revision", "teacher_dtype", "teacher_attn_implementation"}
-_READ |= {"teacher_cache", "student", "student_init", "max_train_rows", "max_eval_rows", "dry_run"}
+_READ |= {"teacher_cache", "teachers", "student", "student_init", "max_train_rows", "max_eval_rows", "dry_run"}
 
 _ADAPTERS = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
 _ADAPTERS += ("lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")
@@ -31,6 +32,8 @@ class Classes:
     data: ClassificationData
     rows: ClassRows
     """Those of train and, after them, the unlabelled ones, as a teacher reads them."""
+    unseen: UnseenRows | None = None
+    """Measured rows of classes that training never sees."""
 
     @property
     def is_text(self) -> bool:
@@ -43,10 +46,13 @@ def load_classes(run: Run) -> Classes:
     arguments = run.arguments
     recipe = ClassificationRecipe.load(arguments.data)
     data = load_classification(recipe, max_train_rows=arguments.max_train_rows, max_eval_rows=arguments.max_eval_rows)
+    names, unseen = settings_of(run).unseen_classes, None
+    if names is not None:
+        data, unseen = split_classes(data, names)
     rows = data.train
     if data.unlabeled is not None:
         rows = datasets.concatenate_datasets([rows, data.unlabeled.cast(rows.features)])
-    return Classes(data, ClassRows(rows, None))
+    return Classes(data, ClassRows(rows, None), unseen)
 
 
 def settings_of(run: Run) -> DHOConfig:

@@ -1,13 +1,13 @@
 """The teacher of a recipe of classes, and its logits of every training row on disk."""
 
+import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -23,8 +23,16 @@ from mmkd.errors import UserError
 from mmkd.models.load import computed_dtype, load_model
 from mmkd.precision import name_of_dtype
 from mmkd.recipe.recipe import Run
+from mmkd.teachers.class_embeddings import (
+    compute_embeddings,
+    embedding_teacher,
+    has_embeddings,
+    read_embeddings,
+    write_embeddings,
+)
 from mmkd.teachers.class_logits import (
     ClassLogits,
+    captions_digest,
     class_identity,
     compute_class_logits,
     has_class_logits,
@@ -32,6 +40,7 @@ from mmkd.teachers.class_logits import (
     rows_digest,
     write_class_logits,
 )
+from mmkd.teachers.class_signals import ClassSignals, check_texts
 from mmkd.teachers.classifiers import (
     OPEN_CLIP,
     ClassifierTeacher,
@@ -45,6 +54,7 @@ from mmkd.teachers.classifiers import (
 
 from .class_run import Classes, check_arguments, load_classes, settings_of
 from .dho_config import DHOConfig
+from .unseen_classes import UnseenClasses
 
 LOGITS_FOLDER = "teacher_logits"
 """Where in output_dir a run without teacher_cache keeps its teacher's logits."""
@@ -61,33 +71,99 @@ def build_class_cache(run: Run) -> Path:
     Raises UserError for a recipe without a teacher to ask or a place to write to, and for logits of something else.
     """
     check_arguments(run)
-    if run.arguments.teacher is None or run.arguments.teacher_cache is None:
+    arguments = run.arguments
+    if arguments.teachers is None and (arguments.teacher is None or arguments.teacher_cache is None):
         raise UserError("A cache needs `teacher` (whose answers they are) and `teacher_cache` (the folder to write).")
-    cached_logits(run, load_classes(run))
+    cached_signals(run, load_classes(run))
     return logits_folder(run)
 
 
-def cached_logits(run: Run, classes: Classes) -> tuple[Float[Tensor, "row class"], ClassTeacher | None]:
-    """The logits of every training row, from the cache or computed and written there; and the teacher, if named."""
-    arguments, rows, names, folder = run.arguments, classes.rows, classes.data.class_names, logits_folder(run)
+def cached_signals(run: Run, classes: Classes) -> tuple[ClassSignals, ClassTeacher | None]:
+    """What the teachers say of every training row, from caches or computed and written there.
+
+    And the teacher, if it is named; of several, the first, whose features and texts are those that embeddings are
+    compared with.
+    """
+    runs = runs_of_teachers(run)
+    if len(runs) == 1:
+        return _cached(run, classes)
+    answers = [_cached(part, classes, embeds=number == 0) for number, part in enumerate(runs.values())]
+    logits = [signals.logits for signals, _ in answers if signals.logits is not None]
+    assert run.arguments.teachers is not None
+    assert isinstance(run.arguments.teachers, dict)
+    weights = tuple(float(keys.get("weight", 1)) for keys in run.arguments.teachers.values())
+    first, teacher = answers[0]
+    return ClassSignals(torch.stack(logits, 1) if logits else None, first.embeddings, weights=weights), teacher
+
+
+def runs_of_teachers(run: Run) -> dict[str, Run]:
+    """The run as each of its teachers sees it, by the teacher's name: "" where it is the only one."""
+    arguments = run.arguments
+    if arguments.teachers is None:
+        return {"": run}
+    assert isinstance(arguments.teachers, dict)
+    parts: dict[str, Run] = {}
+    for name, keys in arguments.teachers.items():
+        training = copy.copy(settings_of(run))
+        own = {key: value for key, value in keys.items() if key != "weight"}
+        for key in [key for key in own if hasattr(training, key)]:
+            setattr(training, key, own.pop(key))
+        own.setdefault("teacher_cache", str(logits_folder(run) / name))
+        parts[name] = replace(run, training=training, arguments=replace(arguments, teachers=None, **own))
+    return parts
+
+
+def _cached(run: Run, classes: Classes, embeds: bool = True) -> tuple[ClassSignals, ClassTeacher | None]:
+    """What a teacher says of every training row, and the teacher, if it is named."""
+    training, folder = settings_of(run), logits_folder(run)
+    wanted = {"logits": training.distils, "embeddings": embeds and bool(training.term_weights)}
+    arguments, rows, names = run.arguments, classes.rows, classes.data.class_names
     digest = rows_digest(rows.content, len(rows))
     expected: dict[str, Any] = {"class_names": list(names), "rows": digest}
     name = arguments.teacher
     if name is None:
-        return read_class_logits(folder, expected).logits, None
+        return _read(folder, expected, wanted), None
     teacher = load_class_teacher(run, classes)
     # open_clip keeps its weights in files of its own; its names are precise.
     weights = None if name.startswith(OPEN_CLIP) else weights_sha256(name, arguments.teacher_revision)
     identity = class_identity(name, weights, teacher, names, digest)
-    training = settings_of(run)
     # One rank asks, the others read what it wrote.
     with training.main_process_first(desc="teacher logits"):
-        if not has_class_logits(folder):
+        if wanted["logits"] and not has_class_logits(folder):
             print(f"Asking the teacher about {len(rows):,} rows, once: {folder}", file=sys.stderr)
             logits = compute_class_logits(teacher, rows.raw, len(rows), training.teacher_batch_size)
             # Recorded, and not compared: the same teacher in another type is the same teacher.
             write_class_logits(folder, ClassLogits(logits, identity | _computed_in(run)))
-    return read_class_logits(folder, identity).logits, teacher
+        captions = rows.captions if "caption" in rows.dataset.column_names else None
+        captioned = identity | {"captions": None if captions is None else captions_digest(captions)}
+        if wanted["embeddings"] and not has_embeddings(folder):
+            print(f"Asking the teacher for features of {len(rows):,} rows, once: {folder}", file=sys.stderr)
+            embeddings = compute_embeddings(teacher, rows.raw, len(rows), captions, training.teacher_batch_size)
+            write_embeddings(folder, embeddings, captioned | _computed_in(run))
+    return _read(folder, identity, wanted, captioned), teacher
+
+
+def _read(
+    folder: Path, identity: dict[str, Any], wanted: dict[str, bool], captioned: dict[str, Any] | None = None
+) -> ClassSignals:
+    logits = read_class_logits(folder, identity).logits if wanted["logits"] else None
+    embeddings = read_embeddings(folder, captioned or identity) if wanted["embeddings"] else None
+    return ClassSignals(logits, embeddings)
+
+
+def unseen_classes(run: Run, classes: Classes, teacher: ClassTeacher | None) -> UnseenClasses | None:
+    """The rows of classes that training never sees, with the teacher's texts of them."""
+    if classes.unseen is None:
+        return None
+    if teacher is None:
+        raise UserError(
+            "unseen_classes asks the teacher for texts of these classes; set `teacher`.", because="meaning"
+        )
+    seen = embedding_teacher(teacher)
+    names, data = classes.unseen.class_names, classes.data
+    text = ZeroShotTeacher(seen.embedder, names, data.recipe.prompts, seen.normalize_mean).text_weights
+    check_texts(text, names)
+    return UnseenClasses(classes.unseen.rows, text)
 
 
 def load_class_teacher(run: Run, classes: Classes) -> ClassTeacher:

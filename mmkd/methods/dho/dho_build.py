@@ -11,10 +11,11 @@ from mmkd.errors import UserError
 from mmkd.models.dual_head import DualHeadForImageClassification, DualHeadForSequenceClassification
 from mmkd.models.load import computed_dtype
 from mmkd.recipe.recipe import Run
+from mmkd.teachers.class_signals import ClassSignals
 from mmkd.teachers.classifiers import TipAdapterTeacher, ZeroShotTeacher
 
 from .class_run import check_arguments, load_classes, settings_of
-from .class_teacher import cached_logits, zero_shot
+from .class_teacher import cached_signals, runs_of_teachers, unseen_classes, zero_shot
 from .dho_trainer import DHOTrainer
 
 
@@ -32,11 +33,11 @@ def build_dho_trainer(run: Run) -> DHOTrainer:
         max_length=training.max_length,
         keep=training.keep_rows,
     )
-    logits, teacher = (None, None) if training.objective == "ce" else cached_logits(run, classes)
+    signals, teacher = cached_signals(run, classes) if training.asks_teacher else (ClassSignals(), None)
     set_seed(training.seed)
     model = new_student(run, data)
     if training.head_init == "text":
-        teacher = zero_shot(run, data) if teacher is None else teacher
+        teacher = zero_shot(next(iter(runs_of_teachers(run).values())), data) if teacher is None else teacher
         embedded = teacher.zero_shot if isinstance(teacher, TipAdapterTeacher) else teacher
         if not isinstance(embedded, ZeroShotTeacher):
             raise UserError(
@@ -46,12 +47,13 @@ def build_dho_trainer(run: Run) -> DHOTrainer:
         model.init_heads(embedded.text_embeddings)
     return DHOTrainer(
         model=model,
-        teacher=logits,
+        teacher=signals,
         args=training,
         train_dataset=rows,
         eval_dataset=data.validation,
         test_dataset=data.test,
         processing_class=processing_class,
+        unseen=unseen_classes(run, classes, teacher),
     )
 
 

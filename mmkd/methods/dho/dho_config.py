@@ -13,21 +13,23 @@ from mmkd.data.classification import HIDDEN, hide_labels
 from mmkd.errors import UserError
 from mmkd.losses.dual_head_losses import ALPHAS, BETAS
 from mmkd.schema import NonNegativeInt, PositiveFloat, PositiveInt, Range, Share
-from mmkd.training.whole_model_config import WholeModelConfig
 
-OBJECTIVES = ("dho", "ce", "kd", "single_head")
+from .class_terms_config import ClassTermsConfig
+
+OBJECTIVES = ("dho", "ofa", "pld", "ce", "kd", "single_head")
 TEACHER_KINDS = ("zero_shot", "tip_adapter", "question", "classifier")
 
 
 @dataclass
-class DHOConfig(WholeModelConfig):
+class DHOConfig(ClassTermsConfig):
     """Settings of method dho."""
 
     objective: str = field(
         default="dho",
         metadata={
-            "help": "What is trained. dho (default): both heads. Baselines to compare with: ce (labels only), kd "
-            "(teacher only), single_head (one head with both losses; try several values of ce_weight).",
+            "help": "What is trained. dho (default): both heads. ofa, pld: the same with that kd_loss. Baselines to "
+            "compare with: ce (labels only; keys about the teacher's logits are not read), kd (teacher only), "
+            "single_head (one head with both losses; try several values of ce_weight).",
             "choices": list(OBJECTIVES),
         },
     )
@@ -38,11 +40,11 @@ class DHOConfig(WholeModelConfig):
             "paper."
         },
     )
-    temperature: PositiveFloat = field(
-        default=2.0,
+    temperature: PositiveFloat | None = field(
+        default=None,
         metadata={
-            "help": "Softens the predictions of the teacher and of the distillation head in the loss; 2 (default) "
-            "as in the paper."
+            "help": "Softens the predictions of the teacher and of the distillation head in the loss. Default: 2 for "
+            "kd_loss: kl as in DHO's paper, 1 for ofa and pld as in theirs. pld softens the teacher only."
         },
     )
     unlabeled_batch_size: NonNegativeInt = field(
@@ -160,6 +162,7 @@ class DHOConfig(WholeModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._settle_loss()
         if self.objective == "dho" and self.ce_weight in (0, 1):
             raise UserError(
                 f"ce_weight {self.ce_weight} leaves a head without a loss; use objective kd or ce.", because="meaning"
@@ -168,6 +171,7 @@ class DHOConfig(WholeModelConfig):
             raise UserError("unlabeled_batch_size is 0; give 1 or more (0 only for objective ce).", because="meaning")
         self._check_labels()
         self._check_interpolation()
+        self.check_terms(self.per_device_train_batch_size + self.unlabeled_batch_size)
         if self.keep_rows and self.augmentation != "none":
             raise UserError(
                 "keep_rows keeps what augmentation has made once; set one of them only.", because="meaning"
@@ -179,6 +183,16 @@ class DHOConfig(WholeModelConfig):
             )
         if self.plot_conflict and importlib.util.find_spec("matplotlib") is None:
             raise UserError("plot_conflict needs matplotlib: pip install 'mmkd[plot]', or leave it out.")
+
+    @property
+    def distils(self) -> bool:
+        """Whether the loss is about the teacher's logits."""
+        return self.objective != "ce"
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the loss is about the teacher's logits or its embeddings."""
+        return self.distils or bool(self.term_weights)
 
     def shown_labels(self, labels: Int[np.ndarray, "row"], class_names: Sequence[str]) -> Int[np.ndarray, "row"]:
         """The labels of training rows, with those hidden that the settings do not show."""
@@ -201,6 +215,18 @@ class DHOConfig(WholeModelConfig):
                 "(validation_per_class of a data recipe), or set alpha and beta (the paper's 0.5 and 0.5).",
                 because="meaning",
             )
+
+    def _settle_loss(self) -> None:
+        """Writes out what objective ofa and pld mean, and the usual temperature of a loss."""
+        if self.objective in ("ofa", "pld"):
+            if self.kd_loss not in ("kl", self.objective):
+                raise UserError(
+                    f"objective {self.objective} and kd_loss {self.kd_loss} name two losses for one head: keep one.",
+                    because="meaning",
+                )
+            self.objective, self.kd_loss = "dho", self.objective
+        if self.temperature is None:
+            self.temperature = 2.0 if self.kd_loss == "kl" else 1.0
 
     def _check_labels(self) -> None:
         if self.labels_per_class is not None and self.label_fraction is not None:

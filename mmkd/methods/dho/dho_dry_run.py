@@ -12,8 +12,8 @@ from mmkd.data.classification import HIDDEN
 from mmkd.recipe.recipe import Run
 from mmkd.teachers.class_logits import compute_class_logits
 
-from .class_run import check_arguments, load_classes, settings_of
-from .class_teacher import load_class_teacher
+from .class_run import Classes, check_arguments, load_classes, settings_of
+from .class_teacher import load_class_teacher, runs_of_teachers
 from .dho_build import new_student, student_processor
 
 _JUDGED = 256
@@ -34,19 +34,28 @@ def dry_run_dho(run: Run, console: Console) -> None:
     table.add_row("rows", f"{labeled:,} labelled, {len(rows) - labeled:,} unlabelled")
     for name, split in (("validation", data.validation), ("test", data.test)):
         table.add_row(name, "none" if split is None else f"{len(split):,} rows")
-    if training.objective != "ce" and run.arguments.teacher is not None:
-        teacher = load_class_teacher(run, classes)
-        places = _sampled(rows.labels)
-        start = time.perf_counter()
-        answers = compute_class_logits(
-            teacher, lambda row: rows.raw(int(places[row])), len(places), training.teacher_batch_size
-        )
-        seconds = (time.perf_counter() - start) / len(places)
-        known = rows.labels[places] != HIDDEN
-        right = (answers.argmax(-1).numpy() == rows.labels[places])[known]
-        table.add_row("teacher", f"{teacher.kind}; {_accuracy(right)}")
-        table.add_row("teacher's pass", f"about {seconds * len(rows) / 60:.1f} minutes, once")
+    if training.asks_teacher:
+        for name, part in runs_of_teachers(run).items():
+            if part.arguments.teacher is not None:
+                _add_teacher(table, name, part, classes)
     console.print(table)
+
+
+def _add_teacher(table: Table, name: str, run: Run, classes: Classes) -> None:
+    """How often a teacher is right, and how long it takes for all rows, by a few of them."""
+    rows, teacher = classes.rows, load_class_teacher(run, classes)
+    places = _sampled(rows.labels)
+    start = time.perf_counter()
+    answers = compute_class_logits(
+        teacher, lambda row: rows.raw(int(places[row])), len(places), settings_of(run).teacher_batch_size
+    )
+    seconds = (time.perf_counter() - start) / len(places)
+    known = rows.labels[places] != HIDDEN
+    right = (answers.argmax(-1).numpy() == rows.labels[places])[known]
+    table.add_row(f"teacher {name}".strip(), f"{teacher.kind}; {_accuracy(right)}")
+    table.add_row(
+        f"pass of teacher {name}" if name else "teacher's pass", f"about {seconds * len(rows) / 60:.1f} minutes, once"
+    )
 
 
 def _sampled(labels: Int[np.ndarray, "row"]) -> Int[np.ndarray, "row"]:

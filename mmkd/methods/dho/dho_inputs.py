@@ -1,6 +1,7 @@
 """What a trainer of classes is given, checked before it exists: rows to learn and to measure, a teacher's logits."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor
 from mmkd.data.class_rows import ClassRows
 from mmkd.data.classification import HIDDEN
 from mmkd.errors import UserError
+from mmkd.teachers.class_embeddings import compute_embeddings
 from mmkd.teachers.class_logits import compute_class_logits
+from mmkd.teachers.class_signals import ClassSignals, check_texts
 from mmkd.teachers.classifiers import ClassTeacher, check_classes
 
 from .dho_config import DHOConfig
@@ -44,31 +47,95 @@ def evaluated_rows(
     return rows
 
 
-def teacher_logits(
-    teacher: ClassTeacher | Float[Tensor, "row class"] | None,
+def class_signals(
+    teacher: ClassTeacher | Float[Tensor, "row *teacher class"] | ClassSignals | None,
     train: ClassRows,
     args: DHOConfig,
     class_names: Sequence[str],
-) -> Float[Tensor, "row class"] | None:
-    """What the teacher says of every training row; None for an objective that does not ask it.
+) -> ClassSignals:
+    """What teachers say of every training row, as far as the settings ask for it.
 
-    Raises UserError for a teacher of other classes, of other rows, or whose logits are not finite.
+    Raises UserError for a teacher of other classes, of other rows, or whose logits are not finite, and where something
+    that the loss is about is missing.
     """
-    if args.objective == "ce":
-        return None
-    if teacher is None:
-        raise UserError(f"Objective {args.objective} needs a teacher: pass a ClassTeacher or its logits.")
     if isinstance(teacher, ClassTeacher):
-        if list(teacher.class_names) != list(class_names):
-            check_classes(len(teacher.class_names), class_names, "The teacher")
-            raise UserError(f"The teacher's classes {list(teacher.class_names)} are not {list(class_names)}.")
-        teacher = compute_class_logits(teacher, train.raw, len(train), args.teacher_batch_size)
-    check_classes(teacher.shape[-1], class_names, "The teacher")
-    if len(teacher) != len(train):
-        raise UserError(f"There are teacher logits of {len(teacher)} rows, and {len(train)} training rows.")
-    if not torch.isfinite(teacher).all():
-        raise UserError("The teacher's logits hold NaN or infinity; a teacher in float16 may have overflowed.")
-    return teacher
+        signals = _asked(teacher, train, args, class_names)
+    else:
+        signals = teacher if isinstance(teacher, ClassSignals) else ClassSignals(teacher)
+    if not args.distils:
+        signals = replace(signals, logits=None)
+    elif signals.logits is None:
+        raise UserError(f"Objective {args.objective} needs a teacher: pass a ClassTeacher or its logits.")
+    if signals.logits is not None:
+        check_classes(signals.logits.shape[-1], class_names, "The teacher")
+        if not torch.isfinite(signals.logits).all():
+            raise UserError("The teacher's logits hold NaN or infinity; a teacher in float16 may have overflowed.")
+    _check_several(signals, args)
+    _check_terms(signals, args, class_names)
+    embedded = signals.embeddings
+    parts = {"logits": signals.logits, "aspects": signals.aspects}
+    parts |= {} if embedded is None else {"image features": embedded.images, "captions": embedded.captions}
+    for name, values in parts.items():
+        if values is not None and len(values) != len(train):
+            raise UserError(f"There are teacher {name} of {len(values)} rows, and {len(train)} training rows.")
+    return signals
+
+
+def _asked(teacher: ClassTeacher, train: ClassRows, args: DHOConfig, class_names: Sequence[str]) -> ClassSignals:
+    if list(teacher.class_names) != list(class_names):
+        check_classes(len(teacher.class_names), class_names, "The teacher")
+        raise UserError(f"The teacher's classes {list(teacher.class_names)} are not {list(class_names)}.")
+    logits, embeddings = None, None
+    if args.distils:
+        logits = compute_class_logits(teacher, train.raw, len(train), args.teacher_batch_size)
+    if args.term_weights:
+        captions = train.captions if "caption" in args.term_weights else None
+        embeddings = compute_embeddings(teacher, train.raw, len(train), captions, args.teacher_batch_size)
+    return ClassSignals(logits, embeddings)
+
+
+def _check_several(signals: ClassSignals, args: DHOConfig) -> None:
+    if args.mixing != "learned" or not args.distils:
+        return
+    if signals.teachers < 2:
+        raise UserError("mixing: learned chooses among several teachers, and there is one. Name others in `teachers`.")
+    if args.gate_top_k > signals.teachers:
+        raise UserError(f"gate_top_k is {args.gate_top_k}, and there are {signals.teachers} teachers: lower it.")
+
+
+def _check_terms(signals: ClassSignals, args: DHOConfig, class_names: Sequence[str]) -> None:
+    """Raises UserError where a term lacks what it compares, or cannot tell anything apart."""
+    weights, embedded = args.term_weights, signals.embeddings
+    if args.aspects is not None and signals.aspects is None:
+        raise UserError("aspects are learnt from answers, and there are none: pass ClassSignals(aspects=...).")
+    if not weights:
+        return
+    name = next(iter(weights))
+    if embedded is None:
+        raise UserError(
+            f"{name}_weight compares the student with a CLIP-like teacher's features, and there are none: take "
+            "teacher_kind zero_shot or tip_adapter.",
+            because="meaning",
+        )
+    if len(embedded.text) != len(class_names):
+        raise UserError(f"The teacher has texts of {len(embedded.text)} classes, the student {len(class_names)}.")
+    for what in (embedded.images, embedded.text):
+        if not torch.isfinite(what).all():
+            raise UserError("The teacher's features hold NaN or infinity; a teacher in float16 may have overflowed.")
+    if weights.keys() & {"text_ce", "vl_align"} or args.unseen_classes is not None:
+        check_texts(embedded.text, tuple(class_names))
+    if "caption" in weights and embedded.captions is None:
+        raise UserError(
+            "caption_weight compares images with captions, and the rows have none: name their column under `caption` "
+            "of the data recipe."
+        )
+    if "caption" in weights and embedded.captions is not None and len(embedded.captions.unique(dim=0)) < 2:
+        raise UserError("All rows have the same caption, which tells no image from another. Remove caption_weight.")
+
+
+def measured_rows(dataset: Any, processing_class: Any, args: DHOConfig) -> ClassRows:
+    """Rows of classes that are not the student's."""
+    return _rows(dataset, processing_class, args, "unseen")
 
 
 def settle_heads(model: Any, args: DHOConfig) -> None:

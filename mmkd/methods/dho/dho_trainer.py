@@ -1,61 +1,56 @@
 """DHO: a supervised and a distillation head on shared features, joined after training (2505.07675)."""
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import BaseImageProcessor, EvalPrediction, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_callback import TrainerCallback
-from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
 from mmkd.data.class_rows import ClassCollator, ClassRows, SemiSupervisedSampler
 from mmkd.data.classification import HIDDEN
 from mmkd.errors import UserError
-from mmkd.files import write_file
-from mmkd.losses.dual_head_losses import (
-    Interpolation,
-    distillation_loss,
-    gradient_cosine,
-    search_interpolation,
-    supervised_loss,
-)
+from mmkd.losses.dual_head_losses import gradient_cosine, supervised_loss
 from mmkd.models.dual_head import (
     DualHeadForImageClassification,
     DualHeadForSequenceClassification,
     DualHeadOutput,
 )
 from mmkd.preparation.checks import check_precision
+from mmkd.teachers.class_signals import ClassSignals
 from mmkd.teachers.classifiers import ClassTeacher
-from mmkd.training.run_trainer import RunTrainer
 
+from .class_evaluation import DualHeadTrainer
+from .class_terms import ClassTerms, Counts, Reports
 from .dho_config import DHOConfig as DHOConfig
-from .dho_inputs import evaluated_rows, settle_heads, teacher_logits, training_rows
+from .dho_inputs import class_signals, evaluated_rows, measured_rows, settle_heads, training_rows
+from .student_heads import prepare_heads
+from .unseen_classes import UnseenClasses
 
-logger = logging.get_logger(__name__)
-
-CHOICE = "interpolation.json"
-"""File of a run with the chosen alpha and beta, and every pair that was tried."""
+HEADS_FILE = "training_heads.safetensors"
+"""The file of a checkpoint with the heads that only the training needs."""
 
 
-class DHOTrainer(RunTrainer):
+class DHOTrainer(DualHeadTrainer):
     """transformers' Trainer for a dual-head student, with labelled and unlabelled rows in every batch.
 
     Args:
         model: a `DualHeadForImageClassification` or `DualHeadForSequenceClassification`.
-        teacher: a `ClassTeacher`, asked once about every training row, or its logits of them, row by row. None for
-            the objective ce, which learns from labels alone.
+        teacher: a `ClassTeacher`, asked once about every training row, or its logits of them, row by row. Or
+            `ClassSignals`: logits of several teachers, embeddings, and answers to aspects. None for the objective ce,
+            which learns from labels alone.
         args: settings of the method, by default the config's own with the output_dir "dho".
         train_dataset: rows with `image` or `text`, and `label`; a label of -100 is unknown. `labels_per_class` and
             `label_fraction` hide further ones. Or `ClassRows`.
         eval_dataset: validation rows, by which alpha and beta are chosen after training.
         test_dataset: rows that are measured at the end and that nothing is chosen by.
+        unseen: rows of classes that are not the student's and the teacher's texts of them, measured at the end.
         processing_class: the student's image processor or tokenizer.
         callbacks: callbacks of transformers' Trainer.
         optimizers: an optimizer and a schedule in place of those that args ask for.
@@ -67,24 +62,28 @@ class DHOTrainer(RunTrainer):
     method: ClassVar[str] = "dho"
     config_class: ClassVar[type[DHOConfig]] = DHOConfig
     needs_teacher: ClassVar[bool] = False
+    takes_several: ClassVar[bool] = True
+    teacher_keys: ClassVar[tuple[str, ...]] = (
+        "teacher_kind",
+        "teacher_question",
+        "normalize_prompt_mean",
+        "tip_alpha",
+        "tip_beta",
+    )
     # `compute_loss` divides by counts of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
-
-    args: DHOConfig
-    model: Any
-    train_dataset: Any
-    eval_dataset: Any
 
     def __init__(
         self,
         model: DualHeadForImageClassification | DualHeadForSequenceClassification,
-        teacher: ClassTeacher | Float[Tensor, "row class"] | None = None,
+        teacher: ClassTeacher | Float[Tensor, "row *teacher class"] | ClassSignals | None = None,
         args: DHOConfig | None = None,
         train_dataset: Dataset | ClassRows | None = None,
         eval_dataset: Dataset | ClassRows | None = None,
         test_dataset: Dataset | ClassRows | None = None,
         processing_class: PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin | None = None,
         *,
+        unseen: UnseenClasses | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
@@ -99,12 +98,16 @@ class DHOTrainer(RunTrainer):
         validation = evaluated_rows(eval_dataset, processing_class, args, self.class_names, "validation")
         self.test_dataset = evaluated_rows(test_dataset, processing_class, args, self.class_names, "test")
         args.check_validation(validation is not None)
-        logits = teacher_logits(teacher, train, args, self.class_names)
+        self.signals = class_signals(teacher, train, args, self.class_names)
+        self.unseen = (
+            None if unseen is None else UnseenClasses(measured_rows(unseen.rows, processing_class, args), unseen.text)
+        )
         settle_heads(model, args)
+        prepare_heads(model, args, self.signals, train)
         super().__init__(
             model=model,
             args=args,
-            data_collator=ClassCollator(processing_class, logits),
+            data_collator=ClassCollator(processing_class, self.signals.logits, self.signals.by_row),
             train_dataset=train,
             eval_dataset=validation,
             processing_class=processing_class,
@@ -113,8 +116,8 @@ class DHOTrainer(RunTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        self.choice: Interpolation | None = None
-        self._counts: dict[str, Tensor] = {}
+        self.terms = ClassTerms(args, self.signals)
+        self._counts: Counts
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's. Raises UserError under FSDP."""
@@ -131,7 +134,7 @@ class DHOTrainer(RunTrainer):
     def get_train_dataloader(self) -> Any:
         """Batches of labelled rows followed by unlabelled ones."""
         args = self.args
-        labels, supervised_only = self.train_dataset.labels, args.objective == "ce"
+        labels, supervised_only = self.train_dataset.labels, not (args.asks_teacher or args.aspects is not None)
         unlabeled = args.unlabeled_batch_size if (labels == HIDDEN).any() else 0
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = SemiSupervisedSampler(labels, self._train_batch_size, unlabeled, seed, supervised_only)
@@ -144,73 +147,79 @@ class DHOTrainer(RunTrainer):
         )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Collects one accumulated batch and counts its labelled and unlabelled rows over all ranks."""
+        """Collects one accumulated batch and counts its rows of each kind over all ranks."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        labeled = sum(int((batch["labels"] != HIDDEN).sum()) for batch in batches)
-        rows = sum(len(batch["labels"]) for batch in batches)
-        counts = self._summed(torch.tensor([labeled, rows - labeled], device=device))
-        self._counts = {"labeled": counts[0], "unlabeled": counts[1]}
+        self._counts = Counts(*self._summed(self.terms.counts(batches, device)).unbind())
         return batches, num_items
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The micro-batch's share of the loss of the accumulated batch, each part over its own rows of all ranks."""
-        inputs = dict(inputs)
-        labels, teacher = inputs.pop("labels"), inputs.pop("teacher_logits", None)
-        outputs: DualHeadOutput = model(**inputs)
+        said = {name: inputs[name] for name in inputs if name == "labels" or name.startswith("teacher_")}
+        labels, teacher = said["labels"], said.get("teacher_logits")
+        outputs: DualHeadOutput = model(**{name: value for name, value in inputs.items() if name not in said})
         supervised, distilled, reports = self.losses(outputs, labels, teacher)
         args = self.args
         weight = {"ce": 1.0, "kd": 0.0}.get(args.objective, args.ce_weight)
         loss = weight * supervised + (1 - weight) * distilled
+        others, own = self.terms.others(outputs, said, self._counts)
+        loss = loss if others is None else loss + others
         if self._measures_conflict():
             assert teacher is not None
-            reports |= self._conflict(outputs, labels, teacher)
-        self._record(reports)
+            own |= self._conflict(outputs, labels, teacher)
+        self._record(reports | own)
         # Gradients are averaged over ranks, while the counts are already those of all ranks.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def losses(
         self, outputs: DualHeadOutput, labels: Tensor, teacher_logits: Tensor | None
-    ) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Any]]]:
+    ) -> tuple[Tensor, Tensor, Reports]:
         """The supervised and the distillation loss of a micro-batch, over the rows of the whole batch, and reports.
 
-        L_CE = mean over labelled rows, L_KD = mean over labelled + mean over unlabelled rows (eq. 6 and 8).
+        L_CE = mean over labelled rows, L_KD = mean over labelled + mean over unlabelled rows (eq. 6 and 8). Inner
+        stages learn as the distillation head does.
         """
         args, shown = self.args, labels != HIDDEN
         assert outputs.ce_logits is not None
         assert outputs.kd_logits is not None
-        counts = {name: count.clamp(min=1) for name, count in self._counts.items()}
         zero = outputs.ce_logits.new_zeros((), dtype=torch.float32)
         supervised, distilled = zero, zero
-        reports: dict[str, tuple[Tensor, Any]] = {}
+        reports: Reports = {}
         if args.objective != "kd":
             ce = supervised_loss(outputs.ce_logits[shown], labels[shown]).sum()
-            supervised = ce / counts["labeled"]
+            supervised = ce / self._counts.labeled.clamp(min=1)
             reports["ce"] = (ce, shown.sum())
         if teacher_logits is not None:
             student = outputs.ce_logits if args.objective == "single_head" else outputs.kd_logits
-            kl = distillation_loss(student, teacher_logits, args.temperature)
-            distilled = kl[shown].sum() / counts["labeled"] + kl[~shown].sum() / counts["unlabeled"]
-            agree = (student.argmax(-1) == teacher_logits.argmax(-1)).sum()
+            extra = outputs.extra or {}
+            rows = self.terms.distilled(student, teacher_logits, labels, extra)
+            distilled = self._counts.mean(rows, shown)
+            first = teacher_logits if teacher_logits.ndim == 2 else teacher_logits.softmax(-1).mean(1)
+            agree = (student.argmax(-1) == first.argmax(-1)).sum()
             reports |= {
-                "kd_labeled": (kl[shown].sum(), shown.sum()),
-                "kd_unlabeled": (kl[~shown].sum(), (~shown).sum()),
+                "kd_labeled": (rows[shown].sum(), shown.sum()),
+                "kd_unlabeled": (rows[~shown].sum(), (~shown).sum()),
                 "teacher_agreement": (agree, labels.numel()),
             }
+            stages = self.terms.stages(extra, teacher_logits, labels)
+            if stages is not None:
+                distilled = distilled + args.stage_weight * self._counts.mean(stages, shown)
+                reports["kd_stages"] = (stages.sum(), labels.numel())
         return supervised, distilled, reports
 
-    def _conflict(
-        self, outputs: DualHeadOutput, labels: Tensor, teacher_logits: Tensor
-    ) -> dict[str, tuple[Tensor, Any]]:
+    def _conflict(self, outputs: DualHeadOutput, labels: Tensor, teacher_logits: Tensor) -> Reports:
         """How the two losses pull on the features of the labelled rows, the rows that both of them see."""
         assert outputs.features is not None
         shown = labels != HIDDEN
         # The heads again, on features of their own: wrappers hand out copies that the logits were not computed from.
         features = outputs.features.detach()[shown].requires_grad_()
+        gate = (outputs.extra or {}).get("gate")
         with torch.enable_grad(), self.compute_loss_context_manager():
-            losses = self.losses(self.model.answer(features), labels[shown], teacher_logits[shown])[:2]
+            answer = self.model.answer(features)
+            answer.extra = None if gate is None else {"gate": gate.detach()[shown]}
+            losses = self.losses(answer, labels[shown], teacher_logits[shown])[:2]
         gradients = [torch.autograd.grad(loss, features, retain_graph=True)[0] for loss in losses]
         whole, rows = gradient_cosine(*gradients)
         return {"gradient_cosine": (whole, 1), "gradient_conflict": ((rows < 0).sum(), len(rows))}
@@ -224,95 +233,27 @@ class DHOTrainer(RunTrainer):
         every = self.args.conflict_steps or max(1, int(self.state.logging_steps))
         return (self.state.global_step + 1) % every == 0
 
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor | None, Any, Any]:
-        """Both heads' logits; a loss would need the teacher, which has not seen these rows."""
-        inputs = self.on_device(inputs)
-        labels = inputs.pop("labels")
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs)
-        return None, (outputs.ce_logits.float(), outputs.kd_logits.float()), labels
+    # Checkpoints
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """The Trainer's, also of rows as the constructor takes them."""
-        return super().get_eval_dataloader(_measured(self, eval_dataset, "eval"))
+    def checkpoint_to_save(self, folder: Path) -> None:
+        """Keeps the heads of the training, which the student's own files leave out."""
+        super().checkpoint_to_save(folder)
+        heads = self.model.training_heads
+        if heads is not None and self.args.should_save:
+            weights = {name: tensor.contiguous() for name, tensor in heads.state_dict().items()}
+            save_file(weights, str(folder / HEADS_FILE))
 
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """The Trainer's, also of rows as the constructor takes them."""
-        return super().get_test_dataloader(_measured(self, test_dataset, "test"))
-
-    def collator_of(self, training: bool) -> Any:
-        """Only training rows have teacher logits."""
-        return super().collator_of(training) if training else ClassCollator(self.processing_class)
-
-    def _accuracies(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Accuracy of the prediction and of each head that was trained."""
-        ce, kd = (torch.as_tensor(logits) for logits in prediction.predictions)
-        labels, config = torch.as_tensor(prediction.label_ids), self.model.config
-        both = search_interpolation(ce, kd, labels, [config.alpha], [config.beta]).accuracy
-        metrics = {"accuracy": both}
-        if self.args.objective == "dho":
-            heads = {"ce_head_accuracy": ce, "kd_head_accuracy": kd}
-            metrics |= {name: (logits.argmax(-1) == labels).float().mean().item() for name, logits in heads.items()}
-        return metrics
-
-    # After training
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Trains, then chooses alpha and beta on the validation rows and measures the test rows, if there are any."""
-        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        if self.state.global_step < self.state.max_steps:
-            return result
-        if self.args.objective == "dho" and self.args.alpha is None:
-            self.choose()
-        if self.test_dataset is not None:
-            metrics = self.evaluate(self.test_dataset, metric_key_prefix="test")  # pyright: ignore
-            self.save_metrics("test", metrics)
-        if self.args.plot_conflict and self.is_world_process_zero():
-            _plot_conflict(self)
-        return result
-
-    def choose(self) -> Interpolation:
-        """The alpha and beta with the best accuracy on the validation rows, set in the model's config and written."""
-        assert self.eval_dataset is not None
-        output = self.predict(self.eval_dataset, metric_key_prefix="eval")
-        ce, kd = (torch.as_tensor(logits) for logits in output.predictions)
-        labels = torch.as_tensor(output.label_ids)
-        self.choice = search_interpolation(ce, kd, labels, self.args.alphas, self.args.betas)
-        self.model.config.alpha, self.model.config.beta = self.choice.alpha, self.choice.beta
-        if self.is_world_process_zero():
-            write_choice(Path(self.args.output_dir or ".") / CHOICE, self.choice, len(labels))
-        return self.choice
-
-    def last_evaluation(self) -> dict[str, float] | None:
-        """That of the two heads as they are joined now: training's own came before alpha and beta were chosen."""
-        return super().last_evaluation() if self.choice is None else None
-
-
-def write_choice(path: Path, choice: Interpolation, rows: int) -> None:
-    """Writes alpha, beta and the whole grid, and by which rows they were chosen."""
-    grid = [dict(zip(("alpha", "beta", "accuracy"), point, strict=True)) for point in choice.grid]
-    chosen = {"alpha": choice.alpha, "beta": choice.beta, "accuracy": choice.accuracy}
-    write_file(path, json.dumps({**chosen, "split": "validation", "rows": rows, "grid": grid}, indent=1))
-
-
-def _measured(trainer: DHOTrainer, dataset: Any, name: str) -> Any:
-    if not isinstance(dataset, Dataset):
-        return dataset
-    return evaluated_rows(dataset, trainer.processing_class, trainer.args, trainer.class_names, name)
-
-
-def _plot_conflict(trainer: DHOTrainer) -> None:
-    from .conflict_plot import plot_conflict
-
-    if any("gradient_cosine" in entry for entry in trainer.state.log_history):
-        plot_conflict({"": trainer.state.log_history}, Path(trainer.args.output_dir or ".") / "gradient_conflict.png")
-    else:
-        # A run shorter than logging_steps: nothing to draw, and no reason to lose the student.
-        logger.warning("No gradient_conflict.png: the run was shorter than logging_steps, so nothing was logged.")
+    def weights_restored(self, checkpoint: Path) -> None:
+        """Loads the heads of the training from a checkpoint, too. Raises UserError for one without them."""
+        super().weights_restored(checkpoint)
+        heads, path = self.model.training_heads, checkpoint / HEADS_FILE
+        if heads is None:
+            return
+        tensors = load_file(str(path)) if path.is_file() else {}
+        ours = {name: values.shape for name, values in heads.state_dict().items()}
+        if {name: values.shape for name, values in tensors.items()} != ours:
+            raise UserError(
+                f"{checkpoint} has other heads than stage_heads, aspects and mixing ask for now: its run had other "
+                "settings. Resume with those, or begin again in another output_dir."
+            )
+        heads.load_state_dict(tensors)

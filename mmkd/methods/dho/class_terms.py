@@ -1,0 +1,133 @@
+"""The terms of DHO's loss beside those of its two heads: embeddings, aspects, inner stages and the gate."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkd.data.classification import HIDDEN
+from mmkd.losses import open_vocabulary as words
+from mmkd.losses.class_objectives import aspect_loss, class_objective
+from mmkd.losses.dual_head_losses import supervised_loss
+from mmkd.losses.gated_teachers import balance_loss, gated_loss
+from mmkd.teachers.class_signals import ClassSignals
+
+from .dho_config import DHOConfig
+
+Reports = dict[str, tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows of an accumulated batch over all ranks."""
+
+    labeled: Tensor
+    unlabeled: Tensor
+    aligned: Tensor
+    """Those that vl_align counts."""
+
+    @property
+    def rows(self) -> Tensor:
+        """All of them."""
+        return self.labeled + self.unlabeled
+
+    def mean(self, losses: Tensor, shown: Tensor) -> Tensor:
+        """The mean over labelled rows and that over the others, added up, of this micro-batch's share (eq. 6)."""
+        labeled, unlabeled = self.labeled.clamp(min=1), self.unlabeled.clamp(min=1)
+        return losses[shown].sum() / labeled + losses[~shown].sum() / unlabeled
+
+
+class ClassTerms:
+    """Losses by the settings and by what the teachers said."""
+
+    def __init__(self, args: DHOConfig, signals: ClassSignals):
+        assert args.temperature is not None
+        self.args, self.signals = args, signals
+        self._objective = class_objective(args.kd_loss, args.temperature, args.ofa_epsilon)
+
+    def counts(self, batches: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Labelled rows, the others, and those that vl_align counts, of the micro-batches of this rank."""
+        labeled = sum(int((batch["labels"] != HIDDEN).sum()) for batch in batches)
+        rows = sum(len(batch["labels"]) for batch in batches)
+        aligned = rows
+        if "vl_align" in self.args.term_weights and self.args.vl_align_filter:
+            aligned = sum(int(self._aligned(batch).sum()) for batch in batches)
+        return torch.tensor([labeled, rows - labeled, aligned], device=device)
+
+    def distilled(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, extra: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        """The loss of each row on the teacher's logits, or on those of several teachers."""
+        if teacher.ndim == 2:
+            return self._objective(student, teacher, labels)
+        losses = torch.stack([self._objective(student, logits, labels) for logits in teacher.unbind(1)], 1)
+        if self.args.mixing == "learned":
+            assert extra is not None
+            return gated_loss(losses, extra["gate"].float(), self.args.gate_top_k)
+        weights = losses.new_tensor(self.signals.weights)
+        return losses @ (weights / weights.sum())
+
+    def stages(self, extra: Mapping[str, Tensor], teacher: Tensor, labels: Tensor) -> Tensor | None:
+        """The sum over stages of the loss of each row on the teacher; None without stages."""
+        stages = [logits for name, logits in extra.items() if name.startswith("stage_")]
+        if not stages:
+            return None
+        return torch.stack([self.distilled(logits, teacher, labels, extra) for logits in stages]).sum(0)
+
+    def others(self, outputs: Any, batch: Mapping[str, Tensor], counts: Counts) -> tuple[Tensor | None, Reports]:
+        """The weighted sum of the terms of embeddings, aspects and the gate; None where there is none of them."""
+        terms: dict[str, tuple[Tensor, Tensor | float, Tensor]] = {}
+        labels = batch["labels"]
+        rows = torch.as_tensor(len(labels), device=labels.device)
+        if self.args.term_weights:
+            terms |= self._embedded(outputs.embeds, batch, counts)
+        extra = outputs.extra or {}
+        if "aspects" in extra:
+            losses = aspect_loss(extra["aspects"], batch["teacher_aspects"])
+            terms["aspects"] = (losses.sum(), rows, counts.rows)
+        if "gate" in extra and self.args.gate_balance != "none":
+            balance = balance_loss(extra["gate"].float().softmax(-1).mean(0), self.args.gate_balance)
+            terms["gate_balance"] = (balance * rows, rows, counts.rows)
+        if not terms:
+            return None, {}
+        weights = {"aspects": self.args.aspects_weight, "gate_balance": self.args.gate_balance_weight}
+        weights |= self.args.term_weights
+        total = torch.stack([weights[name] * loss / of.clamp(min=1) for name, (loss, _, of) in terms.items()]).sum()
+        return total, {name: (loss, items) for name, (loss, items, _) in terms.items()}
+
+    def _embedded(
+        self, embeds: Tensor, batch: Mapping[str, Tensor], counts: Counts
+    ) -> dict[str, tuple[Tensor, Tensor | float, Tensor]]:
+        """Of each term of embeddings: the sum over this micro-batch's rows, how many they are, and of how many."""
+        args, labels = self.args, batch["labels"]
+        assert self.signals.embeddings is not None
+        text = self.signals.embeddings.text.to(embeds.device)
+        images, shown = batch["teacher_images"], labels != HIDDEN
+        rows, tau = torch.as_tensor(len(labels), device=labels.device), args.text_temperature
+        terms: dict[str, tuple[Tensor, Tensor | float, Tensor]] = {}
+        weights = args.term_weights
+        if "text_ce" in weights:
+            losses = supervised_loss(words.text_logits(embeds[shown], text, tau), labels[shown])
+            # A sum over no rows still belongs to the graph.
+            terms["text_ce"] = (losses.sum() + 0 * embeds.float().sum(), shown.sum(), counts.labeled)
+        if "vl_align" in weights:
+            keep = self._aligned(batch) if args.vl_align_filter else torch.ones_like(shown)
+            losses = words.alignment_loss(embeds, images, text, args.vl_align_top_k, tau)
+            terms["vl_align"] = ((losses * keep).sum(), keep.sum(), counts.aligned)
+        if "image_contrast" in weights:
+            terms["image_contrast"] = (words.image_contrast(embeds, images, tau).sum(), rows, counts.rows)
+        if "caption" in weights:
+            losses = words.caption_loss(embeds, batch["teacher_captions"], labels)
+            terms["caption"] = (losses.sum(), rows, counts.rows)
+        if "feature_mse" in weights:
+            losses = words.feature_distance(embeds, images, args.feature_mse_form)
+            total = losses.sum() if args.feature_mse_form == "normalized" else words.log_distance(losses.mean()) * rows
+            terms["feature_mse"] = (total, rows, counts.rows)
+        return terms
+
+    def _aligned(self, batch: Mapping[str, Tensor]) -> Tensor:
+        assert self.signals.embeddings is not None
+        images = batch["teacher_images"]
+        return words.agreeing_rows(images, self.signals.embeddings.text.to(images.device), batch["labels"])
