@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +22,6 @@ from mmkd.errors import UserError
 from mmkd.losses.dual_head_losses import check_interpolation, interpolate
 from mmkd.seams.transformers_seam import has_class_for
 
-from .captured_features import capturing
 from .features import (
     POOLINGS,
     backbone_class,
@@ -33,7 +32,10 @@ from .features import (
     vision_tower,
     width_of,
 )
-from .training_heads import TrainingHeads
+
+if TYPE_CHECKING:
+    # Its parts import peft, and this module may be imported while peft is.
+    from .training_heads import TrainingHeads
 
 
 class DualHeadConfig(PreTrainedConfig):
@@ -234,7 +236,7 @@ class _DualHeadModel(PreTrainedModel):
         heads = self.training_heads if self.training else None
         if heads is None:
             return self.answer(self.features(**inputs), labels)
-        with capturing(self.backbone, heads.names) as captured:
+        with heads.listening(self.backbone) as captured:
             output = self.answer(self.features(**inputs), labels)
             output.extra = heads(output, captured, inputs.get("attention_mask"))
         return output

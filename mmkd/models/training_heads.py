@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from mmkd.errors import UserError
 from mmkd.seams.transformers_seam import leave_out_of_saves
 
-from .captured_features import blocks_of, feature_of, named_modules_of
+from .captured_features import blocks_of, capturing, feature_of, named_modules_of
 
 HEADS = "training_heads"
 """The attribute of the student that holds them."""
@@ -103,6 +104,10 @@ class TrainingHeads(nn.Module):
         self.names = tuple(stages or ())
         self.stages = nn.ModuleList((stages or {}).values())
         self.aspects, self.gate = aspects, gate
+
+    def listening(self, backbone: nn.Module) -> AbstractContextManager[dict[str, Any]]:
+        """In it, what the stages return is caught for `forward`."""
+        return capturing(backbone, self.names)
 
     def forward(self, output: Any, captured: Mapping[str, Any], mask: Tensor | None) -> dict[str, Tensor]:
         """What each says of the student's output, by its name: `stage_0`, ..., `aspects` and `gate`."""
