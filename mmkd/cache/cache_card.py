@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from mmkd import __version__
 from mmkd.errors import UserError
 
+from .embedding_codec import EMBEDDINGS
 from .kept_answers import chosen_by, parquet_configs, read_summary, summary_lines
 from .manifest import Manifest
 from .side_files import HEAD
@@ -44,10 +45,11 @@ def cache_card(
     is the name of a method that learns from such a cache.
     """
     identity = manifest.identity
-    is_text = identity["signal"]["kind"] == "text"
+    kind = identity["signal"]["kind"]
+    is_text = kind == "text"
     header = DatasetCardData(
         **hub_license(identity["data"]["license"]),
-        task_categories=["image-text-to-text" if identity["preparation"]["image_processor"] else "text-generation"],
+        task_categories=[_task(identity)],
         tags=["mmkd", "distillation", "teacher-cache"],
         configs=[
             {
@@ -63,6 +65,8 @@ def cache_card(
     )
     teacher, data = identity["teacher"], identity["data"]
     subject = f"What `{teacher['name']}` says about every supervised token of the data `{data['name']}`"
+    if kind == EMBEDDINGS:
+        subject = f"The embeddings by `{teacher['name']}` of every pair of the data `{data['name']}`"
     if is_text:
         subject = f"The answers of `{teacher['name']}` to the prompts of the data `{data['name']}`"
     card = DatasetCard.from_template(
@@ -71,7 +75,7 @@ def cache_card(
         title=f"{teacher['name']} on {data['name']}",
         summary=f"{subject}, written down once by mmkd, so that students learn from it without running the teacher.",
         facts={**_source(identity), **_content(folder, manifest)},
-        fidelity=_fidelity(fidelity, is_text),
+        fidelity=_embedding_fidelity(identity) if kind == EMBEDDINGS else _fidelity(fidelity, is_text),
         usage=_text_usage(folder, repo_id) if is_text else _usage(identity, repo_id, method),
         columns=", ".join(f"`{column}`" for column in columns),
         repo_id=repo_id,
@@ -120,12 +124,18 @@ def _source(identity: Mapping[str, Any]) -> dict[str, Any]:
 def _content(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """The facts about the rows of the cache."""
     signal, facts = manifest.identity["signal"], {}
+    unit = "embedding" if signal["kind"] == EMBEDDINGS else "token"
     for split, shards in manifest.shards.items():
         rows, tokens = (sum(getattr(entry, name) for entry in shards.values()) for name in ("rows", "tokens"))
-        facts[f"Split `{split}`"] = f"{rows:,} rows, {tokens:,} tokens"
+        facts[f"Split `{split}`"] = f"{rows:,} rows, {tokens:,} {unit}s"
     entries = [entry for shards in manifest.shards.values() for entry in shards.values()]
     size, tokens = sum(entry.bytes for entry in entries), sum(entry.tokens for entry in entries)
-    facts["Size on disk"] = f"{size:,} bytes, {size / max(1, tokens):.1f} bytes per token"
+    facts["Size on disk"] = f"{size:,} bytes, {size / max(1, tokens):.1f} bytes per {unit}"
+    if signal["kind"] == EMBEDDINGS:
+        facts["Kept per pair"] = (
+            f"{signal['views']} views of the first ({signal['augmentation']}) and up to {signal['captions']} "
+            f"captions, {signal['width']:,} numbers each in {signal['dtype']}"
+        )
     if signal["kind"] == "top_k":
         facts["Kept per token"] = (
             f"the {signal['k']} most likely tokens with their log-probs, {signal['tail_draws']} draws from the tail, "
@@ -150,6 +160,18 @@ def _content(folder: Path, manifest: Manifest) -> dict[str, Any]:
         facts["Answers kept"] = f"{' '.join(summary_lines(summary))} ({chosen_by(summary)})"
     facts["Rows left out"] = manifest.skipped_summary() if manifest.skipped_rows() else "0"
     return facts
+
+
+def _task(identity: Mapping[str, Any]) -> str:
+    """The Hub's name of what the data are for."""
+    images = identity["preparation"]["image_processor"]
+    if identity["signal"]["kind"] == EMBEDDINGS:
+        return "zero-shot-image-classification" if images else "sentence-similarity"
+    return "image-text-to-text" if images else "text-generation"
+
+
+def _embedding_fidelity(identity: Mapping[str, Any]) -> str:
+    return f"Embeddings of length 1, rounded to {identity['signal']['dtype']}."
 
 
 def _fidelity(fidelity: Mapping[str, float] | None, is_text: bool) -> str:
@@ -177,8 +199,13 @@ def _usage(identity: Mapping[str, Any], repo_id: str, method: str | None) -> str
     }
     return (
         f"In a recipe for `mmkd-train`, beside `student` and the training arguments:\n\n{_yaml_block(recipe)}\n\n"
-        "The teacher is not loaded. Data, tokenizer, chat template and lengths must be those of the table above; mmkd "
-        "checks this and names what differs."
+        "The teacher is not loaded. "
+        + (
+            "Every pair of the data must be one of the cache."
+            if signal["kind"] == EMBEDDINGS
+            else "Data, tokenizer, chat template and lengths must be those of the table above; mmkd checks this and "
+            "names what differs."
+        )
     )
 
 

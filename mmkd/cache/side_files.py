@@ -14,6 +14,7 @@ from mmkd.models.heads import LMHead
 from mmkd.precision import product_dtype
 
 from .codec import Codec, TokenOrder
+from .embedding_codec import EMBEDDINGS, EmbeddingCodec
 from .identity import file_sha256
 from .manifest import Manifest
 from .state_codec import StateCodec
@@ -25,11 +26,13 @@ SIDE_FILES = {"token_order": TOKEN_ORDER, "head": HEAD}
 """Field of a manifest's signal with the sha256 of a file -> its name."""
 
 
-def codec_of(folder: Path, manifest: Manifest) -> Codec | StateCodec:
+def codec_of(folder: Path, manifest: Manifest) -> Codec | StateCodec | EmbeddingCodec:
     """The codec of a cache. Raises UserError if its token order is missing or does not match the manifest."""
     signal = manifest.identity["signal"]
     if signal["kind"] == "hidden":
         return StateCodec(signal["dtype"], signal["width"], signal["vocab_size"], signal["visual"])
+    if signal["kind"] == EMBEDDINGS:
+        return EmbeddingCodec(signal["dtype"], signal["width"])
     if signal["kind"] == "log_probs":
         return Codec("log_probs", 1, 0, TokenOrder(np.zeros(0, dtype=np.int32)), boundaries="boundaries" in signal)
     path = folder / TOKEN_ORDER

@@ -27,7 +27,8 @@ from datasets import Dataset, Features, List, Value
 from mmkd.errors import UserError
 from mmkd.files import append_to_file, write_file
 
-from .codec import KINDS, TokenScores
+from .codec import KINDS, Codec, TokenScores
+from .embedding_codec import EMBEDDINGS, EmbeddingCodec, PairEmbeddings
 from .identity import file_sha256
 from .manifest import Manifest, ShardEntry, Skipped, advice_on, differences, identity_differences
 from .sequence_keys import KEY_BYTES
@@ -163,7 +164,7 @@ class Cache:
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
         signal = self.manifest.identity["signal"]
-        if signal["kind"] not in KINDS:
+        if signal["kind"] not in (*KINDS, EMBEDDINGS):
             raise UserError(
                 f"{folder} holds the teacher's answers, not its scores. Train on it as data: "
                 f"`data: {folder}/data.yaml`.",
@@ -211,12 +212,17 @@ class Cache:
 
     def scores(self, row: int) -> TokenScores:
         """The scores of a sequence. Raises UserError if its bytes are damaged."""
-        assert not isinstance(self.codec, StateCodec)
+        assert isinstance(self.codec, Codec)
         return self.codec.decode(*self._blob(row))
 
     def states(self, row: int) -> StoredStates:
         """The hidden states of a sequence, in a cache of those. Raises UserError if its bytes are damaged."""
         assert isinstance(self.codec, StateCodec)
+        return self.codec.decode(*self._blob(row))
+
+    def embeddings(self, row: int) -> PairEmbeddings:
+        """The embeddings of a pair, in a cache of those. Raises UserError if its bytes are damaged."""
+        assert isinstance(self.codec, EmbeddingCodec)
         return self.codec.decode(*self._blob(row))
 
     def _blob(self, row: int) -> tuple[memoryview, int]:

@@ -26,7 +26,7 @@ def build(plan: Plan, console: Console) -> Path:
         for name, content in plan.files().items():
             write_file(plan.folder / name, content)
         missing = writer.manifest.missing()
-        with Report(console, writer.manifest, missing) as report:
+        with Report(console, writer.manifest, missing, plan.counted) as report:
             for result in _results(plan, missing, report.advance):
                 writer.write(result.split, result.number, result.rows, result.skipped, result.cost)
                 report.shard_done(result)
@@ -65,8 +65,8 @@ def _results(plan: Plan, missing: list[tuple[str, int]], advance: Advance) -> It
 class Report:
     """Progress with time left: a bar on a terminal, a line per shard elsewhere."""
 
-    def __init__(self, console: Console, manifest: Manifest, missing: list[tuple[str, int]]):
-        self._console, self._missing = console, len(missing)
+    def __init__(self, console: Console, manifest: Manifest, missing: list[tuple[str, int]], counted: str):
+        self._console, self._missing, self._counted = console, len(missing), counted
         self._total = len(manifest.planned())
         self._done, self._tokens, self._start = 0, 0, time.monotonic()
         columns = [TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
@@ -88,7 +88,7 @@ class Report:
     def advance(self, tokens: int) -> None:
         """Counts tokens that were read."""
         self._tokens += tokens
-        self._progress.update(self._task, speed=f"{self._speed():,.0f} tokens/s")
+        self._progress.update(self._task, speed=f"{self._speed():,.0f} {self._counted.split()[-1]}/s")
 
     def shard_done(self, result: ShardResult) -> None:
         """Counts a shard that was written."""
@@ -100,7 +100,7 @@ class Report:
             left = (time.monotonic() - self._start) / self._done * (self._missing - self._done)
             supervised = sum(row["tokens"] for row in result.rows)
             self._console.print(
-                f"{result.split} shard {result.number}: {len(result.rows)} rows, {supervised:,} supervised tokens; "
+                f"{result.split} shard {result.number}: {len(result.rows)} rows, {supervised:,} {self._counted}; "
                 f"{self._total - self._missing + self._done} of {self._total} done, {left / 60:.1f} minutes left",
                 highlight=False,
             )

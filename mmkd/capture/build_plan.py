@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features
@@ -68,6 +68,8 @@ class Plan(ABC):
     folder: Path
     manifest: Manifest
     features: Features
+    counted: ClassVar[str] = "supervised tokens"
+    """What the shards hold, in words."""
 
     @abstractmethod
     def shard(self, split: str, number: int, advance: Advance) -> ShardResult:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmkd.cache.cache_card import mass_kept
+from mmkd.cache.embedding_codec import EMBEDDINGS
 from mmkd.cache.hub import local_cache, push_cache
 from mmkd.cache.kept_answers import chosen_by, read_summary, summary_lines
 from mmkd.cache.manifest import Manifest
@@ -83,6 +84,8 @@ def describe_cache(name: str) -> int:
     identity, entries = manifest.identity, [entry for shards in manifest.shards.values() for entry in shards.values()]
     tokens, size = sum(entry.tokens for entry in entries), sum(entry.bytes for entry in entries)
     missing = len(manifest.missing())
+    unit = "embedding" if identity["signal"]["kind"] == EMBEDDINGS else "token"
+    held = "embeddings" if unit == "embedding" else "supervised tokens"
     # Shards that were built twice cost twice.
     cost = sum(line["seconds"] for line in read_log(folder))
     rows: list[tuple[str, str]] = [
@@ -91,9 +94,9 @@ def describe_cache(name: str) -> int:
         ("signal", ", ".join(f"{key} {value}" for key, value in identity["signal"].items() if key not in SIDE_FILES)),
         *[(split, _progress(manifest, split)) for split in manifest.shards],
         ("skipped rows", manifest.skipped_summary() if manifest.skipped_rows() else "0"),
-        ("supervised tokens", f"{tokens:,}"),
-        ("size", f"{readable_size(size)}, {size / max(1, tokens):.1f} bytes per token"),
-        ("cost", f"{cost / 3600:.2f} hours, {tokens / max(cost, 1e-9):,.0f} supervised tokens/s"),
+        (held, f"{tokens:,}"),
+        ("size", f"{readable_size(size)}, {size / max(1, tokens):.1f} bytes per {unit}"),
+        ("cost", f"{cost / 3600:.2f} hours, {tokens / max(cost, 1e-9):,.0f} {held}/s"),
         ("state", f"{missing} of {len(manifest.planned())} shards are missing" if missing else "complete"),
     ]
     if identity["signal"]["kind"] == "top_k" and not missing and manifest.part is None:
@@ -126,8 +129,9 @@ def _progress(manifest: Manifest, split: str) -> str:
     """How much of a split is there: sequences one by one, of answers those to a prompt together."""
     shards, total = manifest.shards[split], manifest.total_rows[split]
     held = sum(entry.rows for entry in shards.values())
-    if manifest.identity["signal"]["kind"] != "text":
-        return f"{held:,} of {total:,} sequences"
+    kind = manifest.identity["signal"]["kind"]
+    if kind != "text":
+        return f"{held:,} of {total:,} {'pairs' if kind == EMBEDDINGS else 'sequences'}"
     done = {row for number in shards for row in manifest.span(split, number)}
     return f"{held:,} answers to {len(done - manifest.skipped[split].keys()):,} of {total:,} prompts"
 

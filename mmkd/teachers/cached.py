@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mmkd.cache.codec import TokenScores
+from mmkd.cache.codec import Codec, TokenScores
+from mmkd.cache.embedding_codec import EmbeddingCodec
 from mmkd.cache.manifest import differences
 from mmkd.cache.sequence_keys import image_hash, segments, sequence_key
 from mmkd.cache.state_codec import StateCodec, StoredStates
@@ -70,6 +71,12 @@ class CachedTeacher(Teacher[CachedSignal]):
                 )
             self.signal_type, self.states = DenseSignal, CachedStates(self.cache)
             return
+        if isinstance(codec, EmbeddingCodec):
+            raise UserError(
+                f"{self.cache.folder} holds embeddings of pairs, which say nothing of tokens. It is for method "
+                "clip_kd; build a cache of scores for this method.",
+                because="meaning",
+            )
         if codec.kind == "log_probs":
             self.signal_type, self.can_temper = LabelSignal, False
             return
@@ -91,7 +98,7 @@ class CachedTeacher(Teacher[CachedSignal]):
         """The tokens its distributions are over."""
         if self.states is not None:
             return self.states.vocab_size
-        assert not isinstance(self.cache.codec, StateCodec)
+        assert isinstance(self.cache.codec, Codec)
         return len(self.cache.codec.order.ids)
 
     @property
@@ -169,7 +176,7 @@ class CachedTeacher(Teacher[CachedSignal]):
 
     def _nothing(self) -> TokenScores:
         codec = self.cache.codec
-        assert not isinstance(codec, StateCodec)
+        assert isinstance(codec, Codec)
         if codec.kind == "log_probs":
             return TokenScores.of_labels(*np.zeros((1 + codec.boundaries, 0), dtype=np.float32))
         ids, draws = (np.zeros((0, width), dtype=np.int32) for width in (codec.k, codec.m))
