@@ -1,8 +1,11 @@
 """Dual encoders: models that embed images and texts, or texts alone, in one space, whatever package they are of."""
 
+import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +26,9 @@ OPEN_CLIP = "open_clip:"
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 SENTENCE_CONFIG = "modules.json"
+
+PAIR_HEADS = "distillation_heads"
+"""The name of modules that a model has during its training only."""
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError)
 
@@ -69,6 +75,10 @@ class DualEncoder(ABC):
     def save(self, folder: str | Path) -> None:
         """Writes the model, and what prepares its inputs, as its package loads them."""
 
+    def restore(self, folder: str | Path) -> None:
+        """Loads the weights that `save` wrote; transformers' Trainer does it for transformers' models."""
+        raise NotImplementedError
+
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
         """What cosines are multiplied by, with its gradient; 20 for encoders of sentences, which have none."""
@@ -79,6 +89,43 @@ class DualEncoder(ABC):
         """The number that SigLIP adds to its logits; None for CLIP."""
         bias = getattr(self.model, "logit_bias", None)
         return None if bias is None else bias.squeeze()
+
+    @property
+    def trunk(self) -> Any:
+        """The module of the model that a training may hang modules of its own on."""
+        return self.model
+
+    @property
+    def loss_parameters(self) -> list[Tensor]:
+        """Those parameters that a loss reads, and no feature: the scale and the bias of logits."""
+        named = (getattr(self.model, name, None) for name in ("logit_scale", "logit_bias"))
+        return [parameter for parameter in named if parameter is not None]
+
+    def side_of(self, name: str) -> str:
+        """The tower that a parameter or module of the model belongs to by its name: image, text or none."""
+        if name.startswith(("vision_model", "visual")):
+            return "image"
+        return "text" if name.startswith("text") else "none"
+
+    def start_scale(self, scale: float) -> None:
+        """Sets the number that cosines are multiplied by."""
+        with torch.no_grad():
+            self.model.logit_scale.fill_(math.log(scale))
+
+    def limit_scale(self, most: float) -> None:
+        """Keeps the scale at or below a number."""
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=math.log(most))
+
+    def for_preparing(self) -> "DualEncoder":
+        """One that prepares inputs and holds no weights, for other processes."""
+        light = copy.copy(self)
+        light.model = SimpleNamespace(config=getattr(self.model, "config", None))
+        return light
+
+    def prepares_as(self, other: "DualEncoder") -> bool:
+        """Whether both make the same inputs of images and texts."""
+        return False
 
     @property
     def parameter_count(self) -> int:
@@ -118,6 +165,15 @@ class TransformersDualEncoder(DualEncoder):
         settings = {"padding": padding, "truncation": True, "max_length": self._longest, "return_tensors": "pt"}
         return dict(self.processor.tokenizer(list(texts), **settings))
 
+    def prepares_as(self, other: DualEncoder) -> bool:
+        """Whether both have the same image processor, and the same tokenizer with texts of one length."""
+        if not isinstance(other, TransformersDualEncoder) or self.sigmoid != other.sigmoid:
+            return False
+        ours, theirs = self.processor, other.processor
+        written = [_written(processor.tokenizer) for processor in (ours, theirs)]
+        same_images = ours.image_processor.to_dict() == theirs.image_processor.to_dict()
+        return self._longest == other._longest and same_images and None not in written and written[0] == written[1]
+
     def encode_images(self, inputs: Inputs) -> Float[Tensor, "image width"]:
         """Features of prepared images."""
         return self.model.get_image_features(**self.placed(inputs)).pooler_output
@@ -144,6 +200,12 @@ class TransformersDualEncoder(DualEncoder):
         """Writes the model and its processor, as transformers loads them."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+
+
+def _written(tokenizer: Any) -> str | None:
+    """All of a tokenizer in one string; None for one that is not written so."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    return None if fast is None else fast.to_str()
 
 
 def load_dual_encoder(

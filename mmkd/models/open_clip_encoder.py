@@ -8,14 +8,22 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPProcessor
 
 from mmkd.errors import UserError, first_line
 from mmkd.files import write_file
 
-from .dual_encoder import OPEN_CLIP, OPEN_CLIP_CONFIG, DualEncoder, Inputs, TransformersDualEncoder, file_of
+from .dual_encoder import (
+    OPEN_CLIP,
+    OPEN_CLIP_CONFIG,
+    PAIR_HEADS,
+    DualEncoder,
+    Inputs,
+    TransformersDualEncoder,
+    file_of,
+)
 from .load import dtype_named
 from .open_clip_format import OPEN_CLIP_WEIGHTS, is_plain_clip, read_open_clip
 
@@ -46,6 +54,12 @@ class OpenClipDualEncoder(DualEncoder):
         """Features of prepared texts."""
         return self.model.encode_text(**self.placed(inputs))
 
+    def side_of(self, name: str) -> str:
+        """The tower that a parameter or module of the model belongs to by its name: image, text or none."""
+        if name.startswith("visual"):
+            return "image"
+        return "none" if name.startswith("logit_") else "text"
+
     @property
     def width(self) -> int:
         """Channels of the features."""
@@ -55,12 +69,22 @@ class OpenClipDualEncoder(DualEncoder):
         """Writes weights and config as open_clip loads them with `local-dir:FOLDER`."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        weights = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in self.model.state_dict().items()
+            if not name.startswith(PAIR_HEADS)
+        }
         save_file(weights, str(target / OPEN_CLIP_WEIGHTS), metadata={"format": "pt"})
         inner: Any = getattr(self.tokenizer, "tokenizer", None)
         if hasattr(inner, "save_pretrained"):
             inner.save_pretrained(target)
         write_file(target / OPEN_CLIP_CONFIG, json.dumps(self.description, indent=2))
+
+    def restore(self, folder: str | Path) -> None:
+        """Loads the weights that `save` wrote into the model."""
+        weights = load_file(str(Path(folder) / OPEN_CLIP_WEIGHTS))
+        heads = {name: own for name, own in self.model.state_dict().items() if name.startswith(PAIR_HEADS)}
+        self.model.load_state_dict({**weights, **heads})
 
 
 def load_open_clip(name: str, *, role: str, dtype: str, device: str | torch.device, **hub: Any) -> DualEncoder:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmkd.errors import UserError, first_line
 
-from .dual_encoder import DualEncoder, Inputs
+from .dual_encoder import PAIR_HEADS, DualEncoder, Inputs
 from .load import dtype_named
 
 SENTENCE_SCALE = 20.0
@@ -25,6 +25,7 @@ class SentenceEncoder(DualEncoder):
 
     def __init__(self, model: Any, name: str = ""):
         self.model, self.name = model, name
+        self.scale = SENTENCE_SCALE
 
     def prepare_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Raises UserError: it reads texts alone."""
@@ -55,12 +56,34 @@ class SentenceEncoder(DualEncoder):
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
-        """20, as sentence-transformers' losses have it."""
-        return torch.tensor(SENTENCE_SCALE, device=next(self.model.parameters()).device)
+        """20, as sentence-transformers' losses have it, unless it was set."""
+        return torch.tensor(self.scale, device=next(self.model.parameters()).device)
+
+    @property
+    def trunk(self) -> Any:
+        """The model of transformers inside; sentence-transformers calls the modules around it one after the other."""
+        return self.model[0].auto_model
+
+    def start_scale(self, scale: float) -> None:
+        """Sets the number that cosines are multiplied by."""
+        self.scale = scale
+
+    def limit_scale(self, most: float) -> None:
+        """Nothing: it is not trained."""
+
+    def for_preparing(self) -> DualEncoder:
+        """Itself: sentence-transformers prepares texts with the model."""
+        return self
 
     def save(self, folder: str | Path) -> None:
         """Writes the model as sentence-transformers loads it."""
         self.model.save_pretrained(str(folder))
+
+    def restore(self, folder: str | Path) -> None:
+        """Loads the weights that `save` wrote into the model."""
+        weights = load_sentence_encoder(str(folder), role="checkpoint", dtype="auto", device="cpu").model.state_dict()
+        heads = {name: own for name, own in self.model.state_dict().items() if PAIR_HEADS in name}
+        self.model.load_state_dict({**weights, **heads})
 
 
 def load_sentence_encoder(

@@ -51,6 +51,14 @@ class HookedTrainer(Trainer):
         """The weights to save in a folder; None: those that the model itself gives."""
         return weights
 
+    def saved_otherwise(self, folder: Path) -> bool:
+        """Writes a model that the Trainer cannot, of another package than transformers; False: it is the Trainer's."""
+        return False
+
+    def restored_otherwise(self, checkpoint: Path) -> bool:
+        """Reads the weights of a checkpoint that `saved_otherwise` wrote; False: they are the Trainer's."""
+        return False
+
     def checkpoint_to_save(self, folder: Path) -> None:
         """Called when a checkpoint gets what a training needs to go on, before its state tells that it is complete."""
 
@@ -115,7 +123,8 @@ class HookedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.before_restoring(Path(resume_from_checkpoint))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.restored_otherwise(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.weights_restored(Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -128,12 +137,15 @@ class HookedTrainer(Trainer):
             self.checkpoint_restored(Path(checkpoint))
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if not self.restored_otherwise(Path(self.state.best_model_checkpoint or "")):
+            super()._load_best_model()
         self.weights_restored(Path(self.state.best_model_checkpoint or ""))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # Comes here with weights where FSDP or DeepSpeed had to gather them.
         folder = Path(output_dir or self.args.output_dir or ".")
+        if self.saved_otherwise(folder):
+            return
         super()._save(output_dir, self.weights_to_save(folder, state_dict))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

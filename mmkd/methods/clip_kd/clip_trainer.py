@@ -1,0 +1,403 @@
+"""ContrastiveKDTrainer: a dual encoder learns from pairs, and from what larger dual encoders say of them."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers.trainer_callback import TrainerCallback
+
+from mmkd.errors import UserError
+from mmkd.losses.contrastive_losses import Targets
+from mmkd.models.dual_encoder import DualEncoder
+from mmkd.models.open_clip_format import save_open_clip
+from mmkd.models.pair_heads import add_pair_heads, let_pairs_be_read, pair_head, pair_heads
+from mmkd.preparation.checks import check_precision
+from mmkd.preparation.pair_batches import (
+    CAPTIONS,
+    FIRST,
+    ROWS,
+    SECOND,
+    STUDENT,
+    TEACHERS,
+    TEXTS,
+    PairCollator,
+    PairRows,
+    PairSampler,
+)
+from mmkd.training.run_trainer import RunTrainer
+
+from .clip_config import ContrastiveKDConfig as ContrastiveKDConfig
+from .gradient_cache import PartGradients, RandomState, shares, surrogate
+from .pair_evaluation import EvaluatedPairs
+from .pair_gathering import gathered
+from .pair_inputs import check_encoders, pair_rows
+from .pair_terms import (
+    PairFacts,
+    PairFeatures,
+    PairView,
+    StudentSays,
+    TeacherSays,
+    own_term,
+    retrieved,
+    same_captions,
+    taught_terms,
+)
+
+logger = logging.getLogger(__name__)
+
+HEADS_FILE = "pair_heads.safetensors"
+"""The heads in a checkpoint."""
+
+Reports = dict[str, tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class TeacherEncoder:
+    """A teacher: a dual encoder and its share of the loss."""
+
+    encoder: DualEncoder
+    weight: float = 1.0
+
+
+class ScaleLimit(TrainerCallback):
+    """Keeps the student's scale in bounds."""
+
+    def __init__(self, student: DualEncoder, most: float):
+        self.student, self.most = student, most
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.student.limit_scale(self.most)
+
+
+class ContrastiveKDTrainer(RunTrainer):
+    """transformers' Trainer for a dual encoder, whose losses are over the pairs of all ranks and accumulated parts.
+
+    Args:
+        model: the student, a `DualEncoder` (`load_dual_encoder`).
+        teachers: a `DualEncoder` or `TeacherEncoder`, or several by name. None: pairs alone teach.
+        args: settings of the method, by default the config's own with the output_dir "clip_kd".
+        train_dataset: rows with a picture and its captions, or with two texts; or `PairRows`.
+        eval_dataset: rows to measure on, in the same form.
+        callbacks: callbacks of transformers' Trainer.
+        optimizers: an optimizer and a schedule in place of those that args ask for.
+        optimizer_cls_and_kwargs: the class of an optimizer and its arguments, in place of `optim` in args.
+
+    Raises UserError when student, teachers, data and settings cannot work together, before any step is taken.
+    """
+
+    method = "clip_kd"
+    config_class: ClassVar[type[ContrastiveKDConfig]] = ContrastiveKDConfig
+    needs_teacher: ClassVar[bool] = False
+    takes_several: ClassVar[bool] = True
+    accepts: ClassVar[tuple[type, ...]] = ()
+    one_vocabulary: ClassVar[bool] = False
+    # `compute_loss` divides by the pairs of the whole accumulated batch, so the Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    args: ContrastiveKDConfig
+    model: Any
+    train_dataset: Any
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        teachers: DualEncoder | TeacherEncoder | Mapping[str, DualEncoder | TeacherEncoder] | None = None,
+        args: ContrastiveKDConfig | None = None,
+        train_dataset: Dataset | PairRows | None = None,
+        eval_dataset: Dataset | PairRows | None = None,
+        *,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+    ):
+        args = self.config_class("clip_kd") if args is None else args
+        if not isinstance(args, self.config_class):
+            raise UserError(f"{type(self).__name__} takes a ContrastiveKDConfig, not a {type(args).__name__}.")
+        check_precision(args, args.emulated_bf16)
+        named = _named(teachers)
+        whole = sum(teacher.weight for teacher in named.values())
+        self.shares = {name: teacher.weight / whole for name, teacher in named.items()}
+        self.teachers = {name: teacher.encoder for name, teacher in named.items()}
+        self.weights = args.weights_with(bool(named))
+        rows = pair_rows(train_dataset, args, "train")
+        held_out = None if eval_dataset is None else pair_rows(eval_dataset, args, "eval")
+        check_encoders(model, self.teachers, rows, args)
+        for teacher in self.teachers.values():
+            teacher.model.to(args.device).eval().requires_grad_(False)
+        self.student = model
+        self._prepare_student(args)
+        self.collate = PairCollator(model, self.teachers)
+        self._parts: list[dict[str, Any]] = []
+        self._shares: list[PartGradients] = []
+        self._evaluated = EvaluatedPairs()
+        super().__init__(
+            model=model.model,
+            args=args,
+            data_collator=self.collate,
+            train_dataset=rows,
+            eval_dataset=held_out,
+            processing_class=getattr(model, "processor", None),
+            callbacks=[ScaleLimit(model, args.max_logit_scale), *(callbacks or [])],
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+
+    def _prepare_student(self, args: ContrastiveKDConfig) -> None:
+        """Heads, scale, and what is not trained."""
+        student = self.student
+        wants_heads = self.weights["feature_mse"] or self.weights["icl"]
+        add_pair_heads(student, {name: own.width for name, own in self.teachers.items() if wants_heads})
+        let_pairs_be_read(student)
+        if args.logit_scale is not None:
+            student.start_scale(args.logit_scale)
+        for parameter in student.loss_parameters:
+            parameter.requires_grad_(args.train_logit_scale)
+        if args.freeze != "none":
+            for name, parameter in student.model.named_parameters():
+                if student.side_of(name) == args.freeze:
+                    parameter.requires_grad_(False)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's. Raises UserError where weights would be cut over devices."""
+        super().create_accelerator_and_postprocess()
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+            raise UserError(
+                "Dual encoders are not trained under FSDP2 and ZeRO-3. They are small: use accelerate_config ddp or "
+                "zero2; gradient_accumulation_steps makes large batches of small ones.",
+                because="not built",
+            )
+
+    # Batches
+
+    @property
+    def pairs_per_step(self) -> int:
+        """The pairs of an optimizer step: of all ranks and accumulated parts, each of which is compared with all."""
+        args = self.args
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of pairs, in an order and with captions that depend on the seed and the epoch alone."""
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = PairSampler(len(self.train_dataset), self.pairs_per_step, seed)
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=lambda dataset: sampler,
+            is_training=True,
+        )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Collects the parts of one contrastive batch."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._parts, self._shares = list(batches), []
+        return batches, num_items
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """The Trainer's, without scales: CLIP does not pull its temperature to 1."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if model.get_parameter(name).ndim > 1]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """None: the Trainer would estimate them from tokens, and looks for those of one text."""
+        return 0
+
+    # The step
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The part's share of the loss of the accumulated batch of all ranks."""
+        self._keep_frozen()
+        if len(self._parts) > 1:
+            loss = self._part_loss(model, inputs)
+        else:
+            asked, facts = self.ask(inputs), _facts(inputs)
+            loss, reports = model(reader=lambda: self.losses(self.encode(self.student, inputs[STUDENT]), asked, facts))
+            self._record(reports)
+        return (loss, {}) if return_outputs else loss
+
+    def _part_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if not self._shares:
+            self._shares = self._shares_of_parts()
+        given = self._shares.pop(0)
+        parameters = self._loss_parameters()
+
+        def reader() -> Tensor:
+            features = self.encode(self.student, inputs[STUDENT])
+            return surrogate((features.images, features.texts), parameters, given)
+
+        with given.state.again():
+            return model(reader=reader)
+
+    def _shares_of_parts(self) -> list[PartGradients]:
+        """What the loss of all parts says of each: they are embedded without a graph, which takes no memory."""
+        device = self.args.device
+        parts = [self.on_device(part) for part in self._parts]
+        states, embedded = [], []
+        for part in parts:
+            states.append(RandomState.now(device))
+            with torch.no_grad():
+                embedded.append(self.model(reader=lambda part=part: self.encode(self.student, part[STUDENT])))
+        joined = PairFeatures.joined(embedded)
+        features = [tensor.detach().requires_grad_() for tensor in (joined.images, joined.texts)]
+        answers = [self.ask(part) for part in parts]
+        asked = {name: PairFeatures.joined([answer[name] for answer in answers]) for name in self.teachers}
+        facts = PairFacts.joined([_facts(part) for part in parts])
+        loss, reports = self.model(reader=lambda: self.losses(PairFeatures(*features), asked, facts))
+        self._record(reports)
+        return shares(loss, features, self._loss_parameters(), [len(part[CAPTIONS]) for part in parts], states)
+
+    def _loss_parameters(self) -> list[Tensor]:
+        own = [*self.student.loss_parameters, *pair_heads(self.student).parameters()]
+        return [parameter for parameter in own if parameter.requires_grad]
+
+    def _keep_frozen(self) -> None:
+        """A tower that is not trained drops nothing out."""
+        if self.args.freeze != "none":
+            for name, module in self.student.model.named_modules():
+                if self.student.side_of(name) == self.args.freeze:
+                    module.training = False
+
+    @torch.no_grad()
+    def ask(self, inputs: Mapping[str, Any]) -> dict[str, PairFeatures]:
+        """What each teacher says of the pairs of a part."""
+        with self.compute_loss_context_manager():
+            return {name: self.encode(teacher, inputs[TEACHERS][name]) for name, teacher in self.teachers.items()}
+
+    def encode(self, encoder: DualEncoder, inputs: Mapping[str, Any]) -> PairFeatures:
+        """Features of both sides of pairs."""
+        first = encoder.encode_images if self.train_dataset.has_images else encoder.encode_texts
+        return PairFeatures(first(inputs[FIRST]), encoder.encode_texts(inputs[SECOND]))
+
+    def losses(
+        self,
+        features: PairFeatures,
+        asked: Mapping[str, PairFeatures],
+        facts: PairFacts,
+        everywhere: bool = True,
+    ) -> tuple[Tensor, Reports]:
+        """This rank's share of the loss of all pairs `everywhere`, and reports; else that of its pairs by themselves.
+
+        The gradient by features is that of all ranks' loss. Gradients are averaged over ranks, so that the share is
+        multiplied by their number.
+        """
+        student, view = self.student, PairView.of(features, everywhere)
+        numbers = gathered(facts.numbers) if everywhere else facts.numbers
+        targets = Targets.of(view.cosines, facts.numbers, numbers, self.args.same_caption)
+        says = StudentSays(features, view, student.logit_scale, student.logit_bias, targets, student.sigmoid)
+        views = {name: self._teacher_says(name, own, everywhere) for name, own in asked.items()}
+        pairs = len(facts.numbers)
+        total = features.images.new_zeros(pairs, dtype=torch.float32)
+        reports: Reports = {
+            "same_captions": (same_captions(facts, numbers), pairs),
+            "in_batch_accuracy": retrieved(view),
+            "logit_scale": (says.scale.detach() * pairs, pairs),
+        }
+        if self.weights["clip"]:
+            own = own_term(says)
+            total, reports["clip_loss"] = total + self.weights["clip"] * own, (own.detach().sum(), pairs)
+        for name, teacher in views.items():
+            terms = taught_terms(says, teacher, self.weights, self.args)
+            total = total + self.shares[name] * sum(self.weights[term] * value for term, value in terms.items())
+            reports |= {_report(f"{term}_loss", name): (value.detach().sum(), pairs) for term, value in terms.items()}
+        return total.sum() / len(numbers) * (self.accelerator.num_processes if everywhere else 1), reports
+
+    def _teacher_says(self, name: str, features: PairFeatures, everywhere: bool) -> TeacherSays:
+        head = pair_head(self.student, name) if len(pair_heads(self.student)) else None
+        return TeacherSays(PairView.of(features, everywhere), self.teachers[name].logit_scale, head)
+
+    # Evaluation
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Keeps what student and teachers say of a batch; the loss is computed of all of them in the end."""
+        inputs = self.on_device(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            said = {"": model(reader=lambda: self.encode(self.student, inputs[STUDENT]))}
+            said |= {f"teacher {name}": features for name, features in self.ask(inputs).items()}
+        own = {name: (features.images.float(), features.texts.float()) for name, features in said.items()}
+        batch: Any = self.accelerator.gather_for_metrics((own, inputs[CAPTIONS]))
+        self._evaluated.add(batch)
+        return None, None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; then the loss in batches as large as those of training, and what is found among all pairs."""
+        self._evaluated = EvaluatedPairs()
+        result = super().evaluation_loop(*args, **kwargs)
+        self._record(self._evaluated.reports(self), "eval")
+        return result
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The Trainer's, also of rows as the constructor takes them."""
+        if isinstance(eval_dataset, Dataset):
+            eval_dataset = pair_rows(eval_dataset, self.args, "eval")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def collator_of(self, training: bool) -> Any:
+        """The same of both."""
+        return self.collate
+
+    # What is left
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's; the final student also as open_clip loads it, where that is asked for."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.save_open_clip and self.args.should_save and not _internal_call:
+            save_open_clip(self.student, Path(output_dir or self.args.output_dir or ".") / "open_clip")
+
+    def saved_otherwise(self, folder: Path) -> bool:
+        """Students of other packages than transformers write their own files."""
+        return _of_another_package(self.student, lambda: self.student.save(folder))
+
+    def restored_otherwise(self, checkpoint: Path) -> bool:
+        """Students of other packages than transformers read their own files."""
+        return _of_another_package(self.student, lambda: self.student.restore(checkpoint))
+
+    def checkpoint_to_save(self, folder: Path) -> None:
+        """Keeps the heads, which the student's own files leave out."""
+        super().checkpoint_to_save(folder)
+        weights = {name: tensor.contiguous() for name, tensor in pair_heads(self.student).state_dict().items()}
+        if self.args.should_save and weights:
+            save_file(weights, str(folder / HEADS_FILE))
+
+    def weights_restored(self, checkpoint: Path) -> None:
+        """Loads the heads of a checkpoint, too."""
+        super().weights_restored(checkpoint)
+        path = checkpoint / HEADS_FILE
+        if path.is_file():
+            pair_heads(self.student).load_state_dict(load_file(str(path)))
+
+
+def _named(teachers: Any) -> dict[str, TeacherEncoder]:
+    """Teachers by name, the only one by none."""
+    if teachers is None:
+        return {}
+    several = teachers if isinstance(teachers, Mapping) else {"": teachers}
+    return {name: own if isinstance(own, TeacherEncoder) else TeacherEncoder(own) for name, own in several.items()}
+
+
+def _facts(inputs: Mapping[str, Any]) -> PairFacts:
+    return PairFacts(inputs[CAPTIONS], inputs[ROWS], inputs[TEXTS])
+
+
+def _report(measure: str, teacher: str) -> str:
+    return f"{measure}_{teacher}" if teacher else measure
+
+
+def _of_another_package(student: DualEncoder, do: Callable[[], None]) -> bool:
+    if student.trunk is student.model and hasattr(student.model, "save_pretrained"):
+        return False
+    do()
+    return True

@@ -1,0 +1,126 @@
+"""Batches of pairs: images or texts with their captions, as student and teachers read them."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
+
+from mmkd.data.caption_source import CaptionedSplit
+from mmkd.data.class_rows import augmented
+from mmkd.data.text_pairs import TextPairSplit
+from mmkd.models.dual_encoder import DualEncoder
+
+PairSplit = CaptionedSplit | TextPairSplit
+STUDENT, TEACHERS, CAPTIONS, TEXTS, ROWS = "student", "teachers", "captions", "texts", "rows"
+"""Fields of a batch: the student's inputs, those of each teacher by name, a number for each caption, the captions
+themselves, and where the pairs stand in the data."""
+
+FIRST, SECOND = "first", "second"
+"""Of inputs: the images, or the first texts, and the captions."""
+
+Key = tuple[int, int]
+"""A pair and the epoch, which decides about its caption."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image, or a text, and a caption of it."""
+
+    row: int
+    first: Image.Image | str
+    caption: str
+
+
+class PairRows(TorchDataset[Pair]):
+    """The pairs of a split; of a picture with several captions another one is drawn in each epoch."""
+
+    def __init__(self, split: PairSplit, seed: int = 0, augmentation: str = "none"):
+        self.split, self.seed, self.augmentation = split, seed, augmentation
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the first of a pair is an image."""
+        return isinstance(self.split, CaptionedSplit)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: int | Key) -> Pair:
+        row, epoch = key if isinstance(key, tuple) else (key, None)
+        first, captions = self.split[row]
+        if not isinstance(first, str):
+            first = augmented(first, self.augmentation)
+        # Without an epoch, in an evaluation, it is the first caption.
+        drawn = 0 if epoch is None else np.random.default_rng([self.seed, epoch, row]).integers(len(captions))
+        return Pair(row, first, captions[int(drawn)])
+
+    @property
+    def caption_counts(self) -> tuple[int, int]:
+        """The fewest and the most captions of a pair."""
+        counts = [len(captions) for captions in self.split.captions]
+        return min(counts), max(counts)
+
+
+class PairSampler(Sampler[Key]):
+    """The pairs of an epoch in an order of its own, as many as whole batches have; another epoch leaves out others."""
+
+    def __init__(self, rows: int, batch: int, seed: int):
+        self.rows, self.batch, self.seed, self.epoch = rows, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another epoch has another order; the same one the same."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows // self.batch * self.batch
+
+    def __iter__(self) -> Iterator[Key]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+        return ((int(row), self.epoch) for row in order[: len(self)])
+
+
+class PairCollator:
+    """Batches of pairs in the inputs of the student and of its teachers; those of equal processors are shared."""
+
+    def __init__(self, student: DualEncoder, teachers: Mapping[str, DualEncoder]):
+        self.teachers = tuple(teachers)
+        # Each way to prepare inputs once, with the teachers that read what it makes.
+        self.kinds: list[tuple[DualEncoder, list[str]]] = [(student.for_preparing(), [])]
+        for name, teacher in teachers.items():
+            known = next((names for encoder, names in self.kinds if teacher.prepares_as(encoder)), None)
+            if known is None:
+                known = []
+                self.kinds.append((teacher.for_preparing(), known))
+            known.append(name)
+
+    def __call__(self, pairs: list[Pair]) -> dict[str, Any]:
+        captions = [pair.caption for pair in pairs]
+        made = [_inputs(encoder, pairs) for encoder, _ in self.kinds]
+        shown = {name: inputs for inputs, (_, names) in zip(made, self.kinds, strict=True) for name in names}
+        return {
+            STUDENT: made[0],
+            TEACHERS: {name: shown[name] for name in self.teachers},
+            CAPTIONS: torch.tensor([number_of(caption) for caption in captions]),
+            ROWS: torch.tensor([pair.row for pair in pairs]),
+            TEXTS: captions,
+        }
+
+
+def _inputs(encoder: DualEncoder, pairs: list[Pair]) -> dict[str, dict[str, Tensor]]:
+    firsts: Any = [pair.first for pair in pairs]
+    prepare: Callable[..., dict[str, Tensor]] = encoder.prepare_images
+    if isinstance(firsts[0], str):
+        prepare = encoder.prepare_texts
+    return {FIRST: prepare(firsts), SECOND: encoder.prepare_texts([pair.caption for pair in pairs])}
+
+
+def number_of(text: str) -> int:
+    """A number by which equal texts are recognised, on any rank."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

@@ -1,0 +1,49 @@
+"""Tiny trainings of dual encoders, which tests share."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Image, Value
+
+from mmkd.methods.clip_kd.clip_config import ContrastiveKDConfig
+from mmkd.methods.clip_kd.clip_trainer import ContrastiveKDTrainer
+from mmkd.models.dual_encoder import DualEncoder, load_dual_encoder
+from tests.dual_encoders import caption, make_clip, photo
+
+EVERY_TERM: dict[str, Any] = {
+    "clip_weight": 0.7,
+    "logit_kl_weight": 0.5,
+    "affinity_weight": 0.1,
+    "feature_mse_weight": 3.0,
+    "icl_weight": 0.4,
+    "affinity_scale": 5.0,
+}
+
+
+def captioned(count: int, first: int = 0, captions: int = 24) -> Dataset:
+    """Pictures of noise with captions, of which there are so many different ones."""
+    numbers = range(first, first + count)
+    rows = [{"image": photo(number), "text": caption(number % captions)} for number in numbers]
+    return Dataset.from_list(rows, features=Features({"image": Image(), "text": Value("string")}))
+
+
+def text_pairs(count: int) -> Dataset:
+    """Pairs of texts."""
+    return Dataset.from_list([{"text": f"the {caption(number)}", "pair": caption(number)} for number in range(count)])
+
+
+def student_and_teacher(folder: Path) -> tuple[DualEncoder, DualEncoder]:
+    """A CLIP of 8 x 8 pixels, and a wider and deeper one of 12 x 12."""
+    student = load_dual_encoder(str(make_clip(folder / "student", seed=0)))
+    return student, load_dual_encoder(str(make_clip(folder / "teacher", seed=1, layers=2, width=20, image_size=12)))
+
+
+def clip_kd(folder: Path, trainer: dict[str, Any] | None = None, **settings: Any) -> ContrastiveKDTrainer:
+    """A trainer of a tiny CLIP with one teacher, of batches of 8 pairs."""
+    usual: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    # Adam makes steps of rounding errors where the gradient is 0, as that of the bias of keys is.
+    usual |= {"optim": "sgd", "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    args = ContrastiveKDConfig(output_dir=str(folder / "out"), **{**usual, "seed": 3, **settings})
+    student, teacher = student_and_teacher(folder)
+    given: dict[str, Any] = {"model": student, "teachers": teacher, "train_dataset": captioned(24)}
+    return ContrastiveKDTrainer(args=args, **{**given, **(trainer or {})})
