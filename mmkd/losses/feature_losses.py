@@ -57,6 +57,21 @@ def attention(
     return (teacher * log_ratio).sum(-1).mean(-1)
 
 
+def attention_mse(
+    student: Float[Tensor, "item head1 key"], teacher: Float[Tensor, "item head2 key"]
+) -> tuple[Float[Tensor, "item"], Float[Tensor, "item"]]:
+    """Squared differences of what each item attends to, summed over heads and keys, and how many entries these are.
+
+    Entries are those that are not 0 of the teacher, which masked keys are (BiStil, ACL Findings 2023). Different
+    numbers of heads are averaged on both sides first.
+    """
+    student, teacher = _wide(student, teacher)
+    if student.shape[1] != teacher.shape[1]:
+        student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
+    attended = teacher != 0
+    return ((student - teacher).square() * attended).sum((-2, -1)), attended.sum((-2, -1)).to(student.dtype)
+
+
 def _wide(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both in fp32 or better, on the student's device."""
     dtype = torch.promote_types(student.dtype, torch.float32)

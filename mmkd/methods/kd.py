@@ -14,7 +14,7 @@ from mmkd.losses.divergences import Divergence
 from mmkd.losses.fused import Targets
 from mmkd.losses.narrowed import StudentTopK
 from mmkd.losses.sampled_kl import ESTIMATORS
-from mmkd.schema import PositiveFloat, PositiveInt, Range, Share
+from mmkd.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Share
 from mmkd.teachers.batch import Batch, View
 from mmkd.teachers.signals import DenseSignal, MixedSignal, SparseSignal, TopKSignal
 from mmkd.teachers.teacher import Teacher
@@ -86,6 +86,13 @@ class KDConfig(LogitDifferenceKeys, FeatureConfig):
             "help": "Divides the logits of student and teacher before they are compared. 1 (default) matches the "
             "distributions that are sampled from later; 2 stresses unlikely tokens. The divergence is "
             "multiplied by its square, which keeps the balance with ce_weight."
+        },
+    )
+    divergence_weight: NonNegativeFloat = field(
+        default=1.0,
+        metadata={
+            "help": "Multiplies the divergence once more. 0 leaves it out, to learn from features alone; it is still "
+            "logged. 0.25 with temperature: 2 undoes the square of the temperature. Default: 1."
         },
     )
     beta: Share = field(
@@ -167,6 +174,12 @@ class KDConfig(LogitDifferenceKeys, FeatureConfig):
     )
 
     @property
+    def term_weights(self) -> dict[str, float]:
+        """The weight of each term of the loss, by the term's name in the logs."""
+        weights = super().term_weights
+        return {**weights, "divergence": self.divergence_weight * weights["divergence"]}
+
+    @property
     def sampled(self) -> bool:
         """Whether only the tokens that the student sampled are compared."""
         return self.divergence == SAMPLED
@@ -175,6 +188,12 @@ class KDConfig(LogitDifferenceKeys, FeatureConfig):
         super().__post_init__()
         check_sampled(self)
         check_contrastive(self)
+        if not any(self.term_weights.values()):
+            raise UserError(
+                "divergence_weight is 0, and the loss has no other term. Set ce_weight or features, or leave "
+                "divergence_weight out.",
+                because="meaning",
+            )
         if self.divergence in DIFFERENCES and self.student_top_k is not None:
             raise UserError(
                 f"divergence: {self.divergence} chooses the tokens that it compares, of teacher and student, and "
@@ -238,6 +257,27 @@ class KDTrainer(FeatureTrainer[Targets]):
 
     def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
         """One divergence per supervised token."""
+        losses = self._token_losses(student, signal)
+        if not self.balances:
+            scale = self._scale
+            losses.totals = {kind: scale * total for kind, total in losses.totals.items()}
+        return losses
+
+    @property
+    def _scale(self) -> float:
+        """What the weights of divergence and cross-entropy add up to."""
+        if self.args.divergence_weight == 1:
+            return 1.0
+        weights = self.args.term_weights
+        return weights["divergence"] + weights["ce"]
+
+    @property
+    def _ce_share(self) -> float:
+        """The weight of cross-entropy where the two add up to 1."""
+        return self.args.ce_weight / self._scale if self._scale else 0.0
+
+    def _token_losses(self, student: Supervised, signal: Any) -> ItemLosses:
+        """The weighted mean of divergence and cross-entropy."""
         args, weights = self.args, self.token_weights(student, signal)
         if args.divergence == CONTRASTIVE:
             return self._contrasted(student, MixedSignal.of(signal), weights)
@@ -245,14 +285,14 @@ class KDTrainer(FeatureTrainer[Targets]):
             baselines = (part for part in self.callback_handler.callbacks if isinstance(part, SampledBaseline))
             objective = sampled_objective(args, next(baselines, None))
             targets = MixedSignal.of(signal).map(lambda said: sampled_targets(said, student))
-            return self.fused(student, targets, objective, weights=weights)
+            return self.fused(student, targets, objective, ce_weight=self._ce_share, weights=weights)
         if args.student_top_k is not None:
             signal = MixedSignal.of(signal).map(partial(StudentTopK, k=args.student_top_k))
         if args.divergence in DIFFERENCES:
             signal = listed_tokens(signal)
         # An evaluation has no sampled tokens, and compares whole distributions.
         objective = DIVERGENCES["reverse_kl" if args.sampled else args.divergence](args)
-        return self.fused(student, signal, objective, args.temperature, weights=weights)
+        return self.fused(student, signal, objective, args.temperature, self._ce_share, weights)
 
     def _contrasted(self, student: Supervised, signal: MixedSignal[Any], weights: Tensor | None) -> ItemLosses:
         """The data's tokens and the student's own, each with a divergence, a weight and a count of their own."""
@@ -269,7 +309,8 @@ class KDTrainer(FeatureTrainer[Targets]):
                 said = said.map(partial(StudentTopK, k=args.student_top_k))
             theirs = None if weights is None else weights[tokens]
             objective = DIVERGENCES[divergence](args)
-            losses = self.fused(student_at(student, tokens), said, objective, args.temperature, weights=theirs)
+            own_student = student_at(student, tokens)
+            losses = self.fused(own_student, said, objective, args.temperature, self._ce_share, theirs)
             parts[name] = ItemLosses({kind: weight * losses.totals["token"]}, losses.reports)
         return ItemLosses.of_parts(parts, ("divergence",))
 

@@ -13,7 +13,13 @@ from mmkd.errors import UserError
 
 from .parts import part_of
 
-SHORTHANDS = ("tower", "projector", "deepstack", "every_nth")
+HIDDEN_STATES = "hidden_states"
+"""The shorthand for what the first block of the language model is given and every block returns."""
+
+ATTENTIONS = "attentions"
+"""The shorthand for the self-attention of every block of the language model."""
+
+SHORTHANDS = ("tower", "projector", "deepstack", "every_nth", HIDDEN_STATES, ATTENTIONS)
 """Names of modules that every family of models has somewhere; `every_3rd` is a further form of `every_nth`."""
 
 INPUT = ":input"
@@ -21,6 +27,8 @@ INPUT = ":input"
 
 # What wrappers of a module put between its name and those of its parts.
 _WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
+# How families call the module of a block that returns maps of attention.
+_SELF_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _EVERY = re.compile(r"every_(?:nth|(\d+)(?:st|nd|rd|th)?)")
 # Blocks that `every_nth` spreads over the depth of a model.
 _SPREAD = 4
@@ -104,7 +112,8 @@ def modules_of(model: nn.Module, name: str) -> list[str]:
 
     `tower` is what the connector of a vision-language model is given, `projector` what it returns, `deepstack` what
     the mergers of inner layers return (Qwen3-VL), `every_nth` four blocks of the language model at equal distances,
-    the last among them, and `every_3rd` every third block. A module is named as `named_modules` does, or by the end
+    the last among them, and `every_3rd` every third block. `hidden_states` are its embeddings and all blocks,
+    `attentions` the self-attention of all blocks. A module is named as `named_modules` does, or by the end
     of its name where no other module ends so; with `:input` it means what the module is given.
 
     Raises UserError for a name that no module has, with those that are near, and for a part that the model lacks.
@@ -112,6 +121,11 @@ def modules_of(model: nn.Module, name: str) -> list[str]:
     modules = named_modules_of(model)
     if every := _EVERY.fullmatch(name):
         return _spread(blocks_of(model), every.group(1))
+    if name == HIDDEN_STATES:
+        blocks = blocks_of(model)
+        return [blocks[0] + INPUT, *blocks]
+    if name == ATTENTIONS:
+        return [_self_attention(model, modules, block) for block in blocks_of(model)]
     if name in ("tower", "projector"):
         return [_connector(model, modules, name) + (INPUT if name == "tower" else "")]
     if name == "deepstack":
@@ -152,6 +166,14 @@ def blocks_of(model: nn.Module) -> list[str]:
         raise _lacks(model, "every_nth", "a list of blocks")
     longest = max(outer, key=lambda name: len(outer[name]))
     return [f"{longest}.{number}" for number in range(len(outer[longest]))]
+
+
+def _self_attention(model: nn.Module, modules: dict[str, nn.Module], block: str) -> str:
+    """The self-attention of a block. Raises UserError for a block without."""
+    for name in _SELF_ATTENTION:
+        if f"{block}.{name}" in modules:
+            return f"{block}.{name}"
+    raise _lacks(model, ATTENTIONS, f"a module {' or '.join(_SELF_ATTENTION)} in each block ({block})")
 
 
 def _spread(blocks: list[str], every: str | None) -> list[str]:

@@ -29,7 +29,10 @@ _COMPARED, _COMPARED_TOKENS = 8, 128
 
 @dataclass(frozen=True)
 class Trimming:
-    """Which tokens to keep: those with at least `min_frequency`, or the `keep` most frequent ones."""
+    """Which tokens to keep: those with at least `min_frequency`, or the `keep` most frequent ones.
+
+    Where the texts use fewer than `keep`, the unused ones with the lowest ids are kept too.
+    """
 
     min_frequency: float | None = None
     keep: int | None = None
@@ -100,7 +103,9 @@ def chosen_tokens(
                 "the characters of the texts, the tokens of the chat template, and what these are merged from. Set "
                 f"--keep to {len(kept):,} or more."
             )
-        for token in sorted(shares, key=lambda token: (-shares[token], token)):
+        # Of tokens that the texts do not use those with low ids come first: tokenizers number them by how common they
+        # are.
+        for token in sorted(vocabulary.ids.values(), key=lambda token: (-shares.get(token, 0), token)):
             further = vocabulary.closed([token]) - kept
             if len(kept) + len(further) <= trimming.keep:
                 kept |= further

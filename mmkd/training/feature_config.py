@@ -20,11 +20,12 @@ class FeatureConfig(DistillationConfig):
         default=None,
         metadata={
             "help": "Also compare what modules inside student and teacher compute. A shorthand (tower, projector, "
-            "deepstack, every_nth, every_3rd, last_hidden), the name of a module, a mapping, or a list of these. A "
-            "mapping: {student: MODULE, teacher: MODULE, kind: cosine | mse | relation | attention, weight: 1, "
-            "projector: linear | none, tokens: answer | all | visual, visual_tokens: same | pool | hungarian, name: "
-            "TEXT}. Each term adds its weight times the mean distance to the loss and is logged as feature_NAME. The "
-            "teacher must be a model in this process; last_hidden also takes hidden states of a server or a cache."
+            "deepstack, every_nth, every_3rd, last_hidden, hidden_states, attentions), the name of a module, a "
+            "mapping, or a list of these. A mapping: {student: MODULE, teacher: MODULE, kind: cosine | mse | relation "
+            "| attention | attention_mse, weight: 1, projector: linear | none, tokens: answer | all | visual, "
+            "visual_tokens: same | pool | hungarian, name: TEXT}. Each term adds its weight times the mean distance "
+            "to the loss and is logged as feature_NAME. The teacher must be a model in this process; last_hidden also "
+            "takes hidden states of a server or a cache."
         },
     )
 

@@ -30,8 +30,8 @@ def distance(
             "the teacher. Give both as many images.",
             because="meaning",
         )
-    if term.kind == "attention":
-        return _attention(student, teacher, where)
+    if term.of_attention:
+        return _attention(term, student, teacher, where)
     if not student.sizes:
         return student.features.float().sum() * 0, 0
     ours, theirs, sizes = _paired(term, tokens, student, teacher, project, where)
@@ -44,7 +44,7 @@ def distance(
     return torch.stack([image.mean() for image in values.split(sizes)]).sum(), len(sizes)
 
 
-def _attention(student: FeatureItems, teacher: FeatureItems, where: str) -> tuple[Tensor, int]:
+def _attention(term: FeatureTerm, student: FeatureItems, teacher: FeatureItems, where: str) -> tuple[Tensor, int]:
     ours, theirs = student.features, teacher.features
     if len(ours) != len(theirs) or ours.shape[-1] != theirs.shape[-1]:
         raise UserError(
@@ -52,7 +52,12 @@ def _attention(student: FeatureItems, teacher: FeatureItems, where: str) -> tupl
             "teacher_view, or set another kind.",
             because="meaning",
         )
-    values = feature_losses.attention(ours, theirs)
+    if term.kind == "attention":
+        values = feature_losses.attention(ours, theirs)
+    else:
+        total, entries = feature_losses.attention_mse(ours, theirs)
+        # Each token counts the same, however many others it may attend to.
+        values = total / entries.clamp(min=1)
     return values.sum(), len(values)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from mmkd.errors import UserError
 from mmkd.models.backbone import base_of
-from mmkd.models.captured_features import INPUT, blocks_of, modules_of, named_modules_of
+from mmkd.models.captured_features import HIDDEN_STATES, INPUT, blocks_of, modules_of, named_modules_of
 from mmkd.models.parts import part_of
 from mmkd.seams.transformers_seam import attention_of
 from mmkd.teachers.cached import CachedTeacher
@@ -71,7 +71,7 @@ def pairs_of_terms(
                 f"{', '.join(map(repr, named_parts(teacher)))}."
             )
         for number, module in enumerate(ours):
-            label = term.label if len(ours) == 1 else f"{term.label}_{_last_number(module, number)}"
+            label = term.label if len(ours) == 1 else f"{term.label}_{_place(module, number)}"
             name, again = label, 2
             while name in taken:
                 name, again = f"{label}_{again}", again + 1
@@ -116,6 +116,9 @@ def _modules_of_teacher(term: FeatureTerm, name: str, teacher: Any, student: nn.
         # By their place in the depth: the numbers of blocks may differ.
         own = blocks_of(student)
         return _spread([own.index(module) + 1 for module in ours], len(own), blocks_of(teacher.model))
+    if called == HIDDEN_STATES == term.student:
+        embeddings, *blocks = modules_of(teacher.model, called)
+        return [embeddings, *_spread(range(1, len(ours)), len(ours) - 1, blocks)]
     theirs = _modules(teacher.model, called)
     if len(theirs) == len(ours):
         return theirs
@@ -133,8 +136,11 @@ def _spread(places: Sequence[int], depth: int, modules: Sequence[str]) -> list[s
     return [modules[max(1, round(place * len(modules) / depth)) - 1] for place in places]
 
 
-def _last_number(module: str, otherwise: int) -> int:
-    numbers = [word for word in module.removesuffix(INPUT).split(".") if word.isdigit()]
+def _place(module: str, otherwise: int) -> int | str:
+    """What tells a module from the others of its term, in the logs."""
+    if module.endswith(INPUT):
+        return "embeddings"
+    numbers = [word for word in module.split(".") if word.isdigit()]
     return int(numbers[-1]) if numbers else otherwise
 
 
@@ -156,7 +162,7 @@ def _check_states(term: FeatureTerm, called: str, teacher: Any) -> None:
             "teacher itself.",
             because="meaning",
         )
-    if term.kind == "attention" or term.tokens in ("all", "visual"):
+    if term.of_attention or term.tokens in ("all", "visual"):
         raise UserError(
             f"features: {term.label} compares more than the answer, of which {what} tells nothing. Set tokens: "
             "answer and kind: cosine, mse or relation, or load the teacher itself.",
@@ -180,7 +186,7 @@ def _check(pair: FeaturePair, student: nn.Module, teacher: Any, vision: bool, al
                 "computes features of images. Name two modules of the language models, or two of the towers.",
                 because="meaning",
             )
-        if pair.term.kind == "attention" and isinstance(parts[name], ModelTeacher):
+        if pair.term.of_attention and isinstance(parts[name], ModelTeacher):
             _check_eager(parts[name].model, module, place, "teacher_attn_implementation")
     if pair.by_image and pair.tokens != "visual":
         raise UserError(
@@ -193,13 +199,13 @@ def _check(pair: FeaturePair, student: nn.Module, teacher: Any, vision: bool, al
             "answer.",
             because="meaning",
         )
-    if not alike and pair.term.kind == "attention":
+    if not alike and pair.term.of_attention:
         raise UserError(
             f"{place} compares what tokens attend to, and with teacher_view the teacher reads another prompt. Set "
             "another kind.",
             because="meaning",
         )
-    if pair.term.kind == "attention":
+    if pair.term.of_attention:
         _check_eager(student, pair.student, place, "attn_implementation")
 
 

@@ -8,11 +8,11 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from mmkd.errors import UserError
-from mmkd.models.captured_features import INPUT
+from mmkd.models.captured_features import ATTENTIONS, HIDDEN_STATES, INPUT
 from mmkd.nested_keys import nested_keys
 from mmkd.schema import PositiveFloat, fields_of
 
-KINDS = ("mse", "cosine", "relation", "attention")
+KINDS = ("mse", "cosine", "relation", "attention", "attention_mse")
 ITEMS = ("answer", "all", "visual")
 PROJECTORS = ("linear", "none")
 VISUAL_TOKENS = ("same", "pool", "hungarian")
@@ -20,6 +20,7 @@ VISUAL_TOKENS = ("same", "pool", "hungarian")
 LAST_HIDDEN = "last_hidden"
 """The module's name that means the last hidden state, which served teachers and caches may know too."""
 
+_OF_ATTENTION = ("attention", "attention_mse")
 _VISUAL = ("tower", "projector", "deepstack")
 _EXAMPLE = "features: [{student: layers.5, teacher: layers.11, kind: mse}]"
 
@@ -48,21 +49,28 @@ class FeatureTerm:
     """In the logs."""
 
     def __post_init__(self) -> None:
-        if self.kind in ("relation", "attention") and self.projector is not None:
+        if self.kind in ("relation", *_OF_ATTENTION) and self.projector is not None:
             raise UserError(
                 f"kind: {self.kind} compares no features themselves, whose widths may differ. Remove projector.",
                 because="meaning",
             )
-        if self.kind == "attention" and self.tokens == "visual":
+        if self.of_attention and self.tokens == "visual":
             raise UserError(
-                "kind: attention compares what text tokens attend to. Set tokens: answer or all, or choose kind: "
+                f"kind: {self.kind} compares what text tokens attend to. Set tokens: answer or all, or choose kind: "
                 "relation for visual tokens.",
                 because="meaning",
             )
-        if self.kind == "attention" and (self.student in (*_VISUAL, LAST_HIDDEN) or self.student.endswith(INPUT)):
+        without = (*_VISUAL, LAST_HIDDEN, HIDDEN_STATES)
+        if self.of_attention and (self.student in without or self.student.endswith(INPUT)):
             raise UserError(
-                f"kind: attention compares maps of attention, and {self.student} computes none. Name a module of "
-                "self-attention, such as layers.5.self_attn, or set another kind.",
+                f"kind: {self.kind} compares maps of attention, and {self.student} computes none. Name a module of "
+                "self-attention, such as layers.5.self_attn, or attentions for all of them, or set another kind.",
+                because="meaning",
+            )
+        if self.student == ATTENTIONS and not self.of_attention:
+            raise UserError(
+                f"{ATTENTIONS} are maps of attention, and kind: {self.kind} compares features. Set kind: attention or "
+                "attention_mse.",
                 because="meaning",
             )
         if self.visual_tokens == "hungarian" and self.kind == "relation":
@@ -81,6 +89,11 @@ class FeatureTerm:
             return self.name
         words = self.student.removesuffix(INPUT).split(".")[-2:]
         return "_".join([*words, *(["input"] if self.student.endswith(INPUT) else [])])
+
+    @property
+    def of_attention(self) -> bool:
+        """Whether maps of attention are compared, and not features."""
+        return self.kind in _OF_ATTENTION
 
     @property
     def is_visual(self) -> bool:

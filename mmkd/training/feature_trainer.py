@@ -240,6 +240,9 @@ class FeatureTrainer(DistillationTrainer[Signal], Generic[Signal]):
         modules = named_modules_of(self.model)
         if not pair.student.endswith(INPUT):
             found = list(modules[pair.student].parameters())
+        elif not pair.by_image:
+            # What the first block is given.
+            found = list(self.model.get_input_embeddings().parameters())
         else:
             given = modules[pair.student.removesuffix(INPUT)]
             inside = set(given.parameters())
@@ -273,7 +276,7 @@ def _items(pair: FeaturePair, captured: Mapping[str, Any], module: str, view: Vi
     value = captured.get(module)
     if value is None:
         return FeatureItems(torch.zeros(0, 1, device=view.labels.device), [])
-    if pair.term.kind == "attention":
+    if pair.term.of_attention:
         weights = attention_map_of(value)
         if weights is None:
             raise UserError(

@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkd.losses.feature_losses import attention, cosine, mse, relation
+from mmkd.losses.divergences import forward_kl
+from mmkd.losses.feature_losses import attention, attention_mse, cosine, mse, relation
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "FEATURE_losses.npz")
+
+
+SECONDARY = np.load(Path(__file__).parents[1] / "golden" / "SECONDARY_losses.npz")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -51,6 +55,32 @@ def test_relations_are_of_each_group_alone_and_of_any_width() -> None:
     raw = relation(student, teacher, [3, 4], normalized=False)
     torch.testing.assert_close(relation(turned, teacher, [3, 4], normalized=False), raw)
     assert relation(student[:0], teacher[:0], []).shape == (0,)
+
+
+def bistil(name: str) -> Tensor:
+    return torch.tensor(SECONDARY[f"bistil_{name}"])
+
+
+def test_hidden_states_and_maps_of_every_layer_are_bistils() -> None:
+    """Two layers of a student against every second of four, `src/sft/distil.py` of the authors."""
+    maps, states = [], []
+    for layer in range(2):
+        names = (f"aS{layer}", f"aT{2 * layer + 1}")
+        ours, theirs = (bistil(name).transpose(1, 2).flatten(0, 1) for name in names)
+        total, entries = attention_mse(ours, theirs)
+        assert (theirs == 0).any()
+        maps.append(total.sum() / entries.sum())
+    for layer in range(3):
+        ours, theirs = (bistil(name).flatten(0, 1) for name in (f"hS{layer}", f"hT{2 * layer}"))
+        states.append(mse(ours, theirs).mean())
+    phase1 = torch.stack(maps).mean() + torch.stack(states).mean()
+    assert phase1.item() == pytest.approx(float(SECONDARY["bistil_phase1__loss"]), rel=1e-6)
+    # Their cross-entropy at T = 2 is the KL and the teacher's entropy, without the square of the temperature.
+    learnt = bistil("labels") > -1
+    teacher, student = (bistil(f"log{side}")[learnt].div(2).log_softmax(-1) for side in "TS")
+    soft = (forward_kl(student, teacher) - (teacher.exp() * teacher).sum(-1)).mean()
+    assert soft.item() == pytest.approx(float(SECONDARY["bistil_phase2_ce__loss"]), rel=1e-6)
+    assert (phase1 + soft).item() == pytest.approx(float(SECONDARY["bistil_all__loss"]), rel=1e-6)
 
 
 def test_attention_is_the_divergence_of_head_means_where_heads_differ() -> None:

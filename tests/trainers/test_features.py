@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mmkd.errors import UserError
-from mmkd.losses.feature_losses import attention, cosine, mse, relation
+from mmkd.losses.feature_losses import attention, attention_mse, cosine, mse, relation
 from mmkd.methods.kd import KDTrainer
 from mmkd.methods.taid import TAIDTrainer
 from mmkd.teachers.batch import Batch
@@ -367,3 +367,53 @@ def test_a_served_teacher_of_hidden_states_is_compared_at_the_answer(
             with pytest.raises(UserError, match="compares more than the answer"):
                 build(KDTrainer, completions, {"teacher": teacher}, features=[{**term, "tokens": "all"}])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_all_hidden_states_and_maps_add_up_to_bistils_loss(build: Build, completions: Dataset, tiny: Any) -> None:
+    """Student layer i against teacher layer r(i+1)-1, here 2 of 2 against 3 of 3; the divergence is left out."""
+    shared = {"tokens": "all", "weight": 1.0}
+    terms = [
+        {"student": "attentions", "kind": "attention_mse", **shared},
+        {"student": "hidden_states", "kind": "mse", **shared},
+    ]
+    models: dict[str, Any] = {
+        role if role == "teacher" else "model": AutoModelForCausalLM.from_pretrained(
+            tiny[role], attn_implementation="eager", dtype=torch.float32
+        )
+        for role in ("student", "teacher")
+    }
+    trainer: Any = build(KDTrainer, completions, trainer=models, features=terms, divergence_weight=0)
+    batch = one_batch(trainer)
+    loss, _ = loss_and_gradients(trainer, batch)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    ours, theirs = (
+        model(**inputs, output_attentions=True, output_hidden_states=True)
+        for model in (trainer.model, trainer.teacher.model)
+    )
+    chosen = batch["attention_mask"] == 1
+    maps = []
+    for layer, of_teacher in ((0, 1), (1, 2)):
+        a, b = (out.attentions[at].transpose(1, 2)[chosen] for out, at in ((ours, layer), (theirs, of_teacher)))
+        total, entries = attention_mse(a, b)
+        maps.append((total / entries).mean())
+    expected = torch.stack(maps).mean()
+    sums = trainer._sums["train"]
+    names = ("embeddings", 0, 1)
+    logged = [sums[f"feature_hidden_states_{name}"][0] / sums[f"feature_hidden_states_{name}"][1] for name in names]
+    weight = trainer._projectors._weights["hidden_states_embeddings"]
+    embedded = torch.nn.functional.linear(ours.hidden_states[0][chosen], weight)
+    assert logged[0].item() == pytest.approx(mse(embedded, theirs.hidden_states[0][chosen]).mean().item(), rel=1e-4)
+    assert loss == pytest.approx((expected + torch.stack(logged).mean()).item(), rel=1e-4)
+
+
+def test_the_divergence_has_a_weight_of_its_own(build: Build, texts: Dataset) -> None:
+    """0.25 at temperature 2 undoes the square of it; the divergence that is logged has the square in any case."""
+    one: Any = build(KDTrainer, texts, temperature=2.0, ce_weight=0.5)
+    other: Any = build(KDTrainer, texts, temperature=2.0, ce_weight=0.5, divergence_weight=0.25)
+    losses = [loss_and_gradients(trainer, one_batch(trainer))[0] for trainer in (one, other)]
+    sums = [trainer._sums["train"] for trainer in (one, other)]
+    divergence, ce = ((sums[0][name][0] / sums[0][name][1]).item() for name in ("divergence", "ce"))
+    assert (sums[1]["divergence"][0] / sums[1]["divergence"][1]).item() == pytest.approx(divergence)
+    assert losses == pytest.approx([0.5 * divergence + 0.5 * ce, 0.125 * divergence + 0.5 * ce], rel=1e-5)
+    with pytest.raises(UserError, match="divergence_weight is 0, and the loss has no other term"):
+        build(KDTrainer, texts, divergence_weight=0)
