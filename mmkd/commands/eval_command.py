@@ -11,6 +11,7 @@ from mmkd.errors import UserError
 from .command import Command, add_trust
 
 if TYPE_CHECKING:
+    from mmkd.eval.encoder_model import EncoderModel
     from mmkd.eval.harness import Settings
 
 
@@ -24,11 +25,14 @@ def add_flags(parser: ArgumentParser) -> None:
     add(
         "--measures",
         nargs="*",
-        help="also cost, generation, own_answers, bytes, acceptance, agreement, calibration (none named: all)",
+        help="also cost, generation, own_answers, bytes, acceptance, agreement, calibration; of dual encoders "
+        "recall, zero_shot, linear_probe (none named: all)",
     )
     add("--data", help="data on whose held-out rows is measured (default: that of the run)")
     add("--teacher", help="model to measure beside, a folder or a Hub id (default: the teacher of the run)")
-    add("--rows", type=int, default=64, help="held-out rows to measure on (default: 64)")
+    add("--rows", type=int, help="held-out rows to measure on (default: 64, of dual encoders all)")
+    add("--prompts", help="for zero_shot: clip_7, clip_80 or a file of templates (default: those of the data)")
+    add("--unseen_classes", nargs="+", default=[], help="for zero_shot: classes to tell apart from those learnt")
     add("--max_new_tokens", type=int, default=64, help="length of generations to measure (default: 64)")
     add("--ensemble", action="store_true", help="the models as one: the average of their log-probs")
     add("--model_type", default="auto", help="of lm-eval: hf, hf-multimodal, vllm, vllm-vlm, local-completions")
@@ -60,6 +64,9 @@ def run(options: Namespace) -> int:
     from mmkd.eval.suites import suite_names, tasks_of
     from mmkd.publish.as_trained import as_trained
 
+    if encoders := _encoders(options):
+        return _measure_encoders(options, encoders)
+    rows_asked = 64 if options.rows is None else options.rows
     hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     models = [find_model(name, **hub) for name in options.models]
     if options.ensemble:
@@ -74,7 +81,7 @@ def run(options: Namespace) -> int:
     settings = _settings(options)
     held = None
     if options.data:
-        held = measures.HeldOut(options.data, options.rows, max_new_tokens=options.max_new_tokens)
+        held = measures.HeldOut(options.data, rows_asked, max_new_tokens=options.max_new_tokens)
     teacher = find_model(options.teacher) if options.teacher else None
     scores, measured = {}, {}
     try:
@@ -83,7 +90,7 @@ def run(options: Namespace) -> int:
             if options.measures is not None:
                 rows, beside = held, teacher
                 if options.measures != ["cost"]:
-                    rows, beside = as_trained(model, held, teacher, options.rows, options.max_new_tokens)
+                    rows, beside = as_trained(model, held, teacher, rows_asked, options.max_new_tokens)
                 measured[model.name] = measures.measure(
                     model, options.measures, rows, settings, beside, options.output
                 )
@@ -94,6 +101,60 @@ def run(options: Namespace) -> int:
         show(scores, Console())
     for name, entries in measured.items():
         measures.show(name, entries, Console())
+    for model in models:
+        print(f"{(options.output or model.results_folder) / NAME}")
+    return 0
+
+
+def _encoders(options: Namespace) -> "list[EncoderModel]":
+    """The models as dual encoders; empty for models that write. Raises UserError for some of both kinds."""
+    from mmkd.eval.encoder_measures import ENCODER_MEASURES
+    from mmkd.eval.encoder_model import find_encoder, is_encoder
+
+    asked = set(options.measures or []) & {*ENCODER_MEASURES}
+    if options.suite or options.tasks or options.ensemble or options.measures is None:
+        for flag in ("prompts", "unseen_classes"):
+            if getattr(options, flag):
+                raise UserError(f"--{flag} is of --measures zero_shot, which is not asked for.", because="meaning")
+        return []
+    hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    if not asked and options.measures:
+        return []
+    models = [find_encoder(name, **hub) for name in options.models]
+    writing = [model.name for model in models if model.kind != "open_clip" and not is_encoder(model)]
+    if asked and writing:
+        raise UserError(
+            f"{writing[0]} is no dual encoder, and {', '.join(sorted(asked))} compares images with texts. Name a "
+            "model such as CLIP or SigLIP.",
+            because="meaning",
+        )
+    if writing and len(writing) < len(models):
+        raise UserError(
+            f"{writing[0]} writes and other models are dual encoders, which have no measure in common. Evaluate them "
+            "one by one.",
+            because="meaning",
+        )
+    return [] if writing else models
+
+
+def _measure_encoders(options: Namespace, models: "Sequence[EncoderModel]") -> int:
+    from rich.console import Console
+
+    from mmkd.eval.encoder_measures import EncoderData, measure_encoder
+    from mmkd.eval.evaluation import show
+    from mmkd.eval.results import NAME
+    from mmkd.publish.as_trained import data_as_trained
+
+    if options.output is not None and len(models) > 1:
+        raise UserError(
+            "--output is the folder of one model's results; leave it out to evaluate several.", because="meaning"
+        )
+    scores = {}
+    for model in models:
+        data = options.data or data_as_trained(model)
+        on = EncoderData(data, options.rows, options.prompts, tuple(options.unseen_classes))
+        scores[model.name] = measure_encoder(model, options.measures, on, _settings(options), options.output)
+    show(scores, Console())
     for model in models:
         print(f"{(options.output or model.results_folder) / NAME}")
     return 0

@@ -99,11 +99,11 @@ def load_pictures(name: str, *, max_train_rows: int | None = None, max_eval_rows
 
 def picture_facts(name: str) -> dict[str, Any]:
     """Name, licence, homepage and source of the data."""
-    recipe = _recipe_of(name)
+    recipe = recipe_of(name)
     return {key: getattr(recipe, key) for key in ("name", "license", "homepage", "source")}
 
 
-def _recipe_of(name: str) -> DataRecipe | ClassificationRecipe:
+def recipe_of(name: str) -> DataRecipe | ClassificationRecipe:
     """The data recipe of this name, of classes or not. A folder or a file is not asked for classes."""
     shipped = f"{name.removeprefix('data_recipes/').removesuffix('.yaml')}.yaml" in list_recipes("data_recipes")
     if shipped or name.endswith((".yaml", ".yml")):
@@ -115,7 +115,7 @@ def _recipe_of(name: str) -> DataRecipe | ClassificationRecipe:
 
 def _rows_of(name: str) -> tuple[dict[str, Dataset], str | None]:
     """The rows of each split, with a column `images`, and the folder in which relative paths start."""
-    recipe = _recipe_of(name)
+    recipe = recipe_of(name)
     if isinstance(recipe, ClassificationRecipe):
         return _of_classes(recipe), None
     bare = _bare(recipe)

@@ -32,6 +32,18 @@ def as_trained(
     return held, teacher
 
 
+def data_as_trained(model: EvalModel) -> str:
+    """The data of the run that a model comes from. Raises UserError where there is none."""
+    keys = record_of(Path(model.name)).get("keys", {}) if Path(model.name).is_dir() else {}
+    if not keys.get("data"):
+        raise UserError(
+            f"{model.name} comes from no run, whose data it could be measured on: name a data recipe of captions or "
+            "of classes with --data."
+        )
+    print(f"{model.name}: measured on the held-out rows of {keys['data']}; --data names others.", file=sys.stderr)
+    return str(keys["data"])
+
+
 def _held_out(model: EvalModel, held: HeldOut) -> HeldOut | None:
     try:
         held.load()

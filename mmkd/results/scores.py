@@ -10,14 +10,16 @@ def scores_of(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The scores of a task's entry: one score, or one per task for a group without a mean.
 
     A score is `{"task", "metric", "value", "stderr", "higher_is_better", "items", "of_items"}`; `of_items` is the
-    total number of items of the task. Raises UserError for a metric that the task does not have.
+    total number of items of the task. An entry may name several metrics. Raises UserError for a metric that the task
+    does not have.
     """
-    task, metric = entry["task"], entry["metric"]
+    task, metrics = entry["task"], entry["metric"]
+    metrics = metrics if isinstance(metrics, list) else [metrics]
     everything = {**entry["results"], **entry["groups"]}
     if task in everything and (numbers := _numbers(everything[task])):
-        return [_score(entry, task, numbers, metric)]
+        return [_score(entry, task, numbers, metric) for metric in metrics]
     leaves = {name: _numbers(result) for name, result in entry["results"].items()}
-    return [_score(entry, name, numbers, metric) for name, numbers in leaves.items() if numbers]
+    return [_score(entry, name, numbers, metric) for name, numbers in leaves.items() if numbers for metric in metrics]
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
