@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Pictures
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast, ViTConfig
@@ -22,16 +23,18 @@ NAMES = ["red", "green", "blue"]
 def picture(label: int, random: np.random.Generator) -> bytes:
     """A PNG of 8 x 8 pixels, noisy, in the colour of its class."""
     pixels = random.integers(0, 120, (8, 8, 3))
-    pixels[..., label] += 100
+    pixels[..., label % 3] += 100
+    if label > 2:
+        pixels //= 2
     buffer = io.BytesIO()
     Pictures.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def pictures(per_class: int, seed: int = 0) -> Dataset:
+def pictures(per_class: int, seed: int = 0, classes: int = len(NAMES)) -> Dataset:
     """Rows of `image` (bytes) and `label`, class after class."""
     random = np.random.default_rng(seed)
-    labels = [label for label in range(len(NAMES)) for _ in range(per_class)]
+    labels = [label for label in range(classes) for _ in range(per_class)]
     images = [{"bytes": picture(label, random), "path": None} for label in labels]
     features = Features({"image": Image(decode=False), "label": Value("int64")})
     return Dataset.from_dict({"image": images, "label": labels}, features=features)
@@ -78,11 +81,51 @@ def dho(folder: Path | str, trainer: dict[str, Any] | None = None, **settings: A
     return DHOTrainer(args=DHOConfig(**{**defaults, **settings}), **arguments)
 
 
-def make_clip(folder: Path) -> Path:
+def class_recipe(folder: Path, names: list[str] = NAMES, caption: bool = False, **keys: Any) -> Path:
+    """A recipe with its data, teacher and student's config in one folder."""
+    for split, per_class, seed in (("train", 12, 0), ("validation", 4, 1), ("test", 4, 2)):
+        rows = pictures(per_class, seed, len(names))
+        if caption:
+            words = [f"a {names[label]} photo of the picture {number}" for number, label in enumerate(rows["label"])]
+            rows = rows.add_column("words", words)  # pyright: ignore[reportCallIssue]
+        rows.to_parquet(str(folder / f"{split}.parquet"))
+    make_clip(folder / "clip", names)
+    vit().config.backbone_config.save_pretrained(folder / "student")
+    pixels().save_pretrained(folder / "student")
+    data = {
+        "source": "parquet",
+        "data_files": {split: str(folder / f"{split}.parquet") for split in ("train", "validation", "test")},
+        "splits": {split: split for split in ("train", "validation", "test")},
+        "image": "image",
+        "class_names": names,
+        "prompts": ["a photo of a {}.", "a picture of the {}."],
+        **({"caption": "words"} if caption else {}),
+    }
+    (folder / "data.yaml").write_text(yaml.safe_dump(data))
+    run = {
+        "method": "dho",
+        "teacher": str(folder / "clip"),
+        "student": str(folder / "student"),
+        "student_init": "random",
+        "data": str(folder / "data.yaml"),
+        "labels_per_class": 2,
+        "per_device_train_batch_size": 2,
+        "unlabeled_batch_size": 4,
+        "max_steps": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **keys,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    return folder / "run.yaml"
+
+
+def make_clip(folder: Path, names: list[str] = NAMES, seed: int = 3) -> Path:
     """A folder with a random CLIP of 8 x 8 images and a tokenizer of whole words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    words = ["<pad>", "<unk>", "<bos>", "a", "photo", "of", "picture", "the", ".", *NAMES, "<eos>"]
+    words = ["<pad>", "<unk>", "<bos>", "a", "photo", "of", "picture", "the", ".", *names, "<eos>"]
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
@@ -95,7 +138,7 @@ def make_clip(folder: Path) -> Path:
     text = {"vocab_size": len(words), "num_hidden_layers": 1, "max_position_embeddings": 16}
     ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": len(words) - 1}
     config = CLIPConfig(text_config={**tower, **text, **ids}, vision_config=VISION, projection_dim=12)
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     CLIPModel(config).save_pretrained(folder)
     CLIPProcessor(processor, fast).save_pretrained(folder)

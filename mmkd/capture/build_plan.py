@@ -189,6 +189,12 @@ class ScorePlan(Plan):
 
 def make_plan(run: Run) -> Plan:
     """The plan of a run's `job`. Raises UserError for settings that cannot be, before anything is written."""
+    if run.cache.job == "aspects":
+        raise UserError(
+            f"job: aspects asks questions about images to classify, and method {run.arguments.method} predicts "
+            "tokens. Set job: score or generate.",
+            because="meaning",
+        )
     if run.cache.job == "generate":
         from .generate_plan import make_generate_plan
 

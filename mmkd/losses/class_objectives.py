@@ -56,7 +56,12 @@ def class_objective(kind: str, temperature: float, epsilon: float) -> RowLoss:
 
 
 def aspect_loss(logits: Float[Tensor, "row question"], answers: Float[Tensor, "row question"]) -> Float[Tensor, "row"]:
-    """MaKD's loss (2501.13341): binary cross-entropy with the probability of a yes, in nats, mean over questions."""
+    """MaKD's loss (2501.13341): binary cross-entropy with the probability of a yes, in nats, mean over questions.
+
+    An answer that is NaN is none, and counts as a loss of 0.
+    """
+    known = ~answers.isnan()
     with torch.autocast(logits.device.type, enabled=False):
-        losses = binary_cross_entropy_with_logits(logits.float(), answers.float(), reduction="none")
-    return losses.mean(-1)
+        answers = answers.float().where(known, 0.5)
+        losses = binary_cross_entropy_with_logits(logits.float(), answers, reduction="none")
+    return (losses * known).mean(-1)

@@ -9,7 +9,7 @@ from mmkd.errors import UserError
 from mmkd.generation.verifier_names import PYTHON, VERIFIERS
 from mmkd.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Share, check_fields
 
-JOBS = ("score", "generate")
+JOBS = ("score", "generate", "aspects")
 KEEPS = ("all", "correct", "majority", "judge")
 
 
@@ -22,7 +22,8 @@ class CacheArguments:
         metadata={
             "help": "What the teacher does with the data. score (default): it predicts every token of the data's "
             "own answers. generate: it writes answers to the data's prompts; the result is a data set to "
-            "train on or to score.",
+            "train on or to score. aspects: for method dho, a vision-language model answers the questions of "
+            "`aspects` about every image.",
             "choices": list(JOBS),
         },
     )

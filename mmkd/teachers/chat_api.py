@@ -46,6 +46,8 @@ class ChatReply:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    first_tokens: tuple[tuple[str, float], ...] = ()
+    """What the answer might have begun with, and the log-probs; empty where that was not asked for."""
 
 
 class _Said(msgspec.Struct):
@@ -55,9 +57,29 @@ class _Said(msgspec.Struct):
     reasoning: Any = None
 
 
+class _Token(msgspec.Struct):
+    token: str
+    logprob: float
+
+
+class _Place(msgspec.Struct):
+    top_logprobs: list[_Token] = []
+
+
+class _LogProbs(msgspec.Struct):
+    content: list[_Place] | None = None
+
+
 class _Choice(msgspec.Struct):
     message: _Said
     finish_reason: str | None = None
+    logprobs: _LogProbs | None = None
+
+    @property
+    def first_tokens(self) -> tuple[tuple[str, float], ...]:
+        """The listed tokens of the first place."""
+        places = (self.logprobs and self.logprobs.content) or []
+        return tuple((token.token, token.logprob) for token in places[0].top_logprobs) if places else ()
 
 
 class _Counts(msgspec.Struct):
@@ -233,7 +255,14 @@ class ChatClient:
         tokens = words if counts.completion_tokens is None else counts.completion_tokens
         self.prompt_tokens += counts.prompt_tokens or 0
         self.completion_tokens += tokens
-        return ChatReply(text, thoughts or None, choice.finish_reason or "stop", counts.prompt_tokens or 0, tokens)
+        return ChatReply(
+            text,
+            thoughts or None,
+            choice.finish_reason or "stop",
+            counts.prompt_tokens or 0,
+            tokens,
+            choice.first_tokens,
+        )
 
 
 def _base(url: str) -> tuple[str, bool]:

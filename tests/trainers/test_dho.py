@@ -33,7 +33,7 @@ from mmkd.preflight.facts import Finding
 from mmkd.recipe.flags import recipe_of
 from mmkd.teachers.classifiers import TransformersEmbedder
 from mmkd.training.method import METHODS
-from tests.classes import NAMES, answers, dho, make_clip, pictures, pixels, vit
+from tests.classes import NAMES, answers, class_recipe, dho, pictures, pixels, vit
 from tests.helpers import losses_of
 
 
@@ -346,37 +346,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe with its data, teacher and student's config in one folder."""
-    folder = tmp_path_factory.mktemp("recipe")
-    for split, per_class, seed in (("train", 12, 0), ("validation", 4, 1), ("test", 4, 2)):
-        pictures(per_class, seed).to_parquet(str(folder / f"{split}.parquet"))
-    make_clip(folder / "clip")
-    vit().config.backbone_config.save_pretrained(folder / "student")
-    pixels().save_pretrained(folder / "student")
-    data = {
-        "source": "parquet",
-        "data_files": {split: str(folder / f"{split}.parquet") for split in ("train", "validation", "test")},
-        "splits": {split: split for split in ("train", "validation", "test")},
-        "image": "image",
-        "class_names": NAMES,
-        "prompts": ["a photo of a {}.", "a picture of the {}."],
-    }
-    (folder / "data.yaml").write_text(yaml.safe_dump(data))
-    run = {
-        "method": "dho",
-        "teacher": str(folder / "clip"),
-        "student": str(folder / "student"),
-        "student_init": "random",
-        "data": str(folder / "data.yaml"),
-        "labels_per_class": 2,
-        "per_device_train_batch_size": 2,
-        "unlabeled_batch_size": 4,
-        "max_steps": 2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(run))
-    return folder / "run.yaml"
+    return class_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 def train(recipe: Path, output: Path, *flags: str) -> int:

@@ -67,6 +67,11 @@ def check_arguments(run: Run) -> None:
     for key in dataclasses.fields(RunArguments):
         if key.name not in _READ and getattr(run.arguments, key.name) != key.default:
             raise UserError(f"Method dho does not read {key.name}; it is about tokens. Remove it.", because="meaning")
+    if run.cache.job == "generate":
+        raise UserError(
+            "Method dho learns from no text, so no answers are generated for it. Remove job, or set it to aspects.",
+            because="meaning",
+        )
     if run.student.use_peft or run.student.load_in_4bit or run.student.load_in_8bit:
         raise UserError(
             "Method dho trains the whole student; remove use_peft, load_in_4bit and load_in_8bit.", because="not built"
@@ -84,7 +89,7 @@ def unused_keys() -> dict[str, str]:
     Those of a cache are among them: the logits of classes are written in one way.
     """
     unread = [key.name for key in dataclasses.fields(RunArguments) if key.name not in _READ]
-    unread += [key.name for key in dataclasses.fields(CacheArguments)]
+    unread += [key.name for key in dataclasses.fields(CacheArguments) if key.name != "job"]
     return dict.fromkeys(unread, "It is about tokens.") | dict.fromkeys(_ADAPTERS, "The whole student is trained.")
 
 

@@ -52,6 +52,7 @@ from mmkd.teachers.classifiers import (
     ZeroShotTeacher,
 )
 
+from .class_aspects import build_class_aspects
 from .class_run import Classes, check_arguments, load_classes, settings_of
 from .dho_config import DHOConfig
 from .unseen_classes import UnseenClasses
@@ -72,6 +73,8 @@ def build_class_cache(run: Run) -> Path:
     """
     check_arguments(run)
     arguments = run.arguments
+    if run.cache.job == "aspects":
+        return build_class_aspects(run)
     if arguments.teachers is None and (arguments.teacher is None or arguments.teacher_cache is None):
         raise UserError("A cache needs `teacher` (whose answers they are) and `teacher_cache` (the folder to write).")
     cached_signals(run, load_classes(run))

@@ -110,6 +110,13 @@ class ClassTermsConfig(WholeModelConfig):
             "a vision-language model's answers to them through outputs that are thrown away (MaKD)."
         },
     )
+    aspects_count: PositiveInt | None = field(
+        default=None,
+        metadata={
+            "help": "For aspects that name a file which is not there. `mmkd cache build RECIPE --job aspects` has "
+            "aspects_server write so many questions about the classes into it, for you to read and change."
+        },
+    )
     aspects_weight: PositiveFloat = field(
         default=4.0, metadata={"help": "For aspects. Weight of the answers in the loss. 4 (default) as in the paper."}
     )
@@ -167,6 +174,11 @@ class ClassTermsConfig(WholeModelConfig):
         """The questions of `aspects`. Raises UserError for a file that cannot be read, and for none or one twice."""
         return questions_of(self.aspects)
 
+    @property
+    def lacks_questions(self) -> bool:
+        """Whether the questions are still to be written by aspects_server."""
+        return self.aspects_count is not None and not Path(str(self.aspects)).is_file()
+
     def check_terms(self, rows_at_a_time: int) -> None:
         """Raises UserError for settings that contradict each other."""
         if (self.stage_heads is not None or self.aspects is not None) and self.torch_compile:
@@ -196,7 +208,13 @@ class ClassTermsConfig(WholeModelConfig):
             raise UserError("aspects_model and aspects_server both say who answers: keep one.", because="meaning")
         if named and self.aspects is None:
             raise UserError(f"{named[0]} answers `aspects`, which are not set.", because="meaning")
-        _ = self.questions
+        if self.aspects_count is not None and (not isinstance(self.aspects, str) or self.aspects_server is None):
+            raise UserError(
+                "aspects_count has aspects_server write questions into the file that aspects names: set both.",
+                because="meaning",
+            )
+        if not self.lacks_questions:
+            _ = self.questions
 
 
 def questions_of(aspects: Any) -> tuple[str, ...]:

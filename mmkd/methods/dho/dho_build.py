@@ -1,5 +1,6 @@
 """The trainer of a recipe of method dho: its rows, its student, and its teacher's logits."""
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
@@ -14,6 +15,7 @@ from mmkd.recipe.recipe import Run
 from mmkd.teachers.class_signals import ClassSignals
 from mmkd.teachers.classifiers import TipAdapterTeacher, ZeroShotTeacher
 
+from .class_aspects import cached_aspects
 from .class_run import check_arguments, load_classes, settings_of
 from .class_teacher import cached_signals, runs_of_teachers, unseen_classes, zero_shot
 from .dho_trainer import DHOTrainer
@@ -34,6 +36,8 @@ def build_dho_trainer(run: Run) -> DHOTrainer:
         keep=training.keep_rows,
     )
     signals, teacher = cached_signals(run, classes) if training.asks_teacher else (ClassSignals(), None)
+    if training.aspects is not None:
+        signals = replace(signals, aspects=cached_aspects(run, classes))
     set_seed(training.seed)
     model = new_student(run, data)
     if training.head_init == "text":
