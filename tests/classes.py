@@ -15,6 +15,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from mmkd.methods.dho.dho_trainer import DHOConfig, DHOTrainer
 from mmkd.models.dual_head import DualHeadForImageClassification
+from mmkd.teachers.class_signals import ClassSignals, Embeddings
 from tests.helpers import VISION
 
 NAMES = ["red", "green", "blue"]
@@ -54,6 +55,40 @@ def answers(rows: int, classes: int = len(NAMES)) -> torch.Tensor:
     logits = torch.randn(rows, classes, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(rows) * len(NAMES) // rows
     return logits + 3 * torch.nn.functional.one_hot(labels, classes)
+
+
+CLASS_TERMS: dict[str, Any] = {
+    "stage_heads": 2,
+    "mixing": "learned",
+    "gate_balance": "none",
+    "gate_top_k": 2,
+    "text_ce_weight": 1.0,
+    "vl_align_weight": 1.0,
+    "vl_align_filter": True,
+    "feature_mse_weight": 0.5,
+    "aspects": ["Is it red?", "Is it dark?"],
+}
+"""Terms of `dho` that are means over rows, whichever rows share a device."""
+
+
+def several_logits(rows: int = 36, teachers: int = 3) -> torch.Tensor:
+    """Logits of teachers of which each is better than the one before."""
+    noise = torch.randn(rows, teachers, len(NAMES), generator=torch.Generator().manual_seed(5))
+    return noise + torch.arange(teachers)[:, None] * answers(rows)[:, None]
+
+
+def class_signals(rows: int = 36, **parts: Any) -> ClassSignals:
+    """What a teacher says of the rows of `dho`: logits, embeddings of 12 numbers, and captions."""
+    random = torch.Generator().manual_seed(2)
+    images, captions = (torch.randn(rows, 12, generator=random) for _ in range(2))
+    text = torch.randn(len(NAMES), 12, generator=random)
+    return ClassSignals(**{"logits": answers(rows), "embeddings": Embeddings(images, text, captions), **parts})
+
+
+def signals_of_terms(rows: int = 36) -> ClassSignals:
+    """What `CLASS_TERMS` are about: several teachers and answers to aspects, too."""
+    aspects = torch.rand(rows, 2, generator=torch.Generator().manual_seed(0))
+    return class_signals(rows, logits=several_logits(rows), aspects=aspects)
 
 
 def dho(folder: Path | str, trainer: dict[str, Any] | None = None, **settings: Any) -> DHOTrainer:

@@ -1,6 +1,6 @@
 """Losses between a student's image embeddings and a vision-language model's images, class texts and captions.
 
-Those of "Distilling Large Vision-Language Models with Out-of-Distribution Generalizability" (ICCV 2023, 2307.03135).
+Those of "Distilling Large Vision-Language Model with Out-of-Distribution Generalizability" (ICCV 2023, 2307.03135).
 All of them compare directions: embeddings are divided by their lengths. Each gives one value per row.
 """
 

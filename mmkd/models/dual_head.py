@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import nll_loss, normalize
+from torch.nn.functional import nll_loss
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -22,6 +22,8 @@ from mmkd.errors import UserError
 from mmkd.losses.dual_head_losses import check_interpolation, interpolate
 from mmkd.seams.transformers_seam import has_class_for
 
+from .class_heads import CosineHead as CosineHead
+from .class_heads import EmbedHead, ResidualAdapter, TextHead
 from .features import (
     POOLINGS,
     backbone_class,
@@ -61,8 +63,8 @@ class DualHeadConfig(PreTrainedConfig):
         self.pooling = self.pooling or usual_pooling(self.backbone_config, self.text)
         if self.pooling not in POOLINGS:
             raise UserError(f"pooling is {self.pooling!r}; choose one of {', '.join(POOLINGS)}.")
-        if self.kd_head not in ("linear", "cosine"):
-            raise UserError(f"kd_head is {self.kd_head!r}; choose linear, or cosine for students of a VLM.")
+        if self.kd_head not in ("linear", "cosine", "adapter"):
+            raise UserError(f"kd_head is {self.kd_head!r}; choose linear, or cosine or adapter for students of a VLM.")
         if self.cosine_temperature <= 0:
             raise UserError(f"cosine_temperature is {self.cosine_temperature}; it divides cosines: make it positive.")
         check_interpolation(self.alpha, self.beta)
@@ -101,39 +103,6 @@ class DualHeadOutput(ModelOutput):
     """What heads say that the student has in training only (`mmkd.models.training_heads`)."""
 
 
-class CosineHead(nn.Module):
-    """Class logits cos(features, weight of the class) / temperature (eq. 10).
-
-    `dho_parity` reproduces the authors' code, for golden tests only: weights are not normalised, and a bias is divided
-    by the temperature too.
-    """
-
-    def __init__(self, width: int, classes: int, temperature: float, dho_parity: bool = False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(classes, width))
-        self.bias = nn.Parameter(torch.zeros(classes)) if dho_parity else None
-        self.temperature = temperature
-        nn.init.normal_(self.weight)
-
-    def forward(self, features: Float[Tensor, "row width"]) -> Float[Tensor, "row class"]:
-        weight = self.weight if self.bias is not None else normalize(self.weight, dim=-1)
-        return nn.functional.linear(normalize(features, dim=-1), weight, self.bias) / self.temperature
-
-
-class EmbedHead(nn.Linear):
-    """From the student's features to a vision-language model's space; begins as the identity where that can be."""
-
-    def __init__(self, width: int, embed_width: int):
-        super().__init__(width, embed_width, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Begins anew."""
-        if self.in_features == self.out_features:
-            nn.init.eye_(self.weight)
-        else:
-            super().reset_parameters()
-
-
 class _DualHeadModel(PreTrainedModel):
     """The common base of image and text models."""
 
@@ -151,9 +120,16 @@ class _DualHeadModel(PreTrainedModel):
             backbone = new_backbone(config.backbone_config, config.pooling)
         self.backbone = backbone
         width, classes = width_of(backbone), len(config.id2label or {})
-        self.ce_head = nn.Linear(width, classes)
-        if config.kd_head == "cosine":
-            self.kd_head: nn.Module = CosineHead(width, classes, config.cosine_temperature)
+        tau = config.cosine_temperature
+        self.adapter = ResidualAdapter(backbone) if config.kd_head == "adapter" else None
+        if self.adapter is not None:
+            width = self.adapter.width
+        self.feature_width = width
+        self.ce_head: Any = nn.Linear(width, classes) if self.adapter is None else CosineHead(width, classes, tau)
+        if self.adapter is not None:
+            self.kd_head: nn.Module = TextHead(backbone, self.adapter, classes, tau)
+        elif config.kd_head == "cosine":
+            self.kd_head = CosineHead(width, classes, tau)
         else:
             self.kd_head = nn.Linear(width, classes)
         self.embed_head = None if config.embed_width is None else EmbedHead(width, config.embed_width)
@@ -193,7 +169,10 @@ class _DualHeadModel(PreTrainedModel):
             label2id={name: number for number, name in enumerate(class_names)},
             **settings,
         )
-        return cls(config, model)
+        made = cls(config, model)
+        if made.adapter is not None:
+            made.adapter.take(made.backbone)
+        return made
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Saves the weights under their current names.
@@ -252,6 +231,12 @@ class _DualHeadModel(PreTrainedModel):
         if head not in ("ce", "kd", "merged"):
             raise UserError(f"{head!r} is none of the single heads; choose ce, kd or merged.")
         alpha = {"ce": 1.0, "kd": 0.0, "merged": self.config.alpha}[head]
+        if self.adapter is not None:
+            raise UserError(
+                "An adapter stands between the backbone and the heads, which no classifier of transformers has. "
+                "Export the whole model with export_program.",
+                because="upstream",
+            )
         if alpha < 1 and not isinstance(self.kd_head, nn.Linear):
             raise UserError(
                 "A cosine head divides by the features' length, which no linear layer does. Export head 'ce', or the "
@@ -322,7 +307,8 @@ class _DualHeadModel(PreTrainedModel):
 
     def features(self, **inputs: Any) -> Float[Tensor, "row width"]:
         """One feature vector per row, shared by the heads."""
-        return pooled(self.backbone(**inputs), self.config.pooling, inputs.get("attention_mask"))
+        features = pooled(self.backbone(**inputs), self.config.pooling, inputs.get("attention_mask"))
+        return features if self.adapter is None else self.adapter(features)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -95,7 +95,7 @@ class ServedAspects(AspectTeacher):
         said = []
         for reply in self.client.replies(chats, sampling):
             if isinstance(reply, RowError):
-                raise UserError(f"The server of aspects refused a question: {reply.message}")
+                raise UserError(f"The server of aspects refused a question: {reply.reason}")
             if not reply.first_tokens:
                 raise UserError(
                     "The server of aspects tells no log-probs of its answers, and aspects are learnt from them. Take "

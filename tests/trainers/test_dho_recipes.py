@@ -100,6 +100,40 @@ def test_several_teachers_come_from_one_recipe(tmp_path: Path) -> None:
     assert "gate_balance" in trainer.state.log_history[0]
 
 
+def test_a_student_with_an_adapter_keeps_its_tower(tmp_path: Path) -> None:
+    sgva = {"kd_head": "adapter", "kd_loss": "ofa", "temperature": 5.0, "learning_rate": 1e-2, "max_steps": 6}
+    recipe = class_recipe(tmp_path, student_init="pretrained", output_dir=str(tmp_path / "run"), **sgva)
+    with pytest.raises(UserError, match="no loadable"):
+        build_trainer(recipe_of(str(recipe), ["--student", str(tmp_path / "nobody")]).parse())
+    trainer: Any = build_trainer(recipe_of(str(recipe), ["--student", str(tmp_path / "clip")]).parse())
+    model = trainer.model
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        embeds = model.backbone(batch["pixel_values"]).image_embeds
+        weight = model.backbone.visual_projection.weight
+        before = embeds @ torch.linalg.pinv(weight).T
+        adapted = 0.5 * model.adapter.up(model.adapter.down(before).relu()) + 0.5 * before
+        adapted = torch.nn.functional.normalize(adapted.relu(), dim=-1)
+        said = model(batch["pixel_values"])
+        torch.testing.assert_close(said.features, adapted)
+        torch.testing.assert_close(said.kd_logits, 100 * adapted @ weight.T @ model.kd_head.weight.T)
+        # A prototype begins as the mean of its class's labelled rows.
+        rows = [row for row, label in enumerate(trainer.train_dataset.labels) if label == 1]
+        pixels = torch.stack([trainer.train_dataset[row]["pixel_values"] for row in rows])
+        torch.testing.assert_close(model.ce_head.weight[1], model(pixels).features.mean(0))
+    frozen = {
+        name: value.clone() for name, value in model.state_dict().items() if not name.startswith(("ce", "adapter"))
+    }
+    trainer.train()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in frozen.items())
+    assert model.adapter.share.item() != 0.5
+    trainer.save_model()
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    torch.testing.assert_close(again(batch["pixel_values"]).logits, model.eval()(batch["pixel_values"]).logits)
+    with pytest.raises(UserError, match="An adapter stands between"):
+        again.plain_model()
+
+
 class YesOrNo:
     """A chat server whose p(yes) is a function of question and image, and that dies after some answers."""
 

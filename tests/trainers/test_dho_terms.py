@@ -20,24 +20,20 @@ from mmkd.methods.dho.unseen_classes import UnseenClasses, mean_class_accuracy
 from mmkd.models.dual_head import DualHeadForImageClassification
 from mmkd.models.training_heads import stages_of
 from mmkd.teachers.class_signals import ClassSignals, Embeddings
-from tests.classes import NAMES, answers, dho, pictures, vit
+from tests.classes import (
+    CLASS_TERMS,
+    NAMES,
+    answers,
+    class_signals,
+    dho,
+    pictures,
+    several_logits,
+    signals_of_terms,
+    vit,
+)
 from tests.helpers import losses_of
 
 TERMS = ("text_ce", "vl_align", "image_contrast", "caption", "feature_mse")
-
-
-def signals(rows: int = 36, **parts: Any) -> ClassSignals:
-    """Logits, embeddings of 12 numbers and captions of the rows of `dho`."""
-    random = torch.Generator().manual_seed(2)
-    images, captions = (torch.randn(rows, 12, generator=random) for _ in range(2))
-    text = torch.randn(len(NAMES), 12, generator=random)
-    return ClassSignals(**{"logits": answers(rows), "embeddings": Embeddings(images, text, captions), **parts})
-
-
-def several(rows: int = 36, teachers: int = 3) -> torch.Tensor:
-    """Logits of teachers of which each is better than the one before."""
-    noise = torch.randn(rows, teachers, len(NAMES), generator=torch.Generator().manual_seed(5))
-    return noise + torch.arange(teachers)[:, None] * answers(rows)[:, None]
 
 
 def resnet() -> Any:
@@ -108,7 +104,7 @@ def test_inner_stages_learn_and_their_heads_are_thrown_away(tmp_path: Path, back
 
 def test_a_run_with_heads_of_the_training_is_resumed(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"stage_heads": 1, "mixing": "learned", "gate_top_k": 2, "text_ce_weight": 1.0}
-    taught = {"teacher": signals(logits=several())}
+    taught = {"teacher": class_signals(logits=several_logits())}
     whole: Any = dho(tmp_path / "whole", taught, **settings)
     whole.train()
     dho(tmp_path / "cut", taught, **settings, save_strategy="steps", save_steps=2).train()
@@ -122,7 +118,7 @@ def test_a_run_with_heads_of_the_training_is_resumed(tmp_path: Path) -> None:
 
 def test_terms_of_embeddings_add_their_weighted_means(tmp_path: Path) -> None:
     weights = {f"{name}_weight": number + 1.0 for number, name in enumerate(TERMS)}
-    known = signals()
+    known = class_signals()
     trainer: Any = dho(tmp_path, {"teacher": known}, **weights, vl_align_top_k=2)
     loss, outputs, batch = step(trainer)
     plain, _, _ = trainer.losses(outputs, batch["labels"], batch["teacher_logits"])
@@ -147,29 +143,34 @@ def test_terms_of_embeddings_add_their_weighted_means(tmp_path: Path) -> None:
 
 
 def test_accumulation_changes_nothing_of_terms_over_rows(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        "stage_heads": 2,
-        "text_ce_weight": 1.0,
-        "vl_align_weight": 1.0,
-        "vl_align_filter": True,
-    }
-    settings |= {"feature_mse_weight": 0.5, "aspects": ["Is it red?", "Is it dark?"]}
-    taught = {"teacher": signals(aspects=torch.rand(36, 2, generator=torch.Generator().manual_seed(0)))}
-    whole = dho(tmp_path / "whole", taught, per_device_train_batch_size=4, unlabeled_batch_size=8, **settings)
-    parts = dho(tmp_path / "parts", taught, gradient_accumulation_steps=2, **settings)
+    taught = {"teacher": signals_of_terms()}
+    whole = dho(tmp_path / "whole", taught, per_device_train_batch_size=4, unlabeled_batch_size=8, **CLASS_TERMS)
+    parts = dho(tmp_path / "parts", taught, gradient_accumulation_steps=2, **CLASS_TERMS)
     for trainer in (whole, parts):
         trainer.train()
     for key in ("loss", "grad_norm", "vl_align", "aspects", "kd_stages"):
         assert losses_of(parts, key) == pytest.approx(losses_of(whole, key), rel=1e-3)  # pyright: ignore
 
 
+def test_ranks_change_nothing_of_terms_over_rows(tmp_path: Path, ranks: Any) -> None:
+    taught = {"teacher": signals_of_terms(), "test_dataset": pictures(3, seed=2)}
+    batches = {"per_device_train_batch_size": 4, "unlabeled_batch_size": 8}
+    alone: Any = dho(tmp_path, taught, **batches, **CLASS_TERMS)
+    alone.train()
+    expected = [
+        [entry["loss"], entry["grad_norm"], entry["ce"]] for entry in alone.state.log_history if "loss" in entry
+    ]
+    for rank in ranks["dho terms ddp"]:
+        assert rank["steps"] == [pytest.approx(step, rel=1e-3) for step in expected]
+
+
 def test_a_filter_without_survivors_is_a_zero(tmp_path: Path) -> None:
-    known = signals()
+    known = class_signals()
     assert known.embeddings is not None
     # The teacher sees in every image the class that comes after its label.
     wrong = Embeddings(known.embeddings.text[(torch.arange(36) // 12 + 1) % 3], known.embeddings.text)
     weights = {"vl_align_weight": 1.0, "vl_align_filter": True}
-    trainer: Any = dho(tmp_path, {"teacher": signals(embeddings=wrong)}, **weights)
+    trainer: Any = dho(tmp_path, {"teacher": class_signals(embeddings=wrong)}, **weights)
     loss, outputs, batch = step(trainer)
     assert trainer._counts.aligned == 0
     torch.testing.assert_close(loss, 0.5 * sum(trainer.losses(outputs, batch["labels"], batch["teacher_logits"])[:2]))
@@ -180,7 +181,7 @@ def test_a_filter_without_survivors_is_a_zero(tmp_path: Path) -> None:
 
 
 def test_labels_alone_may_be_learnt_through_texts(tmp_path: Path) -> None:
-    trainer: Any = dho(tmp_path, {"teacher": signals(logits=None)}, objective="ce", text_ce_weight=1.0)
+    trainer: Any = dho(tmp_path, {"teacher": class_signals(logits=None)}, objective="ce", text_ce_weight=1.0)
     trainer.train()
     entry = trainer.state.log_history[0]
     assert "text_ce" in entry
@@ -189,7 +190,7 @@ def test_labels_alone_may_be_learnt_through_texts(tmp_path: Path) -> None:
 
 
 def test_several_teachers_teach_by_weight_or_through_a_gate(tmp_path: Path) -> None:
-    logits = several()
+    logits = several_logits()
     plain: Any = dho(tmp_path, {"teacher": ClassSignals(logits, weights=(1.0, 2.0, 1.0))}, temperature=4.0)
     _, outputs, batch = step(plain)
     losses = teacher_losses(outputs.kd_logits, batch["teacher_logits"])
@@ -225,7 +226,7 @@ def test_the_gate_comes_to_prefer_the_teacher_that_can_be_followed(tmp_path: Pat
 
 
 def test_classes_that_were_never_seen_are_measured_by_their_texts(tmp_path: Path) -> None:
-    known = signals()
+    known = class_signals()
     unseen = UnseenClasses(pictures(4, seed=2), torch.randn(3, 12, generator=torch.Generator().manual_seed(7)))
     trainer: Any = dho(tmp_path, {"teacher": known, "unseen": unseen}, text_ce_weight=1.0)
     trainer.train()
@@ -276,7 +277,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path, settings: dict[str,
 
 
 def test_teachers_that_lack_what_is_compared_are_refused(tmp_path: Path) -> None:
-    known = signals()
+    known = class_signals()
     assert known.embeddings is not None
     images, text = known.embeddings.images, known.embeddings.text
     for embeddings, weight, says in [
@@ -289,10 +290,10 @@ def test_teachers_that_lack_what_is_compared_are_refused(tmp_path: Path) -> None
         (Embeddings(images, text, images[[0] * 36]), "caption", "All rows have the same caption"),
     ]:
         with pytest.raises(UserError, match=says):
-            dho(tmp_path, {"teacher": signals(embeddings=embeddings)}, **{f"{weight}_weight": 1.0})
+            dho(tmp_path, {"teacher": class_signals(embeddings=embeddings)}, **{f"{weight}_weight": 1.0})
     with pytest.raises(UserError, match="chooses among several teachers"):
         dho(tmp_path, mixing="learned")
     with pytest.raises(UserError, match="gate_top_k is 4, and there are 3"):
-        dho(tmp_path, {"teacher": ClassSignals(several())}, mixing="learned", gate_top_k=4)
+        dho(tmp_path, {"teacher": ClassSignals(several_logits())}, mixing="learned", gate_top_k=4)
     with pytest.raises(UserError, match="aspects are learnt from answers"):
         dho(tmp_path, aspects=["Is it red?"])

@@ -18,7 +18,7 @@ from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.training.method import METHODS
 from scripts.make_tiny_models import sentences
-from tests.classes import dho, pictures
+from tests.classes import dho, pictures, signals_of_terms
 from tests.towers import teachers, tower_kd
 from tests.vlms import vision_rows
 
@@ -155,8 +155,11 @@ def share(model: Any) -> float:
 
 def train_classes(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The same for a dual-head student."""
-    tested = {"test_dataset": pictures(3, seed=2)}
-    trainer = dho(folder, tested, per_device_eval_batch_size=2, **wrapping(job["how"]))
+    tested: dict[str, Any] = {"test_dataset": pictures(3, seed=2)}
+    if "settings" in job:
+        tested["teacher"] = signals_of_terms()
+    settings = {**job.get("settings", {}), **wrapping(job["how"])}
+    trainer = dho(folder, tested, per_device_eval_batch_size=2, **settings)
     trainer.train()
     log = trainer.state.log_history
     return {

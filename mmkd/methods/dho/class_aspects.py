@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -85,7 +86,9 @@ def _answering(run: Run) -> Iterator[AspectTeacher]:
     name = training.aspects_model
     if name is None:
         raise UserError("Nobody answers aspects: set aspects_model (a Hub id or a folder) or aspects_server (a URL).")
-    hub = {"trust_remote_code": training.trust_remote_code}
+    hub: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     dtype = computed_dtype("auto", AutoConfig.from_pretrained(name, **hub), training.device)
-    model = load_model(name, "aspects_model", dtype=dtype, **hub).to(training.device)
-    yield LocalAspects(model, AutoProcessor.from_pretrained(name, **hub), weights_sha256(name, None))
+    model: Any = load_model(name, "aspects_model", dtype=dtype, **hub)
+    yield LocalAspects(
+        model.to(training.device), AutoProcessor.from_pretrained(name, **hub), weights_sha256(name, None)
+    )

@@ -66,7 +66,7 @@ class ClassTerms:
         if self.args.mixing == "learned":
             assert extra is not None
             return gated_loss(losses, extra["gate"].float(), self.args.gate_top_k)
-        weights = losses.new_tensor(self.signals.weights)
+        weights = losses.new_tensor(self.signals.weights or (1.0,) * losses.shape[1])
         return losses @ (weights / weights.sum())
 
     def stages(self, extra: Mapping[str, Tensor], teacher: Tensor, labels: Tensor) -> Tensor | None:

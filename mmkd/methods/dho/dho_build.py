@@ -13,8 +13,9 @@ from mmkd.models.dual_head import DualHeadForImageClassification, DualHeadForSeq
 from mmkd.models.load import computed_dtype
 from mmkd.recipe.recipe import Run
 from mmkd.teachers.class_signals import ClassSignals
-from mmkd.teachers.classifiers import TipAdapterTeacher, ZeroShotTeacher
+from mmkd.teachers.classifiers import ClassTeacher, TipAdapterTeacher, ZeroShotTeacher
 
+from .adapter_start import begin_adapter
 from .class_aspects import cached_aspects
 from .class_run import check_arguments, load_classes, settings_of
 from .class_teacher import cached_signals, runs_of_teachers, unseen_classes, zero_shot
@@ -40,15 +41,10 @@ def build_dho_trainer(run: Run) -> DHOTrainer:
         signals = replace(signals, aspects=cached_aspects(run, classes))
     set_seed(training.seed)
     model = new_student(run, data)
+    if training.kd_head == "adapter":
+        begin_adapter(model, text_teacher(run, data, teacher).text_weights, rows, training)
     if training.head_init == "text":
-        teacher = zero_shot(next(iter(runs_of_teachers(run).values())), data) if teacher is None else teacher
-        embedded = teacher.zero_shot if isinstance(teacher, TipAdapterTeacher) else teacher
-        if not isinstance(embedded, ZeroShotTeacher):
-            raise UserError(
-                f"head_init: text needs a teacher with text embeddings, not {training.teacher_kind}.",
-                because="meaning",
-            )
-        model.init_heads(embedded.text_embeddings)
+        model.init_heads(text_teacher(run, data, teacher).text_embeddings)
     return DHOTrainer(
         model=model,
         teacher=signals,
@@ -59,6 +55,18 @@ def build_dho_trainer(run: Run) -> DHOTrainer:
         processing_class=processing_class,
         unseen=unseen_classes(run, classes, teacher),
     )
+
+
+def text_teacher(run: Run, data: ClassificationData, teacher: ClassTeacher | None) -> ZeroShotTeacher:
+    """The teacher with texts of the classes, loaded if it is not yet. Raises UserError for one without."""
+    if teacher is None:
+        teacher = zero_shot(next(iter(runs_of_teachers(run).values())), data)
+    embedded = teacher.zero_shot if isinstance(teacher, TipAdapterTeacher) else teacher
+    if not isinstance(embedded, ZeroShotTeacher):
+        training = settings_of(run)
+        key = "kd_head: adapter" if training.kd_head == "adapter" else "head_init: text"
+        raise UserError(f"{key} needs a teacher with text embeddings, not {training.teacher_kind}.", because="meaning")
+    return embedded
 
 
 def student_processor(run: Run, text: bool) -> Any:

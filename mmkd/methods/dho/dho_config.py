@@ -91,9 +91,10 @@ class DHOConfig(ClassTermsConfig):
     kd_head: str = field(
         default="linear",
         metadata={
-            "help": "Form of the distillation head. linear (default), or cosine for a student that is the tower of "
-            "a vision-language model (equation 10 of the paper).",
-            "choices": ["linear", "cosine"],
+            "help": "Form of the distillation head. linear (default). For a student that is the tower of a "
+            "vision-language model: cosine (equation 10 of the paper), or adapter, which leaves the tower as it is "
+            "and learns an adapter after it, with prototypes of the classes and the teacher's texts (SgVA-CLIP).",
+            "choices": ["linear", "cosine", "adapter"],
         },
     )
     head_init: str = field(
@@ -169,6 +170,12 @@ class DHOConfig(ClassTermsConfig):
             )
         if self.unlabeled_batch_size == 0 and self.objective != "ce":
             raise UserError("unlabeled_batch_size is 0; give 1 or more (0 only for objective ce).", because="meaning")
+        if self.kd_head == "adapter" and (self.head_init != "random" or self.stage_heads is not None):
+            raise UserError(
+                "kd_head: adapter begins with the teacher's texts and leaves the tower as it is: head_init and "
+                "stage_heads change nothing. Remove them.",
+                because="meaning",
+            )
         self._check_labels()
         self._check_interpolation()
         self.check_terms(self.per_device_train_batch_size + self.unlabeled_batch_size)

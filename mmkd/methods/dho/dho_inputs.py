@@ -143,6 +143,8 @@ def settle_heads(model: Any, args: DHOConfig) -> None:
     weights = (0.5, 0.5) if args.alpha is None else (args.alpha, args.beta)
     alpha, beta = {"dho": weights, "kd": (0.0, 1.0)}.get(args.objective, (1.0, 1.0))
     model.config.alpha, model.config.beta = alpha, beta
+    if model.adapter is not None:
+        model.backbone.requires_grad_(False)
     model.ce_head.requires_grad_(args.objective != "kd")
     model.kd_head.requires_grad_(args.objective in ("dho", "kd"))
 

@@ -8,7 +8,7 @@ from torch import nn
 from mmkd.data.class_rows import ClassCollator, ClassRows
 from mmkd.errors import UserError
 from mmkd.models.captured_features import capturing
-from mmkd.models.dual_head import EmbedHead
+from mmkd.models.class_heads import EmbedHead
 from mmkd.models.features import width_of
 from mmkd.models.training_heads import Gate, TrainingHeads, add_training_heads, stage_head, stages_of
 from mmkd.teachers.class_signals import ClassSignals
@@ -27,7 +27,7 @@ def prepare_heads(model: Any, args: DHOConfig, signals: ClassSignals, rows: Clas
     # The same heads in every run and on every rank, whatever was drawn before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        width, classes = width_of(model.backbone), model.config.num_labels
+        width, classes = model.feature_width, model.config.num_labels
         heads = TrainingHeads(
             None if stages is None else _stages(model, stages, rows),
             None if signals.aspects is None else nn.Linear(width, signals.aspects.shape[1]),
@@ -49,7 +49,7 @@ def _embed(model: Any, args: DHOConfig, signals: ClassSignals) -> None:
     if model.embed_head is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
-            head = EmbedHead(width_of(model.backbone), width)
+            head = EmbedHead(model.feature_width, width)
         model.embed_head = head.to(model.device, model.dtype)
         model.config.embed_width = width
     if model.config.embed_width != width:
