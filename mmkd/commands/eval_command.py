@@ -11,6 +11,7 @@ from mmkd.errors import UserError
 from .command import Command, add_trust
 
 if TYPE_CHECKING:
+    from mmkd.eval.class_measures import ClassifierModel
     from mmkd.eval.encoder_model import EncoderModel
     from mmkd.eval.harness import Settings
 
@@ -26,11 +27,11 @@ def add_flags(parser: ArgumentParser) -> None:
         "--measures",
         nargs="*",
         help="also cost, generation, own_answers, bytes, acceptance, agreement, calibration; of dual encoders "
-        "recall, zero_shot, linear_probe (none named: all)",
+        "recall, zero_shot, linear_probe; of classifiers of method dho classes (none named: all)",
     )
     add("--data", help="data on whose held-out rows is measured (default: that of the run)")
     add("--teacher", help="model to measure beside, a folder or a Hub id (default: the teacher of the run)")
-    add("--rows", type=int, help="held-out rows to measure on (default: 64, of dual encoders all)")
+    add("--rows", type=int, help="held-out rows to measure on (default: 64; of dual encoders and classifiers all)")
     add("--prompts", help="for zero_shot: clip_7, clip_80 or a file of templates (default: those of the data)")
     add("--unseen_classes", nargs="+", default=[], help="for zero_shot: classes to tell apart from those learnt")
     add("--max_new_tokens", type=int, default=64, help="length of generations to measure (default: 64)")
@@ -64,6 +65,8 @@ def run(options: Namespace) -> int:
     from mmkd.eval.suites import suite_names, tasks_of
     from mmkd.publish.as_trained import as_trained
 
+    if classifiers := _classifiers(options):
+        return _measure_classifiers(options, classifiers)
     if encoders := _encoders(options):
         return _measure_encoders(options, encoders)
     rows_asked = 64 if options.rows is None else options.rows
@@ -101,6 +104,61 @@ def run(options: Namespace) -> int:
         show(scores, Console())
     for name, entries in measured.items():
         measures.show(name, entries, Console())
+    for model in models:
+        print(f"{(options.output or model.results_folder) / NAME}")
+    return 0
+
+
+def _classifiers(options: Namespace) -> "list[ClassifierModel]":
+    """The models as dual-head classifiers; empty for models of other kinds. Raises UserError for some of both."""
+    from mmkd.eval.class_measures import CLASSES, find_classifier
+
+    if options.suite or options.tasks or options.ensemble or options.measures is None:
+        return []
+    if options.measures and CLASSES not in options.measures:
+        return []
+    hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    models = [find_classifier(name, **hub) for name in options.models]
+    found = [model for model in models if model is not None]
+    if len(found) < len(models) and (found or CLASSES in options.measures):
+        other = options.models[models.index(None)]
+        raise UserError(
+            f"{other} is no classifier of method dho, and measure {CLASSES} is of those. Evaluate it by itself, with "
+            "other measures.",
+            because="meaning",
+        )
+    if found and set(options.measures) - {CLASSES}:
+        raise UserError(
+            f"{options.models[0]} is a classifier, which has the measure {CLASSES} only; it writes no text.",
+            because="meaning",
+        )
+    return found
+
+
+def _measure_classifiers(options: Namespace, models: "Sequence[ClassifierModel]") -> int:
+    from rich.console import Console
+
+    from mmkd.eval.class_measures import ClassesToMeasure, measure_classifier
+    from mmkd.eval.evaluation import show
+    from mmkd.eval.results import NAME
+    from mmkd.publish.as_trained import class_teacher_as_trained, data_as_trained
+
+    if options.output is not None and len(models) > 1:
+        raise UserError(
+            "--output is the folder of one model's results; leave it out to evaluate several.", because="meaning"
+        )
+    if options.unseen_classes:
+        raise UserError(
+            "--unseen_classes is for dual encoders: those of a classifier are the classes of the data that it does "
+            "not know. Remove it.",
+            because="meaning",
+        )
+    scores = {}
+    for model in models:
+        data, teacher = options.data or data_as_trained(model), options.teacher or class_teacher_as_trained(model)
+        on = ClassesToMeasure(data, teacher, options.rows, options.prompts)
+        scores[model.name] = measure_classifier(model, on, _settings(options), options.output)
+    show(scores, Console())
     for model in models:
         print(f"{(options.output or model.results_folder) / NAME}")
     return 0

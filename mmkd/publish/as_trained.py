@@ -44,6 +44,15 @@ def data_as_trained(model: EvalModel) -> str:
     return str(keys["data"])
 
 
+def class_teacher_as_trained(model: EvalModel) -> str | None:
+    """The CLIP-like teacher of the run that a classifier comes from; None where it names none."""
+    keys = record_of(Path(model.name)).get("keys", {}) if Path(model.name).is_dir() else {}
+    several = keys.get("teachers")
+    first = next(iter(several.values())) if isinstance(several, dict) else keys
+    kind = first.get("teacher_kind", keys.get("teacher_kind", "zero_shot"))
+    return str(first["teacher"]) if first.get("teacher") and kind in ("zero_shot", "tip_adapter") else None
+
+
 def _held_out(model: EvalModel, held: HeldOut) -> HeldOut | None:
     try:
         held.load()

@@ -47,6 +47,15 @@ def test_terms_and_unseen_classes_come_from_one_recipe(tmp_path: Path, capsys: A
     # The teacher's features are on disk, and are read instead of asked for; without them the run is refused.
     cached = tmp_path / "run" / "teacher_logits"
     assert load_file(cached / "class_embeddings.safetensors")["captions"].shape == (36, 12)
+    # The saved student is measured alike, by another command.
+    assert main(["eval", str(tmp_path / "run"), "--measures"]) == 0
+    (entry,) = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())["tasks"].values()
+    numbers = entry["results"]["data classes"]
+    assert numbers["acc,none"] == pytest.approx(test["test_accuracy"])
+    assert numbers["seen_classes_acc,none"] == pytest.approx(test["test_seen_class_accuracy"])
+    assert numbers["unseen_classes_acc,none"] == pytest.approx(unseen["unseen_class_accuracy"])
+    assert main(["eval", str(tmp_path / "run"), "--measures", "classes", "cost"]) == 2
+    assert "has the measure classes only" in capsys.readouterr().err
     capsys.readouterr()
     again = ["train", str(recipe), "--teacher_cache", str(cached), "--output_dir", str(tmp_path / "again")]
     assert main(again) == 0

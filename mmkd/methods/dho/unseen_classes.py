@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,6 +13,7 @@ from transformers.utils import logging
 from mmkd.data.class_rows import ClassRows
 from mmkd.data.classification import ClassificationData
 from mmkd.errors import UserError, nearest
+from mmkd.losses.retrieval import ClassAccuracy
 
 logger = logging.get_logger(__name__)
 
@@ -74,8 +74,7 @@ def split_classes(data: ClassificationData, unseen: Sequence[str]) -> tuple[Clas
 
 def mean_class_accuracy(logits: Float[Tensor, "row class"], labels: Int[Tensor, "row"]) -> float:
     """The mean over classes, of those that have rows, of the share of their rows that are classified rightly."""
-    right = (logits.argmax(-1) == labels).double()
-    return torch.stack([right[labels == number].mean() for number in labels.unique()]).mean().item()
+    return ClassAccuracy(logits.argmax(-1) == labels, labels).mean_per_class
 
 
 def _of_classes(rows: Dataset, names: Sequence[str], kept: Sequence[str]) -> Dataset:
