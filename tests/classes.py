@@ -68,7 +68,11 @@ CLASS_TERMS: dict[str, Any] = {
     "feature_mse_weight": 0.5,
     "aspects": ["Is it red?", "Is it dark?"],
 }
-"""Terms of `dho` that are means over rows, whichever rows share a device."""
+"""Terms of `dho` that are means over rows, whichever rows are read together."""
+
+BATCH_TERMS = {**CLASS_TERMS, "gate_balance": "kl", "image_contrast_weight": 1.0, "caption_weight": 1.0}
+BATCH_TERMS |= {"feature_mse_form": "log"}
+"""Those that compare the rows of a batch, too, whichever rows share a device."""
 
 
 def several_logits(rows: int = 36, teachers: int = 3) -> torch.Tensor:

@@ -12,7 +12,7 @@ from huggingface_hub.utils import WeakFileLock
 from mmkd.methods.tower_kd.tower_config import TERMS
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
-from tests.classes import CLASS_TERMS
+from tests.classes import BATCH_TERMS
 from tests.experts import experts
 from tests.helpers import LORA, on_two_ranks
 from tests.vlms import make_llava
@@ -112,7 +112,7 @@ def ranks(
         jobs[f"kd features {how}"] = {"method": "kd", "how": how, **tiny, "settings": {"features": FEATURES}}
         jobs[f"kd experts {how}"] = {"method": "kd", "how": how, "student": mixture, "teacher": tiny["teacher"]}
     jobs["dho ddp"] = {"method": "dho", "how": "ddp"}
-    jobs["dho terms ddp"] = {"method": "dho", "how": "ddp", "settings": CLASS_TERMS}
+    jobs["dho terms ddp"] = {"method": "dho", "how": "ddp", "settings": BATCH_TERMS}
     every = {f"{term}_weight": 0.5 for term in TERMS}
     jobs["tower_kd ddp"] = {"method": "tower_kd", "how": "ddp", "settings": every}
     kd = {"method": "kd", "how": "fsdp2", **untied}

@@ -95,6 +95,9 @@ def test_several_teachers_come_from_one_recipe(tmp_path: Path) -> None:
     }
     recipe.write_text(yaml.safe_dump(keys))
     assert main(["doctor", str(recipe)]) == 0
+    strange = {**keys["teachers"], "tip": {**keys["teachers"]["tip"], "teacher_server": "http://localhost:1"}}
+    with pytest.raises(UserError, match="sets teacher_server, which is about tokens"):
+        build_trainer(recipe_of(str(recipe), ["--teachers", json.dumps(strange)]).parse())
     trainer = build_trainer(recipe_of(str(recipe), []).parse())
     assert isinstance(trainer, DHOTrainer)
     assert trainer.signals.weights == (2.0, 1.0)

@@ -21,6 +21,7 @@ from mmkd.models.dual_head import DualHeadForImageClassification
 from mmkd.models.training_heads import stages_of
 from mmkd.teachers.class_signals import ClassSignals, Embeddings
 from tests.classes import (
+    BATCH_TERMS,
     CLASS_TERMS,
     NAMES,
     answers,
@@ -152,10 +153,10 @@ def test_accumulation_changes_nothing_of_terms_over_rows(tmp_path: Path) -> None
         assert losses_of(parts, key) == pytest.approx(losses_of(whole, key), rel=1e-3)  # pyright: ignore
 
 
-def test_ranks_change_nothing_of_terms_over_rows(tmp_path: Path, ranks: Any) -> None:
+def test_ranks_change_nothing_of_terms(tmp_path: Path, ranks: Any) -> None:
     taught = {"teacher": signals_of_terms(), "test_dataset": pictures(3, seed=2)}
     batches = {"per_device_train_batch_size": 4, "unlabeled_batch_size": 8}
-    alone: Any = dho(tmp_path, taught, **batches, **CLASS_TERMS)
+    alone: Any = dho(tmp_path, taught, **batches, **BATCH_TERMS)
     alone.train()
     expected = [
         [entry["loss"], entry["grad_norm"], entry["ce"]] for entry in alone.state.log_history if "loss" in entry

@@ -27,7 +27,7 @@ from mmkd.training.comparison import Comparison, Control
 from mmkd.training.log import LOG
 
 from .class_run import load_classes, settings_of
-from .class_teacher import LOGITS_FOLDER, load_class_teacher
+from .class_teacher import LOGITS_FOLDER, load_class_teacher, runs_of_teachers
 from .class_terms_config import TERMS
 from .conflict_plot import plot_conflict
 from .dho_trainer import DHOTrainer
@@ -100,10 +100,15 @@ def _with_shared_logits(run: Run, folder: Path) -> Run:
 
     Not those of Tip-Adapter, which differ with the labels that are shown.
     """
-    arguments, kind = run.arguments, settings_of(run).teacher_kind
-    if arguments.teacher_cache is not None or kind == "tip_adapter":
+    arguments, training = run.arguments, settings_of(run)
+    kind, unseen = training.teacher_kind, training.unseen_classes
+    # Of a recipe without unseen classes, the name that earlier versions gave.
+    made_of = [arguments.teacher, kind, arguments.data, *([] if unseen is None else [unseen])]
+    name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
+    if training.aspects is not None and training.aspects_cache is None:
+        training.aspects_cache = str(folder / f"aspects-{name}")
+    if arguments.teacher_cache is not None or arguments.teachers is not None or kind == "tip_adapter":
         return run
-    name = hashlib.sha256(json.dumps([arguments.teacher, kind, arguments.data]).encode()).hexdigest()[:8]
     return replace(run, arguments=replace(arguments, teacher_cache=str(folder / f"{LOGITS_FOLDER}-{name}")))
 
 
@@ -112,6 +117,8 @@ def _measure_teacher(run: Run) -> ComparedModel:
     data = classes.data
     splits = (None if part is None else ClassRows(part, None) for part in (data.test, data.validation))
     rows, split = _measured_rows(*splits)
+    # Of several, the first one.
+    run = next(iter(runs_of_teachers(run).values()))
     teacher = load_class_teacher(run, classes)
     logits = compute_class_logits(teacher, rows.raw, len(rows), settings_of(run).teacher_batch_size)
     right = (logits.argmax(-1) == torch.as_tensor(rows.labels)).double().tolist()

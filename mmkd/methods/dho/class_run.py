@@ -14,6 +14,7 @@ from mmkd.recipe.cache_arguments import CacheArguments
 from mmkd.recipe.recipe import Run
 
 from .dho_config import DHOConfig
+from .dho_trainer import DHOTrainer
 from .unseen_classes import UnseenRows, split_classes
 
 # What a recipe of every method may set, and a classifier's run reads.
@@ -67,6 +68,7 @@ def check_arguments(run: Run) -> None:
     for key in dataclasses.fields(RunArguments):
         if key.name not in _READ and getattr(run.arguments, key.name) != key.default:
             raise UserError(f"Method dho does not read {key.name}; it is about tokens. Remove it.", because="meaning")
+    _check_teachers(run)
     if run.cache.job == "generate":
         raise UserError(
             "Method dho learns from no text, so no answers are generated for it. Remove job, or set it to aspects.",
@@ -81,6 +83,19 @@ def check_arguments(run: Run) -> None:
             "Set `student` to a vision model, a text model or, with student_init: random, its config.",
             because="not built",
         )
+
+
+def _check_teachers(run: Run) -> None:
+    """Raises UserError for a key of one of several teachers that is about tokens."""
+    several = run.arguments.teachers
+    read = {"weight", *DHOTrainer.teacher_keys, *(key for key in _READ if key.startswith("teacher"))} - {"teachers"}
+    for name, keys in several.items() if isinstance(several, dict) else ():
+        unread = next((key for key in keys if key not in read), None)
+        if unread is not None:
+            raise UserError(
+                f"teachers.{name} sets {unread}, which is about tokens and which method dho does not read. Remove it.",
+                because="meaning",
+            )
 
 
 def unused_keys() -> dict[str, str]:

@@ -13,6 +13,7 @@ from mmkd.losses.class_objectives import aspect_loss, class_objective
 from mmkd.losses.dual_head_losses import supervised_loss
 from mmkd.losses.gated_teachers import balance_loss, gated_loss
 from mmkd.teachers.class_signals import ClassSignals
+from mmkd.training.gathering import first_of, gathered
 
 from .dho_config import DHOConfig
 
@@ -88,7 +89,8 @@ class ClassTerms:
             losses = aspect_loss(extra["aspects"], batch["teacher_aspects"])
             terms["aspects"] = (losses.sum(), rows, counts.rows)
         if "gate" in extra and self.args.gate_balance != "none":
-            balance = balance_loss(extra["gate"].float().softmax(-1).mean(0), self.args.gate_balance)
+            gates = gathered(extra["gate"].float().softmax(-1))
+            balance = balance_loss(gates.mean(0), self.args.gate_balance)
             terms["gate_balance"] = (balance * rows, rows, counts.rows)
         if not terms:
             return None, {}
@@ -116,15 +118,32 @@ class ClassTerms:
             keep = self._aligned(batch) if args.vl_align_filter else torch.ones_like(shown)
             losses = words.alignment_loss(embeds, images, text, args.vl_align_top_k, tau)
             terms["vl_align"] = ((losses * keep).sum(), keep.sum(), counts.aligned)
-        if "image_contrast" in weights:
-            terms["image_contrast"] = (words.image_contrast(embeds, images, tau).sum(), rows, counts.rows)
-        if "caption" in weights:
-            losses = words.caption_loss(embeds, batch["teacher_captions"], labels)
-            terms["caption"] = (losses.sum(), rows, counts.rows)
+        if "image_contrast" in weights or "caption" in weights:
+            terms |= self._in_batch(embeds, batch, counts)
         if "feature_mse" in weights:
             losses = words.feature_distance(embeds, images, args.feature_mse_form)
-            total = losses.sum() if args.feature_mse_form == "normalized" else words.log_distance(losses.mean()) * rows
+            total = losses.sum()
+            if args.feature_mse_form == "log":
+                total = words.log_distance(gathered(losses).mean()) * rows
             terms["feature_mse"] = (total, rows, counts.rows)
+        return terms
+
+    def _in_batch(
+        self, embeds: Tensor, batch: Mapping[str, Tensor], counts: Counts
+    ) -> dict[str, tuple[Tensor, Tensor | float, Tensor]]:
+        """The terms that compare the rows of a micro-batch of all ranks; of each, the sum over this rank's rows."""
+        weights, labels = self.args.term_weights, batch["labels"]
+        first = first_of(len(labels))
+        own, everybody = slice(first, first + len(labels)), gathered(embeds.float())
+        rows = torch.as_tensor(len(labels), device=labels.device)
+        terms: dict[str, tuple[Tensor, Tensor | float, Tensor]] = {}
+        if "image_contrast" in weights:
+            images = gathered(batch["teacher_images"])
+            losses = words.image_contrast(everybody, images, self.args.text_temperature)
+            terms["image_contrast"] = (losses[own].sum(), rows, counts.rows)
+        if "caption" in weights:
+            losses = words.caption_loss(everybody, gathered(batch["teacher_captions"]), gathered(labels))
+            terms["caption"] = (losses[own].sum(), rows, counts.rows)
         return terms
 
     def _aligned(self, batch: Mapping[str, Tensor]) -> Tensor:
