@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from mmkd.errors import UserError as UserError
     from mmkd.methods.alm import ALMConfig as ALMConfig
     from mmkd.methods.alm import ALMTrainer as ALMTrainer
+    from mmkd.methods.clip_kd.clip_trainer import ContrastiveKDConfig as ContrastiveKDConfig
+    from mmkd.methods.clip_kd.clip_trainer import ContrastiveKDTrainer as ContrastiveKDTrainer
+    from mmkd.methods.clip_kd.clip_trainer import TeacherEncoder as TeacherEncoder
     from mmkd.methods.comd.comd_trainer import CoMDConfig as CoMDConfig
     from mmkd.methods.comd.comd_trainer import CoMDTrainer as CoMDTrainer
     from mmkd.methods.dho.dho_trainer import DHOConfig as DHOConfig
@@ -41,6 +44,8 @@ _MODULES = {
     "CachedTeacher": "mmkd.teachers.cached",
     "CoMDConfig": "mmkd.methods.comd.comd_trainer",
     "CoMDTrainer": "mmkd.methods.comd.comd_trainer",
+    "ContrastiveKDConfig": "mmkd.methods.clip_kd.clip_trainer",
+    "ContrastiveKDTrainer": "mmkd.methods.clip_kd.clip_trainer",
     "DHOConfig": "mmkd.methods.dho.dho_trainer",
     "DHOTrainer": "mmkd.methods.dho.dho_trainer",
     "DualHeadForImageClassification": "mmkd.models.dual_head",
@@ -58,6 +63,7 @@ _MODULES = {
     "SeveralTeachers": "mmkd.teachers.several",
     "TAIDConfig": "mmkd.methods.taid",
     "TAIDTrainer": "mmkd.methods.taid",
+    "TeacherEncoder": "mmkd.methods.clip_kd.clip_trainer",
     "TeacherTower": "mmkd.methods.tower_kd.tower_trainer",
     "TowerKDConfig": "mmkd.methods.tower_kd.tower_trainer",
     "TowerKDTrainer": "mmkd.methods.tower_kd.tower_trainer",

@@ -52,15 +52,17 @@ def environment() -> dict[str, str]:
 LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
-def on_two_ranks(jobs: dict[str, dict[str, Any]], folder: Path, **variables: str) -> dict[str, list[dict[str, Any]]]:
-    """What each of two gloo ranks saw of the jobs that `tests/trainers/two_ranks.py` trains, one after the other."""
+def on_two_ranks(
+    jobs: dict[str, dict[str, Any]], folder: Path, ranks: int = 2, **variables: str
+) -> dict[str, list[dict[str, Any]]]:
+    """What each of two gloo ranks, or more, saw of the jobs that `tests/trainers/two_ranks.py` trains in turn."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*torchrun, "--module", "tests.trainers.two_ranks", str(folder / "jobs.json"), str(folder)]
     root, variables = Path(__file__).parents[1], {**environment(), **variables}
     done = subprocess.run(command, timeout=280, cwd=root, env=variables, capture_output=True, text=True)
     # torchrun's own report comes last and says nothing.
     reason = "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank"))
     assert done.returncode == 0, (reason or done.stderr)[-3000:]
-    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-    return {name: [rank[name] for rank in ranks] for name in jobs}
+    saw = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    return {name: [rank[name] for rank in saw] for name in jobs}

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset, Features, Image, Value
 
 from mmkd.methods.clip_kd.clip_config import ContrastiveKDConfig
@@ -44,6 +45,8 @@ def clip_kd(folder: Path, trainer: dict[str, Any] | None = None, **settings: Any
     # Adam makes steps of rounding errors where the gradient is 0, as that of the bias of keys is.
     usual |= {"optim": "sgd", "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     args = ContrastiveKDConfig(output_dir=str(folder / "out"), **{**usual, "seed": 3, **settings})
-    student, teacher = student_and_teacher(folder)
+    # Of several ranks only the first one writes models.
+    with PartialState().main_process_first():
+        student, teacher = student_and_teacher(folder)
     given: dict[str, Any] = {"model": student, "teachers": teacher, "train_dataset": captioned(24)}
     return ContrastiveKDTrainer(args=args, **{**given, **(trainer or {})})

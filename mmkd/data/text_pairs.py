@@ -23,6 +23,7 @@ PAIR_COLUMNS = (
     ("sentence1", "sentence2"),
     ("query", "positive"),
     ("query", "passage"),
+    ("query", "answer"),
     ("question", "answer"),
 )
 """Columns with the two texts of a row, the first that are there."""

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from mmkd.errors import UserError
 from mmkd.files import write_file
 
-from .dual_encoder import OPEN_CLIP_CONFIG, DualEncoder
+from .dual_encoder import OPEN_CLIP_CONFIG, PAIR_HEADS, DualEncoder
 
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 
@@ -267,7 +267,9 @@ def save_open_clip(encoder: DualEncoder, folder: str | Path) -> Path:
             "resize_mode": "shortest" if images.do_center_crop else "squash",
         },
     }
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    weights = {
+        name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if not name.startswith(PAIR_HEADS)
+    }
     save_file(to_open_clip(weights), str(target / OPEN_CLIP_WEIGHTS), metadata={"format": "pt"})
     processor.tokenizer.save_pretrained(target)
     write_file(target / OPEN_CLIP_CONFIG, json.dumps(description, indent=2))

@@ -40,7 +40,7 @@ def training_pass(model: Any, shapes: dict[str, tuple[int, ...]], bf16: bool) ->
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
-            output, forward = counted(lambda: model(**_zeros(shapes)))
+            output, forward = counted(lambda: model(**zeros_of(shapes)))
         total = torch.stack([part.sum() for part in _tensors(output)]).sum()
         backward = counted(total.backward)[1]
     return forward + backward, float(sum(saved.values()))
@@ -50,7 +50,8 @@ def _tensors(output: Any) -> list[Tensor]:
     return [part for part in output.values() if isinstance(part, Tensor) and part.requires_grad]
 
 
-def _zeros(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def zeros_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Inputs of a model, by name and shape."""
     return {
         name: torch.zeros(shape, dtype=torch.long if name == "input_ids" else torch.float32)
         for name, shape in shapes.items()

@@ -313,6 +313,8 @@ def _without_paths(comparison: Mapping[str, Any]) -> dict[str, Any]:
 def _pipeline_tag(place: Path, adapter: bool, method: str) -> str:
     if method in METHODS and METHODS[method].predicts == "features":
         return "image-feature-extraction"
+    if method in METHODS and METHODS[method].predicts == "embeddings":
+        return "sentence-similarity" if (place / "modules.json").is_file() else "zero-shot-image-classification"
     if adapter:
         return "image-text-to-text" if (place / "processor_config.json").is_file() else "text-generation"
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))

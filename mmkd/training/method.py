@@ -57,7 +57,7 @@ class Method:
     trainer: type[Any]
     """Its `method` is the method's name, its `config_class` has the keys that a recipe may set."""
 
-    predicts: Literal["tokens", "classes", "features"] = "tokens"
+    predicts: Literal["tokens", "classes", "features", "embeddings"] = "tokens"
     """What its students predict. Commands that compare or keep distributions over tokens take such recipes only."""
 
     leaves: Literal["student", "student_vision_tower"] = "student"
@@ -202,6 +202,7 @@ METHODS = Methods(
         "comd": "mmkd.methods.comd.comd_method:METHOD",
         "dho": "mmkd.methods.dho.dho_method:METHOD",
         "tower_kd": "mmkd.methods.tower_kd.tower_kd_method:METHOD",
+        "clip_kd": "mmkd.methods.clip_kd.clip_kd_method:METHOD",
     }
 )
 

@@ -52,7 +52,7 @@ def test_own_keys_come_first_and_a_group_stands_under_its_title() -> None:
     assert text.index("\nStudent\n") < text.index("--student_layers") < text.index("--lora_r")
     assert "--temperature  number above 0; default 1.0\n" in text
     assert "--rollout_truncated  keep | drop; default keep\n" in text
-    assert "--method  sft | kd | taid | alm | llava_kd | comd | dho | tower_kd" in text
+    assert "--method  sft | kd | taid | alm | llava_kd | comd | dho | tower_kd | clip_kd" in text
 
 
 @pytest.mark.parametrize("width", [50, 80, 200])

@@ -1,15 +1,23 @@
 """Dual encoders that learn from others: losses, accumulation, ranks, families, resuming, and what is refused."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
+from transformers import CLIPModel
 
+from mmkd.commands.main import main
 from mmkd.losses.contrastive_losses import Targets, affinity, clip, feature_mse, icl, logit_kl, similarities, unit
+from mmkd.models.dual_encoder import load_dual_encoder
 from mmkd.models.pair_heads import pair_head
 from mmkd.preparation.pair_batches import PairSampler
+from tests.dual_encoders import caption, make_clip, make_siglip, photo
+from tests.helpers import on_two_ranks
 from tests.pairs import EVERY_TERM, captioned, clip_kd
 
 
@@ -67,3 +75,99 @@ def test_a_teacher_is_learnt(tmp_path: Path) -> None:
     assert after["eval_loss"] < before["eval_loss"]
     assert {"eval_image_to_text_recall", "eval_text_to_image_recall_teacher", "eval_clip_loss"} <= after.keys()
     assert after["eval_logit_kl_loss"] < 0.9 * before["eval_logit_kl_loss"]
+
+
+def as_alone(rank: dict[str, Any], alone: Any, expected: dict[str, float]) -> None:
+    """Whether a rank saw what a process by itself sees."""
+    assert rank["steps"] == [pytest.approx(step, rel=1e-4) for step in steps_of(alone)]
+    sums = [float(parameter.detach().double().sum()) for parameter in alone.model.parameters()]
+    assert rank["weights"] == pytest.approx(sums, rel=1e-5, abs=1e-5)
+    for name in ("eval_loss", "eval_image_to_text_recall", "eval_text_to_image_recall_teacher", "eval_icl_loss"):
+        assert rank["evaluated"][name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_two_ranks_train_as_one(ranks: Any, tmp_path: Path) -> None:
+    alone = clip_kd(tmp_path, {"eval_dataset": captioned(11)}, **EVERY_TERM)
+    alone.train()
+    expected = alone.evaluate()
+    for rank in ranks["clip_kd ddp"]:
+        as_alone(rank, alone, expected)
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one(tmp_path: Path) -> None:
+    alone = clip_kd(tmp_path, {"eval_dataset": captioned(11)}, **EVERY_TERM)
+    alone.train()
+    expected = alone.evaluate()
+    jobs: dict[str, Any] = {
+        name: {"method": "clip_kd", "how": "ddp", "settings": {**sizes, **EVERY_TERM}}
+        for name, sizes in {
+            "whole": {"per_device_train_batch_size": 2},
+            "parts": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        }.items()
+    }
+    for rank in (saw for job in on_two_ranks(jobs, tmp_path, ranks=4).values() for saw in job):
+        as_alone(rank, alone, expected)
+
+
+# Recipes
+
+
+def written(folder: Path, **keys: Any) -> Path:
+    """A recipe of a tiny student and teacher on pictures in files."""
+    make_clip(folder / "student", seed=0)
+    make_siglip(folder / "teacher", seed=1, width=20, image_size=12)
+    rows = []
+    for number in range(28):
+        photo(number).save(folder / f"{number}.png")
+        rows.append({"image": str(folder / f"{number}.png"), "text": [caption(number), f"the {caption(number)}"]})
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"name": "noise", "source": "json", "data_files": {"train": str(folder / "rows.jsonl")}, "eval_rows": 4}
+    (folder / "data.yaml").write_text(yaml.safe_dump(data))
+    recipe = {
+        "method": "clip_kd",
+        "teacher": str(folder / "teacher"),
+        "student": str(folder / "student"),
+        "data": str(folder / "data.yaml"),
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **keys}))
+    return folder / "recipe.yaml"
+
+
+def test_a_recipe_is_checked_planned_and_trained(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = str(written(tmp_path, save_open_clip=True))
+    assert main(["doctor", recipe]) == 0
+    told = capfd.readouterr().out
+    assert "24 pictures with captions to learn, 4 to measure on" in " ".join(told.split())
+    assert main(["plan", recipe, "--gpu", "L4"]) == 0
+    assert "pairs of a step" in capfd.readouterr().out
+    assert main(["train", recipe, "--dry_run"]) == 0
+    assert "2 optimizer steps of 8 pairs" in " ".join(capfd.readouterr().out.split())
+    assert main(["train", recipe]) == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    logged = [entry for entry in state["log_history"] if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2]
+    assert {"clip_loss", "logit_kl_loss", "feature_mse_loss", "icl_loss", "same_captions"} <= logged[0].keys()
+    evaluated = next(entry for entry in state["log_history"] if "eval_loss" in entry)
+    assert {"eval_image_to_text_recall", "eval_text_to_image_recall_teacher", "eval_clip_loss"} <= evaluated.keys()
+    loaded: Any = CLIPModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    left, info = loaded
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys"))
+    again = load_dual_encoder(str(tmp_path / "out" / "open_clip"))
+    assert all(torch.equal(tensor, again.model.state_dict()[name]) for name, tensor in left.state_dict().items())
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    assert main(["train", recipe, "--resume_from_checkpoint", "true"]) == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    resumed = [entry for entry in state["log_history"] if "loss" in entry]
+    assert resumed[1]["loss"] == pytest.approx(logged[1]["loss"], rel=1e-5)
+    assert resumed[1]["grad_norm"] == pytest.approx(logged[1]["grad_norm"], rel=1e-4)

@@ -19,6 +19,7 @@ from mmkd.teachers.several import SeveralTeachers
 from mmkd.training.method import METHODS
 from scripts.make_tiny_models import sentences
 from tests.classes import dho, pictures, signals_of_terms
+from tests.pairs import captioned, clip_kd
 from tests.towers import teachers, tower_kd
 from tests.vlms import vision_rows
 
@@ -185,13 +186,25 @@ def train_towers(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
+def train_pairs(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What this rank saw of a training of a dual encoder."""
+    tested = {"eval_dataset": captioned(11)}
+    trainer: Any = clip_kd(folder, tested, per_device_eval_batch_size=2, **job["settings"], **wrapping(job["how"]))
+    trainer.train()
+    return {
+        "steps": [[entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history if "grad_norm" in entry],
+        "evaluated": trainer.evaluate(),
+        "weights": [float(parameter.detach().double().sum()) for parameter in trainer.model.parameters()],
+    }
+
+
 def main(jobs: str, output: str) -> None:
     """Trains the jobs of a JSON file (name -> job) one after the other."""
     rank, results = 0, {}
     for name, job in json.loads(Path(jobs).read_text()).items():
         # accelerate says this to the processes that come after, and the next job would shard too.
         os.environ.pop("ACCELERATE_USE_FSDP", None)
-        run = {"dho": train_classes, "tower_kd": train_towers}.get(job["method"], train)
+        run = {"dho": train_classes, "tower_kd": train_towers, "clip_kd": train_pairs}.get(job["method"], train)
         results[name] = run(job, Path(output, "runs", name.replace(" ", "-")))
         rank = torch.distributed.get_rank()
     Path(output, f"rank{rank}.json").write_text(json.dumps(results))

@@ -115,8 +115,6 @@ class ContrastiveKDConfig(WholeModelConfig):
             # Poolers, and the tower that a pair of texts does not use, get no gradient.
             self.ddp_find_unused_parameters = True
         super().__post_init__()
-        # Accumulated batches are whole ones, so that every loss is over equally many pairs.
-        self.dataloader_drop_last = True
         if not any(self.weights_with(True).values()):
             keys = ", ".join(f"{term}_weight" for term in ("clip", *self.taught))
             raise UserError(

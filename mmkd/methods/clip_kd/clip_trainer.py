@@ -1,14 +1,12 @@
 """ContrastiveKDTrainer: a dual encoder learns from pairs, and from what larger dual encoders say of them."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,22 +15,16 @@ from transformers.trainer_callback import TrainerCallback
 from mmkd.errors import UserError
 from mmkd.losses.contrastive_losses import Targets
 from mmkd.models.dual_encoder import DualEncoder
-from mmkd.models.open_clip_format import save_open_clip
 from mmkd.models.pair_heads import add_pair_heads, let_pairs_be_read, pair_head, pair_heads
 from mmkd.preparation.checks import check_precision
 from mmkd.preparation.pair_batches import (
     CAPTIONS,
-    FIRST,
     ROWS,
-    SECOND,
     STUDENT,
-    TEACHERS,
     TEXTS,
     PairCollator,
     PairRows,
-    PairSampler,
 )
-from mmkd.training.run_trainer import RunTrainer
 
 from .clip_config import ContrastiveKDConfig as ContrastiveKDConfig
 from .gradient_cache import PartGradients, RandomState, shares, surrogate
@@ -50,13 +42,9 @@ from .pair_terms import (
     same_captions,
     taught_terms,
 )
+from .pair_trainer import PairTrainer, Reports
 
 logger = logging.getLogger(__name__)
-
-HEADS_FILE = "pair_heads.safetensors"
-"""The heads in a checkpoint."""
-
-Reports = dict[str, tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +65,7 @@ class ScaleLimit(TrainerCallback):
         self.student.limit_scale(self.most)
 
 
-class ContrastiveKDTrainer(RunTrainer):
+class ContrastiveKDTrainer(PairTrainer):
     """transformers' Trainer for a dual encoder, whose losses are over the pairs of all ranks and accumulated parts.
 
     Args:
@@ -165,52 +153,11 @@ class ContrastiveKDTrainer(RunTrainer):
                 if student.side_of(name) == args.freeze:
                     parameter.requires_grad_(False)
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """The Trainer's. Raises UserError where weights would be cut over devices."""
-        super().create_accelerator_and_postprocess()
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
-            raise UserError(
-                "Dual encoders are not trained under FSDP2 and ZeRO-3. They are small: use accelerate_config ddp or "
-                "zero2; gradient_accumulation_steps makes large batches of small ones.",
-                because="not built",
-            )
-
-    # Batches
-
-    @property
-    def pairs_per_step(self) -> int:
-        """The pairs of an optimizer step: of all ranks and accumulated parts, each of which is compared with all."""
-        args = self.args
-        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-    def get_train_dataloader(self) -> Any:
-        """Batches of pairs, in an order and with captions that depend on the seed and the epoch alone."""
-        args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        sampler = PairSampler(len(self.train_dataset), self.pairs_per_step, seed)
-        return self._get_dataloader(
-            dataset=self.train_dataset,
-            description="Training",
-            batch_size=self._train_batch_size,
-            sampler_fn=lambda dataset: sampler,
-            is_training=True,
-        )
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Collects the parts of one contrastive batch."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._parts, self._shares = list(batches), []
         return batches, num_items
-
-    def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """The Trainer's, without scales: CLIP does not pull its temperature to 1."""
-        names = super().get_decay_parameter_names(model)
-        return [name for name in names if model.get_parameter(name).ndim > 1]
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """None: the Trainer would estimate them from tokens, and looks for those of one text."""
-        return 0
 
     # The step
 
@@ -269,17 +216,6 @@ class ContrastiveKDTrainer(RunTrainer):
                 if self.student.side_of(name) == self.args.freeze:
                     module.training = False
 
-    @torch.no_grad()
-    def ask(self, inputs: Mapping[str, Any]) -> dict[str, PairFeatures]:
-        """What each teacher says of the pairs of a part."""
-        with self.compute_loss_context_manager():
-            return {name: self.encode(teacher, inputs[TEACHERS][name]) for name, teacher in self.teachers.items()}
-
-    def encode(self, encoder: DualEncoder, inputs: Mapping[str, Any]) -> PairFeatures:
-        """Features of both sides of pairs."""
-        first = encoder.encode_images if self.train_dataset.has_images else encoder.encode_texts
-        return PairFeatures(first(inputs[FIRST]), encoder.encode_texts(inputs[SECOND]))
-
     def losses(
         self,
         features: PairFeatures,
@@ -317,68 +253,6 @@ class ContrastiveKDTrainer(RunTrainer):
         head = pair_head(self.student, name) if len(pair_heads(self.student)) else None
         return TeacherSays(PairView.of(features, everywhere), self.teachers[name].logit_scale, head)
 
-    # Evaluation
-
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor | None, Any, Any]:
-        """Keeps what student and teachers say of a batch; the loss is computed of all of them in the end."""
-        inputs = self.on_device(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            said = {"": model(reader=lambda: self.encode(self.student, inputs[STUDENT]))}
-            said |= {f"teacher {name}": features for name, features in self.ask(inputs).items()}
-        own = {name: (features.images.float(), features.texts.float()) for name, features in said.items()}
-        batch: Any = self.accelerator.gather_for_metrics((own, inputs[CAPTIONS]))
-        self._evaluated.add(batch)
-        return None, None, None
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; then the loss in batches as large as those of training, and what is found among all pairs."""
-        self._evaluated = EvaluatedPairs()
-        result = super().evaluation_loop(*args, **kwargs)
-        self._record(self._evaluated.reports(self), "eval")
-        return result
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """The Trainer's, also of rows as the constructor takes them."""
-        if isinstance(eval_dataset, Dataset):
-            eval_dataset = pair_rows(eval_dataset, self.args, "eval")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def collator_of(self, training: bool) -> Any:
-        """The same of both."""
-        return self.collate
-
-    # What is left
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's; the final student also as open_clip loads it, where that is asked for."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.save_open_clip and self.args.should_save and not _internal_call:
-            save_open_clip(self.student, Path(output_dir or self.args.output_dir or ".") / "open_clip")
-
-    def saved_otherwise(self, folder: Path) -> bool:
-        """Students of other packages than transformers write their own files."""
-        return _of_another_package(self.student, lambda: self.student.save(folder))
-
-    def restored_otherwise(self, checkpoint: Path) -> bool:
-        """Students of other packages than transformers read their own files."""
-        return _of_another_package(self.student, lambda: self.student.restore(checkpoint))
-
-    def checkpoint_to_save(self, folder: Path) -> None:
-        """Keeps the heads, which the student's own files leave out."""
-        super().checkpoint_to_save(folder)
-        weights = {name: tensor.contiguous() for name, tensor in pair_heads(self.student).state_dict().items()}
-        if self.args.should_save and weights:
-            save_file(weights, str(folder / HEADS_FILE))
-
-    def weights_restored(self, checkpoint: Path) -> None:
-        """Loads the heads of a checkpoint, too."""
-        super().weights_restored(checkpoint)
-        path = checkpoint / HEADS_FILE
-        if path.is_file():
-            pair_heads(self.student).load_state_dict(load_file(str(path)))
-
 
 def _named(teachers: Any) -> dict[str, TeacherEncoder]:
     """Teachers by name, the only one by none."""
@@ -394,10 +268,3 @@ def _facts(inputs: Mapping[str, Any]) -> PairFacts:
 
 def _report(measure: str, teacher: str) -> str:
     return f"{measure}_{teacher}" if teacher else measure
-
-
-def _of_another_package(student: DualEncoder, do: Callable[[], None]) -> bool:
-    if student.trunk is student.model and hasattr(student.model, "save_pretrained"):
-        return False
-    do()
-    return True

@@ -40,16 +40,9 @@ def check_encoders(
     student: DualEncoder, teachers: Mapping[str, DualEncoder], rows: PairRows, args: ContrastiveKDConfig
 ) -> None:
     """Raises UserError for encoders that cannot read the pairs, and for pairs that teach nothing."""
-    for role, encoder in {
-        "student": student,
-        **{f"teacher {name}".strip(): own for name, own in teachers.items()},
-    }.items():
-        if rows.has_images and not encoder.has_images:
-            raise UserError(
-                f"The {role} {encoder.name} is an encoder of sentences and the data has pictures. Take a dual encoder "
-                "such as CLIP or SigLIP, or data with two texts per row.",
-                because="meaning",
-            )
+    check_kinds(student.name, "student", student.has_images, rows)
+    for name, teacher in teachers.items():
+        check_kinds(teacher.name, f"teacher {name}".strip(), teacher.has_images, rows)
     if args.freeze != "none" and not (rows.has_images and student.has_images):
         raise UserError(
             f"freeze: {args.freeze} is of encoders with a tower for images and one for texts, and these are pairs of "
@@ -57,6 +50,16 @@ def check_encoders(
             because="meaning",
         )
     check_pairs(rows, args)
+
+
+def check_kinds(name: str, role: str, has_images: bool, rows: PairRows) -> None:
+    """Raises UserError for an encoder of sentences, which is to read pictures."""
+    if rows.has_images and not has_images:
+        raise UserError(
+            f"The {role} {name} is an encoder of sentences and the data has pictures. Take a dual encoder such as "
+            "CLIP or SigLIP, or data with two texts per row.",
+            because="meaning",
+        )
 
 
 def check_pairs(rows: PairRows, args: ContrastiveKDConfig) -> None:

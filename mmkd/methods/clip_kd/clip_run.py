@@ -1,0 +1,159 @@
+"""What a recipe of clip_kd says: its student, its teachers, its pairs, and what it must not set."""
+
+import dataclasses
+from typing import Any
+
+from accelerate import init_empty_weights
+from transformers import AutoModel
+
+from mmkd.data.caption_source import load_captions
+from mmkd.data.data_recipe import DataRecipe
+from mmkd.data.picture_source import picture_column
+from mmkd.data.sources import load_split
+from mmkd.data.text_pairs import load_text_pairs, pair_columns
+from mmkd.errors import UserError
+from mmkd.models.dual_encoder import (
+    DualEncoder,
+    encoder_config,
+    kind_of_encoder,
+    load_dual_encoder,
+    new_dual_encoder,
+)
+from mmkd.preparation.checks import check_held_out
+from mmkd.preparation.pair_batches import PairRows
+from mmkd.recipe.arguments import VIEW, RunArguments
+from mmkd.recipe.cache_arguments import CacheArguments
+from mmkd.recipe.recipe import Run
+
+from .clip_config import ContrastiveKDConfig
+
+# What a recipe of every method may set, and one of pairs reads.
+_READ = {"method", "data", "teacher", "teacher_revision", "teacher_dtype", "teacher_attn_implementation", "teachers"}
+_READ |= {"student", "student_init", "max_train_rows", "max_eval_rows", "dry_run"}
+
+_ADAPTERS = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
+_ADAPTERS += ("lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")
+_ADAPTERS += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+
+_INITS = ("pretrained", "random")
+
+
+def settings_of(run: Run) -> ContrastiveKDConfig:
+    """The settings of the method."""
+    config: Any = run.training
+    assert isinstance(config, ContrastiveKDConfig)
+    return config
+
+
+def check_arguments(run: Run) -> None:
+    """Raises UserError for keys of tokens, and for a student or a teacher that is none."""
+    arguments = run.arguments
+    for key in dataclasses.fields(RunArguments):
+        if key.name not in _READ and getattr(arguments, key.name) != key.default:
+            raise UserError(
+                f"Method clip_kd does not read {key.name}; it is about tokens. Remove it.", because="meaning"
+            )
+    if run.student.use_peft or run.student.load_in_4bit or run.student.load_in_8bit:
+        raise UserError(
+            "Method clip_kd trains the whole student, or a tower of it with `freeze`. Remove use_peft, load_in_4bit "
+            "and load_in_8bit.",
+            because="not built",
+        )
+    if arguments.student_init not in _INITS:
+        raise UserError(
+            f"student_init: {arguments.student_init} is not for dual encoders. Choose one of {', '.join(_INITS)}.",
+            because="not built",
+        )
+    teachers: Any = arguments.teachers or {}
+    viewing = next((name for name, keys in teachers.items() if keys.get(VIEW) is not None), None)
+    if viewing is not None:
+        raise UserError(
+            f"teachers.{viewing} has a teacher_view, which is about the text that a teacher reads. Remove it.",
+            because="meaning",
+        )
+    for name, own in run.by_teacher().items():
+        if own.arguments.teacher is None and arguments.teachers is not None:
+            raise UserError(
+                f"teachers.{name} has no `teacher`. Name its model: a Hub id or a folder.", because="meaning"
+            )
+    settings_of(run).weights_with(bool(teacher_runs(run)))
+
+
+def unused_keys() -> dict[str, str]:
+    """The keys of every recipe that one of pairs has no use for -> why."""
+    unread = [key.name for key in dataclasses.fields(RunArguments) if key.name not in _READ]
+    unread += [key.name for key in dataclasses.fields(CacheArguments)]
+    return dict.fromkeys(unread, "It is about tokens.") | dict.fromkeys(_ADAPTERS, "The whole student is trained.")
+
+
+def student_hub(run: Run) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for the student."""
+    return run.hub(run.student.model_revision)
+
+
+def new_student(run: Run) -> DualEncoder:
+    """The student before training."""
+    name, hub = str(run.arguments.student), student_hub(run)
+    if run.arguments.student_init == "random":
+        return new_dual_encoder(name, **hub)
+    settings = {"dtype": run.student.dtype or "float32", "device": run.training.device}
+    return load_dual_encoder(
+        name, role="student", attn_implementation=run.student.attn_implementation, **settings, **hub
+    )
+
+
+def load_teacher(own: Run, name: str) -> DualEncoder:
+    """A teacher of a run in which it is the only one."""
+    arguments = own.arguments
+    return load_dual_encoder(
+        str(arguments.teacher),
+        role=role_of(name),
+        dtype=arguments.teacher_dtype,
+        device=own.training.device,
+        attn_implementation=arguments.teacher_attn_implementation,
+        **own.hub(arguments.teacher_revision),
+    )
+
+
+def teacher_runs(run: Run) -> dict[str, tuple[Run, float]]:
+    """The run as it would be with each teacher alone, by name, and the teacher's weight; empty without a teacher."""
+    teachers: Any = run.arguments.teachers or {}
+    return {
+        name: (own, teachers.get(name, {}).get("weight", 1.0))
+        for name, own in run.by_teacher().items()
+        if own.arguments.teacher is not None
+    }
+
+
+def role_of(name: str) -> str:
+    """How messages call a teacher."""
+    return f"teacher {name}".strip()
+
+
+def pairs_of(run: Run) -> tuple[PairRows, PairRows | None]:
+    """The pairs to learn, and those to measure on. Raises UserError where an evaluation is asked for that has none."""
+    arguments, args = run.arguments, settings_of(run)
+    rows = {"max_train_rows": arguments.max_train_rows, "max_eval_rows": arguments.max_eval_rows}
+    load = load_text_pairs if _has_two_texts(arguments.data) else load_captions
+    pairs = load(arguments.data, **rows)
+    check_held_out(pairs.held_out, run.training)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    held_out = None if pairs.held_out is None else PairRows(pairs.held_out, seed)
+    return PairRows(pairs.train, seed, args.augmentation), held_out
+
+
+def _has_two_texts(name: str) -> bool:
+    """Whether data are pairs of texts, by the columns of their rows."""
+    recipe = DataRecipe.load(name)
+    if recipe.mixture or recipe.columns:
+        return False
+    rows = load_split(recipe, recipe.splits["train"])
+    return picture_column(rows) is None and pair_columns(rows.column_names) is not None
+
+
+def empty_model(name: str, role: str, **hub: Any) -> Any:
+    """The modules of an encoder, without weights where it is one of transformers; of another package, with them."""
+    if kind_of_encoder(name, **hub) != "transformers":
+        return load_dual_encoder(name, role=role, **hub).trunk
+    with init_empty_weights(include_buffers=False):
+        return AutoModel.from_config(encoder_config(name, role, **hub))
