@@ -122,9 +122,9 @@ REFUSALS: tuple[Refusal, ...] = (
         "teacher_cache holds the teacher's words about the data's answers",
     ),
     Refusal(
-        {"method": ("sft", "llava_kd"), "answers": _ON_POLICY},
-        "not built",
-        "These methods learn from the data's answers.",
+        {"method": ("sft",), "answers": _ON_POLICY},
+        "meaning",
+        "Trained on its own answers alone, without a teacher, a student learns what it does anyway.",
         "learns from the data's answers only",
     ),
     Refusal(
@@ -229,6 +229,16 @@ FURTHER: dict[str, Further] = {
         "`divergence: contrastive` and `rollout_rows: add`: the data's answers and the student's in one step",
         {"divergence": "contrastive", "rollout_rows": "add"},
         (Cell(answers="packed on-policy"), Cell(answers="on-policy", ranks="FSDP2")),
+    ),
+    "cross-entropy": Further(
+        "`ce_weight` beside answers of the student: cross-entropy of the data's answers",
+        {"ce_weight": 0.3},
+        (
+            Cell(answers="on-policy"),
+            Cell("taid", answers="packed on-policy", ranks="DDP"),
+            Cell("alm", answers="on-policy"),
+            Cell(teacher="several, mixed", answers="on-policy", ranks="FSDP2"),
+        ),
     ),
     "features of blocks": Further(
         "`features` of hidden states inside the models",

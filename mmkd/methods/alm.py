@@ -30,7 +30,7 @@ from mmkd.teachers.teacher import Teacher
 from mmkd.training.answer_text import said
 from mmkd.training.answers import Placed
 from mmkd.training.base import DistillationTrainer
-from mmkd.training.items import ItemLosses, Reports, Supervised, Terms, add_share, kind_of
+from mmkd.training.items import DATA_TOKEN, ItemLosses, Reports, Supervised, Terms, add_share, kind_of
 from mmkd.training.method import Method
 from mmkd.training.teaching import StudentSide, Teaching, check_all_teach
 
@@ -195,11 +195,12 @@ class ALMTrainer(DistillationTrainer[ChunkSignal | MixedSignal[ChunkSignal]]):
             chunk_size=args.chunk_size,
             precise=args.precise_logits,
         )
-        ce, tokens = -log_probs.sum(), len(student.labels)
-        terms: dict[str, dict[str, Tensor]] = {"divergence": {}, "ce": {"token": ce}, "hidden": {}}
+        nats, tokens = -log_probs.sum(), len(student.labels)
+        ce, kind = (-log_probs[~student.own].sum(), DATA_TOKEN) if self.parts_tokens else (nats, "token")
+        terms: dict[str, dict[str, Tensor]] = {"divergence": {}, "ce": {kind: ce}, "hidden": {}}
         reports: Reports = {
-            "ce": (ce, tokens),
-            "bits_per_byte": (ce / math.log(2), self._bytes[student.labels].sum()),
+            "ce": (ce, (~student.own).sum() if self.parts_tokens else tokens),
+            "bits_per_byte": (nats / math.log(2), self._bytes[student.labels].sum()),
         }
         for name, said_of_chunks in mixed.signals.items():
             alignment, weight = said_of_chunks.alignment, mixed.weights[name]

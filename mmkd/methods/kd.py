@@ -30,10 +30,8 @@ from .kd_contrastive import (
     ROLLOUT_TOKEN,
     check_contrastive,
     counts_of,
-    own_of,
     own_share,
     signal_at,
-    student_at,
 )
 from .kd_sampled import (
     LOG_RATIO,
@@ -257,27 +255,6 @@ class KDTrainer(FeatureTrainer[Targets]):
 
     def item_losses(self, student: Supervised, signal: Any) -> ItemLosses:
         """One divergence per supervised token."""
-        losses = self._token_losses(student, signal)
-        if not self.balances:
-            scale = self._scale
-            losses.totals = {kind: scale * total for kind, total in losses.totals.items()}
-        return losses
-
-    @property
-    def _scale(self) -> float:
-        """What the weights of divergence and cross-entropy add up to."""
-        if self.args.divergence_weight == 1:
-            return 1.0
-        weights = self.args.term_weights
-        return weights["divergence"] + weights["ce"]
-
-    @property
-    def _ce_share(self) -> float:
-        """The weight of cross-entropy where the two add up to 1."""
-        return self.args.ce_weight / self._scale if self._scale else 0.0
-
-    def _token_losses(self, student: Supervised, signal: Any) -> ItemLosses:
-        """The weighted mean of divergence and cross-entropy."""
         args, weights = self.args, self.token_weights(student, signal)
         if args.divergence == CONTRASTIVE:
             return self._contrasted(student, MixedSignal.of(signal), weights)
@@ -285,18 +262,18 @@ class KDTrainer(FeatureTrainer[Targets]):
             baselines = (part for part in self.callback_handler.callbacks if isinstance(part, SampledBaseline))
             objective = sampled_objective(args, next(baselines, None))
             targets = MixedSignal.of(signal).map(lambda said: sampled_targets(said, student))
-            return self.fused(student, targets, objective, ce_weight=self._ce_share, weights=weights)
+            return self.fused(student, targets, objective, weights=weights)
         if args.student_top_k is not None:
             signal = MixedSignal.of(signal).map(partial(StudentTopK, k=args.student_top_k))
         if args.divergence in DIFFERENCES:
             signal = listed_tokens(signal)
         # An evaluation has no sampled tokens, and compares whole distributions.
         objective = DIVERGENCES["reverse_kl" if args.sampled else args.divergence](args)
-        return self.fused(student, signal, objective, args.temperature, self._ce_share, weights)
+        return self.fused(student, signal, objective, args.temperature, weights)
 
     def _contrasted(self, student: Supervised, signal: MixedSignal[Any], weights: Tensor | None) -> ItemLosses:
         """The data's tokens and the student's own, each with a divergence, a weight and a count of their own."""
-        args, own = self.args, own_of(student)
+        args, own = self.args, student.own
         # An evaluation has the data's answers alone.
         share = own_share(args, self.state.global_step, self.state.max_steps) if self.model.training else 0.0
         parts: dict[str, ItemLosses] = {}
@@ -309,10 +286,14 @@ class KDTrainer(FeatureTrainer[Targets]):
                 said = said.map(partial(StudentTopK, k=args.student_top_k))
             theirs = None if weights is None else weights[tokens]
             objective = DIVERGENCES[divergence](args)
-            own_student = student_at(student, tokens)
-            losses = self.fused(own_student, said, objective, args.temperature, self._ce_share, theirs)
+            losses = self.mixed(student.at(tokens), said, objective, args.temperature, 0.0, theirs)
             parts[name] = ItemLosses({kind: weight * losses.totals["token"]}, losses.reports)
-        return ItemLosses.of_parts(parts, ("divergence",))
+        whole = ItemLosses.of_parts(parts, ("divergence",))
+        terms, reports = {"divergence": whole.totals}, whole.reports
+        if args.ce_weight:
+            terms["ce"], of_data = self.cross_entropy(student, weights)
+            reports = reports | of_data
+        return ItemLosses(self.combined(terms), reports)
 
     def step_ended(self, means: dict[str, float]) -> None:
         """Moves the baseline of sampled tokens."""

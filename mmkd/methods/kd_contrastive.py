@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from mmkd.errors import UserError
 from mmkd.teachers.batch import Batch
 from mmkd.teachers.signals import DenseSignal, SparseSignal
-from mmkd.training.items import Supervised
 
 CONTRASTIVE = "contrastive"
 ROLLOUT_TOKEN = "rollout_token"
@@ -39,23 +37,10 @@ def own_share(args: Any, step: int, max_steps: int) -> float:
     return start if end is None else start + (end - start) * min(1.0, 2 * step / max(1, max_steps))
 
 
-def own_of(student: Supervised) -> Bool[Tensor, "token"]:
-    """Which of the supervised tokens the student said itself."""
-    if student.rollout is None:
-        return torch.zeros_like(student.labels, dtype=torch.bool)
-    return student.rollout.own
-
-
 def counts_of(batch: Batch) -> dict[str, Tensor]:
     """How many supervised tokens of the data's answers a micro-batch has, and how many of the student's own."""
-    supervised, rollout = batch.student.supervised, batch.student.rollout
-    own = supervised.new_zeros(supervised.shape) if rollout is None else supervised & rollout.own[:, 1:]
+    supervised, own = batch.student.supervised, batch.student.own
     return {"token": (supervised & ~own).sum(), ROLLOUT_TOKEN: own.sum()}
-
-
-def student_at(student: Supervised, tokens: Bool[Tensor, "token"]) -> Supervised:
-    """The student at some of its tokens."""
-    return Supervised(student.hidden[tokens], student.head, student.labels[tokens])
 
 
 def signal_at(signal: DenseSignal | SparseSignal, tokens: Bool[Tensor, "token"]) -> Any:

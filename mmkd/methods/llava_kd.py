@@ -183,6 +183,8 @@ class LLaVAKDTrainer(FeatureTrainer[VisualSignal | MixedSignal[VisualSignal]]):
             image_rows=images[:, 0],
             token_rows=token_rows,
             runs=self._runs_of(view),
+            rollout=supervised.rollout,
+            answers=supervised.answers,
         )
 
     def item_losses(self, student: Supervised, signal: VisualSignal | MixedSignal[VisualSignal]) -> ItemLosses:
@@ -208,12 +210,8 @@ class LLaVAKDTrainer(FeatureTrainer[VisualSignal | MixedSignal[VisualSignal]]):
             both, of_answers = self.apart(student, answers, objective, args.temperature)
             losses = ItemLosses(self.balanced({**both, **terms}, args.term_weights), of_answers)
         else:
-            # CE + alpha KL as a mixture, which the fused loss computes in one pass.
-            losses = self.fused(student, answers, objective, args.temperature, ce_weight=1 / (1 + args.alpha))
-            losses.totals["token"] = (1 + args.alpha) * losses.totals["token"]
-            weights = args.term_weights
-            weighted = ({kind: weights[name] * total for kind, total in term.items()} for name, term in terms.items())
-            losses.totals = ItemLosses.added([losses.totals, *weighted])
+            losses = self.fused(student, answers, objective, args.temperature)
+            losses.totals = ItemLosses.added([losses.totals, self.combined(terms)])
         losses.reports |= reports
         return losses
 

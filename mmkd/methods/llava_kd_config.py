@@ -20,6 +20,7 @@ class LLaVAKDConfig(LogitDifferenceKeys, FeatureConfig):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = with_json_keys(FeatureConfig, "switch")
     combinations: ClassVar[tuple[str, ...]] = ("weights", "gradmag")
+    learns_from_rollouts: ClassVar[bool] = True
 
     ce_weight: Share = field(
         default=0.0,

@@ -85,6 +85,12 @@ class View(Mapping[str, Any]):
         return self.labels[:, 1:] != -100
 
     @property
+    def own(self) -> Bool[Tensor, "batch position-1"]:
+        """The positions that predict a supervised token which the student said itself."""
+        supervised = self.supervised
+        return torch.zeros_like(supervised) if self.rollout is None else supervised & self.rollout.own[:, 1:]
+
+    @property
     def visual(self) -> Bool[Tensor, "batch position"]:
         """The visual tokens of rows that are learnt from: ranks repeat rows at the end of an evaluation."""
         if self.visual_tokens is None:

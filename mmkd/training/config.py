@@ -28,7 +28,7 @@ class DistillationConfig(RolloutConfig):
         metadata={
             "help": "Weight of the cross-entropy with the data's own tokens; the divergence from the teacher has "
             "the rest. 0 (default) learns from the teacher alone. Try 0.1 to 0.5 if the data is better "
-            "than the teacher."
+            "than the teacher. With on_policy_fraction it is of the data's answers, not of the student's own."
         },
     )
     combine: str = field(
@@ -153,19 +153,12 @@ class DistillationConfig(RolloutConfig):
         super().__post_init__()
         take_one_gpu(self)
         self.emulated_bf16 = without_emulated_bf16(self)
-        if self.on_policy_fraction and self.ce_weight:
-            if self.answers_everything:
-                raise UserError(
-                    "ce_weight is the share of the data's own answers, and with on_policy_fraction: 1 the student "
-                    "answers every prompt itself: it would be trained on what it says anyway. Set ce_weight: 0.",
-                    because="meaning",
-                )
-            # With rows of both kinds, cross-entropy of the data's answers alone would mean something.
+        if self.answers_everything and self.ce_weight:
             raise UserError(
-                "ce_weight is the share of the data's own answers, and cross-entropy of the rows that keep them alone "
-                "is not supported: it would train the student on its own answers, too. Set ce_weight: 0, or "
-                "on_policy_fraction: 0.",
-                because="not built",
+                "ce_weight is the share of the data's own answers, and with on_policy_fraction: 1 the student answers "
+                "every prompt itself: it would be trained on what it says anyway. Set ce_weight: 0, or rollout_rows: "
+                "add, which keeps the data's answers.",
+                because="meaning",
             )
         check_combination(self)
         # Said at once where it is no view.

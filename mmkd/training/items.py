@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmkd.models.heads import LMHead
@@ -15,6 +16,10 @@ Terms = Mapping[str, Mapping[str, Tensor]]
 
 Reports = dict[str, tuple[Tensor, Tensor | float]]
 """Name in the logs -> (sum, number of items), without gradient."""
+
+
+DATA_TOKEN = "data_token"
+"""The kind of item of tokens that are not the student's own, where cross-entropy is a mean over them alone."""
 
 
 def kind_of(items: str, teacher: str) -> str:
@@ -44,6 +49,15 @@ class Supervised:
     """Which of the tokens the student said itself; None where it said none of the micro-batch."""
     answers: Int[Tensor, "token"] | None = field(default=None, kw_only=True)
     """The number of the answer that each token belongs to, where there are rollouts: a run of supervised tokens."""
+
+    @property
+    def own(self) -> Bool[Tensor, "token"]:
+        """Which of the tokens the student said itself."""
+        return torch.zeros_like(self.labels, dtype=torch.bool) if self.rollout is None else self.rollout.own
+
+    def at(self, tokens: Bool[Tensor, "token"]) -> "Supervised":
+        """The student at some of its tokens."""
+        return Supervised(self.hidden[tokens], self.head, self.labels[tokens])
 
 
 ReadStudent = Callable[[Tensor | None], Supervised]

@@ -1,4 +1,4 @@
-"""What a method adds to a trainer, and the losses that methods share."""
+"""What a method adds to a trainer."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,10 +10,7 @@ from torch import Tensor
 from transformers.trainer_callback import TrainerCallback
 
 from mmkd.errors import UserError
-from mmkd.losses.divergences import forward_kl
-from mmkd.losses.fused import MixedTargets, Objective, Targets, fused_loss
 from mmkd.models.heads import LMHead
-from mmkd.models.last_block import LastBlock
 from mmkd.models.load import tokenizer_of
 from mmkd.preparation.labelling import Labelling
 from mmkd.teachers.batch import ONLY, Batch, View
@@ -22,15 +19,14 @@ from mmkd.teachers.signals import DenseSignal, MixedSignal, RoutedSignal, TopKSi
 from mmkd.teachers.teacher import Teacher
 
 from .answers import Placed
-from .balance import balance_factors, gradients_in_last_layer
 from .config import DistillationConfig
-from .items import ItemLosses, ReadStudent, Supervised, Terms, kind_of
+from .items import DATA_TOKEN, ItemLosses, ReadStudent, Supervised, kind_of
 from .rewards import REWARD, policy_gradient
 from .rollout_trainer import RolloutTrainer
 from .self_teaching import SelfTaughtTrainer
 from .served_rollouts import as_served
 from .teaching import StudentSide, Teaching, teaching_of
-from .token_weights import importance_weights
+from .term_trainer import TermTrainer
 
 ROUTER = "router"
 """The kind of item of which a micro-batch has one: the load-balancing loss of a mixture of experts."""
@@ -39,7 +35,7 @@ Signal = TypeVar("Signal")
 """What a method reads of its teacher."""
 
 
-class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
+class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, TermTrainer, Generic[Signal]):
     """The hooks that a method overrides, of which it must write `item_losses`, and what it calls in them."""
 
     method: ClassVar[str]
@@ -58,10 +54,6 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
     teacher: Any
     labelling: Labelling
     student_side: StudentSide
-    _counts: dict[str, Tensor]
-    """Kind of item -> how many the accumulated batch has on all ranks."""
-    _last_block: LastBlock | None = None
-    """Where losses are balanced and the student is sharded."""
 
     # What a method implements
 
@@ -152,15 +144,14 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
         """How many items of each kind a micro-batch of this rank has."""
         supervised = batch.student.supervised
         routed = {ROUTER: supervised.new_ones((), dtype=torch.long)} if self.aux_loss_enabled else {}
-        return {"token": supervised.sum(), **routed}
+        counts = {"token": supervised.sum(), **routed}
+        return {**counts, DATA_TOKEN: (supervised & ~batch.student.own).sum()} if self.parts_tokens else counts
 
     def counted(self, batch: Batch) -> dict[str, Tensor]:
         """As `count_items`, of a batch that is learnt from, and those of the reward."""
         if not self.args.learns_from_reward:
             return self.count_items(batch)
-        view = batch.student
-        own = view.supervised if view.rollout is None else view.rollout.own[:, 1:] & view.supervised
-        return {**self.count_items(batch), REWARD: own.sum() if view.rollout is not None else torch.tensor(0)}
+        return {**self.count_items(batch), REWARD: batch.student.own.sum()}
 
     def rewarded(self, read: ReadStudent, losses: ItemLosses) -> ItemLosses:
         """The losses of a micro-batch with that of the reward of its rollouts, where there is one to learn from."""
@@ -188,104 +179,3 @@ class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, Generic[Signal]):
 
         Without such names it is not called.
         """
-
-    # What methods share
-
-    @property
-    def balances(self) -> bool:
-        """Whether the terms of this pass are to be balanced."""
-        return self.args.combine == "gradmag" and self.model.training
-
-    def fused(
-        self,
-        student: Supervised,
-        signal: Targets | MixedTargets | None,
-        objective: Objective = forward_kl,
-        temperature: float = 1.0,
-        ce_weight: float | None = None,
-        weights: Float[Tensor, "token"] | None = None,
-    ) -> ItemLosses:
-        """The item losses of a token-level divergence and cross-entropy, mixed or balanced, with all reports.
-
-        `weights` are those of the tokens, by default `token_weights`, which the signal must be as the teacher gave it
-        for. Their sum is divided by the number of tokens, whatever the weights.
-        """
-        weights = self.token_weights(student, signal) if weights is None else weights
-        if not self.balances:
-            weight = self.args.ce_weight if ce_weight is None else ce_weight
-            return self._mixed(student, signal, objective, temperature, weight, weights)
-        terms, reports = self.apart(student, signal, objective, temperature, weights)
-        return ItemLosses(self.balanced(terms, self.args.term_weights), reports)
-
-    def token_weights(self, student: Supervised, signal: Any) -> Float[Tensor, "token"] | None:
-        """What `rollout_token_weights` says of each token; None where all count alike."""
-        if self.args.rollout_token_weights != "importance" or student.rollout is None:
-            return None
-        return importance_weights(student, signal, self.args.importance_gamma, self.args.chunk_size)
-
-    def apart(
-        self,
-        student: Supervised,
-        signal: Targets | MixedTargets | None,
-        objective: Objective = forward_kl,
-        temperature: float = 1.0,
-        weights: Float[Tensor, "token"] | None = None,
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Divergence and cross-entropy, each by a pass of its own through the head, and the reports of both."""
-        weights = self.token_weights(student, signal) if weights is None else weights
-        divergence = self._mixed(student, signal, objective, temperature, 0.0, weights)
-        ce = self._mixed(student, None, forward_kl, 1.0, 1.0, weights)
-        return {"divergence": divergence.totals, "ce": ce.totals}, ce.reports | divergence.reports
-
-    def balanced(self, terms: Terms, weights: Mapping[str, float] | None = None) -> dict[str, Tensor]:
-        """What the terms add up to per kind of item when they are balanced.
-
-        Terms of weight 0 are left out; without weights all have the same. Logs each factor as `balance/<term>`.
-        """
-        counted = {name: term for name, term in terms.items() if weights is None or weights[name]}
-        means = {
-            name: torch.stack([total / self._counts[kind].clamp(min=1) for kind, total in term.items()]).sum()
-            for name, term in counted.items()
-        }
-        factors = balance_factors(means, weights, self.gradients_in, self._summed)
-        # A term without gradient, of a teacher without rows say, has no factor to speak of.
-        self._record({f"balance/{name}": (factor, factor > 0) for name, factor in factors.items()})
-        return ItemLosses.added(
-            {kind: total * factors[name] for kind, total in term.items()} for name, term in counted.items()
-        )
-
-    def gradients_in(self, means: Mapping[str, Tensor]) -> Float[Tensor, "loss parameter"]:
-        """A row for each term: the gradient of its mean in the last layer, or as long where it belongs elsewhere."""
-        own = gradients_in_last_layer(self.model) if self._last_block is None else self._last_block.gradients_of
-        return own(list(means.values()))
-
-    def _mixed(
-        self,
-        student: Supervised,
-        signal: Targets | MixedTargets | None,
-        objective: Objective,
-        temperature: float,
-        ce_weight: float,
-        weights: Tensor | None,
-    ) -> ItemLosses:
-        args = self.args
-        loss = fused_loss(
-            student.hidden,
-            student.head,
-            student.labels,
-            signal,
-            objective,
-            temperature=temperature,
-            ce_weight=ce_weight,
-            chunk_size=args.chunk_size,
-            precise=args.precise_logits,
-            diagnostics=self._reports_now(),
-            repeatable=args.combine == "gradmag",
-            weights=weights,
-        )
-        sums = loss.sums
-        if self.logs_apart and "divergence" in sums:
-            # Of the tokens that "kl" is about; "divergence" itself is of all steps since the last log.
-            sums = {**sums, "step_divergence": sums["divergence"]}
-        tokens = len(student.labels)
-        return ItemLosses({"token": loss.total}, {name: (total, tokens) for name, total in sums.items()})

@@ -232,8 +232,8 @@ class RolloutConfig(RewardConfig):
         if not self.learns_from_rollouts:
             raise UserError(
                 f"on_policy_fraction is {self.on_policy_fraction}, but {type(self).__name__} learns from the data's "
-                "answers only. Set it to 0, or use method kd, taid or alm.",
-                because="not built",
+                "answers only. Set it to 0, or use method kd, taid, alm or llava_kd.",
+                because="meaning",
             )
         if self.packing and self.packing_strategy == "wrapped":
             raise UserError(

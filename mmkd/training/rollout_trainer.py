@@ -148,8 +148,7 @@ class RolloutTrainer(ReportingTrainer):
         """The student's entropy at the tokens that it said itself, in the steps that are logged."""
         if self.rollouts is None or not self.model.training or not self._reports_now():
             return {}
-        rollout, nothing = view.rollout, view.labels.new_zeros(0)
-        own = view.supervised & rollout.own[:, 1:] if rollout is not None else torch.zeros_like(view.supervised)
+        own, nothing = view.own, view.labels.new_zeros(0)
         states = hidden[:, :-1][own].detach()
         loss = fused_loss(
             states,

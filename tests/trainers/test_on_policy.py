@@ -18,9 +18,11 @@ from mmkd.commands.main import main
 from mmkd.generation.local_generation import up_to_stop
 from mmkd.methods.alm import ALMTrainer
 from mmkd.methods.kd import KDConfig, KDTrainer
+from mmkd.methods.llava_kd import LLaVAKDTrainer
 from mmkd.methods.taid import TAIDTrainer
 from mmkd.teachers.batch import Batch
 from mmkd.teachers.cached import CachedTeacher
+from mmkd.teachers.several import pairs_of
 from mmkd.training.answers import Rollout
 from mmkd.training.method import METHODS
 from mmkd.training.rollouts import Rollouts, check_rollouts
@@ -177,6 +179,34 @@ def test_losses_do_not_depend_on_gradient_accumulation(
     whole = steps(build(cls, completions, per_device_train_batch_size=4, **settings))
     single = steps(build(cls, completions, per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings))
     assert single == [pytest.approx(pair, rel=1e-4) for pair in whole]
+
+
+@pytest.mark.parametrize("cls", [KDTrainer, LLaVAKDTrainer])
+def test_cross_entropy_is_of_the_datas_answers(build: Build, completions: Dataset, tmp_path: Path, cls: Any) -> None:
+    """And a mean over their tokens, while the divergence is one over all."""
+    settings: dict[str, Any] = {"rollout_max_tokens": 8, "on_policy_fraction": 0.5, "max_steps": 1}
+    if cls is KDTrainer:
+        shares, trainer = {"ce": 0.3, "kl": 0.7}, build(cls, completions, ce_weight=0.3, **settings)
+    else:
+        folders = {"model": tmp_path / "student", "teacher": tmp_path / "teacher"}
+        models = {name: str(make_llava(folder, seed=len(name))) for name, folder in folders.items()}
+        weights = {"alpha": 0.5, "beta": 0.0, "gamma": 0.0, "assistant_only_loss": True}
+        rows = vision_rows([1, 2, 0, 3])
+        shares, trainer = {"ce": 1.0, "kl": 0.5}, build(cls, rows, trainer=models, **weights, **settings)
+    (batch,) = mixed(trainer)
+    ((student, teacher),) = pairs_of(trainer.teacher, batch).values()
+    with torch.no_grad():
+        ours, theirs = (
+            model.eval()(**view.inputs).logits[:, :-1][view.supervised].log_softmax(-1)
+            for model, view in ((trainer.model, student), (trainer.teacher.model, teacher))
+        )
+    data = ~student.own[student.supervised]
+    assert 0 < data.sum() < len(data)
+    ce = -ours.gather(1, student.labels[:, 1:][student.supervised][:, None])[data].mean()
+    expected = shares["ce"] * ce + shares["kl"] * (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    trainer.train()
+    assert losses_of(trainer) == [pytest.approx(float(expected), rel=1e-4)]
+    assert losses_of(trainer, "ce") == [pytest.approx(float(ce), rel=1e-4)]
 
 
 @pytest.mark.slow
@@ -415,7 +445,7 @@ def test_what_a_rollout_is() -> None:
     ("settings", "reason"),
     [
         ({"on_policy_fraction": 1.5}, "give a number from 0 to 1"),
-        ({"on_policy_fraction": 0.5, "ce_weight": 0.1}, "ce_weight"),
+        ({"on_policy_fraction": 1.0, "ce_weight": 0.1}, "ce_weight"),
         ({"on_policy_fraction": 0.5, "rollout_temperature": -1.0}, "rollout_temperature"),
         ({"on_policy_fraction": 0.5, "rollout_top_p": 0.0}, "rollout_top_p"),
         ({"on_policy_fraction": 0.5, "rollout_batch_size": 0}, "rollout_batch_size"),
@@ -429,7 +459,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], reason: str, tmp_path
         KDConfig(output_dir=str(tmp_path), bf16=False, report_to="none", **settings)
 
 
-@pytest.mark.parametrize("method", ["sft", "llava_kd", "comd"])
+@pytest.mark.parametrize("method", ["sft", "comd"])
 def test_other_methods_refuse_rollouts(method: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="learns from the data's answers only"):
         METHODS[method].config(output_dir=str(tmp_path), bf16=False, report_to="none", on_policy_fraction=0.5)
