@@ -40,10 +40,12 @@ class PairScorer(ABC):
     @torch.no_grad()
     def score(self, pairs: Sequence[tuple[Side, str]]) -> Float[Tensor, "pair"]:
         """The logit that each pair belongs together, in fp32 on the CPU. Raises UserError for one that is NaN."""
-        parts = [
-            self.logits(pairs[first : first + self.batch_size]).float().cpu()
-            for first in range(0, len(pairs), self.batch_size)
-        ]
+        # The same in and out of a training with mixed precision.
+        with torch.autocast(self.model.device.type, enabled=False):
+            parts = [
+                self.logits(pairs[first : first + self.batch_size]).float().cpu()
+                for first in range(0, len(pairs), self.batch_size)
+            ]
         scores = torch.cat([torch.zeros(0), *parts])
         if not scores.isfinite().all():
             raise UserError(f"{self.name} gives NaN or infinity for a pair; it cannot teach an order.")

@@ -9,9 +9,11 @@ from mmkd.losses.contrastive_losses import SAME_CAPTION
 from mmkd.schema import NonNegativeFloat, PositiveFloat
 from mmkd.training.whole_model_config import WholeModelConfig
 
+from .ranking_config import RankingConfig
+
 
 @dataclass
-class ContrastiveKDConfig(WholeModelConfig):
+class ContrastiveKDConfig(RankingConfig, WholeModelConfig):
     """Settings of method clip_kd."""
 
     taught: ClassVar[dict[str, float]] = {"logit_kl": 1.0, "affinity": 0.0, "feature_mse": 2000.0, "icl": 1.0}
@@ -115,7 +117,8 @@ class ContrastiveKDConfig(WholeModelConfig):
             # Poolers, and the tower that a pair of texts does not use, get no gradient.
             self.ddp_find_unused_parameters = True
         super().__post_init__()
-        if not any(self.weights_with(True).values()):
+        self.check_ranking()
+        if not any(self.weights_with(True).values()) and not self.scored_weight:
             keys = ", ".join(f"{term}_weight" for term in ("clip", *self.taught))
             raise UserError(
                 f"All terms have weight 0, so that nothing is learnt: give one of {keys} a weight.", because="meaning"
@@ -136,7 +139,8 @@ class ContrastiveKDConfig(WholeModelConfig):
                     because="meaning",
                 )
             weights[term] = (usual if teacher else 0.0) if own is None else own
-        if not teacher and not self.clip_weight:
+        weights |= self.ranking_weights(teacher)
+        if not teacher and not self.clip_weight and not self.scored_weight:
             raise UserError(
                 "clip_weight is 0 and there is no teacher, so that nothing is learnt. Give clip_weight a value, or "
                 "name a teacher.",

@@ -25,6 +25,7 @@ from mmkd.preparation.pair_batches import (
     PairCollator,
     PairRows,
 )
+from mmkd.teachers.pair_scorers import PairScorer
 
 from .clip_config import ContrastiveKDConfig as ContrastiveKDConfig
 from .gradient_cache import PartGradients, RandomState, shares, surrogate
@@ -43,6 +44,8 @@ from .pair_terms import (
     taught_terms,
 )
 from .pair_trainer import PairTrainer, Reports
+from .ranking_terms import ranked_terms
+from .scored_pairs import ScoredPairs
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +77,7 @@ class ContrastiveKDTrainer(PairTrainer):
         args: settings of the method, by default the config's own with the output_dir "clip_kd".
         train_dataset: rows with a picture and its captions, or with two texts; or `PairRows`.
         eval_dataset: rows to measure on, in the same form.
+        pair_scorer: the model whose order `ranking` learns, by default `ranking_teacher` in args.
         callbacks: callbacks of transformers' Trainer.
         optimizers: an optimizer and a schedule in place of those that args ask for.
         optimizer_cls_and_kwargs: the class of an optimizer and its arguments, in place of `optim` in args.
@@ -102,6 +106,7 @@ class ContrastiveKDTrainer(PairTrainer):
         train_dataset: Dataset | PairRows | None = None,
         eval_dataset: Dataset | PairRows | None = None,
         *,
+        pair_scorer: PairScorer | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
@@ -121,6 +126,7 @@ class ContrastiveKDTrainer(PairTrainer):
         for teacher in self.teachers.values():
             teacher.model.to(args.device).eval().requires_grad_(False)
         self.student = model
+        self.scored = ScoredPairs.of(pair_scorer, rows, args)
         self._prepare_student(args)
         self.collate = PairCollator(model, self.teachers)
         self._parts: list[dict[str, Any]] = []
@@ -141,7 +147,8 @@ class ContrastiveKDTrainer(PairTrainer):
     def _prepare_student(self, args: ContrastiveKDConfig) -> None:
         """Heads, scale, and what is not trained."""
         student = self.student
-        wants_heads = self.weights["feature_mse"] or self.weights["icl"]
+        contrasts = self.weights["hard_negatives"] and args.hard_contrast_weight
+        wants_heads = self.weights["feature_mse"] or self.weights["icl"] or contrasts
         add_pair_heads(student, {name: own.width for name, own in self.teachers.items() if wants_heads})
         let_pairs_be_read(student)
         if args.logit_scale is not None:
@@ -245,8 +252,14 @@ class ContrastiveKDTrainer(PairTrainer):
             total, reports["clip_loss"] = total + self.weights["clip"] * own, (own.detach().sum(), pairs)
         for name, teacher in views.items():
             terms = taught_terms(says, teacher, self.weights, self.args)
+            terms |= ranked_terms(says, teacher, facts.numbers[:, None] == numbers, self.args, everywhere)
             total = total + self.shares[name] * sum(self.weights[term] * value for term, value in terms.items())
             reports |= {_report(f"{term}_loss", name): (value.detach().sum(), pairs) for term, value in terms.items()}
+        # Held-out pairs are not shown to a slow scorer.
+        if self.scored is not None and everywhere:
+            scored = self.scored.term(says, facts, numbers, gathered(facts.rows))
+            total = total + self.args.scored_weight * scored
+            reports["ranking_loss"] = (scored.detach().sum(), pairs)
         return total.sum() / len(numbers) * (self.accelerator.num_processes if everywhere else 1), reports
 
     def _teacher_says(self, name: str, features: PairFeatures, everywhere: bool) -> TeacherSays:
