@@ -117,6 +117,8 @@ def test_equal_captions_are_no_negatives(same: str) -> None:
         pairs = sigmoid(cosines, SCALE, BIAS, targets)
         assert (pairs < sigmoid(cosines, SCALE, BIAS, Targets.of(cosines)))[[0, 2]].all()
     else:
+        pairs = sigmoid(cosines, SCALE, BIAS, targets)
+        assert (pairs != sigmoid(cosines, SCALE, BIAS, Targets.of(cosines)))[[0, 2]].all()
         halves = (SCALE * cosines.images)[0].log_softmax(-1)[[0, 2]].mean()
         back = (SCALE * cosines.texts)[0].log_softmax(-1)[[0, 2]].mean()
         assert value[0].item() == pytest.approx(-(halves + back).item() / 2, rel=1e-5)

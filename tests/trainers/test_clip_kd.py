@@ -8,17 +8,28 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from torch import Tensor
 from transformers import CLIPModel
 
 from mmkd.commands.main import main
+from mmkd.errors import UserError
 from mmkd.losses.contrastive_losses import Targets, affinity, clip, feature_mse, icl, logit_kl, similarities, unit
+from mmkd.methods.clip_kd.clip_trainer import TeacherEncoder
 from mmkd.models.dual_encoder import load_dual_encoder
 from mmkd.models.pair_heads import pair_head
 from mmkd.preparation.pair_batches import PairSampler
-from tests.dual_encoders import caption, make_clip, make_siglip, photo
+from tests.dual_encoders import (
+    caption,
+    make_clip,
+    make_naflex,
+    make_pair_of_towers,
+    make_sentence_encoder,
+    make_siglip,
+    photo,
+)
 from tests.helpers import on_two_ranks
-from tests.pairs import EVERY_TERM, captioned, clip_kd
+from tests.pairs import EVERY_TERM, captioned, clip_kd, student_and_teacher, text_pairs
 
 
 def steps_of(trainer: Any) -> list[list[float]]:
@@ -108,6 +119,145 @@ def test_four_ranks_train_as_one(tmp_path: Path) -> None:
     }
     for rank in (saw for job in on_two_ranks(jobs, tmp_path, ranks=4).values() for saw in job):
         as_alone(rank, alone, expected)
+
+
+# Families
+
+
+@pytest.mark.parametrize("make", [make_siglip, make_naflex, make_pair_of_towers])
+def test_students_of_each_family_learn_in_parts_as_whole(make: Any, tmp_path: Path) -> None:
+    runs = []
+    for batch, accumulation in ((8, 1), (4, 2)):
+        student = load_dual_encoder(str(make(tmp_path / "own")))
+        # Dropout draws other numbers in batches of another size.
+        student.model.apply(lambda module: setattr(module, "p", 0.0) if isinstance(module, torch.nn.Dropout) else None)
+        for module in student.model.modules():
+            if hasattr(module, "dropout_prob"):
+                module.dropout_prob = 0.0
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+        trainer: Any = clip_kd(tmp_path, {"model": student}, **sizes, **EVERY_TERM)
+        trainer.train()
+        runs.append(steps_of(trainer))
+    assert runs[0] == [pytest.approx(step, rel=1e-4) for step in runs[1]]
+
+
+def test_dropout_draws_the_same_numbers_for_a_part_again(tmp_path: Path) -> None:
+    student = load_dual_encoder(str(make_clip(tmp_path / "own")))
+    student.model.visual_projection = torch.nn.Sequential(torch.nn.Dropout(0.5), student.model.visual_projection)
+    trainer: Any = clip_kd(tmp_path, {"model": student}, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    batch = [trainer.collate([trainer.train_dataset[row] for row in rows]) for rows in (range(4), range(4, 8))]
+    trainer.get_batch_samples(iter(batch), 2, torch.device("cpu"))
+    trainer.model.train()
+    torch.manual_seed(5)
+    seen: list[Tensor] = []
+    encode = trainer.encode
+    trainer.encode = lambda *given: seen.append((said := encode(*given)).images.detach()) or said
+    for part in batch:
+        trainer.compute_loss(trainer.model, part)
+    students = [features for features in seen if features.shape[1] == 16]
+    assert len(students) == 4
+    assert torch.equal(torch.cat(students[:2]), torch.cat(students[2:]))
+    assert not torch.equal(students[0], encode(student, batch[0]["student"]).images)
+
+
+def test_encoders_of_sentences_learn_and_resume(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    folders = make_sentence_encoder(tmp_path / "s"), make_sentence_encoder(tmp_path / "t", seed=1, width=20)
+    runs = []
+    for name in ("whole", "cut"):
+        student, teacher = (load_dual_encoder(str(folder)) for folder in folders)
+        for module in student.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        given = {"model": student, "teachers": teacher, "train_dataset": text_pairs(24), "eval_dataset": text_pairs(8)}
+        settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, **EVERY_TERM}
+        trainer: Any = clip_kd(tmp_path / name, given, **settings)
+        if name == "cut":
+            shutil.copytree(tmp_path / "whole" / "out" / "checkpoint-1", tmp_path / "cut" / "out" / "checkpoint-1")
+        trainer.train(resume_from_checkpoint=name == "cut")
+        runs.append(steps_of(trainer))
+    assert runs[0] == [pytest.approx(step, rel=1e-5) for step in runs[1]]
+    assert "eval_image_to_text_recall" in trainer.evaluate()
+    trainer.save_model()
+    left = load_dual_encoder(str(tmp_path / "cut" / "out"))
+    inputs = left.prepare_texts(["a red circle"])
+    with torch.no_grad():
+        trainer.student.model.eval()
+        torch.testing.assert_close(left.encode_texts(inputs), trainer.student.encode_texts(inputs))
+
+
+def test_a_frozen_tower_and_a_fixed_scale_stay(tmp_path: Path) -> None:
+    trainer: Any = clip_kd(tmp_path, freeze="image", train_logit_scale=False, logit_scale=30.0, icl_weight=0.0)
+    before = weights(trainer.model)
+    trainer.train()
+    changed = {name for name, tensor in weights(trainer.model).items() if not torch.equal(tensor, before[name])}
+    assert any(name.startswith("text_model") for name in changed)
+    assert not any(name.startswith(("vision", "visual", "logit_scale")) for name in changed)
+    assert trainer.student.logit_scale.item() == pytest.approx(30.0)
+
+
+def test_the_scale_is_limited_and_several_teachers_share_the_loss(tmp_path: Path) -> None:
+    teachers = {"a": TeacherEncoder(student_and_teacher(tmp_path)[1], 3.0), "b": student_and_teacher(tmp_path)[1]}
+    trainer: Any = clip_kd(tmp_path, {"teachers": teachers}, logit_scale=50.0, max_logit_scale=40.0)
+    assert trainer.shares == {"a": 0.75, "b": 0.25}
+    trainer.train()
+    # It is limited after each step, and later ones may lower it.
+    assert 39 < trainer.student.logit_scale.item() < 40.001
+    assert {"logit_kl_loss_a", "icl_loss_b"} <= trainer.state.log_history[0].keys()
+
+
+def test_captions_are_drawn_by_epoch_and_counted_where_they_are_the_same(tmp_path: Path) -> None:
+    rows = Dataset.from_list(
+        [{"image": photo(row), "text": [caption(row), f"the {caption(row)}"]} for row in range(8)]
+    )
+    own: Any = clip_kd(tmp_path, {"train_dataset": rows}).train_dataset
+    drawn = [[own[row, epoch].caption for row in range(8)] for epoch in range(4)]
+    assert len({tuple(epoch) for epoch in drawn}) > 1
+    assert drawn == [[own[row, epoch].caption for row in range(8)] for epoch in range(4)]
+    runs = {}
+    for same in ("negative", "positive", "ignore"):
+        trainer: Any = clip_kd(tmp_path, {"train_dataset": captioned(16, captions=3)}, same_caption=same, max_steps=1)
+        trainer.train()
+        runs[same] = trainer.state.log_history[0]
+    assert runs["negative"]["same_captions"] > 0.5
+    assert runs["ignore"]["clip_loss"] < runs["negative"]["clip_loss"]
+    # Equal captions have equal features, over which a softmax spreads anyway.
+    assert runs["positive"]["clip_loss"] == pytest.approx(runs["negative"]["clip_loss"], rel=1e-5)
+
+
+def test_without_a_teacher_pairs_teach(tmp_path: Path) -> None:
+    trainer: Any = clip_kd(tmp_path, {"teachers": None}, max_steps=1)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(logged["clip_loss"], rel=1e-5)
+    with pytest.raises(UserError, match="there is no teacher to learn from"):
+        clip_kd(tmp_path, {"teachers": None}, icl_weight=1.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "reason"),
+    [
+        (captioned(8), {"per_device_train_batch_size": 1}, "A batch of one pair has nothing to compare it with"),
+        (captioned(6), {}, "There are 6 pairs to learn, and a step takes 8"),
+        (captioned(8, captions=1), {}, "All pairs have one caption, 'a red circle'"),
+        (Dataset.from_dict({"text": ["a"] * 8}), {}, "have no pictures"),
+        (captioned(8).remove_columns("text"), {}, "none of the 8 train rows has one picture and a caption"),
+        (text_pairs(8), {"freeze": "image"}, "these are pairs of texts"),
+        (captioned(8), {"temperature": float("nan")}, "temperature"),
+        (captioned(8), {"clip_weight": 0.0, **dict.fromkeys(list(EVERY_TERM)[1:5], 0.0)}, "All terms have weight 0"),
+        (captioned(8), {"same_caption": "maybe"}, "same_caption"),
+    ],
+)
+def test_what_cannot_be_is_refused(rows: Dataset, settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=reason):
+        clip_kd(tmp_path, {"train_dataset": rows}, **settings)
+
+
+def test_an_encoder_of_sentences_sees_no_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    teacher = load_dual_encoder(str(make_sentence_encoder(tmp_path / "sentences")))
+    with pytest.raises(UserError, match="encoder of sentences and the data has pictures"):
+        clip_kd(tmp_path, {"teachers": teacher})
 
 
 # Recipes

@@ -11,6 +11,7 @@ from mmkd.teachers.several import SeveralTeachers
 from mmkd.training.method import METHODS
 from tests.classes import dho, pictures, vit
 from tests.helpers import LORA, Build, losses_of
+from tests.pairs import captioned, clip_kd
 from tests.pretended_cuda import pretended_cuda
 from tests.towers import teachers, tower_kd
 from tests.vlms import vision_rows
@@ -106,6 +107,19 @@ def test_a_run_of_two_heads(objective: str, tmp_path: Path, monkeypatch: pytest.
 def test_a_run_of_towers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def losses() -> list[float]:
         trainer: Any = tower_kd(tmp_path, {"teachers": teachers(), "eval_dataset": pictures(1)}, frequency_weight=0.5)
+        trainer.train()
+        return [*losses_of(trainer, "loss"), trainer.evaluate()["eval_loss"]]
+
+    here = losses()
+    with pretended_cuda(monkeypatch):
+        assert losses() == pytest.approx(here, rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_of_dual_encoders(accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses() -> list[float]:
+        sizes = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+        trainer: Any = clip_kd(tmp_path, {"eval_dataset": captioned(8)}, **sizes)
         trainer.train()
         return [*losses_of(trainer, "loss"), trainer.evaluate()["eval_loss"]]
 

@@ -72,11 +72,20 @@ def _data(run: Run, train: PairRows, held_out: PairRows | None) -> list[Finding]
     splits = [train, *([] if held_out is None else [held_out])]
     findings += [Finding("ok", "data", note) for own in splits for note in own.split.notes]
     share = shared_captions(train, pairs_in_step(run))
-    if share > _MANY and settings_of(run).same_caption == "negative":
-        text = f"About {share:.0%} of the pairs of a batch have a caption that another pair has too, and are wrong "
-        text += "answers to each other."
-        findings.append(Finding("warning", "data", text, "Set same_caption: positive, or ignore."))
-    return findings
+    if share <= _MANY:
+        return findings
+    text = f"About {share:.0%} of the pairs of a batch have a caption that another pair has too."
+    if settings_of(run).same_caption == "negative" and _is_siglip(run):
+        text += " SigLIP's loss takes them for wrong answers to each other and for right ones at once."
+        return [*findings, Finding("warning", "data", text, "Set same_caption: positive, or ignore.")]
+    return [*findings, Finding("ok", "data", f"{text} Their loss cannot reach 0.")]
+
+
+def _is_siglip(run: Run) -> bool:
+    name, hub = str(run.arguments.student), student_hub(run)
+    if kind_of_encoder(name, **hub) != "transformers":
+        return False
+    return encoder_config(name, "student", **hub).model_type.startswith("siglip")
 
 
 def _student(run: Run, pairs: tuple[PairRows, Any] | None) -> list[Finding]:

@@ -84,8 +84,9 @@ class ContrastiveKDConfig(RankingConfig, WholeModelConfig):
         default="negative",
         metadata={
             "help": "What two pairs of a batch with the same caption are to each other in clip and icl. negative "
-            "(default): wrong answers, as in CLIP. positive: right answers. ignore: neither. The log says how many "
-            "there are (same_captions).",
+            "(default): wrong answers, as published. positive: right answers. ignore: neither. The log says how many "
+            "there are (same_captions). With SigLIP's loss negative contradicts itself. With CLIP's loss positive "
+            "trains as negative does, since equal captions have equal features.",
             "choices": list(SAME_CAPTION),
         },
     )

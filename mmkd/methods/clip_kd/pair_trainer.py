@@ -82,8 +82,8 @@ class PairTrainer(RunTrainer):
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """The Trainer's, without scales: CLIP does not pull its temperature to 1."""
-        names = super().get_decay_parameter_names(model)
-        return [name for name in names if model.get_parameter(name).ndim > 1]
+        scalars = {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
+        return [name for name in super().get_decay_parameter_names(model) if name not in scalars]
 
     def floating_point_ops(self, inputs: Any) -> int:
         """None: the Trainer would estimate them from tokens, and looks for those of one text."""
