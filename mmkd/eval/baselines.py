@@ -133,7 +133,8 @@ def _baseline_keys(recipe: Recipe, student: Path) -> tuple[dict[str, Any], set[s
     own = comparison.baseline(recipe, student)
     if comparison.baseline_method is None:
         known = set(parser_of(recipe.method).names) - _PUBLISHING
-        return {**{key: value for key, value in recipe.written.items() if key in known}, **own}, known
+        # A flag of the comparison is for the student where the baseline has a value of its own.
+        return {**{key: value for key, value in recipe.written.items() if key in known}, **own}, known - own.keys()
     run = recipe.parse()
     known = set(parser_of(comparison.baseline_method).names) - _NOT_SFT - _PUBLISHING
     if not METHODS[run.arguments.method].one_vocabulary and run.arguments.student is not None:

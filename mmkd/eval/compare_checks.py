@@ -38,12 +38,14 @@ def check_together(recipes: Sequence[Recipe], asked: "Asked", method: Comparison
         )
     if method.measure is not None and asked.test is not None:
         raise UserError(
-            "--test is a file of questions to models that write. Students of classes are measured on the test split "
-            "of their data recipe: name it there, under splits.",
+            f"--test is a file of questions to models that write, and these students predict {own.pop()}. They are "
+            "measured on the rows of their data recipe: name others there, under splits.",
             because="meaning",
         )
     if method.measure is not None and asked.tasks:
-        raise UserError("Benchmarks ask models that write, and these students predict classes.", because="meaning")
+        raise UserError(
+            f"Benchmarks ask models that write, and these students predict {own.pop()}.", because="meaning"
+        )
     if asked.judge is not None and any(map(trains_several_times, recipes)):
         raise UserError(
             "--judge evaluates students of recipes with one training; those of stages or rounds are asked questions. "

@@ -15,7 +15,8 @@ from .baselines import with_keys
 
 def check_equal_time(recipes: Sequence[Recipe], method: Comparison) -> None:
     """Raises UserError for recipes whose steps cannot be counted out by time."""
-    if method.measure is not None or any(METHODS[recipe.method].drive is not None for recipe in recipes):
+    untimed = method.measure is not None and not method.timed
+    if untimed or any(METHODS[recipe.method].drive is not None for recipe in recipes):
         raise UserError(
             "--equal time is for recipes of one training or of stages, not for classes or rounds. Measure the time of "
             "a training, and set max_steps.",

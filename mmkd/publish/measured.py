@@ -28,6 +28,8 @@ class HeldOutMeasure:
 HELD_OUT = {
     "accuracy": HeldOutMeasure("accuracy", True),
     "bits_per_byte": HeldOutMeasure("bits per byte"),
+    "image_to_text_recall": HeldOutMeasure("image to text recall@1", True),
+    "text_to_image_recall": HeldOutMeasure("text to image recall@1", True),
     "perplexity": HeldOutMeasure("perplexity"),
     "kl": HeldOutMeasure("KL to the teacher (nats)", of_teacher="0"),
     "chunk_kl": HeldOutMeasure("KL per chunk (nats)", of_teacher="0"),

@@ -72,7 +72,7 @@ def model_card(student: Student) -> ModelCard:
     results = eval_results(student)
     header = ModelCardData(
         **hub_license(student.license),
-        library_name="peft" if student.adapter else "transformers",
+        library_name=_library(student),
         pipeline_tag=student.pipeline_tag,
         base_model=base[0] if len(base) == 1 else base or None,
         base_model_relation="adapter" if student.adapter else "finetune" if base else None,
@@ -128,6 +128,13 @@ def eval_results(student: Student) -> list[EvalResult]:
     return results
 
 
+def _library(student: Student) -> str:
+    """The package that loads the student."""
+    if student.adapter:
+        return "peft"
+    return "sentence-transformers" if student.pipeline_tag == "sentence-similarity" else "transformers"
+
+
 def _summary(student: Student) -> str:
     taught = f" from {_taught_by(student)}" if _taught_by(student) else ""
     baseline = list(student.methods) == [BASELINE_METHOD]
@@ -165,6 +172,11 @@ def _usage(student: Student) -> str:
         classes, loader = "AutoModelForImageTextToText, AutoProcessor", "processor = AutoProcessor"
     elif student.pipeline_tag == "image-feature-extraction":
         classes, loader = "AutoModel, AutoImageProcessor", "processor = AutoImageProcessor"
+    elif student.pipeline_tag == "zero-shot-image-classification":
+        classes, loader = "AutoModel, AutoProcessor", "processor = AutoProcessor"
+    elif student.pipeline_tag == "sentence-similarity":
+        line = f'model = SentenceTransformer("{student.repo_id}")'
+        return f"```python\nfrom sentence_transformers import SentenceTransformer\n\n{line}\n```"
     else:
         line = f'classify = pipeline("{student.pipeline_tag}", model="{student.repo_id}")'
         imports = "import mmkd  # makes its dual head known to transformers\nfrom transformers import pipeline"

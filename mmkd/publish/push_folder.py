@@ -50,6 +50,7 @@ RECIPE, LOG, SCORES = "training/recipe.yaml", "training/log.jsonl", "eval/scores
 
 # The metrics of the trainer's evaluation that a card shows.
 _HELD_OUT = ("perplexity", "kl", "top1_agreement", "bits_per_byte", "chunk_gap", "accuracy", "loss")
+_HELD_OUT += ("image_to_text_recall", "text_to_image_recall")
 _OF_EACH_TEACHER = ("patch_cosine", "summary_cosine")
 """Metrics of which a training with several teachers has one for each, as METRIC_TEACHER."""
 

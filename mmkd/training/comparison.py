@@ -56,6 +56,9 @@ class Comparison:
     measure: MeasureRun | None = None
     """Set where students do not predict tokens."""
 
+    timed: bool = False
+    """Whether `measure` tells the `step_hours` of a training, which `--equal time` divides."""
+
     along: Callable[[Path], Mapping[str, Path]] | None = None
     """A student's folder -> the students on its way, by name, which are measured too."""
 
