@@ -17,6 +17,7 @@ from mmkd.data.caption_source import CaptionedSplit, load_captions
 from mmkd.data.class_rows import ClassRows
 from mmkd.data.classification import ClassificationData, ClassificationRecipe, load_classification
 from mmkd.data.picture_source import recipe_of
+from mmkd.data.text_pairs import TextPairSplit, load_text_pairs
 from mmkd.errors import UserError
 from mmkd.losses.retrieval import ClassAccuracy
 from mmkd.models.class_prompts import load_prompts
@@ -82,9 +83,10 @@ class EncoderData:
             )
         return ClassRows(rows, None)
 
-    def pairs(self) -> CaptionedSplit:
-        """The held-out pairs. Raises UserError where nothing is held out."""
-        held_out = load_captions(self.data, max_eval_rows=self.rows).held_out
+    def pairs(self, images: bool) -> CaptionedSplit | TextPairSplit:
+        """The held-out pairs, of images and captions or of texts. Raises UserError where nothing is held out."""
+        load: Any = load_captions if images else load_text_pairs
+        held_out = load(self.data, max_eval_rows=self.rows).held_out
         if held_out is None:
             raise UserError(f"{self.data} holds nothing out, so there is nothing fair to measure on.")
         return held_out
@@ -125,7 +127,13 @@ def measure_encoder(
 def _chosen(model: EncoderModel, names: Sequence[str], on: EncoderData) -> list[str]:
     of_classes = [ZERO_SHOT, LINEAR_PROBE]
     if not names:
-        return of_classes if on.is_classes else [RECALL]
+        names = of_classes if on.is_classes else [RECALL]
+    if not model.has_images and set(names) & {*of_classes}:
+        raise UserError(
+            f"{model.name} is an encoder of sentences, and {' and '.join(of_classes)} are about images. Measure "
+            "recall on pairs of texts.",
+            because="meaning",
+        )
     for name in names:
         if name not in ENCODER_MEASURES:
             raise UserError(
@@ -167,7 +175,8 @@ class _Measuring:
         if self.on.is_classes:
             return _digest_of(self.on.measured)
         pairs = self._pairs
-        return key_of(pairs.pictures.identities, pairs.captions)
+        firsts = pairs.firsts if isinstance(pairs, TextPairSplit) else pairs.pictures.identities
+        return key_of(firsts, pairs.captions)
 
     @cached_property
     def encoder(self) -> DualEncoder:
@@ -175,8 +184,8 @@ class _Measuring:
         return load_dual_encoder(self.model.path, dtype=self._dtype, device=device_of(self.settings), **self.model.hub)
 
     @cached_property
-    def _pairs(self) -> CaptionedSplit:
-        return self.on.pairs()
+    def _pairs(self) -> CaptionedSplit | TextPairSplit:
+        return self.on.pairs(self.model.has_images)
 
     @cached_property
     def _tested(self) -> Tensor:

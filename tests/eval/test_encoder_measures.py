@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoProcessor
 from mmkd.commands.main import main
 from mmkd.results.scores import scores_of
 from tests.classes import pictures
-from tests.dual_encoders import caption, make_clip, make_siglip, photo
+from tests.dual_encoders import caption, make_clip, make_sentence_encoder, make_siglip, photo
 
 NAMES = ["red", "green", "blue"]
 
@@ -166,3 +166,26 @@ def test_a_model_that_diverged_is_refused(captions: str, clip: str, capsys: Any)
         model.visual_projection.weight.fill_(float("nan"))
     model.save_pretrained(clip)
     assert "features of images are not finite" in refusal([clip, "--measures", "--data", captions], capsys)
+
+
+def test_an_encoder_of_sentences_is_measured_on_pairs_of_texts(tmp_path: Path, capsys: Any, classes: str) -> None:
+    pytest.importorskip("sentence_transformers")
+    model = str(make_sentence_encoder(tmp_path / "model"))
+    rows = [{"text": caption(number), "pair": f"the picture of {caption(number)}"} for number in range(12)]
+    for name, own in (("train", rows[:4]), ("eval", rows[4:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, own)))
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "eval")}
+    recipe = {"name": "pairs", "source": "json", "data_files": files, "splits": {name: name for name in files}}
+    (tmp_path / "pairs.yaml").write_text(yaml.safe_dump(recipe))
+    words = ["eval", model, "--measures", "--data", str(tmp_path / "pairs.yaml"), "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    from sentence_transformers import SentenceTransformer
+
+    encoder: Any = SentenceTransformer(model, device="cpu")
+    firsts, seconds = (
+        unit(torch.tensor(encoder.encode([row[side] for row in rows[4:]]))) for side in ("text", "pair")
+    )
+    hits = (firsts @ seconds.T).argmax(1) == np.arange(8)
+    told = scores(tmp_path / "out" / "results.json")
+    assert told["pairs image_to_text recall@1"] == pytest.approx(hits.mean())
+    assert "is an encoder of sentences" in refusal([model, "--measures", "--data", classes], capsys)
