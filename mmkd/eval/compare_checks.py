@@ -39,7 +39,7 @@ def check_together(recipes: Sequence[Recipe], asked: "Asked", method: Comparison
     if method.measure is not None and asked.test is not None:
         raise UserError(
             f"--test is a file of questions to models that write, and these students predict {own.pop()}. They are "
-            "measured on the rows of their data recipe: name others there, under splits.",
+            "measured on the test split or the held-out rows of their data recipe: name others there, under splits.",
             because="meaning",
         )
     if method.measure is not None and asked.tasks:

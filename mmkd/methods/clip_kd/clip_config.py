@@ -113,6 +113,14 @@ class ContrastiveKDConfig(RankingConfig, WholeModelConfig):
         },
     )
 
+    zero_shot_data: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Data recipes of classes, on whose test splits `mmkd compare` measures zero-shot accuracy, such "
+            "as classification/food101. Default: none."
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.ddp_find_unused_parameters is None:
             # Poolers, and the tower that a pair of texts does not use, get no gradient.

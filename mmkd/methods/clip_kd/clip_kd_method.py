@@ -5,6 +5,7 @@ from mmkd.training.method import Method
 
 from .clip_build import build_clip_trainer, check_clip_run, write_stand_in
 from .clip_checks import examine_clip
+from .clip_comparison import COMPARISON
 from .clip_plan import dry_run_clip, plan_clip
 from .clip_run import unused_keys
 from .clip_trainer import ContrastiveKDTrainer
@@ -20,4 +21,5 @@ METHOD = Method(
     data_facts=picture_facts,
     stand_in=write_stand_in,
     unused=unused_keys(),
+    comparison=COMPARISON,
 )
