@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mmkd.methods.tower_kd.tower_trainer import TeacherTower as TeacherTower
     from mmkd.methods.tower_kd.tower_trainer import TowerKDConfig as TowerKDConfig
     from mmkd.methods.tower_kd.tower_trainer import TowerKDTrainer as TowerKDTrainer
+    from mmkd.methods.trans_encoder.trans_encoder_trainer import TransEncoderConfig as TransEncoderConfig
+    from mmkd.methods.trans_encoder.trans_encoder_trainer import TransEncoderTrainer as TransEncoderTrainer
     from mmkd.models.dual_head import DualHeadForImageClassification as DualHeadForImageClassification
     from mmkd.models.dual_head import DualHeadForSequenceClassification as DualHeadForSequenceClassification
     from mmkd.teachers.cached import CachedTeacher as CachedTeacher
@@ -67,6 +69,8 @@ _MODULES = {
     "TeacherTower": "mmkd.methods.tower_kd.tower_trainer",
     "TowerKDConfig": "mmkd.methods.tower_kd.tower_trainer",
     "TowerKDTrainer": "mmkd.methods.tower_kd.tower_trainer",
+    "TransEncoderConfig": "mmkd.methods.trans_encoder.trans_encoder_trainer",
+    "TransEncoderTrainer": "mmkd.methods.trans_encoder.trans_encoder_trainer",
     "UserError": "mmkd.errors",
 }
 

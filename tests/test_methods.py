@@ -22,7 +22,7 @@ from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
 
 ROOT = Path(__file__).parents[1]
-CLASSES = {"dho", "tower_kd", "clip_kd"}
+CLASSES = {"dho", "tower_kd", "clip_kd", "trans_encoder"}
 """Methods that predict something else than tokens."""
 OWN_WEIGHTS = {"features": "patch_cosine_weight", "embeddings": "clip_weight"}
 """A key of the weight of a term, by what a method predicts; ce_weight for the others."""
@@ -93,7 +93,7 @@ def test_help_lists_every_key(method: str) -> None:
     print_keys(Console(file=page, width=80), method, [ALL])
     text = page.getvalue()
     assert all(f"--{name}  " in text for name in KeyParser(method).names)
-    weight = OWN_WEIGHTS.get(METHODS[method].predicts, "ce_weight")
+    weight = OWN_WEIGHTS.get(METHODS[method].predicts, "ce_weight") if method != "trans_encoder" else "cycles"
     assert all(f"--{name}" in text for name in ("student_layers", weight, "use_peft", "learning_rate"))
 
 

@@ -52,6 +52,18 @@ def _python_docs(_: Path | None) -> None:
     main([])
 
 
+def _python_sentences(_: Path | None) -> None:
+    from mmkd.prepare.python_sentences import make_python_sentences
+
+    make_python_sentences()
+
+
+def _minilm(_: Path | None) -> None:
+    from mmkd.prepare.sentence_encoders import get_minilm
+
+    get_minilm(CACHE / "all-MiniLM-L6-v2")
+
+
 def _easy_vqa(_: Path | None) -> None:
     from mmkd.prepare.easy_vqa import main
 
@@ -129,6 +141,23 @@ PREPARATIONS = {
             "PSF-2.0",
             ("python_docs/train.jsonl", "python_docs/eval.jsonl"),
             _python_docs,
+        ),
+        Preparation(
+            "python_sentences",
+            "text: 2,000 pairs of sentences of it, and scored ones to measure on",
+            "nothing",
+            "PSF-2.0",
+            tuple(f"python_sentences/{name}.jsonl" for name in ("train", "dev", "test")),
+            _python_sentences,
+            needs=("python_docs",),
+        ),
+        Preparation(
+            "all-MiniLM-L6-v2",
+            "model: an encoder of sentences of 23 M parameters",
+            "84 MB",
+            "Apache-2.0",
+            ("all-MiniLM-L6-v2/modules.json",),
+            _minilm,
         ),
         Preparation(
             "SmolLM2-135M-Instruct",

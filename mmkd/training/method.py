@@ -203,6 +203,7 @@ METHODS = Methods(
         "dho": "mmkd.methods.dho.dho_method:METHOD",
         "tower_kd": "mmkd.methods.tower_kd.tower_kd_method:METHOD",
         "clip_kd": "mmkd.methods.clip_kd.clip_kd_method:METHOD",
+        "trans_encoder": "mmkd.methods.trans_encoder.trans_encoder_method:METHOD",
     }
 )
 

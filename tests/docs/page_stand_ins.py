@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.vlms import make_llava, make_tower
@@ -89,6 +90,19 @@ def texts(rows: int = 48) -> Maker:
     return make
 
 
+def encoder(folder: Path) -> None:
+    """A BERT of random weights, which sentence-transformers pools by the mean."""
+    from transformers import BertConfig, BertModel
+
+    from tests.alignment.tiny_tokenizers import wordpiece
+
+    tokenizer = wordpiece(200)
+    tokenizer.pad_token, tokenizer.cls_token, tokenizer.sep_token = "[UNK]", "[CLS]", "[SEP]"
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(tokenizer), intermediate_size=16, **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 STAND_INS: dict[str, Maker] = {
     ".cache/mmkd/SmolLM2-135M-Instruct": chat_model(1, layers=30, width=16),
     ".cache/mmkd/gemma-3-270m": other_tokenizer(3),
@@ -111,6 +125,7 @@ STAND_INS: dict[str, Maker] = {
     "Qwen/Qwen2.5-VL-7B-Instruct": lambda folder: make_llava(folder, seed=1, layers=3),
     "microsoft/resnet-18": resnet,
     "llava-hf/llava-1.5-7b-hf": lambda folder: make_llava(folder, seed=1, layers=3),
+    "sentence-transformers/all-MiniLM-L6-v2": encoder,
     "trl-lib/Capybara": chats(),
     "your_chats.jsonl": chat_file,
 }
