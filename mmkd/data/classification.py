@@ -28,7 +28,7 @@ from .sources import left_out_note, load_split
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test", "unlabeled")
+SPLITS = ("train", "validation", "test", "unlabeled", "unseen")
 HIDDEN = -100
 """The label of a row whose class may not be used."""
 
@@ -57,7 +57,10 @@ class ClassificationRecipe:
     )
     splits: Mapping[str, str] = field(
         default_factory=lambda: {"train": "train", "test": "test"},
-        metadata={"help": "{train|validation|test|unlabeled: source split}; test is never used for a choice."},
+        metadata={
+            "help": "{train|validation|test|unlabeled|unseen: source split}; test is never used for a choice. unseen "
+            "has rows of other classes, by name, which are measured only."
+        },
     )
     image: str | None = field(default=None, metadata={"help": "The column of images."})
     text: str | None = field(default=None, metadata={"help": "The column of texts, for text classifiers."})
@@ -162,6 +165,9 @@ class ClassificationData:
     validation: Dataset | None
     test: Dataset | None
     unlabeled: Dataset | None
+    unseen: Dataset | None = None
+    """Rows of classes that no other split has, labelled by their place in `unseen_names`."""
+    unseen_names: tuple[str, ...] = ()
 
 
 def load_classification(
@@ -179,14 +185,21 @@ def load_classification(
         if note := left_out_note(recipe, dataset):
             logger.warning("%s: %s: %s", recipe.name, split, note)
     class_names = _class_names(recipe, raw["train"])
-    rows = {split: _ours(recipe, dataset, split, class_names) for split, dataset in raw.items()}
+    unseen_names: tuple[str, ...] = ()
+    if "unseen" in raw:
+        raw["unseen"] = _with_names(recipe, raw["unseen"])
+        unseen_names = _unseen_names(recipe, raw["unseen"], class_names)
+    names = {split: unseen_names if split == "unseen" else class_names for split in raw}
+    rows = {split: _ours(recipe, dataset, split, names[split]) for split, dataset in raw.items()}
     if recipe.validation_per_class is not None:
         rows["train"], rows["validation"] = _hold_out(recipe, rows["train"], class_names)
-    caps = {"train": max_train_rows, "unlabeled": max_train_rows, "validation": max_eval_rows, "test": max_eval_rows}
+    caps = dict.fromkeys(("train", "unlabeled"), max_train_rows)
+    caps |= dict.fromkeys(("validation", "test", "unseen"), max_eval_rows)
     for split, cap in caps.items():
         if split in rows and cap is not None and cap < len(rows[split]):
             rows[split] = rows[split].shuffle(seed=recipe.split_seed).select(range(cap))
-    return ClassificationData(recipe, class_names, *(rows.get(split) for split in SPLITS))  # pyright: ignore
+    parts: Any = {split: rows.get(split) for split in SPLITS}
+    return ClassificationData(recipe, class_names, **parts, unseen_names=unseen_names)
 
 
 def hide_labels(
@@ -256,6 +269,29 @@ def _class_names(recipe: ClassificationRecipe, train: Dataset) -> tuple[str, ...
             f"classes ({', '.join(feature.names[:3])}, ...). Give one name per class, in that order."
         )
     return recipe.class_names or tuple(name.replace("_", " ") for name in feature.names)
+
+
+def _with_names(recipe: ClassificationRecipe, unseen: Dataset) -> Dataset:
+    """The rows that training never sees, labelled by the names of their classes."""
+    feature = unseen.features.get(recipe.label)
+    if not isinstance(feature, ClassLabel):
+        return unseen
+    names = [feature.names[number].replace("_", " ") for number in unseen.with_format(None)[recipe.label]]
+    return unseen.remove_columns(recipe.label).add_column(recipe.label, names)  # pyright: ignore[reportCallIssue]
+
+
+def _unseen_names(recipe: ClassificationRecipe, unseen: Dataset, class_names: Sequence[str]) -> tuple[str, ...]:
+    """The classes of the rows that training never sees, in alphabetical order. Raises UserError for known classes."""
+    if recipe.label not in unseen.column_names:
+        raise UserError(f"{recipe.name}: unseen has no column {recipe.label!r}, which the other rows have.")
+    names = set(unseen.with_format(None)[recipe.label])
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{recipe.name}: the labels of unseen are no names of classes; write the names.")
+    known = sorted(names.intersection(class_names))
+    if known or len(names) < 2:
+        reason = f"rows of {known[0]!r}, a class that training sees" if known else f"{len(names)} class"
+        raise UserError(f"{recipe.name}: unseen has {reason}. It needs rows of two or more other classes.")
+    return tuple(sorted(names))
 
 
 def _ours(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_names: Sequence[str]) -> Dataset:

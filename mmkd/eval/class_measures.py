@@ -80,6 +80,18 @@ class ClassesToMeasure:
             )
         return rows
 
+    def unseen(self, known: Sequence[str]) -> tuple[Any, list[str]]:
+        """The rows of classes that a student does not know, each with the `name` of its class, and these names.
+
+        Those of the unseen split, or else measured rows of the data's own classes.
+        """
+        data = self.classes
+        rows, names = (self.measured, data.class_names) if data.unseen is None else (data.unseen, data.unseen_names)
+        labels = [names[label] for label in rows["label"]]
+        chosen = [row for row, label in enumerate(labels) if label not in known]
+        column = [labels[row] for row in chosen]
+        return rows.select(chosen).add_column("name", column), [name for name in names if name not in known]
+
     @property
     def templates(self) -> tuple[str, ...]:
         """The prompts of classes."""
@@ -159,14 +171,13 @@ def _measured(
         for row, right, said in zip(known, truth.tolist(), logits.argmax(-1).tolist(), strict=True)
     ]
     if embeds is not None and on.teacher is not None:
-        unseen = [name for name in on.classes.class_names if name not in student.names]
         numbers["seen_classes_acc,none"] = _through_texts(on, model, student.names, embeds, truth, device)
-        if unseen:
-            places = [row for row, label in enumerate(labels) if label in unseen]
-            own = torch.tensor([unseen.index(labels[row]) for row in places])
-            others = student.answers(places)[1]
-            assert others is not None
-            numbers["unseen_classes_acc,none"] = _through_texts(on, model, unseen, others, own, device)
+        others, names = on.unseen(student.names)
+        if len(others):
+            own = torch.tensor([names.index(name) for name in others["name"]])
+            embedded = _Student(model, others, device).answers(range(len(others)))[1]
+            assert embedded is not None
+            numbers["unseen_classes_acc,none"] = _through_texts(on, model, names, embedded, own, device)
     return numbers, len(known), samples
 
 

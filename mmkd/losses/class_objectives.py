@@ -29,7 +29,7 @@ def ofa_loss(
     and q; above 1, the label's class weighs more and the others less. A row whose label is negative has no class y.
     """
     student = (student_logits.float() / temperature).log_softmax(-1)
-    teacher = (teacher_logits.detach().float() / temperature).softmax(-1)
+    teacher = (teacher_logits.float() / temperature).softmax(-1)
     known = labels >= 0
     target = one_hot(labels.where(known, 0), teacher.shape[-1]).to(teacher.dtype) * known[:, None]
     return -(((teacher + target) ** epsilon - target) * student).sum(-1)

@@ -46,6 +46,13 @@ def gated_loss(
     return (kept * weights).sum(-1) + expected - expected.detach()
 
 
+def blended_logits(
+    teacher_logits: Float[Tensor, "row teacher class"], gate_logits: Float[Tensor, "row teacher"]
+) -> Float[Tensor, "row class"]:
+    """The mean of the teachers' logits by the gate's probabilities: one teacher, through which the gate learns."""
+    return (gate_logits.softmax(-1)[..., None] * teacher_logits).sum(1)
+
+
 def balance_loss(mean_gate: Float[Tensor, "teacher"], kind: str = "kl") -> Float[Tensor, ""]:
     """How far the gate's mean probabilities are from using all teachers alike; 0 when they are equal.
 

@@ -46,15 +46,20 @@ def agreeing_rows(
 
 
 def image_contrast(
-    embeds: Float[Tensor, "row width"], images: Float[Tensor, "row width"], temperature: float = TEMPERATURE
+    embeds: Float[Tensor, "row width"],
+    images: Float[Tensor, "row width"],
+    temperature: float = TEMPERATURE,
+    both_ways: bool = True,
 ) -> Float[Tensor, "row"]:
-    """Which image of the batch the teacher's features are of, and the student's, in nats (L-im-cst).
+    """Which of the batch's teacher features are those of the student's image, in nats (L-im-cst).
 
-    The mean of both directions.
+    With `both_ways`, the mean of that and of which image of the student teacher features are of.
     """
     similarity = text_logits(embeds, images, temperature)
     same = torch.arange(len(embeds), device=embeds.device)
     ours = cross_entropy(similarity, same, reduction="none")
+    if not both_ways:
+        return ours
     return (ours + cross_entropy(similarity.T, same, reduction="none")) / 2
 
 

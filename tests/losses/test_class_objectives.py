@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from mmkd.losses import open_vocabulary as words
 from mmkd.losses.class_objectives import aspect_loss, class_objective, ofa_loss, ranking_loss
-from mmkd.losses.gated_teachers import balance_loss, chosen_teachers, gated_loss, teacher_losses
+from mmkd.losses.dual_head_losses import distillation_loss
+from mmkd.losses.gated_teachers import balance_loss, blended_logits, chosen_teachers, gated_loss, teacher_losses
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "SECONDARY_losses.npz")
 
@@ -85,6 +86,7 @@ OOD: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "mse": lambda s, t, w, c, y: words.feature_distance(s, t).mean(),
     "mse_unnorm": lambda s, t, w, c, y: words.log_distance(words.feature_distance(s, t, "log").mean()),
     "cst_bi": lambda s, t, w, c, y: words.image_contrast(s, t).mean(),
+    "cst_single": lambda s, t, w, c, y: words.image_contrast(s, t, both_ways=False).mean(),
 }
 
 
@@ -148,6 +150,14 @@ def test_the_gate_learns_which_teachers_are_easiest_to_follow(top_k: int) -> Non
         expected = (gate.softmax(-1) * losses).sum(-1)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), gate)[0])
+
+
+def test_blended_teachers_are_those_of_the_authors_and_teach_the_gate() -> None:
+    student, gate = golden("mst_student"), golden("mst_gate_logits").requires_grad_()
+    blended = blended_logits(golden("mst_teachers").transpose(0, 1), gate)
+    loss = distillation_loss(student, blended, 4.0).mean()
+    assert loss.item() == pytest.approx(GOLDEN["mst_weighted__loss"].item(), rel=1e-5)
+    assert torch.autograd.grad(loss, gate)[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("kind", ["KL", "CV"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, AutoModelForImageTextToText
 
@@ -60,6 +61,33 @@ def test_terms_and_unseen_classes_come_from_one_recipe(tmp_path: Path, capsys: A
     again = ["train", str(recipe), "--teacher_cache", str(cached), "--output_dir", str(tmp_path / "again")]
     assert main(again) == 0
     assert "Asking the teacher" not in capsys.readouterr().err
+
+
+def test_a_split_of_other_classes_is_measured_only(tmp_path: Path, caplog: Any, capsys: Any) -> None:
+    recipe = class_recipe(tmp_path, FIVE[:3], vl_align_weight=1.0, output_dir=str(tmp_path / "run"))
+    make_clip(tmp_path / "clip", FIVE)
+    others = pictures(3, 5, 5).select(range(9, 15))
+    named = others.remove_columns("label").add_column("label", [FIVE[row // 3 + 3] for row in range(6)])  # pyright: ignore
+    named.to_parquet(str(tmp_path / "unseen.parquet"))
+    for split in ("train", "validation", "test"):
+        rows = Dataset.from_parquet(str(tmp_path / f"{split}.parquet"))
+        named = rows.remove_columns("label").add_column("label", [FIVE[label] for label in rows["label"]])  # pyright: ignore
+        named.to_parquet(str(tmp_path / f"{split}.parquet"))
+    data = yaml.safe_load((tmp_path / "data.yaml").read_text())
+    data["data_files"]["unseen"] = str(tmp_path / "unseen.parquet")
+    data["splits"]["unseen"] = "unseen"
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
+    assert main(["train", str(recipe)]) == 0
+    unseen = json.loads((tmp_path / "run" / "unseen_results.json").read_text())
+    assert main(["eval", str(tmp_path / "run"), "--measures", "classes"]) == 0
+    (entry,) = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())["tasks"].values()
+    assert entry["results"]["data classes"]["unseen_classes_acc,none"] == pytest.approx(
+        unseen["unseen_class_accuracy"]
+    )
+    assert main(["train", str(recipe), "--unseen_classes", "red"]) == 2
+    assert "has an unseen split of its own" in " ".join(capsys.readouterr().err.split())
+    build_trainer(recipe_of(str(recipe), ["--vl_align_weight", "0"]).parse())
+    assert "The unseen split is not measured" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -189,6 +217,9 @@ def test_a_served_model_answers_aspects_once(tmp_path: Path, monkeypatch: pytest
     assert sorted(path.name for path in cache.glob("*.json")) == ["aspects_00000.json"]
     assert main(["train", str(recipe)]) == 2
     assert "lacks answers to aspects (aspects_00001)" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["doctor", str(recipe)]) == 1
+    assert "aspects_00001" in capsys.readouterr().out
     whole = YesOrNo()
     with answering(whole.respond) as url:
         assert main([*build, "--aspects_server", url]) == 0

@@ -207,6 +207,14 @@ def test_several_teachers_teach_by_weight_or_through_a_gate(tmp_path: Path) -> N
     supervised, distilled, _ = gated.losses(outputs, batch["labels"], batch["teacher_logits"])
     torch.testing.assert_close(distilled, halves(gated_loss(losses, gate, 1), batch["labels"]))
     torch.testing.assert_close(loss, 0.5 * (supervised + distilled) + balance_loss(gate.softmax(-1).mean(0)))
+    blended: Any = dho(tmp_path, {"teacher": ClassSignals(logits)}, objective="ofa", mixing="blended")
+    _, outputs, batch = step(blended)
+    distilled_blend = blended.losses(outputs, batch["labels"], batch["teacher_logits"])[1]
+    mean = (outputs.extra["gate"].softmax(-1)[..., None] * batch["teacher_logits"]).sum(1)
+    rows = ofa_loss(outputs.kd_logits, mean, batch["labels"])
+    torch.testing.assert_close(distilled_blend, halves(rows, batch["labels"]))
+    weights = list(blended.model.training_heads.gate.parameters())
+    assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(distilled_blend, weights))
     weights = list(gated.model.training_heads.gate.parameters())
     gradients = torch.autograd.grad(distilled, weights)
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
@@ -265,6 +273,7 @@ def test_stages_are_spread_over_the_depth() -> None:
         ({"aspects": ["", " "]}, "holds no question"),
         ({"aspects": ["Red?", "Red?"]}, "asks 'Red.' twice"),
         ({"aspects": "nowhere.txt"}, "nowhere.txt, which is not there"),
+        ({"mixing": "blended", "objective": "pld"}, "takes the order of a teacher's classes"),
         ({"aspects_model": "x"}, "aspects_model answers `aspects`"),
         (
             {"objective": "ce", "unlabeled_batch_size": 0, "per_device_train_batch_size": 1, "caption_weight": 1.0},

@@ -17,10 +17,12 @@ from mmkd.preflight.picture_checks import readable_pictures
 from mmkd.preflight.whole_model import training_state
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run import check_surroundings
-from mmkd.teachers.class_logits import has_class_logits, read_class_logits
+from mmkd.teachers.aspects import has_aspects, read_aspects
+from mmkd.teachers.class_logits import has_class_logits, read_class_logits, rows_digest
 from mmkd.teachers.classifiers import OPEN_CLIP, check_classes
 from mmkd.units import readable_size
 
+from .class_aspects import aspects_folder
 from .class_run import Classes, check_arguments, load_classes, settings_of
 from .class_teacher import logits_folder, runs_of_teachers
 from .dho_build import new_student, student_processor
@@ -39,6 +41,8 @@ def examine_classes(run: Run, sharded: bool) -> list[Finding]:
     if not classes.is_text:
         book.check("images", readable_pictures, len(classes.rows), classes.rows.raw)
     book.check("student", _student, classes, run)
+    if settings_of(run).aspects is not None:
+        book.check("aspects", _aspects, classes, run)
     if settings_of(run).asks_teacher:
         for part in runs_of_teachers(run).values():
             book.check("teacher", _teacher, classes, part)
@@ -127,6 +131,23 @@ def _teacher(classes: Classes, run: Run) -> list[Finding]:
     if arguments.teacher is not None:
         findings.append(_kind(arguments.teacher, classes, run))
     return findings
+
+
+def _aspects(classes: Classes, run: Run) -> list[Finding]:
+    """Whether the answers to aspects are there, or somebody is to give them."""
+    training, rows, folder = settings_of(run), classes.rows, aspects_folder(run)
+    if training.lacks_questions:
+        text = f"{training.aspects} is to be written: mmkd cache build RECIPE --job aspects."
+        return [Finding("warning", "aspects", text, "Read the questions before you train on the answers.")]
+    if has_aspects(folder, len(rows)):
+        answers = read_aspects(folder, len(rows), training.questions, rows_digest(rows.content, len(rows)))
+        text = f"The answers about {len(rows):,} images to {answers.shape[1]} questions are in {folder}."
+        return [Finding("ok", "aspects", text)]
+    who = training.aspects_model or training.aspects_server
+    if who is None:
+        read_aspects(folder, len(rows), training.questions, "")
+    text = f"{who} is to answer {len(training.questions)} questions about each of {len(rows):,} images, once."
+    return [Finding("ok", "aspects", text)]
 
 
 def _kind(name: str, classes: Classes, run: Run) -> Finding:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+from transformers.utils import logging
 
 from mmkd.data.class_rows import ClassRows
 from mmkd.data.classification import ClassificationData, ClassificationRecipe, load_classification
@@ -16,6 +17,8 @@ from mmkd.recipe.recipe import Run
 from .dho_config import DHOConfig
 from .dho_trainer import DHOTrainer
 from .unseen_classes import UnseenRows, split_classes
+
+logger = logging.get_logger(__name__)
 
 # What a recipe of every method may set, and a classifier's run reads.
 _READ = {"method", "data", "teacher", "teacher_revision", "teacher_dtype", "teacher_attn_implementation"}
@@ -47,9 +50,18 @@ def load_classes(run: Run) -> Classes:
     arguments = run.arguments
     recipe = ClassificationRecipe.load(arguments.data)
     data = load_classification(recipe, max_train_rows=arguments.max_train_rows, max_eval_rows=arguments.max_eval_rows)
-    names, unseen = settings_of(run).unseen_classes, None
-    if names is not None:
-        data, unseen = split_classes(data, names)
+    training = settings_of(run)
+    unseen = None if data.unseen is None else UnseenRows(data.unseen, data.unseen_names)
+    if training.unseen_classes is not None and unseen is not None:
+        raise UserError(
+            "unseen_classes takes rows out of the data, which has an unseen split of its own: keep one.",
+            because="meaning",
+        )
+    if training.unseen_classes is not None:
+        data, unseen = split_classes(data, training.unseen_classes)
+    if unseen is not None and not training.term_weights:
+        logger.warning("The unseen split is not measured: the student learns no embedding (such as vl_align_weight).")
+        unseen = None
     rows = data.train
     if data.unlabeled is not None:
         rows = datasets.concatenate_datasets([rows, data.unlabeled.cast(rows.features)])

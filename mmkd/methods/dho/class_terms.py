@@ -11,7 +11,7 @@ from mmkd.data.classification import HIDDEN
 from mmkd.losses import open_vocabulary as words
 from mmkd.losses.class_objectives import aspect_loss, class_objective
 from mmkd.losses.dual_head_losses import supervised_loss
-from mmkd.losses.gated_teachers import balance_loss, gated_loss
+from mmkd.losses.gated_teachers import balance_loss, blended_logits, gated_loss
 from mmkd.teachers.class_signals import ClassSignals
 from mmkd.training.gathering import first_of, gathered
 
@@ -63,10 +63,14 @@ class ClassTerms:
         """The loss of each row on the teacher's logits, or on those of several teachers."""
         if teacher.ndim == 2:
             return self._objective(student, teacher, labels)
+        gate = None if extra is None or "gate" not in extra else extra["gate"].float()
+        if self.args.mixing == "blended":
+            assert gate is not None
+            return self._objective(student, blended_logits(teacher, gate), labels)
         losses = torch.stack([self._objective(student, logits, labels) for logits in teacher.unbind(1)], 1)
         if self.args.mixing == "learned":
-            assert extra is not None
-            return gated_loss(losses, extra["gate"].float(), self.args.gate_top_k)
+            assert gate is not None
+            return gated_loss(losses, gate, self.args.gate_top_k)
         weights = losses.new_tensor(self.signals.weights or (1.0,) * losses.shape[1])
         return losses @ (weights / weights.sum())
 
@@ -139,7 +143,8 @@ class ClassTerms:
         terms: dict[str, tuple[Tensor, Tensor | float, Tensor]] = {}
         if "image_contrast" in weights:
             images = gathered(batch["teacher_images"])
-            losses = words.image_contrast(everybody, images, self.args.text_temperature)
+            args = self.args
+            losses = words.image_contrast(everybody, images, args.text_temperature, args.image_contrast_both_ways)
             terms["image_contrast"] = (losses[own].sum(), rows, counts.rows)
         if "caption" in weights:
             losses = words.caption_loss(everybody, gathered(batch["teacher_captions"]), gathered(labels))

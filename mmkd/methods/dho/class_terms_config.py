@@ -73,6 +73,13 @@ class ClassTermsConfig(WholeModelConfig):
             "help": "Weight of finding an image's teacher features among those of the batch, and back. Default: 0."
         },
     )
+    image_contrast_both_ways: bool = field(
+        default=True,
+        metadata={
+            "help": "For image_contrast_weight. true (default): also find the image of teacher features. false: only "
+            "the teacher features of an image."
+        },
+    )
     caption_weight: NonNegativeFloat = field(
         default=0.0,
         metadata={
@@ -144,8 +151,9 @@ class ClassTermsConfig(WholeModelConfig):
         default="weights",
         metadata={
             "help": "How several `teachers` teach. weights (default): all of them, by their `weight`. learned: a gate "
-            "that reads the student's logits chooses gate_top_k of them for each row (MST-Distill).",
-            "choices": ["weights", "learned"],
+            "that reads the student's logits chooses gate_top_k of them for each row (MST-Distill). blended: the "
+            "student learns the mean of their logits by the gate's probabilities.",
+            "choices": ["weights", "learned", "blended"],
         },
     )
     gate_top_k: PositiveInt = field(
@@ -200,7 +208,18 @@ class ClassTermsConfig(WholeModelConfig):
                 f"{', '.join(f'{name}_weight' for name in TERMS[:2])} or another of its terms.",
                 because="meaning",
             )
+        if self.mixing == "blended" and self.kd_loss == "pld":
+            raise UserError(
+                "kd_loss: pld takes the order of a teacher's classes, through which a gate of mixing: blended cannot "
+                "learn. Set mixing: learned or weights.",
+                because="meaning",
+            )
         self._check_aspects()
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate mixes several teachers."""
+        return self.mixing != "weights"
 
     def _check_aspects(self) -> None:
         named = [name for name in ("aspects_model", "aspects_server") if getattr(self, name) is not None]

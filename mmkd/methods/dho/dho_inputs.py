@@ -95,10 +95,12 @@ def _asked(teacher: ClassTeacher, train: ClassRows, args: DHOConfig, class_names
 
 
 def _check_several(signals: ClassSignals, args: DHOConfig) -> None:
-    if args.mixing != "learned" or not args.distils:
+    if not args.gated or not args.distils:
         return
     if signals.teachers < 2:
-        raise UserError("mixing: learned chooses among several teachers, and there is one. Name others in `teachers`.")
+        raise UserError(
+            f"mixing: {args.mixing} chooses among several teachers, and there is one. Name others in `teachers`."
+        )
     if args.gate_top_k > signals.teachers:
         raise UserError(f"gate_top_k is {args.gate_top_k}, and there are {signals.teachers} teachers: lower it.")
 

@@ -21,7 +21,7 @@ def prepare_heads(model: Any, args: DHOConfig, signals: ClassSignals, rows: Clas
     if args.term_weights:
         _embed(model, args, signals)
     stages = args.stage_heads if args.distils else None
-    gated = args.mixing == "learned" and args.distils
+    gated = args.gated and args.distils
     if stages is None and signals.aspects is None and not gated:
         return
     # The same heads in every run and on every rank, whatever was drawn before.
