@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 
+from mmkd.methods.dho.unseen_classes import UnseenClasses
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.training.method import METHODS
-from tests.classes import dho, pictures, vit
+from tests.classes import BATCH_TERMS, dho, pictures, signals_of_terms, vit
 from tests.helpers import LORA, Build, losses_of
 from tests.pairs import captioned, clip_kd
 from tests.pretended_cuda import pretended_cuda
@@ -100,6 +102,19 @@ def test_a_run_of_two_heads(objective: str, tmp_path: Path, monkeypatch: pytest.
 
     new = vit()
     here, new = losses(), vit()
+    with pretended_cuda(monkeypatch):
+        assert losses() == pytest.approx(here, rel=1e-4)
+
+
+def test_a_run_of_two_heads_with_further_terms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses() -> list[float]:
+        unseen = UnseenClasses(pictures(2, seed=2), torch.eye(3, 12))
+        given: dict[str, Any] = {"model": vit(), "teacher": signals_of_terms(), "unseen": unseen}
+        trainer: Any = dho(tmp_path, given, conflict_steps=1, **BATCH_TERMS)
+        trainer.train()
+        return [*losses_of(trainer, "loss"), trainer.unseen_accuracy()]
+
+    here = losses()
     with pretended_cuda(monkeypatch):
         assert losses() == pytest.approx(here, rel=1e-4)
 
