@@ -26,11 +26,11 @@ from mmkd.preparation.pair_batches import (
     PairRows,
 )
 from mmkd.teachers.pair_scorers import PairScorer
+from mmkd.training.gathering import gathered
 
 from .clip_config import ContrastiveKDConfig as ContrastiveKDConfig
 from .gradient_cache import PartGradients, RandomState, shares, surrogate
 from .pair_evaluation import EvaluatedPairs
-from .pair_gathering import gathered
 from .pair_inputs import check_encoders, pair_rows
 from .pair_terms import (
     PairFacts,

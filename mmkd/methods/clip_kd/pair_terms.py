@@ -20,9 +20,9 @@ from mmkd.losses.contrastive_losses import (
     unit,
 )
 from mmkd.models.pair_heads import PairHead
+from mmkd.training.gathering import first_of, gathered
 
 from .clip_config import ContrastiveKDConfig
-from .pair_gathering import first_of, gathered
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from mmkd.losses.hard_negatives import (
     pair_features,
 )
 from mmkd.losses.list_ranking import cprd, pld
+from mmkd.training.gathering import gathered
 
-from .pair_gathering import gathered
 from .pair_terms import StudentSays, TeacherSays
 from .ranking_config import RankingConfig
 
