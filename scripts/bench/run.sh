@@ -17,7 +17,7 @@ flags=() names=()
 for word in "$@"; do
     if [[ $word == --* ]]; then flags+=("$word"); else names+=("$word"); fi
 done
-((${#names[@]})) || names=(b1 b2 b3 b4 b5 b6 b7 b8 b9 b10 b11 b12 b13 b14)
+((${#names[@]})) || names=(b1 b2 b3 b4 b5 b6 b7 b8 b9 b10 b11 b12 b13 b14 b15)
 
 mkdir -p runs/bench
 for name in "${names[@]}"; do
