@@ -20,7 +20,8 @@ OWN_KEYS = {
         "method ce_weight combine on_policy_fraction rollouts interleaved_top_k rollout_max_tokens "
         "rollout_temperature rollout_top_p rollout_batch_size rollout_prompt_tokens rollout_truncated rollout_rows "
         "rollout_patience rollout_guards rollout_token_weights importance_gamma rollout_prefix rollout_server "
-        "rollout_server_folder rollout_ahead reward reward_columns reward_weight reward_clip"
+        "rollout_server_folder rollout_ahead reward reward_columns reward_weight reward_clip sparse_density "
+        "sparse_from"
     ),
     "teacher": (
         "teacher teacher_revision teacher_dtype teacher_attn_implementation teacher_load_in_4bit teacher_load_in_8bit "

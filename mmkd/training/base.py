@@ -42,6 +42,7 @@ from .run_trainer import RunTrainer
 from .self_teaching import taught_by_itself
 from .served_rollouts import naming_rows
 from .sharding import without_repeated_rows
+from .sparse_tuning import SparseTuning
 from .teacher_views import columns_for, image_columns, prompts_for, row_views_of
 from .teaching import StudentSide, first_rows, packed_apart
 
@@ -140,6 +141,8 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         self.accelerator.dataloader_config.dispatch_batches = False
         check_student(self)
         self._fit(teacher, teacher_processing_class)
+        if self.args.sparse_density is not None:
+            self.add_callback(SparseTuning(self))
         if self.args.on_policy_fraction:
             self.start_rollouts(rollouts_of(self))
 

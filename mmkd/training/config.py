@@ -127,6 +127,21 @@ class DistillationConfig(RolloutConfig):
         default=1,
         metadata={"help": "For self_teacher: ema. Optimizer steps between updates of the average. Default: 1."},
     )
+    sparse_density: Annotated[float, Range(above=0, below=1)] | None = field(
+        default=None,
+        metadata={
+            "help": "Train only this share of the weights (LT-SFT): those that differ most between the student and "
+            "sparse_from. 0.08 as in BiStil. Beside the student, which is an ordinary model, the difference is "
+            "written as sparse_difference.safetensors. Default: train all."
+        },
+    )
+    sparse_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "For sparse_density. What a training of all weights made of the same student: the output_dir of "
+            "an earlier run."
+        },
+    )
 
     emulated_bf16: bool = field(
         init=False,
@@ -153,6 +168,12 @@ class DistillationConfig(RolloutConfig):
         super().__post_init__()
         take_one_gpu(self)
         self.emulated_bf16 = without_emulated_bf16(self)
+        if (self.sparse_density is None) != (self.sparse_from is None):
+            raise UserError(
+                "sparse_density and sparse_from go together: how many weights are trained, and the run that says "
+                "which. Set both or neither.",
+                because="meaning",
+            )
         if self.answers_everything and self.ce_weight:
             raise UserError(
                 "ce_weight is the share of the data's own answers, and with on_policy_fraction: 1 the student answers "
