@@ -21,7 +21,8 @@ from mmkd.seams.torch_seam import without_data
 from mmkd.teachers.classifiers import OPEN_CLIP
 
 from .class_checks import empty_class_student
-from .class_run import Classes, check_arguments, load_classes
+from .class_run import Classes, check_arguments, load_classes, settings_of
+from .class_teacher import runs_of_teachers
 from .dho_build import student_processor
 from .dho_config import DHOConfig
 
@@ -58,11 +59,16 @@ def plan_classes(stage: StageRun, device: Device, devices: int, price: float | N
     table.add_row("steps of the run", f"{steps:,}")
     hours = steps * seconds * devices / 3600
     table.add_row("device-hours of the run", f"{hours:,.3g}")
-    teacher = _teacher_flops(run, classes)
-    once = 0.0 if teacher is None else rows * teacher / (device.flops * device.utilisation) / 3600
-    if args.asks_teacher and run.arguments.teacher is not None:
-        answering = f"{once:,.3g}" if teacher is not None else f"not counted for teacher_kind {args.teacher_kind}"
-        table.add_row(f"device-hours of the teacher, once over {rows:,} rows", answering)
+    once = 0.0
+    for name, part in runs_of_teachers(run).items():
+        teacher = _teacher_flops(part, classes)
+        own = 0.0 if teacher is None else rows * teacher / (device.flops * device.utilisation) / 3600
+        once += own
+        if args.asks_teacher and part.arguments.teacher is not None:
+            kind = settings_of(part).teacher_kind
+            answering = f"{own:,.3g}" if teacher is not None else f"not counted for teacher_kind {kind}"
+            who = f"teacher {name}" if name else "the teacher"
+            table.add_row(f"device-hours of {who}, once over {rows:,} rows", answering)
     if price is not None:
         table.add_row("cost", f"{price * (hours + once):,.2f}")
     console.print(table)
