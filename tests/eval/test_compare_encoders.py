@@ -9,8 +9,12 @@ import yaml
 
 from mmkd.commands.main import main
 from mmkd.data.caption_source import load_captions
+from mmkd.errors import UserError
+from mmkd.eval.baselines import make_baseline
+from mmkd.methods.clip_kd.clip_comparison import COMPARISON
 from mmkd.models.dual_encoder import load_dual_encoder
 from mmkd.models.dual_features import recall_of
+from mmkd.recipe.recipe import Recipe
 from tests.classes import pictures
 from tests.dual_encoders import caption, make_clip, photo
 
@@ -78,6 +82,7 @@ def test_clip_alone_and_each_term_stand_beside_the_student(recipe: dict[str, Any
     assert student["cost"]["teacher_tokens"] == 8
     baseline = yaml.safe_load(Path("out", "sft-baseline.yaml").read_text())
     assert baseline["teacher"] is None
+    assert "icl_weight" not in baseline or baseline["icl_weight"] is None
     control = yaml.safe_load(next(Path("out", "controls").glob("icl-0-*")).read_text())
     assert (control["icl_weight"], control["logit_kl_weight"], control["feature_mse_weight"]) == (2, 0, 0)
 
@@ -95,3 +100,23 @@ def test_data_that_hold_nothing_out_are_refused(recipe: dict[str, Any], tmp_path
     Path("recipe.yaml").write_text(yaml.safe_dump({**recipe, "data": "all.yaml"}))
     assert main(["compare", "recipe.yaml", "--output", "out", "--seeds", "0"]) == 2
     assert "holds no pairs out" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_orders_answers_is_of_the_teacher_too(recipe: dict[str, Any], tmp_path: Path) -> None:
+    orders = {"ranking": "cprd", "ranking_negatives": 2, "hard_negatives": "teacher", "hard_negatives_count": 2}
+    own = Recipe.of({**recipe, **orders, "clip_weight": 0.0}, tmp_path / "recipe.yaml")
+    baseline = make_baseline(own, tmp_path / "baseline.yaml", tmp_path)
+    assert (baseline.keys["ranking"], baseline.keys["hard_negatives"], baseline.keys["clip_weight"]) == (
+        "none",
+        "none",
+        1,
+    )
+    settings: Any = baseline.parse().training
+    assert settings.weights_with(False)["clip"] == 1
+    (alone,) = COMPARISON.controls["ranking"].candidates(own, tmp_path)
+    assert alone["hard_negatives"] == "none"
+    assert "ranking" not in alone
+    (alone,) = COMPARISON.controls["logit_kl"].candidates(own, tmp_path)
+    assert (alone["ranking"], alone["logit_kl_weight"], alone["icl_weight"]) == ("none", 1, 0)
+    with pytest.raises(UserError, match="sets none"):
+        COMPARISON.controls["ranking"].candidates(Recipe.of(recipe, tmp_path / "recipe.yaml"), tmp_path)

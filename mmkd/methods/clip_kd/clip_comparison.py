@@ -1,6 +1,7 @@
 """How dual encoders are compared: by recall among held-out pairs and zero-shot classes, beside CLIP alone."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from mmkd.data.class_rows import ClassRows
 from mmkd.data.classification import ClassificationRecipe, load_classification
 from mmkd.errors import UserError
-from mmkd.models.dual_encoder import DualEncoder
+from mmkd.models.dual_encoder import DualEncoder, load_dual_encoder
 from mmkd.models.dual_features import image_features, recall_of, zero_shot
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run import build_trainer
@@ -23,6 +24,7 @@ from mmkd.training.log import hours_of_steps
 from .clip_config import ContrastiveKDConfig
 from .clip_run import load_teacher, pairs_of, settings_of, teacher_runs
 from .clip_trainer import ContrastiveKDTrainer
+from .ranking_config import RankingConfig
 
 _SHARE = partial(Metric, higher_is_better=True, of_the_model=True)
 
@@ -36,6 +38,12 @@ METRICS = {
 }
 
 Items = list[tuple[float, float]]
+
+_TEACHERS = ("teacher", "teachers", "teacher_cache", "teacher_revision", "teacher_dtype")
+_ORDERS = {"ranking": 0.0, "hard_negatives": 0.0}
+"""Terms that a key of their own turns on."""
+_OF_RANKING = ("ranking_question", "ranking_min", "ranking_cache")
+"""Keys that are refused where `ranking` is none."""
 
 
 def measure_encoders(run: Run, stage: str, folder: Path) -> ComparedModel:
@@ -62,8 +70,10 @@ def measure_encoders(run: Run, stage: str, folder: Path) -> ComparedModel:
     seen = trainer.state.max_steps * trainer.pairs_per_step
     steps = hours_of_steps(folder, trainer.args.world_size)
     cost |= {"tokens_per_second": seen / cost["seconds"], "teacher_tokens": seen if trainer.teachers else 0}
-    metrics, items, measured_on = _measured(trainer.student, pairs, training)
-    parameters = trainer.student.parameter_count
+    # As it is saved: a student that inherits is cut in the end.
+    student = load_dual_encoder(str(folder), device=training.device)
+    metrics, items, measured_on = _measured(student, pairs, training)
+    parameters = student.parameter_count
     cost |= {"step_hours": steps}
     return ComparedModel(stage, str(folder), parameters, metrics, items, seen, cost, measured_on=measured_on)
 
@@ -114,25 +124,39 @@ def _items(hits: Tensor) -> Items:
     return [(value, 1.0) for value in hits.to(torch.float64).tolist()]
 
 
+def _clip_alone(recipe: Any, folder: Path) -> dict[str, Any]:
+    """The keys of the same student without a teacher's term."""
+    own = recipe.keys
+    kept = {"student": own.get("student") or own.get("teacher"), "clip_weight": own.get("clip_weight") or 1.0}
+    of_teacher = {field.name: field.default for field in fields(RankingConfig)}
+    of_teacher |= dict.fromkeys(f"{term}_weight" for term in ContrastiveKDConfig.taught)
+    of_teacher |= dict.fromkeys(_TEACHERS)
+    return kept | {key: default for key, default in of_teacher.items() if key in own}
+
+
 def _alone(term: str, weight: float) -> Control:
-    others = {f"{other}_weight": 0.0 for other in ContrastiveKDConfig.taught if other != term}
+    """The training with one term of the teacher's."""
+    off: dict[str, Any] = {f"{other}_weight": 0.0 for other in ContrastiveKDConfig.taught if other != term}
+    off |= {key: "none" for key in _ORDERS if key != term}
 
-    def keys(recipe: Any, folder: Path) -> Sequence[dict[str, float]]:
-        own = recipe.keys.get(f"{term}_weight") or weight or 1.0
-        return [{**others, f"{term}_weight": own}]
+    def keys(recipe: Any, folder: Path) -> Sequence[dict[str, Any]]:
+        own = recipe.keys
+        # What belongs to an order that is off is refused, and so left out too.
+        away = {key: None for key in ("ranking_teacher", *_OF_RANKING) if term != "ranking" and key in own}
+        if term not in _ORDERS:
+            return [{**off, **away, f"{term}_weight": own.get(f"{term}_weight") or weight or 1.0}]
+        if own.get(term, "none") == "none":
+            raise UserError(f"The control {term} trains the recipe's `{term}` alone, and it sets none. Set {term}.")
+        return [{**off, **away}]
 
-    return Control(f"CLIP's loss and {term} alone", keys)
+    return Control(f"{term} alone, beside the recipe's clip_weight", keys)
 
 
 COMPARISON = Comparison(
     baseline_method=None,
-    baseline=lambda recipe, folder: {
-        "teacher": None,
-        "teachers": None,
-        **{f"{term}_weight": None for term in ContrastiveKDConfig.taught},
-    },
+    baseline=_clip_alone,
     baseline_name="CLIP alone",
-    controls={term: _alone(term, weight) for term, weight in ContrastiveKDConfig.taught.items()},
+    controls={term: _alone(term, weight) for term, weight in {**ContrastiveKDConfig.taught, **_ORDERS}.items()},
     items="pairs",
     metrics=METRICS,
     measure=measure_encoders,
