@@ -77,11 +77,13 @@ class TowerMasks(nn.Module):
         return open_["hidden"].sum() * channels / self._whole.weights
 
     def penalty(self, target: float) -> Float[Tensor, ""]:
-        """The Lagrangian of having another share of the weights left than this.
+        """The Lagrangian of having more than a share of the weights left, which goes down to that of `self.target`.
 
-        The authors' code counts what is too much only. Too little counts here too, since a short schedule overshoots.
+        The authors' code counts what is too much only. Less than the last target counts here too, since a short
+        schedule overshoots.
         """
-        distance = (self.expected_share() - target).abs()
+        share = self.expected_share()
+        distance = (share - target).clamp(min=0) + (self.target - share).clamp(min=0)
         return self.multipliers[0] * distance + self.multipliers[1] * distance.square()
 
     def sampled(self, noise: Mapping[str, Tensor]) -> Masks:

@@ -43,10 +43,11 @@ def cut_model(model: Any, shrinking: Shrinking) -> Any:
     sizes = {tower: shrinking.masks_of(tower).kept_size() for tower in TOWERS}
     small = empty_like(type(model), inherit_config(copy.deepcopy(model.config), sizes), model.dtype)
     cuts = {tower: _Cut(shrinking.current(tower, training=False), sizes[tower].channels) for tower in TOWERS}
-    weights = {}
+    weights, expected = {}, small.state_dict().keys()
     for name, tensor in model.state_dict().items():
         kept = _kept(name, tensor.float(), cuts)
-        if kept is not None:
+        # Modules that a training hangs on a model are none of its own.
+        if kept is not None and kept[0] in expected:
             weights[kept[0]] = kept[1].to(tensor.dtype).contiguous()
     small.load_state_dict(weights)
     return small.to(model.device).train(model.training)

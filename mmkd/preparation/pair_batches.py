@@ -14,8 +14,10 @@ from torch.utils.data import Sampler
 
 from mmkd.data.caption_source import CaptionedSplit
 from mmkd.data.class_rows import augmented
+from mmkd.data.picture_views import PictureView
 from mmkd.data.text_pairs import TextPairSplit
 from mmkd.models.dual_encoder import DualEncoder
+from mmkd.teachers.cached_encoder import CachedEncoder, CachedPairs
 
 PairSplit = CaptionedSplit | TextPairSplit
 STUDENT, TEACHERS, CAPTIONS, TEXTS, ROWS = "student", "teachers", "captions", "texts", "rows"
@@ -36,13 +38,20 @@ class Pair:
     row: int
     first: Image.Image | str
     caption: str
+    key: bytes | None = None
+    """What caches of embeddings find it by, where there are any."""
+    view: tuple[int, PictureView] | None = None
+    """Which of the views in these caches is shown."""
 
 
 class PairRows(TorchDataset[Pair]):
-    """The pairs of a split; of a picture with several captions another one is drawn in each epoch."""
+    """The pairs of a split; of a picture with several captions another one is drawn in each epoch.
 
-    def __init__(self, split: PairSplit, seed: int = 0, augmentation: str = "none"):
-        self.split, self.seed, self.augmentation = split, seed, augmentation
+    Where a teacher is read from a cache, one of the views that it knows is drawn, too, in place of an augmentation.
+    """
+
+    def __init__(self, split: PairSplit, seed: int = 0, augmentation: str = "none", cached: CachedPairs | None = None):
+        self.split, self.seed, self.augmentation, self.cached = split, seed, augmentation, cached
 
     @property
     def has_images(self) -> bool:
@@ -55,11 +64,15 @@ class PairRows(TorchDataset[Pair]):
     def __getitem__(self, key: int | Key) -> Pair:
         row, epoch = key if isinstance(key, tuple) else (key, None)
         first, captions = self.split[row]
-        if not isinstance(first, str):
-            first = augmented(first, self.augmentation)
-        # Without an epoch, in an evaluation, it is the first caption.
-        drawn = 0 if epoch is None else np.random.default_rng([self.seed, epoch, row]).integers(len(captions))
-        return Pair(row, first, captions[int(drawn)])
+        # Without an epoch, in an evaluation, it is the first caption, and the first view.
+        random = None if epoch is None else np.random.default_rng([self.seed, epoch, row])
+        caption = captions[0 if random is None else int(random.integers(len(captions)))]
+        if self.cached is not None:
+            found_by, views = self.cached.shown(first, captions, row)
+            number = 0 if random is None else int(random.integers(len(views)))
+            shown = first if isinstance(first, str) else views[number].show(first)
+            return Pair(row, shown, caption, found_by, (number, views[number]))
+        return Pair(row, first if isinstance(first, str) else augmented(first, self.augmentation), caption)
 
     @property
     def caption_counts(self) -> tuple[int, int]:
@@ -114,6 +127,8 @@ class PairCollator:
 
 
 def _inputs(encoder: DualEncoder, pairs: list[Pair]) -> dict[str, dict[str, Tensor]]:
+    if isinstance(encoder, CachedEncoder):
+        return dict(zip((FIRST, SECOND), encoder.prepare_pairs(pairs), strict=True))
     firsts: Any = [pair.first for pair in pairs]
     prepare: Callable[..., dict[str, Tensor]] = encoder.prepare_images
     if isinstance(firsts[0], str):

@@ -49,8 +49,9 @@ class RunArguments:
             "and if you like a narrower FFN and fewer heads, of `student`, or of the teacher if `student` "
             "is not set. random: with new weights for the student's config. llava: as a new "
             "vision-language model made of student_vision_tower, a new projector and the language model "
-            "`student`.",
-            "choices": ["pretrained", "prune", "random", "llava"],
+            "`student`. inherit: for method clip_kd, with a part of the weights of `student`, or of the teacher if "
+            "`student` is not set; see inherit_target.",
+            "choices": ["pretrained", "prune", "random", "llava", "inherit"],
         },
     )
     student_vision_tower: str | None = field(
@@ -238,8 +239,9 @@ class RunArguments:
             raise UserError(
                 "student_init: llava and student_vision_tower go together: set both or neither.", because="meaning"
             )
+        _check_inherits(self)
         pruned = [self.student_layers, self.student_intermediate_size, self.student_num_attention_heads]
-        if self.student is None and (self.student_init != "prune" or self.teacher is None):
+        if self.student is None and (self.student_init not in ("prune", "inherit") or self.teacher is None):
             several = "" if self.teachers is None else " With several teachers, prune names its `student` too."
             raise UserError(
                 f"There is no student: set `student`, or `student_init: prune` to make one of the teacher.{several}"
@@ -263,6 +265,16 @@ class RunArguments:
             raise UserError(
                 "teacher_load_in_4bit and teacher_load_in_8bit exclude each other: keep one.", because="meaning"
             )
+
+
+def _check_inherits(arguments: RunArguments) -> None:
+    """Raises UserError for student_init: inherit with a method whose students are cut in another way."""
+    if arguments.student_init == "inherit" and not METHODS[arguments.method].inherits:
+        raise UserError(
+            f"student_init: inherit is for dual encoders (method clip_kd). For method {arguments.method} use "
+            "student_init: prune, which cuts a student out of a larger model.",
+            because="not built",
+        )
 
 
 def _check_api(arguments: RunArguments, absent: bool) -> None:

@@ -82,6 +82,9 @@ class Method:
     stand_in: StandIn | None = None
     build_cache: BuildCache | None = None
 
+    inherits: bool = False
+    """Whether a student may begin with a part of its teacher's weights (student_init: inherit)."""
+
     unused: Mapping[str, str] = field(default_factory=dict)
     """Keys that every recipe may set and one of this method has no use for -> why. `--help_keys` hides them."""
 

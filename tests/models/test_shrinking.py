@@ -86,7 +86,7 @@ def test_a_loss_reaches_the_masks_and_the_penalty_brings_them_to_the_target() ->
     shrinking = Shrinking(model, HALF)
     logits = [parameter for name, parameter in shrinking.named_parameters() if "logits" in name]
     multipliers = [parameter for name, parameter in shrinking.named_parameters() if "multipliers" in name]
-    down = torch.optim.AdamW(logits, lr=0.2, weight_decay=0, betas=(0.8, 0.99))
+    down = torch.optim.AdamW(logits, lr=0.2, weight_decay=0, betas=(0.8, 0.99), eps=1e-15)
     up = torch.optim.AdamW(multipliers, lr=0.05, weight_decay=0, maximize=True)
     torch.cat(embeddings(model)).square()[:, 0].sum().backward()
     assert all(parameter.grad is not None for parameter in logits)

@@ -4,18 +4,21 @@ from pathlib import Path
 
 from transformers.trainer_utils import set_seed
 
-from mmkd.models.dual_encoder import encoder_processor, kind_of_encoder
+from mmkd.models.dual_encoder import encoder_config, encoder_processor, kind_of_encoder
 from mmkd.recipe.recipe import Run
 
 from .clip_run import (
     check_arguments,
     empty_model,
+    empty_student,
     load_teacher,
     new_student,
     pairs_of,
     role_of,
     settings_of,
+    small_config,
     student_hub,
+    student_name,
     teacher_runs,
 )
 from .clip_trainer import ContrastiveKDTrainer, TeacherEncoder
@@ -40,16 +43,19 @@ def check_clip_run(run: Run) -> None:
     """Raises UserError for settings, pairs and encoders that training would refuse."""
     check_arguments(run)
     check_pairs(pairs_of(run)[0], settings_of(run))
-    empty_model(str(run.arguments.student), "student", **student_hub(run))
+    empty_student(run)
     for name, (own, _) in teacher_runs(run).items():
+        if own.arguments.teacher_cache is not None:
+            load_teacher(own, name)
+            continue
         empty_model(str(own.arguments.teacher), role_of(name), **own.hub(own.arguments.teacher_revision))
 
 
 def write_stand_in(run: Run, folder: Path) -> None:
     """The config and the processor of the student that a run will leave."""
-    name, hub = str(run.arguments.student), student_hub(run)
+    name, hub = student_name(run), student_hub(run)
     if kind_of_encoder(name, **hub) == "transformers":
-        empty_model(name, "student", **hub).config.save_pretrained(folder)
+        small_config(run, encoder_config(name, "student", **hub)).save_pretrained(folder)
         encoder_processor(name, "student", **hub).save_pretrained(folder)
     else:
         new_student(run).save(folder)

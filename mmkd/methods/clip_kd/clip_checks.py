@@ -14,15 +14,19 @@ from mmkd.preflight.whole_model import training_state
 from mmkd.preparation.pair_batches import PairRows
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run import check_surroundings
+from mmkd.teachers.cached_encoder import CachedEncoder
 from mmkd.units import readable_size
 
 from .clip_run import (
     check_arguments,
     empty_model,
+    empty_student,
+    load_teacher,
     pairs_of,
     role_of,
     settings_of,
     student_hub,
+    student_name,
     teacher_runs,
 )
 from .pair_inputs import check_kinds, check_pairs
@@ -89,8 +93,7 @@ def _is_siglip(run: Run) -> bool:
 
 
 def _student(run: Run, pairs: tuple[PairRows, Any] | None) -> list[Finding]:
-    name, hub = str(run.arguments.student), student_hub(run)
-    model = empty_model(name, "student", **hub)
+    name, hub, model = student_name(run), student_hub(run), empty_student(run)
     total = sum(training_state(model, settings_of(run)).values())
     device, room = device_memory()
     text = f"{_described(name, 'student', model, pairs, **hub)}. Weights, gradients and optimizer take "
@@ -99,6 +102,11 @@ def _student(run: Run, pairs: tuple[PairRows, Any] | None) -> list[Finding]:
 
 
 def _teacher(run: Run, name: str, pairs: tuple[PairRows, Any] | None) -> list[Finding]:
+    if run.arguments.teacher_cache is not None:
+        encoder = load_teacher(run, name)
+        if pairs is not None:
+            check_kinds(encoder.name, role_of(name), encoder.has_images, pairs[0])
+        return [Finding("ok", "teacher", f"{described_encoder(encoder)}.")]
     own, hub = str(run.arguments.teacher), run.hub(run.arguments.teacher_revision)
     model = empty_model(own, role_of(name), **hub)
     return [Finding("ok", "teacher", f"{own}: {_described(own, role_of(name), model, pairs, **hub)}.")]
@@ -123,5 +131,8 @@ def _described(name: str, role: str, model: Any, pairs: tuple[PairRows, Any] | N
 
 def described_encoder(encoder: DualEncoder) -> str:
     """An encoder that is loaded, in words."""
+    if isinstance(encoder, CachedEncoder):
+        signal = encoder.pairs.signal
+        return f"the cache {encoder.name}: {signal['views']} views of each pair, {signal['width']} channels"
     name = getattr(getattr(encoder.model, "config", None), "model_type", type(encoder.model).__name__)
     return f"{name}, {encoder.parameter_count / 1e6:.2f} M parameters, features of {encoder.width} channels"

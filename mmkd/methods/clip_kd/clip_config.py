@@ -9,11 +9,13 @@ from mmkd.losses.contrastive_losses import SAME_CAPTION
 from mmkd.schema import NonNegativeFloat, PositiveFloat
 from mmkd.training.whole_model_config import WholeModelConfig
 
+from .embedding_config import EmbeddingCacheConfig
+from .inherit_config import InheritConfig
 from .ranking_config import RankingConfig
 
 
 @dataclass
-class ContrastiveKDConfig(RankingConfig, WholeModelConfig):
+class ContrastiveKDConfig(InheritConfig, EmbeddingCacheConfig, RankingConfig, WholeModelConfig):
     """Settings of method clip_kd."""
 
     taught: ClassVar[dict[str, float]] = {"logit_kl": 1.0, "affinity": 0.0, "feature_mse": 2000.0, "icl": 1.0}
@@ -127,6 +129,7 @@ class ContrastiveKDConfig(RankingConfig, WholeModelConfig):
             self.ddp_find_unused_parameters = True
         super().__post_init__()
         self.check_ranking()
+        self.check_inherit()
         if not any(self.weights_with(True).values()) and not self.scored_weight:
             keys = ", ".join(f"{term}_weight" for term in ("clip", *self.taught))
             raise UserError(

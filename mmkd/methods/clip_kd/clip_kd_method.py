@@ -9,6 +9,7 @@ from .clip_comparison import COMPARISON
 from .clip_plan import dry_run_clip, plan_clip
 from .clip_run import unused_keys
 from .clip_trainer import ContrastiveKDTrainer
+from .embedding_cache import build_embedding_cache
 
 METHOD = Method(
     ContrastiveKDTrainer,
@@ -20,6 +21,8 @@ METHOD = Method(
     plan=plan_clip,
     data_facts=picture_facts,
     stand_in=write_stand_in,
+    build_cache=build_embedding_cache,
+    inherits=True,
     unused=unused_keys(),
     comparison=COMPARISON,
 )

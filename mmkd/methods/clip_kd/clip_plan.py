@@ -21,7 +21,17 @@ from mmkd.units import readable_size, with_noun
 from .clip_build import build_clip_trainer
 from .clip_checks import described_encoder
 from .clip_config import ContrastiveKDConfig
-from .clip_run import check_arguments, empty_model, pairs_of, role_of, settings_of, student_hub, teacher_runs
+from .clip_run import (
+    check_arguments,
+    empty_model,
+    empty_student,
+    pairs_of,
+    role_of,
+    settings_of,
+    student_hub,
+    student_name,
+    teacher_runs,
+)
 from .clip_trainer import ContrastiveKDTrainer
 
 
@@ -35,12 +45,13 @@ def plan_clip(stage: StageRun, device: Device, devices: int, price: float | None
     args = settings_of(run)
     check_arguments(run)
     batch, pairs = args.per_device_train_batch_size, len(pairs_of(run)[0])
-    name, hub = str(run.arguments.student), student_hub(run)
-    student = empty_model(name, "student", **hub)
+    name, hub, student = student_name(run), student_hub(run), empty_student(run)
     state = training_state(student, args)
     flops, saved = training_pass(student, _shapes(name, "student", batch, **hub), bool(args.bf16))
     parts, asked = {**state, "activations": saved}, 0.0
     for teacher, (own, _) in teacher_runs(run).items():
+        if own.arguments.teacher_cache is not None:
+            continue
         weights, pass_flops = _teacher(own, teacher, batch)
         parts[role_of(teacher)], asked = weights, asked + pass_flops
     # Parts of a batch are embedded once more, and a forward pass is a third of the work.

@@ -1,11 +1,14 @@
 """What a recipe of clip_kd says: its student, its teachers, its pairs, and what it must not set."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
 from transformers import AutoModel
 
+from mmkd.cache.hub import local_cache
+from mmkd.cache.identity import is_same_teacher, weights_sha256
 from mmkd.data.caption_source import load_captions
 from mmkd.data.data_recipe import DataRecipe
 from mmkd.data.picture_source import picture_column
@@ -19,23 +22,28 @@ from mmkd.models.dual_encoder import (
     load_dual_encoder,
     new_dual_encoder,
 )
+from mmkd.models.inherit import inherit_config, inherit_model, tower_sizes
 from mmkd.preparation.checks import check_held_out
 from mmkd.preparation.pair_batches import PairRows
 from mmkd.recipe.arguments import VIEW, RunArguments
 from mmkd.recipe.cache_arguments import CacheArguments
 from mmkd.recipe.recipe import Run
+from mmkd.teachers.cached_encoder import CachedEncoder
 
 from .clip_config import ContrastiveKDConfig
 
 # What a recipe of every method may set, and one of pairs reads.
 _READ = {"method", "data", "teacher", "teacher_revision", "teacher_dtype", "teacher_attn_implementation", "teachers"}
-_READ |= {"student", "student_init", "max_train_rows", "max_eval_rows", "dry_run"}
+_READ |= {"student", "student_init", "max_train_rows", "max_eval_rows", "dry_run", "teacher_cache"}
+
+# What `mmkd cache build` reads of a recipe of pairs.
+_CACHE = {"cache_shard_rows", "on_error", "max_skipped", "shard", "engine"}
 
 _ADAPTERS = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
 _ADAPTERS += ("lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")
 _ADAPTERS += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
-_INITS = ("pretrained", "random")
+_INITS = ("pretrained", "random", "inherit")
 
 
 def settings_of(run: Run) -> ContrastiveKDConfig:
@@ -72,39 +80,86 @@ def check_arguments(run: Run) -> None:
             because="meaning",
         )
     for name, own in run.by_teacher().items():
-        if own.arguments.teacher is None and arguments.teachers is not None:
+        if arguments.teachers is not None and own.arguments.teacher is None and own.arguments.teacher_cache is None:
             raise UserError(
-                f"teachers.{name} has no `teacher`. Name its model: a Hub id or a folder.", because="meaning"
+                f"teachers.{name} has no `teacher` and no teacher_cache. Name its model: a Hub id or a folder.",
+                because="meaning",
             )
+    _check_inherit(run)
     settings_of(run).weights_with(bool(teacher_runs(run)))
 
 
 def unused_keys() -> dict[str, str]:
     """The keys of every recipe that one of pairs has no use for -> why."""
     unread = [key.name for key in dataclasses.fields(RunArguments) if key.name not in _READ]
-    unread += [key.name for key in dataclasses.fields(CacheArguments)]
+    unread += [key.name for key in dataclasses.fields(CacheArguments) if key.name not in _CACHE]
     return dict.fromkeys(unread, "It is about tokens.") | dict.fromkeys(_ADAPTERS, "The whole student is trained.")
+
+
+def _check_inherit(run: Run) -> None:
+    """Raises UserError where student_init: inherit and inherit_target do not come together."""
+    inherits = run.arguments.student_init == "inherit"
+    if inherits != (settings_of(run).inherit_target is not None):
+        raise UserError(
+            "student_init: inherit and inherit_target (how much is kept) go together: set both or neither.",
+            because="meaning",
+        )
+    if inherits and kind_of_encoder(student_name(run), **student_hub(run)) != "transformers":
+        raise UserError(
+            f"student_init: inherit takes weights of models of transformers, and {student_name(run)} is none. Name a "
+            "CLIP, SigLIP or VisionTextDualEncoder.",
+            because="not built",
+        )
+
+
+def student_name(run: Run) -> str:
+    """The encoder that is trained, or whose weights it inherits: `student`, else the teacher."""
+    name = run.arguments.student or run.arguments.teacher
+    assert name is not None
+    return name
 
 
 def student_hub(run: Run) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained` for the student."""
-    return run.hub(run.student.model_revision)
+    of_teacher = run.arguments.student is None
+    return run.hub(run.arguments.teacher_revision if of_teacher else run.student.model_revision)
 
 
 def new_student(run: Run) -> DualEncoder:
     """The student before training."""
-    name, hub = str(run.arguments.student), student_hub(run)
+    name, hub = student_name(run), student_hub(run)
     if run.arguments.student_init == "random":
         return new_dual_encoder(name, **hub)
     settings = {"dtype": run.student.dtype or "float32", "device": run.training.device}
-    return load_dual_encoder(
+    student = load_dual_encoder(
         name, role="student", attn_implementation=run.student.attn_implementation, **settings, **hub
     )
+    if run.arguments.student_init == "inherit" and settings_of(run).inherit == "manual":
+        student.model = inherit_model(small_config(run, student.model.config), student.model).to(run.training.device)
+    return student
+
+
+def small_config(run: Run, config: Any) -> Any:
+    """The config of a student that inherits of a model with this one; other students keep it."""
+    if run.arguments.student_init != "inherit":
+        return config
+    return inherit_config(config, settings_of(run).sizes_within(tower_sizes(config)))
+
+
+def empty_student(run: Run) -> Any:
+    """The modules of the student without weights, as it begins."""
+    name, hub = student_name(run), student_hub(run)
+    if run.arguments.student_init != "inherit" or settings_of(run).inherit == "auto":
+        return empty_model(name, "student", **hub)
+    with init_empty_weights(include_buffers=False):
+        return AutoModel.from_config(small_config(run, encoder_config(name, "student", **hub)))
 
 
 def load_teacher(own: Run, name: str) -> DualEncoder:
-    """A teacher of a run in which it is the only one."""
+    """A teacher of a run in which it is the only one, from its cache where it has one."""
     arguments = own.arguments
+    if arguments.teacher_cache is not None:
+        return _cached_teacher(own, arguments.teacher_cache)
     return load_dual_encoder(
         str(arguments.teacher),
         role=role_of(name),
@@ -121,8 +176,24 @@ def teacher_runs(run: Run) -> dict[str, tuple[Run, float]]:
     return {
         name: (own, teachers.get(name, {}).get("weight", 1.0))
         for name, own in run.by_teacher().items()
-        if own.arguments.teacher is not None
+        if own.arguments.teacher is not None or own.arguments.teacher_cache is not None
     }
+
+
+def _cached_teacher(own: Run, name: str) -> CachedEncoder:
+    """A teacher's cache. Raises UserError where it is one of another teacher than the recipe names."""
+    encoder, arguments = CachedEncoder(local_cache(name)), own.arguments
+    built = encoder.pairs.cache.manifest.identity["teacher"]
+    if arguments.teacher is not None:
+        weights = weights_sha256(arguments.teacher) if Path(arguments.teacher).is_dir() else None
+        named = {"name": arguments.teacher, "revision": arguments.teacher_revision, "weights": weights}
+        if not is_same_teacher(named, built):
+            raise UserError(
+                f"The cache {name} is of the teacher {built['name']!r}, and the recipe names {arguments.teacher!r}. "
+                "Correct `teacher`, or build a cache of it.",
+                because="meaning",
+            )
+    return encoder
 
 
 def role_of(name: str) -> str:

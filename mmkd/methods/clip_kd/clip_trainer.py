@@ -30,8 +30,9 @@ from mmkd.training.gathering import gathered
 
 from .clip_config import ContrastiveKDConfig as ContrastiveKDConfig
 from .gradient_cache import PartGradients, RandomState, shares, surrogate
+from .learnt_masks import LearntMasks
 from .pair_evaluation import EvaluatedPairs
-from .pair_inputs import check_encoders, pair_rows
+from .pair_inputs import cached_pairs, check_encoders, pair_rows
 from .pair_terms import (
     PairFacts,
     PairFeatures,
@@ -120,14 +121,16 @@ class ContrastiveKDTrainer(PairTrainer):
         self.shares = {name: teacher.weight / whole for name, teacher in named.items()}
         self.teachers = {name: teacher.encoder for name, teacher in named.items()}
         self.weights = args.weights_with(bool(named))
-        rows = pair_rows(train_dataset, args, "train")
-        held_out = None if eval_dataset is None else pair_rows(eval_dataset, args, "eval")
+        cached = cached_pairs(self.teachers, args)
+        rows = pair_rows(train_dataset, args, "train", cached)
+        held_out = None if eval_dataset is None else pair_rows(eval_dataset, args, "eval", cached)
         check_encoders(model, self.teachers, rows, args)
         for teacher in self.teachers.values():
             teacher.model.to(args.device).eval().requires_grad_(False)
         self.student = model
         self.scored = ScoredPairs.of(pair_scorer, rows, args)
         self._prepare_student(args)
+        self.masks = LearntMasks.of(model, args)
         self.collate = PairCollator(model, self.teachers)
         self._parts: list[dict[str, Any]] = []
         self._shares: list[PartGradients] = []
@@ -139,7 +142,7 @@ class ContrastiveKDTrainer(PairTrainer):
             train_dataset=rows,
             eval_dataset=held_out,
             processing_class=getattr(model, "processor", None),
-            callbacks=[ScaleLimit(model, args.max_logit_scale), *(callbacks or [])],
+            callbacks=[ScaleLimit(model, args.max_logit_scale), *filter(None, [self.masks]), *(callbacks or [])],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
@@ -179,6 +182,9 @@ class ContrastiveKDTrainer(PairTrainer):
             asked, facts = self.ask(inputs), _facts(inputs)
             loss, reports = model(reader=lambda: self.losses(self.encode(self.student, inputs[STUDENT]), asked, facts))
             self._record(reports)
+        if self.masks is not None:
+            loss = loss + self.masks.penalty() / max(1, len(self._parts))
+            self._record({"kept_share": (self.masks.kept_share(), 1)})
         return (loss, {}) if return_outputs else loss
 
     def _part_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -12,6 +12,7 @@ from mmkd.data.text_pairs import pair_columns, text_pair_split
 from mmkd.errors import UserError
 from mmkd.models.dual_encoder import DualEncoder
 from mmkd.preparation.pair_batches import PairRows
+from mmkd.teachers.cached_encoder import CachedEncoder, CachedPairs
 from mmkd.units import with_noun
 
 from .clip_config import ContrastiveKDConfig
@@ -19,12 +20,29 @@ from .clip_config import ContrastiveKDConfig
 logger = logging.getLogger(__name__)
 
 
-def pair_rows(dataset: Dataset | PairRows | None, args: ContrastiveKDConfig, split: str) -> PairRows:
+def cached_pairs(teachers: Mapping[str, DualEncoder], args: ContrastiveKDConfig) -> CachedPairs | None:
+    """The cache whose views all models are shown; None without one. Raises UserError for another augmentation."""
+    for teacher in teachers.values():
+        if isinstance(teacher, CachedEncoder):
+            signal = teacher.pairs.signal
+            if teacher.has_images and signal["augmentation"] != args.augmentation:
+                raise UserError(
+                    f"The cache {teacher.name} has views of augmentation: {signal['augmentation']}, and the recipe "
+                    f"says {args.augmentation}. Set augmentation to {signal['augmentation']}, or build another cache.",
+                    because="meaning",
+                )
+            return teacher.pairs
+    return None
+
+
+def pair_rows(
+    dataset: Dataset | PairRows | None, args: ContrastiveKDConfig, split: str, cached: CachedPairs | None = None
+) -> PairRows:
     """The pairs of rows. Raises UserError where they have none."""
     augmentation = args.augmentation if split == "train" else "none"
     seed = args.seed if args.data_seed is None else args.data_seed
     if isinstance(dataset, PairRows):
-        return PairRows(dataset.split, seed, augmentation)
+        return PairRows(dataset.split, seed, augmentation, cached)
     if dataset is None:
         raise UserError("ContrastiveKDTrainer needs train_dataset: rows with a picture and captions, or two texts.")
     if picture_column(dataset) is None and pair_columns(dataset.column_names) is not None:
@@ -33,7 +51,7 @@ def pair_rows(dataset: Dataset | PairRows | None, args: ContrastiveKDConfig, spl
         pairs = captioned_split(dataset, f"{split}_dataset", split)
     for note in pairs.notes:
         logger.warning("%s", note)
-    return PairRows(pairs, seed, augmentation)
+    return PairRows(pairs, seed, augmentation, cached)
 
 
 def check_encoders(

@@ -17,8 +17,9 @@ from mmkd.preparation.pair_batches import CAPTIONS, FIRST, SECOND, STUDENT, TEAC
 from mmkd.training.run_trainer import RunTrainer
 
 from .clip_config import ContrastiveKDConfig
+from .learnt_masks import LearntMasks
 from .pair_evaluation import EvaluatedPairs
-from .pair_inputs import pair_rows
+from .pair_inputs import cached_pairs, pair_rows
 from .pair_terms import PairFacts, PairFeatures
 
 HEADS_FILE = "pair_heads.safetensors"
@@ -36,6 +37,7 @@ class PairTrainer(RunTrainer):
     student: DualEncoder
     teachers: dict[str, DualEncoder]
     collate: PairCollator
+    masks: LearntMasks | None
     _evaluated: EvaluatedPairs
 
     def losses(
@@ -125,7 +127,7 @@ class PairTrainer(RunTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The Trainer's, also of rows as the constructor takes them."""
         if isinstance(eval_dataset, Dataset):
-            eval_dataset = pair_rows(eval_dataset, self.args, "eval")
+            eval_dataset = pair_rows(eval_dataset, self.args, "eval", cached_pairs(self.teachers, self.args))
         return super().get_eval_dataloader(eval_dataset)
 
     def collator_of(self, training: bool) -> Any:
@@ -135,10 +137,18 @@ class PairTrainer(RunTrainer):
     # What is left
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's; the final student also as open_clip loads it, where that is asked for."""
+        """The Trainer's; the final student is cut where it has masks, and also written for open_clip if asked for."""
+        student, folder = self.student, Path(output_dir or self.args.output_dir or ".")
         super().save_model(output_dir, _internal_call)
-        if self.args.save_open_clip and self.args.should_save and not _internal_call:
-            save_open_clip(self.student, Path(output_dir or self.args.output_dir or ".") / "open_clip")
+        if _internal_call or not self.args.should_save:
+            return
+        if self.masks is not None:
+            student = self.masks.cut(student)
+            for path in folder.glob("model*.safetensors*"):
+                path.unlink()
+            student.save(folder)
+        if self.args.save_open_clip:
+            save_open_clip(student, folder / "open_clip")
 
     def saved_otherwise(self, folder: Path) -> bool:
         """Students of other packages than transformers write their own files."""
@@ -154,6 +164,8 @@ class PairTrainer(RunTrainer):
         weights = {name: tensor.contiguous() for name, tensor in pair_heads(self.student).state_dict().items()}
         if self.args.should_save and weights:
             save_file(weights, str(folder / HEADS_FILE))
+        if self.args.should_save and self.masks is not None:
+            self.masks.save(folder)
 
     def weights_restored(self, checkpoint: Path) -> None:
         """Loads the heads of a checkpoint, too."""
@@ -161,6 +173,8 @@ class PairTrainer(RunTrainer):
         path = checkpoint / HEADS_FILE
         if path.is_file():
             pair_heads(self.student).load_state_dict(load_file(str(path)))
+        if self.masks is not None:
+            self.masks.restore(checkpoint)
 
 
 def _of_another_package(student: DualEncoder, do: Callable[[], None]) -> bool:
