@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import log_softmax, logsigmoid, normalize, softmax
+from torch.nn.functional import cross_entropy, log_softmax, logsigmoid, normalize, softmax
 
 from .feature_losses import mse
 
@@ -41,6 +41,8 @@ class Targets:
     positive: Bool[Tensor, "pair all"]
     ignored: Bool[Tensor, "pair all"] | None = None
     """Pairs that are neither right nor wrong."""
+    only: Int[Tensor, "pair"] | None = None
+    """The column of the only right one, where there is one only and none is ignored."""
 
     @classmethod
     def of(
@@ -55,7 +57,7 @@ class Targets:
         itself = torch.zeros(shape, dtype=torch.bool, device=own.device)
         itself[torch.arange(shape[0], device=own.device), own] = True
         if captions is None or all_captions is None or same == "negative":
-            return cls(itself)
+            return cls(itself, only=own)
         equal = captions[:, None] == all_captions
         return cls(equal) if same == "positive" else cls(itself, equal & ~itself)
 
@@ -149,6 +151,9 @@ def icl(
 
 
 def _cross_entropy(logits: Float[Tensor, "pair all"], targets: Targets) -> Float[Tensor, "pair"]:
+    if targets.only is not None:
+        # The same as below, with fewer copies of a matrix of all pairs.
+        return cross_entropy(logits, targets.only, reduction="none")
     if targets.ignored is not None:
         logits = logits.masked_fill(targets.ignored, -torch.inf)
     # What is ignored has no probability, and -inf must not be multiplied by 0.
