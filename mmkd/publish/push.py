@@ -12,7 +12,7 @@ from mmkd import __version__
 from mmkd.cache.hub import explained, is_hub_id
 from mmkd.errors import UserError
 
-from .push_folder import RECIPE, Published
+from .push_folder import RECIPE, Published, place_in_repository
 
 _KEPT = (".gitattributes",)
 
@@ -54,7 +54,7 @@ def push(published: Published, public: bool = False, collection: str | None = No
         folder = Path(temporary)
         published.write_texts(folder)
         texts = sorted(path for path in folder.rglob("*") if path.is_file())
-        additions = [CommitOperationAdd(path.name, path) for path in files]
+        additions = [CommitOperationAdd(place_in_repository(path), path) for path in files]
         additions += [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in texts]
         ours = {addition.path_in_repo for addition in additions}
         stale = [CommitOperationDelete(name) for name in present if name not in ours and name not in _KEPT]

@@ -43,6 +43,7 @@ from .runs import COMPARISON, RECORD, Log, comparison_of, parts_of, read_json, r
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 MODEL_FILES += ("adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*")
+MODEL_FILES += ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 MODEL_FILES += ("merges.txt", "*.model", "chat_template*", "*processor*.json", "interpolation.json", "*.py")
 """The files of a run's folder that are published; optimizer states, pickles and logs are not."""
 
@@ -90,7 +91,9 @@ class Published:
         self.write_texts(folder)
         with self.model_files() as files:
             for path in files:
-                shutil.copyfile(path, folder / path.name)
+                target = folder / place_in_repository(path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
 
     @contextmanager
     def model_files(self) -> Iterator[list[Path]]:
@@ -176,7 +179,18 @@ def describe(place: Path, folder: Path, repo_id: str) -> None:
 
 
 def _model_files(place: Path) -> list[Path]:
-    return [path for path in sorted(place.iterdir()) if any(fnmatch(path.name, name) for name in MODEL_FILES)]
+    files = [path for path in sorted(place.iterdir()) if any(fnmatch(path.name, name) for name in MODEL_FILES)]
+    if not (place / "modules.json").is_file():
+        return files
+    # A model of sentence-transformers has a folder for each module after the first.
+    folders = [module["path"] for module in json.loads((place / "modules.json").read_text(encoding="utf-8"))]
+    return files + [path for folder in folders if folder for path in sorted((place / folder).iterdir())]
+
+
+def place_in_repository(path: Path) -> str:
+    """Where a file of a model belongs: beside the others, or in the folder of its module of sentence-transformers."""
+    nested = (path.parents[1] / "modules.json").is_file() and not (path.parent / "modules.json").is_file()
+    return f"{path.parent.name}/{path.name}" if nested else path.name
 
 
 def _is_merged(model: EvalModel) -> bool:

@@ -100,6 +100,10 @@ def test_cycles_end_in_a_model_of_sentence_transformers_and_are_resumed(recipe: 
         == load_bi_encoder(str(recipe_of(str(recipe), []).keys["student"]), "s", device="cpu").max_seq_length
     )
     assert (run / "model.safetensors").read_bytes() == (run / "cycle_2/bi_encoder/model.safetensors").read_bytes()
+    assert cli.main(["push", str(run), "--repo", "me/encoder", "--dry_run"]) == 0
+    published = load_bi_encoder(str(run / "push"), "student", device="cpu")
+    assert (run / "push" / "1_Pooling" / "config.json").is_file()
+    np.testing.assert_array_equal(published.encode(["a"]), student.encode(["a"]))
     with pytest.raises(UserError, match="holds cycles of another run: learning_rate differ"):
         half_cycles.train_cycles(recipe_of(str(recipe), ["--learning_rate", "1e-3"]).parse(), lambda _: 0)
 
