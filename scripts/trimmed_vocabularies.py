@@ -75,7 +75,8 @@ def main() -> None:
             own, original = (torch.tril(table @ table.T, -1).flatten() for table in (rows, first))
             chosen = torch.tril(torch.ones(len(rows), len(rows)), -1).flatten() > 0
             line |= {"sentences": len(sentences), "cosine": float((rows * first).sum(-1).mean())}
-            line["spearman"] = float(spearmanr(own[chosen], original[chosen]).statistic)
+            result: Any = spearmanr(own[chosen], original[chosen])
+            line["spearman"] = float(result.statistic)
         print(json.dumps(line), flush=True)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from mmkd.errors import UserError
 
@@ -108,13 +108,15 @@ class Unigram:
 
     def __init__(self, state: State):
         self._model: State = state["model"]
-        self._scores: list[tuple[str, float]] = [(token, score) for token, score in self._model["vocab"]]
+        scores: list[tuple[str, float]] = self._model["vocab"]
+        self._scores = [(token, score) for token, score in scores]
         self.ids: Mapping[str, int] = {token: number for number, (token, _) in enumerate(self._scores)}
         self._knows_all = bool(self._model.get("byte_fallback"))
         # What an unknown character costs is counted from the lowest score.
-        self.always = {min(self._scores, key=lambda entry: entry[1])[0]} if self._scores else set[str]()
-        if self._model.get("unk_id") is not None:
-            self.always.add(self._scores[self._model["unk_id"]][0])
+        self.always: set[str] = {min(self._scores, key=lambda entry: entry[1])[0]} if self._scores else set()
+        unknown: int | None = self._model.get("unk_id")
+        if unknown is not None:
+            self.always.add(self._scores[unknown][0])
         if self._knows_all:
             self.always |= {token for token in self.ids if _BYTE_TOKEN.fullmatch(token)}
 
@@ -239,11 +241,10 @@ class Vocabulary:
 def _renumbered(value: Any, new: Mapping[int, int]) -> Any:
     """A post-processor with other ids: lists `ids` of templates, and [token, id] of `sep` and `cls`."""
     if isinstance(value, list):
-        parts: list[Any] = value
-        return [_renumbered(part, new) for part in parts]
+        return [_renumbered(part, new) for part in cast(list[Any], value)]
     if not isinstance(value, dict):
         return value
-    section: State = value
+    section = cast(State, value)
     changed: State = {}
     for key, part in section.items():
         if key == "ids":

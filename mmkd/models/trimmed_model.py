@@ -49,7 +49,8 @@ def load_any_model(name: str) -> PreTrainedModel:
         return load_model(name, dtype="auto", auto_class=auto_class).eval()
     except UserError as error:
         # Encoders of sentences are often saved without the pooler that their class has.
-        if "pooler." not in str(error) or "add_pooling_layer" not in inspect.signature(auto_class).parameters:
+        takes = inspect.signature(auto_class).parameters if auto_class is not None else {}
+        if "pooler." not in str(error) or "add_pooling_layer" not in takes:
             raise
         return load_model(name, dtype="auto", auto_class=auto_class, add_pooling_layer=False).eval()
 

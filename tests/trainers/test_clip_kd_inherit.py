@@ -92,7 +92,7 @@ def test_masks_are_the_same_after_a_resume_and_in_accumulated_batches(tmp_path: 
     }
     runs = []
     for batch, accumulation, checkpoint in ((8, 1, None), (4, 2, None), (8, 1, 4)):
-        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        sizes: dict[str, Any] = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         trainer: Any = clip_kd(tmp_path, **settings, **sizes)
         trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / "out" / "checkpoint-4"))
         runs.append({name: tensor.clone() for name, tensor in trainer.masks.shrinking.state_dict().items()})

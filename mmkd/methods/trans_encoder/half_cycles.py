@@ -201,7 +201,8 @@ class Cycles:
         from scipy.stats import spearmanr
 
         said = cosines(encoder, self.dev, self.args.score_batch_size)
-        return {"spearman": float(spearmanr(said, self.dev.scores).statistic)}
+        result: Any = spearmanr(said, self.dev.scores)
+        return {"spearman": float(result.statistic)}
 
     def _note(self, entry: dict[str, Any]) -> None:
         key = tuple(entry.get(name) for name in ("cycle", "kind", "member"))

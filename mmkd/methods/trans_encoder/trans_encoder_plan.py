@@ -117,7 +117,7 @@ def dry_run_encoders(run: Run, console: Console) -> None:
     pairs = len(cycles.pairs)
     args, members = cycles.args, members_of(run)
     half = Half(1, "cross_encoder", next(iter(members)))
-    trainer = cycles.trainer_of(half, limit=args.cross_batch_size)
+    trainer: Any = cycles.trainer_of(half, limit=args.cross_batch_size)
     batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
     loss = trainer.compute_loss(trainer.model, {key: value.to(args.device) for key, value in batch.items()})
     table = Table(title="mmkd trans_encoder: dry run", show_header=False)

@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -71,7 +72,7 @@ class TransEncoderTrainer(RunTrainer):
         missing = [name for name in COLUMNS if name not in train_dataset.column_names]
         if missing:
             raise UserError(f"The pairs have no column {missing[0]}: give them {', '.join(COLUMNS)}.")
-        scores = train_dataset.with_format("numpy")["score"][:]
+        scores = np.asarray(train_dataset.with_format("numpy")["score"][:])
         if not ((scores >= 0) & (scores <= 1)).all():
             raise UserError(
                 f"Scores are between {scores.min():g} and {scores.max():g}. Cross-entropy has no minimum outside of "
