@@ -65,12 +65,13 @@ def combination_page() -> str:
         "|---|---|",
         *(f"| {further.description} | {'; '.join(map(_differing, further.cells))} |" for further in FURTHER.values()),
         "",
-        "## Methods `dho`, `tower_kd`, `clip_kd` and `comd`",
+        "## Methods `dho`, `tower_kd`, `clip_kd`, `trans_encoder` and `comd`",
         "",
         "A student of `dho` predicts classes, one of `tower_kd` features and one of `clip_kd` embeddings, so that the "
         "tables above are not about them. `tower_kd` and `clip_kd` train whole models with one or several local "
-        "teachers, `clip_kd` also without one, in one process or with `accelerate_config: ddp` or `zero2`. `comd` is "
-        "a series of trainings, and each of them is one of `round_method`, to which the tables apply. What these "
+        "teachers, `clip_kd` also without one, in one process or with `accelerate_config: ddp` or `zero2`. "
+        "`trans_encoder` trains encoders of sentences in one process. `comd` is a series of trainings, and each of "
+        "them is one of `round_method`, to which the tables apply. What these "
         "methods refuse is in the list of messages below.",
         "",
         "## All messages",

@@ -19,6 +19,15 @@ EVERY_TERM: dict[str, Any] = {
     "icl_weight": 0.4,
     "affinity_scale": 5.0,
 }
+ORDERS: dict[str, Any] = {
+    "ranking": "pld",
+    "ranking_weight": 0.3,
+    "ranking_negatives": 3,
+    "hard_negatives": "teacher",
+    "hard_negatives_weight": 0.2,
+    "hard_negatives_count": 3,
+}
+"""The terms of the order of wrong answers, which those of all ranks are."""
 
 
 def captioned(count: int, first: int = 0, captions: int = 24) -> Dataset:

@@ -15,7 +15,7 @@ from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.classes import BATCH_TERMS
 from tests.experts import experts
 from tests.helpers import LORA, on_two_ranks
-from tests.pairs import EVERY_TERM
+from tests.pairs import EVERY_TERM, ORDERS
 from tests.vlms import make_llava
 
 FEATURES: list[dict[str, Any]] = [
@@ -116,7 +116,7 @@ def ranks(
     jobs["dho terms ddp"] = {"method": "dho", "how": "ddp", "settings": BATCH_TERMS}
     every = {f"{term}_weight": 0.5 for term in TERMS}
     jobs["tower_kd ddp"] = {"method": "tower_kd", "how": "ddp", "settings": every}
-    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **EVERY_TERM}
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **EVERY_TERM, **ORDERS}
     jobs["clip_kd ddp"] = {"method": "clip_kd", "how": "ddp", "settings": parts}
     kd = {"method": "kd", "how": "fsdp2", **untied}
     chunks = {"chunk_size": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}

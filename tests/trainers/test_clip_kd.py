@@ -29,7 +29,7 @@ from tests.dual_encoders import (
     photo,
 )
 from tests.helpers import on_two_ranks
-from tests.pairs import EVERY_TERM, captioned, clip_kd, student_and_teacher, text_pairs
+from tests.pairs import EVERY_TERM, ORDERS, captioned, clip_kd, student_and_teacher, text_pairs
 
 
 def steps_of(trainer: Any) -> list[list[float]]:
@@ -98,7 +98,7 @@ def as_alone(rank: dict[str, Any], alone: Any, expected: dict[str, float]) -> No
 
 
 def test_two_ranks_train_as_one(ranks: Any, tmp_path: Path) -> None:
-    alone = clip_kd(tmp_path, {"eval_dataset": captioned(11)}, **EVERY_TERM)
+    alone = clip_kd(tmp_path, {"eval_dataset": captioned(11)}, **EVERY_TERM, **ORDERS)
     alone.train()
     expected = alone.evaluate()
     for rank in ranks["clip_kd ddp"]:
@@ -107,11 +107,11 @@ def test_two_ranks_train_as_one(ranks: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_four_ranks_train_as_one(tmp_path: Path) -> None:
-    alone = clip_kd(tmp_path, {"eval_dataset": captioned(11)}, **EVERY_TERM)
+    alone = clip_kd(tmp_path, {"eval_dataset": captioned(11)}, **EVERY_TERM, **ORDERS)
     alone.train()
     expected = alone.evaluate()
     jobs: dict[str, Any] = {
-        name: {"method": "clip_kd", "how": "ddp", "settings": {**sizes, **EVERY_TERM}}
+        name: {"method": "clip_kd", "how": "ddp", "settings": {**sizes, **EVERY_TERM, **ORDERS}}
         for name, sizes in {
             "whole": {"per_device_train_batch_size": 2},
             "parts": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
