@@ -3,9 +3,8 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
 from datasets import Dataset
 from PIL import Image
 
@@ -15,7 +14,7 @@ from mmkd.units import with_noun
 from .data_recipe import DataRecipe
 from .image_columns import image_column
 from .load_data import load_rows
-from .picture_source import PictureSplit, hold_out_rows, picture_column, picture_identities
+from .picture_source import PictureSplit, bounded, check_bounds, hold_out_rows, picture_column, picture_identities
 from .prompts import text_of
 from .sources import left_out_note, load_split
 
@@ -40,21 +39,30 @@ class CaptionedSplit:
         return self.pictures[number], self.captions[number]
 
     @property
+    def name(self) -> str:
+        """Of the rows."""
+        return self.pictures.name
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What is left out of the rows, in sentences."""
         return self.pictures.notes
+
+    @property
+    def identities(self) -> list[Any]:
+        """What tells its pictures apart."""
+        return self.pictures.identities
 
     @property
     def texts(self) -> list[str]:
         """The different captions, in the order in which they come."""
         return list(dict.fromkeys(text for own in self.captions for text in own))
 
-    def chosen(self, numbers: Iterable[int], *notes: str) -> "CaptionedSplit":
+    def chosen(self, numbers: Iterable[int], *notes: str) -> Self:
         """Some of the pictures; the notes say why."""
         numbers = list(numbers)
-        places = tuple(self.pictures.places[number] for number in numbers)
-        pictures = replace(self.pictures, places=places, notes=(*self.notes, *notes))
-        return CaptionedSplit(pictures, tuple(self.captions[number] for number in numbers))
+        captions = tuple(self.captions[number] for number in numbers)
+        return replace(self, pictures=self.pictures.chosen(numbers, *notes), captions=captions)
 
 
 @dataclass(frozen=True)
@@ -74,22 +82,13 @@ def load_captions(
     picture are joined. The numbers of rows bound pictures here. What is not used is logged. Raises UserError where no
     row has a picture with a caption.
     """
-    for key, rows in (("max_train_rows", max_train_rows), ("max_eval_rows", max_eval_rows)):
-        if rows is not None and rows < 1:
-            raise UserError(f"{key} is {rows}; give 1 or more, or leave it out for all pictures.")
+    check_bounds(max_train_rows=max_train_rows, max_eval_rows=max_eval_rows)
     recipe = DataRecipe.load(name)
     listed = _listed_rows(recipe)
     rows, folder = ({str(key): own for key, own in load_rows(recipe).items()}, None) if listed is None else listed
     train = captioned_split(rows["train"], name, "train", folder)
     held_out = captioned_split(rows["eval"], name, "eval", folder) if "eval" in rows else None
-    if held_out is not None:
-        train = _without(train, held_out)
-        held_out = _at_most(held_out, max_eval_rows)
-    train = _at_most(train, max_train_rows)
-    for split in filter(None, (train, held_out)):
-        for note in split.notes:
-            logger.warning("%s", note)
-    return CaptionedPictures(train, held_out)
+    return CaptionedPictures(*bounded(train, held_out, max_train_rows, max_eval_rows))
 
 
 def captioned_split(rows: Dataset, source: str, split: str, folder: str | None = None) -> CaptionedSplit:
@@ -185,23 +184,3 @@ def _listing(rows: Dataset) -> str | None:
             if isinstance(value, Sequence) and not isinstance(value, str) and isinstance(value[0], str):
                 return name
     return None
-
-
-def _at_most(split: CaptionedSplit, most: int | None) -> CaptionedSplit:
-    """So many pictures, drawn at random: files are often sorted."""
-    if most is None or most >= len(split):
-        return split
-    return split.chosen(np.sort(np.random.default_rng(0).permutation(len(split))[:most]).tolist())
-
-
-def _without(train: CaptionedSplit, held_out: CaptionedSplit) -> CaptionedSplit:
-    """The pictures of train that are not among those held out."""
-    held = {*held_out.pictures.identities}
-    kept = [number for number, identity in enumerate(train.pictures.identities) if identity not in held]
-    left_out = len(train) - len(kept)
-    if not left_out:
-        return train
-    if not kept:
-        raise UserError(f"All pictures of {train.pictures.name} are held out too, so that none is left to learn.")
-    note = f"{with_noun(left_out, 'picture')} of {train.pictures.name} left out, which the held-out rows show too."
-    return train.chosen(kept, note)

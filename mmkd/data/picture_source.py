@@ -2,9 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import datasets
 import numpy as np
@@ -65,6 +65,31 @@ class PictureSplit:
         known = picture_identities(self.rows)
         return [known[row][number] for row, number in self.places]
 
+    def chosen(self, numbers: Iterable[int], *notes: str) -> Self:
+        """Some of the pictures; the notes say why."""
+        places = tuple(self.places[number] for number in numbers)
+        return replace(self, places=places, notes=(*self.notes, *notes))
+
+
+class PictureSet(Protocol):
+    """Different pictures, alone or with what belongs to them."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    @property
+    def identities(self) -> list[Any]: ...
+
+    def chosen(self, numbers: Iterable[int], *notes: str) -> Self: ...
+
+
+Split = TypeVar("Split", bound=PictureSet)
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -81,20 +106,11 @@ def load_pictures(name: str, *, max_train_rows: int | None = None, max_eval_rows
     numbers of rows bound pictures here. What is not used is said in `notes`. Raises UserError where there are no
     pictures.
     """
-    for key, rows in (("max_train_rows", max_train_rows), ("max_eval_rows", max_eval_rows)):
-        if rows is not None and rows < 1:
-            raise UserError(f"{key} is {rows}; give 1 or more, or leave it out for all pictures.")
+    check_bounds(max_train_rows=max_train_rows, max_eval_rows=max_eval_rows)
     splits, folder = _rows_of(name)
     train = picture_split(splits["train"], name, "train", folder)
     held_out = picture_split(splits["eval"], name, "eval", folder) if "eval" in splits else None
-    if held_out is not None:
-        train = _without(train, held_out)
-        held_out = _at_most(held_out, max_eval_rows)
-    train = _at_most(train, max_train_rows)
-    for split in filter(None, (train, held_out)):
-        for note in split.notes:
-            logger.warning("%s", note)
-    return Pictures(train, held_out)
+    return Pictures(*bounded(train, held_out, max_train_rows, max_eval_rows))
 
 
 def picture_facts(name: str) -> dict[str, Any]:
@@ -218,25 +234,45 @@ def picture_split(rows: Dataset, source: str, split: str, folder: str | None = N
     return PictureSplit(rows, tuple(places), f"the {split} data of {source}", tuple(notes), folder)
 
 
-def _at_most(split: PictureSplit, most: int | None) -> PictureSplit:
+def check_bounds(**bounds: int | None) -> None:
+    """Raises UserError for a number of pictures below 1."""
+    for key, rows in bounds.items():
+        if rows is not None and rows < 1:
+            raise UserError(f"{key} is {rows}; give 1 or more, or leave it out for all pictures.")
+
+
+def bounded(
+    train: Split, held_out: Split | None, max_train_rows: int | None, max_eval_rows: int | None
+) -> tuple[Split, Split | None]:
+    """Two splits that have no picture in common and at most so many; what is left out is logged."""
+    if held_out is not None:
+        train = _without(train, held_out)
+        held_out = _at_most(held_out, max_eval_rows)
+    train = _at_most(train, max_train_rows)
+    for split in filter(None, (train, held_out)):
+        for note in split.notes:
+            logger.warning("%s", note)
+    return train, held_out
+
+
+def _at_most(split: Split, most: int | None) -> Split:
     """So many pictures, drawn at random: files are often sorted."""
     if most is None or most >= len(split):
         return split
-    chosen = np.sort(np.random.default_rng(0).permutation(len(split))[:most])
-    return replace(split, places=tuple(split.places[number] for number in chosen))
+    return split.chosen(np.sort(np.random.default_rng(0).permutation(len(split))[:most]).tolist())
 
 
-def _without(train: PictureSplit, held_out: PictureSplit) -> PictureSplit:
+def _without(train: Split, held_out: Split) -> Split:
     """The pictures of train that are not among those held out."""
     held = {*held_out.identities}
-    kept = tuple(place for place, identity in zip(train.places, train.identities, strict=True) if identity not in held)
+    kept = [number for number, identity in enumerate(train.identities) if identity not in held]
     left_out = len(train) - len(kept)
     if not left_out:
         return train
     if not kept:
         raise UserError(f"All pictures of {train.name} are held out too, so that none is left to learn.")
     note = f"{with_noun(left_out, 'picture')} of {train.name} left out, which the held-out rows show too."
-    return replace(train, places=kept, notes=(*train.notes, note))
+    return train.chosen(kept, note)
 
 
 def picture_identities(rows: Dataset) -> list[list[Any]]:

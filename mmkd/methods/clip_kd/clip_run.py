@@ -25,7 +25,7 @@ from mmkd.models.dual_encoder import (
 from mmkd.models.inherit import inherit_config, inherit_model, tower_sizes
 from mmkd.preparation.checks import check_held_out
 from mmkd.preparation.pair_batches import PairRows
-from mmkd.recipe.arguments import VIEW, RunArguments
+from mmkd.recipe.arguments import ADAPTER_KEYS, VIEW, RunArguments
 from mmkd.recipe.cache_arguments import CacheArguments
 from mmkd.recipe.recipe import Run
 from mmkd.teachers.cached_encoder import CachedEncoder
@@ -39,9 +39,6 @@ _READ |= {"student", "student_init", "max_train_rows", "max_eval_rows", "dry_run
 # What `mmkd cache build` reads of a recipe of pairs.
 _CACHE = {"cache_shard_rows", "on_error", "max_skipped", "shard", "engine"}
 
-_ADAPTERS = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
-_ADAPTERS += ("lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")
-_ADAPTERS += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
 _INITS = ("pretrained", "random", "inherit")
 
@@ -93,7 +90,7 @@ def unused_keys() -> dict[str, str]:
     """The keys of every recipe that one of pairs has no use for -> why."""
     unread = [key.name for key in dataclasses.fields(RunArguments) if key.name not in _READ]
     unread += [key.name for key in dataclasses.fields(CacheArguments) if key.name not in _CACHE]
-    return dict.fromkeys(unread, "It is about tokens.") | dict.fromkeys(_ADAPTERS, "The whole student is trained.")
+    return dict.fromkeys(unread, "It is about tokens.") | dict.fromkeys(ADAPTER_KEYS, "The whole student is trained.")
 
 
 def _check_inherit(run: Run) -> None:

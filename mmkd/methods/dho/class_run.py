@@ -10,7 +10,7 @@ from transformers.utils import logging
 from mmkd.data.class_rows import ClassRows
 from mmkd.data.classification import ClassificationData, ClassificationRecipe, load_classification
 from mmkd.errors import UserError
-from mmkd.recipe.arguments import RunArguments
+from mmkd.recipe.arguments import ADAPTER_KEYS, RunArguments
 from mmkd.recipe.cache_arguments import CacheArguments
 from mmkd.recipe.recipe import Run
 
@@ -23,10 +23,6 @@ logger = logging.get_logger(__name__)
 # What a recipe of every method may set, and a classifier's run reads.
 _READ = {"method", "data", "teacher", "teacher_revision", "teacher_dtype", "teacher_attn_implementation"}
 _READ |= {"teacher_cache", "teachers", "student", "student_init", "max_train_rows", "max_eval_rows", "dry_run"}
-
-_ADAPTERS = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
-_ADAPTERS += ("lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")
-_ADAPTERS += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ def unused_keys() -> dict[str, str]:
     """
     unread = [key.name for key in dataclasses.fields(RunArguments) if key.name not in _READ]
     unread += [key.name for key in dataclasses.fields(CacheArguments) if key.name != "job"]
-    return dict.fromkeys(unread, "It is about tokens.") | dict.fromkeys(_ADAPTERS, "The whole student is trained.")
+    return dict.fromkeys(unread, "It is about tokens.") | dict.fromkeys(ADAPTER_KEYS, "The whole student is trained.")
 
 
 def class_data_facts(name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from transformers import AutoImageProcessor
 
 from mmkd.errors import UserError, first_line
 from mmkd.models.vision_towers import cut_tower, load_tower, new_tower, tower_config
-from mmkd.recipe.arguments import VIEW, RunArguments
+from mmkd.recipe.arguments import ADAPTER_KEYS, VIEW, RunArguments
 from mmkd.recipe.cache_arguments import CacheArguments
 from mmkd.recipe.recipe import Run
 
@@ -17,10 +17,6 @@ from .tower_config import TowerKDConfig
 _READ = {"method", "data", "teacher", "teacher_revision", "teacher_dtype", "teacher_attn_implementation", "teachers"}
 _READ |= {"student", "student_init", "student_vision_tower", "student_vision_layer", "student_layers"}
 _READ |= {"max_train_rows", "max_eval_rows", "dry_run"}
-
-_ADAPTERS = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
-_ADAPTERS += ("lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")
-_ADAPTERS += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
 
 def settings_of(run: Run) -> TowerKDConfig:
@@ -81,7 +77,7 @@ def unused_keys() -> dict[str, str]:
     """The keys of every recipe that one of vision towers has no use for -> why."""
     unread = [key.name for key in dataclasses.fields(RunArguments) if key.name not in _READ]
     unread += [key.name for key in dataclasses.fields(CacheArguments)]
-    return dict.fromkeys(unread, "It is about tokens.") | dict.fromkeys(_ADAPTERS, "The whole tower is trained.")
+    return dict.fromkeys(unread, "It is about tokens.") | dict.fromkeys(ADAPTER_KEYS, "The whole tower is trained.")
 
 
 def student_hub(run: Run) -> dict[str, Any]:

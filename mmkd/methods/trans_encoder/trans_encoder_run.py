@@ -5,7 +5,7 @@ from typing import Any
 
 from mmkd.data.sentence_pairs import SentencePairs, load_pairs
 from mmkd.errors import UserError
-from mmkd.recipe.arguments import RunArguments
+from mmkd.recipe.arguments import ADAPTER_KEYS, RunArguments
 from mmkd.recipe.cache_arguments import CacheArguments
 from mmkd.recipe.recipe import Run
 
@@ -13,10 +13,6 @@ from .trans_encoder_config import TransEncoderConfig
 
 # What a recipe of every method may set, and one of sentence encoders reads.
 _READ = {"method", "data", "student", "max_train_rows", "dry_run"}
-
-_ADAPTERS = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
-_ADAPTERS += ("lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")
-_ADAPTERS += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
 
 def settings_of(run: Run) -> TransEncoderConfig:
@@ -54,7 +50,7 @@ def unused_keys() -> dict[str, str]:
     unread = [key.name for key in dataclasses.fields(RunArguments) if key.name not in _READ]
     unread += [key.name for key in dataclasses.fields(CacheArguments)]
     reason = "The encoders are each other's teachers."
-    return dict.fromkeys(unread, reason) | dict.fromkeys(_ADAPTERS, "Whole encoders are trained.")
+    return dict.fromkeys(unread, reason) | dict.fromkeys(ADAPTER_KEYS, "Whole encoders are trained.")
 
 
 def members_of(run: Run) -> dict[str, tuple[str, str]]:
