@@ -308,6 +308,7 @@ def test_training_from_the_hub_is_training_from_the_folder(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_the_doctor_looks_at_the_hub_though_the_teacher_is_named(
     hub: LoopbackHub, client: Client, workplace: Path, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def train_until_saved(workplace: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_interrupting_ranks_says_how_to_go_on(workplace: Path) -> None:
     process = train_until_saved(workplace)
     process.send_signal(signal.SIGINT)

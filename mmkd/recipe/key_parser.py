@@ -121,6 +121,8 @@ class KeyParser:
             raise
         except json.JSONDecodeError as error:
             raise UserError(f"{error.doc!r} is no JSON ({error.msg}): write it as '{{\"name\": 1}}'.") from error
+        except FileNotFoundError as error:
+            raise UserError(f"A key names the file {error.filename!r}, which does not exist.") from error
         except (ValueError, TypeError) as error:
             # transformers and trl say so of a combination of keys; the values of each have been looked at above.
             raise UserError(f"These settings cannot be: {' '.join(str(error).split())}", because="upstream") from error

@@ -74,7 +74,7 @@ def test_the_one_of_classes_takes_what_transformers_takes() -> None:
     # It is DHO that says what a batch, the loss and the metrics are, and the model is made before.
     own = {"data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "model_init"}
     assert theirs.keys() - ours.keys() == own
-    assert ours.keys() - theirs.keys() == {"teacher", "test_dataset"}
+    assert ours.keys() - theirs.keys() == {"teacher", "test_dataset", "unseen"}
 
 
 @pytest.mark.parametrize("method", list(METHODS))

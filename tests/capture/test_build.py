@@ -146,6 +146,7 @@ def test_ray_workers_build_the_same_cache(mmkd: Run, workplace: Path) -> None:
     assert files_of(workplace / "ray") == files_of(workplace / "cache")
 
 
+@pytest.mark.slow
 def test_a_failure_in_a_ray_worker_is_told_as_it_is(mmkd: Run, workplace: Path) -> None:
     pytest.importorskip("ray")
     damaged = workplace / "teacher"
@@ -480,6 +481,7 @@ def test_a_teacher_that_refuses_every_sampled_row(mmkd: Run, workplace: Path, ti
     assert "16 of 96 rows had to be skipped" in stopped
 
 
+@pytest.mark.slow
 def test_a_ray_worker_that_dies_ends_the_build_with_a_reason() -> None:
     pytest.importorskip("ray")
 

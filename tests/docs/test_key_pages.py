@@ -30,7 +30,7 @@ def test_keys_stand_under_their_group() -> None:
 
 def test_a_key_of_some_methods_says_of_which() -> None:
     entry = key_page().split("{: #on_policy_fraction }")[1].split("{: #")[0]
-    assert "*Methods: kd, taid, alm.*" in entry
+    assert "*Methods: kd, taid, alm, llava_kd.*" in entry
 
 
 def test_every_key_of_a_data_recipe_is_described() -> None:

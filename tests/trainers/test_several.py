@@ -320,7 +320,7 @@ def test_runs_that_cannot_be_are_refused(build: Build, routed: Dataset, completi
         ({"teachers": {"a": {"teacher": "x", "weight": "much"}, "b": {"teacher": "y"}}}, "weight is 'much'"),
         ({"teachers": {"a": {"teacher": "x", "weight": 0}, "b": {"teacher": "y"}}}, "weight is 0"),
         ({"teachers": {"a": {"teacher": "x", "weight": float("inf")}, "b": {"teacher": "y"}}}, "weight is inf"),
-        ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher": "y"}}, "method": "dho"}, "one teacher"),
+        ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher": "y"}}, "method": "comd"}, "one teacher"),
         ({"teachers": {"a": {"teacher": "x"}, "b": {"teacher": "y"}}, "teacher": "z"}, "say who teaches"),
         (
             {"teachers": {"a": {"teacher": "x", "weight": 2}, "b": {"teacher": "y"}}, "teacher_column": "domain"},

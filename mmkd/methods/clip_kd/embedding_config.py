@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 
 from mmkd.cache.embedding_codec import EMBEDDING_DTYPES
+from mmkd.field_docs import DocumentedFields
 from mmkd.schema import PositiveInt
 
 
 @dataclass
-class EmbeddingCacheConfig:
+class EmbeddingCacheConfig(DocumentedFields):
     """Settings of `mmkd cache build` for pairs."""
 
     cache_views: PositiveInt = field(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from mmkd.errors import UserError
+from mmkd.field_docs import DocumentedFields
 from mmkd.models.inherit import TOWERS, TowerSize
 from mmkd.nested_keys import nested_keys
 from mmkd.schema import PositiveFloat, Range
@@ -15,7 +16,7 @@ _EXAMPLE = '{"vision": 0.5, "text": {"layers": 3, "width": 256}}'
 
 
 @dataclass
-class InheritConfig:
+class InheritConfig(DocumentedFields):
     """Settings of student_init: inherit."""
 
     inherit: str = field(

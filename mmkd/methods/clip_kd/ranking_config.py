@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from mmkd.errors import UserError
+from mmkd.field_docs import DocumentedFields
 from mmkd.schema import NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 @dataclass
-class RankingConfig:
+class RankingConfig(DocumentedFields):
     """Settings of the terms that learn from how a teacher orders wrong answers."""
 
     scored_least: ClassVar[float] = 0.1

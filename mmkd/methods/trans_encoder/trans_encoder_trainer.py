@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
+from transformers.trainer_callback import TrainerCallback
 
 from mmkd.errors import UserError
 from mmkd.training.run_trainer import RunTrainer
@@ -68,7 +69,13 @@ class TransEncoderTrainer(RunTrainer):
 
     args: TransEncoderConfig
 
-    def __init__(self, model: Any, args: TransEncoderConfig, train_dataset: Dataset, **kwargs: Any):
+    def __init__(
+        self,
+        model: Any,
+        args: TransEncoderConfig,
+        train_dataset: Dataset,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
         missing = [name for name in COLUMNS if name not in train_dataset.column_names]
         if missing:
             raise UserError(f"The pairs have no column {missing[0]}: give them {', '.join(COLUMNS)}.")
@@ -80,7 +87,7 @@ class TransEncoderTrainer(RunTrainer):
             )
         self.cross = is_cross_encoder(model)
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, data_collator=PairCollator(model), **kwargs
+            model=model, args=args, train_dataset=train_dataset, data_collator=PairCollator(model), callbacks=callbacks
         )
 
     def compute_loss(
