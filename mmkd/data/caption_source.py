@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from datasets import Dataset
 from PIL import Image
@@ -11,10 +11,11 @@ from PIL import Image
 from mmkd.errors import UserError
 from mmkd.units import with_noun
 
+from .bounded_splits import bounded, check_bounds
 from .data_recipe import DataRecipe
 from .image_columns import image_column
 from .load_data import load_rows
-from .picture_source import PictureSplit, bounded, check_bounds, hold_out_rows, picture_column, picture_identities
+from .picture_source import PictureSplit, hold_out_rows, picture_column, picture_identities
 from .prompts import text_of
 from .sources import left_out_note, load_split
 
@@ -28,6 +29,7 @@ _LISTED = ("captions", "caption", "texts", "text", "sentences")
 class CaptionedSplit:
     """The different pictures of some rows, and the captions of each."""
 
+    item: ClassVar[str] = PictureSplit.item
     pictures: PictureSplit
     captions: tuple[tuple[str, ...], ...]
 

@@ -4,10 +4,9 @@ import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import datasets
-import numpy as np
 from datasets import Dataset
 from PIL import Image
 
@@ -16,6 +15,7 @@ from mmkd.shipped import find_recipe, list_recipes
 from mmkd.units import with_noun
 from mmkd.yaml_files import read_yaml
 
+from .bounded_splits import bounded, check_bounds
 from .classification import ClassificationRecipe, load_classification
 from .data_recipe import DataRecipe
 from .image_columns import UNDECODED, image_column
@@ -33,6 +33,7 @@ _NAMES = ("image", "images", "img", "picture", "photo", "jpg", "jpeg", "png", "w
 class PictureSplit:
     """The different pictures of some rows."""
 
+    item: ClassVar[str] = "picture"
     rows: Dataset
     """With a column `images` of undecoded pictures."""
     places: tuple[tuple[int, int], ...]
@@ -69,26 +70,6 @@ class PictureSplit:
         """Some of the pictures; the notes say why."""
         places = tuple(self.places[number] for number in numbers)
         return replace(self, places=places, notes=(*self.notes, *notes))
-
-
-class PictureSet(Protocol):
-    """Different pictures, alone or with what belongs to them."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-
-    @property
-    def identities(self) -> list[Any]: ...
-
-    def chosen(self, numbers: Iterable[int], *notes: str) -> Self: ...
-
-
-Split = TypeVar("Split", bound=PictureSet)
 
 
 @dataclass(frozen=True)
@@ -232,47 +213,6 @@ def picture_split(rows: Dataset, source: str, split: str, folder: str | None = N
     if twice:
         notes.append(f"{source}: {len(places):,} different {split} pictures; {twice:,} repetitions left out.")
     return PictureSplit(rows, tuple(places), f"the {split} data of {source}", tuple(notes), folder)
-
-
-def check_bounds(**bounds: int | None) -> None:
-    """Raises UserError for a number of pictures below 1."""
-    for key, rows in bounds.items():
-        if rows is not None and rows < 1:
-            raise UserError(f"{key} is {rows}; give 1 or more, or leave it out for all pictures.")
-
-
-def bounded(
-    train: Split, held_out: Split | None, max_train_rows: int | None, max_eval_rows: int | None
-) -> tuple[Split, Split | None]:
-    """Two splits that have no picture in common and at most so many; what is left out is logged."""
-    if held_out is not None:
-        train = _without(train, held_out)
-        held_out = _at_most(held_out, max_eval_rows)
-    train = _at_most(train, max_train_rows)
-    for split in filter(None, (train, held_out)):
-        for note in split.notes:
-            logger.warning("%s", note)
-    return train, held_out
-
-
-def _at_most(split: Split, most: int | None) -> Split:
-    """So many pictures, drawn at random: files are often sorted."""
-    if most is None or most >= len(split):
-        return split
-    return split.chosen(np.sort(np.random.default_rng(0).permutation(len(split))[:most]).tolist())
-
-
-def _without(train: Split, held_out: Split) -> Split:
-    """The pictures of train that are not among those held out."""
-    held = {*held_out.identities}
-    kept = [number for number, identity in enumerate(train.identities) if identity not in held]
-    left_out = len(train) - len(kept)
-    if not left_out:
-        return train
-    if not kept:
-        raise UserError(f"All pictures of {train.name} are held out too, so that none is left to learn.")
-    note = f"{with_noun(left_out, 'picture')} of {train.name} left out, which the held-out rows show too."
-    return train.chosen(kept, note)
 
 
 def picture_identities(rows: Dataset) -> list[list[Any]]:

@@ -2,15 +2,15 @@
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
-import numpy as np
 from datasets import Dataset
 
 from mmkd.errors import UserError
 from mmkd.units import with_noun
 
+from .bounded_splits import bounded
 from .data_recipe import DataRecipe
 from .picture_source import hold_out_rows
 from .sources import left_out_note, load_split
@@ -33,6 +33,7 @@ PAIR_COLUMNS = (
 class TextPairSplit:
     """Pairs of texts; the second of a pair stands in the place of a picture's only caption."""
 
+    item: ClassVar[str] = "pair"
     firsts: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...]
     name: str
@@ -45,12 +46,17 @@ class TextPairSplit:
         """The first text, and the second."""
         return self.firsts[number], self.captions[number]
 
-    def chosen(self, numbers: Iterable[int], *notes: str) -> "TextPairSplit":
+    @property
+    def identities(self) -> list[Any]:
+        """What tells its pairs apart."""
+        return list(zip(self.firsts, self.captions, strict=True))
+
+    def chosen(self, numbers: Iterable[int], *notes: str) -> Self:
         """Some of the pairs; the notes say why."""
         numbers = list(numbers)
         firsts = tuple(self.firsts[number] for number in numbers)
         captions = tuple(self.captions[number] for number in numbers)
-        return TextPairSplit(firsts, captions, self.name, (*self.notes, *notes))
+        return replace(self, firsts=firsts, captions=captions, notes=(*self.notes, *notes))
 
 
 @dataclass(frozen=True)
@@ -87,14 +93,7 @@ def load_text_pairs(name: str, *, max_train_rows: int | None = None, max_eval_ro
     rows = hold_out_rows(recipe, raw)
     train = text_pair_split(rows["train"], name, "train")
     held_out = text_pair_split(rows["eval"], name, "eval") if "eval" in rows else None
-    if held_out is not None:
-        train = _without(train, held_out)
-        held_out = _at_most(held_out, max_eval_rows)
-    train = _at_most(train, max_train_rows)
-    for own in filter(None, (train, held_out)):
-        for note in own.notes:
-            logger.warning("%s", note)
-    return TextPairs(train, held_out)
+    return TextPairs(*bounded(train, held_out, max_train_rows, max_eval_rows))
 
 
 def text_pair_split(rows: Dataset, source: str, split: str) -> TextPairSplit:
@@ -124,21 +123,3 @@ def text_pair_split(rows: Dataset, source: str, split: str) -> TextPairSplit:
 
 def _listed() -> str:
     return ", ".join(f"`{first}` and `{second}`" for first, second in PAIR_COLUMNS[:3])
-
-
-def _at_most(split: TextPairSplit, most: int | None) -> TextPairSplit:
-    """So many pairs, drawn at random: files are often sorted."""
-    if most is None or most >= len(split):
-        return split
-    return split.chosen(np.sort(np.random.default_rng(0).permutation(len(split))[:most]).tolist())
-
-
-def _without(train: TextPairSplit, held_out: TextPairSplit) -> TextPairSplit:
-    held = {*zip(held_out.firsts, held_out.captions, strict=True)}
-    kept = [number for number in range(len(train)) if train[number] not in held]
-    if len(kept) == len(train):
-        return train
-    if not kept:
-        raise UserError(f"All pairs of {train.name} are held out too, so that none is left to learn.")
-    left_out = with_noun(len(train) - len(kept), "pair")
-    return train.chosen(kept, f"{left_out} of {train.name} left out, which the held-out rows have too.")

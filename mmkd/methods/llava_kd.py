@@ -208,7 +208,7 @@ class LLaVAKDTrainer(FeatureTrainer[VisualSignal | MixedSignal[VisualSignal]]):
                 add_share(reports, SWITCH, (total, count), weight, name)
         if self.balances:
             both, of_answers = self.apart(student, answers, objective, args.temperature)
-            losses = ItemLosses(self.balanced({**both, **terms}, args.term_weights), of_answers)
+            losses = ItemLosses(self.combined({**both, **terms}), of_answers)
         else:
             losses = self.fused(student, answers, objective, args.temperature)
             losses.totals = ItemLosses.added([losses.totals, self.combined(terms)])

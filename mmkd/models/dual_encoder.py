@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from mmkd.errors import UserError, first_line
 from mmkd.seams.processor_seam import loading_for_images
 
-from .load import computed_dtype, dtype_named
+from .load import load_model
 
 OPEN_CLIP = "open_clip:"
 """What the name of a model of the open_clip package begins with, as in `open_clip:ViT-B-32/laion2b_s34b_b79k`."""
@@ -232,21 +232,10 @@ def load_dual_encoder(
         from .sentence_encoder import load_sentence_encoder
 
         return load_sentence_encoder(name, role=role, dtype=dtype, device=device, **hub)
-    config = encoder_config(name, role, **hub)
-    wanted: Any = dtype if dtype == "auto" else dtype_named(dtype, role)
-    settings: dict[str, Any] = {"dtype": computed_dtype(wanted, config, device), **hub}
-    if attn_implementation is not None:
-        settings["attn_implementation"] = attn_implementation
-    try:
-        model, info = AutoModel.from_pretrained(name, use_safetensors=True, output_loading_info=True, **settings)
-    except _UNREADABLE as error:
-        raise UserError(f"The {role} {name!r} cannot be loaded: {first_line(error)}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(
-            f"The {role} {name!r} lacks {len(missing)} of the weights that its config promises ({missing[0]}, ...); "
-            "they would be random. Its weight files are incomplete, or its config belongs to another model."
-        )
+    # Says of what is no dual encoder that it is none.
+    encoder_config(name, role, **hub)
+    settings = {"dtype": dtype, "attn_implementation": attn_implementation, **hub}
+    model: Any = load_model(name, role, device=device, auto_class=AutoModel, **settings)
     return TransformersDualEncoder(model.to(device), encoder_processor(name, role, **hub), name)
 
 

@@ -16,11 +16,6 @@ from mmkd.training.method import METHODS
 VIEW = "teacher_view"
 """A key of training that each of several teachers may have for itself."""
 
-ADAPTER_KEYS = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
-ADAPTER_KEYS += ("lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")
-ADAPTER_KEYS += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
-"""The keys of trl's ModelConfig that a method which trains whole models has no use for."""
-
 
 @dataclass
 class RunArguments:

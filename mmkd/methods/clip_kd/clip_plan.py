@@ -5,15 +5,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from mmkd.models.dual_encoder import TransformersDualEncoder, encoder_config, encoder_processor, kind_of_encoder
 from mmkd.preflight.count import counted
-from mmkd.preflight.hardware import GIB, USABLE, Device
+from mmkd.preflight.hardware import Device
 from mmkd.preflight.stage_checks import StageRun
-from mmkd.preflight.whole_model import training_pass, training_state, zeros_of
+from mmkd.preflight.whole_model import WholePlan, training_pass, training_state, zeros_of
 from mmkd.recipe.recipe import Run
 from mmkd.seams.torch_seam import without_data
 from mmkd.units import readable_size, with_noun
@@ -58,27 +57,15 @@ def plan_clip(stage: StageRun, device: Device, devices: int, price: float | None
     again = 4 / 3 if args.gradient_accumulation_steps > 1 else 1.0
     work = (flops * again + asked) * args.gradient_accumulation_steps
     seconds, steps = work / (device.flops * device.utilisation), _steps(args, pairs, devices)
-    total = sum(parts.values())
-    table = Table(box=box.SIMPLE, show_header=False)
-    for part, value in parts.items():
-        table.add_row(f"GiB on one device: {part}", f"{value / GIB:,.2f}")
-    table.add_row("in all, without projectors and similarities", f"{total / GIB:,.2f}", style="bold")
-    table.add_row("fits", "yes" if total <= USABLE * device.memory else "no")
-    table.add_row("pairs of a step", f"{batch * args.gradient_accumulation_steps * devices:,}")
-    table.add_row("seconds computing a step", f"{seconds:,.3g}")
-    table.add_row("of it for teachers", f"{asked / (flops * again + asked):.0%}")
-    table.add_row("steps of the run", f"{steps:,}")
-    hours = steps * seconds * devices / 3600
-    table.add_row("device-hours of the run", f"{hours:,.3g}")
-    if price is not None:
-        table.add_row("cost", f"{price * hours:,.2f}")
-    console.print(
-        f"mmkd plan {stage.title}: {devices} x {device.name} ({device.memory / GIB:.0f} GiB), {batch} pairs each.",
-        highlight=False,
+    plan = WholePlan(
+        parts,
+        seconds,
+        steps,
+        left_out=", without projectors and similarities",
+        first={"pairs of a step": f"{batch * args.gradient_accumulation_steps * devices:,}"},
+        of_step={"of it for teachers": f"{asked / (flops * again + asked):.0%}"},
     )
-    console.print(table)
-    console.print("Reading and decoding pictures is not counted, which small students often wait for.")
-    return 0 if total <= USABLE * device.memory else 1
+    return plan.show(stage.title, f"{batch} pairs each", device, devices, price, console)
 
 
 def dry_run_clip(run: Run, console: Console) -> ContrastiveKDTrainer:

@@ -1,6 +1,5 @@
 """What a recipe of clip_kd says: its student, its teachers, its pairs, and what it must not set."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from mmkd.models.dual_encoder import (
 from mmkd.models.inherit import inherit_config, inherit_model, tower_sizes
 from mmkd.preparation.checks import check_held_out
 from mmkd.preparation.pair_batches import PairRows
-from mmkd.recipe.arguments import ADAPTER_KEYS, VIEW, RunArguments
-from mmkd.recipe.cache_arguments import CacheArguments
+from mmkd.recipe.arguments import VIEW
 from mmkd.recipe.recipe import Run
+from mmkd.recipe.unread_keys import check_read, unread_keys
 from mmkd.teachers.cached_encoder import CachedEncoder
 
 from .clip_config import ContrastiveKDConfig
@@ -38,7 +37,6 @@ _READ |= {"student", "student_init", "max_train_rows", "max_eval_rows", "dry_run
 
 # What `mmkd cache build` reads of a recipe of pairs.
 _CACHE = {"cache_shard_rows", "on_error", "max_skipped", "shard", "engine"}
-
 
 _INITS = ("pretrained", "random", "inherit")
 
@@ -53,11 +51,7 @@ def settings_of(run: Run) -> ContrastiveKDConfig:
 def check_arguments(run: Run) -> None:
     """Raises UserError for keys of tokens, and for a student or a teacher that is none."""
     arguments = run.arguments
-    for key in dataclasses.fields(RunArguments):
-        if key.name not in _READ and getattr(arguments, key.name) != key.default:
-            raise UserError(
-                f"Method clip_kd does not read {key.name}; it is about tokens. Remove it.", because="meaning"
-            )
+    check_read(arguments, _READ, "it is about tokens. Remove it.")
     if run.student.use_peft or run.student.load_in_4bit or run.student.load_in_8bit:
         raise UserError(
             "Method clip_kd trains the whole student, or a tower of it with `freeze`. Remove use_peft, load_in_4bit "
@@ -88,9 +82,7 @@ def check_arguments(run: Run) -> None:
 
 def unused_keys() -> dict[str, str]:
     """The keys of every recipe that one of pairs has no use for -> why."""
-    unread = [key.name for key in dataclasses.fields(RunArguments) if key.name not in _READ]
-    unread += [key.name for key in dataclasses.fields(CacheArguments) if key.name not in _CACHE]
-    return dict.fromkeys(unread, "It is about tokens.") | dict.fromkeys(ADAPTER_KEYS, "The whole student is trained.")
+    return unread_keys(_READ, "It is about tokens.", "The whole student is trained.", _CACHE)
 
 
 def _check_inherit(run: Run) -> None:

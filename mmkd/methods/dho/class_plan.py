@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from mmkd.data.class_rows import ClassRows, SemiSupervisedSampler
 from mmkd.preflight.count import counted
-from mmkd.preflight.hardware import GIB, USABLE, Device
+from mmkd.preflight.hardware import Device
 from mmkd.preflight.stage_checks import StageRun
-from mmkd.preflight.whole_model import training_pass, training_state
+from mmkd.preflight.whole_model import WholePlan, training_pass, training_state
 from mmkd.recipe.recipe import Run
 from mmkd.seams.torch_seam import without_data
 from mmkd.teachers.classifiers import OPEN_CLIP
@@ -42,24 +40,9 @@ def plan_classes(stage: StageRun, device: Device, devices: int, price: float | N
     state = training_state(student, args)
     flops, saved = training_pass(student, _inputs(run, classes, batch), bool(args.bf16))
     parts = {**state, "activations": saved}
-    total = sum(parts.values())
     steps, rows = _steps(args, classes, devices), len(classes.rows)
     seconds = flops * args.gradient_accumulation_steps / (device.flops * device.utilisation)
-    console.print(
-        f"mmkd plan {stage.title}: {devices} x {device.name} ({device.memory / GIB:.0f} GiB), {batch} rows on each.",
-        highlight=False,
-    )
-    table = Table(box=box.SIMPLE, show_header=False)
-    for name, value in parts.items():
-        table.add_row(f"GiB on one device: {name}", f"{value / GIB:,.2f}")
-    table.add_row("in all", f"{total / GIB:,.2f}", style="bold")
-    table.add_row("fits", "yes" if total <= USABLE * device.memory else "no")
-    table.add_row("TFLOPs per optimizer step", f"{args.gradient_accumulation_steps * devices * flops / 1e12:,.3g}")
-    table.add_row("seconds computing a step", f"{seconds:,.3g}")
-    table.add_row("steps of the run", f"{steps:,}")
-    hours = steps * seconds * devices / 3600
-    table.add_row("device-hours of the run", f"{hours:,.3g}")
-    once = 0.0
+    once, asked = 0.0, dict[str, str]()
     for name, part in runs_of_teachers(run).items():
         teacher = _teacher_flops(part, classes)
         own = 0.0 if teacher is None else rows * teacher / (device.flops * device.utilisation) / 3600
@@ -68,12 +51,12 @@ def plan_classes(stage: StageRun, device: Device, devices: int, price: float | N
             kind = settings_of(part).teacher_kind
             answering = f"{own:,.3g}" if teacher is not None else f"not counted for teacher_kind {kind}"
             who = f"teacher {name}" if name else "the teacher"
-            table.add_row(f"device-hours of {who}, once over {rows:,} rows", answering)
-    if price is not None:
-        table.add_row("cost", f"{price * (hours + once):,.2f}")
-    console.print(table)
-    console.print("Reading and decoding pictures is not counted, which small students often wait for.")
-    return 0 if total <= USABLE * device.memory else 1
+            asked[f"device-hours of {who}, once over {rows:,} rows"] = answering
+    step_flops = f"{args.gradient_accumulation_steps * devices * flops / 1e12:,.3g}"
+    plan = WholePlan(
+        parts, seconds, steps, first={"TFLOPs per optimizer step": step_flops}, once=asked, hours_once=once
+    )
+    return plan.show(stage.title, f"{batch} rows on each", device, devices, price, console)
 
 
 def _inputs(run: Run, classes: Classes, batch: int) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,5 @@
 """What a recipe of classes says: its settings, its rows with the unlabelled ones, and what it must not set."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +9,8 @@ from transformers.utils import logging
 from mmkd.data.class_rows import ClassRows
 from mmkd.data.classification import ClassificationData, ClassificationRecipe, load_classification
 from mmkd.errors import UserError
-from mmkd.recipe.arguments import ADAPTER_KEYS, RunArguments
-from mmkd.recipe.cache_arguments import CacheArguments
 from mmkd.recipe.recipe import Run
+from mmkd.recipe.unread_keys import check_read, unread_keys
 
 from .dho_config import DHOConfig
 from .dho_trainer import DHOTrainer
@@ -73,9 +71,7 @@ def settings_of(run: Run) -> DHOConfig:
 
 def check_arguments(run: Run) -> None:
     """Raises UserError for keys of tokens, and for a student that cannot be trained."""
-    for key in dataclasses.fields(RunArguments):
-        if key.name not in _READ and getattr(run.arguments, key.name) != key.default:
-            raise UserError(f"Method dho does not read {key.name}; it is about tokens. Remove it.", because="meaning")
+    check_read(run.arguments, _READ, "it is about tokens. Remove it.")
     _check_teachers(run)
     if run.cache.job == "generate":
         raise UserError(
@@ -111,9 +107,7 @@ def unused_keys() -> dict[str, str]:
 
     Those of a cache are among them: the logits of classes are written in one way.
     """
-    unread = [key.name for key in dataclasses.fields(RunArguments) if key.name not in _READ]
-    unread += [key.name for key in dataclasses.fields(CacheArguments) if key.name != "job"]
-    return dict.fromkeys(unread, "It is about tokens.") | dict.fromkeys(ADAPTER_KEYS, "The whole student is trained.")
+    return unread_keys(_READ, "It is about tokens.", "The whole student is trained.", {"job"})
 
 
 def class_data_facts(name: str) -> dict[str, Any]:

@@ -5,15 +5,14 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from mmkd.models.vision_towers import image_side, new_tower, tower_config
 from mmkd.preflight.count import counted
-from mmkd.preflight.hardware import GIB, USABLE, Device
+from mmkd.preflight.hardware import Device
 from mmkd.preflight.stage_checks import StageRun
-from mmkd.preflight.whole_model import training_pass, training_state
+from mmkd.preflight.whole_model import WholePlan, training_pass, training_state
 from mmkd.recipe.recipe import Run
 from mmkd.seams.torch_seam import without_data
 from mmkd.units import readable_size, with_noun
@@ -41,28 +40,11 @@ def plan_tower(stage: StageRun, device: Device, devices: int, price: float | Non
     for name, (own, _) in teacher_runs(run).items():
         weights, pass_flops = _teacher(own, batch)
         parts[role_of(name)], asked = weights, asked + pass_flops
-    total = sum(parts.values())
-    steps = _steps(args, pictures, devices)
     seconds = (flops + asked) * args.gradient_accumulation_steps / (device.flops * device.utilisation)
-    console.print(
-        f"mmkd plan {stage.title}: {devices} x {device.name} ({device.memory / GIB:.0f} GiB), {batch} pictures each.",
-        highlight=False,
-    )
-    table = Table(box=box.SIMPLE, show_header=False)
-    for part, value in parts.items():
-        table.add_row(f"GiB on one device: {part}", f"{value / GIB:,.2f}")
-    table.add_row("in all, without the heads", f"{total / GIB:,.2f}", style="bold")
-    table.add_row("fits", "yes" if total <= USABLE * device.memory else "no")
-    table.add_row("seconds computing a step", f"{seconds:,.3g}")
-    table.add_row("of it for teachers", f"{asked / (flops + asked):.0%}")
-    table.add_row("steps of the run", f"{steps:,}")
-    hours = steps * seconds * devices / 3600
-    table.add_row("device-hours of the run", f"{hours:,.3g}")
-    if price is not None:
-        table.add_row("cost", f"{price * hours:,.2f}")
-    console.print(table)
-    console.print("Reading and decoding pictures is not counted, which small students often wait for.")
-    return 0 if total <= USABLE * device.memory else 1
+    of_teachers = {"of it for teachers": f"{asked / (flops + asked):.0%}"}
+    steps = _steps(args, pictures, devices)
+    plan = WholePlan(parts, seconds, steps, left_out=", without the heads", of_step=of_teachers)
+    return plan.show(stage.title, f"{batch} pictures each", device, devices, price, console)
 
 
 def dry_run_tower(run: Run, console: Console) -> TowerKDTrainer:

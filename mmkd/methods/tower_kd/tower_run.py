@@ -1,15 +1,14 @@
 """What a recipe of tower_kd says: its student tower, its teachers, and what it must not set."""
 
-import dataclasses
 from typing import Any
 
 from transformers import AutoImageProcessor
 
 from mmkd.errors import UserError, first_line
 from mmkd.models.vision_towers import cut_tower, load_tower, new_tower, tower_config
-from mmkd.recipe.arguments import ADAPTER_KEYS, VIEW, RunArguments
-from mmkd.recipe.cache_arguments import CacheArguments
+from mmkd.recipe.arguments import VIEW
 from mmkd.recipe.recipe import Run
+from mmkd.recipe.unread_keys import check_read, unread_keys
 
 from .tower_config import TowerKDConfig
 
@@ -44,13 +43,8 @@ def student_layer(run: Run) -> int | None:
 def check_arguments(run: Run) -> None:
     """Raises UserError for keys of tokens, and for a student or a teacher that is none."""
     arguments = run.arguments
-    for key in dataclasses.fields(RunArguments):
-        if key.name not in _READ and getattr(arguments, key.name) != key.default:
-            raise UserError(
-                f"Method tower_kd does not read {key.name}; it is about tokens. Remove it, or set it to null in this "
-                "stage of a recipe in stages.",
-                because="meaning",
-            )
+    why = "it is about tokens. Remove it, or set it to null in this stage of a recipe in stages."
+    check_read(arguments, _READ, why)
     if run.student.use_peft or run.student.load_in_4bit or run.student.load_in_8bit:
         raise UserError(
             "Method tower_kd trains the whole tower. Remove use_peft, load_in_4bit and load_in_8bit, or set them to "
@@ -75,9 +69,7 @@ def check_arguments(run: Run) -> None:
 
 def unused_keys() -> dict[str, str]:
     """The keys of every recipe that one of vision towers has no use for -> why."""
-    unread = [key.name for key in dataclasses.fields(RunArguments) if key.name not in _READ]
-    unread += [key.name for key in dataclasses.fields(CacheArguments)]
-    return dict.fromkeys(unread, "It is about tokens.") | dict.fromkeys(ADAPTER_KEYS, "The whole tower is trained.")
+    return unread_keys(_READ, "It is about tokens.", "The whole tower is trained.")
 
 
 def student_hub(run: Run) -> dict[str, Any]:

@@ -1,13 +1,11 @@
 """What a recipe of trans_encoder says: its pairs, its students, and what it must not set."""
 
-import dataclasses
 from typing import Any
 
 from mmkd.data.sentence_pairs import SentencePairs, load_pairs
 from mmkd.errors import UserError
-from mmkd.recipe.arguments import ADAPTER_KEYS, RunArguments
-from mmkd.recipe.cache_arguments import CacheArguments
 from mmkd.recipe.recipe import Run
+from mmkd.recipe.unread_keys import check_read, unread_keys
 
 from .trans_encoder_config import TransEncoderConfig
 
@@ -25,12 +23,7 @@ def settings_of(run: Run) -> TransEncoderConfig:
 def check_arguments(run: Run) -> None:
     """Raises UserError for keys that mean nothing here, and without a student."""
     arguments, training = run.arguments, settings_of(run)
-    for key in dataclasses.fields(RunArguments):
-        if key.name not in _READ and getattr(arguments, key.name) != key.default:
-            raise UserError(
-                f"Method trans_encoder does not read {key.name}: its teachers are the encoders themselves. Remove it.",
-                because="meaning",
-            )
+    check_read(arguments, _READ, "its teachers are the encoders themselves. Remove it.")
     if arguments.student is None:
         raise UserError("trans_encoder needs student: the bi-encoder that it begins with, a Hub id or a folder.")
     if run.student.use_peft or run.student.load_in_4bit or run.student.load_in_8bit:
@@ -47,10 +40,7 @@ def check_arguments(run: Run) -> None:
 
 def unused_keys() -> dict[str, str]:
     """The keys of every recipe that one of sentence encoders has no use for -> why."""
-    unread = [key.name for key in dataclasses.fields(RunArguments) if key.name not in _READ]
-    unread += [key.name for key in dataclasses.fields(CacheArguments)]
-    reason = "The encoders are each other's teachers."
-    return dict.fromkeys(unread, reason) | dict.fromkeys(ADAPTER_KEYS, "Whole encoders are trained.")
+    return unread_keys(_READ, "The encoders are each other's teachers.", "Whole encoders are trained.")
 
 
 def members_of(run: Run) -> dict[str, tuple[str, str]]:
