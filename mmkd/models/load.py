@@ -35,7 +35,7 @@ _COUNTS_FROM_PADDING = {
 }
 # Without positions, or with a table that grows.
 _WITHOUT_TABLE = {"jamba", "xglm"}
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def load_model(
