@@ -141,7 +141,7 @@ class DataRecipe:
     )
     image_urls: bool = field(
         default=False,
-        metadata={"help": "Download images that are http(s) URLs, each once.", "yaml": bool},
+        metadata={"help": "Download images that are http(s) URLs, each once, from public addresses.", "yaml": bool},
     )
     filters: DataFilters = field(default_factory=DataFilters, metadata={"help": "Which rows are kept.", "yaml": dict})
     eval_rows: int | None = field(

@@ -17,6 +17,7 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
+from huggingface_hub.constants import ENDPOINT
 from PIL import Image as PILImage
 from PIL import ImageOps
 from PIL.ExifTags import Base as ExifTag
@@ -55,6 +56,9 @@ _LONGEST_PATH = 4096
 # PNM.
 _BASE64_STARTS = ("iVBOR", "/9j/", "_9j_", "R0lG", "UklG", "Qk", "SUkq", "TU0A", "AAAA", "/0//", "UD")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{24,}={0,2}\s*")
+# Of paths in the notation of datasets and fsspec, such as zip://a.png::b.zip: files here, at the Hub, in a bucket that
+# the user has keys of, and within archives of these.
+_PROTOCOLS = ("file", "hf", "zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4", "s3", "gs", "gcs", "az", "abfs")
 # In these formats, frames after the first are previews or other sizes of the same picture.
 _ONE_PICTURE = ("MPO", "ICO", "ICNS", "CUR")
 
@@ -201,13 +205,24 @@ def _content(text: str, folder: str | Path | None, allow_urls: bool) -> bytes | 
             )
         return download(text)
     if "://" in text and not text.startswith(("data:", "file:")) and len(text) < _LONGEST_PATH:
-        # The protocols of datasets: hf://, files within archives (zip://a.png::b.zip).
+        _check_protocols(text)
         with xopen(text, "rb") as file:
             return file.read()
     content = content_of_text(text, folder)
     if isinstance(content, Path) and not os.path.isfile(content):
         raise UnreadableImage(f"FileNotFoundError: there is no file {_cut(str(content), _LONG)}")
     return content
+
+
+def _check_protocols(text: str) -> None:
+    """Raises UnreadableImage for a chain of protocols that asks a server which `image_urls` has not allowed."""
+    for part in text.split("::"):
+        protocol, mark, _ = part.partition("://")
+        if mark and protocol not in _PROTOCOLS and not part.startswith(f"{ENDPOINT}/"):
+            raise UnreadableImage(
+                f"{_cut(text, _LONG)}: pictures are not read through {protocol}://. Known are "
+                f"{', '.join(_PROTOCOLS)}, and http(s) URLs of single pictures with `image_urls: true`"
+            )
 
 
 def content_of_text(text: str, folder: str | Path | None = None) -> bytes | Path:

@@ -15,6 +15,7 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 
 from mmkd.data.image_columns import UNDECODED, download_images, image_column, image_lists, stored_image
+from mmkd.data.image_urls import download
 from mmkd.data.images import UnreadableImage, UnusableRow, read_image, read_row
 from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
@@ -218,6 +219,7 @@ def test_servers_of_pictures_are_read_within_bounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("mmkd.data.image_urls.is_public", lambda address: True)
     monkeypatch.setattr("mmkd.data.image_urls.LARGEST", 10_000)
     monkeypatch.setattr("mmkd.data.image_urls.TIMEOUT", 2.0)
     monkeypatch.setattr("mmkd.data.image_urls.LONGEST", 3.0)
@@ -257,3 +259,64 @@ def test_servers_of_pictures_are_read_within_bounds(
             assert reason in caplog.text
         download_images(data.select([0]))
         assert asked.count("/picture") == 2
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1",
+        "localhost",
+        "127.1",
+        "2130706433",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+        "10.1.2.3",
+        "169.254.169.254",
+        "0",
+    ],
+)
+def test_pictures_are_never_asked_of_private_addresses(host: str) -> None:
+    with pytest.raises(UserError, match="an address of a private network"):
+        download(f"http://{host}:9/picture.png")
+
+
+def test_a_redirect_to_a_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Server(QuietHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers["Host"])
+            self.send_response(302)
+            self.send_header("Location", f"http://127.0.0.2:{port}/secret")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    monkeypatch.setattr("mmkd.data.image_urls.is_public", lambda address: str(address) == "127.0.0.1")
+    with listening(Server) as url:
+        port = url.rpartition(":")[2]
+        with pytest.raises(UserError, match=r"127\.0\.0\.2, an address of a private network"):
+            download(f"http://127.0.0.1:{port}/picture.png")
+    assert asked == [f"127.0.0.1:{port}"]
+
+
+def test_a_name_is_asked_at_the_address_that_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Server(QuietHandler):
+        def do_GET(self) -> None:
+            content = self.headers["Host"].encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    resolved = []
+
+    def rebound(host: str, port: int, *args: Any, **kwargs: Any) -> list[Any]:
+        resolved.append(host)
+        return [(2, 1, 6, "", ("127.0.0.1", port))]
+
+    with listening(Server) as url:
+        port = url.rpartition(":")[2]
+        monkeypatch.setattr("mmkd.data.image_urls.is_public", lambda address: True)
+        monkeypatch.setattr("mmkd.data.image_urls.socket.getaddrinfo", rebound)
+        assert download(f"http://pictures.example:{port}/a") == f"pictures.example:{port}".encode()
+    assert resolved.count("pictures.example") == 1
