@@ -105,7 +105,7 @@ class Grid:
         return (self._grouped(values) * scales).reshape(codes.shape).to(dtype)
 
     def fake_quantised(self, weight: Float[Tensor, "... row"], tensor_scale: Tensor | None = None) -> Tensor:
-        """What `dequantise(quantise(weight))` gives, in the weight's type; the gradient goes to the weight as it is."""
+        """What `dequantise(quantise(weight))` gives, in the weight's type. The gradient goes straight through."""
         if tensor_scale is None:
             tensor_scale = self.tensor_scale(weight)
         return _StraightThrough.apply(weight, self, weight.dtype, tensor_scale)
