@@ -133,6 +133,7 @@ class Grid:
         if self.format == "mxfp4":
             stored = _e8m0(largest)
         elif self.format == "nvfp4":
+            assert tensor_scale is not None
             stored = (largest / _E2M1_MAX * tensor_scale).clamp(max=_E4M3_MAX)
             stored = _no_zeros(stored.to(torch.float8_e4m3fn).float(), 0.125).to(torch.float8_e4m3fn)
         else:

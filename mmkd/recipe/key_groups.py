@@ -32,7 +32,8 @@ OWN_KEYS = {
     ),
     "student": (
         "student student_init student_layers student_intermediate_size student_num_attention_heads "
-        "student_vision_tower student_vision_layer trainable"
+        "student_vision_tower student_vision_layer trainable student_quantization student_quantization_group "
+        "student_quantization_activations student_quantization_skip"
     ),
     "data": "data max_train_rows max_eval_rows on_bad_row",
     "training": "dry_run stages schedule accelerate_config env chunk_size precise_logits",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -45,3 +46,39 @@ def adapts_weights_of_its_own(model: PeftModel) -> bool:
     """
     ways = [getattr(config, "init_lora_weights", True) for config in model.peft_config.values()]
     return all(not isinstance(way, str) or way in ("gaussian", "eva", "orthogonal") for way in ways)
+
+
+def is_lora(module: Any) -> bool:
+    """Whether a module is a linear layer with LoRA, on a base that is a plain `nn.Linear`."""
+    return isinstance(module, LoraLinear) and type(module.get_base_layer()) is torch.nn.Linear
+
+
+def merges_otherwise(module: Any) -> str | None:
+    """What of a LoRA layer is more than a matrix added to its weight, by the key that asks for it; None: nothing."""
+    if module.lora_variant:
+        return "use_dora"
+    return "lora_bias" if any(module.lora_bias.values()) else None
+
+
+def merged_weight(module: Any) -> torch.Tensor:
+    """The weight of a LoRA layer as merging leaves it, with gradients of the adapter; that of its base if it is off.
+
+    The sum is rounded to the type of the base, as `merge_and_unload` rounds it.
+    """
+    weight = module.get_base_layer().weight
+    if module.disable_adapters or module.merged:
+        return weight
+    for name in module.active_adapters:
+        if name in module.lora_A:
+            weight = (weight + module.get_delta_weight(name)).to(weight.dtype)
+    return weight
+
+
+def drops_out(module: Any) -> bool:
+    """Whether a LoRA layer drops a part of what its adapter reads."""
+    return any(isinstance(dropout, torch.nn.Dropout) for dropout in module.lora_dropout.values())
+
+
+def copies_of(wrapper: Any) -> list[torch.nn.Module]:
+    """The module that PEFT trains a copy of, and its copies."""
+    return [wrapper.original_module, *getattr(wrapper, "modules_to_save", {}).values()]

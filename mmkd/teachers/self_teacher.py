@@ -1,7 +1,7 @@
 """The student as its own teacher: as it was before training, as it is now, or an average of the steps between."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmkd.models.backbone import full_head
 from mmkd.models.kept_weights import KeptWeights
+from mmkd.models.quantised_students import quantisation_off
 from mmkd.models.sharded_weights import called, is_sharded, reshard
 from mmkd.seams.peft_seam import adapters_off, adapts_weights_of_its_own
 
@@ -89,8 +90,10 @@ class SelfTeacher(ModelTeacher):
         torch.clear_autocast_cache()
         self._settle()
         weights = adapters_off(self.model) if self.switches_off else self.weights.in_use()
+        # The student before training is the original; what it is now, and an average, are to be quantised as it is.
+        precision = quantisation_off(self.model) if self.form == "base" else nullcontext()
         try:
-            with weights, self._accelerator.autocast():
+            with weights, precision, self._accelerator.autocast():
                 yield
         finally:
             torch.clear_autocast_cache()

@@ -140,6 +140,7 @@ class DistillationTrainer(RunTrainer, MethodTrainer[Signal], LabellingTrainer):
         # Batches of streams would be cut and put together again field by field, and not all fields are about rows.
         self.accelerator.dataloader_config.dispatch_batches = False
         check_student(self)
+        self.quantise_student()
         self._fit(teacher, teacher_processing_class)
         if self.args.sparse_density is not None:
             self.add_callback(SparseTuning(self))

@@ -12,11 +12,12 @@ from mmkd.schema import PositiveInt, Range, Share
 from mmkd.seams.trainer_seam import take_one_gpu, with_json_keys
 from mmkd.teachers.self_teacher import FORMS
 
+from .quantisation_config import QuantisationConfig
 from .rollout_config import RolloutConfig
 
 
 @dataclass
-class DistillationConfig(RolloutConfig):
+class DistillationConfig(QuantisationConfig):
     """What every method reads, besides everything of trl's SFTConfig."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = with_json_keys(
@@ -182,8 +183,9 @@ class DistillationConfig(RolloutConfig):
                 because="meaning",
             )
         check_combination(self)
-        # Said at once where it is no view.
+        # Said at once where it is no view, or no format.
         TeacherView.of(self.teacher_view)
+        _ = self.quantisation
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise UserError(
                 "loss_type and label_smoothing_factor change SFT's own loss, which distillation replaces. Remove "

@@ -21,6 +21,7 @@ from mmkd.teachers.teacher import Teacher
 from .answers import Placed
 from .config import DistillationConfig
 from .items import DATA_TOKEN, ItemLosses, ReadStudent, Supervised, kind_of
+from .quantised_training import QuantisedTrainer
 from .rewards import REWARD, policy_gradient
 from .rollout_trainer import RolloutTrainer
 from .self_teaching import SelfTaughtTrainer
@@ -35,7 +36,7 @@ Signal = TypeVar("Signal")
 """What a method reads of its teacher."""
 
 
-class MethodTrainer(SelfTaughtTrainer, RolloutTrainer, TermTrainer, Generic[Signal]):
+class MethodTrainer(QuantisedTrainer, SelfTaughtTrainer, RolloutTrainer, TermTrainer, Generic[Signal]):
     """The hooks that a method overrides, of which it must write `item_losses`, and what it calls in them."""
 
     method: ClassVar[str]

@@ -59,6 +59,8 @@ def nothing_to_learn(args: DistillationConfig) -> str | None:
     """Why a student whose only teacher it is itself would learn nothing; None where it would."""
     if args.teacher_view is not None or args.term_weights.get("ce") or args.learns_from_reward:
         return None
+    if args.student_quantization is not None and (args.self_teacher or "base") == "base":
+        return None
     return (
         "Student and teacher are the same model and read the same text, so that their divergence is 0 from the first "
         "step on and nothing is learnt. Set teacher_view, so that the teacher reads more than the student, ce_weight "

@@ -58,7 +58,7 @@ def by_compressed_tensors(format: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         generate_gparam,
     )
 
-    args = preset_name_to_scheme(PRESETS[format], ["Linear"]).weights
+    args: Any = preset_name_to_scheme(PRESETS[format], ["Linear"]).weights
     if format == "int4":
         args = args.model_copy(update={"group_size": 32})
     groups = weight.unflatten(-1, (-1, args.group_size or weight.shape[-1]))

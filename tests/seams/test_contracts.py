@@ -460,6 +460,35 @@ def test_an_adapter_may_begin_with_a_part_of_the_weights() -> None:
     assert not peft_seam.adapts_weights_of_its_own(model)
 
 
+def test_peft_merges_its_layers() -> None:
+    model: Any = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    assert peft_seam.is_lora(layer)
+    assert peft_seam.drops_out(layer)
+    assert peft_seam.merges_otherwise(layer) is None
+    assert not peft_seam.is_lora(model.base_model.model.model.layers[0].self_attn.k_proj)
+    ours = peft_seam.merged_weight(layer)
+    assert ours.requires_grad
+    with peft_seam.adapters_off(model):
+        assert peft_seam.merged_weight(layer) is layer.get_base_layer().weight
+    assert torch.equal(ours, model.merge_and_unload().model.layers[0].self_attn.q_proj.weight)
+
+
+def test_peft_says_what_is_more_than_a_sum() -> None:
+    for key in ("use_dora", "lora_bias"):
+        config = LoraConfig(target_modules=["q_proj"], **{key: True})
+        layer = get_peft_model(make_model(), config).base_model.model.model.layers[0].self_attn.q_proj  # pyright: ignore
+        assert peft_seam.merges_otherwise(layer) == key
+
+
+def test_peft_copies_modules() -> None:
+    model: Any = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["up_proj"]))
+    wrapper = model.base_model.model.model.layers[0].mlp.up_proj
+    assert len(peft_seam.copies_of(wrapper)) == 2
+    assert all(isinstance(copy, torch.nn.Linear) for copy in peft_seam.copies_of(wrapper))
+
+
 # datasets
 
 
