@@ -65,6 +65,7 @@ class Case:
     vocab: int
     width: int
     layers: int
+    device: str = "cpu"
 
 
 def main() -> None:
@@ -75,10 +76,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     sizes = (2, 4, 500, 64, 1) if args.quick else (args.batch, args.patches, args.vocab, 256, 6)
-    cases = {name: Case(name, *sizes) for name in VARIANTS}
+    cases = {name: Case(name, *sizes, args.device) for name in VARIANTS}
     repeats: dict[str, int] = {name: args.repeats for name in cases}
-    runs = interleaved({name: build(case)[1] for name, case in cases.items()}, repeats, "cpu")
-    memory = {name: alone(build, case, "cpu").megabytes if args.memory else None for name, case in cases.items()}
+    runs = interleaved({name: build(case)[1] for name, case in cases.items()}, repeats, args.device)
+    memory = {name: alone(build, case, args.device).megabytes if args.memory else None for name, case in cases.items()}
     rows = [
         {
             "step": name,
@@ -93,7 +94,7 @@ def main() -> None:
     title = f"{visual} visual tokens, vocabulary {sizes[2]}: their fp32 logits would be {logits:.0f} MB a model"
     matched = [matching(tokens, sizes[2], args.repeats) for tokens in ((36,) if args.quick else (144, 324, 576))]
     tables = {title: rows, f"Matching one image of as many tokens on both sides, vocabulary {sizes[2]}": matched}
-    report("b9", "cpu", tables, settings={"sizes": sizes})
+    report("b9", args.device, tables, settings={"sizes": sizes})
 
 
 def matching(tokens: int, vocab: int, repeats: int) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def stepper(case: Case) -> Step:
         "assistant_only_loss": True,
         "max_length": None,
         "bf16": False,
-        "use_cpu": True,
+        "use_cpu": case.device == "cpu",
         "activation_checkpointing": False,
         "per_device_train_batch_size": case.batch,
         "logging_steps": 10**6,
@@ -156,7 +157,7 @@ def stepper(case: Case) -> Step:
         trainer = LLaVAKDTrainer(student, teacher, config, teacher_processing_class=make_processor(seen), **common)
     optimizer = torch.optim.AdamW(trainer.model.parameters())
     trainer.model.train()
-    batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
+    batch = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in trainer.train_dataset]))
 
     def step() -> float:
         trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
