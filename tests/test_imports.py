@@ -25,7 +25,18 @@ ORDER = (
     "losses",
 )
 ORDER += ("alignment", "seams", "precision", "results", "data", "models", "cache", "teachers", "generation")
-ORDER += ("preparation", "training", "recipe", "capture", "preflight", "methods", "eval", "publish", "prepare")
+ORDER += (
+    "preparation",
+    "training",
+    "recipe",
+    "capture",
+    "preflight",
+    "methods",
+    "export",
+    "eval",
+    "publish",
+    "prepare",
+)
 ORDER += ("scaffold", "ui", "commands")
 
 # Of the parts at the ground, more is asked: maths, paths and YAML know nothing of the rest.
@@ -34,7 +45,7 @@ NARROW |= {"shipped": {"errors", "schema_lines"}}
 
 # Slow to import, or not installed with mmkd at all: a user of something else must not pay for them.
 HEAVY = {"bitsandbytes", "flash_attn", "gguf", "liger_kernel", "lm_eval", "lmms_eval", "matplotlib", "ray", "scipy"}
-HEAVY |= {"sklearn"}
+HEAVY |= {"sklearn", "compressed_tensors", "llama_cpp", "llmcompressor", "onnx", "onnxruntime"}
 
 # Absent on Windows, where one can train all the same.
 POSIX = {"fcntl", "grp", "pwd", "resource", "termios"}

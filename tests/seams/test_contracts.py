@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     GenerationConfig,
     Trainer,
@@ -36,9 +37,12 @@ from transformers.trainer_callback import TrainerState
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from mmkd.export.compressed_writer import write_compressed
+from mmkd.models.quantisation_grids import Grid
 from mmkd.seams import (
     accelerate_seam,
     bitsandbytes_seam,
+    compressed_tensors_seam,
     datasets_seam,
     decoding_seam,
     deepspeed_seam,
@@ -644,3 +648,18 @@ def test_messages_are_kept_back_by_name_alone(
     assert len(heard()) == 2 * len(others)
     monkeypatch.undo()
     upstream_messages.keep_back_messages()
+
+
+# compressed-tensors
+
+
+def test_packed_weights_can_be_unpacked_before_the_first_forward_pass(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    make_model().save_pretrained(tmp_path / "model")
+    write_compressed(str(tmp_path / "model"), tmp_path / "packed", Grid.of("mxfp4"))
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert hasattr(model, "ct_decompress_hook")
+    assert not hasattr(model.model.layers[0].mlp.up_proj, "weight")
+    compressed_tensors_seam.unpack_weights(model, torch.float64)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float64
+    assert not hasattr(model, "ct_decompress_hook")

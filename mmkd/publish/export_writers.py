@@ -1,0 +1,102 @@
+"""Who writes a student in which format, checked before anything is written."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from mmkd.errors import UserError
+from mmkd.export.compressed_writer import check_compressed, linear_layers, quantised_layers, write_compressed
+from mmkd.export.formats import ExportSpec
+from mmkd.export.gguf_writer import LlamaCpp
+from mmkd.export.llm_compressor import LLMCompressor
+from mmkd.export.onnx_writer import MAIN, check_onnx, write_onnx
+from mmkd.models.quantisation_grids import Grid
+
+from .student_to_export import StudentToExport
+
+_BITS = {"int4": 4, "int8": 8}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a writer did."""
+
+    made_by: str
+    main: str | None = None
+    """The file that a runtime is given; None where that is the folder."""
+    notes: Sequence[str] = ()
+
+
+Writer = Callable[[str, Path], Written]
+"""Writes a student, the path of its folder first, to a folder."""
+
+
+def writer_of(spec: ExportSpec, student: StudentToExport) -> Writer:
+    """What writes a format. Raises UserError where a package is missing, or the format is not for this student."""
+    if hasattr(student.config, "quantization_config"):
+        raise UserError(
+            f"{student.eval_model.name} has quantised weights already, which no converter takes. Export the student "
+            "before it was quantised.",
+            because="meaning",
+        )
+    if spec.format == "gguf":
+        return _gguf(spec, student)
+    if spec.format == "onnx":
+        check_onnx(student.config)
+        return partial(_write_onnx, spec)
+    if spec.format in ("awq", "gptq"):
+        return _llm_compressor(spec, student)
+    return _compressed(spec, student)
+
+
+def grid_of(spec: ExportSpec, student: StudentToExport) -> Grid:
+    """The grid of a quantisation, with groups as given, or as the student was trained with."""
+    trained = student.keys.get("student_quantization_group") if spec.quantization == student.trained_for else None
+    return Grid.of(spec.quantization, (student.options.group or trained) if spec.quantization == "int4" else None)
+
+
+def _gguf(spec: ExportSpec, student: StudentToExport) -> Writer:
+    tools = LlamaCpp.find(student.options.llama_cpp)
+    tools.check(student.folder, spec.quantization)
+
+    def write(place: str, folder: Path) -> Written:
+        main, notes = tools.write(place, folder, spec.quantization)
+        return Written(f"llama.cpp, {tools.script}", main, notes)
+
+    return write
+
+
+def _write_onnx(spec: ExportSpec, place: str, folder: Path) -> Written:
+    notes = write_onnx(place, folder, spec.quantization)
+    return Written(f"transformers {version('transformers')}, onnxscript {version('onnxscript')}", MAIN, notes)
+
+
+def _compressed(spec: ExportSpec, student: StudentToExport) -> Writer:
+    check_compressed()
+    grid, skip = grid_of(spec, student), student.skip
+    for name, layer in quantised_layers(student.empty_model, skip).items():
+        grid.check(layer.weight.shape, name)
+    rows = student.calibration if spec.facts.calibrates else []
+
+    def write(place: str, folder: Path) -> Written:
+        notes = write_compressed(place, folder, grid, skip, rows)
+        return Written(f"compressed-tensors {version('compressed-tensors')}", None, notes)
+
+    return write
+
+
+def _llm_compressor(spec: ExportSpec, student: StudentToExport) -> Writer:
+    check_compressed()
+    tool, grid, rows = LLMCompressor.find(student.options.llm_compressor), grid_of(spec, student), student.calibration
+    layers = quantised_layers(student.empty_model, student.skip)
+    for name, layer in layers.items():
+        grid.check(layer.weight.shape, name)
+    others = [name for name in linear_layers(student.empty_model) if name not in layers]
+
+    def write(place: str, folder: Path) -> Written:
+        tool.write(place, folder, spec.format, _BITS[spec.quantization], grid.group, others, rows)
+        return Written(f"llm-compressor {tool.version}")
+
+    return write

@@ -1,0 +1,183 @@
+"""Exported students: written, read back by a runtime, and as far from the student as the format says."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from mmkd.commands.main import main
+from mmkd.errors import UserError
+from mmkd.export.compressed_writer import quantised_layers, write_compressed
+from mmkd.export.exported import RECORD, Exported, exported_of, find_exported
+from mmkd.export.formats import ExportSpec, spec_of, specs_of
+from mmkd.export.runtimes import Scored, sampled
+from mmkd.export.transformers_runtime import TransformersRuntime
+from mmkd.generation.generator import Sampling
+from mmkd.models.load import load_model
+from mmkd.models.quantisation_grids import Grid
+from scripts.make_tiny_models import sentences
+
+
+@pytest.fixture
+def student(tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tiny student beside the data recipe words.yaml."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in sentences(8, seed=1)))
+    data: dict[str, Any] = {"name": "words", "license": "CC0-1.0", "source": "json", "columns": {"text": "text"}}
+    data["data_files"] = {"train": "rows.jsonl", "eval": "rows.jsonl"}
+    Path("words.yaml").write_text(yaml.safe_dump(data | {"splits": {"train": "train", "eval": "eval"}}))
+    return Path(shutil.copytree(tiny["student"], tmp_path / "student"))
+
+
+def export(student: Path, *words: str, status: int = 0) -> list[Exported]:
+    assert main(["export", str(student), "--data", "words.yaml", "--rows", "4", *words]) == status
+    return exported_of(student)
+
+
+def test_formats_and_quantisations_are_named_together_or_apart():
+    assert spec_of("gguf:Q4_K_M") == spec_of("gguf") == ExportSpec("gguf", "q4_k_m")
+    assert spec_of("compressed_tensors", "int8").name == "compressed-tensors-int8"
+    assert spec_of("nvfp4").name == "nvfp4"
+    assert specs_of(["gguf", "onnx:int8"], ["q8_0", "f16"]) == [
+        ExportSpec("gguf", "q8_0"),
+        ExportSpec("gguf", "f16"),
+        ExportSpec("onnx", "int8"),
+    ]
+    with pytest.raises(UserError, match=r"no format 'ggml'.*gguf"):
+        spec_of("ggml")
+    with pytest.raises(UserError, match=r"onnx has no quantisation 'q4_0'.*fp32"):
+        spec_of("onnx:q4_0")
+
+
+def test_kl_of_listed_tokens_takes_all_others_as_one():
+    student = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    whole = Scored.of(torch.tensor([[0.25, 0.25, 0.25, 0.25]]).log(), torch.tensor([1]))
+    listed = Scored(torch.tensor([1]), whole.of_labels, whole.log_probs[:, :2], torch.tensor([[0, 1]]))
+    assert whole.kl_from(student).item() == pytest.approx(0.25 * torch.tensor(2.0).log().item())
+    assert listed.kl_from(student).item() == pytest.approx(
+        (0.5 * torch.tensor(2.0).log() + 0.25 * torch.tensor(0.5).log()).item()
+    )
+    assert listed.top.tolist() == [0]
+
+
+def test_sampling_takes_the_likeliest_tokens_up_to_their_share():
+    logits, generator = torch.tensor([2.0, 1.9, -3.0]), torch.Generator().manual_seed(0)
+    assert sampled(logits, Sampling(1), generator) == 0
+    drawn = {sampled(logits, Sampling(1, temperature=1.0, top_p=0.9), generator) for _ in range(50)}
+    assert drawn == {0, 1}
+
+
+@pytest.mark.parametrize("format", ["int4", "int8", "fp8", "mxfp4", "nvfp4"])
+def test_a_compressed_student_has_the_codes_of_its_grid(format, tiny, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    grid, rows = Grid.of(format), [list(range(5, 40))]
+    assert write_compressed(str(tiny["student"]), tmp_path / "out", grid, rows=rows) == []
+    read = TransformersRuntime(str(tmp_path / "out")).model
+    model: Any = load_model(str(tiny["student"]), dtype="float32")
+    layers = quantised_layers(model)
+    assert len(layers) == 7 * model.config.num_hidden_layers
+    for name, layer in layers.items():
+        scale = None
+        if format == "nvfp4":
+            # What runtimes join has one scale of the tensor.
+            joined = {"q_proj": ("q_proj", "k_proj", "v_proj"), "up_proj": ("gate_proj", "up_proj")}
+            own = name.rpartition(".")[2]
+            if own not in ("q_proj", "up_proj"):
+                continue
+            parent = name.rpartition(".")[0]
+            scale = grid.tensor_scale(*(layers[f"{parent}.{each}"].weight for each in joined[own]))
+        expected = grid.dequantise(grid.quantise(layer.weight.data, scale))
+        # transformers unpacks FP4 in bfloat16.
+        tolerance = 2**-8 if format == "nvfp4" else 0
+        torch.testing.assert_close(read.get_submodule(name).weight.data, expected, rtol=tolerance, atol=0)
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert "model.embed_tokens.weight" in saved
+    assert not any(name.startswith("lm_head") for name in saved)
+
+
+def test_layers_that_are_left_out_keep_their_weights(tiny, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    write_compressed(str(tiny["student"]), tmp_path / "out", Grid.of("int8"), skip=["down_proj", r"layers\.0\."])
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert any(name.endswith("down_proj") for name in config["ignore"])
+    before, after = load_file(tiny["student"] / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
+    assert after["model.layers.1.mlp.up_proj.weight"].dtype == torch.int8
+
+
+def test_an_export_is_checked_recorded_and_not_made_twice(student, capsys):
+    pytest.importorskip("compressed_tensors")
+    (exported,) = export(student, "--format", "compressed-tensors", "--quantization", "int8")
+    said = capsys.readouterr()
+    check = exported.checks["transformers"]
+    assert check["rows"] == 4
+    assert 0 < check["kl"] < 1e-3
+    assert check["perplexity"] == pytest.approx(check["student_perplexity"], rel=0.01)
+    assert check["top1_agreement"] > 0.9
+    assert check["tokens_per_second"] > 0
+    assert "vLLM was not tried here" in said.err
+    assert "compressed-tensors-int8" in said.out
+    assert "student" in said.out
+    for name, facts in exported.record["files"].items():
+        assert (exported.folder / name).stat().st_size == facts["bytes"]
+    before = (exported.folder / RECORD).read_text()
+    export(student, "--format", "compressed-tensors:int8")
+    assert "written already" in capsys.readouterr().err
+    assert (exported.folder / RECORD).read_text() == before
+    # Another check of the same files.
+    (again,) = export(student, "--format", "compressed-tensors:int8", "--max_length", "6")
+    assert again.record["date"] == exported.record["date"]
+    assert again.check["tokens"] < check["tokens"]
+    # Another group is another file.
+    (again,) = export(student, "--format", "compressed-tensors:int8", "--skip", "down_proj")
+    assert again.record["settings"]["skip"] == ["down_proj"]
+
+
+def test_what_cannot_be_exported_is_said_before_anything_is_written(student, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("compressed_tensors")
+    ask = ["--format", "compressed-tensors:int8"]
+    export(student, *ask, "gguf", "--llama_cpp", str(tmp_path), status=2)
+    assert f"{tmp_path} has no convert_hf_to_gguf.py" in capsys.readouterr().err
+    export(student, "--format", "compressed-tensors:int4", "--group", "24", status=2)
+    assert "cannot be cut into groups of 24" in capsys.readouterr().err
+    export(student, *ask, "compressed-tensors:fp8", "--output", "out", status=2)
+    assert "--output is the folder of one format" in capsys.readouterr().err
+    export(student, *ask, "--output", ".", status=2)
+    assert "holds something else" in capsys.readouterr().err
+    assert main(["export", str(student), *ask, "--data", "nothing.yaml"]) == 2
+    assert "nothing.yaml" in capsys.readouterr().err
+    assert main(["export", str(student), "--format", "nvfp4"]) == 2
+    assert "no run says which" in capsys.readouterr().err
+    monkeypatch.setenv("LLM_COMPRESSOR", "/nowhere/python")
+    export(student, "--format", "gptq", status=2)
+    assert "/nowhere/python is no Python that has llm-compressor" in capsys.readouterr().err
+    assert exported_of(student) == []
+
+
+def test_a_student_without_data_is_loaded_and_not_compared(student, capsys):
+    pytest.importorskip("compressed_tensors")
+    assert main(["export", str(student), "--format", "compressed-tensors:int8"]) == 0
+    assert "not compared with the student" in capsys.readouterr().err
+    assert "kl" not in exported_of(student)[0].check
+
+
+def test_exported_students_are_found_by_name_folder_and_file(student, tmp_path):
+    folder = student / "exported/gguf-q8_0"
+    folder.mkdir(parents=True)
+    record = {"schema": 1, "format": "gguf", "quantization": "q8_0", "main": "model-q8_0.gguf"}
+    (folder / RECORD).write_text(json.dumps(record))
+    (folder / "model-q8_0.gguf").write_text("")
+    (tmp_path / "other.gguf").write_text("")
+    for wanted in ("gguf-q8_0", "gguf:q8_0", "gguf", str(folder), str(folder / "model-q8_0.gguf")):
+        assert find_exported(str(student), wanted).path == folder / "model-q8_0.gguf"
+    assert find_exported(str(student), str(tmp_path / "other.gguf")).path == tmp_path / "other.gguf"
+    with pytest.raises(UserError, match=r"no exported student 'onnx'.*has gguf-q8_0"):
+        find_exported(str(student), "onnx")
+    (folder / RECORD).write_text(json.dumps({**record, "schema": 9}))
+    with pytest.raises(UserError, match="schema 9"):
+        find_exported(str(student), "gguf")
