@@ -247,10 +247,15 @@ def _set(layers: Sequence[tuple[str, Any]], quantisation: StudentQuantisation, w
     for name, layer in layers:
         layer.__class__ = QuantisedLora if isinstance(layer, LoraLinear) else QuantisedLinear
         layer.quantiser = LayerQuantiser(quantisation.grid, quantisation.activations, weights)
-        parent, _, own = name.rpartition(".")
-        beside = next((group for group in _JOINED if own in group), {own})
-        joined = (named.get(f"{parent}.{other}") for other in sorted(beside))
-        layer.quantiser.joined = tuple(other for other in joined if other is not None)
+        layer.quantiser.joined = joined_layers(name, named)
+
+
+def joined_layers(name: str, layers: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The layers that a runtime joins to one with that of this name, itself among them."""
+    parent, _, own = name.rpartition(".")
+    beside = next((group for group in _JOINED if own in group), {own})
+    joined = (layers.get(f"{parent}.{other}") for other in sorted(beside))
+    return tuple(other for other in joined if other is not None)
 
 
 def _linear_layers(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ from mmkd.models.load import load_processing_class, tokenizer_of
 from mmkd.results.machine import machine
 from mmkd.results.places import results_folder
 
-from .export_writers import Writer, grid_of, writer_of
+from .export_writers import Writer, writer_of
 from .student_to_export import ExportOptions, StudentToExport
 
 _WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
@@ -154,7 +154,7 @@ def _settings(spec: ExportSpec, student: StudentToExport) -> dict[str, Any]:
     """What decides the content of an export, beside the student."""
     settings: dict[str, Any] = {}
     if spec.format not in ("gguf", "onnx"):
-        settings |= {"group": grid_of(spec, student).group, "skip": list(student.skip)}
+        settings |= {"quantisation": student.quantisation(spec.quantization).as_dict()}
     if spec.facts.calibrates:
         rows = json.dumps(student.calibration).encode()
         settings |= {"calibration": student.data, "rows": hashlib.sha256(rows).hexdigest()}

@@ -7,12 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mmkd.errors import UserError
-from mmkd.export.compressed_writer import check_compressed, linear_layers, quantised_layers, write_compressed
+from mmkd.export.compressed_writer import check_compressed, linear_layers, write_compressed
 from mmkd.export.formats import ExportSpec
 from mmkd.export.gguf_writer import LlamaCpp
 from mmkd.export.llm_compressor import LLMCompressor
 from mmkd.export.onnx_writer import MAIN, check_onnx, write_onnx
-from mmkd.models.quantisation_grids import Grid
+from mmkd.models.quantised_students import StudentQuantisation, quantised_layers
 
 from .student_to_export import StudentToExport
 
@@ -51,10 +51,12 @@ def writer_of(spec: ExportSpec, student: StudentToExport) -> Writer:
     return _compressed(spec, student)
 
 
-def grid_of(spec: ExportSpec, student: StudentToExport) -> Grid:
-    """The grid of a quantisation, with groups as given, or as the student was trained with."""
-    trained = student.keys.get("student_quantization_group") if spec.quantization == student.trained_for else None
-    return Grid.of(spec.quantization, (student.options.group or trained) if spec.quantization == "int4" else None)
+def layers_of(student: StudentToExport, quantisation: StudentQuantisation) -> list[str]:
+    """The names of the layers that are quantised. Raises UserError where none can be, or not all."""
+    try:
+        return [name for name, _ in quantised_layers(student.empty_model, quantisation)]
+    except UserError as error:
+        raise UserError(f"{error} As flags here, these keys are --skip and --group.") from error
 
 
 def _gguf(spec: ExportSpec, student: StudentToExport) -> Writer:
@@ -75,28 +77,26 @@ def _write_onnx(spec: ExportSpec, place: str, folder: Path) -> Written:
 
 def _compressed(spec: ExportSpec, student: StudentToExport) -> Writer:
     check_compressed()
-    grid, skip = grid_of(spec, student), student.skip
-    for name, layer in quantised_layers(student.empty_model, skip).items():
-        grid.check(layer.weight.shape, name)
+    quantisation = student.quantisation(spec.quantization)
+    layers_of(student, quantisation)
     rows = student.calibration if spec.facts.calibrates else []
 
     def write(place: str, folder: Path) -> Written:
-        notes = write_compressed(place, folder, grid, skip, rows)
-        return Written(f"compressed-tensors {version('compressed-tensors')}", None, notes)
+        write_compressed(place, folder, quantisation, rows)
+        return Written(f"compressed-tensors {version('compressed-tensors')}")
 
     return write
 
 
 def _llm_compressor(spec: ExportSpec, student: StudentToExport) -> Writer:
     check_compressed()
-    tool, grid, rows = LLMCompressor.find(student.options.llm_compressor), grid_of(spec, student), student.calibration
-    layers = quantised_layers(student.empty_model, student.skip)
-    for name, layer in layers.items():
-        grid.check(layer.weight.shape, name)
+    tool, quantisation = LLMCompressor.find(student.options.llm_compressor), student.quantisation(spec.quantization)
+    layers, rows = set(layers_of(student, quantisation)), student.calibration
     others = [name for name in linear_layers(student.empty_model) if name not in layers]
 
     def write(place: str, folder: Path) -> Written:
-        tool.write(place, folder, spec.format, _BITS[spec.quantization], grid.group, others, rows)
+        bits = _BITS[spec.quantization]
+        tool.write(place, folder, spec.format, bits, quantisation.grid.group, others, rows)
         return Written(f"llm-compressor {tool.version}")
 
     return write

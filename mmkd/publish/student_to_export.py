@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,7 @@ from mmkd.eval.model import find_model
 from mmkd.export.formats import FORMATS
 from mmkd.models.adapters import merge_adapter
 from mmkd.models.load import empty_model
+from mmkd.models.quantised_students import StudentQuantisation, recorded_beside, recorded_in_config
 from mmkd.training.method import METHODS
 
 from .runs import record_of
@@ -72,15 +73,18 @@ class StudentToExport:
         # A merged student is for the time of the export only.
         self._open.close()
 
-    @property
-    def trained_for(self) -> str | None:
-        """The quantisation that it was trained with."""
-        return self.keys.get("student_quantization")
+    @cached_property
+    def trained_as(self) -> StudentQuantisation | None:
+        """The quantisation that it was trained with; None for a student that was trained as it is."""
+        own = self.eval_model.adapter
+        return recorded_beside(own) if own else recorded_in_config(self.config)
 
-    @property
-    def skip(self) -> list[str]:
-        """Patterns of layers that stay as they are."""
-        return [*self.options.skip, *(self.keys.get("student_quantization_skip") or [])]
+    def quantisation(self, format: str) -> StudentQuantisation:
+        """How its weights are rounded to a format: as in its training, but for what the user says otherwise."""
+        given = {"group": self.options.group if format == "int4" else None, "skip": self.options.skip or None}
+        if self.trained_as is not None and self.trained_as.format == format:
+            return replace(self.trained_as, **{name: value for name, value in given.items() if value})
+        return StudentQuantisation.of(format, **given)
 
     @property
     def vocab_size(self) -> int:
@@ -143,7 +147,7 @@ class StudentToExport:
 
 
 def trained_quantization(name: str, formats: Sequence[str]) -> list[str]:
-    """The quantisation that a run's student was trained with, where a format has it; else none."""
+    """The quantisation that a run's student was trained with, where all formats have it; else none."""
     trained = record_of(Path(name)).get("keys", {}).get("student_quantization") if Path(name).is_dir() else None
     asked = [FORMATS[word] for word in formats if word in FORMATS]
     return [trained] if trained and asked and all(trained in each.quantizations for each in asked) else []

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 
 from mmkd.commands.main import main
 from mmkd.errors import UserError
-from mmkd.export.compressed_writer import quantised_layers, write_compressed
+from mmkd.export.compressed_writer import write_compressed
 from mmkd.export.exported import RECORD, Exported, exported_of, find_exported
 from mmkd.export.formats import ExportSpec, spec_of, specs_of
 from mmkd.export.runtimes import Scored, sampled
 from mmkd.export.transformers_runtime import TransformersRuntime
 from mmkd.generation.generator import Sampling
 from mmkd.models.load import load_model
-from mmkd.models.quantisation_grids import Grid
+from mmkd.models.quantised_students import StudentQuantisation, quantise_forward, quantise_weights
 from scripts.make_tiny_models import sentences
 
 
@@ -73,41 +73,40 @@ def test_sampling_takes_the_likeliest_tokens_up_to_their_share():
 
 
 @pytest.mark.parametrize("format", ["int4", "int8", "fp8", "mxfp4", "nvfp4"])
-def test_a_compressed_student_has_the_codes_of_its_grid(format, tiny, tmp_path):
+def test_a_compressed_student_has_the_weights_that_it_was_trained_with(format, tiny, tmp_path):
     pytest.importorskip("compressed_tensors")
-    grid, rows = Grid.of(format), [list(range(5, 40))]
-    assert write_compressed(str(tiny["student"]), tmp_path / "out", grid, rows=rows) == []
-    read = TransformersRuntime(str(tmp_path / "out")).model
-    model: Any = load_model(str(tiny["student"]), dtype="float32")
-    layers = quantised_layers(model)
-    assert len(layers) == 7 * model.config.num_hidden_layers
-    for name, layer in layers.items():
-        scale = None
-        if format == "nvfp4":
-            # What runtimes join has one scale of the tensor.
-            joined = {"q_proj": ("q_proj", "k_proj", "v_proj"), "up_proj": ("gate_proj", "up_proj")}
-            own = name.rpartition(".")[2]
-            if own not in ("q_proj", "up_proj"):
-                continue
-            parent = name.rpartition(".")[0]
-            scale = grid.tensor_scale(*(layers[f"{parent}.{each}"].weight for each in joined[own]))
-        expected = grid.dequantise(grid.quantise(layer.weight.data, scale))
+    quantisation, ids = StudentQuantisation.of(format, activations=None), list(range(5, 40))
+    write_compressed(str(tiny["student"]), tmp_path / "out", quantisation, rows=[ids])
+    exported = TransformersRuntime(str(tmp_path / "out"))
+    student: Any = load_model(str(tiny["student"]), dtype="float32").eval()
+    names = quantise_forward(student, quantisation)
+    trained = TransformersRuntime("", model=student).scored(ids)
+    quantise_weights(student, quantisation)
+    for name in names:
         # transformers unpacks FP4 in bfloat16.
         tolerance = 2**-8 if format == "nvfp4" else 0
-        torch.testing.assert_close(read.get_submodule(name).weight.data, expected, rtol=tolerance, atol=0)
-    saved = load_file(tmp_path / "out/model.safetensors")
-    assert "model.embed_tokens.weight" in saved
-    assert not any(name.startswith("lm_head") for name in saved)
+        expected = student.get_submodule(name).weight.data
+        torch.testing.assert_close(exported.model.get_submodule(name).weight.data, expected, rtol=tolerance, atol=0)
+    scored = exported.scored(ids)
+    if format != "nvfp4":
+        assert scored.kl_from(trained.log_probs).mean() < 1e-6
+    else:
+        # Its activations have a scale of the calibration here, and one of each token there: as good, not the same.
+        whole = TransformersRuntime(str(tiny["student"])).scored(ids).log_probs
+        assert 0.5 < scored.kl_from(whole).mean() / trained.kl_from(whole).mean() < 2
+    assert "model.embed_tokens.weight" in load_file(tmp_path / "out/model.safetensors")
 
 
 def test_layers_that_are_left_out_keep_their_weights(tiny, tmp_path):
     pytest.importorskip("compressed_tensors")
-    write_compressed(str(tiny["student"]), tmp_path / "out", Grid.of("int8"), skip=["down_proj", r"layers\.0\."])
+    quantisation = StudentQuantisation.of("int8", activations=False, skip=["down_proj", "layers.0"])
+    write_compressed(str(tiny["student"]), tmp_path / "out", quantisation)
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert any(name.endswith("down_proj") for name in config["ignore"])
+    assert config["config_groups"]["group_0"]["input_activations"] is None
     before, after = load_file(tiny["student"] / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
-    assert after["model.layers.1.mlp.up_proj.weight"].dtype == torch.int8
+    assert "model.layers.1.mlp.up_proj.weight_packed" in after
 
 
 def test_an_export_is_checked_recorded_and_not_made_twice(student, capsys):
@@ -135,7 +134,7 @@ def test_an_export_is_checked_recorded_and_not_made_twice(student, capsys):
     assert again.check["tokens"] < check["tokens"]
     # Another group is another file.
     (again,) = export(student, "--format", "compressed-tensors:int8", "--skip", "down_proj")
-    assert again.record["settings"]["skip"] == ["down_proj"]
+    assert again.record["settings"]["quantisation"]["skip"] == ["down_proj"]
 
 
 def test_what_cannot_be_exported_is_said_before_anything_is_written(student, tmp_path, monkeypatch, capsys):

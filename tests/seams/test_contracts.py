@@ -38,7 +38,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from mmkd.export.compressed_writer import write_compressed
-from mmkd.models.quantisation_grids import Grid
+from mmkd.models.quantised_students import StudentQuantisation
 from mmkd.seams import (
     accelerate_seam,
     bitsandbytes_seam,
@@ -656,7 +656,7 @@ def test_messages_are_kept_back_by_name_alone(
 def test_packed_weights_can_be_unpacked_before_the_first_forward_pass(tmp_path):
     pytest.importorskip("compressed_tensors")
     make_model().save_pretrained(tmp_path / "model")
-    write_compressed(str(tmp_path / "model"), tmp_path / "packed", Grid.of("mxfp4"))
+    write_compressed(str(tmp_path / "model"), tmp_path / "packed", StudentQuantisation.of("mxfp4"))
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert hasattr(model, "ct_decompress_hook")
     assert not hasattr(model.model.layers[0].mlp.up_proj, "weight")
