@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -162,12 +163,17 @@ class Harness:
         device = device_of(settings)
         more = {"batch_size": settings.batch_size, "device": device}
         kind = model_class(model_type)
-        if model.members or (model.vision and model_type == "hf"):
-            # lm-eval cannot load ensembles, or a vision-language model as a text model, but accepts loaded models.
+        quantised = bool(model.trained_as) and model_type in ("hf", "hf-multimodal")
+        if model.members or quantised or (model.vision and model_type == "hf"):
+            # lm-eval cannot load ensembles, what was trained quantised, or a vision-language model as a text model,
+            # but accepts loaded models.
             arguments = {key: value for key, value in model_args.items() if key != "dtype"}
             loaded = model.load(model_args["dtype"], device)
             tokenizer = tokenizer_of(model.processing_class)
             return kind(pretrained=loaded, tokenizer=tokenizer, batch_size=settings.batch_size, **arguments)
+        if model.trained_as and model_type != "local-completions":
+            text = f"{model_type} loads {model.name} itself, in full precision: it was trained as {model.trained_as}."
+            print(f"{text} Model type hf measures it as it was trained.", file=sys.stderr)
         named: dict[str, Any] = {"pretrained": model.path, **model_args}
         named |= {"revision": model.revision} if model.revision else {}
         named |= {"trust_remote_code": True} if model.trust_remote_code else {}

@@ -1,6 +1,7 @@
 """Tasks of lmms-eval, which has the benchmarks of vision-language models."""
 
 import importlib.util
+import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -52,6 +53,9 @@ def lmms_settings(model: EvalModel, settings: Settings) -> dict[str, Any]:
             "--model_args lmms_model=NAME (`python -m lmms_eval --help` says how to list them).",
             because="not built",
         )
+    if model.trained_as:
+        text = f"lmms-eval loads {model.name} itself, in full precision: it was trained as {model.trained_as}."
+        print(text, file=sys.stderr)
     dtype = model.computed_dtype(settings.dtype, device_of(settings))
     path = {"pretrained": model.path, **({"dtype": dtype} if dtype != "auto" else {})}
     return {

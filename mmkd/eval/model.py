@@ -11,16 +11,25 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 
 from mmkd.cache.identity import saved_dtype, weights_sha256
 from mmkd.errors import UserError
 from mmkd.models.ensemble import load_ensemble
 from mmkd.models.load import computed_dtype, load_model, load_processing_class, tokenizer_of
-from mmkd.precision import name_of_dtype
+from mmkd.models.quantised_students import (
+    StudentQuantisation,
+    quantise_weights,
+    record_in_config,
+    recorded_beside,
+    recorded_in_config,
+    say_as_trained,
+)
+from mmkd.precision import name_of_dtype, native_dtype
 from mmkd.recipe.run import last_checkpoint
 from mmkd.results.adapter_base import ADAPTER_CONFIG, adapter_base
 from mmkd.results.places import results_before, results_folder
+from mmkd.results.trained_as import BASE, described_base, trained_as
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,9 @@ class EvalModel:
             template = getattr(self.processing_class, "chat_template", None) or tokenizer.chat_template
             words = json.dumps([template, tokenizer.get_vocab()], sort_keys=True)
             parts.append(hashlib.sha256(words.encode()).hexdigest())
+            # The same weights are another model on a quantised base, or rounded.
+            rounded = self.base_quantisation or (self.quantisation and self.quantisation.as_dict())
+            parts += [json.dumps(rounded, sort_keys=True)] if rounded else []
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def computed_dtype(self, dtype: str, device: str) -> str:
@@ -90,11 +102,63 @@ class EvalModel:
         """The model itself, ready to be asked, in a type that the device multiplies."""
         if self.members:
             loaded: Any = load_ensemble([member.path for member in self.members], dtype=dtype, device=device)
-        else:
-            loaded = load_model(self.path, dtype=dtype, device=device, **self.hub)
+            return loaded.to(device).eval()
+        if self.trained_as:
+            say_as_trained(self.name, self.trained_as)
+        if self.base_quantisation:
+            return self._on_quantised_base(dtype, device)
+        loaded = load_model(self.path, dtype=dtype, device=device, **self.hub)
         if self.adapter:
             loaded = PeftModel.from_pretrained(loaded, self.adapter).merge_and_unload()  # pyright: ignore
-        return loaded.to(device).eval()
+        loaded = loaded.to(device).eval()
+        if self.quantisation is not None:
+            quantise_weights(loaded, self.quantisation)
+        return loaded
+
+    def merged(self) -> Any:
+        """The model of an adapter as a whole one in float32, whose config says how it is rounded.
+
+        Where the base was quantised in training, its weights are the values that it had there.
+        """
+        assert self.adapter is not None
+        if self.base_quantisation:
+            base: Any = self._quantised_base("auto", "cpu").dequantize().float()
+        else:
+            base = load_model(self.path, dtype="float32", **self.hub)
+        whole: Any = PeftModel.from_pretrained(base, self.adapter).merge_and_unload()  # pyright: ignore
+        record_in_config(whole, self.quantisation)
+        return whole
+
+    def _on_quantised_base(self, dtype: str, device: str) -> Any:
+        """An adapter on its base as that was quantised in training; merging would round once more."""
+        assert self.adapter is not None
+        return PeftModel.from_pretrained(self._quantised_base(dtype, device), self.adapter).eval()
+
+    def _quantised_base(self, dtype: str, device: str) -> Any:
+        quantised = BitsAndBytesConfig(**self.base_quantisation, bnb_4bit_compute_dtype=native_dtype(device))
+        where = {"quantization_config": quantised, "device_map": {"": device}}
+        return load_model(self.path, dtype=None if dtype == "auto" else dtype, **where, **self.hub)
+
+    @cached_property
+    def quantisation(self) -> StudentQuantisation | None:
+        """As what it was trained with student_quantization; None: as it is."""
+        if self.members:
+            return None
+        if self.adapter:
+            return recorded_beside(self.adapter)
+        return recorded_in_config(AutoConfig.from_pretrained(self.path, **self.hub))
+
+    @cached_property
+    def base_quantisation(self) -> dict[str, Any]:
+        """How the base of an adapter was quantised when it was loaded to be trained; empty: not."""
+        return trained_as(self.adapter).get(BASE, {}) if self.adapter else {}
+
+    @property
+    def trained_as(self) -> str:
+        """As what it was trained, for a reader; empty: in the precision of its weights."""
+        if self.base_quantisation:
+            return described_base(self.base_quantisation)
+        return "" if self.quantisation is None else self.quantisation.described()
 
     @property
     def results_folder(self) -> Path:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from mmkd.cache.store import Cache, read_log
 from mmkd.errors import UserError
 from mmkd.files import write_file
-from mmkd.recipe.arguments import RunArguments
+from mmkd.recipe.arguments import RunArguments, StudentArguments
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run import build_trainer
 from mmkd.results.compared import ComparedModel
@@ -129,7 +130,8 @@ def measure(recipe: Recipe, stage: str, folder: Path, judge: Recipe | None, save
     ):
         run = replace(run, arguments=_without_caches(run.arguments))
     if stage == "teacher":
-        run = replace(run, arguments=_of(run, run.arguments.teacher))
+        # The teacher in the student's place is not rounded as that will be.
+        run = replace(run, arguments=_of(run, run.arguments.teacher), training=run.training.in_full_precision())
     trainer = build_trainer(run)
     parameters, tokens, cost = trainer.model.num_parameters(), 0, None
     if stage == "trained":
@@ -142,7 +144,9 @@ def measure(recipe: Recipe, stage: str, folder: Path, judge: Recipe | None, save
         judging = (run if judge is None else _alone(judge)).named()
         _prepare(judging, folder / "judged")
         student = _whole(folder, folder / "judged" / "whole")
-        trainer = build_trainer(replace(judging, arguments=_of(judging, student)))
+        trainer = build_trainer(
+            replace(judging, arguments=_of(judging, student), student=_unquantised(judging.student))
+        )
     trainer.batch_reports = []
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     shutil.rmtree(folder / "judged" / "whole", ignore_errors=True)
@@ -161,9 +165,16 @@ def _whole(folder: Path, place: Path) -> str:
     saved = find_model(str(folder))
     if saved.adapter is None:
         return str(folder)
-    saved.load("float32").save_pretrained(place)
+    saved.merged().save_pretrained(place)
     saved.processing_class.save_pretrained(place)
     return str(place)
+
+
+def _unquantised(student: StudentArguments) -> StudentArguments:
+    """How a whole student is loaded that has the values of a base in 4 or 8 bits already."""
+    loading = copy(student)
+    loading.load_in_4bit = loading.load_in_8bit = False
+    return loading
 
 
 def _alone(recipe: Recipe) -> Run:

@@ -1,6 +1,6 @@
 """Students that compute with the values that a quantised model will have, in training and afterwards."""
 
-import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from mmkd.errors import UserError
+from mmkd.results.trained_as import trained_as
 from mmkd.seams.peft_seam import (
     LoraLinear,
     copies_of,
@@ -27,14 +28,12 @@ from mmkd.seams.peft_seam import (
 )
 
 from .backbone import base_of
+from .load import load_model
 from .parts import PARTS, part_of
 from .quantisation_grids import Grid
 
 KEY = "student_quantization"
 """Of config.json: as what a student was trained."""
-
-FILE = "student_quantization.json"
-"""Beside an adapter: as what the model with it was trained."""
 
 LEFT_OUT = ("vision_tower", "connector", "router")
 """What is not quantised where nothing is said, besides the head, embeddings and norms."""
@@ -315,7 +314,30 @@ def recorded_in_config(config: Any) -> StudentQuantisation | None:
     return None if recorded is None else StudentQuantisation.read(recorded)
 
 
-def recorded_beside(folder: str | Path) -> StudentQuantisation | None:
+def recorded_beside(adapter: str | Path) -> StudentQuantisation | None:
     """As what the model with the adapter in a folder was trained; None: as it is."""
-    path = Path(folder) / FILE
-    return StudentQuantisation.read(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    recorded = trained_as(adapter)
+    return StudentQuantisation.read(recorded) if "format" in recorded else None
+
+
+def load_as_trained(name: str, role: str = "model", **kwargs: Any) -> PreTrainedModel:
+    """As `load_model`, with the values that the model was trained with where it was trained quantised, which is said.
+
+    One that is quantised when it is loaded is left as that.
+    """
+    model = load_model(name, role, **kwargs)
+    quantisation = recorded_in_config(model.config)
+    if quantisation is not None and getattr(model.config, "quantization_config", None) is None:
+        say_as_trained(name, quantisation.described())
+        quantise_weights(model, quantisation)
+    return model
+
+
+def say_as_trained(name: str, what: str) -> None:
+    """Says once as what a model computes that was trained quantised."""
+    if (name, what) not in _SAID:
+        _SAID.add((name, what))
+        print(f"{name} computes as it was trained: {what}.", file=sys.stderr)
+
+
+_SAID: set[tuple[str, str]] = set()

@@ -11,6 +11,7 @@ from mmkd.errors import UserError
 from mmkd.models.assemble import prune
 from mmkd.models.llava import assemble_llava, llava_processor
 from mmkd.models.load import load_model, load_processing_class, quantised_to
+from mmkd.models.quantised_students import load_as_trained
 from mmkd.precision import product_dtype, say_float32
 
 from .new_base import new_base
@@ -130,7 +131,7 @@ def load_teacher(run: Run, name: str, dtype: str | None = None) -> PreTrainedMod
     """
     arguments, device = run.arguments, run.training.device
     bits = 4 if arguments.teacher_load_in_4bit else 8 if arguments.teacher_load_in_8bit else None
-    return load_model(
+    return load_as_trained(
         name,
         "teacher",
         device=device if dtype is None else None,

@@ -1,7 +1,8 @@
 """What a recipe says of a student that is trained as it will be quantised."""
 
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Self
 
 from mmkd.errors import UserError
 from mmkd.models.quantisation_grids import FORMATS
@@ -67,3 +68,10 @@ class QuantisationConfig(RolloutConfig):
                 because="meaning",
             )
         return None
+
+    def in_full_precision(self) -> Self:
+        """The same settings for a student that is trained as it is."""
+        settings = copy(self)
+        for name in ("", "_group", "_activations", "_skip"):
+            setattr(settings, f"student_quantization{name}", None)
+        return settings

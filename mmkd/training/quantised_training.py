@@ -6,13 +6,13 @@ from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils import logging
 
 from mmkd.errors import UserError
 from mmkd.files import write_file
+from mmkd.models.backbone import base_of
 from mmkd.models.quantised_students import (
-    FILE,
     StudentQuantisation,
     quantise_forward,
     record_in_config,
@@ -21,9 +21,15 @@ from mmkd.models.quantised_students import (
     replaces_dropout,
 )
 from mmkd.models.sharded_weights import is_sharded
+from mmkd.results.trained_as import BASE, FILE
 from mmkd.seams.trainer_seam import HookedTrainer
 
 logger = logging.get_logger(__name__)
+
+
+_BASE_KEYS = {"load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}
+_BASE_KEYS |= {"llm_int8_skip_modules"}
+"""What of a quantised base decides its values."""
 
 
 class QuantisedTrainer(HookedTrainer):
@@ -39,8 +45,14 @@ class QuantisedTrainer(HookedTrainer):
         Raises UserError for a student that cannot.
         """
         quantisation: StudentQuantisation | None = self.args.quantisation
+        before = recorded_in_config(base_of(self.model).config)
         record_in_config(self.model, quantisation)
         if quantisation is None:
+            if before is not None:
+                logger.warning(
+                    f"The student was trained as {before.described()}, and this run trains it in full precision. "
+                    f"Set student_quantization: {before.format} to go on as before."
+                )
             return
         adapted = isinstance(self.model, PeftModel)
         if self.is_deepspeed_enabled and is_sharded(self.accelerator) and (adapted or quantisation.format == "nvfp4"):
@@ -59,10 +71,19 @@ class QuantisedTrainer(HookedTrainer):
 
     def weights_to_save(self, folder: Path, weights: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         """Writes beside an adapter as what the model was trained; a whole student's config.json says it."""
-        if self.args.quantisation is not None and isinstance(self.model, PeftModel):
+        trained = self._trained_as()
+        if trained and isinstance(self.model, PeftModel):
             folder.mkdir(parents=True, exist_ok=True)
-            write_file(folder / FILE, json.dumps(self.args.quantisation.as_dict(), indent=1) + "\n")
+            write_file(folder / FILE, json.dumps(trained, indent=1) + "\n")
         return super().weights_to_save(folder, weights)
+
+    def _trained_as(self) -> dict[str, Any]:
+        if self.args.quantisation is not None:
+            return self.args.quantisation.as_dict()
+        loaded: Any = getattr(base_of(self.model).config, "quantization_config", None)
+        if not isinstance(loaded, BitsAndBytesConfig):
+            return {}
+        return {BASE: {name: value for name, value in loaded.to_dict().items() if name in _BASE_KEYS and value}}
 
     def before_restoring(self, checkpoint: Path) -> None:
         """Raises UserError for a checkpoint that was trained as something else."""

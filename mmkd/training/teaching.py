@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from mmkd.alignment.vocab import shared_tokens
 from mmkd.errors import UserError
 from mmkd.models.backbone import full_head, name_of
-from mmkd.models.load import load_model, load_processing_class, tokenizer_of
+from mmkd.models.load import load_processing_class, tokenizer_of
+from mmkd.models.quantised_students import load_as_trained
 from mmkd.precision import say_emulated
 from mmkd.preparation.collation import Fill, TextViews, VisionViews
 from mmkd.preparation.labelling import Labelling
@@ -128,7 +129,7 @@ def load_teacher(teacher: str | PreTrainedModel, args: DistillationConfig) -> Pr
     settings = args.teacher_model_init_kwargs or {}
     assert isinstance(settings, dict)
     init = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, **settings}
-    return load_model(teacher, "teacher", device=args.device, **init)
+    return load_as_trained(teacher, "teacher", device=args.device, **init)
 
 
 def _local(student: StudentSide, teacher: str | PreTrainedModel, processing_class: Any) -> Teaching:
