@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from mmkd.errors import UserError, first_line
+from mmkd.seams.deepspeed_seam import without_zero3
 from mmkd.seams.processor_seam import loading_for_images
 
 from .load import load_model
@@ -97,7 +98,7 @@ class DualEncoder(ABC):
 
     @property
     def loss_parameters(self) -> list[Tensor]:
-        """Those parameters that a loss reads, and no feature: the scale and the bias of logits."""
+        """Those parameters that a loss reads, and no feature: the scale of logits, then their bias."""
         named = (getattr(self.model, name, None) for name in ("logit_scale", "logit_bias"))
         return [parameter for parameter in named if parameter is not None]
 
@@ -223,6 +224,19 @@ def load_dual_encoder(
     be loaded whole.
     """
     hub = {key: value for key, value in hub.items() if value is not None}
+    # DeepSpeed cuts a student up when it wraps it; a teacher is small enough to stay whole.
+    with without_zero3():
+        return _loaded(name, role, dtype, device, attn_implementation, hub)
+
+
+def _loaded(
+    name: str,
+    role: str,
+    dtype: str,
+    device: str | torch.device,
+    attn_implementation: str | None,
+    hub: dict[str, Any],
+) -> DualEncoder:
     kind = kind_of_encoder(name, **hub)
     if kind == "open_clip":
         from .open_clip_encoder import load_open_clip
@@ -248,7 +262,8 @@ def new_dual_encoder(name: str, *, role: str = "student", **hub: Any) -> DualEnc
             "CLIP, SigLIP or VisionTextDualEncoder, or begin with the weights of the model.",
             because="not built",
         )
-    model = AutoModel.from_config(encoder_config(name, role, **hub))
+    with without_zero3():
+        model = AutoModel.from_config(encoder_config(name, role, **hub))
     return TransformersDualEncoder(model, encoder_processor(name, role, **hub), name)
 
 

@@ -29,7 +29,7 @@ class PairHead(nn.Module):
     @property
     def scale(self) -> Tensor:
         """What similarities between student and teacher are multiplied by."""
-        return self.log_scale.exp()
+        return self.log_scale.exp().squeeze()
 
 
 def add_pair_heads(encoder: DualEncoder, widths: Mapping[str, int]) -> None:

@@ -16,6 +16,7 @@ from mmkd.data.caption_source import CaptionedSplit
 from mmkd.data.class_rows import augmented
 from mmkd.data.picture_views import PictureView
 from mmkd.data.text_pairs import TextPairSplit
+from mmkd.errors import UserError
 from mmkd.models.dual_encoder import DualEncoder
 from mmkd.teachers.cached_encoder import CachedEncoder, CachedPairs
 
@@ -73,6 +74,13 @@ class PairRows(TorchDataset[Pair]):
             shown = first if isinstance(first, str) else views[number].show(first)
             return Pair(row, shown, caption, found_by, (number, views[number]))
         return Pair(row, first if isinstance(first, str) else augmented(first, self.augmentation), caption)
+
+    def caption_of(self, row: int, number: int) -> str:
+        """The caption of a pair that has such a `number_of`. Raises UserError where it has none."""
+        caption = next((text for text in self.split.captions[row] if number_of(text) == number), None)
+        if caption is None:
+            raise UserError(f"Row {row} of {self.split!r:.60} has other captions on another rank.")
+        return caption
 
     @property
     def caption_counts(self) -> tuple[int, int]:

@@ -28,13 +28,16 @@ def check_phases(run: Run) -> None:
             raise UserError(f"{key} has no effect in a recipe: {advice}.")
     training = run.training
     student, init = run.arguments.student, run.arguments.student_init
-    if training.push_to_hub and run.student.use_peft and init != "pretrained":
+    method = METHODS[run.arguments.method]
+    # A method without rounds that leaves a whole student publishes that.
+    leaves_adapter = run.student.use_peft and not (method.leaves_whole_student and method.drive is None)
+    if training.push_to_hub and leaves_adapter and init != "pretrained":
         raise UserError(
             f"push_to_hub would publish an adapter of new weights (student_init: {init}), which nobody else has. "
             "Remove push_to_hub, and publish the merged student with `mmkd push` after training.",
             because="not built",
         )
-    if training.push_to_hub and run.student.use_peft and student is not None and Path(student).is_dir():
+    if training.push_to_hub and leaves_adapter and student is not None and Path(student).is_dir():
         raise UserError(
             f"push_to_hub would publish an adapter of {student}, a folder here that nobody else has. Train it on a "
             "Hub id, or publish the merged student with `mmkd push`.",
@@ -51,7 +54,7 @@ def check_phases(run: Run) -> None:
     own = [keys for keys in stages.values() if isinstance(keys, dict)] if isinstance(stages, dict) else []
     if trains(run) and not any(keys.get("do_train") is False for keys in own):
         return
-    if stages or METHODS[run.arguments.method].drive is not None:
+    if stages or method.drive is not None:
         raise UserError(
             "do_train is false, and this recipe consists of several trainings, each of which needs the one before. "
             "Evaluate what they left with `mmkd eval`, or remove do_train.",

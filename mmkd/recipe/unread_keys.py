@@ -9,8 +9,8 @@ from .arguments import RunArguments
 from .cache_arguments import CacheArguments
 
 _ADAPTERS = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
-_ADAPTERS += ("lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit")
-_ADAPTERS += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+_ADAPTERS += ("lora_modules_to_save", "use_rslora", "use_dora")
+_QUANTISED = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
 
 def check_read(arguments: RunArguments, read: Container[str], why: str) -> None:
@@ -20,8 +20,13 @@ def check_read(arguments: RunArguments, read: Container[str], why: str) -> None:
             raise UserError(f"Method {arguments.method} does not read {key.name}; {why}", because="meaning")
 
 
-def unread_keys(read: Container[str], why: str, whole: str, read_of_cache: Container[str] = ()) -> dict[str, str]:
-    """The keys that a method has no use for -> why; `whole` is why of those about adapters."""
+def unread_keys(
+    read: Container[str], why: str, whole: str, read_of_cache: Container[str] = (), adapters: bool = False
+) -> dict[str, str]:
+    """The keys that a method has no use for -> why; `whole` is why of those about adapters and quantised weights.
+
+    With `adapters` the method trains adapters too, and reads their keys.
+    """
     unread = [key.name for key in fields(RunArguments) if key.name not in read]
     unread += [key.name for key in fields(CacheArguments) if key.name not in read_of_cache]
-    return dict.fromkeys(unread, why) | dict.fromkeys(_ADAPTERS, whole)
+    return dict.fromkeys(unread, why) | dict.fromkeys((*(() if adapters else _ADAPTERS), *_QUANTISED), whole)

@@ -29,6 +29,11 @@ def shard_by_fsdp2(accelerator: Accelerator, model: Any) -> Any:
     return fsdp2_prepare_model(accelerator, model)
 
 
+def has_no_embeddings(model: Any) -> None:
+    """Has accelerate cut a model of two towers for FSDP2: it asks for the embeddings, which raises an error there."""
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+
+
 def launch_actions() -> list[argparse.Action]:
     """The options of `accelerate launch`, of which there is no list but that of its parser, which is private."""
     return [action for action in launch_command_parser()._actions if action.option_strings]

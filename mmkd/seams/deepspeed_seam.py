@@ -1,6 +1,6 @@
 """What mmkd borrows of DeepSpeed and its attributes of parameters; DeepSpeed is imported where it is used only."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -122,3 +122,18 @@ def _whole(part: Any) -> Tensor:
     flat = torch.empty(share.numel() * ranks, dtype=share.dtype, device=share.device)
     torch.distributed.all_gather_into_tensor(flat, share.contiguous(), group=part.ds_process_group)
     return flat[: part.ds_numel].view(part.ds_shape)
+
+
+def set_number(parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+    """Changes a small parameter that DeepSpeed trains, and the copy of it that its optimizer goes on from."""
+    from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+    from deepspeed.utils import (  # pyright: ignore[reportMissingImports]
+        safe_get_full_fp32_param,
+        safe_set_full_fp32_param,
+    )
+
+    kept = safe_get_full_fp32_param(parameter)
+    if kept is not None:
+        safe_set_full_fp32_param(parameter, change(kept).to(kept))
+    with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+        parameter.copy_(change(parameter))

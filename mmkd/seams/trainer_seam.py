@@ -51,8 +51,11 @@ class HookedTrainer(Trainer):
         """The weights to save in a folder; None: those that the model itself gives."""
         return weights
 
-    def saved_otherwise(self, folder: Path) -> bool:
-        """Writes a model that the Trainer cannot, of another package than transformers; False: it is the Trainer's."""
+    def saved_otherwise(self, folder: Path, weights: dict[str, Tensor] | None) -> bool:
+        """Writes a model that the Trainer cannot, of another package than transformers; False: it is the Trainer's.
+
+        `weights` are those that FSDP or DeepSpeed gathered on the first rank; None: those in the model.
+        """
         return False
 
     def restored_otherwise(self, checkpoint: Path) -> bool:
@@ -144,7 +147,7 @@ class HookedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # Comes here with weights where FSDP or DeepSpeed had to gather them.
         folder = Path(output_dir or self.args.output_dir or ".")
-        if self.saved_otherwise(folder):
+        if self.saved_otherwise(folder, state_dict):
             return
         super()._save(output_dir, self.weights_to_save(folder, state_dict))
 

@@ -22,7 +22,7 @@ SHARD_ROWS = 64
 """Images of one file: what a killed build loses at most."""
 
 _ASKED = "{} Answer with yes or no only."
-_TOP = 20
+LISTED = 20
 """First tokens that a server lists."""
 
 
@@ -91,7 +91,7 @@ class ServedAspects(AspectTeacher):
         """
         content = [[{"type": "image"}, {"type": "text", "text": _ASKED.format(question)}] for question in questions]
         chats = [Chat([{"role": "user", "content": parts}], [image]) for image in images for parts in content]
-        sampling = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": _TOP}
+        sampling = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": LISTED}
         said = []
         for reply in self.client.replies(chats, sampling):
             if isinstance(reply, RowError):
@@ -107,12 +107,17 @@ class ServedAspects(AspectTeacher):
 
 def probability_of_yes(tokens: Sequence[tuple[str, float]]) -> float:
     """Yes over yes and no, of tokens with their log-probs; NaN where neither is among them."""
-    mass = {
-        word: sum(math.exp(log_prob) for token, log_prob in tokens if token.strip().lower() == word)
+    yes, no = yes_and_no(tokens)
+    return yes / (yes + no) if yes + no else math.nan
+
+
+def yes_and_no(tokens: Sequence[tuple[str, float]]) -> tuple[float, float]:
+    """The probabilities of yes and of no, however written, of tokens with their log-probs."""
+    yes, no = (
+        sum(math.exp(log_prob) for token, log_prob in tokens if token.strip().lower() == word)
         for word in ("yes", "no")
-    }
-    total = mass["yes"] + mass["no"]
-    return mass["yes"] / total if total else math.nan
+    )
+    return yes, no
 
 
 def build_aspects(

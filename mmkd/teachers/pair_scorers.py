@@ -33,9 +33,25 @@ class PairScorer(ABC):
 
     reads_images: bool = False
 
+    def __init__(self, name: str, batch_size: int):
+        self.name, self.batch_size = name, batch_size
+
+    @abstractmethod
+    def score(self, pairs: Sequence[tuple[Side, str]]) -> Float[Tensor, "pair"]:
+        """The logit that each pair belongs together, in fp32 on the CPU; all are finite."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What decides the scores, as plain values."""
+
+
+class LocalScorer(PairScorer):
+    """A model in this process."""
+
     def __init__(self, name: str, model: Any, batch_size: int, revision: str | None = None):
-        self.name, self.model, self.batch_size = name, model.eval().requires_grad_(False), batch_size
-        self.revision = revision
+        super().__init__(name, batch_size)
+        self.model, self.revision = model.eval().requires_grad_(False), revision
 
     @torch.no_grad()
     def score(self, pairs: Sequence[tuple[Side, str]]) -> Float[Tensor, "pair"]:
@@ -66,7 +82,7 @@ class PairScorer(ABC):
         }
 
 
-class RerankerScorer(PairScorer):
+class RerankerScorer(LocalScorer):
     """A cross-encoder of sentence-transformers, or any sequence classifier with one logit, over pairs of texts."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any, batch_size: int = 32, revision: str | None = None):
@@ -89,7 +105,7 @@ class RerankerScorer(PairScorer):
         return self.model(**inputs.to(self.model.device)).logits[:, 0]
 
 
-class QuestionScorer(PairScorer):
+class QuestionScorer(LocalScorer):
     """A VLM, or an LLM for pairs of texts, that is asked a yes-or-no question: log p(yes) - log p(no).
 
     The answer is the first token. `question` holds {text}, and {first} where both are texts.
@@ -159,7 +175,7 @@ def load_pair_scorer(
     dtype: str = "auto",
     device: str | torch.device = "cpu",
     **hub: Any,
-) -> PairScorer:
+) -> LocalScorer:
     """The reranker, VLM or LLM of a Hub id or a folder. Raises UserError for a model that is none of them."""
     hub = {key: value for key, value in hub.items() if value is not None}
     try:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel, TrainingArguments
 
 from mmkd.models.restore import renamed_on_disk, restore
+from mmkd.seams.peft_seam import is_adapted
 
 from .counts import CountingTrainer
 from .log import RunLog
@@ -51,6 +52,7 @@ class RunTrainer(PublishingTrainer, ShardedTrainer, CountingTrainer):
     def weights_restored(self, checkpoint: Path) -> None:
         """Loads what the Trainer, which looks for the model's own names, silently left out."""
         super().weights_restored(checkpoint)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if isinstance(self.model, PreTrainedModel) and not sharded and renamed_on_disk(self.model, checkpoint):
+        # Weights that are in shards, or hold an adapter, come from files of their own.
+        elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled or any(map(is_adapted, self.model.modules()))
+        if isinstance(self.model, PreTrainedModel) and not elsewhere and renamed_on_disk(self.model, checkpoint):
             restore(self.model, checkpoint)

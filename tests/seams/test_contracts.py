@@ -26,6 +26,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    CLIPConfig,
+    CLIPModel,
     GenerationConfig,
     Trainer,
     TrainingArguments,
@@ -405,6 +407,17 @@ def test_accelerate_shares_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_accelerate_shards_a_second_model() -> None:
     assert parameters_of(fsdp2_prepare_model) == ["accelerator", "model"]
+
+
+def test_accelerate_asks_two_towers_for_embeddings() -> None:
+    source = inspect.getsource(fsdp2_prepare_model)
+    assert 'getattr(model, "get_input_embeddings", lambda: None)()' in source
+    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = CLIPModel(CLIPConfig(text_config=tower, vision_config=tower))
+    with pytest.raises(NotImplementedError):
+        model.get_input_embeddings()
+    accelerate_seam.has_no_embeddings(model)
+    assert model.get_input_embeddings() is None
 
 
 def test_accelerate_launch_has_a_parser() -> None:

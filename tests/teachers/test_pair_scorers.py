@@ -1,5 +1,6 @@
 """Rerankers and models that are asked about pairs: their scores, and the folder in which scores are kept."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,17 @@ from transformers import AutoModelForImageTextToText, BertConfig, BertForSequenc
 
 from mmkd.cache.pair_scores import PairScores
 from mmkd.errors import UserError
-from mmkd.teachers.pair_scorers import IMAGE_QUESTION, QuestionScorer, RerankerScorer, load_pair_scorer
+from mmkd.teachers.chat_api import ChatClient
+from mmkd.teachers.pair_scorers import (
+    IMAGE_QUESTION,
+    TEXT_QUESTION,
+    QuestionScorer,
+    RerankerScorer,
+    load_pair_scorer,
+)
+from mmkd.teachers.served_scorer import ServedScorer
 from tests.dual_encoders import WORDS, photo, word_tokenizer
+from tests.loopback import answering
 from tests.teachers.vlm import make_vlm
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -67,6 +77,38 @@ def test_models_that_cannot_score_are_named(tmp_path: Path, tiny: dict[str, Path
         next(scorer.model.parameters()).fill_(torch.nan)
     with pytest.raises(UserError, match="gives NaN"):
         scorer.score([("red", "blue")])
+
+
+def test_a_served_model_is_asked_about_each_pair() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def respond(path: str, headers: Any, body: dict[str, Any]) -> tuple[int, Any]:
+        if path.endswith("/models"):
+            return 200, {"data": [{"id": "vlm"}]}
+        asked.append(body)
+        tokens = [("Yes", -0.5), (" yes", -3.0), ("No", -1.5), ("Perhaps", -6.0)]
+        if "blue" in str(body["messages"]):
+            tokens = [("No", -0.1), ("Never", -5.0)]
+        if "star" in str(body["messages"]):
+            tokens = [("Perhaps", -0.1)]
+        listed = [{"token": token, "logprob": log_prob} for token, log_prob in tokens]
+        log_probs = None if "silent" in str(body["messages"]) else {"content": [{"top_logprobs": listed}]}
+        return 200, {"choices": [{"message": {"content": "Yes"}, "logprobs": log_probs}]}
+
+    with answering(respond) as url, ChatClient([url], None) as client:
+        scorer = ServedScorer(client)
+        scores = scorer.score([(photo(0), "red circle"), (photo(0), "blue"), (photo(0), "star")])
+        expected = math.log(math.exp(-0.5) + math.exp(-3.0)) + 1.5
+        # What the server does not list is at most as likely as the last that it does; neither is undecided.
+        assert scores.tolist() == pytest.approx([expected, -5.0 + 0.1, 0.0])
+        picture, question = asked[0]["messages"][0]["content"]
+        assert picture["image_url"]["url"].startswith("data:image/")
+        assert question["text"] == IMAGE_QUESTION.format(text="red circle")
+        scorer.score([("red", "circle")])
+        assert asked[-1]["messages"][0]["content"] == TEXT_QUESTION.format(first="red", text="circle")
+        assert scorer.identity["scorer"] == "vlm"
+        with pytest.raises(UserError, match="tells no log-probs of its answers"):
+            scorer.score([("silent", "circle")])
 
 
 def test_scores_are_kept_and_a_cut_off_record_is_dropped(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.classes import BATCH_TERMS
 from tests.experts import experts
 from tests.helpers import LORA, on_two_ranks
-from tests.pairs import EVERY_TERM, ORDERS
+from tests.pairs import ADAPTER, EVERY_TERM, MASKED, ORDERS, SCORED, cached_teacher
 from tests.vlms import make_llava
 
 FEATURES: list[dict[str, Any]] = [
@@ -76,12 +76,19 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def pair_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A cache of the teacher of pairs."""
+    return cached_teacher(tmp_path_factory.mktemp("pair_cache"))
+
+
+@pytest.fixture(scope="session")
 def ranks(
     tiny: dict[str, Path],
     foreign: Path,
     vlms: dict[str, Path],
     untied: dict[str, Path],
     mixture: str,
+    pair_cache: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, list[dict[str, Any]]]:
     """What two ranks saw of every method under DDP and FSDP2; started once, since a start takes ten seconds.
@@ -118,6 +125,14 @@ def ranks(
     jobs["tower_kd ddp"] = {"method": "tower_kd", "how": "ddp", "settings": every}
     parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **EVERY_TERM, **ORDERS}
     jobs["clip_kd ddp"] = {"method": "clip_kd", "how": "ddp", "settings": parts}
+    pairs = {**parts, "save_strategy": "steps", "save_steps": 2}
+    adapted = {"method": "clip_kd", "how": "fsdp2", "lora": ADAPTER, "settings": pairs}
+    jobs["clip_kd fsdp2 lora"] = adapted
+    checkpoint = folder / "runs" / "clip_kd-fsdp2-lora" / "out" / "checkpoint-2"
+    jobs["clip_kd fsdp2 lora resumed"] = {**adapted, "resume": checkpoint}
+    jobs["clip_kd masked ddp"] = {"method": "clip_kd", "how": "ddp", "settings": MASKED}
+    cached = {**parts, **SCORED}
+    jobs["clip_kd cached ddp"] = {"method": "clip_kd", "how": "ddp", "settings": cached, "cache": pair_cache}
     kd = {"method": "kd", "how": "fsdp2", **untied}
     chunks = {"chunk_size": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
     jobs["kd fsdp2 in chunks"] = {**kd, "settings": chunks}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from peft import LoraConfig
 from torch import Tensor
 from transformers import CLIPModel
 
@@ -29,7 +30,19 @@ from tests.dual_encoders import (
     photo,
 )
 from tests.helpers import on_two_ranks
-from tests.pairs import EVERY_TERM, ORDERS, captioned, clip_kd, student_and_teacher, text_pairs
+from tests.pairs import (
+    ADAPTER,
+    EVERY_TERM,
+    MASKED,
+    ORDERS,
+    SCORED,
+    WordsInCommon,
+    captioned,
+    clip_kd,
+    student_and_teacher,
+    sums_of,
+    text_pairs,
+)
 
 
 def steps_of(trainer: Any) -> list[list[float]]:
@@ -91,8 +104,8 @@ def test_a_teacher_is_learnt(tmp_path: Path) -> None:
 def as_alone(rank: dict[str, Any], alone: Any, expected: dict[str, float]) -> None:
     """Whether a rank saw what a process by itself sees."""
     assert rank["steps"] == [pytest.approx(step, rel=1e-4) for step in steps_of(alone)]
-    sums = [float(parameter.detach().double().sum()) for parameter in alone.model.parameters()]
-    assert rank["weights"] == pytest.approx(sums, rel=1e-5, abs=1e-5)
+    alone.save_model()
+    assert rank["weights"] == pytest.approx(sums_of(Path(alone.args.output_dir)), rel=1e-5, abs=1e-5)
     for name in ("eval_loss", "eval_image_to_text_recall", "eval_text_to_image_recall_teacher", "eval_icl_loss"):
         assert rank["evaluated"][name] == pytest.approx(expected[name], rel=1e-4), name
 
@@ -102,6 +115,48 @@ def test_two_ranks_train_as_one(ranks: Any, tmp_path: Path) -> None:
     alone.train()
     expected = alone.evaluate()
     for rank in ranks["clip_kd ddp"]:
+        as_alone(rank, alone, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "given"),
+    [
+        ("fsdp2 lora", {**EVERY_TERM, **ORDERS}, {"peft_config": LoraConfig(**ADAPTER)}),
+        ("fsdp2 lora resumed", {**EVERY_TERM, **ORDERS}, {"peft_config": LoraConfig(**ADAPTER)}),
+        ("masked ddp", {**MASKED, "per_device_train_batch_size": 8}, {}),
+        ("cached ddp", {**EVERY_TERM, **ORDERS, **SCORED}, {"pair_scorer": WordsInCommon()}),
+    ],
+)
+def test_shards_adapters_masks_caches_and_scorers_on_two_ranks(
+    ranks: Any, name: str, settings: dict[str, Any], given: dict[str, Any], tmp_path: Path
+) -> None:
+    """The cache has the teacher that is asked here."""
+    torch.manual_seed(0)
+    alone = clip_kd(tmp_path, {"eval_dataset": captioned(11), **given}, **settings)
+    alone.train()
+    expected = alone.evaluate()
+    if settings.get("ranking") and "ranking_teacher" in settings:
+        assert expected["eval_ranking_loss"] > 0
+    for rank in ranks[f"clip_kd {name}"]:
+        as_alone(rank, alone, expected)
+        assert rank["share"] == pytest.approx(0.5 if "fsdp2" in name else 1, abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("how", ["zero2", "zero3"])
+def test_zero_trains_as_one_process(tmp_path: Path, how: str, adapted: bool) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not among mmkd's dependencies")
+    settings = {**EVERY_TERM, **ORDERS, "logit_scale": 50.0, "max_logit_scale": 40.0}
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **settings}
+    job = {"method": "clip_kd", "how": how, "settings": parts, **({"lora": ADAPTER} if adapted else {})}
+    saw = on_two_ranks({"job": job}, tmp_path, DS_ACCELERATOR="cpu")["job"]
+    torch.manual_seed(0)
+    given = {"peft_config": LoraConfig(**ADAPTER)} if adapted else {}
+    alone = clip_kd(tmp_path, {"eval_dataset": captioned(11), **given}, **settings)
+    alone.train()
+    expected = alone.evaluate()
+    for rank in saw:
         as_alone(rank, alone, expected)
 
 

@@ -14,6 +14,7 @@ from mmkd.losses.list_ranking import cprd, pld
 from mmkd.methods.clip_kd.clip_config import ContrastiveKDConfig
 from mmkd.preparation.pair_batches import PairSampler
 from mmkd.teachers.pair_scorers import load_pair_scorer
+from tests.loopback import answering
 from tests.pairs import captioned, clip_kd, text_pairs
 from tests.teachers.test_pair_scorers import make_reranker
 from tests.teachers.vlm import make_vlm
@@ -92,6 +93,37 @@ def test_pairs_on_which_the_student_errs_count_more(tmp_path: Path) -> None:
         first_loss(clip_kd(tmp_path, **settings, hard_exponent=exponent))[0].item() for exponent in (0.0, 2.0, -2.0)
     )
     assert easier < even < harder
+
+
+def test_a_served_model_teaches_an_order_and_a_training_goes_on_with_its_scores(tmp_path: Path) -> None:
+    asked: list[str] = []
+    limit = [40]
+
+    def respond(path: str, headers: Any, body: dict[str, Any]) -> tuple[int, Any]:
+        if path.endswith("/models"):
+            return 200, {"data": [{"id": "vlm"}]}
+        if len(asked) == limit[0]:
+            return 401, {"error": {"message": "no more"}}
+        asked.append(str(body["messages"]))
+        log_prob = -0.1 - len(asked[-1]) % 7
+        listed = [{"token": "yes", "logprob": log_prob}, {"token": "no", "logprob": -1.0}]
+        return 200, {"choices": [{"message": {"content": "yes"}, "logprobs": {"content": [{"top_logprobs": listed}]}}]}
+
+    settings = {**ALONE, "ranking": "pld", "ranking_negatives": 3, "ranking_cache": str(tmp_path / "scores")}
+    with answering(respond) as url:
+        settings |= {"ranking_server": url, "ranking_batch_size": 4, "max_steps": 2}
+        with pytest.raises(UserError, match="no more"):
+            clip_kd(tmp_path, **settings).train()
+        trainer: Any = clip_kd(tmp_path, {"eval_dataset": captioned(8)}, **{**settings, "max_steps": 1})
+        # Each part that was answered whole is kept.
+        kept = len(trainer.scored.scores)
+        assert 32 <= kept <= 40
+        limit[0], asked[:] = -1, []
+        trainer.train()
+        assert 0 < len(asked) == len(trainer.scored.scores) - kept
+        assert trainer.evaluate()["eval_ranking_loss"] > 0
+    with pytest.raises(UserError, match="both say whose order is learnt"):
+        clip_kd(tmp_path, **settings, ranking_teacher="x")
 
 
 def test_a_reranker_is_asked_once_about_the_nearest_captions(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
+from mmkd.teachers.cached_encoder import CachedEncoder
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.training.method import METHODS
 from scripts.make_tiny_models import sentences
 from tests.classes import dho, pictures, signals_of_terms
-from tests.pairs import captioned, clip_kd
+from tests.pairs import WordsInCommon, captioned, clip_kd, sums_of
 from tests.towers import teachers, tower_kd
 from tests.vlms import vision_rows
 
@@ -187,14 +188,32 @@ def train_towers(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def train_pairs(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What this rank saw of a training of a dual encoder."""
-    tested = {"eval_dataset": captioned(11)}
-    trainer: Any = clip_kd(folder, tested, per_device_eval_batch_size=2, **job["settings"], **wrapping(job["how"]))
-    trainer.train()
+    """What this rank saw of a training of a dual encoder, and of what it left."""
+    wrapped = wrapping(job["how"])
+    if "deepspeed" in wrapped:
+        # The optimizer of the settings, as one process has it.
+        wrapped["deepspeed"] |= {"zero_allow_untested_optimizer": True}
+        del wrapped["deepspeed"]["optimizer"]
+    tested: dict[str, Any] = {"eval_dataset": captioned(11)}
+    if "lora" in job:
+        tested["peft_config"] = LoraConfig(**job["lora"])
+    if "cache" in job:
+        tested["teachers"] = CachedEncoder(job["cache"])
+    if job["settings"].get("ranking_teacher"):
+        tested["pair_scorer"] = WordsInCommon()
+    # An adapter starts with random weights.
+    torch.manual_seed(0)
+    trainer: Any = clip_kd(folder, tested, per_device_eval_batch_size=2, **job["settings"], **wrapped)
+    trainer.train(resume_from_checkpoint=job.get("resume"))
+    held, evaluated = share(trainer.model), trainer.evaluate()
+    trainer.save_model()
+    torch.distributed.barrier()
     return {
         "steps": [[entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history if "grad_norm" in entry],
-        "evaluated": trainer.evaluate(),
-        "weights": [float(parameter.detach().double().sum()) for parameter in trainer.model.parameters()],
+        "evaluated": evaluated,
+        "weights": sums_of(folder / "out"),
+        "share": held,
+        "scale": trainer.state.log_history[0]["logit_scale"],
     }
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from transformers.trainer_utils import set_seed
+from trl.trainer.utils import get_peft_config
 
 from mmkd.models.dual_encoder import encoder_config, encoder_processor, kind_of_encoder
 from mmkd.recipe.recipe import Run
@@ -35,7 +36,12 @@ def build_clip_trainer(run: Run) -> ContrastiveKDTrainer:
     # The Trainer sets it again when it has its model.
     set_seed(training.seed)
     return ContrastiveKDTrainer(
-        model=new_student(run), teachers=teachers, args=training, train_dataset=train, eval_dataset=held_out
+        model=new_student(run),
+        teachers=teachers,
+        args=training,
+        train_dataset=train,
+        eval_dataset=held_out,
+        peft_config=get_peft_config(run.student),
     )
 
 

@@ -40,8 +40,8 @@ def examine_clip(run: Run, sharded: bool) -> list[Finding]:
     book = Book()
     book.attempt("settings", check_surroundings, run)
     book.attempt("settings", check_arguments, run)
-    if sharded:
-        text = "accelerate_config spreads weights over devices, and dual encoders are trained whole."
+    if sharded and settings_of(run).inherit == "auto" and settings_of(run).inherit_target is not None:
+        text = "accelerate_config cuts weights up over devices, and inherit: auto masks what whole modules compute."
         book.findings.append(Finding("problem", "settings", text, "Use ddp or zero2."))
     pairs = book.attempt("data", pairs_of, run)
     if pairs is not None:

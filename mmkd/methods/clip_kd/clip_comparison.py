@@ -42,6 +42,7 @@ Items = list[tuple[float, float]]
 _TEACHERS = ("teacher", "teachers", "teacher_cache", "teacher_revision", "teacher_dtype")
 _ORDERS = {"ranking": 0.0, "hard_negatives": 0.0}
 """Terms that a key of their own turns on."""
+_SCORERS = ("ranking_teacher", "ranking_server", "ranking_server_model")
 _OF_RANKING = ("ranking_question", "ranking_min", "ranking_cache")
 """Keys that are refused where `ranking` is none."""
 
@@ -142,7 +143,7 @@ def _alone(term: str, weight: float) -> Control:
     def keys(recipe: Any, folder: Path) -> Sequence[dict[str, Any]]:
         own = recipe.keys
         # What belongs to an order that is off is refused, and so left out too.
-        away = {key: None for key in ("ranking_teacher", *_OF_RANKING) if term != "ranking" and key in own}
+        away = {key: None for key in (*_SCORERS, *_OF_RANKING) if term != "ranking" and key in own}
         if term not in _ORDERS:
             return [{**off, **away, f"{term}_weight": own.get(f"{term}_weight") or weight or 1.0}]
         if own.get(term, "none") == "none":

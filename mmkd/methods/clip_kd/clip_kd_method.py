@@ -23,6 +23,7 @@ METHOD = Method(
     stand_in=write_stand_in,
     build_cache=build_embedding_cache,
     inherits=True,
+    leaves_whole_student=True,
     unused=unused_keys(),
     comparison=COMPARISON,
 )

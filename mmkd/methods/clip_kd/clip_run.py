@@ -5,6 +5,7 @@ from typing import Any
 
 from accelerate import init_empty_weights
 from transformers import AutoModel
+from trl.trainer.utils import get_peft_config
 
 from mmkd.cache.hub import local_cache
 from mmkd.cache.identity import is_same_teacher, weights_sha256
@@ -22,6 +23,7 @@ from mmkd.models.dual_encoder import (
     new_dual_encoder,
 )
 from mmkd.models.inherit import inherit_config, inherit_model, tower_sizes
+from mmkd.models.whole_student import put_adapter
 from mmkd.preparation.checks import check_held_out
 from mmkd.preparation.pair_batches import PairRows
 from mmkd.recipe.arguments import VIEW
@@ -52,11 +54,17 @@ def check_arguments(run: Run) -> None:
     """Raises UserError for keys of tokens, and for a student or a teacher that is none."""
     arguments = run.arguments
     check_read(arguments, _READ, "it is about tokens. Remove it.")
-    if run.student.use_peft or run.student.load_in_4bit or run.student.load_in_8bit:
+    if run.student.load_in_4bit or run.student.load_in_8bit:
         raise UserError(
-            "Method clip_kd trains the whole student, or a tower of it with `freeze`. Remove use_peft, load_in_4bit "
-            "and load_in_8bit.",
+            "Method clip_kd does not quantise its student. Remove load_in_4bit and load_in_8bit; use_peft trains an "
+            "adapter beside weights as they are.",
             because="not built",
+        )
+    if run.student.use_peft and settings_of(run).inherit == "auto" and settings_of(run).inherit_target is not None:
+        raise UserError(
+            "inherit: auto finds out which weights a training needs least, and use_peft trains none of them. Use "
+            "inherit: manual, or train the whole student.",
+            because="meaning",
         )
     if arguments.student_init not in _INITS:
         raise UserError(
@@ -82,7 +90,7 @@ def check_arguments(run: Run) -> None:
 
 def unused_keys() -> dict[str, str]:
     """The keys of every recipe that one of pairs has no use for -> why."""
-    return unread_keys(_READ, "It is about tokens.", "The whole student is trained.", _CACHE)
+    return unread_keys(_READ, "It is about tokens.", "The student is not quantised.", _CACHE, adapters=True)
 
 
 def _check_inherit(run: Run) -> None:
@@ -139,9 +147,15 @@ def empty_student(run: Run) -> Any:
     """The modules of the student without weights, as it begins."""
     name, hub = student_name(run), student_hub(run)
     if run.arguments.student_init != "inherit" or settings_of(run).inherit == "auto":
-        return empty_model(name, "student", **hub)
-    with init_empty_weights(include_buffers=False):
-        return AutoModel.from_config(small_config(run, encoder_config(name, "student", **hub)))
+        model = empty_model(name, "student", **hub)
+    else:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModel.from_config(small_config(run, encoder_config(name, "student", **hub)))
+    adapter: Any = get_peft_config(run.student)
+    if adapter is not None:
+        with init_empty_weights(include_buffers=False):
+            put_adapter(model, adapter, name)
+    return model
 
 
 def load_teacher(own: Run, name: str) -> DualEncoder:

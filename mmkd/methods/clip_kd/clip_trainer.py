@@ -1,12 +1,14 @@
 """ContrastiveKDTrainer: a dual encoder learns from pairs, and from what larger dual encoders say of them."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,6 +18,8 @@ from mmkd.errors import UserError
 from mmkd.losses.contrastive_losses import Targets
 from mmkd.models.dual_encoder import DualEncoder
 from mmkd.models.pair_heads import add_pair_heads, let_pairs_be_read, pair_head, pair_heads
+from mmkd.models.sharded_weights import called
+from mmkd.models.whole_student import WholeStudent, add_adapter
 from mmkd.preparation.checks import check_precision
 from mmkd.preparation.pair_batches import (
     CAPTIONS,
@@ -25,6 +29,7 @@ from mmkd.preparation.pair_batches import (
     PairCollator,
     PairRows,
 )
+from mmkd.seams.deepspeed_seam import set_number
 from mmkd.teachers.pair_scorers import PairScorer
 from mmkd.training.gathering import gathered
 
@@ -62,11 +67,15 @@ class TeacherEncoder:
 class ScaleLimit(TrainerCallback):
     """Keeps the student's scale in bounds."""
 
-    def __init__(self, student: DualEncoder, most: float):
-        self.student, self.most = student, most
+    def __init__(self, trainer: "ContrastiveKDTrainer"):
+        self.trainer = trainer
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.student.limit_scale(self.most)
+        student, most = self.trainer.student, self.trainer.args.max_logit_scale
+        if self.trainer.is_deepspeed_enabled and student.loss_parameters:
+            set_number(student.loss_parameters[0], lambda scale: scale.clamp(max=math.log(most)))
+        else:
+            student.limit_scale(most)
 
 
 class ContrastiveKDTrainer(PairTrainer):
@@ -79,6 +88,7 @@ class ContrastiveKDTrainer(PairTrainer):
         train_dataset: rows with a picture and its captions, or with two texts; or `PairRows`.
         eval_dataset: rows to measure on, in the same form.
         pair_scorer: the model whose order `ranking` learns, by default `ranking_teacher` in args.
+        peft_config: an adapter to train in the place of the student's weights; it is merged into what is saved.
         callbacks: callbacks of transformers' Trainer.
         optimizers: an optimizer and a schedule in place of those that args ask for.
         optimizer_cls_and_kwargs: the class of an optimizer and its arguments, in place of `optim` in args.
@@ -108,6 +118,7 @@ class ContrastiveKDTrainer(PairTrainer):
         eval_dataset: Dataset | PairRows | None = None,
         *,
         pair_scorer: PairScorer | None = None,
+        peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
@@ -129,7 +140,7 @@ class ContrastiveKDTrainer(PairTrainer):
             teacher.model.to(args.device).eval().requires_grad_(False)
         self.student = model
         self.scored = ScoredPairs.of(pair_scorer, rows, args)
-        self._prepare_student(args)
+        self._prepare_student(args, peft_config)
         self.masks = LearntMasks.of(model, args)
         self.collate = PairCollator(model, self.teachers)
         self._parts: list[dict[str, Any]] = []
@@ -142,14 +153,16 @@ class ContrastiveKDTrainer(PairTrainer):
             train_dataset=rows,
             eval_dataset=held_out,
             processing_class=getattr(model, "processor", None),
-            callbacks=[ScaleLimit(model, args.max_logit_scale), *filter(None, [self.masks]), *(callbacks or [])],
+            callbacks=[ScaleLimit(self), *filter(None, [self.masks]), *(callbacks or [])],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
 
-    def _prepare_student(self, args: ContrastiveKDConfig) -> None:
-        """Heads, scale, and what is not trained."""
+    def _prepare_student(self, args: ContrastiveKDConfig, peft_config: PeftConfig | None) -> None:
+        """Adapter, heads, scale, and what is not trained."""
         student = self.student
+        adapted = None if peft_config is None else add_adapter(student, peft_config)
+        self.whole = WholeStudent(student, adapted)
         contrasts = self.weights["hard_negatives"] and args.hard_contrast_weight
         wants_heads = self.weights["feature_mse"] or self.weights["icl"] or contrasts
         add_pair_heads(student, {name: own.width for name, own in self.teachers.items() if wants_heads})
@@ -191,11 +204,10 @@ class ContrastiveKDTrainer(PairTrainer):
         if not self._shares:
             self._shares = self._shares_of_parts()
         given = self._shares.pop(0)
-        parameters = self._loss_parameters()
 
         def reader() -> Tensor:
             features = self.encode(self.student, inputs[STUDENT])
-            return surrogate((features.images, features.texts), parameters, given)
+            return surrogate((features.images, features.texts), self._loss_parameters(), given)
 
         with given.state.again():
             return model(reader=reader)
@@ -207,16 +219,23 @@ class ContrastiveKDTrainer(PairTrainer):
         states, embedded = [], []
         for part in parts:
             states.append(RandomState.now(device))
-            with torch.no_grad():
-                embedded.append(self.model(reader=lambda part=part: self.encode(self.student, part[STUDENT])))
+            with torch.no_grad(), called(self.model, self.accelerator) as model:
+                embedded.append(model(reader=lambda part=part: self.encode(self.student, part[STUDENT])))
         joined = PairFeatures.joined(embedded)
         features = [tensor.detach().requires_grad_() for tensor in (joined.images, joined.texts)]
         answers = [self.ask(part) for part in parts]
         asked = {name: PairFeatures.joined([answer[name] for answer in answers]) for name in self.teachers}
         facts = PairFacts.joined([_facts(part) for part in parts])
-        loss, reports = self.model(reader=lambda: self.losses(PairFeatures(*features), asked, facts))
-        self._record(reports)
-        return shares(loss, features, self._loss_parameters(), [len(part[CAPTIONS]) for part in parts], states)
+
+        def reader() -> list[PartGradients]:
+            loss, reports = self.losses(PairFeatures(*features), asked, facts)
+            self._record(reports)
+            sizes = [len(part[CAPTIONS]) for part in parts]
+            # In here, where weights that are cut over ranks are whole.
+            return shares(loss, features, self._loss_parameters(), sizes, states)
+
+        with called(self.model, self.accelerator) as model:
+            return model(reader=reader)
 
     def _loss_parameters(self) -> list[Tensor]:
         own = [*self.student.loss_parameters, *pair_heads(self.student).parameters()]
@@ -261,9 +280,9 @@ class ContrastiveKDTrainer(PairTrainer):
             terms |= ranked_terms(says, teacher, facts.numbers[:, None] == numbers, self.args, everywhere)
             total = total + self.shares[name] * sum(self.weights[term] * value for term, value in terms.items())
             reports |= {_report(f"{term}_loss", name): (value.detach().sum(), pairs) for term, value in terms.items()}
-        # Held-out pairs are not shown to a slow scorer.
-        if self.scored is not None and everywhere:
-            scored = self.scored.term(says, facts, numbers, gathered(facts.rows))
+        if self.scored is not None:
+            known = self.scored if everywhere else self.scored.held_out(self.evaluated_rows)
+            scored = known.term(says, facts, numbers, gathered(facts.rows) if everywhere else facts.rows)
             total = total + self.args.scored_weight * scored
             reports["ranking_loss"] = (scored.detach().sum(), pairs)
         return total.sum() / len(numbers) * (self.accelerator.num_processes if everywhere else 1), reports

@@ -20,31 +20,35 @@ class EvaluatedPairs:
     def __init__(self) -> None:
         self.features: dict[str, list[Sides]] = {}
         self.numbers: list[Tensor] = []
+        self.rows: list[Tensor] = []
 
-    def add(self, batch: tuple[Mapping[str, Sides], Tensor]) -> None:
-        """A batch: features by model, and numbers of its captions."""
-        features, numbers = batch
+    def add(self, batch: tuple[Mapping[str, Sides], Tensor, Tensor]) -> None:
+        """A batch: features by model, numbers of its captions, and where its pairs stand in the data."""
+        features, numbers, rows = batch
         for name, (images, texts) in features.items():
             self.features.setdefault(name, []).append((images.cpu(), texts.cpu()))
         self.numbers.append(numbers.cpu())
+        self.rows.append(rows.cpu())
 
     def reports(self, trainer: Any) -> dict[str, tuple[Tensor, Any]]:
         """Report -> sum and number of items: the loss and its terms, and recall at 1 of student and teachers."""
         if not self.numbers:
             return {}
-        numbers = torch.cat(self.numbers)
+        numbers, rows = torch.cat(self.numbers), torch.cat(self.rows)
         joined = {
             name: PairFeatures(*(torch.cat([batch[side] for batch in batches]) for side in (0, 1)))
             for name, batches in self.features.items()
         }
-        reports = _losses(trainer, joined, numbers)
+        reports = _losses(trainer, joined, numbers, rows)
         for name, features in joined.items():
             for measure, hits in _hits(features, numbers).items():
                 reports[f"{measure}_{name}".replace(" ", "_").rstrip("_")] = (hits.sum(), len(hits))
         return reports
 
 
-def _losses(trainer: Any, joined: Mapping[str, PairFeatures], numbers: Tensor) -> dict[str, tuple[Tensor, Any]]:
+def _losses(
+    trainer: Any, joined: Mapping[str, PairFeatures], numbers: Tensor, rows: Tensor
+) -> dict[str, tuple[Tensor, Any]]:
     """The loss of groups of pairs as large as the batches of training; the last one may be smaller."""
     size, device = trainer.pairs_per_step, trainer.args.device
     sums: dict[str, tuple[Tensor, Any]] = {}
@@ -58,7 +62,9 @@ def _losses(trainer: Any, joined: Mapping[str, PairFeatures], numbers: Tensor) -
                 for name, own in joined.items()
             }
             asked = {name.removeprefix("teacher ").removeprefix("teacher"): own for name, own in said.items() if name}
-            facts = PairFacts(numbers[chosen].to(device), chosen.to(device), [""] * len(chosen))
+            places = zip(rows[chosen].tolist(), numbers[chosen].tolist(), strict=True)
+            captions = [trainer.evaluated_rows.caption_of(row, number) for row, number in places]
+            facts = PairFacts(numbers[chosen].to(device), rows[chosen].to(device), captions)
             loss, reports = trainer.losses(said[""], asked, facts, everywhere=False)
             reports = {**reports, "loss": (loss * len(chosen), len(chosen))}
             for name, (total, count) in reports.items():

@@ -1,6 +1,6 @@
 """What the trainer of pairs needs besides its loss: batches, evaluation, and files of the student and its heads."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,26 @@ from mmkd.errors import UserError
 from mmkd.models.dual_encoder import DualEncoder
 from mmkd.models.open_clip_format import save_open_clip
 from mmkd.models.pair_heads import pair_heads
-from mmkd.preparation.pair_batches import CAPTIONS, FIRST, SECOND, STUDENT, TEACHERS, PairCollator, PairSampler
+from mmkd.models.sharded_weights import called, is_sharded, whole_weights
+from mmkd.models.whole_student import (
+    WholeStudent,
+    give_dimension,
+    is_of_transformers,
+    load_trained,
+    save_trained,
+)
+from mmkd.preparation.pair_batches import (
+    CAPTIONS,
+    FIRST,
+    ROWS,
+    SECOND,
+    STUDENT,
+    TEACHERS,
+    PairCollator,
+    PairRows,
+    PairSampler,
+)
+from mmkd.seams.accelerate_seam import has_no_embeddings
 from mmkd.training.run_trainer import RunTrainer
 
 from .clip_config import ContrastiveKDConfig
@@ -24,6 +43,9 @@ from .pair_terms import PairFacts, PairFeatures
 
 HEADS_FILE = "pair_heads.safetensors"
 """The heads in a checkpoint."""
+
+TRAINED_FILE = "trained_weights.safetensors"
+"""What an adapter trains, in a checkpoint, whose model it is merged into."""
 
 Reports = dict[str, tuple[Tensor, Any]]
 
@@ -38,6 +60,9 @@ class PairTrainer(RunTrainer):
     teachers: dict[str, DualEncoder]
     collate: PairCollator
     masks: LearntMasks | None
+    whole: WholeStudent
+    evaluated_rows: PairRows
+    """Those of the evaluation that goes on."""
     _evaluated: EvaluatedPairs
 
     def losses(
@@ -51,15 +76,17 @@ class PairTrainer(RunTrainer):
         raise NotImplementedError
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The Trainer's. Raises UserError where weights would be cut over devices."""
+        """The Trainer's; FSDP2 gets a student whose numbers have a dimension. Raises UserError for masks in shards."""
         super().create_accelerator_and_postprocess()
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+        if self.masks is not None and is_sharded(self.accelerator):
             raise UserError(
-                "Dual encoders are not trained under FSDP2 and ZeRO-3. They are small: use accelerate_config ddp or "
-                "zero2; gradient_accumulation_steps makes large batches of small ones.",
+                "inherit: auto masks what whole modules compute, which FSDP2 and ZeRO-3 cut up. Use accelerate_config "
+                "ddp or zero2; gradient_accumulation_steps makes large batches of small ones.",
                 because="not built",
             )
+        if self.is_fsdp_enabled:
+            give_dimension(self.student.model)
+            has_no_embeddings(self.student.model)
 
     # Batches
 
@@ -113,7 +140,7 @@ class PairTrainer(RunTrainer):
             said = {"": model(reader=lambda: self.encode(self.student, inputs[STUDENT]))}
             said |= {f"teacher {name}": features for name, features in self.ask(inputs).items()}
         own = {name: (features.images.float(), features.texts.float()) for name, features in said.items()}
-        batch: Any = self.accelerator.gather_for_metrics((own, inputs[CAPTIONS]))
+        batch: Any = self.accelerator.gather_for_metrics((own, inputs[CAPTIONS], inputs[ROWS]))
         self._evaluated.add(batch)
         return None, None, None
 
@@ -121,13 +148,20 @@ class PairTrainer(RunTrainer):
         """The Trainer's; then the loss in batches as large as those of training, and what is found among all pairs."""
         self._evaluated = EvaluatedPairs()
         result = super().evaluation_loop(*args, **kwargs)
-        self._record(self._evaluated.reports(self), "eval")
+        with called(self.model, self.accelerator) as model:
+            # In the forward, where weights that are cut over ranks are whole.
+            self._record(model(reader=lambda: self._evaluated.reports(self)), "eval")
         return result
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The Trainer's, also of rows as the constructor takes them."""
         if isinstance(eval_dataset, Dataset):
             eval_dataset = pair_rows(eval_dataset, self.args, "eval", cached_pairs(self.teachers, self.args))
+        rows: Any = eval_dataset
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            own: Any = self.eval_dataset
+            rows = own if eval_dataset is None else own[eval_dataset]
+        self.evaluated_rows = rows
         return super().get_eval_dataloader(eval_dataset)
 
     def collator_of(self, training: bool) -> Any:
@@ -137,11 +171,19 @@ class PairTrainer(RunTrainer):
     # What is left
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's; the final student is cut where it has masks, and also written for open_clip if asked for."""
-        student, folder = self.student, Path(output_dir or self.args.output_dir or ".")
-        super().save_model(output_dir, _internal_call)
+        """The Trainer's; the final student is cut where it has masks, and also written for open_clip if asked for.
+
+        A student in shards is written whole with every checkpoint, so that none has to be consolidated.
+        """
+        folder = Path(output_dir or self.args.output_dir or ".")
+        weights = whole_weights(self.model, self.accelerator)
+        if weights is None:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self.saved_otherwise(folder, weights)
         if _internal_call or not self.args.should_save:
             return
+        student = self.left(weights)
         if self.masks is not None:
             student = self.masks.cut(student)
             for path in folder.glob("model*.safetensors*"):
@@ -150,35 +192,63 @@ class PairTrainer(RunTrainer):
         if self.args.save_open_clip:
             save_open_clip(student, folder / "open_clip")
 
-    def saved_otherwise(self, folder: Path) -> bool:
-        """Students of other packages than transformers write their own files."""
-        return _of_another_package(self.student, lambda: self.student.save(folder))
+    def left(self, weights: dict[str, Tensor] | None) -> DualEncoder:
+        """The student as an ordinary model, with its adapter merged; `weights` are those that ranks have gathered."""
+        if weights is None and not self.whole.has_adapter:
+            return self.student
+        return self.whole.filled(self.student.model.state_dict() if weights is None else weights)
+
+    def saved_otherwise(self, folder: Path, weights: dict[str, Tensor] | None) -> bool:
+        """Writes students with adapters, in shards, and of other packages than transformers, whole and merged."""
+        if is_of_transformers(self.student) and not self.whole.has_adapter and not is_sharded(self.accelerator):
+            return False
+        if self.args.should_save:
+            self.left(weights).save(folder)
+        return True
 
     def restored_otherwise(self, checkpoint: Path) -> bool:
-        """Students of other packages than transformers read their own files."""
-        return _of_another_package(self.student, lambda: self.student.restore(checkpoint))
+        """Reads what is trained of students with adapters, and students of other packages; not those in shards."""
+        if self._in_engine:
+            return False
+        if self.whole.has_adapter:
+            load_trained(self.student.model, checkpoint / TRAINED_FILE)
+            return True
+        if is_of_transformers(self.student):
+            return False
+        self.student.restore(checkpoint)
+        return True
+
+    @property
+    def _in_engine(self) -> bool:
+        """Whether FSDP2 or DeepSpeed keeps all that is trained in files of its own, heads among it."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def checkpoint_to_save(self, folder: Path) -> None:
-        """Keeps the heads, which the student's own files leave out."""
+        """Keeps the heads, which the student's own files leave out, and an adapter, which those have merged."""
         super().checkpoint_to_save(folder)
-        weights = {name: tensor.contiguous() for name, tensor in pair_heads(self.student).state_dict().items()}
-        if self.args.should_save and weights:
-            save_file(weights, str(folder / HEADS_FILE))
-        if self.args.should_save and self.masks is not None:
+        if not self.args.should_save:
+            return
+        if self.masks is not None:
             self.masks.save(folder)
+        if self._in_engine:
+            return
+        weights = {name: tensor.contiguous() for name, tensor in pair_heads(self.student).state_dict().items()}
+        if weights:
+            save_file(weights, str(folder / HEADS_FILE))
+        if self.whole.has_adapter:
+            save_trained(self.student.model, folder / TRAINED_FILE)
 
     def weights_restored(self, checkpoint: Path) -> None:
         """Loads the heads of a checkpoint, too."""
         super().weights_restored(checkpoint)
         path = checkpoint / HEADS_FILE
-        if path.is_file():
+        if path.is_file() and not self._in_engine:
             pair_heads(self.student).load_state_dict(load_file(str(path)))
         if self.masks is not None:
             self.masks.restore(checkpoint)
 
-
-def _of_another_package(student: DualEncoder, do: Callable[[], None]) -> bool:
-    if student.trunk is student.model and hasattr(student.model, "save_pretrained"):
-        return False
-    do()
-    return True
+    def checkpoint_restored(self, folder: Path) -> None:
+        """Goes on with the masks of a checkpoint whose weights DeepSpeed has restored by itself."""
+        super().checkpoint_restored(folder)
+        if self.masks is not None and self.is_deepspeed_enabled:
+            self.masks.restore(folder)

@@ -36,12 +36,22 @@ class RankingConfig(DocumentedFields):
             "caption of a picture in the picture's place. Default: the cosines of `teacher`."
         },
     )
+    ranking_server: str | None = field(
+        default=None,
+        metadata={
+            "help": "For ranking, in place of ranking_teacher. The URL of a chat server (vLLM, SGLang) whose VLM or "
+            "LLM is asked whether the two belong together. It must tell log-probs of its answers. Default: not set."
+        },
+    )
+    ranking_server_model: str | None = field(
+        default=None, metadata={"help": "For ranking_server. The model to ask, where the server offers several."}
+    )
     ranking_question: str | None = field(
         default=None,
         metadata={
-            "help": "For a ranking_teacher that answers in words. The question, with {text} for the caption, and "
-            "{first} where both sides are texts. It must be answered with yes or no. Default: whether the text "
-            "describes the picture, or whether the two texts belong together."
+            "help": "For a ranking_server, or a ranking_teacher that answers in words. The question, with {text} for "
+            "the caption, and {first} where both sides are texts. It must be answered with yes or no. Default: "
+            "whether the text describes the picture, or whether the two texts belong together."
         },
     )
     ranking_negatives: PositiveInt = field(
@@ -59,18 +69,19 @@ class RankingConfig(DocumentedFields):
         default=None,
         metadata={
             "help": "For ranking: cprd. The teacher's score from which the order of a wrong answer is worth learning: "
-            "a probability of ranking_teacher, else a cosine of `teacher`. Default: 0.1 of ranking_teacher; all "
-            "cosines count. How this is decided is not published."
+            "a probability of ranking_teacher or ranking_server, else a cosine of `teacher`. Default: a probability "
+            "of 0.1; all cosines count. How this is decided is not published."
         },
     )
     ranking_batch_size: PositiveInt = field(
-        default=32, metadata={"help": "Pairs that ranking_teacher reads at a time. Default: 32."}
+        default=32,
+        metadata={"help": "Pairs that ranking_teacher reads, or ranking_server is sent, at a time. Default: 32."},
     )
     ranking_cache: str | None = field(
         default=None,
         metadata={
-            "help": "A folder to keep the scores of ranking_teacher in, so that a pair is scored once in all runs. "
-            "Default: in memory only."
+            "help": "A folder to keep the scores of ranking_teacher or ranking_server in, so that a pair is scored "
+            "once in all runs. Default: in memory only."
         },
     )
     hard_negatives: str = field(
@@ -116,18 +127,26 @@ class RankingConfig(DocumentedFields):
 
     def check_ranking(self) -> None:
         """Raises UserError for settings that nothing reads, or that contradict each other."""
-        for name in ("ranking_teacher", "ranking_question", "ranking_cache", "ranking_min"):
+        for name in ("ranking_teacher", "ranking_server", "ranking_question", "ranking_cache", "ranking_min"):
             if self.ranking == "none" and getattr(self, name) is not None:
                 raise UserError(
                     f"{name} is for `ranking`, which is none. Set ranking to cprd or pld, or remove {name}.",
                     because="meaning",
                 )
         for name in ("ranking_question", "ranking_cache"):
-            if self.ranking_teacher is None and getattr(self, name) is not None:
+            if not self.has_scorer and getattr(self, name) is not None:
                 raise UserError(
-                    f"{name} is for scores of a ranking_teacher, and there is none. Name one, or remove {name}.",
+                    f"{name} is for scores of a ranking_teacher or ranking_server, and there is none. Name one, or "
+                    f"remove {name}.",
                     because="meaning",
                 )
+        if self.ranking_server is not None and self.ranking_teacher is not None:
+            raise UserError(
+                "ranking_teacher and ranking_server both say whose order is learnt. Remove one of the two.",
+                because="meaning",
+            )
+        if self.ranking_server is None and self.ranking_server_model is not None:
+            raise UserError("ranking_server_model is for a ranking_server, and there is none.", because="meaning")
         if self.ranking == "pld" and self.ranking_min is not None:
             raise UserError(
                 "ranking_min is for ranking: cprd; pld weighs each place by its probability. Remove it.",
@@ -139,12 +158,12 @@ class RankingConfig(DocumentedFields):
     def ranking_weights(self, teacher: bool) -> dict[str, float]:
         """Term -> its weight, of terms of the teacher's. Raises UserError for one that has nobody to learn from."""
         needed = {
-            "ranking": self.ranking != "none" and self.ranking_teacher is None,
+            "ranking": self.ranking != "none" and not self.has_scorer,
             "hard_negatives": self.hard_negatives != "none",
         }
         for term, is_set in needed.items():
             if is_set and not teacher:
-                also = ", or a ranking_teacher" if term == "ranking" else ""
+                also = ", a ranking_teacher or a ranking_server" if term == "ranking" else ""
                 raise UserError(
                     f"{term} is set, and there is no teacher to learn from. Name a teacher{also}, or remove it.",
                     because="meaning",
@@ -152,6 +171,11 @@ class RankingConfig(DocumentedFields):
         return {term: getattr(self, f"{term}_weight") if is_set else 0.0 for term, is_set in needed.items()}
 
     @property
+    def has_scorer(self) -> bool:
+        """Whether the order is that of a model which reads both sides of a pair at once."""
+        return self.ranking_teacher is not None or self.ranking_server is not None
+
+    @property
     def scored_weight(self) -> float:
-        """The weight of ranking by a ranking_teacher; 0 without."""
-        return self.ranking_weight if self.ranking != "none" and self.ranking_teacher is not None else 0.0
+        """The weight of ranking by such a model; 0 without."""
+        return self.ranking_weight if self.ranking != "none" and self.has_scorer else 0.0

@@ -36,7 +36,7 @@ def ranked_terms(
     `same` are the pairs of the same caption, itself included, which are never wrong answers.
     """
     terms: dict[str, Tensor] = {}
-    if settings.ranking != "none" and settings.ranking_teacher is None:
+    if settings.ranking != "none" and not settings.has_scorer:
         least = -torch.inf if settings.ranking_min is None else settings.ranking_min
         values = []
         for ours, theirs in _directions(student, teacher):

@@ -1,21 +1,25 @@
 """What a ranking_teacher, which reads both sides of a pair at once, says of the wrong answers in a batch."""
 
+import copy
 import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmkd.cache.embedding_codec import text_key
 from mmkd.cache.pair_scores import PairScores
 from mmkd.cache.sequence_keys import KEY_BYTES, image_hash
-from mmkd.errors import UserError
 from mmkd.losses.hard_negatives import hardest
-from mmkd.preparation.pair_batches import PairRows, number_of
+from mmkd.preparation.pair_batches import PairRows
+from mmkd.teachers.chat_api import ChatClient
 from mmkd.teachers.pair_scorers import PairScorer, load_pair_scorer
+from mmkd.teachers.served_scorer import ServedScorer
+from mmkd.training.gathering import ranks
 
 from .pair_terms import PairFacts, StudentSays
 from .ranking_config import RankingConfig
@@ -33,34 +37,37 @@ class ScoredPairs:
         self.scores = PairScores(folder, None if folder is None else scorer.identity, rank)
         self.shows_pictures = rows.has_images and scorer.reads_images
         self._first_keys: dict[int, bytes] = {}
+        self.divides = False
+        """Whether all ranks ask about the same pairs."""
         self.asked = 0
         """Pairs that the scorer has read."""
 
     @classmethod
     def of(cls, scorer: PairScorer | None, rows: PairRows, settings: Any) -> "ScoredPairs | None":
-        """Those of a scorer, or of the `ranking_teacher` of settings; None where there is neither."""
+        """Those of a scorer, or of what settings name; None where there is neither."""
         if not settings.scored_weight:
             return None
-        if scorer is None:
-            scorer = load_pair_scorer(
-                settings.ranking_teacher,
-                question=settings.ranking_question,
-                batch_size=settings.ranking_batch_size,
-                device=settings.device,
-                trust_remote_code=settings.trust_remote_code,
-            )
+        scorer = scorer or _scorer_of(settings)
         if rows.has_images and not scorer.reads_images:
             logger.warning(
                 "ranking_teacher %s reads texts: the caption of a picture stands for the picture.", scorer.name
             )
         return cls(scorer, rows, settings, settings.process_index)
 
+    def held_out(self, rows: PairRows) -> "ScoredPairs":
+        """Those of other rows, of which every rank compares all; scores are kept with those of training."""
+        other = copy.copy(self)
+        other.rows, other._first_keys, other.divides = rows, {}, True
+        return other
+
     def term(
         self, student: StudentSays, facts: PairFacts, numbers: Int[Tensor, "all"], rows: Int[Tensor, "all"]
     ) -> Float[Tensor, "pair"]:
         """The ranking loss of each pair of this rank; numbers of captions and rows are those of all ranks."""
         same = facts.numbers[:, None] == numbers
-        captions = [self._caption(row, number) for row, number in zip(rows.tolist(), numbers.tolist(), strict=True)]
+        captions = [
+            self.rows.caption_of(row, number) for row, number in zip(rows.tolist(), numbers.tolist(), strict=True)
+        ]
         losses = []
         for of_images, cosines in ((True, student.view.cosines.images), (False, student.view.cosines.texts)):
             chosen = hardest(cosines.detach(), same, self.settings.ranking_negatives)
@@ -100,12 +107,27 @@ class ScoredPairs:
 
     def _ask(self, wanted: dict[bytes, tuple[int, str, str]]) -> None:
         """Scores the pairs that are not known: a row, the caption in the place of its picture, and a text."""
+        if self.divides and ranks() > 1:
+            # What a rank knows already differs, and all must come to the exchange.
+            own = dict(list(wanted.items())[dist.get_rank() :: ranks()])
+            self._ask_here(own)
+            told: list[Any] = [None] * ranks()
+            dist.all_gather_object(told, {key: self.scores[key] for key in own})
+            for scores in told:
+                self.scores.known |= scores
+        self._ask_here(wanted)
+
+    def _ask_here(self, wanted: dict[bytes, tuple[int, str, str]]) -> None:
         missing = {key: pair for key, pair in wanted.items() if key not in self.scores}
         if not missing:
             return
-        pairs = [(self._first(row, caption), text) for row, caption, text in missing.values()]
-        self.asked += len(pairs)
-        self.scores.add(dict(zip(missing, self.scorer.score(pairs).tolist(), strict=True)))
+        keys, size = list(missing), self.scorer.batch_size
+        for first in range(0, len(keys), size):
+            # Each part is kept before the next is asked for, in which a server may fail.
+            some = keys[first : first + size]
+            pairs = [(self._first(row, caption), text) for row, caption, text in (missing[key] for key in some)]
+            self.asked += len(pairs)
+            self.scores.add(dict(zip(some, self.scorer.score(pairs).tolist(), strict=True)))
 
     def _first(self, row: int, caption: str) -> Any:
         if self.rows.has_images and not self.shows_pictures:
@@ -119,11 +141,19 @@ class ScoredPairs:
             first = self._first_keys.get(row) or self._first_keys.setdefault(row, _side_key(self._first(row, caption)))
         return hashlib.blake2b(first + text_key(text), digest_size=KEY_BYTES).digest()
 
-    def _caption(self, row: int, number: int) -> str:
-        caption = next((text for text in self.rows.split.captions[row] if number_of(text) == number), None)
-        if caption is None:
-            raise UserError(f"Row {row} of {self.rows.split!r:.60} has other captions on another rank.")
-        return caption
+
+def _scorer_of(settings: Any) -> PairScorer:
+    question, batch_size = settings.ranking_question, settings.ranking_batch_size
+    if settings.ranking_server is not None:
+        client = ChatClient([settings.ranking_server], settings.ranking_server_model, model_key="ranking_server_model")
+        return ServedScorer(client, question, batch_size)
+    return load_pair_scorer(
+        settings.ranking_teacher,
+        question=question,
+        batch_size=batch_size,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
 
 
 def _side_key(side: Any) -> bytes:
