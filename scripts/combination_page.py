@@ -68,8 +68,9 @@ def combination_page() -> str:
         "## Methods `dho`, `tower_kd`, `clip_kd`, `trans_encoder` and `comd`",
         "",
         "A student of `dho` predicts classes, one of `tower_kd` features and one of `clip_kd` embeddings, so that the "
-        "tables above are not about them. `tower_kd` and `clip_kd` train whole models with one or several local "
-        "teachers, `clip_kd` also without one, in one process or with `accelerate_config: ddp` or `zero2`. "
+        "tables above are not about them. `tower_kd` and `clip_kd` learn from one or several local teachers, "
+        "`clip_kd` also without one. `tower_kd` trains whole towers, in one process or with `accelerate_config: ddp` "
+        "or `zero2`; `clip_kd` trains whole students and adapters, with `fsdp2` and `zero3` too. "
         "`trans_encoder` trains encoders of sentences in one process. `comd` is a series of trainings, and each of "
         "them is one of `round_method`, to which the tables apply. What these "
         "methods refuse is in the list of messages below.",
