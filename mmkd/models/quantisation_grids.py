@@ -129,7 +129,8 @@ class Grid:
 
     def _scales(self, grouped: Tensor, dtype: torch.dtype, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """The scales of groups as they are stored, and as weights are divided by them."""
-        largest = grouped.abs().amax(-1, keepdim=True)
+        least, most = grouped.aminmax(dim=-1, keepdim=True)
+        largest = torch.maximum(-least, most)
         if self.format == "mxfp4":
             stored = _e8m0(largest)
         elif self.format == "nvfp4":
@@ -149,13 +150,13 @@ class Grid:
         return stored.float()
 
     def _rounded(self, values: Tensor) -> Tensor:
-        """Scaled weights as the nearest codes, in float32."""
+        """Scaled weights as the nearest codes, in float32; in their place, since this runs for every forward pass."""
         if self.format == "fp8":
-            return values.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float()
+            return values.clamp_(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float()
         if self.format in ("nvfp4", "mxfp4"):
             return _to_e2m1(values)
         half = 2 ** (_BITS[self.format] - 1)
-        return values.round().clamp(-half, half - 1)
+        return values.round_().clamp_(-half, half - 1)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -165,7 +166,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor, grid: Grid, dtype: torch.dtype, tensor_scale: Tensor | None) -> Tensor:
         grouped = grid._grouped(tensor)
         _, scales = grid._scales(grouped, dtype, tensor_scale)
-        return (grid._rounded(grouped / scales) * scales).reshape(tensor.shape).to(tensor.dtype)
+        return grid._rounded(grouped / scales).mul_(scales).reshape(tensor.shape).to(tensor.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -193,7 +194,7 @@ def _to_e2m1(values: Tensor) -> Tensor:
     # The spacing doubles at 2 and at 4, and rounding a multiple of it half to even rounds the mantissa so.
     magnitude = values.abs()
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    return ((values / step).round() * step).clamp(-_E2M1_MAX, _E2M1_MAX)
+    return values.div_(step).round_().mul_(step).clamp_(-_E2M1_MAX, _E2M1_MAX)
 
 
 def _e2m1_codes(values: Tensor) -> Tensor:
