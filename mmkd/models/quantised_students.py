@@ -241,6 +241,13 @@ def quantised_layers(model: PreTrainedModel | PeftModel, quantisation: StudentQu
     return layers
 
 
+def share_of(model: PreTrainedModel | PeftModel, layers: Sequence[tuple[str, Any]]) -> str:
+    """How much of a student so many quantised layers are, for a reader."""
+    quantised = sum(whole_weight(layer).numel() for _, layer in layers)
+    every = base_of(model).num_parameters()
+    return f"{len(layers)} linear layers with {quantised:,} of {every:,} parameters"
+
+
 def _set(layers: Sequence[tuple[str, Any]], quantisation: StudentQuantisation, weights: bool) -> None:
     named = dict(layers)
     for name, layer in layers:

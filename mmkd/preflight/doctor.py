@@ -27,6 +27,7 @@ from .chunk_checks import alignment
 from .empty_models import empty_student
 from .facts import Finding, Rendered, Sample, Side, render, student_side, take_sample, teacher_side
 from .feature_checks import named_modules
+from .quantisation_checks import quantised_student
 from .stage_checks import each_run
 
 STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
@@ -104,6 +105,8 @@ def examine_tokens(run: Run, sharded: bool, own: Callable[[Book, Sample | None],
     if student is not None and all(name in sides for name in named):
         book.check("literature", teachers.literature, run)
         book.check("features", named_modules, run, student, sides)
+    if student is not None:
+        book.check("quantisation", quantised_student, run, student)
     if student is not None and sample is not None and ours is not None and ours.usable:
         book.check("rendering", tokens.rendering, ours)
         book.check("end of answer", tokens.end_of_sequence, student, ours, sample, run)

@@ -15,6 +15,7 @@ from mmkd.errors import UserError
 from mmkd.losses.projection import logits_bytes
 from mmkd.models.backbone import base_of
 from mmkd.models.parts import train_only
+from mmkd.models.quantised_students import quantise_forward
 from mmkd.preparation.supervision import kept
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run_teacher import reads_teacher
@@ -169,10 +170,14 @@ def _trained(run: Run, student: Side, device_type: str) -> Any:
     base = empty_student(run, student, device_type)
     if run.training.trainable is not None:
         train_only(base, run.training.trainable)
-    if (peft := get_peft_config(run.student)) is None:
-        return base
-    with torch.device("meta"):
-        return get_peft_model(base, peft, low_cpu_mem_usage=True)
+    model: Any = base
+    if (peft := get_peft_config(run.student)) is not None:
+        with torch.device("meta"):
+            model = get_peft_model(base, peft, low_cpu_mem_usage=True)
+    if run.training.quantisation is not None:
+        # What is rounded is kept for the backward pass, and counted with the activations.
+        quantise_forward(model, run.training.quantisation)
+    return model
 
 
 def count_teacher(run: Run, teacher: Side, shape: Shape, device_type: str = "cuda", flops: bool = True) -> ModelCosts:

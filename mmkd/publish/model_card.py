@@ -57,6 +57,8 @@ class Student:
     """As what it taught itself, for a reader."""
     cautions: Sequence[str] = ()
     """Sentences about how it was trained that its users should know."""
+    trained_as: str = ""
+    """As what it was trained with quantised values, for a reader; empty: in the precision of its weights."""
     answers: Sequence[str] = ()
     """Of each data set of a teacher's answers, how many were kept and how they were chosen."""
 
@@ -183,6 +185,11 @@ def _usage(student: Student) -> str:
         return f"```python\n{imports}\n\n{line}\n```"
     model = f'model = {classes.partition(",")[0]}.from_pretrained("{student.repo_id}")'
     also = "It is an adapter: `pip install peft` too.\n\n" if student.adapter else ""
+    if student.trained_as:
+        also += (
+            f"It was trained as {student.trained_as}, and its results are those of that. Loaded as below it computes "
+            "with its weights in full precision, which is another model: quantise it in the same format.\n\n"
+        )
     code = f'from transformers import {classes}\n\n{model}\n{loader}.from_pretrained("{student.repo_id}")'
     return f"{also}```python\n{code}\n```"
 
@@ -194,6 +201,7 @@ def _lineage(student: Student) -> dict[str, str]:
         **({"Teacher": _taught_by(student)} if _taught_by(student) else {}),
         **({"The teacher's own prompt": prompts} if prompts else {}),
         "Methods": ", ".join(f"`{method}`" for method in student.methods),
+        **({"Trained as": student.trained_as} if student.trained_as else {}),
         "Data": _names(student.data),
         **({"Answers it learnt from": " ".join(student.answers)} if student.answers else {}),
         "Made with": f"mmkd {student.machine.get('mmkd', __version__)}",

@@ -22,6 +22,7 @@ from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.run_record import data_facts
 from mmkd.results.adapter_base import MERGED
 from mmkd.results.scores import scores_of
+from mmkd.results.trained_as import FILE
 from mmkd.schema_lines import without_schema_line
 from mmkd.training.guard_settings import warnings_of
 from mmkd.training.method import METHODS
@@ -45,6 +46,7 @@ MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "gene
 MODEL_FILES += ("adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*")
 MODEL_FILES += ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 MODEL_FILES += ("merges.txt", "*.model", "chat_template*", "*processor*.json", "interpolation.json", "*.py")
+MODEL_FILES += (FILE,)
 """The files of a run's folder that are published; optimizer states, pickles and logs are not."""
 
 RECIPE, LOG, SCORES = "training/recipe.yaml", "training/log.jsonl", "eval/scores.json"
@@ -221,6 +223,7 @@ def _student(model: EvalModel, place: Path, record: Mapping[str, Any], options: 
         methods=list(dict.fromkeys(training["keys"]["method"] for training in trainings)),
         pipeline_tag=_pipeline_tag(Path(model.path) if _is_merged(model) else place, adapter, str(keys["method"])),
         adapter=adapter,
+        trained_as=model.trained_as,
         parameters=_parameters(Path(model.path) if _is_merged(model) else place),
         base=base,
         teachers=[source_of(name, ids.get(name)) for name in taught],

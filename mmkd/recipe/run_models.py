@@ -26,6 +26,13 @@ def check_student(run: Run) -> None:
             "A quantised student has no weights to train: set use_peft: true, or do not quantise it.",
             because="upstream",
         )
+    if quantised and run.training.quantisation is not None:
+        raise UserError(
+            "load_in_4bit and load_in_8bit round the weights when they are loaded, and student_quantization rounds "
+            "them while they are trained. Remove one of the two. With load_in_4bit (QLoRA) the base stays rounded as "
+            "bitsandbytes does it, and the adapter is not rounded.",
+            because="meaning",
+        )
 
 
 def load_student(run: Run, teacher: PreTrainedModel | None = None) -> PreTrainedModel:
