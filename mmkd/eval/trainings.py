@@ -12,6 +12,7 @@ from mmkd.cache.store import Cache, read_log
 from mmkd.errors import UserError
 from mmkd.files import write_file
 from mmkd.recipe.arguments import RunArguments, StudentArguments
+from mmkd.recipe.prune_arguments import UNPRUNED
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run import build_trainer
 from mmkd.results.compared import ComparedModel
@@ -26,7 +27,7 @@ from .own_answers import OwnAnswers
 from .results import key_of, to_json
 from .whole_runs import measure_whole
 
-_WHOLE = ("student_layers", "student_intermediate_size", "student_num_attention_heads", "student_vision_tower")
+_WHOLE = {**UNPRUNED, "student_vision_tower": None}
 
 
 class Trainings:
@@ -193,7 +194,7 @@ def _of(run: Run, model: str | None) -> Any:
     """The run's arguments with a whole model in the place of its student."""
     if model is None:
         raise UserError("The recipe names no `teacher`, so that nobody can be judged by it: set it beside its cache.")
-    own = {"student": model, "student_init": "pretrained", **dict.fromkeys(_WHOLE)}
+    own = {"student": model, "student_init": "pretrained", **_WHOLE}
     return replace(_without_caches(run.arguments), **own)
 
 

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from mmkd.errors import UserError, first_line
 from mmkd.seams.transformers_seam import empty_like
 
-from .assemble import kept_layers
 from .features import new_backbone, pooler_arguments, vision_tower
 from .load import computed_dtype, dtype_named
+from .prune_sizes import kept_layers
 
 _INSIDE = ("vision_model", "vision_tower", "vision_encoder", "visual")
 """Where models for images and texts keep their tower."""

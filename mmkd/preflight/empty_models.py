@@ -14,10 +14,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mmkd.models.assemble import prune
 from mmkd.precision import product_dtype
 from mmkd.recipe.recipe import Run
-from mmkd.recipe.run_models import pruning_of
+from mmkd.recipe.run_pruning import empty_pruned
 
 from .facts import Side
 
@@ -36,7 +35,7 @@ def empty_student(run: Run, student: Side, device: str | torch.device | None = N
     model = _empty(student.config, _dtype(run.student.dtype, saved, device), run)
     if run.arguments.student_init != "prune":
         return model
-    return prune(model, **pruning_of(run))
+    return empty_pruned(run, model)
 
 
 def weight_bytes(model: nn.Module, base: PreTrainedModel, bits: int | None) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmkd.recipe.prune_arguments import SIZES, TARGETS, UNPRUNED
 from mmkd.results.own_teacher import SELF, own_form
 from mmkd.results.parameters import parameters_of
 from mmkd.training.method import BASELINE_METHOD
@@ -12,8 +13,6 @@ from mmkd.units import readable_count, readable_time
 
 from .measured import measured_by_comparison, measured_by_run
 from .runs import RunFiles, record_of, shown_rows, tokens_of
-
-_PRUNED = "student_layers", "student_intermediate_size", "student_num_attention_heads"
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,19 @@ def _start(keys: Sequence[Mapping[str, Any]]) -> str:
     if init == "llava":
         return f"{name} with the vision tower {short_name(str(first.get('student_vision_tower', '')))}"
     if init == "prune":
-        kept = [f"{key.removeprefix('student_')} {first[key]}" for key in _PRUNED if first.get(key) is not None]
-        return f"{name}, pruned" + (f" to {', '.join(kept)}" if kept else "")
+        return f"{name}, pruned{_pruning(first)}"
     return name
+
+
+def _pruning(keys: Mapping[str, Any]) -> str:
+    """To which sizes, and by what."""
+    kept = [f"{key.removeprefix('student_')} {keys[key]}" for key in (*SIZES, *TARGETS) if keys.get(key) is not None]
+    importance, layers = keys.get("prune_importance", "weights"), keys.get("prune_layer_importance", "even")
+    by = [importance] if importance != "weights" else []
+    by += [f"{layers.replace('_', ' ')} of layers"] if layers != "even" else []
+    rows = keys.get("prune_calibration_rows", UNPRUNED["prune_calibration_rows"])
+    how = f", chosen by {' and '.join(by)} on {rows} training rows" if by else ""
+    return (f" to {', '.join(kept)}" if kept else "") + how
 
 
 def _data(records: Sequence[Mapping[str, Any]]) -> list[str]:

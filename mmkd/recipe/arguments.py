@@ -13,12 +13,14 @@ from mmkd.schema import Field, NonNegativeInt, PositiveFloat, PositiveInt, check
 from mmkd.teachers.cached import TAILS
 from mmkd.training.method import METHODS
 
+from .prune_arguments import PruneArguments, check_pruning
+
 VIEW = "teacher_view"
 """A key of training that each of several teachers may have for itself."""
 
 
 @dataclass
-class RunArguments:
+class RunArguments(PruneArguments):
     """What a recipe says besides its method's settings."""
 
     method: str = field(metadata={"help": "How the student learns: the name of a method.", "choices": METHODS})
@@ -45,8 +47,8 @@ class RunArguments:
     student_init: str = field(
         default="pretrained",
         metadata={
-            "help": "How the student begins. pretrained (default): with its own weights. prune: with some layers, "
-            "and if you like a narrower FFN and fewer heads, of `student`, or of the teacher if `student` "
+            "help": "How the student begins. pretrained (default): with its own weights. prune: with some of the "
+            "layers, neurons, heads and channels of `student`, or of the teacher if `student` "
             "is not set. random: with new weights for the student's config. llava: as a new "
             "vision-language model made of student_vision_tower, a new projector and the language model "
             "`student`. inherit: for method clip_kd, with a part of the weights of `student`, or of the teacher if "
@@ -64,20 +66,6 @@ class RunArguments:
             "help": "For student_init: llava. The layer of the vision tower that is read. -2 (default) is the one "
             "before the last, as in LLaVA-1.5; -1 is the last."
         },
-    )
-    student_layers: list[NonNegativeInt] | None = field(
-        default=None,
-        metadata={
-            "help": "For student_init: prune. The layers to keep: one number for so many layers spread evenly, or "
-            "a list of layers counted from 0."
-        },
-    )
-    student_intermediate_size: PositiveInt | None = field(
-        default=None, metadata={"help": "For student_init: prune. The width of the FFN to keep. Default: all of it."}
-    )
-    student_num_attention_heads: PositiveInt | None = field(
-        default=None,
-        metadata={"help": "For student_init: prune. Query heads to keep; key-value heads follow. Default: all."},
     )
     teacher_revision: str | None = field(
         default=None,
@@ -232,26 +220,21 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.student_layers, int):
-            self.student_layers = [self.student_layers]
+        for name in ("student_layers", "student_vision_num_hidden_layers"):
+            if isinstance(value := getattr(self, name), int):
+                setattr(self, name, [value])
         check_fields(self)
         if (self.student_init == "llava") != (self.student_vision_tower is not None):
             raise UserError(
                 "student_init: llava and student_vision_tower go together: set both or neither.", because="meaning"
             )
         _check_inherits(self)
-        pruned = [self.student_layers, self.student_intermediate_size, self.student_num_attention_heads]
         if self.student is None and (self.student_init not in ("prune", "inherit") or self.teacher is None):
             several = "" if self.teachers is None else " With several teachers, prune names its `student` too."
             raise UserError(
                 f"There is no student: set `student`, or `student_init: prune` to make one of the teacher.{several}"
             )
-        if (self.student_init == "prune") != any(part is not None for part in pruned):
-            raise UserError(
-                "student_init: prune and the sizes to keep (student_layers, student_intermediate_size, "
-                "student_num_attention_heads) go together: set both or neither.",
-                because="meaning",
-            )
+        check_pruning(self)
         sources = [self.teacher, self.teacher_cache, self.teacher_server]
         _check_teachers(self, any(sources))
         absent = not any(sources) and self.teachers is None

@@ -32,8 +32,11 @@ OWN_KEYS = {
     ),
     "student": (
         "student student_init student_layers student_intermediate_size student_num_attention_heads "
-        "student_vision_tower student_vision_layer trainable student_quantization student_quantization_group "
-        "student_quantization_activations student_quantization_skip"
+        "student_num_key_value_heads student_hidden_size student_num_experts student_expert_intermediate_size "
+        "student_vision_num_hidden_layers student_vision_intermediate_size student_vision_num_attention_heads "
+        "student_vision_hidden_size target_params target_latency prune_importance prune_layer_importance "
+        "prune_calibration_rows student_vision_tower student_vision_layer trainable student_quantization "
+        "student_quantization_group student_quantization_activations student_quantization_skip"
     ),
     "data": "data max_train_rows max_eval_rows on_bad_row",
     "training": "dry_run stages schedule accelerate_config env chunk_size precise_logits",

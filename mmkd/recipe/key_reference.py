@@ -15,6 +15,7 @@ from .cache_arguments import CacheArguments
 from .key_format import Key
 from .key_groups import GROUPS, HELP, UNUSED, group_of, rank_of
 from .key_parser import parser_of
+from .prune_arguments import PruneArguments
 
 # Besides the fields of dataclasses: what `Recipe` itself reads.
 _OF_RECIPES = {
@@ -62,7 +63,8 @@ def _place(key: Key) -> tuple[int, bool, int]:
 def _key(field: Any, kind: type, method: Method, checked: Field) -> Key:
     declared = _declared_in(kind, field.name)
     own = not declared.__module__.startswith(("transformers.", "trl."))
-    shared = declared in (RunArguments, StudentArguments, CacheArguments) or declared in DistillationConfig.__mro__
+    kinds = (RunArguments, PruneArguments, StudentArguments, CacheArguments, *DistillationConfig.__mro__)
+    shared = declared in kinds
     group = "method" if own and not shared else group_of(field.name, own)
     assert group is not None, f"OWN_KEYS has no group for {field.name}"
     key = Key.of(field, checked, group)

@@ -15,13 +15,13 @@ from mmkd.results.adapter_base import BASE
 from mmkd.results.parameters import ADAPTER
 from mmkd.seams.deepspeed_seam import without_zero3
 
+from .prune_arguments import PRUNE_KEYS, UNPRUNED
 from .recipe import Run
 
 RECORD = "made_of.json"
 """In the folder of the new weights: the keys and files that they follow from."""
 
-_KEYS = ("student", "student_init", "student_layers", "student_intermediate_size", "student_num_attention_heads")
-_KEYS += ("student_vision_tower", "student_vision_layer")
+_KEYS = ("student", "student_init", *PRUNE_KEYS, "student_vision_tower", "student_vision_layer")
 _TRAINED = (ADAPTER, "checkpoint-*")
 
 
@@ -69,7 +69,8 @@ def _make(
 def _made_of(run: Run) -> dict[str, Any]:
     """The keys that the new weights follow from, and the files of local models, as JSON reads them again."""
     arguments, student = run.arguments, run.student
-    keys = {name: getattr(arguments, name) for name in _KEYS}
+    # Keys of pruning that say nothing, which folders of earlier versions do not name.
+    keys = {name: value for name in _KEYS if (value := getattr(arguments, name)) != UNPRUNED.get(name)}
     keys |= {"model_revision": student.model_revision, "dtype": student.dtype, "seed": run.training.seed}
     if arguments.student is None:
         keys |= {"teacher": arguments.teacher, "teacher_revision": arguments.teacher_revision}

@@ -8,7 +8,6 @@ from transformers.trainer_utils import set_seed
 from trl.trainer.utils import get_quantization_config
 
 from mmkd.errors import UserError
-from mmkd.models.assemble import prune
 from mmkd.models.llava import assemble_llava, llava_processor
 from mmkd.models.load import load_model, load_processing_class, quantised_to
 from mmkd.models.quantised_students import load_as_trained
@@ -16,6 +15,7 @@ from mmkd.precision import product_dtype, say_float32
 
 from .new_base import new_base
 from .recipe import Run
+from .run_pruning import Pruning, prune_for
 
 
 def check_student(run: Run) -> None:
@@ -44,7 +44,7 @@ def load_student(run: Run, teacher: PreTrainedModel | None = None) -> PreTrained
     # The Trainer sets it again when it has its model.
     set_seed(run.training.seed)
     if run.arguments.student_init == "pretrained":
-        return _saved_student(run, get_quantization_config(run.student))
+        return saved_student(run, get_quantization_config(run.student))
     if not run.student.use_peft:
         return _made_student(run, teacher)
     folder = new_base(run, lambda: _made_student(run, teacher), lambda: student_processing_class(run))
@@ -62,12 +62,13 @@ def _made_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
         return _new_student(run)
     if init == "llava":
         return _joined_student(run)
-    source = teacher if run.arguments.student is None else _saved_student(run)
+    source = teacher if run.arguments.student is None else saved_student(run)
     assert source is not None
     return _pruned(run, source)
 
 
-def _saved_student(run: Run, quantization: Any = None) -> PreTrainedModel:
+def saved_student(run: Run, quantization: Any = None) -> PreTrainedModel:
+    """The model that a run names as its student, as it was saved."""
     init = run.training.model_init_kwargs or {}
     assert isinstance(init, dict)
     settings = {
@@ -105,20 +106,16 @@ def _joined_student(run: Run) -> PreTrainedModel:
 
 
 def _pruned(run: Run, source: PreTrainedModel) -> PreTrainedModel:
-    pruned: Any = prune(source, **pruning_of(run))
+    return pruned_student(run, source)[1]
+
+
+def pruned_student(run: Run, source: PreTrainedModel) -> tuple[Pruning, PreTrainedModel]:
+    """What pruning makes of a model, and the student as the run trains it: its type and its attention."""
+    pruning = prune_for(run, source, lambda: student_processing_class(run))
+    pruned: Any = pruning.student
     if run.student.attn_implementation is not None:
         pruned.set_attn_implementation(run.student.attn_implementation)
-    return pruned.to(_made_dtype(run, source.dtype))
-
-
-def pruning_of(run: Run) -> dict[str, Any]:
-    """What `mmkd.models.assemble.prune` is to leave of a run's student."""
-    arguments, layers = run.arguments, run.arguments.student_layers
-    return {
-        "layers": layers[0] if layers is not None and len(layers) == 1 else layers,
-        "intermediate_size": arguments.student_intermediate_size,
-        "num_attention_heads": arguments.student_num_attention_heads,
-    }
+    return pruning, pruned.to(_made_dtype(run, source.dtype))
 
 
 def _made_dtype(run: Run, source: torch.dtype) -> torch.dtype:

@@ -8,15 +8,16 @@ import yaml
 
 from mmkd.errors import UserError
 from mmkd.files import write_file
+from mmkd.recipe.arguments import RunArguments
 from mmkd.recipe.key_parser import parser_of
+from mmkd.recipe.prune_arguments import PRUNE_KEYS
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.schema_lines import schema_line
 from mmkd.training.config import DistillationConfig
 
 from .comd_trainer import CoMDConfig
 
-_MAKING = ("student_init", "student_vision_tower", "student_vision_layer", "model_revision", "student_layers")
-_MAKING += ("student_intermediate_size", "student_num_attention_heads")
+_MAKING = ("student_init", "student_vision_tower", "student_vision_layer", "model_revision", *PRUNE_KEYS)
 _TEACHER = ("teacher", "teacher_server", "teacher_server_model", "teacher_cache")
 
 STUDENT, ADAPTER = "student", "adapter"
@@ -41,7 +42,7 @@ def student_keys(run: Run) -> dict[str, Any]:
         keys |= {"student": arguments.teacher, "model_revision": arguments.teacher_revision}
         # A pruned copy of the teacher is as precise as the teacher, as with every other method.
         keys["dtype"] = run.student.dtype or arguments.teacher_dtype
-    defaults = {"student_init": "pretrained", "student_vision_layer": -2}
+    defaults = {each.name: each.default for each in fields(RunArguments) if each.name in _MAKING}
     return {name: value for name, value in keys.items() if value is not None and value != defaults.get(name)}
 
 
