@@ -108,11 +108,14 @@ def _searched(
     record = folder / FOUND
     keys = {name: getattr(run.arguments, name) for name in PRUNE_KEYS}
     wanted = {name: value for name, value in keys.items() if value != UNPRUNED[name]}
-    if state.is_main_process and not _is_of(record, wanted):
+    # The base of an adapter is made by one process alone, for which no other waits here.
+    alone = run.student.use_peft
+    if (alone or state.is_main_process) and not _is_of(record, wanted):
         found = _candidates(run, source, sizes, scores, batches)
         content = {"keys": wanted, "sizes": found[0][0].given, "candidates": [each for _, each in found]}
         write_file(record, json.dumps(content, indent=1))
-    state.wait_for_everyone()
+    if not alone:
+        state.wait_for_everyone()
     content = json.loads(record.read_text(encoding="utf-8"))
     return PruneSizes(**content["sizes"]), content["candidates"]
 
