@@ -19,15 +19,30 @@ if (($#)); then
     exec .venv/bin/python -m pytest "$@"
 fi
 
-# Meanwhile, a vLLM for the tests that ask a real server; without it they are skipped.
-scripts/serve_teacher.sh --setup &
-vllm=$!
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/pyright
-# Fails for a link or an anchor that leads nowhere. Its own news about other products is not for a log.
-NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
-wait "$vllm" || echo "vLLM could not be installed: tests against a real server will be skipped." >&2
-# A worker per core; one file stays with one worker, whose fixtures (models, servers) are made once.
-.venv/bin/python -m pytest --numprocesses auto --dist loadfile
-.venv/bin/python scripts/check_wheel.py
+
+# Beside the tests, whose workers wait for servers and files now and then: a vLLM for the tests that ask a real server,
+# without which they are skipped, and all other checks. What they say is shown when the tests are through.
+scripts/serve_teacher.sh --setup &
+vllm=$!
+checks() {
+    set -e
+    .venv/bin/pyright
+    # Fails for a link or an anchor that leads nowhere. Its own news about other products is not for a log.
+    NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+    .venv/bin/python scripts/check_wheel.py
+}
+said=$(mktemp)
+trap 'rm -f "$said"' EXIT
+checks >"$said" 2>&1 &
+checked=$!
+
+# A worker per core. Files in the order of tests/schedule.py, which has the long ones first.
+tests=0
+.venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder || tests=$?
+wait "$vllm" || echo "vLLM could not be installed: tests against a real server were skipped." >&2
+others=0
+wait "$checked" || others=$?
+cat "$said"
+exit $((tests ? tests : others))

@@ -3,8 +3,10 @@
 import gc
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import accelerate.utils.memory as accelerate_memory
 import pytest
 import torch
 from datasets import Dataset
@@ -15,6 +17,10 @@ from mmkd.precision import NATIVE_BF16
 from mmkd.training.base import DistillationTrainer
 from scripts.make_tiny_models import make_tiny_models, make_tokenizer, sentences
 from tests.helpers import Build
+from tests.schedule import FilesTogether, put_long_files_first
+
+# Importing makes none, and looking for it again and again takes a tenth of the time: `frozen_imports` ends this.
+gc.disable()
 
 # What asks for bf16 gets it, so that a test means the same on every CPU; tests/test_precision.py sets it otherwise.
 os.environ[NATIVE_BF16] = "1"
@@ -24,6 +30,15 @@ os.environ[NATIVE_BF16] = "1"
 os.environ.update(COLUMNS="200", LINES="50")
 for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(name, None)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether | None:
+    return FilesTogether(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        put_long_files_first(items)
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +115,6 @@ def frozen_imports() -> None:
     """What all tests import lives as long as they do; looking for garbage in it took 0.3 s per model that is freed."""
     gc.collect()
     gc.freeze()
+    gc.enable()
+    # accelerate looks at the end of every training, which took 0.1 s; what is left is found by itself in time.
+    accelerate_memory.gc = SimpleNamespace(collect=int)

@@ -1,9 +1,6 @@
 """What tests import from one another."""
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,19 +47,3 @@ def environment() -> dict[str, str]:
 
 
 LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-
-
-def on_two_ranks(
-    jobs: dict[str, dict[str, Any]], folder: Path, ranks: int = 2, **variables: str
-) -> dict[str, list[dict[str, Any]]]:
-    """What each of two gloo ranks, or more, saw of the jobs that `tests/trainers/two_ranks.py` trains in turn."""
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [*torchrun, "--module", "tests.trainers.two_ranks", str(folder / "jobs.json"), str(folder)]
-    root, variables = Path(__file__).parents[1], {**environment(), **variables}
-    done = subprocess.run(command, timeout=280, cwd=root, env=variables, capture_output=True, text=True)
-    # torchrun's own report comes last and says nothing.
-    reason = "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank"))
-    assert done.returncode == 0, (reason or done.stderr)[-3000:]
-    saw = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
-    return {name: [rank[name] for rank in saw] for name in jobs}

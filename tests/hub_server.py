@@ -172,6 +172,12 @@ class LoopbackHub:
             "NO_PROXY": "127.0.0.1",
         }
 
+    def forget(self) -> None:
+        """Makes it the Hub that it was when it began."""
+        for known in (self.repos, self.blobs, self.collections, self.requests):
+            known.clear()
+        self.failing, self.failing_with = None, 500
+
     def answer(self, request: Request) -> Answer:
         with self.lock:
             self.requests.append(f"{request.method} {request.path}")

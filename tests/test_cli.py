@@ -15,6 +15,7 @@ import yaml
 from mmkd.commands.main import main
 from mmkd.recipe.flags import recipe_of
 from scripts.make_tiny_models import sentences
+from tests.forked import Forked, run_forked
 from tests.helpers import environment
 
 ROOT = Path(__file__).parents[1]
@@ -55,8 +56,7 @@ def write_recipe(folder: Path, name: str = "recipe.yaml", **keys: Any) -> None:
 @pytest.fixture
 def mmkd(workplace: Path) -> Run:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "mmkd.commands.main", *arguments]
-        return subprocess.run(command, cwd=workplace, env=environment(), capture_output=True, text=True, timeout=240)
+        return run_forked(["-m", "mmkd.commands.main", *arguments], workplace)
 
     return run
 
@@ -66,10 +66,12 @@ def logged(folder: Path, name: str = "loss") -> list[float]:
     return [entry[name] for entry in history if name in entry]
 
 
-def test_train_writes_a_model_that_transformers_loads(mmkd: Run, workplace: Path) -> None:
+def test_train_writes_a_model_that_transformers_loads(workplace: Path) -> None:
+    """In a process that imports all that it needs, where those of the other tests begin with it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    done = mmkd("train", "recipe.yaml")
+    command = [sys.executable, "-m", "mmkd.commands.main", "train", "recipe.yaml"]
+    done = subprocess.run(command, cwd=workplace, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len([line for line in lines if line.startswith("step ") and " kl " in line and " tokens/s " in line]) == 4
@@ -181,10 +183,7 @@ def test_a_killed_run_resumes_with_the_same_losses(mmkd: Run, workplace: Path) -
     whole = mmkd("train", "recipe.yaml", *flags, "--output_dir", "whole")
     assert whole.returncode == 0, whole.stderr
     saving = [*flags, "--save_strategy", "steps", "--save_steps", "3"]
-    command = [sys.executable, "-m", "mmkd.commands.main", "train", "recipe.yaml", *saving]
-    process = subprocess.Popen(
-        command, cwd=workplace, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    process = Forked(["-m", "mmkd.commands.main", "train", "recipe.yaml", *saving], workplace)
     state = workplace / "run" / "checkpoint-3" / "trainer_state.json"
     deadline = time.monotonic() + 120
     while not state.is_file() and time.monotonic() < deadline:
@@ -205,17 +204,14 @@ def test_a_killed_run_resumes_with_the_same_losses(mmkd: Run, workplace: Path) -
 
 def interrupt(workplace: Path, *flags: str) -> tuple[int, str]:
     """Starts a long run, interrupts it once it trains, and gives its exit status and errors."""
-    command = [sys.executable, "-m", "mmkd.commands.main", "train", "recipe.yaml", "--max_steps", "100000", *flags]
-    process = subprocess.Popen(
-        command, cwd=workplace, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "/100000" in line:
-            break
+    arguments = ["-m", "mmkd.commands.main", "train", "recipe.yaml", "--max_steps", "100000", *flags]
+    output, errors = workplace / "output", workplace / "errors"
+    with output.open("w") as written, errors.open("w") as complained:
+        process = Forked(arguments, workplace, None, written, complained)
+    while "/100000" not in output.read_text() and process.poll() is None:
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    return process.returncode, errors
+    return process.wait(60), errors.read_text()
 
 
 def test_interrupting_saves_a_checkpoint_and_says_how_to_go_on(workplace: Path) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -27,10 +26,12 @@ from mmkd.cache.store import LOG, Cache, CacheWriter, shard_path
 from mmkd.data.load_data import load_data
 from scripts.make_tiny_models import sentences
 from tests.classes import NAMES, pixels, vit
+from tests.forked import ForkServer, run_forked
+from tests.helpers import environment
 from tests.hub_server import LoopbackHub, loopback_hub
 
-ROOT = Path(__file__).parents[1]
 REPO = "user/words"
+READ_ON_IMPORT = {"HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE"}
 
 # Each call is [function of mmkd.cache.hub, arguments, keywords]; says for each what it returned or refused.
 DRIVER = """
@@ -118,7 +119,7 @@ def workplace(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     recipe |= {"teacher_top_k": 8, "cache_tail_draws": 4, "cache_shard_rows": 10, "per_device_train_batch_size": 4}
     recipe |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    done = run(["-m", "mmkd.commands.main", "cache", "build", "recipe.yaml"], folder, {})
+    done = run_forked(["-m", "mmkd.commands.main", "cache", "build", "recipe.yaml"], folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -129,31 +130,60 @@ def cache(workplace: Path, tmp_path: Path) -> Path:
     return shutil.copytree(workplace / "cache", tmp_path / "cache")
 
 
-@pytest.fixture
-def hub() -> Iterator[LoopbackHub]:
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where processes of the Hub keep what they fetch."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def hub_of_all() -> Iterator[LoopbackHub]:
     with loopback_hub() as hub:
         yield hub
 
 
+@pytest.fixture(scope="module")
+def server(hub_of_all: LoopbackHub, home: Path) -> Iterator[ForkServer]:
+    """Forks processes of the Hub; where it is, its client reads when it is imported."""
+    server = ForkServer(hub_of_all.environment(home))
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def client(hub: LoopbackHub, tmp_path: Path) -> Client:
+def hub(hub_of_all: LoopbackHub, home: Path) -> LoopbackHub:
+    """A Hub on which there is nothing, and nothing of which was fetched."""
+    hub_of_all.forget()
+    shutil.rmtree(home)
+    home.mkdir()
+    return hub_of_all
+
+
+@pytest.fixture
+def client(hub: LoopbackHub, server: ForkServer, home: Path, tmp_path: Path) -> Client:
     """`client(call, ...)` runs calls of mmkd.cache.hub in a process of this Hub; keywords add to its environment."""
 
-    def call(*calls: tuple[Any, ...], code: str = DRIVER, **environment: str) -> Any:
+    def call(*calls: tuple[Any, ...], code: str = DRIVER, **variables: str) -> Any:
         argument = code == DRIVER and json.dumps([[name, a, k[0] if k else {}] for name, a, *k in calls])
-        arguments = [argument] if argument else [str(value) for value in calls]
-        done = run(["-c", code, *arguments], tmp_path, {**hub.environment(tmp_path / "home"), **environment})
+        arguments = ["-c", code, *([argument] if argument else [str(value) for value in calls])]
+        if READ_ON_IMPORT & variables.keys():
+            done = run(arguments, tmp_path, {**hub.environment(home), **variables})
+        else:
+            done = run_forked(arguments, tmp_path, variables, server)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.strip().splitlines()[-1])
 
     return call
 
 
-def run(arguments: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
+def run(arguments: list[str], folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**environment(), **variables},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
 
 
@@ -293,14 +323,13 @@ def test_the_hub_shows_splits_and_a_card(hub: LoopbackHub, client: Client, workp
 
 
 def test_training_from_the_hub_is_training_from_the_folder(
-    hub: LoopbackHub, client: Client, workplace: Path, tmp_path: Path
+    client: Client, server: ForkServer, workplace: Path, tmp_path: Path
 ) -> None:
     client(push(workplace / "cache"))
     losses = []
     for name in ("cache", REPO):
         flags = ["--teacher_cache", name, "--output_dir", str(tmp_path / "run" / name)]
-        environment = hub.environment(tmp_path / "home")
-        done = run(["-m", "mmkd.commands.main", "train", "recipe.yaml", *flags], workplace, environment)
+        done = run_forked(["-m", "mmkd.commands.main", "train", "recipe.yaml", *flags], workplace, server=server)
         assert done.returncode == 0, done.stderr
         state = json.loads((tmp_path / "run" / name / "trainer_state.json").read_text())
         losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
@@ -310,7 +339,7 @@ def test_training_from_the_hub_is_training_from_the_folder(
 
 @pytest.mark.slow
 def test_the_doctor_looks_at_the_hub_though_the_teacher_is_named(
-    hub: LoopbackHub, client: Client, workplace: Path, tmp_path: Path
+    client: Client, server: ForkServer, workplace: Path
 ) -> None:
     client(push(workplace / "cache"))
     for name, status, words in (
@@ -319,7 +348,7 @@ def test_the_doctor_looks_at_the_hub_though_the_teacher_is_named(
         ("./user/nothing", 0, "There is no ./user/nothing yet; it must be built"),
     ):
         arguments = ["-m", "mmkd.commands.main", "doctor", "recipe.yaml", "--teacher_cache", name]
-        done = run(arguments, workplace, hub.environment(tmp_path / "home"))
+        done = run_forked(arguments, workplace, server=server)
         assert done.returncode == status, done.stdout + done.stderr
         assert words in done.stdout
 

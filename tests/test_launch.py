@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mmkd.commands.main import main
 from mmkd.commands.train import PRESETS
 from mmkd.recipe.run import last_checkpoint
-from tests.helpers import environment
+from tests.forked import Forked
 from tests.test_cli import workplace as workplace
 
 
@@ -31,9 +29,11 @@ def steps(run: Path) -> list[list[float]]:
     return [[entry[name] for name in ("loss", "kl", "grad_norm")] for entry in log if "loss" in entry]
 
 
-def launched(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mmkd.commands.main", "train", "recipe.yaml", "--num_processes", "2", *flags]
-    return subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
+def launched(folder: Path, *flags: str) -> Forked:
+    """A run of two ranks, which are started anew by the process that accelerate launches them from."""
+    arguments = ["-m", "mmkd.commands.main", "train", "recipe.yaml", "--num_processes", "2", *flags]
+    with open(folder / "errors", "w") as errors:
+        return Forked(arguments, folder, stderr=errors)
 
 
 def test_fsdp2_is_one_process_and_its_checkpoints_become_one_student(
@@ -45,8 +45,7 @@ def test_fsdp2_is_one_process_and_its_checkpoints_become_one_student(
     edit(workplace, accelerate_config="fsdp2", mixed_precision="no", per_device_train_batch_size=2)
     edit(workplace, save_strategy="steps", save_steps=2)
     process = launched(workplace)
-    errors = process.communicate(timeout=240)[1]
-    assert process.returncode == 0, errors
+    assert process.wait() == 0, (workplace / "errors").read_text()
     expected, found = (steps(workplace / run) for run in ("alone", "run"))
     assert found == [pytest.approx(step, rel=1e-4) for step in expected]
     assert main(["consolidate", "run/checkpoint-4", "whole"]) == 0
@@ -59,7 +58,7 @@ def test_fsdp2_is_one_process_and_its_checkpoints_become_one_student(
     assert main(["consolidate", "run", "other"]) == main(["consolidate", "run/checkpoint-4", "whole"]) == 2
 
 
-def train_until_saved(workplace: Path) -> subprocess.Popen[str]:
+def train_until_saved(workplace: Path) -> Forked:
     """A long run of two ranks that has written a checkpoint."""
     edit(workplace, accelerate_config="ddp", mixed_precision="no", max_steps=100_000)
     edit(workplace, save_strategy="steps", save_steps=5, save_total_limit=1)
@@ -74,8 +73,8 @@ def train_until_saved(workplace: Path) -> subprocess.Popen[str]:
 def test_interrupting_ranks_says_how_to_go_on(workplace: Path) -> None:
     process = train_until_saved(workplace)
     process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
+    assert process.wait(60) == 130
+    errors = (workplace / "errors").read_text()
     assert "stopped by SIGINT" in errors
     assert "--resume_from_checkpoint true" in errors
     assert "Traceback" not in errors
@@ -85,9 +84,8 @@ def test_a_rank_that_dies_ends_the_run(workplace: Path) -> None:
     process = train_until_saved(workplace)
     ranks = [one for one in psutil.Process(process.pid).children(recursive=True) if one.environ().get("RANK") == "1"]
     ranks[0].kill()
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 137
-    assert "rank 1 was killed by signal 9" in errors
+    assert process.wait(60) == 137
+    assert "rank 1 was killed by signal 9" in (workplace / "errors").read_text()
     assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in ranks)
 
 

@@ -28,7 +28,7 @@ from mmkd.models.load import load_model
 from mmkd.preparation.prepared_rows import PreparedRows
 from mmkd.recipe.cache_arguments import CacheArguments
 from scripts.make_tiny_models import make_tokenizer, sentences
-from tests.helpers import environment
+from tests.forked import Forked
 from tests.teachers.vlm import make_image, make_vlm
 
 Run = Callable[..., str]
@@ -116,9 +116,8 @@ def losses(run: Path) -> list[float]:
 
 def test_a_killed_build_goes_on_to_the_same_cache(mmkd: Run, workplace: Path) -> None:
     mmkd("cache", "build", "recipe.yaml", "--teacher_cache", "whole")
-    command = [sys.executable, "-m", "mmkd.commands.main", "cache", "build", "recipe.yaml"]
     for shards in (1, 4):
-        process = subprocess.Popen(command, cwd=workplace, env=environment(), stderr=subprocess.DEVNULL)
+        process = Forked(["-m", "mmkd.commands.main", "cache", "build", "recipe.yaml"], workplace)
         deadline = time.monotonic() + 100
         while len(list((workplace / "cache").glob("*/*.arrow"))) < shards and time.monotonic() < deadline:
             time.sleep(0.001)

@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,7 +22,7 @@ from mmkd.publish.runs import parts_of
 from mmkd.teachers import endpoints
 from tests.comd.chat_server import ChatServer, chat_server, kind_of, said, scripted
 from tests.comd.conftest import Recipe
-from tests.helpers import environment
+from tests.forked import Forked
 from tests.vlms import make_tower, picture
 
 
@@ -114,7 +112,7 @@ def test_kill_9_inside_a_round_asks_nothing_twice_and_a_record_is_replayed_witho
     recipe: Recipe, tmp_path: Path
 ) -> None:
     """Killed while the judge of round 0 is asked, and replayed from the record without a server: one outcome."""
-    processes: list[subprocess.Popen] = []
+    processes: list[Forked] = []
 
     def deadly(body: dict[str, Any]) -> str:
         if kind_of(body) == "judge" and not killed:
@@ -128,8 +126,7 @@ def test_kill_9_inside_a_round_asks_nothing_twice_and_a_record_is_replayed_witho
     with chat_server(reply=deadly) as server:
         settings = {"teacher_server": [server.url], "teacher_concurrency": 1, "rounds": 1, "seed": 0}
         path = recipe(**settings, save_strategy="steps", save_steps=1)
-        command = [sys.executable, "-m", "mmkd.commands.main", "train", str(path)]
-        processes.append(subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL))
+        processes.append(Forked(["-m", "mmkd.commands.main", "train", str(path)], tmp_path))
         assert processes[-1].wait(timeout=120) == -signal.SIGKILL
         trained = tmp_path / "run" / "round-0" / "student" / "model.safetensors"
         stamp, torn = trained.stat().st_mtime_ns, len(lines(tmp_path / "run" / "record.jsonl"))

@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,8 @@ from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.signals import SparseSignal, TopKSignal
 from mmkd.training.logit_difference import DIFFERENCES
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
-from tests.helpers import Build, environment, losses_of
+from tests.forked import run_ranks
+from tests.helpers import Build, losses_of
 from tests.pretended_cuda import pretended_cuda
 from tests.teachers.cached_ranks import VARIANTS, results
 from tests.teachers.caches import build_cache, plan_of, write_recipe
@@ -293,12 +292,8 @@ def ranks(
 ) -> list[dict[str, Any]]:
     """What each of two gloo ranks saw in every variant."""
     output = tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     arguments = [str(sparse_recipe), str(tiny["student"]), str(output)]
-    command = [*torchrun, "--module", "tests.teachers.cached_ranks", *arguments]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, timeout=240, cwd=root, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(2, ["-m", "tests.teachers.cached_ranks", *arguments])
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

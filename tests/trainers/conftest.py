@@ -14,7 +14,8 @@ from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.classes import BATCH_TERMS
 from tests.experts import experts
-from tests.helpers import LORA, on_two_ranks
+from tests.forked import on_two_ranks
+from tests.helpers import LORA
 from tests.pairs import ADAPTER, EVERY_TERM, MASKED, ORDERS, SCORED, cached_teacher
 from tests.vlms import make_llava
 

@@ -19,7 +19,8 @@ from mmkd.methods.taid import TAIDTrainer
 from mmkd.teachers.batch import Batch
 from mmkd.training.method import METHODS
 from scripts.make_tiny_models import sentences
-from tests.helpers import Build, losses_of, on_two_ranks
+from tests.forked import on_two_ranks
+from tests.helpers import Build, losses_of
 from tests.trainers.test_llava_kd import loss_and_gradients, one_batch
 
 

@@ -34,7 +34,8 @@ from mmkd.teachers.teacher import Teacher
 from mmkd.training.base import DistillationTrainer
 from mmkd.training.method import METHODS
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
-from tests.helpers import Build, losses_of, on_two_ranks
+from tests.forked import on_two_ranks
+from tests.helpers import Build, losses_of
 
 
 def dense_kl(trainer: DistillationTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -29,7 +29,7 @@ from tests.dual_encoders import (
     make_siglip,
     photo,
 )
-from tests.helpers import on_two_ranks
+from tests.forked import on_two_ranks
 from tests.pairs import (
     ADAPTER,
     EVERY_TERM,

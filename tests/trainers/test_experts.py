@@ -10,7 +10,8 @@ from datasets import Dataset
 
 from mmkd.methods.kd import KDTrainer
 from tests.experts import FAMILIES, experts
-from tests.helpers import Build, losses_of, on_two_ranks
+from tests.forked import on_two_ranks
+from tests.helpers import Build, losses_of
 from tests.trainers.test_llava_kd import loss_and_gradients, one_batch
 
 

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,8 @@ from mmkd.training.method import METHODS
 from mmkd.training.rollouts import Rollouts, check_rollouts
 from scripts.make_tiny_models import make_model, save, sentences
 from tests.alignment.tiny_tokenizers import CHATTERS
-from tests.helpers import LORA, Build, environment, losses_of
+from tests.forked import run_ranks
+from tests.helpers import LORA, Build, losses_of
 from tests.teachers.fake_vllm import fake_vllm
 from tests.teachers.vlm import make_image, make_vlm
 from tests.trainers.on_policy_ranks import NAMES
@@ -41,7 +40,6 @@ WEIGHED: dict[str, Any] = {
     "student_top_k": 6,
     "rollout_token_weights": "importance",
 }
-RANKS_ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -262,14 +260,8 @@ def test_losses_do_not_depend_on_ranks(
 
 def on_ranks(jobs: dict[str, Any], models: Path, folder: Path) -> dict[str, list[Any]]:
     """What each of two ranks saw of the jobs of on_policy_ranks.py."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, "--module", "tests.trainers.on_policy_ranks", str(models), str(folder), json.dumps(jobs)]
-    variables = {**environment(), "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        command, timeout=800, cwd=RANKS_ROOT, env=variables, capture_output=True, text=True, check=False
-    )
-    reason = "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank"))
-    assert done.returncode == 0, (reason or done.stderr)[-3000:]
+    arguments = ["-m", "tests.trainers.on_policy_ranks", str(models), str(folder), json.dumps(jobs)]
+    run_ranks(2, arguments, {"DS_ACCELERATOR": "cpu"}, timeout=800)
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     return {name: [rank[name] for rank in ranks] for name in jobs}
 

@@ -19,7 +19,8 @@ from mmkd.models.sharded_weights import cut_by_layers, settle_fsdp
 from mmkd.teachers.local import LocalTeacher
 from scripts.make_tiny_models import make_model
 from tests.classes import dho
-from tests.helpers import LORA, Build, losses_of, on_two_ranks
+from tests.forked import on_two_ranks
+from tests.helpers import LORA, Build, losses_of
 
 
 @pytest.mark.parametrize("method", ["kd", "taid", "alm", "llava_kd"])

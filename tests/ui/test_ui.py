@@ -1,9 +1,8 @@
 """`mmkd ui`: what is served, to whom, and that a real browser shows it."""
 
 import json
+import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from mmkd.commands.main import main
 from mmkd.ui.run_list import RunList
 from mmkd.ui.ui_server import TOKEN, build_app
 from scripts.make_tiny_models import sentences
-from tests.helpers import environment
+from tests.forked import Forked
 from tests.ui.stand_ins import log_step, make_run
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -223,13 +222,14 @@ def test_what_the_command_needs(
 @pytest.fixture
 def served(root: Path) -> Iterator[str]:
     """The address of `mmkd ui` in a process of its own."""
-    command = [sys.executable, "-m", "mmkd.commands.main", "ui", str(root), "--port", "0"]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as printed:
+        with os.fdopen(writing, "w") as output:
+            process = Forked(["-m", "mmkd.commands.main", "ui", str(root), "--port", "0"], root, stdout=output)
         try:
-            yield process.stdout.readline().split()[0]
+            yield printed.readline().split()[0]
         finally:
-            process.terminate()
+            process.kill()
 
 
 @pytest.mark.skipif(not CHROMIUM.is_file(), reason="there is no /usr/bin/chromium here")
