@@ -5,6 +5,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from .command import Command, is_recipe
+from .quick_imports import quick_imports
 
 LAUNCHED = "MMKD_LAUNCHED"
 """Set in the processes that an accelerate_config starts."""
@@ -39,7 +40,8 @@ def run(options: Namespace) -> int:
         parser: ArgumentParser = options.parser
         parser.error("the following arguments are required: recipe")
     _look(options)
-    from . import train
+    with quick_imports():
+        from . import train
 
     recipe = _recipe_of(options.recipe, options)
     if options.with_baseline:
