@@ -168,10 +168,10 @@ def _kind(name: str, classes: Classes, run: Run) -> Finding:
             "CLIP- or SigLIP-like teacher, or another teacher_kind.",
             because="meaning",
         )
-    if kind == "classifier":
+    if kind in ("classifier", "masked"):
         check_classes(config.num_labels, classes.data.class_names, "The teacher")
     auto_class: Any = (
-        AutoTokenizer if classes.is_text else AutoImageProcessor if kind == "classifier" else AutoProcessor
+        AutoTokenizer if classes.is_text else AutoImageProcessor if kind in ("classifier", "masked") else AutoProcessor
     )
     auto_class.from_pretrained(name, **hub)
     return Finding("ok", "teacher", f"{name} is a {config.model_type}, asked as {kind}.")

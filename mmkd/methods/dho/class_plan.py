@@ -77,7 +77,7 @@ def _teacher_flops(run: Run, classes: Classes) -> float | None:
         return None
     if args.teacher_kind == "question":
         return None
-    classifier = args.teacher_kind == "classifier"
+    classifier = args.teacher_kind in ("classifier", "masked")
     auto_class: Any = AutoModelForImageClassification if classifier else AutoModel
     with init_empty_weights(include_buffers=False):
         model = auto_class.from_config(AutoConfig.from_pretrained(name, **hub))

@@ -51,6 +51,7 @@ from mmkd.teachers.classifiers import (
     TransformersEmbedder,
     ZeroShotTeacher,
 )
+from mmkd.teachers.masked_classifier import MaskedTeacher
 
 from .class_aspects import build_class_aspects
 from .class_run import Classes, check_arguments, load_classes, settings_of
@@ -186,11 +187,12 @@ def load_class_teacher(run: Run, classes: Classes) -> ClassTeacher:
     loading = {"dtype": _teacher_dtype(run), **hub}
     if arguments.teacher_attn_implementation is not None:
         loading["attn_implementation"] = arguments.teacher_attn_implementation
-    if kind == "classifier":
+    if kind in ("classifier", "masked"):
         auto_class: Any = AutoModelForSequenceClassification if text else AutoModelForImageClassification
         processor: Any = (AutoTokenizer if text else AutoImageProcessor).from_pretrained(name, **hub)
         classifier = auto_class.from_pretrained(name, **loading)
-        return ClassifierTeacher(classifier.to(training.device), processor, data.class_names)
+        teacher = ClassifierTeacher(classifier.to(training.device), processor, data.class_names)
+        return teacher if kind == "classifier" else _masked(training, teacher, classes, hub)
     model: Any = load_model(name, "teacher", **loading)
     processor = (AutoTokenizer if text else AutoProcessor).from_pretrained(name, **hub)
     return QuestionTeacher(model.to(training.device), processor, data.class_names, training.teacher_question)
@@ -232,6 +234,30 @@ def zero_shot(run: Run, data: ClassificationData) -> ZeroShotTeacher:
         embedder = TransformersEmbedder.load(name, dtype=_teacher_dtype(run), **hub)
         embedder.model.to(training.device)
     return ZeroShotTeacher(embedder, data.class_names, data.recipe.prompts, training.normalize_prompt_mean)
+
+
+def _masked(training: DHOConfig, teacher: ClassifierTeacher, classes: Classes, hub: dict[str, Any]) -> MaskedTeacher:
+    """A classifier masked for a student. Raises UserError for texts, and where a setting is missing."""
+    layer, name = training.mask_layer, training.mask_student
+    if classes.is_text:
+        raise UserError(
+            "teacher_kind masked masks classifiers of images. Use teacher_kind: classifier.", because="not built"
+        )
+    if layer is None or name is None:
+        raise UserError(
+            "teacher_kind masked needs mask_layer (a module of the teacher) and mask_student (the student that the "
+            "teacher is masked for: a Hub id or a folder)."
+        )
+    trust = {"trust_remote_code": hub["trust_remote_code"]}
+    model: Any = AutoModelForImageClassification.from_pretrained(name, **trust)
+    processor: Any = AutoImageProcessor.from_pretrained(name, **trust)
+    student = ClassifierTeacher(model.to(training.device), processor, classes.data.class_names)
+    masked = MaskedTeacher(teacher, student, layer, name)
+    size, seed = training.teacher_batch_size, training.label_seed
+    masked.learn_from(
+        classes.rows.raw, len(classes.rows), size, training.mask_epochs, training.mask_learning_rate, seed
+    )
+    return masked
 
 
 def _tip_adapter(training: DHOConfig, teacher: ZeroShotTeacher, classes: Classes) -> TipAdapterTeacher:

@@ -17,7 +17,7 @@ from mmkd.schema import NonNegativeInt, PositiveFloat, PositiveInt, Range, Share
 from .class_terms_config import ClassTermsConfig
 
 OBJECTIVES = ("dho", "ofa", "pld", "ce", "kd", "single_head")
-TEACHER_KINDS = ("zero_shot", "tip_adapter", "question", "classifier")
+TEACHER_KINDS = ("zero_shot", "tip_adapter", "question", "classifier", "masked")
 
 
 @dataclass
@@ -117,7 +117,8 @@ class DHOConfig(ClassTermsConfig):
         metadata={
             "help": "What the teacher is. zero_shot (default): a CLIP-like model with prompts. tip_adapter: the "
             "same, with the labelled images. question: an LLM or VLM that is asked for the class. "
-            "classifier: a classifier of the same classes.",
+            "classifier: a classifier of the same classes. masked: such a classifier, one layer of which is masked "
+            "for a student (MST-Distill).",
             "choices": list(TEACHER_KINDS),
         },
     )
@@ -134,6 +135,26 @@ class DHOConfig(ClassTermsConfig):
     tip_beta: float = field(
         default=5.5,
         metadata={"help": "For teacher_kind: tip_adapter. Sharpness of the similarity with labelled images."},
+    )
+    mask_layer: str | None = field(
+        default=None,
+        metadata={
+            "help": "For teacher_kind: masked. The module of the teacher whose channels are masked, such as "
+            "vit.encoder.layer.5. Name the teacher twice under `teachers` to mask two of its layers."
+        },
+    )
+    mask_student: str | None = field(
+        default=None,
+        metadata={
+            "help": "For teacher_kind: masked. The student whose answers the mask brings the teacher near to: a Hub "
+            "id or the folder of a trained student, usually `student` itself after a first training."
+        },
+    )
+    mask_epochs: PositiveInt = field(
+        default=1, metadata={"help": "For teacher_kind: masked. Passes over the training images. Default: 1."}
+    )
+    mask_learning_rate: PositiveFloat = field(
+        default=1e-4, metadata={"help": "For teacher_kind: masked. Learning rate of the mask. 1e-4 as in the paper."}
     )
     teacher_batch_size: PositiveInt = field(default=64, metadata={"help": "Rows that the teacher reads at a time."})
     augmentation: str = field(

@@ -69,6 +69,10 @@ class DHOTrainer(DualHeadTrainer):
         "normalize_prompt_mean",
         "tip_alpha",
         "tip_beta",
+        "mask_layer",
+        "mask_student",
+        "mask_epochs",
+        "mask_learning_rate",
     )
     # `compute_loss` divides by counts of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
