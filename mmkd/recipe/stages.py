@@ -164,9 +164,12 @@ def _going_on(recipe: Recipe, before: Stage, left: Sequence[str]) -> Recipe:
             "of a tower and a language model. Set student_init: llava and student_vision_tower.",
             because="meaning",
         )
-    layer = recipe.keys.get("student_vision_layer")
+    layer, init = recipe.keys.get("student_vision_layer"), recipe.keys.get("student_init")
     recipe = recipe.without(*_MAKING)
     reads = {} if layer is None or "student" in left else {"student_vision_layer": layer}
+    if init == "inherit":
+        # A part of what the stage before has left: this is how a student shrinks in stages.
+        reads["student_init"] = init
     return replace(recipe, written={**recipe.written, **reads, "student": folder})
 
 
