@@ -24,11 +24,15 @@ from mmkd.cache.manifest import Manifest, Skipped
 from mmkd.cache.side_files import TOKEN_ORDER
 from mmkd.cache.store import LOG, Cache, CacheWriter, shard_path
 from mmkd.data.load_data import load_data
+from mmkd.methods.clip_kd.clip_config import ContrastiveKDConfig
+from mmkd.methods.clip_kd.pair_inputs import pair_rows
+from mmkd.teachers.cached_encoder import CachedEncoder
 from scripts.make_tiny_models import sentences
 from tests.classes import NAMES, pixels, vit
 from tests.forked import ForkServer, run_forked
 from tests.helpers import environment
 from tests.hub_server import LoopbackHub, loopback_hub
+from tests.pairs import cached_teacher, captioned
 
 REPO = "user/words"
 READ_ON_IMPORT = {"HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE"}
@@ -351,6 +355,25 @@ def test_the_doctor_looks_at_the_hub_though_the_teacher_is_named(
         done = run_forked(arguments, workplace, server=server)
         assert done.returncode == status, done.stdout + done.stderr
         assert words in done.stdout
+
+
+def test_a_cache_of_embeddings_is_pulled_as_it_was_pushed(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
+    """Pictures and captions stay where they are: embeddings, views and keys travel."""
+    (tmp_path / "made").mkdir()
+    folder = Path(cached_teacher(tmp_path / "made"))
+    pushed, pulled = client(push(folder), pull())
+    assert "refused" not in pushed
+    for path in (path for path in folder.rglob("*") if path.is_file() and path.name not in (LOG, ".lock")):
+        assert (Path(pulled) / path.relative_to(folder)).read_bytes() == path.read_bytes(), path
+    ours, theirs = (CachedEncoder(place) for place in (folder, pulled))
+    assert theirs.width == ours.width
+    assert theirs.logit_scale == ours.logit_scale
+    rows = pair_rows(captioned(4), ContrastiveKDConfig(str(tmp_path / "out")), "train", theirs.pairs)
+    pairs = [rows[number] for number in range(4)]
+    for pulled_inputs, own_inputs in zip(theirs.prepare_pairs(pairs), ours.prepare_pairs(pairs), strict=True):
+        assert all(tensor.equal(own_inputs[name]) for name, tensor in pulled_inputs.items())
+    card = hub.dataset(REPO).files["README.md"].decode()
+    assert "embedding" in card
 
 
 def test_a_cache_of_answers(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:

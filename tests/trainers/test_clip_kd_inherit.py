@@ -128,3 +128,18 @@ def test_inherit_goes_with_its_target_and_its_method(workplace: Path) -> None:
         )
     with pytest.raises(UserError, match="student_init: inherit is for dual encoders"):
         RunArguments(method=KD.name, data="x", teacher="t", student="s", student_init="inherit")
+
+
+def test_a_student_shrinks_in_stages(workplace: Path) -> None:
+    stages = {
+        "half": {"student_init": "inherit", "inherit_target": {"vision": {"layers": 2}, "text": {"layers": 2}}},
+        "quarter": {"student_init": "inherit", "inherit_target": {"vision": {"layers": 1}, "text": {"layers": 2}}},
+        "distil": {},
+    }
+    recipe = yaml.safe_load((workplace / "recipe.yaml").read_text()) | {"stages": stages, "max_steps": 1}
+    del recipe["student_init"]
+    (workplace / "staged.yaml").write_text(yaml.safe_dump(recipe | {"student": recipe["teacher"]}, sort_keys=False))
+    assert main(["train", "staged.yaml"]) == 0
+    left = [AutoModel.from_pretrained(folder) for folder in ("out/1-half", "out/2-quarter", "out/3-distil")]
+    sizes = [(own.config.vision_config.num_hidden_layers, own.config.text_config.num_hidden_layers) for own in left]
+    assert sizes == [(2, 2), (1, 2), (1, 2)]
