@@ -35,6 +35,14 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--prompts", help="for zero_shot: clip_7, clip_80 or a file of templates (default: those of the data)")
     add("--unseen_classes", nargs="+", default=[], help="for zero_shot: classes to tell apart from those learnt")
     add("--max_new_tokens", type=int, default=64, help="length of generations to measure (default: 64)")
+    add(
+        "--exported",
+        nargs="+",
+        default=[],
+        metavar="NAME_OR_FILE",
+        help="what `mmkd export` made of the model, each by its own runtime: gguf-q4_k_m, a folder, a GGUF file; "
+        "--measures compares it with the student itself",
+    )
     add("--ensemble", action="store_true", help="the models as one: the average of their log-probs")
     add("--model_type", default="auto", help="of lm-eval: hf, hf-multimodal, vllm, vllm-vlm, local-completions")
     add("--model_args", nargs="+", default=[], metavar="KEY=VALUE", help="further arguments of that model type")
@@ -69,6 +77,8 @@ def run(options: Namespace) -> int:
         return _measure_classifiers(options, classifiers)
     if encoders := _encoders(options):
         return _measure_encoders(options, encoders)
+    if options.exported:
+        return _evaluate_exported(options)
     rows_asked = 64 if options.rows is None else options.rows
     hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     models = [find_model(name, **hub) for name in options.models]
@@ -106,6 +116,47 @@ def run(options: Namespace) -> int:
         measures.show(name, entries, Console())
     for model in models:
         print(f"{(options.output or model.results_folder) / NAME}")
+    return 0
+
+
+def _evaluate_exported(options: Namespace) -> int:
+    """Tasks and the comparison with the student of exported files."""
+    from rich.console import Console
+
+    from mmkd.eval.evaluation import evaluate, show
+    from mmkd.eval.exported_lm import exported_model
+    from mmkd.eval.model import find_model
+    from mmkd.eval.suites import suite_names, tasks_of
+    from mmkd.export.exported import find_exported
+    from mmkd.publish.export_student import check_again
+    from mmkd.publish.export_table import show_exported
+    from mmkd.publish.student_to_export import ExportOptions
+
+    if len(options.models) > 1 or options.ensemble:
+        raise UserError(
+            "--exported names files of one model; name one run, and leave --ensemble out.", because="meaning"
+        )
+    (name,) = options.models
+    found = [find_exported(name, wanted) for wanted in options.exported]
+    tasks = tasks_of(options.suite, options.tasks)
+    if not tasks and options.measures is None:
+        raise UserError(f"Say what to evaluate: --suite {', '.join(suite_names())}, or --tasks, or --measures.")
+    plain, settings = find_model(name, trust_remote_code=options.trust_remote_code), _settings(options)
+    scores = {}
+    for each in found if tasks else ():
+        model = exported_model(f"{name}, {each.name}", each, plain)
+        scores[each.name] = evaluate(model, tasks, settings, options.output, options.include_path)
+    if tasks:
+        show(scores, Console())
+    if options.measures is not None:
+        rows = 64 if options.rows is None else options.rows
+        chosen = ExportOptions(
+            data=options.data,
+            rows=rows,
+            device=options.device or "cpu",
+            trust_remote_code=options.trust_remote_code,
+        )
+        show_exported(None, check_again(name, found, chosen, lambda text: print(text, file=sys.stderr)))
     return 0
 
 

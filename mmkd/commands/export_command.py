@@ -2,16 +2,11 @@
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from mmkd.export.formats import FORMATS
 
 from .command import Command, add_trust
-
-if TYPE_CHECKING:
-    from mmkd.export.exported import Exported
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -54,10 +49,9 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Exports, and prints a line for the student and one for each format."""
-    from rich.console import Console
-
     from mmkd.export.formats import specs_of
     from mmkd.publish.export_student import export, measured_student
+    from mmkd.publish.export_table import show_exported
     from mmkd.publish.student_to_export import ExportOptions, trained_quantization
 
     quantizations = options.quantization or trained_quantization(options.model, options.format)
@@ -80,36 +74,10 @@ def run(options: Namespace) -> int:
         print(text, file=sys.stderr, flush=True)
 
     exported = export(options.model, specs, chosen, say)
-    _show(measured_student(options.model, chosen), exported, Console())
+    show_exported(measured_student(options.model, chosen), exported)
     for each in exported:
         print(each.path)
     return 0
-
-
-def _show(student: Mapping[str, Any], exported: "Sequence[Exported]", console: Any) -> None:
-    from rich.table import Table
-
-    table = Table("format", "MB", "load, s", "prompt tok/s", "tok/s", "perplexity", "KL", "same top-1", "runtime")
-    checked = next((each.check for each in exported if "student_perplexity" in each.check), {})
-    first = {**student, "perplexity": checked.get("student_perplexity"), "kl": None, "top1_agreement": None}
-    for name, size, facts in [
-        ("student", student["bytes"], first),
-        *((each.name, each.record["bytes"], check) for each in exported for check in each.checks.values()),
-    ]:
-        table.add_row(
-            name,
-            f"{size / 1e6:.1f}",
-            f"{facts['load_seconds']:.2f}",
-            f"{facts['prompt_tokens_per_second']:.0f}",
-            f"{facts['tokens_per_second']:.1f}",
-            *(_number(facts.get(key)) for key in ("perplexity", "kl", "top1_agreement")),
-            facts["runtime"],
-        )
-    console.print(table)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
 
 
 COMMAND = Command(

@@ -17,6 +17,7 @@ from mmkd.generation.local_generation import dense_last_states
 from mmkd.models.load import tokenizer_of
 from mmkd.seams.lm_eval_seam import is_of_a_long_answer, model_class
 
+from .exported_lm import exported_lm
 from .model import EvalModel
 from .results import key_of
 from .suites import SuiteTask
@@ -147,6 +148,8 @@ class Harness:
         return entry, rows
 
     def _model_type(self, task: Task) -> str:
+        if self.model.exported is not None:
+            return "exported"
         if self.settings.model_type != "auto":
             return self.settings.model_type
         return "hf-multimodal" if task.vision else "hf"
@@ -161,6 +164,8 @@ class Harness:
     def _load(self, model_type: str, model_args: Mapping[str, Any]) -> Any:
         model, settings = self.model, self.settings
         device = device_of(settings)
+        if model.exported is not None:
+            return exported_lm(model, device)
         more = {"batch_size": settings.batch_size, "device": device}
         kind = model_class(model_type)
         quantised = bool(model.trained_as) and model_type in ("hf", "hf-multimodal")

@@ -15,6 +15,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 from mmkd.cache.identity import saved_dtype, weights_sha256
 from mmkd.errors import UserError
+from mmkd.export.exported import Exported
 from mmkd.models.ensemble import load_ensemble
 from mmkd.models.load import computed_dtype, load_model, load_processing_class, tokenizer_of
 from mmkd.models.quantised_students import (
@@ -45,6 +46,8 @@ class EvalModel:
     adapter: str | None = None
     """Folder of a PEFT adapter on top of it."""
     members: tuple["EvalModel", ...] = field(default=())
+    exported: Exported | None = None
+    """A file that another runtime than transformers reads; `path` then has the tokenizer."""
 
     @cached_property
     def processing_class(self) -> Any:
@@ -72,6 +75,8 @@ class EvalModel:
         """sha256 of its weights, vocabulary and chat template: the parts of it that decide a result."""
         if self.members:
             parts = [member.weights for member in self.members]
+        elif self.exported is not None:
+            parts = [self.exported.weights]
         else:
             # First, since it is small and what is missing is said in one line.
             tokenizer: Any = tokenizer_of(self.processing_class)
@@ -164,12 +169,14 @@ class EvalModel:
     def results_folder(self) -> Path:
         """Where its results are kept: under the run, or under runs/eval for what mmkd did not make."""
         own = self.adapter or self.path
+        if self.exported is not None:
+            own = str(self.exported.folder)
         return results_folder(own if Path(own).is_dir() and not self.members else self.name)
 
     @property
     def results_before(self) -> Path | None:
         """Where earlier versions of mmkd kept them, if that was elsewhere and they are still there."""
-        return None if self.members else results_before(self.adapter or self.path)
+        return None if self.members or self.exported else results_before(self.adapter or self.path)
 
 
 def find_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> EvalModel:

@@ -1,11 +1,13 @@
 """An exported student on disk: its files, what made them, and how far it is from the student."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmkd.cache.identity import file_sha256
 from mmkd.errors import UserError
 from mmkd.files import write_file
 
@@ -48,6 +50,13 @@ class Exported:
         """What its runtime is given: a file, or the folder of a model."""
         main = self.record.get("main")
         return self.folder / main if main else self.folder
+
+    @property
+    def weights(self) -> str:
+        """sha256 of its files."""
+        listed = self.record.get("files")
+        sums = {self.path.name: file_sha256(self.path)} if listed is None else listed
+        return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
     @property
     def checks(self) -> dict[str, dict[str, Any]]:

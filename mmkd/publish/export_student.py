@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +45,17 @@ def export(name: str, specs: Sequence[ExportSpec], options: ExportOptions, say: 
         _ = student.held_out
         writers = {spec: writer_of(spec, student) for spec in specs}
         return [_exported(spec, places[spec], student, writer, say) for spec, writer in writers.items()]
+
+
+def check_again(name: str, exported: Sequence[Exported], options: ExportOptions, say: Say) -> list[Exported]:
+    """Exported students with a check on these rows, which is kept with them; what is known is not measured again."""
+    with StudentToExport(name, options) as student:
+        current = student.eval_model.weights
+        for each in exported:
+            if each.record.get("student", {}).get("weights", current) != current:
+                say(f"{each.name}: it was made of other weights than {name} has now.")
+        asked = _conditions(student)
+        return [each if each.check.get("conditions") == asked else _checked(each, student, say) for each in exported]
 
 
 def measured_student(name: str, options: ExportOptions) -> dict[str, Any]:
@@ -92,6 +104,9 @@ def _write(
         # Whoever loads the folder needs them, and not every writer adds them.
         trusted = student.options.trust_remote_code
         load_processing_class(student.folder, trust_remote_code=trusted).save_pretrained(scratch)
+        for beside in ("config.json", "generation_config.json"):
+            if not (scratch / beside).exists() and (Path(student.folder) / beside).is_file():
+                shutil.copyfile(Path(student.folder) / beside, scratch / beside)
         files = sorted(path for path in scratch.rglob("*") if path.is_file())
         record = {
             "schema": SCHEMA,
