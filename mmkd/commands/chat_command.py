@@ -2,7 +2,7 @@
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from .command import Command, add_trust
 if TYPE_CHECKING:
     from mmkd.publish.run_sides import RunSide
 
-QUIT, CLEAR = "/quit", "/clear"
+QUIT, CLEAR, IMAGE = "/quit", "/clear", "/image"
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -21,6 +21,13 @@ def add_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="RUN_OR_MODEL", help="a run's folder, the folder of a model, or a Hub id")
     add("--side", choices=("both", "student", "teacher"), default="both", help="who answers (default: both)")
+    add(
+        "--exported",
+        nargs="+",
+        default=[],
+        metavar="NAME_OR_FILE",
+        help="files of `mmkd export` that answer in the teacher's place: gguf-q4_k_m, a folder, a GGUF file",
+    )
     add("--prompt", help="ask this, print the answers and end (default: ask for questions until /quit)")
     add("--system", help="system message at the start of the conversation")
     add("--image", type=Path, action="append", default=[], help="picture of the first question; may be repeated")
@@ -33,19 +40,15 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Asks and prints the answers as they are generated."""
-    from mmkd.data.images import UnreadableImage, read_image
     from mmkd.generation.generator import Sampling
     from mmkd.ui.conversation import LoadedModels, sides_named, silent_side
 
     sides = sides_named(options.model, options.trust_remote_code)
-    silent = silent_side(options.model) if options.side != "student" else ""
+    silent = silent_side(options.model) if options.side != "student" and not options.exported else ""
     if silent:
         print(silent, file=sys.stderr)
-    sides = _chosen(sides, options.side)
-    try:
-        images = [read_image(path) for path in options.image]
-    except UnreadableImage as error:
-        raise UserError(f"--image cannot be read: {error}") from error
+    sides = _with_exported(options, sides) if options.exported else _chosen(sides, options.side)
+    images = [_picture(path, "--image") for path in options.image]
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     models = LoadedModels()
     start: list[dict[str, Any]] = [] if options.system is None else [{"role": "system", "content": options.system}]
@@ -55,6 +58,9 @@ def run(options: Namespace) -> int:
         for question in asked:
             if question == CLEAR:
                 talks, images = {name: list(start) for name in sides}, []
+                continue
+            if question.split()[0] == IMAGE:
+                images = _with_picture(images, question, talks)
                 continue
             for name, side in sides.items():
                 if len(sides) > 1:
@@ -67,6 +73,47 @@ def run(options: Namespace) -> int:
         print()
         return 130
     return 0
+
+
+def _with_picture(images: list[Any], line: str, talks: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """The pictures with that of a line `/image PATH`; a picture that cannot be read is said, and the talk goes on.
+
+    Pictures stand before the first question, so that one in the middle of a conversation would change its beginning.
+    """
+    path = line.removeprefix(IMAGE).strip()
+    if not path:
+        print(f"Write {IMAGE} PATH.", file=sys.stderr)
+    elif any(message["role"] == "user" for talk in talks.values() for message in talk):
+        print(f"Pictures belong to the first question: {CLEAR} begins a new conversation.", file=sys.stderr)
+    else:
+        try:
+            return [*images, _picture(Path(path), IMAGE)]
+        except UserError as error:
+            print(error, file=sys.stderr)
+    return images
+
+
+def _picture(path: Path, asked: str) -> Any:
+    """Raises UserError for a file that is no picture."""
+    from mmkd.data.images import UnreadableImage, read_image
+
+    try:
+        return read_image(path)
+    except UnreadableImage as error:
+        raise UserError(f"{asked} cannot be read: {error}") from error
+
+
+def _with_exported(options: Namespace, sides: "dict[str, RunSide]") -> "dict[str, RunSide]":
+    """The exported students, beside the student itself unless the teacher was asked for."""
+    from mmkd.publish.run_sides import exported_side
+
+    if options.side == "teacher":
+        raise UserError(
+            "--exported names files of the student, and --side teacher leaves the student out.", because="meaning"
+        )
+    own = dict(list(sides.items())[:1]) if options.side == "both" else {}
+    asked = [exported_side(options.model, wanted, options.trust_remote_code) for wanted in options.exported]
+    return {**own, **{side.name: side for side in asked}}
 
 
 def _printed(pieces: Iterator[str]) -> str:
@@ -91,7 +138,7 @@ def _questions() -> Iterator[str]:
     """The lines that are typed, or piped in, up to /quit."""
     talking = sys.stdin.isatty()
     if talking:
-        print(f"{QUIT} ends, {CLEAR} begins a new conversation.", file=sys.stderr)
+        print(f"{QUIT} ends, {CLEAR} begins a new conversation, {IMAGE} PATH shows a picture.", file=sys.stderr)
     while True:
         if talking:
             print("you: ", end="", file=sys.stderr, flush=True)

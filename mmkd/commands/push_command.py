@@ -23,6 +23,13 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--base_model", nargs="+", default=[], metavar="ORG/NAME", help="what the student's folder is on the Hub")
     add("--teacher", metavar="ORG/NAME", help="what the teacher's folder is on the Hub")
     add("--recipe", help="the recipe of a run that has no run.json")
+    add(
+        "--exported",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="also publish these of `mmkd export`, with their own numbers on the card: gguf-q4_k_m",
+    )
     add("--comparison", type=Path, help="of `mmkd compare` (default: the run's, or one that names it)")
 
 
@@ -40,6 +47,7 @@ def run(options: Namespace) -> int:
         teacher=options.teacher,
         recipe=options.recipe,
         comparison=options.comparison,
+        exported=options.exported,
     )
     check_name(options.repo)
     if not options.dry_run and not get_token():

@@ -59,6 +59,24 @@ class Exported:
         return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
     @property
+    def remarks(self) -> list[str]:
+        """What a user should know of it."""
+        return [*self.record.get("notes", []), *self.record.get("warnings", [])]
+
+    @property
+    def published(self) -> list[str]:
+        """Its files, and what describes them, by their names in the folder."""
+        return [*self.record["files"], RECORD]
+
+    def check_files(self) -> None:
+        """Raises UserError for a file that is missing or has changed since it was written."""
+        for name, facts in self.record["files"].items():
+            path = self.folder / name
+            if not path.is_file() or file_sha256(path) != facts["sha256"]:
+                state = "is missing" if not path.is_file() else "has changed since it was exported"
+                raise UserError(f"{path} {state}. Delete {self.folder} and run `mmkd export` again.")
+
+    @property
     def checks(self) -> dict[str, dict[str, Any]]:
         """Name of a runtime -> what it made of the file, and how far that is from the student."""
         return dict(self.record.get("checks", {}))

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,10 +13,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mmkd import __version__
 from mmkd.cache.cache_card import hub_license
+from mmkd.export.exported import Exported
 from mmkd.results.scores import is_partial, items_of
 from mmkd.results.tables import markdown
 from mmkd.training.method import BASELINE_METHOD
 
+from .export_table import markdown_of
 from .licences import LicensedSource
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -59,6 +62,8 @@ class Student:
     """Sentences about how it was trained that its users should know."""
     trained_as: str = ""
     """As what it was trained with quantised values, for a reader; empty: in the precision of its weights."""
+    exported: Sequence[Exported] = ()
+    """The same student in formats of other runtimes, which are published with it."""
     answers: Sequence[str] = ()
     """Of each data set of a teacher's answers, how many were kept and how they were chosen."""
 
@@ -91,6 +96,7 @@ def model_card(student: Student) -> ModelCard:
         usage=_usage(student),
         lineage=_lineage(student),
         results=_results(student),
+        exported=_exported(student),
         recipe=yaml.safe_dump(dict(student.recipe), sort_keys=False, allow_unicode=True),
         training=_training(student),
         licences=_licences(student),
@@ -219,6 +225,31 @@ def _results(student: Student) -> str:
         lines = "\n".join(_score(score) for score in student.scores)
         parts.append(f"Benchmarks, by `mmkd eval`:\n\n| task | metric | items | value |\n|---|---|---|---|\n{lines}")
     return "\n\n".join(parts) or "Not measured: `mmkd eval` and `mmkd compare` do that."
+
+
+def _exported(student: Student) -> str:
+    """The files for other runtimes, how each differs from the student, and their checksums; empty without any."""
+    if not student.exported:
+        return ""
+    checked = [each.check for each in student.exported if "kl" in each.check]
+    text = "How each file differs from the student, by the runtime that reads it"
+    if checked:
+        first = checked[0]
+        where = first["conditions"]["data"]
+        text += (
+            f", on {first['tokens']:,} tokens of {first['rows']} held-out rows of `{Path(str(where)).name}`: KL is "
+        )
+        text += f"in nats per token, and the student's perplexity is {first['student_perplexity']:.4g} there"
+    warnings = [f"- {each.name}: {note}" for each in student.exported for note in each.remarks]
+    sums = [
+        f"| `exported/{each.name}/{name}` | `{facts['sha256']}` |"
+        for each in student.exported
+        for name, facts in each.record["files"].items()
+        if name.endswith((".gguf", ".safetensors", ".onnx", ".data"))
+    ]
+    parts = [f"{text}.", markdown_of(student.exported), "\n".join(warnings)]
+    parts += ["| file | sha256 |\n|---|---|\n" + "\n".join(sums)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _score(score: Mapping[str, Any]) -> str:

@@ -55,6 +55,7 @@ def push(published: Published, public: bool = False, collection: str | None = No
         published.write_texts(folder)
         texts = sorted(path for path in folder.rglob("*") if path.is_file())
         additions = [CommitOperationAdd(place_in_repository(path), path) for path in files]
+        additions += [CommitOperationAdd(place, path) for path, place in published.exported_files()]
         additions += [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in texts]
         ours = {addition.path_in_repo for addition in additions}
         stale = [CommitOperationDelete(name) for name in present if name not in ours and name not in _KEPT]

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from mmkd.errors import UserError
 from mmkd.eval.model import EvalModel, find_model
+from mmkd.export.exported import FOLDER, Exported, find_exported
 from mmkd.models.adapters import merge_adapter
 from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.run_record import data_facts
@@ -71,6 +72,8 @@ class PushOptions:
     recipe: str | None = None
     """Name or path of the recipe, for runs without a record."""
     comparison: Path | None = None
+    exported: Sequence[str] = ()
+    """Exported students that are published too, by name or place."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Published:
     """The files of the model; of an adapter that is published merged into its model, none."""
     log: Log
     card: ModelCard
+    exported: Sequence[Exported] = ()
     keys: dict[str, Any] = field(default_factory=dict)
     """The keys of the recipe, with local paths."""
 
@@ -92,10 +96,16 @@ class Published:
             raise UserError(f"{folder} is not empty. Name another --output, or delete it.")
         self.write_texts(folder)
         with self.model_files() as files:
-            for path in files:
-                target = folder / place_in_repository(path)
+            for path, place in [*((path, place_in_repository(path)) for path in files), *self.exported_files()]:
+                target = folder / place
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
+
+    def exported_files(self) -> list[tuple[Path, str]]:
+        """The files of exported students, with their places in the repository."""
+        return [
+            (each.folder / name, f"{FOLDER}/{each.name}/{name}") for each in self.exported for name in each.published
+        ]
 
     @contextmanager
     def model_files(self) -> Iterator[list[Path]]:
@@ -160,12 +170,27 @@ def prepare(run: Path, options: PushOptions, measured: bool = True) -> Published
         held_out=_evaluated(place) if held_out is None else held_out,
         comparison=None if comparison is None or held_out is None else _without_paths(comparison),
     )
+    exported = [exported_of_student(str(run), wanted, model) for wanted in options.exported]
     student = replace(
         student,
+        exported=exported,
         warnings=conflicts(student.license, options.repo_id, student.base, student.teachers, student.data),
         cautions=[*record.get("cautions", []), *(f"While it was trained, at {w}." for w in warnings_of(log))],
     )
-    return Published(student, place, [] if _is_merged(model) else files, log, model_card(student), record["keys"])
+    return Published(
+        student, place, [] if _is_merged(model) else files, log, model_card(student), record["keys"], exported
+    )
+
+
+def exported_of_student(run: str, wanted: str, model: EvalModel) -> Exported:
+    """An exported student of a run. Raises UserError for one of other weights, and for files that have changed."""
+    exported = find_exported(run, wanted)
+    if "files" not in exported.record:
+        raise UserError(f"{exported.path} was not written by mmkd, so nothing says that it is this student.")
+    if exported.record["student"]["weights"] != model.weights:
+        raise UserError(f"{exported.folder} was made of other weights than {run} has now. Run `mmkd export` again.")
+    exported.check_files()
+    return exported
 
 
 def describe(place: Path, folder: Path, repo_id: str) -> None:

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 
 from mmkd.errors import UserError
+from mmkd.eval.exported_lm import exported_model
 from mmkd.eval.model import EvalModel, find_model
+from mmkd.export.answering import ExportedGenerator
+from mmkd.export.exported import Exported, find_exported
 from mmkd.generation.generator import Generator
 from mmkd.generation.row_answers import PromptWithTools, row_generator, served_row_generator
 from mmkd.models.load import load_model, quantised_to, tokenizer_of
@@ -60,6 +63,8 @@ class RunSide:
     """4 or 8 where it is quantised as in training."""
     server: TeacherServer | None = None
     """Answers in the model's place."""
+    exported: Exported | None = None
+    """What another runtime than transformers reads, in the model's place."""
 
     @property
     def title(self) -> str:
@@ -86,6 +91,8 @@ class RunSide:
         """Answers prompts: the model, loaded onto this machine's device, or its servers."""
         if self.server is not None:
             return self.server.generator(self.model.processing_class)
+        if self.exported is not None:
+            return ExportedGenerator.of(self.exported, self.model.processing_class)
         return row_generator(self._load(), self.model.processing_class)
 
     def _load(self) -> Any:
@@ -120,6 +127,13 @@ def sides_of(run: RunFiles, trust_remote_code: bool = False) -> dict[str, RunSid
         if keys.get("teacher") or keys.get("teacher_server"):
             sides[name] = _teacher(name, keys, student)
     return sides
+
+
+def exported_side(name: str, wanted: str, trust_remote_code: bool = False) -> RunSide:
+    """An exported student of a run or a model, named as `find_exported` takes it."""
+    exported = find_exported(name, wanted)
+    model = exported_model(exported.name, exported, find_model(name, trust_remote_code=trust_remote_code))
+    return RunSide(exported.name, model, None, exported=model.exported)
 
 
 def silent_teachers(run: RunFiles) -> str:

@@ -80,7 +80,7 @@ class LoadedModels:
 
     def _speaker(self, side: RunSide) -> Speaker:
         speakers = self.loaded if side.server is None else self.served
-        where = side.server or side.model.adapter or side.model.path
+        where = side.server or side.model.adapter or (side.exported and side.exported.path) or side.model.path
         key = f"{where} {side.model.revision} {side.dtype} {side.bits}"
         if key not in speakers:
             if not side.fits_beside(sum(speaker.size for speaker in self.loaded.values())):

@@ -1,7 +1,9 @@
 """Exported students: written, read back by a runtime, and as far from the student as the format says."""
 
+import io
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from mmkd.cache.identity import file_sha256
 from mmkd.commands.main import main
 from mmkd.errors import UserError
+from mmkd.eval.model import find_model
 from mmkd.export.compressed_writer import write_compressed
 from mmkd.export.exported import RECORD, Exported, exported_of, find_exported
 from mmkd.export.formats import ExportSpec, spec_of, specs_of
-from mmkd.export.runtimes import Scored, sampled
+from mmkd.export.runtimes import Runtime, Scored, sampled
 from mmkd.export.transformers_runtime import TransformersRuntime
 from mmkd.generation.generator import Sampling
 from mmkd.models.load import load_model
 from mmkd.models.quantised_students import StudentQuantisation, quantise_forward, quantise_weights
+from mmkd.publish.push_folder import exported_of_student
 from scripts.make_tiny_models import sentences
 
 
@@ -180,3 +185,76 @@ def test_exported_students_are_found_by_name_folder_and_file(student, tmp_path):
     (folder / RECORD).write_text(json.dumps({**record, "schema": 9}))
     with pytest.raises(UserError, match="schema 9"):
         find_exported(str(student), "gguf")
+
+
+class Parrot(Runtime):
+    """A runtime that says the prompt again."""
+
+    name = "parrot 1.0"
+
+    def scored(self, ids: Sequence[int]) -> Scored:
+        said = torch.full((len(ids) - 1, 300), -10.0)
+        said[torch.arange(len(ids) - 1), torch.tensor(list(ids[1:]))] = 5.0
+        return Scored.of(said.log_softmax(-1), torch.tensor(list(ids[1:])))
+
+    def tokens(self, ids: Sequence[int], sampling: Sampling, stops: Sequence[int]) -> Iterator[int]:
+        yield from list(ids)[: sampling.max_new_tokens]
+
+
+@pytest.fixture
+def parrot(student: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The student with an exported file that the parrot reads."""
+    for module in ("mmkd.export.answering", "mmkd.eval.exported_lm", "mmkd.publish.export_student"):
+        monkeypatch.setattr(f"{module}.runtime_of", lambda *arguments: Parrot())
+    folder = student / "exported/gguf-q8_0"
+    shutil.copytree(student, folder, ignore=shutil.ignore_patterns("exported", "*.safetensors"))
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    files = {"model.gguf": {"bytes": 4, "sha256": file_sha256(folder / "model.gguf")}}
+    record = {"schema": 1, "format": "gguf", "quantization": "q8_0", "main": "model.gguf", "files": files, "bytes": 4}
+    record["student"] = {"name": "student", "weights": find_model(str(student)).weights}
+    (folder / RECORD).write_text(json.dumps(record))
+    return student
+
+
+def test_an_exported_file_answers_in_a_conversation(parrot, capsys, monkeypatch):
+    assert main(["chat", str(parrot), "--exported", "gguf", "--prompt", "the cat", "--side", "student"]) == 0
+    assert "the cat" in capsys.readouterr().out
+    Path("broken.png").write_bytes(b"no picture")
+    lines = "/image\n/image broken.png\nthe dog\n/image broken.png\n/quit\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert main(["chat", str(parrot), "--exported", "gguf", "--max_new_tokens", "8"]) == 0
+    said = capsys.readouterr()
+    assert "gguf-q8_0: " in said.out
+    assert "model: " in said.out
+    assert "Write /image PATH" in said.err
+    assert "/image cannot be read" in said.err
+    assert "Pictures belong to the first question" in said.err
+
+
+def test_tasks_and_measures_of_an_exported_file_are_by_its_own_runtime(parrot, capsys):
+    pages = [{"text": text, "choices": [" cat", " dog"], "answer": 0} for text in sentences(3)]
+    Path("pages.jsonl").write_text("\n".join(map(json.dumps, pages)))
+    task = {"task": "pages", "dataset_path": "json", "test_split": "test", "output_type": "loglikelihood_rolling"}
+    task |= {"dataset_kwargs": {"data_files": {"test": str(Path("pages.jsonl").resolve())}}}
+    task |= {"doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": [{"metric": "word_perplexity"}]}
+    Path("tasks").mkdir()
+    Path("tasks/pages.yaml").write_text(yaml.safe_dump(task))
+    asked = ["eval", str(parrot), "--exported", "gguf"]
+    assert main([*asked, "--tasks", "pages", "--include_path", "tasks"]) == 0
+    assert "word_perplexity" in capsys.readouterr().out
+    assert main([*asked, "--measures", "--data", "words.yaml", "--rows", "2"]) == 0
+    assert "parrot 1.0" in capsys.readouterr().out
+    check = find_exported(str(parrot), "gguf").check
+    assert (check["rows"], check["top1_agreement"] < 0.5, check["perplexity"] < 1.01) == (2, True, True)
+    assert main(["eval", str(parrot), str(parrot), "--exported", "gguf", "--measures"]) == 2
+
+
+def test_a_published_file_is_that_of_the_student_and_unchanged(parrot, tmp_path):
+    exported, model = find_exported(str(parrot), "gguf"), find_model(str(parrot))
+    assert exported_of_student(str(parrot), "gguf", model) == exported
+    (exported.folder / "model.gguf").write_bytes(b"GGUG")
+    with pytest.raises(UserError, match="has changed since it was exported"):
+        exported_of_student(str(parrot), "gguf", model)
+    other = exported.with_facts(student={"name": "student", "weights": "0"})
+    with pytest.raises(UserError, match="made of other weights"):
+        exported_of_student(str(parrot), other.name, model)
