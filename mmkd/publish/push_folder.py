@@ -86,9 +86,9 @@ class Published:
     """The files of the model; of an adapter that is published merged into its model, none."""
     log: Log
     card: ModelCard
-    exported: Sequence[Exported] = ()
     keys: dict[str, Any] = field(default_factory=dict)
     """The keys of the recipe, with local paths."""
+    exported: Sequence[Exported] = ()
 
     def write(self, folder: Path) -> None:
         """Writes all files to a folder. Raises UserError if the folder is not empty."""
