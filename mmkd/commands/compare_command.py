@@ -54,6 +54,14 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--include_path", nargs="+", default=[], help="folders with tasks of your own, in lm-eval's YAML")
     add("--limit", type=float, help="at most so many items of each task, or below 1 a share of them")
     add("--batch_size", type=int, default=8, help="questions of tasks that are asked at a time (default: 8)")
+    add(
+        "--exported",
+        nargs="+",
+        default=[],
+        metavar="FORMAT[:QUANTIZATION]",
+        help="also export every trained student as `mmkd export` does, with a row for each format: gguf:q4_k_m",
+    )
+    add("--exported_rows", type=int, default=32, help="held-out rows on which exports are checked (default: 32)")
     add("--output", type=Path, default=Path("runs/compare"), help="folder to write (default: runs/compare)")
 
 
@@ -62,8 +70,11 @@ def run(options: Namespace) -> int:
     from mmkd.eval.compare import Asked
     from mmkd.eval.harness import Settings
     from mmkd.eval.suites import tasks_of
+    from mmkd.export.formats import specs_of
     from mmkd.recipe.flags import recipe_of
 
+    # A format that does not exist is said before hours of training.
+    specs_of(options.exported, [])
     recipes = [recipe_of(name, options.flags) for name in options.recipes]
     baseline = options.baseline
     asked = Asked(
@@ -83,7 +94,28 @@ def run(options: Namespace) -> int:
             limit=options.limit,
         ),
     )
-    return _compare(recipes, options.seeds, options.output, asked)
+    status = _compare(recipes, options.seeds, options.output, asked)
+    return _export(options) if options.exported and status == 0 else status
+
+
+def _export(options: Namespace) -> int:
+    """Exports the students of a comparison, and adds a row for each format."""
+    import json
+    import sys
+
+    from mmkd.eval.compare import NAME, PAGE
+    from mmkd.export.formats import specs_of
+    from mmkd.publish.compared_exports import add_to_comparison, compare_exported, show_compared
+    from mmkd.publish.student_to_export import ExportOptions
+
+    comparison = json.loads((options.output / NAME).read_text(encoding="utf-8"))
+    chosen = ExportOptions(rows=options.exported_rows)
+    lines = compare_exported(
+        comparison, specs_of(options.exported, []), chosen, lambda text: print(text, file=sys.stderr)
+    )
+    add_to_comparison(lines, options.output / NAME, options.output / PAGE)
+    show_compared(lines)
+    return 0
 
 
 def with_baseline(recipe: "Recipe") -> int:

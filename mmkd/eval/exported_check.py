@@ -47,7 +47,9 @@ def difference(
             total["nll"] -= theirs.of_labels.double().sum().item()
             total["student_nll"] -= own.of_labels.double().sum().item()
             if isinstance(runtime, LlamaRuntime) and tokenizer is not None:
-                total["same"] += runtime.same_tokens(tokenizer.decode(ids), ids)
+                # Of a row that was cut, not even the student's tokenizer gives these tokens again.
+                text = tokenizer.decode(ids)
+                total["same"] += runtime.same_tokens(text, tokenizer(text, add_special_tokens=False)["input_ids"])
             listed[number] = 0 if theirs.listed is None else theirs.listed.shape[-1]
         counted += len(own.labels)
     return [
