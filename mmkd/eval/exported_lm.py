@@ -19,7 +19,8 @@ CONTEXT, NEW_TOKENS = 2048, 256
 def exported_model(name: str, exported: Exported, plain: EvalModel) -> EvalModel:
     """An exported student as what is evaluated; `plain` is the student itself, whose tokenizer it has."""
     folder = exported.folder if (exported.folder / "config.json").is_file() else plain.path
-    if exported.spec.format in ("gguf", "onnx"):
+    # FP4 meets states of another type where transformers alone unpacks it.
+    if exported.spec.format in ("gguf", "onnx") or exported.spec.quantization in ("nvfp4", "mxfp4"):
         return EvalModel(name, str(folder), trust_remote_code=plain.trust_remote_code, exported=exported)
     return EvalModel(name, str(exported.folder), trust_remote_code=plain.trust_remote_code)
 

@@ -24,7 +24,10 @@ from mmkd.export.transformers_runtime import TransformersRuntime
 from mmkd.generation.generator import Sampling
 from mmkd.models.load import load_model
 from mmkd.models.quantised_students import StudentQuantisation, quantise_forward, quantise_weights
+from mmkd.publish.compared_exports import add_to_comparison, compare_exported
+from mmkd.publish.export_table import markdown_of
 from mmkd.publish.push_folder import exported_of_student
+from mmkd.publish.student_to_export import ExportOptions
 from scripts.make_tiny_models import sentences
 
 
@@ -258,3 +261,25 @@ def test_a_published_file_is_that_of_the_student_and_unchanged(parrot, tmp_path)
     other = exported.with_facts(student={"name": "student", "weights": "0"})
     with pytest.raises(UserError, match="made of other weights"):
         exported_of_student(str(parrot), other.name, model)
+
+
+def test_a_comparison_has_a_row_for_each_format(student, tmp_path, capsys):
+    pytest.importorskip("compressed_tensors")
+    rows = [{"role": "teacher", "name": "teacher", "folders": ["nowhere"]}]
+    rows.append({"role": "student", "name": "kd", "folders": [str(student)]})
+    place, page = tmp_path / "comparison.json", tmp_path / "comparison.md"
+    place.write_text(json.dumps({"rows": rows}))
+    page.write_text("A page.\n")
+    options = ExportOptions(data="words.yaml", rows=2, max_length=32)
+    lines = compare_exported({"rows": rows}, [spec_of("compressed-tensors:int8")], options, print)
+    assert [(line["student"], line["format"], line["seeds"]) for line in lines] == [
+        ("kd", "compressed-tensors-int8", 1)
+    ]
+    assert 0 < lines[0]["kl"] < 1e-3
+    add_to_comparison(lines, place, page)
+    assert json.loads(place.read_text())["exported"] == lines
+    assert "| kd | compressed-tensors-int8 |" in page.read_text()
+    card = markdown_of([find_exported(str(student), "compressed-tensors")])
+    assert card.splitlines()[2].startswith("| compressed-tensors-int8 | ")
+    assert main(["compare", "kd/quickstart", "--exported", "gguff"]) == 2
+    assert "no format 'gguff'" in capsys.readouterr().err
