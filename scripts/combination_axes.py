@@ -163,6 +163,18 @@ REFUSALS: tuple[Refusal, ...] = (
         "Copies of weights that ZeRO-3 has cut are not kept. An adapter, or `self_teacher: live`, needs none.",
         "ZeRO-3 has cut",
     ),
+    Refusal(
+        {"student": ("QLoRA",), "besides": ("quantised student",)},
+        "meaning",
+        "The base is rounded when it is loaded, and `student_quantization` rounds it while it is trained.",
+        "round the weights when they are loaded",
+    ),
+    Refusal(
+        {"student": ("LoRA",), "ranks": ("ZeRO-3",), "besides": ("quantised student",)},
+        "upstream",
+        "What is rounded is the weight with its adapter, and ZeRO-3 gathers those of one layer.",
+        "ZeRO-3 gathers those of one layer",
+    ),
 )
 
 
@@ -273,6 +285,17 @@ FURTHER: dict[str, Further] = {
         "`student_init: prune`, with an adapter on the student that is made",
         {"student_init": "prune", "student_layers": 1},
         (Cell(student="LoRA"), Cell("alm", student="LoRA", ranks="FSDP2"), Cell(student="QLoRA")),
+    ),
+    "quantised student": Further(
+        "`student_quantization`",
+        {"student_quantization": "int4"},
+        (
+            Cell(answers="on-policy"),
+            Cell("taid", student="LoRA", answers="packed"),
+            Cell("alm", student="LoRA", ranks="FSDP2"),
+            Cell("llava_kd", data="images", ranks="FSDP2"),
+            Cell(ranks="ZeRO-3"),
+        ),
     ),
 }
 """Name -> settings that are not combined with everything."""
