@@ -1,5 +1,6 @@
 """mmkd-train and mmkd from the outside: what a user types and what comes back."""
 
+import gc
 import json
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from mmkd.commands.main import main
+from mmkd.commands.quick_imports import quick_imports
 from mmkd.recipe.flags import recipe_of
 from scripts.make_tiny_models import sentences
 from tests.forked import Forked, run_forked
@@ -366,3 +368,16 @@ def test_an_error_of_ours_keeps_its_traceback_and_says_where_to_report_it(
         main(["train", "kd/quickstart"])
     assert "please report it" in raised.value.__notes__[0]
     assert "mmkd:" not in capsys.readouterr().err
+
+
+def test_imports_are_not_searched_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    with quick_imports():
+        # Everything was imported before.
+        assert gc.isenabled()
+    monkeypatch.delitem(sys.modules, "transformers.trainer")
+    with quick_imports():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert frozen == [False]
