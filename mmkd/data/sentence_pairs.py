@@ -13,10 +13,11 @@ from mmkd.units import with_noun
 
 from .data_recipe import DataRecipe
 from .sources import load_split
+from .text_pairs import PAIR_COLUMNS
 
 logger = logging.getLogger(__name__)
 
-PAIR_NAMES = (
+_IN_ANY_RELATION = (
     ("sentence1", "sentence2"),
     ("sentence_a", "sentence_b"),
     ("text1", "text2"),
@@ -27,6 +28,8 @@ PAIR_NAMES = (
     ("anchor", "positive"),
     ("prompt", "completion"),
 )
+# Of the second table every pair belongs together, which is more than a pair has to do here.
+PAIR_NAMES = tuple(dict.fromkeys((*_IN_ANY_RELATION, *PAIR_COLUMNS)))
 """Columns that hold a pair, in the order in which they are looked for."""
 
 SCORE_NAMES = ("score", "similarity", "similarity_score", "relatedness_score", "label")

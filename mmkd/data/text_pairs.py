@@ -26,7 +26,10 @@ PAIR_COLUMNS = (
     ("query", "answer"),
     ("question", "answer"),
 )
-"""Columns with the two texts of a row, the first that are there."""
+"""Columns with two texts that belong together, the first that are there.
+
+`sentence_pairs.py` reads these too, and others, such as premise and hypothesis, that may contradict each other.
+"""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel
 
 from mmkd.commands import main as cli
 from mmkd.data.sentence_pairs import load_pairs
+from mmkd.data.text_pairs import PAIR_COLUMNS
 from mmkd.errors import UserError
 from mmkd.methods.trans_encoder import half_cycles
 from mmkd.methods.trans_encoder.encoder_loading import cosines, load_bi_encoder, load_cross_encoder, probabilities
@@ -191,6 +192,14 @@ def test_bad_pairs_are_refused(rows: list[dict[str, Any]], reason: str, tmp_path
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=reason):
         load_pairs(str(path), scored=True)
+
+
+def test_pairs_of_clip_kd_are_pairs_here_too(tmp_path: Path) -> None:
+    for first, second in PAIR_COLUMNS:
+        path = tmp_path / f"{first}_{second}.jsonl"
+        path.write_text(json.dumps({first: "a", second: "b"}) + "\n")
+        pairs = load_pairs(str(path))
+        assert (pairs.first, pairs.second) == (["a"], ["b"])
 
 
 def test_scores_outside_of_0_and_1_are_refused(bert: Path, tmp_path: Path) -> None:
