@@ -75,7 +75,8 @@ def check_onnx_runtime() -> None:
 
 
 def _empty(spec: Any) -> Any:
-    """A cache of no tokens: the third side is their number."""
-    batch, heads, _, size = spec.shape
+    """A cache of no tokens for one sequence: the third side is the number of tokens."""
+    _, heads, _, size = spec.shape
     kind = np.float16 if "float16" in spec.type else np.float32
-    return np.zeros((1 if isinstance(batch, str) else batch, heads, 0, size), dtype=kind)
+    # The exporter writes sides that are fixed as names of digits.
+    return np.zeros((1, int(heads), 0, int(size)), dtype=kind)
