@@ -132,9 +132,9 @@ def types_of(path: Path) -> dict[str, int]:
 
 def _notes(path: Path, quantization: str) -> list[str]:
     """Says where llama.cpp had to take other types than those of the quantisation."""
-    kinds = types_of(path)
     if "_k" not in quantization:
         return []
+    kinds = types_of(path)
     # Its K-quants are blocks of 256 weights; rows that are no multiple of it get the types of blocks of 32.
     others = sum(count for kind, count in kinds.items() if kind in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"))
     total = sum(count for kind, count in kinds.items() if kind != "f32")
