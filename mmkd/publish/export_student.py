@@ -158,7 +158,7 @@ def _unread(exported: Exported) -> list[str]:
         return ["llama.cpp is not installed here, so it was not tried: transformers read the weights of the file."]
     if exported.spec.format == "onnx" or exported.spec.format == "gguf":
         return []
-    return ["vLLM was not tried here: transformers read the weights, and computed as vLLM would."]
+    return ["vLLM was not tried here: transformers read the file. The kernels of vLLM may compute otherwise."]
 
 
 def _short(runtime: str) -> str:
