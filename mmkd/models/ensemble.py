@@ -13,7 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mmkd.errors import UserError
 from mmkd.seams.transformers_seam import set_attention
 
-from .load import load_model, load_processing_class, tokenizer_of
+from .load import load_processing_class, tokenizer_of
+from .quantised_students import load_as_trained
 
 
 class Ensemble(PreTrainedModel, GenerationMixin):
@@ -79,4 +80,4 @@ def load_ensemble(names: Sequence[str], **kwargs: Any) -> Ensemble:
                 because="meaning",
             )
     size = max(vocabularies[0].values()) + 1
-    return Ensemble([load_model(name, **kwargs) for name in names], size)
+    return Ensemble([load_as_trained(name, **kwargs) for name in names], size)
