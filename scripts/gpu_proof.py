@@ -40,6 +40,9 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", nargs="*", default=None, metavar="NAME", help="some of the proofs")
     options = parser.parse_args()
+    seen = [sys.executable, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]
+    if options.device == "cuda" and subprocess.run(seen, check=False).returncode != 0:
+        parser.error(f"the torch of {sys.executable} sees no GPU, so that every test would be skipped")
     options.output.mkdir(parents=True, exist_ok=True)
     chosen = [proof for proof in proofs(options.device) if options.only is None or proof.name in options.only]
     if not chosen:
