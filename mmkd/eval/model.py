@@ -16,7 +16,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from mmkd.cache.identity import saved_dtype, weights_sha256
 from mmkd.errors import UserError
 from mmkd.export.exported import Exported
-from mmkd.models.ensemble import load_ensemble
+from mmkd.models.ensemble import Ensemble, shared_vocabulary
 from mmkd.models.load import computed_dtype, load_model, load_processing_class, tokenizer_of
 from mmkd.models.quantised_students import (
     StudentQuantisation,
@@ -106,13 +106,13 @@ class EvalModel:
     def load(self, dtype: str = "auto", device: str = "cpu") -> Any:
         """The model itself, ready to be asked, in a type that the device multiplies."""
         if self.members:
-            loaded: Any = load_ensemble([member.path for member in self.members], dtype=dtype, device=device)
-            return loaded.to(device).eval()
+            size = shared_vocabulary({member.name: member.processing_class for member in self.members})
+            return Ensemble([member.load(dtype, device) for member in self.members], size)
         if self.trained_as:
             say_as_trained(self.name, self.trained_as)
         if self.base_quantisation:
             return self._on_quantised_base(dtype, device)
-        loaded = load_model(self.path, dtype=dtype, device=device, **self.hub)
+        loaded: Any = load_model(self.path, dtype=dtype, device=device, **self.hub)
         if self.adapter:
             loaded = PeftModel.from_pretrained(loaded, self.adapter).merge_and_unload()  # pyright: ignore
         loaded = loaded.to(device).eval()
@@ -205,15 +205,9 @@ def find_model(name: str, revision: str | None = None, trust_remote_code: bool =
 
 
 def ensemble_of(models: list[EvalModel]) -> EvalModel:
-    """The models as one, with the first one's tokenizer. Raises UserError for fewer than two, and for adapters."""
+    """The models as one, with the first one's tokenizer. Raises UserError for fewer than two."""
     if len(models) < 2:
         raise UserError("--ensemble averages several models: name two or more.")
-    adapted = [model.name for model in models if model.adapter]
-    if adapted:
-        raise UserError(
-            f"{adapted[0]} is an adapter; merge it into its model (PEFT's merge_and_unload) to average it.",
-            because="not built",
-        )
     return EvalModel("+".join(Path(model.name).name for model in models), models[0].path, members=tuple(models))
 
 

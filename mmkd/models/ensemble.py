@@ -1,7 +1,7 @@
 """Ensemble of models with the same tokenizer as one causal LM, whose log-probs are their mean."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,13 +71,19 @@ def load_ensemble(names: Sequence[str], **kwargs: Any) -> Ensemble:
 
     Raises UserError when their tokenizers differ: `mmkd transfer-tokenizer` gives models the same one.
     """
-    vocabularies = [tokenizer_of(load_processing_class(name)).get_vocab() for name in names]
-    for name, vocabulary in zip(names, vocabularies, strict=True):
-        if vocabulary != vocabularies[0]:
+    size = shared_vocabulary({name: load_processing_class(name) for name in names})
+    return Ensemble([load_as_trained(name, **kwargs) for name in names], size)
+
+
+def shared_vocabulary(processing_classes: Mapping[str, Any]) -> int:
+    """The size of the vocabulary that models have in common, by their names. Raises UserError when they differ."""
+    vocabularies = {name: tokenizer_of(each).get_vocab() for name, each in processing_classes.items()}
+    first, *others = vocabularies
+    for name in others:
+        if vocabularies[name] != vocabularies[first]:
             raise UserError(
-                f"{name} and {names[0]} have different vocabularies, so their log-probs are not of the same tokens. "
-                f"Give one of them the other's: mmkd transfer-tokenizer {name} {names[0]} FOLDER, then distil it.",
+                f"{name} and {first} have different vocabularies, so their log-probs are not of the same tokens. "
+                f"Give one of them the other's: mmkd transfer-tokenizer {name} {first} FOLDER, then distil it.",
                 because="meaning",
             )
-    size = max(vocabularies[0].values()) + 1
-    return Ensemble([load_as_trained(name, **kwargs) for name in names], size)
+    return max(vocabularies[first].values()) + 1

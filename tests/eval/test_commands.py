@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from mmkd.commands.main import main
 from mmkd.eval.evaluation import evaluate
 from mmkd.eval.harness import Harness, Settings
-from mmkd.eval.model import find_model
+from mmkd.eval.model import ensemble_of, find_model
 from mmkd.eval.suites import SuiteTask
+from mmkd.models.quantised_students import StudentQuantisation, record_in_config
 from mmkd.results.places import RECORD, results_folder
 from mmkd.shipped import recipe_root
 from scripts.make_tiny_models import make_model, make_tokenizer, save, sentences
+from tests.helpers import LORA
 from tests.vlms import make_llava, picture
 
 CHOICES = """
@@ -191,6 +194,24 @@ def test_an_ensemble_answers_with_the_average_of_log_probs(tiny, folder, tmp_pat
         size += len(row["question"].encode())
     expected = -total / size / torch.tensor(2.0).log().item()
     assert found["tiny_text"]["scores"][0]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_members_of_an_ensemble_compute_as_they_were_trained(tiny, tmp_path):
+    rounded, adapted = tmp_path / "rounded", tmp_path / "adapted"
+    model = find_loaded(tiny["student"])
+    record_in_config(model, StudentQuantisation.of("int8"))
+    model.save_pretrained(rounded)
+    make_tokenizer().save_pretrained(rounded)
+    adapter: Any = get_peft_model(find_loaded(tiny["student"]), LoraConfig(**LORA, init_lora_weights=False))
+    adapter.peft_config["default"].base_model_name_or_path = str(tiny["student"])
+    adapter.save_pretrained(adapted)
+    make_tokenizer().save_pretrained(adapted)
+    ids = torch.arange(5, 15)[None]
+    members = [find_model(str(folder)) for folder in (tiny["teacher"], rounded, adapted)]
+    log_probs = [member.load("float32")(ids).logits.log_softmax(-1) for member in members]
+    both = ensemble_of(members).load("float32")(ids).logits
+    torch.testing.assert_close(both, torch.stack(log_probs).mean(0).log_softmax(-1))
+    assert not torch.equal(log_probs[1], find_loaded(tiny["student"])(ids).logits.log_softmax(-1))
 
 
 def find_loaded(folder: Path) -> Any:
