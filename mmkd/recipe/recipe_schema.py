@@ -151,7 +151,9 @@ def _features() -> dict[str, Any]:
 def _description(key: Key) -> str:
     group = f"{GROUPS[key.group]}: " if key.group != "other" else ""
     unused = f" Not of use here: {key.unused}" if key.unused else ""
-    return f"{group}{key.help} Default: {default_text(key.default)}.{unused}".replace(" Default: required.", "")
+    # A default that depends on other keys is said in the help.
+    said = "Default: " in key.help or "(default)" in key.help or default_text(key.default) == "required"
+    return f"{group}{key.help}{'' if said else f' Default: {default_text(key.default)}.'}{unused}"
 
 
 def _json_default(key: Key) -> Any:
