@@ -251,9 +251,10 @@ def share_of(model: PreTrainedModel | PeftModel, layers: Sequence[tuple[str, Any
 def _set(layers: Sequence[tuple[str, Any]], quantisation: StudentQuantisation, weights: bool) -> None:
     named = dict(layers)
     for name, layer in layers:
-        layer.__class__ = QuantisedLora if isinstance(layer, LoraLinear) else QuantisedLinear
-        layer.quantiser = LayerQuantiser(quantisation.grid, quantisation.activations, weights)
-        layer.quantiser.joined = joined_layers(name, named)
+        own: Any = layer
+        own.__class__ = QuantisedLora if isinstance(layer, LoraLinear) else QuantisedLinear
+        own.quantiser = LayerQuantiser(quantisation.grid, quantisation.activations, weights)
+        own.quantiser.joined = joined_layers(name, named)
 
 
 def joined_layers(name: str, layers: Mapping[str, Any]) -> tuple[Any, ...]:

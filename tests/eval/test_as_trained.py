@@ -58,6 +58,7 @@ def test_a_student_computes_as_it_was_trained(
     merge_adapter(Path(trainer.args.output_dir), tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     quantisation = recorded_in_config(merged.config)
+    assert quantisation is not None
     assert quantisation == trainer.args.quantisation
     quantise_weights(merged, quantisation)
     assert torch.equal(logits(merged), logits(trainer.model))

@@ -494,7 +494,8 @@ def test_peft_merges_its_layers() -> None:
 
 def test_peft_says_what_is_more_than_a_sum() -> None:
     for key in ("use_dora", "lora_bias"):
-        config = LoraConfig(target_modules=["q_proj"], **{key: True})
+        settings: dict[str, Any] = {"target_modules": ["q_proj"], key: True}
+        config = LoraConfig(**settings)
         layer = get_peft_model(make_model(), config).base_model.model.model.layers[0].self_attn.q_proj  # pyright: ignore
         assert peft_seam.merges_otherwise(layer) == key
 

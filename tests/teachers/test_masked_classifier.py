@@ -56,7 +56,8 @@ def test_maps_and_tokens_have_one_mask_per_channel_and_large_layers_a_small_net(
 def make_classifier(folder: Path, seed: int, width: int = 16) -> Path:
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 2}
-    config = ViTConfig(**sizes, num_attention_heads=2, image_size=8, patch_size=4, num_labels=3, initializer_range=0.3)
+    sizes |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4, "num_labels": 3}
+    config = ViTConfig(**sizes, initializer_range=0.3)
     ViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
     return folder

@@ -19,7 +19,6 @@ from mmkd.methods.sft import SFTBaselineTrainer
 from mmkd.methods.taid import TAIDTrainer
 from mmkd.models.quantisation_grids import FORMATS
 from mmkd.models.quantised_students import (
-    FILE,
     KEY,
     QuantisedLinear,
     StudentQuantisation,
@@ -27,6 +26,7 @@ from mmkd.models.quantised_students import (
     quantise_forward,
     quantise_weights,
 )
+from mmkd.results.trained_as import FILE
 from scripts.make_tiny_models import make_model
 from tests.helpers import LORA, Build, losses_of, steps
 from tests.vlms import make_llava, vision_rows
