@@ -126,8 +126,11 @@ def test_checkpointing_and_accumulation_change_nothing(build: Build, texts: Data
 
     whole = run()
     assert run(gradient_checkpointing=True) == pytest.approx(whole, rel=1e-5)
-    parts = run(per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    assert parts == pytest.approx(whole, rel=1e-3)
+    # After a step, sums in another order may round a weight to the neighbouring code.
+    first = run(max_steps=1)
+    assert run(max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2) == pytest.approx(
+        first, rel=1e-5
+    )
 
 
 def test_a_vision_tower_and_the_projector_stay_as_they_are(tmp_path: Path) -> None:
