@@ -15,6 +15,8 @@ import types
 from contextlib import suppress
 from typing import Any, NoReturn
 
+import torch
+
 from mmkd.commands.main import _show_long_bars_only
 from mmkd.training.method import METHODS
 
@@ -80,6 +82,8 @@ def _become(request: dict[str, Any]) -> NoReturn:
     os.chdir(request["folder"])
     sys.path[0] = os.getcwd()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The first threads would make torch's pool of threads anew all at once, and one of them would find none.
+    torch.set_num_threads(torch.get_num_threads())
     status: Any = 0
     try:
         _run(*request["arguments"])

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mmkd.export.answering import stops_beside
 from mmkd.export.exported import Exported
+from mmkd.export.exported_answers import stops_beside
 from mmkd.export.loading import runtime_of
 from mmkd.export.runtimes import Runtime
 from mmkd.generation.generator import Sampling
 from mmkd.models.load import tokenizer_of
+from mmkd.seams.lm_eval_seam import base_of_models
 
 from .model import EvalModel
 
@@ -27,14 +28,13 @@ def exported_model(name: str, exported: Exported, plain: EvalModel) -> EvalModel
 
 def exported_lm(model: EvalModel, device: str) -> Any:
     """A model of lm-eval that asks the runtime of an exported student, one request at a time."""
-    from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     tokenizer: Any = tokenizer_of(model.processing_class)
     assert model.exported is not None
     runtime = runtime_of(model.exported, device, CONTEXT)
 
-    class ExportedLM(TemplateLM):
+    class ExportedLM(base_of_models()):
         def __init__(self) -> None:
             super().__init__()
             self.tokenizer = tokenizer

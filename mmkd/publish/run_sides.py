@@ -10,8 +10,8 @@ import torch
 from mmkd.errors import UserError
 from mmkd.eval.exported_lm import exported_model
 from mmkd.eval.model import EvalModel, find_model
-from mmkd.export.answering import ExportedGenerator
 from mmkd.export.exported import Exported, find_exported
+from mmkd.export.exported_answers import ExportedGenerator
 from mmkd.generation.generator import Generator
 from mmkd.generation.row_answers import PromptWithTools, row_generator, served_row_generator
 from mmkd.models.load import load_model, quantised_to, tokenizer_of

@@ -11,6 +11,13 @@ def model_class(name: str) -> Any:
     return get_model(name)
 
 
+def base_of_models() -> Any:
+    """The class of lm-eval that models derive from which give log-likelihoods of tokens."""
+    from lm_eval.api.model import TemplateLM
+
+    return TemplateLM
+
+
 def rolling_log_likelihoods(lm: Any, texts: list[str]) -> list[float]:
     """The log-likelihood of each text by a model of lm-eval, in nats, as its tasks of perplexity ask for it."""
     from lm_eval.api.instance import Instance

@@ -207,7 +207,7 @@ class Parrot(Runtime):
 @pytest.fixture
 def parrot(student: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The student with an exported file that the parrot reads."""
-    for module in ("mmkd.export.answering", "mmkd.eval.exported_lm", "mmkd.publish.export_student"):
+    for module in ("mmkd.export.exported_answers", "mmkd.eval.exported_lm", "mmkd.publish.export_student"):
         monkeypatch.setattr(f"{module}.runtime_of", lambda *arguments: Parrot())
     folder = student / "exported/gguf-q8_0"
     shutil.copytree(student, folder, ignore=shutil.ignore_patterns("exported", "*.safetensors"))

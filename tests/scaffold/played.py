@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Self
 import pexpect
 import pexpect.fdpexpect
 import pyte
+import torch
 
 from mmkd.commands.main import main
 
@@ -107,6 +108,8 @@ def _be_a_command(folder: Path, words: tuple[str, ...], columns: int, rows: int)
         logging.getLogger().handlers.clear()
         os.environ.update(COLUMNS=str(columns), LINES=str(rows), TERM="xterm-256color", TOKENIZERS_PARALLELISM="false")
         os.chdir(folder)
+        # A fork's first threads would make torch's pool of threads anew all at once, and one of them finds none.
+        torch.set_num_threads(torch.get_num_threads())
         status = main(words)
     except SystemExit as ending:
         status = ending.code if isinstance(ending.code, int) else 1

@@ -543,6 +543,10 @@ def test_lm_eval_scores_texts() -> None:
     kind = lm_eval_seam.model_class("hf")
     assert {"pretrained", "tokenizer", "batch_size"} <= {*parameters_of(kind.__init__)}
     assert parameters_of(kind.loglikelihood_rolling) == ["self", "requests", "disable_tqdm"]
+    base = lm_eval_seam.base_of_models()
+    assert issubclass(kind, base)
+    abstract = {"_loglikelihood_tokens", "eot_token_id", "generate_until", "loglikelihood_rolling", "tok_encode"}
+    assert base.__abstractmethods__ == abstract
 
 
 # DeepSpeed

@@ -425,7 +425,7 @@ def test_half_types_are_computed_where_the_cpu_has_them(
         (["--alpha", "2", "--beta", "1"], "alpha is 2"),
         (["--teacher_server", "http://localhost:1"], "does not read teacher_server"),
         (["--use_peft", "true"], "trains the whole student"),
-        (["--teacher_kind", "tip_adaptr"], "classifier. Did you mean 'tip_adapter'?"),
+        (["--teacher_kind", "tip_adaptr"], "masked. Did you mean 'tip_adapter'?"),
         (["--head_init", "text"], "the teacher's width"),
     ],
 )

@@ -138,10 +138,7 @@ class DHOConfig(ClassTermsConfig):
     )
     mask_layer: str | None = field(
         default=None,
-        metadata={
-            "help": "For teacher_kind: masked. The module of the teacher whose channels are masked, such as "
-            "vit.encoder.layer.5. Name the teacher twice under `teachers` to mask two of its layers."
-        },
+        metadata={"help": "For teacher_kind: masked. The module of the teacher whose channels are masked."},
     )
     mask_student: str | None = field(
         default=None,
