@@ -105,9 +105,7 @@ def _searched(
 ) -> tuple[PruneSizes, list[dict[str, Any]]]:
     """The sizes that a search finds, once for all processes and for a run that goes on."""
     folder, state = Path(run.training.output_dir or "."), PartialState()
-    record = folder / FOUND
-    keys = {name: getattr(run.arguments, name) for name in PRUNE_KEYS}
-    wanted = {name: value for name, value in keys.items() if value != UNPRUNED[name]}
+    record, wanted = folder / FOUND, _searched_for(run)
     # The base of an adapter is made by one process alone, for which no other waits here.
     alone = run.student.use_peft
     if (alone or state.is_main_process) and not _is_of(record, wanted):
@@ -118,6 +116,17 @@ def _searched(
         state.wait_for_everyone()
     content = json.loads(record.read_text(encoding="utf-8"))
     return PruneSizes(**content["sizes"]), content["candidates"]
+
+
+def _searched_for(run: Run) -> dict[str, Any]:
+    """The keys that the sizes of a search follow from; a run that goes on with other rows keeps its sizes."""
+    arguments = run.arguments
+    named = arguments.student is not None
+    return {
+        "source": arguments.student if named else arguments.teacher,
+        "revision": run.student.model_revision if named else arguments.teacher_revision,
+        **{name: value for name in PRUNE_KEYS if (value := getattr(arguments, name)) != UNPRUNED[name]},
+    }
 
 
 def _is_of(record: Path, wanted: dict[str, Any]) -> bool:
@@ -165,7 +174,7 @@ def empty_pruned(run: Run, model: PreTrainedModel) -> PreTrainedModel:
     sizes = arguments.sizes
     require_prunable(model)
     record = Path(run.training.output_dir or ".") / FOUND
-    if arguments.searches and record.is_file():
+    if arguments.searches and _is_of(record, _searched_for(run)):
         sizes = PruneSizes(**json.loads(record.read_text(encoding="utf-8"))["sizes"])
     elif arguments.target_params is not None:
         wanted = arguments.parameters_wanted

@@ -100,6 +100,25 @@ def test_target_params_are_met_and_kept_for_a_run_that_goes_on(recipe: Path) -> 
     assert student_of(recipe, ["--target_params", "50k"]).num_parameters() > student.num_parameters() * 0.9
 
 
+def test_sizes_that_were_found_are_those_of_one_model_and_one_target(recipe: Path) -> None:
+    def planned(target: str) -> int:
+        run = recipe_of(recipe, ["--target_params", target]).parse()
+        model: Any = empty_student(run, student_side(run))
+        return model.config.intermediate_size
+
+    student_of(recipe, ["--target_params", "40k"])
+    record = recipe.parent / "run" / FOUND
+    content = json.loads(record.read_text())
+    content["sizes"] |= {"intermediate_size": 8}
+    record.write_text(json.dumps(content))
+    assert planned("40k") == 8
+    assert planned("50k") != 8
+    content["keys"]["source"] = "another/model"
+    record.write_text(json.dumps(content))
+    assert planned("40k") != 8
+    assert student_of(recipe, ["--target_params", "40k"]).config.intermediate_size != 8
+
+
 def test_a_latency_that_all_meet_takes_nearly_all_of_the_model(recipe: Path) -> None:
     student_of(recipe, ["--target_latency", "1e6"])
     content = json.loads((recipe.parent / "run" / FOUND).read_text())
