@@ -59,7 +59,8 @@ def run(options: Namespace) -> int:
             if question == CLEAR:
                 talks, images = {name: list(start) for name in sides}, []
                 continue
-            if question.split()[0] == IMAGE:
+            # A prompt may be empty.
+            if question.split()[:1] == [IMAGE]:
                 images = _with_picture(images, question, talks)
                 continue
             for name, side in sides.items():

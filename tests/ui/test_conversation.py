@@ -105,6 +105,8 @@ def test_chat_prints_both_answers(run: Path, capsys: pytest.CaptureFixture[str])
     assert "\nteacher: " in out
     assert main(["chat", str(run), "--prompt", "the cat", "--side", "teacher", "--max_new_tokens", "4"]) == 0
     assert "teacher: " not in capsys.readouterr().out
+    # An empty prompt is one, too.
+    assert main(["chat", str(run), "--prompt", "", "--system", "the cat", "--max_new_tokens", "4"]) == 0
 
 
 def taught_by(run: Path, **keys: Any) -> Path:
