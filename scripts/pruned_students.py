@@ -12,8 +12,11 @@ import argparse
 import json
 import math
 import statistics
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback, TrainerState
 
 from mmkd.files import write_file
 from mmkd.recipe.flags import recipe_of
@@ -29,6 +32,17 @@ STUDENTS: dict[str, dict[str, Any]] = {
     | {"prune_importance": "weights"},
 }
 SHARES = {"before": 0.0, "0.1x": 0.1, "1x": 1.0, "4x": 4.0}
+
+
+class AtSteps(TrainerCallback):
+    """Does something behind some steps."""
+
+    def __init__(self, steps: Collection[int], do: Callable[[int], None]):
+        self.steps, self.do = steps, do
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if state.global_step in self.steps:
+            self.do(state.global_step)
 
 
 def recipe_for(student: str, seed: int, folder: Path, flags: list[str]) -> Recipe:
@@ -56,22 +70,9 @@ def measured(recipe: Recipe) -> dict[str, dict[str, float]]:
         }
 
     measure(0)
-    trainer.add_callback(_at(marks, measure))
+    trainer.add_callback(AtSteps(marks, measure))
     trainer.train()
     return results
-
-
-def _at(marks: dict[int, str], measure: Any) -> Any:
-    from transformers import TrainerCallback
-
-    class Measuring(TrainerCallback):
-        """Measures behind some steps."""
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step in marks:
-                measure(state.global_step)
-
-    return Measuring()
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:

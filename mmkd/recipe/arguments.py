@@ -13,10 +13,13 @@ from mmkd.schema import Field, NonNegativeInt, PositiveFloat, PositiveInt, check
 from mmkd.teachers.cached import TAILS
 from mmkd.training.method import METHODS
 
-from .prune_arguments import PruneArguments, check_pruning
+from .prune_arguments import PRUNE_KEYS, PruneArguments, check_pruning
 
 VIEW = "teacher_view"
 """A key of training that each of several teachers may have for itself."""
+
+MAKING_KEYS = ("student_init", "student_vision_tower", "student_vision_layer", *PRUNE_KEYS)
+"""The keys that say how a student is made of saved models."""
 
 
 @dataclass

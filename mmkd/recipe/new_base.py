@@ -15,13 +15,14 @@ from mmkd.results.adapter_base import BASE
 from mmkd.results.parameters import ADAPTER
 from mmkd.seams.deepspeed_seam import without_zero3
 
-from .prune_arguments import PRUNE_KEYS, UNPRUNED
+from .arguments import MAKING_KEYS
+from .prune_arguments import UNPRUNED
 from .recipe import Run
 
 RECORD = "made_of.json"
 """In the folder of the new weights: the keys and files that they follow from."""
 
-_KEYS = ("student", "student_init", *PRUNE_KEYS, "student_vision_tower", "student_vision_layer")
+_KEYS = ("student", *MAKING_KEYS)
 _TRAINED = (ADAPTER, "checkpoint-*")
 
 

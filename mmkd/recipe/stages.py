@@ -18,7 +18,7 @@ from mmkd.results.adapter_base import MERGED
 from mmkd.training.method import METHODS
 from mmkd.training.progress import phase
 
-from .prune_arguments import PRUNE_KEYS
+from .arguments import MAKING_KEYS
 from .recipe import STAGE_KEYS, Recipe, Run
 from .run import last_checkpoint
 
@@ -27,7 +27,7 @@ RECIPE, RECORD = "recipe.yaml", "stage.json"
 
 _TRAINED = ("*.safetensors", "*.bin", "*.distcp", "checkpoint-*", "round-*")
 
-_MAKING = ("student_init", "student_vision_tower", "student_vision_layer", "model_revision", *PRUNE_KEYS)
+_MAKING = (*MAKING_KEYS, "model_revision")
 
 
 @dataclass(frozen=True)

@@ -232,11 +232,15 @@ class ClassifierTeacher(ClassTeacher):
     @torch.no_grad()
     def logits(self, rows: Sequence[Any]) -> Float[Tensor, "row class"]:
         """Class logits in fp32."""
+        return self.answers(rows).cpu()
+
+    def answers(self, rows: Sequence[Any]) -> Float[Tensor, "row class"]:
+        """Class logits in fp32 where the model is; gradients pass."""
         if isinstance(rows[0], str):
             inputs = self.processor(list(rows), padding=True, truncation=True, return_tensors="pt")
         else:
             inputs = self.processor(images=list(rows), return_tensors="pt").to(self.model.dtype)
-        return self.model(**inputs.to(self.model.device)).logits.float().cpu()
+        return self.model(**inputs.to(self.model.device)).logits.float()
 
     @property
     def settings(self) -> dict[str, Any]:

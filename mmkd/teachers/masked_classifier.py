@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,15 @@ class MaskedTeacher(ClassifierTeacher):
         self.student, self.layer, self.student_name = student, layer, student_name
         self.net: MaskNet | None = None
         self._fit: Callable[[], None] | None = None
+        self._learnt: dict[str, Any] = {}
         modules[layer].register_forward_hook(self._masked)
 
     def learn_from(
         self, read: Callable[[int], Any], rows: int, batch_size: int, epochs: int, rate: float, seed: int
     ) -> None:
         """Has the mask learnt from such rows when it is needed."""
-        self._rows, self._batch_size, self._epochs, self._rate, self._seed = rows, batch_size, epochs, rate, seed
-        self._fit = lambda: self._learn(read)
+        self._learnt = {"epochs": epochs, "rate": rate, "batch": batch_size, "seed": seed}
+        self._fit = partial(self._learn, read, rows, batch_size, epochs, rate, seed)
 
     def logits(self, rows: Sequence[Any]) -> Float[Tensor, "row class"]:
         """Class logits of the masked teacher, in fp32."""
@@ -57,24 +59,25 @@ class MaskedTeacher(ClassifierTeacher):
             fit()
         return super().logits(rows)
 
-    def _learn(self, read: Callable[[int], Any]) -> None:
-        print(f"Learning the mask of {self.layer} from {self._rows:,} rows", file=sys.stderr)
-        generator = torch.Generator().manual_seed(self._seed)
+    def _learn(
+        self, read: Callable[[int], Any], rows: int, batch_size: int, epochs: int, rate: float, seed: int
+    ) -> None:
+        print(f"Learning the mask of {self.layer} from {rows:,} rows", file=sys.stderr)
+        generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng([]):
-            torch.manual_seed(self._seed)
+            torch.manual_seed(seed)
             # Answers once, so that it has the size of the features.
             super().logits([read(0)])
         net = self.net
         assert net is not None
-        optimizer = torch.optim.Adam(net.parameters(), lr=self._rate)
-        for _ in range(self._epochs):
-            order = torch.randperm(self._rows, generator=generator)
-            for batch in order.split(self._batch_size):
+        optimizer = torch.optim.Adam(net.parameters(), lr=rate)
+        for _ in range(epochs):
+            order = torch.randperm(rows, generator=generator)
+            for batch in order.split(batch_size):
                 images = [read(int(row)) for row in batch]
                 wanted = self.student.logits(images)
                 with torch.enable_grad():
-                    inputs = self.processor(images=images, return_tensors="pt").to(self.model.dtype)
-                    said = self.model(**inputs.to(self.model.device)).logits.float()
+                    said = self.answers(images)
                     loss = teacher_losses(said, wanted.to(said.device)[:, None], _TEMPERATURE).mean()
                     optimizer.zero_grad()
                     loss.backward()
@@ -97,5 +100,4 @@ class MaskedTeacher(ClassifierTeacher):
         """What decides the mask besides the teacher's weights and the rows."""
         folder = Path(self.student_name).is_dir()
         weights = weights_sha256(self.student_name, None) if folder else self.student_name
-        learnt = {"epochs": self._epochs, "rate": self._rate, "batch": self._batch_size, "seed": self._seed}
-        return {"mask_layer": self.layer, "mask_student": weights, **learnt}
+        return {"mask_layer": self.layer, "mask_student": weights, **self._learnt}

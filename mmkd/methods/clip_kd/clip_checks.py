@@ -40,7 +40,7 @@ def examine_clip(run: Run, sharded: bool) -> list[Finding]:
     book = Book()
     book.attempt("settings", check_surroundings, run)
     book.attempt("settings", check_arguments, run)
-    if sharded and settings_of(run).inherit == "auto" and settings_of(run).inherit_target is not None:
+    if sharded and settings_of(run).learns_masks:
         text = "accelerate_config cuts weights up over devices, and inherit: auto masks what whole modules compute."
         book.findings.append(Finding("problem", "settings", text, "Use ddp or zero2."))
     pairs = book.attempt("data", pairs_of, run)

@@ -60,7 +60,7 @@ def check_arguments(run: Run) -> None:
             "adapter beside weights as they are.",
             because="not built",
         )
-    if run.student.use_peft and settings_of(run).inherit == "auto" and settings_of(run).inherit_target is not None:
+    if run.student.use_peft and settings_of(run).learns_masks:
         raise UserError(
             "inherit: auto finds out which weights a training needs least, and use_peft trains none of them. Use "
             "inherit: manual, or train the whole student.",

@@ -76,6 +76,11 @@ class InheritConfig(DocumentedFields):
                 )
 
     @property
+    def learns_masks(self) -> bool:
+        """Whether the training itself finds out which weights stay."""
+        return self.inherit == "auto" and self.inherit_target is not None
+
+    @property
     def targets(self) -> dict[str, Any]:
         """Tower -> a share, or its sizes."""
         return dict(self.inherit_target)

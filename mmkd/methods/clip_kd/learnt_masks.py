@@ -36,7 +36,7 @@ class LearntMasks(TrainerCallback):
     @classmethod
     def of(cls, student: DualEncoder, args: Any) -> "LearntMasks | None":
         """Those that settings ask for. Raises UserError for a student whose modules have no masks."""
-        if args.inherit != "auto" or args.inherit_target is None:
+        if not args.learns_masks:
             return None
         return cls(student.model, args, args.seed, args.device)
 

@@ -8,16 +8,14 @@ import yaml
 
 from mmkd.errors import UserError
 from mmkd.files import write_file
-from mmkd.recipe.arguments import RunArguments
+from mmkd.recipe.arguments import MAKING_KEYS, RunArguments
 from mmkd.recipe.key_parser import parser_of
-from mmkd.recipe.prune_arguments import PRUNE_KEYS
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.schema_lines import schema_line
 from mmkd.training.config import DistillationConfig
 
 from .comd_trainer import CoMDConfig
 
-_MAKING = ("student_init", "student_vision_tower", "student_vision_layer", "model_revision", *PRUNE_KEYS)
 _TEACHER = ("teacher", "teacher_server", "teacher_server_model", "teacher_cache")
 
 STUDENT, ADAPTER = "student", "adapter"
@@ -27,7 +25,8 @@ OWN_KEYS = {field.name for field in fields(CoMDConfig)} - {field.name for field 
 """Keys that only the loop reads."""
 
 _SET_HERE = {"method", "data", "student", "output_dir", "resume_from_checkpoint", "seed", "ce_weight", "dry_run"}
-_SET_HERE |= {*_MAKING, *_TEACHER, "max_train_rows", "max_eval_rows", "push_to_hub", "hub_model_id"}
+_SET_HERE |= {*MAKING_KEYS, *_TEACHER, "model_revision", "max_train_rows", "max_eval_rows"}
+_SET_HERE |= {"push_to_hub", "hub_model_id"}
 # The pool is of prompts and completions: answers alone are learnt, whatever a chat template marks.
 _SET_HERE |= {"assistant_only_loss", "completion_only_loss"}
 
@@ -35,14 +34,14 @@ _SET_HERE |= {"assistant_only_loss", "completion_only_loss"}
 def student_keys(run: Run) -> dict[str, Any]:
     """Where the first round's student comes from; one pruned from the teacher names it as its source."""
     arguments = run.arguments
-    keys = {name: getattr(arguments, name) for name in _MAKING if hasattr(arguments, name)}
+    keys = {name: getattr(arguments, name) for name in MAKING_KEYS}
     keys["model_revision"] = run.student.model_revision
     keys["student"] = arguments.student
     if arguments.student is None:
         keys |= {"student": arguments.teacher, "model_revision": arguments.teacher_revision}
         # A pruned copy of the teacher is as precise as the teacher, as with every other method.
         keys["dtype"] = run.student.dtype or arguments.teacher_dtype
-    defaults = {each.name: each.default for each in fields(RunArguments) if each.name in _MAKING}
+    defaults = {each.name: each.default for each in fields(RunArguments) if each.name in MAKING_KEYS}
     return {name: value for name, value in keys.items() if value is not None and value != defaults.get(name)}
 
 
