@@ -73,17 +73,20 @@ class Dimension:
     layer: int | None
     """The layer that it belongs to; None outside of the layers."""
 
+    def by_unit(self, values: Tensor) -> Iterator[tuple[Segment, Tensor]]:
+        """Values of all entries as [..., unit, entry of a unit], segment by segment."""
+        stretches = values.split([segment.length for segment in self.segments], -1)
+        for segment, stretch in zip(self.segments, stretches, strict=True):
+            yield segment, stretch.unflatten(-1, (segment.units, segment.inner))
+
     def kept(self, units: Mapping[str, Int[Tensor, "unit"]]) -> Int[Tensor, "entry"]:
         """The entries of the units that are kept of each kind; of a kind that is not named, all."""
-        entries, start = [], 0
-        for segment in self.segments:
+        every = torch.arange(sum(segment.length for segment in self.segments))
+        kept = []
+        for segment, places in self.by_unit(every):
             chosen = units.get(segment.kind)
-            places = torch.arange(segment.length)
-            if chosen is not None:
-                places = places.unflatten(0, (segment.units, segment.inner))[chosen.cpu()].flatten()
-            entries.append(start + places)
-            start += segment.length
-        return torch.cat(entries)
+            kept.append((places if chosen is None else places[chosen.cpu()]).flatten())
+        return torch.cat(kept)
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,7 @@ class _Probe:
     ):
         self.model, self.part, self.base, self.shapes, self.size = model, part, config, shapes, size
         self.whole_heads = False
-        self.modules = {name: module for name, module in model.named_modules()}
+        self.modules = dict(model.named_modules())
 
     def dimensions(self) -> Iterator[Dimension]:
         count = self.part.size(self.base, self.size)

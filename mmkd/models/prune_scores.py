@@ -1,6 +1,6 @@
 """How much each unit of a model matters: scores of neurons, heads, channels, experts and layers."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -75,19 +75,13 @@ def _decides(dimension: Dimension, kind: str) -> bool:
 
 def _norms(tensor: Tensor, dimension: Dimension) -> Iterable[tuple[str, Float[Tensor, "*expert unit"]]]:
     """The norm of each unit's entries of a matrix, segment by segment; biases and norms are no matrices."""
-    if tensor.ndim < 2 or ("norm" in dimension.name and tensor.ndim < 2):
+    if tensor.ndim < 2:
         return
-    kind = dimension.segments[0].kind.removeprefix(VISION)
-    parts = list(dimension.segments)
-    squared = reduced(tensor.float().square(), dimension)
-    start = 0
-    for number, segment in enumerate(parts):
-        stretch = squared[..., start : start + segment.length]
-        start += segment.length
-        # Of queries, keys and values in one weight, the last are the values.
-        if kind in (QUERIES, GROUPS) and len(parts) > 1 and number < len(parts) - 1:
-            continue
-        yield segment.kind, stretch.unflatten(-1, (segment.units, segment.inner)).sum(-1).sqrt()
+    of_heads = dimension.segments[0].kind.removeprefix(VISION) in (QUERIES, GROUPS)
+    squares = list(dimension.by_unit(reduced(tensor.float().square(), dimension)))
+    # Of queries, keys and values in one weight, the last are the values.
+    for segment, entries in squares[-1:] if of_heads else squares:
+        yield segment.kind, entries.sum(-1).sqrt()
 
 
 def reduced(values: Tensor, dimension: Dimension) -> Float[Tensor, "*expert entry"]:
@@ -110,11 +104,8 @@ def unit_sums(values: Mapping[str, Tensor], axes: Axes) -> dict[Place, Tensor]:
     for dimension in axes.dimensions:
         if dimension.name not in values:
             continue
-        entries, start = reduced(values[dimension.name].float(), dimension), 0
-        for segment in dimension.segments:
-            stretch = entries[..., start : start + segment.length]
-            start += segment.length
-            units = stretch.unflatten(-1, (segment.units, segment.inner)).sum(-1)
+        for segment, entries in dimension.by_unit(reduced(values[dimension.name].float(), dimension)):
+            units = entries.sum(-1)
             place = place_of(segment.kind, dimension)
             sums[place] = units if place not in sums else sums[place] + units
     return _spread(sums)
@@ -128,9 +119,6 @@ def _spread(sums: dict[Place, Tensor]) -> dict[Place, Tensor]:
             share = len(units[heads]) // len(value)
             units[heads] = units[heads] + value.repeat_interleave(share) / share
     return units
-
-
-Criterion = Callable[[PreTrainedModel, Axes], Scores]
 
 
 def modules_reading(model: nn.Module, axes: Axes, kinds: Iterable[str]) -> dict[str, tuple[str, int | None, int]]:
