@@ -18,25 +18,7 @@ from mmkd.recipe.run import build_token_trainer
 from mmkd.results.own_teacher import own_form, with_teacher_named
 from mmkd.teachers.cached import CachedTeacher
 from mmkd.teachers.self_teacher import SelfTeacher
-from scripts.make_tiny_models import sentences
 from tests.teachers.caches import build_cache
-
-
-@pytest.fixture
-def keys(tiny: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
-    """Of a run of the tiny student over some text."""
-    rows = tmp_path / "rows.txt"
-    rows.write_text("\n".join(sentences(12)))
-    return {
-        "method": "kd",
-        "student": str(tiny["student"]),
-        "teacher": "self",
-        "data": str(rows),
-        "output_dir": str(tmp_path / "run"),
-        "max_steps": 2,
-        "max_length": 32,
-        "report_to": "none",
-    }
 
 
 def test_the_student_teaches_itself(keys: dict[str, Any]) -> None:
