@@ -317,9 +317,11 @@ def record_in_config(model: PreTrainedModel | PeftModel, quantisation: StudentQu
 
 
 def recorded_in_config(config: Any) -> StudentQuantisation | None:
-    """As what the student of a config was trained; None: as it is."""
+    """As what the student of a config was trained; None: as it is, or its weights are quantised already."""
     recorded = getattr(config, KEY, None)
-    return None if recorded is None else StudentQuantisation.read(recorded)
+    if recorded is None or getattr(config, "quantization_config", None) is not None:
+        return None
+    return StudentQuantisation.read(recorded)
 
 
 def recorded_beside(adapter: str | Path) -> StudentQuantisation | None:
@@ -335,7 +337,7 @@ def load_as_trained(name: str, role: str = "model", **kwargs: Any) -> PreTrained
     """
     model = load_model(name, role, **kwargs)
     quantisation = recorded_in_config(model.config)
-    if quantisation is not None and getattr(model.config, "quantization_config", None) is None:
+    if quantisation is not None:
         say_as_trained(name, quantisation.described())
         quantise_weights(model, quantisation)
     return model

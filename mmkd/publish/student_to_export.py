@@ -21,7 +21,7 @@ from mmkd.eval.model import find_model
 from mmkd.export.formats import FORMATS
 from mmkd.models.adapters import merge_adapter
 from mmkd.models.load import empty_model
-from mmkd.models.quantised_students import StudentQuantisation, recorded_beside, recorded_in_config
+from mmkd.models.quantised_students import StudentQuantisation
 from mmkd.training.method import METHODS
 
 from .runs import record_of
@@ -73,17 +73,12 @@ class StudentToExport:
         # A merged student is for the time of the export only.
         self._open.close()
 
-    @cached_property
-    def trained_as(self) -> StudentQuantisation | None:
-        """The quantisation that it was trained with; None for a student that was trained as it is."""
-        own = self.eval_model.adapter
-        return recorded_beside(own) if own else recorded_in_config(self.config)
-
     def quantisation(self, format: str) -> StudentQuantisation:
         """How its weights are rounded to a format: as in its training, but for what the user says otherwise."""
         given = {"group": self.options.group if format == "int4" else None, "skip": self.options.skip or None}
-        if self.trained_as is not None and self.trained_as.format == format:
-            return replace(self.trained_as, **{name: value for name, value in given.items() if value})
+        trained = self.eval_model.quantisation
+        if trained is not None and trained.format == format:
+            return replace(trained, **{name: value for name, value in given.items() if value})
         return StudentQuantisation.of(format, **given)
 
     @property

@@ -15,7 +15,13 @@ from mmkd.eval.harness import Harness, Settings
 from mmkd.eval.model import find_model
 from mmkd.methods.kd import KDTrainer
 from mmkd.models.adapters import merge_adapter
-from mmkd.models.quantised_students import KEY, quantise_weights, recorded_in_config
+from mmkd.models.quantised_students import (
+    KEY,
+    StudentQuantisation,
+    quantise_weights,
+    record_in_config,
+    recorded_in_config,
+)
 from mmkd.results.trained_as import BASE, FILE, trained_as
 from scripts.make_tiny_models import make_model, make_tokenizer, save
 from tests.helpers import LORA, Build
@@ -71,6 +77,15 @@ def test_results_of_the_rounded_model_are_not_those_of_its_weights(build: Build,
     del config[KEY]
     (folder / "config.json").write_text(json.dumps(config))
     assert find_model(str(folder)).weights != rounded
+
+
+def test_a_student_with_quantised_weights_is_not_rounded_again() -> None:
+    model = make_model(width=64, rows=64)
+    record_in_config(model, StudentQuantisation.of("int4"))
+    assert recorded_in_config(model.config) is not None
+    # As a converter leaves it that keeps what a config says.
+    model.config.quantization_config = {"quant_method": "compressed-tensors"}
+    assert recorded_in_config(model.config) is None
 
 
 def test_lm_eval_is_given_the_rounded_model(build: Build, texts: Dataset) -> None:
