@@ -25,6 +25,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def last_line(text: str) -> str:
+    """What another program says last, for a message; empty where it says nothing."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
 def nearest(word: object, choices: Iterable[str]) -> str:
     """The choice spelled most like `word`, for a message; `choices` must not be empty."""
     return difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.0)[0]

@@ -39,7 +39,7 @@ def add_flags(parser: ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="layers that are not quantised, as regular expressions",
+        help="layers that are not quantised, as in student_quantization_skip: down_proj, layers.0, *.mlp.*",
     )
     add("--llama_cpp", metavar="FOLDER", help="llama.cpp's repository, for gguf (default: LLAMA_CPP, or the PATH)")
     add("--llm_compressor", metavar="PYTHON", help="the Python that has llm-compressor, for awq and gptq")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmkd.export.exported import Exported
-from mmkd.export.exported_answers import stops_beside
+from mmkd.export.exported_answers import stops_of
 from mmkd.export.loading import runtime_of
 from mmkd.export.runtimes import Runtime
 from mmkd.generation.generator import Sampling
@@ -32,7 +32,7 @@ def exported_lm(model: EvalModel, device: str) -> Any:
 
     tokenizer: Any = tokenizer_of(model.processing_class)
     assert model.exported is not None
-    runtime = runtime_of(model.exported, device, CONTEXT)
+    runtime, ends = runtime_of(model.exported, device, CONTEXT), stops_of(model.exported, tokenizer)
 
     class ExportedLM(base_of_models()):
         def __init__(self) -> None:
@@ -67,7 +67,6 @@ def exported_lm(model: EvalModel, device: str) -> Any:
             return likelihoods
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            ends = [*stops_beside(model.exported.folder), tokenizer.eos_token_id] if model.exported else []
             return [
                 _answer(runtime, tokenizer, self.tok_encode(asked.args[0]), asked.args[1], ends) for asked in requests
             ]

@@ -1,7 +1,7 @@
 """Students in compressed-tensors, with weights rounded to the nearest codes of a grid."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,6 @@ from mmkd.models.quantised_students import StudentQuantisation, joined_layers, q
 
 # The schemes of compressed-tensors whose grids are those of mmkd.
 SCHEMES = {"int4": "W4A16", "int8": "W8A8", "fp8": "FP8_DYNAMIC", "nvfp4": "NVFP4", "mxfp4": "MXFP4A16"}
-
-# The largest magnitude that an activation of NVFP4 can have is that of e4m3 scales by that of e2m1 codes.
-_NVFP4_LARGEST = 448.0 * 6.0
 
 
 def check_compressed() -> None:
@@ -40,7 +37,7 @@ def write_compressed(
     # Read again with what is written here, it would be quantised twice.
     record_in_config(model, None)
     layers = dict(quantised_layers(model, quantisation))
-    grid, others = quantisation.grid, [name for name in linear_layers(model) if name not in layers]
+    grid, others = quantisation.grid, linear_layers_beside(model, layers)
     scheme = scheme_of(quantisation)
     calibrates = grid.format == "nvfp4" and scheme.input_activations is not None
     ranges = _input_ranges(model, layers, rows) if calibrates else {}
@@ -54,7 +51,7 @@ def write_compressed(
         if quantised.tensor_scale is not None:
             layer.weight_global_scale.data = quantised.tensor_scale.reshape(1).float()
         if calibrates:
-            layer.input_global_scale.data = torch.tensor([_NVFP4_LARGEST / max(ranges[name], 1e-9)])
+            layer.input_global_scale.data = torch.tensor([grid.tensor_scale(torch.tensor(ranges[name]))])
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.save_pretrained(folder)
@@ -74,9 +71,10 @@ def scheme_of(quantisation: StudentQuantisation) -> Any:
     return scheme
 
 
-def linear_layers(model: Any) -> list[str]:
-    """The names of all linear layers of a model."""
-    return [name for name, each in model.named_modules() if isinstance(each, nn.Linear)]
+def linear_layers_beside(model: Any, layers: Collection[str]) -> list[str]:
+    """The names of all linear layers of a model but these."""
+    beside = set(layers)
+    return [name for name, each in model.named_modules() if isinstance(each, nn.Linear) and name not in beside]
 
 
 def _as_applied(grid: Grid, stored: Tensor) -> Tensor:

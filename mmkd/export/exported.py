@@ -16,6 +16,9 @@ from .formats import FORMATS, ExportSpec
 RECORD, FOLDER = "exported.json", "exported"
 """The file that describes an exported student, and the folder in that of a run that holds all of them."""
 
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
+"""How the names of files with weights end."""
+
 SCHEMA = 1
 
 

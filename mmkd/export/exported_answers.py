@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from mmkd.data.prompts import model_inputs, pictures_of
@@ -25,8 +24,7 @@ class ExportedGenerator(Generator[PromptWithTools]):
     @classmethod
     def of(cls, exported: Exported, processing_class: Any) -> "ExportedGenerator":
         """That of an exported student, loaded."""
-        tokenizer: Any = tokenizer_of(processing_class)
-        return cls(runtime_of(exported), processing_class, [*stops_beside(exported.folder), tokenizer.eos_token_id])
+        return cls(runtime_of(exported), processing_class, stops_of(exported, tokenizer_of(processing_class)))
 
     def generate(
         self,
@@ -70,8 +68,8 @@ class ExportedGenerator(Generator[PromptWithTools]):
         return str(tokenizer_of(self.processing_class).decode(list(tokens), skip_special_tokens=True))
 
 
-def stops_beside(folder: Path) -> list[int]:
-    """The tokens at which the generation settings in a folder end an answer."""
-    path = folder / "generation_config.json"
+def stops_of(exported: Exported, tokenizer: Any) -> list[int]:
+    """The tokens at which an answer ends: by the generation settings beside an exported student, and the tokenizer."""
+    path = exported.folder / "generation_config.json"
     stops = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    return [stops] if isinstance(stops, int) else list(stops or [])
+    return [*([stops] if isinstance(stops, int) else stops or []), tokenizer.eos_token_id]

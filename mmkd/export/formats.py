@@ -70,6 +70,5 @@ def spec_of(words: str, quantization: str | None = None) -> ExportSpec:
 
 def specs_of(words: Sequence[str], quantizations: Sequence[str]) -> list[ExportSpec]:
     """All that are named, each format with each of the quantisations unless it names its own."""
-    asked = [spec_of(word, own) for word in words for own in (quantizations if ":" not in word else [None])]
-    asked += [spec_of(word) for word in words if not quantizations and ":" not in word]
+    asked = [spec_of(word, own) for word in words for own in ([None] if ":" in word else quantizations or [None])]
     return list(dict.fromkeys(asked))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.cache.identity import saved_dtype
-from mmkd.errors import UserError
+from mmkd.errors import UserError, last_line
 
 SCRIPT, TOOL, VARIABLE = "convert_hf_to_gguf.py", "llama-quantize", "LLAMA_CPP"
 
@@ -92,8 +92,7 @@ class LlamaCpp:
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         if done.returncode == 0:
             return
-        lines = [line for line in done.stderr.strip().split("\n") if line.strip()]
-        last = lines[-1].strip() if lines else f"exit status {done.returncode}"
+        last = last_line(done.stderr) or f"exit status {done.returncode}"
         if last.startswith("ModuleNotFoundError"):
             package = last.rpartition(" ")[2].strip("'")
             raise UserError(
@@ -111,7 +110,7 @@ class LlamaCpp:
         command = [str(self.tool)] if self.tool is not None else [sys.executable, "-c", _QUANTISE]
         done = subprocess.run([*command, *words], capture_output=True, text=True)
         if done.returncode:
-            reason = next((line for line in reversed(done.stderr.split("\n")) if line.strip()), "no reason is said")
+            reason = last_line(done.stderr) or f"exit status {done.returncode}."
             raise UserError(f"llama.cpp could not quantise to {quantization}: {reason} Try another quantisation.")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.errors import UserError
+from mmkd.errors import UserError, last_line
 
 VARIABLE = "LLM_COMPRESSOR"
 _OWN = Path(".cache/llm-compressor/bin/python")
@@ -23,6 +23,7 @@ class LLMCompressor:
     """The Python that has llm-compressor."""
 
     python: str
+    version: str
 
     @classmethod
     def find(cls, python: str | None) -> "LLMCompressor":
@@ -42,12 +43,7 @@ class LLMCompressor:
         asked = subprocess.run([named, "-c", question], capture_output=True, text=True) if _runs(named) else None
         if asked is None or asked.returncode:
             raise UserError(f"{named} is no Python that has llm-compressor: pip install llmcompressor there.")
-        return cls(named)
-
-    @property
-    def version(self) -> str:
-        question = "import importlib.metadata as m; print(m.version('llmcompressor'))"
-        return subprocess.run([self.python, "-c", question], capture_output=True, text=True).stdout.strip()
+        return cls(named, asked.stdout.strip())
 
     def write(
         self, student: str, folder: Path, modifier: str, bits: int, group: int | None, ignore: Sequence[str], rows: Any
@@ -62,7 +58,7 @@ class LLMCompressor:
             command = [self.python, str(_WORKER), student, str(folder), str(texts), str(settings)]
             done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            reason = next((line for line in reversed(done.stderr.split("\n")) if line.strip()), "no reason is said")
+            reason = last_line(done.stderr) or f"exit status {done.returncode}."
             raise UserError(
                 f"llm-compressor could not quantise the student with {modifier}: {reason} "
                 "Format compressed-tensors needs no llm-compressor.",

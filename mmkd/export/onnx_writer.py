@@ -28,8 +28,8 @@ def check_onnx(config: Any) -> None:
         )
 
 
-def write_onnx(student: str, folder: Path, quantization: str) -> list[str]:
-    """Writes the graph of a student to a folder; returns what a user should know of it.
+def write_onnx(student: str, folder: Path, quantization: str) -> None:
+    """Writes the graph of a student to a folder.
 
     transformers' own exporter makes it. int8 quantises weights, and activations as they come; int4 weights alone.
     """
@@ -51,7 +51,6 @@ def write_onnx(student: str, folder: Path, quantization: str) -> list[str]:
     )
     if quantization != "fp32":
         _quantise(folder / MAIN, quantization)
-    return []
 
 
 def _quantise(path: Path, quantization: str) -> None:

@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from mmkd.errors import UserError
 from mmkd.export.exported import Exported
 from mmkd.export.formats import ExportSpec
 from mmkd.files import write_file
-from mmkd.results.tables import table_console
+from mmkd.results.tables import markdown_table, show_table, table_console
 
 from .export_student import export
 from .student_to_export import ExportOptions
@@ -52,17 +50,13 @@ def add_to_comparison(lines: Sequence[Mapping[str, Any]], path: Path, page: Path
     """Writes the lines into a comparison's file, and a table of them to its page."""
     comparison = json.loads(path.read_text(encoding="utf-8"))
     write_file(path, json.dumps({**comparison, "exported": list(lines)}, indent=1, ensure_ascii=False) + "\n")
-    body = [HEADER, ["---"] * len(HEADER), *map(_cells, lines)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in body)
+    table = markdown_table(HEADER, map(_cells, lines))
     write_file(page, f"{page.read_text(encoding='utf-8')}\n### Exported students\n\n{table}\n")
 
 
 def show_compared(lines: Sequence[Mapping[str, Any]]) -> None:
     """Prints a line for each row and format."""
-    table = Table(*HEADER, title="Exported students", title_justify="left")
-    for line in lines:
-        table.add_row(*_cells(line))
-    table_console().print(table)
+    show_table(HEADER, map(_cells, lines), table_console(), "Exported students")
 
 
 def _line(name: str, seeds: Sequence[Exported]) -> dict[str, Any]:

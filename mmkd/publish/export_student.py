@@ -12,7 +12,7 @@ from mmkd import __version__
 from mmkd.cache.identity import file_sha256
 from mmkd.errors import UserError
 from mmkd.eval.exported_check import difference
-from mmkd.export.exported import FOLDER, RECORD, SCHEMA, Exported, write_record
+from mmkd.export.exported import FOLDER, RECORD, SCHEMA, WEIGHTS, Exported, write_record
 from mmkd.export.formats import ExportSpec
 from mmkd.export.llama_runtime import has_llama_cpp
 from mmkd.export.loading import runtime_of
@@ -24,8 +24,6 @@ from mmkd.results.places import results_folder
 
 from .export_writers import Writer, writer_of
 from .student_to_export import ExportOptions, StudentToExport
-
-_WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
 
 Say = Callable[[str], None]
 
@@ -116,7 +114,7 @@ def _write(
             "made_by": {"mmkd": __version__, "writer": written.made_by},
             "student": {"name": student.eval_model.name, "weights": student.eval_model.weights},
             "settings": dict(settings),
-            "bytes": sum(path.stat().st_size for path in files if path.suffix in _WEIGHTS),
+            "bytes": sum(path.stat().st_size for path in files if path.suffix in WEIGHTS),
             "files": {
                 path.relative_to(scratch).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
                 for path in files

@@ -3,26 +3,20 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
 from mmkd.export.exported import Exported
-from mmkd.results.tables import table_console
+from mmkd.results.tables import markdown_table, show_table, table_console
 
 HEADER = ("format", "MB", "load s", "prompt tok/s", "tok/s", "perplexity", "KL", "same top-1", "runtime")
 
 
 def show_exported(student: Mapping[str, Any] | None, exported: Sequence[Exported]) -> None:
     """Prints a line for the student, where it was measured, and one for each runtime of each format."""
-    table = Table(*HEADER)
-    for line in lines_of(student, exported):
-        table.add_row(*line)
-    table_console().print(table)
+    show_table(HEADER, lines_of(student, exported), table_console())
 
 
 def markdown_of(exported: Sequence[Exported]) -> str:
     """The same for a card."""
-    rows = [HEADER, ["---"] * len(HEADER), *lines_of(None, exported)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(HEADER, lines_of(None, exported))
 
 
 def lines_of(student: Mapping[str, Any] | None, exported: Sequence[Exported]) -> list[list[str]]:

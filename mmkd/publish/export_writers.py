@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mmkd.errors import UserError
-from mmkd.export.compressed_writer import check_compressed, linear_layers, write_compressed
+from mmkd.export.compressed_writer import check_compressed, linear_layers_beside, write_compressed
 from mmkd.export.formats import ExportSpec
 from mmkd.export.gguf_writer import LlamaCpp
 from mmkd.export.llm_compressor import LLMCompressor
@@ -71,8 +71,8 @@ def _gguf(spec: ExportSpec, student: StudentToExport) -> Writer:
 
 
 def _write_onnx(spec: ExportSpec, place: str, folder: Path) -> Written:
-    notes = write_onnx(place, folder, spec.quantization)
-    return Written(f"transformers {version('transformers')}, onnxscript {version('onnxscript')}", MAIN, notes)
+    write_onnx(place, folder, spec.quantization)
+    return Written(f"transformers {version('transformers')}, onnxscript {version('onnxscript')}", MAIN)
 
 
 def _compressed(spec: ExportSpec, student: StudentToExport) -> Writer:
@@ -91,8 +91,8 @@ def _compressed(spec: ExportSpec, student: StudentToExport) -> Writer:
 def _llm_compressor(spec: ExportSpec, student: StudentToExport) -> Writer:
     check_compressed()
     tool, quantisation = LLMCompressor.find(student.options.llm_compressor), student.quantisation(spec.quantization)
-    layers, rows = set(layers_of(student, quantisation)), student.calibration
-    others = [name for name in linear_layers(student.empty_model) if name not in layers]
+    layers, rows = layers_of(student, quantisation), student.calibration
+    others = linear_layers_beside(student.empty_model, layers)
 
     def write(place: str, folder: Path) -> Written:
         bits = _BITS[spec.quantization]

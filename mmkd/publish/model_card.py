@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mmkd import __version__
 from mmkd.cache.cache_card import hub_license
-from mmkd.export.exported import Exported
+from mmkd.export.exported import WEIGHTS, Exported
 from mmkd.results.scores import is_partial, items_of
 from mmkd.results.tables import markdown
 from mmkd.training.method import BASELINE_METHOD
@@ -245,7 +245,7 @@ def _exported(student: Student) -> str:
         f"| `exported/{each.name}/{name}` | `{facts['sha256']}` |"
         for each in student.exported
         for name, facts in each.record["files"].items()
-        if name.endswith((".gguf", ".safetensors", ".onnx", ".data"))
+        if name.endswith(WEIGHTS)
     ]
     parts = [f"{text}.", markdown_of(student.exported), "\n".join(warnings)]
     parts += ["| file | sha256 |\n|---|---|\n" + "\n".join(sums)]

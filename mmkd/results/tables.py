@@ -1,6 +1,6 @@
 """Tables of a comparison, for the console and in Markdown, from the same cells."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -25,10 +25,7 @@ def table_console() -> Console:
 def show(comparison: Mapping[str, Any], console: Console) -> None:
     """Prints a comparison."""
     for title, header, lines in tables(comparison):
-        table = Table(*header, title=title or None, title_justify="left")
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
+        show_table(header, lines, console, title)
     console.print(_footer(comparison))
     for verdict in comparison.get("verdicts", []):
         console.print(verdict, style="bold", highlight=False)
@@ -36,12 +33,25 @@ def show(comparison: Mapping[str, Any], console: Console) -> None:
 
 def markdown(comparison: Mapping[str, Any]) -> str:
     """A comparison as a Markdown page."""
-    parts = []
-    for title, header, lines in tables(comparison):
-        body = [header, ["---"] * len(header), *lines]
-        parts.append((f"### {title}\n\n" if title else "") + "\n".join(f"| {' | '.join(line)} |" for line in body))
+    parts = [
+        (f"### {title}\n\n" if title else "") + markdown_table(header, lines)
+        for title, header, lines in tables(comparison)
+    ]
     picture = [f"![{comparison['picture']}]({comparison['picture']})"] if "picture" in comparison else []
     return "\n\n".join([*comparison.get("verdicts", []), *parts, *picture, _footer(comparison)]) + "\n"
+
+
+def show_table(header: Sequence[str], lines: Iterable[Sequence[str]], console: Console, title: str = "") -> None:
+    """Prints one table."""
+    table = Table(*header, title=title or None, title_justify="left")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """One table in Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
 
 
 def tables(comparison: Mapping[str, Any]) -> list[Cells]:
