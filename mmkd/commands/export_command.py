@@ -43,6 +43,12 @@ def add_flags(parser: ArgumentParser) -> None:
     )
     add("--llama_cpp", metavar="FOLDER", help="llama.cpp's repository, for gguf (default: LLAMA_CPP, or the PATH)")
     add("--llm_compressor", metavar="PYTHON", help="the Python that has llm-compressor, for awq and gptq")
+    add(
+        "--vllm",
+        metavar="PYTHON",
+        help="the Python that has vLLM, which reads what is written for it; none leaves it out (default: VLLM_PYTHON, "
+        "or that of scripts/serve_teacher.sh)",
+    )
     add("--device", default="cpu", help="where the student and transformers compute: cpu, cuda (default: cpu)")
     add_trust(parser)
 
@@ -66,6 +72,7 @@ def run(options: Namespace) -> int:
         skip=options.skip,
         llama_cpp=options.llama_cpp,
         llm_compressor=options.llm_compressor,
+        vllm=options.vllm,
         device=options.device,
         trust_remote_code=options.trust_remote_code,
     )

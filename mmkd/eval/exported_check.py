@@ -14,14 +14,11 @@ from mmkd.teachers.batch import View
 from .tokens import batches, beliefs_of
 
 
-def student_views(model: Any, processing_class: Any, rows: Dataset, max_length: int) -> Iterator[View]:
-    """The rows as the student is evaluated on them, one by one."""
-    return (batch.ours for batch in batches(model, processing_class, rows, max_length))
-
-
-def token_rows(model: Any, processing_class: Any, rows: Dataset, max_length: int) -> list[list[int]]:
-    """The tokens of rows of text, prepared as in training."""
-    return [view.inputs["input_ids"][0].tolist() for view in student_views(model, processing_class, rows, max_length)]
+def student_views(
+    model: Any, processing_class: Any, rows: Dataset, max_length: int, served: bool = False
+) -> Iterator[View]:
+    """The rows as the student is evaluated on them, one by one; with `served` also as a server is asked about them."""
+    return (batch.ours for batch in batches(model, processing_class, rows, max_length, served=served))
 
 
 @torch.no_grad()

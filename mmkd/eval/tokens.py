@@ -48,12 +48,13 @@ class Beliefs:
 
 
 def batches(
-    model: Any, processing_class: Any, rows: Dataset, max_length: int, teacher: Any = None
+    model: Any, processing_class: Any, rows: Dataset, max_length: int, teacher: Any = None, served: bool = False
 ) -> Iterator[ComparedBatch]:
     """The rows one by one, tokenised, masked and cut as method sft does it; chats are supervised on the answers.
 
-    Raises UserError for a template in which nobody can tell what the assistant says, and where
-    student and teacher would be supervised on different tokens.
+    With `served` those with images also say what a server is asked about them. Raises UserError for a template in
+    which nobody can tell what the assistant says, and where student and teacher would be supervised on different
+    tokens.
     """
     device = model.device
     with tempfile.TemporaryDirectory() as folder:
@@ -75,6 +76,9 @@ def batches(
         if isinstance(views, VisionViews) and teacher is not None:
             processor = processor_of_teacher(teacher.processing_class, teacher.name)
             trainer.data_collator = replace(trainer.data_collator, views=views.with_teachers({ONLY: processor}))
+        if isinstance(views, VisionViews) and served:
+            asked = views.with_teachers({}, served=[ONLY])
+            trainer.data_collator = replace(trainer.data_collator, views=asked)
         # The trainer takes it, and batches, to the first GPU.
         model.to(device)
         for batch in trainer.get_eval_dataloader():

@@ -1,6 +1,7 @@
 """Students in compressed-tensors, with weights rounded to the nearest codes of a grid."""
 
 import importlib.util
+import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.errors import UserError
+from mmkd.files import write_file
 from mmkd.models.load import load_model
 from mmkd.models.quantisation_grids import Grid
 from mmkd.models.quantised_students import StudentQuantisation, joined_layers, quantised_layers, record_in_config
@@ -24,11 +26,11 @@ def check_compressed() -> None:
 
 
 def write_compressed(
-    student: str, folder: Path, quantisation: StudentQuantisation, rows: Sequence[Sequence[int]] = ()
+    student: str, folder: Path, quantisation: StudentQuantisation, rows: Sequence[Mapping[str, Any]] = ()
 ) -> None:
     """Writes a student whose weights are on a grid: those that it was trained with where it was trained so.
 
-    `rows` are token ids of training data, of which NVFP4 takes the range of activations.
+    `rows` are what the student reads of training data, of which NVFP4 takes the range of activations.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
@@ -56,6 +58,20 @@ def write_compressed(
     compressor.compress_model(model)
     model.save_pretrained(folder)
     compressor.update_config(str(folder))
+    name_left_out(folder, others)
+
+
+def name_left_out(folder: Path, layers: Sequence[str]) -> None:
+    """Adds layers that are not quantised to those that a written config names.
+
+    transformers looks for the names of modules, vLLM for those of the checkpoint, which differ in vision-language
+    models: with one kind alone, the other runtime expects scales of layers that have none.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    quantised = config["quantization_config"]
+    quantised["ignore"] = list(dict.fromkeys([*quantised["ignore"], *layers]))
+    write_file(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def scheme_of(quantisation: StudentQuantisation) -> Any:
@@ -85,7 +101,7 @@ def _as_applied(grid: Grid, stored: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _input_ranges(model: Any, layers: Mapping[str, Any], rows: Sequence[Sequence[int]]) -> dict[str, float]:
+def _input_ranges(model: Any, layers: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The largest magnitude of what each layer reads, over rows."""
     largest = dict.fromkeys(layers, 0.0)
 
@@ -96,8 +112,10 @@ def _input_ranges(model: Any, layers: Mapping[str, Any], rows: Sequence[Sequence
         return hook
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    for ids in rows:
-        model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+    for row in rows:
+        tensors = {name: value.to(model.device) for name, value in row.items() if isinstance(value, Tensor)}
+        pixels = {name: value.to(model.dtype) for name, value in tensors.items() if value.is_floating_point()}
+        model(**{**row, **tensors, **pixels, "use_cache": False})
     for hook in hooks:
         hook.remove()
     return largest

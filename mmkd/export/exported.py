@@ -66,11 +66,6 @@ class Exported:
         """What a user should know of it."""
         return [*self.record.get("notes", []), *self.record.get("warnings", [])]
 
-    @property
-    def published(self) -> list[str]:
-        """Its files, and what describes them, by their names in the folder."""
-        return [*self.record["files"], RECORD]
-
     def check_files(self) -> None:
         """Raises UserError for a file that is missing or has changed since it was written."""
         for name, facts in self.record["files"].items():

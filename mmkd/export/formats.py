@@ -18,6 +18,8 @@ class ExportFormat:
     """The runtimes that read it, for users."""
     calibrates: bool = False
     """Whether rows of training data decide what is written."""
+    served: bool = True
+    """Whether vLLM reads it."""
 
 
 _GGUF = ("q4_k_m", "q8_0", "f16", "bf16", "f32", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_s", "q4_0")
@@ -26,14 +28,14 @@ _GGUF += ("q3_k_m", "q2_k", "iq4_nl", "iq4_xs")
 FORMATS = {
     each.name: each
     for each in (
-        ExportFormat("gguf", _GGUF, "GGUF", "llama.cpp, Ollama, LM Studio"),
+        ExportFormat("gguf", _GGUF, "GGUF", "llama.cpp, Ollama, LM Studio", served=False),
         ExportFormat(
             "compressed-tensors", ("int4", "int8", "fp8", "mxfp4"), "compressed-tensors", "vLLM, transformers"
         ),
         ExportFormat("nvfp4", ("nvfp4",), "NVFP4 in compressed-tensors", "vLLM, transformers", calibrates=True),
         ExportFormat("awq", ("int4",), "AWQ in compressed-tensors", "vLLM, transformers", calibrates=True),
         ExportFormat("gptq", ("int4", "int8"), "GPTQ in compressed-tensors", "vLLM, transformers", calibrates=True),
-        ExportFormat("onnx", ("fp32", "int8", "int4"), "ONNX", "ONNX Runtime"),
+        ExportFormat("onnx", ("fp32", "int8", "int4"), "ONNX", "ONNX Runtime", served=False),
     )
 }
 

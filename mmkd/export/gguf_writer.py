@@ -16,6 +16,9 @@ from mmkd.errors import UserError, last_line
 
 SCRIPT, TOOL, VARIABLE = "convert_hf_to_gguf.py", "llama-quantize", "LLAMA_CPP"
 
+TOWER = "mmproj.gguf"
+"""The tower of a vision-language model, beside its language model."""
+
 _BY_CONVERTER = {"f32", "f16", "bf16", "q8_0"}
 """Types that the converter writes itself."""
 
@@ -83,7 +86,7 @@ class LlamaCpp:
             self._quantise(whole, folder / main, quantization)
             whole.unlink()
         if has_tower(student):
-            self._convert(student, folder / "mmproj.gguf", "--mmproj", "--outtype", "f16")
+            self._convert(student, folder / TOWER, "--mmproj", "--outtype", "f16")
         return main, _notes(folder / main, quantization)
 
     def _convert(self, student: str, target: Path, *flags: str) -> None:

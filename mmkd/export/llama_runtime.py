@@ -71,6 +71,8 @@ class LlamaRuntime(Runtime):
 class GgufInTransformers(TransformersRuntime):
     """The weights of a GGUF file, made whole by transformers: how well they are, and not how llama.cpp computes."""
 
+    reads_images = False
+
     def __init__(self, path: Path):
         from transformers import AutoModelForCausalLM, GgufConfig
 

@@ -62,6 +62,7 @@ class Runtime(ABC):
     name: str
     """The runtime with its version."""
     load_seconds: float = 0.0
+    reads_images: bool = False
 
     @abstractmethod
     def scored(self, ids: Sequence[int]) -> Scored:
@@ -72,8 +73,8 @@ class Runtime(ABC):
         """Goes on with a sequence, up to a token that ends the answer, that one included."""
 
     def read(self, view: View) -> Scored:
-        """The supervised tokens of a row. Raises UserError for a row with images."""
-        if set(view.inputs) & {"pixel_values", "image_grid_thw", "images"}:
+        """The supervised tokens of a row. Raises UserError for images that it does not read."""
+        if has_images(view):
             raise UserError(f"{self.name} is not given images here; name rows without any.", because="not built")
         ids = view.inputs["input_ids"][0]
         return self.scored(ids.tolist()).at(view.supervised[0].cpu())
@@ -93,6 +94,11 @@ class Runtime(ABC):
     def close(self) -> None:
         """Frees what it holds; most hold nothing but memory."""
         return
+
+
+def has_images(view: View) -> bool:
+    """Whether a row has images."""
+    return bool(set(view.inputs) & {"pixel_values", "image_grid_thw", "images"})
 
 
 def sampled(logits: Float[Tensor, "vocab"], sampling: Sampling, generator: torch.Generator) -> int:

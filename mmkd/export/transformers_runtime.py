@@ -18,6 +18,8 @@ from .runtimes import Runtime, Scored, sampled
 class TransformersRuntime(Runtime):
     """A model of transformers. Whoever has one loaded already passes it."""
 
+    reads_images = True
+
     def __init__(self, path: str, device: str = "cpu", model: Any = None):
         self.name = f"transformers {version('transformers')}"
         begun = time.perf_counter()

@@ -14,9 +14,12 @@ from mmkd.errors import UserError
 from mmkd.eval.exported_check import difference
 from mmkd.export.exported import FOLDER, RECORD, SCHEMA, WEIGHTS, Exported, write_record
 from mmkd.export.formats import ExportSpec
+from mmkd.export.gguf_writer import TOWER
 from mmkd.export.llama_runtime import has_llama_cpp
 from mmkd.export.loading import runtime_of
+from mmkd.export.runtimes import Runtime, has_images
 from mmkd.export.transformers_runtime import TransformersRuntime
+from mmkd.export.vllm_runtime import VLLMRuntime
 from mmkd.files import new_folder
 from mmkd.models.load import load_processing_class, tokenizer_of
 from mmkd.results.machine import machine
@@ -39,8 +42,8 @@ def export(name: str, specs: Sequence[ExportSpec], options: ExportOptions, say: 
         places = {spec: options.output or place_of(spec, student) for spec in specs}
         for folder in places.values():
             _check_place(folder)
-        # Rows that cannot be had are said before anything is written.
-        _ = student.held_out
+        # Rows and programs that cannot be had are said before anything is written.
+        _ = student.held_out, student.vllm
         writers = {spec: writer_of(spec, student) for spec in specs}
         return [_exported(spec, places[spec], student, writer, say) for spec, writer in writers.items()]
 
@@ -53,7 +56,7 @@ def check_again(name: str, exported: Sequence[Exported], options: ExportOptions,
             if each.record.get("student", {}).get("weights", current) != current:
                 say(f"{each.name}: it was made of other weights than {name} has now.")
         asked = _conditions(student)
-        return [each if each.check.get("conditions") == asked else _checked(each, student, say) for each in exported]
+        return [each if each.record.get("conditions") == asked else _checked(each, student, say) for each in exported]
 
 
 def measured_student(name: str, options: ExportOptions) -> dict[str, Any]:
@@ -89,7 +92,7 @@ def _exported(spec: ExportSpec, folder: Path, student: StudentToExport, writer: 
         known = _write(spec, folder, student, writer, settings)
     for note in known.record["notes"]:
         say(f"{spec.name}: {note}")
-    if known.check.get("conditions") != _conditions(student):
+    if known.record.get("conditions") != _conditions(student):
         known = _checked(known, student, say)
     return known
 
@@ -129,34 +132,58 @@ def _write(
 
 
 def _checked(exported: Exported, student: StudentToExport, say: Say) -> Exported:
-    """The same with what its runtime makes of it, and how fast."""
-    runtime = runtime_of(exported, student.options.device, student.options.max_length)
-    facts: dict[str, Any] = {"runtime": runtime.name, "load_seconds": runtime.load_seconds}
-    facts |= runtime.speed(student.vocab_size)
+    """The same with what runtimes make of it, and how fast."""
     warnings = _unread(exported)
-    if student.views:
-        (apart,) = difference(student.model, student.views, [runtime], tokenizer_of(student.processing_class))
-        facts |= apart
-    else:
-        warnings.append("It was loaded, and not compared with the student: no rows are known to compare them on.")
+    device, length = student.options.device, student.options.max_length
+    checks: dict[str, dict[str, Any]] = {}
+    if exported.spec.format != "gguf" or has_llama_cpp() or not (exported.folder / TOWER).is_file():
+        checks |= [_check(runtime_of(exported, device, length), student, warnings)]
+    if exported.spec.facts.served and student.vllm is not None:
+        say(f"{exported.name}: vLLM {student.vllm.version} reads it, which takes a minute.")
+        try:
+            served = VLLMRuntime(exported.folder, student.vllm, exported.spec.quantization, length)
+            name, facts = _check(served, student, warnings)
+            checks[name] = facts
+        except UserError as error:
+            warnings.append(f"{error} transformers read the file.")
+    elif exported.spec.facts.served:
+        warnings.append(
+            "vLLM was not tried here: transformers read the file. The kernels of vLLM may compute otherwise. "
+            "scripts/serve_teacher.sh --setup installs it, and --vllm names a Python that has it."
+        )
+    for warning in warnings:
+        say(f"{exported.name}: {warning}")
+    return exported.with_facts(checks=checks, warnings=warnings, conditions=_conditions(student))
+
+
+def _check(runtime: Runtime, student: StudentToExport, warnings: list[str]) -> tuple[str, dict[str, Any]]:
+    """The short name of a runtime, and what it makes of an export; adds to `warnings`, and closes the runtime."""
+    views = [view for view in student.views if runtime.reads_images or not has_images(view)]
+    try:
+        facts: dict[str, Any] = {"runtime": runtime.name, "load_seconds": runtime.load_seconds}
+        facts |= runtime.speed(student.vocab_size)
+        if views:
+            (apart,) = difference(student.model, views, [runtime], tokenizer_of(student.processing_class))
+            facts |= apart
+    finally:
+        runtime.close()
+    if not views:
+        why = "is not given images here: name rows of text with --data" if student.views else "has no rows to read"
+        warnings.append(f"{runtime.name} loaded it, and was not compared with the student: it {why}.")
     if facts.get("same_tokens", 1) < 1:
         warnings.append(
             f"Its own tokenizer reads {1 - facts['same_tokens']:.0%} of the rows as other tokens than the student's."
         )
-    runtime.close()
-    facts |= {"conditions": _conditions(student), "machine": machine()}
-    for warning in warnings:
-        say(f"{exported.name}: {warning}")
-    return exported.with_facts(checks={**exported.checks, _short(runtime.name): facts}, warnings=warnings)
+    return _short(runtime.name), {**facts, "machine": machine()}
 
 
 def _unread(exported: Exported) -> list[str]:
-    """Says which of the runtimes that users have did not read an export here."""
-    if exported.spec.format == "gguf" and not has_llama_cpp():
-        return ["llama.cpp is not installed here, so it was not tried: transformers read the weights of the file."]
-    if exported.spec.format == "onnx" or exported.spec.format == "gguf":
+    """Says where a GGUF file is not read by llama.cpp here."""
+    if exported.spec.format != "gguf" or has_llama_cpp():
         return []
-    return ["vLLM was not tried here: transformers read the file. The kernels of vLLM may compute otherwise."]
+    tower = (exported.folder / TOWER).is_file()
+    instead = "nothing has read the file" if tower else "transformers read the weights of the file"
+    return [f"llama.cpp is not installed here, so it was not tried: {instead}. pip install llama-cpp-python."]
 
 
 def _short(runtime: str) -> str:
@@ -169,15 +196,16 @@ def _settings(spec: ExportSpec, student: StudentToExport) -> dict[str, Any]:
     if spec.format not in ("gguf", "onnx"):
         settings |= {"quantisation": student.quantisation(spec.quantization).as_dict()}
     if spec.facts.calibrates:
-        rows = json.dumps(student.calibration).encode()
+        rows = json.dumps(student.calibration_ids).encode()
         settings |= {"calibration": student.data, "rows": hashlib.sha256(rows).hexdigest()}
     return settings
 
 
 def _conditions(student: StudentToExport) -> dict[str, Any]:
     """What decides the outcome of a check, beside both models."""
-    options = student.options
-    return {"data": student.data, "rows": options.rows, "max_length": options.max_length, "device": options.device}
+    options, vllm = student.options, student.vllm
+    facts = {"data": student.data, "rows": options.rows, "max_length": options.max_length, "device": options.device}
+    return facts if vllm is None else {**facts, "vllm": vllm.version}
 
 
 def _is_same(known: Exported, spec: ExportSpec, settings: Mapping[str, Any], student: StudentToExport) -> bool:

@@ -7,11 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mmkd.errors import UserError
-from mmkd.export.compressed_writer import check_compressed, linear_layers_beside, write_compressed
+from mmkd.export.compressed_writer import check_compressed, linear_layers_beside, name_left_out, write_compressed
 from mmkd.export.formats import ExportSpec
 from mmkd.export.gguf_writer import LlamaCpp
 from mmkd.export.llm_compressor import LLMCompressor
 from mmkd.export.onnx_writer import MAIN, check_onnx, write_onnx
+from mmkd.export.runtimes import has_images
 from mmkd.models.quantised_students import StudentQuantisation, quantised_layers
 
 from .student_to_export import StudentToExport
@@ -65,7 +66,7 @@ def _gguf(spec: ExportSpec, student: StudentToExport) -> Writer:
 
     def write(place: str, folder: Path) -> Written:
         main, notes = tools.write(place, folder, spec.quantization)
-        return Written(f"llama.cpp, {tools.script}", main, notes)
+        return Written(f"llama.cpp, {tools.script.name}", main, notes)
 
     return write
 
@@ -79,7 +80,7 @@ def _compressed(spec: ExportSpec, student: StudentToExport) -> Writer:
     check_compressed()
     quantisation = student.quantisation(spec.quantization)
     layers_of(student, quantisation)
-    rows = student.calibration if spec.facts.calibrates else []
+    rows = [view.inputs for view in student.calibration] if spec.facts.calibrates else []
 
     def write(place: str, folder: Path) -> Written:
         write_compressed(place, folder, quantisation, rows)
@@ -91,12 +92,20 @@ def _compressed(spec: ExportSpec, student: StudentToExport) -> Writer:
 def _llm_compressor(spec: ExportSpec, student: StudentToExport) -> Writer:
     check_compressed()
     tool, quantisation = LLMCompressor.find(student.options.llm_compressor), student.quantisation(spec.quantization)
-    layers, rows = layers_of(student, quantisation), student.calibration
+    layers = layers_of(student, quantisation)
+    if any(map(has_images, student.calibration)):
+        raise UserError(
+            f"Format {spec.format} is calibrated by llm-compressor on rows of text, and those of {student.data} have "
+            "images: name others with --data. nvfp4 and compressed-tensors take these.",
+            because="not built",
+        )
+    rows = student.calibration_ids
     others = linear_layers_beside(student.empty_model, layers)
 
     def write(place: str, folder: Path) -> Written:
         bits = _BITS[spec.quantization]
         tool.write(place, folder, spec.format, bits, quantisation.grid.group, others, rows)
+        name_left_out(folder, others)
         return Written(f"llm-compressor {tool.version}")
 
     return write

@@ -133,11 +133,13 @@ def data_ids(trainings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def portable(keys: Mapping[str, Any], published: Mapping[str, str]) -> dict[str, Any]:
-    """The recipe without this machine's paths: folders are replaced by their Hub ids if known, else by their names."""
+    """Keys without this machine's paths: folders are replaced by their Hub ids if known, else by their names."""
     return {key: _portable(value, published) for key, value in keys.items()}
 
 
 def _portable(value: Any, published: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return portable(value, published)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_portable(item, published) for item in value]
     if isinstance(value, str) and value in published:

@@ -231,11 +231,10 @@ def _exported(student: Student) -> str:
     """The files for other runtimes, how each differs from the student, and their checksums; empty without any."""
     if not student.exported:
         return ""
-    checked = [each.check for each in student.exported if "kl" in each.check]
+    checked = [each for each in student.exported if "kl" in each.check]
     text = "How each file differs from the student, by the runtime that reads it"
     if checked:
-        first = checked[0]
-        where = first["conditions"]["data"]
+        first, where = checked[0].check, checked[0].record["conditions"]["data"]
         text += (
             f", on {first['tokens']:,} tokens of {first['rows']} held-out rows of `{Path(str(where)).name}`: KL is "
         )

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from mmkd.errors import UserError
 from mmkd.eval.model import EvalModel, find_model
 from mmkd.export.exported import FOLDER, Exported, find_exported
+from mmkd.export.exported import RECORD as DESCRIPTION
 from mmkd.models.adapters import merge_adapter
 from mmkd.recipe.recipe import Recipe
 from mmkd.recipe.run_record import data_facts
@@ -102,9 +103,11 @@ class Published:
                 shutil.copyfile(path, target)
 
     def exported_files(self) -> list[tuple[Path, str]]:
-        """The files of exported students, with their places in the repository."""
+        """The files of exported students, with their places in the repository; what describes them is a text."""
         return [
-            (each.folder / name, f"{FOLDER}/{each.name}/{name}") for each in self.exported for name in each.published
+            (each.folder / name, f"{FOLDER}/{each.name}/{name}")
+            for each in self.exported
+            for name in each.record["files"]
         ]
 
     @contextmanager
@@ -135,6 +138,9 @@ class Published:
         _write(folder / SCORES, {"scores": list(self.student.scores), "held_out": dict(self.student.held_out)})
         if self.student.comparison is not None:
             _write(folder / "eval" / COMPARISON, self.student.comparison)
+        for each in self.exported:
+            (folder / FOLDER / each.name).mkdir(parents=True, exist_ok=True)
+            _write(folder / FOLDER / each.name / DESCRIPTION, portable(each.record, {}))
         self.card.save(folder / "README.md")
 
 

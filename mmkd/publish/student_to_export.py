@@ -15,13 +15,15 @@ from transformers import AutoConfig
 from mmkd.data.image_columns import image_column
 from mmkd.data.load_data import load_data
 from mmkd.errors import UserError
-from mmkd.eval.exported_check import student_views, token_rows
+from mmkd.eval.exported_check import student_views
 from mmkd.eval.measures import HeldOut
 from mmkd.eval.model import find_model
 from mmkd.export.formats import FORMATS
+from mmkd.export.vllm_runtime import VLLM
 from mmkd.models.adapters import merge_adapter
 from mmkd.models.load import empty_model
 from mmkd.models.quantised_students import StudentQuantisation
+from mmkd.teachers.batch import View
 from mmkd.training.method import METHODS
 
 from .runs import record_of
@@ -44,6 +46,8 @@ class ExportOptions:
     skip: Sequence[str] = ()
     llama_cpp: str | None = None
     llm_compressor: str | None = None
+    vllm: str | None = None
+    """The Python that has vLLM; by default that of scripts/serve_teacher.sh, and none where there is none."""
     device: str = "cpu"
     trust_remote_code: bool = False
 
@@ -80,6 +84,11 @@ class StudentToExport:
         if trained is not None and trained.format == format:
             return replace(trained, **{name: value for name, value in given.items() if value})
         return StudentQuantisation.of(format, **given)
+
+    @cached_property
+    def vllm(self) -> VLLM | None:
+        """vLLM, where it is at hand. Raises UserError for a named one that is none."""
+        return VLLM.find(self.options.vllm)
 
     @property
     def vocab_size(self) -> int:
@@ -125,20 +134,21 @@ class StudentToExport:
         """The same as the student reads them; none without data."""
         if self.held_out is None:
             return []
-        return list(student_views(self.model, self.processing_class, self.held_out, self.options.max_length))
+        served = self.vllm is not None
+        return list(student_views(self.model, self.processing_class, self.held_out, self.options.max_length, served))
 
     @cached_property
-    def calibration(self) -> list[list[int]]:
-        """The tokens of training rows. Raises UserError where there is no data."""
+    def calibration(self) -> list[View]:
+        """Training rows as the student reads them. Raises UserError where there is no data."""
         if self.data is None:
             raise UserError("This format is calibrated on rows of text, and no run says which: name them with --data.")
         rows = image_column(load_data(self.data, max_train_rows=self.options.calibration_rows)["train"])
-        if "images" in rows.column_names:
-            raise UserError(
-                "This format is calibrated on rows of text, and these have images: name others with --data.",
-                because="not built",
-            )
-        return token_rows(self.model, self.processing_class, rows, self.options.max_length)
+        return list(student_views(self.model, self.processing_class, rows, self.options.max_length))
+
+    @property
+    def calibration_ids(self) -> list[list[int]]:
+        """The tokens of the same rows."""
+        return [view.inputs["input_ids"][0].tolist() for view in self.calibration]
 
 
 def trained_quantization(name: str, formats: Sequence[str]) -> list[str]:

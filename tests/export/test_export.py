@@ -19,6 +19,7 @@ from mmkd.eval.model import find_model
 from mmkd.export.compressed_writer import write_compressed
 from mmkd.export.exported import RECORD, Exported, exported_of, find_exported
 from mmkd.export.formats import ExportSpec, spec_of, specs_of
+from mmkd.export.llm_compressor import LLMCompressor
 from mmkd.export.runtimes import Runtime, Scored, sampled
 from mmkd.export.transformers_runtime import TransformersRuntime
 from mmkd.generation.generator import Sampling
@@ -29,6 +30,7 @@ from mmkd.publish.export_table import markdown_of
 from mmkd.publish.push_folder import exported_of_student
 from mmkd.publish.student_to_export import ExportOptions
 from scripts.make_tiny_models import sentences
+from tests.vlms import make_llava, picture
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_sampling_takes_the_likeliest_tokens_up_to_their_share():
 def test_a_compressed_student_has_the_weights_that_it_was_trained_with(format, tiny, tmp_path):
     pytest.importorskip("compressed_tensors")
     quantisation, ids = StudentQuantisation.of(format, activations=None), list(range(5, 40))
-    write_compressed(str(tiny["student"]), tmp_path / "out", quantisation, rows=[ids])
+    write_compressed(str(tiny["student"]), tmp_path / "out", quantisation, rows=[{"input_ids": torch.tensor([ids])}])
     exported = TransformersRuntime(str(tmp_path / "out"))
     student: Any = load_model(str(tiny["student"]), dtype="float32").eval()
     names = quantise_forward(student, quantisation)
@@ -163,13 +165,16 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(student, tmp
     monkeypatch.setenv("LLM_COMPRESSOR", "/nowhere/python")
     export(student, "--format", "gptq", status=2)
     assert "/nowhere/python is no Python that has llm-compressor" in capsys.readouterr().err
+    monkeypatch.delenv("LLM_COMPRESSOR")
+    export(student, *ask, "--vllm", "/nowhere/python", status=2)
+    assert "/nowhere/python is no Python that has vLLM" in capsys.readouterr().err
     assert exported_of(student) == []
 
 
 def test_a_student_without_data_is_loaded_and_not_compared(student, capsys):
     pytest.importorskip("compressed_tensors")
     assert main(["export", str(student), "--format", "compressed-tensors:int8"]) == 0
-    assert "not compared with the student" in capsys.readouterr().err
+    assert "was not compared with the student: it has no rows to read" in capsys.readouterr().err
     assert "kl" not in exported_of(student)[0].check
 
 
@@ -261,6 +266,59 @@ def test_a_published_file_is_that_of_the_student_and_unchanged(parrot, tmp_path)
     other = exported.with_facts(student={"name": "student", "weights": "0"})
     with pytest.raises(UserError, match="made of other weights"):
         exported_of_student(str(parrot), other.name, model)
+
+
+@pytest.fixture
+def vlm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny LLaVA beside the data recipe pictures.yaml."""
+    return vision_student(tmp_path, monkeypatch)
+
+
+def vision_student(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(folder)
+    rows = []
+    for number, question, answer in zip(range(6), sentences(6, seed=1), sentences(6, seed=2), strict=True):
+        picture(number).save(f"{number}.png")
+        asked = [{"type": "image"}, {"type": "text", "text": question}]
+        said = [{"type": "text", "text": answer}]
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        rows.append({"messages": messages, "image": f"{number}.png"})
+    Path("pictures.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data: dict[str, Any] = {"name": "pictures", "license": "CC0-1.0", "source": "json"}
+    data["columns"] = {"messages": "messages", "images": "image"}
+    data["data_files"] = {"train": "pictures.jsonl", "eval": "pictures.jsonl"}
+    Path("pictures.yaml").write_text(yaml.safe_dump(data | {"splits": {"train": "train", "eval": "eval"}}))
+    return make_llava(folder / "vlm", seed=2, width=64)
+
+
+def test_a_vision_language_student_is_exported_with_its_tower_as_it_is(vlm, capsys):
+    pytest.importorskip("compressed_tensors")
+    ask = ["export", str(vlm), "--data", "pictures.yaml", "--rows", "3", "--format"]
+    assert main([*ask, "compressed-tensors:int8", "nvfp4"]) == 0
+    before = load_file(vlm / "model.safetensors")
+    for each in exported_of(vlm):
+        after = load_file(each.folder / "model.safetensors")
+        whole = [name for name in before if not name.startswith("language_model.model.layers")]
+        assert any("vision_tower" in name for name in whole)
+        assert all(torch.equal(before[name], after[name]) for name in whole)
+        assert 0 < each.check["kl"] < (0.02 if each.spec.quantization == "int8" else 1), each.name
+        assert each.check["rows"] == 3
+        # Both names of a layer that is left out: that of the module, and that in the checkpoint.
+        left = json.loads((each.folder / "config.json").read_text())["quantization_config"]["ignore"]
+        assert {"model.multi_modal_projector.linear_1", "multi_modal_projector.linear_1"} <= {*left}
+
+
+def test_formats_that_have_no_place_for_images_are_refused_before_they_are_written(vlm, monkeypatch, capsys):
+    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("onnxscript")
+    ask = ["export", str(vlm), "--data", "pictures.yaml", "--rows", "3", "--format", "compressed-tensors:int8"]
+    assert main([*ask, "onnx"]) == 2
+    assert "vision-language model is not exported to ONNX" in capsys.readouterr().err
+    # Any Python that says so has llm-compressor, as far as this goes.
+    monkeypatch.setattr(LLMCompressor, "find", lambda python: LLMCompressor("python", "0"))
+    assert main([*ask, "gptq"]) == 2
+    assert "on rows of text, and those of pictures.yaml have images" in capsys.readouterr().err
+    assert exported_of(vlm) == []
 
 
 def test_a_comparison_has_a_row_for_each_format(student, tmp_path, capsys):

@@ -242,6 +242,43 @@ def test_pushing_again_deletes_what_is_no_more(hub, client):
     assert "training/recipe.yaml" in repo.files
 
 
+def test_exported_files_with_their_own_numbers(hub, client, run, capsys):
+    pytest.importorskip("compressed_tensors")
+    ask = ["export", str(run), "--rows", "3", "--vllm", "none", "--format", "compressed-tensors:int8"]
+    assert main([*ask, "compressed-tensors:fp8"]) == 0
+    push = ["push", str(run), "--repo", "user/formats", "--exported"]
+    assert client(*push, "compressed-tensors-int8", "compressed-tensors-fp8")["value"] == 0
+    files = hub.repos["model", "user/formats"].files
+    for name in ("int8", "fp8"):
+        folder = run / "exported" / f"compressed-tensors-{name}"
+        record = json.loads((folder / "exported.json").read_text())
+        for file in record["files"]:
+            assert files[f"exported/{folder.name}/{file}"] == (folder / file).read_bytes()
+        described = json.loads(files[f"exported/{folder.name}/exported.json"])
+        assert described["files"] == record["files"]
+        assert described["checks"]["transformers"]["kl"] == record["checks"]["transformers"]["kl"]
+        assert str(run.parent) not in files[f"exported/{folder.name}/exported.json"].decode()
+        card = files["README.md"].decode()
+        assert f"| {record['checks']['transformers']['kl']:.4g} |" in card
+        assert f"| `{record['files']['model.safetensors']['sha256']}` |" in card
+    assert "held-out rows of `words.yaml`" in card
+    loaded = client(
+        eval="AutoModelForCausalLM.from_pretrained('user/formats', subfolder='exported/compressed-tensors-int8')"
+        ".config.quantization_config.quant_method.value"
+    )
+    assert loaded["value"] == "compressed-tensors"
+    # Another check is other numbers, and what is no longer named goes.
+    before = len(hub.requests)
+    assert main([*ask, "--rows", "2"]) == 0
+    assert client(*push, "compressed-tensors-int8")["value"] == 0
+    repo = hub.repos["model", "user/formats"]
+    assert not [name for name in repo.files if name.startswith("exported/compressed-tensors-fp8")]
+    assert not [request for request in hub.requests[before:] if request.startswith("PUT")]
+    again = json.loads((run / "exported/compressed-tensors-int8/exported.json").read_text())
+    assert again["checks"]["transformers"]["rows"] == 2
+    assert f"| {again['checks']['transformers']['kl']:.4g} |" in repo.files["README.md"].decode()
+
+
 def test_student_and_cache_in_a_collection(hub, client):
     hub.create("dataset", "user/cache", {"manifest.json": b"{}"})
     command = ("push", "run", "--repo", "user/collected", "--collection", "My Students", "--cache", "user/cache")
