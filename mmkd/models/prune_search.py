@@ -13,19 +13,19 @@ from transformers import PreTrainedModel
 
 from mmkd.errors import UserError
 
-from .prune_axes import FFN, GROUPS, HIDDEN, QUERIES, Axes, layer_of
+from .prune_axes import EXPERT_FFN, EXPERTS, FFN, GROUPS, HIDDEN, QUERIES, Axes, Part, layer_of, text_part
 from .prune_cut import largest
 from .prune_scores import Scores
 from .prune_sizes import PruneSizes, kept_layers
-
-SEARCHED = (HIDDEN, FFN, QUERIES)
-"""Kinds of units whose number is searched besides that of layers."""
 
 _STEPS = 8
 """Widths that are tried between the least and the whole."""
 
 _LEAST = 0.5
 """The share of layers, width and heads below which nothing is searched; the FFN is searched down to a quarter."""
+
+_NAMES = {HIDDEN: "hidden_size", FFN: "intermediate_size", QUERIES: "num_attention_heads"}
+_NAMES |= {GROUPS: "num_key_value_heads", EXPERTS: "num_experts", EXPERT_FFN: "expert_intermediate_size"}
 
 _MULTIPLE = 32
 _PROMPT, _TOKENS = 32, 16
@@ -47,6 +47,12 @@ class Candidate:
         return {**self.sizes.given, "parameters": self.parameters, "importance_kept": round(self.kept, 6)}
 
 
+def searched_kinds(model: PreTrainedModel) -> tuple[str, str, str]:
+    """Kinds of units of a model whose number is searched besides that of layers."""
+    experts = text_part(model).field(model.config, EXPERT_FFN) is not None
+    return HIDDEN, EXPERT_FFN if experts else FFN, QUERIES
+
+
 class SizeSearch:
     """The candidates of a model: all numbers of layers, and widths in steps that its architecture allows.
 
@@ -54,15 +60,16 @@ class SizeSearch:
     """
 
     def __init__(self, model: PreTrainedModel, sizes: PruneSizes, scores: Scores | None):
-        self.axes = Axes.of(model, dict.fromkeys((*SEARCHED, *sizes.kinds)))
-        self.part, self.config, self.sizes = self.axes.part(""), self.axes.config, sizes
+        self.kinds = searched_kinds(model)
+        self.axes = Axes.of(model, dict.fromkeys((*self.kinds, *sizes.kinds)))
+        self.part, self.config = self.axes.part(""), self.axes.config
+        for part in self.axes.parts:
+            # Those of the language model are searched, and checked with what is found.
+            sizes = sizes.checked(self.config, part, part.mark in self.axes.whole_heads) if part.mark else sizes
+        self.sizes = sizes
         self.model, self.scores = model, scores
-        if self.axes.whole_heads:
-            raise UserError(
-                f"The width of {type(model).__name__} is made of its heads, so that its sizes are not searched. Set "
-                "student_layers, student_hidden_size and student_intermediate_size in the place of a target.",
-                because="not built",
-            )
+        _, self.ffn, _ = self.kinds
+        self.ffn_size = "expert_intermediate_size" if self.ffn == EXPERT_FFN else "intermediate_size"
         tied = {name for name, tensor in model.state_dict().items()} - {name for name, _ in model.named_parameters()}
         self.shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
         self._dimensions = {(each.name, each.number): each for each in self.axes.dimensions}
@@ -70,12 +77,10 @@ class SizeSearch:
 
     def parameters(self, sizes: PruneSizes) -> int:
         """Of the model that is left, counted without making it."""
-        units = self._counts(sizes)
-        layers = self._layers(sizes)
-        total = 0
+        units, total = self._counts(sizes), 0
+        kept = [(part, self._layers(sizes, part)) for part in self.axes.parts]
         for name, shape in self.shapes.items():
-            layer = layer_of(name, self.part)
-            if layer is not None and layer not in layers:
+            if any((layer := layer_of(name, part)) is not None and layer not in layers for part, layers in kept):
                 continue
             count = 1
             for number, length in enumerate(shape):
@@ -97,7 +102,7 @@ class SizeSearch:
             if (candidate := self._with_widest_ffn(shape, parameters)) is not None
         ]
         if not choices:
-            least = min(self.parameters(replace(shape, intermediate_size=self._ffns()[0])) for shape in self._shapes())
+            least = min(self.parameters(self._with_ffn(shape, self._ffns()[0])) for shape in self._shapes())
             raise UserError(
                 f"target_params is {parameters:,}, and the least that is searched has {least:,}. Name a larger "
                 "number, set sizes by hand, or start from a smaller model."
@@ -113,7 +118,7 @@ class SizeSearch:
         whole, fit = self.parameters(PruneSizes(layers=self.part.depth)), []
         for depth in dict.fromkeys(depths[round(i * (len(depths) - 1) / 3)] for i in range(4)):
             shapes = list(self._shapes([depth]))
-            low = min(self.parameters(replace(shape, intermediate_size=self._ffns()[0])) for shape in shapes)
+            low = min(self.parameters(self._with_ffn(shape, self._ffns()[0])) for shape in shapes)
             high, best = whole, None
             for _ in range(_HALVINGS):
                 middle = (low + high) // 2
@@ -133,22 +138,45 @@ class SizeSearch:
 
     def _shapes(self, layers: Sequence[int] | None = None) -> Iterator[PruneSizes]:
         """All depths, widths and heads."""
+        depths = self._depths() if layers is None else layers
+        for depth, shape in itertools.product(depths, self._of_heads() if self._whole_heads else self._of_both()):
+            yield replace(shape, layers=depth if self.sizes.layers is None else self.sizes.layers)
+
+    @property
+    def _grouped(self) -> int:
+        """What widths are best a multiple of: transformers computes experts in groups, whose kernels want 16 bytes."""
+        return 1 if self.part.field(self.config, EXPERTS) is None else 8
+
+    @property
+    def _whole_heads(self) -> bool:
+        return "" in self.axes.whole_heads
+
+    def _of_heads(self) -> Iterator[PruneSizes]:
+        """Widths that are made of heads."""
+        config, part, sizes = self.config, self.part, self.sizes
+        if any(each is not None for each in (sizes.hidden_size, sizes.num_attention_heads, sizes.num_key_value_heads)):
+            yield sizes.checked(config, part, whole_heads=True)
+            return
+        hidden, heads, groups = (part.size(config, kind) or 1 for kind in (HIDDEN, QUERIES, GROUPS))
+        for width in _steps(hidden, part.head_width(config) * (heads // groups)):
+            yield replace(sizes, hidden_size=width).checked(config, part, whole_heads=True)
+
+    def _of_both(self) -> Iterator[PruneSizes]:
+        """Widths, with numbers of heads that go with them."""
         config, part = self.config, self.part
         hidden, heads, groups = (part.size(config, kind) or 1 for kind in (HIDDEN, QUERIES, GROUPS))
         # Llama and Gemma want a width that is a multiple of the heads.
         said = self.sizes.hidden_size is not None
-        widths = [self.sizes.hidden_size] if said else _steps(hidden, math.lcm(heads, 2))
+        widths = [self.sizes.hidden_size] if said else _steps(hidden, math.lcm(heads, 2, self._grouped))
         kept = self.sizes.num_key_value_heads
         kept_groups = [kept] if kept is not None else range(math.ceil(_LEAST * groups), groups + 1)
         if self.sizes.num_attention_heads is not None:
             kept_groups = [self.sizes.num_key_value_heads or self.sizes.num_attention_heads * groups // heads]
-        depths = self._depths() if layers is None else layers
-        for depth, width, count in itertools.product(depths, widths, kept_groups):
+        for width, count in itertools.product(widths, kept_groups):
             queries = self.sizes.num_attention_heads or count * (heads // groups)
             if width is not None and width % queries == 0:
                 yield replace(
                     self.sizes,
-                    layers=depth if self.sizes.layers is None else self.sizes.layers,
                     hidden_size=width,
                     num_attention_heads=queries,
                     num_key_value_heads=count,
@@ -160,28 +188,32 @@ class SizeSearch:
         return list(range(math.ceil(_LEAST * self.part.depth), self.part.depth + 1))
 
     def _ffns(self) -> list[int]:
-        if self.sizes.intermediate_size is not None:
-            return [self.sizes.intermediate_size]
-        whole = self.part.size(self.config, FFN) or 1
-        multiple = _MULTIPLE if whole >= 8 * _MULTIPLE else 1
+        said = getattr(self.sizes, self.ffn_size)
+        if said is not None:
+            return [said]
+        whole = self.part.size(self.config, self.ffn) or 1
+        multiple = _MULTIPLE if whole >= 8 * _MULTIPLE else self._grouped
         return sorted({*range(multiple * math.ceil(whole / 4 / multiple), whole, multiple), whole})
 
     def _with_widest_ffn(self, shape: PruneSizes, parameters: int) -> Candidate | None:
         widths = self._ffns()
-        counts = [self.parameters(replace(shape, intermediate_size=width)) for width in (widths[0], widths[-1])]
+        counts = [self.parameters(self._with_ffn(shape, width)) for width in (widths[0], widths[-1])]
         if counts[0] > parameters:
             return None
         # The count grows evenly with the width.
         slope = (counts[1] - counts[0]) / max(widths[-1] - widths[0], 1)
         room = widths[-1] if not slope else widths[0] + (parameters - counts[0]) / slope
-        sizes = replace(shape, intermediate_size=max(width for width in widths if width <= room + 1e-6))
+        sizes = self._with_ffn(shape, max(width for width in widths if width <= room + 1e-6))
         return Candidate(sizes, self.parameters(sizes), self._kept(sizes))
+
+    def _with_ffn(self, shape: PruneSizes, width: int) -> PruneSizes:
+        return replace(shape, **{self.ffn_size: width})
 
     def _kept(self, sizes: PruneSizes) -> float:
         layers = len(self._layers(sizes))
         shares = [self._share("layers", layers)]
         for kind, count in self._counts(sizes).items():
-            if kind in SEARCHED:
+            if kind in self.kinds:
                 shares.append(self._share(kind, count))
         return math.prod(shares)
 
@@ -204,15 +236,23 @@ class SizeSearch:
         return sum(_share_of(self.scores.units[place], count) for place in places) / len(places)
 
     def _counts(self, sizes: PruneSizes) -> dict[str, int]:
-        named = {HIDDEN: sizes.hidden_size, FFN: sizes.intermediate_size, QUERIES: sizes.num_attention_heads}
-        named[GROUPS] = sizes.num_key_value_heads
-        return {kind: value for kind, value in named.items() if value is not None}
+        """How many units are left of each kind that is cut."""
+        counts: dict[str, int] = {}
+        for part in self.axes.parts:
+            named = {kind: getattr(sizes, part.mark + name, None) for kind, name in _NAMES.items()}
+            queries, groups = (part.size(self.config, kind) or 1 for kind in (QUERIES, GROUPS))
+            if named[QUERIES] is not None and named[GROUPS] is None:
+                named[GROUPS] = named[QUERIES] * groups // queries
+            counts |= {part.mark + kind: value for kind, value in named.items() if value is not None}
+        return counts
 
-    def _layers(self, sizes: PruneSizes) -> list[int]:
-        ranked = None if self.scores is None else self.scores.layers.get("")
-        if isinstance(sizes.layers, int) and ranked is not None:
-            return largest(ranked, sizes.layers).tolist()
-        return kept_layers(sizes.layers, self.part.depth)
+    def _layers(self, sizes: PruneSizes, part: Part | None = None) -> list[int]:
+        part = self.part if part is None else part
+        layers = sizes.vision_layers if part.mark else sizes.layers
+        ranked = None if self.scores is None else self.scores.layers.get(part.mark)
+        if isinstance(layers, int) and ranked is not None:
+            return largest(ranked, layers).tolist()
+        return kept_layers(layers, part.depth)
 
 
 def _share_of(scores: Tensor, count: int) -> float:

@@ -116,6 +116,9 @@ class PruneSizes:
         assert groups is not None
         # Heads that share a key/value head stay together.
         queries, channels = most // groups, width_of_head * (most // groups)
+        kept = None if vision else self.num_key_value_heads
+        if width is None and heads is None and kept is not None:
+            heads = kept * queries
         if width is None:
             assert heads is not None
             width = heads * width_of_head
@@ -128,6 +131,12 @@ class PruneSizes:
             raise UserError(
                 f"{prefix}num_attention_heads={heads} and {prefix}hidden_size={width} do not go together: heads have "
                 f"{width_of_head} channels each and make up the width. Set one of them.",
+                because="meaning",
+            )
+        if kept is not None and kept * channels != width:
+            raise UserError(
+                f"num_key_value_heads={kept} and hidden_size={width} do not go together: {queries} query heads of "
+                f"{width_of_head} channels share a key/value head, and make up the width. Set one of them.",
                 because="meaning",
             )
         named = {f"{prefix}hidden_size": width, f"{prefix}num_attention_heads": width // width_of_head}

@@ -23,7 +23,7 @@ from mmkd.models.prune_calibration import (
 )
 from mmkd.models.prune_cut import Cut
 from mmkd.models.prune_scores import Scores, weight_scores
-from mmkd.models.prune_search import SEARCHED, Candidate, SizeSearch, milliseconds_per_token
+from mmkd.models.prune_search import Candidate, SizeSearch, milliseconds_per_token, searched_kinds
 from mmkd.models.prune_sizes import PruneSizes
 
 from .calibration_rows import calibration_batches
@@ -85,7 +85,7 @@ def needs_data(run: Run) -> bool:
 
 def _scores(run: Run, source: PreTrainedModel, sizes: PruneSizes, batches: Batches) -> Scores | None:
     arguments = run.arguments
-    kinds = [*dict.fromkeys((*(SEARCHED if arguments.searches else ()), *sizes.kinds))]
+    kinds = [*dict.fromkeys((*(searched_kinds(source) if arguments.searches else ()), *sizes.kinds))]
     scores = Scores({})
     if arguments.prune_importance != "weights" and kinds:
         measure = activation_scores if arguments.prune_importance == "activations" else gradient_scores

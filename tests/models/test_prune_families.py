@@ -37,6 +37,7 @@ from transformers import (
 from mmkd.errors import UserError
 from mmkd.models.assemble import prune, pruned
 from mmkd.models.prune_cut import Cut
+from mmkd.models.prune_search import SizeSearch
 from mmkd.models.prune_sizes import PruneSizes
 
 Model = Any
@@ -391,6 +392,29 @@ def test_narrower_experts(family: str, tmp_path: Path) -> None:
     same(model, cut, student, tmp_path)
 
 
+@pytest.mark.parametrize("family", [*ALL, *EXPERTS])
+def test_sizes_are_found_for_a_number_of_parameters(family: str) -> None:
+    model = model_of(family)
+    tower = {"vision_layers": 2, "vision_hidden_size": 8} if hasattr(model.config, "vision_config") else {}
+    # Those whose outputs the language model reads stay.
+    tower |= {"vision_layers": 1} if family == "qwen3_vl" else {}
+    experts = {"num_experts": 4} if family in EXPERTS else {}
+    search = SizeSearch(model, PruneSizes(**tower, **experts), None)
+    whole = search.parameters(PruneSizes(layers=2, **tower, **experts))
+    found = search.candidates(int(0.8 * whole))
+    for candidate in (found[0], found[len(found) // 2], found[-1]):
+        student = pruned(model, candidate.sizes)[0]
+        assert student.num_parameters() == candidate.parameters <= 0.8 * whole, candidate
+    assert len({each.sizes for each in found}) > 2
+    assert logits_of(pruned(model, found[0].sizes)[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("given", [{"num_attention_heads": 4}, {"num_key_value_heads": 2}, {"hidden_size": 16}])
+def test_a_search_keeps_heads_that_make_up_the_width(given: dict[str, int]) -> None:
+    found = SizeSearch(model_of("qwen2_5_vl"), PruneSizes(**given), None).candidates(20000)
+    assert {(each.sizes.hidden_size, each.sizes.num_key_value_heads) for each in found} == {(16, 2)}
+
+
 def test_everything_at_once(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"layers": 1, "hidden_size": 16, "intermediate_size": 9, "num_attention_heads": 2}
     sizes |= {"vision_layers": 2, "vision_num_attention_heads": 2, "vision_intermediate_size": 11}
@@ -412,6 +436,7 @@ def test_everything_at_once(tmp_path: Path) -> None:
         ("llama", {"num_experts": 2}, "num_experts of LlamaForCausalLM cannot be pruned"),
         ("mixtral", {"num_experts": 1}, "each token is read by 2 experts"),
         ("opt", {"hidden_size": 10}, "multiple of 4 up to 24"),
+        ("opt", {"hidden_size": 12, "num_key_value_heads": 2}, "num_key_value_heads=2 and hidden_size=12 do not go"),
         ("opt", {"num_attention_heads": 3}, "heads go with the width: set hidden_size"),
         ("llava", {"vision_hidden_size": 9}, "multiple of 4 up to 16"),
         ("llava", {"vision_hidden_size": 8, "vision_num_attention_heads": 3}, "do not go together"),
