@@ -81,6 +81,11 @@ class Cut:
                 units[place] = torch.arange(count) if without_data else largest(scores.units[place], count)
         return cls(axes, sizes, layers, units, scores)
 
+    def on_cpu(self) -> "Cut":
+        """The same, where other processes can read it."""
+        units = {place: kept.cpu() for place, kept in self.units.items()}
+        return Cut(self.axes, self.sizes, self.layers, units, self.scores.on_cpu())
+
     def config(self) -> PreTrainedConfig:
         """The smaller model's."""
         config: Any = copy.deepcopy(self.axes.config)

@@ -30,6 +30,11 @@ class Scores:
         heads = self.units[place].unflatten(0, (groups, -1))
         return heads.sum(1) if self.adds else heads.square().sum(1).sqrt()
 
+    def on_cpu(self) -> "Scores":
+        """The same, where other processes can read them."""
+        units, layers = ({key: value.cpu() for key, value in each.items()} for each in (self.units, self.layers))
+        return Scores(units, layers, self.adds)
+
     def over(self, other: "Scores") -> "Scores":
         """These scores, and for places that they lack the other's."""
         return Scores({**other.units, **self.units}, {**other.layers, **self.layers}, self.adds)

@@ -12,6 +12,7 @@ from mmkd.models.llava import assemble_llava, llava_processor
 from mmkd.models.load import load_model, load_processing_class, quantised_to
 from mmkd.models.quantised_students import load_as_trained
 from mmkd.precision import product_dtype, say_float32
+from mmkd.seams.deepspeed_seam import is_partitioned, without_zero3
 
 from .new_base import new_base
 from .recipe import Run
@@ -62,9 +63,14 @@ def _made_student(run: Run, teacher: PreTrainedModel | None) -> PreTrainedModel:
         return _new_student(run)
     if init == "llava":
         return _joined_student(run)
-    source = teacher if run.arguments.student is None else saved_student(run)
-    assert source is not None
-    return _pruned(run, source)
+    # Every process copies what stays out of a whole model.
+    with without_zero3():
+        source = teacher if run.arguments.student is None else saved_student(run)
+        assert source is not None
+        if is_partitioned(next(source.parameters())):
+            assert run.arguments.teacher is not None
+            source = load_teacher(run, run.arguments.teacher)
+        return _pruned(run, source)
 
 
 def saved_student(run: Run, quantization: Any = None) -> PreTrainedModel:

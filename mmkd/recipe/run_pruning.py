@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from mmkd.files import write_file
@@ -25,8 +24,10 @@ from mmkd.models.prune_cut import Cut
 from mmkd.models.prune_scores import Scores, weight_scores
 from mmkd.models.prune_search import Candidate, SizeSearch, milliseconds_per_token, searched_kinds
 from mmkd.models.prune_sizes import PruneSizes
+from mmkd.seams.trl_seam import preparing_alone
 
 from .calibration_rows import calibration_batches
+from .main_process import from_main_process
 from .prune_arguments import PRUNE_KEYS, UNPRUNED
 from .recipe import Run
 
@@ -54,15 +55,36 @@ class Pruning:
 def prune_for(run: Run, source: PreTrainedModel, processing_class: Callable[[], Any]) -> Pruning:
     """The student of a run with student_init: prune; `source` is left as it is.
 
-    `processing_class` makes the tokenizer or processor that prepares calibration rows. Raises UserError for sizes
-    that cannot be.
+    One process decides for all what stays, so that all have the same student. `processing_class` makes the tokenizer
+    or processor that prepares calibration rows. Raises UserError for sizes that cannot be.
     """
     require_prunable(source)
+
+    def decide() -> _Decision:
+        return _decided(run, source, processing_class)
+
+    # The base of an adapter is made by one process alone, for which no other waits here.
+    decision = decide() if run.student.use_peft else from_main_process(run.training, decide)
+    student = decision.cut.made(source).train(source.training)
+    return Pruning(student, decision.cut, decision.scores, decision.candidates)
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What of a model stays, on the CPU: processes send it to each other."""
+
+    cut: Cut
+    scores: Scores | None
+    candidates: list[dict[str, Any]]
+
+
+def _decided(run: Run, source: PreTrainedModel, processing_class: Callable[[], Any]) -> _Decision:
     arguments, home = run.arguments, source.device
     sizes, mode = arguments.sizes, source.training
     batches: Batches = []
     if needs_data(run):
-        batches = calibration_batches(run, processing_class(), arguments.prune_calibration_rows)
+        with preparing_alone():
+            batches = calibration_batches(run, processing_class(), arguments.prune_calibration_rows)
         logger.info("Pruning: importance is measured on %d batches of training rows.", len(batches))
     # Measured where the run computes, without dropout.
     source.to(run.training.device).eval()  # pyright: ignore[reportArgumentType]
@@ -71,10 +93,10 @@ def prune_for(run: Run, source: PreTrainedModel, processing_class: Callable[[], 
         candidates: list[dict[str, Any]] = []
         if arguments.searches:
             sizes, candidates = _searched(run, source, sizes, scores, batches)
-        student, cut = pruned(source, sizes, scores)
+        cut = Cut.of(source, sizes, scores).on_cpu()
     finally:
         source.to(home).train(mode)  # pyright: ignore[reportArgumentType]
-    return Pruning(student.to(home).train(mode), cut, scores, candidates)  # pyright: ignore[reportArgumentType]
+    return _Decision(cut, None if scores is None else scores.on_cpu(), candidates)
 
 
 def needs_data(run: Run) -> bool:
@@ -103,17 +125,12 @@ def _scores(run: Run, source: PreTrainedModel, sizes: PruneSizes, batches: Batch
 def _searched(
     run: Run, source: PreTrainedModel, sizes: PruneSizes, scores: Scores | None, batches: Batches
 ) -> tuple[PruneSizes, list[dict[str, Any]]]:
-    """The sizes that a search finds, once for all processes and for a run that goes on."""
-    folder, state = Path(run.training.output_dir or "."), PartialState()
-    record, wanted = folder / FOUND, _searched_for(run)
-    # The base of an adapter is made by one process alone, for which no other waits here.
-    alone = run.student.use_peft
-    if (alone or state.is_main_process) and not _is_of(record, wanted):
+    """The sizes that a search finds, and those that a run which goes on has found before."""
+    record, wanted = Path(run.training.output_dir or ".") / FOUND, _searched_for(run)
+    if not _is_of(record, wanted):
         found = _candidates(run, source, sizes, scores, batches)
         content = {"keys": wanted, "sizes": found[0][0].given, "candidates": [each for _, each in found]}
         write_file(record, json.dumps(content, indent=1))
-    if not alone:
-        state.wait_for_everyone()
     content = json.loads(record.read_text(encoding="utf-8"))
     return PruneSizes(**content["sizes"]), content["candidates"]
 

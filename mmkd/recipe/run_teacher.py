@@ -1,12 +1,11 @@
 """The teacher of a run, in whichever form it answers, and whether a cache is of the teacher and data that it names."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
 from transformers import ProcessorMixin
 
@@ -27,7 +26,6 @@ from mmkd.teachers.served_head import final_norm_of_checkpoint, head_of_checkpoi
 from mmkd.teachers.server import ServerTeacher
 from mmkd.teachers.several import SeveralTeachers
 from mmkd.teachers.vllm_client import VLLMClient
-from mmkd.training.config import DistillationConfig
 from mmkd.training.method import METHODS
 
 from .arguments import RunArguments
@@ -35,8 +33,6 @@ from .recipe import Run
 from .run_models import load_teacher, teacher_processing_class
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 
 def server_teacher(run: Run, urls: list[str], student: Any) -> ServerTeacher | HiddenServerTeacher:
@@ -201,23 +197,6 @@ def _check_dtype(dtype: str, cache: Cache) -> None:
             f"Set teacher_dtype: {stored} (or auto), or build a cache with teacher_dtype: {dtype} in another folder.",
             because="meaning",
         )
-
-
-def from_main_process(args: DistillationConfig, compute: Callable[[], Result]) -> Result:
-    """What `compute` gives on the main process, on every rank; every rank raises the ValueError that it raises."""
-    if args.world_size == 1:
-        return compute()
-    results: list[Any] = [None]
-    if args.process_index == 0:
-        try:
-            results = [compute()]
-        except ValueError as error:
-            # The others would wait for an answer until they time out.
-            results = [error]
-    (result,) = broadcast_object_list(results)
-    if isinstance(result, ValueError):
-        raise result
-    return result
 
 
 def own_rows_of(run: Run, data: DatasetDict) -> DatasetDict:

@@ -1,15 +1,15 @@
 """What mmkd borrows of TRL beyond its documentation."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.chat_template_utils import clone_chat_template
+from trl.trainer import sft_trainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
-from trl.trainer.utils import global_then_local_main_first
 
 from .trainer_seam import HookedTrainer
 
@@ -42,7 +42,21 @@ def first_process_first() -> AbstractContextManager:
 
     accelerate has one of the two, and nests neither in the other.
     """
-    return global_then_local_main_first()
+    return sft_trainer.global_then_local_main_first()
+
+
+@contextmanager
+def preparing_alone() -> Iterator[None]:
+    """In it, this process prepares rows that no other prepares, and waits for none.
+
+    TRL's preparation always waits for all processes, by a function that its module holds.
+    """
+    before = sft_trainer.global_then_local_main_first
+    sft_trainer.global_then_local_main_first = nullcontext
+    try:
+        yield
+    finally:
+        sft_trainer.global_then_local_main_first = before
 
 
 class HookedSFTTrainer(HookedTrainer, SFTTrainer):

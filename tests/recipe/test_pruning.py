@@ -21,6 +21,7 @@ from mmkd.recipe.run import build_trainer
 from mmkd.recipe.run_models import load_student, load_teacher, student_processing_class
 from mmkd.recipe.run_pruning import FOUND
 from scripts.make_tiny_models import sentences
+from tests.forked import run_ranks
 from tests.vlms import make_llava, vision_rows
 
 
@@ -117,6 +118,52 @@ def test_sizes_that_were_found_are_those_of_one_model_and_one_target(recipe: Pat
     record.write_text(json.dumps(content))
     assert planned("40k") != 8
     assert student_of(recipe, ["--target_params", "40k"]).config.intermediate_size != 8
+
+
+def on_ranks(recipe: Path, jobs: dict[str, Any], **variables: str) -> list[dict[str, Any]]:
+    """What each of two ranks saw of the jobs of pruned_ranks.py."""
+    folder = recipe.parent
+    run_ranks(2, ["-m", "tests.recipe.pruned_ranks", str(recipe), str(folder), json.dumps(jobs)], variables)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def check_ranks(recipe: Path, jobs: dict[str, Any], saw: list[dict[str, Any]]) -> None:
+    for name, (how, flags) in jobs.items():
+        first, second = (rank[name] for rank in saw)
+        assert (first["measured"], second["measured"]) == (1, 0), name
+        # The first rank reads weights for all where they are sharded.
+        assert first["weights"] == second["weights"] or how == "fsdp2", name
+        assert first["losses"] == second["losses"], name
+        own = recipe_of(recipe, [*flags, "--output_dir", str(recipe.parent / f"{name}-alone")])
+        alone = build_trainer(own.with_(per_device_train_batch_size=4).parse())
+        alone.train()
+        losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
+        assert first["losses"] == pytest.approx(losses, rel=1e-3), name
+
+
+SPREAD = [*WIDTHS, "--prune_importance", "activations", "--prune_layer_importance", "block_influence"]
+SPREAD += ["--student_layers", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1"]
+
+
+def test_several_ranks_prune_once_and_have_the_same_student(recipe: Path) -> None:
+    found = ["--target_params", "40k", "--prune_importance", "activations"]
+    found += ["--per_device_train_batch_size", "2", "--logging_steps", "1"]
+    lora = ["--use_peft", "--lora_dropout", "0"]
+    jobs = {"given": ("ddp", SPREAD), "found": ("ddp", found), "lora": ("ddp", [*SPREAD, *lora])}
+    jobs["sharded"] = ("fsdp2", SPREAD)
+    check_ranks(recipe, jobs, on_ranks(recipe, jobs))
+
+
+@pytest.mark.slow
+def test_zero3_cuts_up_a_student_that_was_pruned_whole(recipe: Path) -> None:
+    pytest.importorskip("deepspeed")
+    lora = ["--use_peft", "--lora_dropout", "0"]
+    jobs = {"zero2": ("zero2", SPREAD), "zero3": ("zero3", SPREAD), "lora3": ("zero3", [*SPREAD, *lora])}
+    saw = on_ranks(recipe, jobs, DS_ACCELERATOR="cpu")
+    for name in jobs:
+        assert [rank[name]["measured"] for rank in saw] == [1, 0], name
+        assert saw[0][name]["losses"] == saw[1][name]["losses"], name
+    assert saw[0]["zero3"]["losses"][0] == pytest.approx(saw[0]["zero2"]["losses"][0], rel=1e-3)
 
 
 def test_a_latency_that_all_meet_takes_nearly_all_of_the_model(recipe: Path) -> None:

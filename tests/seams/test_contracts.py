@@ -8,6 +8,8 @@ import inspect
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -270,6 +272,25 @@ def test_trl_clones_a_template_without_a_model(tmp_path) -> None:
 def test_trl_lets_the_first_process_prepare_first() -> None:
     with trl_seam.first_process_first():
         pass
+
+
+def test_trl_prepares_rows_in_one_process_that_waits_for_none(tmp_path, monkeypatch) -> None:
+    waited: list[int] = []
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        waited.append(1)
+        yield
+
+    monkeypatch.setattr("trl.trainer.sft_trainer.global_then_local_main_first", waiting)
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=8)
+    rows, tokenizer = Dataset.from_dict({"text": ["the cat"]}), make_tokenizer()
+    settings: Any = {"chat_template": None, "completion_only": False}
+    with trl_seam.preparing_alone():
+        trl_seam.prepare_rows(rows, tokenizer, args, False, None, "train", **settings)
+    assert waited == []
+    trl_seam.prepare_rows(rows, tokenizer, args, False, None, "train", **settings)
+    assert waited
 
 
 # transformers

@@ -18,10 +18,10 @@ from mmkd.errors import UserError
 from mmkd.models.adapters import merge_adapter
 from mmkd.models.load import load_model, load_processing_class
 from mmkd.recipe import run_record as run_record
+from mmkd.recipe.main_process import from_main_process
 from mmkd.recipe.recipe import Recipe, Run
 from mmkd.recipe.run import last_checkpoint, load_rows_of
 from mmkd.recipe.run_models import check_student
-from mmkd.recipe.run_teacher import from_main_process
 from mmkd.training.method import Train
 from mmkd.training.progress import phase
 
