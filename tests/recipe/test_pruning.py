@@ -142,7 +142,16 @@ def check_ranks(recipe: Path, jobs: dict[str, Any], saw: list[dict[str, Any]]) -
 
 
 SPREAD = [*WIDTHS, "--prune_importance", "activations", "--prune_layer_importance", "block_influence"]
-SPREAD += ["--student_layers", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1"]
+SPREAD += [
+    "--student_layers",
+    "2",
+    "--learning_rate",
+    "1e-2",
+    "--per_device_train_batch_size",
+    "2",
+    "--logging_steps",
+    "1",
+]
 
 
 def test_several_ranks_prune_once_and_have_the_same_student(recipe: Path) -> None:
