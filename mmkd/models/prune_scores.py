@@ -32,8 +32,8 @@ class Scores:
 
     def on_cpu(self) -> "Scores":
         """The same, where other processes can read them."""
-        units, layers = ({key: value.cpu() for key, value in each.items()} for each in (self.units, self.layers))
-        return Scores(units, layers, self.adds)
+        units = {place: scores.cpu() for place, scores in self.units.items()}
+        return Scores(units, {mark: scores.cpu() for mark, scores in self.layers.items()}, self.adds)
 
     def over(self, other: "Scores") -> "Scores":
         """These scores, and for places that they lack the other's."""

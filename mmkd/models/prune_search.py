@@ -241,8 +241,8 @@ class SizeSearch:
         for part in self.axes.parts:
             named = {kind: getattr(sizes, part.mark + name, None) for kind, name in _NAMES.items()}
             queries, groups = (part.size(self.config, kind) or 1 for kind in (QUERIES, GROUPS))
-            if named[QUERIES] is not None and named[GROUPS] is None:
-                named[GROUPS] = named[QUERIES] * groups // queries
+            if (left := named[QUERIES]) is not None and named[GROUPS] is None:
+                named[GROUPS] = left * groups // queries
             counts |= {part.mark + kind: value for kind, value in named.items() if value is not None}
         return counts
 

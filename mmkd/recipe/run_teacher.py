@@ -29,6 +29,7 @@ from mmkd.teachers.vllm_client import VLLMClient
 from mmkd.training.method import METHODS
 
 from .arguments import RunArguments
+from .main_process import from_main_process
 from .recipe import Run
 from .run_models import load_teacher, teacher_processing_class
 

@@ -13,6 +13,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from .trainer_seam import HookedTrainer
 
+_preparation: Any = sft_trainer
+
 
 def prepare_rows(
     dataset: Any,
@@ -42,7 +44,7 @@ def first_process_first() -> AbstractContextManager:
 
     accelerate has one of the two, and nests neither in the other.
     """
-    return sft_trainer.global_then_local_main_first()
+    return _preparation.global_then_local_main_first()
 
 
 @contextmanager
@@ -51,12 +53,12 @@ def preparing_alone() -> Iterator[None]:
 
     TRL's preparation always waits for all processes, by a function that its module holds.
     """
-    before = sft_trainer.global_then_local_main_first
-    sft_trainer.global_then_local_main_first = nullcontext
+    before = _preparation.global_then_local_main_first
+    _preparation.global_then_local_main_first = nullcontext
     try:
         yield
     finally:
-        sft_trainer.global_then_local_main_first = before
+        _preparation.global_then_local_main_first = before
 
 
 class HookedSFTTrainer(HookedTrainer, SFTTrainer):
