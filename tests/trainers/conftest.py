@@ -122,6 +122,8 @@ def ranks(
         jobs[f"kd experts {how}"] = {"method": "kd", "how": how, "student": mixture, "teacher": tiny["teacher"]}
     jobs["dho ddp"] = {"method": "dho", "how": "ddp"}
     jobs["dho terms ddp"] = {"method": "dho", "how": "ddp", "settings": BATCH_TERMS}
+    halved = {"per_device_train_batch_size": 1, "unlabeled_batch_size": 2, "gradient_accumulation_steps": 2}
+    jobs["dho terms parts ddp"] = {"method": "dho", "how": "ddp", "settings": {**BATCH_TERMS, **halved}}
     every = {f"{term}_weight": 0.5 for term in TERMS}
     jobs["tower_kd ddp"] = {"method": "tower_kd", "how": "ddp", "settings": every}
     parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **EVERY_TERM, **ORDERS}

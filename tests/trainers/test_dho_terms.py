@@ -13,10 +13,10 @@ from mmkd.errors import UserError
 from mmkd.losses import open_vocabulary as words
 from mmkd.losses.class_objectives import ofa_loss, ranking_loss
 from mmkd.losses.gated_teachers import balance_loss, gated_loss, teacher_losses
-from mmkd.methods.dho.class_terms import Counts
 from mmkd.methods.dho.dho_config import DHOConfig
 from mmkd.methods.dho.dho_trainer import HEADS_FILE
 from mmkd.methods.dho.unseen_classes import UnseenClasses, mean_class_accuracy
+from mmkd.models.class_heads import EmbedHead
 from mmkd.models.dual_head import DualHeadForImageClassification
 from mmkd.models.training_heads import stages_of
 from mmkd.teachers.class_signals import ClassSignals, Embeddings
@@ -46,7 +46,7 @@ def resnet() -> Any:
 def step(trainer: Any) -> tuple[torch.Tensor, Any, dict[str, torch.Tensor]]:
     """The loss of the first batch, what the student said of it, and the batch."""
     batch = next(iter(trainer.get_train_dataloader()))
-    trainer._counts = Counts(*trainer.terms.counts([batch], torch.device("cpu")).unbind())
+    trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
     trainer.model.train()
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     return loss, outputs, batch
@@ -143,14 +143,40 @@ def test_terms_of_embeddings_add_their_weighted_means(tmp_path: Path) -> None:
     torch.testing.assert_close(again(batch["pixel_values"]).embeds, trainer.model(batch["pixel_values"]).embeds)
 
 
-def test_accumulation_changes_nothing_of_terms_over_rows(tmp_path: Path) -> None:
-    taught = {"teacher": signals_of_terms()}
-    whole = dho(tmp_path / "whole", taught, per_device_train_batch_size=4, unlabeled_batch_size=8, **CLASS_TERMS)
-    parts = dho(tmp_path / "parts", taught, gradient_accumulation_steps=2, **CLASS_TERMS)
-    for trainer in (whole, parts):
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("terms", [CLASS_TERMS, BATCH_TERMS, {**BATCH_TERMS, "mixing": "blended"}])
+def test_accumulation_changes_nothing_of_terms(terms: dict[str, Any], parts: int, tmp_path: Path) -> None:
+    taught, runs = {"teacher": signals_of_terms()}, []
+    for count in (1, parts):
+        sizes = {"per_device_train_batch_size": 4 // count, "unlabeled_batch_size": 8 // count}
+        # By SGD weights move as their gradients say, which AdamW divides by their size.
+        trainer: Any = dho(tmp_path, taught, gradient_accumulation_steps=count, optim="sgd", **sizes, **terms)
         trainer.train()
-    for key in ("loss", "grad_norm", "vl_align", "aspects", "kd_stages"):
-        assert losses_of(parts, key) == pytest.approx(losses_of(whole, key), rel=1e-3)  # pyright: ignore
+        runs.append(trainer)
+    keys = ["loss", "grad_norm", "vl_align", "aspects", "kd_stages", "feature_mse"]
+    if terms is not CLASS_TERMS:
+        keys += ["image_contrast", "caption", "gate_balance"]
+    for key in keys:
+        whole, accumulated = (losses_of(trainer, key) for trainer in runs)
+        assert accumulated == pytest.approx(whole, rel=1e-4), key
+    for name, weight in runs[0].model.named_parameters():
+        torch.testing.assert_close(weight, runs[1].model.get_parameter(name), rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_parts_that_are_read_twice_count_once_and_drop_the_same_out(tmp_path: Path) -> None:
+    model = resnet()
+    model.embed_head, model.config.embed_width = torch.nn.Sequential(torch.nn.Dropout(0.5), EmbedHead(16, 12)), 12
+    sizes = {"per_device_train_batch_size": 2, "unlabeled_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings: dict[str, Any] = {**sizes, "image_contrast_weight": 1.0, "max_steps": 1, "conflict_steps": 2}
+    trainer: Any = dho(tmp_path, {"model": model, "teacher": class_signals()}, **settings)
+    seen: list[torch.Tensor] = []
+    model.embed_head.register_forward_hook(lambda _module, _inputs, out: seen.append(out.detach()))
+    trainer.train()
+    tracked = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
+    assert tracked
+    assert {int(buffer) for buffer in tracked} == {2}
+    # Two parts without a graph, then the same two with one; later ones are of the evaluation.
+    assert torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:4]))
 
 
 def test_ranks_change_nothing_of_terms(tmp_path: Path, ranks: Any) -> None:
@@ -161,7 +187,7 @@ def test_ranks_change_nothing_of_terms(tmp_path: Path, ranks: Any) -> None:
     expected = [
         [entry["loss"], entry["grad_norm"], entry["ce"]] for entry in alone.state.log_history if "loss" in entry
     ]
-    for rank in ranks["dho terms ddp"]:
+    for rank in (*ranks["dho terms ddp"], *ranks["dho terms parts ddp"]):
         assert rank["steps"] == [pytest.approx(step, rel=1e-3) for step in expected]
 
 
@@ -277,7 +303,7 @@ def test_stages_are_spread_over_the_depth() -> None:
         ({"aspects_model": "x"}, "aspects_model answers `aspects`"),
         (
             {"objective": "ce", "unlabeled_batch_size": 0, "per_device_train_batch_size": 1, "caption_weight": 1.0},
-            "a batch has one",
+            "a step has one",
         ),
     ],
 )

@@ -32,9 +32,9 @@ from mmkd.preparation.pair_batches import (
 from mmkd.seams.deepspeed_seam import set_number
 from mmkd.teachers.pair_scorers import PairScorer
 from mmkd.training.gathering import gathered
+from mmkd.training.gradient_cache import PartGradients, RandomState, buffers_kept, shares, surrogate
 
 from .clip_config import ContrastiveKDConfig as ContrastiveKDConfig
-from .gradient_cache import PartGradients, RandomState, shares, surrogate
 from .learnt_masks import LearntMasks
 from .pair_evaluation import EvaluatedPairs
 from .pair_inputs import cached_pairs, check_encoders, pair_rows
@@ -217,10 +217,11 @@ class ContrastiveKDTrainer(PairTrainer):
         device = self.args.device
         parts = [self.on_device(part) for part in self._parts]
         states, embedded = [], []
-        for part in parts:
-            states.append(RandomState.now(device))
-            with torch.no_grad(), called(self.model, self.accelerator) as model:
-                embedded.append(model(reader=lambda part=part: self.encode(self.student, part[STUDENT])))
+        with buffers_kept(self.model):
+            for part in parts:
+                states.append(RandomState.now(device))
+                with torch.no_grad(), called(self.model, self.accelerator) as model:
+                    embedded.append(model(reader=lambda part=part: self.encode(self.student, part[STUDENT])))
         joined = PairFeatures.joined(embedded)
         features = [tensor.detach().requires_grad_() for tensor in (joined.images, joined.texts)]
         answers = [self.ask(part) for part in parts]

@@ -187,7 +187,7 @@ class ClassTermsConfig(WholeModelConfig):
         """Whether the questions are still to be written by aspects_server."""
         return self.aspects_count is not None and not Path(str(self.aspects)).is_file()
 
-    def check_terms(self, rows_at_a_time: int) -> None:
+    def check_terms(self, rows_of_a_step: int) -> None:
         """Raises UserError for settings that contradict each other."""
         if (self.stage_heads is not None or self.aspects is not None) and self.torch_compile:
             raise UserError(
@@ -196,10 +196,10 @@ class ClassTermsConfig(WholeModelConfig):
                 because="upstream",
             )
         in_batch = [name for name in ("image_contrast", "caption") if name in self.term_weights]
-        if in_batch and rows_at_a_time < 2:
+        if in_batch and rows_of_a_step < 2:
             raise UserError(
-                f"{in_batch[0]}_weight compares the images of a batch, and a batch has one. Raise "
-                "per_device_train_batch_size or unlabeled_batch_size.",
+                f"{in_batch[0]}_weight compares the images of a step, and a step has one. Raise "
+                "per_device_train_batch_size, unlabeled_batch_size or gradient_accumulation_steps.",
                 because="meaning",
             )
         if self.unseen_classes is not None and not self.term_weights:

@@ -196,7 +196,8 @@ class DHOConfig(ClassTermsConfig):
             )
         self._check_labels()
         self._check_interpolation()
-        self.check_terms(self.per_device_train_batch_size + self.unlabeled_batch_size)
+        rows = self.per_device_train_batch_size + self.unlabeled_batch_size
+        self.check_terms(rows * self.gradient_accumulation_steps * self.world_size)
         if self.keep_rows and self.augmentation != "none":
             raise UserError(
                 "keep_rows keeps what augmentation has made once; set one of them only.", because="meaning"

@@ -1,5 +1,6 @@
 """DHO: a supervised and a distillation head on shared features, joined after training (2505.07675)."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,12 +23,15 @@ from mmkd.models.dual_head import (
     DualHeadForSequenceClassification,
     DualHeadOutput,
 )
+from mmkd.models.sharded_weights import called
 from mmkd.preparation.checks import check_precision
 from mmkd.teachers.class_signals import ClassSignals
 from mmkd.teachers.classifiers import ClassTeacher
+from mmkd.training.gradient_cache import buffers_kept, surrogate
 
 from .class_evaluation import DualHeadTrainer
-from .class_terms import ClassTerms, Counts, Reports
+from .class_terms import ClassTerms, Counts, Reports, RowsSaid
+from .compared_parts import ComparedParts, told_of
 from .dho_config import DHOConfig as DHOConfig
 from .dho_inputs import class_signals, evaluated_rows, measured_rows, settle_heads, training_rows
 from .student_heads import prepare_heads
@@ -122,6 +126,7 @@ class DHOTrainer(DualHeadTrainer):
         )
         self.terms = ClassTerms(args, self.signals)
         self._counts: Counts
+        self._parts: ComparedParts
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's. Raises UserError under FSDP."""
@@ -154,28 +159,50 @@ class DHOTrainer(DualHeadTrainer):
         """Collects one accumulated batch and counts its rows of each kind over all ranks."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._counts = Counts(*self._summed(self.terms.counts(batches, device)).unbind())
+        self._parts = ComparedParts(self.terms, list(batches), self._counts)
         return batches, num_items
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The micro-batch's share of the loss of the accumulated batch, each part over its own rows of all ranks."""
-        said = {name: inputs[name] for name in inputs if name == "labels" or name.startswith("teacher_")}
+        said = told_of(inputs)
         labels, teacher = said["labels"], said.get("teacher_logits")
-        outputs: DualHeadOutput = model(**{name: value for name, value in inputs.items() if name not in said})
+        outputs, across, compared = self._answered(model, inputs)
         supervised, distilled, reports = self.losses(outputs, labels, teacher)
         args = self.args
         weight = {"ce": 1.0, "kd": 0.0}.get(args.objective, args.ce_weight)
         loss = weight * supervised + (1 - weight) * distilled
         others, own = self.terms.others(outputs, said, self._counts)
-        loss = loss if others is None else loss + others
+        loss = torch.stack([loss, *(own for own in (others, across) if own is not None)]).sum()
         if self._measures_conflict():
             assert teacher is not None
             own |= self._conflict(outputs, labels, teacher)
-        self._record(reports | own)
+        self._record(reports | own | compared)
         # Gradients are averaged over ranks, while the counts are already those of all ranks.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _answered(self, model: Any, inputs: dict[str, Any]) -> tuple[DualHeadOutput, Tensor | None, Reports]:
+        """What the student says of a part, its share of the terms that compare rows, and their reports.
+
+        Rows are compared with those of all accumulated parts, which are read once more for it.
+        """
+        said = told_of(inputs)
+        given = {name: values for name, values in inputs.items() if name not in said}
+        if not self._parts.apart:
+            outputs = model(**given)
+            return outputs, *self.terms.across(self.terms.compared(outputs), said, self._counts)
+        with buffers_kept(self.model):
+            share, reports = self._parts.next_share(self._read, self.args.device)
+        with share.state.again():
+            outputs = model(**given)
+        return outputs, surrogate(self.terms.compared(outputs).known, [], share), reports
+
+    def _read(self, part: Mapping[str, Tensor]) -> RowsSaid:
+        inputs = self.on_device({name: values for name, values in part.items() if name not in told_of(part)})
+        with called(self.model, self.accelerator) as model:
+            return self.terms.compared(model(**inputs))
 
     def losses(
         self, outputs: DualHeadOutput, labels: Tensor, teacher_logits: Tensor | None

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,18 @@ class RandomState:
             if self.own is not None:
                 torch.get_device_module(self.device).set_rng_state(self.own, self.device)
             yield
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """What is computed in here leaves no trace: the means of batch normalisation would move once more by each part."""
+    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in kept:
+                buffer.copy_(values)
 
 
 @dataclass(frozen=True)
