@@ -25,7 +25,6 @@ from mmkd.errors import UserError
 from mmkd.losses.dual_head_losses import distillation_loss, search_interpolation, supervised_loss
 from mmkd.methods.dho import dho_dry_run as classification
 from mmkd.methods.dho.class_evaluation import CHOICE
-from mmkd.methods.dho.class_terms import Counts
 from mmkd.methods.dho.dho_trainer import DHOConfig
 from mmkd.precision import NATIVE_BF16
 from mmkd.preflight.doctor import examine
@@ -73,7 +72,7 @@ def test_the_teachers_answers_stay_with_their_rows(tmp_path: Path) -> None:
 def test_the_loss_is_that_of_the_paper(tmp_path: Path) -> None:
     trainer = dho(tmp_path, max_steps=1, ce_weight=0.3, temperature=3.0)
     batch = batch_of(trainer)
-    trainer._counts = Counts(torch.tensor(2), torch.tensor(4), torch.tensor(6))
+    trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
     loss = trainer.compute_loss(trainer.model, batch)
     outputs = trainer.model(batch["pixel_values"])
     shown = batch["labels"] != HIDDEN
