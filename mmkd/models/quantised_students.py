@@ -18,6 +18,7 @@ from mmkd.errors import UserError
 from mmkd.results.trained_as import trained_as
 from mmkd.seams.peft_seam import (
     LoraLinear,
+    adapts_a_parameter,
     copies_of,
     drops_out,
     is_adapted,
@@ -26,11 +27,13 @@ from mmkd.seams.peft_seam import (
     merged_weight,
     merges_otherwise,
 )
+from mmkd.seams.transformers_seam import is_fused_experts
 
 from .backbone import base_of
 from .load import load_model
 from .parts import PARTS, part_of
 from .quantisation_grids import Grid
+from .quantised_experts import ExpertsQuantiser, QuantisedExperts, fused_experts, quantise_experts, set_quantiser
 
 KEY = "student_quantization"
 """Of config.json: as what a student was trained."""
@@ -172,9 +175,10 @@ def quantise_forward(model: PreTrainedModel | PeftModel, quantisation: StudentQu
     Parameters keep their names and places, so that optimizers, wrappers and checkpoints see the student as it was.
     Raises UserError for a student that cannot be quantised so.
     """
-    layers = quantised_layers(model, quantisation)
+    layers, experts = quantised_layers(model, quantisation), quantised_experts(model, quantisation)
     _set(layers, quantisation, weights=True)
-    return [name for name, _ in layers]
+    _set_experts(experts, quantisation, weights=True)
+    return [*(name for name, _ in layers), *experts]
 
 
 def replaces_dropout(model: torch.nn.Module) -> bool:
@@ -185,18 +189,23 @@ def replaces_dropout(model: torch.nn.Module) -> bool:
 @torch.no_grad()
 def quantise_weights(model: PreTrainedModel, quantisation: StudentQuantisation) -> None:
     """Puts the weights of a finished student on their grid, and quantises what its layers read, where that is due."""
-    layers = quantised_layers(model, quantisation)
+    layers, experts = quantised_layers(model, quantisation), quantised_experts(model, quantisation)
     _set(layers, quantisation, weights=True)
+    _set_experts(experts, quantisation, weights=True)
     values = [(layer, layer.quantiser.weight(layer)) for _, layer in layers]
     for layer, value in values:
         layer.weight.data = value
+    for own, _ in experts.values():
+        quantise_experts(own)
     _set(layers, quantisation, weights=False)
+    _set_experts(experts, quantisation, weights=False)
 
 
 @contextmanager
 def quantisation_off(model: torch.nn.Module) -> Iterator[None]:
     """In it the model computes with its weights as they are."""
-    quantisers = [part.quantiser for part in model.modules() if isinstance(part, QuantisedLinear | QuantisedLora)]
+    kinds = QuantisedLinear | QuantisedLora | QuantisedExperts
+    quantisers: list[Any] = [part.quantiser for part in model.modules() if isinstance(part, kinds)]
     before = [quantiser.on for quantiser in quantisers]
     for quantiser in quantisers:
         quantiser.on = False
@@ -230,8 +239,7 @@ def quantised_layers(model: PreTrainedModel | PeftModel, quantisation: StudentQu
         _check_layer(name, module)
         grid.check(whole_weight(module).shape, name)
         layers.append((name, module))
-    _check_experts(base, quantisation)
-    if not layers:
+    if not layers and not quantised_experts(model, quantisation):
         raise UserError(
             f"student_quantization: {quantisation.format} finds no layer to quantise in {type(base).__name__}: it "
             f"has no nn.Linear besides its head and what student_quantization_skip leaves out "
@@ -241,11 +249,31 @@ def quantised_layers(model: PreTrainedModel | PeftModel, quantisation: StudentQu
     return layers
 
 
-def share_of(model: PreTrainedModel | PeftModel, layers: Sequence[tuple[str, Any]]) -> str:
-    """How much of a student so many quantised layers are, for a reader."""
+def quantised_experts(
+    model: PreTrainedModel | PeftModel, quantisation: StudentQuantisation
+) -> dict[str, tuple[torch.nn.Module, tuple[str, ...]]]:
+    """The experts in one tensor that are quantised, by name, with the names of their weights.
+
+    Raises UserError for those of an unknown layout.
+    """
+    return dict(fused_experts(base_of(model), quantisation.leaves_out, quantisation.grid))
+
+
+def share_of(model: PreTrainedModel | PeftModel, quantisation: StudentQuantisation) -> str:
+    """How much of a student is quantised, for a reader."""
+    layers, experts = quantised_layers(model, quantisation), quantised_experts(model, quantisation)
     quantised = sum(whole_weight(layer).numel() for _, layer in layers)
+    quantised += sum(getattr(own, name).numel() for own, names in experts.values() for name in names)
     every = base_of(model).num_parameters()
-    return f"{len(layers)} linear layers with {quantised:,} of {every:,} parameters"
+    apart = f" and the experts of {len(experts)} layers" if experts else ""
+    return f"{len(layers)} linear layers{apart} with {quantised:,} of {every:,} parameters"
+
+
+def _set_experts(
+    experts: Mapping[str, tuple[torch.nn.Module, tuple[str, ...]]], quantisation: StudentQuantisation, weights: bool
+) -> None:
+    for own, names in experts.values():
+        set_quantiser(own, ExpertsQuantiser(quantisation.grid, quantisation.activations, names, weights))
 
 
 def _set(layers: Sequence[tuple[str, Any]], quantisation: StudentQuantisation, weights: bool) -> None:
@@ -267,6 +295,9 @@ def joined_layers(name: str, layers: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _linear_layers(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
     """The linear layers of a module, those with an adapter as one; PEFT's copies have the name of the original."""
+    if adapts_a_parameter(module) and is_fused_experts(module.get_base_layer()):
+        # No linear layers: they are quantised with what the adapter adds to them.
+        return
     if is_adapted(module) or type(module) in (torch.nn.Linear, QuantisedLinear):
         yield name, module
     elif is_copied(module):
@@ -292,16 +323,6 @@ def _check_layer(name: str, module: Any) -> None:
             f"student_quantization quantises weight plus adapter, and {key} changes more than that. Remove {key}.",
             because="not built",
         )
-
-
-def _check_experts(base: PreTrainedModel, quantisation: StudentQuantisation) -> None:
-    for name, parameter in base.named_parameters():
-        if "experts" in name.split(".") and parameter.dim() == 3 and not quantisation.leaves_out(name):
-            raise UserError(
-                f"The experts of {type(base).__name__} are one tensor ({name}), which student_quantization does not "
-                "quantise. Leave them out with student_quantization_skip: [experts, router].",
-                because="not built",
-            )
 
 
 # What a student was trained as

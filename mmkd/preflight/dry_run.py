@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mmkd.models.backbone import head_of
 from mmkd.models.load import tokenizer_of
-from mmkd.models.quantised_students import quantised_layers, share_of
+from mmkd.models.quantised_students import share_of
 from mmkd.precision import name_of_dtype
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run import build_token_trainer
@@ -82,8 +82,7 @@ def _models(trainer: DistillationTrainer) -> list[tuple[str, str]]:
     rows = [("student", f"{_count(sum(p.numel() for p in parameters))} parameters, {_count(trainable)} trainable")]
     quantisation = trainer.args.quantisation
     if quantisation is not None:
-        layers = quantised_layers(trainer.model, quantisation)
-        rows.append(("quantisation", f"{quantisation.described()}: {share_of(trainer.model, layers)}"))
+        rows.append(("quantisation", f"{quantisation.described()}: {share_of(trainer.model, quantisation)}"))
     names = getattr(trainer.teacher, "teachers", [""])
     for name, teacher in zip(names, parts_of(trainer.teacher), strict=True):
         if isinstance(teacher, SelfTeacher):

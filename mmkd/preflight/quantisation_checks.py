@@ -1,6 +1,6 @@
 """Whether a student can be trained as student_quantization says, looked up in a model without weights."""
 
-from mmkd.models.quantised_students import quantised_layers, share_of
+from mmkd.models.quantised_students import share_of
 from mmkd.recipe.recipe import Run
 from mmkd.recipe.run_models import check_student
 
@@ -15,11 +15,7 @@ def quantised_student(run: Run, student: Side) -> list[Finding]:
         return []
     check_student(run)
     model = empty_student(run, student)
-    if run.student.use_dora:
-        text = "student_quantization quantises weight plus adapter, and use_dora changes more than that."
-        return [Finding("problem", "quantisation", text, "Remove use_dora.")]
-    layers = quantised_layers(model, quantisation)
-    text = f"The student is trained as {quantisation.described()}: {share_of(model, layers)}."
+    text = f"The student is trained as {quantisation.described()}: {share_of(model, quantisation)}."
     findings = [Finding("ok", "quantisation", text)]
     if run.student.use_peft and run.student.lora_dropout:
         text = "lora_dropout is not applied: the adapter is merged into the weight before that is rounded."

@@ -13,7 +13,7 @@ from mmkd.export.gguf_writer import LlamaCpp
 from mmkd.export.llm_compressor import LLMCompressor
 from mmkd.export.onnx_writer import MAIN, check_onnx, write_onnx
 from mmkd.export.runtimes import has_images
-from mmkd.models.quantised_students import StudentQuantisation, quantised_layers
+from mmkd.models.quantised_students import StudentQuantisation, quantised_experts, quantised_layers
 
 from .student_to_export import StudentToExport
 
@@ -55,9 +55,17 @@ def writer_of(spec: ExportSpec, student: StudentToExport) -> Writer:
 def layers_of(student: StudentToExport, quantisation: StudentQuantisation) -> list[str]:
     """The names of the layers that are quantised. Raises UserError where none can be, or not all."""
     try:
-        return [name for name, _ in quantised_layers(student.empty_model, quantisation)]
+        layers = [name for name, _ in quantised_layers(student.empty_model, quantisation)]
+        experts = quantised_experts(student.empty_model, quantisation)
     except UserError as error:
         raise UserError(f"{error} As flags here, these keys are --skip and --group.") from error
+    if experts:
+        raise UserError(
+            f"The experts of {student.eval_model.name} are one tensor ({next(iter(experts))}), which is not packed as "
+            "compressed-tensors here. Leave them as they are with --skip experts router, or use gguf.",
+            because="not built",
+        )
+    return layers
 
 
 def _gguf(spec: ExportSpec, student: StudentToExport) -> Writer:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -53,10 +55,15 @@ def is_lora(module: Any) -> bool:
     return isinstance(module, LoraLinear) and type(module.get_base_layer()) is torch.nn.Linear
 
 
+def adapts_a_parameter(module: Any) -> bool:
+    """Whether a module has LoRA on a weight that is no layer, such as that of experts: it adds to it in each pass."""
+    return isinstance(module, ParamWrapper)
+
+
 def merges_otherwise(module: Any) -> str | None:
-    """What of a LoRA layer is more than a matrix added to its weight, by the key that asks for it; None: nothing."""
-    if module.lora_variant:
-        return "use_dora"
+    """What of a LoRA layer is more than a change of its weight, by the key that asks for it; None: nothing."""
+    if any(not isinstance(variant, DoraLinearVariant) for variant in module.lora_variant.values()):
+        return "its variant of LoRA"
     return "lora_bias" if any(module.lora_bias.values()) else None
 
 
@@ -65,12 +72,20 @@ def merged_weight(module: Any) -> torch.Tensor:
 
     The sum is rounded to the type of the base, as `merge_and_unload` rounds it.
     """
-    weight = module.get_base_layer().weight
+    weight = base = module.get_base_layer().weight
     if module.disable_adapters or module.merged:
         return weight
     for name in module.active_adapters:
-        if name in module.lora_A:
-            weight = (weight + module.get_delta_weight(name)).to(weight.dtype)
+        if name not in module.lora_A:
+            continue
+        delta = module.get_delta_weight(name)
+        changed = weight + delta
+        if name in module.lora_variant:
+            # As DoRA's own forward pass, which takes the norm as a constant.
+            magnitude = module.lora_magnitude_vector[name]
+            norm = magnitude.get_weight_norm(base, delta, scaling=1).detach()
+            changed = (magnitude.weight / norm).view(-1, 1) * changed
+        weight = changed.to(weight.dtype)
     return weight
 
 

@@ -1,7 +1,7 @@
 """What mmkd borrows of torch beyond its documentation."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -62,3 +62,18 @@ def without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for part, pre, post in before:
             part._forward_pre_hooks, part._forward_hooks = pre, post
+
+
+@contextmanager
+def computing_with(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """In it a module finds these tensors under the names of its own parameters, which stay as they are.
+
+    Attributes of a module that are parameters cannot be set to tensors. `functional_call` would call the module again.
+    """
+    own = {name: module._parameters[name] for name in values}
+    parameters: dict[str, Any] = module._parameters
+    parameters.update(values)
+    try:
+        yield
+    finally:
+        parameters.update(own)

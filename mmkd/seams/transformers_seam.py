@@ -162,3 +162,17 @@ def parameter_names(model: PreTrainedModel, saved: Iterable[str]) -> dict[str, s
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
     """The parameter whose weights each tied parameter has, which is what a checkpoint holds."""
     return model.all_tied_weights_keys
+
+
+def is_fused_experts(module: Any) -> bool:
+    """Whether a module is the experts of a layer, in the layout that transformers' own implementations read.
+
+    Its decorator of experts says the layout in attributes, and gives them the product with the gate.
+    """
+    known = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+    return known and not getattr(module, "has_post_expert_norm", False)
+
+
+def gated(experts: Any, projected: Tensor) -> Tensor:
+    """What experts make of the product with their gates and ups."""
+    return experts._apply_gate(projected)

@@ -9,7 +9,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GptOssConfig,
+    LlavaForConditionalGeneration,
+    Qwen3MoeConfig,
+)
 
 from mmkd.errors import UserError
 from mmkd.methods.alm import ALMTrainer
@@ -18,16 +25,22 @@ from mmkd.methods.llava_kd import LLaVAKDTrainer
 from mmkd.methods.sft import SFTBaselineTrainer
 from mmkd.methods.taid import TAIDTrainer
 from mmkd.models.quantisation_grids import FORMATS
+from mmkd.models.quantised_experts import by_expert
 from mmkd.models.quantised_students import (
     KEY,
     QuantisedLinear,
     StudentQuantisation,
+    joined_layers,
+    load_as_trained,
     quantisation_off,
     quantise_forward,
     quantise_weights,
+    quantised_experts,
+    quantised_layers,
 )
 from mmkd.results.trained_as import FILE
 from scripts.make_tiny_models import make_model
+from tests.experts import experts
 from tests.helpers import LORA, Build, losses_of, steps
 from tests.vlms import make_llava, vision_rows
 
@@ -94,8 +107,9 @@ def test_what_is_saved_is_the_student_in_full_precision(build: Build, texts: Dat
         assert not torch.equal(log_probs(saved), log_probs(trainer.model))
 
 
-def test_an_adapter_is_trained_as_it_will_be_merged(build: Build, texts: Dataset, tiny: Any) -> None:
-    adapter = LoraConfig(**LORA, lora_dropout=0.1)
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_is_trained_as_it_will_be_merged(build: Build, texts: Dataset, tiny: Any, dora: bool) -> None:
+    adapter = LoraConfig(**LORA, lora_dropout=0.1, use_dora=dora)
     trainer = build(KDTrainer, texts, trainer=itself(peft_config=adapter), student_quantization="nvfp4")
     trainer.train()
     trainer.save_model()
@@ -105,6 +119,11 @@ def test_an_adapter_is_trained_as_it_will_be_merged(build: Build, texts: Dataset
     quantise_weights(merged, StudentQuantisation.of("nvfp4"))
     torch.testing.assert_close(log_probs(merged), log_probs(trainer.model), rtol=1e-4, atol=1e-4)
     assert json.loads((folder / FILE).read_text())["format"] == "nvfp4"
+    if dora:
+        # The magnitudes are trained, too.
+        norms = [p for name, p in trainer.model.named_parameters() if "lora_magnitude_vector" in name]
+        plain = torch.linalg.norm(trainer.model.get_base_model().model.layers[0].self_attn.q_proj.weight, dim=1)
+        assert not torch.equal(norms[0], plain)
 
 
 @pytest.mark.parametrize("cls", [SFTBaselineTrainer, TAIDTrainer, ALMTrainer])
@@ -205,7 +224,141 @@ def test_keys_that_cannot_be_are_refused(build: Build, texts: Dataset, keys: dic
         build(KDTrainer, texts, **keys)
 
 
-def test_adapters_that_are_more_than_a_sum_are_refused(build: Build, texts: Dataset) -> None:
-    adapter = LoraConfig(**LORA, use_dora=True)
-    with pytest.raises(UserError, match="use_dora changes more"):
+def test_adapters_that_are_more_than_a_weight_are_refused(build: Build, texts: Dataset) -> None:
+    adapter = LoraConfig(**LORA, lora_bias=True)
+    with pytest.raises(UserError, match="lora_bias changes more"):
         build(KDTrainer, texts, trainer=itself(peft_config=adapter), student_quantization="int4")
+
+
+def moe(**sizes: Any) -> Any:
+    """A tiny Qwen3 of experts, whose vocabulary is that of the tiny models."""
+    config = Qwen3MoeConfig(
+        **{
+            "vocab_size": 300,
+            "hidden_size": 32,
+            "moe_intermediate_size": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "initializer_range": 0.2,
+            **sizes,
+        }
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def gpt_oss() -> Any:
+    """Whose experts have biases, gates and ups side by side, and rows where others have columns."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+@pytest.mark.parametrize("make", [moe, gpt_oss])
+@pytest.mark.parametrize("format", FORMATS)
+def test_experts_in_one_tensor_compute_with_values_of_the_grid(make: Any, format: str) -> None:
+    quantisation = StudentQuantisation.of(format, activations=False if format in ("int8", "fp8", "nvfp4") else None)
+    model, expected = make(), make()
+    names = quantise_forward(model, quantisation)
+    assert [name for name in names if name.endswith("experts")] == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
+    quantised = dict(quantised_layers(expected, quantisation))
+    with torch.no_grad():
+        for name, layer in quantised.items():
+            scale = quantisation.grid.tensor_scale(*(each.weight for each in joined_layers(name, quantised)))
+            layer.new_weight = quantisation.grid.fake_quantised(layer.weight, scale)
+        for layer in quantised.values():
+            layer.weight.data = layer.new_weight
+        for layer in expected.model.layers:
+            for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+                for expert in weight:
+                    # Each expert is a matrix of its own.
+                    rows = expert.T if make is gpt_oss else expert
+                    values = quantisation.grid.fake_quantised(rows.contiguous())
+                    expert.copy_(values.T if make is gpt_oss else values)
+    torch.testing.assert_close(log_probs(model), log_probs(expected))
+    with quantisation_off(model):
+        torch.testing.assert_close(log_probs(model), log_probs(make()))
+    whole = make()
+    quantise_weights(whole, quantisation)
+    torch.testing.assert_close(log_probs(whole), log_probs(expected))
+
+
+@pytest.mark.parametrize("make", [moe, gpt_oss])
+def test_experts_one_after_another_compute_what_those_of_transformers_do(make: Any) -> None:
+    model = make()
+    layer = model.model.layers[0]
+    hidden, index = torch.randn(6, 32), torch.tensor([[0, 1], [1, 2], [3, 0], [2, 1], [0, 3], [1, 0]])
+    weights = torch.rand(6, 2)
+    expected = layer.mlp.experts(hidden, index, weights)
+    alone = by_expert(layer.mlp.experts, {}, lambda _, reads: reads, hidden, index, weights)
+    torch.testing.assert_close(alone, expected)
+    quantise_forward(model, StudentQuantisation.of("int8"))
+    rounded = layer.mlp.experts(hidden, index, weights)
+    assert not torch.equal(rounded, expected)
+    torch.testing.assert_close(rounded, expected, rtol=0.1, atol=0.1)
+
+
+def test_weights_of_experts_are_left_out_by_name_and_layout(tmp_path: Path) -> None:
+    quantisation = StudentQuantisation.of("int4", skip=["router", "gate_up_proj"])
+    ((_, names), *_) = quantised_experts(moe(), quantisation).values()
+    assert names == ("down_proj",)
+    assert quantised_experts(moe(), StudentQuantisation.of("int4", skip=["experts", "router"])) == {}
+    with pytest.raises(UserError, match=r"gate_up_proj has 24 weights in a row, .* groups of 32"):
+        quantised_experts(moe(hidden_size=24), StudentQuantisation.of("int4"))
+    granite = AutoModelForCausalLM.from_pretrained(experts(tmp_path, "granitemoe"))
+    with pytest.raises(UserError, match=r"one tensor .*input_linear.*skip: \[input_linear, router\]"):
+        quantise_forward(granite, StudentQuantisation.of("int8"))
+    strange: Any = make_model()
+    strange.model.layers[0].mlp.experts = torch.nn.Module()
+    strange.model.layers[0].mlp.experts.register_parameter("both", torch.nn.Parameter(torch.zeros(2, 32, 32)))
+    with pytest.raises(UserError, match=r"one tensor .*both.*, in a layout that"):
+        quantise_forward(strange, StudentQuantisation.of("int4"))
+
+
+@pytest.mark.parametrize("format, adapted", [("int4", ""), ("int8", ""), ("int4", "linear"), ("int4", "experts")])
+def test_a_student_of_experts_is_trained_as_it_is_evaluated(
+    build: Build, texts: Dataset, tiny: Any, tmp_path: Path, format: str, adapted: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny["student"])
+    student = moe(vocab_size=len(tokenizer))
+    student.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    lora: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"]}
+    if adapted == "experts":
+        lora["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter = {"peft_config": LoraConfig(**lora)} if adapted else {}
+    trainer = build(
+        KDTrainer, texts, trainer=itself(model=str(tmp_path / "student"), **adapter), student_quantization=format,
+        learning_rate=5e-3 if adapted else 2e-4, max_steps=12,
+    )  # fmt: skip
+    before = trainer.evaluate(trainer.train_dataset)["eval_kl"]
+    trainer.train()
+    assert trainer.evaluate(trainer.train_dataset)["eval_kl"] < before or format == "int8"
+    trainer.save_model()
+    folder = str(trainer.args.output_dir)
+    if adapted:
+        merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
+        merged = PeftModel.from_pretrained(merged, folder).merge_and_unload()  # pyright: ignore
+        changed = merged.model.layers[0].mlp.experts.down_proj
+        assert torch.equal(changed, student.model.layers[0].mlp.experts.down_proj) == (adapted == "linear")
+        quantise_weights(merged, StudentQuantisation.of(format))
+        torch.testing.assert_close(log_probs(merged), log_probs(trainer.model), rtol=1e-3, atol=1e-3)
+        return
+    evaluated = load_as_trained(folder, dtype="float32")
+    torch.testing.assert_close(log_probs(evaluated), log_probs(trainer.model), rtol=1e-4, atol=1e-4)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    saved, own = plain.model.layers[0].mlp.experts, trainer.model.model.layers[0].mlp.experts
+    assert torch.equal(saved.down_proj, own.down_proj)
+    assert not torch.equal(own.down_proj, student.model.layers[0].mlp.experts.down_proj)
