@@ -14,12 +14,19 @@ _REMOVED = {
     "default, is the only one now."
 }
 
+_QUANTISATION = "student_quantization"
+
 
 def hint_at(word: object, choices: Collection[str]) -> str:
     """A hint at the key that may be meant by a word, which may be a number in YAML."""
     word = str(word)
     if word in _REMOVED:
         return f" {_REMOVED[word]}"
+    if word.startswith(_QUANTISATION) and _QUANTISATION not in choices:
+        return (
+            " Methods over tokens have it (kd, sft, taid, alm, llava_kd): nothing here exports in such a format what the "
+            "others train. Remove the key."
+        )
     if _NAMES_ELSEWHERE.get(word) in choices:
         return f" Here it is {_NAMES_ELSEWHERE[word]!r}."
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

@@ -31,6 +31,7 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     GenerationConfig,
+    Qwen3MoeConfig,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -390,6 +391,20 @@ def test_trackers_are_known_by_name() -> None:
     assert {*transformers_seam.installed_trackers()} <= known.keys()
 
 
+def test_transformers_marks_experts_that_it_computes_itself() -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=8, hidden_size=8, moe_intermediate_size=4, num_experts=2, num_experts_per_tok=1,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(config)
+    block = model.model.layers[0].mlp
+    assert transformers_seam.is_fused_experts(block.experts)
+    assert not transformers_seam.is_fused_experts(block)
+    projected = torch.randn(3, 8)
+    expected = block.experts.act_fn(projected[:, :4]) * projected[:, 4:]
+    assert torch.equal(transformers_seam.gated(block.experts, projected), expected)
+
+
 # accelerate
 
 
@@ -513,12 +528,35 @@ def test_peft_merges_its_layers() -> None:
     assert torch.equal(ours, model.merge_and_unload().model.layers[0].self_attn.q_proj.weight)
 
 
-def test_peft_says_what_is_more_than_a_sum() -> None:
-    for key in ("use_dora", "lora_bias"):
-        settings: dict[str, Any] = {"target_modules": ["q_proj"], key: True}
-        config = LoraConfig(**settings)
-        layer = get_peft_model(make_model(), config).base_model.model.model.layers[0].self_attn.q_proj  # pyright: ignore
-        assert peft_seam.merges_otherwise(layer) == key
+def test_peft_merges_layers_of_dora() -> None:
+    model: Any = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    torch.nn.init.uniform_(layer.lora_magnitude_vector["default"].weight, 0.5, 2)
+    assert peft_seam.merges_otherwise(layer) is None
+    hidden = torch.randn(3, layer.in_features)
+    ours = peft_seam.merged_weight(layer)
+    torch.testing.assert_close(hidden @ ours.T, layer(hidden))
+    gradients = [
+        torch.autograd.grad(output.square().sum(), layer.lora_A["default"].weight)[0]
+        for output in (hidden @ ours.T, layer(hidden))
+    ]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(ours, model.merge_and_unload().model.layers[0].self_attn.q_proj.weight)
+
+
+def test_peft_adapts_parameters_that_are_no_layers() -> None:
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.up_proj.weight"])
+    model: Any = get_peft_model(make_model(), config)
+    layer = model.base_model.model.model.layers[0]
+    assert peft_seam.adapts_a_parameter(layer.mlp.up_proj)
+    assert not peft_seam.adapts_a_parameter(layer.self_attn.q_proj)
+
+
+def test_peft_says_what_is_more_than_a_change_of_the_weight() -> None:
+    config = LoraConfig(target_modules=["q_proj"], lora_bias=True)
+    layer = get_peft_model(make_model(), config).base_model.model.model.layers[0].self_attn.q_proj  # pyright: ignore
+    assert peft_seam.merges_otherwise(layer) == "lora_bias"
 
 
 def test_peft_copies_modules() -> None:
@@ -621,6 +659,16 @@ def test_torch_runs_modules_without_their_hooks() -> None:
     with torch_seam.without_hooks([module]):
         assert module(torch.zeros(1)) == 0
     assert module(torch.zeros(1)) == 1
+
+
+def test_torch_lets_a_module_compute_with_other_values() -> None:
+    module, value = torch.nn.Linear(2, 2, bias=False), torch.eye(2, requires_grad=True)
+    own = module.weight
+    with torch_seam.computing_with(module, {"weight": value}):
+        module(torch.ones(1, 2)).sum().backward()
+    assert module.weight is own
+    assert own.grad is None
+    assert value.grad is not None
 
 
 def test_torch_runs_models_without_data() -> None:
