@@ -24,8 +24,8 @@ def hint_at(word: object, choices: Collection[str]) -> str:
         return f" {_REMOVED[word]}"
     if word.startswith(_QUANTISATION) and _QUANTISATION not in choices:
         return (
-            " Methods over tokens have it (kd, sft, taid, alm, llava_kd): what the others train is not exported in such "
-            "a format. Remove the key."
+            " Methods over tokens have it (kd, sft, taid, alm, llava_kd): what the others train is not exported in "
+            "such a format. Remove the key."
         )
     if _NAMES_ELSEWHERE.get(word) in choices:
         return f" Here it is {_NAMES_ELSEWHERE[word]!r}."
