@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrize import is_parametrized
 
 from mmkd.errors import UserError
+from mmkd.seams.deepspeed_seam import shape_of
 from mmkd.seams.torch_seam import computing_with
 from mmkd.seams.transformers_seam import gated, is_fused_experts
 
@@ -81,7 +82,7 @@ def fused_experts(
     for place, module in model.named_modules():
         # Under LoRA.
         name = place.replace(".base_layer", "")
-        three = [own for own, weight in module.named_parameters(recurse=False) if weight.dim() == 3]
+        three = [own for own, weight in module.named_parameters(recurse=False) if len(shape_of(weight)) == 3]
         chosen = [own for own in three if not leaves_out(name) and not leaves_out(f"{name}.{own}")]
         if not chosen or not ("experts" in name.split(".") or "Experts" in type(module).__name__):
             continue
@@ -93,7 +94,7 @@ def fused_experts(
                 because="not built",
             )
         for own in chosen:
-            count, first, second = getattr(module, own).shape
+            count, first, second = shape_of(getattr(module, own))
             grid.check((count, second, first) if module.is_transposed else (count, first, second), f"{name}.{own}")
         yield name, (module, tuple(chosen))
 

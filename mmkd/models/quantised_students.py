@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mmkd.errors import UserError
 from mmkd.results.trained_as import trained_as
+from mmkd.seams.deepspeed_seam import shape_of, weights_of
 from mmkd.seams.peft_seam import (
     LoraLinear,
     adapts_a_parameter,
@@ -237,7 +238,7 @@ def quantised_layers(model: PreTrainedModel | PeftModel, quantisation: StudentQu
         if module in heads or quantisation.leaves_out(name):
             continue
         _check_layer(name, module)
-        grid.check(whole_weight(module).shape, name)
+        grid.check(shape_of(whole_weight(module)), name)
         layers.append((name, module))
     if not layers and not quantised_experts(model, quantisation):
         raise UserError(
@@ -262,8 +263,8 @@ def quantised_experts(
 def share_of(model: PreTrainedModel | PeftModel, quantisation: StudentQuantisation) -> str:
     """How much of a student is quantised, for a reader."""
     layers, experts = quantised_layers(model, quantisation), quantised_experts(model, quantisation)
-    quantised = sum(whole_weight(layer).numel() for _, layer in layers)
-    quantised += sum(getattr(own, name).numel() for own, names in experts.values() for name in names)
+    quantised = sum(weights_of(whole_weight(layer)) for _, layer in layers)
+    quantised += sum(weights_of(getattr(own, name)) for own, names in experts.values() for name in names)
     every = base_of(model).num_parameters()
     apart = f" and the experts of {len(experts)} layers" if experts else ""
     return f"{len(layers)} linear layers{apart} with {quantised:,} of {every:,} parameters"

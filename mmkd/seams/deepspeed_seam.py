@@ -22,6 +22,11 @@ def weights_of(parameter: Tensor) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
+def shape_of(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter, also of one that ZeRO-3 has cut, which then has none."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager:
     """Partitioned parameters are whole in it.
 
