@@ -15,6 +15,7 @@ from mmkd.models.backbone import base_of
 from mmkd.models.quantised_students import (
     StudentQuantisation,
     quantise_forward,
+    quantised_experts,
     record_in_config,
     recorded_beside,
     recorded_in_config,
@@ -55,7 +56,15 @@ class QuantisedTrainer(HookedTrainer):
                 )
             return
         adapted = isinstance(self.model, PeftModel)
-        if self.is_deepspeed_enabled and is_sharded(self.accelerator) and (adapted or quantisation.format == "nvfp4"):
+        zero3 = self.is_deepspeed_enabled and is_sharded(self.accelerator)
+        if zero3 and quantised_experts(self.model, quantisation):
+            raise UserError(
+                "student_quantization replaces the weights of experts for a pass, and ZeRO-3 keeps books of weights. "
+                "Use accelerate_config fsdp2, zero2 or ddp, or leave the experts out: student_quantization_skip: "
+                "[experts, router].",
+                because="not built",
+            )
+        if zero3 and (adapted or quantisation.format == "nvfp4"):
             raise UserError(
                 "student_quantization reads weights of several layers at a time, of an adapter or of the layers that "
                 "nvfp4 gives one scale, and ZeRO-3 gathers those of one layer. Use accelerate_config fsdp2, zero2 or "
