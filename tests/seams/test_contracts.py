@@ -391,12 +391,16 @@ def test_trackers_are_known_by_name() -> None:
     assert {*transformers_seam.installed_trackers()} <= known.keys()
 
 
-def test_transformers_marks_experts_that_it_computes_itself() -> None:
+def model_of_experts() -> Any:
     config = Qwen3MoeConfig(
         vocab_size=8, hidden_size=8, moe_intermediate_size=4, num_experts=2, num_experts_per_tok=1,
         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
     )  # fmt: skip
-    model: Any = AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_transformers_marks_experts_that_it_computes_itself() -> None:
+    model = model_of_experts()
     block = model.model.layers[0].mlp
     assert transformers_seam.is_fused_experts(block.experts)
     assert not transformers_seam.is_fused_experts(block)
@@ -536,20 +540,19 @@ def test_peft_merges_layers_of_dora() -> None:
     assert peft_seam.merges_otherwise(layer) is None
     hidden = torch.randn(3, layer.in_features)
     ours = peft_seam.merged_weight(layer)
-    torch.testing.assert_close(hidden @ ours.T, layer(hidden))
+    torch.testing.assert_close(hidden @ ours.T, layer(hidden), rtol=1e-4, atol=1e-4)
     gradients = [
         torch.autograd.grad(output.square().sum(), layer.lora_A["default"].weight)[0]
         for output in (hidden @ ours.T, layer(hidden))
     ]
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(ours, model.merge_and_unload().model.layers[0].self_attn.q_proj.weight)
 
 
 def test_peft_adapts_parameters_that_are_no_layers() -> None:
-    config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.up_proj.weight"])
-    model: Any = get_peft_model(make_model(), config)
-    layer = model.base_model.model.model.layers[0]
-    assert peft_seam.adapts_a_parameter(layer.mlp.up_proj)
+    settings: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    layer = get_peft_model(model_of_experts(), LoraConfig(r=2, **settings)).base_model.model.model.layers[0]  # pyright: ignore
+    assert peft_seam.adapts_a_parameter(layer.mlp.experts)
     assert not peft_seam.adapts_a_parameter(layer.self_attn.q_proj)
 
 
