@@ -66,7 +66,8 @@ def summary(
         pairs = metrics | scores
         gain = {}
         if baseline is not None and row.role in ("student", "control"):
-            gain = {name: _gain(row, baseline, metric) for name, metric in shown.items()} | _task_gains(row, baseline)
+            found = {name: gain_between(row.runs, baseline.runs, metric) for name, metric in shown.items()}
+            gain = found | _task_gains(row, baseline)
         gain = {name: interval for name, interval in gain.items() if interval is not None}
         retention = {} if teacher is None else _retention(pairs, _scores(teacher), teacher, shown)
         further = _further(row, {name: own for name, own in method.metrics.items() if name not in shown})
@@ -170,8 +171,11 @@ def _retention(
     return retained
 
 
-def _gain(row: Row, baseline: Row, metric: Metric) -> dict[str, Any] | None:
-    sides = [[run.items.get(metric.report) for run in side_row.runs] for side_row in (row, baseline)]
+def gain_between(
+    ours: Sequence[ComparedModel], theirs: Sequence[ComparedModel], metric: Metric
+) -> dict[str, Any] | None:
+    """By how much ours are better, seed by seed, with an interval; None where the metric is no mean over items."""
+    sides = [[run.items.get(metric.report) for run in runs] for runs in (ours, theirs)]
     if any(items is None for side in sides for items in side):
         return None
     return _interval(sides[0], sides[1], metric.transform, metric.higher_is_better)
