@@ -42,6 +42,8 @@ def read_yaml(path: Path, *, as_written: bool = False) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
         raise UserError(f"{path} is not valid YAML: {where}{error.problem or error.context}.") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not valid YAML: it is nested too deeply.") from error
     except (yaml.YAMLError, ValueError) as error:
         # ValueError: a date such as 2024-02-31, which YAML's types allow and the calendar does not.
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error

@@ -12,6 +12,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from mmkd import __version__
 from mmkd.errors import UserError
+from mmkd.results.markdown_text import cell, code, fenced, said
 
 from .embedding_codec import EMBEDDINGS
 from .kept_answers import chosen_by, parquet_configs, read_summary, summary_lines
@@ -64,23 +65,24 @@ def cache_card(
         ],
     )
     teacher, data = identity["teacher"], identity["data"]
-    subject = f"What `{teacher['name']}` says about every supervised token of the data `{data['name']}`"
+    subject = f"What {code(teacher['name'])} says about every supervised token of the data {code(data['name'])}"
     if kind == EMBEDDINGS:
-        subject = f"The embeddings by `{teacher['name']}` of every pair of the data `{data['name']}`"
+        subject = f"The embeddings by {code(teacher['name'])} of every pair of the data {code(data['name'])}"
     if is_text:
-        subject = f"The answers of `{teacher['name']}` to the prompts of the data `{data['name']}`"
+        subject = f"The answers of {code(teacher['name'])} to the prompts of the data {code(data['name'])}"
     card = DatasetCard.from_template(
         header,
         template_str=files("mmkd.cache").joinpath("cache_card.md").read_text(encoding="utf-8"),
-        title=f"{teacher['name']} on {data['name']}",
+        title=f"{said(teacher['name'])} on {said(data['name'])}",
         summary=f"{subject}, written down once by mmkd, so that students learn from it without running the teacher.",
-        facts={**_source(identity), **_content(folder, manifest)},
+        facts={name: cell(value) for name, value in {**_source(identity), **_content(folder, manifest)}.items()},
         fidelity=_embedding_fidelity(identity) if kind == EMBEDDINGS else _fidelity(fidelity, is_text),
         usage=_text_usage(folder, repo_id) if is_text else _usage(identity, repo_id, method),
         columns=", ".join(f"`{column}`" for column in columns),
         repo_id=repo_id,
-        teacher=teacher,
-        data=data,
+        teacher=said(teacher["name"]),
+        data=code(data["name"]),
+        data_license=said(data["license"] or "not stated"),
     )
     return str(card)
 
@@ -108,10 +110,12 @@ def _source(identity: Mapping[str, Any]) -> dict[str, Any]:
     teacher, data, preparation = identity["teacher"], identity["data"], identity["preparation"]
     precision = [teacher["dtype"], teacher["quantization"], f"by {teacher['backend']}"]
     return {
-        "Teacher": f"`{teacher['name']}`, revision {teacher['revision'] or 'not pinned'}",
-        "Teacher's weights": f"sha256 `{teacher['weights']}`" if teacher["weights"] else "not known to the builder",
+        "Teacher": f"{code(teacher['name'])}, revision {teacher['revision'] or 'not pinned'}",
+        "Teacher's weights": f"sha256 {code(teacher['weights'])}"
+        if teacher["weights"]
+        else "not known to the builder",
         "Teacher's numbers": ", ".join(filter(None, precision)),
-        "Data recipe": f"`{data['name']}`, fingerprint `{data['fingerprint']}`",
+        "Data recipe": f"{code(data['name'])}, fingerprint {code(data['fingerprint'])}",
         "Data licence": data["license"] or "not stated",
         "Preparation": ", ".join(
             f"{name} {_short(value)}" for name, value in preparation.items() if value is not None
@@ -220,11 +224,11 @@ def _text_usage(folder: Path, repo_id: str) -> str:
 def _short(value: Any) -> str:
     """A setting as text; of a checksum the first digits, as the manifest has all."""
     is_checksum = isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value)
-    return f"`{value[:12]}`" if is_checksum else f"`{value}`"
+    return code(value[:12] if is_checksum else value)
 
 
 def _yaml_block(keys: Mapping[str, Any]) -> str:
-    return f"```yaml\n{yaml.safe_dump(dict(keys), sort_keys=False)}```"
+    return fenced(yaml.safe_dump(dict(keys), sort_keys=False), "yaml")
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

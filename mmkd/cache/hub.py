@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +24,7 @@ from huggingface_hub.utils import WeakFileLock
 from mmkd import __version__
 from mmkd.errors import UserError
 from mmkd.files import write_file
+from mmkd.yaml_files import read_yaml
 
 from .cache_card import DATA_RECIPE, cache_card
 from .kept_answers import KEPT, PAIRS, PAIRS_RECIPE, SUMMARY, published
@@ -243,8 +244,33 @@ def _rebuild(repo_id: str, snapshot: Path, parquet: Path, folder: Path) -> None:
         (folder / LOG).unlink(missing_ok=True)
         for name in _BESIDE[1:]:
             if (snapshot / name).is_file():
+                if name == DATA_RECIPE:
+                    _check_recipe(repo_id, snapshot / name)
                 write_file(folder / name, (snapshot / name).read_bytes())
         writer.finish()
+
+
+def _check_recipe(repo_id: str, path: Path) -> None:
+    """Raises UserError for a data recipe from the Hub that reads other files than those that come with it."""
+    keys = read_yaml(path)
+    if not isinstance(keys, dict):
+        raise UserError(f"The {path.name} of {repo_id} is no data recipe. Whoever pushed it must do so again.")
+    files = keys.get("data_files") or {}
+    listed = files.values() if isinstance(files, dict) else [files]
+    names = [name for own in listed for name in (own if isinstance(own, list) else [own])]
+    leaves = [name for name in names if not isinstance(name, str) or not _is_inside(name)]
+    leaves += [keys[key] for key in ("image_folder", "image_urls", "mixture", "prepare") if keys.get(key)]
+    if keys.get("source") not in (".", "parquet") or leaves:
+        shown = ", ".join(str(name) for name in leaves) or keys.get("source")
+        raise UserError(
+            f"The {path.name} of {repo_id} reads {shown!r:.200}, which is not part of the cache. A recipe from the "
+            "Hub may name its own files alone: do not use it, and tell whoever pushed it."
+        )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a relative path stays where it starts."""
+    return "://" not in name and not name.startswith(("/", "~", "\\")) and ".." not in PurePosixPath(name).parts
 
 
 def _places(repo_id: str, manifest: Manifest, parquet: Path) -> dict[tuple[str, int], tuple[Path, int]]:

@@ -26,6 +26,10 @@ either way)."""
 _PARTICULARS = re.compile(r"'[^']*'|\((path|URL|base64|data URL) [^()]*(\([^()]*\))?\)|0x[0-9a-f]+|[0-9]+")
 
 
+_MOST, _MOST_SHARDS = 1 << 48, 10_000_000
+"""Rows and shards of the largest cache."""
+
+
 @dataclass(frozen=True)
 class ShardEntry:
     """One finished shard."""
@@ -130,7 +134,7 @@ class Manifest:
             raise UserError(f"{folder} is no teacher cache: it has no {NAME}. Make one with `mmkd cache build`.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}); build the cache again.") from error
         format_number = content.pop("format", None) if isinstance(content, dict) else None
         if format_number != FORMAT:
@@ -142,21 +146,64 @@ class Manifest:
                 f"{path} was edited: its checksum does not fit. It says what the rows mean, so restore it, or build "
                 "the cache again in another folder."
             )
-        shards = {
-            split: {
-                int(number): ShardEntry(**{**entry, "head": tuple(entry["head"])}) for number, entry in entries.items()
-            }
-            for split, entries in content.pop("shards").items()
-        }
-        skipped = {
-            split: {int(row): Skipped(**entry) for row, entry in rows.items()}
-            for split, rows in content.pop("skipped").items()
-        }
-        part = content.pop("part")
-        # Names of splits become paths, and a manifest may come from an untrusted repository.
-        if not all(split.isidentifier() for split in content["total_rows"]) or content["shard_rows"] < 1:
-            raise UserError(f"{path} names splits that cannot be: {list(content['total_rows'])}. It is not mmkd's.")
-        return Manifest(**content, shards=shards, skipped=skipped, part=None if part is None else tuple(part))
+        try:
+            return _manifest_of(content)
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"{path} is not mmkd's: {type(error).__name__}: {error}. Build the cache again, or download it again."
+            ) from error
+
+
+def _manifest_of(content: dict[str, Any]) -> Manifest:
+    """The manifest of what its file holds. Raises ValueError and its like for what no mmkd has written."""
+    shards = {
+        split: {int(number): _entry_of(entry) for number, entry in entries.items()}
+        for split, entries in content.pop("shards").items()
+    }
+    skipped = {
+        split: {int(row): Skipped(**entry) for row, entry in rows.items()}
+        for split, rows in content.pop("skipped").items()
+    }
+    part = content.pop("part")
+    manifest = Manifest(**content, shards=shards, skipped=skipped, part=None if part is None else tuple(part))
+    _check(manifest)
+    return manifest
+
+
+def _entry_of(entry: Mapping[str, Any]) -> ShardEntry:
+    length, checksum = entry["head"]
+    made = ShardEntry(**{**entry, "head": (length, checksum)})
+    numbers = (made.rows, made.tokens, made.bytes, length, checksum)
+    if any(type(number) is not int or number < 0 for number in numbers) or length > made.bytes:
+        raise ValueError(f"a shard of the sizes {numbers}")
+    if not all(isinstance(text, str) for text in (made.sha256, made.file_sha256)):
+        raise ValueError("a shard without checksums")
+    return made
+
+
+def _check(manifest: Manifest) -> None:
+    """Raises ValueError for a manifest that contradicts itself.
+
+    Names of splits become paths, and numbers of shards files to look for; it may come from an untrusted repository.
+    """
+    rows, size, part = manifest.total_rows, manifest.shard_rows, manifest.part
+    if not all(split.isidentifier() for split in rows) or not set(manifest.shards) | set(manifest.skipped) <= set(
+        rows
+    ):
+        raise ValueError(f"splits of the names {[*rows, *manifest.shards, *manifest.skipped]}")
+    counts = (size, *rows.values(), *(part or ()))
+    if any(type(count) is not int or not 0 <= count < _MOST for count in counts) or size < 1:
+        raise ValueError(f"numbers of rows {counts}")
+    if part is not None and not (len(part) == 2 and 0 <= part[0] < part[1]):
+        raise ValueError(f"a part {part}")
+    if sum(-(-count // size) for count in rows.values()) > _MOST_SHARDS:
+        raise ValueError(f"more than {_MOST_SHARDS:,} shards")
+    for split, entries in manifest.shards.items():
+        if any(not 0 <= number < -(-rows[split] // size) for number in entries):
+            raise ValueError(f"shards of {split} that its rows do not fill")
+    signal = manifest.identity["signal"]
+    if not isinstance(signal, dict) or not isinstance(signal["kind"], str):
+        raise ValueError("an identity without a kind of signal")
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:

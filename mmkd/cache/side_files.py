@@ -2,7 +2,10 @@
 
 import hashlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from types import UnionType
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -14,10 +17,10 @@ from mmkd.models.heads import LMHead
 from mmkd.precision import product_dtype
 
 from .codec import Codec, TokenOrder
-from .embedding_codec import EMBEDDINGS, EmbeddingCodec
+from .embedding_codec import EMBEDDING_DTYPES, EMBEDDINGS, EmbeddingCodec
 from .identity import file_sha256
 from .manifest import Manifest
-from .state_codec import StateCodec
+from .state_codec import DTYPES, StateCodec
 
 TOKEN_ORDER = "token_order.npy"
 HEAD = "head.safetensors"
@@ -26,9 +29,34 @@ SIDE_FILES = {"token_order": TOKEN_ORDER, "head": HEAD}
 """Field of a manifest's signal with the sha256 of a file -> its name."""
 
 
+_COUNT = range(1 << 24)
+_SAID: dict[str, dict[str, Any]] = {
+    "top_k": {"k": _COUNT, "tail_draws": _COUNT, "vocab_size": _COUNT, "token_order": str},
+    "hidden": {"dtype": DTYPES, "width": _COUNT, "vocab_size": _COUNT, "visual": bool, "head": str}
+    | {"head_dtype": DTYPES, "head_scale": float, "head_softcap": float | None},
+    EMBEDDINGS: {"dtype": EMBEDDING_DTYPES, "width": _COUNT},
+}
+"""Kind of a cache -> what its manifest says of its bytes: a type, or the values that there are."""
+
+
+def _check_signal(folder: Path, signal: Mapping[str, Any]) -> None:
+    """Raises UserError where a manifest, which may be a stranger's, says something of the bytes that cannot be."""
+    for name, wanted in _SAID.get(signal["kind"], {}).items():
+        value = signal.get(name)
+        of_a_type = isinstance(wanted, type | UnionType)
+        number = float(value) if type(value) is int and wanted not in (str, bool) else value
+        fits = isinstance(number, wanted) if of_a_type else type(value) in (int, str) and value in wanted
+        if name not in signal or not fits:
+            raise UserError(
+                f"The manifest of {folder} says {name}: {value!r:.100}, which no cache of {signal['kind']} has. Build "
+                "the cache again, or download it again."
+            )
+
+
 def codec_of(folder: Path, manifest: Manifest) -> Codec | StateCodec | EmbeddingCodec:
     """The codec of a cache. Raises UserError if its token order is missing or does not match the manifest."""
     signal = manifest.identity["signal"]
+    _check_signal(folder, signal)
     if signal["kind"] == "hidden":
         return StateCodec(signal["dtype"], signal["width"], signal["vocab_size"], signal["visual"])
     if signal["kind"] == EMBEDDINGS:

@@ -13,7 +13,7 @@ them, and counts as finished once it is in the manifest.
 import hashlib
 import io
 import json
-import sys
+import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +31,7 @@ from .codec import KINDS, Codec, TokenScores
 from .embedding_codec import EMBEDDINGS, EmbeddingCodec, PairEmbeddings
 from .identity import file_sha256
 from .manifest import Manifest, ShardEntry, Skipped, advice_on, differences, identity_differences
+from .open_files import allow_open_files
 from .sequence_keys import KEY_BYTES
 from .side_files import codec_of
 from .state_codec import StateCodec, StoredStates
@@ -179,7 +180,7 @@ class Cache:
             )
         self.codec = codec_of(self.folder, self.manifest)
         shards = [(split, number) for split, number in self.manifest.planned()]
-        _allow_open_files(len(shards))
+        allow_open_files(len(shards))
         self._tables = [
             read_shard(self.folder, split, number, self.manifest.shards[split][number]) for split, number in shards
         ]
@@ -213,17 +214,28 @@ class Cache:
     def scores(self, row: int) -> TokenScores:
         """The scores of a sequence. Raises UserError if its bytes are damaged."""
         assert isinstance(self.codec, Codec)
-        return self.codec.decode(*self._blob(row))
+        return self._decoded(self.codec, row)
 
     def states(self, row: int) -> StoredStates:
         """The hidden states of a sequence, in a cache of those. Raises UserError if its bytes are damaged."""
         assert isinstance(self.codec, StateCodec)
-        return self.codec.decode(*self._blob(row))
+        return self._decoded(self.codec, row)
 
     def embeddings(self, row: int) -> PairEmbeddings:
         """The embeddings of a pair, in a cache of those. Raises UserError if its bytes are damaged."""
         assert isinstance(self.codec, EmbeddingCodec)
-        return self.codec.decode(*self._blob(row))
+        return self._decoded(self.codec, row)
+
+    def _decoded(self, codec: Any, row: int) -> Any:
+        blob, tokens = self._blob(row)
+        try:
+            return codec.decode(blob, tokens)
+        except (ValueError, IndexError, OSError, OverflowError, MemoryError, struct.error) as error:
+            # Its bytes are those that were written, so that the manifest says other things of them than its writer.
+            raise UserError(
+                f"The rows of {self.folder} are not what its manifest says: {type(error).__name__}: {error}. Build "
+                "the cache again, or download it again."
+            ) from error
 
     def _blob(self, row: int) -> tuple[memoryview, int]:
         """The bytes of a sequence, and how many supervised tokens it has."""
@@ -373,21 +385,3 @@ def _crc32(key: Any, tokens: int, payload: Any) -> int:
 def _keys(tables: list[pa.Table]) -> np.ndarray:
     joined = b"".join(key for table in tables for key in table["key"].to_pylist())
     return np.frombuffer(joined, dtype=f"V{KEY_BYTES}")
-
-
-def _allow_open_files(count: int) -> None:
-    """Raises the limit of open files: every shard stays open, and systems allow a process some 1,024 by default."""
-    if sys.platform == "win32":
-        # Windows has no such limit.
-        return
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or count + 500 <= soft:
-        return
-    if hard != resource.RLIM_INFINITY and count + 500 > hard:
-        raise UserError(
-            f"The cache has {count} shards, but a process may open {hard} files here. Raise the limit (ulimit "
-            "-Hn), or build with a larger cache_shard_rows."
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count + 500, hard))

@@ -13,8 +13,9 @@ from mmkd.units import with_noun
 
 from .bounded_splits import bounded, check_bounds
 from .data_recipe import DataRecipe
-from .image_columns import image_column
+from .image_columns import download_images, image_column
 from .load_data import load_rows
+from .named_pictures import check_named_pictures
 from .picture_source import PictureSplit, hold_out_rows, picture_column, picture_identities
 from .prompts import text_of
 from .sources import left_out_note, load_split
@@ -175,6 +176,8 @@ def _listed_rows(recipe: DataRecipe) -> tuple[dict[str, Dataset], str | None] | 
         alone = dataset.select_columns([shown, said])
         renamed = {ours: theirs for ours, theirs in {shown: "image", said: "captions"}.items() if ours != theirs}
         rows[split] = alone.rename_columns(renamed) if renamed else alone
+        check_named_pictures(recipe, rows[split], split, folder=recipe.image_folder)
+        rows[split] = download_images(rows[split]) if recipe.image_urls else rows[split]
     return hold_out_rows(recipe, rows), recipe.image_folder
 
 

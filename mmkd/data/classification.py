@@ -24,6 +24,7 @@ from mmkd.yaml_files import AsWritten, read_yaml
 
 from .data_recipe import BUILDERS
 from .images import UnreadableImage, read_image
+from .named_pictures import check_named_pictures
 from .sources import left_out_note, load_split
 
 logger = logging.getLogger(__name__)
@@ -318,6 +319,7 @@ def _ours(recipe: ClassificationRecipe, dataset: Dataset, split: str, class_name
     if ours == "image":
         # Read by `read_cell`, which can say which row is broken.
         rows = rows.cast_column("image", datasets.Image(decode=False))
+        check_named_pictures(recipe, rows, split)
     return rows.add_column("label", labels)  # pyright: ignore[reportCallIssue]
 
 

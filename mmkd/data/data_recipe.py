@@ -14,6 +14,7 @@ from typing import Any
 from mmkd.errors import UserError, nearest
 
 from .columns import MessagesColumn, TurnColumns, is_template, template_columns
+from .credentials import refuse_user_info
 from .filter_options import DataFilters
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow", "imagefolder", "webdataset")
@@ -287,6 +288,8 @@ def _check_source(recipe: DataRecipe) -> None:
             f"{recipe.name}: no source and no mixture; give `source:` (owner/name on the Hub, one of "
             f"{', '.join(BUILDERS)}, or a folder), or a `mixture:` of other recipes."
         )
+    for name in (recipe.source, *(name for names in recipe.data_files.values() for name in names)):
+        refuse_user_info(name, f"{recipe.name}: a source")
     if recipe.source in BUILDERS and not recipe.data_files:
         raise UserError(f"{recipe.name}: source {recipe.source!r} needs data_files: {{train: path/to/file}}.")
     for split, theirs in recipe.splits.items():

@@ -1,5 +1,6 @@
 """Rows of folders of pictures: the class is the folder's name, or a metadata file has a row for each picture."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def _read(name: str, folder: Path) -> Dataset:
     pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     metadata = [path for path in files if path.name in METADATA]
     if metadata:
-        parts = [_described(name, path) for path in metadata]
+        parts = [_described(name, path, folder) for path in metadata]
         rows = datasets.concatenate_datasets(parts)
         used = {path for part in parts for path in _paths_of(part)}
         unused = [path for path in pictures if str(path) not in used]
@@ -69,7 +70,7 @@ def _dataset(columns: dict[str, Any], features: dict[str, Any]) -> Dataset:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def _described(name: str, path: Path) -> Dataset:
+def _described(name: str, path: Path, folder: Path) -> Dataset:
     """The rows of a metadata file, with pictures for the names of files."""
     rows: Any
     if path.suffix == ".parquet":
@@ -88,6 +89,12 @@ def _described(name: str, path: Path) -> Dataset:
         [str(path.parent / file) for file in value] if isinstance(value, list) else value and str(path.parent / value)
         for value in values
     ]
+    outside = next((file for file in _flat(places) if not _is_below(file, folder)), None)
+    if outside is not None:
+        raise UserError(
+            f"{name}: {path} names the picture {outside}, which is not in {folder}. A folder of pictures brings its "
+            "own; move the picture there, or name it in a column image of a file of rows (`source: json`)."
+        )
     absent = next((file for file in _flat(places) if not Path(file).is_file()), None)
     if absent is not None:
         raise UserError(
@@ -98,6 +105,11 @@ def _described(name: str, path: Path) -> Dataset:
     pictures = _dataset({ours: places}, {ours: type_})
     others = rows.remove_columns(named)
     return datasets.concatenate_datasets([others, pictures], axis=1) if others.column_names else pictures
+
+
+def _is_below(file: str, folder: Path) -> bool:
+    # As it is written: links in a folder are its owner's, and often lead to a disk with more room.
+    return Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder))
 
 
 def _flat(places: Sequence[Any]) -> list[str]:

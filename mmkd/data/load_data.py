@@ -21,6 +21,7 @@ from .guessed_types import warn_guessed_types
 from .image_columns import download_images
 from .layouts import log_layout, read_by_recipe
 from .mapping import check_columns, layout_of_source, map_rows
+from .named_pictures import check_named_pictures
 from .recordings import check_no_recordings
 from .sources import left_out_note, load_split
 
@@ -69,6 +70,9 @@ def load_rows(
     caps = [cap for cap in (recipe.max_rows, max_train_rows) if cap is not None]
     load = _mixture_rows if recipe.mixture else _source_rows
     rows = load(recipe, min(caps, default=None), max_eval_rows, also)
+    for split, dataset in rows.items():
+        if not recipe.mixture:
+            check_named_pictures(recipe, dataset, str(split), kept=also)
     if recipe.image_urls:
         rows = DatasetDict({split: download_images(dataset) for split, dataset in rows.items()})
     for split, dataset in rows.items():

@@ -18,9 +18,10 @@ from mmkd.yaml_files import read_yaml
 from .bounded_splits import bounded, check_bounds
 from .classification import ClassificationRecipe, load_classification
 from .data_recipe import DataRecipe
-from .image_columns import UNDECODED, image_column
+from .image_columns import UNDECODED, download_images, image_column
 from .images import UnreadableImage, read_image
 from .load_data import load_data
+from .named_pictures import check_named_pictures
 from .sources import left_out_note, load_split
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class PictureSplit:
         row, place = self.places[number]
         value = self.rows[row]["images"][place]
         try:
-            return read_image(value, folder=self.folder, allow_urls=True)
+            return read_image(value, folder=self.folder)
         except UnreadableImage as error:
             path = value.get("path") if isinstance(value, Mapping) else None
             raise UserError(
@@ -161,6 +162,8 @@ def _bare(recipe: DataRecipe) -> dict[str, Dataset] | None:
             logger.warning("%s: %s: %s", recipe.name, split, note)
         alone = dataset.select_columns([column])
         rows[split] = image_column(alone if column in ("image", "images") else alone.rename_column(column, "image"))
+        check_named_pictures(recipe, rows[split], split, folder=recipe.image_folder)
+        rows[split] = download_images(rows[split]) if recipe.image_urls else rows[split]
     return hold_out_rows(recipe, rows)
 
 

@@ -68,6 +68,17 @@ def load_split(recipe: SourceKeys, split: str) -> Dataset:
     return saved[split]
 
 
+def is_on_hub(recipe: SourceKeys) -> bool:
+    """Whether the rows are those of a data set on the Hub. Raises UserError as `load_split` does."""
+    return bool(recipe.source) and recipe.source not in BUILDERS and _saved_folder(recipe) is None
+
+
+def from_elsewhere(recipe: SourceKeys) -> bool:
+    """Whether the rows come from the Hub or from a URL, so that somebody else has written them."""
+    names = [name for own in recipe.data_files.values() for name in ((own,) if isinstance(own, str) else own)]
+    return is_on_hub(recipe) or any("://" in name and not name.startswith("file:") for name in names)
+
+
 def left_out_note(recipe: SourceKeys, rows: Dataset) -> str:
     """What reading the files has left out, as a sentence; empty for nothing."""
     # Our own readers write it there; data sets of others have their own descriptions.

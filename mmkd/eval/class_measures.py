@@ -208,7 +208,7 @@ class _Student:
         text = "text" in dataset.column_names
         auto_class: Any = AutoModelForSequenceClassification if text else AutoModelForImageClassification
         processor: Any = AutoTokenizer if text else AutoImageProcessor
-        self.model = auto_class.from_pretrained(model.path, **model.hub).eval().to(device)
+        self.model = auto_class.from_pretrained(model.path, use_safetensors=True, **model.hub).eval().to(device)
         self.names = list(self.model.config.id2label.values())
         processing_class = processor.from_pretrained(model.path, **model.hub)
         self.rows, self.collate = ClassRows(dataset, processing_class, name="test"), ClassCollator(processing_class)

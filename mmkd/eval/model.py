@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from mmkd.cache.identity import saved_dtype, weights_sha256
 from mmkd.errors import UserError
 from mmkd.export.exported import Exported
+from mmkd.models.adapters import with_adapter
 from mmkd.models.ensemble import Ensemble, shared_vocabulary
 from mmkd.models.load import computed_dtype, load_model, load_processing_class, tokenizer_of
 from mmkd.models.quantised_students import (
@@ -114,7 +114,7 @@ class EvalModel:
             return self._on_quantised_base(dtype, device)
         loaded: Any = load_model(self.path, dtype=dtype, device=device, **self.hub)
         if self.adapter:
-            loaded = PeftModel.from_pretrained(loaded, self.adapter).merge_and_unload()  # pyright: ignore
+            loaded = with_adapter(loaded, self.adapter).merge_and_unload()
         loaded = loaded.to(device).eval()
         if self.quantisation is not None:
             quantise_weights(loaded, self.quantisation)
@@ -130,14 +130,14 @@ class EvalModel:
             base: Any = self._quantised_base("auto", "cpu").dequantize().float()
         else:
             base = load_model(self.path, dtype="float32", **self.hub)
-        whole: Any = PeftModel.from_pretrained(base, self.adapter).merge_and_unload()  # pyright: ignore
+        whole: Any = with_adapter(base, self.adapter).merge_and_unload()
         record_in_config(whole, self.quantisation)
         return whole
 
     def _on_quantised_base(self, dtype: str, device: str) -> Any:
         """An adapter on its base as that was quantised in training; merging would round once more."""
         assert self.adapter is not None
-        return PeftModel.from_pretrained(self._quantised_base(dtype, device), self.adapter).eval()
+        return with_adapter(self._quantised_base(dtype, device), self.adapter).eval()
 
     def _quantised_base(self, dtype: str, device: str) -> Any:
         quantised = BitsAndBytesConfig(**self.base_quantisation, bnb_4bit_compute_dtype=native_dtype(device))

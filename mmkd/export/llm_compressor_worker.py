@@ -26,7 +26,7 @@ def main() -> None:
         without_pinning()
     vision = hasattr(AutoConfig.from_pretrained(student), "vision_config")
     kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    model = kind.from_pretrained(student, dtype="auto")
+    model = kind.from_pretrained(student, dtype="auto", use_safetensors=True)
     oneshot(
         model=model,
         processor=AutoTokenizer.from_pretrained(student),

@@ -155,7 +155,7 @@ class _DualHeadModel(PreTrainedModel):
             tower = vision_tower(AutoConfig.from_pretrained(backbone, **hub))
             pooling = pooling or usual_pooling(tower, cls is DualHeadForSequenceClassification)
             model = backbone_class(tower).from_pretrained(
-                backbone, config=tower, **pooler_arguments(tower, pooling), **loading
+                backbone, config=tower, use_safetensors=True, **pooler_arguments(tower, pooling), **loading
             )
         elif isinstance(backbone, PreTrainedConfig):
             tower, model = vision_tower(backbone), None

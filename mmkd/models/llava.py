@@ -126,7 +126,7 @@ def _vision_config(config: Any) -> Any:
 
 def _vision_tower(name: str | Path, dtype: torch.dtype, hub: dict[str, Any]) -> PreTrainedModel:
     """The vision tower of a model such as CLIP, or the model itself if it is a vision tower."""
-    whole = AutoModel.from_pretrained(name, dtype=dtype, **hub)
+    whole = AutoModel.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub)
     tower = getattr(whole, "vision_model", whole) if hasattr(whole.config, "vision_config") else whole
     _select_strategy(tower.config)
     return tower

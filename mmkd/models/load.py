@@ -53,6 +53,7 @@ def load_model(
     if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] != "auto":
         kwargs["dtype"] = dtype_named(kwargs["dtype"], role)
     hub = {key: kwargs[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in kwargs}
+    _refuse_pickled_adapter(Path(name), role)
     try:
         config = AutoConfig.from_pretrained(name, **hub)
         vision = hasattr(config, "vision_config")
@@ -75,6 +76,16 @@ def load_model(
         say_float32()
         model.float()
     return model
+
+
+def _refuse_pickled_adapter(folder: Path, role: str) -> None:
+    """Raises UserError for an adapter that transformers would read by unpickling it."""
+    safe, pickled = (folder / name for name in ("adapter_model.safetensors", "adapter_model.bin"))
+    if pickled.is_file() and not safe.is_file():
+        raise UserError(
+            f"The {role} {str(folder)!r} has its adapter in {pickled.name}, a pickle, which is never opened: reading "
+            f"it could run code. Save it as {safe.name}."
+        )
 
 
 def empty_model(name: str, role: str = "model", **hub: Any) -> PreTrainedModel:

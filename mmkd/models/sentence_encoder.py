@@ -99,9 +99,10 @@ def load_sentence_encoder(
         raise UserError(
             f"The {role} {name} is a model of sentence-transformers: pip install mmkd[encoders]."
         ) from error
-    settings = {} if dtype == "auto" else {"model_kwargs": {"dtype": dtype_named(dtype, role)}}
+    settings: dict[str, Any] = {"use_safetensors": True}
+    settings |= {} if dtype == "auto" else {"dtype": dtype_named(dtype, role)}
     try:
-        model = SentenceTransformer(name, device=str(device), **settings, **hub)
+        model = SentenceTransformer(name, device=str(device), model_kwargs=settings, **hub)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"The {role} {name!r} cannot be loaded: {first_line(error)}") from error
     return SentenceEncoder(model, name)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
@@ -70,7 +71,7 @@ def described(picture: PreviewPicture) -> str:
 
 def write_page(preview: DataPreview, path: Path) -> None:
     """Writes the preview as one HTML file with thumbnails. Raises UserError for a path that cannot be written."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = ImmutableSandboxedEnvironment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     template = files("mmkd.preflight").joinpath(PAGE).read_text(encoding="utf-8")
     rows = [
         {

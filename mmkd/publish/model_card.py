@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mmkd import __version__
 from mmkd.cache.cache_card import hub_license
 from mmkd.export.exported import WEIGHTS, Exported
+from mmkd.results.markdown_text import cell, code, fenced, said
 from mmkd.results.scores import is_partial, items_of
 from mmkd.results.tables import markdown
 from mmkd.training.method import BASELINE_METHOD
@@ -94,13 +95,13 @@ def model_card(student: Student) -> ModelCard:
         title=student.repo_id.rpartition("/")[2],
         summary=_summary(student),
         usage=_usage(student),
-        lineage=_lineage(student),
+        lineage={name: cell(value) for name, value in _lineage(student).items()},
         results=_results(student),
         exported=_exported(student),
-        recipe=yaml.safe_dump(dict(student.recipe), sort_keys=False, allow_unicode=True),
+        recipe=fenced(yaml.safe_dump(dict(student.recipe), sort_keys=False, allow_unicode=True), "yaml"),
         training=_training(student),
-        licences=_licences(student),
-        warnings=student.warnings,
+        licences=[(role, said(name), said(licence)) for role, name, licence in _licences(student)],
+        warnings=[cell(warning) for warning in student.warnings],
         limitations=_limitations(student),
     )
     assert isinstance(card, ModelCard)
@@ -155,12 +156,12 @@ def _summary(student: Student) -> str:
 
 
 def _names(sources: Sequence[LicensedSource]) -> str:
-    return " and ".join(f"`{source.name}`" for source in sources)
+    return " and ".join(code(source.name) for source in sources)
 
 
 def _taught_by(student: Student) -> str:
     """Its teachers, itself among them; empty if there are none."""
-    return " and ".join([*(f"`{source.name}`" for source in student.teachers), *student.own_forms])
+    return " and ".join([*(code(source.name) for source in student.teachers), *student.own_forms])
 
 
 def _own_prompts(recipes: Sequence[Mapping[str, Any]]) -> str:
@@ -170,7 +171,7 @@ def _own_prompts(recipes: Sequence[Mapping[str, Any]]) -> str:
     keys = [*taught, *(own for part in parts if isinstance(part, Mapping) for own in part.values())]
     views = [own["teacher_view"] for own in keys if isinstance(own, Mapping) and own.get("teacher_view")]
     shown = [view if isinstance(view, str) else json.dumps(view, ensure_ascii=False) for view in views]
-    return " and ".join(f"`{view}`" for view in dict.fromkeys(shown))
+    return " and ".join(code(view) for view in dict.fromkeys(shown))
 
 
 def _usage(student: Student) -> str:
@@ -220,7 +221,7 @@ def _results(student: Student) -> str:
         parts.append(markdown(student.comparison).strip())
     elif student.held_out:
         lines = "\n".join(f"| {name} | {value:.4f} |" for name, value in student.held_out.items())
-        parts.append(f"On held-out rows of `{student.held_out_data}`:\n\n| metric | value |\n|---|---|\n{lines}")
+        parts.append(f"On held-out rows of {code(student.held_out_data)}:\n\n| metric | value |\n|---|---|\n{lines}")
     if student.scores:
         lines = "\n".join(_score(score) for score in student.scores)
         parts.append(f"Benchmarks, by `mmkd eval`:\n\n| task | metric | items | value |\n|---|---|---|---|\n{lines}")
@@ -234,10 +235,9 @@ def _exported(student: Student) -> str:
     checked = [each for each in student.exported if "kl" in each.check]
     text = "How each file differs from the student, by the runtime that reads it"
     if checked:
-        first, where = checked[0].check, checked[0].record["conditions"]["data"]
-        text += (
-            f", on {first['tokens']:,} tokens of {first['rows']} held-out rows of `{Path(str(where)).name}`: KL is "
-        )
+        first = checked[0].check
+        where = code(Path(str(checked[0].record["conditions"]["data"])).name)
+        text += f", on {first['tokens']:,} tokens of {first['rows']} held-out rows of {where}: KL is "
         text += f"in nats per token, and the student's perplexity is {first['student_perplexity']:.4g} there"
     warnings = [f"- {each.name}: {note}" for each in student.exported for note in each.remarks]
     sums = [

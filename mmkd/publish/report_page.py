@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
 from mmkd import __version__
 from mmkd.errors import UserError
 from mmkd.files import write_file
+from mmkd.results.markdown_text import cell, fenced, said
 from mmkd.results.scores import items_of, scores_of
 from mmkd.results.tables import markdown, tables
 from mmkd.training.guard_settings import warnings_of
@@ -87,8 +89,10 @@ def write_report(
 
 def render(name: str, facts: Mapping[str, Any]) -> str:
     """One of the pages, report.html or report.md, of a run's facts."""
-    environment = Environment(autoescape=name == HTML, undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters |= {"cell": _cell, "code": _code}
+    environment = ImmutableSandboxedEnvironment(
+        autoescape=name == HTML, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    environment.filters |= {"cell": cell, "code": _code, "said": said, "fenced": fenced}
     template = files("mmkd.publish").joinpath(name.replace("report", "report_page")).read_text(encoding="utf-8")
     return environment.from_string(template).render(**facts)
 
@@ -265,11 +269,6 @@ def _versions(run: RunFiles) -> list[Table]:
         return []
     facts = {key: value for key, value in machine.items() if key != "versions"} | machine["versions"]
     return [Table("", ["package or fact", "value"], [[key, str(value)] for key, value in facts.items()])]
-
-
-def _cell(text: str) -> str:
-    """Text for a cell of a Markdown table, escaped so that `<` in a model's answer does not begin a tag."""
-    return html.escape(str(text), quote=False).replace("|", "\\|").replace("\n", "<br>")
 
 
 def _code(text: str) -> Markup:

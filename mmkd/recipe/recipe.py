@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from mmkd.data.credentials import refuse_secrets
 from mmkd.errors import UserError, nearest
 from mmkd.files import write_file
 from mmkd.results.own_teacher import SELF
@@ -51,6 +52,10 @@ class Recipe:
     """Of its file, comments and all."""
     command: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """What was typed after mmkd-train for the run that this recipe is a part of."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a secret among the keys, since all that is derived from them is written down."""
+        refuse_secrets(self.keys)
 
     @classmethod
     def of(cls, keys: Mapping[str, Any], place: str | Path) -> "Recipe":

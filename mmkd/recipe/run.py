@@ -178,5 +178,5 @@ def _is_complete(checkpoint: Path) -> bool:
     state = checkpoint / "trainer_state.json"
     try:
         return state.is_file() and isinstance(json.loads(state.read_text(encoding="utf-8")), dict)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False

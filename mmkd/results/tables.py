@@ -8,6 +8,8 @@ from rich.table import Table
 
 from mmkd.units import readable_size, with_noun
 
+from .markdown_text import cell
+
 Cells = tuple[str, list[str], list[list[str]]]
 """Title, header, lines."""
 
@@ -51,7 +53,7 @@ def show_table(header: Sequence[str], lines: Iterable[Sequence[str]], console: C
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """One table in Markdown."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in (header, ["---"] * len(header), *lines))
 
 
 def tables(comparison: Mapping[str, Any]) -> list[Cells]:

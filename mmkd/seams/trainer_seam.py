@@ -1,10 +1,12 @@
 """The private places of transformers' Trainer in which mmkd takes part, each by a hook with a name."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 class Unlogged(NamedTuple):
@@ -57,6 +59,13 @@ class HookedTrainer(Trainer):
         `weights` are those that FSDP or DeepSpeed gathered on the first rank; None: those in the model.
         """
         return False
+
+    def restoring(self, checkpoint: Path) -> AbstractContextManager[Any]:
+        """In it, something of a checkpoint that is resumed is read."""
+        return nullcontext()
+
+    def checkpoint_saved(self, checkpoint: Path) -> None:
+        """Called on every rank when a checkpoint is complete."""
 
     def restored_otherwise(self, checkpoint: Path) -> bool:
         """Reads the weights of a checkpoint that `saved_otherwise` wrote; False: they are the Trainer's."""
@@ -116,6 +125,8 @@ class HookedTrainer(Trainer):
             callbacks[self.state_name] = {"args": {}, "attributes": self.state_to_save()}
         super()._save_checkpoint(model, trial)
         callbacks.pop(self.state_name, None)
+        folder = self._get_output_dir(trial=trial)
+        self.checkpoint_saved(Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
 
     def _load_callback_state(self) -> None:
         # Taken out before the Trainer looks for a callback of this name.
@@ -126,18 +137,24 @@ class HookedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.before_restoring(Path(resume_from_checkpoint))
-        if not self.restored_otherwise(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.weights_restored(Path(resume_from_checkpoint))
+        with self.restoring(Path(resume_from_checkpoint)):
+            if not self.restored_otherwise(Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self.weights_restored(Path(resume_from_checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self.restoring(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         self.checkpoint_to_save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.checkpoint_restored(Path(checkpoint))
+        with self.restoring(Path(checkpoint or "")):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self.checkpoint_restored(Path(checkpoint))
 
     def _load_best_model(self) -> None:
         if not self.restored_otherwise(Path(self.state.best_model_checkpoint or "")):

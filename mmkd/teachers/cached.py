@@ -197,7 +197,7 @@ class CachedTeacher(Teacher[CachedSignal]):
             raise UserError(
                 f"The cache {self.cache.folder} does not know a sequence of this batch (first tokens "
                 f"{ids[:8].tolist()}): the data or its preparation differs from what the cache was built on. Build it "
-                "again with this recipe."
+                "again with this recipe. `mmkd cache verify` tells whether its files are as they were written."
             )
         return self.cache.scores(place) if self.states is None else self.cache.states(place)
 

@@ -69,7 +69,8 @@ class TransformersEmbedder(Embedder):
     def load(cls, name: str, **kwargs: Any) -> "TransformersEmbedder":
         """That of a Hub id or a folder."""
         hub = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
-        return cls(AutoModel.from_pretrained(name, **kwargs), AutoProcessor.from_pretrained(name, **hub))
+        model = AutoModel.from_pretrained(name, use_safetensors=True, **kwargs)
+        return cls(model, AutoProcessor.from_pretrained(name, **hub))
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Any]) -> Float[Tensor, "row width"]:

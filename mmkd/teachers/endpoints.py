@@ -26,6 +26,7 @@ from tenacity import (
 )
 from tenacity.wait import wait_base
 
+from mmkd.data.credentials import refuse_user_info
 from mmkd.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -290,6 +291,7 @@ def _retry_after(header: str | None) -> float:
 
 def _root(url: str) -> str:
     """The base URL without the `/v1` that OpenAI's clients want at its end."""
+    refuse_user_info(url, "A server")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UserError(f"The server URL {url!r} is not of the form http://HOST:PORT.")

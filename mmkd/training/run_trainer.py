@@ -1,5 +1,6 @@
 """What running a recipe needs of a trainer, whatever its method predicts."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from mmkd.models.restore import renamed_on_disk, restore
 from mmkd.seams.peft_seam import is_adapted
 
+from .checkpoint_files import check_checkpoint, damage_named, write_checksums
 from .counts import CountingTrainer
 from .log import RunLog
 from .progress import show_progress
@@ -48,6 +50,22 @@ class RunTrainer(PublishingTrainer, ShardedTrainer, CountingTrainer):
         finally:
             if self._progress is not None and not self.is_in_train:
                 self._progress.close()
+
+    def checkpoint_saved(self, checkpoint: Path) -> None:
+        """Notes what its files are, when all ranks have written theirs."""
+        super().checkpoint_saved(checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_checksums(checkpoint)
+
+    def before_restoring(self, checkpoint: Path) -> None:
+        """Raises UserError for a checkpoint that is damaged."""
+        super().before_restoring(checkpoint)
+        check_checkpoint(checkpoint, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def restoring(self, checkpoint: Path) -> AbstractContextManager[Any]:
+        """Errors of reading name the checkpoint."""
+        return damage_named(checkpoint)
 
     def weights_restored(self, checkpoint: Path) -> None:
         """Loads what the Trainer, which looks for the model's own names, silently left out."""

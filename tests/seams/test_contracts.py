@@ -85,6 +85,8 @@ HOOKED = {
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_load_best_model": ["self"],
+    "_load_rng_state": ["self", "checkpoint"],
+    "_get_output_dir": ["self", "trial"],
     "_save": ["self", "output_dir", "state_dict"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "_set_signature_columns_if_needed": ["self"],
@@ -105,7 +107,8 @@ HOOKED = {
 @pytest.mark.parametrize("name", HOOKED)
 def test_the_trainer_has_the_place_of_a_hook(name: str) -> None:
     assert parameters_of(getattr(Trainer, name)) == HOOKED[name]
-    assert name == "_prepare_input" or name in vars(trainer_seam.HookedTrainer), "no hook stands there"
+    called = ("_prepare_input", "_get_output_dir")
+    assert name in called or name in vars(trainer_seam.HookedTrainer), "no hook stands there"
 
 
 class Hooked(trainer_seam.HookedTrainer):

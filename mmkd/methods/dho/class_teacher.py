@@ -190,7 +190,7 @@ def load_class_teacher(run: Run, classes: Classes) -> ClassTeacher:
     if kind in ("classifier", "masked"):
         auto_class: Any = AutoModelForSequenceClassification if text else AutoModelForImageClassification
         processor: Any = (AutoTokenizer if text else AutoImageProcessor).from_pretrained(name, **hub)
-        classifier = auto_class.from_pretrained(name, **loading)
+        classifier = auto_class.from_pretrained(name, use_safetensors=True, **loading)
         teacher = ClassifierTeacher(classifier.to(training.device), processor, data.class_names)
         return teacher if kind == "classifier" else _masked(training, teacher, classes, hub)
     model: Any = load_model(name, "teacher", **loading)
@@ -249,7 +249,7 @@ def _masked(training: DHOConfig, teacher: ClassifierTeacher, classes: Classes, h
             "teacher is masked for: a Hub id or a folder)."
         )
     trust = {"trust_remote_code": hub["trust_remote_code"]}
-    model: Any = AutoModelForImageClassification.from_pretrained(name, **trust)
+    model: Any = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, **trust)
     processor: Any = AutoImageProcessor.from_pretrained(name, **trust)
     student = ClassifierTeacher(model.to(training.device), processor, classes.data.class_names)
     masked = MaskedTeacher(teacher, student, layer, name)

@@ -10,6 +10,8 @@ from transformers import AutoModel
 from mmkd.data.sentence_pairs import SentencePairs
 from mmkd.errors import UserError, first_line
 
+# Pickled weights could run code when they are read.
+_SAFE = {"use_safetensors": True}
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError)
 
 
@@ -20,7 +22,7 @@ def load_bi_encoder(name: str, role: str, *, device: Any, **hub: Any) -> Any:
     """
     encoders = _package()
     try:
-        return encoders.SentenceTransformer(name, device=str(device), **hub)
+        return encoders.SentenceTransformer(name, device=str(device), model_kwargs=dict(_SAFE), **hub)
     except _UNREADABLE as error:
         raise UserError(f"The {role} {name!r} cannot be loaded: {first_line(error)}") from error
 
@@ -29,7 +31,8 @@ def load_cross_encoder(name: str, role: str, *, device: Any, max_length: int, **
     """A cross-encoder with one score per pair; one that has none gets a new head. Raises UserError as above."""
     encoders = _package()
     try:
-        return encoders.CrossEncoder(name, num_labels=1, max_length=max_length, device=str(device), **hub)
+        settings = {"max_length": max_length, "device": str(device), "model_kwargs": dict(_SAFE)}
+        return encoders.CrossEncoder(name, num_labels=1, **settings, **hub)
     except _UNREADABLE as error:
         raise UserError(f"The {role} {name!r} cannot be loaded: {first_line(error)}") from error
 
@@ -47,7 +50,7 @@ def _package() -> Any:
 def take_weights(encoder: Any, folder: str) -> None:
     """Gives an encoder the weights of a saved one of the same base model; its pooling or head stays its own."""
     base = encoder[0].model
-    saved = AutoModel.from_pretrained(folder).state_dict()
+    saved = AutoModel.from_pretrained(folder, use_safetensors=True).state_dict()
     prefix = "" if set(saved) & set(base.state_dict()) else f"{base.base_model_prefix}."
     base.load_state_dict({f"{prefix}{name}": weight for name, weight in saved.items()}, strict=False)
 
