@@ -8,6 +8,7 @@ import yaml
 
 from mmkd.errors import UserError
 
+_MOST_VALUES = 2_000_000
 _TRUE_OR_FALSE = ("true", "True", "TRUE", "false", "False", "FALSE")
 
 
@@ -35,7 +36,7 @@ def read_yaml(path: Path, *, as_written: bool = False) -> Any:
             f"{path} is not valid YAML: byte {error.start} is not UTF-8; save the file as UTF-8."
         ) from error
     try:
-        return yaml.load(text, _WrittenLoader if as_written else _Loader)
+        value = yaml.load(text, _WrittenLoader if as_written else _Loader)
     except _DuplicateYAMLKey as error:
         raise UserError(f"{path}: {error}") from error
     except yaml.MarkedYAMLError as error:
@@ -47,6 +48,21 @@ def read_yaml(path: Path, *, as_written: bool = False) -> Any:
     except (yaml.YAMLError, ValueError) as error:
         # ValueError: a date such as 2024-02-31, which YAML's types allow and the calendar does not.
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if _is_endless(value):
+        raise UserError(f"{path} repeats itself without end: an alias (*name) stands in what it names. Write it out.")
+    return value
+
+
+def _is_endless(value: Any) -> bool:
+    """Whether a value holds itself, or parts so often that reading it would take for ever."""
+    left, seen = [value], 0
+    while left and seen < _MOST_VALUES:
+        own, seen = left.pop(), seen + 1
+        if isinstance(own, dict):
+            left += [*own.keys(), *own.values()]
+        elif isinstance(own, list | tuple | set):
+            left += own
+    return bool(left)
 
 
 class _DuplicateYAMLKey(Exception):

@@ -27,6 +27,7 @@ from mmkd.seams.datasets_seam import xopen
 
 from .colours import has_alpha, in_eight_bits, in_rgba, in_srgb, on_white
 from .image_urls import download, is_url
+from .png_checksums import check_png
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ UNDECODABLE = (
     TypeError,
     LookupError,
     EOFError,
+    RuntimeError,
+    MemoryError,
     struct.error,
     zlib.error,
     PILImage.DecompressionBombError,
@@ -161,11 +164,16 @@ def _opened(value: Any, folder: str | Path | None, allow_urls: bool) -> PILImage
             "URL, a PIL image, or a dict with bytes or path; a row without pictures has an empty list"
         )
     # PIL keeps a file open until its image is garbage collected; thousands of rows would run out of file handles.
-    with PILImage.open(value if isinstance(value, Path) else io.BytesIO(value)) as image:
+    with (
+        value.open("rb") if isinstance(value, Path) else io.BytesIO(value) as file,
+        PILImage.open(file) as image,
+    ):
         # To count the frames PIL seeks to another one, so that this has to come before loading.
         if getattr(image, "is_animated", False) and image.format not in _ONE_PICTURE:
             _warn_first_frame(str(image.format))
         image.load()
+        if image.format == "PNG":
+            check_png(file)
     return image
 
 

@@ -43,7 +43,8 @@ def first_look(name: str, flags: Sequence[str], files: bool = True) -> str:
         for flag in (flag for flag in given if flag not in known and flag.removeprefix("no_") not in known):
             raise UserError(f"--{flag} is no flag of method {method}.{hint_at(flag, known)}")
     if files:
-        check_output_dir(keys.get("output_dir"))
+        # Parsing says what an output_dir of another type is.
+        check_output_dir(keys.get("output_dir") if isinstance(keys.get("output_dir"), str) else None)
         _check_data(keys.get("data"))
     return _line(keys)
 
@@ -87,7 +88,7 @@ def _check_data(data: Any) -> None:
 
 def _line(keys: Mapping[str, Any]) -> str:
     stages = keys.get("schedule") or keys.get("stages")
-    method = ", then ".join(map(str, stages)) if stages and not isinstance(stages, str) else keys.get("method")
+    method = ", then ".join(map(str, stages)) if stages and isinstance(stages, list | dict) else keys.get("method")
     teachers = keys.get("teachers")
     named = ", ".join(map(str, teachers)) if isinstance(teachers, dict) else keys.get("teacher")
     teacher = named or keys.get("teacher_cache") or keys.get("teacher_server")

@@ -136,8 +136,8 @@ class HookedTrainer(Trainer):
         self.state_restored(entry["attributes"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.before_restoring(Path(resume_from_checkpoint))
         with self.restoring(Path(resume_from_checkpoint)):
+            self.before_restoring(Path(resume_from_checkpoint))
             if not self.restored_otherwise(Path(resume_from_checkpoint)):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             self.weights_restored(Path(resume_from_checkpoint))

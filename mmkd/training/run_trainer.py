@@ -60,8 +60,8 @@ class RunTrainer(PublishingTrainer, ShardedTrainer, CountingTrainer):
 
     def before_restoring(self, checkpoint: Path) -> None:
         """Raises UserError for a checkpoint that is damaged."""
-        super().before_restoring(checkpoint)
         check_checkpoint(checkpoint, self.accelerator.process_index, self.accelerator.num_processes)
+        super().before_restoring(checkpoint)
 
     def restoring(self, checkpoint: Path) -> AbstractContextManager[Any]:
         """Errors of reading name the checkpoint."""

@@ -39,7 +39,7 @@ class Tally:
             self.counts["as before"] += 1
         else:
             self.counts["silent"] += 1
-            self.wrong.append(f"seed {seed}: read as something else, and nothing said\n  {what}")
+            self.wrong.append(f"seed {seed}: read as something else, and nothing said: {value!r:.300}\n  {what}")
 
     def end(self) -> None:
         """Prints the count, and fails where a trial ended as none may."""
@@ -56,6 +56,8 @@ def damage(folder: Path, chance: random.Random, but: tuple[str, ...] = ()) -> st
 
 def _damage_one(folder: Path, chance: random.Random, but: tuple[str, ...]) -> str:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in but]
+    if not files:
+        return "nothing is left to damage"
     path = chance.choice(files)
     name, content = path.relative_to(folder).as_posix(), path.read_bytes()
     kind = chance.choice(("bit", "bit", "byte", "cut", "grow", "empty", "delete", "rename", "swap", "double", "zeros"))
