@@ -245,12 +245,12 @@ def _rebuild(repo_id: str, snapshot: Path, parquet: Path, folder: Path) -> None:
         for name in _BESIDE[1:]:
             if (snapshot / name).is_file():
                 if name == DATA_RECIPE:
-                    _check_recipe(repo_id, snapshot / name)
+                    check_hub_recipe(repo_id, snapshot / name)
                 write_file(folder / name, (snapshot / name).read_bytes())
         writer.finish()
 
 
-def _check_recipe(repo_id: str, path: Path) -> None:
+def check_hub_recipe(repo_id: str, path: Path) -> None:
     """Raises UserError for a data recipe from the Hub that reads other files than those that come with it."""
     keys = read_yaml(path)
     if not isinstance(keys, dict):

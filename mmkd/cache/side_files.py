@@ -67,8 +67,12 @@ def codec_of(folder: Path, manifest: Manifest) -> Codec | StateCodec | Embedding
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() != signal["token_order"]:
         raise damage(path)
-    order = TokenOrder(np.load(io.BytesIO(content), allow_pickle=False))
-    return Codec("top_k", signal["k"], signal["tail_draws"], order)
+    try:
+        ids = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        # Of pickled objects too, which could run code.
+        raise damage(path) from error
+    return Codec("top_k", signal["k"], signal["tail_draws"], TokenOrder(ids))
 
 
 def damaged_side_files(folder: Path, manifest: Manifest) -> list[Path]:

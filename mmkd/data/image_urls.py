@@ -22,6 +22,9 @@ LARGEST = 100_000_000
 """The largest picture file that is downloaded, in bytes."""
 
 
+_TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
+
+
 def is_url(text: str) -> bool:
     """Whether a text is an http(s) URL."""
     return text.startswith(("http://", "https://"))
@@ -50,6 +53,12 @@ def download(url: str) -> bytes:
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Whether an address belongs to the public internet."""
+    if isinstance(address, ipaddress.IPv6Address):
+        # Addresses of IPv6 that stand for one of IPv4, and reach it where a gateway translates.
+        inside = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+        inside += [ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)] if address in _TRANSLATED else []
+        if not all(is_public(own) for own in inside if own is not None):
+            return False
     return address.is_global and not address.is_multicast
 
 

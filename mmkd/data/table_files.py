@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -42,6 +43,18 @@ def read_table_files(kind: str, files: list[str], split: str) -> Dataset:
     return rows
 
 
+def _file_in(path: str, name: str) -> str:
+    """The file at a path, or the only one in the folder to which a .zip was unpacked."""
+    if not Path(path).is_dir():
+        return path
+    files = [str(file) for file in Path(path).rglob("*") if file.is_file()]
+    if len(files) != 1:
+        raise UserError(
+            f"{name} holds {len(files)} files, and can be read if it holds one. Unpack it and name the folder."
+        )
+    return files[0]
+
+
 @dataclass
 class TableConfig(BuilderConfig):
     """The reader of the files, and their split."""
@@ -64,7 +77,7 @@ class TableFiles(ArrowBasedBuilder):
         # The reader of archives opens them itself; extracting them would fill the disk with small files.
         archives = config.kind == "webdataset"
         paths = dl_manager.download(names) if archives else dl_manager.download_and_extract(names)
-        files = list(zip(paths, names, strict=True))
+        files = [(_file_in(path, name), name) for path, name in zip(paths, names, strict=True)]
         self.info.features = READERS[config.kind][0](files)
         # Kept with the rows, so that it is known when the rows come from the cache.
         self.info.description = shard_notes(files) if archives else ""

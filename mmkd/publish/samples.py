@@ -87,7 +87,7 @@ def _kept(run: RunFiles, thumbnails: Thumbnails) -> list[ReportSample]:
     for row in kept_samples(run):
         judged = row.get("right", {})
         answers = [SampleAnswer(side, cut(text), judged.get(side)) for side, text in row["answers"].items()]
-        images = [thumbnails.embedded(str(run.folder / FOLDER / name)) for name in row["images"]]
+        images = [thumbnails.embedded(str(run.folder / FOLDER / Path(name).name)) for name in row["images"]]
         samples.append(ReportSample(row["source"], cut(row["prompt"]), cut(row["target"]), answers, images))
     return samples
 

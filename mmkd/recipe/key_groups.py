@@ -197,7 +197,7 @@ HELP = {
     "log_level": "Level of transformers' messages: debug, info, warning, error, critical or passive (default).",
     "hub_private_repo": "Make the repository private. Default: as the owner's settings say, which is public for most.",
     "hub_strategy": "When to publish: end, every_save (default), checkpoint or all_checkpoints.",
-    "hub_token": "Token of the Hub. Default: that of `hf auth login`. Keep it out of recipes that you share.",
+    "hub_token": "Refused, since records and cards repeat a recipe: use `hf auth login`, or HF_TOKEN in the shell.",
     "hub_revision": "Branch to publish to. Default: main.",
     "hub_always_push": "Wait for an unfinished upload before the next one, instead of leaving the next one out.",
     "model_init_kwargs": "Further keyword arguments of from_pretrained for the student.",

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from .adapter_base import ADAPTER_CONFIG, adapter_base
 
@@ -38,7 +39,11 @@ def _weight_files(name: str, revision: str | None) -> list[Path]:
         return whole or [path for path in [folder / ADAPTER] if path.is_file()]
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name:
         return []
-    index = try_to_load_from_cache(name, INDEX, revision=revision)
+    try:
+        index = try_to_load_from_cache(name, INDEX, revision=revision)
+    except HFValidationError:
+        # Of a folder that is no longer here, say.
+        return []
     names = [WEIGHTS]
     if isinstance(index, str):
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))

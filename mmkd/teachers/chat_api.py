@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import msgspec
 from PIL import Image
 
+from mmkd.data.credentials import refuse_user_info
 from mmkd.errors import UserError
 
 from . import vllm_wire as wire
@@ -121,6 +122,8 @@ class ChatClient:
         retries: int = 10,
     ):
         self._key_names, self._model_key, self._model = tuple(key_names), model_key, model
+        for url in urls:
+            refuse_user_info(url, "A server")
         bases = [_base(url) for url in urls]
         self._path = "/v1" if all(versioned for _, versioned in bases) else ""
         if any(versioned for _, versioned in bases) and not self._path:
