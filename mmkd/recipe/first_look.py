@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmkd.data.credentials import refuse_secrets
 from mmkd.errors import UserError
 from mmkd.schema_lines import SCHEMAS
 from mmkd.shipped import find_recipe
@@ -35,6 +36,8 @@ def first_look(name: str, flags: Sequence[str], files: bool = True) -> str:
         flag.name: flag.values[0] if flag.values else True for flag in split_flags(flags) if flag.typed
     }
     keys = {**written, **given}
+    # Before a line of them is printed.
+    refuse_secrets(keys)
     method = str(keys.get("method"))
     known = keys_of(method)
     if known is not None and not {"accelerate_config", "stages"} & keys.keys():
