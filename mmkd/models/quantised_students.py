@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from peft import PeftModel
@@ -296,7 +296,7 @@ def joined_layers(name: str, layers: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _linear_layers(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
     """The linear layers of a module, those with an adapter as one; PEFT's copies have the name of the original."""
-    if adapts_a_parameter(module) and is_fused_experts(module.get_base_layer()):
+    if adapts_a_parameter(module) and is_fused_experts(cast(Any, module).get_base_layer()):
         # No linear layers: they are quantised with what the adapter adds to them.
         return
     if is_adapted(module) or type(module) in (torch.nn.Linear, QuantisedLinear):

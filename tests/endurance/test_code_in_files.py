@@ -98,7 +98,7 @@ def test_an_adapter_that_is_a_pickle_is_refused(tiny: dict[str, Path], tmp_path:
     base = load_model(str(tiny["student"]))
     adapter = tmp_path / "adapter"
     config = LoraConfig(r=2, target_modules="all-linear", base_model_name_or_path=str(tiny["student"]))
-    get_peft_model(base, config).save_pretrained(adapter)
+    get_peft_model(base, config).save_pretrained(str(adapter))
     assert with_adapter(load_model(str(tiny["student"])), adapter)
     pickled(adapter, "adapter_model.bin", mark)
     for call in (
@@ -115,7 +115,7 @@ def test_an_adapter_that_is_a_pickle_is_refused(tiny: dict[str, Path], tmp_path:
 def test_a_damaged_adapter_is_named(tiny: dict[str, Path], tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     config = LoraConfig(r=2, target_modules="all-linear", base_model_name_or_path=str(tiny["student"]))
-    get_peft_model(load_model(str(tiny["student"])), config).save_pretrained(adapter)
+    get_peft_model(load_model(str(tiny["student"])), config).save_pretrained(str(adapter))
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match=r"adapter.* cannot be read"):

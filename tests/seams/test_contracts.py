@@ -395,11 +395,9 @@ def test_trackers_are_known_by_name() -> None:
 
 
 def model_of_experts() -> Any:
-    config = Qwen3MoeConfig(
-        vocab_size=8, hidden_size=8, moe_intermediate_size=4, num_experts=2, num_experts_per_tok=1,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config)
+    sizes: dict[str, Any] = {"vocab_size": 8, "hidden_size": 8, "moe_intermediate_size": 4, "head_dim": 4}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(num_experts=2, num_experts_per_tok=1, **sizes))
 
 
 def test_transformers_marks_experts_that_it_computes_itself() -> None:
@@ -554,7 +552,8 @@ def test_peft_merges_layers_of_dora() -> None:
 
 def test_peft_adapts_parameters_that_are_no_layers() -> None:
     settings: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
-    layer = get_peft_model(model_of_experts(), LoraConfig(r=2, **settings)).base_model.model.model.layers[0]  # pyright: ignore
+    model: Any = get_peft_model(model_of_experts(), LoraConfig(r=2, **settings))
+    layer = model.base_model.model.model.layers[0]
     assert peft_seam.adapts_a_parameter(layer.mlp.experts)
     assert not peft_seam.adapts_a_parameter(layer.self_attn.q_proj)
 
