@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from mmkd.training.base import DistillationTrainer
 
@@ -47,3 +49,14 @@ def environment() -> dict[str, str]:
 
 
 LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def tuned(student: Path | str, folder: Path) -> str:
+    """A student after a training of all weights, as far as `sparse_from` can tell."""
+    model: Any = AutoModelForCausalLM.from_pretrained(student)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator))
+    model.save_pretrained(folder)
+    return str(folder)

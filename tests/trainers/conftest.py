@@ -15,7 +15,7 @@ from tests.alignment.tiny_tokenizers import CHATTERS
 from tests.classes import BATCH_TERMS
 from tests.experts import experts
 from tests.forked import on_two_ranks
-from tests.helpers import LORA
+from tests.helpers import LORA, tuned
 from tests.pairs import ADAPTER, EVERY_TERM, MASKED, ORDERS, SCORED, cached_teacher
 from tests.vlms import make_llava
 
@@ -120,6 +120,9 @@ def ranks(
         jobs[f"llava_kd switch {how}"] = {"method": "llava_kd", "how": how, **vlms, "settings": switched}
         jobs[f"kd features {how}"] = {"method": "kd", "how": how, **tiny, "settings": {"features": FEATURES}}
         jobs[f"kd experts {how}"] = {"method": "kd", "how": how, "student": mixture, "teacher": tiny["teacher"]}
+    sparse = {"sparse_density": 0.08, "sparse_from": tuned(tiny["student"], folder / "tuned"), "weight_decay": 0.1}
+    jobs["kd sparse ddp"] = {"method": "kd", "how": "ddp", **tiny, "settings": sparse}
+    jobs["trans_encoder ddp"] = {"method": "trans_encoder", "how": "ddp"}
     jobs["dho ddp"] = {"method": "dho", "how": "ddp"}
     jobs["dho terms ddp"] = {"method": "dho", "how": "ddp", "settings": BATCH_TERMS}
     halved = {"per_device_train_batch_size": 1, "unlabeled_batch_size": 2, "gradient_accumulation_steps": 2}

@@ -13,25 +13,14 @@ from mmkd.errors import UserError
 from mmkd.methods.kd import KDTrainer
 from mmkd.methods.sft import SFTBaselineTrainer
 from mmkd.training.sparse_tuning import FILE, chosen_weights
-from tests.helpers import Build
-
-
-def tuned(tiny: Any, folder: Path) -> str:
-    """The student after a training of all weights."""
-    model: Any = AutoModelForCausalLM.from_pretrained(tiny["student"])
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape, generator=generator))
-    model.save_pretrained(folder)
-    return str(folder)
+from tests.helpers import Build, losses_of, tuned
 
 
 @pytest.mark.parametrize("cls", [KDTrainer, SFTBaselineTrainer])
 def test_only_the_share_that_moved_most_is_trained(
     build: Build, texts: Dataset, tiny: Any, tmp_path: Path, cls: Any
 ) -> None:
-    name = tuned(tiny, tmp_path / "tuned")
+    name = tuned(tiny["student"], tmp_path / "tuned")
     trainer: Any = build(cls, texts, sparse_density=0.08, sparse_from=name, max_steps=2, weight_decay=0.1)
     start = {key: weight.detach().clone() for key, weight in trainer.model.named_parameters()}
     trainer.train()
@@ -48,6 +37,26 @@ def test_only_the_share_that_moved_most_is_trained(
         if f"{key}.places" in difference:
             again[difference[f"{key}.places"]] += difference[f"{key}.changes"]
         torch.testing.assert_close(again.view_as(weight), weight.detach(), rtol=0, atol=1e-6)
+
+
+def test_two_ranks_train_the_weights_that_one_process_trains(
+    build: Build, completions: Dataset, ranks: Any, tiny: Any, tmp_path: Path
+) -> None:
+    name = tuned(tiny["student"], tmp_path / "tuned")
+    alone: Any = build(KDTrainer, completions, sparse_density=0.08, sparse_from=name, weight_decay=0.1, max_length=128)
+    alone.train()
+    expected = list(zip(losses_of(alone), losses_of(alone, "grad_norm"), strict=True))
+    total = sum(float(weight.double().sum()) for weight in alone.model.parameters())
+    for rank in ranks["kd sparse ddp"]:
+        assert rank["steps"] == [pytest.approx(step, rel=1e-4) for step in expected]
+        assert rank["weights"] == pytest.approx(total, rel=1e-5)
+    # Files are of the first rank, and the difference has the places of the run by itself.
+    ours, theirs = (
+        load_file(folder / FILE) for folder in (Path(alone.args.output_dir), ranks["kd sparse ddp"][0]["folder"])
+    )
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        torch.testing.assert_close(theirs[key], ours[key], rtol=1e-3, atol=1e-5, msg=key)
 
 
 def test_the_share_is_of_all_weights_together() -> None:

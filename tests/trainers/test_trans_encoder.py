@@ -17,7 +17,7 @@ from mmkd.errors import UserError
 from mmkd.methods.trans_encoder import half_cycles
 from mmkd.methods.trans_encoder.encoder_loading import cosines, load_bi_encoder, load_cross_encoder, probabilities
 from mmkd.methods.trans_encoder.half_cycles import RECORD
-from mmkd.methods.trans_encoder.trans_encoder_trainer import TransEncoderConfig, TransEncoderTrainer, pair_loss
+from mmkd.methods.trans_encoder.trans_encoder_trainer import TransEncoderConfig, TransEncoderTrainer, pair_losses
 from mmkd.recipe.flags import recipe_of
 from tests.alignment.tiny_tokenizers import TEXTS, wordpiece
 
@@ -61,12 +61,35 @@ def recipe(bert: Path, tmp_path: Path) -> Path:
 
 def test_the_two_losses_are_those_of_the_paper() -> None:
     logits, labels = torch.tensor([[0.3], [-2.0]]), torch.tensor([0.9, 0.2])
-    expected = -(labels * logits[:, 0].sigmoid().log() + (1 - labels) * (1 - logits[:, 0].sigmoid()).log()).mean()
-    torch.testing.assert_close(pair_loss({"scores": logits}, labels, cross=True), expected)
+    expected = -(labels * logits[:, 0].sigmoid().log() + (1 - labels) * (1 - logits[:, 0].sigmoid()).log())
+    torch.testing.assert_close(pair_losses({"scores": logits}, labels, cross=True), expected)
     states = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     cosine = torch.stack([torch.nn.functional.cosine_similarity(states[i], states[i + 2], dim=0) for i in range(2)])
-    loss = pair_loss({"sentence_embedding": states}, labels, cross=False)
-    torch.testing.assert_close(loss, (cosine - labels).square().mean())
+    losses = pair_losses({"sentence_embedding": states}, labels, cross=False)
+    torch.testing.assert_close(losses, (cosine - labels).square())
+
+
+@pytest.mark.parametrize("load", [load_bi_encoder, load_cross_encoder])
+def test_accumulation_changes_nothing(load: Any, bert: Path, tmp_path: Path) -> None:
+    scores = torch.rand(len(PAIRS), generator=torch.Generator().manual_seed(0)).tolist()
+    columns = dict(zip(("sentence1", "sentence2"), map(list, zip(*PAIRS, strict=True)), strict=True))
+    rows, runs = Dataset.from_dict({**columns, "score": scores}), []
+    for batch, parts in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        encoder = load(
+            str(bert), "student", device="cpu", **({"max_length": 32} if load is load_cross_encoder else {})
+        )
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": parts, "num_train_epochs": 2}
+        settings: dict[str, Any] = {**sizes, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+        trainer = TransEncoderTrainer(encoder, TransEncoderConfig(str(tmp_path), **settings), rows)
+        trainer.train()
+        runs.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry])
+    # The last step of an epoch has half as many pairs.
+    assert len(runs[0]) == 4
+    assert runs[1] == [pytest.approx(step, rel=1e-4) for step in runs[0]]
 
 
 def test_cycles_end_in_a_model_of_sentence_transformers_and_are_resumed(recipe: Path, monkeypatch: Any) -> None:
@@ -200,6 +223,11 @@ def test_pairs_of_clip_kd_are_pairs_here_too(tmp_path: Path) -> None:
         path.write_text(json.dumps({first: "a", second: "b"}) + "\n")
         pairs = load_pairs(str(path))
         assert (pairs.first, pairs.second) == (["a"], ["b"])
+
+
+def test_several_processes_are_refused(ranks: Any) -> None:
+    for rank in ranks["trans_encoder ddp"]:
+        assert "trans_encoder trains in one process, and there are 2. Remove accelerate_config" in rank["refused"]
 
 
 def test_scores_outside_of_0_and_1_are_refused(bert: Path, tmp_path: Path) -> None:

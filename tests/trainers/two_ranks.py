@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
+from mmkd.errors import UserError
 from mmkd.teachers.cached_encoder import CachedEncoder
 from mmkd.teachers.local import LocalTeacher
 from mmkd.teachers.several import SeveralTeachers
@@ -217,13 +218,24 @@ def train_pairs(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
+def refuse(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Why a method's settings are refused on ranks."""
+    try:
+        METHODS[job["method"]].trainer.config_class(output_dir=str(folder), report_to="none")
+    except UserError as error:
+        return {"refused": str(error)}
+    return {}
+
+
 def main(jobs: str, output: str) -> None:
     """Trains the jobs of a JSON file (name -> job) one after the other."""
     rank, results = 0, {}
     for name, job in json.loads(Path(jobs).read_text()).items():
         # accelerate says this to the processes that come after, and the next job would shard too.
         os.environ.pop("ACCELERATE_USE_FSDP", None)
-        run = {"dho": train_classes, "tower_kd": train_towers, "clip_kd": train_pairs}.get(job["method"], train)
+        run = {"dho": train_classes, "tower_kd": train_towers, "clip_kd": train_pairs, "trans_encoder": refuse}.get(
+            job["method"], train
+        )
         results[name] = run(job, Path(output, "runs", name.replace(" ", "-")))
         rank = torch.distributed.get_rank()
     Path(output, f"rank{rank}.json").write_text(json.dumps(results))

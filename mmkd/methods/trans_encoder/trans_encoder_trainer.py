@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 from transformers.trainer_callback import TrainerCallback
@@ -38,15 +39,16 @@ class PairCollator:
         return {**inputs, "labels": torch.tensor([row["score"] for row in rows], dtype=torch.float32)}
 
 
-def pair_loss(outputs: Any, labels: Tensor, cross: bool) -> Tensor:
-    """The loss of a batch: cross-entropy of the cross-encoder's logit, squared error of the bi-encoder's cosine.
+def pair_losses(outputs: Any, labels: Tensor, cross: bool) -> Float[Tensor, "pair"]:
+    """The loss of each pair: cross-entropy of the cross-encoder's logit, squared error of the bi-encoder's cosine.
 
     Two different losses are what lets each learn something of the other (Trans-Encoder, 2109.13059, section 3).
     """
     if cross:
-        return functional.binary_cross_entropy_with_logits(outputs["scores"].float().view(-1), labels)
+        logits = outputs["scores"].float().view(-1)
+        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     first, second = outputs["sentence_embedding"].float().chunk(2)
-    return functional.mse_loss(functional.cosine_similarity(first, second, dim=-1), labels)
+    return (functional.cosine_similarity(first, second, dim=-1) - labels).square()
 
 
 class TransEncoderTrainer(RunTrainer):
@@ -66,6 +68,8 @@ class TransEncoderTrainer(RunTrainer):
     needs_teacher: ClassVar[bool] = False
     accepts: ClassVar[tuple[type, ...]] = ()
     one_vocabulary: ClassVar[bool] = False
+    # `compute_loss` divides by the pairs of the whole accumulated batch, so the Trainer must not divide again.
+    loss_is_scaled_for_ga = True
 
     args: TransEncoderConfig
 
@@ -86,15 +90,23 @@ class TransEncoderTrainer(RunTrainer):
                 "[0, 1]: clamp them."
             )
         self.cross = is_cross_encoder(model)
+        self._pairs: Tensor
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, data_collator=PairCollator(model), callbacks=callbacks
         )
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Collects one accumulated batch and counts its pairs over all ranks."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._pairs = self._summed(torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device))
+        return batches, num_items
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean over the pairs of a batch."""
+        """This part's share of the mean over the pairs of an accumulated batch of all ranks."""
         labels = inputs.pop("labels")
         outputs = model(inputs)
-        loss = pair_loss(outputs, labels, self.cross)
+        # Gradients are averaged over ranks, while the count is already that of all ranks.
+        loss = pair_losses(outputs, labels, self.cross).sum() / self._pairs * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
