@@ -76,9 +76,8 @@ def test_accumulation_changes_nothing(load: Any, bert: Path, tmp_path: Path) -> 
     rows, runs = Dataset.from_dict({**columns, "score": scores}), []
     for batch, parts in ((8, 1), (2, 4)):
         torch.manual_seed(0)
-        encoder = load(
-            str(bert), "student", device="cpu", **({"max_length": 32} if load is load_cross_encoder else {})
-        )
+        given: dict[str, Any] = {"max_length": 32} if load is load_cross_encoder else {}
+        encoder = load(str(bert), "student", device="cpu", **given)
         for module in encoder.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

@@ -233,9 +233,8 @@ def main(jobs: str, output: str) -> None:
     for name, job in json.loads(Path(jobs).read_text()).items():
         # accelerate says this to the processes that come after, and the next job would shard too.
         os.environ.pop("ACCELERATE_USE_FSDP", None)
-        run = {"dho": train_classes, "tower_kd": train_towers, "clip_kd": train_pairs, "trans_encoder": refuse}.get(
-            job["method"], train
-        )
+        others = {"dho": train_classes, "tower_kd": train_towers, "clip_kd": train_pairs, "trans_encoder": refuse}
+        run = others.get(job["method"], train)
         results[name] = run(job, Path(output, "runs", name.replace(" ", "-")))
         rank = torch.distributed.get_rank()
     Path(output, f"rank{rank}.json").write_text(json.dumps(results))

@@ -119,7 +119,10 @@ def dry_run_encoders(run: Run, console: Console) -> None:
     half = Half(1, "cross_encoder", next(iter(members)))
     trainer: Any = cycles.trainer_of(half, limit=args.cross_batch_size)
     batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
-    loss = trainer.compute_loss(trainer.model, {key: value.to(args.device) for key, value in batch.items()})
+    batch = {key: value.to(args.device) for key, value in batch.items()}
+    # Which counts its pairs.
+    trainer.get_batch_samples(iter([batch]), 1, args.device)
+    loss = trainer.compute_loss(trainer.model, batch)
     table = Table(title="mmkd trans_encoder: dry run", show_header=False)
     for name, (student, cross) in members.items():
         table.add_row(f"student {name}".strip(), f"{student}; cross-encoders begin with {cross}")
