@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
 from mmkd.errors import UserError, first_line
 from mmkd.files import new_folder
 from mmkd.results.adapter_base import adapter_base
+from mmkd.results.parameters import ADAPTER
 
 from .load import load_model, load_processing_class
 from .quantised_students import record_in_config, recorded_beside
@@ -21,7 +21,7 @@ _PROCESSING += ("chat_template*", "*processor*.json")
 
 def with_adapter(model: Any, adapter: str | Path) -> Any:
     """The model with the adapter of a folder on it. Raises UserError for an adapter that is not safetensors."""
-    weights = Path(adapter, SAFETENSORS_WEIGHTS_NAME)
+    weights = Path(adapter, ADAPTER)
     if not weights.is_file():
         raise UserError(
             f"The adapter {adapter} has no {weights.name}. Weights in another format are pickles, which are never "

@@ -20,6 +20,7 @@ from transformers import (
 
 from mmkd.errors import UserError, first_line
 from mmkd.precision import native_dtype, product_dtype, say_float32
+from mmkd.results.parameters import ADAPTER
 from mmkd.seams.deepspeed_seam import without_zero3
 from mmkd.seams.processor_seam import loading_for_images
 
@@ -80,7 +81,7 @@ def load_model(
 
 def _refuse_pickled_adapter(folder: Path, role: str) -> None:
     """Raises UserError for an adapter that transformers would read by unpickling it."""
-    safe, pickled = (folder / name for name in ("adapter_model.safetensors", "adapter_model.bin"))
+    safe, pickled = (folder / name for name in (ADAPTER, "adapter_model.bin"))
     if pickled.is_file() and not safe.is_file():
         raise UserError(
             f"The {role} {str(folder)!r} has its adapter in {pickled.name}, a pickle, which is never opened: reading "

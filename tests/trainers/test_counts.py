@@ -11,6 +11,7 @@ from transformers.trainer_callback import TrainerCallback
 from mmkd.methods.kd import KDTrainer
 from mmkd.preparation.collation import BAD_ROWS
 from mmkd.publish.runs import read_log
+from mmkd.training.checkpoint_files import CHECKSUMS
 from mmkd.training.counts import CountingTrainer
 from mmkd.training.interrupt import InterruptCallback
 from tests.classes import dho
@@ -86,6 +87,7 @@ def test_a_checkpoint_of_before_counts_goes_on_from_what_it_logged(
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     del state["stateful_callbacks"][CountingTrainer.state_name]
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (checkpoint / CHECKSUMS).unlink()
     trainer = build(KDTrainer, texts, **STEPS)
     trainer.train(resume_from_checkpoint=True)
     last = facts(tmp_path / "run")[-1]
