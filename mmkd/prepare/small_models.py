@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,15 @@ def captioned(data: Path, processor: CLIPImageProcessorPil) -> tuple[Float[Tenso
     return pixels, [row["messages"][1]["content"][0]["text"] for row in rows]
 
 
-def make_tokenizer(texts: list[str]) -> Any:
-    """A byte-level BPE in which every word of the data is one token."""
+def make_tokenizer(
+    texts: list[str], vocab_size: int = 512, special: Sequence[str] = ("<pad>", "</s>", IMAGE_TOKEN)
+) -> Any:
+    """A byte-level BPE of the texts; with the default size every word of the small tasks' data is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<pad>", "</s>", IMAGE_TOKEN]
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 

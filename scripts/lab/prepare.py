@@ -12,12 +12,11 @@ import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
 from mmkd.files import write_file
+from mmkd.prepare.small_models import make_tokenizer
 from mmkd.recipe.recipe import Recipe
 from mmkd.training.method import Train
 
@@ -81,16 +80,7 @@ def make_text(folder: Path) -> None:
 def make_models(folder: Path) -> None:
     """Writes a tokenizer of the training text, and a config of each size beside it."""
     texts = [json.loads(line)["text"] for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    fast: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+    tokenizer = make_tokenizer(texts, VOCABULARY, ("<pad>", "</s>"))
     for name, (width, layers) in SIZES.items():
         config = LlamaConfig(
             vocab_size=VOCABULARY,
@@ -100,13 +90,13 @@ def make_models(folder: Path) -> None:
             num_attention_heads=width // 32,
             max_position_embeddings=256,
             tie_word_embeddings=True,
-            pad_token_id=fast.pad_token_id,
-            eos_token_id=fast.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
         )
         config.architectures = ["LlamaForCausalLM"]
         config.save_pretrained(folder / "models" / name)
-        fast.save_pretrained(folder / "models" / name)
+        tokenizer.save_pretrained(folder / "models" / name)
 
 
 def prepare(train: Train) -> int:
